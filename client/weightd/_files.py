@@ -1,0 +1,95 @@
+"""Opening checkpoint files: regular ones only, never waiting, and with errors that name the path."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
+from .types import FileIdentity, SourceFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+
+class SourcePath(NamedTuple):
+    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path."""
+
+    component: str
+    file: str
+    path: Path
+
+
+class OpenedSources:
+    """The opened files of a checkpoint, closed at the end of the `with` block.
+
+    `fds` are read-only descriptors of regular files and `sources` say what each is, in the same order.
+    """
+
+    def __init__(self, sources: Iterable[SourcePath]) -> None:
+        self.fds: tuple[int, ...] = ()
+        self.sources: tuple[SourceFile, ...] = ()
+        try:
+            for source in sources:
+                self._open(source)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, source: SourcePath) -> None:
+        descriptor, status = open_regular(source.path)
+        self.fds += (descriptor,)
+        identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        self.sources += (SourceFile(source.component, source.file, identity),)
+
+    def close(self) -> None:
+        """Close all descriptors; a second call does nothing."""
+        descriptors, self.fds = self.fds, ()
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading, without ever waiting for a writer or taking a terminal."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise translated(path, error) from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+    os.set_blocking(descriptor, True)
+    return descriptor, status
+
+
+def translated(path: Path, error: OSError) -> WeightdError:
+    """The error to raise for a failed open or stat."""
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return NotFoundError(f"{show(path)}: no such file or directory; check the path")
+    if isinstance(error, PermissionError):
+        return PermissionDeniedError(f"{show(path)}: may not be read by this user; check its permissions")
+    if error.errno == errno.ENXIO:
+        return InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+    if error.errno == errno.ENAMETOOLONG:
+        return InvalidReferenceError(f"{show(path)}: longer than a path can be; check the reference")
+    return WeightdError(f"{show(path)}: cannot be opened: {error.strerror}")
+
+
+def show(path: Path | str) -> str:
+    """A path for a message: quoted where it would not print as it is."""
+    text = str(path)
+    return text if text.isprintable() and len(text) <= 4096 else repr(text[:4096])

@@ -1,0 +1,157 @@
+"""The client's end of the handle socket: identity, descriptors, offers. No grpc here: attaching must not pay for it."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._address import handles_path
+from ._proto.v1 import handles_pb2
+from .errors import DaemonUnreachableError, LeaseLostError, ServerError, from_wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+PROTOCOL = 1
+MAX_FRAME = 64 << 10
+MAX_DESCRIPTORS = 253
+
+
+class Received(NamedTuple):
+    """The answer to an attach: descriptors are the caller's to close, the lease's first."""
+
+    reply: handles_pb2.AttachReply
+    descriptors: list[int]
+
+
+class HandleConnection:
+    """One connection to a daemon; the token it was given stands for it on the control plane."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(str(handles_path(path)))
+            hello = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=PROTOCOL))
+            reply = self._ask(hello, "hello").hello
+        except OSError as error:
+            self._socket.close()
+            raise _unreachable(path, error) from error
+        except BaseException:
+            self._socket.close()
+            raise
+        self.token: str = reply.token
+        self.version: str = reply.version
+
+    def alive(self) -> bool:
+        """Whether the daemon still has this connection: it never speaks first, so what can be read is its farewell."""
+        if self._socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        """Hang up. Leases that are still mapped stay."""
+        self._socket.close()
+
+    def attach(self, request: handles_pb2.AttachRequest) -> Received:
+        """Take a lease. Errors: those of the daemon, DaemonUnreachableError."""
+        descriptors: list[int] = []
+        with self._lock:
+            try:
+                frame = handles_pb2.HandleRequest(attach=request)
+                reply = self._ask(frame, "attach", descriptors).attach
+                expected = 1 + len(reply.segments)
+                while len(descriptors) < expected:
+                    ack = handles_pb2.HandleRequest(ack=handles_pb2.BatchAck())
+                    if not self._ask(ack, "batch", descriptors).batch.descriptors:
+                        raise ServerError("the daemon sent a batch without descriptors")
+            except BaseException as error:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                if isinstance(error, OSError) and not isinstance(error, DaemonUnreachableError):
+                    raise _unreachable(self.path, error) from error
+                raise
+        return Received(reply, descriptors)
+
+    def offer(self) -> tuple[int, socket.socket]:
+        """An intake to send file descriptors through, and its number."""
+        descriptors: list[int] = []
+        with self._lock:
+            try:
+                request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
+                number = self._ask(request, "offer", descriptors).offer.offer_id
+            except OSError as error:
+                raise _unreachable(self.path, error) from error
+        if len(descriptors) != 1:
+            raise ServerError("the daemon's offer came without its intake")
+        return number, socket.socket(fileno=descriptors[0])
+
+    def detach(self, lease: int) -> bool:
+        """Say that a lease may have ended. True when it has."""
+        with self._lock:
+            request = handles_pb2.HandleRequest(detach=handles_pb2.DetachRequest(lease=lease))
+            return self._ask(request, "detach").detach.ended
+
+    def _ask(
+        self, request: handles_pb2.HandleRequest, expected: str, descriptors: list[int] | None = None
+    ) -> handles_pb2.HandleReply:
+        self._socket.sendall(request.SerializeToString())
+        data, received, flags, _ = socket.recv_fds(
+            self._socket, MAX_FRAME, MAX_DESCRIPTORS if descriptors is not None else 1
+        )
+        (descriptors if descriptors is not None else []).extend(received)
+        if not data:
+            raise ConnectionResetError("the daemon closed the connection")
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ServerError("a reply of the daemon was cut off; is this process out of descriptors (ulimit -n)?")
+        reply = handles_pb2.HandleReply.FromString(data)
+        kind = reply.WhichOneof("body")
+        if kind == "error":
+            raise from_wire(reply.error.reason, reply.error.message, dict(reply.error.metadata))
+        if kind != expected:
+            raise ServerError(f"the daemon answered {kind} to {expected}")
+        return reply
+
+
+def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> None:
+    """Send files through an intake, in batches that the loader confirms.
+
+    Returns early, without an error, when the loader hangs up: the load's own answer says why.
+    """
+    intake.settimeout(timeout)
+    sent = 0
+    try:
+        while sent < len(descriptors):
+            batch = descriptors[sent : sent + MAX_DESCRIPTORS]
+            frame = handles_pb2.IntakeBatch(first=sent, descriptors=len(batch))
+            socket.send_fds(intake, [frame.SerializeToString()], batch)
+            answer = intake.recv(MAX_FRAME)
+            if not answer:
+                return
+            sent += len(batch)
+    except TimeoutError as error:
+        raise LeaseLostError(
+            f"no loader took the files within {timeout:.0f} s; the daemon may be overloaded"
+        ) from error
+    except ConnectionError:
+        return
+
+
+def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:
+    why = {
+        FileNotFoundError: "there is no such socket",
+        ConnectionRefusedError: "nobody listens there",
+        PermissionError: "you may not connect to it",
+        TimeoutError: "it does not answer in time",
+    }.get(type(error), str(error))
+    return DaemonUnreachableError(
+        f"no weightd daemon at {path}: {why}; start one with `weightd serve`, or set WEIGHTD_SOCKET"
+    )

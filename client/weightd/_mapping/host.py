@@ -1,0 +1,68 @@
+"""Host memory: maps the daemon's read-only descriptors with libc's mmap.
+
+Segments are mapped MAP_PRIVATE, so a write makes a private copy of its page, and MAP_NORESERVE, so the mapping is not
+counted as memory that might be needed. Python's own mmap would keep a descriptor per mapping.
+
+Who keeps whom: a tensor keeps its segment's buffer, the buffer keeps the mapping, the mapping keeps the lease. Each goes
+when the last thing that needs it is gone, in whatever order things are dropped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from typing import Any
+
+_MAP_NORESERVE = 0x4000
+_FAILED = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+class Mapping:
+    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it."""
+
+    def __init__(self, descriptor: int, size: int, *, writable: bool, keeps: object = None) -> None:
+        self._address: int | None = None
+        self.size = size
+        self._keeps = keeps
+        # Bound here: at the interpreter's end module globals may be gone before the last tensor.
+        self._munmap = _libc.munmap
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, 0)
+        if address == _FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, f"mapping {size} bytes failed: {os.strerror(error)}")
+        self._address = address
+
+    def __del__(self) -> None:
+        if self._address is not None:
+            self._munmap(self._address, self.size)
+            self._address = None
+
+    def buffer(self) -> memoryview:
+        """The mapped bytes. The view, and every slice of it, keeps the mapping."""
+        array: Any = (ctypes.c_ubyte * self.size).from_address(self._address or 0)
+        array.mapping = self
+        return memoryview(array).cast("B")
+
+
+def map_lease(descriptor: int, size: int) -> Mapping:
+    """Map a manifest: as long as the mapping lives, so does the kernel lock that is this process's lease."""
+    return Mapping(descriptor, size, writable=False)
+
+
+def map_segment(descriptor: int, size: int, lease: Mapping) -> memoryview:
+    """Map a segment, copy-on-write; its buffer keeps the lease."""
+    return Mapping(descriptor, size, writable=True, keeps=lease).buffer()

@@ -1,0 +1,203 @@
+"""The control plane: gRPC calls, their messages as plain values, their errors as ours. Imported when first needed."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from ._proto.v1 import (
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
+    daemon_pb2,
+    daemon_pb2_grpc,
+    errors_pb2,
+    lease_pb2,
+    lease_pb2_grpc,
+)
+from ._wire import checkpoint_from, result_from, source_from, time_from
+from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
+from .types import (
+    CheckpointDetails,
+    CheckpointInfo,
+    ComponentInfo,
+    DeviceStats,
+    LeaseInfo,
+    LoadProgress,
+    LoadResult,
+    Stats,
+    VerifyProgress,
+    VersionInfo,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+_MAX_MESSAGE = 64 << 20
+_PHASES = {
+    checkpoint_pb2.LoadProgress.PHASE_OPENING: "opening",
+    checkpoint_pb2.LoadProgress.PHASE_HASHING: "hashing",
+    checkpoint_pb2.LoadProgress.PHASE_COPYING: "copying",
+}
+
+
+class ControlPlane:
+    """Calls on behalf of one handle-socket connection. `timeout` (seconds) bounds every call but loads and verify."""
+
+    def __init__(self, path: Path, token: str, timeout: float) -> None:
+        self._timeout = timeout
+        self._metadata = (("weightd-token", token),)
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE),
+            ("grpc.max_send_message_length", _MAX_MESSAGE),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channel = grpc.insecure_channel(f"unix:{path}", options=options)
+        self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
+        self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
+        self._daemon = daemon_pb2_grpc.DaemonServiceStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+    def load(
+        self,
+        request: checkpoint_pb2.LoadRequest,
+        on_feed: Callable[[], None],
+        on_progress: Callable[[LoadProgress], None] | None,
+    ) -> LoadResult | None:
+        """Run a load to its end; of a detached one, return None when its files have been fed."""
+        with _errors():
+            call = self._checkpoints.Load(request, metadata=self._metadata)
+            try:
+                for event in call:
+                    kind = event.WhichOneof("event")
+                    if kind == "feed":
+                        on_feed()
+                        if request.detached:
+                            return None
+                    elif kind == "progress" and on_progress is not None:
+                        progress = event.progress
+                        phase = _PHASES.get(progress.phase, "copying")
+                        on_progress(LoadProgress(phase, progress.done_bytes, progress.total_bytes))
+                    elif kind == "result":
+                        return result_from(event.result)
+            finally:
+                call.cancel()
+        raise ServerError("the daemon ended the load without a result")
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Every checkpoint."""
+        response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest())
+        return [checkpoint_from(checkpoint) for checkpoint in response.checkpoints]
+
+    def get(self, reference: str, device: str) -> CheckpointDetails:
+        """One checkpoint."""
+        request = checkpoint_pb2.GetCheckpointRequest(reference=reference, device=device)
+        response = self._call(self._checkpoints.Get, request)
+        components = tuple(ComponentInfo(c.name, c.tensors, c.total_bytes, c.shared_bytes) for c in response.components)
+        sources = tuple(source_from(source) for source in response.sources)
+        return CheckpointDetails(checkpoint_from(response.checkpoint), components, response.segments, sources)
+
+    def pin(self, reference: str, device: str) -> CheckpointInfo:
+        """Pin."""
+        request = checkpoint_pb2.PinCheckpointRequest(reference=reference, device=device)
+        return checkpoint_from(self._call(self._checkpoints.Pin, request).checkpoint)
+
+    def unpin(self, reference: str, device: str) -> CheckpointInfo:
+        """Unpin."""
+        request = checkpoint_pb2.UnpinCheckpointRequest(reference=reference, device=device)
+        return checkpoint_from(self._call(self._checkpoints.Unpin, request).checkpoint)
+
+    def remove(self, reference: str, device: str) -> int:
+        """Remove; returns bytes given up."""
+        request = checkpoint_pb2.RemoveCheckpointRequest(reference=reference, device=device)
+        return int(self._call(self._checkpoints.Remove, request).freed_bytes)
+
+    def verify(
+        self, reference: str, device: str, on_progress: Callable[[VerifyProgress], None] | None
+    ) -> VerifyProgress:
+        """Verify; returns the final figures."""
+        request = checkpoint_pb2.VerifyCheckpointRequest(reference=reference, device=device)
+        last = VerifyProgress(0, 0, 0, 0)
+        with _errors():
+            call = self._checkpoints.Verify(request, metadata=self._metadata)
+            try:
+                for event in call:
+                    last = VerifyProgress(event.done_blobs, event.total_blobs, event.done_bytes, event.total_bytes)
+                    if on_progress is not None:
+                        on_progress(last)
+            finally:
+                call.cancel()
+        return last
+
+    def leases(self) -> list[LeaseInfo]:
+        """Every lease."""
+        response = self._call(self._leases.List, lease_pb2.ListLeasesRequest())
+        return [
+            LeaseInfo(
+                lease.lease, lease.pid, lease.uid, lease.user, lease.command, lease.checkpoint, lease.device,
+                lease.bytes, time_from(lease.since_time), lease.waiting,
+            )
+            for lease in response.leases
+        ]  # fmt: skip
+
+    def stats(self) -> Stats:
+        """The books."""
+        response = self._call(self._daemon.GetStats, daemon_pb2.GetStatsRequest())
+        devices = tuple(
+            DeviceStats(
+                uuid=d.uuid, kind=d.kind, name=d.name, budget_bytes=d.budget_bytes, used_bytes=d.used_bytes,
+                live_bytes=d.live_bytes, reusable_bytes=d.reusable_bytes, in_flight_bytes=d.in_flight_bytes,
+                free_bytes=d.free_bytes, segments=d.segments,
+            )
+            for d in response.devices
+        )  # fmt: skip
+        return Stats(
+            devices=devices,
+            logical_bytes=response.logical_bytes,
+            resident_bytes=response.resident_bytes,
+            saved_bytes=response.saved_bytes,
+            saved_ratio=response.saved_ratio,
+            checkpoints=response.checkpoints,
+            blobs=response.blobs,
+            leases=response.leases,
+            digest_collisions=response.digest_collisions,
+            evictions=response.evictions,
+        )
+
+    def version(self) -> VersionInfo:
+        """Who answers."""
+        response = self._call(self._daemon.GetVersion, daemon_pb2.GetVersionRequest())
+        return VersionInfo(response.version, response.pid, response.uptime_seconds)
+
+    def _call(self, method: Any, request: Any) -> Any:
+        with _errors():
+            return method(request, metadata=self._metadata, timeout=self._timeout)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn a failed call into the error that the daemon raised."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _error_from(error) from None
+
+
+def _error_from(error: grpc.RpcError) -> WeightdError:
+    call: Any = error  # a failed call is both, says grpc's documentation
+    for key, value in call.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            status = errors_pb2.Status.FromString(value)
+            info = errors_pb2.ErrorInfo.FromString(status.details[0].value)
+            return from_wire(info.reason, status.message, dict(info.metadata))
+    code, details = call.code(), call.details()
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return DaemonUnreachableError(f"the weightd daemon does not answer: {details}")
+    if code is grpc.StatusCode.CANCELLED:
+        return LeaseLostError("the call was cancelled; the daemon may be stopping")
+    return ServerError(f"{code.name}: {details}")

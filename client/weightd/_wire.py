@@ -1,0 +1,74 @@
+"""Between the values of types.py and the messages of the wire. No grpc: the handle socket uses these too."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from ._proto.v1 import checkpoint_pb2
+from .types import CheckpointInfo, FileIdentity, LoadResult, SourceFile
+
+if TYPE_CHECKING:
+    from google.protobuf.timestamp_pb2 import Timestamp
+
+_STATES = {
+    checkpoint_pb2.CHECKPOINT_STATE_LOADING: "loading",
+    checkpoint_pb2.CHECKPOINT_STATE_RESIDENT: "resident",
+}
+
+
+def time_from(stamp: Timestamp) -> datetime:
+    """A moment in UTC."""
+    return stamp.ToDatetime(UTC)
+
+
+def source_to(source: SourceFile) -> checkpoint_pb2.SourceFile:
+    """A source file as a message."""
+    seen = source.identity
+    identity = checkpoint_pb2.FileIdentity(
+        device=seen.device, inode=seen.inode, size_bytes=seen.size, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns
+    )
+    return checkpoint_pb2.SourceFile(component=source.component, file=source.file, identity=identity)
+
+
+def source_from(message: checkpoint_pb2.SourceFile) -> SourceFile:
+    """A source file from a message."""
+    seen = message.identity
+    identity = FileIdentity(seen.device, seen.inode, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
+    return SourceFile(message.component, message.file, identity)
+
+
+def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:
+    """What a load brought, from its message."""
+    return LoadResult(
+        name=message.name,
+        content_digest=message.content_digest,
+        tensors=message.tensors,
+        total_bytes=message.total_bytes,
+        unique_bytes=message.unique_bytes,
+        shared_bytes=message.shared_bytes,
+        read_bytes=message.read_bytes,
+        seconds=message.seconds,
+        device=message.device,
+    )
+
+
+def checkpoint_from(message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
+    """A checkpoint from its message."""
+    loaded = message.HasField("load_time")
+    return CheckpointInfo(
+        names=tuple(message.names),
+        content_digest=message.content_digest,
+        device=message.device,
+        tensors=message.tensors,
+        total_bytes=message.total_bytes,
+        exclusive_bytes=message.exclusive_bytes,
+        shared_bytes=message.shared_bytes,
+        leases=message.leases,
+        pinned=message.pinned,
+        loaded_at=time_from(message.load_time) if loaded else None,
+        last_used_at=time_from(message.last_use_time) if loaded else None,
+        state=_STATES.get(message.state, "unknown"),
+        owner_uid=message.owner_uid,
+        owner=message.owner,
+    )

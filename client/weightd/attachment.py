@@ -1,0 +1,223 @@
+"""An attachment: a checkpoint's tensors, mapped into this process."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self
+
+from ._mapping import host
+from ._proto.v1 import handles_pb2
+from .errors import InvalidReferenceError, NotFoundError, WeightdError
+from .types import TensorInfo, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from ._handles import HandleConnection, Received
+
+_DTYPES = {number: name.removeprefix("DTYPE_") for name, number in handles_pb2.DType.items()}
+
+
+class Attachment:
+    """A lease on a checkpoint and the mappings that it gave us. Use it as a context manager, or `close` it.
+
+    Tensors outlive it: each keeps its memory and the lease until it is gone itself. No two names share an address, so
+    an in-place write to one tensor changes no other.
+    """
+
+    def __init__(
+        self,
+        received: Received,
+        handles: HandleConnection,
+        components: frozenset[str] = frozenset(),
+        keys: Iterable[TensorKey] = (),
+    ) -> None:
+        reply, descriptors = received
+        try:
+            self._open(reply, descriptors, components, frozenset(keys))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        self._handles = handles
+        self._lease = reply.lease
+        self._closed = False
+
+    def _open(
+        self,
+        reply: handles_pb2.AttachReply,
+        descriptors: list[int],
+        components: frozenset[str],
+        keys: frozenset[TensorKey],
+    ) -> None:
+        lease = host.map_lease(descriptors[0], reply.manifest_bytes)
+        manifest = handles_pb2.Manifest.FromString(lease.buffer())
+        self.content_digest: str = manifest.content_digest
+        self.device: str = manifest.device
+        self._files = list(manifest.files)
+        self._component_names = list(manifest.components)
+        self._tensors = _tensors(manifest)
+        self._copies = _copies(self._tensors.values())
+        segment_bytes = list(manifest.segment_bytes)
+        # A segment is mapped once, and once more for each further name that has the same address in it.
+        most: dict[int, int] = dict.fromkeys(reply.segments, 1)
+        for key, copy in self._copies.items():
+            segment = self._tensors[key].segment
+            if segment in most:
+                most[segment] = max(most[segment], copy + 1)
+        self._buffers: dict[tuple[int, int], memoryview] = {
+            (segment, copy): host.map_segment(descriptor, segment_bytes[segment], lease)
+            for segment, descriptor in zip(reply.segments, descriptors[1:], strict=True)
+            for copy in range(most[segment])
+        }
+        if components or keys:
+            self._tensors = {
+                key: info for key, info in self._tensors.items() if key in keys or info.component in components
+            }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"{len(self._tensors)} tensors"
+        return f"<weightd.Attachment {self.content_digest[:19]} on {self.device}: {state}>"
+
+    def close(self) -> None:
+        """Give the attachment up. Memory and lease go when the last tensor made from it is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        self._buffers = {}
+        try:
+            self._handles.detach(self._lease)
+        except (OSError, WeightdError):
+            pass  # the daemon looks for itself when the connection ends
+
+    @property
+    def tensors(self) -> Mapping[TensorKey, TensorInfo]:
+        """Every attached tensor's place, by (component, name), in file order."""
+        return MappingProxyType(self._tensors)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the checkpoint's parts; ("",) for a plain checkpoint."""
+        return tuple(self._component_names)
+
+    def metadata(self, component: str = "", file: str | None = None) -> dict[str, str] | None:
+        """A file's own metadata, None where it has none; `file` may be left out where the component has one file.
+
+        Errors: NotFoundError, InvalidReferenceError (which file?).
+        """
+        there = [f for f in self._files if self._component_names[f.component] == component and file in (None, f.file)]
+        if not there:
+            raise NotFoundError(f"file {file!r} of component {component!r} is not in the checkpoint")
+        if len(there) > 1:
+            names = ", ".join(repr(f.file) for f in there[:5])
+            raise InvalidReferenceError(f"component {component!r} has {len(there)} files; say which: {names}")
+        return dict(there[0].metadata) if there[0].has_metadata else None
+
+    def buffer(self, name: str, component: str = "") -> memoryview:
+        """The bytes of one tensor, writable (copy-on-write). The view keeps them. Errors: NotFoundError."""
+        return self._buffer(self._find(name, component))
+
+    def tensor(self, name: str, component: str = "") -> torch.Tensor:
+        """One tensor, with a storage of its own. Errors: NotFoundError, FormatError (torch has no such dtype)."""
+        from .torch import make_tensor
+
+        info = self._find(name, component)
+        return make_tensor(self._buffer(info), info)
+
+    def state_dict(self, component: str | None = None) -> dict[str, torch.Tensor]:
+        """The tensors of one component by name, in file order; `component` may be left out where there is one only.
+
+        Errors: InvalidReferenceError (which component?), NotFoundError, FormatError.
+        """
+        from .torch import make_tensor
+
+        self._check_open()
+        attached = {info.component for info in self._tensors.values()} or {""}
+        if component is None:
+            if len(attached) > 1:
+                names = ", ".join(map(repr, sorted(attached)))
+                raise InvalidReferenceError(f"the checkpoint has several components; say which: {names}")
+            (component,) = attached
+        elif component not in attached:
+            raise NotFoundError(f"component {component!r} is not attached; there are {sorted(attached)}")
+        return {
+            info.name: make_tensor(self._buffer(info), info)
+            for info in self._tensors.values()
+            if info.component == component
+        }
+
+    def _find(self, name: str, component: str) -> TensorInfo:
+        try:
+            return self._tensors[TensorKey(component, name)]
+        except KeyError:
+            inside = f" of component {component!r}" if component else ""
+            raise NotFoundError(f"tensor {name!r}{inside} is not attached") from None
+
+    def _buffer(self, info: TensorInfo) -> memoryview:
+        self._check_open()
+        if not info.length:
+            return memoryview(b"")
+        copy = self._copies.get(TensorKey(info.component, info.name), 0)
+        try:
+            buffer = self._buffers[info.segment, copy]
+        except KeyError:
+            raise NotFoundError(f"tensor {info.name!r}: only the manifest is attached") from None
+        return buffer[info.offset : info.offset + info.length]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidReferenceError("this attachment is closed; attach again")
+
+
+def _tensors(manifest: handles_pb2.Manifest) -> dict[TensorKey, TensorInfo]:
+    """The manifest's columns as rows."""
+    components = [manifest.components[file.component] for file in manifest.files]
+    dimensions, digests = list(manifest.dimensions), manifest.digests
+    tensors: dict[TensorKey, TensorInfo] = {}
+    position = 0
+    columns = zip(
+        manifest.names,
+        manifest.file_indices,
+        manifest.dtypes,
+        manifest.ranks,
+        manifest.segments,
+        manifest.offsets,
+        manifest.lengths,
+        manifest.variants,
+        strict=True,
+    )
+    for row, (name, file, dtype, rank, segment, offset, length, variant) in enumerate(columns):
+        shape = tuple(dimensions[position : position + rank])
+        position += rank
+        digest = digests[16 * row : 16 * row + 16]
+        tensors[TensorKey(components[file], name)] = TensorInfo(
+            components[file], name, _DTYPES[dtype], shape, segment, offset, length, digest, variant, file
+        )
+    return tensors
+
+
+def _copies(tensors: Iterable[TensorInfo]) -> dict[TensorKey, int]:
+    """For names whose bytes lie where an earlier name's lie: which further mapping of the segment is theirs."""
+    names: dict[tuple[int, int], int] = {}
+    copies: dict[TensorKey, int] = {}
+    for info in tensors:
+        if info.length:
+            place = info.segment, info.offset
+            number = names.get(place, 0)
+            names[place] = number + 1
+            if number:
+                copies[TensorKey(info.component, info.name)] = number
+    return copies

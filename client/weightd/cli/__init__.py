@@ -1,0 +1,20 @@
+"""The `weightd` command. typer and rich are imported below this package only, and may be missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+_NEEDED = frozenset({"typer", "rich"})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with `arguments` (default: those of the process) and return its exit code."""
+    try:
+        from weightd.cli.app import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _NEEDED:
+            raise
+        sys.stderr.write("weightd's command needs typer and rich: pip install 'weightd[cli]'\n")
+        return 1
+    return run(sys.argv[1:] if arguments is None else arguments)

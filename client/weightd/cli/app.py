@@ -1,0 +1,118 @@
+"""The command as a whole: global options, the list of commands, and how each error becomes a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+import weightd
+from weightd.cli import changing, daemon, listing, loading
+from weightd.cli.context import INTERRUPTED, LoadInterruptedError, Settings, SocketOption, say
+from weightd.cli.output import OutputClosedError, emit, flush
+from weightd.errors import WeightdError
+
+OUTPUT_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
+
+_EPILOG = """\b
+Exit codes:
+  0    success
+  1    failure
+  2    wrong usage
+  3    not found
+  4    in use
+  5    does not fit
+  69   daemon unreachable
+  77   not permitted
+  78   bad configuration
+  130  interrupted
+"""
+
+app = typer.Typer(
+    name="weightd",
+    help="Hold checkpoints in memory once and share them between processes.",
+    epilog=_EPILOG,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    context: typer.Context,
+    socket: SocketOption = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Print a traceback before an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    settings: Settings = context.obj
+    settings.socket = socket
+    settings.debug = debug
+    if version:
+        emit(f"weightd {weightd.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
+
+
+# The daemon's own options are not known here: everything after the word goes to it, --help included.
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+app.command("serve", context_settings=_PASS_THROUGH)(daemon.serve)
+app.command("load")(loading.load)
+app.command("ls")(listing.ls)
+app.command("list", hidden=True)(listing.ls)
+app.command("ps")(listing.ps)
+app.command("inspect")(listing.inspect)
+app.command("pin")(changing.pin)
+app.command("unpin")(changing.unpin)
+app.command("rm")(changing.rm)
+app.command("stats")(listing.stats)
+app.command("verify")(loading.verify)
+app.command("ping")(daemon.ping)
+app.command("version")(daemon.version)
+app.command("config", context_settings=_PASS_THROUGH)(daemon.config)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code; nothing but SystemExit leaves here."""
+    settings = Settings()
+    try:
+        code = get_command(app).main(args=list(arguments), prog_name="weightd", standalone_mode=False, obj=settings)
+        flush()
+    except OutputClosedError:
+        # The reader went away (`weightd ls | head -1`): no message, and nothing left for the interpreter to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OUTPUT_CLOSED
+    except LoadInterruptedError as error:
+        say(str(error))
+        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except WeightdError as error:
+        settings.report(error)
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last place where an error can become one line
+        return _unexpected(settings, error)
+    if code == INTERRUPTED:  # newer typers turn Ctrl-C into this, older ones into Abort
+        say("interrupted")
+    return code if isinstance(code, int) else 0
+
+
+def _unexpected(settings: Settings, error: Exception) -> int:
+    """A usage error keeps its own text and exit code 2; anything else is a bug."""
+    # typer's usage errors come from click in its older versions and from a private module in its newer ones.
+    describe = getattr(error, "format_message", None)
+    if describe is None:
+        settings.trace(error)
+        hint = "" if settings.debug else " (run with --debug for the traceback)"
+        say(f"{type(error).__name__}: {error}{hint}")
+        return 1
+    context = getattr(error, "ctx", None)
+    say(f"{str(describe()).rstrip('.')}; see '{context.command_path if context else 'weightd'} --help'")
+    return int(getattr(error, "exit_code", 2))

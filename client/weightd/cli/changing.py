@@ -1,0 +1,66 @@
+"""The commands that change what is kept: `pin`, `unpin` and `rm`."""
+
+from __future__ import annotations
+
+import typer
+
+from weightd.cli.context import (
+    DeviceOption,
+    ReferenceArgument,
+    ReferencesArgument,
+    SilentOption,
+    SocketOption,
+    for_each,
+    open_client,
+)
+from weightd.cli.output import digest, emit, printable, size
+
+
+def pin(
+    context: typer.Context,
+    reference: ReferenceArgument,
+    device: DeviceOption = None,
+    quiet: SilentOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Keep a checkpoint: it is not evicted until it is unpinned."""
+    with open_client(context, socket) as client:
+        info = client.pin(reference, device)
+    if not quiet:
+        emit(f"pinned {printable(info.name) or digest(info.content_digest)}")
+
+
+def unpin(
+    context: typer.Context,
+    reference: ReferenceArgument,
+    device: DeviceOption = None,
+    quiet: SilentOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Let a checkpoint be evicted again when room is needed."""
+    with open_client(context, socket) as client:
+        info = client.unpin(reference, device)
+    if not quiet:
+        emit(f"unpinned {printable(info.name) or digest(info.content_digest)}")
+
+
+def rm(
+    context: typer.Context,
+    references: ReferencesArgument,
+    device: DeviceOption = None,
+    quiet: SilentOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Remove checkpoints.
+
+    Goes on after an error, and exits with the code of the first.
+    """
+    with open_client(context, socket) as client:
+
+        def remove(reference: str) -> None:
+            freed = client.remove(reference, device)
+            if not quiet:
+                emit(f"removed {printable(reference)}, freed {size(freed)}")
+
+        code = for_each(context, references, remove)
+    raise typer.Exit(code)

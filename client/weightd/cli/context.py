@@ -1,0 +1,109 @@
+"""What the commands have in common: settings of this run, options by the same names, a connection, one-line errors."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightd.cli.output import printable
+from weightd.errors import DaemonUnreachableError, WeightdError
+
+if TYPE_CHECKING:
+    from weightd.client import Client
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+class LoadInterruptedError(Exception):
+    """Ctrl-C while a load was waited for; the message says what became of it."""
+
+
+class Format(StrEnum):
+    """How a listing is written."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+SocketOption = Annotated[
+    str | None,
+    typer.Option(
+        "--socket", metavar="PATH", help="The daemon's socket [default: $WEIGHTD_SOCKET, else its usual place]."
+    ),
+]
+FormatOption = Annotated[Format, typer.Option("--format", metavar="table|json", help="JSON sizes are bytes.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what identifies each row.")]
+SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests and devices in full.")]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", "-d", metavar="DEVICE", help="host, cuda:N or a GPU's UUID.")
+]
+ReferenceArgument = Annotated[
+    str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")
+]
+ReferencesArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="REF", help="Names, content digests, files, directories or org/name[@revision]."),
+]
+
+
+def say(message: str) -> None:
+    """Write one line to stderr, whatever `message` contains."""
+    sys.stderr.write(f"weightd: {printable(message)}\n")
+
+
+@dataclass(slots=True)
+class Settings:
+    """Global options of this run; `report` and `trace` obey them."""
+
+    socket: str | None = None
+    debug: bool = False
+
+    def trace(self, error: BaseException) -> None:
+        """With --debug, write the traceback of `error` to stderr."""
+        if self.debug:
+            sys.stderr.write("".join(traceback.format_exception(error)))
+
+    def report(self, error: WeightdError) -> None:
+        """Write `error` as one line to stderr, after its traceback with --debug."""
+        self.trace(error)
+        say(str(error))
+
+
+def connect(socket: str | None) -> Client:
+    """Reach the daemon at `socket` or its usual place; raises DaemonUnreachableError."""
+    # Imported here, so that `weightd serve` and `--help` do not pay for the client.
+    from weightd import connect as connect_client
+
+    return connect_client(socket)
+
+
+def open_client(context: typer.Context, socket: str | None) -> Client:
+    """Reach the daemon; a `--socket` after the command's name wins over one before it."""
+    settings: Settings = context.obj
+    return connect(socket or settings.socket)
+
+
+def for_each(context: typer.Context, references: Iterable[str], action: Callable[[str], None]) -> int:
+    """Do `action` for every reference, report each error as it comes, and return the first one's exit code, or 0.
+
+    An unreachable daemon ends it at once: the remaining references would say the same.
+    """
+    settings: Settings = context.obj
+    code = 0
+    for reference in references:
+        try:
+            action(reference)
+        except WeightdError as error:
+            settings.report(error)
+            code = code or error.exit_code
+            if isinstance(error, DaemonUnreachableError):
+                break
+    return code

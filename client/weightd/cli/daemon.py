@@ -1,0 +1,66 @@
+"""The commands about the daemon itself: `serve` and `config` become it, `ping` and `version` ask it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import asdict
+from typing import NoReturn
+
+import typer
+
+import weightd
+from weightd.cli.context import Format, FormatOption, Settings, SocketOption, open_client, say
+from weightd.cli.output import emit, emit_json, flush, printable
+from weightd.errors import DaemonUnreachableError
+from weightd.types import VersionInfo
+
+
+def serve(context: typer.Context) -> None:
+    """Run the daemon; `weightd serve --help` lists its options."""
+    _become_daemon("serve", context)
+
+
+def config(context: typer.Context) -> None:
+    """Print the daemon's configuration and where each value comes from."""
+    _become_daemon("config", context)
+
+
+def _become_daemon(command: str, context: typer.Context) -> NoReturn:
+    # The client may not import the daemon; a new image also leaves none of typer, rich or grpc in its memory.
+    if importlib.util.find_spec("weightd_daemon") is None:
+        say(f"{command} needs the daemon, which is not installed: pip install 'weightd[daemon]'")
+        raise typer.Exit(1)
+    settings: Settings = context.obj
+    arguments = [] if settings.socket is None else ["--socket", settings.socket]
+    flush()
+    # -P: a weightd_daemon that lies in the current directory must not be what starts.
+    command_line = [sys.executable, "-P", "-m", "weightd_daemon", command, *arguments, *context.args]
+    os.execv(sys.executable, command_line)  # noqa: S606 - no shell is what is wanted
+
+
+def ping(context: typer.Context, socket: SocketOption = None) -> None:
+    """Ask the daemon for a sign of life and print the round trip."""
+    with open_client(context, socket) as client:
+        seconds = client.ping()
+    emit(f"{seconds * 1e3:.2f} ms")
+
+
+def version(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
+    """Print the versions of command and daemon."""
+    daemon: VersionInfo | None = None
+    reason = ""
+    try:
+        with open_client(context, socket) as client:
+            daemon = client.version()
+    except DaemonUnreachableError as error:
+        reason = str(error)
+    if output is Format.JSON:
+        emit_json({"client": weightd.__version__, "daemon": None if daemon is None else asdict(daemon)})
+        return
+    emit(f"client  {weightd.__version__}")
+    if daemon is None:
+        emit(f"daemon  unreachable: {printable(reason)}")
+    else:
+        emit(f"daemon  {printable(daemon.version)} (pid {daemon.pid}, up {daemon.uptime_seconds:.0f} s)")

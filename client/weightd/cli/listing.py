@@ -1,0 +1,271 @@
+"""The commands that show: `ls`, `ps`, `inspect` and `stats`. The keys of their JSON are a contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+
+from weightd.cli.context import (
+    DeviceOption,
+    Format,
+    FormatOption,
+    NoTruncOption,
+    QuietOption,
+    ReferenceArgument,
+    SocketOption,
+    open_client,
+)
+from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable, size
+from weightd.cli.output import device as short_device
+from weightd.types import CheckpointDetails, CheckpointInfo, TensorInfo
+
+_LS_KEYS = (
+    "name",
+    "content_digest",
+    "device",
+    "tensors",
+    "total_bytes",
+    "exclusive_bytes",
+    "shared_bytes",
+    "leases",
+    "pinned",
+    "loaded_at",
+    "last_used_at",
+    "state",
+)
+_PS_KEYS = ("lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since")
+
+
+def _pick(value: object, keys: Sequence[str]) -> dict[str, Any]:
+    return {key: getattr(value, key) for key in keys}
+
+
+def ls(
+    context: typer.Context,
+    output: FormatOption = Format.TABLE,
+    quiet: QuietOption = False,
+    no_trunc: NoTruncOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """List checkpoints."""
+    with open_client(context, socket) as client:
+        found = client.checkpoints()
+    if output is Format.JSON:
+        emit_json([_pick(info, _LS_KEYS) for info in found])
+    elif quiet:
+        for info in found:
+            emit(printable(info.name or info.content_digest))
+    else:
+        columns = ("NAME", "DIGEST", "DEVICE", "STATE", "OWNER", ">SIZE", ">SHARED", ">LEASES", "PINNED", "LAST USED")
+        rows = [
+            (
+                ", ".join(info.names) or "-",
+                digest(info.content_digest, full=no_trunc) or "-",
+                short_device(info.device, full=no_trunc),
+                info.state,
+                info.owner,
+                size(info.total_bytes),
+                size(info.shared_bytes),
+                str(info.leases),
+                "yes" if info.pinned else "no",
+                ago(info.last_used_at),
+            )
+            for info in found
+        ]
+        emit_table(columns, rows)
+
+
+def ps(
+    context: typer.Context,
+    output: FormatOption = Format.TABLE,
+    quiet: QuietOption = False,
+    no_trunc: NoTruncOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """List leases: which process holds which checkpoint."""
+    with open_client(context, socket) as client:
+        found = client.leases()
+    if output is Format.JSON:
+        emit_json([_pick(lease, _PS_KEYS) for lease in found])
+    elif quiet:
+        for lease in found:
+            emit(str(lease.lease))
+    else:
+        rows = [
+            (
+                str(lease.lease),
+                str(lease.pid),
+                lease.user,
+                digest(lease.checkpoint, full=no_trunc),
+                short_device(lease.device, full=no_trunc),
+                size(lease.bytes),
+                f"{ago(lease.since)}{' (waiting)' if lease.waiting else ''}",
+                lease.command,
+            )
+            for lease in found
+        ]
+        emit_table((">LEASE", ">PID", "USER", "CHECKPOINT", "DEVICE", ">SIZE", "SINCE", "COMMAND"), rows)
+
+
+def stats(
+    context: typer.Context,
+    output: FormatOption = Format.TABLE,
+    quiet: QuietOption = False,
+    no_trunc: NoTruncOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Show what memory is used for, and what sharing saves."""
+    with open_client(context, socket) as client:
+        found = client.stats()
+    if output is Format.JSON:
+        emit_json(asdict(found))
+        return
+    if quiet:
+        for device in found.devices:
+            emit(printable(device.uuid))
+        return
+    rows = [
+        (
+            short_device(device.uuid, full=no_trunc),
+            device.kind,
+            device.name,
+            *map(size, (device.budget_bytes, device.used_bytes, device.live_bytes)),
+            *map(size, (device.reusable_bytes, device.in_flight_bytes, device.free_bytes)),
+            str(device.segments),
+        )
+        for device in found.devices
+    ]
+    columns = ("DEVICE", "KIND", "NAME", ">BUDGET", ">USED", ">LIVE", ">REUSABLE", ">IN FLIGHT", ">FREE", ">SEGMENTS")
+    emit_table(columns, rows)
+    emit(
+        f"\n{plural(found.checkpoints, 'checkpoint')}, logical {size(found.logical_bytes)}, "
+        f"resident {size(found.resident_bytes)}, saved {size(found.saved_bytes)} ({found.saved_ratio * 100:.1f} %)"
+    )
+    emit(
+        f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
+        f"{plural(found.digest_collisions, 'digest collision')}"
+    )
+
+
+def inspect(
+    context: typer.Context,
+    reference: ReferenceArgument,
+    device: DeviceOption = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    output: FormatOption = Format.TABLE,
+    quiet: QuietOption = False,
+    no_trunc: NoTruncOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Show one checkpoint, its parts and its files."""
+    listed: list[TensorInfo] = []
+    with open_client(context, socket) as client:
+        details = client.inspect(reference, device)
+        if tensors:
+            with client.attach(reference, device=device, manifest_only=True) as attachment:
+                listed = list(attachment.tensors.values())
+    if output is Format.JSON:
+        emit_json(_details_json(details) | ({"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}))
+    elif quiet:
+        emit(printable(details.checkpoint.content_digest))
+    else:
+        _print_checkpoint(details.checkpoint, details.segments, full=no_trunc)
+        _print_parts(details)
+        if tensors:
+            _print_tensors(listed, full=no_trunc)
+
+
+def _details_json(details: CheckpointDetails) -> dict[str, Any]:
+    sources = [
+        {
+            "component": source.component,
+            "file": source.file,
+            "bytes": source.identity.size,
+            "modified_at": _modified(source.identity.mtime_ns),
+        }
+        for source in details.sources
+    ]
+    info = details.checkpoint
+    return {
+        "checkpoint": _pick(info, (*_LS_KEYS, "names", "owner", "owner_uid")),
+        "components": [asdict(component) for component in details.components],
+        "segments": details.segments,
+        "sources": sources,
+    }
+
+
+def _modified(mtime_ns: int) -> datetime:
+    return datetime.fromtimestamp(mtime_ns / 1e9, UTC)
+
+
+def _print_checkpoint(info: CheckpointInfo, segments: int, *, full: bool) -> None:
+    lines = {
+        "name": ", ".join(info.names) or "-",
+        "digest": digest(info.content_digest, full=full) or "-",
+        "device": short_device(info.device, full=full),
+        "state": info.state,
+        "owner": f"{info.owner} (uid {info.owner_uid})",
+        "tensors": f"{info.tensors} in {plural(segments, 'segment')}",
+        "size": f"{size(info.total_bytes)}, shared {size(info.shared_bytes)}, alone {size(info.exclusive_bytes)}",
+        "leases": str(info.leases),
+        "pinned": "yes" if info.pinned else "no",
+        "loaded": ago(info.loaded_at),
+        "last used": ago(info.last_used_at),
+    }
+    for label, value in lines.items():
+        emit(f"{label:<10} {printable(value)}")
+
+
+def _print_parts(details: CheckpointDetails) -> None:
+    if any(component.name for component in details.components):
+        emit("")
+        emit_table(
+            ("COMPONENT", ">TENSORS", ">SIZE", ">SHARED"),
+            [
+                (
+                    component.name or "-",
+                    str(component.tensors),
+                    size(component.total_bytes),
+                    size(component.shared_bytes),
+                )
+                for component in details.components
+            ],
+        )
+    if details.sources:
+        emit("")
+        emit_table(
+            ("FILE", "COMPONENT", ">SIZE", "MODIFIED"),
+            [
+                (
+                    source.file,
+                    source.component or "-",
+                    size(source.identity.size),
+                    ago(_modified(source.identity.mtime_ns)),
+                )
+                for source in details.sources
+            ],
+        )
+
+
+def _print_tensors(tensors: Sequence[TensorInfo], *, full: bool) -> None:
+    emit("")
+    emit_table(
+        ("TENSOR", "COMPONENT", "DTYPE", "SHAPE", ">BYTES", ">SEGMENT", ">OFFSET", "DIGEST"),
+        [
+            (
+                tensor.name,
+                tensor.component or "-",
+                tensor.dtype,
+                "x".join(map(str, tensor.shape)) or "scalar",
+                str(tensor.length),
+                str(tensor.segment),
+                str(tensor.offset),
+                tensor.digest.hex()[: None if full else 12],
+            )
+            for tensor in tensors
+        ],
+    )

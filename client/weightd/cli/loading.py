@@ -1,0 +1,116 @@
+"""The commands that take long: `load` and `verify`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from weightd.cli.context import (
+    DeviceOption,
+    Format,
+    FormatOption,
+    LoadInterruptedError,
+    ReferencesArgument,
+    SilentOption,
+    SocketOption,
+    for_each,
+    open_client,
+)
+from weightd.cli.output import device as short_device
+from weightd.cli.output import digest, emit, emit_json, plural, printable, size
+from weightd.cli.progress import byte_bar
+from weightd.types import LoadProgress, LoadResult, VerifyProgress
+
+
+def load(
+    context: typer.Context,
+    references: ReferencesArgument,
+    name: Annotated[str | None, typer.Option("--name", "-n", metavar="NAME", help="Name it; one REF only.")] = None,
+    device: DeviceOption = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it until it is unpinned.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is resident.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, even of files known already.")] = False,
+    output: FormatOption = Format.TABLE,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the content digest.")] = False,
+    socket: SocketOption = None,
+) -> None:
+    """Load checkpoints into the daemon's memory.
+
+    REF is a file, a directory (sharded or a pipeline) or org/name[@revision] in the local Hugging Face cache.
+    """
+    if name is not None and len(references) > 1:
+        raise typer.BadParameter(f"it names one checkpoint, and {len(references)} are given", param_hint="--name")
+    found: list[dict[str, Any]] = []
+
+    with open_client(context, socket) as client:
+
+        def load_one(reference: str) -> None:
+            try:
+                with byte_bar(quiet=quiet) as advance:
+
+                    def show(progress: LoadProgress) -> None:
+                        if advance is not None:
+                            advance(f"{progress.phase} {name or reference}", progress.done_bytes, progress.total_bytes)
+
+                    result = client.load_report(
+                        reference,
+                        name=name,
+                        device=device,
+                        pin=pin,
+                        detached=not wait,
+                        verify=verify,
+                        on_progress=None if advance is None else show,
+                    )
+            except KeyboardInterrupt:
+                # The client that closes on the way out is what cancels: the last waiter to leave ends a load.
+                raise LoadInterruptedError(
+                    f"interrupted: the load of {reference} is cancelled unless others wait for it"
+                ) from None
+            found.append({"name": name or reference, "state": "loading"} if result is None else asdict(result))
+            if output is Format.TABLE:
+                _print(reference, result, quiet=quiet)
+
+        code = for_each(context, references, load_one)
+    if output is Format.JSON and found:
+        emit_json(found if len(references) > 1 else found[0])
+    raise typer.Exit(code)
+
+
+def _print(reference: str, result: LoadResult | None, *, quiet: bool) -> None:
+    if result is None:
+        if not quiet:
+            emit(f"loading {printable(reference)}")
+    elif quiet:
+        emit(result.content_digest)
+    else:
+        emit(
+            f"loaded {printable(result.name) or digest(result.content_digest)} on {short_device(result.device)}: "
+            f"{plural(result.tensors, 'tensor')}, {size(result.total_bytes)}, shared {size(result.shared_bytes)}, "
+            f"read {size(result.read_bytes)} in {result.seconds:.1f} s"
+        )
+
+
+def verify(
+    context: typer.Context,
+    reference: Annotated[
+        str | None, typer.Argument(metavar="[REF]", help="Name or content digest [default: everything].")
+    ] = None,
+    device: DeviceOption = None,
+    quiet: SilentOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Check resident bytes against their digests.
+
+    Reads them all; exits with 1 if any differ.
+    """
+    with open_client(context, socket) as client, byte_bar(quiet=quiet) as advance:
+
+        def show(progress: VerifyProgress) -> None:
+            if advance is not None:
+                advance("verifying", progress.done_bytes, progress.total_bytes)
+
+        result = client.verify(reference, device, on_progress=None if advance is None else show)
+    if not quiet:
+        emit(f"verified {plural(result.done_blobs, 'blob')}, {size(result.done_bytes)}: clean")

@@ -1,0 +1,313 @@
+"""The client: one daemon, its checkpoints, and the memory it hands out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Literal, Self
+
+from ._address import find_socket
+from ._handles import HandleConnection, feed
+from ._proto.v1 import checkpoint_pb2, handles_pb2
+from ._wire import source_to
+from .attachment import Attachment
+from .errors import (
+    DaemonUnreachableError,
+    DeviceMismatchError,
+    ForkedError,
+    InvalidReferenceError,
+    NotFoundError,
+)
+from .resolve import is_path, open_sources, reference_name, resolve
+from .types import (
+    CheckpointDetails,
+    CheckpointInfo,
+    LeaseInfo,
+    LoadProgress,
+    LoadResult,
+    Stats,
+    TensorKey,
+    VerifyProgress,
+    VersionInfo,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
+
+    from ._files import OpenedSources
+    from ._rpc import ControlPlane
+
+Reference = str | os.PathLike[str]
+_FEED_SECONDS = 60.0
+_RETRY_SECONDS = 0.2
+_NAMES_BYTES = 48 << 10
+"""More tensor names than fit into one frame are not sent: the attachment then maps every segment."""
+
+
+def connect(
+    socket: Reference | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
+) -> Client:
+    """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
+
+    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up.
+    Errors: DaemonUnreachableError.
+    """
+    while True:
+        path = find_socket(socket)
+        try:
+            return Client(path, timeout=timeout)
+        except DaemonUnreachableError:
+            if fallback != "wait":
+                raise
+            time.sleep(_RETRY_SECONDS)
+
+
+class Client:
+    """A connection to one daemon. Safe for use from several threads; not usable in a forked child.
+
+    When the daemon has been restarted, the next call connects anew. Attachments do not depend on the connection.
+    """
+
+    def __init__(self, path: Path, *, timeout: float = 5.0) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._closed = False
+        self._control: ControlPlane | None = None
+        self._handles = HandleConnection(path, timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<weightd.Client of {self._path}>"
+
+    def close(self) -> None:
+        """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""
+        with self._lock:
+            self._closed = True
+            if self._pid != os.getpid():
+                return
+            if self._control is not None:
+                self._control.close()
+                self._control = None
+            self._handles.close()
+
+    # -- loading and attaching -------------------------------------------------------------------------------------
+
+    def load(
+        self,
+        reference: Reference,
+        *,
+        name: str | None = None,
+        device: str | None = None,
+        pin: bool = False,
+        verify: bool = False,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> CheckpointInfo:
+        """Make a checkpoint resident; nothing is read when it is already. It stays until it is attached or we leave.
+
+        `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
+        call it (default: the reference). Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError,
+        PermissionDeniedError, DaemonUnreachableError.
+        """
+        result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
+        assert result is not None  # only a detached load has no result
+        return self._rpc().get(result.content_digest, result.device).checkpoint
+
+    def load_report(
+        self,
+        reference: Reference,
+        *,
+        name: str | None = None,
+        device: str | None = None,
+        pin: bool = False,
+        detached: bool = False,
+        verify: bool = False,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> LoadResult | None:
+        """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
+        resolved = resolve(reference)
+        with open_sources(resolved) as opened:
+            return self._load(
+                opened,
+                name=name if name is not None else resolved.name,
+                name_is_default=name is None,
+                device=device,
+                pin=pin,
+                detached=detached,
+                verify=verify,
+                on_progress=on_progress,
+            )
+
+    def attach(
+        self,
+        reference: Reference,
+        *,
+        device: str | None = None,
+        components: Iterable[str] = (),
+        tensors: Iterable[TensorKey | tuple[str, str] | str] = (),
+        manifest_only: bool = False,
+    ) -> Attachment:
+        """Map a checkpoint into this process: all of it, some components, or some tensors.
+
+        A path goes by the content of the files that stand there now, which are loaded when they are not resident; any
+        other reference is the name or digest of a resident checkpoint. A tensor is its name, or (component, name).
+        Errors: NotFoundError, InvalidReferenceError, those of `load` for a path, DaemonUnreachableError.
+        """
+        keys = [TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors]
+        request = handles_pb2.AttachRequest(
+            device=_device(device), components=list(components), manifest_only=manifest_only
+        )
+        if sum(len(key.component) + len(key.name) + 8 for key in keys) <= _NAMES_BYTES:
+            request.tensors.extend(handles_pb2.TensorKey(component=k.component, name=k.name) for k in keys)
+        if is_path(reference):
+            return self._attach_files(reference, request, keys)
+        request.reference = str(reference)
+        return self._attach(request, keys)
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Every checkpoint that is resident or being loaded."""
+        return self._rpc().checkpoints()
+
+    def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
+        """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError."""
+        return self._rpc().get(reference_name(reference), _device(device))
+
+    def leases(self) -> list[LeaseInfo]:
+        """Which process holds which checkpoint."""
+        return self._rpc().leases()
+
+    def stats(self) -> Stats:
+        """The daemon's books."""
+        return self._rpc().stats()
+
+    def version(self) -> VersionInfo:
+        """Who answers."""
+        return self._rpc().version()
+
+    def ping(self) -> float:
+        """Seconds that one call takes; the first one includes setting up the channel."""
+        rpc = self._rpc()
+        start = time.perf_counter()
+        rpc.version()
+        return time.perf_counter() - start
+
+    # -- changing ----------------------------------------------------------------------------------------------------
+
+    def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
+        """Keep a checkpoint from eviction. Errors: NotFoundError, PermissionDeniedError."""
+        return self._rpc().pin(reference_name(reference), _device(device))
+
+    def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
+        """Let a checkpoint be evicted again. Errors: NotFoundError, PermissionDeniedError."""
+        return self._rpc().unpin(reference_name(reference), _device(device))
+
+    def remove(self, reference: Reference, device: str | None = None) -> int:
+        """Drop a name, and with the last one the checkpoint. Returns the bytes given up.
+
+        Errors: NotFoundError, PermissionDeniedError, InUseError.
+        """
+        return self._rpc().remove(reference_name(reference), _device(device))
+
+    def verify(
+        self,
+        reference: Reference | None = None,
+        device: str | None = None,
+        on_progress: Callable[[VerifyProgress], None] | None = None,
+    ) -> VerifyProgress:
+        """Hash resident blobs again, of one checkpoint or of all. Errors: DigestMismatchError, NotFoundError."""
+        name = reference_name(reference) if reference is not None else ""
+        return self._rpc().verify(name, _device(device), on_progress)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _load(
+        self,
+        opened: OpenedSources,
+        *,
+        name: str,
+        name_is_default: bool,
+        device: str | None,
+        pin: bool = False,
+        detached: bool = False,
+        verify: bool = False,
+        on_progress: Callable[[LoadProgress], None] | None = None,
+    ) -> LoadResult | None:
+        rpc = self._rpc()
+        offer, intake = self._handles.offer()
+        with intake:
+            request = checkpoint_pb2.LoadRequest(
+                offer_id=offer,
+                sources=[source_to(source) for source in opened.sources],
+                name=name,
+                name_is_default=name_is_default,
+                device=_device(device),
+                pin=pin,
+                detached=detached,
+                verify=verify,
+            )
+            return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
+
+    def _attach_files(
+        self, reference: Reference, request: handles_pb2.AttachRequest, keys: list[TensorKey]
+    ) -> Attachment:
+        resolved = resolve(reference)
+        with open_sources(resolved) as opened:
+            request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
+            try:
+                return self._attach(request, keys)
+            except NotFoundError as error:
+                if error.metadata.get("missing") != "sources":
+                    raise
+            result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
+        assert result is not None  # not detached
+        request.reference = result.content_digest
+        return self._attach(request, keys)
+
+    def _attach(self, request: handles_pb2.AttachRequest, keys: list[TensorKey]) -> Attachment:
+        self._check()
+        handles = self._handles
+        return Attachment(handles.attach(request), handles, frozenset(request.components), keys)
+
+    def _check(self) -> None:
+        """Refuse in a forked child, and connect anew where the daemon has gone."""
+        if self._pid != os.getpid():
+            raise ForkedError(
+                "this weightd client belongs to the parent process; connect again in the child, or start it with spawn"
+            )
+        with self._lock:
+            if self._closed:
+                raise InvalidReferenceError("this weightd client is closed")
+            if not self._handles.alive():
+                self._handles.close()
+                if self._control is not None:
+                    self._control.close()
+                    self._control = None
+                self._handles = HandleConnection(self._path, self._timeout)
+
+    def _rpc(self) -> ControlPlane:
+        self._check()
+        with self._lock:
+            if self._control is None:
+                from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
+
+                self._control = ControlPlane(self._path, self._handles.token, self._timeout)
+            return self._control
+
+
+def _device(device: str | None) -> str:
+    """The daemon's name for a device. Errors: DeviceMismatchError."""
+    if device in (None, ""):
+        return ""
+    if device in ("cpu", "host"):
+        return "host"
+    raise DeviceMismatchError(f"device {device!r}: this version of weightd serves host memory; use device='cpu'")

@@ -1,0 +1,181 @@
+"""Every error that weightd raises, and the one table that maps them to the wire and to exit codes.
+
+    WeightdError
+     ├─ InvalidReferenceError (ValueError)      a reference, name, device or argument that cannot be
+     ├─ NotFoundError (LookupError)             no such checkpoint, tensor or file
+     ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
+     ├─ DigestMismatchError                     resident bytes do not match their digest
+     ├─ CapacityError (MemoryError)             does not fit, after eviction
+     ├─ InUseError                              somebody holds it
+     ├─ LeaseLostError                          the daemon no longer knows the lease or the load
+     ├─ DeviceMismatchError                     the device is not visible to this process
+     ├─ PermissionDeniedError (PermissionError) not yours
+     ├─ DaemonUnreachableError (ConnectionError)
+     ├─ ForkedError (RuntimeError)              a client used in a forked child
+     └─ ServerError                             a bug in the daemon; its log has the id
+
+The daemon raises the same classes; only its edges turn them into gRPC codes. Nothing here imports grpc.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class WeightdError(Exception):
+    """Base of all errors; `reason` names it on the wire, `grpc_code` and `exit_code` are its translations."""
+
+    reason: ClassVar[str] = "INTERNAL"
+    grpc_code: ClassVar[str] = "INTERNAL"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, metadata: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidReferenceError(WeightdError, ValueError):
+    """The reference, name, device or argument cannot be what the caller meant."""
+
+    reason = "INVALID_REFERENCE"
+    grpc_code = "INVALID_ARGUMENT"
+    exit_code = 2
+
+
+class NotFoundError(WeightdError, LookupError):
+    """No such checkpoint, component, tensor or file."""
+
+    reason = "NOT_FOUND"
+    grpc_code = "NOT_FOUND"
+    exit_code = 3
+
+
+class FormatError(WeightdError, ValueError):
+    """A checkpoint file is corrupt, changed while it was read, or is of a kind that is not supported."""
+
+    reason = "FORMAT"
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class DigestMismatchError(WeightdError):
+    """Resident bytes no longer match their digest."""
+
+    reason = "DIGEST_MISMATCH"
+    grpc_code = "DATA_LOSS"
+
+
+class CapacityError(WeightdError, MemoryError):
+    """The bytes do not fit on the device, after everything that may be evicted was counted."""
+
+    reason = "CAPACITY"
+    grpc_code = "RESOURCE_EXHAUSTED"
+    exit_code = 5
+
+    def _bytes(self, key: str) -> int:
+        return int(self.metadata.get(key, "0"))
+
+    @property
+    def requested_bytes(self) -> int:
+        """Bytes that were asked for."""
+        return self._bytes("requested_bytes")
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that the budget still allowed, reusable holes included."""
+        return self._bytes("free_bytes")
+
+    @property
+    def evictable_bytes(self) -> int:
+        """Bytes that eviction could have returned."""
+        return self._bytes("evictable_bytes")
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes that only pins keep."""
+        return self._bytes("pinned_bytes")
+
+    @property
+    def leased_bytes(self) -> int:
+        """Bytes that leases keep."""
+        return self._bytes("leased_bytes")
+
+
+class InUseError(WeightdError):
+    """Somebody holds the thing; the message names the holders."""
+
+    reason = "IN_USE"
+    grpc_code = "FAILED_PRECONDITION"
+    exit_code = 4
+
+
+class LeaseLostError(WeightdError):
+    """The daemon no longer knows the lease, offer or load: it restarted, or the load was cancelled."""
+
+    reason = "LEASE_LOST"
+    grpc_code = "ABORTED"
+
+
+class DeviceMismatchError(WeightdError):
+    """The checkpoint is on a device that this process cannot see."""
+
+    reason = "DEVICE_MISMATCH"
+    grpc_code = "FAILED_PRECONDITION"
+
+
+class PermissionDeniedError(WeightdError, PermissionError):
+    """The thing belongs to another user."""
+
+    reason = "PERMISSION_DENIED"
+    grpc_code = "PERMISSION_DENIED"
+    exit_code = 77
+
+
+class DaemonUnreachableError(WeightdError, ConnectionError):
+    """No daemon answers at the address."""
+
+    reason = "UNREACHABLE"
+    grpc_code = "UNAVAILABLE"
+    exit_code = 69
+
+
+class ForkedError(WeightdError, RuntimeError):
+    """A client was used in a forked child. Its attachments stay readable there; start workers with `spawn` to attach."""
+
+    reason = "FORKED"
+
+
+class ServerError(WeightdError):
+    """A bug in the daemon. The message carries an id that stands in its log."""
+
+    reason = "INTERNAL"
+
+
+_BY_REASON: dict[str, type[WeightdError]] = {
+    kind.reason: kind
+    for kind in (
+        InvalidReferenceError,
+        NotFoundError,
+        FormatError,
+        DigestMismatchError,
+        CapacityError,
+        InUseError,
+        LeaseLostError,
+        DeviceMismatchError,
+        PermissionDeniedError,
+        DaemonUnreachableError,
+        ForkedError,
+        ServerError,
+    )
+}
+
+
+def from_wire(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> WeightdError:
+    """Build the error that `reason` names; an unknown reason becomes a ServerError."""
+    return _BY_REASON.get(reason, ServerError)(message, metadata)

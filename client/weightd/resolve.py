@@ -1,0 +1,283 @@
+"""References: what `weightd load REF` may name, turned into files. No daemon, no torch, no network.
+
+A reference is the path of a safetensors file, the path of a directory, or `org/name[@revision]` in the local Hugging
+Face cache. What exists as a path wins over the cache.
+
+In a directory every folder with weights is a component (the directory itself: ""), as in a Diffusers pipeline. A
+folder's weights are the shards of its index where it has one, else all its safetensors files but variants
+(`model.fp16.safetensors` beside `model.safetensors`). Where `model_index.json` makes the directory a pipeline and its
+components have weights, files beside it are left out: they are the same weights once more, in other layouts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ._files import OpenedSources, SourcePath, open_regular, show, translated
+from ._huggingface import find_snapshot
+from .errors import FormatError, InvalidReferenceError, NotFoundError
+
+MAX_DEPTH: Final = 4
+"""Folders below the directory that are looked into."""
+MAX_JSON_BYTES: Final = 64 * 1024 * 1024
+"""Largest index that is read, in bytes."""
+
+_SUFFIX: Final = ".safetensors"
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_PIPELINE: Final = "model_index.json"
+_INDEX: Final = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
+_PREFERRED: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+_SHARD: Final = re.compile(r"-\d{5}-of-\d{5}$")
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A reference's name in the daemon and its files, sorted by component and file; never empty."""
+
+    name: str
+    sources: tuple[SourcePath, ...]
+
+
+def is_path(reference: str | os.PathLike[str]) -> bool:
+    """Whether a reference is taken as a path: a Path object, what looks like a path, and whatever exists."""
+    if isinstance(reference, os.PathLike):
+        return True
+    if reference in (".", "..") or reference.startswith(("/", "./", "../", "~")):
+        return True
+    return bool(reference) and "\0" not in reference and os.path.lexists(reference)
+
+
+def reference_name(reference: str | os.PathLike[str]) -> str:
+    """The name that a reference stands for: a path made absolute, its symlinks kept; anything else unchanged.
+
+    Symlinks are kept so that `/models/current` stays one name, whatever it points to.
+    """
+    text = os.fspath(reference)
+    if not text or "\0" in text:
+        raise InvalidReferenceError(f"reference {text!r} is empty or holds a NUL; give a path or org/name[@revision]")
+    return os.path.abspath(os.path.expanduser(text)) if is_path(reference) else text
+
+
+def resolve(reference: str | os.PathLike[str]) -> Resolved:
+    """Find the files of a reference, which are not opened yet.
+
+    Raises InvalidReferenceError for what cannot be loaded (pickles, GGUF, neither a path nor a repository id),
+    NotFoundError for what is not there, FormatError for a damaged index, PermissionDeniedError for a folder that may
+    not be read.
+    """
+    name = reference_name(reference)
+    sources = _from_path(Path(name)) if is_path(reference) else _from_cache(name)
+    for source in sources:
+        _require_utf8(f"{source.component}/{source.file}")
+    return Resolved(_require_utf8(name), sources)
+
+
+def open_sources(resolved: Resolved) -> OpenedSources:
+    """Open the files of a resolved reference; use the result in a `with` statement."""
+    return OpenedSources(resolved.sources)
+
+
+def _read_json(path: Path) -> object:
+    """Read a JSON file that nobody vouches for."""
+    descriptor, status = open_regular(path)
+    with open(descriptor, "rb") as file:
+        if status.st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{show(path)}: {status.st_size} bytes, over the limit of {MAX_JSON_BYTES}; not an index")
+        raw = file.read(MAX_JSON_BYTES + 1)  # the file may have grown since
+    try:
+        document: object = json.loads(raw[:MAX_JSON_BYTES].decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{show(path)}: not valid JSON; download it again") from error
+    return document
+
+
+def _require_utf8(name: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidReferenceError(f"{name!r}: not valid UTF-8; rename it") from error
+    return name
+
+
+# Paths
+
+
+def _from_path(path: Path) -> tuple[SourcePath, ...]:
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise translated(path, error) from error
+    if stat.S_ISDIR(mode):
+        return _from_directory(path, f"{show(path)}: no safetensors files in this directory")
+    if not stat.S_ISREG(mode):
+        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+    _refuse_suffix(path)
+    if _INDEX.fullmatch(path.name):
+        raise InvalidReferenceError(f"{show(path)}: an index, not a checkpoint; give its directory")
+    return (SourcePath("", path.name, path),)
+
+
+def _refuse_suffix(path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix in _PICKLES:
+        raise InvalidReferenceError(
+            f"{show(path)}: a pickle, which can run code and is not loaded; convert it with "
+            f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {path.stem + _SUFFIX!r})"
+        )
+    if suffix == ".gguf":
+        raise InvalidReferenceError(
+            f"{show(path)}: GGUF is not supported by this version; give the checkpoint's safetensors files"
+        )
+
+
+class _Folder(NamedTuple):
+    """What lies in one folder; both sorted, hidden entries left out."""
+
+    component: str
+    path: Path
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+def _walk(root: Path) -> list[_Folder]:
+    """The directory and its subfolders, in order; symlinked folders are followed unless they lead back up."""
+    found: list[_Folder] = []
+
+    def visit(path: Path, component: str, depth: int, above: frozenset[tuple[int, int]]) -> None:
+        files: list[str] = []
+        folders: list[str] = []
+        try:
+            status = path.stat()
+            here = (status.st_dev, status.st_ino)
+            if here in above:
+                return
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if not entry.name.startswith("."):
+                        # Not entry.is_dir(): that raises for a symlink to itself.
+                        (folders if os.path.isdir(entry) else files).append(entry.name)
+        except OSError as error:
+            raise translated(path, error) from error
+        found.append(_Folder(component, path, tuple(sorted(files)), tuple(sorted(folders))))
+        if depth < MAX_DEPTH:
+            for name in sorted(folders):
+                visit(path / name, f"{component}/{name}" if component else name, depth + 1, above | {here})
+
+    visit(root, "", 0, frozenset())
+    return found
+
+
+def _from_directory(root: Path, nothing: str) -> tuple[SourcePath, ...]:
+    """The weights of a directory; `nothing` is the message where there are none."""
+    folders = _walk(root)
+    pipeline = _PIPELINE in folders[0].files and _check_pipeline(folders[0])
+    sources = [
+        SourcePath(folder.component, name, folder.path / name) for folder in folders for name in _weights(folder)
+    ]
+    if pipeline and any(source.component for source in sources):
+        sources = [source for source in sources if source.component]
+    if not sources:
+        for folder in folders:
+            for name in folder.files:
+                _refuse_suffix(folder.path / name)
+        raise NotFoundError(nothing)
+    return tuple(sorted(sources))
+
+
+def _check_pipeline(root: _Folder) -> bool:
+    """Whether model_index.json lists components; each that it lists must have its folder."""
+    path = root.path / _PIPELINE
+    document = _read_json(path)
+    if not isinstance(document, dict):
+        raise FormatError(f"{show(path)}: not a JSON object; download it again")
+    components = [
+        key
+        for key, value in document.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    ]
+    missing = sorted(set(components) - set(root.folders))
+    if missing:
+        raise NotFoundError(
+            f"{show(path)}: lists component {missing[0]!r}, but there is no such folder beside it; "
+            f"download the whole pipeline"
+        )
+    return bool(components)
+
+
+def _weights(folder: _Folder) -> list[str]:
+    """The weight files of one folder."""
+    names = [name for name in folder.files if name.endswith(_SUFFIX) and name != _SUFFIX]
+    index = _choose_index(folder, names)
+    if index is not None:
+        return _shards(folder, index)
+    stems = {name.removesuffix(_SUFFIX) for name in names}
+    stems |= {_SHARD.sub("", stem) for stem in stems}
+
+    def is_variant(name: str) -> bool:
+        parts = _SHARD.sub("", name.removesuffix(_SUFFIX)).split(".")
+        return any(".".join(parts[:count]) in stems for count in range(1, len(parts)))
+
+    return [name for name in names if not is_variant(name)]
+
+
+def _choose_index(folder: _Folder, weights: list[str]) -> str | None:
+    """The index that lists the folder's weights; one of a variant gives way to a plain index, or to a plain file."""
+    plain: list[str] = []
+    variants: list[str] = []
+    for name in folder.files:
+        match = _INDEX.fullmatch(name)
+        if match is None:
+            continue
+        stem, _, variant = match["stem"].partition(".")
+        if not (variant or match["variant"]):
+            plain.append(name)
+        elif stem + _SUFFIX not in weights:
+            variants.append(name)
+    candidates = plain or variants
+    for preferred in _PREFERRED:
+        if preferred in candidates:
+            return preferred
+    if len(candidates) > 1:
+        listed = ", ".join(show(name) for name in candidates)
+        raise InvalidReferenceError(f"{show(folder.path)}: has several indexes ({listed}); keep one of them")
+    return candidates[0] if candidates else None
+
+
+def _shards(folder: _Folder, index: str) -> list[str]:
+    """The files that an index lists; none may lead out of its folder."""
+    path = folder.path / index
+    document = _read_json(path)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{show(path)}: has no weight_map object with entries; download it again")
+    shards: set[str] = set()
+    for shard in weight_map.values():
+        if not isinstance(shard, str):
+            raise FormatError(f"{show(path)}: weight_map holds a value that is not a file name; download it again")
+        shards.add(shard)
+    present = set(folder.files)
+    for shard in sorted(shards):
+        if "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
+            raise FormatError(f"{show(path)}: shard {shard[:200]!r} is not a plain file name; the index is not trusted")
+        _refuse_suffix(folder.path / shard)
+        if not shard.endswith(_SUFFIX):
+            raise FormatError(f"{show(path)}: shard {shard[:200]!r} is not a safetensors file; download it again")
+        # A dangling symlink is how the Hugging Face cache shows a file whose bytes are gone.
+        if shard not in present or not os.path.exists(folder.path / shard):
+            raise NotFoundError(
+                f"{show(folder.path / shard)}: shard is missing, but {show(path)} lists it; download it"
+            )
+    return sorted(shards)
+
+
+def _from_cache(reference: str) -> tuple[SourcePath, ...]:
+    snapshot, download = find_snapshot(reference)
+    return _from_directory(
+        snapshot, f"{reference}: its snapshot {show(snapshot)} holds no safetensors files; run `{download}`"
+    )

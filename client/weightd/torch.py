@@ -1,0 +1,222 @@
+"""Tensors on shared memory, and safetensors.torch's functions with the same signatures and results.
+
+    import weightd.torch
+    state = weightd.torch.load_file("model.safetensors")
+
+The difference to safetensors: the bytes are shared with every other process that uses them. They are not to be written
+to; a write in place makes the written pages private to this process, and costs their memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from .client import Client, connect
+from .errors import CapacityError, DaemonUnreachableError, FormatError, InvalidReferenceError, NotFoundError
+from .types import TensorInfo, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from .attachment import Attachment
+
+Fallback = Literal["error", "wait", "local"]
+
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors dtype name. Errors: FormatError (torch has none, as for F6_E2M3)."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise FormatError(f"dtype {name}: torch has no such dtype; read the bytes with Attachment.buffer") from None
+
+
+def make_tensor(buffer: memoryview, info: TensorInfo) -> torch.Tensor:
+    """A tensor on `buffer`, which it keeps. It has a storage of its own, exactly as long as its bytes."""
+    dtype = torch_dtype(info.dtype)
+    shape = info.shape
+    if info.dtype == "F4":  # torch counts pairs
+        if not shape or shape[-1] % 2:
+            raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
+        shape = (*shape[:-1], shape[-1] // 2)
+    if not info.length:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+
+
+def load_file(
+    filename: str | os.PathLike[str],
+    device: str | int | torch.device = "cpu",
+    *,
+    backend: str = "mmap",
+    fallback: Fallback = "error",
+) -> dict[str, torch.Tensor]:
+    """Load a safetensors file into tensors on shared memory: `safetensors.torch.load_file`, without a copy per process.
+
+    `backend` is accepted for safetensors' sake. `fallback` says what to do without a daemon, or where the file does not
+    fit: "error" raises, "wait" waits for a daemon, "local" loads privately with safetensors and warns.
+    Errors: FormatError, NotFoundError, CapacityError, DaemonUnreachableError, DeviceMismatchError.
+    """
+    with safe_open(filename, framework="pt", device=device, backend=backend, fallback=fallback) as file:
+        return file.get_tensors()
+
+
+class safe_open:  # noqa: N801  # safetensors' name
+    """`safetensors.safe_open` on shared memory: keys, get_tensor, get_tensors, get_slice, metadata, offset_keys.
+
+    Tensors stay valid after the file is closed. For `fallback` and errors see `load_file`.
+    """
+
+    def __init__(
+        self,
+        filename: str | os.PathLike[str],
+        framework: str,
+        device: str | int | torch.device = "cpu",
+        *,
+        backend: str = "mmap",
+        fallback: Fallback = "error",
+    ) -> None:
+        if framework not in ("pt", "torch", "pytorch"):
+            raise InvalidReferenceError(f"framework {framework!r}: weightd makes torch tensors; use framework='pt'")
+        if backend not in ("mmap", "pread"):
+            raise InvalidReferenceError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
+        self._name = os.fspath(filename)
+        self._attachment: Attachment | None = None
+        self._local: Any = None
+        place = _device_name(device)
+        try:
+            path = os.path.join(os.curdir, self._name) if not os.path.isabs(self._name) else self._name
+            self._attachment = _client(wait=fallback == "wait").attach(path, device=place)
+        except (DaemonUnreachableError, CapacityError) as error:
+            if fallback != "local":
+                raise
+            self._local = _open_locally(self._name, place, backend, error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._local is not None:
+            self._local.__exit__(kind, error, traceback)
+        if self._attachment is not None:
+            self._attachment.close()
+
+    def __del__(self) -> None:
+        # safetensors lets a file go out of scope unclosed; so do we.
+        if getattr(self, "_attachment", None) is not None:
+            self._attachment.close()  # type: ignore[union-attr]  # just seen
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return self._local.keys() if self._local is not None else sorted(self.offset_keys())
+
+    def offset_keys(self) -> list[str]:
+        """Names of all tensors, in the order in which they lie in the file."""
+        if self._local is not None:
+            return list(self._local.offset_keys())
+        return [key.name for key in self._attached.tensors]
+
+    def metadata(self) -> dict[str, str] | None:
+        """The file's `__metadata__`; None where it has none."""
+        if self._local is not None:
+            return self._local.metadata()  # type: ignore[no-any-return]  # safetensors has no types
+        return self._attached.metadata()
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        """One tensor. Errors: NotFoundError."""
+        return self._local.get_tensor(name) if self._local is not None else self._attached.tensor(name)
+
+    def get_tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors by name, in file order."""
+        return self._local.get_tensors() if self._local is not None else self._attached.state_dict()
+
+    def get_slice(self, name: str) -> Any:
+        """Something to slice: `f.get_slice("embedding")[:, ::8]`. Errors: NotFoundError."""
+        if self._local is not None:
+            return self._local.get_slice(name)
+        key = TensorKey("", name)
+        if key not in self._attached.tensors:
+            raise NotFoundError(f"tensor {name!r} is not in {self._name}")
+        info = self._attached.tensors[key]
+        return _Slice(info, lambda: self._attached.tensor(name))
+
+    @property
+    def _attached(self) -> Attachment:
+        assert self._attachment is not None  # there is one where there is no local file
+        return self._attachment
+
+
+class _Slice:
+    """What `get_slice` returns. A slice of whole rows is a view; any other is made contiguous, as in safetensors."""
+
+    def __init__(self, info: TensorInfo, tensor: Callable[[], torch.Tensor]) -> None:
+        self._info = info
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        """The tensor's shape."""
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        """The tensor's dtype, by safetensors' name."""
+        return self._info.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._tensor()[index].contiguous()
+
+
+_shared: dict[tuple[int, str | None], Client] = {}
+_shared_lock = threading.Lock()
+
+
+def _client(*, wait: bool) -> Client:
+    """The process's own client for these functions: one per address, made anew in a forked child."""
+    key = os.getpid(), os.environ.get("WEIGHTD_SOCKET")
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = connect(fallback="wait" if wait else "error")
+        return _shared[key]
+
+
+def _device_name(device: str | int | torch.device) -> str:
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return str(device)
+
+
+def _open_locally(name: str, device: str, backend: str, error: Exception) -> Any:
+    import safetensors
+
+    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=4)
+    return safetensors.safe_open(name, framework="pt", device=device, backend=backend)

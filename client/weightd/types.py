@@ -1,0 +1,238 @@
+"""Plain values that the client library, the command and the daemon share. Sizes are bytes, times are datetimes in UTC."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+ALIGNMENT = 256
+"""Bytes at which every tensor begins in its segment; what cudaMalloc guarantees and kernels expect."""
+
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "U8": 8,
+    "I8": 8,
+    "F8_E5M2": 8,
+    "F8_E4M3": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "I16": 16,
+    "U16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "I32": 32,
+    "U32": 32,
+    "F32": 32,
+    "C64": 64,
+    "F64": 64,
+    "I64": 64,
+    "U64": 64,
+}
+"""Bits of one element, by safetensors' dtype names."""
+
+
+class FileIdentity(NamedTuple):
+    """What fstat says of an opened file."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class SourceFile(NamedTuple):
+    """One file of a checkpoint: the component it belongs to (empty for a plain checkpoint) and its name in there."""
+
+    component: str
+    file: str
+    identity: FileIdentity
+
+
+class TensorKey(NamedTuple):
+    """A tensor's name in a checkpoint."""
+
+    component: str
+    name: str
+
+
+class TensorSpec(NamedTuple):
+    """A tensor as its file describes it: `offset` and `length` are bytes in that file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+def tensor_bits(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bits that a dense tensor takes."""
+    return math.prod(shape) * DTYPE_BITS[dtype]
+
+
+class TensorInfo(NamedTuple):
+    """A tensor as a manifest places it: `segment` indexes the manifest's segments, `offset` and `length` are bytes."""
+
+    component: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    segment: int
+    offset: int
+    length: int
+    digest: bytes
+    variant: int
+    file: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How a load gets on; `phase` is "opening", "hashing" or "copying"."""
+
+    phase: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """What a load brought; `shared_bytes` were resident already or occur more than once in the checkpoint."""
+
+    name: str
+    content_digest: str
+    tensors: int
+    total_bytes: int
+    unique_bytes: int
+    shared_bytes: int
+    read_bytes: int
+    seconds: float
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """One checkpoint on one device. `state` is "loading" or "resident"."""
+
+    names: tuple[str, ...]
+    content_digest: str
+    device: str
+    tensors: int
+    total_bytes: int
+    exclusive_bytes: int
+    shared_bytes: int
+    leases: int
+    pinned: bool
+    loaded_at: datetime | None
+    last_used_at: datetime | None
+    state: str
+    owner_uid: int
+    owner: str
+
+    @property
+    def name(self) -> str:
+        """The first name; empty when there is none."""
+        return self.names[0] if self.names else ""
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentInfo:
+    """One part of a checkpoint."""
+
+    name: str
+    tensors: int
+    total_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDetails:
+    """What `inspect` shows: the checkpoint, its parts, how many segments hold it and the files it came from."""
+
+    checkpoint: CheckpointInfo
+    components: tuple[ComponentInfo, ...]
+    segments: int
+    sources: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseInfo:
+    """One hold of one process on one checkpoint; `waiting` while a finished load is kept for it."""
+
+    lease: int
+    pid: int
+    uid: int
+    user: str
+    command: str
+    checkpoint: str
+    device: str
+    bytes: int
+    since: datetime
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStats:
+    """The books of one device: used = live + reusable + in flight, and used <= budget."""
+
+    uuid: str
+    kind: str
+    name: str
+    budget_bytes: int
+    used_bytes: int
+    live_bytes: int
+    reusable_bytes: int
+    in_flight_bytes: int
+    free_bytes: int
+    segments: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot of the daemon's books."""
+
+    devices: tuple[DeviceStats, ...]
+    logical_bytes: int
+    resident_bytes: int
+    saved_bytes: int
+    saved_ratio: float
+    checkpoints: int
+    blobs: int
+    leases: int
+    digest_collisions: int
+    evictions: int
+
+
+@dataclass(frozen=True, slots=True)
+class VersionInfo:
+    """Who answers at the daemon's address."""
+
+    version: str
+    pid: int
+    uptime_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyProgress:
+    """How a verification gets on."""
+
+    done_blobs: int
+    total_blobs: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileLayout:
+    """A checked checkpoint file: its tensors and its own metadata (None where the file has none)."""
+
+    tensors: tuple[TensorSpec, ...]
+    metadata: dict[str, str] | None = field(default=None)

@@ -1,0 +1,207 @@
+"""The composition root: makes every part, starts them in order, stops them in reverse. Only here are they named."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightd._address import handles_path
+
+from .config import Settings, parse_size
+from .core.catalog import Catalog
+from .core.lease import Leases
+from .core.memory import DeviceMemory
+from .core.store import Event, Sealed, Store
+from .devices.host import HostDevice
+from .devices.reclaimer import Reclaimer
+from .edges.attaching import Attacher
+from .edges.connections import Connections
+from .edges.digest_index import DigestIndex
+from .edges.handle_server import HandleServer
+from .edges.leases import Manifests, encode_manifest
+from .edges.service import ControlPlane, Parts
+from .loader.loads import Loads
+from .loader.process import DEFAULT_ARGV
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .devices.device import Device
+
+log = logging.getLogger(__name__)
+
+_POOL_SHARE = 8
+_POOL_LIMIT = 2 << 30
+_STOP_GRACE = 1.0
+
+
+class AlreadyServed(Exception):
+    """Another daemon has this socket."""
+
+
+class Daemon:
+    """One daemon. `run` serves until it is told to stop. `loader_argv` is how loaders are started."""
+
+    def __init__(self, settings: Settings, loader_argv: Sequence[str] = DEFAULT_ARGV) -> None:
+        self._settings = settings
+        self._socket = Path(settings.socket)
+        self._loader_argv = loader_argv
+        self._stop = asyncio.Event()
+        self._signal = signal.SIGTERM
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServed."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop, number)
+        _raise_descriptor_limit()
+        async with contextlib.AsyncExitStack() as stack:
+            # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
+            # take over a live socket without a word.
+            lock = stack.enter_context(_locked(self._socket))
+            await self._serve(stack, lock)
+            await self._stop.wait()
+            log.info("stopping signal=%s", self._signal.name)
+        return 130 if self._signal is signal.SIGINT else 0
+
+    async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
+        settings = self._settings
+        device = HostDevice()
+        stack.callback(device.close)
+        devices: dict[str, Device] = {device.uuid: device}
+        manifests = Manifests()
+        stack.callback(manifests.close)
+
+        def on_event(event: Event) -> None:
+            key = event.checkpoint.key
+            if isinstance(event, Sealed):
+                sizes = [store.memories[key.device].size(segment) for segment in event.checkpoint.segments]
+                manifests.add(key, encode_manifest(event.checkpoint, event.content, sizes))
+            else:
+                manifests.remove(key)
+                catalog.forget(event.checkpoint)
+                log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
+
+        store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
+        catalog = Catalog(store)
+        reclaimer = Reclaimer(device)
+        stack.push_async_callback(reclaimer.finish)
+        budget = _budget(settings, device.capacity(), device.page)
+        pool = parse_size(settings.pool) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
+        memory = DeviceMemory(
+            budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool,
+            create=device.create, on_reclaim=reclaimer.kick,
+        )  # fmt: skip
+        reclaimer.watch(memory)
+        store.memories[device.uuid] = memory
+        index = DigestIndex(Path(settings.state_dir))
+        stack.push_async_callback(index.close)
+        connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
+        loads = Loads(
+            store=store, catalog=catalog, devices=devices, reclaimers={device.uuid: reclaimer}, index=index,
+            now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
+            at_once=settings.max_loads, argv=self._loader_argv,
+        )  # fmt: skip
+        stack.push_async_callback(loads.close)
+        attacher = Attacher(
+            store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
+            devices=devices, default_device=device.uuid, now=time.time,
+        )  # fmt: skip
+        handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
+        control = ControlPlane(
+            Parts(store, catalog, loads, connections, devices, device.uuid, time.time, started=time.time())
+        )
+        mode = int(settings.socket_mode, 8)
+        handles.start(_listen(stack, handles_path(self._socket), mode))
+        stack.callback(handles.stop)
+        with _umask(0o177):  # until its mode is set, only this user may connect
+            await control.start(str(self._socket))
+        stack.push_async_callback(control.stop, _STOP_GRACE)
+        self._socket.chmod(mode)
+        await control.ready()
+        gib = f"{budget / 2**30:.1f} GiB"
+        log.info("ready socket=%s device=%s budget=%s pid=%d", self._socket, device.uuid, gib, os.getpid())
+        print(f"weightd is ready on {self._socket}: {device.name}, budget {gib}", flush=True)  # noqa: T201  # the contract
+
+    def _told_to_stop(self, number: signal.Signals) -> None:
+        self._signal = number
+        self._stop.set()
+
+
+def _budget(settings: Settings, capacity: int, page: int) -> int:
+    share = settings.budget_share
+    size = int(capacity * share) if isinstance(share, float) else share
+    return size // page * page
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[int]:
+    """Hold the lock of a socket path; the loaders inherit it. Errors: AlreadyServed."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise AlreadyServed(f"socket {path}: cannot be made: {error.strerror}; choose another with --socket") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+            raise AlreadyServed(
+                f"socket {path}: another daemon (pid {holder}) serves it, or a loader it left is still ending; "
+                "stop it, or choose another with --socket"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        for stale in (path, handles_path(path)):
+            _remove_socket(stale)
+        yield lock
+        for stale in (path, handles_path(path)):
+            _remove_socket(stale)
+    finally:
+        os.close(lock)
+
+
+def _remove_socket(path: Path) -> None:
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise AlreadyServed(f"{path} is there and is not a socket; move it away, or choose another with --socket")
+        path.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _listen(stack: contextlib.AsyncExitStack, path: Path, mode: int) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    stack.callback(listener.close)
+    with _umask(0o177):
+        listener.bind(str(path))
+    path.chmod(mode)
+    listener.listen(128)
+    return listener
+
+
+@contextlib.contextmanager
+def _umask(mask: int) -> Iterator[None]:
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _raise_descriptor_limit() -> None:
+    """Every segment is two descriptors; take all that the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

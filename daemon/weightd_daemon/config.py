@@ -1,0 +1,201 @@
+"""Settings: a TOML file, then WEIGHTD_* in the environment, then flags; the last word counts.
+
+Every setting is one field of `Settings`; its key in the file, its variable and its flag follow from its name.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightd._address import candidates, handles_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+EXIT_CONFIG = 78
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SOCKET_PATH_BYTES = 107
+
+
+class ConfigError(Exception):
+    """A setting that cannot be; the message says where it stands."""
+
+
+def _default_socket() -> str:
+    return str(candidates()[0])
+
+
+def _default_state_dir() -> str:
+    if os.environ.get("STATE_DIRECTORY"):
+        return os.environ["STATE_DIRECTORY"].split(":")[0]
+    if os.environ.get("XDG_STATE_HOME"):
+        return str(Path(os.environ["XDG_STATE_HOME"]) / "weightd")
+    return "/var/lib/weightd" if os.geteuid() == 0 else str(Path.home() / ".local/state/weightd")
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    metadata = {"help": help_text}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings, as text or numbers; `Settings.check` has been over them."""
+
+    socket: str = _setting(_default_socket, "control socket; the handle socket lies beside it")
+    socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 lets the group in")
+    device: str = _setting("auto", "what to serve: auto or host")
+    budget: str = _setting("", "bytes a device may use, as 12GiB or 80%; empty: half of host memory")
+    pool: str = _setting(
+        "", "freed memory kept populated for the next load; empty: an eighth of the budget, 2GiB at most"
+    )
+    state_dir: str = _setting(_default_state_dir, "directory of the digest index")
+    isolation: str = _setting("shared", "shared: all users share; uid: each user apart")
+    admins: str = _setting("", "users, by name or uid, who may do what owners may, separated by commas")
+    reader_threads: int = _setting(0, "threads a load reads with; 0: one per core, 4 at most")
+    max_loads: int = _setting(4, "loads at a time; others wait their turn")
+    max_connections: int = _setting(1024, "connections on the handle socket")
+    log_level: str = _setting("info", "debug, info, warning or error")
+
+    @property
+    def budget_share(self) -> float | int:
+        """The budget: an int is bytes, a float a share of the device."""
+        text = self.budget.strip()
+        if not text:
+            return 0.5
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return parse_size(text)
+
+    @property
+    def admin_uids(self) -> frozenset[int]:
+        """The admins' uids."""
+        return frozenset(_uid(name) for name in re.split(r"[,\s]+", self.admins) if name)
+
+
+class Loaded(NamedTuple):
+    """Settings, and where each value came from."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+def default_config_path() -> Path | None:
+    """The configuration file that is read when none is named; None where there is none."""
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    for path in (Path(home) / "weightd" / "weightd.toml", Path("/etc/weightd/weightd.toml")):
+        if path.exists():
+            return path
+    return None
+
+
+def load(config: Path | None, flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Loaded:
+    """Put the settings together. Errors: ConfigError."""
+    kinds: dict[str, type] = {f.name: int if f.type == "int" else str for f in fields(Settings)}
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(kinds, "default")
+    path = config or default_config_path()
+    if path is not None:
+        for key, value in _read(path).items():
+            where = f"{path}: {_line_of(path, key)}{key}"
+            if key not in kinds:
+                raise ConfigError(f"{where}: no such setting; there are {', '.join(kinds)}")
+            values[key] = _convert(value, kinds[key], where)
+            origins[key] = str(path)
+    for key, kind in kinds.items():
+        variable = f"WEIGHTD_{key.upper()}"
+        if environment.get(variable):
+            values[key], origins[key] = _convert(environment[variable], kind, variable), variable
+        flag = flags.get(key)
+        if flag is not None:
+            name = f"--{key.replace('_', '-')}"
+            values[key], origins[key] = _convert(flag, kind, name), name
+    settings = Settings(**values)
+    _check(settings, origins)
+    return Loaded(settings, origins)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "12GiB", "500M" or "1073741824"; units are powers of 1024. Errors: ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"{text!r} is not a size such as 12GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not TOML: {error}") from error
+
+
+def _line_of(path: Path, key: str) -> str:
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if re.match(rf"\s*\[?\[?[\"']?{re.escape(key)}\b", line):
+            return f"line {number}: "
+    return ""
+
+
+def _convert(value: object, kind: type, where: str) -> str | int:
+    if isinstance(value, list) and kind is str and all(isinstance(part, str | int) for part in value):
+        value = ",".join(map(str, value))
+    if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value)
+    try:
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            return int(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"{where}: {value!r} is not {'a number' if kind is int else 'text'}")
+
+
+def _check(settings: Settings, origins: dict[str, str]) -> None:
+    """Refuse values that cannot be. Errors: ConfigError naming the origin."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
+
+    for key, least in (("reader_threads", 0), ("max_loads", 1), ("max_connections", 1)):
+        if getattr(settings, key) < least:
+            refuse(key, f"must be at least {least}")
+    choices = {"isolation": ("shared", "uid"), "log_level": ("debug", "info", "warning", "error")}
+    for key, allowed in choices.items():
+        if getattr(settings, key) not in allowed:
+            refuse(key, f"must be one of {', '.join(allowed)}")
+    if settings.device not in ("auto", "host"):
+        refuse("device", "this version serves host memory only; use auto or host")
+    if not re.fullmatch(r"0?[0-7]{3}", settings.socket_mode):
+        refuse("socket_mode", "must be an octal mode such as 0660")
+    if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
+        refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+    for key in ("budget", "pool"):
+        try:
+            share = settings.budget_share if key == "budget" else parse_size(settings.pool or "0")
+        except ValueError as error:
+            refuse(key, str(error))
+        if key == "budget" and (share <= 0 or (isinstance(share, float) and share > 1)):
+            refuse(key, "must be more than nothing and at most 100%")
+    try:
+        _ = settings.admin_uids
+    except KeyError as error:
+        refuse("admins", f"no user {error.args[0]}")
+
+
+def _uid(name: str) -> int:
+    if name.isdigit():
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise KeyError(name) from None

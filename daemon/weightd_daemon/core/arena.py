@@ -1,0 +1,197 @@
+"""The arena: which bytes of which segments are free, and which of the free ones have memory behind them.
+
+Blobs lie at 256-byte alignment, but memory comes and goes in pages. So the arena keeps byte-exact books and hands out
+page-aligned *extents* only: a page that still holds a live byte is never part of one. On devices whose segments are
+sparse (memfd), a free page may have been punched: it costs nothing until an extent takes it again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightd.types import ALIGNMENT
+
+from .ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Extent(NamedTuple):
+    """Bytes [offset, offset + length) of a segment."""
+
+    segment: int
+    offset: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.length
+
+
+def round_up(value: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-value // unit) * unit
+
+
+def slot_bytes(length: int) -> int:
+    """What a blob of `length` bytes takes: its length, rounded up so that the next blob is aligned."""
+    return round_up(length, ALIGNMENT)
+
+
+class _Segment:
+    """Books of one segment: free bytes; those of them without memory; and those on their way back to the system."""
+
+    __slots__ = ("free", "leaving", "size", "sparse")
+
+    def __init__(self, size: int, *, sparse: bool) -> None:
+        self.size = size
+        self.free = Ranges()
+        self.free.add(0, size)
+        self.sparse = Ranges()
+        if sparse:
+            self.sparse.add(0, size)
+        self.leaving = Ranges()
+
+
+class Arena:
+    """Allocator inside the segments of one device and one sharing domain. Sizes and offsets are bytes."""
+
+    def __init__(self, page: int) -> None:
+        self.page = page
+        self._segments: dict[int, _Segment] = {}
+
+    def __contains__(self, segment: int) -> bool:
+        return segment in self._segments
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._segments)
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    @property
+    def used(self) -> int:
+        """Bytes with memory behind them, or promised: segments less their punched or never written pages."""
+        return sum(s.size - s.sparse.total for s in self._segments.values())
+
+    def size(self, segment: int) -> int:
+        """Length of a segment."""
+        return self._segments[segment].size
+
+    def add_segment(self, segment: int, size: int, *, sparse: bool) -> None:
+        """Take a new, wholly free segment into the books; `size` is a whole number of pages."""
+        if segment in self._segments or size <= 0 or size % self.page:
+            raise ValueError(f"segment {segment} of {size} bytes cannot be added")
+        self._segments[segment] = _Segment(size, sparse=sparse)
+
+    def remove_segment(self, segment: int) -> None:
+        """Strike a wholly free segment out of the books."""
+        if not self.is_empty(segment):
+            raise ValueError(f"segment {segment} is not empty")
+        del self._segments[segment]
+
+    def is_empty(self, segment: int) -> bool:
+        """Whether nothing lies in the segment and nothing is on its way out of it."""
+        books = self._segments[segment]
+        return books.free.total == books.size
+
+    def populated(self, segment: int) -> int:
+        """Bytes of the segment with memory behind them, or promised."""
+        books = self._segments[segment]
+        return books.size - books.sparse.total
+
+    def best_fit(self, length: int, budget: int) -> Extent | None:
+        """The tightest hole that takes `length` bytes (a whole number of pages) and needs at most `budget` new memory.
+
+        Holes with memory behind them come first: page allocation is what a load costs (docs/architecture.md).
+        """
+        best: tuple[int, int, Extent] | None = None
+        for extent in self._holes():
+            if extent.length < length:
+                continue
+            cut = Extent(extent.segment, extent.offset, length)
+            cost = self.cost(cut)
+            rank = (cost, extent.length)
+            if cost <= budget and (best is None or rank < best[:2]):
+                best = (*rank, cut)
+        return best[2] if best else None
+
+    def largest(self, least: int, budget: int, *, populated: bool) -> Extent | None:
+        """The largest hole of at least `least` bytes; with `populated`, among those that need no new memory."""
+        best: Extent | None = None
+        for extent in self._holes():
+            if extent.length < least or (best is not None and extent.length <= best.length):
+                continue
+            if self.cost(extent) <= (0 if populated else budget):
+                best = extent
+        return best
+
+    def cost(self, extent: Extent) -> int:
+        """Bytes of memory that taking the extent would add."""
+        sparse = self._segments[extent.segment].sparse
+        return sum(high - low for low, high in sparse.within(extent.offset, extent.end))
+
+    def take(self, extent: Extent) -> None:
+        """Hand out an extent that lies in a hole."""
+        books = self._segments[extent.segment]
+        if extent.offset % self.page or extent.length % self.page:
+            raise ValueError(f"{extent} is not page-aligned")
+        books.free.remove(extent.offset, extent.end)
+        books.sparse.discard(extent.offset, extent.end)
+
+    def give_back(self, extent: Extent) -> None:
+        """Return bytes: a whole extent, or what is left between the blobs in one."""
+        self._segments[extent.segment].free.add(extent.offset, extent.end)
+
+    def start_leaving(self, segment: int, start: int = 0, end: int | None = None) -> list[Extent]:
+        """Set aside the whole free pages of [start, end) that have memory, so that they can be punched.
+
+        Pages at the edges count when all of their bytes are free, even where these bytes lie outside [start, end).
+        """
+        books = self._segments[segment]
+        leaving: list[Extent] = []
+        low = start // self.page * self.page
+        high = round_up(books.size if end is None else end, self.page)
+        for free_start, free_end in books.free.within(low, high):
+            first, last = round_up(free_start, self.page), free_end // self.page * self.page
+            hollow = books.sparse.within(first, last)
+            position = first
+            for sparse_start, sparse_end in [*hollow, (last, last)]:
+                if position < sparse_start:
+                    leaving.append(Extent(segment, position, sparse_start - position))
+                position = sparse_end
+        for extent in leaving:
+            books.free.remove(extent.offset, extent.end)
+            books.leaving.add(extent.offset, extent.end)
+        return leaving
+
+    def left(self, extent: Extent) -> None:
+        """The memory of an extent that was set aside has gone: it is a hole without memory now."""
+        books = self._segments[extent.segment]
+        books.leaving.remove(extent.offset, extent.end)
+        books.free.add(extent.offset, extent.end)
+        books.sparse.add(extent.offset, extent.end)
+
+    def leaving_bytes(self) -> int:
+        """Bytes whose memory is on its way back to the system."""
+        return sum(s.leaving.total for s in self._segments.values())
+
+    def free_ranges(self, segment: int) -> Ranges:
+        """A copy of the segment's free bytes, those on their way out included."""
+        books = self._segments[segment]
+        ranges = books.free.copy()
+        for start, end in books.leaving:
+            ranges.add(start, end)
+        return ranges
+
+    def populated_hole_bytes(self) -> int:
+        """Bytes of whole free pages that have memory behind them: what the next load can have at once."""
+        return sum(extent.length - self.cost(extent) for extent in self._holes())
+
+    def _holes(self) -> Iterator[Extent]:
+        for segment, books in self._segments.items():
+            for start, end in books.free:
+                first, last = round_up(start, self.page), end // self.page * self.page
+                if first < last:
+                    yield Extent(segment, first, last - first)

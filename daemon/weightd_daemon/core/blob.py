@@ -1,0 +1,82 @@
+"""Blobs and their states. A blob is a run of bytes in a segment, found by its content."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from .arena import Extent, slot_bytes
+from .digest import BlobIdentity
+
+OWN_COPY_BELOW = 64 << 10
+"""Equal tensors of one checkpoint below this size are stored once each; larger ones are mapped twice by the client."""
+
+
+class BlobState(enum.Enum):
+    """RESERVED while its load runs, SEALED once a checkpoint refers to it, then EVICTED; ABORTED if its load fails."""
+
+    RESERVED = "reserved"
+    SEALED = "sealed"
+    EVICTED = "evicted"
+    ABORTED = "aborted"
+
+
+_MOVES: dict[BlobState, frozenset[BlobState]] = {
+    BlobState.RESERVED: frozenset({BlobState.SEALED, BlobState.ABORTED}),
+    BlobState.SEALED: frozenset({BlobState.EVICTED}),
+    BlobState.EVICTED: frozenset(),
+    BlobState.ABORTED: frozenset(),
+}
+
+
+class BlobKey(NamedTuple):
+    """Where candidates are looked for: device, sharing domain, digest and length."""
+
+    device: str
+    domain: str
+    digest: bytes
+    length: int
+
+
+class Blob:
+    """One resident run of bytes.
+
+    `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
+    `holds` counts loads that rely on the bytes staying.
+    """
+
+    __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "variant")
+
+    def __init__(self, number: int, key: BlobKey, variant: int, segment: int, offset: int, load: int) -> None:
+        self.number = number
+        self.key = key
+        self.variant = variant
+        self.segment = segment
+        self.offset = offset
+        self.load = load
+        self.state = BlobState.RESERVED
+        self.references = 0
+        self.holds = 0
+
+    def __repr__(self) -> str:
+        return f"Blob({self.number}, {self.key.digest.hex()[:8]}/{self.length}/{self.variant}, {self.state.value})"
+
+    @property
+    def length(self) -> int:
+        return self.key.length
+
+    @property
+    def identity(self) -> BlobIdentity:
+        """Digest, length and variant."""
+        return BlobIdentity(self.key.digest, self.key.length, self.variant)
+
+    @property
+    def slot(self) -> Extent:
+        """The bytes it takes in its segment, up to where the next blob may begin."""
+        return Extent(self.segment, self.offset, slot_bytes(self.length))
+
+    def move(self, state: BlobState) -> None:
+        """Change state; a move that the table does not allow is a bug."""
+        if state not in _MOVES[self.state]:
+            raise RuntimeError(f"{self!r} cannot become {state.value}")
+        self.state = state

@@ -1,0 +1,137 @@
+"""The catalog: names that point to contents, whose they are, and what a reference means."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint
+    from .store import Store
+
+_DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
+NAME_BYTES = 1024
+"""Longest name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
+
+    uid: int | None
+    admin: bool
+    domain: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """What a name points to, and whose it is."""
+
+    content_digest: str
+    owner: int | None
+
+
+class Catalog:
+    """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._tags: dict[tuple[str, str], Tag] = {}
+
+    def check(self, who: Who, name: str) -> None:
+        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError."""
+        if not name or len(name.encode()) > NAME_BYTES or any(ord(char) < 32 or ord(char) == 127 for char in name):
+            raise InvalidReferenceError(
+                f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
+            )
+        if re.fullmatch(r"sha256:[0-9a-f]*", name):
+            raise InvalidReferenceError(f"name {name!r}: looks like a digest; choose another")
+        if who.uid is None:
+            raise PermissionDeniedError(f"name {name!r}: your user id is not known here, so you cannot own a name")
+        tag = self._tags.get((who.domain, name))
+        if tag is not None and tag.owner != who.uid and not who.admin:
+            raise PermissionDeniedError(f"name {name!r} belongs to uid {tag.owner}; choose another with --name")
+
+    def set(self, who: Who, name: str, content_digest: str) -> None:
+        """Point a name to a content; whose it was first, it stays. Errors: as in `check`."""
+        tag = self._tags.get((who.domain, name))
+        if tag is not None and tag.content_digest == content_digest:
+            return
+        self.check(who, name)
+        self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
+
+    def names(self, checkpoint: Checkpoint) -> list[str]:
+        """The names of a checkpoint, sorted."""
+        return sorted(
+            name
+            for (domain, name), tag in self._tags.items()
+            if domain == checkpoint.key.domain and tag.content_digest == checkpoint.key.content_digest
+        )
+
+    def owner(self, checkpoint: Checkpoint) -> int | None:
+        """Owner of the first name, or who loaded it."""
+        for name in self.names(checkpoint):
+            return self._tags[checkpoint.key.domain, name].owner
+        return checkpoint.owner
+
+    def visible(self, who: Who) -> list[Checkpoint]:
+        """The checkpoints that `who` may see: those of its domain; an admin sees all."""
+        return [c for c in self._store.checkpoints.values() if who.admin or c.key.domain == who.domain]
+
+    def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
+        """The checkpoint that a name or digest means. Errors: NotFoundError, InvalidReferenceError (ambiguous)."""
+        there = [c for c in self.visible(who) if not device or c.key.device == device]
+        found = [c for c in there if self._is_named(c, reference)]
+        own = [c for c in found if c.key.domain == who.domain]
+        found = own or found
+        match = _DIGEST.fullmatch(reference)
+        if not found and match:
+            found = [c for c in there if c.key.content_digest.startswith(f"sha256:{match[2]}")]
+        if not found:
+            where = f" on {device}" if device else ""
+            raise NotFoundError(
+                f"checkpoint {reference!r} is not resident{where}; `weightd ls` shows what is, `weightd load` loads"
+            )
+        if len(found) > 1:
+            places = ", ".join(f"{c.key.content_digest[:19]} on {c.key.device}" for c in found[:4])
+            raise InvalidReferenceError(
+                f"{reference!r} means more than one checkpoint ({places}); say --device or more digits"
+            )
+        return found[0]
+
+    def check_owner(self, who: Who, checkpoint: Checkpoint, action: str, name: str = "") -> None:
+        """Whether `who` may do `action` to a checkpoint, or to one of its names. Errors: PermissionDeniedError."""
+        tag = self._tags.get((checkpoint.key.domain, name))
+        owner = tag.owner if tag else self.owner(checkpoint)
+        if not who.admin and (who.uid is None or who.uid != owner):
+            what = name or checkpoint.key.content_digest[:19]
+            raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
+
+    def remove(self, who: Who, reference: str, device: str = "") -> int:
+        """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
+
+        Errors: NotFoundError, PermissionDeniedError, InUseError (then nothing has changed).
+        """
+        checkpoint = self.find(who, reference, device)
+        named = self._is_named(checkpoint, reference)
+        names = [reference] if named else self.names(checkpoint)
+        for name in names or [""]:
+            self.check_owner(who, checkpoint, "remove", name)
+        if set(self.names(checkpoint)) - set(names):
+            del self._tags[checkpoint.key.domain, reference]
+            return 0
+        return self._store.remove(checkpoint)
+
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is gone: drop the names that point to nothing now."""
+        domain, digest = checkpoint.key.domain, checkpoint.key.content_digest
+        if not any((key.domain, key.content_digest) == (domain, digest) for key in self._store.checkpoints):
+            for name in self.names(checkpoint):
+                del self._tags[domain, name]
+
+    def _is_named(self, checkpoint: Checkpoint, reference: str) -> bool:
+        tag = self._tags.get((checkpoint.key.domain, reference))
+        return tag is not None and tag.content_digest == checkpoint.key.content_digest

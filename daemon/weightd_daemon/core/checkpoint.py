@@ -1,0 +1,100 @@
+"""Checkpoints: what a user loads, resident on one device in one sharing domain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from weightd.types import SourceFile
+
+    from .arena import Extent
+    from .blob import Blob
+    from .manifest import Entry, ManifestFile
+
+
+class CheckpointKey(NamedTuple):
+    """A content is resident once per device and sharing domain."""
+
+    device: str
+    domain: str
+    content_digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Everything a manifest says: files, tensors, and the blob of each (None for a tensor without bytes)."""
+
+    content_digest: str
+    files: tuple[ManifestFile, ...]
+    entries: tuple[Entry, ...]
+    blobs: tuple[Blob | None, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Checkpoint:
+    """A sealed checkpoint. Times are seconds since the epoch; `owner` is the uid that loaded it first."""
+
+    key: CheckpointKey
+    components: dict[str, list[Blob]]
+    tensors: dict[str, int]
+    total_bytes: int
+    owner: int | None
+    loaded: float
+    last_used: float
+    pinned: bool = False
+    sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
+    unique: dict[int, Blob] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, key: CheckpointKey, content: Content, owner: int | None, now: float) -> Checkpoint:
+        """The record of `content`; per-tensor columns stay in the manifest."""
+        components: dict[str, list[Blob]] = {}
+        tensors: dict[str, int] = {}
+        for entry, blob in zip(content.entries, content.blobs, strict=True):
+            tensors[entry.component] = tensors.get(entry.component, 0) + 1
+            part = components.setdefault(entry.component, [])
+            if blob is not None:
+                part.append(blob)
+        total = sum(blob.length for part in components.values() for blob in part)
+        unique = {blob.number: blob for part in components.values() for blob in part}
+        return cls(key, components, tensors, total, owner, now, now, unique=unique)
+
+    @property
+    def tensor_count(self) -> int:
+        return sum(self.tensors.values())
+
+    @property
+    def exclusive_bytes(self) -> int:
+        """Resident bytes that no other checkpoint uses."""
+        return sum(blob.length for blob in self.unique.values() if blob.references == 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of its tensors that other checkpoints, or its own tensors, use as well."""
+        return self.total_bytes - self.exclusive_bytes
+
+    @property
+    def segments(self) -> list[int]:
+        """Numbers of the segments that hold its blobs, sorted."""
+        return sorted({blob.segment for blob in self.unique.values()})
+
+
+@dataclass(slots=True, eq=False)
+class LoadBooks:
+    """What an open load has: extents granted, blobs placed by it, and blobs it relies on."""
+
+    number: int
+    device: str
+    domain: str
+    owner: int | None
+    granted: list[Extent] = field(default_factory=list)
+    placed: dict[int, Blob] = field(default_factory=dict)
+    held: dict[int, Blob] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+    differs: dict[int, set[int]] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes granted to the load."""
+        return sum(extent.length for extent in self.granted)

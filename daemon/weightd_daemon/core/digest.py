@@ -1,0 +1,40 @@
+"""Digests and the identity of blobs.
+
+xxh3_128 is fast, not collision-resistant: a digest only ever makes a *candidate*, whose bytes are then compared.
+Bytes that differ under one digest and length are told apart by their *variant*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import xxhash
+
+DIGEST_NAME = "xxh3-128"
+DIGEST_BYTES = 16
+
+
+class Hasher(Protocol):
+    """What hashlib and xxhash objects have in common. `update` releases the GIL, the one-shot functions do not."""
+
+    def update(self, data: memoryview, /) -> None:
+        """Hash more bytes."""
+
+    def digest(self) -> bytes:
+        """The digest so far, DIGEST_BYTES long."""
+
+
+NewHasher = Callable[[], Hasher]
+
+new_hasher: NewHasher = xxhash.xxh3_128
+
+EMPTY_DIGEST: bytes = xxhash.xxh3_128(b"").digest()
+
+
+class BlobIdentity(NamedTuple):
+    """What makes two runs of bytes the same: digest, length in bytes, and variant."""
+
+    digest: bytes
+    length: int
+    variant: int

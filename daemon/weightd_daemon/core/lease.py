@@ -1,0 +1,102 @@
+"""Leases: which process holds which checkpoint. The kernel decides whether one is still held; these are the books."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who took a lease: connection number, process, user (None without an identity) and command line."""
+
+    connection: int
+    pid: int
+    uid: int | None
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One hold on one checkpoint since `since` (seconds since the epoch).
+
+    A *waiting* lease keeps a finished load for somebody who has not attached yet; it has no lock and ends by word.
+    """
+
+    number: int
+    checkpoint: Hashable
+    holder: Holder
+    since: float
+    waiting: bool
+
+
+class Leases:
+    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there."""
+
+    def __init__(self, probe: Callable[[Lease], bool]) -> None:
+        self._probe = probe
+        self._leases: dict[int, Lease] = {}
+        self._by_checkpoint: dict[Hashable, set[int]] = {}
+        self._last = 0
+
+    def __len__(self) -> int:
+        return len(self._leases)
+
+    def __iter__(self) -> Iterator[Lease]:
+        return iter(list(self._leases.values()))
+
+    def get(self, number: int) -> Lease | None:
+        """The lease of that number, unless it has ended."""
+        return self._leases.get(number)
+
+    def take(self, checkpoint: Hashable, holder: Holder, now: float, *, waiting: bool = False) -> Lease:
+        """Enter a new lease. Numbers are never used twice."""
+        self._last += 1
+        lease = Lease(self._last, checkpoint, holder, now, waiting)
+        self._leases[lease.number] = lease
+        self._by_checkpoint.setdefault(checkpoint, set()).add(lease.number)
+        return lease
+
+    def end(self, number: int) -> None:
+        """Strike a lease out; a number that is not there is no error."""
+        lease = self._leases.pop(number, None)
+        if lease is not None:
+            numbers = self._by_checkpoint[lease.checkpoint]
+            numbers.discard(number)
+            if not numbers:
+                del self._by_checkpoint[lease.checkpoint]
+
+    def count(self, checkpoint: Hashable) -> int:
+        """Leases in the books, without asking the kernel."""
+        return len(self._by_checkpoint.get(checkpoint, ()))
+
+    def of(self, checkpoint: Hashable) -> list[Lease]:
+        """The leases that hold the checkpoint now; those whose lock has gone are struck out."""
+        return self._refresh(sorted(self._by_checkpoint.get(checkpoint, ())))
+
+    def refresh(self) -> list[Lease]:
+        """All leases that are held now, oldest first."""
+        return self._refresh(sorted(self._leases))
+
+    def of_connection(self, connection: int) -> list[Lease]:
+        """Leases in the books that were taken on a connection."""
+        return [lease for lease in self._leases.values() if lease.holder.connection == connection]
+
+    def look(self, number: int) -> bool:
+        """Whether a lease is held now."""
+        return bool(self._refresh([number]))
+
+    def _refresh(self, numbers: list[int]) -> list[Lease]:
+        held = []
+        for number in numbers:
+            lease = self._leases.get(number)
+            if lease is None:
+                continue
+            if lease.waiting or self._probe(lease):
+                held.append(lease)
+            else:
+                self.end(number)
+        return held

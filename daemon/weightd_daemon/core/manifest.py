@@ -1,0 +1,66 @@
+"""The manifest of a checkpoint: its tensors by name, and the digest that names its content."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from .digest import BlobIdentity
+
+
+class ManifestFile(NamedTuple):
+    """A source file's place in the checkpoint, with its own metadata (None where it has none)."""
+
+    component: str
+    file: str
+    metadata: dict[str, str] | None
+
+
+class Entry(NamedTuple):
+    """A tensor of a checkpoint: `file` indexes the manifest's files, `length` is bytes."""
+
+    component: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: int
+    length: int
+
+
+def _text(value: str) -> bytes:
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def content_digest(entries: Sequence[Entry], identities: Sequence[BlobIdentity], files: Iterable[ManifestFile]) -> str:
+    """SHA-256 over what the checkpoint *is*: names, dtypes, shapes, blob identities and file metadata.
+
+    Every part is length-prefixed and sorted, so the digest depends neither on placement, paths, file boundaries nor
+    order. Returns "sha256:" and 64 hex digits.
+    """
+    digest = hashlib.sha256(b"weightd-content-v1\0")
+    rows = sorted(zip(entries, identities, strict=True), key=lambda row: (row[0].component, row[0].name))
+    digest.update(struct.pack("<Q", len(rows)))
+    for entry, blob in rows:
+        digest.update(
+            b"".join(
+                (
+                    _text(entry.component),
+                    _text(entry.name),
+                    _text(entry.dtype),
+                    struct.pack(f"<Q{len(entry.shape)}Q", len(entry.shape), *entry.shape),
+                    blob.digest,
+                    struct.pack("<QQ", blob.length, blob.variant),
+                )
+            )
+        )
+    metadata = {(file.component, tuple(sorted(file.metadata.items()))) for file in files if file.metadata is not None}
+    for component, items in sorted(metadata):
+        digest.update(_text(component) + struct.pack("<Q", len(items)))
+        for key, value in items:
+            digest.update(_text(key) + _text(value))
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,110 @@
+"""Host memory: segments are memfds, sealed against resizing, handed out read-only.
+
+Other users get a descriptor that they can neither write, re-open for writing nor chmod: the file has mode 0400 and the
+descriptor is a second one, opened O_RDONLY (docs/security.md says against whom that holds). A client maps it
+MAP_PRIVATE, so a write makes a private copy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import re
+from itertools import count
+from pathlib import Path
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+
+class HostDevice:
+    """The machine's memory as a device (see devices/device.py)."""
+
+    uuid = "host"
+    kind = "host"
+    name = "host memory"
+    page = os.sysconf("SC_PAGE_SIZE")
+    sparse = True
+
+    def __init__(self) -> None:
+        self._numbers = count(1)
+        self._writable: dict[int, int] = {}
+        self._shared: dict[int, int] = {}
+
+    def capacity(self) -> int:
+        """The machine's memory, or the limit of this process's cgroup where that is lower."""
+        total = os.sysconf("SC_PHYS_PAGES") * self.page
+        return min([total, *_cgroup_limits()])
+
+    def create(self, size: int) -> int:
+        """Make a memfd of `size` bytes; it takes memory only as it is written."""
+        segment = next(self._numbers)
+        descriptor = os.memfd_create(f"weightd-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(descriptor, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            os.fchmod(descriptor, 0o400)
+            shared = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._writable[segment], self._shared[segment] = descriptor, shared
+        return segment
+
+    def writable(self, segment: int) -> int:
+        """The descriptor that the segment was made with."""
+        return self._writable[segment]
+
+    def shared(self, segment: int) -> int:
+        """The read-only descriptor."""
+        return self._shared[segment]
+
+    def allocated(self, segment: int) -> int:
+        """Allocated blocks, as the kernel counts them."""
+        return os.fstat(self._writable[segment]).st_blocks * 512
+
+    def punch(self, segment: int, offset: int, length: int) -> None:
+        """Punch a hole of whole pages. Errors: OSError."""
+        mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+        if _libc.fallocate(self._writable[segment], mode, offset, length):
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error), f"segment {segment}")
+
+    def release(self, segment: int) -> None:
+        """Close both descriptors; the kernel frees the pages when nobody maps them."""
+        os.close(self._shared.pop(segment))
+        os.close(self._writable.pop(segment))
+
+    def close(self) -> None:
+        """Release every segment."""
+        for segment in list(self._writable):
+            self.release(segment)
+
+
+def _cgroup_limits() -> list[int]:
+    """Memory limits of this process's cgroup (v2) and its ancestors; empty where there are none."""
+    limits: list[int] = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return limits
+    for line in lines:
+        match = re.fullmatch(r"0::(/.*)", line)
+        if not match:
+            continue
+        root = Path("/sys/fs/cgroup")
+        group = root / match[1].lstrip("/")
+        for folder in (group, *group.parents):
+            if folder == root.parent:
+                break
+            try:
+                text = (folder / "memory.max").read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return limits

@@ -1,0 +1,61 @@
+"""Carries out what the books have queued: holes to punch, segments to release. On a thread, for it takes 0.15 s a GB."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
+
+if TYPE_CHECKING:
+    from .device import Device
+
+log = logging.getLogger(__name__)
+
+
+class Reclaimer:
+    """Returns one device's memory to the system. Started by `kick`, from the loop's thread."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._memory: DeviceMemory | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._arrived = asyncio.Condition()
+
+    def watch(self, memory: DeviceMemory) -> None:
+        """The books whose queue this carries out."""
+        self._memory = memory
+
+    def kick(self) -> None:
+        """There is something to do."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def wait(self) -> None:
+        """Wait until some memory has come back."""
+        async with self._arrived:
+            if self._memory is not None and self._memory.reclaiming:
+                await self._arrived.wait()
+
+    async def finish(self) -> None:
+        """Wait until everything queued has been done."""
+        while self._task is not None and not self._task.done():
+            await self._task
+
+    async def _run(self) -> None:
+        assert self._memory is not None  # kicked by the memory that it watches
+        while reclaims := self._memory.take_reclaims():
+            await asyncio.to_thread(self._carry_out, reclaims)
+            for reclaim in reclaims:
+                self._memory.reclaimed(reclaim)
+            async with self._arrived:
+                self._arrived.notify_all()
+
+    def _carry_out(self, reclaims: list[Reclaim]) -> None:
+        for reclaim in reclaims:
+            if isinstance(reclaim, Punch):
+                extent = reclaim.extent
+                self._device.punch(extent.segment, extent.offset, extent.length)
+            else:
+                self._device.release(reclaim.segment)

@@ -1,0 +1,1 @@
+"""The edges: sockets, kernel locks, files. They translate; they do not decide."""

@@ -1,0 +1,152 @@
+"""Attach: find the checkpoint, choose the segments, take the lease."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightd._wire import source_from
+from weightd.errors import InvalidReferenceError, NotFoundError
+from weightd_daemon.loader.request import LoadRequest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightd._proto.v1 import handles_pb2
+    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.devices.device import Device
+    from weightd_daemon.loader.loads import Loads
+
+    from .connections import Connection, Connections
+    from .leases import Manifests
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What goes to the client. `manifest` is a descriptor that is to be closed when it has been sent."""
+
+    lease: int
+    checkpoint: Checkpoint
+    manifest: int
+    manifest_bytes: int
+    segments: list[int]
+    descriptors: list[int]
+
+
+class Attacher:
+    """Answers attach requests out of the books."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalog: Catalog,
+        loads: Loads,
+        manifests: Manifests,
+        connections: Connections,
+        devices: dict[str, Device],
+        default_device: str,
+        now: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._loads = loads
+        self._manifests = manifests
+        self._connections = connections
+        self._devices = devices
+        self._default_device = default_device
+        self._now = now
+
+    def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> Attached:
+        """Take a lease and say what to send. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
+        checkpoint = self._find(connection, request)
+        segments = self._segments(checkpoint, request)
+        now = self._now()
+        lease = self._store.leases.take(checkpoint.key, connection.holder, now)
+        try:
+            manifest = self._manifests.lock(checkpoint.key, lease.number)
+        except OSError:
+            self._store.leases.end(lease.number)
+            raise
+        checkpoint.last_used = now
+        for waiting in self._store.leases.of_connection(connection.number):
+            if waiting.waiting and waiting.checkpoint == checkpoint.key:
+                self._store.leases.end(waiting.number)
+        device = self._devices[checkpoint.key.device]
+        everything = checkpoint.segments
+        return Attached(
+            lease.number,
+            checkpoint,
+            manifest,
+            self._manifests.size(checkpoint.key),
+            segments,
+            [device.shared(everything[index]) for index in segments],
+        )
+
+    def detach(self, connection: Connection, number: int) -> bool:
+        """Look whether a lease of this connection has ended."""
+        lease = self._store.leases.get(number)
+        if lease is None or lease.holder.connection != connection.number:
+            return True
+        return not self._store.leases.look(number)
+
+    def disconnected(self, connection: Connection) -> None:
+        """A connection is gone: what waited for it is let go, what it mapped is looked at."""
+        for lease in self._store.leases.of_connection(connection.number):
+            if lease.waiting:
+                self._store.leases.end(lease.number)
+            else:
+                self._store.leases.look(lease.number)
+
+    def _find(self, connection: Connection, request: handles_pb2.AttachRequest) -> Checkpoint:
+        who = self._connections.who(connection)
+        target = request.WhichOneof("target")
+        if target == "reference":
+            return self._catalog.find(who, request.reference, request.device)
+        if target == "sources":
+            sources = tuple(source_from(source) for source in request.sources.sources)
+            wish = LoadRequest(who, connection.holder, sources, request.device or self._default_device)
+            checkpoint = self._loads.find_resident(wish)
+            if checkpoint is None:
+                raise NotFoundError(
+                    "no resident checkpoint was loaded from exactly these files", {"missing": "sources"}
+                )
+            return checkpoint
+        raise InvalidReferenceError("the attach request names neither a reference nor files")
+
+    def _segments(self, checkpoint: Checkpoint, request: handles_pb2.AttachRequest) -> list[int]:
+        """Indices into the manifest's segments that the request needs."""
+        index = {segment: number for number, segment in enumerate(checkpoint.segments)}
+        if request.manifest_only:
+            return []
+        if not request.components and not request.tensors:
+            return list(index.values())
+        wanted: set[int] = set()
+        for name in request.components:
+            if name not in checkpoint.tensors:
+                there = ", ".join(map(repr, sorted(checkpoint.tensors)))
+                raise NotFoundError(f"component {name!r} is not in the checkpoint; it has {there}")
+            wanted.update(index[blob.segment] for blob in checkpoint.components[name])
+        if request.tensors:
+            places = self._places(checkpoint)
+            for key in request.tensors:
+                try:
+                    place = places[key.component, key.name]
+                except KeyError:
+                    inside = f" of component {key.component!r}" if key.component else ""
+                    raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint") from None
+                if place is not None:
+                    wanted.add(place)
+        return sorted(wanted)
+
+    def _places(self, checkpoint: Checkpoint) -> dict[tuple[str, str], int | None]:
+        """Each tensor's segment; None for a tensor without bytes."""
+        manifest = self._manifests.read(checkpoint.key)
+        return {
+            (manifest.components[manifest.files[file].component], name): segment if length else None
+            for name, file, segment, length in zip(
+                manifest.names, manifest.file_indices, manifest.segments, manifest.lengths, strict=True
+            )
+        }

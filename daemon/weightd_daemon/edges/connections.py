@@ -1,0 +1,108 @@
+"""Who is connected: identity by SO_PEERCRED, a token for the control plane, and what an identity may do."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+from weightd.errors import LeaseLostError, PermissionDeniedError
+from weightd_daemon.core.catalog import Who
+from weightd_daemon.core.lease import Holder
+
+_CREDENTIALS = struct.Struct("3i")
+_COMMAND_CHARACTERS = 120
+
+
+@dataclass(eq=False, slots=True)
+class Connection:
+    """One client's connection on the handle socket. `uid` is None where the peer has no identity here."""
+
+    number: int
+    pid: int
+    uid: int | None
+    command: str
+    token: str
+    offers: dict[int, int] = field(default_factory=dict)
+    """The daemon's ends of intakes that no load has taken yet, by offer number."""
+
+    @property
+    def holder(self) -> Holder:
+        """As the books name it."""
+        return Holder(self.number, self.pid, self.uid, self.command)
+
+    def take_offer(self, number: int) -> int:
+        """Hand over an intake's descriptor. Errors: LeaseLostError."""
+        try:
+            return self.offers.pop(number)
+        except KeyError:
+            raise LeaseLostError(f"offer {number} is not there; a load needs one of its own connection") from None
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        while self.offers:
+            os.close(self.offers.popitem()[1])
+
+
+class Connections:
+    """All connections, and the rules of who may do what."""
+
+    def __init__(self, *, isolated: bool, admins: frozenset[int]) -> None:
+        self._isolated = isolated
+        self._admins = admins | {0, os.geteuid()}
+        self._overflow = _overflow_uid()
+        self._by_token: dict[str, Connection] = {}
+        self._numbers = count(1)
+
+    def __len__(self) -> int:
+        return len(self._by_token)
+
+    def add(self, peer: socket.socket) -> Connection:
+        """Enter a peer that has just connected."""
+        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        pid, uid, _ = _CREDENTIALS.unpack(credentials)
+        known = None if uid in (self._overflow, -1) else uid
+        connection = Connection(next(self._numbers), pid, known, command_of(pid), secrets.token_urlsafe(24))
+        self._by_token[connection.token] = connection
+        return connection
+
+    def remove(self, connection: Connection) -> None:
+        """The connection is closed: its token means nothing from now on."""
+        self._by_token.pop(connection.token, None)
+        connection.close()
+
+    def by_token(self, token: str) -> Connection:
+        """The connection of a token. Errors: PermissionDeniedError."""
+        try:
+            return self._by_token[token]
+        except KeyError:
+            raise PermissionDeniedError("the call carries no token of an open handle-socket connection") from None
+
+    def who(self, connection: Connection) -> Who:
+        """What the store needs to know of a peer. Errors: PermissionDeniedError (isolated, and without an identity)."""
+        if not self._isolated:
+            return Who(connection.uid, connection.uid in self._admins, "")
+        if connection.uid is None:
+            raise PermissionDeniedError("your user id is not known here, and this daemon keeps users apart")
+        return Who(connection.uid, connection.uid in self._admins, f"uid-{connection.uid}")
+
+
+def command_of(pid: int) -> str:
+    """A process's command line, shortened; empty where it cannot be seen."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    text = " ".join(word.decode(errors="replace") for word in words if word)
+    return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_CHARACTERS]
+
+
+def _overflow_uid() -> int:
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 65534

@@ -1,0 +1,130 @@
+"""The digest index: which blobs the tensors of a file were when it was last read. sqlite, on a thread of its own.
+
+An entry names blob *instances*: it saves reading only while these very blobs are resident. It is kept by file identity
+and used only for files whose identity can be trusted (loader/source.py). A damaged index is renamed and begun anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import sqlite3
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from weightd_daemon.loader.load import Instance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightd.types import FileIdentity
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FILE_NAME = "digests-v1.sqlite3"
+_ROW = struct.Struct("<QQ16sIQ")
+_MAX_FILES = 20_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, ctime_ns INTEGER NOT NULL,
+    epoch TEXT NOT NULL, used INTEGER NOT NULL, instances BLOB NOT NULL,
+    PRIMARY KEY (device, inode, size, mtime_ns, ctime_ns)
+) WITHOUT ROWID
+"""
+
+
+class DigestIndex:
+    """An index below `folder`. Blob numbers mean something only within one `epoch`: the life of one set of books."""
+
+    def __init__(self, folder: Path, epoch: str | None = None) -> None:
+        self._path = folder / FILE_NAME
+        self._epoch = epoch or secrets.token_hex(16)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest-index")
+        self._database: sqlite3.Connection | None = None
+        self._clock = 0
+
+    async def get(self, identity: FileIdentity) -> list[Instance]:
+        """What is known of a file in this epoch; empty when nothing is."""
+        return await self._on_thread(self._get, identity)
+
+    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+        """Remember a file."""
+        await self._on_thread(self._put, identity, instances)
+
+    async def close(self) -> None:
+        """Close the database."""
+        await self._on_thread(self._close)
+        self._thread.shutdown()
+
+    async def _on_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    def _get(self, identity: FileIdentity) -> list[Instance]:
+        row = self._execute(
+            "SELECT instances FROM files WHERE epoch = ? AND device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
+            "AND ctime_ns = ?",
+            (self._epoch, *_signed(identity)),
+        )
+        return [Instance(*fields) for fields in _ROW.iter_unpack(row[0][0])] if row else []
+
+    def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+        self._clock += 1
+        packed = b"".join(_ROW.pack(*instance) for instance in instances)
+        self._execute(
+            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER), ?)",
+            (*_signed(identity), self._epoch, packed),
+        )
+        if self._clock % 100 == 0:
+            self._execute(
+                "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
+                "mtime_ns, ctime_ns FROM files ORDER BY used DESC LIMIT -1 OFFSET ?)",
+                (_MAX_FILES,),
+            )
+
+    def _execute(self, statement: str, parameters: tuple[object, ...]) -> list[tuple[bytes]]:
+        """Run a statement. The index is a cache: whatever is wrong with it costs speed, never a load."""
+        for _ in range(2):
+            try:
+                with self._open() as database:
+                    return database.execute(statement, parameters).fetchall()
+            except (sqlite3.DatabaseError, OSError) as error:
+                self._set_aside(error)
+        return []
+
+    def _open(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self._path, timeout=2.0, check_same_thread=False)
+            os.chmod(self._path, 0o600)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(_SCHEMA)
+        return self._database
+
+    def _set_aside(self, error: sqlite3.DatabaseError | OSError) -> None:
+        self._close()
+        if isinstance(error, sqlite3.OperationalError | OSError):
+            log.warning("digest index cannot be used now: %s", error)
+            return
+        damaged = self._path.with_name(f"{FILE_NAME}.damaged")
+        log.warning("digest index is damaged (%s); it is now %s, and begun anew", error, damaged)
+        for suffix in ("-wal", "-shm"):
+            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+        if self._path.exists():
+            self._path.replace(damaged)
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+def _signed(identity: FileIdentity) -> tuple[int, ...]:
+    """sqlite's integers are signed; device and inode numbers are not."""
+    return tuple(value - (1 << 64) if value >= 1 << 63 else value for value in identity)

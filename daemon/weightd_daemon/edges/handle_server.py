@@ -1,0 +1,227 @@
+"""The handle socket: descriptors and identity, over SOCK_SEQPACKET. See docs/protocol.md.
+
+asyncio's streams know no packets and no descriptors, so this is `add_reader` and `recvmsg`. What a peer does wrong
+closes its connection and nothing else. A peer's descriptors are never received here: `recvmsg` is given no room for
+them, so the kernel drops them. Otherwise closing one could hang the daemon (a FUSE file may hang even `close`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from itertools import count
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
+
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import ServerError, WeightdError
+from weightd_daemon import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .attaching import Attached, Attacher
+    from .connections import Connections
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+MAX_FRAME = 64 << 10
+MAX_DESCRIPTORS = 253
+HELLO_SECONDS = 5.0
+ACK_SECONDS = 10.0
+MAX_OFFERS = 16
+"""Intakes that a connection may have open without a load."""
+
+
+class ProtocolError(Exception):
+    """The peer broke the protocol; its connection is closed."""
+
+
+class HandleServer:
+    """Listens, and keeps one `_Peer` per connection. Everything runs on the loop's thread."""
+
+    def __init__(self, *, connections: Connections, attacher: Attacher, max_connections: int) -> None:
+        self._connections = connections
+        self._attacher = attacher
+        self._max_connections = max_connections
+        self._offer_numbers = count(1)
+        self._peers: set[_Peer] = set()
+        self._listener: socket.socket | None = None
+
+    def start(self, listener: socket.socket) -> None:
+        """Serve a listening, non-blocking SOCK_SEQPACKET socket, which this object closes in the end."""
+        self._listener = listener
+        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+
+    def stop(self) -> None:
+        """Close the listener and every connection."""
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        for peer in list(self._peers):
+            peer.close("the daemon stops")
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            accepted, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # out of descriptors: the peer waits in the backlog until one is free
+            log.warning("accept failed: %s", error)
+            return
+        if len(self._peers) >= self._max_connections:
+            log.warning("connection refused: %d are open", len(self._peers))
+            accepted.close()
+            return
+        accepted.setblocking(False)
+        self._peers.add(_Peer(self, accepted))
+
+
+class _Peer:
+    """One connection: a state machine that is fed frames."""
+
+    def __init__(self, server: HandleServer, accepted: socket.socket) -> None:
+        self._server = server
+        self._socket = accepted
+        self._connection = server._connections.add(accepted)
+        self._greeted = False
+        self._unsent: list[int] = []
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.call_later(HELLO_SECONDS, self.close, "no hello in time")
+        self._loop.add_reader(accepted.fileno(), self._readable)
+
+    def close(self, reason: str) -> None:
+        """End the connection and what hangs on it."""
+        if self not in self._server._peers:
+            return
+        self._server._peers.discard(self)
+        self._deadline.cancel()
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        _close_all(self._unsent)
+        connection = self._connection
+        self._server._connections.remove(connection)
+        self._server._attacher.disconnected(connection)
+        log.debug("connection closed number=%d pid=%d: %s", connection.number, connection.pid, reason)
+
+    def _readable(self) -> None:
+        try:
+            data, _, flags, _ = self._socket.recvmsg(MAX_FRAME + 1)
+            if not data:
+                self.close("the peer left")
+                return
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
+                raise ProtocolError("a frame is too long or carries descriptors")
+            self._handle(handles_pb2.HandleRequest.FromString(data))
+        except BlockingIOError:
+            return
+        except (ProtocolError, DecodeError) as error:
+            log.warning("protocol error pid=%d uid=%s: %s", self._connection.pid, self._connection.uid, error)
+            self.close("protocol error")
+        except OSError as error:
+            self.close(str(error))
+
+    def _handle(self, request: handles_pb2.HandleRequest) -> None:
+        kind = request.WhichOneof("body")
+        if self._unsent and kind != "ack":
+            raise ProtocolError(f"{kind} before the batch was acknowledged")
+        if not self._greeted and kind != "hello":
+            raise ProtocolError(f"{kind} before hello")
+        try:
+            if kind == "hello":
+                self._hello(request.hello)
+            elif kind == "attach":
+                self._attach(request.attach)
+            elif kind == "ack":
+                self._send_batch()
+            elif kind == "offer":
+                self._offer()
+            elif kind == "detach":
+                ended = self._server._attacher.detach(self._connection, request.detach.lease)
+                self._send(handles_pb2.HandleReply(detach=handles_pb2.DetachReply(ended=ended)))
+            else:
+                raise ProtocolError("a frame without a request")
+        except WeightdError as error:
+            self._send_error(error)
+        except (ProtocolError, OSError):
+            raise
+        except Exception:  # a bug in answering one frame must not take the server down
+            log.exception("request failed by a bug kind=%s", kind)
+            self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
+
+    def _hello(self, hello: handles_pb2.HelloRequest) -> None:
+        if self._greeted or hello.protocol != PROTOCOL:
+            raise ProtocolError(f"hello for protocol {hello.protocol}; this daemon speaks {PROTOCOL}")
+        self._greeted = True
+        self._deadline.cancel()
+        reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
+        self._send(handles_pb2.HandleReply(hello=reply))
+
+    def _attach(self, request: handles_pb2.AttachRequest) -> None:
+        attached: Attached = self._server._attacher.attach(self._connection, request)
+        try:
+            first, later = attached.descriptors[: MAX_DESCRIPTORS - 1], attached.descriptors[MAX_DESCRIPTORS - 1 :]
+            # Duplicates: were the lease given up between two batches, a number could mean another file by then.
+            self._unsent = [os.dup(descriptor) for descriptor in later]
+            reply = handles_pb2.AttachReply(
+                lease=attached.lease,
+                content_digest=attached.checkpoint.key.content_digest,
+                manifest_bytes=attached.manifest_bytes,
+                segments=attached.segments,
+                descriptors=1 + len(first),
+            )
+            self._send(handles_pb2.HandleReply(attach=reply), [attached.manifest, *first])
+        finally:
+            os.close(attached.manifest)
+        self._expect_ack()
+        log.info(
+            "attached lease=%d pid=%d uid=%s content=%s segments=%d", attached.lease, self._connection.pid,
+            self._connection.uid, attached.checkpoint.key.content_digest[:19], len(attached.segments),
+        )  # fmt: skip
+
+    def _send_batch(self) -> None:
+        if not self._unsent:
+            raise ProtocolError("an acknowledgement for nothing")
+        batch, self._unsent = self._unsent[:MAX_DESCRIPTORS], self._unsent[MAX_DESCRIPTORS:]
+        self._deadline.cancel()
+        reply = handles_pb2.HandleReply(batch=handles_pb2.DescriptorBatch(descriptors=len(batch)))
+        try:
+            self._send(reply, batch)
+        finally:
+            _close_all(batch)
+        self._expect_ack()
+
+    def _expect_ack(self) -> None:
+        if self._unsent:
+            self._deadline = self._loop.call_later(ACK_SECONDS, self.close, "no acknowledgement in time")
+
+    def _offer(self) -> None:
+        if len(self._connection.offers) >= MAX_OFFERS:
+            raise ProtocolError(f"more than {MAX_OFFERS} offers without a load")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            number = next(self._server._offer_numbers)
+            self._connection.offers[number] = ours.detach()
+            reply = handles_pb2.HandleReply(offer=handles_pb2.OfferReply(offer_id=number))
+            self._send(reply, [theirs.fileno()])
+
+    def _send_error(self, error: WeightdError) -> None:
+        reply = handles_pb2.HandleError(reason=error.reason, message=error.message, metadata=error.metadata)
+        self._send(handles_pb2.HandleReply(error=reply))
+
+    def _send(self, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
+        """Send at once. A peer whose socket is full does not read its answers: it loses the connection."""
+        try:
+            socket.send_fds(self._socket, [reply.SerializeToString()], descriptors)
+        except BlockingIOError:
+            raise ProtocolError("the peer does not read its answers") from None
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

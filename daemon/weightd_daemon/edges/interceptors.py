@@ -1,0 +1,77 @@
+"""One interceptor: errors of the domain become gRPC codes with details; a bug becomes INTERNAL with an id."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import grpc
+import grpc.aio
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from weightd._proto.v1 import errors_pb2
+from weightd.errors import ServerError, WeightdError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+_TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ErrorMapping(grpc.aio.ServerInterceptor):
+    """Wraps unary and streaming handlers alike, also for errors after the first streamed message."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """Wrap the handler that the call goes to."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler  # none of ours streams requests (reflection does, and maps its own errors)
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        method = handler_call_details.method
+        if handler.response_streaming:
+            inner_stream = handler.unary_stream
+
+            async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+                try:
+                    async for response in inner_stream(request, context):
+                        yield response
+                except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
+                    await _abort(context, method, error)
+
+            return grpc.unary_stream_rpc_method_handler(stream, **codec)
+        inner = handler.unary_unary
+
+        async def unary(request: Any, context: Context) -> Any:
+            try:
+                return await inner(request, context)
+            except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
+                await _abort(context, method, error)
+
+        return grpc.unary_unary_rpc_method_handler(unary, **codec)
+
+
+async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, WeightdError):
+        number = secrets.token_hex(4)
+        log.error("bug id=%s method=%s", number, method, exc_info=error)
+        error = ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
+    code = grpc.StatusCode[error.grpc_code]
+    info = errors_pb2.ErrorInfo(reason=error.reason, domain="weightd", metadata=error.metadata)
+    details = AnyMessage(type_url=_TYPE_URL, value=info.SerializeToString())
+    status = errors_pb2.Status(code=code.value[0], message=error.message, details=[details])
+    trailer = (("grpc-status-details-bin", status.SerializeToString()),)
+    await context.abort(code, error.message, trailer)
+    raise AssertionError("abort raises")

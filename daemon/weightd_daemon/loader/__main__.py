@@ -1,0 +1,8 @@
+"""Entry of the loader process: `python -m weightd_daemon.loader CONTROL DESCRIPTORS PARENT`."""
+
+import sys
+
+from .child import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

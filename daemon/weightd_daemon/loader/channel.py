@@ -1,0 +1,91 @@
+"""The loader's end of its channel to the daemon.
+
+Two socket pairs: a byte stream with length-prefixed JSON messages in both directions, and a SOCK_SEQPACKET on which
+the daemon sends descriptors. A message that brings descriptors names the segments they belong to in "segments".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+from typing import Any
+
+from weightd.errors import WeightdError, from_wire
+
+LENGTH = struct.Struct("<I")
+BATCH = 250
+"""Descriptors in one message; the kernel takes 253."""
+
+Message = dict[str, Any]
+
+
+class Gone(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
+    """The daemon closed the channel."""
+
+
+class Channel:
+    """Blocking calls to the daemon, from any thread: one call at a time, answered in order."""
+
+    def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
+        self._control = control
+        self._reader = control.makefile("rb")
+        self._descriptors = descriptors
+        self._sending = threading.Lock()
+        self._calling = threading.Lock()
+        self.segments: dict[int, int] = {}
+        """Descriptors of the segments that this job has seen, by number."""
+
+    def receive(self) -> Message:
+        """The next message. Errors: Gone."""
+        head = self._reader.read(LENGTH.size)
+        if len(head) < LENGTH.size:
+            raise Gone
+        body = self._reader.read(LENGTH.unpack(head)[0])
+        message: Message = json.loads(body)
+        numbers = message.get("segments", ())
+        for start in range(0, len(numbers), BATCH):
+            part = numbers[start : start + BATCH]
+            _, received, _, _ = socket.recv_fds(self._descriptors, 1, len(part))
+            if len(received) != len(part):
+                raise Gone
+            self.segments.update(zip(part, received, strict=True))
+        return message
+
+    def receive_descriptor(self) -> int:
+        """A descriptor that came with a message of another kind."""
+        _, (descriptor,), _, _ = socket.recv_fds(self._descriptors, 1, 1)
+        return descriptor
+
+    def tell(self, message: Message) -> None:
+        """Send a message that has no answer."""
+        body = json.dumps(message, separators=(",", ":")).encode()
+        with self._sending:
+            self._control.sendall(LENGTH.pack(len(body)) + body)
+
+    def call(self, op: str, **arguments: Any) -> Message:
+        """Ask the daemon and return its answer; an error in the answer is raised."""
+        with self._calling:
+            self.tell({"op": op, **arguments})
+            answer = self.receive()
+        if "error" in answer:
+            raise error_from(answer)
+        return answer
+
+    def forget_segments(self) -> None:
+        """Close the descriptors of this job's segments."""
+        for descriptor in self.segments.values():
+            os.close(descriptor)
+        self.segments.clear()
+
+
+def error_to(error: WeightdError) -> Message:
+    """An error as a message."""
+    return {"error": error.reason, "message": error.message, "metadata": error.metadata}
+
+
+def error_from(message: Message) -> WeightdError:
+    """The error that a message carries."""
+    return from_wire(message["error"], message["message"], message.get("metadata"))

@@ -1,0 +1,196 @@
+"""The loader process: does one job at a time for the daemon, and dies with it.
+
+It is exec'ed by the daemon, so nothing of the daemon's memory is in it; a corrupt file or a read that hangs ends here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Self
+
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import InvalidReferenceError, WeightdError
+from weightd_daemon.core import digest
+from weightd_daemon.core.arena import slot_bytes
+
+from .channel import Channel, Gone, Message, error_to
+from .copying import Copier, Tensor, Unit, on_threads, units
+from .slots import Slot
+from .source import Source
+from .verifying import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PR_SET_PDEATHSIG = 1
+_LAYOUT_BATCH = 2000
+_PROGRESS_SECONDS = 0.1
+
+
+def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
+    """Serve jobs until the daemon hangs up. Returns the exit code."""
+    control, descriptors, parent = (int(argument) for argument in arguments)
+    # Dies with the daemon, also by kill -9. The check catches a daemon that died before the call.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the daemon's terminal is the daemon's to handle
+    channel = Channel(socket.socket(fileno=control), socket.socket(fileno=descriptors))
+    with contextlib.suppress(Gone, ConnectionError, BrokenPipeError):
+        while True:
+            job = channel.receive()
+            _do(channel, job, new_hasher)
+            channel.forget_segments()
+            channel.tell({"op": "idle"})
+    return 0
+
+
+def _do(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
+    """Do a job; its failure is an answer, not the end of the process."""
+    try:
+        if job["job"] == "verify":
+            verify(channel, job, new_hasher)
+        else:
+            with Load(channel, job, new_hasher) as load:
+                load.run()
+    except WeightdError as error:
+        channel.tell({"op": "failed", **error_to(error)})
+    except (Gone, ConnectionError):
+        raise
+    except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
+        channel.tell({"op": "failed", "error": "INTERNAL", "message": f"loader: {type(error).__name__}: {error}"})
+
+
+class Load:
+    """One load: receive descriptors, read the headers, copy, recheck."""
+
+    def __init__(self, channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
+        self._channel = channel
+        self._job = job
+        self._new_hasher = new_hasher
+        self._stack = contextlib.ExitStack()
+        self._sources: list[Source] = []
+        self._read = 0
+        self._told = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self) -> None:
+        """Do it. Errors: FormatError, InvalidReferenceError, CapacityError."""
+        names: list[str] = self._job["sources"]
+        descriptors = self._receive_descriptors(len(names))
+        self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
+        tensors = self._lay_out()
+        answer = self._channel.call("laid_out")
+        known = frozenset[int](answer["known"])
+        work = list(units([tensor for tensor in tensors if tensor.index not in known]))
+        copier = self._hash_first(work) if answer["hash_first"] else self._copier(work)
+        total = sum(unit.length for unit in work)
+        self._on_threads("copying", work, total, copier.copy)
+        for source in self._sources:
+            source.check_unchanged()
+        self._finish(copier)
+
+    def _receive_descriptors(self, count: int) -> list[int]:
+        """Take the files from the client's end of the intake, in confirmed batches."""
+        intake = socket.socket(fileno=self._channel.receive_descriptor())
+        descriptors: list[int] = []
+        self._stack.callback(lambda: [os.close(fd) for fd in descriptors])
+        with intake:
+            while len(descriptors) < count:
+                data, received, flags, _ = socket.recv_fds(intake, 65536, 253)
+                descriptors += received
+                if not data:
+                    raise InvalidReferenceError(f"the client sent {len(descriptors)} of {count} files and left")
+                batch = handles_pb2.IntakeBatch()
+                try:
+                    batch.ParseFromString(data)
+                except Exception as error:
+                    raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
+                expected = len(descriptors) - len(received)
+                if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
+                    raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
+                if batch.first != expected or len(descriptors) > count or not received:
+                    raise InvalidReferenceError(f"the intake got files {batch.first}…, expected {expected}… of {count}")
+                intake.send(handles_pb2.IntakeAck(received=len(descriptors)).SerializeToString())
+        return descriptors
+
+    def _lay_out(self) -> list[Tensor]:
+        """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
+        tensors: list[Tensor] = []
+        index = 0
+        for number, source in enumerate(self._sources):
+            layout = source.layout()
+            self._channel.tell(
+                {"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": layout.metadata}
+            )
+            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in layout.tensors]
+            for start in range(0, len(rows), _LAYOUT_BATCH):
+                self._channel.tell({"op": "tensors", "file": number, "rows": rows[start : start + _LAYOUT_BATCH]})
+            for spec in layout.tensors:
+                if spec.length:
+                    tensors.append(Tensor(index, number, spec))
+                index += 1
+        return tensors
+
+    def _hash_first(self, work: list[Unit]) -> Copier:
+        """Hash everything, then ask which digests have a candidate; only the others need memory."""
+        digests: dict[int, bytes] = {}
+        hasher = Copier(self._channel, self._sources, self._new_hasher, wanted={})
+
+        def step(unit: Unit) -> None:
+            digests.update(hasher.hash(unit))
+
+        self._on_threads("hashing", work, sum(unit.length for unit in work), step)
+        found = [(index, value.hex()) for index, value in sorted(digests.items())]
+        matched = frozenset[int](self._channel.call("hashed", digests=found)["matched"])
+        return self._copier(work, digests, matched)
+
+    def _copier(
+        self, work: list[Unit], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
+    ) -> Copier:
+        wanted = dict.fromkeys(range(len(self._sources)), 0)
+        for unit in work:
+            wanted[unit.file] += sum(slot_bytes(t.spec.length) for t in unit.tensors if t.index not in matched)
+        return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, wanted=wanted)
+
+    def _on_threads(self, phase: str, work: list[Unit], total: int, do: Callable[[Unit], object]) -> None:
+        done = 0
+        counting = threading.Lock()
+
+        def step(unit: Unit) -> None:
+            nonlocal done
+            do(unit)
+            with counting:
+                done += unit.length
+                self._progress(phase, done, total)
+
+        self._progress(phase, 0, total)
+        on_threads(deque(work), self._job["threads"], step)
+        self._read += total
+
+    def _progress(self, phase: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= _PROGRESS_SECONDS:
+            self._told = now
+            self._channel.tell({"op": "progress", "phase": phase, "done": done, "total": total})
+
+    def _finish(self, copier: Copier) -> None:
+        """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""
+        outcomes: list[tuple[int, int, bool]] = []
+        while pairs := self._channel.call("finish", read=self._read, outcomes=outcomes)["pairs"]:
+            outcomes = [
+                (blob, other, copier.recheck(length, Slot(segment, offset, length), Slot(there, at, length)))
+                for blob, segment, offset, other, there, at, length in pairs
+            ]

@@ -1,0 +1,289 @@
+"""One load, on the daemon's side: answers the loader's questions out of the books, and seals what it brings."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from weightd.errors import FormatError, InvalidReferenceError, WeightdError
+from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
+from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+
+from .channel import Message, error_from, error_to
+from .request import Outcome, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from weightd_daemon.core.blob import Blob
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.devices.device import Device
+    from weightd_daemon.devices.reclaimer import Reclaimer
+
+    from .process import LoaderProcess
+
+_KEPT_FD = tuple[int, int]
+
+
+class Instance(NamedTuple):
+    """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
+
+    offset: int
+    length: int
+    digest: bytes
+    variant: int
+    blob: int
+
+
+class InstanceIndex(Protocol):
+    """What the digest index remembers: which blobs a file's tensors are (edges/digest_index.py)."""
+
+    async def get(self, identity: FileIdentity) -> list[Instance]:
+        """What is known of a file; empty when nothing is."""
+
+    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+        """Remember a file."""
+
+
+class LoadSteps:
+    """Serves one job of a loader from beginning to seal. Errors of the job are raised from `serve`."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        device: Device,
+        reclaimer: Reclaimer,
+        index: InstanceIndex,
+        number: int,
+        sources: tuple[SourceFile, ...],
+        verify: bool,
+        now: Callable[[], float],
+        on_progress: Callable[[Progress], None],
+        on_sealed: Callable[[Checkpoint], None],
+    ) -> None:
+        self._store = store
+        self._device = device
+        self._reclaimer = reclaimer
+        self._index = index
+        self._number = number
+        self._sources = sources
+        self._verify = verify
+        self._now = now
+        self._on_progress = on_progress
+        self._on_sealed = on_sealed
+        self._files: list[ManifestFile] = []
+        self._trusted: list[bool] = []
+        self._entries: list[Entry] = []
+        self._offsets: list[int] = []
+        self._names: set[tuple[str, str]] = set()
+        self._blobs: list[Blob | None] = []
+        self._read = 0
+        self._unique = 0
+        self.checkpoint: Checkpoint | None = None
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the files' identities stand for their content from now on."""
+        return all(self._trusted)
+
+    async def serve(self, loader: LoaderProcess) -> Outcome:
+        """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
+        calls: dict[str, Callable[[Message], Awaitable[tuple[Message, list[_KEPT_FD]]]]] = {
+            "laid_out": self._laid_out,
+            "hashed": self._hashed,
+            "grant": self._grant,
+            "candidate": self._candidate,
+            "settle": self._settle,
+            "share": self._share,
+            "finish": self._finish,
+        }
+        tells: dict[str, Callable[[Message], None]] = {
+            "file": self._file,
+            "tensors": self._tensors,
+            "progress": self._progress,
+        }
+        started = self._now()
+        failure: WeightdError | None = None
+        while True:
+            message = await loader.receive()
+            op = message["op"]
+            if op == "failed":
+                raise failure or error_from(message)
+            if op in tells:
+                if failure is None:
+                    try:
+                        tells[op](message)
+                    except WeightdError as error:
+                        failure = error  # told at the loader's next call: a message without an answer cannot fail
+                continue
+            try:
+                if failure is not None:
+                    raise failure
+                answer, segments = await calls[op](message)
+            except WeightdError as error:
+                await loader.send(error_to(error))
+                continue
+            await loader.send(answer, segments)
+            if self.checkpoint is not None:
+                return self._outcome(started)
+
+    # -- the loader's messages -------------------------------------------------------------------------------------
+
+    def _file(self, message: Message) -> None:
+        source = self._sources[len(self._files)]
+        identity = FileIdentity(*message["identity"])
+        if identity != source.identity:
+            raise InvalidReferenceError(f"{source.file}: is not the file that was announced; open it and load it again")
+        self._files.append(ManifestFile(source.component, source.file, message["metadata"]))
+        self._trusted.append(message["trusted"])
+
+    def _tensors(self, message: Message) -> None:
+        file = message["file"]
+        component = self._files[file].component
+        for name, dtype, shape, offset, length in message["rows"]:
+            if (component, name) in self._names:
+                where = f" of component {component!r}" if component else ""
+                raise FormatError(f"{self._files[file].file}: tensor {name[:200]!r} is in another file{where} too")
+            self._names.add((component, name))
+            self._entries.append(Entry(component, name, dtype, tuple(shape), file, length))
+            self._offsets.append(offset)
+            self._blobs.append(None)
+
+    def _progress(self, message: Message) -> None:
+        self._on_progress(Progress(message["phase"], message["done"], message["total"]))
+
+    async def _laid_out(self, _: Message) -> tuple[Message, list[_KEPT_FD]]:
+        known = [] if self._verify else await self._share_known()
+        missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
+        one_pass = self._store.admit(self._number, [length for length in missing if length])
+        return {"known": known, "hash_first": not one_pass}, []
+
+    async def _share_known(self) -> list[int]:
+        """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
+        known: list[int] = []
+        instances: dict[tuple[int, int, int], int] = {}
+        for file, trusted in enumerate(self._trusted):
+            if trusted:
+                found = await self._index.get(self._sources[file].identity)
+                instances.update({(file, i.offset, i.length): i.blob for i in found})
+        for index, entry in enumerate(self._entries):
+            number = instances.get((entry.file, self._offsets[index], entry.length))
+            if number is not None:
+                self._blobs[index] = self._store.share_known(self._number, number)
+                if self._blobs[index] is not None:
+                    known.append(index)
+        return known
+
+    async def _hashed(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
+        contents = [(digest, self._entries[index].length) for index, digest in digests]
+        while (matched := self._store.make_room(self._number, contents)) is None:
+            await self._reclaimer.wait()
+        return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
+
+    async def _grant(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        while (extent := self._store.grant(self._number, message["want"], message["need"])) is None:
+            await self._reclaimer.wait()
+        return extent._asdict(), [self._descriptor(extent.segment)]
+
+    async def _candidate(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        length = self._entries[message["index"]].length
+        blob = self._store.candidate(self._number, bytes.fromhex(message["digest"]), length)
+        if blob is None:
+            return {}, []
+        answer = {"blob": blob.number, "segment": blob.segment, "offset": blob.offset}
+        return answer, [self._descriptor(blob.segment)]
+
+    async def _settle(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        answers: list[tuple[int, int, int] | None] = []
+        segments = []
+        for index, digest, segment, offset, differs in message["items"]:
+            length = self._entries[index].length
+            placed, blob = self._store.settle(
+                self._number, bytes.fromhex(digest), length, segment, offset, frozenset(differs)
+            )
+            if placed:
+                self._blobs[index] = blob
+                answers.append(None)
+            else:
+                answers.append((blob.number, blob.segment, blob.offset))
+                segments.append(self._descriptor(blob.segment))
+        return {"answers": answers}, segments
+
+    async def _share(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        kept: list[bool | None] = []
+        for index, number, segment, offset in message["items"]:
+            blob = self._store.share(self._number, number, segment, offset)
+            self._blobs[index] = blob
+            kept.append(None if blob is None else (blob.segment, blob.offset) == (segment, offset))
+        return {"kept": kept}, []
+
+    async def _finish(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+        self._read = message["read"]
+        for number, other, equal in message["outcomes"]:
+            self._store.recheck(self._number, number, other, equal=equal)
+            if equal:
+                merged = self._store.blob(other)
+                self._blobs = [merged if b is not None and b.number == number else b for b in self._blobs]
+        while True:
+            pairs = self._store.rechecks(self._number)
+            if pairs:
+                rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
+                return {"pairs": rows}, [self._descriptor(blob.segment) for blob in itertools.chain(*pairs)]
+            identities = self._identities()
+            digest = await asyncio.to_thread(content_digest, self._entries, identities, self._files)
+            # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
+            if not self._store.rechecks(self._number) and identities == self._identities():
+                break
+        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs))
+        self._unique = sum(blob.length for blob in self._own_blobs())
+        self.checkpoint = self._store.seal(self._number, content, self._now())
+        if self.trusted and self._sources not in self.checkpoint.sources:
+            self.checkpoint.sources.append(self._sources)
+        self._on_sealed(self.checkpoint)  # before anything is awaited: from here on it could be evicted
+        await self._remember()
+        return {"pairs": []}, []
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _descriptor(self, segment: int) -> _KEPT_FD:
+        return segment, self._device.writable(segment)
+
+    def _identities(self) -> list[BlobIdentity]:
+        empty = BlobIdentity(EMPTY_DIGEST, 0, 0)
+        identities = []
+        for entry, blob in zip(self._entries, self._blobs, strict=True):
+            if blob is None and entry.length:
+                raise RuntimeError(f"the loader left tensor {entry.name!r} without a blob")
+            identities.append(blob.identity if blob is not None else empty)
+        return identities
+
+    def _own_blobs(self) -> list[Blob]:
+        """Blobs that this load has placed, each once."""
+        return list({b.number: b for b in self._blobs if b is not None and b.load == self._number}.values())
+
+    async def _remember(self) -> None:
+        for file, trusted in enumerate(self._trusted):
+            if trusted:
+                instances = [
+                    Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
+                    for entry, offset, blob in zip(self._entries, self._offsets, self._blobs, strict=True)
+                    if entry.file == file and blob is not None
+                ]
+                await self._index.put(self._sources[file].identity, instances)
+
+    def _outcome(self, started: float) -> Outcome:
+        assert self.checkpoint is not None  # the caller has just seen it
+        checkpoint = self.checkpoint
+        return Outcome(
+            checkpoint.key.content_digest,
+            checkpoint.tensor_count,
+            checkpoint.total_bytes,
+            self._unique,
+            self._read,
+            self._now() - started,
+        )

@@ -1,0 +1,345 @@
+"""All loads: who waits for which, one flight for one content, loaders to do them, and what is left when one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from itertools import count
+from typing import TYPE_CHECKING
+
+from weightd.errors import LeaseLostError, ServerError, WeightdError
+from weightd.types import FileIdentity, SourceFile
+
+from .load import InstanceIndex, LoadSteps
+from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .request import LoadRequest, Outcome, Progress
+from .source import RESTED_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+
+    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.devices.device import Device
+    from weightd_daemon.devices.reclaimer import Reclaimer
+
+log = logging.getLogger(__name__)
+
+IDLE_SECONDS = 10.0
+"""How long a loader waits for the next job: a burst of loads pays for one start."""
+
+_LEAVE_SECONDS = 5.0
+"""How long a loader may take to close its files before it is replaced."""
+
+_Key = tuple[str, str, int | None, tuple[SourceFile, ...]]
+
+
+class Load:
+    """A load under way, and those who wait for it."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self.request = request
+        self.progress = Progress()
+        self.detached = request.detached
+        self.waiters: dict[int, LoadRequest] = {}
+        self.started = False
+        """Whether a client has been told to feed the descriptors."""
+        self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    def report(self, progress: Progress) -> None:
+        """New figures."""
+        self.progress = progress
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def events(self) -> AsyncIterator[Progress]:
+        """Progress until the load is done; its error is not raised here."""
+        while not self.done.done():
+            changed = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait({changed, self.done}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+            if not self.done.done():
+                yield self.progress
+
+
+class Loads:
+    """Starts, joins and cancels loads. `lock` is the daemon's lock, which every loader inherits."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        catalog: Catalog,
+        devices: dict[str, Device],
+        reclaimers: dict[str, Reclaimer],
+        index: InstanceIndex,
+        now: Callable[[], float],
+        lock: int,
+        threads: int,
+        at_once: int,
+        argv: Sequence[str] = DEFAULT_ARGV,
+    ) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._devices = devices
+        self._reclaimers = reclaimers
+        self._index = index
+        self._now = now
+        self._lock = lock
+        self._threads = threads
+        self._turns = asyncio.Semaphore(at_once)
+        self._argv = argv
+        self._numbers = count(1)
+        self._flights: dict[_Key, Load] = {}
+        self._all: set[Load] = set()
+        self._idle: list[LoaderProcess] = []
+        self._loaders: set[LoaderProcess] = set()
+        self._background: set[asyncio.Task[None]] = set()
+
+    @property
+    def under_way(self) -> list[Load]:
+        """Loads that have not ended."""
+        return [load for load in self._all if not load.done.done()]
+
+    @property
+    def loader_pids(self) -> list[int]:
+        """Process ids of the loaders that exist, idle ones included."""
+        return [loader.pid for loader in self._loaders]
+
+    def find_resident(self, request: LoadRequest) -> Checkpoint | None:
+        """The checkpoint that was loaded from exactly these files, if they have not changed since."""
+        if request.verify:
+            return None
+        for checkpoint in self._store.checkpoints.values():
+            same_place = checkpoint.key[:2] == (request.device, request.who.domain)
+            if same_place and request.sources in checkpoint.sources:
+                return checkpoint
+        return None
+
+    def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
+        """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
+
+        Errors: PermissionDeniedError, InvalidReferenceError (name).
+        """
+        checkpoint.last_used = self._now()
+        name = request.name
+        if name:
+            try:
+                self._catalog.set(request.who, name, checkpoint.key.content_digest)
+            except WeightdError:
+                if not request.name_is_default:
+                    raise
+                name = ""
+        if request.pin:
+            checkpoint.pinned = True
+        return name
+
+    def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
+        """Lease a checkpoint for a waiter until it has attached or left."""
+        if not request.detached:
+            self._store.leases.take(checkpoint.key, request.holder, self._now(), waiting=True)
+
+    def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
+        """Begin a load or join one of the same files by the same owner.
+
+        Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
+        loader's end of the client's offer; it is taken over, or closed when it is not needed.
+        """
+        key = (request.device, request.who.domain, request.who.uid, request.sources)
+        load = self._flights.get(key)
+        joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
+        if load is None or not joins:
+            load = Load(request)
+            self._all.add(load)
+            if self._rested(request.sources):
+                self._flights[key] = load
+            load.task = asyncio.get_running_loop().create_task(self._run(load, intake))
+            load.task.add_done_callback(lambda _: self._forget(key, load))
+        else:
+            os.close(intake)
+        waiter = next(self._numbers)
+        load.waiters[waiter] = request
+        load.detached = load.detached or request.detached
+        return load, waiter, not joins
+
+    def leave(self, load: Load, waiter: int) -> None:
+        """A waiter is gone. The last one takes the load with it, unless the load is detached."""
+        request = load.waiters.pop(waiter, None)
+        if request is not None and request.detached:
+            load.waiters[-waiter] = request  # its name and pin are still wanted
+        if not load.done.done() and not load.detached and not load.waiters:
+            log.info("load cancelled sources=%d", len(load.request.sources))
+            self._fail(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
+            if load.task is not None:
+                load.task.cancel()
+
+    async def verify(
+        self, rows: list[tuple[int, int, int, int, str]], device: Device
+    ) -> AsyncIterator[dict[str, object]]:
+        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the loader's messages."""
+        loader = await self._take_loader()
+        usable = False
+        try:
+            segments = {row[1]: device.writable(row[1]) for row in rows}
+            await loader.send({"job": "verify", "blobs": rows}, segments.items())
+            while True:
+                message = await loader.receive()
+                yield message
+                if message["op"] in ("verified", "failed"):
+                    break
+            usable = await self._put_back(loader)
+        except LoaderDied:
+            raise LeaseLostError("the loader process died while it verified; try again") from None
+        finally:
+            if not usable:
+                loader.kill()
+
+    async def close(self) -> None:
+        """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
+        for load in self.under_way:
+            self._fail(load, LeaseLostError("the daemon is stopping; load again when it is back"))
+            if load.task is not None:
+                load.task.cancel()
+        for loader in self._loaders:
+            loader.kill()
+        waiting = [loader.exited for loader in self._loaders]
+        if waiting:
+            await asyncio.wait(waiting, timeout=_LEAVE_SECONDS)
+        for task in [*self._background, *(load.task for load in self._all if load.task)]:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
+        """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
+
+        def changed(identity: FileIdentity) -> float:
+            return max(identity.mtime_ns, identity.ctime_ns) / 1e9
+
+        return all(self._now() - changed(source.identity) >= RESTED_SECONDS for source in sources)
+
+    def _forget(self, key: _Key, load: Load) -> None:
+        self._all.discard(load)
+        if self._flights.get(key) is load:
+            del self._flights[key]
+
+    def _fail(self, load: Load, error: WeightdError) -> None:
+        if not load.done.done():
+            load.done.set_exception(error)
+            load.done.exception()  # seen: a load without waiters must not warn about it
+
+    async def _run(self, load: Load, intake: int) -> None:
+        request = load.request
+        device = self._devices[request.device]
+        number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+        loader: LoaderProcess | None = None
+        sealed = usable = False
+
+        def on_sealed(checkpoint: Checkpoint) -> None:
+            nonlocal sealed
+            sealed = True
+            # Each waiter gets its lease in this very step: before anything else runs that might evict.
+            for waiting in load.waiters.values():
+                self.keep(waiting, checkpoint)
+
+        try:
+            async with self._turns:
+                steps = LoadSteps(
+                    store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
+                    number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    on_progress=load.report, on_sealed=on_sealed,
+                )  # fmt: skip
+                loader = await self._take_loader()
+                labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
+                await loader.send({"job": "load", "sources": labels, "threads": self._threads})
+                await loader.send_descriptor(intake)
+                os.close(intake)
+                intake = -1
+                outcome = await steps.serve(loader)
+                assert steps.checkpoint is not None  # serve returns when it is sealed
+                self._finish(load, steps.checkpoint, outcome)
+                usable = True
+        except WeightdError as error:
+            usable = True
+            self._fail(load, error)
+            log.warning("load failed reason=%s: %s", error.reason, error.message)
+        except LoaderDied:
+            self._fail(load, LeaseLostError("the loader process of this load died; nothing was kept, load again"))
+            log.warning("loader died pid=%s", loader.pid if loader else None)
+        except asyncio.CancelledError:
+            pass  # by `leave` or `close`, which have told the waiters
+        except Exception:  # a bug must fail its load, not hang its waiters
+            log.exception("load failed by a bug")
+            self._fail(load, ServerError("the load failed by a bug in the daemon; its log has the details"))
+        finally:
+            if intake >= 0:
+                os.close(intake)
+            tidy = self._tidy(loader, None if sealed else number, usable=usable)
+            task = asyncio.get_running_loop().create_task(tidy)
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+
+    def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
+        log.info(
+            "loaded content=%s device=%s total_bytes=%d unique_bytes=%d read_bytes=%d seconds=%.3f",
+            outcome.content_digest[:19], checkpoint.key.device, outcome.total_bytes, outcome.unique_bytes,
+            outcome.read_bytes, outcome.seconds,
+        )  # fmt: skip
+        for request in load.waiters.values():
+            if request.detached:
+                try:
+                    self.settle(request, checkpoint)
+                except WeightdError as error:
+                    log.warning("detached load stays without its name: %s", error.message)
+        if not load.done.done():
+            load.done.set_result((checkpoint, outcome))
+
+    async def _tidy(self, loader: LoaderProcess | None, number: int | None, *, usable: bool) -> None:
+        """Bring the loader home, then free what the load was granted: not before nothing can write there any more."""
+        if loader is not None and not (usable and await self._put_back(loader)):
+            loader.kill()
+            if number is not None and not loader.exited.done():
+                log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
+            await asyncio.shield(loader.exited)
+        if number is not None:
+            self._store.abort(number)
+
+    async def _take_loader(self) -> LoaderProcess:
+        while self._idle:
+            loader = self._idle.pop()
+            if not loader.exited.done():
+                return loader
+        loader = await LoaderProcess.spawn(self._argv, [self._lock])
+        self._loaders.add(loader)
+        loader.exited.add_done_callback(lambda _: self._loaders.discard(loader))
+        return loader
+
+    async def _put_back(self, loader: LoaderProcess) -> bool:
+        """Wait until the loader has closed its files; it then waits a while for the next job."""
+        try:
+            async with asyncio.timeout(_LEAVE_SECONDS):
+                while (await loader.receive())["op"] != "idle":
+                    pass
+        except (LoaderDied, TimeoutError):
+            return False
+        loader.forget_segments()
+        self._idle.append(loader)
+        task = asyncio.get_running_loop().create_task(self._retire(loader))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return True
+
+    async def _retire(self, loader: LoaderProcess) -> None:
+        await asyncio.sleep(IDLE_SECONDS)
+        if loader in self._idle:
+            self._idle.remove(loader)
+            loader.hang_up()

@@ -1,0 +1,130 @@
+"""The daemon's side of a loader process: spawn it, talk to it, and know for certain when it is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+from .channel import BATCH, LENGTH, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
+
+
+class LoaderDied(Exception):  # noqa: N818  # a fact that the caller turns into the load's error
+    """The process ended in the middle of a job."""
+
+
+class LoaderProcess:
+    """One loader. Made with `spawn` on the main thread: its death signal is tied to the thread that starts it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, descriptors: socket.socket) -> None:
+        self._process = process
+        self._control = control
+        self._descriptors = descriptors
+        self._seen: set[int] = set()
+        self.exited = asyncio.get_running_loop().create_future()
+        """Done when the kernel says that the process is gone: only then are its extents safe to use again."""
+        self._pidfd = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
+
+    @classmethod
+    async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
+        """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets."""
+        control, control_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        descriptors, descriptors_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with control_child, descriptors_child:
+            ends = (control_child.fileno(), descriptors_child.fileno())
+            process = subprocess.Popen(  # noqa: ASYNC220  # our own module; must be this thread, see the class
+                [*argv, *map(str, ends), str(os.getpid())],
+                pass_fds=(*ends, *inherited),
+                stdin=subprocess.DEVNULL,
+            )
+        control.setblocking(False)
+        loader = cls(process, control, descriptors)
+        loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
+        return loader
+
+    _reader: asyncio.StreamReader
+    _writer: asyncio.StreamWriter
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def receive(self) -> Message:
+        """The next message. Errors: LoaderDied."""
+        try:
+            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
+            message: Message = json.loads(await self._reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise LoaderDied from error
+        return message
+
+    async def send(self, message: dict[str, Any], segments: Iterable[tuple[int, int]] = ()) -> None:
+        """Send a message, and with it the (number, descriptor) of segments that the loader has not seen yet."""
+        fresh = [(number, descriptor) for number, descriptor in dict(segments).items() if number not in self._seen]
+        self._seen.update(number for number, _ in fresh)
+        if fresh:
+            message = {**message, "segments": [number for number, _ in fresh]}
+        body = json.dumps(message, separators=(",", ":")).encode()
+        try:
+            self._writer.write(LENGTH.pack(len(body)) + body)
+            for start in range(0, len(fresh), BATCH):
+                await self._send_descriptors([descriptor for _, descriptor in fresh[start : start + BATCH]])
+            await self._writer.drain()
+        except ConnectionError as error:
+            raise LoaderDied from error
+
+    async def send_descriptor(self, descriptor: int) -> None:
+        """Send one descriptor that belongs to the message sent last."""
+        try:
+            await self._send_descriptors([descriptor])
+        except ConnectionError as error:
+            raise LoaderDied from error
+
+    def forget_segments(self) -> None:
+        """The job is over and the loader has closed the segments it saw."""
+        self._seen.clear()
+
+    def kill(self) -> None:
+        """End it at once. Where the kernel cannot (a read that hangs), `exited` stays pending."""
+        if not self.exited.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def hang_up(self) -> None:
+        """Let an idle loader end by itself."""
+        self._writer.close()
+
+    async def _send_descriptors(self, descriptors: list[int]) -> None:
+        # A few descriptors at a time into an otherwise empty socket: it takes them at once unless the loader is stuck,
+        # and then waiting would be the wrong thing to do on the daemon's loop.
+        self._descriptors.setblocking(False)
+        for _ in range(500):
+            try:
+                socket.send_fds(self._descriptors, [b"d"], descriptors)
+            except BlockingIOError:
+                await asyncio.sleep(0.01)
+            else:
+                return
+        raise LoaderDied
+
+    def _on_exit(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self._process.wait()
+        self._descriptors.close()
+        self._writer.close()
+        if not self.exited.done():
+            self.exited.set_result(None)

@@ -1,0 +1,46 @@
+"""What a client asked to load, and what came of it: plain values between the edges and the loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from weightd.types import SourceFile
+    from weightd_daemon.core.catalog import Who
+    from weightd_daemon.core.lease import Holder
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else."""
+
+    who: Who
+    holder: Holder
+    sources: tuple[SourceFile, ...]
+    device: str
+    name: str = ""
+    name_is_default: bool = False
+    pin: bool = False
+    detached: bool = False
+    verify: bool = False
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a load is; `phase` is "opening", "hashing" or "copying"."""
+
+    phase: str = "opening"
+    done: int = 0
+    total: int = 0
+
+
+class Outcome(NamedTuple):
+    """What a load brought, in bytes and seconds."""
+
+    content_digest: str
+    tensors: int
+    total_bytes: int
+    unique_bytes: int
+    read_bytes: int
+    seconds: float

@@ -1,0 +1,85 @@
+"""A checkpoint file as the loader sees it: opened by somebody else, and not to be believed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import stat
+import time
+
+from weightd.errors import FormatError, InvalidReferenceError
+from weightd.types import FileIdentity, FileLayout
+from weightd_daemon.formats import safetensors
+
+_LOCAL_FILESYSTEMS = {
+    0xEF53,  # ext2, ext3, ext4
+    0x58465342,  # xfs
+    0x9123683E,  # btrfs
+    0x01021994,  # tmpfs
+    0xF2F52010,  # f2fs
+    0x2FC12FC1,  # zfs
+}
+"""f_type of filesystems whose inode, size and times this kernel itself keeps."""
+
+RESTED_SECONDS = 2
+"""A file changed more recently than this may change again within one tick of its timestamps."""
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def identity_of(descriptor: int) -> FileIdentity:
+    """What fstat says of a descriptor."""
+    status = os.fstat(descriptor)
+    return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _is_local(descriptor: int) -> bool:
+    buffer = (ctypes.c_long * 64)()
+    return _libc.fstatfs(descriptor, buffer) == 0 and buffer[0] in _LOCAL_FILESYSTEMS
+
+
+class Source:
+    """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error."""
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        self.name = name
+        self.descriptor = descriptor
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+            raise InvalidReferenceError(f"{name}: its descriptor is not open for reading")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InvalidReferenceError(f"{name}: is not a regular file")
+        self.identity = identity_of(descriptor)
+        changed = max(self.identity.mtime_ns, self.identity.ctime_ns)
+        self.trusted = _is_local(descriptor) and time.time_ns() - changed >= RESTED_SECONDS * 1_000_000_000
+        """Whether the identity stands for the content from now on (design: the digest index)."""
+        self._layout: FileLayout | None = None
+
+    def layout(self) -> FileLayout:
+        """The checked tensor directory. Errors: FormatError."""
+        if self._layout is None:
+            self._layout = safetensors.read_layout(self.name, self.identity.size, self._read)
+        return self._layout
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` on. Errors: FormatError (it shrank, or cannot be read)."""
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise FormatError(f"{self.name}: cannot be read at byte {offset + done}: {error.strerror}") from error
+            if count == 0:
+                raise FormatError(f"{self.name}: shrank while it was read (no byte at {offset + done}); load it again")
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Errors: FormatError when the file was changed since it was opened."""
+        if identity_of(self.descriptor) != self.identity:
+            raise FormatError(f"{self.name}: changed while it was read; load it again")
+
+    def _read(self, offset: int, length: int) -> bytes:
+        buffer = bytearray(max(0, min(length, self.identity.size - offset)))
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)

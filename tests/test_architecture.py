@@ -1,0 +1,220 @@
+"""Imports run one way: an `ast` walk over the sources holds it; subprocesses look what is in memory after an import.
+
+The walk sees every import statement, also those inside functions, and `import_module`/`__import__` of a constant.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE_ROOTS = (ROOT / "client", ROOT / "daemon")
+MOST_LINES = 400
+
+# Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
+# modules always may.
+ONLY_IN: dict[str, tuple[str, ...]] = {
+    "torch": ("weightd.torch", "weightd.integrations*"),
+    "weightd.torch": ("weightd.integrations*",),
+    "weightd.integrations": (),
+    "weightd.cli": ("weightd.__main__",),
+    "weightd_daemon": (),
+    **dict.fromkeys(
+        ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
+        ("weightd.client", "weightd._rpc", "weightd_daemon.edges.service", "weightd_daemon.edges.interceptors"),
+    ),
+    **dict.fromkeys(("typer", "click", "rich"), ("weightd.cli*",)),
+    **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
+    **dict.fromkeys(("pickle", "marshal", "shelve", "dill", "cloudpickle"), ()),
+    "sqlite3": ("weightd_daemon.edges.digest_index",),
+    "weightd_daemon.app": ("weightd_daemon.__main__",),
+    "weightd_daemon.edges": ("weightd_daemon.app",),
+    **dict.fromkeys(
+        (f"weightd_daemon.devices.{name}" for name in ("host", "cuda_vmm", "cuda_ipc")),
+        ("weightd_daemon.app", "weightd_daemon.devices*"),
+    ),
+}
+# Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
+LAZILY_IN = {"torch": ("weightd.attachment",), "weightd.torch": ("weightd.attachment",)}
+
+DYNAMIC = {"import_module", "__import__"}
+
+CORE = "weightd_daemon.core"
+CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", CORE)
+# Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
+# fmt: off
+IMPURE = {
+    "asyncio", "concurrent", "ctypes", "fcntl", "glob", "io", "logging", "mmap", "multiprocessing", "os", "pathlib",
+    "random", "secrets", "select", "selectors", "shutil", "signal", "socket", "sqlite3", "subprocess", "tempfile",
+    "threading", "time", "uuid",
+}
+# fmt: on
+
+
+# Imports a module, with `.*` also all modules in it, and prints which of the other arguments are in memory then.
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+name, star, _ = sys.argv[1].partition(".*")
+module = importlib.import_module(name)
+for found in pkgutil.walk_packages(module.__path__, name + ".") if star else ():
+    if not found.name.endswith("__main__"):
+        importlib.import_module(found.name)
+print(*sorted(sys.modules.keys() & set(sys.argv[2:])))
+"""
+
+
+class Import(NamedTuple):
+    """One imported name, such as `torch.nn`; `lazy` inside a function or under `if TYPE_CHECKING`."""
+
+    name: str
+    line: int
+    lazy: bool
+
+
+def imports(module: str, tree: ast.AST, is_package: bool, lazy: bool = False) -> Iterator[Import]:
+    """Every import below `tree`; relative ones resolved against `module`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")
+            kept = parts[: len(parts) - node.level + is_package] if node.level else []
+            base = ".".join(kept + ([node.module] if node.module else []))
+            yield from (Import(f"{base}.{alias.name}", node.lineno, lazy) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in DYNAMIC:
+            constants = (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
+            yield from (Import(str(value), node.lineno, lazy) for value in constants)
+        function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        typing_only = isinstance(node, ast.If) and ast.unparse(node.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}
+        yield from imports(module, node, is_package, lazy or function or typing_only)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def may(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(module, pattern) for pattern in patterns)
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """What `module` imports and may not, one line each."""
+    found = []
+    for name, line, lazy in imports(module, ast.parse(source), is_package):
+        for package, patterns in ONLY_IN.items():
+            allowed = may(module, patterns) or (lazy and may(module, LAZILY_IN.get(package, ())))
+            if within(name, package) and not within(module, package) and not allowed:
+                found.append(f"{module}:{line} imports {name}; {package} belongs to {', '.join(patterns) or 'nobody'}")
+        if within(module, CORE) and not any(within(name, package) for package in CORE_MAY):
+            top = name.split(".")[0]
+            if top in IMPURE or top not in sys.stdlib_module_names:
+                found.append(f"{module}:{line} imports {name}; the core is pure")
+    return found
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every hand-written module: its name and file."""
+    for root in SOURCE_ROOTS:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            if "_proto" not in parts:
+                yield ".".join(part for part in parts if part != "__init__"), path
+
+
+def test_walk_sees_both_trees() -> None:
+    names = {name for name, _ in modules()}
+    assert {"weightd", "weightd.errors", "weightd_daemon.app", "weightd_daemon.core.store"} <= names
+
+
+def test_imports_run_one_way() -> None:
+    found = [
+        line
+        for module, path in modules()
+        for line in violations(module, path.read_text(), is_package=path.name == "__init__.py")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("weightd.client", "import weightd_daemon.app"),
+        ("weightd.cli.serve", "def serve():\n    importlib.import_module('weightd_daemon.app')"),
+        ("weightd.attachment", "import torch"),
+        ("weightd.client", "def state():\n    import torch"),
+        ("weightd._mapping.host", "if TYPE_CHECKING:\n    from torch import Tensor"),
+        ("weightd_daemon.loader.copy", "from torch.utils import dlpack"),
+        ("weightd_daemon.loader.copy", "import weightd.torch"),
+        ("weightd_daemon.app", "import grpc.aio"),
+        ("weightd._handles", "try:\n    import grpc\nexcept ImportError:\n    pass"),
+        ("weightd.types", "from rich.table import Table"),
+        ("weightd_daemon.devices.host", "from cuda.bindings import driver"),
+        ("weightd._wire", "import pickle"),
+        ("weightd_daemon.core.store", "import sqlite3"),
+        ("weightd_daemon.core.store", "import time"),
+        ("weightd_daemon.core.store", "from weightd import client"),
+        ("weightd_daemon.core.store", "from ..devices import device"),
+        ("weightd_daemon.core", "from ..formats import safetensors"),
+        ("weightd_daemon.loader.child", "from weightd_daemon.devices import host"),
+        ("weightd_daemon.loader.child", "from weightd_daemon.edges.digest_index import DigestIndex"),
+        ("weightd_daemon.edges.service", "from weightd_daemon.app import Daemon"),
+    ],
+)
+def test_walk_finds_a_violation(module: str, source: str) -> None:
+    assert violations(module, source, is_package=module == CORE)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("weightd.torch", "import torch"),
+        ("weightd.attachment", "def state_dict():\n    import torch"),
+        ("weightd._rpc", "import grpc"),
+        ("weightd_daemon.edges.service", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
+        ("weightd_daemon.core.arena", "import bisect\nfrom . import ranges\nfrom weightd.types import ALIGNMENT"),
+        ("weightd_daemon.core", "from . import ranges"),
+        ("weightd_daemon.app", "from weightd_daemon.devices import host\nimport weightd_daemon.edges.service"),
+        ("weightd_daemon.loader.child", "from weightd_daemon.devices.device import Device\nimport torchlike"),
+    ],
+)
+def test_walk_lets_the_rest_pass(module: str, source: str) -> None:
+    assert violations(module, source, is_package=module == CORE) == []
+
+
+def test_modules_are_small() -> None:
+    lengths = {module: len(path.read_text().splitlines()) for module, path in modules()}
+    assert {module: lines for module, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("weightd", "torch grpc numpy typer rich weightd_daemon"),
+        ("weightd.attachment", "torch grpc numpy typer rich weightd_daemon"),
+        ("weightd.torch", "grpc typer rich weightd_daemon"),
+        ("weightd_daemon.app", "torch numpy"),
+        ("weightd_daemon.loader.*", "torch numpy grpc typer rich"),
+    ],
+)
+def test_import_brings_no(module: str, absent: str) -> None:
+    done = python(IMPORT_ALL, module, *absent.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_import_check_can_fail() -> None:
+    assert python(IMPORT_ALL, "weightd", "weightd", "torch").stdout.split() == ["weightd"]
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PYTHONPATH": ":".join(map(str, SOURCE_ROOTS)), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

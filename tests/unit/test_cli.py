@@ -1,0 +1,633 @@
+"""The `weightd` command against a fake client: what it prints, what it calls and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pytest
+
+import weightd
+from weightd.cli import main
+from weightd.errors import (
+    CapacityError,
+    DaemonUnreachableError,
+    DigestMismatchError,
+    InUseError,
+    NotFoundError,
+    PermissionDeniedError,
+    WeightdError,
+)
+from weightd.types import (
+    CheckpointDetails,
+    CheckpointInfo,
+    ComponentInfo,
+    DeviceStats,
+    FileIdentity,
+    LeaseInfo,
+    LoadProgress,
+    LoadResult,
+    SourceFile,
+    Stats,
+    TensorInfo,
+    TensorKey,
+    VerifyProgress,
+    VersionInfo,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytest.importorskip("typer")
+context = pytest.importorskip("weightd.cli.context")
+output = pytest.importorskip("weightd.cli.output")
+
+GIB = 1 << 30
+MIB = 1 << 20
+DIGEST = "ab" * 32
+LOADED = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
+LONG = "org/" + "long-name-" * 30
+LS_KEYS = [
+    "name",
+    "content_digest",
+    "device",
+    "tensors",
+    "total_bytes",
+    "exclusive_bytes",
+    "shared_bytes",
+    "leases",
+    "pinned",
+    "loaded_at",
+    "last_used_at",
+    "state",
+]
+CHECKPOINT = CheckpointInfo(
+    names=("org/base", "base"),
+    content_digest=DIGEST,
+    device="host",
+    tensors=3,
+    total_bytes=2 * GIB,
+    exclusive_bytes=GIB,
+    shared_bytes=50 * MIB,
+    leases=2,
+    pinned=True,
+    loaded_at=LOADED,
+    last_used_at=None,
+    state="resident",
+    owner_uid=1000,
+    owner="ada",
+)
+RESULT = LoadResult("org/base", DIGEST, 3, 2 * GIB, GIB, GIB, 7, 1.25, "host")
+TENSOR = TensorInfo("unet", "w", "F32", (2, 3), 0, 256, 24, b"\x01" * 16, 0, 0)
+
+
+class FakeAttachment(contextlib.nullcontext[Any]):
+    tensors = {TensorKey("unet", "w"): TENSOR}  # noqa: RUF012 - never changed
+
+    def __enter__(self) -> Self:
+        return self
+
+
+class FakeClient:
+    """Records its calls; an entry in `answers` replaces an answer, and is raised if it is an exception."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.answers: dict[str, Any] = {}
+        self.socket: str | None = None
+        self.closed = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closed += 1
+
+    def _answer(self, call: str, default: Any, *arguments: object) -> Any:
+        self.calls.append((call, *arguments))
+        answer = self.answers.get(call, default)
+        if callable(answer):
+            answer = answer(*arguments)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def load_report(
+        self, reference: str, *, on_progress: Callable[[LoadProgress], None] | None = None, **options: Any
+    ) -> Any:
+        if on_progress is not None:
+            on_progress(LoadProgress("hashing", 1, 2))
+            on_progress(LoadProgress("copying", 2, 2))
+        return self._answer("load", RESULT, reference, options)
+
+    def checkpoints(self) -> Any:
+        return self._answer("checkpoints", [CHECKPOINT])
+
+    def inspect(self, reference: str, device: str | None = None) -> Any:
+        source = SourceFile(
+            "unet", "model.safetensors", FileIdentity(1, 2, 2 * GIB, LOADED.timestamp().__int__() * 10**9, 0)
+        )
+        return self._answer(
+            "inspect",
+            CheckpointDetails(CHECKPOINT, (ComponentInfo("unet", 3, 2 * GIB, GIB),), 4, (source,)),
+            reference,
+            device,
+        )
+
+    def attach(self, reference: str, *, device: str | None, manifest_only: bool) -> Any:
+        return self._answer("attach", FakeAttachment(), reference, device, manifest_only)
+
+    def leases(self) -> Any:
+        lease = LeaseInfo(7, 4242, 1000, "ada", "python serve.py", "org/base", "host", 2 * GIB, LOADED, waiting=False)
+        return self._answer("leases", [lease])
+
+    def stats(self) -> Any:
+        device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3)
+        return self._answer(
+            "stats",
+            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
+        )
+
+    def pin(self, reference: str, device: str | None = None) -> Any:
+        return self._answer("pin", CHECKPOINT, reference, device)
+
+    def unpin(self, reference: str, device: str | None = None) -> Any:
+        return self._answer("unpin", CHECKPOINT, reference, device)
+
+    def remove(self, reference: str, device: str | None = None) -> Any:
+        return self._answer("remove", GIB, reference, device)
+
+    def verify(
+        self,
+        reference: str | None = None,
+        device: str | None = None,
+        on_progress: Callable[[VerifyProgress], None] | None = None,
+    ) -> Any:
+        return self._answer("verify", VerifyProgress(300, 300, 3 * GIB, 3 * GIB), reference, device, on_progress)
+
+    def version(self) -> Any:
+        return self._answer("version", VersionInfo("9.9", 77, 12.0))
+
+    def ping(self) -> Any:
+        return self._answer("ping", 0.00125)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+    client = FakeClient()
+
+    def connect(socket: str | None) -> FakeClient:
+        client.socket = socket
+        unreachable = client.answers.get("connect")
+        if unreachable is not None:
+            raise unreachable
+        return client
+
+    monkeypatch.setattr(context, "connect", connect)
+    monkeypatch.setattr(weightd, "__version__", "1.2.3", raising=False)
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    return client
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def as_json(capsys: pytest.CaptureFixture[str]) -> Any:
+    return json.loads(capsys.readouterr().out)
+
+
+# Listings
+
+
+def test_ls_json_has_exactly_the_contracted_keys(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--format", "json"]) == 0
+    (row,) = as_json(capsys)
+    assert list(row) == LS_KEYS
+    assert row["name"] == "org/base"
+    assert row["total_bytes"] == 2 * GIB
+    assert row["loaded_at"] == "2026-01-02T03:04:05.678Z"
+    assert row["last_used_at"] is None
+    assert row["pinned"] is True
+    assert fake.closed == 1
+
+
+@pytest.mark.parametrize("alias", ["ls", "list"])
+def test_ls_table(alias: str, fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["checkpoints"] = [
+        replace(CHECKPOINT, last_used_at=datetime.now(UTC) - timedelta(minutes=3, seconds=2)),
+        replace(CHECKPOINT, names=(LONG,), pinned=False, state="loading", content_digest=""),
+    ]
+    assert main([alias]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert re.split(r"\s{2,}", header)[:5] == ["NAME", "DIGEST", "DEVICE", "STATE", "OWNER"]
+    assert re.split(r"\s{2,}", first) == [
+        "org/base, base",
+        "ab" * 6,
+        "host",
+        "resident",
+        "ada",
+        "2.00 GiB",
+        "50.0 MiB",
+        "2",
+        "yes",
+        "3 minutes ago",
+    ]
+    assert LONG in second, "nothing is cut where there is no terminal"
+    assert "loading" in second
+
+
+def test_no_trunc_prints_whole_digests(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--no-trunc"]) == 0
+    assert DIGEST in capsys.readouterr().out
+
+
+def test_ls_quiet_names_or_digests(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["checkpoints"] = [CHECKPOINT, replace(CHECKPOINT, names=())]
+    assert main(["ls", "-q"]) == 0
+    assert capsys.readouterr().out == f"org/base\n{DIGEST}\n"
+
+
+def test_names_cannot_steer_the_terminal(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["checkpoints"] = [replace(CHECKPOINT, names=("[red]x\x1b[2J\ny\udc80",))]
+    assert main(["ls"]) == 0
+    assert len(lines := capsys.readouterr().out.splitlines()) == 2
+    assert lines[1].startswith(r"[red]x\x1b[2J\ny\udc80 ")
+
+
+def test_ps(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ps", "--format", "json"]) == 0
+    (row,) = as_json(capsys)
+    assert list(row) == ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since"]
+    assert row["since"].endswith("Z")
+    assert main(["ps", "-q"]) == 0
+    assert capsys.readouterr().out == "7\n"
+    assert main(["ps"]) == 0
+    assert "python serve.py" in capsys.readouterr().out
+
+
+def test_stats(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 checkpoints, logical 4.00 GiB, resident 2.70 GiB, saved 1.30 GiB (32.4 %)\n" in printed
+    assert "300 blobs, 1 lease, 2 evictions, 0 digest collisions\n" in printed
+    assert main(["stats", "--format=json"]) == 0
+    found = as_json(capsys)
+    assert found["saved_ratio"] == 0.324
+    contracted = [
+        "uuid",
+        "kind",
+        "name",
+        "budget_bytes",
+        "used_bytes",
+        "live_bytes",
+        "reusable_bytes",
+        "free_bytes",
+        "segments",
+    ]
+    assert set(contracted) <= set(found["devices"][0])
+
+
+def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "base", "--format", "json", "--device", "host"]) == 0
+    found = as_json(capsys)
+    assert "tensors" not in found
+    assert found["checkpoint"]["names"] == ["org/base", "base"]
+    assert found["sources"][0]["modified_at"] == "2026-01-02T03:04:05.000Z"
+    assert fake.calls == [("inspect", "base", "host")]
+    assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
+    (tensor,) = as_json(capsys)["tensors"]
+    assert (tensor["name"], tensor["shape"], tensor["digest"]) == ("w", [2, 3], "01" * 16)
+    assert fake.calls[-1] == ("attach", "base", None, True)
+    assert main(["inspect", "base", "--tensors"]) == 0
+    printed = capsys.readouterr().out
+    assert "2x3" in printed
+    assert "model.safetensors" in printed
+    assert main(["inspect", "base", "-q"]) == 0
+    assert capsys.readouterr().out == f"{DIGEST}\n"
+
+
+# Loading
+
+
+def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["load", "./m", "--name", "n", "--pin", "--device", "host", "--verify", "--format", "json"]
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    keys = "name content_digest tensors total_bytes unique_bytes shared_bytes read_bytes seconds device"
+    assert list(json.loads(captured.out)) == keys.split()
+    assert captured.err == "", "no progress where stderr is no terminal"
+    options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
+    assert fake.calls == [("load", "./m", options)]
+
+
+def test_load_several(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "a", "b", "--format", "json"]) == 0
+    assert len(as_json(capsys)) == 2
+    assert main(["load", "a", "b", "-q"]) == 0
+    assert capsys.readouterr().out == f"{DIGEST}\n" * 2
+    assert main(["load", "a", "b", "--name", "n"]) == 2
+    assert "--name" in capsys.readouterr().err
+
+
+def test_load_no_wait(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["load"] = lambda *_: None
+    assert main(["load", "a", "--no-wait"]) == 0
+    assert capsys.readouterr().out == "loading a\n"
+    assert fake.calls[0][2]["detached"] is True
+    assert main(["load", "a", "--no-wait", "--format", "json"]) == 0
+    assert as_json(capsys) == {"name": "a", "state": "loading"}
+
+
+def test_load_shows_progress_on_a_terminal(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    with contextlib.redirect_stderr(Terminal()) as stream:
+        assert main(["load", "a[b]"]) == 0
+    assert "copying a[b]" in stream.getvalue()
+    with contextlib.redirect_stderr(Terminal()) as stream:
+        assert main(["load", "a", "-q"]) == 0
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("value", [None, "1"])
+def test_no_color_is_honoured(value: str | None, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if value is not None:
+        monkeypatch.setenv("NO_COLOR", value)
+    with contextlib.redirect_stderr(Terminal()) as stream:
+        assert main(["load", "a"]) == 0
+    coloured = re.search(r"\x1b\[[0-9;]*(3|9|38;5;)[0-9]+m", stream.getvalue())
+    assert (coloured is None) == bool(value)
+
+
+def test_interrupted_load_leaves_the_daemon(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["load"] = KeyboardInterrupt()
+    assert main(["load", "a", "b"]) == 130
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "interrupted" in captured.err
+    assert captured.out == ""
+    assert len(fake.calls) == 1, "the second reference is not tried"
+    assert fake.closed == 1, "closing is what cancels"
+
+
+def test_verify(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify"]) == 0
+    assert capsys.readouterr().out == "verified 300 blobs, 3.00 GiB: clean\n"
+    assert fake.calls == [("verify", None, None, None)]
+    fake.answers["verify"] = DigestMismatchError("blob x of base differs")
+    assert main(["verify", "base"]) == 1
+    assert capsys.readouterr().err == "weightd: blob x of base differs\n"
+
+
+# Changing
+
+
+def test_pin_and_unpin(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pin", "a", "-d", "host"]) == 0
+    assert main(["unpin", "a", "--quiet"]) == 0
+    assert fake.calls == [("pin", "a", "host"), ("unpin", "a", None)]
+    assert capsys.readouterr().out == "pinned org/base\n"
+
+
+def test_rm_goes_on_and_exits_with_the_first_error(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    errors: dict[str, WeightdError] = {"b": InUseError("b is in use by pid 7"), "c": NotFoundError("no c")}
+    fake.answers["remove"] = lambda reference, _: errors.get(reference, GIB)
+    assert main(["rm", "a", "b", "c", "d"]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == "removed a, freed 1.00 GiB\nremoved d, freed 1.00 GiB\n"
+    assert captured.err == "weightd: b is in use by pid 7\nweightd: no c\n"
+
+
+def test_rm_stops_when_the_daemon_is_gone(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["remove"] = DaemonUnreachableError("no daemon at /x")
+    assert main(["rm", "a", "b"]) == 69
+    assert capsys.readouterr().err == "weightd: no daemon at /x\n"
+
+
+# The daemon
+
+
+def test_ping(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ping"]) == 0
+    assert capsys.readouterr().out == "1.25 ms\n"
+
+
+def test_version_with_and_without_a_daemon(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version", "--format", "json"]) == 0
+    assert as_json(capsys) == {
+        "client": "1.2.3",
+        "daemon": {"version": "9.9", "pid": 77, "uptime_seconds": 12.0},
+    }
+    fake.answers["connect"] = DaemonUnreachableError("no daemon at /x")
+    assert main(["version", "--format", "json"]) == 0
+    assert as_json(capsys) == {"client": "1.2.3", "daemon": None}
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == "client  1.2.3\ndaemon  unreachable: no daemon at /x\n"
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == "weightd 1.2.3\n"
+
+
+@pytest.mark.parametrize("command", ["serve", "config"])
+def test_serve_and_config_become_the_daemon(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ReplacedError(Exception):
+        pass
+
+    executed: list[list[str]] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        executed.append([path, *arguments])
+        raise ReplacedError
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    rest = ["--device", "host", "x", "-h", "--help", "--budget=1GiB", "--socket", "/b", "-x"]
+    main(["--socket", "/a", command, *rest])
+    main([command])
+    daemon = [sys.executable, sys.executable, "-P", "-m", "weightd_daemon", command]
+    assert executed == [[*daemon, "--socket", "/a", *rest], daemon]
+
+
+def test_serve_without_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Options and errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["ls"], None),
+        (["--socket", "/a", "ls"], "/a"),
+        (["ls", "--socket", "/b"], "/b"),
+        (["--socket", "/a", "ls", "--socket", "/b"], "/b"),
+    ],
+)
+def test_socket_before_and_after_the_command(arguments: list[str], expected: str | None, fake: FakeClient) -> None:
+    assert main(arguments) == 0
+    assert fake.socket == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NotFoundError("it is\nnot here"), 3),
+        (CapacityError("too big"), 5),
+        (PermissionDeniedError("not yours"), 77),
+        (DaemonUnreachableError("no daemon"), 69),
+    ],
+)
+def test_each_error_is_one_line_and_its_code(
+    error: WeightdError, code: int, fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["checkpoints"] = error
+    assert main(["ls"]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "weightd: {}\n".format(str(error).replace("\n", r"\n"))
+    assert main(["--debug", "ls"]) == code
+    *trace, last = capsys.readouterr().err.splitlines()
+    assert trace[0].startswith("Traceback")
+    assert last.startswith("weightd: ")
+
+
+def test_unexpected_error_is_one_line(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["ping"] = ZeroDivisionError("oops")
+    assert main(["ping"]) == 1
+    assert capsys.readouterr().err == "weightd: ZeroDivisionError: oops (run with --debug for the traceback)\n"
+    assert main(["--debug", "ping"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupted_elsewhere(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answers["stats"] = KeyboardInterrupt()
+    assert main(["stats"]) == 130
+    assert capsys.readouterr().err == "weightd: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nonsense"], ["load"], ["ls", "--format", "xml"], ["ls", "x"], ["pin", "a", "b"], ["--wrong"]]
+)
+def test_wrong_usage_is_one_line_and_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"weightd: .* '?weightd.* --help'\n", captured.err)
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    listed = re.findall(r"^  ([a-z]+)  ", printed.split("Commands:")[1].split("Exit codes")[0], re.MULTILINE)
+    assert listed == [
+        "serve",
+        "load",
+        "ls",
+        "ps",
+        "inspect",
+        "pin",
+        "unpin",
+        "rm",
+        "stats",
+        "verify",
+        "ping",
+        "version",
+        "config",
+    ]
+    assert "69   daemon unreachable\n" in printed
+    assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
+    assert main([]) == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+def test_closed_output_is_quiet() -> None:
+    """A reader that has gone, as of `weightd --help | true`: no traceback, no message, and not success."""
+    code = (
+        "import sys, weightd.cli.context as c, weightd.cli.listing as l;"
+        "from weightd.cli import main;"
+        "import contextlib;"
+        "l.open_client = lambda *_: contextlib.nullcontext(type('C', (), {'leases': lambda s: []})());"
+        "sys.exit(main(['ps']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, check=False, env=environment(), text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_typer_or_rich_it_says_what_to_install(missing: str) -> None:
+    code = f"import sys; sys.modules[{missing!r}] = None; from weightd.cli import main; sys.exit(main(['ls']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment(), text=True)
+    assert done.returncode == 1
+    assert done.stderr == "weightd's command needs typer and rich: pip install 'weightd[cli]'\n"
+
+
+def test_module_runs_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "weightd", "nonsense"], capture_output=True, check=False, env=environment(), text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("weightd: ")
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with the packages under test on the path."""
+    source = str(Path(sys.modules["weightd.cli"].__file__ or "").parents[2])
+    return os.environ | {"PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+
+
+# Formats
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 MiB"), (91 * MIB, "91.0 MiB"), (102 * MIB, "102.0 MiB"), (103 * MIB, "0.10 GiB"), (GIB, "1.00 GiB")],
+)
+def test_size(count: int, text: str) -> None:
+    assert output.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-5, "just now"),
+        (0.4, "just now"),
+        (1, "1 second ago"),
+        (59, "59 seconds ago"),
+        (60, "1 minute ago"),
+        (7200, "2 hours ago"),
+        (86400 * 3, "3 days ago"),
+        (86400 * 400, "1 year ago"),
+    ],
+)
+def test_ago(seconds: float, text: str) -> None:
+    assert output.ago(LOADED, LOADED + timedelta(seconds=seconds)) == text
+
+
+def test_digest_and_device_are_shortened_only_if_they_are_such() -> None:
+    assert output.digest(DIGEST) == output.digest(f"sha256:{DIGEST}") == "ab" * 6
+    assert output.digest("org/base") == "org/base"
+    assert output.device("GPU-0123abcd-1111-2222-3333-444455556666") == "GPU-0123abcd"
+    assert output.device("GPU-0123abcd-1111-2222-3333-444455556666", full=True).endswith("6666")
+    assert output.device("host") == "host"
