@@ -1,0 +1,1 @@
+"""What tests share: real daemons, real client processes, real files."""

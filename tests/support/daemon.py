@@ -1,0 +1,192 @@
+"""A real daemon in a process of its own, with a leak check at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import weightd
+from weightd.client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 20.0
+
+
+def eventually(check: Callable[[], object], seconds: float = 10.0, what: str = "") -> None:
+    """Wait until `check` holds; fail with its last answer."""
+    deadline = time.monotonic() + seconds
+    while not (answer := check()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {what or check} (last answer: {answer!r})")
+        time.sleep(0.02)
+
+
+def environment(socket: Path | None = None) -> dict[str, str]:
+    """The environment of a child process: our sources, and no setting of whoever runs the tests."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTD_")}
+    clean["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon", "tests"))
+    clean["XDG_CONFIG_HOME"] = "/nonexistent"
+    if socket is not None:
+        clean["WEIGHTD_SOCKET"] = str(socket)
+    return clean
+
+
+class Daemon:
+    """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`."""
+
+    def __init__(self, argv: list[str] | None = None, **settings: object) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="weightd-"))
+        self.socket = self.folder / "w.sock"
+        self.log = self.folder / "log"
+        self._argv = argv or [sys.executable, "-m", "weightd_daemon"]
+        self._settings = {"budget": "1GiB", "log_level": "info", **settings}
+        self.process: subprocess.Popen[str] | None = None
+        self._clients: list[Client] = []
+        self.start()
+
+    def start(self) -> None:
+        """Start, or start again on the same socket, and wait for the line that says ready."""
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in self._settings.items()]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [*self._argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags],
+                stdout=subprocess.PIPE, stderr=log, text=True, env=environment(), start_new_session=True,
+            )  # fmt: skip
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line.startswith("weightd is ready"):
+            self.process.wait(START_SECONDS)
+            raise AssertionError(f"the daemon did not start: {line!r}\n{self.log.read_text()}")
+        self.baseline = self.descriptors()
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def connect(self, timeout: float = 20.0) -> Client:
+        """A client of it, closed at the end of the test."""
+        client = weightd.connect(self.socket, timeout=timeout)
+        self._clients.append(client)
+        return client
+
+    def command(self, *arguments: str | Path, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+        """Run `weightd ARGUMENTS` against it."""
+        finished = subprocess.run(
+            [sys.executable, "-m", "weightd", *map(str, arguments)],
+            env=environment(self.socket), capture_output=True, text=True, timeout=60, check=False, **options,  # type: ignore[call-overload]  # passed through
+        )  # fmt: skip
+        if check and finished.returncode:
+            raise AssertionError(f"exit {finished.returncode}: {finished.stderr}")
+        return finished
+
+    def descriptors(self) -> int:
+        """Descriptors that the daemon has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def allocated(self) -> int:
+        """Bytes of memory behind the segments that the daemon has open, as the kernel counts them."""
+        return sum(status.st_blocks * 512 for status in self._segments().values())
+
+    def _segments(self) -> dict[int, os.stat_result]:
+        found: dict[int, os.stat_result] = {}
+        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                name = os.readlink(entry)
+                if name.startswith("/memfd:weightd-") and not name.startswith("/memfd:weightd-manifest"):
+                    status = entry.stat()
+                    found[status.st_ino] = status
+        return found
+
+    def rss(self) -> int:
+        """Resident bytes of the daemon's process."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) * 1024
+
+    def loaders(self) -> list[int]:
+        """Process ids of its loaders."""
+        text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in text.split()]
+
+    def wait_for_loader(self) -> int:
+        """The pid of a loader, as soon as there is one."""
+        eventually(self.loaders, what="a loader")
+        return self.loaders()[0]
+
+    def logged(self) -> str:
+        """Its log so far."""
+        return self.log.read_text()
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+        self._close_pipe()
+
+    def stop(self, seconds: float = 15.0) -> int:
+        """SIGTERM; returns the exit code."""
+        assert self.process is not None
+        self.process.terminate()
+        code = self.process.wait(seconds)
+        self._close_pipe()
+        return code
+
+    def check_no_leak(self) -> None:
+        """Remove everything, and see that no byte, descriptor or segment stays behind but the pool."""
+        for client in self._clients:
+            client.close()
+        with weightd.connect(self.socket, timeout=20.0) as client:
+            eventually(lambda: not client.leases(), what=f"leases are still held: {client.leases()}")
+            eventually(lambda: not any(c.state == "loading" for c in client.checkpoints()), what="loads under way")
+            for checkpoint in client.checkpoints():
+                client.remove(checkpoint.content_digest, checkpoint.device)
+
+            def settled() -> bool:
+                (device,) = client.stats().devices
+                return not device.in_flight_bytes and self.allocated() <= device.used_bytes
+
+            eventually(settled, what=f"memory on its way back: {client.stats()}")
+            stats = client.stats()
+        (device,) = stats.devices
+        assert (stats.checkpoints, stats.blobs, device.live_bytes, device.in_flight_bytes) == (0, 0, 0, 0), stats
+        assert device.used_bytes == device.reusable_bytes, stats
+
+        # Two for each pooled segment, three for each idle loader, three for the index's database, opened when needed.
+        allowed = self.baseline + 2 * device.segments + 3
+        eventually(
+            lambda: self.descriptors() <= allowed + 3 * len(self.loaders()),
+            what=f"{self.descriptors()} descriptors are open, {allowed} allowed",
+        )
+
+    def close(self, *, check: bool) -> None:
+        """End of the test: kill survivors first, then look for leaks."""
+        assert self.process is not None
+        try:
+            if check and self.process.poll() is None:
+                self.check_no_leak()
+                assert self.stop() == 0
+                assert not self.socket.exists(), "the socket is left behind"
+        finally:
+            for client in self._clients:
+                client.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+            self._close_pipe()
+            if check and "bug" in self.logged():
+                raise AssertionError(f"the daemon's log speaks of a bug:\n{self.logged()}")
+            shutil.rmtree(self.folder)
+
+    def _close_pipe(self) -> None:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        self.process.stdout.close()

@@ -1,0 +1,88 @@
+"""A client process that does what a test tells it: the test's end (Worker) and the process itself (main)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from support.daemon import environment
+
+
+class Worker:
+    """A spawned process with `weightd` imported. `run` executes source in it and returns what it put in `result`."""
+
+    def __init__(self, socket: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "support.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(socket),
+        )  # fmt: skip
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def run(self, source: str, **names: object) -> Any:
+        """Execute `source` with `names` set (JSON values). Errors there are raised here as AssertionError."""
+        self.start(source, **names)
+        return self.finish()
+
+    def start(self, source: str, **names: object) -> None:
+        """Begin to execute, without waiting."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"source": source, "names": names}) + "\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> Any:
+        """The result of what was started."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(f"the worker ended with {self.process.wait(10)}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise AssertionError(answer["error"])
+        return answer["result"]
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """End it, by force if need be."""
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None and not pipe.closed:
+                try:
+                    pipe.close()
+                except BrokenPipeError:
+                    pass
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(10)
+
+
+def main() -> None:
+    """Execute what comes on standard input, one JSON object a line; names stay from one to the next."""
+    names: dict[str, Any] = {}
+    output = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        order = json.loads(line)
+        names.update(order["names"], result=None)
+        try:
+            exec(order["source"], names)  # noqa: S102  # that is what it is for
+            answer = {"result": names["result"]}
+        except BaseException:  # noqa: BLE001  # reported to the test
+            answer = {"error": traceback.format_exc()}
+        output.write(json.dumps(answer) + "\n")
+        output.flush()
+
+
+if __name__ == "__main__":
+    main()
