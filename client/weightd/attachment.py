@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from types import MappingProxyType
@@ -54,7 +55,7 @@ class Attachment:
         keys: frozenset[TensorKey],
     ) -> None:
         lease = host.map_lease(descriptors[0], reply.manifest_bytes)
-        manifest = handles_pb2.Manifest.FromString(lease.buffer())
+        manifest = handles_pb2.Manifest.FromString(bytes(lease.buffer()))
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
         self._files = list(manifest.files)
@@ -98,10 +99,8 @@ class Attachment:
             return
         self._closed = True
         self._buffers = {}
-        try:
+        with contextlib.suppress(OSError, WeightdError):  # the daemon looks for itself when the connection ends
             self._handles.detach(self._lease)
-        except (OSError, WeightdError):
-            pass  # the daemon looks for itself when the connection ends
 
     @property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:

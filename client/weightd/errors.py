@@ -146,7 +146,7 @@ class DaemonUnreachableError(WeightdError, ConnectionError):
 
 
 class ForkedError(WeightdError, RuntimeError):
-    """A client was used in a forked child. Its attachments stay readable there; start workers with `spawn` to attach."""
+    """A client was used in a forked child. Its tensors stay readable there; start workers with `spawn` to attach."""
 
     reason = "FORKED"
 

@@ -1,4 +1,4 @@
-"""Plain values that the client library, the command and the daemon share. Sizes are bytes, times are datetimes in UTC."""
+"""Plain values that library, command and daemon share. Sizes are bytes, times are datetimes in UTC."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .app import AlreadyServed, Daemon
+from .app import AlreadyServedError, Daemon
 from .config import EXIT_CONFIG, ConfigError, Loaded, Settings, load
 from .loader.process import DEFAULT_ARGV
 
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     )
     try:
         return asyncio.run(_serve(loaded.settings, loader_argv))
-    except AlreadyServed as error:
+    except AlreadyServedError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1
 

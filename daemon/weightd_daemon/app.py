@@ -29,7 +29,8 @@ from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.handle_server import HandleServer
 from .edges.leases import Manifests, encode_manifest
-from .edges.service import ControlPlane, Parts
+from .edges.parts import Parts
+from .edges.service import ControlPlane
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 
@@ -45,7 +46,7 @@ _POOL_LIMIT = 2 << 30
 _STOP_GRACE = 1.0
 
 
-class AlreadyServed(Exception):
+class AlreadyServedError(Exception):
     """Another daemon has this socket."""
 
 
@@ -60,7 +61,7 @@ class Daemon:
         self._signal = signal.SIGTERM
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServed."""
+        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServedError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
@@ -146,18 +147,20 @@ def _budget(settings: Settings, capacity: int, page: int) -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a socket path; the loaders inherit it. Errors: AlreadyServed."""
+    """Hold the lock of a socket path; the loaders inherit it. Errors: AlreadyServedError."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise AlreadyServed(f"socket {path}: cannot be made: {error.strerror}; choose another with --socket") from error
+        raise AlreadyServedError(
+            f"socket {path}: cannot be made: {error.strerror}; choose another with --socket"
+        ) from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise AlreadyServed(
+            raise AlreadyServedError(
                 f"socket {path}: another daemon (pid {holder}) serves it, or a loader it left is still ending; "
                 "stop it, or choose another with --socket"
             ) from None
@@ -175,7 +178,9 @@ def _locked(path: Path) -> Iterator[int]:
 def _remove_socket(path: Path) -> None:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AlreadyServed(f"{path} is there and is not a socket; move it away, or choose another with --socket")
+            raise AlreadyServedError(
+                f"{path} is there and is not a socket; move it away, or choose another with --socket"
+            )
         path.unlink()
     except FileNotFoundError:
         pass

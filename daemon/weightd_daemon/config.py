@@ -179,13 +179,16 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         refuse("socket_mode", "must be an octal mode such as 0660")
     if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
         refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
-    for key in ("budget", "pool"):
-        try:
-            share = settings.budget_share if key == "budget" else parse_size(settings.pool or "0")
-        except ValueError as error:
-            refuse(key, str(error))
-        if key == "budget" and (share <= 0 or (isinstance(share, float) and share > 1)):
-            refuse(key, "must be more than nothing and at most 100%")
+    try:
+        share = settings.budget_share
+        if share <= 0 or (isinstance(share, float) and share > 1):
+            refuse("budget", "must be more than nothing and at most 100%")
+    except ValueError as error:
+        refuse("budget", str(error))
+    try:
+        parse_size(settings.pool or "0")
+    except ValueError as error:
+        refuse("pool", str(error))
     try:
         _ = settings.admin_uids
     except KeyError as error:

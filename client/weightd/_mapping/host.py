@@ -3,8 +3,8 @@
 Segments are mapped MAP_PRIVATE, so a write makes a private copy of its page, and MAP_NORESERVE, so the mapping is not
 counted as memory that might be needed. Python's own mmap would keep a descriptor per mapping.
 
-Who keeps whom: a tensor keeps its segment's buffer, the buffer keeps the mapping, the mapping keeps the lease. Each goes
-when the last thing that needs it is gone, in whatever order things are dropped.
+Who keeps whom: a tensor keeps its segment's buffer, the buffer keeps the mapping, the mapping keeps the lease. Each
+goes when the last thing that needs it is gone, in whatever order things are dropped.
 """
 
 from __future__ import annotations

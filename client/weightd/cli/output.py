@@ -94,7 +94,7 @@ def flush() -> None:
         raise OutputClosedError from error
 
 
-def emit_json(value: Any) -> None:  # noqa: ANN401 - whatever json takes
+def emit_json(value: Any) -> None:
     """Write `value` to stdout as indented JSON; datetimes by `timestamp`, bytes in hex."""
     emit(json.dumps(value, indent=2, default=_encode))
 

@@ -1,4 +1,4 @@
-"""Carries out what the books have queued: holes to punch, segments to release. On a thread, for it takes 0.15 s a GB."""
+"""Carries out what the books have queued, holes to punch and segments to release, on a thread: 0.15 s a GB."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class ErrorMapping(grpc.aio.ServerInterceptor):
+class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
     """Wraps unary and streaming handlers alike, also for errors after the first streamed message."""
 
     async def intercept_service(
@@ -40,7 +40,7 @@ class ErrorMapping(grpc.aio.ServerInterceptor):
         }
         method = handler_call_details.method
         if handler.response_streaming:
-            inner_stream = handler.unary_stream
+            inner_stream: Any = handler.unary_stream  # the types know only synchronous handlers
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 try:
@@ -50,7 +50,7 @@ class ErrorMapping(grpc.aio.ServerInterceptor):
                     await _abort(context, method, error)
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
-        inner = handler.unary_unary
+        inner: Any = handler.unary_unary
 
         async def unary(request: Any, context: Context) -> Any:
             try:

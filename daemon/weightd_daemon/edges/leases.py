@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOCK_BASE = 1 << 40
 """Lease n is byte LOCK_BASE + n of its manifest: past any content."""
 
+_DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
 _FLOCK = struct.Struct("hhqqi4x")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -50,7 +51,7 @@ def encode_manifest(checkpoint: Checkpoint, content: Content, segment_bytes: lis
         segment_bytes=segment_bytes,
         names=[entry.name for entry in entries],
         file_indices=[entry.file for entry in entries],
-        dtypes=[handles_pb2.DType.Value(f"DTYPE_{entry.dtype}") for entry in entries],
+        dtypes=[_DTYPES[entry.dtype] for entry in entries],
         ranks=[len(entry.shape) for entry in entries],
         dimensions=[size for entry in entries for size in entry.shape],
         segments=[segment_index[blob.segment] if blob is not None else 0 for blob in blobs],
@@ -90,7 +91,7 @@ class Manifests:
         return handles_pb2.Manifest.FromString(encoded)
 
     def lock(self, key: CheckpointKey, number: int) -> int:
-        """A fresh read-only descriptor of the manifest that carries the lock of lease `number`; the caller closes it."""
+        """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""
         descriptor = os.open(f"/proc/self/fd/{self._descriptors[key]}", os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _byte(fcntl.F_RDLCK, number))

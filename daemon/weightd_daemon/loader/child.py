@@ -94,7 +94,7 @@ class Load:
         tensors = self._lay_out()
         answer = self._channel.call("laid_out")
         known = frozenset[int](answer["known"])
-        work = list(units([tensor for tensor in tensors if tensor.index not in known]))
+        work = list(units([tensor for tensor in tensors if tensor.number not in known]))
         copier = self._hash_first(work) if answer["hash_first"] else self._copier(work)
         total = sum(unit.length for unit in work)
         self._on_threads("copying", work, total, copier.copy)
@@ -106,7 +106,7 @@ class Load:
         """Take the files from the client's end of the intake, in confirmed batches."""
         intake = socket.socket(fileno=self._channel.receive_descriptor())
         descriptors: list[int] = []
-        self._stack.callback(lambda: [os.close(fd) for fd in descriptors])
+        self._stack.callback(_close_all, descriptors)
         with intake:
             while len(descriptors) < count:
                 data, received, flags, _ = socket.recv_fds(intake, 65536, 253)
@@ -162,7 +162,7 @@ class Load:
     ) -> Copier:
         wanted = dict.fromkeys(range(len(self._sources)), 0)
         for unit in work:
-            wanted[unit.file] += sum(slot_bytes(t.spec.length) for t in unit.tensors if t.index not in matched)
+            wanted[unit.file] += sum(slot_bytes(t.spec.length) for t in unit.tensors if t.number not in matched)
         return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, wanted=wanted)
 
     def _on_threads(self, phase: str, work: list[Unit], total: int, do: Callable[[Unit], object]) -> None:
@@ -194,3 +194,8 @@ class Load:
                 (blob, other, copier.recheck(length, Slot(segment, offset, length), Slot(there, at, length)))
                 for blob, segment, offset, other, there, at, length in pairs
             ]
+
+
+def _close_all(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

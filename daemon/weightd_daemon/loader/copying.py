@@ -35,9 +35,9 @@ _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Tensor(NamedTuple):
-    """A tensor to deal with: its index in the load, its file, and where it lies there."""
+    """A tensor to deal with: its number in the load, its file, and where it lies there."""
 
-    index: int
+    number: int
     file: int
     spec: TensorSpec
 
@@ -131,7 +131,7 @@ class Copier:
             for offset, size in pieces(tensor.spec.length):
                 source.read_into(buffer.view[:size], tensor.spec.offset + offset)
                 hasher.update(buffer.view[:size])
-            found.append((tensor.index, hasher.digest()))
+            found.append((tensor.number, hasher.digest()))
         return found
 
     def recheck(self, length: int, first: Slot, second: Slot) -> bool:
@@ -182,10 +182,10 @@ class Copier:
 
     def _settle(self, found: list[tuple[Tensor, bytes, Slot]]) -> None:
         """Ask what lies there under these digests, compare, and share or keep, until each tensor has its blob."""
-        differs: dict[int, list[int]] = {tensor.index: [] for tensor, _, _ in found}
+        differs: dict[int, list[int]] = {tensor.number: [] for tensor, _, _ in found}
         while found:
             items = [
-                (tensor.index, digest.hex(), slot.segment, slot.offset, differs[tensor.index])
+                (tensor.number, digest.hex(), slot.segment, slot.offset, differs[tensor.number])
                 for tensor, digest, slot in found
             ]
             answers = self._channel.call("settle", items=items)["answers"]
@@ -197,10 +197,10 @@ class Copier:
                 if self._equal(tensor.spec.length, self._resident(slot.segment, slot.offset), segment, offset):
                     equal.append((tensor, slot, blob))
                 else:
-                    differs[tensor.index].append(blob)
+                    differs[tensor.number].append(blob)
                     again.append((tensor, digest, slot))
             if equal:
-                shares = [(tensor.index, blob, slot.segment, slot.offset) for tensor, slot, blob in equal]
+                shares = [(tensor.number, blob, slot.segment, slot.offset) for tensor, slot, blob in equal]
                 kept = self._channel.call("share", items=shares)["kept"]
                 for (tensor, slot, _), stays in zip(equal, kept, strict=True):
                     if not stays:
@@ -209,23 +209,23 @@ class Copier:
 
     def _compare_first(self, tensor: Tensor) -> bool:
         """Where the digest is known to have a candidate: compare with the file itself, so that no memory is needed."""
-        if tensor.index not in self._matched:
+        if tensor.number not in self._matched:
             return False
         source, spec = self._sources[tensor.file], tensor.spec
-        digest = self._digests[tensor.index]
+        digest = self._digests[tensor.number]
         hasher = self._new_hasher()
 
         def read(view: memoryview, offset: int) -> None:
             source.read_into(view, spec.offset + offset)
             hasher.update(view)
 
-        answer = self._channel.call("candidate", index=tensor.index, digest=digest.hex())
+        answer = self._channel.call("candidate", index=tensor.number, digest=digest.hex())
         if "blob" not in answer:
             return False
         if not self._equal(spec.length, read, answer["segment"], answer["offset"]):
             return False
         self._checked(tensor, hasher.digest())
-        share = (tensor.index, answer["blob"], None, 0)
+        share = (tensor.number, answer["blob"], None, 0)
         return bool(self._channel.call("share", items=[share])["kept"][0] is False)
 
     def _equal(self, length: int, read: Callable[[memoryview, int], None], segment: int, offset: int) -> bool:
@@ -249,7 +249,7 @@ class Copier:
         return read
 
     def _checked(self, tensor: Tensor, digest: bytes) -> bytes:
-        known = self._digests.get(tensor.index)
+        known = self._digests.get(tensor.number)
         if known is not None and known != digest:
             name = self._sources[tensor.file].name
             raise FormatError(f"{name}: changed while it was read (tensor {tensor.spec.name!r}); load it again")

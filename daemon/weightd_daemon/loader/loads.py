@@ -7,11 +7,12 @@ import contextlib
 import logging
 import os
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weightd.errors import LeaseLostError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 
+from .channel import Message
 from .load import InstanceIndex, LoadSteps
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .request import LoadRequest, Outcome, Progress
@@ -60,9 +61,9 @@ class Load:
     async def events(self) -> AsyncIterator[Progress]:
         """Progress until the load is done; its error is not raised here."""
         while not self.done.done():
-            changed = asyncio.ensure_future(self._changed.wait())
+            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
             try:
-                await asyncio.wait({changed, self.done}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait([changed, self.done], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 changed.cancel()
             if not self.done.done():
@@ -180,10 +181,8 @@ class Loads:
             if load.task is not None:
                 load.task.cancel()
 
-    async def verify(
-        self, rows: list[tuple[int, int, int, int, str]], device: Device
-    ) -> AsyncIterator[dict[str, object]]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the loader's messages."""
+    async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncIterator[Message]:
+        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages."""
         loader = await self._take_loader()
         usable = False
         try:

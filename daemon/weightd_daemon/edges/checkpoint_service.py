@@ -1,0 +1,243 @@
+"""CheckpointService: decode, ask the books, encode."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from typing import Any
+
+from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
+from weightd._wire import source_from, source_to
+from weightd.errors import DigestMismatchError, InvalidReferenceError, NotFoundError
+from weightd_daemon.core.catalog import Who
+from weightd_daemon.core.checkpoint import Checkpoint
+from weightd_daemon.loader import loads
+from weightd_daemon.loader.channel import Message, error_from
+from weightd_daemon.loader.request import LoadRequest, Outcome
+
+from .connections import Connection
+from .interceptors import Context
+from .parts import Parts
+from .show import time_to, user_name
+
+_PHASES = {
+    "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
+    "hashing": checkpoint_pb2.LoadProgress.PHASE_HASHING,
+    "copying": checkpoint_pb2.LoadProgress.PHASE_COPYING,
+}
+
+
+class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
+    """Loads, names, lists and removes checkpoints."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def Load(  # noqa: N802  # named by the proto
+        self, request: checkpoint_pb2.LoadRequest, context: Context
+    ) -> AsyncIterator[checkpoint_pb2.LoadEvent]:
+        """Answer at once when the files' checkpoint is resident; otherwise load, or join the load under way."""
+        parts = self._parts
+        connection, who = parts.caller(context)
+        wish = self._wish(connection, who, request)
+        if wish.name and not wish.name_is_default:
+            parts.catalog.check(who, wish.name)
+        intake = connection.take_offer(request.offer_id)
+        resident = parts.loads.find_resident(wish)
+        if resident is not None:
+            os.close(intake)
+            name = parts.loads.settle(wish, resident)
+            parts.loads.keep(wish, resident)
+            outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
+            yield _result(name, outcome, wish.device)
+            return
+        load, waiter, feeds = parts.loads.start(wish, intake)
+        try:
+            if feeds:
+                yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
+            async for progress in load.events():
+                phase = _PHASES[progress.phase]
+                report = checkpoint_pb2.LoadProgress(phase=phase, done_bytes=progress.done, total_bytes=progress.total)
+                yield checkpoint_pb2.LoadEvent(progress=report)
+            checkpoint, outcome = load.done.result()
+            yield _result(parts.loads.settle(wish, checkpoint), outcome, wish.device)
+        finally:
+            parts.loads.leave(load, waiter)
+
+    async def List(  # noqa: N802
+        self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
+    ) -> checkpoint_pb2.ListCheckpointsResponse:
+        """Everything resident that the caller may see, then the loads under way."""
+        _, who = self._parts.caller(context)
+        there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
+        there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
+        under_way = [
+            self._loading(load)
+            for load in self._parts.loads.under_way
+            if who.admin or load.request.who.domain == who.domain
+        ]
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way)
+
+    async def Get(  # noqa: N802
+        self, request: checkpoint_pb2.GetCheckpointRequest, context: Context
+    ) -> checkpoint_pb2.GetCheckpointResponse:
+        """One checkpoint with its parts."""
+        _, who = self._parts.caller(context)
+        checkpoint = self._parts.catalog.find(who, request.reference, request.device)
+        components = [
+            checkpoint_pb2.Component(
+                name=name,
+                tensors=tensors,
+                total_bytes=sum(blob.length for blob in checkpoint.components.get(name, ())),
+                shared_bytes=sum(b.length for b in checkpoint.components.get(name, ()) if b.references > 1),
+            )
+            for name, tensors in sorted(checkpoint.tensors.items())
+        ]
+        return checkpoint_pb2.GetCheckpointResponse(
+            checkpoint=self._checkpoint(checkpoint),
+            components=components,
+            segments=len(checkpoint.segments),
+            sources=[source_to(source) for source in (checkpoint.sources or [()])[0]],
+        )
+
+    async def Pin(  # noqa: N802
+        self, request: checkpoint_pb2.PinCheckpointRequest, context: Context
+    ) -> checkpoint_pb2.PinCheckpointResponse:
+        """Keep a checkpoint."""
+        return checkpoint_pb2.PinCheckpointResponse(checkpoint=self._pin(request, context, pinned=True))
+
+    async def Unpin(  # noqa: N802
+        self, request: checkpoint_pb2.UnpinCheckpointRequest, context: Context
+    ) -> checkpoint_pb2.UnpinCheckpointResponse:
+        """Let a checkpoint be evicted again."""
+        return checkpoint_pb2.UnpinCheckpointResponse(checkpoint=self._pin(request, context, pinned=False))
+
+    async def Remove(  # noqa: N802
+        self, request: checkpoint_pb2.RemoveCheckpointRequest, context: Context
+    ) -> checkpoint_pb2.RemoveCheckpointResponse:
+        """Drop a name, and with the last one the checkpoint."""
+        _, who = self._parts.caller(context)
+        freed = self._parts.catalog.remove(who, request.reference, request.device)
+        return checkpoint_pb2.RemoveCheckpointResponse(freed_bytes=freed)
+
+    async def Verify(  # noqa: N802
+        self, request: checkpoint_pb2.VerifyCheckpointRequest, context: Context
+    ) -> AsyncIterator[checkpoint_pb2.VerifyEvent]:
+        """Hash blobs again, device by device, while waiting leases keep them in place."""
+        parts = self._parts
+        connection, who = parts.caller(context)
+        if request.reference:
+            chosen = [parts.catalog.find(who, request.reference, request.device)]
+        else:
+            chosen = [c for c in parts.catalog.visible(who) if not request.device or c.key.device == request.device]
+        leases = [parts.store.leases.take(c.key, connection.holder, parts.now(), waiting=True) for c in chosen]
+        try:
+            blobs = {number: blob for checkpoint in chosen for number, blob in checkpoint.unique.items()}
+            event = checkpoint_pb2.VerifyEvent(
+                total_blobs=len(blobs), total_bytes=sum(blob.length for blob in blobs.values())
+            )
+            bad: list[int] = []
+            for uuid, device in parts.devices.items():
+                here = [blob for blob in blobs.values() if blob.key.device == uuid]
+                rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in here]
+                blobs_before, bytes_before = event.done_blobs, event.done_bytes
+                async for message in parts.loads.verify(rows, device) if rows else _nothing():
+                    if message["op"] == "failed":
+                        raise error_from(message)
+                    if message["op"] == "verified":
+                        bad += message["bad"]
+                    else:
+                        event.done_blobs = blobs_before + message["done"]
+                        event.done_bytes = bytes_before + message["done_bytes"]
+                        yield event
+                event.done_blobs = blobs_before + len(rows)
+                event.done_bytes = bytes_before + sum(blob.length for blob in here)
+            if bad:
+                named = [c for c in chosen if any(number in c.unique for number in bad)]
+                names = ", ".join((parts.catalog.names(c) or [c.key.content_digest[:19]])[0] for c in named[:5])
+                raise DigestMismatchError(
+                    f"{len(bad)} of {len(blobs)} blobs no longer match their digest, in {names}; remove and load again"
+                )
+            yield event
+        finally:
+            for lease in leases:
+                parts.store.leases.end(lease.number)
+
+    def _wish(self, connection: Connection, who: Who, request: checkpoint_pb2.LoadRequest) -> LoadRequest:
+        device = request.device or self._parts.default_device
+        if device not in self._parts.devices:
+            raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self._parts.devices)}")
+        if not request.sources:
+            raise InvalidReferenceError("the load names no files")
+        return LoadRequest(
+            who=who,
+            holder=connection.holder,
+            sources=tuple(source_from(source) for source in request.sources),
+            device=device,
+            name=request.name,
+            name_is_default=request.name_is_default,
+            pin=request.pin,
+            detached=request.detached,
+            verify=request.verify,
+        )
+
+    def _pin(self, request: Any, context: Context, *, pinned: bool) -> checkpoint_pb2.Checkpoint:
+        _, who = self._parts.caller(context)
+        checkpoint = self._parts.catalog.find(who, request.reference, request.device)
+        self._parts.catalog.check_owner(who, checkpoint, "pin" if pinned else "unpin", request.reference)
+        checkpoint.pinned = pinned
+        return self._checkpoint(checkpoint)
+
+    def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
+        parts = self._parts
+        owner = parts.catalog.owner(checkpoint)
+        return checkpoint_pb2.Checkpoint(
+            names=parts.catalog.names(checkpoint),
+            content_digest=checkpoint.key.content_digest,
+            device=checkpoint.key.device,
+            tensors=checkpoint.tensor_count,
+            total_bytes=checkpoint.total_bytes,
+            exclusive_bytes=checkpoint.exclusive_bytes,
+            shared_bytes=checkpoint.shared_bytes,
+            leases=len(parts.store.holders(checkpoint)),
+            pinned=checkpoint.pinned,
+            load_time=time_to(checkpoint.loaded),
+            last_use_time=time_to(checkpoint.last_used),
+            state=checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
+            owner_uid=owner or 0,
+            owner=user_name(owner),
+        )
+
+    def _loading(self, load: loads.Load) -> checkpoint_pb2.Checkpoint:
+        request = load.request
+        return checkpoint_pb2.Checkpoint(
+            names=[request.name] if request.name else [],
+            device=request.device,
+            total_bytes=load.progress.total,
+            pinned=request.pin,
+            state=checkpoint_pb2.CHECKPOINT_STATE_LOADING,
+            owner_uid=request.who.uid or 0,
+            owner=user_name(request.who.uid),
+        )
+
+
+async def _nothing() -> AsyncIterator[Message]:
+    """No messages: a device without a blob to verify."""
+    none: tuple[Message, ...] = ()
+    for message in none:
+        yield message
+
+
+def _result(name: str, outcome: Outcome, device: str) -> checkpoint_pb2.LoadEvent:
+    result = checkpoint_pb2.LoadResult(
+        name=name,
+        content_digest=outcome.content_digest,
+        tensors=outcome.tensors,
+        total_bytes=outcome.total_bytes,
+        unique_bytes=outcome.unique_bytes,
+        shared_bytes=outcome.total_bytes - outcome.unique_bytes,
+        read_bytes=outcome.read_bytes,
+        seconds=outcome.seconds,
+        device=device,
+    )
+    return checkpoint_pb2.LoadEvent(result=result)

@@ -1,0 +1,35 @@
+"""What the gRPC services answer from, and whose call it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.store import Store
+from weightd_daemon.devices.device import Device
+from weightd_daemon.loader.loads import Loads
+
+from .connections import Connection, Connections
+from .interceptors import Context
+
+TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
+
+
+class Parts(NamedTuple):
+    """The parts of the daemon that calls reach."""
+
+    store: Store
+    catalog: Catalog
+    loads: Loads
+    connections: Connections
+    devices: dict[str, Device]
+    default_device: str
+    now: Callable[[], float]
+    started: float
+
+    def caller(self, context: Context) -> tuple[Connection, Who]:
+        """Whose call it is. Errors: PermissionDeniedError."""
+        metadata = dict(context.invocation_metadata() or ())
+        connection = self.connections.by_token(str(metadata.get(TOKEN, "")))
+        return connection, self.connections.who(connection)
