@@ -77,9 +77,9 @@ class ControlPlane:
                     kind = event.WhichOneof("event")
                     if kind == "feed":
                         on_feed()
-                        if request.detached:
-                            return None
-                    elif kind == "progress" and on_progress is not None:
+                    if request.detached and kind != "result":
+                        return None
+                    if kind == "progress" and on_progress is not None:
                         progress = event.progress
                         phase = _PHASES.get(progress.phase, "copying")
                         on_progress(LoadProgress(phase, progress.done_bytes, progress.total_bytes))

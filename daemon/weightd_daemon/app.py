@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 _POOL_SHARE = 8
 _POOL_LIMIT = 2 << 30
 _STOP_GRACE = 1.0
+_LOADER_END_SECONDS = 5.0
 
 
 class AlreadyServedError(Exception):
@@ -128,6 +129,7 @@ class Daemon:
         with _umask(0o177):  # until its mode is set, only this user may connect
             await control.start(str(self._socket))
         stack.push_async_callback(control.stop, _STOP_GRACE)
+        stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
         await control.ready()
         gib = f"{budget / 2**30:.1f} GiB"
@@ -156,14 +158,7 @@ def _locked(path: Path) -> Iterator[int]:
             f"socket {path}: cannot be made: {error.strerror}; choose another with --socket"
         ) from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise AlreadyServedError(
-                f"socket {path}: another daemon (pid {holder}) serves it, or a loader it left is still ending; "
-                "stop it, or choose another with --socket"
-            ) from None
+        _take_lock(lock, path)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         for stale in (path, handles_path(path)):
@@ -173,6 +168,29 @@ def _locked(path: Path) -> Iterator[int]:
             _remove_socket(stale)
     finally:
         os.close(lock)
+
+
+def _take_lock(lock: int, path: Path) -> None:
+    """Lock, waiting a little for loaders of a daemon that has died: they hold its lock until they are gone."""
+    deadline = time.monotonic() + _LOADER_END_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
+            if holder.isdigit() and not Path(f"/proc/{holder}").exists():
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                raise AlreadyServedError(
+                    f"socket {path}: a loader of the daemon that died (pid {holder}) does not end, "
+                    "it may hang in a read; end it, or choose another socket with --socket"
+                ) from None
+            raise AlreadyServedError(
+                f"socket {path}: another daemon (pid {holder or 'unknown'}) serves it; "
+                "stop it, or choose another with --socket"
+            ) from None
+        return
 
 
 def _remove_socket(path: Path) -> None:

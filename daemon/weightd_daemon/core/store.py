@@ -84,13 +84,13 @@ class Store:
         books.used.add(number)
         return blob
 
-    def admit(self, load: int, lengths: Sequence[int]) -> bool:
+    def admit(self, load: int, lengths: Sequence[int], files: int = 1) -> bool:
         """Whether tensors of these lengths can be copied in one pass without evicting; then their bytes are promised.
 
         Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
         """
         books, memory = self._loads[load], self._memory(load)
-        total = round_up(sum(map(slot_bytes, lengths)), memory.page) + memory.page
+        total = round_up(sum(map(slot_bytes, lengths)), memory.page) + files * memory.page  # each begins a page
         if total <= memory.obtainable(books.domain, load):
             memory.promise(load, total)
             return True
@@ -99,7 +99,9 @@ class Store:
         check_room(self, books, surely_new)
         return False
 
-    def make_room(self, load: int, contents: Iterable[tuple[bytes, int]]) -> set[tuple[bytes, int]] | None:
+    def make_room(
+        self, load: int, contents: Iterable[tuple[bytes, int]], files: int = 1
+    ) -> set[tuple[bytes, int]] | None:
         """Protect what matches these (digest, length) pairs and evict for the rest, which is then promised.
 
         Returns the pairs that have a candidate, or None while memory is on its way back (call again). Nothing is
@@ -119,7 +121,7 @@ class Store:
                 fresh[digest, length] = copies + slot_bytes(length)
         needed = sum(fresh.values())
         if needed:
-            needed = round_up(needed, memory.page)
+            needed = round_up(needed, memory.page) + (files - 1) * memory.page
             check_room(self, books, needed)
             while memory.obtainable(books.domain, load) < needed:
                 if memory.reclaiming:

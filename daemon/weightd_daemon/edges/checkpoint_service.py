@@ -53,7 +53,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             return
         load, waiter, feeds = parts.loads.start(wish, intake)
         try:
-            if feeds:
+            if feeds and await load.has_loader():
                 yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
             async for progress in load.events():
                 phase = _PHASES[progress.phase]

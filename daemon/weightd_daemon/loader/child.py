@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1
 _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
+_INTAKE_SECONDS = 30.0
+"""How long a client may take for its next batch of files: it must not keep a loader for nothing."""
 
 
 def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
@@ -107,9 +109,15 @@ class Load:
         intake = socket.socket(fileno=self._channel.receive_descriptor())
         descriptors: list[int] = []
         self._stack.callback(_close_all, descriptors)
+        intake.settimeout(_INTAKE_SECONDS)
         with intake:
             while len(descriptors) < count:
-                data, received, flags, _ = socket.recv_fds(intake, 65536, 253)
+                try:
+                    data, received, flags, _ = socket.recv_fds(intake, 65536, 253)
+                except TimeoutError:
+                    raise InvalidReferenceError(
+                        f"the client sent {len(descriptors)} of {count} files, then nothing for {_INTAKE_SECONDS:.0f} s"
+                    ) from None
                 descriptors += received
                 if not data:
                     raise InvalidReferenceError(f"the client sent {len(descriptors)} of {count} files and left")
@@ -160,9 +168,9 @@ class Load:
     def _copier(
         self, work: list[Unit], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
     ) -> Copier:
-        wanted = dict.fromkeys(range(len(self._sources)), 0)
+        wanted: dict[int, list[int]] = {file: [] for file in range(len(self._sources))}
         for unit in work:
-            wanted[unit.file] += sum(slot_bytes(t.spec.length) for t in unit.tensors if t.number not in matched)
+            wanted[unit.file].append(sum(slot_bytes(t.spec.length) for t in unit.tensors if t.number not in matched))
         return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, wanted=wanted)
 
     def _on_threads(self, phase: str, work: list[Unit], total: int, do: Callable[[Unit], object]) -> None:

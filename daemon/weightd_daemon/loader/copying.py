@@ -104,14 +104,14 @@ class Copier:
         *,
         digests: dict[int, bytes] | None = None,
         matched: frozenset[int] = frozenset(),
-        wanted: dict[int, int],
+        wanted: dict[int, list[int]],
     ) -> None:
         self._channel = channel
         self._sources = sources
         self._new_hasher = new_hasher
         self._digests = digests or {}
         self._matched = matched
-        self._slots = {file: Slots(channel, size) for file, size in wanted.items()}
+        self._slots = {file: Slots(channel, sizes) for file, sizes in wanted.items()}
         self._local = threading.local()
 
     def copy(self, unit: Unit) -> None:

@@ -159,7 +159,7 @@ class LoadSteps:
     async def _laid_out(self, _: Message) -> tuple[Message, list[_KEPT_FD]]:
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._store.admit(self._number, [length for length in missing if length])
+        one_pass = self._store.admit(self._number, [length for length in missing if length], len(self._files))
         return {"known": known, "hash_first": not one_pass}, []
 
     async def _share_known(self) -> list[int]:
@@ -181,7 +181,7 @@ class LoadSteps:
     async def _hashed(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
         digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
         contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._store.make_room(self._number, contents)) is None:
+        while (matched := self._store.make_room(self._number, contents, len(self._files))) is None:
             await self._reclaimer.wait()
         return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
 

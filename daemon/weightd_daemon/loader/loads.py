@@ -46,11 +46,23 @@ class Load:
         self.progress = Progress()
         self.detached = request.detached
         self.waiters: dict[int, LoadRequest] = {}
-        self.started = False
-        """Whether a client has been told to feed the descriptors."""
         self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        self._loader_there = asyncio.Event()
+
+    def got_loader(self) -> None:
+        """A loader has the intake: the files may come."""
+        self._loader_there.set()
+
+    async def has_loader(self) -> bool:
+        """Wait until a loader takes the files; False when the load ends before that."""
+        there: asyncio.Future[Any] = asyncio.ensure_future(self._loader_there.wait())
+        try:
+            await asyncio.wait([there, self.done], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            there.cancel()
+        return self._loader_there.is_set()
 
     def report(self, progress: Progress) -> None:
         """New figures."""
@@ -59,7 +71,9 @@ class Load:
         self._changed = asyncio.Event()
 
     async def events(self) -> AsyncIterator[Progress]:
-        """Progress until the load is done; its error is not raised here."""
+        """Progress, at once and until the load is done; its error is not raised here."""
+        if not self.done.done():
+            yield self.progress
         while not self.done.done():
             changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
             try:
@@ -200,12 +214,16 @@ class Loads:
             if not usable:
                 loader.kill()
 
-    async def close(self) -> None:
-        """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
+    def cancel_all(self) -> None:
+        """The daemon is stopping: every load ends, and its waiters are told."""
         for load in self.under_way:
             self._fail(load, LeaseLostError("the daemon is stopping; load again when it is back"))
             if load.task is not None:
                 load.task.cancel()
+
+    async def close(self) -> None:
+        """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
+        self.cancel_all()
         for loader in self._loaders:
             loader.kill()
         waiting = [loader.exited for loader in self._loaders]
@@ -263,6 +281,7 @@ class Loads:
                 await loader.send_descriptor(intake)
                 os.close(intake)
                 intake = -1
+                load.got_loader()
                 outcome = await steps.serve(loader)
                 assert steps.checkpoint is not None  # serve returns when it is sealed
                 self._finish(load, steps.checkpoint, outcome)
