@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .channel import Channel
     from .source import Source
+from .target import Target, huge_pages_by_advice
 
 PIECE = 1 << 20
 """Bytes read at a time: large enough for the system calls, small enough for the second-level cache."""
@@ -112,6 +113,7 @@ class Copier:
         self._digests = digests or {}
         self._matched = matched
         self._slots = {file: Slots(channel, sizes) for file, sizes in wanted.items()}
+        self._target = Target(channel.segments, by_mapping=huge_pages_by_advice())
         self._local = threading.local()
 
     def copy(self, unit: Unit) -> None:
@@ -143,13 +145,12 @@ class Copier:
     def _copy_one(self, tensor: Tensor) -> None:
         source, slots, buffer = self._sources[tensor.file], self._slots[tensor.file], self._buffers()[0]
         slot = slots.take(tensor.spec.length)
-        target = self._channel.segments[slot.segment]
         hasher = self._new_hasher()
         for offset, size in pieces(tensor.spec.length):
             view = buffer.view[:size]
             source.read_into(view, tensor.spec.offset + offset)
             hasher.update(view)
-            _write(target, view, slot.offset + offset)
+            self._target.write(slot.segment, view, buffer.address, slot.offset + offset)
         digest = self._checked(tensor, hasher.digest())
         self._settle([(tensor, digest, slot)])
 
@@ -175,7 +176,7 @@ class Copier:
                 place = Slot(slot.segment, slot.offset + position, size)
                 found.append((tensor, self._checked(tensor, hasher.digest()), place))
                 position += size
-            _write(self._channel.segments[slot.segment], packed.view[:position], slot.offset)
+            self._target.write(slot.segment, packed.view[:position], packed.address, slot.offset)
         self._settle(found)
 
     # -- finding equal bytes -----------------------------------------------------------------------------------------
@@ -260,12 +261,6 @@ class Copier:
             self._local.buffers = Buffer(), Buffer()
         buffers: tuple[Buffer, Buffer] = self._local.buffers
         return buffers
-
-
-def _write(descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _runs(tensors: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
