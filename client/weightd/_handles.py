@@ -33,6 +33,7 @@ class HandleConnection:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -95,7 +96,9 @@ class HandleConnection:
         return number, socket.socket(fileno=descriptors[0])
 
     def detach(self, lease: int) -> bool:
-        """Say that a lease may have ended. True when it has."""
+        """Say that a lease may have ended; True when it has. A forked child says nothing: it is not its socket."""
+        if self._pid != os.getpid():
+            return False
         with self._lock:
             request = handles_pb2.HandleRequest(detach=handles_pb2.DetachRequest(lease=lease))
             return self._ask(request, "detach").detach.ended

@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     logging.basicConfig(
         level=loaded.settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    for chatty in ("grpc", "asyncio"):
+        logging.getLogger(chatty).setLevel(logging.INFO)
     try:
         return asyncio.run(_serve(loaded.settings, loader_argv))
     except AlreadyServedError as error:

@@ -43,6 +43,7 @@ def _become_daemon(command: str, context: typer.Context) -> NoReturn:
 def ping(context: typer.Context, socket: SocketOption = None) -> None:
     """Ask the daemon for a sign of life and print the round trip."""
     with open_client(context, socket) as client:
+        client.ping()  # sets up the channel
         seconds = client.ping()
     emit(f"{seconds * 1e3:.2f} ms")
 

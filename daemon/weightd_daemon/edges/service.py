@@ -6,8 +6,7 @@ import asyncio
 import os
 
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from weightd._proto.v1 import (
@@ -132,7 +131,7 @@ class ControlPlane:
     def __init__(self, parts: Parts) -> None:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
         self._server = grpc.aio.server(interceptors=[ErrorMapping()], options=options)
-        self._health = HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointService(parts), self._server)
         lease_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(parts), self._server)
         daemon_pb2_grpc.add_DaemonServiceServicer_to_server(DaemonService(parts), self._server)
