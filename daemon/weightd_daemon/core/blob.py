@@ -66,6 +66,10 @@ class Blob:
         return self.key.length
 
     @property
+    def sealed(self) -> bool:
+        return self.state is BlobState.SEALED
+
+    @property
     def identity(self) -> BlobIdentity:
         """Digest, length and variant."""
         return BlobIdentity(self.key.digest, self.key.length, self.variant)

@@ -82,7 +82,11 @@ class Checkpoint:
 
 @dataclass(slots=True, eq=False)
 class LoadBooks:
-    """What an open load has: extents granted, blobs placed by it, and blobs it relies on."""
+    """What an open load has: extents granted, blobs placed by it, and blobs it relies on.
+
+    `known[placed]` are the sealed blobs whose bytes were compared with those of a placed blob: they are equal if and
+    only if their variants are. Placed blobs of equal bytes have one such set in common.
+    """
 
     number: int
     device: str
@@ -92,7 +96,7 @@ class LoadBooks:
     placed: dict[int, Blob] = field(default_factory=dict)
     held: dict[int, Blob] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
-    differs: dict[int, set[int]] = field(default_factory=dict)
+    known: dict[int, set[int]] = field(default_factory=dict)
 
     @property
     def in_flight(self) -> int:

@@ -7,7 +7,7 @@ bytes may lie, and queues memory that can go (see memory.py). What changed comes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from typing import TYPE_CHECKING
 
 from weightd.errors import InUseError, NotFoundError
@@ -74,7 +74,7 @@ class Store:
     def share_known(self, load: int, number: int) -> Blob | None:
         """Use the very blob of that number, if it is still resident where the load goes; otherwise None."""
         books, blob = self._loads[load], self._blobs.get(number)
-        if blob is None or blob.state is not BlobState.SEALED:
+        if blob is None or not blob.sealed:
             return None
         if (blob.key.device, blob.key.domain) != (books.device, books.domain):
             return None
@@ -165,7 +165,9 @@ class Store:
             candidate = min(candidates, key=lambda blob: blob.number in books.used)
             self._hold(books, candidate)
             return False, candidate
-        return True, self._place(books, digest, length, segment, offset, differs)
+        self.collisions += bool(differs)
+        key = BlobKey(books.device, books.domain, digest, length)
+        return True, self._place(books, key, segment, offset, self._new_variant(books, key), set(differs))
 
     def candidate(self, load: int, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal, unused ones first; None when there is none."""
@@ -184,15 +186,20 @@ class Store:
         books = self._loads[load]
         blob = books.held.get(number) or books.placed[number]
         if blob.length < OWN_COPY_BELOW and number in books.used:
-            spare = next((b for b in self._candidates(books, blob.key.digest, blob.length)
-                          if b.number not in books.used and b.variant == blob.variant), None)  # fmt: skip
-            if spare is not None and spare.state is BlobState.SEALED:
+            sealed = {b.number: b for b in self._candidates(books, blob.key.digest, blob.length) if b.sealed}
+            known = books.known.get(number)
+            if known is None:
+                known = set(sealed)  # sealed itself: variants alone tell which of them are equal
+            spare = next(
+                (sealed[n] for n in known & sealed.keys() - books.used if sealed[n].variant == blob.variant), None
+            )
+            if spare is not None:
                 blob = spare
                 self._hold(books, blob)
             elif segment is None:
                 return None
             else:
-                return self._place(books, blob.key.digest, blob.length, segment, offset, (), variant=blob.variant)
+                return self._place(books, blob.key, segment, offset, blob.variant, known)
         books.used.add(blob.number)
         return blob
 
@@ -202,28 +209,36 @@ class Store:
         pairs = []
         for blob in books.placed.values():
             for other in self._by_content.get(blob.key, ()):
-                own_copy = blob.length < OWN_COPY_BELOW and other.number in books.used
-                if other.state is BlobState.SEALED and other.number not in books.differs[blob.number] and not own_copy:
+                if other.sealed and other.number not in books.known[blob.number]:
                     self._hold(books, other)
                     pairs.append((blob, other))
                     break
         return pairs
 
-    def recheck(self, load: int, number: int, other: int, *, equal: bool) -> None:
-        """The outcome of a recheck: equal bytes are dropped for the sealed blob's; others become a variant apart."""
+    def recheck(self, load: int, number: int, other: int, *, equal: bool) -> Blob:
+        """The outcome of a recheck. Returns the blob to use where `number` was.
+
+        Equal bytes are dropped for the sealed blob's, or stay as a small tensor's own copy under the same identity;
+        others become a variant apart.
+        """
         books = self._loads[load]
         blob, sealed = books.placed[number], books.held[other]
-        if equal:
-            self._drop(blob, BlobState.ABORTED)
-            del books.placed[number]
-            books.used.discard(number)
-            books.used.add(other)
-            return
-        self.collisions += 1
-        books.differs[number].add(other)
-        taken = {b.variant for b in self._by_content[blob.key] if b is not blob}
-        if blob.variant == sealed.variant:
-            blob.variant = max(taken) + 1
+        known = books.known[number]
+        alike = [b for n, b in books.placed.items() if books.known[n] is known]
+        if other not in known:
+            known.add(other)
+            self.collisions += not equal
+        if equal or blob.variant == sealed.variant:
+            variant = sealed.variant if equal else self._new_variant(books, blob.key)
+            for twin in alike:
+                twin.variant = variant
+        if not equal or (blob.length < OWN_COPY_BELOW and other in books.used):
+            return blob
+        self._drop(blob, BlobState.ABORTED)
+        del books.placed[number]
+        books.used.discard(number)
+        books.used.add(other)
+        return sealed
 
     def seal(self, load: int, content: Content, now: float) -> Checkpoint:
         """End a load: its blobs are sealed and the checkpoint is there. `rechecks` must be empty.
@@ -276,7 +291,7 @@ class Store:
 
     def blobs(self) -> list[Blob]:
         """Every sealed blob."""
-        return [blob for blob in self._blobs.values() if blob.state is BlobState.SEALED]
+        return [blob for blob in self._blobs.values() if blob.sealed]
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
@@ -294,28 +309,29 @@ class Store:
     def _candidates(self, books: LoadBooks, digest: bytes, length: int) -> list[Blob]:
         """Blobs whose bytes are complete and may equal: sealed ones, and those that the load itself has placed."""
         blobs = self._by_content.get(BlobKey(books.device, books.domain, digest, length), ())
-        return [blob for blob in blobs if blob.state is BlobState.SEALED or blob.number in books.placed]
+        return [blob for blob in blobs if blob.sealed or blob.number in books.placed]
 
     def _hold(self, books: LoadBooks, blob: Blob) -> None:
         if blob.number not in books.held and blob.number not in books.placed:
             books.held[blob.number] = blob
             blob.holds += 1
 
+    def _new_variant(self, books: LoadBooks, key: BlobKey) -> int:
+        """A variant that no complete bytes have. Those of other open loads do not count until they are sealed.
+
+        Otherwise the content digest of a file would depend on what else was being loaded.
+        """
+        return max((blob.variant for blob in self._candidates(books, key.digest, key.length)), default=-1) + 1
+
     def _place(
-        self, books: LoadBooks, digest: bytes, length: int, segment: int, offset: int,
-        differs: Collection[int], variant: int | None = None,
+        self, books: LoadBooks, key: BlobKey, segment: int, offset: int, variant: int, known: set[int]
     ) -> Blob:  # fmt: skip
-        key = BlobKey(books.device, books.domain, digest, length)
-        others = self._by_content.setdefault(key, [])
-        if variant is None:
-            variant = max((blob.variant for blob in others), default=-1) + 1
-            self.collisions += bool(differs)
         self._last_blob += 1
         blob = Blob(self._last_blob, key, variant, segment, offset, books.number)
-        others.append(blob)
+        self._by_content.setdefault(key, []).append(blob)
         self._blobs[blob.number] = blob
         books.placed[blob.number] = blob
-        books.differs[blob.number] = set(differs)
+        books.known[blob.number] = known
         books.used.add(blob.number)
         return blob
 
@@ -356,7 +372,7 @@ class Store:
         for blob in checkpoint.unique.values():
             blob.references -= 1
         size = self._free([b for b in checkpoint.unique.values() if not b.references and not b.holds])
-        self.evictions += 1
+        self.evictions += reason == "capacity"
         self._on_event(Evicted(checkpoint, reason))
         return size
 
@@ -381,3 +397,8 @@ def _without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
             (Extent(segment, start, end - start) for start, end in ranges) for segment, ranges in by_segment.items()
         )
     )
+
+
+def _unused(taken: Collection[int]) -> int:
+    """The lowest variant that is not taken."""
+    return next(variant for variant in count() if variant not in taken)

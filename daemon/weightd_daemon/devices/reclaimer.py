@@ -54,8 +54,11 @@ class Reclaimer:
 
     def _carry_out(self, reclaims: list[Reclaim]) -> None:
         for reclaim in reclaims:
-            if isinstance(reclaim, Punch):
-                extent = reclaim.extent
-                self._device.punch(extent.segment, extent.offset, extent.length)
-            else:
-                self._device.release(reclaim.segment)
+            try:
+                if isinstance(reclaim, Punch):
+                    extent = reclaim.extent
+                    self._device.punch(extent.segment, extent.offset, extent.length)
+                else:
+                    self._device.release(reclaim.segment)
+            except OSError:  # the bytes are free all the same; what is lost is that the system does not get them back
+                log.exception("memory could not be returned: %s", reclaim)

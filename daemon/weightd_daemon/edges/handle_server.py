@@ -33,6 +33,7 @@ MAX_FRAME = 64 << 10
 MAX_DESCRIPTORS = 253
 HELLO_SECONDS = 5.0
 ACK_SECONDS = 10.0
+ACCEPT_PAUSE_SECONDS = 0.2
 MAX_OFFERS = 16
 """Intakes that a connection may have open without a load."""
 
@@ -73,6 +74,9 @@ class HandleServer:
             return
         except OSError as error:  # out of descriptors: the peer waits in the backlog until one is free
             log.warning("accept failed: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener.fileno())
+            loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
             return
         if len(self._peers) >= self._max_connections:
             log.warning("connection refused: %d are open", len(self._peers))
@@ -80,6 +84,10 @@ class HandleServer:
             return
         accepted.setblocking(False)
         self._peers.add(_Peer(self, accepted))
+
+    def _resume(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept, self._listener)
 
 
 class _Peer:

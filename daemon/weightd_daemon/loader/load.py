@@ -225,10 +225,8 @@ class LoadSteps:
     async def _finish(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
         self._read = message["read"]
         for number, other, equal in message["outcomes"]:
-            self._store.recheck(self._number, number, other, equal=equal)
-            if equal:
-                merged = self._store.blob(other)
-                self._blobs = [merged if b is not None and b.number == number else b for b in self._blobs]
+            used = self._store.recheck(self._number, number, other, equal=equal)
+            self._blobs = [used if b is not None and b.number == number else b for b in self._blobs]
         while True:
             pairs = self._store.rechecks(self._number)
             if pairs:
