@@ -9,7 +9,9 @@ to; a write in place makes the written pages private to this process, and costs 
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -178,7 +180,7 @@ class safe_open:  # noqa: N801  # safetensors' name
 
 
 class _Slice:
-    """What `get_slice` returns. A slice of whole rows is a view; any other is made contiguous, as in safetensors."""
+    """What `get_slice` returns: indexed as a tensor is, a slice is a view of shared memory. So it is in safetensors."""
 
     def __init__(self, info: TensorInfo, tensor: Callable[[], torch.Tensor]) -> None:
         self._info = info
@@ -193,7 +195,7 @@ class _Slice:
         return self._info.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._tensor()[index].contiguous()
+        return self._tensor()[index]
 
 
 _shared: dict[tuple[int, str | None], Client] = {}
@@ -206,6 +208,7 @@ def _client(*, wait: bool) -> Client:
     with _shared_lock:
         if key not in _shared:
             _shared[key] = connect(fallback="wait" if wait else "error")
+            atexit.register(_shared[key].close)
         return _shared[key]
 
 
@@ -218,5 +221,8 @@ def _device_name(device: str | int | torch.device) -> str:
 def _open_locally(name: str, device: str, backend: str, error: Exception) -> Any:
     import safetensors
 
-    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=4)
+    level, frame = 2, sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:  # whoever called into this module
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=level)
     return safetensors.safe_open(name, framework="pt", device=device, backend=backend)

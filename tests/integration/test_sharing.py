@@ -10,6 +10,7 @@ import weightd
 from support import checkpoints
 from support.daemon import Daemon
 from support.worker import Worker
+from weightd_daemon.devices.host import HostDevice
 
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
@@ -29,7 +30,7 @@ def test_two_checkpoints_hold_equal_tensors_once(daemon: Daemon, tmp_path: Path)
     assert stats.resident_bytes == 25 * MIB
     assert stats.saved_bytes == 15 * MIB
     assert stats.saved_ratio == 15 / 40
-    assert daemon.allocated() <= 25 * MIB * 1.02
+    assert daemon.allocated() <= 25 * MIB * 1.02 + 2 * HostDevice().page  # each file ends somewhere in a page
     for path, seed in ((base, "base"), (tuned, "tuned")):
         with client.attach(path) as attachment:
             for i in range(20):

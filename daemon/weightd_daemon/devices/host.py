@@ -14,6 +14,7 @@ import re
 from itertools import count
 from pathlib import Path
 
+_HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -27,17 +28,17 @@ class HostDevice:
     uuid = "host"
     kind = "host"
     name = "host memory"
-    page = os.sysconf("SC_PAGE_SIZE")
     sparse = True
 
     def __init__(self) -> None:
+        self.page = _page_size()
         self._numbers = count(1)
         self._writable: dict[int, int] = {}
         self._shared: dict[int, int] = {}
 
     def capacity(self) -> int:
         """The machine's memory, or the limit of this process's cgroup where that is lower."""
-        total = os.sysconf("SC_PHYS_PAGES") * self.page
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return min([total, *_cgroup_limits()])
 
     def create(self, size: int) -> int:
@@ -83,6 +84,16 @@ class HostDevice:
         """Release every segment."""
         for segment in list(self._writable):
             self.release(segment)
+
+
+def _page_size() -> int:
+    """Bytes in which the kernel gives shared memory: huge pages where it may use them, so that the books stay exact."""
+    try:
+        enabled = Path(f"{_HUGE_PAGES}/shmem_enabled").read_text()
+        huge = int(Path(f"{_HUGE_PAGES}/hpage_pmd_size").read_text())
+    except (OSError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE")
+    return os.sysconf("SC_PAGE_SIZE") if "[never]" in enabled or "[deny]" in enabled else huge
 
 
 def _cgroup_limits() -> list[int]:

@@ -197,22 +197,23 @@ class Loads:
 
     async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncIterator[Message]:
         """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages."""
-        loader = await self._take_loader()
-        usable = False
-        try:
-            segments = {row[1]: device.writable(row[1]) for row in rows}
-            await loader.send({"job": "verify", "blobs": rows}, segments.items())
-            while True:
-                message = await loader.receive()
-                yield message
-                if message["op"] in ("verified", "failed"):
-                    break
-            usable = await self._put_back(loader)
-        except LoaderDied:
-            raise LeaseLostError("the loader process died while it verified; try again") from None
-        finally:
-            if not usable:
-                loader.kill()
+        async with self._turns:
+            loader = await self._take_loader()
+            usable = False
+            try:
+                segments = {row[1]: device.writable(row[1]) for row in rows}
+                await loader.send({"job": "verify", "blobs": rows}, segments.items())
+                while True:
+                    message = await loader.receive()
+                    yield message
+                    if message["op"] in ("verified", "failed"):
+                        break
+                usable = await self._put_back(loader)
+            except LoaderDied:
+                raise LeaseLostError("the loader process died while it verified; try again") from None
+            finally:
+                if not usable:
+                    loader.kill()
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""

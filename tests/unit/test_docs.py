@@ -1,0 +1,191 @@
+"""The documents agree with the code: settings, exit codes, commands, files, tests, links. They are read as text."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from weightd import errors
+from weightd.cli.app import OUTPUT_CLOSED, app
+from weightd.cli.context import INTERRUPTED
+from weightd_daemon.config import EXIT_CONFIG, Settings
+from weightd_daemon.edges import handle_server
+from weightd_daemon.edges.leases import LOCK_BASE
+from weightd_daemon.edges.parts import TOKEN
+from weightd_daemon.loader import child
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+OPERATIONS = ROOT / "docs" / "operations.md"
+PROTOCOL = ROOT / "docs" / "protocol.md"
+LIFETIMES = ROOT / "docs" / "lifetimes.md"
+
+# Folders that a path in a document may start from: documents name modules as `loader/source.py`.
+BASES = [
+    ROOT,
+    *(ROOT / name for name in ("client", "daemon", "daemon/weightd_daemon", "client/weightd", "protos/weightd/v1")),
+]
+SUBFOLDERS = ("loader", "edges", "core", "devices", "formats", "cli")
+OUR_FOLDERS = ("bench", "client", "daemon", "docs", "examples", "protos", "systemd", "tests", "tools")
+
+
+def prose(path: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def section(path: Path, title: str) -> str:
+    """What stands under a heading, up to the next one of its level."""
+    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", path.read_text(), re.DOTALL | re.MULTILINE)
+    assert found, f"{path.name} has no section {title!r}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table's rows, without its head."""
+    lines = [line.replace(r"\|", "\0") for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip().replace("\0", "|") for cell in line.strip("|").split("|")] for line in lines]
+    return cells[2:]
+
+
+def code_spans(text: str) -> Iterator[str]:
+    """What stands between single backticks."""
+    yield from re.findall(r"`([^`\n]+)`", text)
+
+
+def subclasses(kind: type[errors.WeightdError]) -> Iterator[type[errors.WeightdError]]:
+    yield kind
+    for heir in kind.__subclasses__():
+        yield from subclasses(heir)
+
+
+def named_tests(text: str) -> list[tuple[str, str]]:
+    """(file, name) of every `tests/…::name`."""
+    return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
+
+
+def has_test(source: str, name: str) -> bool:
+    """Whether a module defines a test function of that name, alone or in a class."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return any(node.name == name for node in functions)
+
+
+def test_settings_are_documented() -> None:
+    table = {row[0].strip("`"): row for row in rows(section(OPERATIONS, "Settings"))}
+    assert set(table) == {setting.name for setting in fields(Settings)}
+    for name, row in table.items():
+        assert row[1:3] == [f"`--{name.replace('_', '-')}`", f"`WEIGHTD_{name.upper()}`"]
+
+
+def test_plain_defaults_are_documented() -> None:
+    table = {row[0].strip("`"): row[3] for row in rows(section(OPERATIONS, "Settings"))}
+    plain = {setting.name: setting.default for setting in fields(Settings) if setting.default not in ("",)}
+    known = {name: str(value) for name, value in plain.items() if isinstance(value, str | int)}
+    assert len(known) >= 7
+    assert {name: table[name].strip("`") for name in known} == known
+
+
+def test_exit_codes_are_documented() -> None:
+    documented = {int(row[0]) for row in rows(section(OPERATIONS, "Exit codes"))}
+    raised = {kind.exit_code for kind in subclasses(errors.WeightdError)}
+    assert documented == raised | {0, EXIT_CONFIG, INTERRUPTED, OUTPUT_CLOSED}
+
+
+def test_commands_are_documented() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # a group, says typer's documentation
+    visible = {name for name, command in commands.items() if not command.hidden}
+    documented = {row[0].strip("`").split()[1] for row in rows(section(OPERATIONS, "Commands"))}
+    assert documented == visible
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_command_is_made_up(path: Path) -> None:
+    commands = set(get_command(app).commands)  # type: ignore[attr-defined]  # a group, says typer's documentation
+    text = "\n".join(line for line in path.read_text().splitlines() if "not yet" not in line.lower())
+    used = {word for span in code_spans(text) for word in re.findall(r"^weightd ([a-z]+)", span)}
+    used |= set(re.findall(r"^\$ weightd ([a-z]+)", text, re.MULTILINE))
+    assert used <= commands
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_named_files_exist(path: Path) -> None:
+    missing = []
+    for span in code_spans(prose(path)):
+        name = span.split("::")[0]
+        is_ours = re.fullmatch(r"[\w.-]+(/[\w.-]+)*/?", name) and name.split("/")[0] in OUR_FOLDERS and "/" in name
+        is_module = re.fullmatch(r"[\w/]+\.(py|proto)", name)
+        places = [base / folder for base in BASES for folder in ("", *SUBFOLDERS)]
+        if "NNNN" in name:  # a pattern
+            continue
+        if (is_ours or is_module) and not any((place / name).exists() for place in places):
+            missing.append(name)
+    assert missing == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_resolve(path: Path) -> None:
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose(path)) if ":" not in target]
+    assert [target for target in targets if target and not (path.parent / target).exists()] == []
+
+
+def test_every_page_is_in_the_readme() -> None:
+    links = set(re.findall(r"\]\(([^)\s]+)\)", (ROOT / "README.md").read_text()))
+    assert {str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md")} <= links
+
+
+def test_lifetimes_name_tests_that_exist() -> None:
+    named = named_tests(LIFETIMES.read_text())
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not (ROOT / file).exists() or not has_test((ROOT / file).read_text(), name)
+    ]
+    assert sorted(set(missing)) == []
+
+
+def test_each_lifetime_has_a_test() -> None:
+    table = rows(section(LIFETIMES, "Held by tests"))
+    assert len(table) >= 7
+    assert [row[0] for row in table if not named_tests(row[-1])] == []
+
+
+def test_a_test_that_does_not_exist_is_noticed() -> None:
+    source = "class TestA:\n    def test_b(self): ...\ntest_c = 1\n"
+    assert has_test(source, "test_b")
+    assert not has_test(source, "test_c")
+
+
+def test_python_in_the_readme_compiles() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
+
+
+def test_protocol_states_the_limits_of_the_code() -> None:
+    text = PROTOCOL.read_text()
+    assert handle_server.MAX_FRAME == 64 << 10
+    assert "at most 64 KiB" in text
+    assert f"room for {handle_server.MAX_DESCRIPTORS} descriptors" in text
+    assert f"within {handle_server.HELLO_SECONDS:.0f} s, and once" in text
+    assert f"has arrived, within {handle_server.ACK_SECONDS:.0f} s" in text
+    assert f"{handle_server.MAX_OFFERS} intakes" in text
+    assert f"each batch within {child._INTAKE_SECONDS:.0f} s" in text
+    assert f"`hello {{protocol: {handle_server.PROTOCOL}}}`" in text
+    assert LOCK_BASE == 1 << 40
+    assert "2^40 + `lease`" in text
+    assert f"metadata key `{TOKEN}`" in text
+
+
+def test_protocol_lists_the_errors() -> None:
+    text = section(PROTOCOL, "Errors")
+    table = {row[0].strip("`"): row[1] for row in rows(text)}
+    known = {kind.reason: kind.grpc_code for kind in subclasses(errors.WeightdError)}
+    assert table.items() <= known.items()
+    assert {reason for reason in known if f"`{reason}`" not in text} == set()
