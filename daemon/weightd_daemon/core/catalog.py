@@ -110,6 +110,18 @@ class Catalog:
             what = name or checkpoint.key.content_digest[:19]
             raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
 
+    def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
+        """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError."""
+        self.check_owner(who, checkpoint, "pin", name)
+        checkpoint.pins.add(who.uid)
+
+    def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
+        """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
+        self.check_owner(who, checkpoint, "unpin", name)
+        if who.admin:
+            checkpoint.pins.clear()
+        checkpoint.pins.discard(who.uid)
+
     def remove(self, who: Who, reference: str, device: str = "") -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
 
@@ -123,7 +135,7 @@ class Catalog:
         if set(self.names(checkpoint)) - set(names):
             del self._tags[checkpoint.key.domain, reference]
             return 0
-        return self._store.remove(checkpoint)
+        return self._store.remove(checkpoint, reference)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is gone: drop the names that point to nothing now."""

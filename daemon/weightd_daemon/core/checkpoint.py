@@ -42,7 +42,10 @@ class Checkpoint:
     owner: int | None
     loaded: float
     last_used: float
-    pinned: bool = False
+    segments: list[int] = field(default_factory=list)
+    """Numbers of the segments that hold its blobs, sorted."""
+    pins: set[int | None] = field(default_factory=set)
+    """The users who keep it from eviction; each takes back only its own pin."""
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
     unique: dict[int, Blob] = field(default_factory=dict)
 
@@ -58,7 +61,8 @@ class Checkpoint:
                 part.append(blob)
         total = sum(blob.length for part in components.values() for blob in part)
         unique = {blob.number: blob for part in components.values() for blob in part}
-        return cls(key, components, tensors, total, owner, now, now, unique=unique)
+        segments = sorted({blob.segment for blob in unique.values()})
+        return cls(key, components, tensors, total, owner, now, now, segments=segments, unique=unique)
 
     @property
     def tensor_count(self) -> int:
@@ -75,9 +79,9 @@ class Checkpoint:
         return self.total_bytes - self.exclusive_bytes
 
     @property
-    def segments(self) -> list[int]:
-        """Numbers of the segments that hold its blobs, sorted."""
-        return sorted({blob.segment for blob in self.unique.values()})
+    def pinned(self) -> bool:
+        """Whether anybody keeps it from eviction."""
+        return bool(self.pins)
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,10 @@ class Usage(Protocol):
     """What the policy looks at: when a checkpoint was last used (seconds since the epoch), and its pin."""
 
     last_used: float
-    pinned: bool
+
+    @property
+    def pinned(self) -> bool:
+        """Whether it is kept from eviction."""
 
 
 T = TypeVar("T", bound=Usage)

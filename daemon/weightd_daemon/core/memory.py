@@ -135,9 +135,12 @@ class DeviceMemory:
         segment; whatever hole is large enough; and, where only empty segments stand in the way, they are released and
         None is returned with `reclaiming` set.
         """
-        need = round_up(need, self.page)
-        want = max(need, min(round_up(want, self.page), SEGMENT_BYTES))
-        arena, budget = self.arena(domain), self.free_for(load)
+        need, free = round_up(need, self.page), self.free_for(load)
+        # Below zero where others were promised populated holes; what this load may have of them costs nothing.
+        arena, budget, obtainable = self.arena(domain), max(0, free), self.obtainable(domain, load)
+        if need > obtainable:
+            return None
+        want = max(need, min(round_up(want, self.page), SEGMENT_BYTES, obtainable // self.page * self.page))
         extent = arena.best_fit(want, budget) or arena.largest(max(need, _SMALLEST_PIECE), 0, populated=True)
         if extent is None and need <= budget:
             size = max(need, min(want, budget // self.page * self.page))
@@ -148,7 +151,7 @@ class DeviceMemory:
         if extent is None:
             extent = arena.largest(need, budget, populated=False)
         if extent is None:
-            self._release_empty(need - budget)
+            self._release_empty(need - free)
             return None
         arena.take(extent)
         if load in self._promised:

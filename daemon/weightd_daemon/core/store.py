@@ -6,8 +6,9 @@ bytes may lie, and queues memory that can go (see memory.py). What changed comes
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from weightd.errors import InUseError, NotFoundError
@@ -109,17 +110,15 @@ class Store:
         """
         books, memory = self._loads[load], self._memory(load)
         matched: set[tuple[bytes, int]] = set()
-        fresh: dict[tuple[bytes, int], int] = {}
-        for digest, length in contents:
+        needed = 0
+        for (digest, length), occurrences in Counter(contents).items():
             candidates = self._candidates(books, digest, length)
             for blob in candidates:
                 self._hold(books, blob)
             if candidates:
                 matched.add((digest, length))
-            else:
-                copies = fresh.get((digest, length), 0) if length < OWN_COPY_BELOW else 0
-                fresh[digest, length] = copies + slot_bytes(length)
-        needed = sum(fresh.values())
+            wanted = occurrences if length < OWN_COPY_BELOW else 1
+            needed += max(0, wanted - len(candidates)) * slot_bytes(length)
         if needed:
             needed = round_up(needed, memory.page) + (files - 1) * memory.page
             check_room(self, books, needed)
@@ -274,14 +273,17 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
-    def remove(self, checkpoint: Checkpoint) -> int:
-        """Evict a checkpoint on request. Returns the bytes of blobs given up. Errors: InUseError naming the holders."""
-        holders = self.holders(checkpoint)
+    def remove(self, checkpoint: Checkpoint, called: str = "") -> int:
+        """Evict a checkpoint on request. Returns the bytes of blobs given up.
+
+        Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
+        """
+        holders = dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in self.holders(checkpoint))
         if holders:
-            who = ", ".join(f"pid {lease.holder.pid} ({lease.holder.command})" for lease in holders[:5])
+            who = ", ".join(f"pid {pid} ({command})" for pid, command in list(holders)[:5])
             more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
             raise InUseError(
-                f"checkpoint {checkpoint.key.content_digest[:19]} is in use by {who}{more}; stop them first"
+                f"checkpoint {called or checkpoint.key.content_digest[:19]} is in use by {who}{more}; stop them first"
             )
         return self._evict(checkpoint, "removed")
 
@@ -397,8 +399,3 @@ def _without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
             (Extent(segment, start, end - start) for start, end in ranges) for segment, ranges in by_segment.items()
         )
     )
-
-
-def _unused(taken: Collection[int]) -> int:
-    """The lowest variant that is not taken."""
-    return next(variant for variant in count() if variant not in taken)

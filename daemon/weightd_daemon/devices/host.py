@@ -8,6 +8,7 @@ MAP_PRIVATE, so a write makes a private copy.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -15,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
+_EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -44,14 +46,18 @@ class HostDevice:
     def create(self, size: int) -> int:
         """Make a memfd of `size` bytes; it takes memory only as it is written."""
         segment = next(self._numbers)
-        descriptor = os.memfd_create(f"weightd-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = -1
         try:
+            descriptor = os.memfd_create(f"weightd-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             os.fchmod(descriptor, 0o400)
             shared = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            os.close(descriptor)
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            if error.errno in _EXHAUSTED:
+                raise MemoryError(f"no segment of {size} bytes: {error.strerror}") from error
             raise
         self._writable[segment], self._shared[segment] = descriptor, shared
         return segment

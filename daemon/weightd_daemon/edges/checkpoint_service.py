@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._wire import source_from, source_to
-from weightd.errors import DigestMismatchError, InvalidReferenceError, NotFoundError
+from weightd.errors import DigestMismatchError, InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.loader import loads
@@ -39,11 +39,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         """Answer at once when the files' checkpoint is resident; otherwise load, or join the load under way."""
         parts = self._parts
         connection, who = parts.caller(context)
-        wish = self._wish(connection, who, request)
-        if wish.name and not wish.name_is_default:
-            parts.catalog.check(who, wish.name)
         intake = connection.take_offer(request.offer_id)
-        resident = parts.loads.find_resident(wish)
+        try:
+            wish = self._wish(connection, who, request)
+            if wish.name and not wish.name_is_default:
+                parts.catalog.check(who, wish.name)
+            resident = parts.loads.find_resident(wish)
+        except BaseException:
+            os.close(intake)  # the offer is over with its load, also where that is refused
+            raise
         if resident is not None:
             os.close(intake)
             name = parts.loads.settle(wish, resident)
@@ -104,13 +108,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.PinCheckpointRequest, context: Context
     ) -> checkpoint_pb2.PinCheckpointResponse:
         """Keep a checkpoint."""
-        return checkpoint_pb2.PinCheckpointResponse(checkpoint=self._pin(request, context, pinned=True))
+        return checkpoint_pb2.PinCheckpointResponse(checkpoint=self._change(self._parts.catalog.pin, request, context))
 
     async def Unpin(  # noqa: N802
         self, request: checkpoint_pb2.UnpinCheckpointRequest, context: Context
     ) -> checkpoint_pb2.UnpinCheckpointResponse:
         """Let a checkpoint be evicted again."""
-        return checkpoint_pb2.UnpinCheckpointResponse(checkpoint=self._pin(request, context, pinned=False))
+        return checkpoint_pb2.UnpinCheckpointResponse(
+            checkpoint=self._change(self._parts.catalog.unpin, request, context)
+        )
 
     async def Remove(  # noqa: N802
         self, request: checkpoint_pb2.RemoveCheckpointRequest, context: Context
@@ -167,6 +173,8 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         device = request.device or self._parts.default_device
         if device not in self._parts.devices:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self._parts.devices)}")
+        if request.pin and who.uid is None:
+            raise PermissionDeniedError("your user id is not known here, so you cannot pin")
         if not request.sources:
             raise InvalidReferenceError("the load names no files")
         return LoadRequest(
@@ -181,11 +189,12 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             verify=request.verify,
         )
 
-    def _pin(self, request: Any, context: Context, *, pinned: bool) -> checkpoint_pb2.Checkpoint:
+    def _change(
+        self, change: Callable[[Who, Checkpoint, str], None], request: Any, context: Context
+    ) -> checkpoint_pb2.Checkpoint:
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, request.device)
-        self._parts.catalog.check_owner(who, checkpoint, "pin" if pinned else "unpin", request.reference)
-        checkpoint.pinned = pinned
+        change(who, checkpoint, request.reference)
         return self._checkpoint(checkpoint)
 
     def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:

@@ -71,7 +71,10 @@ class DigestIndex:
             "AND ctime_ns = ?",
             (self._epoch, *_signed(identity)),
         )
-        return [Instance(*fields) for fields in _ROW.iter_unpack(row[0][0])] if row else []
+        packed = row[0][0] if row else b""
+        if len(packed) % _ROW.size:
+            return []  # a damaged row: what cannot be read is not known
+        return [Instance(*fields) for fields in _ROW.iter_unpack(packed)]
 
     def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
         self._clock += 1

@@ -1,0 +1,287 @@
+"""Ranges against a set, and the memory of a device against a model that knows every 256 bytes and every page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from weightd.types import ALIGNMENT
+from weightd_daemon.core import memory as memory_module
+from weightd_daemon.core.arena import Arena, Extent
+from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim, Release
+from weightd_daemon.core.ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = 1024
+UNITS = PAGE // ALIGNMENT
+BUDGET = 24 * PAGE
+SEGMENT = 8 * PAGE
+POOL = 10 * PAGE
+DOMAINS = ("one", "two")
+
+
+def runs(members: set[int]) -> list[tuple[int, int]]:
+    """The maximal runs [start, end) of a set of integers."""
+    found: list[tuple[int, int]] = []
+    for member in sorted(members):
+        if found and found[-1][1] == member:
+            found[-1] = (found[-1][0], member + 1)
+        else:
+            found.append((member, member + 1))
+    return found
+
+
+class RangesMachine(RuleBasedStateMachine):
+    """Every operation on Ranges, and the same on a set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ranges = Ranges()
+        self.model: set[int] = set()
+
+    spans = st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda span: (span[0], span[0] + span[1]))
+
+    @rule(span=spans)
+    def add(self, span: tuple[int, int]) -> None:
+        wanted = set(range(*span))
+        if wanted & self.model:
+            with pytest.raises(ValueError, match="overlaps"):
+                self.ranges.add(*span)
+        else:
+            self.ranges.add(*span)
+            self.model |= wanted
+
+    @rule(span=spans)
+    def remove(self, span: tuple[int, int]) -> None:
+        gone = set(range(*span))
+        if gone <= self.model:
+            self.ranges.remove(*span)
+            self.model -= gone
+        else:
+            with pytest.raises(ValueError, match="not all there"):
+                self.ranges.remove(*span)
+
+    @rule(span=spans)
+    def discard(self, span: tuple[int, int]) -> None:
+        self.ranges.discard(*span)
+        self.model -= set(range(*span))
+
+    @rule(span=spans, position=st.integers(0, 80))
+    def ask(self, span: tuple[int, int], position: int) -> None:
+        assert self.ranges.within(*span) == runs(self.model & set(range(*span)))
+        around = next(((start, end) for start, end in runs(self.model) if start <= position < end), None)
+        assert self.ranges.around(position) == around
+
+    @rule()
+    def go_on_with_a_copy(self) -> None:
+        before = self.ranges
+        self.ranges = before.copy()
+        before.discard(0, 100)
+
+    @rule(position=st.integers(0, 60), length=st.integers(-3, 0))
+    def nothing_is_refused(self, position: int, length: int) -> None:
+        for change in (self.ranges.add, self.ranges.remove):
+            with pytest.raises(ValueError, match=r"\["):
+                change(position, position + length)
+
+    @invariant()
+    def equal(self) -> None:
+        assert list(self.ranges) == runs(self.model)
+        assert (self.ranges.total, len(self.ranges)) == (len(self.model), len(runs(self.model)))
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """DeviceMemory and its arenas; the model knows which units live, and which pages have memory or are promised it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(memory_module, "SEGMENT_BYTES", SEGMENT)
+        self.patch.setattr(memory_module, "_SMALLEST_PIECE", 2 * PAGE)
+        self.live: dict[int, set[int]] = {}
+        self.populated: dict[int, set[int]] = {}
+        self.sizes: dict[int, int] = {}
+        self.slices: list[tuple[str, Extent]] = []
+        self.promised: dict[int, int] = {}
+        self.pending: list[Reclaim] = []
+
+    @initialize(sparse=st.booleans(), pool=st.sampled_from([0, POOL]))
+    def begin(self, sparse: bool, pool: int) -> None:
+        self.sparse, self.pool = sparse, pool
+        self.memory = DeviceMemory(budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=pool, create=self.create)
+
+    def create(self, size: int) -> int:
+        assert size % PAGE == 0
+        number = len(self.sizes) + 1
+        self.sizes[number], self.live[number] = size, set()
+        self.populated[number] = set() if self.sparse else set(range(size // PAGE))
+        return number
+
+    def punching(self) -> Iterator[tuple[int, int]]:
+        for reclaim in self.pending:
+            if isinstance(reclaim, Punch):
+                extent = reclaim.extent
+                yield from ((extent.segment, page) for page in range(extent.offset // PAGE, extent.end // PAGE))
+
+    @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), want=st.integers(1, 12 * PAGE),
+          need=st.integers(1, 6 * PAGE))  # fmt: skip
+    def grant(self, load: int, domain: str, want: int, need: int) -> None:
+        extent = self.memory.grant(load, domain, want, need)
+        self.pending += self.memory.take_reclaims()
+        if extent is None:
+            return
+        assert extent.offset % PAGE == 0
+        assert extent.length % PAGE == 0
+        assert need <= extent.length < max(need, want) + PAGE
+        assert extent.offset >= 0
+        assert extent.end <= self.sizes[extent.segment]
+        assert self.memory.domain_of(extent.segment) == domain
+        units = set(range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT))
+        assert not units & self.live[extent.segment], "overlaps bytes that live"
+        pages = set(range(extent.offset // PAGE, extent.end // PAGE))
+        assert not {(extent.segment, page) for page in pages} & set(self.punching()), "would be punched under the load"
+        self.live[extent.segment] |= units
+        self.populated[extent.segment] |= pages
+        self.slices.append((domain, extent))
+        if load in self.promised:
+            self.promised[load] = max(0, self.promised[load] - extent.length)
+
+    @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), size=st.integers(0, 12 * PAGE))
+    def promise(self, load: int, domain: str, size: int) -> None:
+        # Holes on devices without punching belong to one domain: a promise that rests on them means something there.
+        if size <= self.memory.obtainable(domain if self.sparse else DOMAINS[0], load):
+            self.memory.promise(load, size)
+            self.promised[load] = size
+
+    @rule(load=st.integers(1, 3))
+    def withdraw(self, load: int) -> None:
+        self.memory.withdraw(load)
+        self.promised.pop(load, None)
+
+    @precondition(lambda self: self.slices)
+    @rule(data=st.data(), pool=st.booleans())
+    def give_back(self, data: st.DataObject, pool: bool) -> None:
+        """Some slices of one domain, each whole or in part, as evicting blobs does."""
+        domain = data.draw(st.sampled_from(sorted({domain for domain, _ in self.slices})))
+        there = [at for at, (name, _) in enumerate(self.slices) if name == domain]
+        chosen = data.draw(st.lists(st.sampled_from(there), unique=True, min_size=1))
+        returned = []
+        for at in sorted(chosen, reverse=True):
+            _, extent = self.slices.pop(at)
+            units = extent.length // ALIGNMENT
+            low = data.draw(st.integers(0, units - 1))
+            high = data.draw(st.integers(low + 1, units))
+            part = Extent(extent.segment, extent.offset + low * ALIGNMENT, (high - low) * ALIGNMENT)
+            returned.append(part)
+            for start, end in ((extent.offset, part.offset), (part.end, extent.end)):
+                if start < end:
+                    self.slices.append((domain, Extent(extent.segment, start, end - start)))
+        self.hand_back(domain, returned, pool=pool)
+
+    def hand_back(self, domain: str, extents: list[Extent], *, pool: bool) -> None:
+        for extent in extents:
+            self.live[extent.segment] -= set(range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT))
+        self.memory.give_back(domain, extents, pool=pool)
+        self.pending += self.memory.take_reclaims()
+
+    @precondition(lambda self: self.pending)
+    @rule(data=st.data())
+    def carry_out(self, data: st.DataObject) -> None:
+        self.reclaim(self.pending.pop(data.draw(st.integers(0, len(self.pending) - 1))))
+
+    def reclaim(self, reclaim: Reclaim) -> None:
+        if isinstance(reclaim, Release):
+            assert not self.live[reclaim.segment], "releases bytes that live"
+            assert reclaim.size == len(self.populated[reclaim.segment]) * PAGE
+            del self.populated[reclaim.segment]
+        else:
+            extent = reclaim.extent
+            assert self.sparse
+            assert extent.length > 0
+            assert extent.offset % PAGE == 0
+            assert extent.length % PAGE == 0
+            units = set(range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT))
+            assert not units & self.live[extent.segment], "punches bytes that live"
+            pages = set(range(extent.offset // PAGE, extent.end // PAGE))
+            assert pages <= self.populated[extent.segment], "punches what has no memory"
+            self.populated[extent.segment] -= pages
+        self.memory.reclaimed(reclaim)
+        self.pending += self.memory.take_reclaims()
+
+    @rule(domain=st.sampled_from(DOMAINS), pages=st.integers(1, 8), budget=st.integers(0, 8))
+    def best_fit_is_the_tightest(self, domain: str, pages: int, budget: int) -> None:
+        arena = self.memory.arena(domain)
+        punching = set(self.punching())
+        ranks: dict[Extent, tuple[int, int]] = {}
+        for segment in arena:
+            free = {
+                page
+                for page in range(self.sizes[segment] // PAGE)
+                if not self.live[segment] & set(range(page * UNITS, (page + 1) * UNITS))
+                and (segment, page) not in punching
+            }
+            for low, high in runs(free):
+                cost = len(set(range(low, low + pages)) - self.populated[segment])
+                if high - low >= pages and cost <= budget:
+                    ranks[Extent(segment, low * PAGE, pages * PAGE)] = (cost, high - low)
+        found = arena.best_fit(pages * PAGE, budget * PAGE)
+        assert (found is None) == (not ranks)
+        if found is not None:
+            assert ranks[found] == min(ranks.values())
+
+    @invariant()
+    def books_agree(self) -> None:
+        assert self.memory.used == sum(map(len, self.populated.values())) * PAGE
+        assert self.memory.used <= BUDGET
+        assert self.memory.reclaiming == bool(self.pending)
+        for domain in DOMAINS:
+            arena = self.memory.arena(domain)
+            for segment in arena:
+                units = set(range(self.sizes[segment] // ALIGNMENT)) - self.live[segment]
+                expected = [(low * ALIGNMENT, high * ALIGNMENT) for low, high in runs(units)]
+                assert list(arena.free_ranges(segment)) == expected
+                assert arena.is_empty(segment) <= (not self.live[segment])
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        """What is free, reusable or on its way back covers every promise."""
+        if not self.sparse:
+            return
+        on_the_way = sum(r.size if isinstance(r, Release) else r.extent.length for r in self.pending)
+        holes = sum(self.memory.arena(domain).populated_hole_bytes() for domain in DOMAINS)
+        assert BUDGET - self.memory.used + holes + on_the_way >= sum(self.promised.values())
+
+    def teardown(self) -> None:
+        try:
+            if not hasattr(self, "memory"):
+                return
+            for domain in DOMAINS:
+                self.hand_back(domain, [extent for name, extent in self.slices if name == domain], pool=True)
+            while self.pending:
+                self.reclaim(self.pending.pop(0))
+            assert self.memory.used == self.memory.pooled_bytes() <= self.pool
+            assert self.memory.segments == len(self.populated)
+        finally:
+            self.patch.undo()
+
+
+TestRanges = RangesMachine.TestCase
+TestRanges.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+def test_an_extent_that_is_not_page_aligned_is_refused() -> None:
+    arena = Arena(PAGE)
+    arena.add_segment(1, SEGMENT, sparse=True)
+    for extent in (Extent(1, ALIGNMENT, PAGE), Extent(1, 0, PAGE + ALIGNMENT)):
+        with pytest.raises(ValueError, match="page-aligned"):
+            arena.take(extent)
+    assert arena.used == 0

@@ -1,0 +1,505 @@
+"""The store as a state machine: loads that interleave in every order, over memory that really holds bytes.
+
+The loader's side is played step by step with the same calls as loader/copying.py, but a digest is just the first byte,
+so that different bytes collide all the time; memory is a few pages, so that everything is always being evicted.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from weightd.errors import CapacityError, InUseError
+from weightd_daemon.core import memory as memory_module
+from weightd_daemon.core import store as store_module
+from weightd_daemon.core.arena import Extent, slot_bytes
+from weightd_daemon.core.blob import Blob
+from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
+from weightd_daemon.core.store import Event, Evicted, Sealed, Store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PAGE = 1024
+SMALL = 600  # stands for OWN_COPY_BELOW
+POOL = 4 * PAGE
+DEVICE = "host"
+DOMAINS = ("all", "uid:7")
+LOADS = 3
+LENGTHS = (1, 300, 1500)
+FILES = (ManifestFile("", "f", None),)
+
+
+def weak_digest(data: bytes) -> bytes:
+    """As long as a real one, and as good as none."""
+    return data[:1] * 16
+
+
+def tensor_bytes(length: int, first: int, rest: int) -> bytes:
+    return bytes([first]) + bytes([rest]) * (length - 1)
+
+
+T = TypeVar("T")
+PICK = st.integers(0, 59)
+CONTENTS = st.lists(st.tuples(st.sampled_from(LENGTHS), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=4)
+STEPS = st.sampled_from([1, 2, 4, 8, 40])
+SEED = st.integers(0, 1 << 16)
+
+
+def one_of(things: Sequence[T], pick: int) -> T | None:
+    """The one that the number picks; None of none."""
+    return things[pick % len(things)] if things else None
+
+
+@dataclass
+class Work:
+    """One tensor on its way: what the loader knows of it."""
+
+    data: bytes
+    matched: bool = False
+    slot: tuple[int, int] | None = None
+    differs: set[int] = field(default_factory=set)
+    candidate: Blob | None = None
+    blob: Blob | None = None
+
+    @property
+    def digest(self) -> bytes:
+        return weak_digest(self.data)
+
+
+@dataclass
+class Load:
+    """An open load; `ready` once everything was rechecked, as after the digest has been computed in a thread."""
+
+    number: int
+    domain: str
+    tensors: list[Work]
+    hash_first: bool = False
+    granted: list[Extent] = field(default_factory=list)
+    open_slots: list[tuple[int, int, int]] = field(default_factory=list)
+    pairs: list[tuple[Blob, Blob]] = field(default_factory=list)
+    ready: bool = False
+
+    @property
+    def unsettled(self) -> list[Work]:
+        return [tensor for tensor in self.tensors if tensor.blob is None]
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Every call of a store, in any order that loaders, clients and owners may bring about."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(memory_module, "SEGMENT_BYTES", 8 * PAGE)
+        self.patch.setattr(memory_module, "_SMALLEST_PIECE", 2 * PAGE)
+        self.patch.setattr(store_module, "OWN_COPY_BELOW", SMALL)
+        self.segments: dict[int, bytearray] = {}
+        self.loads: list[Load] = []
+        self.pending: list[Reclaim] = []
+        self.locked: set[int] = set()
+        self.attached: dict[int, dict[tuple[int, int], bytes]] = {}
+        self.sources: dict[CheckpointKey, tuple[bytes, ...]] = {}
+        self.contents: dict[CheckpointKey, Content] = {}
+        self.sealed: dict[int, bytes] = {}
+        self.seen: dict[tuple[str, bytes, int], set[bytes]] = {}
+        self.now = 0.0
+        self.created = 0
+
+    @initialize(
+        pages=st.sampled_from([6, 12, 30]), sparse=st.booleans(), files=st.lists(CONTENTS, min_size=1, max_size=2)
+    )
+    def begin(self, pages: int, sparse: bool, files: list[list[tuple[int, int, int]]]) -> None:
+        self.sparse = sparse
+        self.memory = DeviceMemory(budget=pages * PAGE, page=PAGE, sparse=sparse, pool_limit=POOL, create=self.create)
+        self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
+        self.store.memories[DEVICE] = self.memory
+        for contents in (*files, files[0]):
+            self.begin_load(DOMAINS[0], contents)
+
+    # -- the device ------------------------------------------------------------------------------------------------
+
+    def create(self, size: int) -> int:
+        self.created += 1
+        self.segments[self.created] = bytearray(size)
+        return self.created
+
+    def read(self, segment: int, offset: int, length: int) -> bytes:
+        return bytes(self.segments[segment][offset : offset + length])
+
+    def read_blob(self, blob: Blob) -> bytes:
+        return self.read(blob.segment, blob.offset, blob.length)
+
+    @rule(pick=PICK)
+    def reclaim(self, pick: int) -> None:
+        reclaim = one_of(self.pending, pick)
+        if reclaim is not None:
+            self.pending.remove(reclaim)
+            self.carry_out(reclaim)
+
+    def carry_out(self, reclaim: Reclaim) -> None:
+        if isinstance(reclaim, Punch):
+            extent = reclaim.extent
+            assert extent.offset % PAGE == 0
+            assert extent.length % PAGE == 0
+            self.segments[extent.segment][extent.offset : extent.end] = b"\xee" * extent.length
+        else:
+            del self.segments[reclaim.segment]
+        self.memory.reclaimed(reclaim)
+
+    # -- what the loader does --------------------------------------------------------------------------------------
+
+    @rule(domain=st.sampled_from((DOMAINS[0], *DOMAINS)), contents=CONTENTS)
+    def open_load(self, domain: str, contents: list[tuple[int, int, int]]) -> None:
+        self.begin_load(domain, contents)
+
+    def begin_load(self, domain: str, contents: list[tuple[int, int, int]]) -> None:
+        if len(self.loads) == LOADS:
+            return
+        number = self.store.open_load(DEVICE, domain, 0)
+        load = Load(number, domain, [Work(tensor_bytes(*content)) for content in contents])
+        for tensor in load.tensors:
+            self.seen.setdefault((domain, tensor.digest, len(tensor.data)), set()).add(tensor.data)
+        self.loads.append(load)
+        try:
+            load.hash_first = not self.store.admit(number, [len(tensor.data) for tensor in load.tensors])
+        except CapacityError as error:
+            self.refused(load, error)
+
+    @rule(pick=PICK)
+    def load_at_the_same_time(self, pick: int) -> None:
+        """Another owner loads a file that is being loaded."""
+        first = one_of(self.loads, pick)
+        if first is None:
+            return
+        contents = [(len(t.data), t.data[0], t.data[-1] if len(t.data) > 1 else 0) for t in first.tensors]
+        self.begin_load(first.domain, contents)
+
+    @rule(pick=PICK, indexed=st.booleans())
+    def load_again(self, pick: int, indexed: bool) -> None:
+        """The same file once more, with the digest index or without."""
+        key = one_of(sorted(self.contents), pick)
+        if key is None or len(self.loads) == LOADS:
+            return
+        number = self.store.open_load(DEVICE, key.domain, 1)
+        load = Load(number, key.domain, [Work(tensor) for tensor in self.sources[key]])
+        self.loads.append(load)
+        if indexed:
+            for tensor, blob in zip(load.tensors, self.contents[key].blobs, strict=True):
+                assert blob is not None
+                tensor.blob = self.store.share_known(number, blob.number)
+        try:
+            load.hash_first = not self.store.admit(number, [len(tensor.data) for tensor in load.unsettled])
+        except CapacityError as error:
+            self.refused(load, error)
+
+    def refused(self, load: Load, error: CapacityError) -> None:
+        # Where pages cannot be punched, free ones may be too scattered to be of use.
+        assert not self.sparse or error.requested_bytes > error.free_bytes or self.pending or len(self.loads) > 1
+        self.abort(load)
+
+    def abort(self, load: Load) -> None:
+        self.store.abort(load.number)
+        self.loads.remove(load)
+
+    @rule(pick=PICK)
+    def abort_one(self, pick: int) -> None:
+        load = one_of(self.loads, pick)
+        if load is not None and pick < 40:
+            self.abort(load)
+
+    @rule(pick=PICK, seed=SEED, steps=STEPS)
+    def work(self, pick: int, seed: int, steps: int) -> None:
+        self.get_on(pick, seed, steps)
+
+    # Hypothesis leaves rules out at random; two of them make it likely that loads get on.
+    @rule(pick=PICK, seed=SEED, steps=STEPS)
+    def work_more(self, pick: int, seed: int, steps: int) -> None:
+        self.get_on(pick, seed, steps)
+
+    @rule(pick=PICK, seed=SEED, contents=CONTENTS)
+    def load_at_once(self, pick: int, seed: int, contents: list[tuple[int, int, int]]) -> None:
+        self.begin_load(DOMAINS[0], contents)
+        self.get_on(len(self.loads) - 1, seed, 60)
+        if pick < 30:
+            while self.pending:
+                self.reclaim(pick)
+                self.pending += self.memory.take_reclaims()
+            self.get_on(len(self.loads) - 1, seed, 60)
+
+    def get_on(self, pick: int, seed: int, steps: int) -> None:
+        """A loader gets on; which of its tensors its threads take up next is a matter of chance."""
+        load = one_of(self.loads, pick)
+        if load is None:
+            return
+        chance = random.Random(seed)
+        for _ in range(steps):
+            if load not in self.loads:
+                return
+            try:
+                self.step(load, chance)
+            except CapacityError as error:
+                self.refused(load, error)
+
+    def step(self, load: Load, chance: random.Random) -> None:
+        if load.hash_first:
+            contents = [(tensor.digest, len(tensor.data)) for tensor in load.unsettled]
+            matched = self.store.make_room(load.number, contents)
+            if matched is None:
+                self.must_wait()
+                return
+            load.hash_first = False
+            for tensor in load.unsettled:
+                tensor.matched = (tensor.digest, len(tensor.data)) in matched
+        elif load.unsettled:
+            self.advance(load, chance.choice(load.unsettled))
+        else:
+            self.finish(load)
+
+    def advance(self, load: Load, tensor: Work) -> None:
+        if tensor.matched:
+            tensor.matched = False
+            blob = self.store.candidate(load.number, tensor.digest, len(tensor.data))
+            if blob is not None and self.read_blob(blob) == tensor.data:
+                tensor.blob = self.store.share(load.number, blob.number, None, 0)
+        elif tensor.slot is None:
+            tensor.slot = self.slot(load, len(tensor.data))
+            if tensor.slot is not None:
+                segment, offset = tensor.slot
+                self.segments[segment][offset : offset + len(tensor.data)] = tensor.data
+        elif tensor.candidate is None:
+            segment, offset = tensor.slot
+            placed, blob = self.store.settle(
+                load.number, tensor.digest, len(tensor.data), segment, offset, frozenset(tensor.differs)
+            )
+            if placed:
+                tensor.blob = blob
+            else:
+                tensor.candidate = blob
+        else:
+            segment, offset = tensor.slot
+            if self.read_blob(tensor.candidate) == tensor.data:
+                tensor.blob = self.store.share(load.number, tensor.candidate.number, segment, offset)
+                if (tensor.blob.segment, tensor.blob.offset) != tensor.slot:
+                    self.segments[segment][offset : offset + len(tensor.data)] = b"\xdd" * len(tensor.data)
+                    load.open_slots.append((segment, offset, slot_bytes(len(tensor.data))))
+            else:
+                tensor.differs.add(tensor.candidate.number)
+            tensor.candidate = None
+
+    def slot(self, load: Load, length: int) -> tuple[int, int] | None:
+        size = slot_bytes(length)
+        for at, (segment, offset, room) in enumerate(load.open_slots):
+            if room >= size:
+                load.open_slots[at] = (segment, offset + size, room - size)
+                return segment, offset
+        rest = sum(slot_bytes(len(tensor.data)) for tensor in load.unsettled if tensor.slot is None)
+        extent = self.store.grant(load.number, max(size, rest), size)
+        if extent is None:
+            self.must_wait()
+            return None
+        load.granted.append(extent)
+        self.segments[extent.segment][extent.offset : extent.end] = b"\xcc" * extent.length
+        load.open_slots.append(extent)
+        return self.slot(load, length)
+
+    def must_wait(self) -> None:
+        """ "Call again" is said only where memory is on its way."""
+        self.pending += self.memory.take_reclaims()
+        assert self.pending
+
+    def finish(self, load: Load) -> None:
+        if load.pairs:
+            for blob, other in load.pairs:
+                equal = self.read_blob(blob) == self.read_blob(other)
+                used = self.store.recheck(load.number, blob.number, other.number, equal=equal)
+                for tensor in load.tensors:
+                    if tensor.blob is blob:
+                        tensor.blob = used
+            load.pairs = []
+            return
+        load.pairs = self.store.rechecks(load.number)
+        if load.pairs:
+            load.ready = False
+        elif load.ready:
+            self.seal(load)
+        else:
+            load.ready = True
+
+    def seal(self, load: Load) -> None:
+        blobs = [tensor.blob for tensor in load.tensors]
+        names = [Entry("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
+        digest = content_digest(names, [blob.identity for blob in blobs if blob is not None], FILES)
+        self.now += 1
+        self.current = tuple(tensor.data for tensor in load.tensors)
+        self.loads.remove(load)
+        checkpoint = self.store.seal(load.number, Content(digest, FILES, tuple(names), tuple(blobs)), self.now)
+        assert self.sources[checkpoint.key] == self.current, "a content digest stands for other bytes"
+
+    def happened(self, event: Event) -> None:
+        checkpoint = event.checkpoint
+        if isinstance(event, Sealed):
+            self.sources[checkpoint.key] = self.current
+            self.contents[checkpoint.key] = event.content
+            return
+        assert isinstance(event, Evicted)
+        assert not self.held(checkpoint)
+        assert event.reason == "removed" or not checkpoint.pinned
+        del self.sources[checkpoint.key], self.contents[checkpoint.key]
+
+    # -- clients and owners ----------------------------------------------------------------------------------------
+
+    def held(self, checkpoint: Checkpoint) -> list[Lease]:
+        return [
+            lease for lease in self.store.leases if lease.checkpoint == checkpoint.key and lease.number in self.locked
+        ]
+
+    @rule(pick=PICK)
+    def attach(self, pick: int) -> None:
+        checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
+        if checkpoint is None:
+            return
+        lease = self.store.leases.take(checkpoint.key, Holder(1, 2, 3, "python"), self.now)
+        self.locked.add(lease.number)
+        self.now += 1
+        checkpoint.last_used = self.now
+        blobs = checkpoint.unique.values()
+        self.attached[lease.number] = {(blob.segment, blob.offset): self.read_blob(blob) for blob in blobs}
+
+    @rule(pick=PICK)
+    def let_go(self, pick: int) -> None:
+        number = one_of(sorted(self.locked), pick)
+        if number is not None:
+            self.locked.remove(number)
+            del self.attached[number]
+
+    @rule(pick=PICK)
+    def pin_or_unpin(self, pick: int) -> None:
+        checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
+        if checkpoint is None:
+            return
+        checkpoint.pins ^= {1000}
+
+    @rule(pick=PICK)
+    def remove(self, pick: int) -> None:
+        checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
+        if checkpoint is None:
+            return
+        if self.held(checkpoint):
+            with pytest.raises(InUseError, match="pid 2"):
+                self.store.remove(checkpoint)
+            assert self.store.checkpoints[checkpoint.key] is checkpoint
+        else:
+            self.store.remove(checkpoint)
+            assert checkpoint.key not in self.store.checkpoints
+
+    # -- what holds always -----------------------------------------------------------------------------------------
+
+    @invariant()
+    def take_what_is_queued(self) -> None:
+        self.pending += self.memory.take_reclaims()
+
+    @invariant()
+    def nothing_overlaps(self) -> None:
+        taken = [blob.slot for blob in self.store.blobs()]
+        taken += [extent for load in self.loads for extent in load.granted]
+        taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, Punch)]
+        for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
+            assert before.segment != after.segment or before.end <= after.offset
+
+    @invariant()
+    def what_is_counted_is_there(self) -> None:
+        for blob in self.store.blobs():
+            users = [c for c in self.store.checkpoints.values() if blob.number in c.unique]
+            assert blob.references == len(users)
+            assert users or blob.holds, "nobody needs it"
+            assert all((c.key.device, c.key.domain) == blob.key[:2] for c in users)
+
+    @invariant()
+    def books_balance(self) -> None:
+        used, live = self.memory.used, self.store.live_bytes(DEVICE)
+        in_flight = self.store.in_flight_bytes(DEVICE)
+        assert live == sum(len(self.read_blob(blob)) for blob in self.store.blobs())
+        assert in_flight == sum(extent.length for load in self.loads for extent in load.granted)
+        assert used - live - in_flight >= 0
+        assert used <= self.memory.budget
+
+    @invariant()
+    def bytes_under_a_lease_stay(self) -> None:
+        for seen in self.attached.values():
+            for (segment, offset), data in seen.items():
+                assert self.read(segment, offset, len(data)) == data
+
+    @invariant()
+    def sealed_bytes_stay(self) -> None:
+        now = {blob.number: self.read_blob(blob) for blob in self.store.blobs()}
+        for number in now.keys() & self.sealed.keys():
+            assert now[number] == self.sealed[number]
+        self.sealed = now
+
+    @invariant()
+    def every_tensor_is_what_its_file_says(self) -> None:
+        for key, content in self.contents.items():
+            there = tuple(self.read_blob(blob) for blob in content.blobs if blob is not None)
+            assert there == self.sources[key]
+            small = [blob.number for blob in content.blobs if blob is not None and blob.length < SMALL]
+            assert len(small) == len(set(small)), "two small names share an address"
+
+    @invariant()
+    def identity_is_equality(self) -> None:
+        """Of sealed blobs with one digest: one variant, the same bytes, and the other way round."""
+        found: dict[tuple[object, bytes], set[int]] = {}
+        variants: dict[tuple[object, int], set[bytes]] = {}
+        copies: dict[tuple[object, bytes], int] = {}
+        for blob in self.store.blobs():
+            data = self.read_blob(blob)
+            found.setdefault((blob.key, data), set()).add(blob.variant)
+            variants.setdefault((blob.key, blob.variant), set()).add(data)
+            copies[blob.key, data] = copies.get((blob.key, data), 0) + 1
+        assert all(len(numbers) == 1 for numbers in found.values()), "equal bytes under two identities"
+        assert all(len(contents) == 1 for contents in variants.values()), "different bytes under one identity"
+        assert all(count == 1 for (_, data), count in copies.items() if len(data) >= SMALL), "stored twice"
+
+    @invariant()
+    def without_collision_no_variant(self) -> None:
+        """The content digest of a file does not depend on what else was being loaded."""
+        for blob in self.store.blobs():
+            assert blob.variant == 0 or len(self.seen[blob.key[1:]]) > 1
+
+    @invariant()
+    def a_content_is_resident_once(self) -> None:
+        there = [(key.domain, source) for key, source in self.sources.items()]
+        assert len(there) == len(set(there))
+
+    def teardown(self) -> None:
+        try:
+            if not hasattr(self, "store"):
+                return
+            for load in list(self.loads):
+                self.abort(load)
+            self.locked.clear()
+            for checkpoint in list(self.store.checkpoints.values()):
+                self.store.remove(checkpoint)
+            self.pending += self.memory.take_reclaims()
+            while self.pending:
+                self.carry_out(self.pending.pop())
+                self.pending += self.memory.take_reclaims()
+            assert self.store.blobs() == []
+            assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
+            assert self.memory.used == self.memory.pooled_bytes() <= POOL
+            assert self.memory.segments == len(self.segments)
+        finally:
+            self.patch.undo()
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)

@@ -1,0 +1,197 @@
+"""Settings: which word counts, where each came from, and what is said of those that cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from weightd_daemon import config
+from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, parse_size
+
+NAMES = [setting.name for setting in fields(Settings)]
+
+
+@pytest.fixture(autouse=True)
+def no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "default_config_path", lambda: None)
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "weightd.toml"
+    path.write_text(text)
+    return path
+
+
+def refused(config_file: Path | None = None, flags: dict[str, str | None] | None = None, **environment: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(config_file, flags or {}, environment)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_without_a_word_everything_is_default() -> None:
+    loaded = load(None, {}, {})
+    assert loaded.origins == dict.fromkeys(NAMES, "default")
+    assert loaded.settings == Settings()
+    assert (loaded.settings.budget_share, loaded.settings.admin_uids) == (0.5, frozenset())
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'max_loads = 1\nbudget = "1GiB"\nlog_level = "debug"\n')
+    environment = {"WEIGHTD_MAX_LOADS": "2", "WEIGHTD_BUDGET": "2GiB", "WEIGHTD_ISOLATION": ""}
+    settings, origins = load(path, {"max_loads": "3", "socket_mode": None}, environment)
+    assert (settings.max_loads, origins["max_loads"]) == (3, "--max-loads")
+    assert (settings.budget, origins["budget"]) == ("2GiB", "WEIGHTD_BUDGET")
+    assert (settings.log_level, origins["log_level"]) == ("debug", str(path))
+    assert (settings.isolation, origins["isolation"]) == ("shared", "default")
+    assert (settings.socket_mode, origins["socket_mode"]) == ("0600", "default")
+
+
+@pytest.mark.parametrize("key", NAMES)
+def test_every_setting_has_a_key_a_variable_and_a_flag(tmp_path: Path, key: str) -> None:
+    values = {"socket": "/x/s.sock", "socket_mode": "0660", "device": "host", "budget": "1M", "pool": "1M",
+              "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error"}  # fmt: skip
+    value = values.get(key, "7")
+    quoted = value if key not in values else json.dumps(value)
+    by_file = load(toml(tmp_path, f"{key} = {quoted}\n"), {}, {})
+    by_variable = load(None, {}, {f"WEIGHTD_{key.upper()}": value})
+    by_flag = load(None, {key: value}, {})
+    assert by_file.settings == by_variable.settings == by_flag.settings != Settings()
+    assert [by_variable.origins[key], by_flag.origins[key]] == [f"WEIGHTD_{key.upper()}", f"--{key.replace('_', '-')}"]
+
+
+BAD = [
+    ("socket", "/" + "x" * 100 + ".sock", "shorter"),
+    ("socket_mode", "0990", "octal"),
+    ("socket_mode", "rw", "octal"),
+    ("device", "tpu", "host"),
+    ("budget", "much", "12GiB"),
+    ("budget", "0", "more than nothing"),
+    ("budget", "0%", "more than nothing"),
+    ("budget", "101%", "100%"),
+    ("budget", "x%", ""),
+    ("budget", "-1GiB", "size"),
+    ("pool", "some", "size"),
+    ("isolation", "none", "shared, uid"),
+    ("admins", "no-such-user-here", "no user no-such-user-here"),
+    ("reader_threads", "-1", "at least 0"),
+    ("max_loads", "0", "at least 1"),
+    ("max_connections", "0", "at least 1"),
+    ("max_loads", "many", "not a number"),
+    ("log_level", "loud", "debug, info"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "why"), BAD, ids=lambda part: str(part)[:20])
+def test_a_bad_value_is_refused_with_its_origin(tmp_path: Path, key: str, value: str, why: str) -> None:
+    by_flag = refused(flags={key: value})
+    assert f"--{key.replace('_', '-')}" in by_flag
+    assert f"WEIGHTD_{key.upper()}" in refused(**{f"WEIGHTD_{key.upper()}": value})
+    path = toml(tmp_path, f"# comment\n{key} = {json.dumps(value)}\n")
+    by_file = refused(path)
+    assert str(path) in by_file
+    assert key in by_file
+    for message in (by_flag, by_file):
+        assert why in message
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("\nmax_load = 3\n", "line 2: max_load: no such setting"),
+        ("max_loads = true\n", "line 1: max_loads: True is not a number"),
+        ("max_loads = 1.5\n", "line 1: max_loads: 1.5 is not a number"),
+        ("[budget]\nhost = 1\n", "line 1: budget: {'host': 1} is not text"),
+        ("max_loads = \n", "is not TOML"),
+        ("max_loads = 1\nmax_loads = 2\n", "is not TOML"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_line(tmp_path: Path, text: str, where: str) -> None:
+    path = toml(tmp_path, text)
+    message = refused(path)
+    assert message.startswith(f"{path}: ")
+    assert where in message
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in refused(tmp_path / "gone.toml")
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    assert "is not TOML" in refused(tmp_path / "binary.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1", 1),
+        ("1073741824", 1 << 30),
+        ("12GiB", 12 << 30),
+        ("12 GB", 12 << 30),
+        ("12g", 12 << 30),
+        ("500M", 500 << 20),
+        ("1.5KiB", 1536),
+        (" 2T ", 2 << 40),
+    ],
+)
+def test_sizes(text: str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1", "1 2", "1Q", "1GiBs", "0x10", "1,5G", "1e9"])
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_budgets_are_bytes_or_a_share() -> None:
+    assert Settings(budget="80%").budget_share == pytest.approx(0.8)
+    assert Settings(budget="100%").budget_share == pytest.approx(1.0)
+    assert Settings(budget="3MiB").budget_share == 3 << 20
+
+
+def test_admins_are_names_or_uids_in_a_text_or_a_list(tmp_path: Path) -> None:
+    assert load(None, {"admins": "root, 1001 1002"}, {}).settings.admin_uids == {0, 1001, 1002}
+    path = toml(tmp_path, 'admins = ["root", 1001]\n')
+    assert load(path, {}, {}).settings.admin_uids == {0, 1001}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTD_")}
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return subprocess.run(
+        [sys.executable, "-m", "weightd_daemon", *arguments],
+        env=inherited | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_prints_every_setting_and_its_origin(tmp_path: Path) -> None:
+    path = toml(tmp_path, "max_loads = 2\n")
+    done = run("config", "--config", str(path), "--budget", "1GiB", WEIGHTD_LOG_LEVEL="debug")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    by_name = dict(zip(NAMES, lines, strict=True))
+    assert by_name["max_loads"].endswith(f"= 2  # {path}")
+    assert by_name["budget"].endswith('= "1GiB"  # --budget')
+    assert by_name["log_level"].endswith('= "debug"  # WEIGHTD_LOG_LEVEL')
+    assert by_name["isolation"].endswith('= "shared"  # default')
+
+
+def test_its_json_says_the_same(tmp_path: Path) -> None:
+    done = run("config", "--config", str(toml(tmp_path, "max_loads = 2\n")), "--format", "json")
+    table = json.loads(done.stdout)
+    assert list(table) == NAMES
+    assert table["max_loads"] == {"value": 2, "origin": str(tmp_path / "weightd.toml")}
+
+
+@pytest.mark.parametrize("command", ["config", "serve"])
+def test_a_bad_configuration_exits_78_with_one_line(command: str) -> None:
+    done = run(command, "--max-loads", "many")
+    assert done.returncode == EXIT_CONFIG == 78
+    assert done.stdout == ""
+    assert done.stderr == "weightd: --max-loads: 'many' is not a number\n"

@@ -1,0 +1,211 @@
+"""The catalog: whose a name is, and what a reference means."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightd.errors import InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
+from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
+from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
+from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.store import Event, Evicted, Store
+
+ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
+ROOT = Who(0, admin=True, domain="all")
+OVERFLOW = Who(None, admin=False, domain="all")
+A, B = "sha256:" + "a1" * 32, "sha256:" + "a2" * 32
+
+
+class Shelf:
+    """A catalog over a store whose checkpoints have no tensors."""
+
+    def __init__(self) -> None:
+        self.store = Store(leases=Leases(lambda _: True), on_event=self.happened)
+        self.catalog = Catalog(self.store)
+
+    def happened(self, event: Event) -> None:
+        if isinstance(event, Evicted):
+            self.catalog.forget(event.checkpoint)
+
+    def add(
+        self, digest: str, *names: str, who: Who = ALICE, device: str = "host", domain: str | None = None
+    ) -> Checkpoint:
+        key = CheckpointKey(device, domain or who.domain, digest)
+        checkpoint = Checkpoint(key, {}, {}, 0, who.uid, 0.0, 0.0)
+        self.store.checkpoints[key] = checkpoint
+        for name in names:
+            self.catalog.set(who, name, digest)
+        return checkpoint
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+def test_a_name_is_found_and_so_are_digests_and_their_beginnings(shelf: Shelf) -> None:
+    there = shelf.add(A, "org/name")
+    for reference in ("org/name", A, A[7:], A[:13], A[7:13]):
+        assert shelf.catalog.find(BOB, reference) is there
+    for reference in ("other", "sha256:ff" + "0" * 6, A[7:12], A + "0"):
+        with pytest.raises(NotFoundError, match="weightd load"):
+            shelf.catalog.find(BOB, reference)
+
+
+def test_a_name_comes_before_the_digest_that_it_looks_like(shelf: Shelf) -> None:
+    shelf.add(A)
+    named = shelf.add(B, A[7:15])
+    assert shelf.catalog.find(ALICE, A[7:15]) is named
+
+
+def test_a_beginning_that_two_share_is_ambiguous(shelf: Shelf) -> None:
+    one, two = "sha256:" + "abcdef" + "0" * 58, "sha256:" + "abcdef" + "1" * 58
+    there = shelf.add(one)
+    shelf.add(two)
+    with pytest.raises(InvalidReferenceError, match="more digits"):
+        shelf.catalog.find(ALICE, "abcdef")
+    assert shelf.catalog.find(ALICE, "abcdef0") is there
+
+
+def test_one_content_on_two_devices_needs_the_device(shelf: Shelf) -> None:
+    shelf.add(A, "name")
+    gpu = shelf.add(A, device="GPU-1")
+    with pytest.raises(InvalidReferenceError, match="--device"):
+        shelf.catalog.find(ALICE, "name")
+    assert shelf.catalog.find(ALICE, "name", "GPU-1") is gpu
+    with pytest.raises(NotFoundError, match="GPU-2"):
+        shelf.catalog.find(ALICE, "name", "GPU-2")
+
+
+def test_a_name_belongs_to_who_made_it(shelf: Shelf) -> None:
+    shelf.add(A, "name")
+    shelf.add(B)
+    with pytest.raises(PermissionDeniedError, match="belongs to uid 1000"):
+        shelf.catalog.set(BOB, "name", B)
+    shelf.catalog.set(BOB, "name", A)  # changes nothing
+    shelf.catalog.set(ROOT, "name", B)
+    with pytest.raises(PermissionDeniedError):
+        shelf.catalog.set(BOB, "name", A)
+    shelf.catalog.set(ALICE, "name", A)
+
+
+def test_who_has_no_identity_owns_nothing(shelf: Shelf) -> None:
+    there = shelf.add(A, who=OVERFLOW)
+    with pytest.raises(PermissionDeniedError, match="user id is not known"):
+        shelf.catalog.set(OVERFLOW, "name", A)
+    for action in ("remove", "pin"):
+        with pytest.raises(PermissionDeniedError):
+            shelf.catalog.check_owner(OVERFLOW, there, action)
+    with pytest.raises(PermissionDeniedError):
+        shelf.catalog.remove(OVERFLOW, A)
+    shelf.catalog.check_owner(ROOT, there, "pin")
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x7fb", "\u20ac" * NAME_BYTES, A, "sha256:", "sha256:abc"])
+def test_names_that_cannot_be(shelf: Shelf, name: str) -> None:
+    with pytest.raises(InvalidReferenceError):
+        shelf.catalog.check(ALICE, name)
+
+
+@pytest.mark.parametrize("name", ["a", "org/name@main", "/models/a b", "ünïcode", "x" * NAME_BYTES, "abcdef"])
+def test_names_that_can_be(shelf: Shelf, name: str) -> None:
+    shelf.add(A, name)
+    assert shelf.catalog.find(ALICE, name).key.content_digest == A
+
+
+def test_names_are_listed_sorted_and_their_first_says_the_owner(shelf: Shelf) -> None:
+    there = shelf.add(A)
+    assert (shelf.catalog.names(there), shelf.catalog.owner(there)) == ([], 1000)
+    shelf.catalog.set(ALICE, "z", A)
+    shelf.catalog.set(BOB, "a", A)
+    assert (shelf.catalog.names(there), shelf.catalog.owner(there)) == (["a", "z"], 1001)
+
+
+def test_removing_one_of_several_names_keeps_the_checkpoint(shelf: Shelf) -> None:
+    there = shelf.add(A, "one", "two")
+    assert shelf.catalog.remove(ALICE, "one") == 0
+    assert shelf.catalog.names(there) == ["two"]
+    assert there.key in shelf.store.checkpoints
+    shelf.catalog.remove(ALICE, "two")
+    assert shelf.store.checkpoints == {}
+    assert shelf.catalog.names(there) == []
+
+
+def test_removing_by_digest_drops_all_names_if_all_are_ones_own(shelf: Shelf) -> None:
+    there = shelf.add(A, "mine")
+    shelf.catalog.set(BOB, "his", A)
+    for who in (ALICE, BOB):
+        with pytest.raises(PermissionDeniedError):
+            shelf.catalog.remove(who, A)
+    assert shelf.catalog.names(there) == ["his", "mine"]
+    shelf.catalog.remove(ROOT, A)
+    assert shelf.catalog.names(there) == []
+
+
+def test_a_foreign_name_cannot_be_removed_but_ones_own_on_it_can(shelf: Shelf) -> None:
+    there = shelf.add(A, "mine")
+    with pytest.raises(PermissionDeniedError, match="mine belongs to uid 1000"):
+        shelf.catalog.remove(BOB, "mine")
+    shelf.catalog.set(BOB, "his", A)
+    shelf.catalog.remove(BOB, "his")
+    assert shelf.catalog.names(there) == ["mine"]
+
+
+def test_nothing_changes_when_it_is_in_use(shelf: Shelf) -> None:
+    there = shelf.add(A, "name")
+    shelf.store.leases.take(there.key, Holder(1, 2, 3, "python"), 0.0)
+    with pytest.raises(InUseError):
+        shelf.catalog.remove(ALICE, "name")
+    assert shelf.catalog.find(ALICE, "name") is there
+
+
+def test_a_moved_name_leaves_the_old_content_where_it_is(shelf: Shelf) -> None:
+    old, new = shelf.add(A, "name"), shelf.add(B)
+    shelf.catalog.set(ALICE, "name", B)
+    assert shelf.catalog.find(ALICE, "name") is new
+    assert shelf.catalog.find(ALICE, A) is old
+    assert shelf.catalog.names(old) == []
+
+
+def test_names_live_as_long_as_the_content_is_on_any_device(shelf: Shelf) -> None:
+    host, gpu = shelf.add(A, "name"), shelf.add(A, device="GPU-1")
+    shelf.store.remove(host)
+    assert shelf.catalog.find(ALICE, "name") is gpu
+    shelf.store.remove(gpu)
+    shelf.add(A)
+    with pytest.raises(NotFoundError):
+        shelf.catalog.find(ALICE, "name")
+
+
+def test_users_apart_do_not_see_each_other_and_admins_see_all(shelf: Shelf) -> None:
+    one, two = Who(1, admin=False, domain="uid:1"), Who(2, admin=False, domain="uid:2")
+    first = shelf.add(A, "name", who=one)
+    second = shelf.add(B, "name", who=two)
+    assert shelf.catalog.find(one, "name") is first
+    assert shelf.catalog.find(two, "name") is second
+    with pytest.raises(NotFoundError):
+        shelf.catalog.find(two, A)
+    assert shelf.catalog.visible(two) == [second]
+    assert shelf.catalog.visible(ROOT) == [first, second]
+    with pytest.raises(InvalidReferenceError):
+        shelf.catalog.find(ROOT, "name")
+
+
+def test_an_admin_finds_what_is_its_own_first(shelf: Shelf) -> None:
+    shelf.add(A, "name", who=Who(1, admin=False, domain="uid:1"))
+    own = shelf.add(B, "name", who=ROOT)
+    assert shelf.catalog.find(ROOT, "name") is own
+
+
+def test_each_owner_takes_back_only_its_own_pin(shelf: Shelf) -> None:
+    there = shelf.add(A, "alice's", who=ALICE)
+    shelf.catalog.set(BOB, "bob's", A)
+    shelf.catalog.pin(ALICE, there, "alice's")
+    shelf.catalog.pin(BOB, there, "bob's")
+    shelf.catalog.unpin(BOB, there, "bob's")
+    assert there.pinned
+    with pytest.raises(PermissionDeniedError, match="belongs to uid 1000"):
+        shelf.catalog.unpin(BOB, there, "alice's")
+    shelf.catalog.pin(BOB, there, "bob's")
+    shelf.catalog.unpin(ROOT, there)
+    assert not there.pinned

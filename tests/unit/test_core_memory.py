@@ -1,0 +1,238 @@
+"""DeviceMemory: in which order memory is granted, what a promise is worth, and how memory goes back."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightd_daemon.core import memory as memory_module
+from weightd_daemon.core.arena import Extent
+from weightd_daemon.core.memory import DeviceMemory, Punch, Release
+
+PAGE = 4096
+
+
+class Fixture:
+    """A device of 32 pages, segments of at most 16, whose reclaims are carried out by hand."""
+
+    def __init__(self, *, sparse: bool = True, pool_pages: int = 32) -> None:
+        self.sizes: list[int] = []
+        self.kicks = 0
+        self.memory = DeviceMemory(
+            budget=32 * PAGE,
+            page=PAGE,
+            sparse=sparse,
+            pool_limit=pool_pages * PAGE,
+            create=self.create,
+            on_reclaim=self.kick,
+        )
+
+    def create(self, size: int) -> int:
+        self.sizes.append(size)
+        return len(self.sizes)
+
+    def kick(self) -> None:
+        self.kicks += 1
+
+    def grant(self, pages: int, *, need: int | None = None, load: int = 1, domain: str = "all") -> Extent | None:
+        return self.memory.grant(load, domain, pages * PAGE, (pages if need is None else need) * PAGE)
+
+    def give_back(self, *extents: Extent, pool: bool = True, domain: str = "all") -> None:
+        self.memory.give_back(domain, extents, pool=pool)
+
+    def reclaim(self) -> list[Punch | Release]:
+        reclaims = self.memory.take_reclaims()
+        for reclaim in reclaims:
+            self.memory.reclaimed(reclaim)
+        return reclaims
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "SEGMENT_BYTES", 16 * PAGE)
+    monkeypatch.setattr(memory_module, "_SMALLEST_PIECE", 2 * PAGE)
+
+
+def pages(segment: int, first: int, count: int) -> Extent:
+    return Extent(segment, first * PAGE, count * PAGE)
+
+
+def test_a_new_segment_is_as_large_as_is_wanted_but_no_larger_than_a_segment_may_be() -> None:
+    device = Fixture()
+    assert device.grant(3) == pages(1, 0, 3)
+    assert device.grant(20, need=1) == pages(2, 0, 16)
+    assert device.sizes == [3 * PAGE, 16 * PAGE]
+
+
+def test_one_large_tensor_gets_a_segment_beyond_the_limit() -> None:
+    assert Fixture().grant(20) == pages(1, 0, 20)
+
+
+def test_wants_are_cut_to_what_the_budget_allows() -> None:
+    device = Fixture()
+    device.grant(16)
+    device.grant(10)
+    assert device.grant(16, need=2) == pages(3, 0, 6)
+    assert device.memory.used == 32 * PAGE
+
+
+def test_memory_backed_holes_come_before_new_segments() -> None:
+    device = Fixture()
+    extent = device.grant(8)
+    assert extent is not None
+    device.give_back(extent)
+    assert device.memory.pooled_bytes() == 8 * PAGE
+    assert device.grant(5) == pages(1, 0, 5)
+    assert len(device.sizes) == 1
+
+
+def test_a_good_piece_with_memory_comes_before_a_new_segment_and_a_crumb_does_not() -> None:
+    device = Fixture(sparse=False)
+    extent = device.grant(8)
+    assert extent is not None
+    device.give_back(pages(1, 0, 3), pages(1, 7, 1))
+    assert device.grant(6, need=1) == pages(1, 0, 3)
+    assert device.grant(6, need=1) == pages(2, 0, 6)
+
+
+def test_punched_holes_are_refilled_before_a_new_segment_when_they_take_all() -> None:
+    device = Fixture()
+    device.grant(8)
+    device.give_back(pages(1, 2, 4))
+    assert device.reclaim() == [Punch("all", pages(1, 2, 4))]
+    assert device.memory.used == 4 * PAGE
+    assert device.grant(4) == pages(1, 2, 4)
+    assert device.sizes == [8 * PAGE]
+
+
+def test_any_hole_will_do_when_the_budget_takes_no_new_segment() -> None:
+    device = Fixture(sparse=False)
+    device.grant(16)
+    device.grant(16)
+    device.give_back(pages(1, 4, 1))
+    assert device.grant(8, need=1) == pages(1, 4, 1)
+
+
+def test_domains_do_not_share_segments_or_holes() -> None:
+    device = Fixture()
+    extent = device.grant(4, domain="a")
+    assert extent is not None
+    device.give_back(extent, domain="a")
+    other = device.grant(4, domain="b")
+    assert other == pages(2, 0, 4)
+    assert [device.memory.domain_of(number) for number in (1, 2)] == ["a", "b"]
+
+
+def test_empty_segments_are_released_when_the_budget_is_short() -> None:
+    device = Fixture()
+    for domain in ("a", "b"):
+        extent = device.grant(16, domain=domain)
+        assert extent is not None
+        device.give_back(extent, domain=domain)
+    assert device.grant(20, domain="c") is None
+    assert device.memory.reclaiming
+    assert device.memory.used == 32 * PAGE, "it counts until it is gone"
+    assert [reclaim.size for reclaim in device.reclaim() if isinstance(reclaim, Release)] == [16 * PAGE, 16 * PAGE]
+    assert not device.memory.reclaiming
+    assert device.grant(20, domain="c") == pages(3, 0, 20)
+
+
+def test_nothing_is_released_when_that_would_not_help() -> None:
+    device = Fixture()
+    device.grant(16)
+    device.grant(16)
+    assert device.grant(1) is None
+    assert not device.memory.reclaiming
+
+
+def test_the_pool_is_bounded() -> None:
+    device = Fixture(pool_pages=8)
+    first, second = device.grant(8), device.grant(8)
+    assert first is not None
+    assert second is not None
+    device.give_back(first)
+    assert (device.memory.pooled_bytes(), device.kicks) == (8 * PAGE, 0)
+    device.give_back(second)
+    assert device.reclaim() == [Release(2, 8 * PAGE)]
+    assert (device.memory.used, device.kicks) == (8 * PAGE, 1)
+
+
+def test_what_a_load_never_used_is_not_pooled() -> None:
+    device = Fixture()
+    extent = device.grant(8)
+    assert extent is not None
+    device.give_back(extent, pool=False)
+    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert device.memory.segments == 0
+
+
+def test_a_page_with_a_live_byte_is_not_punched_until_that_byte_is_free() -> None:
+    device = Fixture()
+    device.grant(2)
+    device.give_back(Extent(1, 256, PAGE))
+    assert device.reclaim() == []
+    device.give_back(Extent(1, 0, 256))
+    assert device.reclaim() == [Punch("all", pages(1, 0, 1))]
+    assert device.memory.used == PAGE
+
+
+def test_a_segment_whose_last_hole_was_being_punched_is_released_after_that() -> None:
+    device = Fixture()
+    device.grant(2)
+    device.give_back(pages(1, 0, 1))
+    punches = device.memory.take_reclaims()
+    device.give_back(pages(1, 1, 1))
+    punches += device.memory.take_reclaims()
+    assert punches == [Punch("all", pages(1, 0, 1)), Punch("all", pages(1, 1, 1))]
+    for punch in punches:
+        device.memory.reclaimed(punch)
+    assert device.reclaim() == [Release(1, 0)]
+    assert (device.memory.used, device.memory.segments, device.memory.reclaiming) == (0, 0, False)
+
+
+def test_a_promise_binds_others_and_shrinks_as_it_is_used() -> None:
+    device = Fixture()
+    device.memory.promise(1, 20 * PAGE)
+    assert device.memory.obtainable("all", 2) == 12 * PAGE
+    assert device.memory.obtainable("all", 1) == 32 * PAGE
+    assert device.grant(16, need=13, load=2) is None
+    device.grant(16, load=1)
+    assert device.memory.obtainable("all", 2) == 12 * PAGE
+    device.memory.withdraw(1)
+    assert device.memory.obtainable("all", 2) == 16 * PAGE
+
+
+def pool_of(device: Fixture, count: int) -> None:
+    extents = [device.grant(count, load=9) for _ in range(32 // count)]
+    for extent in extents:
+        assert extent is not None
+        device.give_back(extent)
+    assert device.memory.pooled_bytes() == 32 * PAGE
+
+
+def test_two_promises_that_rest_on_the_pool_are_both_kept_from_it() -> None:
+    device = Fixture()
+    pool_of(device, 16)
+    device.memory.promise(1, 16 * PAGE)
+    device.memory.promise(2, 16 * PAGE)
+    for load in (1, 2):
+        extent = device.grant(4, need=1, load=load)
+        assert extent is not None, "the pool was released instead of used"
+        assert extent.length == 4 * PAGE
+    assert device.kicks == 0
+
+
+def test_nobody_takes_the_pool_that_was_promised_to_another() -> None:
+    device = Fixture()
+    pool_of(device, 16)
+    device.memory.promise(1, 32 * PAGE)
+    assert device.grant(2, load=2) is None
+    assert not device.memory.reclaiming
+    assert device.grant(16, load=1) is not None
+    assert device.grant(16, load=1) is not None
+
+
+def test_a_grant_is_cut_to_what_was_not_promised_to_others() -> None:
+    device = Fixture()
+    pool_of(device, 16)
+    device.memory.promise(1, 20 * PAGE)
+    assert device.grant(16, need=1, load=2) == pages(1, 0, 12)

@@ -1,0 +1,154 @@
+"""The digest index: what it remembers, for how long, and what it survives."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+
+from weightd.types import FileIdentity
+from weightd_daemon.edges import digest_index
+from weightd_daemon.edges.digest_index import FILE_NAME, DigestIndex
+from weightd_daemon.loader.load import Instance
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+FILE = FileIdentity(device=2049, inode=77, size=4096, mtime_ns=10**18, ctime_ns=10**18 + 5)
+INSTANCES = [Instance(8, 1024, b"a" * 16, 0, 12), Instance(1032, (1 << 63) + 1, b"\0" * 16, 3, (1 << 64) - 1)]
+
+
+def using(folder: Path, steps: Callable[[DigestIndex], Awaitable[None]], epoch: str | None = "now") -> None:
+    """Open an index, take the steps, close it."""
+
+    async def run() -> None:
+        index = DigestIndex(folder, epoch)
+        try:
+            await steps(index)
+        finally:
+            await index.close()
+
+    asyncio.run(run())
+
+
+async def remember(index: DigestIndex) -> None:
+    await index.put(FILE, INSTANCES)
+
+
+async def is_known(index: DigestIndex) -> None:
+    assert await index.get(FILE) == INSTANCES
+
+
+async def is_unknown(index: DigestIndex) -> None:
+    assert await index.get(FILE) == []
+
+
+def test_what_was_put_is_got_also_by_another_connection_of_the_epoch(tmp_path: Path) -> None:
+    using(tmp_path, is_unknown)
+    using(tmp_path, remember)
+    using(tmp_path, is_known)
+
+
+@pytest.mark.parametrize("field", FileIdentity._fields)
+def test_a_file_that_differs_in_anything_is_another(tmp_path: Path, field: str) -> None:
+    async def steps(index: DigestIndex) -> None:
+        await remember(index)
+        assert await index.get(FILE._replace(**{field: getattr(FILE, field) + 1})) == []
+        await is_known(index)
+
+    using(tmp_path, steps)
+
+
+def test_numbers_of_64_bits_without_sign_are_kept(tmp_path: Path) -> None:
+    huge = FILE._replace(device=(1 << 64) - 1, inode=1 << 63)
+
+    async def steps(index: DigestIndex) -> None:
+        await index.put(huge, INSTANCES)
+        assert await index.get(huge) == INSTANCES
+
+    using(tmp_path, steps)
+
+
+def test_the_last_word_counts(tmp_path: Path) -> None:
+    async def steps(index: DigestIndex) -> None:
+        await remember(index)
+        await index.put(FILE, INSTANCES[:1])
+        assert await index.get(FILE) == INSTANCES[:1]
+
+    using(tmp_path, steps)
+
+
+def test_another_life_of_the_daemon_knows_nothing(tmp_path: Path) -> None:
+    """Blob numbers begin anew, so what they meant before must not be believed."""
+    using(tmp_path, remember, epoch=None)
+    using(tmp_path, is_unknown, epoch=None)
+    using(tmp_path, is_unknown, epoch="other")
+
+
+@pytest.mark.parametrize("damage", [b"not a database at all, " * 100, b"SQLite format 3\0" + b"\xff" * 4080])
+def test_a_damaged_index_is_renamed_and_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    (tmp_path / FILE_NAME).write_bytes(damage)
+
+    async def steps(index: DigestIndex) -> None:
+        await is_unknown(index)
+        await remember(index)
+        await is_known(index)
+
+    using(tmp_path, steps)
+    assert (tmp_path / f"{FILE_NAME}.damaged").read_bytes() == damage
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "damaged" in caplog.text
+
+
+def test_an_index_of_a_strange_shape_costs_speed_only(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("CREATE TABLE files (something TEXT)")
+    database.close()
+    using(tmp_path, remember)
+    using(tmp_path, is_unknown)
+
+
+def test_a_row_that_is_damaged_is_no_row(tmp_path: Path) -> None:
+    using(tmp_path, remember)
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("UPDATE files SET instances = x'0102'")
+    database.close()
+    using(tmp_path, is_unknown)
+
+
+def test_a_folder_that_cannot_be_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    async def steps(index: DigestIndex) -> None:
+        await remember(index)
+        await is_unknown(index)
+
+    using(tmp_path / "file" / "state", steps)
+    assert {record.levelname for record in caplog.records} == {"WARNING"}
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    using(tmp_path / "state", remember)
+    assert stat.S_IMODE(os.stat(tmp_path / "state" / FILE_NAME).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(tmp_path / "state").st_mode) == 0o700
+
+
+def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest_index, "_MAX_FILES", 30)
+
+    async def steps(index: DigestIndex) -> None:
+        for inode in range(100):
+            await index.put(FILE._replace(inode=inode), INSTANCES[:1])
+
+    using(tmp_path, steps)
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        assert database.execute("SELECT count(*) FROM files").fetchone() == (30,)
+    database.close()

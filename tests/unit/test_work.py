@@ -1,0 +1,76 @@
+"""How a load's work is cut: nothing lost, nothing out of order, a lane for each thread where a file is long enough."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightd.types import TensorSpec
+from weightd_daemon.loader.work import PIECE, Tensor, Unit, lanes, most_lanes, on_threads, units
+
+MIB = 1 << 20
+
+
+def tensors(*files: list[int]) -> list[Tensor]:
+    """Tensors of these lengths, one after the other in each file."""
+    found: list[Tensor] = []
+    for file, lengths in enumerate(files):
+        offset = 0
+        for length in lengths:
+            found.append(Tensor(len(found), file, TensorSpec(f"t{len(found)}", "U8", (length,), offset, length)))
+            offset += length
+    return found
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 300 * MIB), max_size=12), max_size=4),
+    st.integers(1, 4),
+)
+def test_lanes_hold_every_tensor_once_and_in_order(files: list[list[int]], threads: int) -> None:
+    every = tensors(*files)
+    cut = lanes(units(every), threads)
+    assert [tensor for lane in cut for unit in lane for tensor in unit.tensors] == every
+    assert all(len({unit.file for unit in lane}) == 1 for lane in cut)
+    assert len(cut) <= most_lanes(every, threads)
+    part = every[::2]
+    assert len(lanes(units(part), threads)) <= most_lanes(every, threads)
+
+
+def test_a_long_file_has_a_lane_for_each_thread_and_a_short_one_has_one() -> None:
+    long, short = [8 * MIB] * 64, [MIB] * 3
+    cut = lanes(units(tensors(long, short)), 4)
+    assert [len(lane) for lane in cut] == [16, 16, 16, 16, 3]
+
+
+def test_neighbours_that_fit_into_a_piece_are_one_unit() -> None:
+    assert [len(unit.tensors) for unit in units(tensors([1000, 2000, PIECE, 5, 6]))] == [2, 1, 2]
+
+
+def test_each_unit_is_done_once_and_threads_stay_on_their_lanes() -> None:
+    work = lanes(units(tensors([8 * MIB] * 64)), 2)
+    together = threading.Barrier(2)
+    done: dict[int, list[Unit]] = {}
+
+    def step(unit: Unit) -> None:
+        done.setdefault(threading.get_ident(), []).append(unit)
+        together.wait(10)  # both threads go at the same speed
+
+    on_threads(work, 2, step)
+    assert sorted(done.values(), key=lambda units: units[0].start) == work
+
+
+def test_an_idle_thread_helps_with_the_longest_lane() -> None:
+    (lane,) = lanes(units(tensors([2 * MIB] * 4)), 2)
+    together = threading.Barrier(2)
+    on_threads([lane], 2, lambda _: together.wait(10) and None)  # with one thread this would break
+
+
+def test_the_first_error_stops_all() -> None:
+    def step(unit: Unit) -> None:
+        raise ValueError(str(unit.start))
+
+    with pytest.raises(ValueError, match="0"):
+        on_threads(lanes(units(tensors([2 * MIB] * 100)), 1), 1, step)
