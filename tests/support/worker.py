@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from support.daemon import environment
 
@@ -56,10 +57,8 @@ class Worker:
         """End it, by force if need be."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None and not pipe.closed:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
         try:
             self.process.wait(2)
         except subprocess.TimeoutExpired:
@@ -67,21 +66,25 @@ class Worker:
             self.process.wait(10)
 
 
-def main() -> None:
-    """Execute what comes on standard input, one JSON object a line; names stay from one to the next."""
-    names: dict[str, Any] = {}
-    output = sys.stdout
-    sys.stdout = sys.stderr
-    for line in sys.stdin:
+def serve(orders: TextIO, answers: TextIO, names: dict[str, Any]) -> None:
+    """Execute what comes as `orders`, one JSON object a line; names stay from one to the next."""
+    for line in orders:
         order = json.loads(line)
         names.update(order["names"], result=None)
         try:
-            exec(order["source"], names)  # noqa: S102  # that is what it is for
+            exec(order["source"], names)  # that is what it is for
             answer = {"result": names["result"]}
         except BaseException:  # noqa: BLE001  # reported to the test
             answer = {"error": traceback.format_exc()}
-        output.write(json.dumps(answer) + "\n")
-        output.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Serve standard input; what the executed source prints goes to standard error."""
+    output = sys.stdout
+    sys.stdout = sys.stderr
+    serve(sys.stdin, output, {})
 
 
 if __name__ == "__main__":

@@ -30,13 +30,17 @@ class Room(NamedTuple):
     def error(self, requested: int) -> CapacityError:
         """The error that says why `requested` bytes do not fit."""
         figures = {key: value for key, value in self._asdict().items() if key != "device"}
-        free, evictable, pinned, leased = (f"{value / 2**30:.2f}" for value in figures.values())
+        free, evictable, pinned, leased = map(_size, figures.values())
         return CapacityError(
-            f"{requested / 2**30:.2f} GiB do not fit on {self.device}: {free} GiB free, {evictable} evictable, "
+            f"{_size(requested)} do not fit on {self.device}: {free} free, {evictable} evictable, "
             f"{pinned} pinned, {leased} leased; remove or unpin a checkpoint, stop a process that holds one, "
             "or raise --budget",
             {"requested_bytes": str(requested), **{key: str(value) for key, value in figures.items()}},
         )
+
+
+def _size(value: int) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 // 10 else f"{value / 2**20:.1f} MiB"
 
 
 def room(store: Store, device: str, domain: str) -> Room:

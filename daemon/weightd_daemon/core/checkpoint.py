@@ -46,7 +46,10 @@ class Checkpoint:
     """Numbers of the segments that hold its blobs, sorted."""
     pins: set[int | None] = field(default_factory=set)
     """The users who keep it from eviction; each takes back only its own pin."""
+    origin: tuple[SourceFile, ...] = ()
+    """The files that it was loaded from first."""
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
+    """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
 
     @classmethod

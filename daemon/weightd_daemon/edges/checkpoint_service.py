@@ -101,7 +101,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             checkpoint=self._checkpoint(checkpoint),
             components=components,
             segments=len(checkpoint.segments),
-            sources=[source_to(source) for source in (checkpoint.sources or [()])[0]],
+            sources=[source_to(source) for source in checkpoint.origin],
         )
 
     async def Pin(  # noqa: N802

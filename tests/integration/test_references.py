@@ -1,0 +1,233 @@
+"""References against a real daemon: files, sharded folders, pipelines, the Hugging Face cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import weightd
+from support import checkpoints
+from support.daemon import Daemon
+
+CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    daemon = Daemon()
+    yield daemon
+    daemon.close(check=True)
+
+
+@pytest.fixture
+def client(shared_daemon: Daemon) -> Iterator[weightd.Client]:
+    """A client of a daemon that holds nothing."""
+    with weightd.connect(shared_daemon.socket, timeout=20.0) as client:
+        yield client
+    with weightd.connect(shared_daemon.socket, timeout=20.0) as client:
+        for checkpoint in client.checkpoints():
+            client.remove(checkpoint.content_digest)
+
+
+def filled(value: float, count: int = 5) -> np.ndarray:
+    return np.full(count, value, np.float32)
+
+
+def values(attachment: weightd.Attachment) -> dict[tuple[str, str], list[float]]:
+    """Every tensor's bytes as float32, by (component, name)."""
+    return {
+        tuple(key): np.frombuffer(attachment.buffer(key.name, key.component), np.float32)[:1].tolist()  # type: ignore[misc]  # two strings
+        for key in attachment.tensors
+    }
+
+
+def sharded(folder: Path) -> Path:
+    """Two shards and their index, beside a file that the index does not list."""
+    checkpoints.write(folder / "model-00001-of-00002.safetensors", {"a": filled(1)}, {"format": "pt"})
+    checkpoints.write(folder / "model-00002-of-00002.safetensors", {"b": filled(2), "c": filled(3)})
+    checkpoints.write(folder / "consolidated.safetensors", {"a": filled(9)})
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    shards["c"] = shards["b"]
+    index = {"metadata": {"total_size": 60}, "weight_map": shards}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def pipeline(folder: Path) -> Path:
+    """Three components with weights and one without, and the whole once more at the top."""
+    checkpoints.write(folder / "unet" / "diffusion_pytorch_model.safetensors", {"w": filled(1), "v": filled(2)})
+    checkpoints.write(folder / "vae" / "diffusion_pytorch_model.safetensors", {"w": filled(3)})
+    checkpoints.write(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors", {"w": filled(8)})
+    sharded(folder / "text_encoder")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+    return folder
+
+
+PIPELINE = {
+    ("text_encoder", "a"): [1], ("text_encoder", "b"): [2], ("text_encoder", "c"): [3],
+    ("unet", "w"): [1], ("unet", "v"): [2], ("vae", "w"): [3],
+}  # fmt: skip
+
+
+def test_single_file(client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = checkpoints.write(tmp_path / "m.safetensors", {"a": filled(1), "b": filled(2)}, {"k": "v"})
+    info = client.load(path)
+    assert info.names == (str(path),)
+    monkeypatch.chdir(tmp_path)
+    for reference in (path, str(path), "m.safetensors", "./m.safetensors", str(path.parent / "." / "m.safetensors")):
+        with client.attach(reference) as attachment:
+            assert attachment.components == ("",)
+            assert values(attachment) == {("", "a"): [1], ("", "b"): [2]}
+            assert attachment.metadata() == {"k": "v"}
+        assert client.inspect(reference).checkpoint.content_digest == info.content_digest
+    assert [checkpoint.names for checkpoint in client.checkpoints()] == [(str(path),)]
+
+
+def test_sharded_directory(client: weightd.Client, tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "model")
+    checkpoints.rest(*folder.iterdir())  # only then the daemon keeps in mind which files they were
+    report = client.load_report(folder)
+    assert report is not None
+    assert (report.name, report.tensors, report.total_bytes) == (str(folder), 3, 60)
+    with client.attach(folder) as attachment:
+        assert values(attachment) == {("", "a"): [1], ("", "b"): [2], ("", "c"): [3]}
+        assert attachment.metadata(file="model-00001-of-00002.safetensors") == {"format": "pt"}
+        assert attachment.metadata(file="model-00002-of-00002.safetensors") is None
+        with pytest.raises(weightd.InvalidReferenceError, match="2 files"):
+            attachment.metadata()
+    sources = client.inspect(folder).sources
+    assert [source.file for source in sources] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["model_index", "no model_index"])
+def test_pipeline(listed: bool, client: weightd.Client, tmp_path: Path) -> None:
+    folder = pipeline(tmp_path / "pipe")
+    expected = dict(PIPELINE)
+    checkpoints.write(folder / "whole.safetensors", {"all": filled(7)})
+    if listed:
+        index = {"_class_name": "P", "feature": [None, None]}
+        index |= {component: ["library", "Class"] for component in ("unet", "vae", "text_encoder")}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    else:
+        expected["", "all"] = [7]
+    client.load(folder, name="pipe")
+    with client.attach("pipe") as attachment:
+        assert set(attachment.components) == {component for component, _ in expected}
+        assert values(attachment) == expected
+    with client.attach("pipe", components=["vae"]) as attachment:
+        assert values(attachment) == {("vae", "w"): [3]}
+    with client.attach("pipe", tensors=[("unet", "v")]) as attachment:
+        assert values(attachment) == {("unet", "v"): [2]}
+    details = client.inspect("pipe")
+    assert {part.name: part.tensors for part in details.components} == {
+        "text_encoder": 3, "unet": 2, "vae": 1, **({} if listed else {"": 1}),
+    }  # fmt: skip
+
+
+def cached(cache: Path, repository: str, commits: dict[str, float], refs: dict[str, str]) -> Path:
+    """A repository in the cache as huggingface_hub lays it out: blobs, snapshots of symlinks to them, refs."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    for commit, value in commits.items():
+        blob = checkpoints.write(folder / "blobs" / f"blob-{commit}", {"w": filled(value)})
+        link = folder / "snapshots" / commit / "model.safetensors"
+        link.parent.mkdir(parents=True)
+        link.symlink_to(Path("../../blobs") / blob.name)
+    for ref, commit in refs.items():
+        path = folder / "refs" / ref
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(commit)
+    return folder
+
+
+def test_hugging_face_cache(client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in CACHE_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    cache = tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    cached(cache, "org/name", {"aaaa": 1, "bbbb": 2, "cccc": 3}, {"main": "aaaa", "v2": "bbbb", "refs/pr/1": "cccc"})
+    expected = {"org/name": 1, "org/name@v2": 2, "org/name@refs/pr/1": 3, "org/name@aaaa": 1, "org/name@bbbb": 2}
+    for reference, value in expected.items():
+        info = client.load(reference)
+        assert reference in info.names
+        with client.attach(reference) as attachment:
+            assert values(attachment) == {("", "w"): [value]}, reference
+    assert client.stats().checkpoints == 3
+    # A new download moves main, as `hf download` does; the name goes with the next load.
+    (cache / "models--org--name" / "refs" / "main").write_text("bbbb")
+    with client.attach("org/name") as attachment:
+        assert values(attachment) == {("", "w"): [1]}
+    assert "org/name" in client.load("org/name").names
+    with client.attach("org/name") as attachment:
+        assert values(attachment) == {("", "w"): [2]}
+
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # whose folder "hub" it is
+    assert client.load("org/name@v2").content_digest == client.inspect("org/name").checkpoint.content_digest
+
+
+def test_hugging_face_cache_misses(client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    with pytest.raises(weightd.NotFoundError, match="hf download org/name"):
+        client.load("org/name")
+    folder = cached(cache, "org/name", {"aaaa": 1}, {"main": "aaaa"})
+    with pytest.raises(weightd.NotFoundError, match="hf download org/name --revision v9"):
+        client.load("org/name@v9")
+    shutil.rmtree(folder / "blobs")
+    with pytest.raises(weightd.NotFoundError, match=r"model\.safetensors"):
+        client.load("org/name")
+
+
+@pytest.mark.parametrize("component", ["", "unet"])
+def test_one_name_in_two_files_of_a_component(component: str, client: weightd.Client, tmp_path: Path) -> None:
+    folder = tmp_path / "m" / component
+    checkpoints.write(folder / "one.safetensors", {"a": filled(1), "b": filled(2)})
+    checkpoints.write(folder / "two.safetensors", {"b": filled(2), "c": filled(3)})
+    with pytest.raises(weightd.FormatError, match="tensor 'b' is in another file"):
+        client.load(tmp_path / "m")
+    assert client.checkpoints() == []
+    # The same name in two components is no fault.
+    (folder / "other").mkdir()
+    (folder / "two.safetensors").rename(folder / "other" / "two.safetensors")
+    assert client.load(tmp_path / "m").tensors == 4
+
+
+def test_what_cannot_be_loaded(client: weightd.Client, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "m.bin").write_bytes(b"")
+    (tmp_path / "broken").symlink_to(tmp_path / "gone")
+    incomplete = sharded(tmp_path / "incomplete")
+    (incomplete / "model-00002-of-00002.safetensors").unlink()
+    for reference, error, words in (
+        (tmp_path / "empty", weightd.NotFoundError, "no safetensors files"),
+        (tmp_path / "m.bin", weightd.InvalidReferenceError, "pickle"),
+        (tmp_path / "broken", weightd.NotFoundError, "broken"),
+        (tmp_path / "gone.safetensors", weightd.NotFoundError, "gone"),
+        (incomplete, weightd.NotFoundError, "model-00002-of-00002"),
+        ("not a reference", weightd.InvalidReferenceError, "neither an existing path nor a repository id"),
+    ):
+        with pytest.raises(error, match=words):
+            client.load(reference)
+    assert client.checkpoints() == []
+
+
+def test_a_file_that_has_changed_is_other_content(client: weightd.Client, tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path / "m.safetensors", {"w": filled(1)})
+    before = client.load(path).content_digest
+    with client.attach(path) as old:
+        checkpoints.write(path, {"w": filled(2)})
+        with client.attach(path) as new:
+            assert values(new) == {("", "w"): [2]}
+            assert new.content_digest != before
+        assert values(old) == {("", "w"): [1]}
+        assert client.inspect(path).checkpoint.content_digest != before

@@ -1,0 +1,38 @@
+"""A daemon whose loaders stop in the middle of a load until the test opens the gate: a file that it makes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_LOADER = """
+import sys, time
+from pathlib import Path
+from weightd_daemon.core import digest
+from weightd_daemon.loader.child import main
+
+class Gated:
+    def __init__(self):
+        self._hasher = digest.new_hasher()
+
+    def update(self, data):
+        while not Path({gate!r}).exists():
+            time.sleep(0.01)
+        self._hasher.update(data)
+
+    def digest(self):
+        return self._hasher.digest()
+
+sys.exit(main(sys.argv[1:], new_hasher=Gated))
+"""
+_DAEMON = """
+import sys
+from weightd_daemon.__main__ import main
+
+sys.exit(main(loader_argv=(sys.executable, "-c", {!r})))
+"""
+
+
+def gated_argv(gate: Path) -> list[str]:
+    """The `argv` of a Daemon whose loaders have read, and wait to hash, until `gate` exists."""
+    return [sys.executable, "-c", _DAEMON.format(_LOADER.format(gate=str(gate)))]

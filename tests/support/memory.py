@@ -1,0 +1,31 @@
+"""What the kernel counts for a process: its share of what it maps, and what of our segments it has made its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def pss(pid: int) -> int:
+    """Proportional set size in bytes: a page that n processes map counts an nth in each."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(next(line for line in rollup.splitlines() if line.startswith("Pss:")).split()[1]) * 1024
+
+
+def written(pid: int) -> int:
+    """Bytes of mapped segments that the process has written to, and that are its own copies now.
+
+    Not `Private_Dirty`: that counts a shared page, too, when this process happens to be the only one that maps it.
+    """
+    size, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            inside = "/memfd:weightd-" in line
+        elif inside and first == "Anonymous:":
+            size += int(line.split()[1]) * 1024
+    return size
+
+
+def mappings(pid: int) -> int:
+    """How many of our memfds, manifests included, the process has mapped; a split mapping counts more than once."""
+    return Path(f"/proc/{pid}/maps").read_text().count("/memfd:weightd-")

@@ -1,0 +1,68 @@
+"""Checkpoints with the layout, and the duplicates, of real ones, written from manifests in tests/data.
+
+A manifest is {file: [{name, dtype, shape, content}, ...]}. Rows with equal (content, dtype, shape) get equal bytes, in
+whatever file they stand; everything else differs. Floats are finite. In `*__s64` the first dimension of every tensor is
+a 64th of the original's.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+_ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "F8_E4M3": 1}
+# Without one high exponent bit a float is finite.
+_FINITE = {"F16": np.uint16(0xBFFF), "BF16": np.uint16(0xBFFF), "F32": np.uint32(0xBFFFFFFF)}
+
+Row = dict[str, Any]
+
+
+def manifest(name: str) -> dict[str, list[Row]]:
+    """The manifest of a workload, by file."""
+    text = gzip.decompress((DATA / f"{name}.json.gz").read_bytes())
+    files: dict[str, list[Row]] = json.loads(text)
+    return {file.split("(")[0]: rows for file, rows in files.items()}
+
+
+def nbytes(row: Row) -> int:
+    """Bytes of a tensor."""
+    return math.prod(row["shape"]) * _ITEMSIZE[row["dtype"]]
+
+
+def tensor_bytes(row: Row) -> bytes:
+    """The bytes of a tensor; they depend on its content, dtype and shape only."""
+    content, dtype, shape = row["content"], row["dtype"], tuple(row["shape"])
+    seed = hashlib.blake2b(f"{content}|{dtype}|{shape}".encode(), digest_size=16).digest()
+    size = nbytes(row)
+    data = np.random.Generator(np.random.Philox(key=int.from_bytes(seed, "little"))).bytes(size + -size % 8)[:size]
+    mask = _FINITE.get(dtype)
+    return data if mask is None else (np.frombuffer(data, mask.dtype) & mask).tobytes()
+
+
+def write(folder: Path, name: str) -> dict[str, list[Row]]:
+    """Write a workload's files below `folder`. Returns its manifest."""
+    files = manifest(name)
+    for file, rows in files.items():
+        header: dict[str, Row] = {}
+        offset = 0
+        for row in rows:
+            end = offset + nbytes(row)
+            header[row["name"]] = {"dtype": row["dtype"], "shape": row["shape"], "data_offsets": [offset, end]}
+            offset = end
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as out:
+            out.write(struct.pack("<Q", len(encoded)) + encoded)
+            for row in rows:
+                out.write(tensor_bytes(row))
+    return files
