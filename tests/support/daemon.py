@@ -64,6 +64,7 @@ class Daemon:
         line = self.process.stdout.readline()
         if not line.startswith("weightd is ready"):
             self.process.wait(START_SECONDS)
+            self._close_pipe()
             raise AssertionError(f"the daemon did not start: {line!r}\n{self.log.read_text()}")
         self.baseline = self.descriptors()
 

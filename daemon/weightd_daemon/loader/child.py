@@ -12,19 +12,18 @@ import signal
 import socket
 import threading
 import time
-from collections import deque
 from typing import TYPE_CHECKING, Self
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd_daemon.core import digest
-from weightd_daemon.core.arena import slot_bytes
 
 from .channel import Channel, Gone, Message, error_to
-from .copying import Copier, Tensor, Unit, on_threads, units
+from .copying import Copier
 from .slots import Slot
 from .source import Source
 from .verifying import verify
+from .work import Lane, Tensor, Unit, lanes, most_lanes, on_threads, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,11 +93,12 @@ class Load:
         descriptors = self._receive_descriptors(len(names))
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
-        answer = self._channel.call("laid_out")
+        threads: int = self._job["threads"]
+        answer = self._channel.call("laid_out", lanes=most_lanes(tensors, threads))
         known = frozenset[int](answer["known"])
-        work = list(units([tensor for tensor in tensors if tensor.number not in known]))
+        work = lanes(units([tensor for tensor in tensors if tensor.number not in known]), threads)
         copier = self._hash_first(work) if answer["hash_first"] else self._copier(work)
-        total = sum(unit.length for unit in work)
+        total = sum(unit.length for lane in work for unit in lane)
         self._on_threads("copying", work, total, copier.copy)
         for source in self._sources:
             source.check_unchanged()
@@ -118,6 +118,8 @@ class Load:
                     raise InvalidReferenceError(
                         f"the client sent {len(descriptors)} of {count} files, then nothing for {_INTAKE_SECONDS:.0f} s"
                     ) from None
+                except ConnectionError:
+                    data, received, flags = b"", [], 0
                 descriptors += received
                 if not data:
                     raise InvalidReferenceError(f"the client sent {len(descriptors)} of {count} files and left")
@@ -130,8 +132,12 @@ class Load:
                 if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
                     raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
                 if batch.first != expected or len(descriptors) > count or not received:
-                    raise InvalidReferenceError(f"the intake got files {batch.first}…, expected {expected}… of {count}")
-                intake.send(handles_pb2.IntakeAck(received=len(descriptors)).SerializeToString())
+                    raise InvalidReferenceError(
+                        f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
+                    )
+                # A client that has left is seen by the next receive; with its last file here it is not needed.
+                with contextlib.suppress(ConnectionError):
+                    intake.send(handles_pb2.IntakeAck(received=len(descriptors)).SerializeToString())
         return descriptors
 
     def _lay_out(self) -> list[Tensor]:
@@ -152,28 +158,25 @@ class Load:
                 index += 1
         return tensors
 
-    def _hash_first(self, work: list[Unit]) -> Copier:
+    def _hash_first(self, work: list[Lane]) -> Copier:
         """Hash everything, then ask which digests have a candidate; only the others need memory."""
         digests: dict[int, bytes] = {}
-        hasher = Copier(self._channel, self._sources, self._new_hasher, wanted={})
+        hasher = Copier(self._channel, self._sources, self._new_hasher)
 
         def step(unit: Unit) -> None:
             digests.update(hasher.hash(unit))
 
-        self._on_threads("hashing", work, sum(unit.length for unit in work), step)
+        self._on_threads("hashing", work, sum(unit.length for lane in work for unit in lane), step)
         found = [(index, value.hex()) for index, value in sorted(digests.items())]
-        matched = frozenset[int](self._channel.call("hashed", digests=found)["matched"])
+        matched = frozenset[int](self._channel.call("hashed", digests=found, lanes=len(work))["matched"])
         return self._copier(work, digests, matched)
 
     def _copier(
-        self, work: list[Unit], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
+        self, work: list[Lane], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
     ) -> Copier:
-        wanted: dict[int, list[int]] = {file: [] for file in range(len(self._sources))}
-        for unit in work:
-            wanted[unit.file].append(sum(slot_bytes(t.spec.length) for t in unit.tensors if t.number not in matched))
-        return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, wanted=wanted)
+        return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, lanes=work)
 
-    def _on_threads(self, phase: str, work: list[Unit], total: int, do: Callable[[Unit], object]) -> None:
+    def _on_threads(self, phase: str, work: list[Lane], total: int, do: Callable[[Unit], object]) -> None:
         done = 0
         counting = threading.Lock()
 
@@ -185,7 +188,7 @@ class Load:
                 self._progress(phase, done, total)
 
         self._progress(phase, 0, total)
-        on_threads(deque(work), self._job["threads"], step)
+        on_threads(work, self._job["threads"], step)
         self._read += total
 
     def _progress(self, phase: str, done: int, total: int) -> None:

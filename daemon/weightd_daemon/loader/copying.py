@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
@@ -18,65 +18,18 @@ from weightd_daemon.core.arena import slot_bytes
 from .slots import Slot, Slots
 
 if TYPE_CHECKING:
-    from collections import deque
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from weightd.types import TensorSpec
     from weightd_daemon.core.digest import NewHasher
 
     from .channel import Channel
     from .source import Source
+    from .work import Lane
 from .target import Target, huge_pages_by_advice
-
-PIECE = 1 << 20
-"""Bytes read at a time: large enough for the system calls, small enough for the second-level cache."""
+from .work import PIECE, Tensor, Unit
 
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-
-
-class Tensor(NamedTuple):
-    """A tensor to deal with: its number in the load, its file, and where it lies there."""
-
-    number: int
-    file: int
-    spec: TensorSpec
-
-
-class Unit(NamedTuple):
-    """What a thread takes at a time: one tensor, or neighbours in one file that together fill at most a piece."""
-
-    file: int
-    tensors: tuple[Tensor, ...]
-
-    @property
-    def start(self) -> int:
-        return self.tensors[0].spec.offset
-
-    @property
-    def length(self) -> int:
-        return sum(tensor.spec.length for tensor in self.tensors)
-
-
-def units(tensors: list[Tensor]) -> Iterator[Unit]:
-    """Cut tensors (sorted by file and offset, none empty) into units."""
-    group: list[Tensor] = []
-    size = 0
-    for tensor in tensors:
-        joins = (
-            group
-            and group[-1].file == tensor.file
-            and group[-1].spec.offset + group[-1].spec.length == tensor.spec.offset
-            and size + tensor.spec.length <= PIECE
-        )
-        if not joins:
-            if group:
-                yield Unit(group[0].file, tuple(group))
-            group, size = [], 0
-        group.append(tensor)
-        size += tensor.spec.length
-    if group:
-        yield Unit(group[0].file, tuple(group))
 
 
 class Buffer:
@@ -105,14 +58,18 @@ class Copier:
         *,
         digests: dict[int, bytes] | None = None,
         matched: frozenset[int] = frozenset(),
-        wanted: dict[int, list[int]],
+        lanes: Iterable[Lane] = (),
     ) -> None:
         self._channel = channel
         self._sources = sources
         self._new_hasher = new_hasher
         self._digests = digests or {}
         self._matched = matched
-        self._slots = {file: Slots(channel, sizes) for file, sizes in wanted.items()}
+        self._slots: dict[int, Slots] = {}
+        for lane in lanes:
+            new = [[tensor for tensor in unit.tensors if tensor.number not in matched] for unit in lane]
+            slots = Slots(channel, [sum(slot_bytes(tensor.spec.length) for tensor in unit) for unit in new])
+            self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
         self._target = Target(channel.segments, by_mapping=huge_pages_by_advice())
         self._local = threading.local()
 
@@ -143,7 +100,7 @@ class Copier:
     # -- one large tensor, piece by piece --------------------------------------------------------------------------
 
     def _copy_one(self, tensor: Tensor) -> None:
-        source, slots, buffer = self._sources[tensor.file], self._slots[tensor.file], self._buffers()[0]
+        source, slots, buffer = self._sources[tensor.file], self._slots[tensor.number], self._buffers()[0]
         slot = slots.take(tensor.spec.length)
         hasher = self._new_hasher()
         for offset, size in pieces(tensor.spec.length):
@@ -157,7 +114,7 @@ class Copier:
     # -- neighbours that fit into one piece: one read, one write, one question ---------------------------------------
 
     def _copy_group(self, unit: Unit) -> None:
-        source, slots = self._sources[unit.file], self._slots[unit.file]
+        source, slots = self._sources[unit.file], self._slots[unit.tensors[0].number]
         whole, packed = self._buffers()
         first, last = unit.tensors[0].spec, unit.tensors[-1].spec
         span = last.offset + last.length - first.offset
@@ -205,7 +162,7 @@ class Copier:
                 kept = self._channel.call("share", items=shares)["kept"]
                 for (tensor, slot, _), stays in zip(equal, kept, strict=True):
                     if not stays:
-                        self._slots[tensor.file].give_back(slot)
+                        self._slots[tensor.number].give_back(slot)
             found = again
 
     def _compare_first(self, tensor: Tensor) -> bool:
@@ -276,27 +233,3 @@ def _runs(tensors: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
         size += slot
     if run:
         yield run
-
-
-def on_threads(work: deque[Unit], threads: int, step: Callable[[Unit], None]) -> None:
-    """Take units from `work` on several threads until none is left; the first error stops all and is raised."""
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        while not errors:
-            try:
-                unit = work.popleft()
-            except IndexError:
-                return
-            try:
-                step(unit)
-            except BaseException as error:  # noqa: BLE001  # carried to the caller, which raises it
-                errors.append(error)
-
-    crew = [threading.Thread(target=run, name=f"reader-{number}") for number in range(threads)]
-    for thread in crew:
-        thread.start()
-    for thread in crew:
-        thread.join()
-    if errors:
-        raise errors[0]

@@ -156,10 +156,10 @@ class LoadSteps:
     def _progress(self, message: Message) -> None:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
-    async def _laid_out(self, _: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _laid_out(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._store.admit(self._number, [length for length in missing if length], len(self._files))
+        one_pass = self._store.admit(self._number, [length for length in missing if length], message["lanes"])
         return {"known": known, "hash_first": not one_pass}, []
 
     async def _share_known(self) -> list[int]:
@@ -181,7 +181,7 @@ class LoadSteps:
     async def _hashed(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
         digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
         contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._store.make_room(self._number, contents, len(self._files))) is None:
+        while (matched := self._store.make_room(self._number, contents, message["lanes"])) is None:
             await self._reclaimer.wait()
         return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
 
@@ -240,13 +240,22 @@ class LoadSteps:
         content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs))
         self._unique = sum(blob.length for blob in self._own_blobs())
         self.checkpoint = self._store.seal(self._number, content, self._now())
-        if self.trusted and self._sources not in self.checkpoint.sources:
-            self.checkpoint.sources.append(self._sources)
+        self.checkpoint.origin = self.checkpoint.origin or self._sources
+        if self.trusted:
+            self._claim_sources(self.checkpoint)
         self._on_sealed(self.checkpoint)  # before anything is awaited: from here on it could be evicted
         await self._remember()
         return {"pairs": []}, []
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _claim_sources(self, checkpoint: Checkpoint) -> None:
+        """From now on these files mean this content, whatever they were thought to be before they were read again."""
+        for other in self._store.checkpoints.values():
+            if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
+                other.sources.remove(self._sources)
+        if self._sources not in checkpoint.sources:
+            checkpoint.sources.append(self._sources)
 
     def _descriptor(self, segment: int) -> _KEPT_FD:
         return segment, self._device.writable(segment)

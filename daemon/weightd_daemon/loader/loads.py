@@ -153,7 +153,7 @@ class Loads:
                     raise
                 name = ""
         if request.pin:
-            checkpoint.pinned = True
+            checkpoint.pins.add(request.who.uid)
         return name
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:

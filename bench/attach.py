@@ -1,0 +1,106 @@
+"""How long attaching takes, and where the time goes.
+
+    python bench/attach.py [--small 64MiB] [--large 4GiB] [--rounds 200] [--fresh 9] [--format human|json]
+
+Two checkpoints of 300 tensors are loaded; the second is 64 times as large. One process attaches to both in turns:
+connect, attach, make every tensor, let go. torch and protobuf are imported, grpc is not (checked). As a process that
+starts attaches only once, as many fresh processes as `--fresh` says do it once each.
+
+Aims: the large one takes at most 1.5 × the time of the small one; 300 tensors, connection included, under 5 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from _daemon import Spread, machine, parse_size, scratch, serving, write_checkpoint
+
+import weightd
+
+HERE = Path(__file__).parent
+TENSORS = 300
+AIM_MS, AIM_RATIO = 5.0, 1.5
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All of it; times in milliseconds."""
+    sizes = {"small": options.small, "large": options.large}
+    results: dict[str, Any] = {"machine": machine(), "tensors": TENSORS, "sizes": sizes, "segments": {}}
+    with (
+        scratch(options.folder) as folder,
+        serving(folder, "attached", "--budget", str((options.small + options.large) * 9 // 8)) as daemon,
+    ):
+        with weightd.connect(daemon.socket) as client:
+            for seed, (name, size) in enumerate(sizes.items()):
+                path = folder / f"{name}.safetensors"
+                write_checkpoint(path, size, TENSORS, seed)
+                client.load(path, name=f"checkpoint-{name}", pin=True)
+                path.unlink()
+                results["segments"][name] = client.inspect(f"checkpoint-{name}").segments
+        names = [f"checkpoint-{name}" for name in sizes]
+        rounds = run_attacher(daemon.socket, options.rounds, names)
+        fresh = [run_attacher(daemon.socket, 1, names[:1]) for _ in range(options.fresh)]
+    if any(answer["grpc"] for answer in (rounds, *fresh)):
+        raise SystemExit("grpc was imported on the attach path")
+    results["torch"] = rounds["torch"]
+    results["ms"] = {name: Spread.of([r["total"] for r in rounds[f"checkpoint-{name}"]])._asdict() for name in sizes}
+    results["ratio"] = results["ms"]["large"]["median"] / results["ms"]["small"]["median"]
+    first = [answer[names[0]][0] for answer in fresh]
+    results["fresh_process_ms"] = Spread.of([row["total"] for row in first])._asdict()
+    steps = rounds[names[0]][0]
+    results["steps_ms"] = {
+        step: {
+            "small": Spread.of([row[step] for row in rounds[names[0]]]).median,
+            "large": Spread.of([row[step] for row in rounds[names[1]]]).median,
+        }
+        for step in steps
+    }
+    return results
+
+
+def run_attacher(socket: Path, rounds: int, names: list[str]) -> dict[str, Any]:
+    """Attach in a process of its own. Returns a list of times for each name."""
+    command = [sys.executable, str(HERE / "_attacher.py"), str(socket), str(rounds), *names]
+    answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return answer
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print for people."""
+    print(f"attach: {TENSORS} tensors, connection included; torch {results['torch']}; {results['machine']}")
+    for name, size in results["sizes"].items():
+        segments = results["segments"][name]
+        print(f"  {size / 2**20:6,.0f} MiB in {segments} segments: {Spread(**results['ms'][name]).show('ms')}")
+    print(f"  large / small: {results['ratio']:.2f}, aim ≤ {AIM_RATIO}")
+    fresh = Spread(**results["fresh_process_ms"])
+    print(f"  the one attach of a fresh process (small): {fresh.show('ms')}, aim < {AIM_MS:.0f} ms")
+    print("  where it goes (ms, medians):      small   large")
+    for step, row in results["steps_ms"].items():
+        print(f"    {step:28} {row['small']:8.3f} {row['large']:7.3f}")
+    print("  grpc was not imported")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", type=parse_size, default="64MiB", help="bytes of the small checkpoint")
+    parser.add_argument("--large", type=parse_size, default="4GiB", help="bytes of the large checkpoint")
+    parser.add_argument("--rounds", type=int, default=200, help="attaches to each, in one process")
+    parser.add_argument("--fresh", type=int, default=9, help="fresh processes that attach once")
+    parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
+    parser.add_argument("--format", choices=("human", "json"), default="human")
+    options = parser.parse_args()
+    results = measure(options)
+    if options.format == "json":
+        print(json.dumps(results, indent=2))
+    else:
+        show(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Loaders that die or hang, at every stage: their load fails with a clear error, and the next one works."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import weightd
+from support import checkpoints
+from support.background import background
+from support.daemon import Daemon, eventually
+from support.launch import launcher
+from support.loader import PIECE, STOP, resume, state, wait_stopped
+
+StartDaemon = Callable[..., Daemon]
+MIB = 1 << 20
+
+
+@pytest.fixture
+def stopping(start_daemon: StartDaemon) -> Daemon:
+    """A daemon whose loaders stop at the mark in `marked`; what is freed is not kept."""
+    return start_daemon(argv=launcher(loader="stopping"), pool=0, reader_threads=1)
+
+
+@pytest.fixture
+def marked(tmp_path: Path) -> Path:
+    """Six tensors of 2 MiB; the mark stands in the middle of "t3"."""
+    tensors = {f"t{i}": ("U8", (2 * MIB,), data(i)) for i in range(6)}
+    return checkpoints.write(tmp_path / "marked.safetensors", tensors)
+
+
+def data(index: int) -> bytes:
+    """The bytes of tensor `index` of `marked`."""
+    plain = checkpoints.random_bytes(("marked", index), 2 * MIB)
+    return plain[:PIECE] + STOP + plain[PIECE + len(STOP) :] if index == 3 else plain
+
+
+def used_bytes(client: weightd.Client) -> int:
+    (device,) = client.stats().devices
+    return device.used_bytes
+
+
+def check_load(client: weightd.Client, daemon: Daemon, marked: Path) -> None:
+    """The same file loads, and its bytes are right."""
+    future = background(client.load_report, marked, name="marked")
+    resume(*wait_stopped(daemon))
+    future.result(20)
+    with client.attach("marked") as attachment:
+        for i in range(6):
+            assert attachment.buffer(f"t{i}") == data(i)
+
+
+def test_killed_in_mid_load(stopping: Daemon, marked: Path) -> None:
+    client = stopping.connect()
+    future = background(client.load_report, marked)
+    (pid,) = wait_stopped(stopping)
+    (device,) = client.stats().devices
+    assert device.in_flight_bytes >= 12 * MIB  # it has been granted its memory
+    assert stopping.allocated() >= 6 * MIB  # and has written some
+    assert [c.state for c in client.checkpoints()] == ["loading"]
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(weightd.LeaseLostError, match=r"loader process of this load died.*load again"):
+        future.result(5)
+    eventually(lambda: used_bytes(client) == 0 and stopping.allocated() == 0, what="its space is free again")
+    assert client.checkpoints() == []
+    check_load(client, stopping, marked)
+
+
+def test_killed_before_it_took_the_files(daemon: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write_random(tmp_path / "m.safetensors", 4, MIB)
+    client = daemon.connect()
+    future = background(client.load_report, path)
+    pid = daemon.wait_for_loader()
+    os.kill(pid, signal.SIGSTOP)
+    if not future.done():  # else the loader was quicker than this test
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(weightd.LeaseLostError, match="load again"):
+            future.result(5)
+    if state(pid) == "T":
+        resume(pid)
+    report = client.load_report(path)
+    assert report is not None
+    assert report.total_bytes == 4 * MIB
+
+
+def test_stopped_loader_is_killed_when_the_last_waiter_leaves(stopping: Daemon, marked: Path) -> None:
+    waiter, client = stopping.connect(), stopping.connect()
+    future = background(waiter.load_report, marked)
+    (pid,) = wait_stopped(stopping)
+    waiter.close()
+    with pytest.raises(weightd.LeaseLostError):
+        future.result(5)
+    eventually(lambda: state(pid) in ("", "Z"), what="the loader is killed")
+    eventually(lambda: used_bytes(client) == 0, what="its space is free again")
+    assert client.checkpoints() == []
+    check_load(client, stopping, marked)
+
+
+def test_killed_while_idle(daemon: Daemon, tmp_path: Path) -> None:
+    client = daemon.connect()
+    client.load(checkpoints.write_random(tmp_path / "a.safetensors", 2, MIB, seed="a"))
+    (pid,) = daemon.loaders()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: pid not in daemon.loaders(), what="the daemon has seen it")
+    report = client.load_report(checkpoints.write_random(tmp_path / "b.safetensors", 2, MIB, seed="b"))
+    assert report is not None
+    assert report.unique_bytes == 2 * MIB
+    assert len(daemon.loaders()) == 1
+
+
+def test_killed_while_it_verifies(stopping: Daemon, marked: Path) -> None:
+    client = stopping.connect()
+    check_load(client, stopping, marked)
+    future = background(client.verify)
+    (pid,) = wait_stopped(stopping)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(weightd.LeaseLostError, match=r"died while it verified.*try again"):
+        future.result(5)
+    future = background(client.verify)
+    resume(*wait_stopped(stopping))
+    assert future.result(20).done_bytes == 12 * MIB
+
+
+def test_verify_is_given_up_when_its_caller_leaves(stopping: Daemon, marked: Path) -> None:
+    client, other = stopping.connect(), stopping.connect()
+    check_load(client, stopping, marked)
+    future = background(other.verify)
+    (pid,) = wait_stopped(stopping)
+    other.close()
+    with pytest.raises(weightd.LeaseLostError):
+        future.result(5)
+    eventually(lambda: state(pid) in ("", "Z"), what="the loader is killed")
+    eventually(lambda: not [lease for lease in client.leases() if lease.waiting and lease.pid == 0])
+    client.remove("marked")

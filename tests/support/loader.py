@@ -1,0 +1,79 @@
+"""A loader with another hash function: `python -m support.loader KINDS CONTROL DESCRIPTORS PARENT`.
+
+KINDS, separated by commas: "weak" makes digests of the first two bytes only, so that contents collide; "stopping" stops
+the process (SIGSTOP) where the bytes at hand begin with STOP, so that a test can act at an exact moment of a load.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from support.daemon import Daemon, eventually
+
+STOP = b"a loader stops here "
+PIECE = 1 << 20
+"""Bytes that the loader reads and hashes at a time."""
+
+
+def wait_stopped(daemon: Daemon, count: int = 1) -> list[int]:
+    """Wait until so many loaders of a daemon have stopped; their process ids."""
+    found: list[int] = []
+
+    def stopped() -> bool:
+        found[:] = [pid for pid in daemon.loaders() if state(pid) == "T"]
+        return len(found) >= count
+
+    eventually(stopped, what=f"{count} stopped loaders")
+    return found
+
+
+def resume(*pids: int) -> None:
+    """Let stopped loaders go on."""
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def state(pid: int) -> str:
+    """A process's state as /proc names it: R, S, D, T (stopped), Z; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+class _Hasher:
+    def __init__(self, *, weak: bool, stopping: bool) -> None:
+        self._weak, self._stopping = weak, stopping
+        self._first = b""
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, data: memoryview, /) -> None:
+        if self._stopping and data[: len(STOP)] == STOP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self._first = self._first or bytes(data[:2])
+        self._hash.update(data)
+
+    def digest(self) -> bytes:
+        return self._first.ljust(16, b"\0") if self._weak else self._hash.digest()
+
+
+def main() -> int:
+    """Be a loader."""
+    from weightd_daemon.loader import child
+
+    kinds = sys.argv[1].split(",")
+
+    def new_hasher() -> Any:
+        return _Hasher(weak="weak" in kinds, stopping="stopping" in kinds)
+
+    return child.main(sys.argv[2:], new_hasher)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
