@@ -31,7 +31,7 @@ demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes
 	@echo "demo: examples/demo.py"
 	@$(BIN)/python examples/demo.py
 
-test: lint types $(PROTOS_VENV)/.installed ## lint, types and all tests
+test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all tests
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 

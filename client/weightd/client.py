@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._handles import HandleConnection, feed
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ._rpc import ControlPlane
 
 Reference = str | os.PathLike[str]
+T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _RETRY_SECONDS = 0.2
 _NAMES_BYTES = 48 << 10
@@ -180,7 +181,7 @@ class Client:
 
     def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
         """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError."""
-        return self._rpc().get(reference_name(reference), _device(device))
+        return self._named(self._rpc().get, reference, device)
 
     def leases(self) -> list[LeaseInfo]:
         """Which process holds which checkpoint."""
@@ -205,18 +206,18 @@ class Client:
 
     def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
         """Keep a checkpoint from eviction. Errors: NotFoundError, PermissionDeniedError."""
-        return self._rpc().pin(reference_name(reference), _device(device))
+        return self._named(self._rpc().pin, reference, device)
 
     def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
         """Let a checkpoint be evicted again. Errors: NotFoundError, PermissionDeniedError."""
-        return self._rpc().unpin(reference_name(reference), _device(device))
+        return self._named(self._rpc().unpin, reference, device)
 
     def remove(self, reference: Reference, device: str | None = None) -> int:
         """Drop a name, and with the last one the checkpoint. Returns the bytes given up.
 
         Errors: NotFoundError, PermissionDeniedError, InUseError.
         """
-        return self._rpc().remove(reference_name(reference), _device(device))
+        return self._named(self._rpc().remove, reference, device)
 
     def verify(
         self,
@@ -225,8 +226,10 @@ class Client:
         on_progress: Callable[[VerifyProgress], None] | None = None,
     ) -> VerifyProgress:
         """Hash resident blobs again, of one checkpoint or of all. Errors: DigestMismatchError, NotFoundError."""
-        name = reference_name(reference) if reference is not None else ""
-        return self._rpc().verify(name, _device(device), on_progress)
+        rpc = self._rpc()
+        if reference is None:
+            return rpc.verify("", _device(device), on_progress)
+        return self._named(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -277,6 +280,17 @@ class Client:
         self._check()
         handles = self._handles
         return Attachment(handles.attach(request), handles, frozenset(request.components), keys)
+
+    @staticmethod
+    def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
+        """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
+        try:
+            return call(os.fspath(reference), _device(device))
+        except NotFoundError:
+            name = reference_name(reference)
+            if name == os.fspath(reference):
+                raise
+            return call(name, _device(device))
 
     def _check(self) -> None:
         """Refuse in a forked child, and connect anew where the daemon has gone."""

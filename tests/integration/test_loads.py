@@ -98,7 +98,6 @@ def test_first_waiter_leaves_second_stays(stopping: Daemon, rested: Rested) -> N
     assert stopping.loaders() == loaders
 
 
-@pytest.mark.xfail(reason="the load fails with the first waiter's intake; the second's was closed", strict=True)
 def test_first_waiter_leaves_before_it_has_fed_the_files(daemon: Daemon, rested: Rested) -> None:
     """The second waiter has the files, too: it must not be told that somebody else has left."""
     path = rested.plain

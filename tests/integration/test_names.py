@@ -318,3 +318,19 @@ with open("/proc/self/maps") as maps:
         eventually(lambda: root.stats().devices[0].reusable_bytes >= 5 * MIB, what="the pool to hold what she gave up")
     after = bob.run(source, path=str(two))
     assert not set(before) & set(after)
+
+
+def test_a_name_is_not_mistaken_for_a_path_that_happens_to_exist(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints.write_random(tmp_path / "m.safetensors", 2, 1000)
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    client = daemon.connect()
+    client.load(path, name="base")
+    client.load(path)
+    assert client.pin("base").pinned
+    assert client.unpin("m.safetensors").names == ("base", str(path))
+    assert client.verify("base").total_blobs == 2
+    client.remove("base")
+    assert client.inspect(path).checkpoint.names == (str(path),)

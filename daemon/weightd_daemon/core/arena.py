@@ -14,7 +14,7 @@ from weightd.types import ALIGNMENT
 from .ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Extent(NamedTuple):
@@ -37,6 +37,16 @@ def round_up(value: int, unit: int) -> int:
 def slot_bytes(length: int) -> int:
     """What a blob of `length` bytes takes: its length, rounded up so that the next blob is aligned."""
     return round_up(length, ALIGNMENT)
+
+
+def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
+    """What is left of the granted extents without those to keep."""
+    by_segment: dict[int, Ranges] = {}
+    for extent in granted:
+        by_segment.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+    for extent in keep:
+        by_segment[extent.segment].remove(extent.offset, extent.end)
+    return [Extent(segment, start, end - start) for segment, ranges in by_segment.items() for start, end in ranges]
 
 
 class _Segment:

@@ -64,12 +64,13 @@ class Catalog:
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
-        """The names of a checkpoint, sorted."""
-        return sorted(
+        """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
+        names = [
             name
             for (domain, name), tag in self._tags.items()
             if domain == checkpoint.key.domain and tag.content_digest == checkpoint.key.content_digest
-        )
+        ]
+        return sorted(names, key=lambda name: (name.startswith("/"), name))
 
     def owner(self, checkpoint: Checkpoint) -> int | None:
         """Owner of the first name, or who loaded it."""

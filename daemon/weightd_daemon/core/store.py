@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
 from typing import TYPE_CHECKING
 
 from weightd.errors import InUseError, NotFoundError
 
-from .arena import Extent, round_up, slot_bytes
+from .arena import Extent, round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .capacity import check_room, room
 from .checkpoint import Checkpoint, CheckpointKey, Content, LoadBooks
 from .eviction import least_recently_used
-from .ranges import Ranges
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -353,7 +351,7 @@ class Store:
         del self._loads[books.number]
         memory = self.memories[books.device]
         memory.withdraw(books.number)
-        unused = _without(books.granted, (blob.slot for blob in keep))
+        unused = without(books.granted, (blob.slot for blob in keep))
         memory.give_back(books.domain, unused, pool=False)
         self._free(blob for blob in books.held.values() if not blob.references and not blob.holds)
 
@@ -385,17 +383,3 @@ class Store:
             self._evict(checkpoint, "capacity")
             return True
         return False
-
-
-def _without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
-    """What is left of the granted extents without those to keep."""
-    by_segment: dict[int, Ranges] = {}
-    for extent in granted:
-        by_segment.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
-    for extent in keep:
-        by_segment[extent.segment].remove(extent.offset, extent.end)
-    return list(
-        chain.from_iterable(
-            (Extent(segment, start, end - start) for start, end in ranges) for segment, ranges in by_segment.items()
-        )
-    )

@@ -13,7 +13,7 @@ from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.loader import loads
 from weightd_daemon.loader.channel import Message, error_from
-from weightd_daemon.loader.request import LoadRequest, Outcome
+from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
 
 from .connections import Connection
 from .interceptors import Context
@@ -55,18 +55,26 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
             yield _result(name, outcome, wish.device)
             return
-        load, waiter, feeds = parts.loads.start(wish, intake)
         try:
-            if feeds and await load.has_loader():
-                yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
-            async for progress in load.events():
-                phase = _PHASES[progress.phase]
-                report = checkpoint_pb2.LoadProgress(phase=phase, done_bytes=progress.done, total_bytes=progress.total)
-                yield checkpoint_pb2.LoadEvent(progress=report)
-            checkpoint, outcome = load.done.result()
-            yield _result(parts.loads.settle(wish, checkpoint), outcome, wish.device)
+            while True:
+                load, waiter, begins = parts.loads.start(wish, intake)
+                try:
+                    if begins:
+                        intake = -1
+                        if await load.has_loader():
+                            yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
+                    elif not await load.has_files():
+                        continue  # whoever began it left before its files had come; we have them, too
+                    async for progress in load.events():
+                        yield _progress(progress)
+                    checkpoint, outcome = load.done.result()
+                    yield _result(parts.loads.settle(wish, checkpoint), outcome, wish.device)
+                    return
+                finally:
+                    parts.loads.leave(load, waiter)
         finally:
-            parts.loads.leave(load, waiter)
+            if intake >= 0:
+                os.close(intake)
 
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
@@ -235,6 +243,13 @@ async def _nothing() -> AsyncIterator[Message]:
     none: tuple[Message, ...] = ()
     for message in none:
         yield message
+
+
+def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:
+    report = checkpoint_pb2.LoadProgress(
+        phase=_PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
+    )
+    return checkpoint_pb2.LoadEvent(progress=report)
 
 
 def _result(name: str, outcome: Outcome, device: str) -> checkpoint_pb2.LoadEvent:

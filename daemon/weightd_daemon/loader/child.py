@@ -91,6 +91,7 @@ class Load:
         """Do it. Errors: FormatError, InvalidReferenceError, CapacityError."""
         names: list[str] = self._job["sources"]
         descriptors = self._receive_descriptors(len(names))
+        self._channel.tell({"op": "files"})
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
         threads: int = self._job["threads"]

@@ -62,6 +62,7 @@ class LoadSteps:
         sources: tuple[SourceFile, ...],
         verify: bool,
         now: Callable[[], float],
+        on_files: Callable[[], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -73,6 +74,7 @@ class LoadSteps:
         self._sources = sources
         self._verify = verify
         self._now = now
+        self._on_files = on_files
         self._on_progress = on_progress
         self._on_sealed = on_sealed
         self._files: list[ManifestFile] = []
@@ -102,6 +104,7 @@ class LoadSteps:
             "finish": self._finish,
         }
         tells: dict[str, Callable[[Message], None]] = {
+            "files": lambda _: self._on_files(),
             "file": self._file,
             "tensors": self._tensors,
             "progress": self._progress,

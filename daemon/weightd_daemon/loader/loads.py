@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 IDLE_SECONDS = 10.0
 """How long a loader waits for the next job: a burst of loads pays for one start."""
 
+_STOPPING = "the daemon is stopping; load again when it is back"
 _LEAVE_SECONDS = 5.0
 """How long a loader may take to close its files before it is replaced."""
 
@@ -49,20 +50,18 @@ class Load:
         self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._loader_there = asyncio.Event()
-
-    def got_loader(self) -> None:
-        """A loader has the intake: the files may come."""
-        self._loader_there.set()
+        self.loader_there = asyncio.Event()
+        """Set when a loader has the intake: the files may come."""
+        self.files_there = asyncio.Event()
+        """Set when the loader has the files."""
 
     async def has_loader(self) -> bool:
         """Wait until a loader takes the files; False when the load ends before that."""
-        there: asyncio.Future[Any] = asyncio.ensure_future(self._loader_there.wait())
-        try:
-            await asyncio.wait([there, self.done], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            there.cancel()
-        return self._loader_there.is_set()
+        return await self._happens(self.loader_there)
+
+    async def has_files(self) -> bool:
+        """Wait until the loader has the files; False when the load ends before that."""
+        return await self._happens(self.files_there)
 
     def report(self, progress: Progress) -> None:
         """New figures."""
@@ -75,13 +74,17 @@ class Load:
         if not self.done.done():
             yield self.progress
         while not self.done.done():
-            changed: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait([changed, self.done], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                changed.cancel()
-            if not self.done.done():
+            if await self._happens(self._changed):
                 yield self.progress
+
+    async def _happens(self, event: asyncio.Event) -> bool:
+        """Wait for an event, or for the end of the load; whether the event has happened."""
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+        try:
+            await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        return event.is_set()
 
 
 class Loads:
@@ -111,6 +114,7 @@ class Loads:
         self._threads = threads
         self._turns = asyncio.Semaphore(at_once)
         self._argv = argv
+        self._closing = False
         self._numbers = count(1)
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
@@ -165,8 +169,10 @@ class Loads:
         """Begin a load or join one of the same files by the same owner.
 
         Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
-        loader's end of the client's offer; it is taken over, or closed when it is not needed.
+        loader's end of the client's offer; a load that begins takes it over.
         """
+        if self._closing:
+            raise LeaseLostError(_STOPPING)
         key = (request.device, request.who.domain, request.who.uid, request.sources)
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
@@ -177,8 +183,6 @@ class Loads:
                 self._flights[key] = load
             load.task = asyncio.get_running_loop().create_task(self._run(load, intake))
             load.task.add_done_callback(lambda _: self._forget(key, load))
-        else:
-            os.close(intake)
         waiter = next(self._numbers)
         load.waiters[waiter] = request
         load.detached = load.detached or request.detached
@@ -217,8 +221,9 @@ class Loads:
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""
+        self._closing = True
         for load in self.under_way:
-            self._fail(load, LeaseLostError("the daemon is stopping; load again when it is back"))
+            self._fail(load, LeaseLostError(_STOPPING))
             if load.task is not None:
                 load.task.cancel()
 
@@ -274,7 +279,7 @@ class Loads:
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
                     number=number, sources=request.sources, verify=request.verify, now=self._now,
-                    on_progress=load.report, on_sealed=on_sealed,
+                    on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._take_loader()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
@@ -282,7 +287,7 @@ class Loads:
                 await loader.send_descriptor(intake)
                 os.close(intake)
                 intake = -1
-                load.got_loader()
+                load.loader_there.set()
                 outcome = await steps.serve(loader)
                 assert steps.checkpoint is not None  # serve returns when it is sealed
                 self._finish(load, steps.checkpoint, outcome)
@@ -326,7 +331,8 @@ class Loads:
         """Bring the loader home, then free what the load was granted: not before nothing can write there any more."""
         if loader is not None and not (usable and await self._put_back(loader)):
             loader.kill()
-            if number is not None and not loader.exited.done():
+            await asyncio.wait([loader.exited], timeout=_LEAVE_SECONDS)
+            if not loader.exited.done():
                 log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
             await asyncio.shield(loader.exited)
         if number is not None:
