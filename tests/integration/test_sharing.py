@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+
 import weightd
 from support import checkpoints
 from support.daemon import Daemon
@@ -74,9 +76,5 @@ def test_attach_by_digest_and_unknown_names(daemon: Daemon, tmp_path: Path) -> N
     with client.attach(digest[7:15]) as attachment:
         assert attachment.content_digest == digest
     for reference in ("nope", "sha256:" + "0" * 64):
-        try:
+        with pytest.raises(weightd.NotFoundError, match=reference):
             client.attach(reference)
-        except weightd.NotFoundError as error:
-            assert reference in str(error)
-        else:
-            raise AssertionError(reference)

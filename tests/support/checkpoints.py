@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 
 Tensors = Mapping[str, "np.ndarray | tuple[str, tuple[int, ...], bytes]"]
-_NAMES = {"float32": "F32", "float16": "F16", "float64": "F64", "uint8": "U8", "int64": "I64", "int32": "I32", "bool": "BOOL"}
+_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "float64": "F64",
+    "uint8": "U8",
+    "int64": "I64",
+    "int32": "I32",
+    "bool": "BOOL",
+}
 
 
 def random_bytes(seed: object, size: int) -> bytes:
@@ -45,7 +53,9 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
     return path
 
 
-def write_random(path: Path, count: int, size: int, seed: object = 0, shared: Mapping[int, object] | None = None) -> Path:
+def write_random(
+    path: Path, count: int, size: int, seed: object = 0, shared: Mapping[int, object] | None = None
+) -> Path:
     """A checkpoint of `count` U8 tensors "t0", "t1", … of `size` bytes; tensor i has seed `shared[i]` where given."""
     seeds = shared or {}
     tensors = {f"t{i}": ("U8", (size,), random_bytes(seeds.get(i, (seed, i)), size)) for i in range(count)}

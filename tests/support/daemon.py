@@ -79,7 +79,9 @@ class Daemon:
         self._clients.append(client)
         return client
 
-    def command(self, *arguments: str | Path, check: bool = True, **options: object) -> subprocess.CompletedProcess[str]:
+    def command(
+        self, *arguments: str | Path, check: bool = True, **options: object
+    ) -> subprocess.CompletedProcess[str]:
         """Run `weightd ARGUMENTS` against it."""
         finished = subprocess.run(
             [sys.executable, "-m", "weightd", *map(str, arguments)],

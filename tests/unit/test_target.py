@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from weightd_daemon.loader import target
 from weightd_daemon.loader.copying import Buffer
 
