@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import threading
+from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 from ._address import handles_path
 from ._proto.v1 import handles_pb2
-from .errors import DaemonUnreachableError, LeaseLostError, ServerError, from_wire
+from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,12 +53,20 @@ class HandleConnection:
         self.version: str = reply.version
 
     def alive(self) -> bool:
-        """Whether the daemon still has this connection: it never speaks first, so what can be read is its farewell."""
-        if self._socket.fileno() < 0:
-            return False
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not poll.poll(0)
+        """Whether the daemon still has this connection: it never speaks first, so what can be read is its farewell.
+
+        While another thread waits for an answer there is something to read, too; that thread finds out for itself.
+        """
+        if not self._lock.acquire(blocking=False):
+            return True
+        try:
+            if self._socket.fileno() < 0:
+                return False
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            return not poll.poll(0)
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Hang up. Leases that are still mapped stay."""
@@ -75,6 +85,8 @@ class HandleConnection:
                     if not self._ask(ack, "batch", descriptors).batch.descriptors:
                         raise ServerError("the daemon sent a batch without descriptors")
             except BaseException as error:
+                if descriptors:
+                    self._socket.close()  # batches may be outstanding
                 for descriptor in descriptors:
                     os.close(descriptor)
                 if isinstance(error, OSError) and not isinstance(error, DaemonUnreachableError):
@@ -96,38 +108,62 @@ class HandleConnection:
         return number, socket.socket(fileno=descriptors[0])
 
     def detach(self, lease: int) -> bool:
-        """Say that a lease may have ended; True when it has. A forked child says nothing: it is not its socket."""
-        if self._pid != os.getpid():
+        """Say that a lease may have ended; True when it has. A forked child says nothing: it is not its socket.
+
+        Nothing is said while a question is under way. The daemon sees the end of a lease by itself when it needs the
+        memory, and it may be a finalizer that asks, in the midst of this thread's own question.
+        """
+        if self._pid != os.getpid() or not self._lock.acquire(blocking=False):
             return False
-        with self._lock:
+        try:
             request = handles_pb2.HandleRequest(detach=handles_pb2.DetachRequest(lease=lease))
             return self._ask(request, "detach").detach.ended
+        finally:
+            self._lock.release()
 
     def _ask(
         self, request: handles_pb2.HandleRequest, expected: str, descriptors: list[int] | None = None
     ) -> handles_pb2.HandleReply:
-        self._socket.sendall(request.SerializeToString())
-        data, received, flags, _ = socket.recv_fds(
-            self._socket, MAX_FRAME, MAX_DESCRIPTORS if descriptors is not None else 1
-        )
-        (descriptors if descriptors is not None else []).extend(received)
-        if not data:
-            raise ConnectionResetError("the daemon closed the connection")
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-            raise ServerError("a reply of the daemon was cut off; is this process out of descriptors (ulimit -n)?")
-        reply = handles_pb2.HandleReply.FromString(data)
-        kind = reply.WhichOneof("body")
+        """One question and its answer.
+
+        Whatever comes between the two ends the connection: the next question would get this one's answer.
+        """
+        try:
+            self._socket.sendall(request.SerializeToString())
+            data, received, flags = _receive(self._socket, MAX_DESCRIPTORS if descriptors is not None else 1)
+            (descriptors if descriptors is not None else []).extend(received)
+            if not data:
+                raise ConnectionResetError("the daemon closed the connection")
+            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ServerError("a reply of the daemon was cut off; is this process out of descriptors (ulimit -n)?")
+            reply = handles_pb2.HandleReply.FromString(data)
+            kind = reply.WhichOneof("body")
+            if kind not in (expected, "error"):
+                raise ServerError(f"the daemon answered {kind} to {expected}")
+        except BaseException:
+            self._socket.close()
+            raise
         if kind == "error":
             raise from_wire(reply.error.reason, reply.error.message, dict(reply.error.metadata))
-        if kind != expected:
-            raise ServerError(f"the daemon answered {kind} to {expected}")
         return reply
+
+
+def _receive(source: socket.socket, most: int) -> tuple[bytes, list[int], int]:
+    """A frame, its descriptors and the flags. `socket.recv_fds` drops MSG_CMSG_CLOEXEC: children would inherit."""
+    numbers = array("i")
+    space = socket.CMSG_LEN(most * numbers.itemsize)
+    data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
+    return data, numbers.tolist(), flags
 
 
 def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> None:
     """Send files through an intake, in batches that the loader confirms.
 
     Returns early, without an error, when the loader hangs up: the load's own answer says why.
+    Errors: LeaseLostError (no loader takes them), WeightdError (they cannot be sent).
     """
     intake.settimeout(timeout)
     sent = 0
@@ -146,6 +182,11 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
         ) from error
     except ConnectionError:
         return
+    except OSError as error:
+        what_to_do = ""
+        if error.errno == errno.ETOOMANYREFS:
+            what_to_do = "; this user has too many descriptors on their way: raise `ulimit -n`, or load one at a time"
+        raise WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}{what_to_do}") from error
 
 
 def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:

@@ -35,11 +35,11 @@ class Attachment:
         received: Received,
         handles: HandleConnection,
         components: frozenset[str] = frozenset(),
-        keys: Iterable[TensorKey] = (),
+        keys: frozenset[TensorKey] = frozenset(),
     ) -> None:
         reply, descriptors = received
         try:
-            self._open(reply, descriptors, components, frozenset(keys))
+            self._open(reply, descriptors, components, keys)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -75,6 +75,12 @@ class Attachment:
             for copy in range(most[segment])
         }
         if components or keys:
+            # The daemon has looked as well, unless the request was too long to name them.
+            for component in components.difference(self._component_names):
+                raise NotFoundError(f"component {component!r} is not in the checkpoint")
+            for key in keys.difference(self._tensors):
+                inside = f" of component {key.component!r}" if key.component else ""
+                raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint")
             self._tensors = {
                 key: info for key, info in self._tensors.items() if key in keys or info.component in components
             }
@@ -97,10 +103,14 @@ class Attachment:
         """Give the attachment up. Memory and lease go when the last tensor made from it is gone."""
         if self._closed:
             return
-        self._closed = True
-        self._buffers = {}
+        self.drop()
         with contextlib.suppress(OSError, WeightdError):  # the daemon looks for itself when the connection ends
             self._handles.detach(self._lease)
+
+    def drop(self) -> None:
+        """Close without a word to the daemon, which looks for itself. For finalizers: they must not wait."""
+        self._closed = True
+        self._buffers = {}
 
     @property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:

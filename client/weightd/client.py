@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
-from ._handles import HandleConnection, feed
+from ._handles import MAX_FRAME, HandleConnection, feed
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import source_to
 from .attachment import Attachment
@@ -42,9 +42,10 @@ if TYPE_CHECKING:
 Reference = str | os.PathLike[str]
 T = TypeVar("T")
 _FEED_SECONDS = 60.0
-_RETRY_SECONDS = 0.2
-_NAMES_BYTES = 48 << 10
-"""More tensor names than fit into one frame are not sent: the attachment then maps every segment."""
+_LOADS = 3
+"""How often an attach loads files whose checkpoint is evicted before it can be attached."""
+RETRY_SECONDS = 0.2
+"""Between two attempts to reach a daemon that is waited for."""
 
 
 def connect(
@@ -62,7 +63,7 @@ def connect(
         except DaemonUnreachableError:
             if fallback != "wait":
                 raise
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
 
 class Client:
@@ -162,16 +163,20 @@ class Client:
         other reference is the name or digest of a resident checkpoint. A tensor is its name, or (component, name).
         Errors: NotFoundError, InvalidReferenceError, those of `load` for a path, DaemonUnreachableError.
         """
-        keys = [TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors]
+        keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
+        parts = frozenset(components)
         request = handles_pb2.AttachRequest(
-            device=_device(device), components=list(components), manifest_only=manifest_only
+            device=_device(device),
+            components=sorted(parts),
+            tensors=[handles_pb2.TensorKey(component=key.component, name=key.name) for key in sorted(keys)],
+            manifest_only=manifest_only,
         )
-        if sum(len(key.component) + len(key.name) + 8 for key in keys) <= _NAMES_BYTES:
-            request.tensors.extend(handles_pb2.TensorKey(component=k.component, name=k.name) for k in keys)
         if is_path(reference):
-            return self._attach_files(reference, request, keys)
+            return self._attach_files(reference, request, parts, keys)
         request.reference = str(reference)
-        return self._attach(request, keys)
+        if not _fit(request):
+            raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
+        return self._attach(request, parts, keys)
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -261,25 +266,39 @@ class Client:
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 
     def _attach_files(
-        self, reference: Reference, request: handles_pb2.AttachRequest, keys: list[TensorKey]
+        self,
+        reference: Reference,
+        request: handles_pb2.AttachRequest,
+        components: frozenset[str],
+        keys: frozenset[TensorKey],
     ) -> Attachment:
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            try:
-                return self._attach(request, keys)
-            except NotFoundError as error:
-                if error.metadata.get("missing") != "sources":
-                    raise
-            result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
-        assert result is not None  # not detached
-        request.reference = result.content_digest
-        return self._attach(request, keys)
+            if _fit(request):  # else a load tells the digest; it reads nothing of what is resident
+                try:
+                    return self._attach(request, components, keys)
+                except NotFoundError as error:
+                    if error.metadata.get("missing") != "sources":
+                        raise
+            for attempt in range(1, _LOADS + 1):
+                result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
+                assert result is not None  # not detached
+                request.reference = result.content_digest
+                try:
+                    return self._attach(request, components, keys)
+                except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
+                    resident = any(c.content_digest == result.content_digest for c in self.checkpoints())
+                    if resident or attempt == _LOADS:
+                        raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _attach(self, request: handles_pb2.AttachRequest, keys: list[TensorKey]) -> Attachment:
+    def _attach(
+        self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
+    ) -> Attachment:
         self._check()
         handles = self._handles
-        return Attachment(handles.attach(request), handles, frozenset(request.components), keys)
+        return Attachment(handles.attach(request), handles, components, keys)
 
     @staticmethod
     def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
@@ -316,6 +335,18 @@ class Client:
 
                 self._control = ControlPlane(self._path, self._handles.token, self._timeout)
             return self._control
+
+
+def _fit(request: handles_pb2.AttachRequest) -> bool:
+    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
+    if _frame_bytes(request) > MAX_FRAME:
+        request.ClearField("tensors")
+        request.ClearField("components")
+    return _frame_bytes(request) <= MAX_FRAME
+
+
+def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
+    return handles_pb2.HandleRequest(attach=request).ByteSize()
 
 
 def _device(device: str | None) -> str:

@@ -13,12 +13,13 @@ import atexit
 import os
 import sys
 import threading
+import time
 import warnings
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
-from .client import Client, connect
+from .client import RETRY_SECONDS, Client, connect
 from .errors import CapacityError, DaemonUnreachableError, FormatError, InvalidReferenceError, NotFoundError
 from .types import TensorInfo, TensorKey
 
@@ -117,7 +118,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         place = _device_name(device)
         try:
             path = os.path.join(os.curdir, self._name) if not os.path.isabs(self._name) else self._name
-            self._attachment = _client(wait=fallback == "wait").attach(path, device=place)
+            self._attachment = _attach(path, place, wait=fallback == "wait")
         except (DaemonUnreachableError, CapacityError) as error:
             if fallback != "local":
                 raise
@@ -137,7 +138,7 @@ class safe_open:  # noqa: N801  # safetensors' name
     def __del__(self) -> None:
         # safetensors lets a file go out of scope unclosed; so do we.
         if getattr(self, "_attachment", None) is not None:
-            self._attachment.close()  # type: ignore[union-attr]  # just seen
+            self._attachment.drop()  # type: ignore[union-attr]  # just seen
 
     def keys(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -202,12 +203,23 @@ _shared: dict[tuple[int, str | None], Client] = {}
 _shared_lock = threading.Lock()
 
 
-def _client(*, wait: bool) -> Client:
+def _attach(path: str, device: str, *, wait: bool) -> Attachment:
+    """Attach a file, with `wait` as soon as a daemon answers. Threads that do not wait are not held up."""
+    while True:
+        try:
+            return _client().attach(path, device=device)
+        except DaemonUnreachableError:
+            if not wait:
+                raise
+            time.sleep(RETRY_SECONDS)
+
+
+def _client() -> Client:
     """The process's own client for these functions: one per address, made anew in a forked child."""
     key = os.getpid(), os.environ.get("WEIGHTD_SOCKET")
     with _shared_lock:
         if key not in _shared:
-            _shared[key] = connect(fallback="wait" if wait else "error")
+            _shared[key] = connect()
             atexit.register(_shared[key].close)
         return _shared[key]
 

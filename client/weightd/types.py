@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -72,11 +71,6 @@ class TensorSpec(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     length: int
-
-
-def tensor_bits(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bits that a dense tensor takes."""
-    return math.prod(shape) * DTYPE_BITS[dtype]
 
 
 class TensorInfo(NamedTuple):

@@ -19,9 +19,10 @@ from weightd._address import handles_path
 
 from .config import Settings, parse_size
 from .core.catalog import Catalog
+from .core.events import Event, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
-from .core.store import Event, Sealed, Store
+from .core.store import Store
 from .devices.host import HostDevice
 from .devices.reclaimer import Reclaimer
 from .edges.attaching import Attacher
@@ -87,11 +88,11 @@ class Daemon:
         def on_event(event: Event) -> None:
             key = event.checkpoint.key
             if isinstance(event, Sealed):
-                sizes = [store.memories[key.device].size(segment) for segment in event.checkpoint.segments]
-                manifests.add(key, encode_manifest(event.checkpoint, event.content, sizes))
+                manifests.add(key, event.manifest)
             else:
                 manifests.remove(key)
-                catalog.forget(event.checkpoint)
+                if event.reason == "removed":
+                    catalog.forget(event.checkpoint)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
         store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
@@ -111,6 +112,7 @@ class Daemon:
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers={device.uuid: reclaimer}, index=index,
+            encode=lambda content, uuid: encode_manifest(content, uuid, store.memories[uuid].size),
             now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
             at_once=settings.max_loads, argv=self._loader_argv,
         )  # fmt: skip

@@ -344,9 +344,9 @@ def half_way(intake: socket.socket, descriptor: int) -> None:
 def test_nonsense_in_the_intake(client: weightd.Client, tmp_path: Path, feed: Feed) -> None:
     """Two files are announced. The load fails with a clear error, and the loader is none the worse for it."""
     with (tmp_path / "good.safetensors").open("rb") as file:
-        source = source_to(source_of(file.fileno()))
+        sources = [source_to(source_of(file.fileno(), name)) for name in ("a.safetensors", "b.safetensors")]
         number, intake = client._handles.offer()
-        request = checkpoint_pb2.LoadRequest(offer_id=number, sources=[source, source])
+        request = checkpoint_pb2.LoadRequest(offer_id=number, sources=sources)
 
         def on_feed() -> None:
             with intake:

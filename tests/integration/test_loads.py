@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.loader import STOP, resume, wait_stopped
 from weightd._proto.v1 import checkpoint_pb2
 from weightd._wire import source_to
 from weightd.resolve import open_sources, resolve
+from weightd_daemon.loader.loads import MAX_UNFINISHED
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -219,3 +221,85 @@ def test_verify_reads_again(daemon: Daemon, rested: Rested) -> None:
     assert len({report.content_digest for report in reads if report}) == 1
     assert client.stats().resident_bytes == 4 * MIB
     assert "read 0" not in daemon.command("load", path, "--verify").stdout
+
+
+def test_who_hangs_up_before_the_seal_leaves_no_lease(stopping: Daemon, tmp_path: Path) -> None:
+    """Only the handle socket is closed, the call goes on: the waiter is gone all the same."""
+    client, other = stopping.connect(), stopping.connect()
+    outcome = background(client.load_report, marked(tmp_path), name="m")
+    wait_stopped(stopping)
+    client._handles.close()
+    eventually(lambda: loading(other) == 0, what="the load without a waiter is cancelled")
+    with pytest.raises(weightd.WeightdError):
+        outcome.result(10)
+    assert other.leases() == []
+
+
+def test_a_resident_checkpoint_is_kept_once_for_each_connection(daemon: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write_random(tmp_path / "m.safetensors", 2, 1000)
+    checkpoints.rest(path)
+    client, other = daemon.connect(), daemon.connect()
+    for _ in range(5):
+        client.load_report(path)
+    other.load_report(path)
+    assert [lease.waiting for lease in client.leases()] == [True, True]
+
+
+def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: Path) -> None:
+    """A client that never sends its files has no more than its share of loads, each of which holds an intake."""
+    path = checkpoints.write_random(tmp_path / "never.safetensors", 1, 1000)
+    idle, other = stopping.connect(), stopping.connect()
+    release = threading.Event()
+
+    def never_feed() -> None:
+        release.wait(30)
+
+    with open_sources(resolve(path)) as opened:
+        sources = [source_to(source) for source in opened.sources]
+
+    def hang() -> None:
+        number, intake = idle._handles.offer()
+        with intake:
+            idle._rpc().load(checkpoint_pb2.LoadRequest(offer_id=number, sources=sources), never_feed, None)
+
+    calls = []
+    while len(calls) < MAX_UNFINISHED:
+        calls.append(background(hang))
+        eventually(lambda: loading(other) == len(calls), what=f"{len(calls)} are under way")
+    with pytest.raises(weightd.InUseError, match="32 loads under way"):
+        hang()
+    idle.close()
+    release.set()
+    for call in calls:
+        with pytest.raises(weightd.WeightdError):
+            call.result(20)
+
+
+def test_many_equal_small_tensors_do_not_stop_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path / "m.safetensors", {f"t{i}": ("U8", (16,), b"x" * 16) for i in range(8000)})
+    client, other = daemon.connect(), daemon.connect()
+    outcome = background(client.load_report, path)
+    worst = 0.0
+    while not outcome.done():
+        worst = max(worst, other.ping())
+    report = outcome.result(1)
+    assert report is not None
+    assert report.seconds < 10  # 25 s when the books were quadratic
+    assert worst < 2  # 8.8 s then
+    with client.attach(path) as attachment:
+        assert len({info.offset for info in attachment.tensors.values()}) == 8000
+
+
+def test_two_loads_of_many_equal_tensors_side_by_side(stopping: Daemon, tmp_path: Path) -> None:
+    tensors = {f"t{i}": ("U8", (300,), checkpoints.random_bytes(i, 300)) for i in range(3000)}
+    clients = [stopping.connect(), stopping.connect()]
+    outcomes = []
+    for number, client in enumerate(clients):
+        last = {"zz": ("U8", (100,), data(number, last=True)[:100])}
+        path = checkpoints.write(tmp_path / f"{number}.safetensors", {**tensors, **last})
+        outcomes.append(background(client.load_report, path))
+    eventually(lambda: len(stopping.loaders()) == 2, what="two loaders")
+    resume(*wait_stopped(stopping, count=2))
+    reports = [outcome.result(30) for outcome in outcomes]
+    assert sorted(report.unique_bytes for report in reports if report) == [100, 3000 * 300 + 100]
+    assert clients[0].stats().resident_bytes == 3000 * 300 + 200

@@ -334,3 +334,23 @@ def test_a_name_is_not_mistaken_for_a_path_that_happens_to_exist(
     assert client.verify("base").total_blobs == 2
     client.remove("base")
     assert client.inspect(path).checkpoint.names == (str(path),)
+
+
+def test_a_name_outlives_the_eviction_of_its_content(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """Nobody can push a checkpoint out of memory to get hold of its name."""
+    daemon = start_daemon(budget="4MiB", pool="0")
+    client = daemon.connect()
+    one = checkpoints.write_random(tmp_path / "one.safetensors", 3, 1 << 20, seed="one")
+    two = checkpoints.write_random(tmp_path / "two.safetensors", 3, 1 << 20, seed="two")
+    with daemon.connect() as first:
+        digest = first.load(one, name="prod").content_digest
+    with daemon.connect() as second:
+        second.load(two, name="other")
+    with pytest.raises(weightd.NotFoundError, match="prod"):
+        client.inspect("prod")
+    client.remove("other")
+    client.load(one)
+    assert client.inspect("prod").checkpoint.content_digest == digest
+    assert client.remove("prod") == 0  # the path is a name of it, too
+    with pytest.raises(weightd.NotFoundError):
+        client.remove("prod")

@@ -21,10 +21,11 @@ from weightd_daemon.core import store as store_module
 from weightd_daemon.core.arena import Extent, slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
-from weightd_daemon.core.store import Event, Evicted, Sealed, Store
+from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -196,7 +197,7 @@ class StoreMachine(RuleBasedStateMachine):
         if indexed:
             for tensor, blob in zip(load.tensors, self.contents[key].blobs, strict=True):
                 assert blob is not None
-                tensor.blob = self.store.share_known(number, blob.number)
+                tensor.blob = self.store.share_known(number, blob.number, blob.identity)
         try:
             load.hash_first = not self.store.admit(number, [len(tensor.data) for tensor in load.unsettled])
         except CapacityError as error:
@@ -321,10 +322,10 @@ class StoreMachine(RuleBasedStateMachine):
         if load.pairs:
             for blob, other in load.pairs:
                 equal = self.read_blob(blob) == self.read_blob(other)
-                used = self.store.recheck(load.number, blob.number, other.number, equal=equal)
+                replaced = self.store.recheck(load.number, blob.number, other.number, equal=equal)
                 for tensor in load.tensors:
-                    if tensor.blob is blob:
-                        tensor.blob = used
+                    if tensor.blob is not None:
+                        tensor.blob = replaced.get(tensor.blob.number, tensor.blob)
             load.pairs = []
             return
         load.pairs = self.store.rechecks(load.number)

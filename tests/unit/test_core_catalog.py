@@ -7,8 +7,9 @@ import pytest
 from weightd.errors import InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
+from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.lease import Holder, Leases
-from weightd_daemon.core.store import Event, Evicted, Store
+from weightd_daemon.core.store import Store
 
 ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
 ROOT = Who(0, admin=True, domain="all")
@@ -101,7 +102,7 @@ def test_who_has_no_identity_owns_nothing(shelf: Shelf) -> None:
     shelf.catalog.check_owner(ROOT, there, "pin")
 
 
-@pytest.mark.parametrize("name", ["", "a\nb", "a\x7fb", "\u20ac" * NAME_BYTES, A, "sha256:", "sha256:abc"])
+@pytest.mark.parametrize("name", ["", "a\nb", "a\x7fb", "a\x9b2J", "\u20ac" * NAME_BYTES, A, "sha256:", "sha256:abc"])
 def test_names_that_cannot_be(shelf: Shelf, name: str) -> None:
     with pytest.raises(InvalidReferenceError):
         shelf.catalog.check(ALICE, name)

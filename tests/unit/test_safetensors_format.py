@@ -270,3 +270,11 @@ def test_many_tensors_are_quick() -> None:
     got = ours.read_layout("x", size, lambda offset, length: raw[offset : offset + length])
     assert len(got.tensors) == 120_000
     assert time.process_time() - start < 6  # about 1 s on an idle machine
+
+
+def test_metadata_has_a_limit() -> None:
+    limit = ours.MAX_METADATA_BYTES
+    text = "\u00e9" * (limit // 2 - 1) + "x"  # counted in bytes, the key too
+    assert layout(build({"__metadata__": {"k": text}})).metadata == {"k": text}
+    with pytest.raises(FormatError, match=f"__metadata__ holds {limit + 1} bytes, more than the {limit}"):
+        layout(build({"__metadata__": {"kk": text}}))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from .blob import Blob
-    from .checkpoint import LoadBooks
+    from .load_books import LoadBooks
     from .memory import DeviceMemory
     from .ranges import Ranges
     from .store import Store

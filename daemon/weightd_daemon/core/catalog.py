@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .store import Store
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What no name may contain: a terminal would obey it."""
 NAME_BYTES = 1024
 """Longest name."""
 
@@ -35,7 +37,10 @@ class Tag:
 
 
 class Catalog:
-    """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old."""
+    """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
+
+    It outlives an eviction: nobody else can take it then, and loading the content again brings it back.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -43,7 +48,7 @@ class Catalog:
 
     def check(self, who: Who, name: str) -> None:
         """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError."""
-        if not name or len(name.encode()) > NAME_BYTES or any(ord(char) < 32 or ord(char) == 127 for char in name):
+        if not name or len(name.encode()) > NAME_BYTES or CONTROL.search(name):
             raise InvalidReferenceError(
                 f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
             )
@@ -128,7 +133,14 @@ class Catalog:
 
         Errors: NotFoundError, PermissionDeniedError, InUseError (then nothing has changed).
         """
-        checkpoint = self.find(who, reference, device)
+        try:
+            checkpoint = self.find(who, reference, device)
+        except NotFoundError:
+            tag = self._tags.get((who.domain, reference))
+            if tag is None or (tag.owner != who.uid and not who.admin):
+                raise
+            del self._tags[who.domain, reference]  # a name whose content was evicted
+            return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
         for name in names or [""]:

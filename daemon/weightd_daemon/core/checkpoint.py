@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from weightd.types import SourceFile
 
-    from .arena import Extent
     from .blob import Blob
     from .manifest import Entry, ManifestFile
 
@@ -29,6 +28,11 @@ class Content:
     files: tuple[ManifestFile, ...]
     entries: tuple[Entry, ...]
     blobs: tuple[Blob | None, ...]
+
+    @property
+    def segments(self) -> list[int]:
+        """Numbers of the segments that hold the blobs, sorted: in a manifest, a segment goes by its place here."""
+        return sorted({blob.segment for blob in self.blobs if blob is not None})
 
 
 @dataclass(slots=True, eq=False)
@@ -64,8 +68,7 @@ class Checkpoint:
                 part.append(blob)
         total = sum(blob.length for part in components.values() for blob in part)
         unique = {blob.number: blob for part in components.values() for blob in part}
-        segments = sorted({blob.segment for blob in unique.values()})
-        return cls(key, components, tensors, total, owner, now, now, segments=segments, unique=unique)
+        return cls(key, components, tensors, total, owner, now, now, segments=content.segments, unique=unique)
 
     @property
     def tensor_count(self) -> int:
@@ -85,27 +88,3 @@ class Checkpoint:
     def pinned(self) -> bool:
         """Whether anybody keeps it from eviction."""
         return bool(self.pins)
-
-
-@dataclass(slots=True, eq=False)
-class LoadBooks:
-    """What an open load has: extents granted, blobs placed by it, and blobs it relies on.
-
-    `known[placed]` are the sealed blobs whose bytes were compared with those of a placed blob: they are equal if and
-    only if their variants are. Placed blobs of equal bytes have one such set in common.
-    """
-
-    number: int
-    device: str
-    domain: str
-    owner: int | None
-    granted: list[Extent] = field(default_factory=list)
-    placed: dict[int, Blob] = field(default_factory=dict)
-    held: dict[int, Blob] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
-    known: dict[int, set[int]] = field(default_factory=dict)
-
-    @property
-    def in_flight(self) -> int:
-        """Bytes granted to the load."""
-        return sum(extent.length for extent in self.granted)

@@ -40,6 +40,7 @@ class Leases:
         self._probe = probe
         self._leases: dict[int, Lease] = {}
         self._by_checkpoint: dict[Hashable, set[int]] = {}
+        self._by_connection: dict[Hashable, set[int]] = {}
         self._last = 0
 
     def __len__(self) -> int:
@@ -58,16 +59,15 @@ class Leases:
         lease = Lease(self._last, checkpoint, holder, now, waiting)
         self._leases[lease.number] = lease
         self._by_checkpoint.setdefault(checkpoint, set()).add(lease.number)
+        self._by_connection.setdefault(holder.connection, set()).add(lease.number)
         return lease
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
         lease = self._leases.pop(number, None)
         if lease is not None:
-            numbers = self._by_checkpoint[lease.checkpoint]
-            numbers.discard(number)
-            if not numbers:
-                del self._by_checkpoint[lease.checkpoint]
+            _drop(self._by_checkpoint, lease.checkpoint, number)
+            _drop(self._by_connection, lease.holder.connection, number)
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""
@@ -83,7 +83,7 @@ class Leases:
 
     def of_connection(self, connection: int) -> list[Lease]:
         """Leases in the books that were taken on a connection."""
-        return [lease for lease in self._leases.values() if lease.holder.connection == connection]
+        return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
@@ -100,3 +100,10 @@ class Leases:
             else:
                 self.end(number)
         return held
+
+
+def _drop(index: dict[Hashable, set[int]], key: Hashable, number: int) -> None:
+    numbers = index[key]
+    numbers.discard(number)
+    if not numbers:
+        del index[key]

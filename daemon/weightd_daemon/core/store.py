@@ -7,7 +7,6 @@ bytes may lie, and queues memory that can go (see memory.py). What changed comes
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightd.errors import InUseError, NotFoundError
@@ -15,33 +14,17 @@ from weightd.errors import InUseError, NotFoundError
 from .arena import Extent, round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .capacity import check_room, room
-from .checkpoint import Checkpoint, CheckpointKey, Content, LoadBooks
+from .checkpoint import Checkpoint, CheckpointKey, Content
+from .events import Event, Evicted, Sealed
 from .eviction import least_recently_used
+from .load_books import Alike, LoadBooks, Twins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
+    from .digest import BlobIdentity
     from .lease import Lease, Leases
     from .memory import DeviceMemory
-
-
-@dataclass(frozen=True, slots=True)
-class Sealed:
-    """A checkpoint became resident."""
-
-    checkpoint: Checkpoint
-    content: Content
-
-
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity" or "removed"."""
-
-    checkpoint: Checkpoint
-    reason: str
-
-
-Event = Sealed | Evicted
 
 
 class Store:
@@ -55,7 +38,7 @@ class Store:
         self.evictions = 0
         self._on_event = on_event
         self._blobs: dict[int, Blob] = {}
-        self._by_content: dict[BlobKey, list[Blob]] = {}
+        self._by_content: dict[BlobKey, dict[int, Blob]] = {}
         self._loads: dict[int, LoadBooks] = {}
         self._last_blob = 0
         self._last_load = 0
@@ -70,10 +53,10 @@ class Store:
         self._loads[self._last_load] = LoadBooks(self._last_load, device, domain, owner)
         return self._last_load
 
-    def share_known(self, load: int, number: int) -> Blob | None:
-        """Use the very blob of that number, if it is still resident where the load goes; otherwise None."""
+    def share_known(self, load: int, number: int, identity: BlobIdentity) -> Blob | None:
+        """Use the very blob of that number and identity, if it is resident where the load goes; otherwise None."""
         books, blob = self._loads[load], self._blobs.get(number)
-        if blob is None or not blob.sealed:
+        if blob is None or not blob.sealed or blob.identity != identity:
             return None
         if (blob.key.device, blob.key.domain) != (books.device, books.domain):
             return None
@@ -83,13 +66,13 @@ class Store:
         books.used.add(number)
         return blob
 
-    def admit(self, load: int, lengths: Sequence[int], files: int = 1) -> bool:
+    def admit(self, load: int, lengths: Sequence[int], runs: int = 1) -> bool:
         """Whether tensors of these lengths can be copied in one pass without evicting; then their bytes are promised.
 
         Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
         """
         books, memory = self._loads[load], self._memory(load)
-        total = round_up(sum(map(slot_bytes, lengths)), memory.page) + files * memory.page  # each begins a page
+        total = round_up(sum(map(slot_bytes, lengths)), memory.page) + runs * memory.page  # each begins a page
         if total <= memory.obtainable(books.domain, load):
             memory.promise(load, total)
             return True
@@ -99,7 +82,7 @@ class Store:
         return False
 
     def make_room(
-        self, load: int, contents: Iterable[tuple[bytes, int]], files: int = 1
+        self, load: int, contents: Iterable[tuple[bytes, int]], runs: int = 1
     ) -> set[tuple[bytes, int]] | None:
         """Protect what matches these (digest, length) pairs and evict for the rest, which is then promised.
 
@@ -118,7 +101,7 @@ class Store:
             wanted = occurrences if length < OWN_COPY_BELOW else 1
             needed += max(0, wanted - len(candidates)) * slot_bytes(length)
         if needed:
-            needed = round_up(needed, memory.page) + (files - 1) * memory.page
+            needed = round_up(needed, memory.page) + (runs - 1) * memory.page
             check_room(self, books, needed)
             while memory.obtainable(books.domain, load) < needed:
                 if memory.reclaiming:
@@ -138,6 +121,8 @@ class Store:
             try:
                 extent = memory.grant(load, books.domain, want, need)
             except MemoryError as error:
+                if memory.reclaiming:
+                    return None
                 if not self._evict_one(books.device):
                     raise room(self, books.device, books.domain).error(need) from error
                 continue
@@ -156,23 +141,25 @@ class Store:
 
         Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
         """
-        books = self._loads[load]
-        candidates = [blob for blob in self._candidates(books, digest, length) if blob.number not in differs]
-        if candidates:
-            candidate = min(candidates, key=lambda blob: blob.number in books.used)
-            self._hold(books, candidate)
-            return False, candidate
+        books, key = self._loads[load], self._key(load, digest, length)
+        alike = self._alike(books, key)
+        face = next((blob for blob in alike.faces() if blob.number not in differs), None)
+        if face is not None:
+            self._hold(books, face)
+            return False, face
         self.collisions += bool(differs)
-        key = BlobKey(books.device, books.domain, digest, length)
-        return True, self._place(books, key, segment, offset, self._new_variant(books, key), set(differs))
+        twins = Twins(set(alike.numbers))
+        blob = self._place(books, key, segment, offset, self._new_variant(books, key), twins)
+        alike.add(blob)
+        return True, blob
 
     def candidate(self, load: int, digest: bytes, length: int) -> Blob | None:
-        """A blob that bytes with this digest may equal, unused ones first; None when there is none."""
+        """A blob that bytes with this digest may equal; None when there is none."""
         books = self._loads[load]
-        blob = min(self._candidates(books, digest, length), key=lambda b: b.number in books.used, default=None)
-        if blob is not None:
-            self._hold(books, blob)
-        return blob
+        face = next(self._alike(books, self._key(load, digest, length)).faces(), None)
+        if face is not None:
+            self._hold(books, face)
+        return face
 
     def share(self, load: int, number: int, segment: int | None, offset: int) -> Blob | None:
         """Bytes at (segment, offset) equal those of a candidate. Returns the blob to use.
@@ -183,20 +170,16 @@ class Store:
         books = self._loads[load]
         blob = books.held.get(number) or books.placed[number]
         if blob.length < OWN_COPY_BELOW and number in books.used:
-            sealed = {b.number: b for b in self._candidates(books, blob.key.digest, blob.length) if b.sealed}
-            known = books.known.get(number)
-            if known is None:
-                known = set(sealed)  # sealed itself: variants alone tell which of them are equal
-            spare = next(
-                (sealed[n] for n in known & sealed.keys() - books.used if sealed[n].variant == blob.variant), None
-            )
+            alike = self._alike(books, blob.key)
+            spare = alike.spare(blob.variant, books.used) if blob.sealed else None
             if spare is not None:
                 blob = spare
                 self._hold(books, blob)
             elif segment is None:
                 return None
             else:
-                return self._place(books, blob.key, segment, offset, blob.variant, known)
+                twins = alike.twins(blob.variant) if blob.sealed else books.twins[number]
+                return self._place(books, blob.key, segment, offset, blob.variant, twins)
         books.used.add(blob.number)
         return blob
 
@@ -204,44 +187,52 @@ class Store:
         """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed."""
         books = self._loads[load]
         pairs = []
-        for blob in books.placed.values():
-            for other in self._by_content.get(blob.key, ()):
-                if other.sealed and other.number not in books.known[blob.number]:
-                    self._hold(books, other)
-                    pairs.append((blob, other))
-                    break
+        for twins in {id(twins): twins for twins in books.twins.values()}.values():
+            if twins.blobs and (fresh := self._fresh(twins)):
+                self._hold(books, fresh[0])
+                pairs.append((twins.blobs[0], fresh[0]))
         return pairs
 
-    def recheck(self, load: int, number: int, other: int, *, equal: bool) -> Blob:
-        """The outcome of a recheck. Returns the blob to use where `number` was.
+    def recheck(self, load: int, number: int, other: int, *, equal: bool) -> dict[int, Blob]:
+        """The outcome of a recheck. Returns which placed blobs, by number, give way to which sealed ones.
 
-        Equal bytes are dropped for the sealed blob's, or stay as a small tensor's own copy under the same identity;
+        Equal bytes are dropped for the sealed blobs', or stay as small tensors' own copies under the same identity;
         others become a variant apart.
         """
         books = self._loads[load]
-        blob, sealed = books.placed[number], books.held[other]
-        known = books.known[number]
-        alike = [b for n, b in books.placed.items() if books.known[n] is known]
-        if other not in known:
-            known.add(other)
+        sealed, twins = books.held[other], books.twins[number]
+        fresh = self._fresh(twins)
+        if other not in twins.known:
             self.collisions += not equal
-        if equal or blob.variant == sealed.variant:
-            variant = sealed.variant if equal else self._new_variant(books, blob.key)
-            for twin in alike:
+        # Sealed blobs agree among themselves: one comparison settles all of that variant, and equality settles all.
+        twins.known.update(blob.number for blob in fresh if equal or blob.variant == sealed.variant)
+        variant = twins.blobs[0].variant
+        if equal or variant == sealed.variant:
+            variant = sealed.variant if equal else self._new_variant(books, sealed.key)
+            for twin in twins.blobs:
                 twin.variant = variant
-        if not equal or (blob.length < OWN_COPY_BELOW and other in books.used):
-            return blob
-        self._drop(blob, BlobState.ABORTED)
-        del books.placed[number]
-        books.used.discard(number)
-        books.used.add(other)
-        return sealed
+        if not equal:
+            return {}
+        free = [blob for blob in fresh if blob.variant == sealed.variant and blob.number not in books.used]
+        replaced: dict[int, Blob] = {}
+        for twin in twins.blobs:
+            if twin.length >= OWN_COPY_BELOW:
+                replaced[twin.number] = sealed
+            elif free:
+                replaced[twin.number] = free.pop()
+        for old, new in replaced.items():
+            self._hold(books, new)
+            self._drop(books.placed.pop(old), BlobState.ABORTED)
+            books.used.discard(old)
+            books.used.add(new.number)
+        twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
+        return replaced
 
-    def seal(self, load: int, content: Content, now: float) -> Checkpoint:
+    def seal(self, load: int, content: Content, now: float, manifest: bytes = b"") -> Checkpoint:
         """End a load: its blobs are sealed and the checkpoint is there. `rechecks` must be empty.
 
         When that content is resident already, the load's own copies are dropped and the checkpoint that is there is
-        returned.
+        returned. What the listener of events raises fails the seal, and nothing has changed.
         """
         books = self._loads[load]
         key = CheckpointKey(books.device, books.domain, content.content_digest)
@@ -251,6 +242,7 @@ class Store:
             self.abort(load)
             return existing
         checkpoint = Checkpoint.of(key, content, books.owner, now)
+        self._on_event(Sealed(checkpoint, content, manifest))
         for blob in checkpoint.unique.values():
             if blob.state is BlobState.RESERVED:
                 blob.move(BlobState.SEALED)
@@ -258,7 +250,6 @@ class Store:
             blob.references += 1
         self.checkpoints[key] = checkpoint
         self._close(books, keep=[b for b in checkpoint.unique.values() if b.load == load])
-        self._on_event(Sealed(checkpoint, content))
         return checkpoint
 
     def abort(self, load: int) -> None:
@@ -308,8 +299,8 @@ class Store:
 
     def _candidates(self, books: LoadBooks, digest: bytes, length: int) -> list[Blob]:
         """Blobs whose bytes are complete and may equal: sealed ones, and those that the load itself has placed."""
-        blobs = self._by_content.get(BlobKey(books.device, books.domain, digest, length), ())
-        return [blob for blob in blobs if blob.sealed or blob.number in books.placed]
+        blobs = self._by_content.get(BlobKey(books.device, books.domain, digest, length), {})
+        return [blob for blob in blobs.values() if blob.sealed or blob.number in books.placed]
 
     def _hold(self, books: LoadBooks, blob: Blob) -> None:
         if blob.number not in books.held and blob.number not in books.placed:
@@ -323,15 +314,29 @@ class Store:
         """
         return max((blob.variant for blob in self._candidates(books, key.digest, key.length)), default=-1) + 1
 
-    def _place(
-        self, books: LoadBooks, key: BlobKey, segment: int, offset: int, variant: int, known: set[int]
-    ) -> Blob:  # fmt: skip
+    def _key(self, load: int, digest: bytes, length: int) -> BlobKey:
+        books = self._loads[load]
+        return BlobKey(books.device, books.domain, digest, length)
+
+    def _alike(self, books: LoadBooks, key: BlobKey) -> Alike:
+        """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
+        if key not in books.alike:
+            books.alike[key] = Alike(blob for blob in self._by_content.get(key, {}).values() if blob.sealed)
+        return books.alike[key]
+
+    def _fresh(self, twins: Twins) -> list[Blob]:
+        """Sealed blobs that these placed ones have not been compared with."""
+        there = self._by_content[twins.blobs[0].key].values()
+        return [blob for blob in there if blob.sealed and blob.number not in twins.known]
+
+    def _place(self, books: LoadBooks, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
         self._last_blob += 1
         blob = Blob(self._last_blob, key, variant, segment, offset, books.number)
-        self._by_content.setdefault(key, []).append(blob)
+        self._by_content.setdefault(key, {})[blob.number] = blob
         self._blobs[blob.number] = blob
         books.placed[blob.number] = blob
-        books.known[blob.number] = known
+        books.twins[blob.number] = twins
+        twins.blobs.append(blob)
         books.used.add(blob.number)
         return blob
 
@@ -339,7 +344,7 @@ class Store:
         blob.move(state)
         del self._blobs[blob.number]
         others = self._by_content[blob.key]
-        others.remove(blob)
+        del others[blob.number]
         if not others:
             del self._by_content[blob.key]
 

@@ -60,5 +60,6 @@ class Reclaimer:
                     self._device.punch(extent.segment, extent.offset, extent.length)
                 else:
                     self._device.release(reclaim.segment)
-            except OSError:  # the bytes are free all the same; what is lost is that the system does not get them back
+            except Exception:  # whatever broke, the rest of the queue must be done and reported
+                # The bytes are free all the same; what is lost is that the system does not get them back.
                 log.exception("memory could not be returned: %s", reclaim)

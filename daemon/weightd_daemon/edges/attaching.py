@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 from weightd._wire import source_from
 from weightd.errors import InvalidReferenceError, NotFoundError
+from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
 from weightd_daemon.loader.request import LoadRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from weightd._proto.v1 import handles_pb2
+    from weightd._proto.v1 import checkpoint_pb2, handles_pb2
+    from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
     from weightd_daemon.core.store import Store
@@ -21,6 +23,28 @@ if TYPE_CHECKING:
 
     from .connections import Connection, Connections
     from .leases import Manifests
+
+
+MAX_SOURCES = 10_000
+"""Most files of one checkpoint."""
+
+
+def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceFile, ...]:
+    """The files that a request names. Errors: InvalidReferenceError (too many, a bad name, one named twice)."""
+    if len(messages) > MAX_SOURCES:
+        raise InvalidReferenceError(f"the request names {len(messages)} files; a checkpoint may have {MAX_SOURCES}")
+    seen: set[tuple[str, str]] = set()
+    for message in messages:
+        for what, text, least in (("component", message.component, 0), ("file", message.file, 1)):
+            if not least <= len(text.encode()) <= NAME_BYTES or CONTROL.search(text):
+                raise InvalidReferenceError(
+                    f"{what} name {text[:80]!r}: must have {least} to {NAME_BYTES} bytes and no control characters"
+                )
+        key = (message.component, message.file)
+        if key in seen:
+            raise InvalidReferenceError(f"file {'/'.join(filter(None, key))!r} is named twice; name each file once")
+        seen.add(key)
+    return tuple(map(source_from, messages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +118,7 @@ class Attacher:
 
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone: what waited for it is let go, what it mapped is looked at."""
+        self._loads.disconnected(connection.number)
         for lease in self._store.leases.of_connection(connection.number):
             if lease.waiting:
                 self._store.leases.end(lease.number)
@@ -106,7 +131,7 @@ class Attacher:
         if target == "reference":
             return self._catalog.find(who, request.reference, request.device)
         if target == "sources":
-            sources = tuple(source_from(source) for source in request.sources.sources)
+            sources = sources_from(request.sources.sources)
             wish = LoadRequest(who, connection.holder, sources, request.device or self._default_device)
             checkpoint = self._loads.find_resident(wish)
             if checkpoint is None:

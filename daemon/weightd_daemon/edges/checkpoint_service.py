@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
-from weightd._wire import source_from, source_to
+from weightd._wire import source_to
 from weightd.errors import DigestMismatchError, InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.loader import loads
-from weightd_daemon.loader.channel import Message, error_from
+from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
 
+from .attaching import sources_from
 from .connections import Connection
 from .interceptors import Context
 from .parts import Parts
@@ -65,8 +67,10 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                             yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
                     elif not await load.has_files():
                         continue  # whoever began it left before its files had come; we have them, too
-                    async for progress in load.events():
-                        yield _progress(progress)
+                    events: Any = load.events()
+                    async with contextlib.aclosing(events):
+                        async for progress in events:
+                            yield _progress(progress)
                     checkpoint, outcome = load.done.result()
                     yield _result(parts.loads.settle(wish, checkpoint), outcome, wish.device)
                     return
@@ -153,17 +157,22 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             bad: list[int] = []
             for uuid, device in parts.devices.items():
                 here = [blob for blob in blobs.values() if blob.key.device == uuid]
+                if not here:
+                    continue
                 rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in here]
                 blobs_before, bytes_before = event.done_blobs, event.done_bytes
-                async for message in parts.loads.verify(rows, device) if rows else _nothing():
-                    if message["op"] == "failed":
-                        raise error_from(message)
-                    if message["op"] == "verified":
-                        bad += message["bad"]
-                    else:
-                        event.done_blobs = blobs_before + message["done"]
-                        event.done_bytes = bytes_before + message["done_bytes"]
-                        yield event
+                # Closed with this call, not when the collector comes: it holds a turn and a loader.
+                messages: Any = parts.loads.verify(rows, device)
+                async with contextlib.aclosing(messages):
+                    async for message in messages:
+                        if message["op"] == "failed":
+                            raise error_from(message)
+                        if message["op"] == "verified":
+                            bad += message["bad"]
+                        else:
+                            event.done_blobs = blobs_before + message["done"]
+                            event.done_bytes = bytes_before + message["done_bytes"]
+                            yield event
                 event.done_blobs = blobs_before + len(rows)
                 event.done_bytes = bytes_before + sum(blob.length for blob in here)
             if bad:
@@ -188,7 +197,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         return LoadRequest(
             who=who,
             holder=connection.holder,
-            sources=tuple(source_from(source) for source in request.sources),
+            sources=sources_from(request.sources),
             device=device,
             name=request.name,
             name_is_default=request.name_is_default,
@@ -236,13 +245,6 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             owner_uid=request.who.uid or 0,
             owner=user_name(request.who.uid),
         )
-
-
-async def _nothing() -> AsyncIterator[Message]:
-    """No messages: a device without a blob to verify."""
-    none: tuple[Message, ...] = ()
-    for message in none:
-        yield message
 
 
 def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:

@@ -111,7 +111,7 @@ class _Peer:
         self._deadline.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
-        _close_all(self._unsent)
+        self._drop_unsent()
         connection = self._connection
         self._server._connections.remove(connection)
         self._server._attacher.disconnected(connection)
@@ -156,8 +156,13 @@ class _Peer:
                 raise ProtocolError("a frame without a request")
         except WeightdError as error:
             self._send_error(error)
-        except (ProtocolError, OSError):
+        except (ProtocolError, ConnectionError):
             raise
+        except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
+            log.warning("request failed kind=%s pid=%d: %s", kind, self._connection.pid, error)
+            self._drop_unsent()
+            why = error.strerror or type(error).__name__
+            self._send_error(ServerError(f"the daemon could not do it: {why}; try again, or raise its `ulimit -n`"))
         except Exception:  # a bug in answering one frame must not take the server down
             log.exception("request failed by a bug kind=%s", kind)
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
@@ -175,7 +180,8 @@ class _Peer:
         try:
             first, later = attached.descriptors[: MAX_DESCRIPTORS - 1], attached.descriptors[MAX_DESCRIPTORS - 1 :]
             # Duplicates: were the lease given up between two batches, a number could mean another file by then.
-            self._unsent = [os.dup(descriptor) for descriptor in later]
+            for descriptor in later:
+                self._unsent.append(os.dup(descriptor))  # one by one: what there is when this fails gets closed
             reply = handles_pb2.AttachReply(
                 lease=attached.lease,
                 content_digest=attached.checkpoint.key.content_digest,
@@ -184,8 +190,11 @@ class _Peer:
                 descriptors=1 + len(first),
             )
             self._send(handles_pb2.HandleReply(attach=reply), [attached.manifest, *first])
-        finally:
+        except BaseException:
             os.close(attached.manifest)
+            self._server._attacher.detach(self._connection, attached.lease)  # it did not go out, so it ends here
+            raise
+        os.close(attached.manifest)
         self._expect_ack()
         log.info(
             "attached lease=%d pid=%d uid=%s content=%s segments=%d", attached.lease, self._connection.pid,
@@ -208,15 +217,19 @@ class _Peer:
         if self._unsent:
             self._deadline = self._loop.call_later(ACK_SECONDS, self.close, "no acknowledgement in time")
 
+    def _drop_unsent(self) -> None:
+        _close_all(self._unsent)
+        self._unsent = []
+
     def _offer(self) -> None:
         if len(self._connection.offers) >= MAX_OFFERS:
             raise ProtocolError(f"more than {MAX_OFFERS} offers without a load")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with ours, theirs:
             number = next(self._server._offer_numbers)
-            self._connection.offers[number] = ours.detach()
             reply = handles_pb2.HandleReply(offer=handles_pb2.OfferReply(offer_id=number))
             self._send(reply, [theirs.fileno()])
+            self._connection.offers[number] = ours.detach()
 
     def _send_error(self, error: WeightdError) -> None:
         reply = handles_pb2.HandleError(reason=error.reason, message=error.message, metadata=error.metadata)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
 import secrets
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -39,26 +41,29 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             "response_serializer": handler.response_serializer,
         }
         method = handler_call_details.method
-        if handler.response_streaming:
-            inner_stream: Any = handler.unary_stream  # the types know only synchronous handlers
+        inner: Any = handler.unary_unary or handler.unary_stream  # the types know only synchronous handlers
+        if inspect.isasyncgenfunction(inner):
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
                 try:
-                    async for response in inner_stream(request, context):
-                        yield response
+                    # Closed with this one, not when the collector comes: what it holds ends with the call.
+                    async with contextlib.aclosing(inner(request, context)) as responses:
+                        async for response in responses:
+                            yield response
                 except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
                     await _abort(context, method, error)
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
-        inner: Any = handler.unary_unary
 
-        async def unary(request: Any, context: Context) -> Any:
+        async def single(request: Any, context: Context) -> Any:
             try:
                 return await inner(request, context)
             except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
                 await _abort(context, method, error)
 
-        return grpc.unary_unary_rpc_method_handler(unary, **codec)
+        if handler.response_streaming:  # one that writes its responses to the context (health's Watch)
+            return grpc.unary_stream_rpc_method_handler(single, **codec)
+        return grpc.unary_unary_rpc_method_handler(single, **codec)
 
 
 async def _abort(context: Context, method: str, error: Exception) -> NoReturn:

@@ -14,10 +14,12 @@ import struct
 from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import handles_pb2
-from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weightd_daemon.core.lease import Lease
 
 LOCK_BASE = 1 << 40
@@ -28,11 +30,11 @@ _FLOCK = struct.Struct("hhqqi4x")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def encode_manifest(checkpoint: Checkpoint, content: Content, segment_bytes: list[int]) -> bytes:
-    """The manifest of a checkpoint (protos/weightd/v1/handles.proto), in columns."""
+def encode_manifest(content: Content, device: str, segment_bytes: Callable[[int], int]) -> bytes:
+    """The manifest of a content (protos/weightd/v1/handles.proto), in columns."""
     components = sorted({entry.component for entry in content.entries} | {file.component for file in content.files})
     component_index = {name: number for number, name in enumerate(components)}
-    segment_index = {segment: number for number, segment in enumerate(checkpoint.segments)}
+    segment_index = {segment: number for number, segment in enumerate(content.segments)}
     files = [
         handles_pb2.ManifestFile(
             component=component_index[file.component],
@@ -45,10 +47,10 @@ def encode_manifest(checkpoint: Checkpoint, content: Content, segment_bytes: lis
     entries, blobs = content.entries, content.blobs
     return handles_pb2.Manifest(
         content_digest=content.content_digest,
-        device=checkpoint.key.device,
+        device=device,
         components=components,
         files=files,
-        segment_bytes=segment_bytes,
+        segment_bytes=[segment_bytes(segment) for segment in content.segments],
         names=[entry.name for entry in entries],
         file_indices=[entry.file for entry in entries],
         dtypes=[_DTYPES[entry.dtype] for entry in entries],
@@ -71,10 +73,14 @@ class Manifests:
     def add(self, key: CheckpointKey, encoded: bytes) -> None:
         """Keep a manifest."""
         descriptor = os.memfd_create("weightd-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(encoded)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        os.fchmod(descriptor, 0o400)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(encoded)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            os.fchmod(descriptor, 0o400)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._descriptors[key] = descriptor
 
     def remove(self, key: CheckpointKey) -> None:

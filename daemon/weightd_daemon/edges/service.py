@@ -153,5 +153,6 @@ class ControlPlane:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace: float) -> None:
-        """Refuse new calls, give those under way `grace` seconds, then end."""
+        """Tell watchers of health, refuse new calls, give those under way `grace` seconds, then end."""
+        await self._health.enter_graceful_shutdown()
         await asyncio.shield(self._server.stop(grace))

@@ -7,8 +7,9 @@ except for these, which are refused here and accepted there:
 - white space before the header's opening brace (the format's own specification forbids it);
 - a tensor's entry written as a JSON array, or its dtype as a JSON object (accidents of its parser);
 - a dimension, or a product of the dimensions so far, of 2**63 and more (reachable only with zero-size tensors);
-- more than `MAX_TENSORS` tensors, `MAX_DIMENSIONS` dimensions, `MAX_NAME_BYTES` bytes of a name, or `MAX_VALUES` JSON
-  values: limits far beyond real checkpoints, so that a header cannot cost memory without bounds.
+- more than `MAX_TENSORS` tensors, `MAX_DIMENSIONS` dimensions, `MAX_NAME_BYTES` bytes of a name, `MAX_METADATA_BYTES`
+  bytes of metadata (keys and values together), or `MAX_VALUES` JSON values: limits far beyond real checkpoints, so
+  that a header cannot cost memory without bounds.
 
 Names are not judged further: empty ones and ones with control characters are valid there and here, so whoever prints a
 name must quote it, as the messages here do.
@@ -34,6 +35,7 @@ MAX_DEPTH: Final = 127
 MAX_TENSORS: Final = 1_000_000
 MAX_DIMENSIONS: Final = 64
 MAX_NAME_BYTES: Final = 4096
+MAX_METADATA_BYTES: Final = 16 << 20
 MAX_VALUES: Final = 20_000_000
 
 _PREFIX_BYTES: Final = 8
@@ -214,9 +216,13 @@ class _Reader:
             return None
         if not isinstance(value, dict):
             self._fail(f"{_METADATA} must be an object of strings, not {_shorten(value)}")
+        size = 0
         for key, text in value.items():
             if not isinstance(text, str):
                 self._fail(f"{_METADATA} key {_shorten(key)} must be a string, not {_shorten(text)}")
+            size += len(key.encode()) + len(text.encode())
+        if size > MAX_METADATA_BYTES:
+            self._fail(f"{_METADATA} holds {size} bytes, more than the {MAX_METADATA_BYTES} that are supported")
         return value
 
     def _tensor(self, name: str, entry: object) -> TensorSpec:

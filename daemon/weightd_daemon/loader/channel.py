@@ -6,6 +6,7 @@ the daemon sends descriptors. A message that brings descriptors names the segmen
 
 from __future__ import annotations
 
+import array
 import json
 import os
 import socket
@@ -48,7 +49,7 @@ class Channel:
         numbers = message.get("segments", ())
         for start in range(0, len(numbers), BATCH):
             part = numbers[start : start + BATCH]
-            _, received, _, _ = socket.recv_fds(self._descriptors, 1, len(part))
+            _, received, _ = receive_fds(self._descriptors, 1, len(part))
             if len(received) != len(part):
                 raise Gone
             self.segments.update(zip(part, received, strict=True))
@@ -56,7 +57,7 @@ class Channel:
 
     def receive_descriptor(self) -> int:
         """A descriptor that came with a message of another kind."""
-        _, (descriptor,), _, _ = socket.recv_fds(self._descriptors, 1, 1)
+        _, (descriptor,), _ = receive_fds(self._descriptors, 1, 1)
         return descriptor
 
     def tell(self, message: Message) -> None:
@@ -79,6 +80,20 @@ class Channel:
         for descriptor in self.segments.values():
             os.close(descriptor)
         self.segments.clear()
+
+
+def receive_fds(source: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+    """Receive up to `size` bytes and `most` descriptors, which no exec inherits. Returns both and the flags.
+
+    `socket.recv_fds` cannot do that: before Python 3.14 it drops its `flags`.
+    """
+    found = array.array("i")
+    room = socket.CMSG_LEN(most * found.itemsize)
+    data, ancillary, flags, _ = source.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, body in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            found.frombytes(body[: len(body) - len(body) % found.itemsize])
+    return data, list(found), flags
 
 
 def error_to(error: WeightdError) -> Message:

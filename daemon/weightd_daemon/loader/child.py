@@ -18,7 +18,7 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd_daemon.core import digest
 
-from .channel import Channel, Gone, Message, error_to
+from .channel import Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
 from .slots import Slot
 from .source import Source
@@ -114,7 +114,7 @@ class Load:
         with intake:
             while len(descriptors) < count:
                 try:
-                    data, received, flags, _ = socket.recv_fds(intake, 65536, 253)
+                    data, received, flags = receive_fds(intake, 65536, 253)
                 except TimeoutError:
                     raise InvalidReferenceError(
                         f"the client sent {len(descriptors)} of {count} files, then nothing for {_INTAKE_SECONDS:.0f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
@@ -16,7 +17,7 @@ from .channel import Message, error_from, error_to
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.store import Store
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from .process import LoaderProcess
 
 _KEPT_FD = tuple[int, int]
+_OUTCOMES_AT_ONCE = 200
+"""Outcomes entered before others get their turn on the loop."""
 
 
 class Instance(NamedTuple):
@@ -36,6 +39,10 @@ class Instance(NamedTuple):
     digest: bytes
     variant: int
     blob: int
+
+
+Encode = Callable[[Content, str], bytes]
+"""Encodes the manifest of a content on the device of that UUID (edges/leases.py)."""
 
 
 class InstanceIndex(Protocol):
@@ -58,6 +65,7 @@ class LoadSteps:
         device: Device,
         reclaimer: Reclaimer,
         index: InstanceIndex,
+        encode: Encode,
         number: int,
         sources: tuple[SourceFile, ...],
         verify: bool,
@@ -70,6 +78,7 @@ class LoadSteps:
         self._device = device
         self._reclaimer = reclaimer
         self._index = index
+        self._encode = encode
         self._number = number
         self._sources = sources
         self._verify = verify
@@ -168,15 +177,16 @@ class LoadSteps:
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
-        instances: dict[tuple[int, int, int], int] = {}
+        instances: dict[tuple[int, int, int], Instance] = {}
         for file, trusted in enumerate(self._trusted):
             if trusted:
                 found = await self._index.get(self._sources[file].identity)
-                instances.update({(file, i.offset, i.length): i.blob for i in found})
+                instances.update({(file, i.offset, i.length): i for i in found})
         for index, entry in enumerate(self._entries):
-            number = instances.get((entry.file, self._offsets[index], entry.length))
-            if number is not None:
-                self._blobs[index] = self._store.share_known(self._number, number)
+            instance = instances.get((entry.file, self._offsets[index], entry.length))
+            if instance is not None:
+                identity = BlobIdentity(instance.digest, instance.length, instance.variant)
+                self._blobs[index] = self._store.share_known(self._number, instance.blob, identity)
                 if self._blobs[index] is not None:
                     known.append(index)
         return known
@@ -227,28 +237,41 @@ class LoadSteps:
 
     async def _finish(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
         self._read = message["read"]
-        for number, other, equal in message["outcomes"]:
-            used = self._store.recheck(self._number, number, other, equal=equal)
-            self._blobs = [used if b is not None and b.number == number else b for b in self._blobs]
+        await self._merge(message["outcomes"])
         while True:
             pairs = self._store.rechecks(self._number)
             if pairs:
                 rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
                 return {"pairs": rows}, [self._descriptor(blob.segment) for blob in itertools.chain(*pairs)]
             identities = self._identities()
-            digest = await asyncio.to_thread(content_digest, self._entries, identities, self._files)
+            content, manifest = await asyncio.to_thread(self._describe, identities)
             # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
             if not self._store.rechecks(self._number) and identities == self._identities():
                 break
-        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs))
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._store.seal(self._number, content, self._now())
+        self.checkpoint = self._store.seal(self._number, content, self._now(), manifest)
         self.checkpoint.origin = self.checkpoint.origin or self._sources
         if self.trusted:
             self._claim_sources(self.checkpoint)
         self._on_sealed(self.checkpoint)  # before anything is awaited: from here on it could be evicted
         await self._remember()
         return {"pairs": []}, []
+
+    async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
+        """Enter what the loader's comparisons brought."""
+        replaced: dict[int, Blob] = {}
+        for done, (number, other, equal) in enumerate(outcomes, start=1):
+            replaced |= self._store.recheck(self._number, number, other, equal=equal)
+            if done % _OUTCOMES_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if replaced:
+            self._blobs = [replaced.get(blob.number, blob) if blob is not None else None for blob in self._blobs]
+
+    def _describe(self, identities: list[BlobIdentity]) -> tuple[Content, bytes]:
+        """The content and its encoded manifest. Runs on a thread: 120,000 tensors take half a second."""
+        digest = content_digest(self._entries, identities, self._files)
+        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs))
+        return content, self._encode(content, self._device.uuid)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

@@ -9,11 +9,11 @@ import os
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd.errors import LeaseLostError, ServerError, WeightdError
+from weightd.errors import InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 
 from .channel import Message
-from .load import InstanceIndex, LoadSteps
+from .load import Encode, InstanceIndex, LoadSteps
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .request import LoadRequest, Outcome, Progress
 from .source import RESTED_SECONDS
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 
 IDLE_SECONDS = 10.0
 """How long a loader waits for the next job: a burst of loads pays for one start."""
+
+MAX_UNFINISHED = 32
+"""Loads that one connection may have under way, each with a descriptor of its intake."""
 
 _STOPPING = "the daemon is stopping; load again when it is back"
 _LEAVE_SECONDS = 5.0
@@ -98,6 +101,7 @@ class Loads:
         devices: dict[str, Device],
         reclaimers: dict[str, Reclaimer],
         index: InstanceIndex,
+        encode: Encode,
         now: Callable[[], float],
         lock: int,
         threads: int,
@@ -109,10 +113,13 @@ class Loads:
         self._devices = devices
         self._reclaimers = reclaimers
         self._index = index
+        self._encode = encode
         self._now = now
         self._lock = lock
         self._threads = threads
         self._turns = asyncio.Semaphore(at_once)
+        self._turns_of: dict[int | None, asyncio.Semaphore] = {}
+        self._most_of_one = max(1, at_once - 1)
         self._argv = argv
         self._closing = False
         self._numbers = count(1)
@@ -126,11 +133,6 @@ class Loads:
     def under_way(self) -> list[Load]:
         """Loads that have not ended."""
         return [load for load in self._all if not load.done.done()]
-
-    @property
-    def loader_pids(self) -> list[int]:
-        """Process ids of the loaders that exist, idle ones included."""
-        return [loader.pid for loader in self._loaders]
 
     def find_resident(self, request: LoadRequest) -> Checkpoint | None:
         """The checkpoint that was loaded from exactly these files, if they have not changed since."""
@@ -162,7 +164,9 @@ class Loads:
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left."""
-        if not request.detached:
+        waiting = self._store.leases.of_connection(request.holder.connection)
+        kept = any(lease.waiting and lease.checkpoint == checkpoint.key for lease in waiting)
+        if not request.detached and not kept:
             self._store.leases.take(checkpoint.key, request.holder, self._now(), waiting=True)
 
     def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
@@ -173,6 +177,8 @@ class Loads:
         """
         if self._closing:
             raise LeaseLostError(_STOPPING)
+        if len(self._waiters_of(request.holder.connection)) >= MAX_UNFINISHED:
+            raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
         key = (request.device, request.who.domain, request.who.uid, request.sources)
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
@@ -198,6 +204,12 @@ class Loads:
             self._fail(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
             if load.task is not None:
                 load.task.cancel()
+
+    def disconnected(self, connection: int) -> None:
+        """A connection is gone, and with it those who waited on it."""
+        for load, waiter in self._waiters_of(connection):
+            if not load.waiters[waiter].detached:
+                self.leave(load, waiter)
 
     async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncIterator[Message]:
         """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages."""
@@ -242,6 +254,18 @@ class Loads:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    def _waiters_of(self, connection: int) -> list[tuple[Load, int]]:
+        return [
+            (load, waiter)
+            for load in self.under_way
+            for waiter, request in load.waiters.items()
+            if request.holder.connection == connection
+        ]
+
+    def _turn_of(self, uid: int | None) -> asyncio.Semaphore:
+        """The turns of one user: one is always left for others, whatever its loads wait for."""
+        return self._turns_of.setdefault(uid, asyncio.Semaphore(self._most_of_one))
+
     def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
         """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
 
@@ -275,10 +299,10 @@ class Loads:
                 self.keep(waiting, checkpoint)
 
         try:
-            async with self._turns:
+            async with self._turn_of(request.who.uid), self._turns:
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    encode=self._encode, number=number, sources=request.sources, verify=request.verify, now=self._now,
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._take_loader()

@@ -32,6 +32,7 @@ class LoaderProcess:
         self._control = control
         self._descriptors = descriptors
         self._seen: set[int] = set()
+        self._writer: asyncio.StreamWriter | None = None
         self.exited = asyncio.get_running_loop().create_future()
         """Done when the kernel says that the process is gone: only then are its extents safe to use again."""
         self._pidfd = os.pidfd_open(process.pid)
@@ -40,22 +41,39 @@ class LoaderProcess:
     @classmethod
     async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
         """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets."""
-        control, control_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        descriptors, descriptors_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with control_child, descriptors_child:
-            ends = (control_child.fileno(), descriptors_child.fileno())
-            process = subprocess.Popen(  # noqa: ASYNC220  # our own module; must be this thread, see the class
-                [*argv, *map(str, ends), str(os.getpid())],
-                pass_fds=(*ends, *inherited),
-                stdin=subprocess.DEVNULL,
-            )
-        control.setblocking(False)
-        loader = cls(process, control, descriptors)
-        loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
+        with contextlib.ExitStack() as ours:
+            with contextlib.ExitStack() as theirs:
+                control, control_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+                ours.enter_context(control)
+                theirs.enter_context(control_child)
+                descriptors, descriptors_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                ours.enter_context(descriptors)
+                theirs.enter_context(descriptors_child)
+                ends = (control_child.fileno(), descriptors_child.fileno())
+                process = subprocess.Popen(  # noqa: ASYNC220  # our own module; must be this thread, see the class
+                    [*argv, *map(str, ends), str(os.getpid())],
+                    pass_fds=(*ends, *inherited),
+                    stdin=subprocess.DEVNULL,
+                )
+            control.setblocking(False)
+            try:
+                loader = cls(process, control, descriptors)
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
+            ours.pop_all()
+        try:
+            loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
+        except BaseException:  # cancelled: nobody knows this loader yet, so nobody else would end it
+            loader.kill()
+            control.close()
+            raise
+        if loader.exited.done():
+            loader._writer.close()
         return loader
 
     _reader: asyncio.StreamReader
-    _writer: asyncio.StreamWriter
 
     @property
     def pid(self) -> int:
@@ -77,6 +95,7 @@ class LoaderProcess:
         if fresh:
             message = {**message, "segments": [number for number, _ in fresh]}
         body = json.dumps(message, separators=(",", ":")).encode()
+        assert self._writer is not None  # spawn returns when it is there
         try:
             self._writer.write(LENGTH.pack(len(body)) + body)
             for start in range(0, len(fresh), BATCH):
@@ -104,13 +123,16 @@ class LoaderProcess:
 
     def hang_up(self) -> None:
         """Let an idle loader end by itself."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     async def _send_descriptors(self, descriptors: list[int]) -> None:
         # A few descriptors at a time into an otherwise empty socket: it takes them at once unless the loader is stuck,
         # and then waiting would be the wrong thing to do on the daemon's loop.
-        self._descriptors.setblocking(False)
         for _ in range(500):
+            if self.exited.done():
+                break  # and the socket is closed
+            self._descriptors.setblocking(False)
             try:
                 socket.send_fds(self._descriptors, [b"d"], descriptors)
             except BlockingIOError:
@@ -125,6 +147,7 @@ class LoaderProcess:
         self._pidfd = -1
         self._process.wait()
         self._descriptors.close()
-        self._writer.close()
+        if self._writer is not None:  # else spawn is still opening it, and closes it
+            self._writer.close()
         if not self.exited.done():
             self.exited.set_result(None)

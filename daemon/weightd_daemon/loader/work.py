@@ -122,4 +122,7 @@ def on_threads(work: Iterable[Lane], threads: int, step: Callable[[Unit], None])
     for thread in crew:
         thread.join()
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # it is in its own traceback's reach: that cycle would keep the step's buffers and maps

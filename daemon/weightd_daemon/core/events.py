@@ -1,0 +1,29 @@
+"""What the store tells of: checkpoints that come and go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, Content
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """A checkpoint is about to become resident; `manifest` is its manifest, encoded."""
+
+    checkpoint: Checkpoint
+    content: Content
+    manifest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A checkpoint is no longer resident; `reason` is "capacity" or "removed"."""
+
+    checkpoint: Checkpoint
+    reason: str
+
+
+Event = Sealed | Evicted

@@ -1,0 +1,89 @@
+"""What an open load has: memory granted, blobs placed, blobs relied on, and what it knows of equal bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from .arena import Extent
+    from .blob import Blob, BlobKey
+
+
+@dataclass(slots=True, eq=False)
+class Twins:
+    """Placed blobs of equal bytes. They have been compared with the sealed blobs numbered in `known`.
+
+    Those of them with the same variant are equal, the others differ.
+    """
+
+    known: set[int]
+    blobs: list[Blob] = field(default_factory=list)
+
+
+class Alike:
+    """What a load knows of one key: a blob to compare with for each variant, and further ones of equal bytes.
+
+    Sealed blobs of one key are equal if and only if their variants are, so one comparison settles a variant. Made when
+    the load first meets the key; what others seal after that is left to the recheck.
+    """
+
+    def __init__(self, sealed: Iterable[Blob]) -> None:
+        self.numbers: set[int] = set()
+        self._sealed: dict[int, list[Blob]] = {}
+        self._twins: dict[int, Twins] = {}
+        self._own: list[Blob] = []
+        for blob in sealed:
+            self.numbers.add(blob.number)
+            self._sealed.setdefault(blob.variant, []).append(blob)
+
+    def faces(self) -> Iterator[Blob]:
+        """One resident blob for each run of bytes that is known under the key."""
+        for blobs in self._sealed.values():
+            while blobs and not blobs[-1].sealed:
+                blobs.pop()  # evicted since
+            if blobs:
+                yield blobs[-1]
+        yield from self._own
+
+    def spare(self, variant: int, used: set[int]) -> Blob | None:
+        """A sealed blob of that variant which the load does not use yet."""
+        blobs = self._sealed.get(variant, [])
+        while blobs:
+            if blobs[-1].sealed and blobs[-1].number not in used:
+                return blobs[-1]
+            if len(blobs) == 1 and blobs[-1].sealed:
+                return None  # the last stays as a face
+            blobs.pop()
+        return None
+
+    def twins(self, variant: int) -> Twins:
+        """The placed blobs that equal the sealed ones of a variant."""
+        return self._twins.setdefault(variant, Twins(set(self.numbers)))
+
+    def add(self, blob: Blob) -> None:
+        """The load has placed bytes that equal nothing known."""
+        self._own.append(blob)
+
+
+@dataclass(slots=True, eq=False)
+class LoadBooks:
+    """The books of one load. `used` are the numbers of the blobs that its tensors have."""
+
+    number: int
+    device: str
+    domain: str
+    owner: int | None
+    granted: list[Extent] = field(default_factory=list)
+    placed: dict[int, Blob] = field(default_factory=dict)
+    held: dict[int, Blob] = field(default_factory=dict)
+    used: set[int] = field(default_factory=set)
+    alike: dict[BlobKey, Alike] = field(default_factory=dict)
+    twins: dict[int, Twins] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes granted to the load."""
+        return sum(extent.length for extent in self.granted)

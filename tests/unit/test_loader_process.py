@@ -1,0 +1,170 @@
+"""The daemon's side of loaders when something breaks half-way: no process, descriptor, task or buffer is left over."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import socket
+import subprocess
+import sys
+import weakref
+from typing import Any, Never
+
+import pytest
+
+from weightd.types import TensorSpec
+from weightd_daemon.core.memory import Release
+from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.loader.channel import receive_fds
+from weightd_daemon.loader.process import LoaderDied, LoaderProcess
+from weightd_daemon.loader.work import Tensor, Unit, on_threads
+
+SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
+
+
+def descriptors() -> set[str]:
+    gc.collect()
+    return set(os.listdir("/proc/self/fd"))
+
+
+def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[LoaderProcess] = []
+    opening = asyncio.Event()
+    known = LoaderProcess.__init__
+
+    def remember(self: LoaderProcess, *arguments: Any) -> None:
+        known(self, *arguments)
+        made.append(self)
+
+    async def hang(**_: object) -> None:
+        opening.set()
+        await asyncio.Event().wait()
+
+    async def run() -> None:
+        task = asyncio.create_task(LoaderProcess.spawn(SLEEPER, []))
+        await opening.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(5):
+            await made[0].exited
+
+    monkeypatch.setattr(LoaderProcess, "__init__", remember)
+    monkeypatch.setattr(asyncio, "open_connection", hang)
+    before = descriptors()
+    asyncio.run(run())
+    assert descriptors() == before
+    with pytest.raises(ProcessLookupError):
+        os.kill(made[0].pid, 0)
+
+
+def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = asyncio.open_connection
+
+    async def late(**arguments: Any) -> Any:
+        await asyncio.sleep(0.3)
+        return await opened(**arguments)
+
+    async def run() -> None:
+        loader = await LoaderProcess.spawn((sys.executable, "-S", "-c", ""), [])
+        async with asyncio.timeout(5):
+            await loader.exited
+        with pytest.raises(LoaderDied):
+            await loader.send({"job": "load"}, [(1, 0)])
+        with pytest.raises(LoaderDied):
+            await loader.receive()
+
+    monkeypatch.setattr(asyncio, "open_connection", late)
+    before = descriptors()
+    asyncio.run(run())
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("part", ["Popen", "pidfd_open"])
+def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    def fail(*_: object, **__: object) -> Never:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(subprocess if part == "Popen" else os, part, fail)
+    before = descriptors()
+    with pytest.raises(OSError, match="Too many"):
+        asyncio.run(LoaderProcess.spawn(SLEEPER, []))
+    assert descriptors() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_received_descriptors_are_not_inherited() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        socket.send_fds(ours, [b"ab"], [0, 1, 2])
+        data, received, flags = receive_fds(theirs, 2, 3)
+        assert (data, len(received), flags & socket.MSG_CTRUNC) == (b"ab", 3, 0)
+        assert not any(os.get_inheritable(descriptor) for descriptor in received)
+        for descriptor in received:
+            os.close(descriptor)
+
+
+def test_a_failed_step_leaves_no_buffer_behind() -> None:
+    class Buffer:
+        """Stands for a map or a buffer of a step."""
+
+    alive: list[weakref.ref[Buffer]] = []
+
+    def step(_: Unit) -> None:
+        buffer = Buffer()
+        alive.append(weakref.ref(buffer))
+        raise ValueError("broken")
+
+    unit = Unit(0, (Tensor(0, 0, TensorSpec("t", "U8", (1,), 0, 1)),))
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="broken") as caught:
+            on_threads([[unit]], 1, step)
+        del caught
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+
+
+class BrokenDevice:
+    """Fails with what is not an OSError."""
+
+    def __init__(self) -> None:
+        self.released: list[int] = []
+
+    def release(self, segment: int) -> None:
+        self.released.append(segment)
+        if segment == 1:
+            raise KeyError(segment)
+
+
+class Books:
+    """Two segments to release."""
+
+    def __init__(self) -> None:
+        self.queue = [Release(1, 4096), Release(2, 4096)]
+        self.reported: list[int] = []
+
+    def take_reclaims(self) -> list[Release]:
+        taken, self.queue = self.queue, []
+        return taken
+
+    def reclaimed(self, reclaim: Release) -> None:
+        self.reported.append(reclaim.segment)
+
+
+def test_a_bug_of_the_device_does_not_stop_the_reclaims(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = BrokenDevice()
+    books: Any = Books()
+
+    async def run() -> None:
+        reclaimer = Reclaimer(device)
+        reclaimer.watch(books)
+        reclaimer.kick()
+        await reclaimer.finish()
+
+    asyncio.run(run())
+    assert device.released == books.reported == [1, 2]
+    assert "could not be returned" in caplog.text
