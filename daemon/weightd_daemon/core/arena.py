@@ -183,10 +183,6 @@ class Arena:
         books.free.add(extent.offset, extent.end)
         books.sparse.add(extent.offset, extent.end)
 
-    def leaving_bytes(self) -> int:
-        """Bytes whose memory is on its way back to the system."""
-        return sum(s.leaving.total for s in self._segments.values())
-
     def free_ranges(self, segment: int) -> Ranges:
         """A copy of the segment's free bytes, those on their way out included."""
         books = self._segments[segment]

@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
-DIGEST_NAME = "xxh3-128"
 DIGEST_BYTES = 16
 
 

@@ -67,8 +67,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                             yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
                     elif not await load.has_files():
                         continue  # whoever began it left before its files had come; we have them, too
-                    events: Any = load.events()
-                    async with contextlib.aclosing(events):
+                    async with contextlib.aclosing(load.events()) as events:
                         async for progress in events:
                             yield _progress(progress)
                     checkpoint, outcome = load.done.result()
@@ -162,8 +161,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in here]
                 blobs_before, bytes_before = event.done_blobs, event.done_bytes
                 # Closed with this call, not when the collector comes: it holds a turn and a loader.
-                messages: Any = parts.loads.verify(rows, device)
-                async with contextlib.aclosing(messages):
+                async with contextlib.aclosing(parts.loads.verify(rows, device)) as messages:
                     async for message in messages:
                         if message["op"] == "failed":
                             raise error_from(message)

@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
 _INTAKE_SECONDS = 30.0
-"""How long a client may take for its next batch of files: it must not keep a loader for nothing."""
+"""How long a client may take to send its files: it must not keep a loader for nothing."""
 
 
 def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
@@ -110,14 +110,15 @@ class Load:
         intake = socket.socket(fileno=self._channel.receive_descriptor())
         descriptors: list[int] = []
         self._stack.callback(_close_all, descriptors)
-        intake.settimeout(_INTAKE_SECONDS)
+        deadline = time.monotonic() + _INTAKE_SECONDS
         with intake:
             while len(descriptors) < count:
                 try:
+                    intake.settimeout(max(0.001, deadline - time.monotonic()))
                     data, received, flags = receive_fds(intake, 65536, 253)
                 except TimeoutError:
                     raise InvalidReferenceError(
-                        f"the client sent {len(descriptors)} of {count} files, then nothing for {_INTAKE_SECONDS:.0f} s"
+                        f"the client sent {len(descriptors)} of {count} files within {_INTAKE_SECONDS:.0f} s"
                     ) from None
                 except ConnectionError:
                     data, received, flags = b"", [], 0

@@ -19,7 +19,7 @@ from .request import LoadRequest, Outcome, Progress
 from .source import RESTED_SECONDS
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class Load:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def events(self) -> AsyncIterator[Progress]:
+    async def events(self) -> AsyncGenerator[Progress, None]:
         """Progress, at once and until the load is done; its error is not raised here."""
         if not self.done.done():
             yield self.progress
@@ -211,7 +211,7 @@ class Loads:
             if not load.waiters[waiter].detached:
                 self.leave(load, waiter)
 
-    async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncIterator[Message]:
+    async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncGenerator[Message, None]:
         """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages."""
         async with self._turns:
             loader = await self._take_loader()
