@@ -66,6 +66,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                         if await load.has_loader():
                             yield checkpoint_pb2.LoadEvent(feed=checkpoint_pb2.LoadFeed())
                     elif not await load.has_files():
+                        parts.caller(context)  # still there: a lease of a closed connection would have no end
                         continue  # whoever began it left before its files had come; we have them, too
                     async with contextlib.aclosing(load.events()) as events:
                         async for progress in events:
