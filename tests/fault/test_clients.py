@@ -161,3 +161,14 @@ def test_many_clients_attach_and_detach(daemon: Daemon, tmp_path: Path) -> None:
     eventually(lambda: daemon.descriptors() <= before, what="no descriptor is left")
     assert len(os.listdir("/proc/self/fd")) <= own
     assert client.stats().leases == 0
+
+
+def test_offers_end_with_the_connection(daemon: Daemon) -> None:
+    """Intakes that no load has taken: the daemon's ends are closed with the connection that asked for them."""
+    daemon.connect().stats()
+    before = daemon.descriptors()
+    with Peer(daemon.socket) as peer:
+        for _ in range(10):
+            peer.ask(offer=handles_pb2.OfferRequest())
+        assert daemon.descriptors() >= before + 10
+    eventually(lambda: daemon.descriptors() == before, what="ten intakes and a connection are closed")

@@ -184,3 +184,20 @@ def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "cannot be made" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_next_daemon_does_not_use_the_index(daemon: Daemon, tmp_path: Path) -> None:
+    """What the index says of blobs ends with the daemon that held them, whatever numbers the next one gives."""
+    path = checkpoints.write_random(tmp_path / "m.safetensors", 2, MIB)
+    checkpoints.rest(path)
+    daemon.connect().load(path)
+    daemon.kill()
+    daemon.start()
+    client = daemon.connect()
+    other = checkpoints.write_random(tmp_path / "other.safetensors", 2, MIB, seed="other")
+    client.load(other)
+    report = client.load_report(path)
+    assert report is not None
+    assert (report.read_bytes, report.unique_bytes) == (2 * MIB, 2 * MIB)
+    with client.attach(path) as attachment:
+        assert attachment.buffer("t1") == checkpoints.random_bytes((0, 1), MIB)

@@ -514,3 +514,16 @@ def module_daemon() -> Iterator[Daemon]:
 def small_path(tmp_path: Path) -> Path:
     """A checkpoint of three tensors of 5,000 bytes; the same content in every test."""
     return checkpoints.write_random(tmp_path / "small.safetensors", 3, 5000)
+
+
+def test_waiting_lease_ends_with_attach_or_connection(small: Daemon, kept: Path) -> None:
+    """A finished load is kept for its waiter until it has attached, or has left."""
+    observer = small.connect()
+    with small.connect() as attaching, small.connect() as leaving:
+        attaching.load(kept)
+        leaving.load(kept)
+        assert [lease.waiting for lease in observer.leases()] == [True, True]
+        attaching.attach(kept).close()
+        assert [lease.waiting for lease in observer.leases()] == [True]
+        leaving.close()
+        eventually(lambda: not observer.leases(), what="the connection is closed")
