@@ -56,6 +56,8 @@ def connect(
     `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up.
     Errors: DaemonUnreachableError.
     """
+    if fallback not in ("error", "wait"):
+        raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")
     while True:
         path = find_socket(socket)
         try:
@@ -117,7 +119,7 @@ class Client:
 
         `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
         call it (default: the reference). Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError,
-        PermissionDeniedError, DaemonUnreachableError.
+        PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
         """
         result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
         assert result is not None  # only a detached load has no result
@@ -135,6 +137,8 @@ class Client:
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
+        if name is not None:
+            _check_name(name)
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
             return self._load(
@@ -186,7 +190,7 @@ class Client:
 
     def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
         """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError."""
-        return self._named(self._rpc().get, reference, device)
+        return self._known(self._rpc().get, reference, device)
 
     def leases(self) -> list[LeaseInfo]:
         """Which process holds which checkpoint."""
@@ -210,12 +214,12 @@ class Client:
     # -- changing ----------------------------------------------------------------------------------------------------
 
     def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Keep a checkpoint from eviction. Errors: NotFoundError, PermissionDeniedError."""
-        return self._named(self._rpc().pin, reference, device)
+        """Keep a checkpoint from eviction. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
+        return self._known(self._rpc().pin, reference, device)
 
     def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Let a checkpoint be evicted again. Errors: NotFoundError, PermissionDeniedError."""
-        return self._named(self._rpc().unpin, reference, device)
+        """Take our pin back. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
+        return self._known(self._rpc().unpin, reference, device)
 
     def remove(self, reference: Reference, device: str | None = None) -> int:
         """Drop a name, and with the last one the checkpoint. Returns the bytes given up.
@@ -234,7 +238,7 @@ class Client:
         rpc = self._rpc()
         if reference is None:
             return rpc.verify("", _device(device), on_progress)
-        return self._named(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
+        return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -300,6 +304,27 @@ class Client:
         handles = self._handles
         return Attachment(handles.attach(request), handles, components, keys)
 
+    def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
+        """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
+        try:
+            return self._named(call, reference, device)
+        except NotFoundError:
+            if not is_path(reference):
+                raise
+            with open_sources(resolve(reference)) as opened:
+                sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
+            request = handles_pb2.AttachRequest(sources=sources, device=_device(device), manifest_only=True)
+            if not _fit(request):
+                raise
+            try:
+                with self._attach(request, frozenset(), frozenset()) as attachment:
+                    digest = attachment.content_digest
+            except NotFoundError:
+                digest = ""
+            if not digest:
+                raise
+            return call(digest, _device(device))
+
     @staticmethod
     def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
         """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
@@ -337,6 +362,16 @@ class Client:
             return self._control
 
 
+def _check_name(name: str) -> None:
+    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
+    try:
+        empty = not name.encode()
+    except UnicodeEncodeError:
+        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
+    if empty:
+        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
+
+
 def _fit(request: handles_pb2.AttachRequest) -> bool:
     """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
     if _frame_bytes(request) > MAX_FRAME:
@@ -355,4 +390,4 @@ def _device(device: str | None) -> str:
         return ""
     if device in ("cpu", "host"):
         return "host"
-    raise DeviceMismatchError(f"device {device!r}: this version of weightd serves host memory; use device='cpu'")
+    raise DeviceMismatchError(f"device {device!r}: this version of weightd serves host memory only: 'host' or 'cpu'")

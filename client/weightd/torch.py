@@ -110,6 +110,8 @@ class safe_open:  # noqa: N801  # safetensors' name
     ) -> None:
         if framework not in ("pt", "torch", "pytorch"):
             raise InvalidReferenceError(f"framework {framework!r}: weightd makes torch tensors; use framework='pt'")
+        if fallback not in ("error", "wait", "local"):
+            raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error', 'wait' or 'local'")
         if backend not in ("mmap", "pread"):
             raise InvalidReferenceError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
         self._name = os.fspath(filename)

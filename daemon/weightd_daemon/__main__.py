@@ -38,6 +38,9 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         logging.getLogger(chatty).setLevel(logging.INFO)
     try:
         return asyncio.run(_serve(loaded.settings, loader_argv))
+    except ConfigError as error:
+        sys.stderr.write(f"weightd: {error}\n")
+        return EXIT_CONFIG
     except AlreadyServedError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1

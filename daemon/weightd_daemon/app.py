@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from weightd._address import handles_path
 
-from .config import Settings, parse_size
+from .config import ConfigError, Settings, parse_size
 from .core.catalog import Catalog
 from .core.events import Event, Sealed
 from .core.lease import Leases
@@ -100,7 +100,7 @@ class Daemon:
         reclaimer = Reclaimer(device)
         stack.push_async_callback(reclaimer.finish)
         budget = _budget(settings, device.capacity(), device.page)
-        pool = parse_size(settings.pool) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
+        pool = min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
         memory = DeviceMemory(
             budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool,
             create=device.create, on_reclaim=reclaimer.kick,
@@ -146,6 +146,8 @@ class Daemon:
 def _budget(settings: Settings, capacity: int, page: int) -> int:
     share = settings.budget_share
     size = int(capacity * share) if isinstance(share, float) else share
+    if not page <= size <= capacity:
+        raise ConfigError(f"budget = {settings.budget!r}: must be from {page} bytes to {capacity / 2**30:.1f} GiB here")
     return size // page * page
 
 

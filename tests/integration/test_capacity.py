@@ -91,7 +91,7 @@ def test_refusal_has_numbers_and_evicts_nothing(start_daemon: StartDaemon, tmp_p
     large = make(tmp_path, "large", 10)
     with client.attach("leased"):
         with pytest.raises(
-            weightd.CapacityError, match=r"free, .* evictable, .* pinned, .* leased; remove or unpin"
+            weightd.CapacityError, match=r"free, .* evictable, .* pinned, .* leased, of a budget of .*; remove or unpin"
         ) as caught:
             client.load(large)
         error = caught.value

@@ -118,7 +118,10 @@ def test_several_names_of_one_content(daemon: Daemon, tmp_path: Path) -> None:
         assert client.checkpoints() == []
 
 
-@pytest.mark.parametrize("name", ["sha256:abcdef", "new\nline", "\x7f", "x" * 1025, "é" * 513])
+@pytest.mark.parametrize(
+    "name",
+    ["", "a\udcff", "a" * 12, "0123456789abcdef" * 4, "sha256:abcdef", "new\nline", "\x7f", "x" * 1025, "é" * 513],
+)
 def test_names_that_cannot_be(name: str, daemon: Daemon, tmp_path: Path) -> None:
     path = checkpoints.write_random(tmp_path / "m.safetensors", 1, 1000)
     with daemon.connect() as client:
@@ -354,3 +357,17 @@ def test_a_name_outlives_the_eviction_of_its_content(start_daemon: StartDaemon, 
     assert client.remove("prod") == 0  # the path is a name of it, too
     with pytest.raises(weightd.NotFoundError):
         client.remove("prod")
+
+
+def test_a_path_means_the_files_whatever_their_checkpoint_is_called(daemon: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write_random(tmp_path / "m.safetensors", 2, 1000)
+    other = checkpoints.write_random(tmp_path / "other.safetensors", 2, 1000, seed="other")
+    checkpoints.rest(path, other)
+    client = daemon.connect()
+    digest = client.load(path, name="base").content_digest
+    assert client.inspect(path).checkpoint.content_digest == digest
+    assert client.verify(path).total_blobs == 2
+    assert client.pin(path).pinned
+    assert not client.unpin(path).pinned
+    with pytest.raises(weightd.NotFoundError):
+        client.inspect(other)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from support.daemon import environment
 from weightd_daemon import config
 from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, parse_size
 
@@ -195,3 +196,13 @@ def test_a_bad_configuration_exits_78_with_one_line(command: str) -> None:
     assert done.returncode == EXIT_CONFIG == 78
     assert done.stdout == ""
     assert done.stderr == "weightd: --max-loads: 'many' is not a number\n"
+
+
+@pytest.mark.parametrize("budget", ["100TiB", "12"])
+def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_path: Path) -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path / 's'}", f"--budget={budget}"],
+        capture_output=True, text=True, timeout=30, check=False, env=environment(),
+    )  # fmt: skip
+    assert finished.returncode == 78
+    assert finished.stderr.startswith(f"weightd: budget = {budget!r}: must be from")

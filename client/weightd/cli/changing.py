@@ -13,7 +13,7 @@ from weightd.cli.context import (
     for_each,
     open_client,
 )
-from weightd.cli.output import digest, emit, printable, size
+from weightd.cli.output import emit, printable, size
 
 
 def pin(
@@ -25,9 +25,9 @@ def pin(
 ) -> None:
     """Keep a checkpoint: it is not evicted until it is unpinned."""
     with open_client(context, socket) as client:
-        info = client.pin(reference, device)
+        client.pin(reference, device)
     if not quiet:
-        emit(f"pinned {printable(info.name) or digest(info.content_digest)}")
+        emit(f"pinned {printable(reference)}")
 
 
 def unpin(
@@ -41,7 +41,8 @@ def unpin(
     with open_client(context, socket) as client:
         info = client.unpin(reference, device)
     if not quiet:
-        emit(f"unpinned {printable(info.name) or digest(info.content_digest)}")
+        others = "; other users keep it pinned" if info.pinned else ""
+        emit(f"unpinned {printable(reference)}{others}")
 
 
 def rm(

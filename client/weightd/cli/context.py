@@ -43,7 +43,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only wha
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests and devices in full.")]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", "-d", metavar="DEVICE", help="host, cuda:N or a GPU's UUID.")
+    str | None, typer.Option("--device", "-d", metavar="DEVICE", help="Where; this version has host only.")
 ]
 ReferenceArgument = Annotated[
     str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")

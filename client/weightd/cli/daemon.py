@@ -23,7 +23,7 @@ def serve(context: typer.Context) -> None:
 
 
 def config(context: typer.Context) -> None:
-    """Print the daemon's configuration and where each value comes from."""
+    """Print the settings that `serve` would use, and where from."""
     _become_daemon("config", context)
 
 

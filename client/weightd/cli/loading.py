@@ -12,7 +12,6 @@ from weightd.cli.context import (
     Format,
     FormatOption,
     LoadInterruptedError,
-    ReferencesArgument,
     SilentOption,
     SocketOption,
     for_each,
@@ -26,7 +25,9 @@ from weightd.types import LoadProgress, LoadResult, VerifyProgress
 
 def load(
     context: typer.Context,
-    references: ReferencesArgument,
+    references: Annotated[
+        list[str], typer.Argument(metavar="REF...", help="Files, directories or org/name[@revision].")
+    ],
     name: Annotated[str | None, typer.Option("--name", "-n", metavar="NAME", help="Name it; one REF only.")] = None,
     device: DeviceOption = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it until it is unpinned.")] = False,
@@ -70,7 +71,7 @@ def load(
                 ) from None
             found.append({"name": name or reference, "state": "loading"} if result is None else asdict(result))
             if output is Format.TABLE:
-                _print(reference, result, quiet=quiet)
+                _print(name or reference, result, quiet=quiet)
 
         code = for_each(context, references, load_one)
     if output is Format.JSON and found:
@@ -78,10 +79,10 @@ def load(
     raise typer.Exit(code)
 
 
-def _print(reference: str, result: LoadResult | None, *, quiet: bool) -> None:
+def _print(name: str, result: LoadResult | None, *, quiet: bool) -> None:
     if result is None:
         if not quiet:
-            emit(f"loading {printable(reference)}")
+            emit(f"loading {printable(name)}; `weightd ls` shows it, and the daemon's log says so if it fails")
     elif quiet:
         emit(result.content_digest)
     else:
@@ -95,7 +96,8 @@ def _print(reference: str, result: LoadResult | None, *, quiet: bool) -> None:
 def verify(
     context: typer.Context,
     reference: Annotated[
-        str | None, typer.Argument(metavar="[REF]", help="Name or content digest [default: everything].")
+        str | None,
+        typer.Argument(metavar="[REF]", help="Name, content digest, file or directory [default: everything]."),
     ] = None,
     device: DeviceOption = None,
     quiet: SilentOption = False,

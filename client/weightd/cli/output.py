@@ -15,7 +15,7 @@ from rich.text import Text
 
 _MIB = 1 << 20
 _GIB = 1 << 30
-_PIPE_WIDTH = 1 << 14  # columns: wide enough that nothing is cut where no terminal limits a line
+_WIDTH = 1 << 14  # columns: wide enough that no cell is cut or folded; a terminal folds the line, as docker's does
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _GPU = re.compile(r"((?:GPU|MIG)-[0-9a-f]{8})-[0-9a-f-]+")
 _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
@@ -102,11 +102,11 @@ def emit_json(value: Any) -> None:
 def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Write aligned columns to stdout; a name that begins with `>` is aligned right.
 
-    On a terminal cells wrap to fit its width; elsewhere every row is one line, uncut and without colour.
+    Every row is one line, uncut; where no terminal reads it, without colour.
     """
-    console = Console(file=sys.stdout, highlight=False, emoji=False, markup=False)
+    console = Console(file=sys.stdout, width=_WIDTH, highlight=False, emoji=False, markup=False)
     if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_PIPE_WIDTH, color_system=None)
+        console = Console(file=sys.stdout, width=_WIDTH, color_system=None)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(

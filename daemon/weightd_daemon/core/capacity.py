@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 class Room(NamedTuple):
-    """Bytes of a device: free (holes included), evictable (what the device would get back), only pinned, leased."""
+    """Bytes of a device: budget, free (holes included), evictable (what it would get back), only pinned, leased."""
 
     device: str
+    budget_bytes: int
     free_bytes: int
     evictable_bytes: int
     pinned_bytes: int
@@ -30,11 +31,13 @@ class Room(NamedTuple):
     def error(self, requested: int) -> CapacityError:
         """The error that says why `requested` bytes do not fit."""
         figures = {key: value for key, value in self._asdict().items() if key != "device"}
-        free, evictable, pinned, leased = map(_size, figures.values())
+        budget, free, evictable, pinned, leased = map(_size, figures.values())
+        advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"
+        if requested > self.budget_bytes:
+            advice = "that is more than the whole budget; raise --budget"
         return CapacityError(
             f"{_size(requested)} do not fit on {self.device}: {free} free, {evictable} evictable, "
-            f"{pinned} pinned, {leased} leased; remove or unpin a checkpoint, stop a process that holds one, "
-            "or raise --budget",
+            f"{pinned} pinned, {leased} leased, of a budget of {budget}; {advice}",
             {"requested_bytes": str(requested), **{key: str(value) for key, value in figures.items()}},
         )
 
@@ -56,6 +59,7 @@ def room(store: Store, device: str, domain: str) -> Room:
     evictable = [b for number, b in rest.items() if number not in leased and number not in pinned and not b.holds]
     return Room(
         device,
+        budget_bytes=memory.budget,
         free_bytes=max(0, memory.obtainable(domain)),
         evictable_bytes=_returnable(memory, evictable),
         pinned_bytes=sum(blob.length for number, blob in pinned.items() if number not in leased),

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 """What no name may contain: a terminal would obey it."""
+_LIKE_DIGEST = re.compile(r"sha256:[0-9a-f]*|[0-9a-f]{12,64}")
+"""What `weightd ls` prints of a digest must not be another checkpoint's name."""
 NAME_BYTES = 1024
 """Longest name."""
 
@@ -52,7 +54,7 @@ class Catalog:
             raise InvalidReferenceError(
                 f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
             )
-        if re.fullmatch(r"sha256:[0-9a-f]*", name):
+        if _LIKE_DIGEST.fullmatch(name):
             raise InvalidReferenceError(f"name {name!r}: looks like a digest; choose another")
         if who.uid is None:
             raise PermissionDeniedError(f"name {name!r}: your user id is not known here, so you cannot own a name")

@@ -112,8 +112,10 @@ class Attacher:
     def detach(self, connection: Connection, number: int) -> bool:
         """Look whether a lease of this connection has ended."""
         lease = self._store.leases.get(number)
-        if lease is None or lease.holder.connection != connection.number:
+        if lease is None:
             return True
+        if lease.holder.connection != connection.number:
+            return False
         return not self._store.leases.look(number)
 
     def disconnected(self, connection: Connection) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from google.protobuf.message import DecodeError
 
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import ServerError, WeightdError
+from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import __version__
 
 if TYPE_CHECKING:
@@ -168,8 +168,12 @@ class _Peer:
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
 
     def _hello(self, hello: handles_pb2.HelloRequest) -> None:
-        if self._greeted or hello.protocol != PROTOCOL:
-            raise ProtocolError(f"hello for protocol {hello.protocol}; this daemon speaks {PROTOCOL}")
+        if self._greeted:
+            raise ProtocolError("a second hello")
+        if hello.protocol != PROTOCOL:
+            message = f"this client speaks protocol {hello.protocol}, the daemon {PROTOCOL}; use versions that agree"
+            self._send_error(InvalidReferenceError(message))
+            raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
