@@ -12,6 +12,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with `arguments` (default: those of the process) and return its exit code."""
     try:
         from weightd.cli.app import run
+    except KeyboardInterrupt:  # while typer is imported, which takes a tenth of a second
+        return 130
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _NEEDED:
             raise
