@@ -275,19 +275,14 @@ def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: 
             call.result(20)
 
 
-def test_many_equal_small_tensors_do_not_stop_the_daemon(daemon: Daemon, tmp_path: Path) -> None:
+def test_many_equal_small_tensors_are_stored_once_each(daemon: Daemon, tmp_path: Path) -> None:
+    """How their cost grows is for tests/unit/test_core_store.py; here, that each has an address of its own."""
     path = checkpoints.write(tmp_path / "m.safetensors", {f"t{i}": ("U8", (16,), b"x" * 16) for i in range(8000)})
-    client, other = daemon.connect(), daemon.connect()
-    outcome = background(client.load_report, path)
-    worst = 0.0
-    while not outcome.done():
-        worst = max(worst, other.ping())
-    report = outcome.result(1)
-    assert report is not None
-    assert report.seconds < 10  # 25 s when the books were quadratic
-    assert worst < 2  # 8.8 s then
+    client = daemon.connect()
+    client.load_report(path)
     with client.attach(path) as attachment:
-        assert len({info.offset for info in attachment.tensors.values()}) == 8000
+        assert len({(info.segment, info.offset) for info in attachment.tensors.values()}) == 8000
+        assert all(attachment.buffer(key.name) == b"x" * 16 for key in attachment.tensors)
 
 
 def test_two_loads_of_many_equal_tensors_side_by_side(stopping: Daemon, tmp_path: Path) -> None:
