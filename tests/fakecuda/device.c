@@ -1,0 +1,196 @@
+/* Devices and primary contexts. */
+#include "fakecuda.h"
+
+#include <stdio.h>
+
+/* -- devices ------------------------------------------------------------------------------------------------------ */
+
+API CUresult cuDeviceGetCount(int *count)
+{
+    ENTER(INITIALISED);
+    *count = process.device_count;
+    return SUCCESS;
+}
+
+API CUresult cuDeviceGet(CUdevice *device, int ordinal)
+{
+    ENTER(INITIALISED);
+    if (!is_device(ordinal))
+        return INVALID_DEVICE;
+    *device = ordinal;
+    return SUCCESS;
+}
+
+API CUresult cuDeviceGetName(char *name, int length, CUdevice device)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    snprintf(name, (size_t)length, "FakeCUDA device %d", process.physical[device]);
+    return SUCCESS;
+}
+
+API CUresult cuDeviceGetPCIBusId(char *text, int length, CUdevice device)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    snprintf(text, (size_t)length, "0000:%02x:00.0", process.physical[device] + 1);
+    return SUCCESS;
+}
+
+API CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    *bytes = process.memory;
+    return SUCCESS;
+}
+
+API CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device) || !is_device(peer))
+        return INVALID_DEVICE;
+    *can = device != peer;
+    return SUCCESS;
+}
+
+/* An H100 to those who ask, except for memory pools, which are not modelled; what is not listed is 0.
+ * FAKECUDA_NO_EXPORT changes nothing here: on WSL2 the attributes claim support, and only trying tells. */
+static const struct {
+    int attribute, value;
+} attributes[] = {
+    {1 /* MAX_THREADS_PER_BLOCK */, 1024},
+    {10 /* WARP_SIZE */, 32},
+    {16 /* MULTIPROCESSOR_COUNT */, 132},
+    {41 /* UNIFIED_ADDRESSING */, 1},
+    {75 /* COMPUTE_CAPABILITY_MAJOR */, 9},
+    {76 /* COMPUTE_CAPABILITY_MINOR */, 0},
+    {102 /* VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED */, 1},
+    {103 /* HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED */, 1},
+    {110 /* GPU_DIRECT_RDMA_WITH_CUDA_VMM_SUPPORTED */, 1},
+    {116 /* GPU_DIRECT_RDMA_SUPPORTED */, 1},
+};
+
+API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
+{
+    enum { PCI_BUS_ID = 33 };
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    *value = attribute == PCI_BUS_ID ? process.physical[device] + 1 : 0;
+    for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
+        if (attributes[i].attribute == attribute)
+            *value = attributes[i].value;
+    return SUCCESS;
+}
+
+/* -- primary contexts: one for each device, alive while somebody retains it --------------------------------------- */
+
+API CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
+{
+    ENTER(HEALTHY);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    process.contexts[device].retained++;
+    *context = &process.contexts[device];
+    return SUCCESS;
+}
+
+/* The last release ends the context, and with it its streams and the memory of cuMemAlloc and cuMemHostAlloc. */
+API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    CUcontext context = &process.contexts[device];
+    if (!context->retained)
+        return INVALID_CONTEXT;
+    if (--context->retained == 0) {
+        destroy_streams_of(context);
+        remove_ranges_of(context);
+    }
+    return SUCCESS;
+}
+
+API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    *flags = 0;
+    *active = process.contexts[device].retained > 0;
+    return SUCCESS;
+}
+
+/* -- the current context: a stack in each thread ------------------------------------------------------------------ */
+
+enum { DEEPEST_STACK = 64 };
+static _Thread_local CUcontext stack[DEEPEST_STACK];
+static _Thread_local int depth;
+
+static bool is_context(CUcontext context)
+{
+    for (CUdevice device = 0; device < process.device_count; device++)
+        if (context == &process.contexts[device])
+            return context->retained > 0;
+    return false;
+}
+
+CUcontext current_context(void)
+{
+    return depth ? stack[depth - 1] : NULL;
+}
+
+API CUresult cuCtxGetCurrent(CUcontext *context)
+{
+    ENTER(INITIALISED);
+    *context = current_context();
+    return SUCCESS;
+}
+
+/* Replaces the top of the stack; NULL takes it off. */
+API CUresult cuCtxSetCurrent(CUcontext context)
+{
+    ENTER(INITIALISED);
+    if (context && !is_context(context))
+        return INVALID_CONTEXT;
+    if (depth)
+        depth--;
+    if (context)
+        stack[depth++] = context;
+    return SUCCESS;
+}
+
+API CUresult cuCtxPushCurrent_v2(CUcontext context)
+{
+    ENTER(INITIALISED);
+    if (!is_context(context))
+        return INVALID_CONTEXT;
+    if (depth == DEEPEST_STACK)
+        return OUT_OF_MEMORY;
+    stack[depth++] = context;
+    return SUCCESS;
+}
+
+API CUresult cuCtxPopCurrent_v2(CUcontext *context)
+{
+    ENTER(INITIALISED);
+    if (!depth)
+        return INVALID_CONTEXT;
+    depth--;
+    if (context)
+        *context = stack[depth];
+    return SUCCESS;
+}
+
+API CUresult cuCtxGetDevice(CUdevice *device)
+{
+    ENTER(INITIALISED);
+    if (!current_context())
+        return INVALID_CONTEXT;
+    *device = current_context()->device;
+    return SUCCESS;
+}

@@ -1,0 +1,203 @@
+/* Physical memory: one memfd for each allocation.
+ *
+ * Everything that keeps device memory alive keeps the memfd's open file alive here: handles, exported descriptors, also
+ * those that lie in a socket, and mappings. Its name tells an importer what it is. A lock on the open file tells the
+ * whole machine that it is alive: /proc/locks then lists exactly the memory that exists, whoever was killed. */
+#define _GNU_SOURCE
+#include "fakecuda.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static Block *blocks;
+
+/* The locked bytes start at LOCKS + machine * MOST_DEVICES + physical device; there are as many as the block has. */
+static const uint64_t LOCKS = 1ULL << 60;
+static const char *const kind_names[] = {[BLOCK_VMM] = "vmm", [BLOCK_PLAIN] = "plain"};
+
+static uint64_t lock_start(CUdevice device)
+{
+    return LOCKS + (uint64_t)process.machine * MOST_DEVICES + (uint64_t)process.physical[device];
+}
+
+static struct flock block_lock(const Block *block, short type)
+{
+    return (struct flock){
+        .l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)lock_start(block->device),
+        .l_len = (off_t)block->size};
+}
+
+/* Lets an open file count as device memory that is alive. */
+void keep_alive(int fd, const Block *block)
+{
+    struct flock shared = block_lock(block, F_RDLCK);
+    if (fcntl(fd, F_OFD_SETLK, &shared)) {
+        perror("fakecuda: cannot lock a memfd");
+        abort();
+    }
+}
+
+static FILE *open_locks(void)
+{
+    FILE *locks = fopen("/proc/locks", "re");
+    if (!locks) {
+        perror("fakecuda: cannot read /proc/locks");
+        abort();
+    }
+    return locks;
+}
+
+static bool read_lock(FILE *locks, uint64_t *inode, uint64_t *start, uint64_t *end)
+{
+    char line[256];
+    while (fgets(line, sizeof line, locks))
+        if (sscanf(line, "%*s OFDLCK %*s READ %*s %*x:%*x:%lu %lu %lu", inode, start, end) == 3)
+            return true;
+    return false;
+}
+
+/* Whether CUDA IPC has our block open: then its file is open a second time, and that open file has a lock of its own. */
+bool is_open_elsewhere(const Block *block)
+{
+    struct flock other = block_lock(block, F_WRLCK);
+    if (fcntl(block->fd, F_OFD_GETLK, &other)) {
+        perror("fakecuda: cannot ask for the locks of a memfd");
+        abort();
+    }
+    return other.l_type != F_UNLCK;
+}
+
+static size_t list_alive(CUdevice device)
+{
+    FILE *locks = open_locks();
+    uint64_t *seen = NULL, start, end, inode;
+    size_t seen_count = 0, total = 0;
+    while (read_lock(locks, &inode, &start, &end)) {
+        bool again = start != lock_start(device);
+        for (size_t i = 0; i < seen_count && !again; i++)
+            again = seen[i] == inode; /* CUDA IPC opens a file a second time */
+        if (again)
+            continue;
+        seen = realloc(seen, (seen_count + 1) * sizeof *seen);
+        seen[seen_count++] = inode;
+        total += end - start + 1;
+    }
+    fclose(locks);
+    free(seen);
+    return total;
+}
+
+/* Bytes that are alive on a device, of all processes. The kernel lists locks a page at a time; one that comes or goes
+ * in between, of any process, can hide others. So this believes what it has seen twice. */
+size_t bytes_alive(CUdevice device)
+{
+    size_t before, now = list_alive(device);
+    do {
+        before = now;
+        now = list_alive(device);
+    } while (now != before);
+    return now;
+}
+
+static CUresult add_block(Block **block, Block fields)
+{
+    struct stat status;
+    fstat(fields.fd, &status);
+    *block = malloc(sizeof **block);
+    **block = fields;
+    (*block)->identity = new_identity();
+    (*block)->inode = status.st_ino;
+    (*block)->next = blocks;
+    blocks = *block;
+    return SUCCESS;
+}
+
+CUresult new_block(Block **block, BlockKind kind, CUdevice device, int handle_types, size_t size)
+{
+    if (size > process.memory || bytes_alive(device) > process.memory - size)
+        return OUT_OF_MEMORY;
+    char name[64];
+    snprintf(name, sizeof name, "fakecuda.m%u.d%d.r%d.%s", process.machine, process.physical[device], handle_types,
+             kind_names[kind]);
+    int fd = memfd_create(name, MFD_CLOEXEC);
+    if (fd < 0)
+        return OUT_OF_MEMORY;
+    if (ftruncate(fd, (off_t)size)) {
+        close(fd);
+        return OUT_OF_MEMORY;
+    }
+    Block fields = {.kind = kind, .device = device, .handle_types = handle_types, .fd = fd, .size = size, .handles = 1};
+    keep_alive(fd, &fields);
+    return add_block(block, fields);
+}
+
+/* Memory of another process, by a descriptor of ours. INVALID_VALUE: it is none. INVALID_DEVICE: not visible here. */
+CUresult adopt_block(Block **block, int fd)
+{
+    char path[64], link[128] = "", kind[16];
+    unsigned machine;
+    int physical, handle_types;
+    struct stat status;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
+    if (readlink(path, link, sizeof link - 1) < 0 || fstat(fd, &status) ||
+        sscanf(link, "/memfd:fakecuda.m%u.d%d.r%d.%15s", &machine, &physical, &handle_types, kind) != 4 ||
+        machine != process.machine) {
+        close(fd);
+        return INVALID_VALUE;
+    }
+    for (CUdevice device = 0; device < process.device_count; device++)
+        if (process.physical[device] == physical)
+            return add_block(block, (Block){
+                .kind = strcmp(kind, kind_names[BLOCK_VMM]) ? BLOCK_PLAIN : BLOCK_VMM, .device = device,
+                .handle_types = handle_types, .fd = fd, .size = (size_t)status.st_size, .handles = 1});
+    close(fd);
+    return INVALID_DEVICE;
+}
+
+/* Whether this is the open file that was exported. Opening /proc/PID/fd/N makes a new one: with the real driver that
+ * opens the device, and there is nothing to import from it. The lock of the true one stands against a new one's. */
+bool is_first_hand(int fd)
+{
+    struct flock any = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)LOCKS, .l_len = 0};
+    return fcntl(fd, F_OFD_GETLK, &any) == 0 && any.l_type == F_UNLCK;
+}
+
+Block *find_block(CUmemGenericAllocationHandle identity)
+{
+    for (Block *block = blocks; block; block = block->next)
+        if (block->identity == identity && block->handles)
+            return block;
+    return NULL;
+}
+
+static void forget_if_unused(Block *block)
+{
+    if (block->handles || block->mappings)
+        return;
+    Block **place = &blocks;
+    while (*place != block)
+        place = &(*place)->next;
+    *place = block->next;
+    free(block);
+}
+
+/* A mapping alone keeps the open file alive: as with the real driver, it costs the process no descriptor. */
+void release_handle(Block *block)
+{
+    if (--block->handles == 0) {
+        close(block->fd);
+        block->fd = -1;
+    }
+    forget_if_unused(block);
+}
+
+void release_mapping(Block *block)
+{
+    block->mappings--;
+    forget_if_unused(block);
+}

@@ -1,0 +1,203 @@
+/* This process: settings, cuInit, errors by name, and the lookup of functions by name. */
+#define _GNU_SOURCE
+#include "fakecuda.h"
+
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+Process process;
+
+enum { DEFAULT_VERSION = 13000, DEFAULT_GRANULARITY = 2 << 20, DEFAULT_MEMORY = 1 << 30 };
+
+size_t setting(const char *name, size_t otherwise)
+{
+    const char *text = getenv(name);
+    return text && *text ? strtoull(text, NULL, 0) : otherwise;
+}
+
+/* Handles count up and are never used twice, so that a stale one is always refused. They are far from the small
+ * numbers that mean the default streams. */
+uint64_t new_identity(void)
+{
+    static uint64_t last = 0x10000;
+    return ++last;
+}
+
+bool is_device(CUdevice device)
+{
+    return device >= 0 && device < process.device_count;
+}
+
+/* -- devices ------------------------------------------------------------------------------------------------------ */
+
+static void uuid_of(int physical, CUuuid *uuid)
+{
+    memset(uuid, 0, sizeof *uuid);
+    memcpy(uuid->bytes, "fakecuda", 8);
+    uuid->bytes[0] = (uint8_t)(0xf0 + physical); /* so that a short beginning tells them apart */
+    uuid->bytes[15] = (uint8_t)physical;
+}
+
+API CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device)
+{
+    ENTER(INITIALISED);
+    if (!is_device(device))
+        return INVALID_DEVICE;
+    uuid_of(process.physical[device], uuid);
+    return SUCCESS;
+}
+
+/* The device that an item of CUDA_VISIBLE_DEVICES names: an index, or the beginning of one UUID. -1: none. */
+static int physical_named(const char *item, int physical_count)
+{
+    if (strncmp(item, "GPU-", 4) != 0) {
+        char *end;
+        long index = strtol(item, &end, 10);
+        return end != item && !*end && index >= 0 && index < physical_count ? (int)index : -1;
+    }
+    int found = -1;
+    for (int physical = 0; physical < physical_count; physical++) {
+        CUuuid uuid;
+        char text[48] = "GPU-";
+        uuid_of(physical, &uuid);
+        for (int i = 0, at = 4; i < 16; i++)
+            at += sprintf(text + at, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x", uuid.bytes[i]);
+        if (strncasecmp(item, text, strlen(item)) == 0) {
+            if (found >= 0)
+                return -1;
+            found = physical;
+        }
+    }
+    return found;
+}
+
+/* As the real driver: devices in the order named, up to the first item that names none, or one again. */
+static void find_visible_devices(void)
+{
+    int physical_count = (int)setting("FAKECUDA_DEVICES", 1);
+    if (physical_count > MOST_DEVICES)
+        physical_count = MOST_DEVICES;
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    process.device_count = 0;
+    if (!visible) {
+        for (int physical = 0; physical < physical_count; physical++)
+            process.physical[process.device_count++] = physical;
+        return;
+    }
+    char *items = strdup(visible), *rest = items, *item;
+    while ((item = strsep(&rest, ",")) != NULL) {
+        int physical = physical_named(item, physical_count);
+        for (int i = 0; i < process.device_count; i++)
+            if (process.physical[i] == physical)
+                physical = -1;
+        if (physical < 0)
+            break;
+        process.physical[process.device_count++] = physical;
+    }
+    free(items);
+}
+
+API CUresult cuInit(unsigned flags)
+{
+    ENTER(FIRST);
+    if (flags)
+        return INVALID_VALUE;
+    if (process.initialised_in)
+        return SUCCESS;
+    process.machine = (unsigned)setting("FAKECUDA_MACHINE", 0);
+    process.memory = setting("FAKECUDA_MEM", DEFAULT_MEMORY);
+    process.granularity = setting("FAKECUDA_GRAN", DEFAULT_GRANULARITY);
+    find_visible_devices();
+    if (!process.device_count)
+        return NO_DEVICE;
+    for (CUdevice device = 0; device < process.device_count; device++)
+        process.contexts[device].device = device;
+    process.initialised_in = getpid();
+    return SUCCESS;
+}
+
+API CUresult cuDriverGetVersion(int *version)
+{
+    ENTER(ANYTIME);
+    *version = (int)setting("FAKECUDA_VERSION", DEFAULT_VERSION);
+    return SUCCESS;
+}
+
+/* -- errors by name ----------------------------------------------------------------------------------------------- */
+
+static const struct {
+    CUresult code;
+    const char *name, *text;
+} errors[] = {
+    {SUCCESS, "CUDA_SUCCESS", "no error"},
+    {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
+    {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
+    {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
+    {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
+    {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
+    {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
+    {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
+    {CONTEXT_IS_DESTROYED, "CUDA_ERROR_CONTEXT_IS_DESTROYED", "context is destroyed"},
+    {HOST_MEMORY_ALREADY_REGISTERED, "CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED",
+     "part or all of the requested memory range is already mapped"},
+    {HOST_MEMORY_NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
+     "pointer does not correspond to a registered memory region"},
+    {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {UNKNOWN, "CUDA_ERROR_UNKNOWN", "unknown error"},
+};
+
+API CUresult cuGetErrorName(CUresult code, const char **name)
+{
+    ENTER(ANYTIME);
+    *name = NULL;
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (errors[i].code == code)
+            *name = errors[i].name;
+    return *name ? SUCCESS : INVALID_VALUE;
+}
+
+API CUresult cuGetErrorString(CUresult code, const char **text)
+{
+    ENTER(ANYTIME);
+    *text = NULL;
+    for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+        if (errors[i].code == code)
+            *text = errors[i].text;
+    return *text ? SUCCESS : INVALID_VALUE;
+}
+
+/* -- functions by name -------------------------------------------------------------------------------------------- */
+
+/* The function of a name without version, as programs ask for it: the newest version that this library has. */
+void *find_function(const char *name)
+{
+    static const char *const versions[] = {"_v2", ""};
+    Dl_info here;
+    if (!dladdr((void *)&process, &here))
+        return NULL;
+    void *library = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD), *function = NULL;
+    for (size_t i = 0; i < sizeof versions / sizeof *versions && !function; i++) {
+        char versioned[128];
+        snprintf(versioned, sizeof versioned, "%s%s", name, versions[i]);
+        function = dlsym(library, versioned);
+    }
+    dlclose(library);
+    return function;
+}
+
+API CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status)
+{
+    enum { FOUND = 0, SYMBOL_NOT_FOUND = 1 };
+    ENTER(ANYTIME);
+    (void)version, (void)flags;
+    *function = find_function(name);
+    if (status)
+        *status = *function ? FOUND : SYMBOL_NOT_FOUND;
+    return *function ? SUCCESS : NOT_FOUND;
+}
