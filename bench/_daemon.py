@@ -42,15 +42,21 @@ def _peak(pid: int) -> int:
 
 
 @contextmanager
-def serving(folder: Path, name: str, *options: str, script: Path | None = None) -> Iterator[Daemon]:
-    """A daemon with its socket and its state below `folder`; `script` replaces `-m weightd_daemon`."""
+def serving(
+    folder: Path, name: str, *options: str, script: Path | None = None, before: Sequence[str] = ()
+) -> Iterator[Daemon]:
+    """A daemon with its socket and its state below `folder`, on host memory unless `options` name a device.
+
+    `script` replaces `-m weightd_daemon`; `before` are arguments of it that come before `serve`.
+    """
     socket = folder / f"{name}.sock"
-    program = [str(script)] if script is not None else ["-m", "weightd_daemon"]
+    device = () if "--device" in options else ("--device", "host")
+    program = [str(script), *before] if script is not None else ["-m", "weightd_daemon"]
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             [
                 sys.executable, *program, "serve", "--socket", str(socket), "--state-dir", str(folder / name),
-                "--log-level", "warning", *options,
+                "--log-level", "warning", *device, *options,
             ],
             stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip

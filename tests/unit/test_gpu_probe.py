@@ -1,0 +1,119 @@
+"""tools/gpu_probe.py: it writes what a GPU answered, and nothing else. Run on the double and on no GPU at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import fakecuda
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "gpu-facts.md"
+UNKNOWN = "not yet measured"
+
+
+def probe(
+    *arguments: object, environment: dict[str, str] | None = None, seconds: float = 100
+) -> subprocess.CompletedProcess[str]:
+    """Run the tool, by default where no GPU is visible."""
+    sources = {"PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon"))}
+    variables = os.environ | sources | (environment or {"CUDA_VISIBLE_DEVICES": ""})
+    command = [sys.executable, str(ROOT / "tools" / "gpu_probe.py"), *map(str, arguments)]
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the page's table, without its head."""
+    return [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("|")][2:]
+
+
+@pytest.fixture
+def double(fake_driver: Path) -> dict[str, str]:
+    return fakecuda.environment(fake_driver, memory=64 << 30)
+
+
+def test_the_page_lists_exactly_the_questions() -> None:
+    listed = [tuple(line.split(": ", 1)) for line in probe("--list").stdout.splitlines()]
+    assert len(listed) > 15
+    assert [(row[0].strip(), row[1]) for row in rows(PAGE.read_text())] == listed
+
+
+def test_without_a_gpu_every_answer_is_open(tmp_path: Path) -> None:
+    page = tmp_path / "facts.md"
+    done = probe("--write", page)
+    assert done.returncode == 0, done.stderr
+    assert {row[2] for row in rows(page.read_text())} == {UNKNOWN}
+    if UNKNOWN in PAGE.read_text():
+        assert page.read_text() == PAGE.read_text()
+
+
+def test_without_a_gpu_answers_are_not_overwritten(tmp_path: Path) -> None:
+    page = tmp_path / "facts.md"
+    page.write_text("measured\n")
+    done = probe("--write", page)
+    assert done.returncode == 1
+    assert "not overwritten" in done.stderr
+    assert page.read_text() == "measured\n"
+
+
+def test_without_a_gpu_it_prints_no_answers() -> None:
+    done = probe()
+    assert done.returncode == 1
+    assert done.stdout.startswith("no GPU: ")
+
+
+def test_answers_of_the_double_are_not_written(double: dict[str, str], tmp_path: Path) -> None:
+    done = probe("--write", tmp_path / "facts.md", environment=double)
+    assert done.returncode == 1
+    assert "test double" in done.stderr
+    assert not (tmp_path / "facts.md").exists()
+
+
+@pytest.mark.slow
+def test_every_probe_runs_on_the_double(double: dict[str, str]) -> None:
+    done = probe(environment=double)
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    answers = {question.split(":")[0]: answer.strip() for question, answer in zip(lines[::2], lines[1::2], strict=True)}
+    listed = [line.split(":")[0] for line in probe("--list").stdout.splitlines()]
+    assert list(answers) == listed
+    unmeasured = {name for name, answer in answers.items() if answer.startswith("not measured: ")}
+    assert unmeasured == {
+        "create-without-context",
+        "context-cost",
+        "nvml-after-release",
+        "uuid",
+        "kernel-into-readonly",
+    }
+    assert answers["import-after-kill"] == "import succeeds, reading gives the bytes that were written"
+    assert answers["copy-into-readonly"].startswith("cuMemcpyHtoD: CUDA_ERROR_ILLEGAL_ADDRESS")
+    assert answers["ipc-open-after-kill"].startswith("no: ")
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+def test_every_probe_runs_on_a_gpu() -> None:
+    done = probe(environment={"CUDA_VISIBLE_DEVICES": "0"}, seconds=580)
+    assert done.returncode == 0, done.stdout
+    assert "not measured" not in done.stdout
+
+
+def test_a_probe_that_breaks_says_so(fake_driver: Path) -> None:
+    broken = fakecuda.environment(fake_driver, fail="cuMemCreate:2")
+    done = probe("--only", "two-mappings", environment=broken)
+    assert done.returncode == 1
+    assert "failed: DeviceError: cuMemCreate failed with CUDA_ERROR_OUT_OF_MEMORY" in done.stdout
+
+
+def test_a_probe_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import gpu_probe  # type: ignore[import-not-found]  # a script, not on mypy's path
+
+    script = tmp_path / "hangs.py"
+    script.write_text("import os, time\nos.fork()\ntime.sleep(60)\n")
+    monkeypatch.setattr(gpu_probe, "__file__", str(script))
+    assert gpu_probe.in_own_process([], 1.0) == {"failed": "no answer within 1 s"}

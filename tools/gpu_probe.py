@@ -1,0 +1,201 @@
+#!/usr/bin/env python3
+"""Ask a GPU what no document states, and write down what it answered.
+
+    gpu_probe.py [--only NAME] [--list]         print the answers, or the questions
+    gpu_probe.py --write docs/gpu-facts.md      ask everything, and write the page
+
+Needs cuda-bindings, and nvidia-ml-py and torch for some questions; asks the first visible GPU, which should be idle.
+Each question has a process and a time limit of its own, because some of them end the context they are asked in. Where
+there is no GPU, --write writes the page with every answer "not yet measured"; it never overwrites answers with that.
+Exit codes: 0, or 1 where there is no GPU to print answers of, or a question failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import _gpu_behaviour  # noqa: F401  # registers questions
+import _gpu_costs  # noqa: F401  # likewise
+from _gpu_asking import ORDINAL, QUESTIONS, NoAnswerError, Question, is_double, nvml_device
+
+from weightd._mapping import cuda_driver as driver
+from weightd.errors import WeightdError
+
+UNKNOWN = "not yet measured"
+NO_GPU = "No GPU was at hand: nothing on this page has been measured yet."
+PACKAGES = ("cuda-bindings", "cuda-core", "nvidia-ml-py", "torch")
+_DESCRIBING_SECONDS = 60.0
+
+
+def in_own_process(arguments: list[str], seconds: float) -> dict[str, Any]:
+    """What a run of this program with `arguments` prints last; or what became of it, as "failed"."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            printed, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it forked
+            return {"failed": f"no answer within {seconds:.0f} s"}
+    try:
+        found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (errors.strip().splitlines() or ["nothing was printed"])[-1]
+        return {"failed": f"exit code {process.returncode}: {last}"}
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The GPU and what drives it; {"absent": why} where there is none."""
+    try:
+        driver.initialise()
+    except WeightdError as error:
+        return {"absent": str(error)}
+    version = driver.call("cuDriverGetVersion")
+    found = {
+        "GPU": driver.name_of(ORDINAL),
+        "memory": f"{driver.total_memory(ORDINAL) / (1 << 30):.0f} GiB",
+        "CUDA of the driver": f"{version // 1000}.{version % 1000 // 10}",
+        "driver": "unknown",
+        "double": is_double(),
+    }
+    try:
+        nvml, handle = nvml_device()
+    except NoAnswerError:
+        return found
+    found["driver"] = nvml.nvmlSystemGetDriverVersion()
+    used = nvml.nvmlDeviceGetMemoryInfo(handle).used
+    found["used beforehand"] = f"{used / (1 << 20):,.0f} MiB"
+    for label, function in (
+        ("persistence mode", lambda: nvml.nvmlDeviceGetPersistenceMode(handle)),
+        ("MIG mode", lambda: nvml.nvmlDeviceGetMigMode(handle)[0]),
+    ):
+        try:
+            found[label] = "on" if function() else "off"
+        except nvml.NVMLError as error:
+            found[label] = str(error).lower()
+    return found
+
+
+def answer(name: str) -> dict[str, str]:
+    """Run one probe, here. {"answer"}, {"skipped"} or {"failed"}."""
+    try:
+        return {"answer": QUESTIONS[name].answer()}
+    except NoAnswerError as why:
+        return {"skipped": str(why)}
+    except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is this question's answer
+        return {"failed": f"{type(error).__name__}: {error}"}
+
+
+def ask(name: str) -> str:
+    """The answer in words."""
+    found = in_own_process(["--answer", name], QUESTIONS[name].seconds)
+    if "answer" in found:
+        return str(found["answer"])
+    if "skipped" in found:
+        return f"not measured: {found['skipped']}"
+    return f"failed: {found['failed']}"
+
+
+def page(machine: list[str], answers: dict[str, str]) -> str:
+    """The page in Markdown."""
+    rows = [(q.name, q.text, answers.get(q.name, UNKNOWN), q.how) for q in QUESTIONS.values()]
+    head = ("name", "question", "answer", "how it is measured")
+    table = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (head, ("---",) * 4, *rows)]
+    return "\n".join(
+        [
+            "# What the GPU says",
+            "",
+            "Facts about CUDA that no document states and that weightd's design uses. Written by `make gpu-probe`",
+            "(`tools/gpu_probe.py`); do not edit. MPS, MIG instances and pairs of containers need a setup of",
+            "their own, and are not asked about.",
+            "",
+            *machine,
+            "",
+            *(f"| {row} |" for row in table),
+            "",
+        ]
+    )
+
+
+def machine_lines(found: dict[str, Any]) -> list[str]:
+    """What was measured, on what and when."""
+    packages = {}
+    for package in PACKAGES:
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            packages[package] = "not installed"
+    lines = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **{key: value for key, value in found.items() if key != "double"},
+        "Linux": platform.release().split("-")[0],
+        "Python": platform.python_version(),
+        **packages,
+    }
+    return [f"- {key}: {value}" for key, value in lines.items()]
+
+
+def write_unknown(path: Path) -> str | int:
+    """Write the page without answers; returns 0, or why not."""
+    if path.exists() and NO_GPU not in path.read_text():
+        return f"gpu_probe: {path} holds answers of a GPU; they are not overwritten where there is none"
+    path.write_text(page([NO_GPU], {}))
+    return 0
+
+
+def show(asked: list[Question]) -> dict[str, str]:
+    """Ask, and print answers as they come."""
+    answers = {}
+    for each in asked:
+        answers[each.name] = ask(each.name)
+        print(f"{each.name}: {each.text}\n    {answers[each.name]}", flush=True)
+    return answers
+
+
+def main() -> str | int:
+    """Run what the command line says. Returns an exit code or a message."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="NAME", choices=QUESTIONS, help="ask one question")
+    parser.add_argument("--list", action="store_true", help="print the questions, and ask nothing")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write all answers as a page")
+    parser.add_argument("--answer", choices=QUESTIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--describe", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.answer or options.describe:
+        print(json.dumps(answer(options.answer) if options.answer else describe()))
+        return 0
+    if options.list:
+        for each in QUESTIONS.values():
+            print(f"{each.name}: {each.text}")
+        return 0
+    if options.write and options.only:
+        parser.error("--write asks every question; leave --only out")
+    found = in_own_process(["--describe"], _DESCRIBING_SECONDS)
+    if "failed" in found:
+        return f"gpu_probe: the GPU does not answer: {found['failed']}"
+    if "absent" in found:
+        print(f"no GPU: {found['absent']}")
+        return write_unknown(options.write) if options.write else 1
+    if options.write and found["double"]:
+        return f"gpu_probe: {found['GPU']} is a test double; what it answers is no fact about CUDA and is not written"
+    answers = show([QUESTIONS[options.only]] if options.only else list(QUESTIONS.values()))
+    if options.write:
+        options.write.write_text(page(machine_lines(found), answers))
+        print(f"written: {options.write}")
+    return int(any(each.startswith("failed") for each in answers.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
