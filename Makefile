@@ -7,6 +7,11 @@ VENV ?= .venv
 PROTOS_PYTHON ?= $(PYTHON)
 PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
+# Most tests wait for processes to start. More workers than two make some of them wait too long on a small machine.
+PYTEST_WORKERS ?= 2
+# Interpreter of the recipes that need a GPU. Another one than the virtual environment's must have the packages of the
+# extra `dev`; then nothing is installed, and no network is needed.
+PYTHON_GPU ?= $(BIN)/python
 
 # Tensors in host memory need no CUDA build of torch, and its packages take gigabytes. Without a GPU the version is
 # pinned: where pip is told of CPU wheels (by its configuration or by TORCH_INDEX), theirs, 2.13.0+cpu, then wins. It is
@@ -20,12 +25,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 PROTOS_PIP := $(PROTOS_VENV)/bin/python -m pip install --quiet
 RUNTIMES := 5 6 7
+GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
+ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types bench protos clean
+.PHONY: help demo test test-gpu lint format types bench bench-gpu gpu-probe protos clean
 
 help: ## list the recipes
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes, show what it took
 	@echo "demo: examples/demo.py"
@@ -33,7 +40,11 @@ demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes
 
 test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all tests
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-gpu: $(GPU_VENV) ## tests that need a GPU
+	@echo "test-gpu: pytest -m gpu"
+	@$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -54,6 +65,14 @@ bench: $(VENV)/.installed ## measure attach and load
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/load.py"
 	@$(BIN)/python bench/load.py
+
+bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
+	@echo "bench-gpu: bench/gpu.py"
+	@$(ON_GPU) bench/gpu.py
+
+gpu-probe: $(GPU_VENV) ## ask a GPU what no document states; writes docs/gpu-facts.md
+	@echo "gpu-probe: tools/gpu_probe.py"
+	@$(ON_GPU) tools/gpu_probe.py --write docs/gpu-facts.md
 
 protos: $(PROTOS_VENV)/.installed ## generate client/weightd/_proto from protos
 	@echo "protos: tools/gen_protos.py"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from support import fakecuda
+from support.backends import HOST, Backend
 from support.daemon import Daemon
 from support.worker import Worker
 
@@ -24,13 +30,55 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 _FAILED = pytest.StashKey[bool]()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on what `pytest.mark.backends` names; on real GPUs as well, with `-m gpu`, unless `double_only`."""
+    if "backend" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("backends")
+    names: list[Any] = list(marker.args) if marker else ["host"]
+    if marker and not marker.kwargs.get("double_only"):
+        names += [pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in names if name != "host"]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
 @pytest.fixture
-def start_daemon(request: pytest.FixtureRequest) -> Iterator[StartDaemon]:
-    """Start daemons with settings as keywords. Each is checked for leaks at the end of a test that passed."""
+def short_path() -> Iterator[Path]:
+    """A folder whose path is short enough for sockets inside folders of it: `tmp_path` can be too long for that."""
+    folder = Path(tempfile.mkdtemp(prefix="weightd-"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the double of libcuda, which is loaded into this process as well."""
+    folder = tmp_path_factory.mktemp("fakecuda")
+    fakecuda.build(folder)
+    fakecuda.preload(folder)
+    return folder
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Backend:
+    """The memory that a test runs on."""
+    name: str = request.param
+    if name == "host":
+        return HOST
+    if name.startswith("gpu-"):
+        return Backend(name, name.removeprefix("gpu-"))
+    return Backend(name, name, request.getfixturevalue("fake_driver"))
+
+
+@pytest.fixture
+def start_daemon(request: pytest.FixtureRequest, backend: Backend) -> Iterator[StartDaemon]:
+    """Start daemons with settings as keywords, on the test's backend or another `on`.
+
+    Each is checked for leaks at the end of a test that passed.
+    """
     started: list[Daemon] = []
 
-    def start(**settings: object) -> Daemon:
-        daemon = Daemon(**settings)  # type: ignore[arg-type]  # keywords are passed through
+    def start(on: Backend = backend, **settings: object) -> Daemon:
+        daemon = Daemon(on, **settings)  # type: ignore[arg-type]  # keywords are passed through
         started.append(daemon)
         return daemon
 
@@ -68,7 +116,7 @@ def spawn(workers: list[Worker]) -> Callable[[Daemon], Worker]:
     """Spawn a client process of a daemon."""
 
     def spawn_worker(daemon: Daemon) -> Worker:
-        worker = Worker(daemon.socket)
+        worker = Worker(daemon.socket, daemon.backend.environment)
         workers.append(worker)
         return worker
 

@@ -38,7 +38,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     "weightd_daemon.edges": ("weightd_daemon.app",),
     **dict.fromkeys(
-        (f"weightd_daemon.devices.{name}" for name in ("host", "cuda_vmm", "cuda_ipc")),
+        (f"weightd_daemon.devices.{name}" for name in ("host", "host_io", "cuda_vmm", "cuda_ipc", "cuda_io")),
         ("weightd_daemon.app", "weightd_daemon.devices*"),
     ),
 }

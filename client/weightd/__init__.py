@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     CapacityError,
     DaemonUnreachableError,
+    DeviceError,
     DeviceMismatchError,
     DigestMismatchError,
     ForkedError,
@@ -38,6 +39,7 @@ __all__ = [
     "CapacityError",
     "Client",
     "DaemonUnreachableError",
+    "DeviceError",
     "DeviceMismatchError",
     "DigestMismatchError",
     "ForkedError",

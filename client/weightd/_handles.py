@@ -21,13 +21,20 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 MAX_FRAME = 64 << 10
 MAX_DESCRIPTORS = 253
+_IPC_HANDLE_BYTES = 64
 
 
 class Received(NamedTuple):
-    """The answer to an attach: descriptors are the caller's to close, the lease's first."""
+    """The answer to an attach: the lease's descriptor, and a descriptor or CUDA IPC handle for each of its segments."""
 
     reply: handles_pb2.AttachReply
-    descriptors: list[int]
+    lease: int
+    handles: list[int | bytes]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """All that are the caller's to close, the lease's first."""
+        return [self.lease, *(handle for handle in self.handles if isinstance(handle, int))]
 
 
 class HandleConnection:
@@ -75,15 +82,20 @@ class HandleConnection:
     def attach(self, request: handles_pb2.AttachRequest) -> Received:
         """Take a lease. Errors: those of the daemon, DaemonUnreachableError."""
         descriptors: list[int] = []
+        handles: list[bytes] = []  # in their stead where memory is shared by CUDA IPC
         with self._lock:
             try:
                 frame = handles_pb2.HandleRequest(attach=request)
                 reply = self._ask(frame, "attach", descriptors).attach
-                expected = 1 + len(reply.segments)
-                while len(descriptors) < expected:
+                handles.extend(reply.handles)
+                while len(descriptors) + len(handles) < 1 + len(reply.segments):
                     ack = handles_pb2.HandleRequest(ack=handles_pb2.BatchAck())
-                    if not self._ask(ack, "batch", descriptors).batch.descriptors:
-                        raise ServerError("the daemon sent a batch without descriptors")
+                    batch = self._ask(ack, "batch", descriptors).batch
+                    handles.extend(batch.handles)
+                    if not batch.descriptors and not batch.handles:
+                        raise ServerError("the daemon sent a batch without descriptors or handles")
+                if not descriptors or any(len(handle) != _IPC_HANDLE_BYTES for handle in handles):
+                    raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
             except BaseException as error:
                 if descriptors:
                     self._socket.close()  # batches may be outstanding
@@ -92,7 +104,7 @@ class HandleConnection:
                 if isinstance(error, OSError) and not isinstance(error, DaemonUnreachableError):
                     raise _unreachable(self.path, error) from error
                 raise
-        return Received(reply, descriptors)
+        return Received(reply, descriptors[0], [*descriptors[1:], *handles])
 
     def offer(self) -> tuple[int, socket.socket]:
         """An intake to send file descriptors through, and its number."""

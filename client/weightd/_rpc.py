@@ -100,7 +100,8 @@ class ControlPlane:
         response = self._call(self._checkpoints.Get, request)
         components = tuple(ComponentInfo(c.name, c.tensors, c.total_bytes, c.shared_bytes) for c in response.components)
         sources = tuple(source_from(source) for source in response.sources)
-        return CheckpointDetails(checkpoint_from(response.checkpoint), components, response.segments, sources)
+        info = checkpoint_from(response.checkpoint)
+        return CheckpointDetails(info, components, response.segments, sources, response.kind, response.note)
 
     def pin(self, reference: str, device: str) -> CheckpointInfo:
         """Pin."""
@@ -153,6 +154,7 @@ class ControlPlane:
                 uuid=d.uuid, kind=d.kind, name=d.name, budget_bytes=d.budget_bytes, used_bytes=d.used_bytes,
                 live_bytes=d.live_bytes, reusable_bytes=d.reusable_bytes, in_flight_bytes=d.in_flight_bytes,
                 free_bytes=d.free_bytes, segments=d.segments,
+                device_free_bytes=d.device_free_bytes if d.HasField("device_free_bytes") else None,
             )
             for d in response.devices
         )  # fmt: skip

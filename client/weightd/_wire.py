@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _STATES = {
     checkpoint_pb2.CHECKPOINT_STATE_LOADING: "loading",
     checkpoint_pb2.CHECKPOINT_STATE_RESIDENT: "resident",
+    checkpoint_pb2.CHECKPOINT_STATE_LOST: "lost",
 }
 
 

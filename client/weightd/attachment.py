@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from ._mapping import host
+from ._mapping.segments import Wanted, open_segments
 from ._proto.v1 import handles_pb2
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
     from ._handles import HandleConnection, Received
+    from ._mapping.segments import Memory, Segments
+
+Writable = Literal["copy"] | None
 
 _DTYPES = {number: name.removeprefix("DTYPE_") for name, number in handles_pb2.DType.items()}
 
@@ -28,6 +33,11 @@ class Attachment:
 
     Tensors outlive it: each keeps its memory and the lease until it is gone itself. No two names share an address, so
     an in-place write to one tensor changes no other.
+
+    On a GPU tensors are for reading. Shared by CUDA VMM (`kind` "cuda_vmm"), their memory is read-only, and the first
+    write kills this process's CUDA context: every later call fails. Shared by CUDA IPC ("cuda_ipc"), it is writable for
+    want of a way to forbid it, and a write changes what every other process reads. `writable="copy"` gives tensors that
+    may be written to. On the host ("host") each process may write: it gets its own copy of the page.
     """
 
     def __init__(
@@ -37,43 +47,39 @@ class Attachment:
         components: frozenset[str] = frozenset(),
         keys: frozenset[TensorKey] = frozenset(),
     ) -> None:
-        reply, descriptors = received
+        reply = received.reply
+        lease: host.Mapping | None = None
         try:
-            self._open(reply, descriptors, components, keys)
+            lease = host.map_lease(received.lease, reply.manifest_bytes)
+            self._segments: Segments | None = self._open(received, lease, components, keys)
+        except BaseException:
+            if lease is not None:
+                lease.close()  # now, and not when the last traceback that knows of it is gone
+            raise
         finally:
-            for descriptor in descriptors:
+            for descriptor in received.descriptors:
                 os.close(descriptor)
         self._handles = handles
         self._lease = reply.lease
         self._closed = False
 
     def _open(
-        self,
-        reply: handles_pb2.AttachReply,
-        descriptors: list[int],
-        components: frozenset[str],
-        keys: frozenset[TensorKey],
-    ) -> None:
-        lease = host.map_lease(descriptors[0], reply.manifest_bytes)
+        self, received: Received, lease: host.Mapping, components: frozenset[str], keys: frozenset[TensorKey]
+    ) -> Segments:
         manifest = handles_pb2.Manifest.FromString(bytes(lease.buffer()))
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
+        self.kind: str = manifest.kind or "host"  # an older daemon does not say, and has nothing else
         self._files = list(manifest.files)
         self._component_names = list(manifest.components)
         self._tensors = _tensors(manifest)
         self._copies = _copies(self._tensors.values())
-        segment_bytes = list(manifest.segment_bytes)
         # A segment is mapped once, and once more for each further name that has the same address in it.
-        most: dict[int, int] = dict.fromkeys(reply.segments, 1)
+        most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         for key, copy in self._copies.items():
             segment = self._tensors[key].segment
             if segment in most:
                 most[segment] = max(most[segment], copy + 1)
-        self._buffers: dict[tuple[int, int], memoryview] = {
-            (segment, copy): host.map_segment(descriptor, segment_bytes[segment], lease)
-            for segment, descriptor in zip(reply.segments, descriptors[1:], strict=True)
-            for copy in range(most[segment])
-        }
         if components or keys:
             # The daemon has looked as well, unless the request was too long to name them.
             for component in components.difference(self._component_names):
@@ -84,6 +90,12 @@ class Attachment:
             self._tensors = {
                 key: info for key, info in self._tensors.items() if key in keys or info.component in components
             }
+        segment_bytes = list(manifest.segment_bytes)
+        wanted = [
+            Wanted(segment, segment_bytes[segment], handle, most[segment])
+            for segment, handle in zip(received.reply.segments, received.handles, strict=True)
+        ]
+        return open_segments(self.kind, self.device, wanted, lease)
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +122,7 @@ class Attachment:
     def drop(self) -> None:
         """Close without a word to the daemon, which looks for itself. For finalizers: they must not wait."""
         self._closed = True
-        self._buffers = {}
+        self._segments = None
 
     @property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:
@@ -135,25 +147,29 @@ class Attachment:
             raise InvalidReferenceError(f"component {component!r} has {len(there)} files; say which: {names}")
         return dict(there[0].metadata) if there[0].has_metadata else None
 
-    def buffer(self, name: str, component: str = "") -> memoryview:
-        """The bytes of one tensor, writable (copy-on-write). The view keeps them. Errors: NotFoundError."""
-        return self._buffer(self._find(name, component))
+    def buffer(self, name: str, component: str = "") -> Memory:
+        """The bytes of one tensor, which the buffer keeps; an empty tensor's are `memoryview(b"")`.
 
-    def tensor(self, name: str, component: str = "") -> torch.Tensor:
-        """One tensor, with a storage of its own. Errors: NotFoundError, FormatError (torch has no such dtype)."""
-        from .torch import make_tensor
+        On the host a memoryview, writable (copy-on-write); on a GPU a `cuda.core.Buffer`, for any DLPack consumer.
+        Errors: NotFoundError, InvalidReferenceError (closed), DeviceError, ForkedError (on a GPU, in a forked child).
+        """
+        memory = self._memory(self._opened, self._find(name, component))
+        return memoryview(b"") if memory is None else memory
 
-        info = self._find(name, component)
-        return make_tensor(self._buffer(info), info)
+    def tensor(self, name: str, component: str = "", *, writable: Writable = None) -> torch.Tensor:
+        """One tensor, with a storage of its own; with `writable="copy"` a private copy, for what is written in place.
 
-    def state_dict(self, component: str | None = None) -> dict[str, torch.Tensor]:
+        Errors: NotFoundError, FormatError (torch has no such dtype), InvalidReferenceError (closed),
+        DeviceMismatchError (torch cannot use the device), DeviceError, ForkedError (on a GPU, in a forked child).
+        """
+        return self._tensor(self._opened, self._find(name, component), writable)
+
+    def state_dict(self, component: str | None = None, *, writable: Writable = None) -> dict[str, torch.Tensor]:
         """The tensors of one component by name, in file order; `component` may be left out where there is one only.
 
-        Errors: InvalidReferenceError (which component?), NotFoundError, FormatError.
+        `writable` is as in `tensor`. Errors: InvalidReferenceError (which component?), and those of `tensor`.
         """
-        from .torch import make_tensor
-
-        self._check_open()
+        segments = self._opened
         attached = {info.component for info in self._tensors.values()} or {""}
         if component is None:
             if len(attached) > 1:
@@ -163,7 +179,7 @@ class Attachment:
         elif component not in attached:
             raise NotFoundError(f"component {component!r} is not attached; there are {sorted(attached)}")
         return {
-            info.name: make_tensor(self._buffer(info), info)
+            info.name: self._tensor(segments, info, writable)
             for info in self._tensors.values()
             if info.component == component
         }
@@ -175,20 +191,33 @@ class Attachment:
             inside = f" of component {component!r}" if component else ""
             raise NotFoundError(f"tensor {name!r}{inside} is not attached") from None
 
-    def _buffer(self, info: TensorInfo) -> memoryview:
-        self._check_open()
+    def _tensor(self, segments: Segments, info: TensorInfo, writable: Writable) -> torch.Tensor:
+        if writable not in (None, "copy"):
+            raise InvalidReferenceError(f"writable {writable!r}: must be None or 'copy'")
+        tensor = self._make_tensor(self._memory(segments, info), info, segments.torch_device)
+        return tensor.clone() if writable else tensor
+
+    @cached_property
+    def _make_tensor(self) -> Callable[[Memory | None, TensorInfo, str], torch.Tensor]:
+        from .torch import make_tensor
+
+        return make_tensor
+
+    def _memory(self, segments: Segments, info: TensorInfo) -> Memory | None:
+        """The bytes of a tensor; None where it has none."""
         if not info.length:
-            return memoryview(b"")
-        copy = self._copies.get(TensorKey(info.component, info.name), 0)
+            return None
+        copy = self._copies.get(TensorKey(info.component, info.name), 0) if self._copies else 0
         try:
-            buffer = self._buffers[info.segment, copy]
+            return segments.buffer(info.segment, copy, info.offset, info.length)
         except KeyError:
             raise NotFoundError(f"tensor {info.name!r}: only the manifest is attached") from None
-        return buffer[info.offset : info.offset + info.length]
 
-    def _check_open(self) -> None:
-        if self._closed:
+    @property
+    def _opened(self) -> Segments:
+        if self._segments is None:
             raise InvalidReferenceError("this attachment is closed; attach again")
+        return self._segments
 
 
 def _tensors(manifest: handles_pb2.Manifest) -> dict[TensorKey, TensorInfo]:

@@ -8,13 +8,13 @@ import time
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
+from ._devices import device_name
 from ._handles import MAX_FRAME, HandleConnection, feed
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import source_to
 from .attachment import Attachment
 from .errors import (
     DaemonUnreachableError,
-    DeviceMismatchError,
     ForkedError,
     InvalidReferenceError,
     NotFoundError,
@@ -118,8 +118,9 @@ class Client:
         """Make a checkpoint resident; nothing is read when it is already. It stays until it is attached or we leave.
 
         `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
-        call it (default: the reference). Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError,
-        PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
+        call it (default: the reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the
+        daemon's default. Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError, DeviceMismatchError,
+        DeviceError, PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
         """
         result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
         assert result is not None  # only a detached load has no result
@@ -164,13 +165,15 @@ class Client:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
         A path goes by the content of the files that stand there now, which are loaded when they are not resident; any
-        other reference is the name or digest of a resident checkpoint. A tensor is its name, or (component, name).
-        Errors: NotFoundError, InvalidReferenceError, those of `load` for a path, DaemonUnreachableError.
+        other reference is the name or digest of a resident checkpoint, on any device where `device` is None. A tensor
+        is its name, or (component, name). Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such
+        device, or this process does not see it), DeviceError (its driver failed, or what lay there was lost), those of
+        `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)
         request = handles_pb2.AttachRequest(
-            device=_device(device),
+            device=device_name(device),
             components=sorted(parts),
             tensors=[handles_pb2.TensorKey(component=key.component, name=key.name) for key in sorted(keys)],
             manifest_only=manifest_only,
@@ -185,11 +188,11 @@ class Client:
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Every checkpoint that is resident or being loaded."""
+        """Every checkpoint that is resident, lost with its device, or being loaded."""
         return self._rpc().checkpoints()
 
     def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
-        """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError."""
+        """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost)."""
         return self._known(self._rpc().get, reference, device)
 
     def leases(self) -> list[LeaseInfo]:
@@ -214,11 +217,17 @@ class Client:
     # -- changing ----------------------------------------------------------------------------------------------------
 
     def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Keep a checkpoint from eviction. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
+        """Keep a checkpoint from eviction.
+
+        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
+        """
         return self._known(self._rpc().pin, reference, device)
 
     def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Take our pin back. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
+        """Take our pin back.
+
+        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
+        """
         return self._known(self._rpc().unpin, reference, device)
 
     def remove(self, reference: Reference, device: str | None = None) -> int:
@@ -234,10 +243,14 @@ class Client:
         device: str | None = None,
         on_progress: Callable[[VerifyProgress], None] | None = None,
     ) -> VerifyProgress:
-        """Hash resident blobs again, of one checkpoint or of all. Errors: DigestMismatchError, NotFoundError."""
+        """Hash resident blobs again, of one checkpoint or of all.
+
+        Errors: DigestMismatchError, NotFoundError, InvalidReferenceError, DeviceError (it was lost, or the driver
+        failed).
+        """
         rpc = self._rpc()
         if reference is None:
-            return rpc.verify("", _device(device), on_progress)
+            return rpc.verify("", device_name(device), on_progress)
         return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
     # -- inside ------------------------------------------------------------------------------------------------------
@@ -255,18 +268,18 @@ class Client:
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
         rpc = self._rpc()
-        offer, intake = self._handles.offer()
+        request = checkpoint_pb2.LoadRequest(
+            sources=[source_to(source) for source in opened.sources],
+            name=name,
+            name_is_default=name_is_default,
+            device=device_name(device),
+            pin=pin,
+            detached=detached,
+            verify=verify,
+        )
+        offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
         with intake:
-            request = checkpoint_pb2.LoadRequest(
-                offer_id=offer,
-                sources=[source_to(source) for source in opened.sources],
-                name=name,
-                name_is_default=name_is_default,
-                device=_device(device),
-                pin=pin,
-                detached=detached,
-                verify=verify,
-            )
+            request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 
     def _attach_files(
@@ -288,11 +301,12 @@ class Client:
             for attempt in range(1, _LOADS + 1):
                 result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
                 assert result is not None  # not detached
-                request.reference = result.content_digest
+                request.reference, request.device = result.content_digest, result.device
                 try:
                     return self._attach(request, components, keys)
                 except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
-                    resident = any(c.content_digest == result.content_digest for c in self.checkpoints())
+                    here = result.content_digest, result.device, "resident"
+                    resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
                     if resident or attempt == _LOADS:
                         raise
         raise AssertionError("unreachable: the last attempt returns or raises")
@@ -313,28 +327,28 @@ class Client:
                 raise
             with open_sources(resolve(reference)) as opened:
                 sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
-            request = handles_pb2.AttachRequest(sources=sources, device=_device(device), manifest_only=True)
+            request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
             if not _fit(request):
                 raise
             try:
                 with self._attach(request, frozenset(), frozenset()) as attachment:
-                    digest = attachment.content_digest
+                    found = attachment.content_digest, attachment.device
             except NotFoundError:
-                digest = ""
-            if not digest:
+                found = None
+            if found is None:
                 raise
-            return call(digest, _device(device))
+            return call(*found)
 
     @staticmethod
     def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
         """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
         try:
-            return call(os.fspath(reference), _device(device))
+            return call(os.fspath(reference), device_name(device))
         except NotFoundError:
             name = reference_name(reference)
             if name == os.fspath(reference):
                 raise
-            return call(name, _device(device))
+            return call(name, device_name(device))
 
     def _check(self) -> None:
         """Refuse in a forked child, and connect anew where the daemon has gone."""
@@ -382,12 +396,3 @@ def _fit(request: handles_pb2.AttachRequest) -> bool:
 
 def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
     return handles_pb2.HandleRequest(attach=request).ByteSize()
-
-
-def _device(device: str | None) -> str:
-    """The daemon's name for a device. Errors: DeviceMismatchError."""
-    if device in (None, ""):
-        return ""
-    if device in ("cpu", "host"):
-        return "host"
-    raise DeviceMismatchError(f"device {device!r}: this version of weightd serves host memory only: 'host' or 'cpu'")

@@ -9,6 +9,7 @@
      ├─ InUseError                              somebody holds it
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
+     ├─ DeviceError (RuntimeError)              a call of the device's driver failed, or the device was lost
      ├─ PermissionDeniedError (PermissionError) not yours
      ├─ DaemonUnreachableError (ConnectionError)
      ├─ ForkedError (RuntimeError)              a client used in a forked child
@@ -129,6 +130,18 @@ class DeviceMismatchError(WeightdError):
     grpc_code = "FAILED_PRECONDITION"
 
 
+class DeviceError(WeightdError, RuntimeError):
+    """A call of the device's driver failed, or the device was lost with all that lay on it."""
+
+    reason = "DEVICE"
+    grpc_code = "ABORTED"
+
+    @property
+    def code(self) -> str:
+        """The driver's name of the error, such as "CUDA_ERROR_OUT_OF_MEMORY"; empty where it is not the driver's."""
+        return self.metadata.get("code", "")
+
+
 class PermissionDeniedError(WeightdError, PermissionError):
     """The thing belongs to another user."""
 
@@ -168,6 +181,7 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         InUseError,
         LeaseLostError,
         DeviceMismatchError,
+        DeviceError,
         PermissionDeniedError,
         DaemonUnreachableError,
         ForkedError,

@@ -4,7 +4,8 @@
     state = weightd.torch.load_file("model.safetensors")
 
 The difference to safetensors: the bytes are shared with every other process that uses them. They are not to be written
-to; a write in place makes the written pages private to this process, and costs their memory.
+to; in host memory a write in place makes the written pages private to this process, and costs their memory. On a GPU it
+kills the process's CUDA context, or, where memory is shared by CUDA IPC, changes everybody's bytes: see `Attachment`.
 """
 
 from __future__ import annotations
@@ -20,13 +21,21 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 
 from .client import RETRY_SECONDS, Client, connect
-from .errors import CapacityError, DaemonUnreachableError, FormatError, InvalidReferenceError, NotFoundError
+from .errors import (
+    CapacityError,
+    DaemonUnreachableError,
+    DeviceMismatchError,
+    FormatError,
+    InvalidReferenceError,
+    NotFoundError,
+)
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from ._mapping.segments import Memory
     from .attachment import Attachment
 
 Fallback = Literal["error", "wait", "local"]
@@ -63,17 +72,32 @@ def torch_dtype(name: str) -> torch.dtype:
         raise FormatError(f"dtype {name}: torch has no such dtype; read the bytes with Attachment.buffer") from None
 
 
-def make_tensor(buffer: memoryview, info: TensorInfo) -> torch.Tensor:
-    """A tensor on `buffer`, which it keeps. It has a storage of its own, exactly as long as its bytes."""
+def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.Tensor:
+    """A tensor on `memory`, which it keeps; None where it has no bytes. `device` is torch's name for where that is.
+
+    It has a storage of its own, exactly as long as its bytes. Errors: FormatError, DeviceMismatchError.
+    """
     dtype = torch_dtype(info.dtype)
     shape = info.shape
     if info.dtype == "F4":  # torch counts pairs
         if not shape or shape[-1] % 2:
             raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
         shape = (*shape[:-1], shape[-1] // 2)
-    if not info.length:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    return _raw(memory, device, dtype).view(shape)
+
+
+def _raw(memory: Memory | None, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The last step, and the only one that depends on the device: memory as a tensor of one dimension."""
+    if isinstance(memory, memoryview):
+        return torch.frombuffer(memory, dtype=dtype)
+    if device != "cpu":
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types here
+        except (AssertionError, RuntimeError) as error:  # a build without CUDA, or a forked child
+            raise DeviceMismatchError(f"torch cannot use {device}: {error}") from error
+    if memory is None:
+        return torch.empty(0, dtype=dtype, device=device)
+    return torch.utils.dlpack.from_dlpack(memory).view(dtype)
 
 
 def load_file(

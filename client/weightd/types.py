@@ -149,12 +149,17 @@ class ComponentInfo:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDetails:
-    """What `inspect` shows: the checkpoint, its parts, how many segments hold it and the files it came from."""
+    """What `inspect` shows: the checkpoint, its parts, how many segments hold it and the files it came from.
+
+    `kind` is how the segments are shared ("host", "cuda_vmm" or "cuda_ipc"), `note` what people must know of that.
+    """
 
     checkpoint: CheckpointInfo
     components: tuple[ComponentInfo, ...]
     segments: int
     sources: tuple[SourceFile, ...]
+    kind: str
+    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +180,10 @@ class LeaseInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStats:
-    """The books of one device: used = live + reusable + in flight, and used <= budget."""
+    """The books of one device: used = live + reusable + in flight, and used <= budget.
+
+    `device_free_bytes` is what is free on the device itself, whoever uses the rest; None where nobody knows.
+    """
 
     uuid: str
     kind: str
@@ -187,6 +195,7 @@ class DeviceStats:
     in_flight_bytes: int
     free_bytes: int
     segments: int
+    device_free_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 f"--{setting.name.replace('_', '-')}",
                 dest=setting.name,
+                action="append" if setting.metadata["repeatable"] else "store",
                 metavar="N" if setting.type == "int" else "VALUE",
                 help=str(setting.metadata["help"]).replace("%", "%%"),
             )

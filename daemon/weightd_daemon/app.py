@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightd._address import handles_path
+from weightd.errors import DeviceError
 
-from .config import ConfigError, Settings, parse_size
+from .config import ConfigError, Settings, means, parse_size
 from .core.catalog import Catalog
 from .core.events import Event, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
+from .devices.cuda_choice import open_gpus
+from .devices.cuda_ipc import Holding
 from .devices.host import HostDevice
 from .devices.reclaimer import Reclaimer
 from .edges.attaching import Attacher
@@ -36,7 +39,7 @@ from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from .devices.device import Device
 
@@ -45,7 +48,7 @@ log = logging.getLogger(__name__)
 _POOL_SHARE = 8
 _POOL_LIMIT = 2 << 30
 _STOP_GRACE = 1.0
-_LOADER_END_SECONDS = 5.0
+_CHILD_END_SECONDS = 5.0
 
 
 class AlreadyServedError(Exception):
@@ -79,9 +82,19 @@ class Daemon:
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
         settings = self._settings
-        device = HostDevice()
-        stack.callback(device.close)
-        devices: dict[str, Device] = {device.uuid: device}
+
+        def on_lost(uuid: str, reason: str) -> None:
+            log.warning("device lost device=%s: %s", uuid, reason)
+            store.lose(uuid, reason)
+            loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
+
+        devices: dict[str, Device] = {}
+        budgets: dict[str, int] = {}
+        holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
+        for device, names in _open(settings, holding):
+            stack.callback(device.close)
+            devices[device.uuid] = device
+            budgets[device.uuid] = _budget(settings, device, names)
         manifests = Manifests()
         stack.callback(manifests.close)
 
@@ -97,33 +110,34 @@ class Daemon:
 
         store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
         catalog = Catalog(store)
-        reclaimer = Reclaimer(device)
-        stack.push_async_callback(reclaimer.finish)
-        budget = _budget(settings, device.capacity(), device.page)
-        pool = min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
-        memory = DeviceMemory(
-            budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool,
-            create=device.create, on_reclaim=reclaimer.kick,
-        )  # fmt: skip
-        reclaimer.watch(memory)
-        store.memories[device.uuid] = memory
+        reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
+        for uuid, device in devices.items():
+            reclaimer = reclaimers[uuid]
+            stack.push_async_callback(reclaimer.finish)
+            store.memories[uuid] = DeviceMemory(
+                budget=budgets[uuid], page=device.page, sparse=device.sparse,
+                pool_limit=_pool(settings, budgets[uuid]) if device.sparse else 0,
+                create=device.create, on_reclaim=reclaimer.kick, available=device.available,
+            )  # fmt: skip
+            reclaimer.watch(store.memories[uuid])
+        default_device = _default(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         loads = Loads(
-            store=store, catalog=catalog, devices=devices, reclaimers={device.uuid: reclaimer}, index=index,
-            encode=lambda content, uuid: encode_manifest(content, uuid, store.memories[uuid].size),
+            store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
+            encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
             now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
             at_once=settings.max_loads, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
-            devices=devices, default_device=device.uuid, now=time.time,
+            devices=devices, default_device=default_device, now=time.time,
         )  # fmt: skip
         handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
         control = ControlPlane(
-            Parts(store, catalog, loads, connections, devices, device.uuid, time.time, started=time.time())
+            Parts(store, catalog, loads, connections, devices, default_device, time.time, started=time.time())
         )
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
@@ -134,26 +148,77 @@ class Daemon:
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
         await control.ready()
-        gib = f"{budget / 2**30:.1f} GiB"
-        log.info("ready socket=%s device=%s budget=%s pid=%d", self._socket, device.uuid, gib, os.getpid())
-        print(f"weightd is ready on {self._socket}: {device.name}, budget {gib}", flush=True)  # noqa: T201  # the contract
+        served = [f"{_called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
+        for device in devices.values():
+            log.info("serving device=%s kind=%s budget=%d", device.uuid, device.kind, budgets[device.uuid])
+            if device.note:
+                log.warning("device %s is %s", device.uuid, device.note)
+        log.info("ready socket=%s pid=%d", self._socket, os.getpid())
+        print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
         self._stop.set()
 
 
-def _budget(settings: Settings, capacity: int, page: int) -> int:
-    share = settings.budget_share
+def _open(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
+    """Open what is to be served, with what settings may call it. Errors: ConfigError."""
+    served: list[tuple[str, ...]] = []
+    if {"host", "auto"} & {*settings.devices}:
+        served += [("host",)]
+        yield HostDevice(), ("host",)
+    for gpu in open_gpus(settings.devices, settings.transport, holding):
+        served += [gpu.names]
+        yield gpu
+    for said in settings.budget_devices:
+        meant = [names[0] for names in served if any(means(said, name) for name in names)]
+        if not meant:
+            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served")
+        if len(meant) > 1 and said != "cuda":
+            raise ConfigError(
+                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it"
+            )
+
+
+def _default(devices: Mapping[str, Device]) -> str:
+    """Where a load goes that says nothing: the only GPU, or the only device; "" where it has to say."""
+    gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
+    candidates = gpus or list(devices)
+    return candidates[0] if len(candidates) == 1 else ""
+
+
+def _called(device: Device) -> str:
+    return device.name if device.kind == "host" else f"{device.name} ({device.uuid})"
+
+
+def _budget(settings: Settings, device: Device, names: Sequence[str]) -> int:
+    """Bytes that a device may use. Errors: ConfigError.
+
+    A GPU that "auto" has found, and that none is said for, gets at most all that it has: it may be new to the machine.
+    """
+    said, capacity = settings.budget_for(names), device.capacity()
+    share = device.default_share if said is None else said
     size = int(capacity * share) if isinstance(share, float) else share
-    if not page <= size <= capacity:
-        raise ConfigError(f"budget = {settings.budget!r}: must be from {page} bytes to {capacity / 2**30:.1f} GiB here")
-    return size // page * page
+    found = "cuda" in names and "auto" in settings.devices
+    if size > capacity and found and not settings.budget_is_for(names):
+        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, size)
+        size = capacity
+    if not device.page <= size <= capacity:
+        raise ConfigError(
+            f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
+            f"to {capacity / 2**30:.1f} GiB here"
+        )
+    return size // device.page * device.page
+
+
+def _pool(settings: Settings, budget: int) -> int:
+    """Freed bytes that stay with host memory."""
+    return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a socket path; the loaders inherit it. Errors: AlreadyServedError."""
+    """Hold the lock of a socket path; loaders and holders inherit it. Errors: AlreadyServedError."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -175,8 +240,8 @@ def _locked(path: Path) -> Iterator[int]:
 
 
 def _take_lock(lock: int, path: Path) -> None:
-    """Lock, waiting a little for loaders of a daemon that has died: they hold its lock until they are gone."""
-    deadline = time.monotonic() + _LOADER_END_SECONDS
+    """Lock, waiting a little for the children of a daemon that has died: they hold its lock until they are gone."""
+    deadline = time.monotonic() + _CHILD_END_SECONDS
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,8 +252,8 @@ def _take_lock(lock: int, path: Path) -> None:
                     time.sleep(0.02)
                     continue
                 raise AlreadyServedError(
-                    f"socket {path}: a loader of the daemon that died (pid {holder}) does not end, "
-                    "it may hang in a read; end it, or choose another socket with --socket"
+                    f"socket {path}: a process of the daemon that died (pid {holder}) does not end, "
+                    "it may hang in a read or in the driver; end it, or choose another socket with --socket"
                 ) from None
             raise AlreadyServedError(
                 f"socket {path}: another daemon (pid {holder or 'unknown'}) serves it; "

@@ -10,17 +10,21 @@ import pwd
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._address import candidates, handles_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 EXIT_CONFIG = 78
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SOCKET_PATH_BYTES = 107
+_UUID_SHAPE = "00000000-0000-0000-0000-000000000000"
+_UUID_PREFIX = "GPU-"
+_UUID_LEAST = 8
 
 
 class ConfigError(Exception):
@@ -39,8 +43,8 @@ def _default_state_dir() -> str:
     return "/var/lib/weightd" if os.geteuid() == 0 else str(Path.home() / ".local/state/weightd")
 
 
-def _setting(default: Any, help_text: str) -> Any:
-    metadata = {"help": help_text}
+def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
+    metadata = {"help": help_text, "repeatable": repeatable}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -52,10 +56,23 @@ class Settings:
 
     socket: str = _setting(_default_socket, "control socket; the handle socket lies beside it")
     socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 lets the group in")
-    device: str = _setting("auto", "what to serve: auto or host")
-    budget: str = _setting("", "bytes a device may use, as 12GiB or 80%; empty: half of host memory")
+    device: str = _setting(
+        "auto",
+        "what to serve: host, cuda (every GPU), cuda:N or GPU-UUID, separated by commas or the flag repeated; "
+        "auto: host memory and every GPU",
+        repeatable=True,
+    )
+    transport: str = _setting("auto", "how GPU memory is shared: cuda_vmm or cuda_ipc; auto tries")
+    budget: str = _setting(
+        "",
+        "memory each device may use, as 12GiB or 80%, or DEVICE=12GiB for one, separated by commas or the flag "
+        "repeated; empty: 80% of a GPU, half of host memory",
+        repeatable=True,
+    )
     pool: str = _setting(
-        "", "freed memory kept populated for the next load; empty: an eighth of the budget, 2GiB at most"
+        "",
+        "freed host memory kept populated for the next load (GPU memory is given back); "
+        "empty: an eighth of its budget, 2GiB at most",
     )
     state_dir: str = _setting(_default_state_dir, "directory of the digest index")
     isolation: str = _setting("shared", "shared: all users share; uid: each user apart")
@@ -66,14 +83,52 @@ class Settings:
     log_level: str = _setting("info", "debug, info, warning or error")
 
     @property
-    def budget_share(self) -> float | int:
-        """The budget: an int is bytes, a float a share of the device."""
-        text = self.budget.strip()
-        if not text:
-            return 0.5
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return parse_size(text)
+    def devices(self) -> tuple[str, ...]:
+        """What to serve, as it was named: ("auto",), or "host", "cuda", "cuda:N", "GPU-…", each once.
+
+        A UUID is in lower case, and may be only the beginning of one; `means` compares.
+        """
+        items = [item.strip() for item in self.device.split(",")]
+        if "auto" in items and len(items) > 1:
+            raise ValueError("auto is every device; it stands alone")
+        if items == ["auto"]:
+            return ("auto",)
+        names = tuple(_device(item) for item in items)
+        _refuse_twice(names)
+        if "cuda" in names and set(names) - {"cuda", "host"}:
+            raise ValueError("cuda is every GPU; name no other GPU beside it")
+        return names
+
+    @property
+    def budget_devices(self) -> frozenset[str]:
+        """The devices that have a budget of their own, spelled as in `devices`; "cuda" is every GPU."""
+        return frozenset(self._budgets) - {""}
+
+    def budget_for(self, names: Sequence[str]) -> float | int | None:
+        """The budget of one device: an int is bytes, a float a share of the device, None that nothing is said.
+
+        `names` is what the device is called, most telling first: ("GPU-…", "cuda:0", "cuda") or ("host",).
+        """
+        budgets = self._budgets
+        said = (budgets[key] for name in names for key in budgets if means(key, name))
+        return next(said, budgets.get(""))
+
+    def budget_is_for(self, names: Sequence[str]) -> bool:
+        """Whether a budget is said for this very device, not for all or for every GPU."""
+        return any(means(said, name) for said in self.budget_devices - {"cuda"} for name in names)
+
+    @property
+    def _budgets(self) -> dict[str, float | int]:
+        """Budgets by device; under "" that of the devices that are not named."""
+        pairs: list[tuple[str, float | int]] = []
+        for item in self.budget.split(",") if self.budget.strip() else ():
+            device, named, amount = item.rpartition("=")
+            pairs.append((_device(device) if named else "", _budget(amount)))
+        names = [name for name, _ in pairs]
+        if names.count("") > 1:
+            raise ValueError("more than one value for the devices that are not named")
+        _refuse_twice([name for name in names if name])
+        return dict(pairs)
 
     @property
     def admin_uids(self) -> frozenset[int]:
@@ -97,8 +152,8 @@ def default_config_path() -> Path | None:
     return None
 
 
-def load(config: Path | None, flags: Mapping[str, str | None], environment: Mapping[str, str]) -> Loaded:
-    """Put the settings together. Errors: ConfigError."""
+def load(config: Path | None, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]) -> Loaded:
+    """Put the settings together; a flag that was repeated is a list. Errors: ConfigError."""
     kinds: dict[str, type] = {f.name: int if f.type == "int" else str for f in fields(Settings)}
     values: dict[str, Any] = {}
     origins = dict.fromkeys(kinds, "default")
@@ -125,10 +180,47 @@ def load(config: Path | None, flags: Mapping[str, str | None], environment: Mapp
 
 def parse_size(text: str) -> int:
     """Bytes from "12GiB", "500M" or "1073741824"; units are powers of 1024. Errors: ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
         raise ValueError(f"{text!r} is not a size such as 12GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def means(said: str, name: str) -> bool:
+    """Whether a device that is called `name` is what a setting says; of a UUID the beginning will do."""
+    return name.startswith(said) if said.startswith(_UUID_PREFIX) else name == said
+
+
+def _device(text: str) -> str:
+    """A device as people name it, a UUID in lower case as drivers write it. Errors: ValueError."""
+    text = text.strip()
+    if re.fullmatch(r"host|cuda(:(0|[1-9][0-9]{0,3}))?", text):
+        return text
+    prefix, digits = text[:4], text[4:].lower()
+    shape = re.sub(r"[0-9a-f]", "0", digits)
+    if prefix == _UUID_PREFIX and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
+        return prefix + digits
+    raise ValueError(
+        f"{text!r} is no device; use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
+    )
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    for one, other in permutations(names, 2):
+        if means(one, other):
+            raise ValueError(f"{one} and {other} do not name two devices")
+
+
+def _budget(text: str) -> float | int:
+    """Bytes as an int, or a share as a float. Errors: ValueError."""
+    percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    try:
+        amount = float(percent[1]) / 100 if percent else parse_size(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a size such as 12GiB, nor a share such as 80%") from None
+    if amount <= 0 or (isinstance(amount, float) and amount > 1):
+        raise ValueError(f"{text!r}: must be more than nothing and at most 100%")
+    return amount
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -169,26 +261,28 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     for key, least in (("reader_threads", 0), ("max_loads", 1), ("max_connections", 1)):
         if getattr(settings, key) < least:
             refuse(key, f"must be at least {least}")
-    choices = {"isolation": ("shared", "uid"), "log_level": ("debug", "info", "warning", "error")}
+    choices = {
+        "transport": ("auto", "cuda_vmm", "cuda_ipc"),
+        "isolation": ("shared", "uid"),
+        "log_level": ("debug", "info", "warning", "error"),
+    }
     for key, allowed in choices.items():
         if getattr(settings, key) not in allowed:
             refuse(key, f"must be one of {', '.join(allowed)}")
-    if settings.device not in ("auto", "host"):
-        refuse("device", "this version serves host memory only; use auto or host")
     if not re.fullmatch(r"0?[0-7]{3}", settings.socket_mode):
         refuse("socket_mode", "must be an octal mode such as 0660")
     if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
         refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
-    try:
-        share = settings.budget_share
-        if share <= 0 or (isinstance(share, float) and share > 1):
-            refuse("budget", "must be more than nothing and at most 100%")
-    except ValueError as error:
-        refuse("budget", str(error))
-    try:
-        parse_size(settings.pool or "0")
-    except ValueError as error:
-        refuse("pool", str(error))
+    parsers: dict[str, Callable[[], object]] = {
+        "device": lambda: settings.devices,
+        "budget": lambda: settings.budget_devices,
+        "pool": lambda: parse_size(settings.pool or "0"),
+    }
+    for key, parse in parsers.items():
+        try:
+            parse()
+        except ValueError as error:
+            refuse(key, str(error))
     try:
         _ = settings.admin_uids
     except KeyError as error:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
 import resource
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from support import fakecuda
+from support.daemon import environment
+from weightd._mapping import cuda_driver
+from weightd.errors import DeviceError
 from weightd_daemon.devices import host as host_device
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.devices.host import HostDevice
 
 if TYPE_CHECKING:
@@ -21,31 +32,86 @@ if TYPE_CHECKING:
 
     from weightd_daemon.devices.device import Device
 
-DEVICES: dict[str, Callable[[], Device]] = {"host": HostDevice}
 NOBODY = 65534
 REFUSED = {errno.EACCES, errno.EPERM, errno.EBADF, errno.EINVAL}
+
+
+def nobody_is_told(uuid: str, reason: str) -> None:
+    raise AssertionError(f"{uuid}: {reason}")
+
+
+@contextlib.contextmanager
+def ipc_device() -> Iterator[Device]:
+    """A device with a holder; the loop does not run, and nothing here needs it."""
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), contextlib.closing(CudaIpcDevice(0, Holding(loop, nobody_is_told))) as device:
+        yield device
+
+
+DEVICES: dict[str, Callable[[], contextlib.AbstractContextManager[Device]]] = {
+    "host": lambda: contextlib.closing(HostDevice()),
+    "cuda_vmm": lambda: contextlib.closing(CudaVmmDevice(0)),
+    "cuda_ipc": ipc_device,
+}
 
 
 def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@contextlib.contextmanager
+def opened(device: Device, segment: int, *, writable: bool) -> Iterator[int]:
+    """A segment of GPU memory in this process, as loaders and clients open it; yields its address."""
+    handle, size = device.writable(segment) if writable else device.shared(segment), device.allocated(segment)
+    with cuda_driver.on_device(0), contextlib.ExitStack() as stack:
+        if isinstance(handle, bytes):
+            address = cuda_driver.open_ipc(handle)
+            stack.callback(cuda_driver.call, "cuIpcCloseMemHandle", address)
+            yield address
+        else:
+            addresses = stack.enter_context(contextlib.closing(cuda_driver.AddressRange(0, size)))
+            allocation = cuda_driver.import_descriptor(handle)
+            addresses.map(0, size, allocation)
+            cuda_driver.release(allocation)
+            addresses.allow(writable=writable)
+            yield addresses.address
+
+
+def copied_from(address: int, length: int) -> bytes:
+    buffer = ctypes.create_string_buffer(length)
+    cuda_driver.call("cuMemcpyDtoH", ctypes.addressof(buffer), address, length)
+    return buffer.raw
+
+
 def write(device: Device, segment: int, offset: int, data: bytes) -> None:
-    assert os.pwrite(device.writable(segment), data, offset) == len(data)
+    if device.kind == "host":
+        assert os.pwrite(device.writable(segment), data, offset) == len(data)
+        return
+    with opened(device, segment, writable=True) as address:
+        cuda_driver.call("cuMemcpyHtoD", address + offset, data, len(data))
 
 
-def read(descriptor: int, offset: int, length: int) -> bytes:
-    return os.pread(descriptor, length, offset)
+def read(device: Device, segment: int, offset: int, length: int) -> bytes:
+    if device.kind == "host":
+        return os.pread(device.shared(segment), length, offset)
+    with opened(device, segment, writable=False) as address:
+        return copied_from(address + offset, length)
 
 
 @pytest.fixture(params=sorted(DEVICES))
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
-    """A device; whatever a test leaves on it, closing it leaves no descriptor behind."""
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A device; whatever a test leaves on it, closing it leaves no descriptor and no memory behind."""
+    on_gpu = request.param != "host"
+    if on_gpu:
+        for name, value in fakecuda.environment(request.getfixturevalue("fake_driver")).items():
+            monkeypatch.setenv(name, value)
+        with cuda_driver.on_device(0):  # the driver opens what it keeps open
+            pass
     before = descriptors()
-    made = DEVICES[request.param]()
-    yield made
-    made.close()
+    with DEVICES[request.param]() as made:
+        yield made
     assert descriptors() == before
+    assert not on_gpu or fakecuda.device_bytes(0) == 0
 
 
 @pytest.fixture
@@ -76,7 +142,7 @@ def test_segments_have_numbers_of_their_own_and_are_never_reused(device: Device)
 
 def test_a_fresh_segment_reads_as_zero_and_takes_memory_as_it_is_written(device: Device) -> None:
     segment = device.create(8 * device.page)
-    assert not any(read(device.shared(segment), 0, 8 * device.page))
+    assert not any(read(device, segment, 0, 8 * device.page))
     assert device.allocated(segment) == (0 if device.sparse else 8 * device.page)
     write(device, segment, device.page, b"x" * device.page)
     assert device.allocated(segment) == (device.page if device.sparse else 8 * device.page)
@@ -85,7 +151,7 @@ def test_a_fresh_segment_reads_as_zero_and_takes_memory_as_it_is_written(device:
 def test_clients_see_what_the_loader_writes(device: Device) -> None:
     segment = device.create(2 * device.page)
     write(device, segment, device.page - 3, b"across")
-    assert read(device.shared(segment), device.page - 3, 6) == b"across"
+    assert read(device, segment, device.page - 3, 6) == b"across"
 
 
 def test_punching_gives_whole_pages_back_and_leaves_the_neighbours(device: Device) -> None:
@@ -96,15 +162,15 @@ def test_punching_gives_whole_pages_back_and_leaves_the_neighbours(device: Devic
     write(device, segment, 0, b"x" * (4 * page))
     device.punch(segment, page, 2 * page)
     assert device.allocated(segment) == 2 * page
-    assert read(device.shared(segment), 0, 4 * page) == b"x" * page + bytes(2 * page) + b"x" * page
+    assert read(device, segment, 0, 4 * page) == b"x" * page + bytes(2 * page) + b"x" * page
     write(device, segment, page, b"again")
-    assert read(device.shared(segment), page, 6) == b"again\0"
+    assert read(device, segment, page, 6) == b"again\0"
 
 
 def test_releasing_leaves_no_descriptor(device: Device) -> None:
     before = descriptors()
     segments = [device.create(device.page) for _ in range(5)]
-    assert descriptors() > before
+    assert descriptors() > before or device.kind == "cuda_ipc"
     for segment in segments:
         device.release(segment)
     assert descriptors() == before
@@ -112,14 +178,16 @@ def test_releasing_leaves_no_descriptor(device: Device) -> None:
         device.shared(segments[0])
 
 
-def test_a_segment_that_cannot_be_made_leaves_nothing(device: Device) -> None:
+def test_a_segment_for_which_there_are_no_descriptors_leaves_nothing(device: Device) -> None:
+    if device.kind == "cuda_ipc":
+        pytest.skip("its segments take no descriptors here")
     before = descriptors()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.open("/dev/null", os.O_RDONLY)
     os.close(free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))  # the first descriptor of a segment, and no second
     try:
-        with pytest.raises((MemoryError, OSError)):
+        with pytest.raises((MemoryError, DeviceError)):
             device.create(device.page)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -128,8 +196,149 @@ def test_a_segment_that_cannot_be_made_leaves_nothing(device: Device) -> None:
 
 def test_no_descriptor_survives_exec(device: Device) -> None:
     segment = device.create(device.page)
-    assert not os.get_inheritable(device.writable(segment))
-    assert not os.get_inheritable(device.shared(segment))
+    for handle in (device.writable(segment), device.shared(segment)):
+        assert isinstance(handle, bytes) or not os.get_inheritable(handle)
+
+
+def test_handles_are_of_the_kind_that_is_told(device: Device) -> None:
+    handles = [device.shared(device.create(device.page)) for _ in range(3)]
+    assert len({*handles}) == 3
+    assert [len(handle) if isinstance(handle, bytes) else -1 for handle in handles] == (
+        [64] * 3 if device.kind == "cuda_ipc" else [-1] * 3
+    )
+    assert bool(device.note) == (device.kind == "cuda_ipc")
+
+
+# -- GPU memory --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(device: Device) -> Device:
+    if device.kind == "host":
+        pytest.skip("promised of GPU memory only")
+    return device
+
+
+def test_a_gpu_is_called_by_its_uuid_and_keeps_its_memory_in_whole_segments(gpu: Device) -> None:
+    assert gpu.uuid == fakecuda.uuid(0)
+    assert not gpu.sparse
+    assert gpu.page % (2 << 20) == 0
+    with pytest.raises(NotImplementedError):
+        gpu.punch(gpu.create(gpu.page), 0, gpu.page)
+
+
+def test_releasing_gives_gpu_memory_back(gpu: Device) -> None:
+    segments = [gpu.create(size * gpu.page) for size in (1, 2, 3)]
+    assert fakecuda.device_bytes(0) == 6 * gpu.page
+    gpu.release(segments[1])
+    assert gpu.allocated(gpu.create(gpu.page)) == gpu.page  # in the holder, requests are done in order
+    assert fakecuda.device_bytes(0) == 5 * gpu.page
+
+
+def test_released_memory_reads_as_zero_when_it_comes_again(gpu: Device) -> None:
+    first = gpu.create(gpu.page)
+    write(gpu, first, 0, b"somebody's weights" * 1000)
+    gpu.release(first)
+    assert not any(read(gpu, gpu.create(gpu.page), 0, gpu.page))
+
+
+def test_a_full_gpu_is_a_memory_error_that_says_what_was_asked_and_leaves_nothing(gpu: Device) -> None:
+    kept = gpu.create(gpu.page)
+    size = gpu.capacity()
+    with pytest.raises(MemoryError, match=f"no segment of {size} bytes: {gpu.uuid} is full"):
+        gpu.create(size)
+    assert fakecuda.device_bytes(0) == gpu.page
+    gpu.release(kept)
+    gpu.release(gpu.create(size - 64 * gpu.page))
+
+
+def test_what_nvml_says_is_free_stands_in_the_error(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "weightd_daemon.devices.cuda_device.free_bytes", lambda uuid: 4711 if uuid == gpu.uuid else None
+    )
+    assert gpu.available() == 4711
+    with pytest.raises(MemoryError, match="4711 bytes are free"):
+        gpu.create(gpu.capacity() + gpu.page)
+
+
+def test_where_nvml_is_not_there_nobody_knows_what_is_free(gpu: Device) -> None:
+    assert gpu.available() is None
+
+
+def test_released_memory_lives_on_where_it_is_mapped(gpu: Device) -> None:
+    """NVIDIA does not promise it of CUDA IPC: there nothing is released that somebody has open."""
+    if gpu.kind != "cuda_vmm":
+        pytest.skip("promised of VMM memory only")
+    segment = gpu.create(gpu.page)
+    write(gpu, segment, 0, b"still here")
+    with opened(gpu, segment, writable=False) as address:
+        gpu.release(segment)
+        gpu.create(gpu.page)
+        assert copied_from(address, 10) == b"still here"
+
+
+# Runs in a process of its own: `arguments` are the transport and what to do with a device.
+ALONE = """
+import asyncio, sys
+from weightd.errors import DeviceError
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
+
+loop = asyncio.new_event_loop()
+device = CudaVmmDevice(0) if sys.argv[1] == "cuda_vmm" else CudaIpcDevice(0, Holding(loop, print))
+failures = []
+for _ in range(3):
+    try:
+        device.release(device.create(device.page))
+    except DeviceError as error:
+        failures.append(f"{error.metadata['call']}={error.code}")
+print(*failures)
+device.create(device.page)
+from support import fakecuda
+print(fakecuda.device_bytes(0) // device.page)
+device.close()
+"""
+
+
+def alone(kind: str, folder: Path, **knobs: object) -> list[str]:
+    """What ALONE prints under the knobs of the double."""
+    variables = {**environment(), **fakecuda.environment(folder, **knobs)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, kind], env=variables, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("call", ["cuMemCreate", "cuMemExportToShareableHandle"])
+def test_a_call_that_fails_half_way_is_a_device_error_and_leaves_nothing(call: str, fake_driver: Path) -> None:
+    """With a holder, such a call is its end: tests/unit/test_devices_holder.py."""
+    assert alone("cuda_vmm", fake_driver, fail=f"{call}:801:2") == [f"{call}=CUDA_ERROR_NOT_SUPPORTED", "1"]
+
+
+def test_what_cannot_be_given_back_at_the_end_is_logged_and_keeps_nothing_else(
+    fake_driver: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = CudaVmmDevice(0)
+    first, *_ = [device._segments[device.create(device.page)] for _ in range(3)]
+    monkeypatch.setenv("FAKECUDA_FAIL", "cuMemRelease:999:1")
+    device.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"device {device.uuid}: a segment is not given back" in caplog.text
+    assert "cuMemRelease failed" in caplog.text
+    assert fakecuda.device_bytes(0) == device.page
+    cuda_driver.release(first.allocation)
+
+
+@pytest.mark.parametrize("kind", ["cuda_vmm", "cuda_ipc"])
+def test_the_daemons_side_never_has_a_context(kind: str, fake_driver: Path, tmp_path: Path) -> None:
+    assert alone(kind, fake_driver, log=tmp_path / "calls") == ["", "1"]
+    calls = fakecuda.calls(tmp_path / "calls")
+    ours = {call.function for call in calls if call.pid == calls[0].pid}
+    assert "cuInit" in ours
+    assert not {name for name in ours if "Ctx" in name or name.startswith(("cuMemAlloc", "cuMemcpy", "cuStream"))}
+    theirs = {call.function for call in calls} - ours
+    assert ("cuDevicePrimaryCtxRetain" in theirs) == (kind == "cuda_ipc")
 
 
 # -- host memory -------------------------------------------------------------------------------------------------------
@@ -181,7 +390,7 @@ def test_another_user_can_do_nothing_but_read(host: Device) -> None:
     write(host, segment, 0, b"good")
     found = refusals(attempts_on(host.shared(segment), host.page), NOBODY)
     assert {name: code for name, code in found.items() if code not in REFUSED} == {}
-    assert read(host.shared(segment), 0, 4) == b"good"
+    assert read(host, segment, 0, 4) == b"good"
     assert stat.S_IMODE(os.fstat(host.shared(segment)).st_mode) == 0o400
 
 
@@ -229,7 +438,7 @@ def test_a_private_mapping_keeps_its_writes_to_itself(host: Device) -> None:
         for _ in range(2)
     )  # fmt: skip
     mine[:6] = b"mine!!"
-    assert (mine[:6], yours[:6], read(host.shared(segment), 0, 6)) == (b"mine!!", b"shared", b"shared")
+    assert (mine[:6], yours[:6], read(host, segment, 0, 6)) == (b"mine!!", b"shared", b"shared")
     mine.close()
     yours.close()
 

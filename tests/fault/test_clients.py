@@ -11,6 +11,8 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import STOP, resume, wait_stopped
@@ -22,6 +24,8 @@ StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
 PARTS = 300
+
+everywhere = pytest.mark.backends(*EVERY)
 
 
 def part(index: int) -> bytes:
@@ -43,6 +47,7 @@ def marked(folder: Path) -> Path:
     return checkpoints.write(folder / "marked.safetensors", {"t": ("U8", (2 * MIB,), STOP.ljust(2 * MIB, b"x"))})
 
 
+@everywhere
 def test_more_files_and_segments_than_fit_into_one_message(daemon: Daemon, pipeline: Path) -> None:
     client = daemon.connect()
     checkpoint = client.load(pipeline, name="pipeline")
@@ -51,14 +56,15 @@ def test_more_files_and_segments_than_fit_into_one_message(daemon: Daemon, pipel
     with client.attach("pipeline") as attachment:
         assert len(attachment.components) == PARTS
         for i in range(PARTS):
-            assert attachment.buffer("t", f"part{i:03}") == part(i)
-    some = [f"part{i:03}" for i in range(20, 280)]  # 260 descriptors: two batches
+            assert content(attachment, "t", f"part{i:03}") == part(i)
+    some = [f"part{i:03}" for i in range(20, 280)]  # 260 handles: two batches
     with client.attach("pipeline", components=some) as attachment:
-        assert attachment.buffer("t", "part279") == part(279)
+        assert content(attachment, "t", "part279") == part(279)
         with pytest.raises(weightd.NotFoundError):
             attachment.buffer("t", "part280")
 
 
+@everywhere
 def test_killed_while_loading(start_daemon: StartDaemon, tmp_path: Path, spawn: Spawn) -> None:
     daemon = start_daemon(argv=launcher(loader="stopping"))
     client, worker = daemon.connect(), spawn(daemon)
@@ -83,6 +89,7 @@ def test_killed_while_a_detached_load_goes_on(start_daemon: StartDaemon, tmp_pat
     assert client.leases() == []
 
 
+@everywhere
 def test_killed_while_attached(daemon: Daemon, tmp_path: Path, spawn: Spawn) -> None:
     client = weightd.connect(daemon.socket)
     client.load(checkpoints.write_random(tmp_path / "m.safetensors", 2, 5000), name="m")
@@ -99,10 +106,12 @@ def test_killed_while_attached(daemon: Daemon, tmp_path: Path, spawn: Spawn) -> 
     client.remove("m")
 
 
+@pytest.mark.backends("host", "cuda_vmm")
 def test_killed_between_batches(daemon: Daemon, pipeline: Path, spawn: Spawn) -> None:
     client = daemon.connect()
     client.load_report(pipeline, name="pipeline", detached=True)
-    eventually(lambda: [c for c in client.checkpoints() if c.state == "resident"])
+    resident = [("resident", ("pipeline",))]  # it gets its name a moment after it is there
+    eventually(lambda: [(c.state, c.names) for c in client.checkpoints()] == resident)
     eventually(lambda: client.leases() == [])
     before = daemon.descriptors()
     worker = spawn(daemon)
@@ -118,7 +127,7 @@ def test_killed_between_batches(daemon: Daemon, pipeline: Path, spawn: Spawn) ->
     eventually(lambda: client.leases() == [], seconds=1.0, what="its lease is gone")
     eventually(lambda: daemon.descriptors() <= before, what="its descriptors are closed")
     with client.attach("pipeline") as attachment:
-        assert attachment.buffer("t", "part299") == part(299)
+        assert content(attachment, "t", "part299") == part(299)
 
 
 def test_no_acknowledgement_in_time(start_daemon: StartDaemon, pipeline: Path) -> None:
@@ -138,6 +147,7 @@ def test_no_acknowledgement_in_time(start_daemon: StartDaemon, pipeline: Path) -
     eventually(lambda: daemon.descriptors() <= before, what="everything is closed")
 
 
+@everywhere
 def test_many_clients_attach_and_detach(daemon: Daemon, tmp_path: Path) -> None:
     client = daemon.connect()
     client.load(checkpoints.write_random(tmp_path / "m.safetensors", 5, 5000, seed="m"), name="m")
@@ -152,7 +162,7 @@ def test_many_clients_attach_and_detach(daemon: Daemon, tmp_path: Path) -> None:
         with weightd.connect(daemon.socket, timeout=30.0) as one:
             for _ in range(50):
                 with one.attach("m") as attachment:
-                    right += attachment.buffer("t4") == expected
+                    right += content(attachment, "t4") == expected
         return right
 
     with ThreadPoolExecutor(20) as threads:

@@ -16,7 +16,9 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY, Backend
 from support.background import background
+from support.content import content
 from support.daemon import Daemon, environment, eventually
 from support.launch import launcher
 from support.loader import STOP, state, wait_stopped
@@ -25,6 +27,8 @@ from support.worker import Worker
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
+
+everywhere = pytest.mark.backends(*EVERY)
 
 
 def gone(pid: int) -> bool:
@@ -68,7 +72,8 @@ def test_attached_clients_outlive_a_killed_daemon(daemon: Daemon, tmp_path: Path
     assert worker.run(source) is True
 
 
-def test_killed_in_mid_load(start_daemon: StartDaemon, tmp_path: Path) -> None:
+@everywhere
+def test_killed_in_mid_load(start_daemon: StartDaemon, backend: Backend, tmp_path: Path) -> None:
     daemon = start_daemon(argv=launcher(loader="stopping"))
     client = daemon.connect()
     future = background(client.load_report, marked(tmp_path))
@@ -78,10 +83,12 @@ def test_killed_in_mid_load(start_daemon: StartDaemon, tmp_path: Path) -> None:
         future.result(5)
     # Even a stopped loader dies; as long as it lived it would hold the lock.
     eventually(lambda: gone(loader), what="the loader dies with its daemon")
+    eventually(lambda: not backend.device_bytes(), what="the memory of the load is the device's again")
     daemon.start()
     assert client.checkpoints() == []
 
 
+@pytest.mark.backends("host", "cuda_vmm")  # where memory outlives the daemon
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_clean_stop(daemon: Daemon, tmp_path: Path, number: signal.Signals, code: int) -> None:
     client = daemon.connect()
@@ -94,12 +101,13 @@ def test_clean_stop(daemon: Daemon, tmp_path: Path, number: signal.Signals, code
     assert not daemon.socket.exists()
     assert not handles(daemon).exists()
     assert gone(loader)
-    assert attachment.buffer("t1") == checkpoints.random_bytes(("m", 1), 5000)
+    assert content(attachment, "t1") == checkpoints.random_bytes(("m", 1), 5000)
     attachment.close()
     with pytest.raises(weightd.DaemonUnreachableError, match="there is no such socket"):
         client.stats()
 
 
+@everywhere
 def test_stop_under_load(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(argv=launcher(loader="stopping"))
     future = background(daemon.connect().load_report, marked(tmp_path))

@@ -18,6 +18,8 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.wire import Peer, send_with, source_of
@@ -127,6 +129,7 @@ def test_errors_leave_the_connection_usable(client: weightd.Client, daemon: Daem
     eventually(lambda: client.leases() == [])
 
 
+@pytest.mark.backends(*EVERY)
 def test_another_request_while_a_batch_is_outstanding(daemon: Daemon, tmp_path: Path) -> None:
     for i in range(260):
         checkpoints.write_random(tmp_path / f"part{i}" / "m.safetensors", 1, 300, seed=i)
@@ -142,7 +145,7 @@ def test_another_request_while_a_batch_is_outstanding(daemon: Daemon, tmp_path: 
         peer.ask(attach=handles_pb2.AttachRequest(reference="many"))
     eventually(lambda: daemon.descriptors() <= before, what="unsent descriptors are closed")
     with client.attach("many") as attachment:
-        assert attachment.buffer("t0", "part259") == checkpoints.random_bytes((259, 0), 300)
+        assert content(attachment, "t0", "part259") == checkpoints.random_bytes((259, 0), 300)
 
 
 def flood(peer: Peer) -> None:

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 
 import weightd
-from support import checkpoints
+from support import checkpoints, fakecuda
+from support.backends import EVERY, Backend
 from support.background import background
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, state, wait_stopped
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
+
+pytestmark = pytest.mark.backends(*EVERY)
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def check_load(client: weightd.Client, daemon: Daemon, marked: Path) -> None:
     future.result(20)
     with client.attach("marked") as attachment:
         for i in range(6):
-            assert attachment.buffer(f"t{i}") == data(i)
+            assert content(attachment, f"t{i}") == data(i)
 
 
 def test_killed_in_mid_load(stopping: Daemon, marked: Path) -> None:
@@ -60,7 +64,7 @@ def test_killed_in_mid_load(stopping: Daemon, marked: Path) -> None:
     (pid,) = wait_stopped(stopping)
     (device,) = client.stats().devices
     assert device.in_flight_bytes >= 12 * MIB  # it has been granted its memory
-    assert stopping.allocated() >= 6 * MIB  # and has written some
+    assert stopping.backend.is_real_gpu or stopping.allocated() >= 6 * MIB  # and has written some
     assert [c.state for c in client.checkpoints()] == ["loading"]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(weightd.LeaseLostError, match=r"loader process of this load died.*load again"):
@@ -85,6 +89,22 @@ def test_killed_before_it_took_the_files(daemon: Daemon, tmp_path: Path) -> None
     report = client.load_report(path)
     assert report is not None
     assert report.total_bytes == 4 * MIB
+
+
+def test_memory_stays_until_the_loader_has_put_it_down(start_daemon: StartDaemon, marked: Path) -> None:
+    """Also when the checkpoint is removed in that moment: CUDA IPC memory must not be freed while it is open."""
+    daemon = start_daemon(argv=launcher(loader="lingering"), pool=0)
+    client = daemon.connect()
+    with client.attach(client.load(marked).content_digest):
+        pass
+    (pid,) = wait_stopped(daemon)
+    eventually(lambda: not client.leases(), what="the lease ends")
+    assert client.remove(client.checkpoints()[0].content_digest) == 12 * MIB
+    (device,) = client.stats().devices
+    assert (device.live_bytes, device.segments) == (12 * MIB, 1)
+    resume(pid)
+    eventually(lambda: used_bytes(client) == 0 and daemon.allocated() == 0, what="its space is free")
+    assert client.checkpoints() == [], "it was not lost"
 
 
 def test_stopped_loader_is_killed_when_the_last_waiter_leaves(stopping: Daemon, marked: Path) -> None:
@@ -122,6 +142,32 @@ def test_killed_while_it_verifies(stopping: Daemon, marked: Path) -> None:
         future.result(5)
     future = background(client.verify)
     resume(*wait_stopped(stopping))
+    assert future.result(20).done_bytes == 12 * MIB
+
+
+@pytest.mark.backends("cuda_ipc", double_only=True)
+@pytest.mark.parametrize("gpu", [0, 1])
+def test_a_device_that_is_lost_while_it_is_verified_or_waits_for_its_turn(
+    backend: Backend, start_daemon: StartDaemon, marked: Path, gpu: int
+) -> None:
+    argv = launcher(loader="stopping")
+    daemon = start_daemon(backend.with_knobs(devices=2), argv=argv, reader_threads=1, device="cuda")
+    client = daemon.connect()
+    for ordinal in range(2):
+        future = background(client.load, marked, name="marked", device=fakecuda.uuid(ordinal))
+        resume(*wait_stopped(daemon))
+        future.result(20)
+    holders = {Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]: pid for pid in daemon.holders()}
+    future = background(client.verify)
+    (loader,) = wait_stopped(daemon)  # which verifies the first
+    os.kill(holders[fakecuda.uuid(gpu)], signal.SIGKILL)
+    if gpu == 1:
+        eventually(lambda: "device lost" in daemon.logged())
+        resume(loader)
+    with pytest.raises(weightd.DeviceError, match=f"checkpoint marked was lost: .*{fakecuda.uuid(gpu)}.*load it again"):
+        future.result(5)
+    future = background(client.verify)  # the other one
+    resume(*wait_stopped(daemon))
     assert future.result(20).done_bytes == 12 * MIB
 
 

@@ -11,7 +11,9 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY, Backend
 from support.background import background
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import STOP, resume, wait_stopped
@@ -19,6 +21,8 @@ from weightd.types import DeviceStats
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
+
+everywhere = pytest.mark.backends(*EVERY)
 
 
 def make(folder: Path, name: str, count: int, shared: Mapping[int, object] | None = None) -> Path:
@@ -44,60 +48,63 @@ def books(client: weightd.Client) -> DeviceStats:
     return device
 
 
-def test_exceeds_the_budget_but_its_new_bytes_fit(start_daemon: StartDaemon, tmp_path: Path) -> None:
+@everywhere
+def test_exceeds_the_budget_but_its_new_bytes_fit(start_daemon: StartDaemon, backend: Backend, tmp_path: Path) -> None:
     daemon = start_daemon(budget="24MiB", pool=0)
     client = daemon.connect()
     base = load(daemon, make(tmp_path, "base", 20))
     with client.attach("base") as held:  # so that it cannot make room
         tuned = load(daemon, make(tmp_path, "tuned", 22, shared={i: ("base", i) for i in range(1, 20)}))
         assert (base.unique_bytes, tuned.total_bytes, tuned.unique_bytes) == (20 * MIB, 22 * MIB, 3 * MIB)
-        assert books(client).used_bytes <= 23 * MIB + 4096
-        assert daemon.allocated() <= 23 * MIB * 1.02
+        assert books(client).used_bytes <= 23 * MIB + backend.page
+        assert daemon.allocated() <= 23 * MIB * 1.02 + backend.page
         with client.attach("tuned") as attachment:
             for i in range(22):
                 seed = "base" if 1 <= i < 20 else "tuned"
-                assert attachment.buffer(f"t{i}") == checkpoints.random_bytes((seed, i), MIB)
+                assert content(attachment, f"t{i}") == checkpoints.random_bytes((seed, i), MIB)
                 if i < 20:
-                    assert held.buffer(f"t{i}") == checkpoints.random_bytes(("base", i), MIB)
+                    assert content(held, f"t{i}") == checkpoints.random_bytes(("base", i), MIB)
     assert client.stats().evictions == 0
 
 
+@everywhere
 def test_eviction_takes_the_least_recently_used_that_nobody_keeps(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    daemon = start_daemon(budget="16MiB", pool=0)
+    daemon = start_daemon(budget="20MiB", pool=0)
     client = daemon.connect()
     for name in ("pinned", "leased", "first", "second", "third"):
-        load(daemon, make(tmp_path, name, 3), pin=name == "pinned")
+        load(daemon, make(tmp_path, name, 4), pin=name == "pinned")
     attachment = client.attach("leased")
     client.attach("first").close()  # used last, though loaded first
     eventually(lambda: [lease.checkpoint for lease in client.leases()] == ["leased"])
-    load(daemon, make(tmp_path, "fourth", 3))
+    load(daemon, make(tmp_path, "fourth", 4))
     assert names(client) == ["first", "fourth", "leased", "pinned", "third"]
     load(daemon, make(tmp_path, "fifth", 6))
     assert names(client) == ["fifth", "fourth", "leased", "pinned"]
     assert client.stats().evictions == 3
     with client.attach("pinned") as pinned:
-        for i in range(3):
-            assert attachment.buffer(f"t{i}") == checkpoints.random_bytes(("leased", i), MIB)
-            assert pinned.buffer(f"t{i}") == checkpoints.random_bytes(("pinned", i), MIB)
+        for i in range(4):
+            assert content(attachment, f"t{i}") == checkpoints.random_bytes(("leased", i), MIB)
+            assert content(pinned, f"t{i}") == checkpoints.random_bytes(("pinned", i), MIB)
     attachment.close()
 
 
+@everywhere
 def test_refusal_has_numbers_and_evicts_nothing(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(budget="16MiB", pool=0)
     client = daemon.connect()
-    load(daemon, make(tmp_path, "pinned", 3), pin=True)
+    load(daemon, make(tmp_path, "pinned", 2), pin=True)
     load(daemon, make(tmp_path, "leased", 4))
-    load(daemon, make(tmp_path, "plain", 5))
-    large = make(tmp_path, "large", 10)
+    load(daemon, make(tmp_path, "plain", 6))
+    large = make(tmp_path, "large", 12)
     with client.attach("leased"):
         with pytest.raises(
             weightd.CapacityError, match=r"free, .* evictable, .* pinned, .* leased, of a budget of .*; remove or unpin"
         ) as caught:
             client.load(large)
         error = caught.value
-        assert 10 * MIB <= error.requested_bytes <= 10 * MIB + 8192
-        assert (error.free_bytes, error.evictable_bytes) == (4 * MIB, 5 * MIB)
-        assert (error.pinned_bytes, error.leased_bytes) == (3 * MIB, 4 * MIB)
+        assert 12 * MIB <= error.requested_bytes <= 12 * MIB + 8192
+        assert (error.free_bytes, error.evictable_bytes) == (4 * MIB, 6 * MIB)
+        assert (error.pinned_bytes, error.leased_bytes) == (2 * MIB, 4 * MIB)
         failed = daemon.command("load", large, check=False)
         assert (failed.returncode, failed.stdout) == (5, "")
         assert names(client) == ["leased", "pinned", "plain"]
@@ -117,6 +124,7 @@ def marked(folder: Path, lengths: list[int]) -> Path:
     return checkpoints.write(folder / "marked.safetensors", tensors)
 
 
+@everywhere
 def test_refused_before_reading_what_no_sharing_can_save(start_daemon: StartDaemon, tmp_path: Path) -> None:
     """Nothing that is resident has these lengths. The loader would stop at the first byte of data that it reads."""
     daemon = start_daemon(argv=launcher(loader="stopping"), budget="8MiB", pool=0)
@@ -133,6 +141,7 @@ def test_refused_before_reading_what_no_sharing_can_save(start_daemon: StartDaem
     assert names(client) == ["resident"]
 
 
+@everywhere
 def test_budget_is_never_exceeded(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(budget="20MiB", pool="8MiB")
     client = daemon.connect()
@@ -155,7 +164,7 @@ def test_budget_is_never_exceeded(start_daemon: StartDaemon, tmp_path: Path) -> 
                 else:
                     with one.attach(path.stem) as attachment:
                         last = len(attachment.tensors) - 1
-                        assert attachment.buffer(f"t{last}") == checkpoints.random_bytes((path.stem, last), MIB)
+                        assert content(attachment, f"t{last}") == checkpoints.random_bytes((path.stem, last), MIB)
 
     watcher = background(watch)
     for future in [background(load_all, paths[n:] + paths[:n]) for n in (0, 2, 4)]:
@@ -173,8 +182,9 @@ def test_next_load_takes_its_memory_from_the_pool(start_daemon: StartDaemon, tmp
     client = daemon.connect()
     load(daemon, make(tmp_path, "one", 20))
     client.remove("one")
+    eventually(lambda: books(client).live_bytes == 0, what="its loader has put it down")
     device = books(client)
-    assert (device.used_bytes, device.live_bytes, device.reusable_bytes) == (20 * MIB, 0, 20 * MIB)
+    assert (device.used_bytes, device.reusable_bytes) == (20 * MIB, 20 * MIB)
     assert (device.segments, daemon.allocated()) == (1, 20 * MIB)
     load(daemon, make(tmp_path, "two", 20))
     device = books(client)
@@ -205,7 +215,7 @@ def test_pool_gives_way_to_a_load(start_daemon: StartDaemon, tmp_path: Path) -> 
         load(daemon, make(tmp_path, name, 7))
     for name in ("a", "b"):
         client.remove(name)
-    assert books(client).reusable_bytes == 14 * MIB
+    eventually(lambda: books(client).reusable_bytes == 14 * MIB, what="the pool")
     whole = {"t": ("U8", (12 * MIB,), checkpoints.random_bytes("whole", 12 * MIB))}  # in neither of the two segments
     load(daemon, checkpoints.write(tmp_path / "whole.safetensors", whole))
     with client.attach("whole") as attachment:

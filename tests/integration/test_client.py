@@ -17,8 +17,10 @@ import pytest
 
 import weightd
 import weightd.torch
-from support import checkpoints
+from support import checkpoints, fakecuda
+from support.backends import EVERY, Backend
 from support.background import background
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.worker import Worker
 from weightd._handles import HandleConnection, feed
@@ -109,6 +111,7 @@ def test_an_error_of_the_daemon_keeps_the_connection(daemon: Daemon) -> None:
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.backends(*EVERY)
 def test_threads_share_a_client(daemon: Daemon, tmp_path: Path) -> None:
     client = daemon.connect()
     client.load(saved(tmp_path, "a"), name="a", pin=True)
@@ -117,7 +120,7 @@ def test_threads_share_a_client(daemon: Daemon, tmp_path: Path) -> None:
     def attach(_: int) -> None:
         for _ in range(100):
             with client.attach("a") as attachment:
-                assert attachment.buffer("t0") == data("a")
+                assert content(attachment, "t0") == data("a")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(attach, range(8)))
@@ -276,9 +279,48 @@ def test_a_tensor_that_is_not_in_the_files_is_no_reason_to_load_again(
     assert len(loads) == 1
 
 
+def test_what_is_removed_where_it_was_loaded_is_loaded_again_though_it_is_elsewhere(
+    start_daemon: Callable[..., Daemon], fake_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon(Backend("double", "cuda_vmm", fake_driver), device="host,cuda:0")
+    client, other = daemon.connect(), daemon.connect()
+    path = saved(tmp_path, "a")
+    client.load(path, device="host", pin=True)
+    load = Client._load
+    places: list[str] = []
+
+    def load_and_lose(self: Client, *arguments: Any, **options: Any) -> Any:
+        result: Any = load(self, *arguments, **options)
+        places.append(result.device)
+        if len(places) == 1:
+            self._handles.close()
+            eventually(lambda: not other.leases(), what="the end of what waited")
+            other.remove(result.content_digest, result.device)
+        return result
+
+    monkeypatch.setattr(Client, "_load", load_and_lose)
+    gpu = fakecuda.uuid(0)
+    with client.attach(path, device=gpu[:12]) as attachment:
+        assert attachment.device == gpu
+        assert content(attachment, "t0") == data("a")
+    assert places == [gpu, gpu]
+
+
+def test_a_device_that_cannot_be_offers_the_daemon_nothing(daemon: Daemon, tmp_path: Path) -> None:
+    """It keeps so many offers of a connection, and then hangs up."""
+    client, path = daemon.connect(), saved(tmp_path, "a")
+    connection = client._handles
+    for _ in range(20):
+        with pytest.raises(weightd.DeviceMismatchError, match="'mps': must be"):
+            client.load(path, device="mps")
+    assert client.load(path).state == "resident"
+    assert client._handles is connection
+
+
 # -- descriptors -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.backends("host", "cuda_vmm")
 def test_received_descriptors_are_closed_on_exec(daemon: Daemon, tmp_path: Path) -> None:
     client = daemon.connect()
     client.load(saved(tmp_path, "a"), name="a")

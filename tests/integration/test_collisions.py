@@ -9,7 +9,9 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY
 from support.background import background
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import STOP, resume, wait_stopped
@@ -17,6 +19,8 @@ from support.loader import STOP, resume, wait_stopped
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 SIZES = {"small": 5000, "at the limit": 64 << 10, "large": 3 * MIB}
+
+pytestmark = pytest.mark.backends(*EVERY)
 
 
 def data(seed: object, size: int) -> bytes:
@@ -33,7 +37,7 @@ def make(folder: Path, name: str, seeds: list[object], size: int) -> Path:
 def check(client: weightd.Client, name: str, seeds: list[object], size: int) -> None:
     with client.attach(name) as attachment:
         for i, seed in enumerate(seeds):
-            assert attachment.buffer(f"t{i}") == data(seed, size), (name, i)
+            assert content(attachment, f"t{i}") == data(seed, size), (name, i)
 
 
 @pytest.fixture
@@ -91,7 +95,7 @@ def test_where_everything_is_hashed_first(start_daemon: StartDaemon, tmp_path: P
     with client.attach("first") as held:
         client.load(make(tmp_path, "second", second, MIB), name="second")
         check(client, "second", second, MIB)
-        assert held.buffer("t4") == data("e", MIB)
+        assert content(held, "t4") == data("e", MIB)
     assert client.stats().resident_bytes == 7 * MIB
 
 

@@ -279,7 +279,7 @@ def test_not_permitted_is_77(start_daemon: StartDaemon, path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--budget=lots", "--budget"), ("--device=cuda:7", "--device"), ("--socket-mode=rw", "octal"),
+    [("--budget=lots", "--budget"), ("--device=cuda:x", "--device"), ("--socket-mode=rw", "octal"),
      ("--isolation=none", "shared, uid"), ("--max-loads=0", "at least 1")],
 )  # fmt: skip
 def test_bad_configuration_is_78(flag: str, words: str, daemon: Daemon, tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def demo(temporary: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_the_demo_shows_equal_bytes_and_less_memory(tmp_path: Path) -> None:
-    process = demo(tmp_path)
+def test_the_demo_shows_equal_bytes_and_less_memory(short_path: Path) -> None:
+    process = demo(short_path)
     try:
         out, told = process.communicate(timeout=110)
     finally:
@@ -83,22 +83,22 @@ def test_the_demo_shows_equal_bytes_and_less_memory(tmp_path: Path) -> None:
     assert figures["private_pss"] - figures["attached_pss"] > (weights - figures["resident_bytes"]) / 2
 
     assert figures["left_running"] == []
-    assert processes_with(str(tmp_path)) == []
-    assert list(tmp_path.iterdir()) == []
+    assert processes_with(str(short_path)) == []
+    assert list(short_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path: Path) -> None:
-    process = demo(tmp_path)
+def test_ctrl_c_leaves_nothing_behind(short_path: Path) -> None:
+    process = demo(short_path)
     try:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("3."):
                 break
-        eventually(lambda: len(processes_with(str(tmp_path))) >= 6, what="the daemon and four workers")
+        eventually(lambda: len(processes_with(str(short_path))) >= 6, what="the daemon and four workers")
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 130
-    eventually(lambda: not processes_with(str(tmp_path)), 5, what="all processes ended")
-    assert list(tmp_path.iterdir()) == []
+    eventually(lambda: not processes_with(str(short_path)), 5, what="all processes ended")
+    assert list(short_path.iterdir()) == []

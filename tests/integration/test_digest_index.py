@@ -14,11 +14,15 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY
+from support.content import content
 from support.daemon import Daemon, eventually
 from weightd_daemon.edges.digest_index import FILE_NAME
 from weightd_daemon.loader.source import Source
 
 MIB = 1 << 20
+
+everywhere = pytest.mark.backends(*EVERY)
 
 
 def two(folder: Path) -> tuple[Path, Path]:
@@ -53,7 +57,7 @@ def check(client: weightd.Client, path: Path) -> None:
     with client.attach(path) as attachment:
         for i in range(6):
             seed = "common" if i < 4 else path.stem
-            assert attachment.buffer(f"t{i}") == checkpoints.random_bytes((seed, i), MIB)
+            assert content(attachment, f"t{i}") == checkpoints.random_bytes((seed, i), MIB)
 
 
 def drop(daemon: Daemon, client: weightd.Client, name: str) -> None:
@@ -63,6 +67,7 @@ def drop(daemon: Daemon, client: weightd.Client, name: str) -> None:
     client.remove(name)
 
 
+@everywhere
 def test_only_what_is_not_resident_is_read(daemon: Daemon, rested: tuple[Path, Path]) -> None:
     a, b = rested
     client = daemon.connect()
@@ -74,11 +79,12 @@ def test_only_what_is_not_resident_is_read(daemon: Daemon, rested: tuple[Path, P
     check(client, b)
     drop(daemon, client, "a")
     drop(daemon, client, "b")
-    assert client.stats().blobs == 0
+    eventually(lambda: client.stats().blobs == 0, what="the bytes are gone")
     assert read(client, a) == 6 * MIB  # digests without bytes are of no use
     check(client, a)
 
 
+@everywhere
 def test_verify_trusts_nothing(daemon: Daemon, rested: tuple[Path, Path]) -> None:
     a, b = rested
     client = daemon.connect()

@@ -21,9 +21,13 @@ import torch
 import xxhash
 
 import weightd
-from support import checkpoints, memory
+import weightd.torch
+from support import checkpoints, fake_torch, memory
+from support.backends import EVERY, Backend
+from support.content import content
 from support.daemon import Daemon, eventually
 from support.forked import fork
+from support.shared import SharedDaemons
 from support.worker import Worker
 
 Spawn = Callable[[Daemon], Worker]
@@ -33,6 +37,9 @@ BUDGET = 32 * MIB
 SIZE = 4 * MIB
 """Of each tensor. The kept checkpoint has three, so that with it under lease 20 MiB are left."""
 IDLE_SECONDS = 10.0
+
+everywhere = pytest.mark.backends(*EVERY)
+where_memory_outlives_the_daemon = pytest.mark.backends("host", "cuda_vmm")
 
 ATTACH = """
 import gc, os, time, weightd
@@ -44,7 +51,7 @@ tensor = attachment.tensor("t1")
 attachment.close()
 del attachment
 """
-BYTES_OF_TENSOR = "import xxhash; result = xxhash.xxh3_128_hexdigest(memoryview(tensor.numpy()))"
+BYTES_OF_TENSOR = "import xxhash; result = xxhash.xxh3_128_hexdigest(memoryview(tensor.cpu().numpy()))"
 DROP = "del tensor; gc.collect()"
 
 
@@ -55,6 +62,11 @@ def expected() -> bytes:
 
 def digest_of(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor on whatever device."""
+    return tensor.cpu().numpy().tobytes()
 
 
 class Pressure:
@@ -91,7 +103,14 @@ class Pressure:
 
 
 @pytest.fixture
-def small(start_daemon: StartDaemon) -> Daemon:
+def tensors(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let weightd.torch make tensors here also of what lies on the double."""
+    if backend.library is not None:
+        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+
+
+@pytest.fixture
+def small(start_daemon: StartDaemon, tensors: None) -> Daemon:
     """A daemon with 32 MiB and a page or two for rounding."""
     return start_daemon(budget=str(BUDGET + MIB), pool="8MiB")
 
@@ -116,6 +135,8 @@ def attached_worker(daemon: Daemon, path: Path, spawn: Spawn, source: str = KEEP
     """A process that holds the checkpoint, which nobody else does."""
     worker = spawn(daemon)
     worker.run("import weightd, weightd.torch, xxhash")
+    if daemon.backend.library is not None:
+        worker.run("from support import fake_torch; fake_torch.install()")
     with weightd.connect(daemon.socket, timeout=20.0) as client:
         client.load(path, name="kept")
         worker.run(source)
@@ -130,6 +151,7 @@ def leases(daemon: Daemon) -> list[int]:
 # -- never a wrong byte under a live tensor ------------------------------------------------------------------------
 
 
+@everywhere
 def test_tensor_outlives_attachment_and_client(small: Daemon, kept: Path, pressure: Pressure) -> None:
     client = weightd.connect(small.socket, timeout=20.0)
     client.load(kept, name="kept")
@@ -140,11 +162,12 @@ def test_tensor_outlives_attachment_and_client(small: Daemon, kept: Path, pressu
     del attachment, client
 
     pressure.apply(small)
-    assert tensor.numpy().tobytes() == expected()
+    assert raw(tensor) == expected()
     del tensor
     eventually(lambda: pressure.large_fits(small), what="the space of the kept checkpoint")
 
 
+@everywhere
 def test_stopped_client_keeps_its_bytes(small: Daemon, kept: Path, pressure: Pressure, spawn: Spawn) -> None:
     worker = attached_worker(small, kept, spawn)
     os.kill(worker.pid, signal.SIGSTOP)
@@ -175,6 +198,7 @@ def test_forked_child_keeps_the_bytes_of_its_parent(
         assert pressure.large_fits(small)
 
 
+@everywhere
 def test_killed_forked_child_gives_the_lease_up(small: Daemon, kept: Path, spawn: Spawn, tmp_path: Path) -> None:
     worker = attached_worker(small, kept, spawn)
     with fork(worker, tmp_path) as child:
@@ -184,6 +208,7 @@ def test_killed_forked_child_gives_the_lease_up(small: Daemon, kept: Path, spawn
         eventually(lambda: not leases(small), 1.0, "the lease of a killed forked child")
 
 
+@where_memory_outlives_the_daemon
 def test_daemon_killed_and_restarted(small: Daemon, kept: Path, pressure: Pressure, spawn: Spawn) -> None:
     worker = attached_worker(small, kept, spawn)
     small.kill()
@@ -196,7 +221,8 @@ def test_daemon_killed_and_restarted(small: Daemon, kept: Path, pressure: Pressu
     # The same client goes on with the new daemon, beside the tensor that it has from the old one.
     load(small, kept)
     assert worker.run(
-        "attachment = client.attach('kept'); result = bytes(attachment.buffer('t1')) == tensor.numpy().tobytes()"
+        "from support.content import content; attachment = client.attach('kept')\n"
+        "result = content(attachment, 't1') == tensor.cpu().numpy().tobytes()"
     )
     worker.run("attachment.close(); del attachment")
     assert memory.mappings(worker.pid) > 0
@@ -207,15 +233,16 @@ def test_daemon_killed_and_restarted(small: Daemon, kept: Path, pressure: Pressu
     assert pressure.large_fits(small)
 
 
+@where_memory_outlives_the_daemon
 def test_daemon_killed_while_attached_and_attachment_closed_later(small: Daemon, kept: Path) -> None:
     client = weightd.connect(small.socket, timeout=20.0)
     client.load(kept, name="kept")
     attachment = client.attach("kept")
     small.kill()
-    assert attachment.buffer("t1") == expected()
+    assert content(attachment, "t1") == expected()
     tensor = attachment.tensor("t1")
     attachment.close()  # its daemon is gone: no error
-    assert tensor.numpy().tobytes() == expected()
+    assert raw(tensor) == expected()
     small.start()
     assert client.leases() == []
     with pytest.raises(weightd.NotFoundError):
@@ -226,6 +253,7 @@ def test_daemon_killed_while_attached_and_attachment_closed_later(small: Daemon,
 # -- dropping, in whatever order ------------------------------------------------------------------------------------
 
 
+@everywhere
 @pytest.mark.parametrize("order", list(itertools.permutations(["attachment", "tensor", "client"])))
 @pytest.mark.parametrize("closing", [True, False], ids=["close", "del"])
 def test_drop_orders(order: tuple[str, ...], closing: bool, module_daemon: Daemon, small_path: Path) -> None:
@@ -246,7 +274,7 @@ def test_drop_orders(order: tuple[str, ...], closing: bool, module_daemon: Daemo
             del thing
             gc.collect()
             if "tensor" in things:
-                assert things["tensor"].numpy().tobytes() == checkpoints.random_bytes((0, 1), 5000)
+                assert raw(things["tensor"]) == checkpoints.random_bytes((0, 1), 5000)
     assert leases(module_daemon) == []
 
 
@@ -260,7 +288,8 @@ def test_dropping_an_open_attachment_warns(module_daemon: Daemon, small_path: Pa
         assert client.leases() == []
 
 
-def test_views_outlive_tensor_and_module(module_daemon: Daemon, small_path: Path) -> None:
+@everywhere
+def test_views_outlive_tensor_and_module(backend: Backend, module_daemon: Daemon, small_path: Path) -> None:
     with weightd.connect(module_daemon.socket, timeout=20.0) as client:
         client.load(small_path, name="kept")
         with client.attach("kept") as attachment:
@@ -269,22 +298,23 @@ def test_views_outlive_tensor_and_module(module_daemon: Daemon, small_path: Path
     for name, tensor in state.items():
         module.register_buffer(name, tensor)
     view = module.get_buffer("t1")[100:200].view(torch.int8)
-    array = module.get_buffer("t2").numpy()[5:7]
+    array = (module.get_buffer("t2") if backend.is_real_gpu else module.get_buffer("t2").numpy())[5:7]
     del module, state, tensor
     gc.collect()
-    assert view.numpy().tobytes() == checkpoints.random_bytes((0, 1), 5000)[100:200]
+    assert raw(view) == checkpoints.random_bytes((0, 1), 5000)[100:200]
     assert leases(module_daemon) == [os.getpid()]
     del view
-    assert array.tobytes() == checkpoints.random_bytes((0, 2), 5000)[5:7]
+    assert raw(torch.as_tensor(array)) == checkpoints.random_bytes((0, 2), 5000)[5:7]
     assert leases(module_daemon) == [os.getpid()]
     del array
     assert leases(module_daemon) == []
 
 
+@everywhere
 def test_interpreter_ends_with_everything_alive(module_daemon: Daemon, small_path: Path, spawn: Spawn) -> None:
-    load(module_daemon, small_path)
-    worker = spawn(module_daemon)
-    worker.run(f"{ATTACH}\ntensor = attachment.tensor('t0')\nview = attachment.buffer('t1')")
+    worker = attached_worker(
+        module_daemon, small_path, spawn, f"{ATTACH}\ntensor = attachment.tensor('t0'); view = attachment.buffer('t1')"
+    )
     worker.close()
     assert worker.process.returncode == 0
     eventually(lambda: leases(module_daemon) == [], 1.0, "the end of the lease")
@@ -330,6 +360,7 @@ for name, call in calls.items():
     eventually(lambda: leases(module_daemon) == [worker.pid], what="the end of the child's lease")
 
 
+@everywhere
 def test_closing_in_a_forked_child_says_nothing_on_the_parents_connection(
     module_daemon: Daemon, small_path: Path, spawn: Spawn, tmp_path: Path
 ) -> None:
@@ -348,6 +379,7 @@ def test_closing_in_a_forked_child_says_nothing_on_the_parents_connection(
 # -- the table of docs/lifetimes.md, where it is not above --------------------------------------------------------
 
 
+@everywhere
 def test_kill_of_a_client_ends_its_lease_within_a_second(small: Daemon, kept: Path, spawn: Spawn) -> None:
     worker = attached_worker(small, kept, spawn, ATTACH)
     with weightd.connect(small.socket, timeout=20.0) as client:
@@ -359,18 +391,26 @@ def test_kill_of_a_client_ends_its_lease_within_a_second(small: Daemon, kept: Pa
             time.sleep(0.01)
 
 
-def test_mapping_lives_until_the_last_tensor_is_gone(module_daemon: Daemon, small_path: Path, spawn: Spawn) -> None:
-    load(module_daemon, small_path)
-    worker = spawn(module_daemon)
-    worker.run(f"{ATTACH}\nstate = attachment.state_dict()")
-    mapped = memory.mappings(worker.pid)
-    assert mapped == 2  # the manifest, which is the lease, and one segment
+@everywhere
+def test_mapping_lives_until_the_last_tensor_is_gone(
+    backend: Backend, module_daemon: Daemon, small_path: Path, spawn: Spawn
+) -> None:
+    worker = attached_worker(module_daemon, small_path, spawn, f"{ATTACH}\nstate = attachment.state_dict()")
+    # The manifest, which is the lease, and one segment; of a real GPU's segment the kernel does not know.
+    expected = 1 if backend.is_real_gpu else 2
+    assert mappings(worker.pid) == expected
     worker.run("attachment.close(); del attachment; keep = state.pop('t0'); del state; gc.collect()")
-    assert memory.mappings(worker.pid) == mapped
+    assert mappings(worker.pid) == expected
     descriptors = [os.readlink(f"/proc/{worker.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{worker.pid}/fd")]
-    assert not [name for name in descriptors if "memfd" in name], "the client keeps a descriptor"
+    ours = "memfd:weightd" if backend.kind == "cuda_ipc" else "memfd"  # the double keeps what CUDA IPC has opened
+    assert not [name for name in descriptors if ours in name], "the client keeps a descriptor"
     worker.run("del keep; gc.collect()")
-    assert memory.mappings(worker.pid) == 0
+    assert mappings(worker.pid) == 0
+
+
+def mappings(pid: int) -> int:
+    """How many of our memfds, and of the double's, a process has mapped."""
+    return memory.mappings(pid) + Path(f"/proc/{pid}/maps").read_text().count("/memfd:fakecuda")
 
 
 def test_lease_lives_while_the_daemon_does_not(small: Daemon, kept: Path, spawn: Spawn) -> None:
@@ -400,6 +440,7 @@ def ofd_locks(daemon: Daemon, pid: int) -> list[tuple[str, int]]:
     return found
 
 
+@everywhere
 def test_blob_lives_as_long_as_a_checkpoint_refers_to_it(small: Daemon, tmp_path: Path) -> None:
     shared = {0: "both"}
     one = checkpoints.write_random(tmp_path / "one.safetensors", 2, SIZE, seed=1, shared=shared)
@@ -413,19 +454,20 @@ def test_blob_lives_as_long_as_a_checkpoint_refers_to_it(small: Daemon, tmp_path
         assert client.remove("one") == SIZE
         assert (client.stats().blobs, client.stats().resident_bytes) == (2, 2 * SIZE)
         with client.attach("two") as attachment:
-            assert attachment.buffer("t0") == checkpoints.random_bytes("both", SIZE)
+            assert content(attachment, "t0") == checkpoints.random_bytes("both", SIZE)
             with pytest.raises(weightd.InUseError, match=f"pid {os.getpid()}"):
                 client.remove("two")
         assert client.remove("two") == 2 * SIZE
-        assert client.stats().blobs == 0
+        eventually(lambda: client.stats().blobs == 0, what="its last blobs are gone")
 
 
+@everywhere
 def test_segment_returns_to_the_system_when_its_last_blob_is_gone(start_daemon: StartDaemon, kept: Path) -> None:
     daemon = start_daemon(pool="0")
     with daemon.connect() as client:
         client.load(kept, name="kept")
         with client.attach("kept"):
-            assert daemon.allocated() >= 3 * SIZE
+            assert daemon.backend.is_real_gpu or daemon.allocated() >= 3 * SIZE
             assert client.stats().devices[0].segments == 1
         client.remove("kept")
         eventually(lambda: daemon.allocated() == 0, what="the segment's memory")
@@ -504,10 +546,17 @@ def state_of(pid: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def module_daemon() -> Iterator[Daemon]:
-    daemon = Daemon()
-    yield daemon
-    daemon.close(check=True)
+def module_daemons() -> Iterator[SharedDaemons]:
+    daemons = SharedDaemons()
+    yield daemons
+    daemons.close()
+
+
+@pytest.fixture
+def module_daemon(module_daemons: SharedDaemons, backend: Backend, tensors: None) -> Iterator[Daemon]:
+    """A daemon that holds nothing."""
+    with module_daemons.on(backend) as daemon:
+        yield daemon
 
 
 @pytest.fixture

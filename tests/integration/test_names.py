@@ -239,7 +239,7 @@ def test_another_user_can_write_to_nothing_it_gets(start_daemon: StartDaemon, us
 import mmap
 from weightd._proto.v1 import handles_pb2
 client.load(path, name="m")
-reply, descriptors = client._handles.attach(handles_pb2.AttachRequest(reference="m"))
+received = client._handles.attach(handles_pb2.AttachRequest(reference="m"))
 ways = {
     "write": lambda fd: os.pwrite(fd, b"x", 0),
     "shared map": lambda fd: mmap.mmap(fd, 1, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE),
@@ -249,7 +249,7 @@ ways = {
     "punch": lambda fd: os.posix_fallocate(fd, 0, 4096),
 }
 result = []
-for fd in descriptors:
+for fd in received.descriptors:
     for name, way in ways.items():
         try:
             way(fd)

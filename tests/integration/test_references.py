@@ -12,26 +12,27 @@ import pytest
 
 import weightd
 from support import checkpoints
-from support.daemon import Daemon
+from support.backends import EVERY, Backend
+from support.content import content
+from support.shared import SharedDaemons
 
 CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
 
+everywhere = pytest.mark.backends(*EVERY)
+
 
 @pytest.fixture(scope="module")
-def shared_daemon() -> Iterator[Daemon]:
-    daemon = Daemon()
-    yield daemon
-    daemon.close(check=True)
+def shared_daemons() -> Iterator[SharedDaemons]:
+    daemons = SharedDaemons()
+    yield daemons
+    daemons.close()
 
 
 @pytest.fixture
-def client(shared_daemon: Daemon) -> Iterator[weightd.Client]:
+def client(shared_daemons: SharedDaemons, backend: Backend) -> Iterator[weightd.Client]:
     """A client of a daemon that holds nothing."""
-    with weightd.connect(shared_daemon.socket, timeout=20.0) as client:
+    with shared_daemons.on(backend) as daemon, weightd.connect(daemon.socket, timeout=20.0) as client:
         yield client
-    with weightd.connect(shared_daemon.socket, timeout=20.0) as client:
-        for checkpoint in client.checkpoints():
-            client.remove(checkpoint.content_digest)
 
 
 def filled(value: float, count: int = 5) -> np.ndarray:
@@ -41,7 +42,7 @@ def filled(value: float, count: int = 5) -> np.ndarray:
 def values(attachment: weightd.Attachment) -> dict[tuple[str, str], list[float]]:
     """Every tensor's bytes as float32, by (component, name)."""
     return {
-        tuple(key): np.frombuffer(attachment.buffer(key.name, key.component), np.float32)[:1].tolist()  # type: ignore[misc]  # two strings
+        tuple(key): np.frombuffer(content(attachment, key.name, key.component), np.float32)[:1].tolist()  # type: ignore[misc]  # two strings
         for key in attachment.tensors
     }
 
@@ -108,6 +109,7 @@ def test_sharded_directory(client: weightd.Client, tmp_path: Path) -> None:
     ]
 
 
+@everywhere
 @pytest.mark.parametrize("listed", [True, False], ids=["model_index", "no model_index"])
 def test_pipeline(listed: bool, client: weightd.Client, tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "pipe")
@@ -221,6 +223,7 @@ def test_what_cannot_be_loaded(client: weightd.Client, tmp_path: Path) -> None:
     assert client.checkpoints() == []
 
 
+@everywhere
 def test_a_file_that_has_changed_is_other_content(client: weightd.Client, tmp_path: Path) -> None:
     path = checkpoints.write(tmp_path / "m.safetensors", {"w": filled(1)})
     before = client.load(path).content_digest

@@ -10,15 +10,19 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.backends import EVERY, Backend
+from support.content import content
 from support.daemon import Daemon
 from support.worker import Worker
-from weightd_daemon.devices.host import HostDevice
 
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
 
+everywhere = pytest.mark.backends(*EVERY)
 
-def test_two_checkpoints_hold_equal_tensors_once(daemon: Daemon, tmp_path: Path) -> None:
+
+@everywhere
+def test_two_checkpoints_hold_equal_tensors_once(daemon: Daemon, backend: Backend, tmp_path: Path) -> None:
     base = checkpoints.write_random(tmp_path / "base.safetensors", 20, MIB, seed="base")
     tuned = checkpoints.write_random(
         tmp_path / "tuned.safetensors", 20, MIB, seed="tuned", shared={i: ("base", i) for i in range(15)}
@@ -32,12 +36,12 @@ def test_two_checkpoints_hold_equal_tensors_once(daemon: Daemon, tmp_path: Path)
     assert stats.resident_bytes == 25 * MIB
     assert stats.saved_bytes == 15 * MIB
     assert stats.saved_ratio == 15 / 40
-    assert daemon.allocated() <= 25 * MIB * 1.02 + 2 * HostDevice().page  # each file ends somewhere in a page
+    assert daemon.allocated() <= 25 * MIB * 1.02 + 2 * backend.page  # each file ends somewhere in a page
     for path, seed in ((base, "base"), (tuned, "tuned")):
         with client.attach(path) as attachment:
             for i in range(20):
                 expected = checkpoints.random_bytes(("base" if i < 15 else seed, i), MIB)
-                assert attachment.buffer(f"t{i}") == expected
+                assert content(attachment, f"t{i}") == expected
 
 
 def test_names_of_one_attachment_share_no_address(daemon: Daemon, tmp_path: Path) -> None:
@@ -57,14 +61,19 @@ def test_names_of_one_attachment_share_no_address(daemon: Daemon, tmp_path: Path
             attachment.buffer(name)[:4] = other.buffer(name)[:4]
 
 
-def test_python_import_costs_neither_torch_nor_grpc(daemon: Daemon, tmp_path: Path, spawn: Spawn) -> None:
+@everywhere
+def test_python_import_costs_neither_torch_nor_grpc(
+    daemon: Daemon, backend: Backend, tmp_path: Path, spawn: Spawn
+) -> None:
     path = checkpoints.write_random(tmp_path / "m.safetensors", 3, 1000)
     daemon.connect().load(path, name="m")
     worker = spawn(daemon)
     modules = worker.run(
         "import sys, weightd\n"
-        "with weightd.connect().attach('m') as a: assert len(a.buffer('t1')) == 1000\n"
-        "result = [name for name in ('grpc', 'torch', 'numpy') if name in sys.modules]"
+        "from support.content import content\n"
+        "with weightd.connect().attach('m') as a: assert len(content(a, 't1')) == 1000\n"
+        "result = [name for name in heavy if name in sys.modules]",
+        heavy=["grpc", "torch", *(["numpy"] if backend.is_host else [])],  # cuda.core imports numpy
     )
     assert modules == []
 

@@ -12,11 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from weightd.types import ALIGNMENT
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Arena, Extent
-from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim, Release
+from weightd_daemon.core.memory import DeviceMemory, Prospect, Punch, Reclaim, Release
 from weightd_daemon.core.ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PAGE = 1024
 UNITS = PAGE // ALIGNMENT
@@ -108,8 +108,10 @@ class MemoryMachine(RuleBasedStateMachine):
         self.populated: dict[int, set[int]] = {}
         self.sizes: dict[int, int] = {}
         self.slices: list[tuple[str, Extent]] = []
-        self.promised: dict[int, int] = {}
+        self.promised: dict[int, tuple[str, int]] = {}
         self.pending: list[Reclaim] = []
+        self.stale: list[Reclaim] = []
+        self.most: int | None = None
 
     @initialize(sparse=st.booleans(), pool=st.sampled_from([0, POOL]))
     def begin(self, sparse: bool, pool: int) -> None:
@@ -118,6 +120,9 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def create(self, size: int) -> int:
         assert size % PAGE == 0
+        assert self.memory.used + size * (not self.sparse) <= BUDGET
+        if self.most is not None and size > self.most:
+            raise MemoryError
         number = len(self.sizes) + 1
         self.sizes[number], self.live[number] = size, set()
         self.populated[number] = set() if self.sparse else set(range(size // PAGE))
@@ -132,9 +137,18 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), want=st.integers(1, 12 * PAGE),
           need=st.integers(1, 6 * PAGE))  # fmt: skip
     def grant(self, load: int, domain: str, want: int, need: int) -> None:
-        extent = self.memory.grant(load, domain, want, need)
+        possible = self.could_have(domain)
+        alone = not any(size for number, (_, size) in self.promised.items() if number != load)
+        try:
+            extent = self.memory.grant(load, domain, want, need)
+        except MemoryError:
+            self.pending += self.memory.take_reclaims()
+            assert self.most is not None
+            assert need > self.most
+            return
         self.pending += self.memory.take_reclaims()
         if extent is None:
+            assert self.pending or not alone or need > possible.largest, "there was room"
             return
         assert extent.offset % PAGE == 0
         assert extent.length % PAGE == 0
@@ -150,14 +164,69 @@ class MemoryMachine(RuleBasedStateMachine):
         self.populated[extent.segment] |= pages
         self.slices.append((domain, extent))
         if load in self.promised:
-            self.promised[load] = max(0, self.promised[load] - extent.length)
+            whose, size = self.promised[load]
+            self.promised[load] = (whose, max(0, size - extent.length))
+
+    def could_have(self, domain: str, without: Sequence[Extent] = ()) -> Prospect:
+        """What a domain could get if these bytes were free, no promises to others considered."""
+        freed: dict[int, set[int]] = {}
+        for extent in without:
+            units = range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT)
+            freed.setdefault(extent.segment, set()).update(units)
+        punching, common, own, longest = set(self.punching()), 0, 0, 0
+        for segment, live in self.live.items():
+            if segment not in self.populated or segment in self.releasing():
+                continue
+            kept = {unit // UNITS for unit in live - freed.get(segment, set())}
+            free = {p for p in self.populated[segment] - kept if (segment, p) not in punching}
+            if self.sparse or not kept:
+                common += len(free) * PAGE
+            elif self.memory.domain_of(segment) == domain:
+                own += len(free) * PAGE
+                longest = max([longest, *((high - low) * PAGE for low, high in runs(free))])
+        spare = BUDGET - self.memory.used + common
+        return Prospect(spare + own, max(spare, longest))
+
+    def releasing(self) -> set[int]:
+        return {reclaim.segment for reclaim in self.pending if isinstance(reclaim, Release)}
+
+    @rule(domain=st.sampled_from(DOMAINS), data=st.data())
+    def what_eviction_would_bring_is_known(self, domain: str, data: st.DataObject) -> None:
+        """Exactly, with holes of several domains and whatever pages or segments become free."""
+        without = data.draw(st.lists(st.sampled_from(self.slices), unique=True)) if self.slices else []
+        load = 1
+        if any(size for number, (_, size) in self.promised.items() if number != load):
+            return
+        extents = [extent for _, extent in without]
+        assert self.memory.prospect(domain, load, extents) == self.could_have(domain, extents)
+        assert self.memory.obtainable(domain, load) == self.could_have(domain).total
+
+    @rule(most=st.none() | st.integers(0, 4))
+    def the_device_fills_up_or_not(self, most: int | None) -> None:
+        """Other processes take memory of the device: it has no room for larger segments than this many pages."""
+        self.most = None if most is None else most * PAGE
+
+    @precondition(lambda self: len(self.slices) > 2)
+    @rule()
+    def lose(self) -> None:
+        """Everything is gone, and nothing is to be returned; what was being returned may still be reported."""
+        self.memory.lose()
+        assert self.memory.take_reclaims() == []
+        assert (self.memory.used, self.memory.segments, self.memory.reclaiming) == (0, 0, False)
+        self.stale += self.pending
+        for books in (self.live, self.populated, self.promised, self.slices, self.pending):
+            books.clear()
+
+    @precondition(lambda self: self.stale)
+    @rule()
+    def report_late(self) -> None:
+        self.memory.reclaimed(self.stale.pop())
 
     @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), size=st.integers(0, 12 * PAGE))
     def promise(self, load: int, domain: str, size: int) -> None:
-        # Holes on devices without punching belong to one domain: a promise that rests on them means something there.
-        if size <= self.memory.obtainable(domain if self.sparse else DOMAINS[0], load):
-            self.memory.promise(load, size)
-            self.promised[load] = size
+        if size <= self.memory.obtainable(domain, load):
+            self.memory.promise(load, domain, size)
+            self.promised[load] = (domain, size)
 
     @rule(load=st.integers(1, 3))
     def withdraw(self, load: int) -> None:
@@ -251,11 +320,15 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def promises_are_kept(self) -> None:
         """What is free, reusable or on its way back covers every promise."""
-        if not self.sparse:
-            return
+        if self.pool and not self.sparse:
+            return  # who takes a part of an empty segment keeps other domains from the rest of it
         on_the_way = sum(r.size if isinstance(r, Release) else r.extent.length for r in self.pending)
-        holes = sum(self.memory.arena(domain).populated_hole_bytes() for domain in DOMAINS)
-        assert BUDGET - self.memory.used + holes + on_the_way >= sum(self.promised.values())
+        left = BUDGET - self.memory.used + on_the_way
+        for domain in DOMAINS:
+            holes = self.memory.arena(domain).populated_hole_bytes()
+            promised = sum(size for name, size in self.promised.values() if name == domain)
+            left -= promised - holes if self.sparse else max(0, promised - holes)
+        assert left >= 0
 
     def teardown(self) -> None:
         try:

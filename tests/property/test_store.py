@@ -15,10 +15,10 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from weightd.errors import CapacityError, InUseError
+from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core import store as store_module
-from weightd_daemon.core.arena import Extent, slot_bytes
+from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
@@ -28,7 +28,7 @@ from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
 from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 PAGE = 1024
 SMALL = 600  # stands for OWN_COPY_BELOW
@@ -79,7 +79,10 @@ class Work:
 
 @dataclass
 class Load:
-    """An open load; `ready` once everything was rechecked, as after the digest has been computed in a thread."""
+    """An open load; `ready` once everything was rechecked, as after the digest has been computed in a thread.
+
+    `opened` are the segments that its loader has open until the load has ended.
+    """
 
     number: int
     domain: str
@@ -87,8 +90,10 @@ class Load:
     hash_first: bool = False
     granted: list[Extent] = field(default_factory=list)
     open_slots: list[tuple[int, int, int]] = field(default_factory=list)
+    opened: set[int] = field(default_factory=set)
     pairs: list[tuple[Blob, Blob]] = field(default_factory=list)
     ready: bool = False
+    lost: bool = False
 
     @property
     def unsettled(self) -> list[Work]:
@@ -106,6 +111,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.patch.setattr(store_module, "OWN_COPY_BELOW", SMALL)
         self.segments: dict[int, bytearray] = {}
         self.loads: list[Load] = []
+        self.sealed_loads: list[Load] = []
         self.pending: list[Reclaim] = []
         self.locked: set[int] = set()
         self.attached: dict[int, dict[tuple[int, int], bytes]] = {}
@@ -113,15 +119,23 @@ class StoreMachine(RuleBasedStateMachine):
         self.contents: dict[CheckpointKey, Content] = {}
         self.sealed: dict[int, bytes] = {}
         self.seen: dict[tuple[str, bytes, int], set[bytes]] = {}
+        self.stale: list[Reclaim] = []
+        self.gone: set[CheckpointKey] = set()
+        self.most: int | None = None
         self.now = 0.0
         self.created = 0
 
     @initialize(
-        pages=st.sampled_from([6, 12, 30]), sparse=st.booleans(), files=st.lists(CONTENTS, min_size=1, max_size=2)
-    )
-    def begin(self, pages: int, sparse: bool, files: list[list[tuple[int, int, int]]]) -> None:
+        pages=st.sampled_from([6, 12, 30]), sparse=st.booleans(), pool=st.sampled_from([0, POOL]),
+        files=st.lists(CONTENTS, min_size=1, max_size=2),
+    )  # fmt: skip
+    def begin(self, pages: int, sparse: bool, pool: int, files: list[list[tuple[int, int, int]]]) -> None:
         self.sparse = sparse
-        self.memory = DeviceMemory(budget=pages * PAGE, page=PAGE, sparse=sparse, pool_limit=POOL, create=self.create)
+        self.pool = pool
+        self.memory = DeviceMemory(
+            budget=pages * PAGE, page=PAGE, sparse=sparse, pool_limit=pool,
+            create=self.create, available=lambda: self.most,
+        )  # fmt: skip
         self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
         self.store.memories[DEVICE] = self.memory
         for contents in (*files, files[0]):
@@ -130,6 +144,9 @@ class StoreMachine(RuleBasedStateMachine):
     # -- the device ------------------------------------------------------------------------------------------------
 
     def create(self, size: int) -> int:
+        assert self.memory.used + size * (not self.sparse) <= self.memory.budget
+        if self.most is not None and size > self.most:
+            raise MemoryError("it is full")
         self.created += 1
         self.segments[self.created] = bytearray(size)
         return self.created
@@ -156,6 +173,33 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             del self.segments[reclaim.segment]
         self.memory.reclaimed(reclaim)
+
+    @rule(most=st.none() | st.integers(0, 3))
+    def the_device_fills_up_or_not(self, most: int | None) -> None:
+        """Others use the device: it has no room for larger segments than this many pages."""
+        self.most = None if most is None else most * PAGE
+
+    @rule(pick=PICK)
+    def lose(self, pick: int) -> None:
+        """The memory is gone, with what was being returned; that may be reported all the same."""
+        if pick % 6:
+            return
+        there = set(self.store.checkpoints.values())
+        assert set(self.store.lose(DEVICE, "it fell off the bus")) == there
+        assert self.memory.take_reclaims() == []
+        self.gone |= {checkpoint.key for checkpoint in there}
+        self.stale += self.pending
+        for load in (*self.loads, *self.sealed_loads):
+            load.lost = True
+        for what in (self.pending, self.segments, self.locked, self.attached):
+            what.clear()
+
+    @rule(pick=PICK)
+    def report_late(self, pick: int) -> None:
+        reclaim = one_of(self.stale, pick)
+        if reclaim is not None:
+            self.stale.remove(reclaim)
+            self.memory.reclaimed(reclaim)
 
     # -- what the loader does --------------------------------------------------------------------------------------
 
@@ -204,13 +248,58 @@ class StoreMachine(RuleBasedStateMachine):
             self.refused(load, error)
 
     def refused(self, load: Load, error: CapacityError) -> None:
-        # Where pages cannot be punched, free ones may be too scattered to be of use.
-        assert not self.sparse or error.requested_bytes > error.free_bytes or self.pending or len(self.loads) > 1
+        """Only where evicting all that may go would not have helped; and with the right figures."""
+        assert not self.memory.reclaiming, "it should have waited"
+        total, spare, hole = self.attainable(load)
+        largest = max(spare, hole)
+        alone = all(other.lost for other in self.loads if other is not load)  # else there may be promises
+        if "it is full" in str(error):
+            assert self.most is not None
+            assert int(error.metadata["device_free_bytes"]) == self.most
+            left = any(not self.held(c) and not c.pinned for c in self.store.checkpoints.values())
+            returned = spare - (self.memory.budget - self.memory.used)
+            bounded = max(hole, min(spare, self.most + returned))
+            assert not left or not alone or error.requested_bytes > bounded, "evicting might have helped"
+        elif alone:
+            assert error.free_bytes + error.evictable_bytes == total
+            assert int(error.metadata["largest_bytes"]) == largest
+            pieces = {round_up(slot_bytes(len(tensor.data)), PAGE) for tensor in load.tensors}
+            piece = error.requested_bytes in pieces and error.requested_bytes > largest
+            assert piece or error.requested_bytes > total
+            assert ("in pieces" in str(error)) == (largest < error.requested_bytes <= total)
         self.abort(load)
 
+    def attainable(self, load: Load) -> tuple[int, int, int]:
+        """What a load could get after evicting all that may go: all, in one new segment, and in one hole."""
+        kept = [c for c in self.store.checkpoints.values() if self.held(c) or c.pinned]
+        taken = [b.slot for b in self.store.blobs() if b.holds or any(b.number in c.unique for c in kept)]
+        taken += [extent for other in self.loads if not other.lost for extent in other.granted]
+        common, own, longest = self.memory.budget, 0, 0
+        for segment, data in self.segments.items():
+            pages = {p for e in taken if e.segment == segment for p in range(e.offset // PAGE, -(-e.end // PAGE))}
+            if self.sparse or not pages:
+                common -= len(pages) * PAGE
+                continue
+            common -= len(data)
+            run = 0
+            for page in range(len(data) // PAGE):
+                run = 0 if page in pages else run + PAGE
+                if self.memory.domain_of(segment) == load.domain:
+                    own += PAGE * (page not in pages)
+                    longest = max(longest, run)
+        return common + own, common, longest
+
     def abort(self, load: Load) -> None:
-        self.store.abort(load.number)
+        self.store.end_load(load.number)
         self.loads.remove(load)
+
+    @rule(pick=PICK)
+    def end_one(self, pick: int) -> None:
+        """A loader has put down what it had open for a load that was sealed."""
+        load = one_of(self.sealed_loads, pick)
+        if load is not None:
+            self.sealed_loads.remove(load)
+            self.store.end_load(load.number)
 
     @rule(pick=PICK)
     def abort_one(self, pick: int) -> None:
@@ -232,6 +321,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.begin_load(DOMAINS[0], contents)
         self.get_on(len(self.loads) - 1, seed, 60)
         if pick < 30:
+            while self.sealed_loads:
+                self.end_one(pick)
+            self.pending += self.memory.take_reclaims()
             while self.pending:
                 self.reclaim(pick)
                 self.pending += self.memory.take_reclaims()
@@ -246,10 +338,27 @@ class StoreMachine(RuleBasedStateMachine):
         for _ in range(steps):
             if load not in self.loads:
                 return
+            if load.lost:
+                self.every_call_fails(load)
+                return
             try:
                 self.step(load, chance)
             except CapacityError as error:
                 self.refused(load, error)
+
+    def every_call_fails(self, load: Load) -> None:
+        calls: list[Callable[[int], object]] = [
+            lambda number: self.store.admit(number, [1]),
+            lambda number: self.store.make_room(number, []),
+            lambda number: self.store.grant(number, 1, 1),
+            lambda number: self.store.candidate(number, bytes(16), 1),
+            lambda number: self.store.settle(number, bytes(16), 1, 1, 0),
+            self.store.rechecks,
+        ]
+        for call in calls:
+            with pytest.raises(DeviceError, match="fell off the bus; load it again"):
+                call(load.number)
+        self.abort(load)
 
     def step(self, load: Load, chance: random.Random) -> None:
         if load.hash_first:
@@ -270,6 +379,7 @@ class StoreMachine(RuleBasedStateMachine):
         if tensor.matched:
             tensor.matched = False
             blob = self.store.candidate(load.number, tensor.digest, len(tensor.data))
+            load.opened |= {blob.segment} if blob is not None else set()
             if blob is not None and self.read_blob(blob) == tensor.data:
                 tensor.blob = self.store.share(load.number, blob.number, None, 0)
         elif tensor.slot is None:
@@ -286,6 +396,7 @@ class StoreMachine(RuleBasedStateMachine):
                 tensor.blob = blob
             else:
                 tensor.candidate = blob
+                load.opened.add(blob.segment)
         else:
             segment, offset = tensor.slot
             if self.read_blob(tensor.candidate) == tensor.data:
@@ -309,6 +420,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.must_wait()
             return None
         load.granted.append(extent)
+        load.opened.add(extent.segment)
         self.segments[extent.segment][extent.offset : extent.end] = b"\xcc" * extent.length
         load.open_slots.append(extent)
         return self.slot(load, length)
@@ -316,7 +428,7 @@ class StoreMachine(RuleBasedStateMachine):
     def must_wait(self) -> None:
         """ "Call again" is said only where memory is on its way."""
         self.pending += self.memory.take_reclaims()
-        assert self.pending
+        assert self.pending or self.sealed_loads
 
     def finish(self, load: Load) -> None:
         if load.pairs:
@@ -329,6 +441,7 @@ class StoreMachine(RuleBasedStateMachine):
             load.pairs = []
             return
         load.pairs = self.store.rechecks(load.number)
+        load.opened |= {blob.segment for pair in load.pairs for blob in pair}
         if load.pairs:
             load.ready = False
         elif load.ready:
@@ -344,6 +457,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.current = tuple(tensor.data for tensor in load.tensors)
         self.loads.remove(load)
         checkpoint = self.store.seal(load.number, Content(digest, FILES, tuple(names), tuple(blobs)), self.now)
+        load.granted = without(load.granted, [b.slot for b in checkpoint.unique.values() if b.load == load.number])
+        self.sealed_loads.append(load)
         assert self.sources[checkpoint.key] == self.current, "a content digest stands for other bytes"
 
     def happened(self, event: Event) -> None:
@@ -351,10 +466,11 @@ class StoreMachine(RuleBasedStateMachine):
         if isinstance(event, Sealed):
             self.sources[checkpoint.key] = self.current
             self.contents[checkpoint.key] = event.content
+            self.gone.discard(checkpoint.key)
             return
         assert isinstance(event, Evicted)
         assert not self.held(checkpoint)
-        assert event.reason == "removed" or not checkpoint.pinned
+        assert event.reason != "capacity" or not checkpoint.pinned
         del self.sources[checkpoint.key], self.contents[checkpoint.key]
 
     # -- clients and owners ----------------------------------------------------------------------------------------
@@ -409,10 +525,21 @@ class StoreMachine(RuleBasedStateMachine):
     def take_what_is_queued(self) -> None:
         self.pending += self.memory.take_reclaims()
 
+    @property
+    def there(self) -> list[Load]:
+        """The loads that have not ended, but for those whose memory is gone."""
+        return [load for load in (*self.loads, *self.sealed_loads) if not load.lost]
+
+    @invariant()
+    def what_a_loader_has_open_is_not_given_back(self) -> None:
+        leaving = {reclaim.segment for reclaim in self.pending if not isinstance(reclaim, Punch)}
+        for load in self.there:
+            assert load.opened <= self.segments.keys() - leaving
+
     @invariant()
     def nothing_overlaps(self) -> None:
         taken = [blob.slot for blob in self.store.blobs()]
-        taken += [extent for load in self.loads for extent in load.granted]
+        taken += [extent for load in self.there for extent in load.granted]
         taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, Punch)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
             assert before.segment != after.segment or before.end <= after.offset
@@ -430,9 +557,14 @@ class StoreMachine(RuleBasedStateMachine):
         used, live = self.memory.used, self.store.live_bytes(DEVICE)
         in_flight = self.store.in_flight_bytes(DEVICE)
         assert live == sum(len(self.read_blob(blob)) for blob in self.store.blobs())
-        assert in_flight == sum(extent.length for load in self.loads for extent in load.granted)
+        assert in_flight == sum(extent.length for load in self.there for extent in load.granted)
         assert used - live - in_flight >= 0
         assert used <= self.memory.budget
+
+    @invariant()
+    def what_was_lost_is_remembered_until_it_is_back(self) -> None:
+        assert self.store.lost.keys() == self.gone
+        assert not self.gone & self.store.checkpoints.keys()
 
     @invariant()
     def bytes_under_a_lease_stay(self) -> None:
@@ -485,8 +617,8 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             if not hasattr(self, "store"):
                 return
-            for load in list(self.loads):
-                self.abort(load)
+            for load in (*self.loads, *self.sealed_loads):
+                self.store.end_load(load.number)
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)
@@ -496,7 +628,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.pending += self.memory.take_reclaims()
             assert self.store.blobs() == []
             assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
-            assert self.memory.used == self.memory.pooled_bytes() <= POOL
+            assert self.memory.used == self.memory.pooled_bytes() <= self.pool
             assert self.memory.segments == len(self.segments)
         finally:
             self.patch.undo()

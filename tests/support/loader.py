@@ -1,7 +1,8 @@
 """A loader with another hash function: `python -m support.loader KINDS CONTROL DESCRIPTORS PARENT`.
 
 KINDS, separated by commas: "weak" makes digests of the first two bytes only, so that contents collide; "stopping" stops
-the process (SIGSTOP) where the bytes at hand begin with STOP, so that a test can act at an exact moment of a load.
+the process (SIGSTOP) where the bytes at hand begin with STOP, so that a test can act at an exact moment of a load;
+"lingering" stops it before it closes the segments of a job. Any other word stands for the usual one.
 """
 
 from __future__ import annotations
@@ -68,6 +69,21 @@ def main() -> int:
     from weightd_daemon.loader import child
 
     kinds = sys.argv[1].split(",")
+    if "lingering" in kinds:
+        open_io = child.open_io
+
+        def open_lingering(*arguments: Any) -> Any:
+            io = open_io(*arguments)
+            close = io.close
+
+            def linger() -> None:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                close()
+
+            io.close = linger  # type: ignore[method-assign]
+            return io
+
+        child.open_io = open_lingering
 
     def new_hasher() -> Any:
         return _Hasher(weak="weak" in kinds, stopping="stopping" in kinds)

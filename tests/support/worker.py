@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,10 +17,10 @@ from support.daemon import environment
 class Worker:
     """A spawned process with `weightd` imported. `run` executes source in it and returns what it put in `result`."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(self, socket: Path, more: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "support.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(socket),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(socket) | dict(more or {}),
         )  # fmt: skip
 
     @property

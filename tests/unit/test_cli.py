@@ -138,7 +138,9 @@ class FakeClient:
         )
         return self._answer(
             "inspect",
-            CheckpointDetails(CHECKPOINT, (ComponentInfo("unet", 3, 2 * GIB, GIB),), 4, (source,)),
+            CheckpointDetails(
+                CHECKPOINT, (ComponentInfo("unet", 3, 2 * GIB, GIB),), 4, (source,), "cuda_ipc", "clients can write"
+            ),
             reference,
             device,
         )
@@ -151,7 +153,7 @@ class FakeClient:
         return self._answer("leases", [lease])
 
     def stats(self) -> Any:
-        device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3)
+        device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3, 4 * GIB)
         return self._answer(
             "stats",
             Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
@@ -282,6 +284,7 @@ def test_stats(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats"]) == 0
     printed = capsys.readouterr().out
     assert "3 checkpoints, logical 4.00 GiB, resident 2.70 GiB, saved 1.30 GiB (32.4 %)\n" in printed
+    assert "host memory itself has 4.00 GiB free: other processes use the rest\n" in printed
     assert "300 blobs, 1 lease, 2 evictions, 0 digest collisions\n" in printed
     assert main(["stats", "--format=json"]) == 0
     found = as_json(capsys)
@@ -310,7 +313,7 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
     (tensor,) = as_json(capsys)["tensors"]
     assert (tensor["name"], tensor["shape"], tensor["digest"]) == ("w", [2, 3], "01" * 16)
-    assert fake.calls[-1] == ("attach", "base", None, True)
+    assert fake.calls[-1] == ("attach", DIGEST, "host", True), "what was inspected, and nothing else that is so called"
     assert main(["inspect", "base", "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert "2x3" in printed
@@ -555,6 +558,13 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
     assert main([]) == 2
     assert "Usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["load", "inspect", "pin", "unpin", "rm", "verify"])
+def test_help_says_where_it_looks_without_a_device(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    default = "the daemon's only GPU, or host" if command == "load" else "wherever the checkpoint is"
+    assert f"[default: {default}]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_closed_output_is_quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,9 +14,10 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon import config
-from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, parse_size
+from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, means, parse_size
 
 NAMES = [setting.name for setting in fields(Settings)]
+UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,8 @@ def test_without_a_word_everything_is_default() -> None:
     loaded = load(None, {}, {})
     assert loaded.origins == dict.fromkeys(NAMES, "default")
     assert loaded.settings == Settings()
-    assert (loaded.settings.budget_share, loaded.settings.admin_uids) == (0.5, frozenset())
+    assert (loaded.settings.devices, loaded.settings.admin_uids) == (("auto",), frozenset())
+    assert (loaded.settings.budget_for((UUID, "cuda:0", "cuda")), loaded.settings.budget_devices) == (None, frozenset())
 
 
 def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
@@ -57,7 +60,8 @@ def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Pa
 @pytest.mark.parametrize("key", NAMES)
 def test_every_setting_has_a_key_a_variable_and_a_flag(tmp_path: Path, key: str) -> None:
     values = {"socket": "/x/s.sock", "socket_mode": "0660", "device": "host", "budget": "1M", "pool": "1M",
-              "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error"}  # fmt: skip
+              "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error",
+              "transport": "cuda_ipc"}  # fmt: skip
     value = values.get(key, "7")
     quoted = value if key not in values else json.dumps(value)
     by_file = load(toml(tmp_path, f"{key} = {quoted}\n"), {}, {})
@@ -71,14 +75,55 @@ BAD = [
     ("socket", "/" + "x" * 100 + ".sock", "shorter"),
     ("socket_mode", "0990", "octal"),
     ("socket_mode", "rw", "octal"),
-    ("device", "tpu", "host"),
+    ("device", "tpu", "use host, cuda"),
+    ("device", "cpu", "use host, cuda"),
+    ("device", " ", "'' is no device"),
+    ("device", "host,", "'' is no device"),
+    ("device", "host,,cuda", "'' is no device"),
+    ("device", "cuda:", "'cuda:' is no device"),
+    ("device", "cuda:-1", "'cuda:-1' is no device"),
+    ("device", "cuda:x", "'cuda:x' is no device"),
+    ("device", "cuda:00", "'cuda:00' is no device"),
+    ("device", "cuda:\u0661", "is no device"),
+    ("device", "cuda:0 cuda:1", "'cuda:0 cuda:1' is no device"),
+    ("device", "CUDA", "'CUDA' is no device"),
+    ("device", "GPU-", "'GPU-' is no device"),
+    ("device", "GPU-1a2b3c4", "first 8 digits"),
+    ("device", "GPU-1a2b3c4g", "is no device"),
+    ("device", "GPU-1a2b3c4d5", "is no device"),
+    ("device", UUID + "8", "is no device"),
+    ("device", UUID.removeprefix("GPU-"), "is no device"),
+    ("device", "host,auto", "auto is every device"),
+    ("device", "auto,auto", "auto is every device"),
+    ("device", "host, host", "host and host do not name two devices"),
+    ("device", f"{UUID},GPU-1A2B3C4D", f"GPU-1a2b3c4d and {UUID} do not name two devices"),
+    ("device", "cuda,cuda:1", "cuda is every GPU"),
+    ("transport", "ipc", "auto, cuda_vmm, cuda_ipc"),
+    ("transport", "", "auto, cuda_vmm, cuda_ipc"),
     ("budget", "much", "12GiB"),
     ("budget", "0", "more than nothing"),
     ("budget", "0%", "more than nothing"),
     ("budget", "101%", "100%"),
-    ("budget", "x%", ""),
+    ("budget", "x%", "'x%' is not a size"),
+    ("budget", "nan%", "'nan%' is not a size"),
     ("budget", "-1GiB", "size"),
+    ("budget", "9" * 400, "size"),
+    ("budget", ",", "'' is not a size"),
+    ("budget", "host=1GiB,", "'' is not a size"),
+    ("budget", "1GiB,80%", "more than one value"),
+    ("budget", "cuda:0=", "'' is not a size"),
+    ("budget", "=5", "'' is no device"),
+    ("budget", "host=1=2", "'host=1' is no device"),
+    ("budget", "auto=1GiB", "'auto' is no device"),
+    ("budget", "cuda:x=1GiB", "'cuda:x' is no device"),
+    ("budget", "GPU-1a2b=1GiB", "'GPU-1a2b' is no device"),
+    ("budget", "host=0", "more than nothing"),
+    ("budget", "cuda=150%", "at most 100%"),
+    ("budget", "50%,cuda=1GiB,cuda=2GiB", "cuda and cuda do not name two devices"),
+    ("budget", f"{UUID}=1GiB,GPU-1a2b3c4d=2GiB", "do not name two devices"),
     ("pool", "some", "size"),
+    ("pool", "9" * 400, "size"),
+    ("pool", "cuda=1GiB", "size"),
     ("isolation", "none", "shared, uid"),
     ("admins", "no-such-user-here", "no user no-such-user-here"),
     ("reader_threads", "-1", "at least 0"),
@@ -93,7 +138,8 @@ BAD = [
 def test_a_bad_value_is_refused_with_its_origin(tmp_path: Path, key: str, value: str, why: str) -> None:
     by_flag = refused(flags={key: value})
     assert f"--{key.replace('_', '-')}" in by_flag
-    assert f"WEIGHTD_{key.upper()}" in refused(**{f"WEIGHTD_{key.upper()}": value})
+    if value:  # an empty variable says nothing
+        assert f"WEIGHTD_{key.upper()}" in refused(**{f"WEIGHTD_{key.upper()}": value})
     path = toml(tmp_path, f"# comment\n{key} = {json.dumps(value)}\n")
     by_file = refused(path)
     assert str(path) in by_file
@@ -108,6 +154,10 @@ def test_a_bad_value_is_refused_with_its_origin(tmp_path: Path, key: str, value:
         ("\nmax_load = 3\n", "line 2: max_load: no such setting"),
         ("max_loads = true\n", "line 1: max_loads: True is not a number"),
         ("max_loads = 1.5\n", "line 1: max_loads: 1.5 is not a number"),
+        ("device = []\n", "device = '': '' is no device"),
+        ('device = ["host", ""]\n', "device = 'host,': '' is no device"),
+        ('device = ["host", ["cuda"]]\n', "line 1: device: ['host', ['cuda']] is not text"),
+        ('budget = ["1GiB", "host"]\n', "budget = '1GiB,host': 'host' is not a size"),
         ("[budget]\nhost = 1\n", "line 1: budget: {'host': 1} is not text"),
         ("max_loads = \n", "is not TOML"),
         ("max_loads = 1\nmax_loads = 2\n", "is not TOML"),
@@ -149,10 +199,66 @@ def test_what_is_not_a_size(text: str) -> None:
         parse_size(text)
 
 
-def test_budgets_are_bytes_or_a_share() -> None:
-    assert Settings(budget="80%").budget_share == pytest.approx(0.8)
-    assert Settings(budget="100%").budget_share == pytest.approx(1.0)
-    assert Settings(budget="3MiB").budget_share == 3 << 20
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("auto", ("auto",)),
+        (" host ", ("host",)),
+        ("host,cuda", ("host", "cuda")),
+        ("cuda:10, host, cuda:1", ("cuda:10", "host", "cuda:1")),
+        ("GPU-1a2b3c4d", ("GPU-1a2b3c4d",)),
+        ("GPU-1a2b3c4d-01", ("GPU-1a2b3c4d-01",)),
+        (UUID, (UUID,)),
+        ("GPU-1A2B3C4D-0123,GPU-2a2b3c4d", ("GPU-1a2b3c4d-0123", "GPU-2a2b3c4d")),
+    ],
+)
+def test_devices_are_listed_in_their_order_each_spelled_one_way(text: str, expected: tuple[str, ...]) -> None:
+    assert load(None, {"device": text}, {}).settings.devices == expected
+
+
+@pytest.mark.parametrize(("key", "items"), [("device", ["host", "cuda:0"]), ("budget", ["cuda=70%", "1GiB"])])
+def test_a_repeated_flag_a_list_and_commas_say_the_same(tmp_path: Path, key: str, items: list[str]) -> None:
+    by_file = load(toml(tmp_path, f"{key} = {json.dumps(items)}\n"), {}, {})
+    by_variable = load(None, {}, {f"WEIGHTD_{key.upper()}": ",".join(items)})
+    by_flag = load(None, {key: items}, {})
+    assert by_file.settings == by_variable.settings == by_flag.settings == Settings(**{key: ",".join(items)})
+
+
+def test_a_flag_replaces_the_devices_of_the_file(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'device = ["host", "cuda:1"]\n')
+    assert load(path, {"device": ["cuda:0"]}, {}).settings.devices == ("cuda:0",)
+
+
+def test_a_uuid_is_meant_by_its_beginning_and_other_names_only_as_a_whole() -> None:
+    assert means("GPU-1a2b3c4d", UUID)
+    assert means(UUID, UUID)
+    assert not means(UUID, "GPU-1a2b3c4d")
+    assert not means("cuda:1", "cuda:10")
+    assert not means("cuda", "cuda:0")
+
+
+def test_one_budget_is_for_every_device_in_bytes_or_a_share() -> None:
+    for names in (("host",), (UUID, "cuda:0", "cuda")):
+        assert Settings(budget="80%").budget_for(names) == pytest.approx(0.8)
+        assert type(Settings(budget="100%").budget_for(names)) is float
+        assert Settings(budget="3MiB").budget_for(names) == 3 << 20
+        assert type(Settings(budget="1").budget_for(names)) is int
+
+
+def test_the_most_telling_name_of_a_device_gives_its_budget() -> None:
+    settings = Settings(budget=f"cuda=4,3,cuda:0=2, {UUID[:12]} = 1,cuda:1=50%")
+    assert settings.budget_for((UUID, "cuda:0", "cuda")) == 1
+    assert settings.budget_for(("GPU-00000000", "cuda:0", "cuda")) == 2
+    assert settings.budget_for(("GPU-00000000", "cuda:1", "cuda")) == pytest.approx(0.5)
+    assert settings.budget_for(("GPU-00000000", "cuda:10", "cuda")) == 4
+    assert settings.budget_for(("host",)) == 3
+    assert settings.budget_devices == {"cuda", "cuda:0", "cuda:1", UUID[:12]}
+
+
+def test_a_device_that_no_budget_names_has_none() -> None:
+    settings = Settings(budget="host=8GiB,cuda:0=90%")
+    assert settings.budget_for(("host",)) == 8 << 30
+    assert settings.budget_for((UUID, "cuda:1", "cuda")) is None
 
 
 def test_admins_are_names_or_uids_in_a_text_or_a_list(tmp_path: Path) -> None:
@@ -183,6 +289,25 @@ def test_the_command_prints_every_setting_and_its_origin(tmp_path: Path) -> None
     assert by_name["isolation"].endswith('= "shared"  # default')
 
 
+def test_the_command_takes_several_devices_and_budgets_and_one_of_the_rest() -> None:
+    done = run("config", "--device=host", "--budget=1GiB", "--pool=1M", "--device", "cuda:0,cuda:1",
+               "--budget=cuda=70%", "--pool=2M", "--format=json")  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    table = json.loads(done.stdout)
+    assert table["device"] == {"value": "host,cuda:0,cuda:1", "origin": "--device"}
+    assert table["budget"] == {"value": "1GiB,cuda=70%", "origin": "--budget"}
+    assert table["pool"] == {"value": "2M", "origin": "--pool"}
+
+
+def test_help_describes_every_setting() -> None:
+    done = run("serve", "--help", COLUMNS="1000")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = re.sub(r"\s+", " ", done.stdout)
+    for setting in fields(Settings):
+        assert f"--{setting.name.replace('_', '-')} " in shown
+        assert setting.metadata["help"] in shown
+
+
 def test_its_json_says_the_same(tmp_path: Path) -> None:
     done = run("config", "--config", str(toml(tmp_path, "max_loads = 2\n")), "--format", "json")
     table = json.loads(done.stdout)
@@ -205,4 +330,4 @@ def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_pat
         capture_output=True, text=True, timeout=30, check=False, env=environment(),
     )  # fmt: skip
     assert finished.returncode == 78
-    assert finished.stderr.startswith(f"weightd: budget = {budget!r}: must be from")
+    assert finished.stderr.startswith(f"weightd: budget = {budget!r}: that of host must be from")

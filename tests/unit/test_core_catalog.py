@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from weightd.errors import InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
+from weightd.errors import DeviceError, InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 
 ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
@@ -23,9 +24,13 @@ class Shelf:
     def __init__(self) -> None:
         self.store = Store(leases=Leases(lambda _: True), on_event=self.happened)
         self.catalog = Catalog(self.store)
+        for device in ("host", "GPU-1"):
+            self.store.memories[device] = DeviceMemory(
+                budget=1, page=1, sparse=False, pool_limit=0, create=lambda size: size
+            )
 
     def happened(self, event: Event) -> None:
-        if isinstance(event, Evicted):
+        if isinstance(event, Evicted) and event.reason == "removed":
             self.catalog.forget(event.checkpoint)
 
     def add(
@@ -210,3 +215,69 @@ def test_each_owner_takes_back_only_its_own_pin(shelf: Shelf) -> None:
     shelf.catalog.pin(BOB, there, "bob's")
     shelf.catalog.unpin(ROOT, there)
     assert not there.pinned
+
+
+# -- lost checkpoints --------------------------------------------------------------------------------------------------
+
+
+def test_who_asks_for_a_lost_checkpoint_hears_why(shelf: Shelf) -> None:
+    there = shelf.add(A, "name")
+    shelf.store.lose("host", "the GPU was reset")
+    for reference in ("name", A, A[:13]):
+        with pytest.raises(DeviceError, match=f"checkpoint {reference} was lost: the GPU was reset; load it again"):
+            shelf.catalog.find(BOB, reference)
+    with pytest.raises(NotFoundError):
+        shelf.catalog.find(BOB, "name", "GPU-1")
+    assert shelf.catalog.visible(BOB) == []
+    assert [lost.checkpoint for lost in shelf.catalog.lost(BOB)] == [there]
+    assert shelf.catalog.names(there) == ["name"]
+
+
+def test_what_is_resident_elsewhere_is_found_before_what_is_lost(shelf: Shelf) -> None:
+    shelf.add(A, "name", device="GPU-1")
+    host = shelf.add(A)
+    shelf.store.lose("GPU-1", "gone")
+    assert shelf.catalog.find(ALICE, "name") is host
+    with pytest.raises(DeviceError):
+        shelf.catalog.find(ALICE, "name", "GPU-1")
+
+
+def test_a_lost_name_comes_before_the_digest_that_it_looks_like(shelf: Shelf) -> None:
+    shelf.add(B, A[7:15], device="GPU-1")
+    shelf.add(A)
+    shelf.store.lose("GPU-1", "gone")
+    with pytest.raises(DeviceError):
+        shelf.catalog.find(ALICE, A[7:15])
+
+
+def test_users_apart_do_not_hear_of_each_others_losses(shelf: Shelf) -> None:
+    one, two = Who(1, admin=False, domain="uid:1"), Who(2, admin=False, domain="uid:2")
+    shelf.add(A, "name", who=one)
+    shelf.store.lose("host", "gone")
+    with pytest.raises(NotFoundError):
+        shelf.catalog.find(two, "name")
+    assert shelf.catalog.lost(two) == []
+    assert len(shelf.catalog.lost(one)) == len(shelf.catalog.lost(ROOT)) == 1
+
+
+def test_removing_a_lost_checkpoint_drops_its_record_and_name_for_its_owner(shelf: Shelf) -> None:
+    there = shelf.add(A, "one", "two")
+    shelf.store.lose("host", "gone")
+    with pytest.raises(PermissionDeniedError):
+        shelf.catalog.remove(BOB, "one")
+    assert shelf.catalog.remove(ALICE, "one") == 0
+    assert there.key in shelf.store.lost
+    assert shelf.catalog.remove(ALICE, "two") == 0
+    assert (shelf.store.lost, shelf.catalog.names(there)) == ({}, [])
+    with pytest.raises(NotFoundError):
+        shelf.catalog.find(ALICE, "two")
+
+
+def test_a_name_stays_while_its_content_is_resident_or_lost_on_any_device(shelf: Shelf) -> None:
+    gpu, host = shelf.add(A, "name", device="GPU-1"), shelf.add(A)
+    shelf.store.lose("GPU-1", "gone")
+    shelf.catalog.remove(ALICE, "name", "host")
+    assert host.key not in shelf.store.checkpoints
+    assert shelf.catalog.names(gpu) == ["name"]
+    shelf.catalog.remove(ALICE, A)
+    assert shelf.catalog.names(gpu) == []

@@ -16,6 +16,7 @@ class Fixture:
 
     def __init__(self, *, sparse: bool = True, pool_pages: int = 32) -> None:
         self.sizes: list[int] = []
+        self.most: int | None = None
         self.kicks = 0
         self.memory = DeviceMemory(
             budget=32 * PAGE,
@@ -27,6 +28,8 @@ class Fixture:
         )
 
     def create(self, size: int) -> int:
+        if self.most is not None and size > self.most:
+            raise MemoryError("out of memory")
         self.sizes.append(size)
         return len(self.sizes)
 
@@ -191,7 +194,7 @@ def test_a_segment_whose_last_hole_was_being_punched_is_released_after_that() ->
 
 def test_a_promise_binds_others_and_shrinks_as_it_is_used() -> None:
     device = Fixture()
-    device.memory.promise(1, 20 * PAGE)
+    device.memory.promise(1, "all", 20 * PAGE)
     assert device.memory.obtainable("all", 2) == 12 * PAGE
     assert device.memory.obtainable("all", 1) == 32 * PAGE
     assert device.grant(16, need=13, load=2) is None
@@ -212,8 +215,8 @@ def pool_of(device: Fixture, count: int) -> None:
 def test_two_promises_that_rest_on_the_pool_are_both_kept_from_it() -> None:
     device = Fixture()
     pool_of(device, 16)
-    device.memory.promise(1, 16 * PAGE)
-    device.memory.promise(2, 16 * PAGE)
+    device.memory.promise(1, "all", 16 * PAGE)
+    device.memory.promise(2, "all", 16 * PAGE)
     for load in (1, 2):
         extent = device.grant(4, need=1, load=load)
         assert extent is not None, "the pool was released instead of used"
@@ -224,7 +227,7 @@ def test_two_promises_that_rest_on_the_pool_are_both_kept_from_it() -> None:
 def test_nobody_takes_the_pool_that_was_promised_to_another() -> None:
     device = Fixture()
     pool_of(device, 16)
-    device.memory.promise(1, 32 * PAGE)
+    device.memory.promise(1, "all", 32 * PAGE)
     assert device.grant(2, load=2) is None
     assert not device.memory.reclaiming
     assert device.grant(16, load=1) is not None
@@ -234,5 +237,102 @@ def test_nobody_takes_the_pool_that_was_promised_to_another() -> None:
 def test_a_grant_is_cut_to_what_was_not_promised_to_others() -> None:
     device = Fixture()
     pool_of(device, 16)
-    device.memory.promise(1, 20 * PAGE)
+    device.memory.promise(1, "all", 20 * PAGE)
     assert device.grant(16, need=1, load=2) == pages(1, 0, 12)
+
+
+def test_a_promise_to_another_domain_is_kept_from_new_segments_but_holes_are_ones_own() -> None:
+    device = Fixture(sparse=False, pool_pages=0)
+    device.grant(16)
+    device.give_back(pages(1, 0, 4), pages(1, 8, 4))
+    device.memory.promise(2, "other", 12 * PAGE)
+    assert device.memory.obtainable("all", 1) == 12 * PAGE
+    assert device.grant(6) is None, "no hole takes it, and four pages are all that may become a segment"
+    assert device.grant(4) is not None
+    assert device.grant(4) is not None
+    assert device.sizes == [16 * PAGE]
+
+
+def test_a_promise_rests_on_the_holes_of_its_domain_first() -> None:
+    device = Fixture(sparse=False, pool_pages=0)
+    device.grant(16)
+    device.give_back(pages(1, 0, 8))
+    device.memory.promise(2, "all", 8 * PAGE)
+    assert device.memory.obtainable("other", 1) == 16 * PAGE
+    assert device.memory.assured(1) == 8 * PAGE, "the holes may not fit"
+    assert device.grant(16, domain="other") == pages(2, 0, 16)
+
+
+def test_free_pages_in_used_segments_are_punched_for_whoever_needs_room() -> None:
+    device = Fixture()
+    pool_of(device, 16)
+    assert device.grant(2) == pages(1, 0, 2)
+    assert device.memory.obtainable("other") == 30 * PAGE
+    assert device.grant(20, domain="other") is None
+    assert device.reclaim() == [Release(2, 16 * PAGE), Punch("all", pages(1, 2, 14))]
+    assert device.grant(20, domain="other") == pages(3, 0, 20)
+
+
+def test_a_freed_segment_is_released_at_once_without_a_pool() -> None:
+    device = Fixture(sparse=False, pool_pages=0)
+    device.grant(8)
+    device.give_back(pages(1, 0, 5))
+    assert device.reclaim() == []
+    device.give_back(pages(1, 5, 3))
+    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert (device.memory.used, device.memory.segments) == (0, 0)
+
+
+# -- a device that is full though the budget is not --------------------------------------------------------------------
+
+
+def test_a_device_without_room_for_a_large_segment_gives_a_smaller_one() -> None:
+    device = Fixture(sparse=False)
+    device.most = 5 * PAGE
+    assert device.grant(16, need=3) == pages(1, 0, 4)
+    assert device.grant(16, need=5) == pages(2, 0, 5)
+    assert device.memory.used == 9 * PAGE
+
+
+def test_a_small_hole_is_used_where_the_device_has_no_room() -> None:
+    device = Fixture(sparse=False)
+    device.grant(8)
+    device.give_back(pages(1, 3, 1))
+    device.most = 0
+    assert device.grant(4, need=1) == pages(1, 3, 1)
+
+
+def test_a_device_without_room_gets_back_what_is_unused_and_says_so() -> None:
+    device = Fixture(sparse=False)
+    extent = device.grant(8, domain="other")
+    assert extent is not None
+    device.give_back(extent, domain="other")
+    device.most = 0
+    with pytest.raises(MemoryError, match="out of memory"):
+        device.grant(4, need=2)
+    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert device.memory.used == 0
+
+
+# -- a device that lost everything -------------------------------------------------------------------------------------
+
+
+def test_a_lost_device_begins_again_with_nothing_and_returns_nothing() -> None:
+    device = Fixture(pool_pages=0)
+    extents = [device.grant(8) for _ in range(3)]
+    device.memory.promise(1, "all", 4 * PAGE)
+    device.give_back(*filter(None, extents[:1]))
+    handed_out = device.memory.take_reclaims()
+    device.give_back(*filter(None, extents[1:2]))
+    device.memory.lose()
+    assert device.memory.take_reclaims() == []
+    assert (device.memory.used, device.memory.segments, device.memory.reclaiming) == (0, 0, False)
+    assert device.memory.obtainable("all", 2) == 32 * PAGE
+    new = device.grant(16)
+    assert new == pages(4, 0, 16)
+    device.give_back(new)
+    for reclaim in handed_out:
+        device.memory.reclaimed(reclaim)
+    assert (device.memory.used, device.memory.reclaiming) == (16 * PAGE, True)
+    assert device.reclaim() == [Release(4, 16 * PAGE)]
+    assert device.memory.used == 0

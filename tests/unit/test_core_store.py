@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 
 import pytest
 
-from weightd.errors import CapacityError, InUseError, NotFoundError
+from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
+from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
@@ -15,8 +17,10 @@ from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.loader.slots import Slots
 
 PAGE = 4096
+MIB = 1 << 20
 LARGE = OWN_COPY_BELOW
 SMALL = PAGE
 FILE = (ManifestFile("", "f", None),)
@@ -25,14 +29,15 @@ FILE = (ManifestFile("", "f", None),)
 class Books:
     """A store over a device of 64 large tensors whose reclaims are done at once; digests are named by letters."""
 
-    def __init__(self, budget: int = 64 * LARGE) -> None:
+    def __init__(self, budget: int = 64 * LARGE, *, sparse: bool = True) -> None:
         self.events: list[Event] = []
         self.locked: set[int] = set()
         self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.events.append)
         self.segments = 0
         self.memory = self.store.memories["host"] = DeviceMemory(
-            budget=budget, page=PAGE, sparse=True, pool_limit=0, create=self.create
+            budget=budget, page=PAGE, sparse=sparse, pool_limit=0, create=self.create, available=lambda: self.available
         )
+        self.available: int | None = None
         self.now = 0.0
 
     def create(self, size: int) -> int:
@@ -60,6 +65,14 @@ class Books:
         return used
 
     def seal(self, load: int, blobs: list[Blob]) -> Checkpoint:
+        """Seal and end a load."""
+        checkpoint = self.seal_only(load, blobs)
+        self.store.end_load(load)
+        self.reclaim()
+        return checkpoint
+
+    def seal_only(self, load: int, blobs: list[Blob]) -> Checkpoint:
+        """The loader has not put its segments down yet."""
         while pairs := self.store.rechecks(load):
             for blob, other in pairs:
                 replaced = self.store.recheck(load, blob.number, other.number, equal=True)
@@ -67,13 +80,34 @@ class Books:
         entries = [Entry("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
         name = content_digest(entries, [b.identity for b in blobs], FILE)
         self.now += 1
-        checkpoint = self.store.seal(load, Content(name, FILE, tuple(entries), tuple(blobs)), self.now)
-        self.reclaim()
-        return checkpoint
+        return self.store.seal(load, Content(name, FILE, tuple(entries), tuple(blobs)), self.now)
 
     def load(self, letters: str, length: int = LARGE, domain: str = "all") -> Checkpoint:
         number = self.open(domain)
         return self.seal(number, [self.place(number, letter, length) for letter in letters])
+
+    def load_into_one_segment(self, letters: str, domain: str = "all") -> Checkpoint:
+        number = self.open(domain)
+        extent = self.store.grant(number, len(letters) * LARGE, len(letters) * LARGE)
+        assert extent is not None
+        offsets = range(extent.offset, extent.end, LARGE)
+        placed = [
+            self.store.settle(number, digest(letter), LARGE, extent.segment, offset)
+            for letter, offset in zip(letters, offsets, strict=True)
+        ]
+        return self.seal(number, [blob for _, blob in placed])
+
+    def load_known(self, known: str, new: str = "", domain: str = "all") -> Checkpoint:
+        """A checkpoint of tensors that are resident, which takes no memory for them, and others."""
+        number = self.open(domain)
+        blobs = []
+        for letter in known:
+            candidate = self.store.candidate(number, digest(letter), LARGE)
+            assert candidate is not None
+            blob = self.store.share(number, candidate.number, None, 0)
+            assert blob is not None
+            blobs.append(blob)
+        return self.seal(number, blobs + [self.place(number, letter) for letter in new])
 
     def lease(self, checkpoint: Checkpoint) -> Lease:
         lease = self.store.leases.take(checkpoint.key, Holder(1, 4711, 1000, "python serve.py"), self.now)
@@ -167,7 +201,7 @@ def test_what_else_is_being_loaded_does_not_change_a_content_digest(length: int)
     books = Books()
     first, second, third = books.open(), books.open(), books.open()
     blobs = {load: [books.place(load, letter, length) for letter in "aab"] for load in (first, second, third)}
-    books.store.abort(first)
+    books.store.end_load(first)
     sealed = books.seal(third, blobs[third])
     assert sealed.key == alone
     assert books.seal(second, blobs[second]) is sealed
@@ -214,7 +248,7 @@ def test_what_fits_is_admitted_and_promised() -> None:
     first, second = books.open(), books.open()
     assert books.store.admit(first, [LARGE] * 40)
     assert not books.store.admit(second, [LARGE] * 40), "may fit if much of it is shared: hash first"
-    books.store.abort(first)
+    books.store.end_load(first)
     assert books.store.admit(second, [LARGE] * 40)
 
 
@@ -248,7 +282,7 @@ def test_blobs_that_a_load_relies_on_outlive_their_checkpoint() -> None:
     assert books.store.share_known(load, blob.number, blob.identity) is blob
     books.store.remove(next(iter(books.store.checkpoints.values())))
     assert books.store.blobs() == [blob]
-    books.store.abort(load)
+    books.store.end_load(load)
     assert books.store.blobs() == []
 
 
@@ -306,18 +340,256 @@ def test_a_device_that_is_out_of_memory_makes_the_store_evict() -> None:
     assert books.evicted == [(there, "capacity")]
 
 
+def test_a_full_device_is_named_in_the_refusal_once_nothing_can_be_evicted() -> None:
+    books = Books(sparse=False)
+    there = books.load("a")
+    books.available = 4096
+
+    def create(size: int) -> int:
+        raise MemoryError("4 KiB free on the device")
+
+    books.memory._create = create
+    load = books.open()
+    assert books.store.grant(load, LARGE, LARGE) is None
+    assert books.evicted == [(there, "capacity")]
+    books.reclaim()
+    with pytest.raises(CapacityError, match="the device itself has no room: 4 KiB free on the device") as caught:
+        books.store.grant(load, LARGE, LARGE)
+    assert caught.value.metadata["device_free_bytes"] == "4096"
+    assert caught.value.free_bytes == 64 * LARGE
+
+
+def test_nothing_is_evicted_for_a_device_that_others_have_filled() -> None:
+    books = Books(sparse=False)
+    books.load("a")
+    books.available = LARGE
+
+    def create(size: int) -> int:
+        raise MemoryError
+
+    books.memory._create = create
+    with pytest.raises(CapacityError, match="the device itself has no room; stop what else uses the device"):
+        books.store.grant(books.open(), 3 * LARGE, 3 * LARGE)
+    assert books.evicted == []
+    assert books.store.grant(books.open(), 2 * LARGE, 2 * LARGE) is None
+    assert len(books.evicted) == 1, "that may do"
+
+
+def test_a_checkpoint_whose_bytes_are_all_shared_is_not_evicted_while_another_brings_bytes() -> None:
+    books = Books(budget=4 * LARGE)
+    shared, part = books.load("ab"), books.load_known("ab", "c")
+    books.load("d")
+    load = books.open()
+    assert books.store.grant(load, LARGE, LARGE) is None
+    assert books.evicted == [(part, "capacity")]
+    assert shared.key in books.store.checkpoints
+
+
+def test_checkpoints_that_share_all_with_each_other_are_evicted_together() -> None:
+    books = Books(budget=3 * LARGE)
+    first, second, third = books.load("ab"), books.load_known("b", "c"), books.load_known("ca")
+    assert not any(checkpoint.gives_back for checkpoint in (first, second, third))
+    load = books.open()
+    while books.store.grant(load, 3 * LARGE, 3 * LARGE) is None:
+        books.reclaim()
+    assert {checkpoint for checkpoint, _ in books.evicted} == {first, second, third}
+
+
+@pytest.mark.parametrize("lengths", [[682 * MIB + 1] * 10, [1, 1023 * MIB] * 5, [3 << 30, 1, MIB + 1]])
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("hash_first", [True, False])
+def test_what_was_promised_is_enough_wherever_segments_are_cut(lengths: list[int], runs: int, hash_first: bool) -> None:
+    """With the least budget that has room, every tensor gets its memory."""
+    page = 2 * MIB
+    store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+    numbers = count()
+    memory = store.memories["GPU"] = DeviceMemory(
+        budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
+    )
+    load = store.open_load("GPU", "all", 1000)
+    contents = [(bytes([at]) * 16, length) for at, length in enumerate(lengths)]
+
+    def has_room() -> bool:
+        try:
+            return store.make_room(load, contents, runs) == set() if hash_first else store.admit(load, lengths, runs)
+        except CapacityError:
+            return False
+
+    while not has_room():
+        memory.budget += page
+    for run in range(runs):
+        part = lengths[run::runs]
+        slots = Slots(Granting(store, load), [slot_bytes(length) for length in part])  # type: ignore[arg-type]
+        for length in part:
+            slots.take(length)
+
+
+class Granting:
+    """The daemon's end of a loader's channel, as far as slots need it."""
+
+    def __init__(self, store: Store, load: int) -> None:
+        self._store = store
+        self._load = load
+
+    def call(self, op: str, *, want: int, need: int) -> dict[str, int]:
+        assert op == "grant"
+        extent = self._store.grant(self._load, want, need)
+        assert extent is not None
+        return extent._asdict()
+
+
+# -- room where a segment is all or nothing ----------------------------------------------------------------------------
+
+
+def test_one_tensor_may_need_a_segment_beyond_the_limit_of_segments() -> None:
+    books = Books(budget=4 << 30, sparse=False)
+    load = books.open()
+    extent = books.store.grant(load, 3 << 30, 3 << 30)
+    assert extent is not None
+    assert extent.length == 3 << 30
+    books.store.end_load(load)
+    books.reclaim()
+    assert books.memory.used == 0
+
+
+def test_scattered_holes_make_a_grant_evict_on() -> None:
+    books = Books(budget=6 * LARGE, sparse=False)
+    first, keeper = books.load_into_one_segment("abcdef"), books.load_known("bdf")
+    books.store.remove(first)
+    load = books.open()
+    assert books.memory.obtainable("all", load) == 3 * LARGE
+    assert books.store.grant(load, 2 * LARGE, 2 * LARGE) is None
+    assert books.evicted[1:] == [(keeper, "capacity")]
+    books.reclaim()
+    assert books.store.grant(load, 2 * LARGE, 2 * LARGE) is not None
+
+
+def test_a_refusal_says_that_what_is_free_lies_in_pieces_and_evicts_nothing() -> None:
+    books = Books(budget=7 * LARGE, sparse=False)
+    first, keeper = books.load_into_one_segment("abcdef"), books.load_known("bdf")
+    books.store.remove(first)
+    books.lease(keeper)
+    bystander = books.load("g")
+    with pytest.raises(CapacityError, match=r"in pieces, the largest of 0\.1 MiB") as caught:
+        books.store.grant(books.open(), 2 * LARGE, 2 * LARGE)
+    error = caught.value
+    assert (error.free_bytes, error.evictable_bytes) == (3 * LARGE, LARGE)
+    assert error.metadata["largest_bytes"] == str(LARGE)
+    assert bystander.key in books.store.checkpoints
+
+
+def test_one_pass_is_not_promised_on_scattered_holes() -> None:
+    books = Books(budget=6 * LARGE, sparse=False)
+    first, _ = books.load_into_one_segment("abcdef"), books.load_known("bdf")
+    books.store.remove(first)
+    load = books.open()
+    assert books.memory.obtainable("all", load) == 3 * LARGE
+    assert not books.store.admit(load, [LARGE])
+    while books.store.make_room(load, [(digest("x"), LARGE)]) is None:
+        books.reclaim()
+    assert books.store.grant(load, LARGE, LARGE) is not None
+    assert len(books.evicted) == 1, "it fits into a hole"
+
+
+def test_only_whole_segments_of_another_domain_are_evictable() -> None:
+    books = Books(budget=6 * LARGE, sparse=False)
+    mixed, whole = books.load_into_one_segment("abc", "uid:1"), books.load_into_one_segment("de", "uid:1")
+    part = books.load_known("b", domain="uid:1")
+    books.lease(part)
+    other = books.open("uid:2")
+    with pytest.raises(CapacityError) as caught:
+        books.store.grant(other, 4 * LARGE, 4 * LARGE)
+    assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 2 * LARGE)
+    assert books.evicted == []
+    with pytest.raises(CapacityError) as caught:
+        books.store.make_room(books.open("uid:1"), [(digest(letter), LARGE) for letter in "pqrstu"])
+    assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 4 * LARGE)
+    while books.store.grant(other, 3 * LARGE, 3 * LARGE) is None:
+        books.reclaim()
+    assert {checkpoint for checkpoint, _ in books.evicted} == {mixed, whole}
+
+
 # -- the ends of things ------------------------------------------------------------------------------------------------
 
 
-def test_an_aborted_load_leaves_nothing() -> None:
+def test_a_load_that_ends_without_a_checkpoint_leaves_nothing() -> None:
     books = Books()
     load = books.open()
     books.place(load, "a")
     books.place(load, "b", SMALL)
     assert books.store.in_flight_bytes("host") == LARGE + SMALL
-    books.store.abort(load)
+    books.store.end_load(load)
     books.reclaim()
     assert (books.memory.used, books.memory.segments, books.store.in_flight_bytes("host")) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_nothing_that_a_loader_may_have_open_goes_before_its_load_has_ended(sparse: bool) -> None:
+    books = Books(sparse=sparse)
+    load = books.open()
+    spare = books.store.grant(load, 4 * LARGE, 4 * LARGE)
+    assert spare is not None
+    checkpoint = books.seal_only(load, [books.place(load, "a")])
+    assert (books.memory.take_reclaims(), books.store.in_flight_bytes("host")) == ([], 4 * LARGE)
+    assert books.store.remove(checkpoint) == LARGE
+    assert (books.memory.take_reclaims(), books.store.live_bytes("host")) == ([], LARGE)
+    books.store.end_load(load)
+    assert books.memory.segments == 0
+    books.reclaim()
+    assert (books.memory.used, books.store.live_bytes("host"), books.store.in_flight_bytes("host")) == (0, 0, 0)
+
+
+def test_copies_of_what_is_resident_already_go_when_their_load_has_ended() -> None:
+    books = Books(sparse=False)
+    first, second = books.open(), books.open()
+    blobs = {load: [books.place(load, letter) for letter in "ab"] for load in (first, second)}
+    there = books.seal(first, blobs[first])
+    assert books.seal_only(second, blobs[second]) is there
+    books.reclaim()
+    assert books.memory.used == 4 * LARGE
+    books.store.end_load(second)
+    books.reclaim()
+    assert books.memory.used == books.store.live_bytes("host") == 2 * LARGE
+
+
+def test_memory_of_a_sealed_load_is_waited_for() -> None:
+    """It is neither refused nor made by evicting others, for it will be there in a moment."""
+    woken: list[bool] = []
+    books = Books(budget=8 * LARGE, sparse=False)
+    books.memory._on_reclaim = lambda: woken.append(True)
+    kept, load, other = books.load("k"), books.open(), books.open()
+    checkpoint = books.seal_only(load, [books.place(load, letter) for letter in "abcd"])
+    assert books.store.grant(other, 8 * LARGE, 8 * LARGE) is None
+    assert not books.store.admit(other, [8 * LARGE])
+    assert books.store.make_room(other, [(digest("x"), 8 * LARGE)]) is None
+    assert books.evicted == []
+    woken.clear()
+    books.store.end_load(load)
+    assert woken
+    while books.store.make_room(other, [(digest("x"), 8 * LARGE)]) is None:
+        books.reclaim()
+    assert {evicted for evicted, _ in books.evicted} == {kept, checkpoint}
+
+
+def test_nobody_waits_for_a_loader_that_does_not_die() -> None:
+    books = Books(budget=4 * LARGE)
+    load = books.open()
+    books.seal_only(load, [books.place(load, letter) for letter in "abcd"])
+    books.memory.withdraw(load)
+    with pytest.raises(CapacityError):
+        books.store.grant(books.open(), LARGE, LARGE)
+
+
+def test_a_device_may_be_lost_between_the_seal_and_the_end_of_a_load() -> None:
+    books = Books(sparse=False)
+    load = books.open()
+    checkpoint = books.seal_only(load, [books.place(load, "a")])
+    assert books.store.lose("host", "gone") == [checkpoint]
+    assert not books.memory.reclaiming
+    again = books.load("a")
+    books.store.end_load(load)
+    books.reclaim()
+    assert books.memory.used == again.total_bytes == books.store.live_bytes("host")
 
 
 def test_removing_what_is_held_names_the_holders_and_changes_nothing() -> None:
@@ -339,6 +611,69 @@ def test_removing_gives_up_only_what_nobody_else_needs() -> None:
     assert sorted(blob.references for blob in second.unique.values()) == [1, 1]
     books.reclaim()
     assert books.memory.used == 2 * LARGE
+
+
+def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_devices() -> None:
+    books = Books(sparse=False)
+    other = books.store.memories["GPU-2"] = DeviceMemory(
+        budget=LARGE, page=PAGE, sparse=False, pool_limit=0, create=books.create
+    )
+    elsewhere = books.store.open_load("GPU-2", "all", 1000)
+    first, second = books.load("ab"), books.load("bc")
+    books.lease(first)
+    second.pins.add(1000)
+    assert books.store.lose("host", "the GPU was reset") == [first, second]
+    assert books.store.checkpoints == {}
+    assert books.store.blobs() == []
+    assert books.evicted == [(first, "lost"), (second, "lost")]
+    assert {key: lost.checkpoint for key, lost in books.store.lost.items()} == {first.key: first, second.key: second}
+    assert str(books.store.lost[first.key].error("name")) == (
+        "checkpoint name was lost: the GPU was reset; load it again"
+    )
+    assert list(books.store.leases) == []
+    assert (books.memory.used, books.memory.take_reclaims()) == (0, [])
+    assert (books.store.evictions, first.exclusive_bytes) == (0, 0)
+    assert books.store.grant(elsewhere, LARGE, LARGE) is not None
+    assert other.used == LARGE
+
+
+def test_a_load_on_a_lost_device_can_only_be_ended_and_gives_nothing_to_the_new_memory() -> None:
+    books = Books(sparse=False)
+    (there,) = books.load("a").unique.values()
+    load = books.open()
+    books.place(load, "b")
+    assert books.store.candidate(load, digest("a"), LARGE) is there
+    assert books.store.admit(load, [LARGE])
+    books.store.lose("host", "its holder died")
+    assert books.store.in_flight_bytes("host") == 0
+    with pytest.raises(DeviceError, match="device host: its holder died; load it again"):
+        books.store.grant(load, LARGE, LARGE)
+    again = books.load("ab")
+    used = books.memory.used
+    books.store.end_load(load)
+    books.reclaim()
+    assert (books.memory.used, books.store.live_bytes("host")) == (used, 2 * LARGE)
+    assert len(again.unique) == 2
+
+
+def test_loading_it_again_ends_the_loss() -> None:
+    books = Books(sparse=False)
+    old, other = books.load("ab"), books.load("c")
+    books.store.lose("host", "gone")
+    new = books.load("ab")
+    assert new is not old
+    assert new.key == old.key
+    assert list(books.store.lost) == [other.key]
+
+
+def test_what_may_be_shared_is_what_is_sealed_in_the_same_domain() -> None:
+    books = Books()
+    first, second = books.open(), books.open()
+    blob = books.place(first, "a", 2 * LARGE)
+    assert books.store.resident_lengths(second) == set()
+    books.seal(first, [blob])
+    assert books.store.resident_lengths(second) == {2 * LARGE}
+    assert books.store.resident_lengths(books.open("other")) == set()
 
 
 def test_many_equal_small_tensors_are_not_quadratic() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import socket
@@ -13,10 +14,14 @@ from typing import Any, Never
 
 import pytest
 
+from weightd.errors import DeviceError
 from weightd.types import TensorSpec
-from weightd_daemon.core.memory import Release
+from weightd_daemon.core.digest import new_hasher
+from weightd_daemon.core.memory import DeviceMemory, Release
+from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
-from weightd_daemon.loader.channel import receive_fds
+from weightd_daemon.loader import child
+from weightd_daemon.loader.channel import Channel, receive_fds
 from weightd_daemon.loader.process import LoaderDied, LoaderProcess
 from weightd_daemon.loader.work import Tensor, Unit, on_threads
 
@@ -71,7 +76,7 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
         async with asyncio.timeout(5):
             await loader.exited
         with pytest.raises(LoaderDied):
-            await loader.send({"job": "load"}, [(1, 0)])
+            await loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])
         with pytest.raises(LoaderDied):
             await loader.receive()
 
@@ -168,3 +173,47 @@ def test_a_bug_of_the_device_does_not_stop_the_reclaims(caplog: pytest.LogCaptur
     asyncio.run(run())
     assert device.released == books.reported == [1, 2]
     assert "could not be returned" in caplog.text
+
+
+def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> Never:
+        raise DeviceError("cuInit failed")
+
+    monkeypatch.setattr(child, "open_io", broken)
+    with contextlib.ExitStack() as stack:
+        control, descriptors = socket.socketpair(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        intake = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (*control, *descriptors, *intake):
+            stack.enter_context(end)
+        socket.send_fds(descriptors[0], [b"d"], [intake[1].fileno()])
+        intake[1].close()
+        job = {"job": "load", "kind": "cuda_vmm", "device": "GPU-0", "sources": ["a"]}
+        assert not child._do(Channel(control[1], descriptors[1]), job, new_hasher)
+        assert b"cuInit failed" in control[0].recv(4096)
+        descriptors[1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            descriptors[1].recv(1)
+        assert intake[0].recv(1) == b""  # which the client sees at once
+
+
+def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -> None:
+    device: Any = None  # nothing is asked of it
+
+    async def run() -> None:
+        reclaimer = Reclaimer(device)
+        memory = DeviceMemory(
+            budget=4096, page=4096, sparse=False, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
+        )
+        reclaimer.watch(memory)
+        memory.expect(1)
+        waiting = asyncio.create_task(reclaimer.wait())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        memory.withdraw(1)
+        async with asyncio.timeout(5):
+            await waiting
+            await reclaimer.wait()  # there is nothing to wait for any more
+
+    asyncio.run(run())

@@ -68,6 +68,28 @@ def test_an_idle_thread_helps_with_the_longest_lane() -> None:
     on_threads([lane], 2, lambda _: together.wait(10) and None)  # with one thread this would break
 
 
+def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> None:
+    (lane,) = lanes(units(tensors([2 * MIB] * 200)), 1)
+    begun: list[int] = []
+    done: list[int] = []
+
+    def step(unit: Unit) -> None:
+        assert unit.start in begun
+        done.append(unit.start)
+
+    on_threads([lane], 4, step, lambda unit: begun.append(unit.start))
+    assert begun == [unit.start for unit in lane]
+    assert sorted(done) == begun
+
+
+def test_an_error_at_the_beginning_of_a_unit_stops_all() -> None:
+    def begin(unit: Unit) -> None:
+        raise ValueError("no room")
+
+    with pytest.raises(ValueError, match="no room"):
+        on_threads(lanes(units(tensors([2 * MIB] * 100)), 1), 4, lambda _: None, begin)
+
+
 def test_the_first_error_stops_all() -> None:
     def step(unit: Unit) -> None:
         raise ValueError(str(unit.start))

@@ -12,7 +12,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .segments import Wanted
 
 _MAP_NORESERVE = 0x4000
 _FAILED = ctypes.c_void_p(-1).value
@@ -47,6 +52,10 @@ class Mapping:
         self._address = address
 
     def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap now; nobody may use a buffer of it any more."""
         if self._address is not None:
             self._munmap(self._address, self.size)
             self._address = None
@@ -63,6 +72,23 @@ def map_lease(descriptor: int, size: int) -> Mapping:
     return Mapping(descriptor, size, writable=False)
 
 
-def map_segment(descriptor: int, size: int, lease: Mapping) -> memoryview:
+def map_segment(descriptor: int, size: int, lease: object) -> memoryview:
     """Map a segment, copy-on-write; its buffer keeps the lease."""
     return Mapping(descriptor, size, writable=True, keeps=lease).buffer()
+
+
+class HostSegments:
+    """Segments in host memory; see `segments.Segments`."""
+
+    torch_device = "cpu"
+
+    def __init__(self, wanted: Sequence[Wanted], lease: object) -> None:
+        self._buffers: dict[tuple[int, int], memoryview] = {}
+        for one in wanted:
+            assert isinstance(one.handle, int)  # `open_segments` has looked
+            for copy in range(one.copies):
+                self._buffers[one.segment, copy] = map_segment(one.handle, one.size, lease)
+
+    def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
+        """The bytes, copy-on-write."""
+        return self._buffers[segment, copy][offset : offset + length]

@@ -42,8 +42,14 @@ FormatOption = Annotated[Format, typer.Option("--format", metavar="table|json", 
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what identifies each row.")]
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests and devices in full.")]
+_DEVICES = "host, cuda, cuda:N, or a GPU's UUID or its beginning"
+LoadDeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: the daemon's only GPU, or host]."),
+]
 DeviceOption = Annotated[
-    str | None, typer.Option("--device", "-d", metavar="DEVICE", help="Where; this version has host only.")
+    str | None,
+    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: wherever the checkpoint is]."),
 ]
 ReferenceArgument = Annotated[
     str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")

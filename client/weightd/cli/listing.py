@@ -21,7 +21,7 @@ from weightd.cli.context import (
 )
 from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable, size
 from weightd.cli.output import device as short_device
-from weightd.types import CheckpointDetails, CheckpointInfo, TensorInfo
+from weightd.types import CheckpointDetails, TensorInfo
 
 _LS_KEYS = (
     "name",
@@ -141,6 +141,9 @@ def stats(
     ]
     columns = ("DEVICE", "KIND", "NAME", ">BUDGET", ">USED", ">LIVE", ">REUSABLE", ">IN FLIGHT", ">FREE", ">SEGMENTS")
     emit_table(columns, rows)
+    for device in found.devices:
+        if device.device_free_bytes is not None and device.device_free_bytes < device.free_bytes:
+            emit(f"{device.name} itself has {size(device.device_free_bytes)} free: other processes use the rest")
     emit(
         f"\n{plural(found.checkpoints, 'checkpoint')}, logical {size(found.logical_bytes)}, "
         f"resident {size(found.resident_bytes)}, saved {size(found.saved_bytes)} ({found.saved_ratio * 100:.1f} %)"
@@ -166,14 +169,15 @@ def inspect(
     with open_client(context, socket) as client:
         details = client.inspect(reference, device)
         if tensors:
-            with client.attach(reference, device=device, manifest_only=True) as attachment:
+            found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
+            with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
                 listed = list(attachment.tensors.values())
     if output is Format.JSON:
         emit_json(_details_json(details) | ({"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}))
     elif quiet:
         emit(printable(details.checkpoint.content_digest))
     else:
-        _print_checkpoint(details.checkpoint, details.segments, full=no_trunc)
+        _print_checkpoint(details, full=no_trunc)
         _print_parts(details)
         if tensors:
             _print_tensors(listed, full=no_trunc)
@@ -194,6 +198,8 @@ def _details_json(details: CheckpointDetails) -> dict[str, Any]:
         "checkpoint": _pick(info, (*_LS_KEYS, "names", "owner", "owner_uid")),
         "components": [asdict(component) for component in details.components],
         "segments": details.segments,
+        "kind": details.kind,
+        "note": details.note,
         "sources": sources,
     }
 
@@ -202,20 +208,24 @@ def _modified(mtime_ns: int) -> datetime:
     return datetime.fromtimestamp(mtime_ns / 1e9, UTC)
 
 
-def _print_checkpoint(info: CheckpointInfo, segments: int, *, full: bool) -> None:
+def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
+    info = details.checkpoint
+    kind = f" ({details.kind})" if details.kind != info.device else ""
     lines = {
         "name": ", ".join(info.names) or "-",
         "digest": digest(info.content_digest, full=full) or "-",
-        "device": short_device(info.device, full=full),
+        "device": f"{short_device(info.device, full=full)}{kind}",
         "state": info.state,
         "owner": f"{info.owner} (uid {info.owner_uid})",
-        "tensors": f"{info.tensors} in {plural(segments, 'segment')}",
+        "tensors": f"{info.tensors} in {plural(details.segments, 'segment')}",
         "size": f"{size(info.total_bytes)}, shared {size(info.shared_bytes)}, alone {size(info.exclusive_bytes)}",
         "leases": str(info.leases),
         "pinned": "yes" if info.pinned else "no",
         "loaded": ago(info.loaded_at),
         "last used": ago(info.last_used_at),
     }
+    if details.note:
+        lines["note"] = details.note
     for label, value in lines.items():
         emit(f"{label:<10} {printable(value)}")
 

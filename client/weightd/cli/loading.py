@@ -11,6 +11,7 @@ from weightd.cli.context import (
     DeviceOption,
     Format,
     FormatOption,
+    LoadDeviceOption,
     LoadInterruptedError,
     SilentOption,
     SocketOption,
@@ -29,7 +30,7 @@ def load(
         list[str], typer.Argument(metavar="REF...", help="Files, directories or org/name[@revision].")
     ],
     name: Annotated[str | None, typer.Option("--name", "-n", metavar="NAME", help="Name it; one REF only.")] = None,
-    device: DeviceOption = None,
+    device: LoadDeviceOption = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it until it is unpinned.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is resident.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, even of files known already.")] = False,

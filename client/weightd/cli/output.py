@@ -17,7 +17,7 @@ _MIB = 1 << 20
 _GIB = 1 << 30
 _WIDTH = 1 << 14  # columns: wide enough that no cell is cut or folded; a terminal folds the line, as docker's does
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
-_GPU = re.compile(r"((?:GPU|MIG)-[0-9a-f]{8})-[0-9a-f-]+")
+_GPU = re.compile(r"(GPU-[0-9a-f]{8})-[0-9a-f-]+")
 _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 

@@ -195,6 +195,10 @@ class Arena:
         """Bytes of whole free pages that have memory behind them: what the next load can have at once."""
         return sum(extent.length - self.cost(extent) for extent in self._holes())
 
+    def empty_bytes(self) -> int:
+        """Memory behind the segments in which nothing lies."""
+        return sum(self.populated(segment) for segment in self._segments if self.is_empty(segment))
+
     def _holes(self) -> Iterator[Extent]:
         for segment, books in self._segments.items():
             for start, end in books.free:

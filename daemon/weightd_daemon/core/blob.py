@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, slot_bytes
 from .digest import BlobIdentity
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
 
 OWN_COPY_BELOW = 64 << 10
 """Equal tensors of one checkpoint below this size are stored once each; larger ones are mapped twice by the client."""
@@ -84,3 +87,48 @@ class Blob:
         if state not in _MOVES[self.state]:
             raise RuntimeError(f"{self!r} cannot become {state.value}")
         self.state = state
+
+
+class Blobs:
+    """Every blob there is, by number and by key."""
+
+    def __init__(self) -> None:
+        self._by_number: dict[int, Blob] = {}
+        self._by_key: dict[BlobKey, dict[int, Blob]] = {}
+        self._last = 0
+
+    def __iter__(self) -> Iterator[Blob]:
+        return iter(list(self._by_number.values()))
+
+    def get(self, number: int) -> Blob | None:
+        """The blob of that number, if it is there."""
+        return self._by_number.get(number)
+
+    def of(self, key: BlobKey) -> Collection[Blob]:
+        """The blobs of a key, oldest first."""
+        return self._by_key.get(key, {}).values()
+
+    def lengths(self, device: str, domain: str, *, sealed: bool = False) -> set[int]:
+        """Lengths of the blobs on a device in a sharing domain, all or the sealed ones."""
+        return {
+            key.length
+            for key, blobs in self._by_key.items()
+            if key[:2] == (device, domain) and (not sealed or any(blob.sealed for blob in blobs.values()))
+        }
+
+    def place(self, key: BlobKey, variant: int, segment: int, offset: int, load: int) -> Blob:
+        """Enter a new blob, RESERVED by a load."""
+        self._last += 1
+        blob = Blob(self._last, key, variant, segment, offset, load)
+        self._by_number[blob.number] = blob
+        self._by_key.setdefault(key, {})[blob.number] = blob
+        return blob
+
+    def drop(self, blob: Blob, state: BlobState) -> None:
+        """Strike a blob out; `state` says how it ended."""
+        blob.move(state)
+        del self._by_number[blob.number]
+        others = self._by_key[blob.key]
+        del others[blob.number]
+        if not others:
+            del self._by_key[blob.key]

@@ -9,17 +9,17 @@ from weightd.errors import CapacityError
 from .arena import round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from .blob import Blob
     from .load_books import LoadBooks
-    from .memory import DeviceMemory
-    from .ranges import Ranges
     from .store import Store
 
 
 class Room(NamedTuple):
-    """Bytes of a device: budget, free (holes included), evictable (what it would get back), only pinned, leased."""
+    """Bytes of a device as a load sees them: budget, free (holes included), evictable (what it would get back).
+
+    And what only pins keep, what leases keep, the largest piece that could be had, evictable bytes included, and what
+    the device itself has free, if that is known.
+    """
 
     device: str
     budget_bytes: int
@@ -27,17 +27,25 @@ class Room(NamedTuple):
     evictable_bytes: int
     pinned_bytes: int
     leased_bytes: int
+    largest_bytes: int
+    device_free_bytes: int | None
 
-    def error(self, requested: int) -> CapacityError:
-        """The error that says why `requested` bytes do not fit."""
-        figures = {key: value for key, value in self._asdict().items() if key != "device"}
-        budget, free, evictable, pinned, leased = map(_size, figures.values())
+    def error(self, requested: int, full: MemoryError | None = None) -> CapacityError:
+        """The error that says why `requested` bytes do not fit; `full` is what the device itself said, if it did."""
+        figures = {key: value for key, value in self._asdict().items() if key != "device" and value is not None}
+        budget, free, evictable, pinned, leased, largest = (_size(figures[key]) for key in self._fields[1:7])
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"
+        reason = ""
         if requested > self.budget_bytes:
             advice = "that is more than the whole budget; raise --budget"
+        elif full is not None:
+            reason = f"; the device itself has no room{f': {full}' if str(full) else ''}"
+            advice = "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
+        elif self.largest_bytes < requested <= self.free_bytes + self.evictable_bytes:
+            reason = f"; what is free or evictable lies in pieces, the largest of {largest}"
         return CapacityError(
             f"{_size(requested)} do not fit on {self.device}: {free} free, {evictable} evictable, "
-            f"{pinned} pinned, {leased} leased, of a budget of {budget}; {advice}",
+            f"{pinned} pinned, {leased} leased, of a budget of {budget}{reason}; {advice}",
             {"requested_bytes": str(requested), **{key: str(value) for key, value in figures.items()}},
         )
 
@@ -46,50 +54,45 @@ def _size(value: int) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 // 10 else f"{value / 2**20:.1f} MiB"
 
 
-def room(store: Store, device: str, domain: str) -> Room:
-    """The room on a device, as a load of that sharing domain sees it."""
-    memory = store.memories[device]
+def room(store: Store, books: LoadBooks, full: MemoryError | None = None) -> Room:
+    """The room on the device of a load, as that load sees it; `full` if the device itself has refused memory."""
+    memory = store.memories[books.device]
+    available = memory.available()
     leased: dict[int, Blob] = {}
     pinned: dict[int, Blob] = {}
     rest: dict[int, Blob] = {}
     for checkpoint in store.checkpoints.values():
-        if checkpoint.key.device == device:
+        if checkpoint.key.device == books.device:
             kept = leased if store.holders(checkpoint) else pinned if checkpoint.pinned else rest
             kept.update(checkpoint.unique)
     evictable = [b for number, b in rest.items() if number not in leased and number not in pinned and not b.holds]
+    now = memory.prospect(books.domain, books.number)
+    slots = [blob.slot for blob in evictable]
+    then = memory.prospect(books.domain, books.number, slots, None if full is None else available)
     return Room(
-        device,
+        books.device,
         budget_bytes=memory.budget,
-        free_bytes=max(0, memory.obtainable(domain)),
-        evictable_bytes=_returnable(memory, evictable),
+        free_bytes=max(0, now.total),
+        evictable_bytes=then.total - now.total,
         pinned_bytes=sum(blob.length for number, blob in pinned.items() if number not in leased),
         leased_bytes=sum(blob.length for blob in leased.values()),
+        largest_bytes=max(0, then.largest),
+        device_free_bytes=available,
     )
 
 
-def check_room(store: Store, books: LoadBooks, needed: int) -> None:
-    """Refuse a load whose `needed` bytes would not fit even after every eviction. Errors: CapacityError."""
-    obtainable = store.memories[books.device].obtainable(books.domain, books.number)
-    if needed > obtainable:
-        found = room(store, books.device, books.domain)
-        if needed > obtainable + found.evictable_bytes:
-            raise found.error(needed)
+def check_room(store: Store, books: LoadBooks, needed: int, piece: int, full: MemoryError | None = None) -> None:
+    """Refuse a load whose `needed` bytes, or one extent of `piece` bytes, would not fit even after every eviction.
 
-
-def _returnable(memory: DeviceMemory, blobs: Iterable[Blob]) -> int:
-    """Whole pages that would be free without these blobs and are not now."""
-    by_segment: dict[int, list[Blob]] = {}
-    for blob in blobs:
-        by_segment.setdefault(blob.segment, []).append(blob)
-    size = 0
-    for segment, inside in by_segment.items():
-        ranges = memory.arena(memory.domain_of(segment)).free_ranges(segment)
-        before = _whole_pages(ranges, memory.page)
-        for blob in inside:
-            ranges.add(blob.slot.offset, blob.slot.end)
-        size += _whole_pages(ranges, memory.page) - before
-    return size
-
-
-def _whole_pages(ranges: Ranges, page: int) -> int:
-    return sum(max(0, end // page * page - round_up(start, page)) for start, end in ranges)
+    Not while memory is on its way back, for nobody knows yet what that will make room for. Errors: CapacityError.
+    """
+    memory = store.memories[books.device]
+    piece = round_up(piece, memory.page)
+    now = memory.prospect(books.domain, books.number)
+    if memory.reclaiming or (full is None and needed <= now.total and piece <= now.largest):
+        return
+    found = room(store, books, full)
+    if piece > found.largest_bytes:
+        raise found.error(piece, full)
+    if needed > found.free_bytes + found.evictable_bytes:
+        raise found.error(needed, full)

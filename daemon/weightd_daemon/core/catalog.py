@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from collections.abc import Callable
+
+    from .checkpoint import Checkpoint, Lost
     from .store import Store
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
@@ -41,7 +43,7 @@ class Tag:
 class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
-    It outlives an eviction: nobody else can take it then, and loading the content again brings it back.
+    It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
     """
 
     def __init__(self, store: Store) -> None:
@@ -89,26 +91,20 @@ class Catalog:
         """The checkpoints that `who` may see: those of its domain; an admin sees all."""
         return [c for c in self._store.checkpoints.values() if who.admin or c.key.domain == who.domain]
 
+    def lost(self, who: Who) -> list[Lost]:
+        """The records of lost checkpoints that `who` may see, as in `visible`."""
+        return [lost for lost in self._store.lost.values() if who.admin or lost.checkpoint.key.domain == who.domain]
+
     def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
-        """The checkpoint that a name or digest means. Errors: NotFoundError, InvalidReferenceError (ambiguous)."""
-        there = [c for c in self.visible(who) if not device or c.key.device == device]
-        found = [c for c in there if self._is_named(c, reference)]
-        own = [c for c in found if c.key.domain == who.domain]
-        found = own or found
-        match = _DIGEST.fullmatch(reference)
-        if not found and match:
-            found = [c for c in there if c.key.content_digest.startswith(f"sha256:{match[2]}")]
-        if not found:
-            where = f" on {device}" if device else ""
-            raise NotFoundError(
-                f"checkpoint {reference!r} is not resident{where}; `weightd ls` shows what is, `weightd load` loads"
-            )
-        if len(found) > 1:
-            places = ", ".join(f"{c.key.content_digest[:19]} on {c.key.device}" for c in found[:4])
-            raise InvalidReferenceError(
-                f"{reference!r} means more than one checkpoint ({places}); say --device or more digits"
-            )
-        return found[0]
+        """The checkpoint that a name or digest means.
+
+        Errors: NotFoundError, InvalidReferenceError (ambiguous), DeviceError (it was lost).
+        """
+        checkpoint = self._find(who, reference, device)
+        lost = self._lost(checkpoint)
+        if lost is not None:
+            raise lost.error(reference)
+        return checkpoint
 
     def check_owner(self, who: Who, checkpoint: Checkpoint, action: str, name: str = "") -> None:
         """Whether `who` may do `action` to a checkpoint, or to one of its names. Errors: PermissionDeniedError."""
@@ -133,10 +129,11 @@ class Catalog:
     def remove(self, who: Who, reference: str, device: str = "") -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
 
-        Errors: NotFoundError, PermissionDeniedError, InUseError (then nothing has changed).
+        Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
+        PermissionDeniedError, InUseError (then nothing has changed).
         """
         try:
-            checkpoint = self.find(who, reference, device)
+            checkpoint = self._find(who, reference, device)
         except NotFoundError:
             tag = self._tags.get((who.domain, reference))
             if tag is None or (tag.owner != who.uid and not who.admin):
@@ -150,14 +147,52 @@ class Catalog:
         if set(self.names(checkpoint)) - set(names):
             del self._tags[checkpoint.key.domain, reference]
             return 0
+        if self._lost(checkpoint) is not None:
+            del self._store.lost[checkpoint.key]
+            self.forget(checkpoint)
+            return 0
         return self._store.remove(checkpoint, reference)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is gone: drop the names that point to nothing now."""
         domain, digest = checkpoint.key.domain, checkpoint.key.content_digest
-        if not any((key.domain, key.content_digest) == (domain, digest) for key in self._store.checkpoints):
+        known = (*self._store.checkpoints, *self._store.lost)
+        if not any((key.domain, key.content_digest) == (domain, digest) for key in known):
             for name in self.names(checkpoint):
                 del self._tags[domain, name]
+
+    def _find(self, who: Who, reference: str, device: str) -> Checkpoint:
+        """As `find`, with the lost checkpoints."""
+        found = self._fitting(who, device, lambda c: self._is_named(c, reference))
+        own = [c for c in found if c.key.domain == who.domain]
+        found = own or found
+        match = _DIGEST.fullmatch(reference)
+        if not found and match:
+            digest = f"sha256:{match[2]}"
+            found = self._fitting(who, device, lambda c: c.key.content_digest.startswith(digest))
+        if not found:
+            where = f" on {device}" if device else ""
+            raise NotFoundError(
+                f"checkpoint {reference!r} is not resident{where}; `weightd ls` shows what is, `weightd load` loads"
+            )
+        if len(found) > 1:
+            places = ", ".join(f"{c.key.content_digest[:19]} on {c.key.device}" for c in found[:4])
+            raise InvalidReferenceError(
+                f"{reference!r} means more than one checkpoint ({places}); say --device or more digits"
+            )
+        return found[0]
+
+    def _fitting(self, who: Who, device: str, fits: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
+        """Resident checkpoints that fit, or lost ones where none is resident."""
+        for there in (self.visible(who), [lost.checkpoint for lost in self.lost(who)]):
+            found = [c for c in there if fits(c) and (not device or c.key.device == device)]
+            if found:
+                return found
+        return []
+
+    def _lost(self, checkpoint: Checkpoint) -> Lost | None:
+        """The record of a checkpoint, if it is lost."""
+        return self._store.lost.get(checkpoint.key)
 
     def _is_named(self, checkpoint: Checkpoint, reference: str) -> bool:
         tag = self._tags.get((checkpoint.key.domain, reference))

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd.errors import DeviceError, InUseError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from weightd.types import SourceFile
 
     from .blob import Blob
+    from .lease import Lease
     from .manifest import Entry, ManifestFile
 
 
@@ -85,6 +90,38 @@ class Checkpoint:
         return self.total_bytes - self.exclusive_bytes
 
     @property
+    def gives_back(self) -> bool:
+        """Whether any bytes go when it is evicted: not where others rely on all of them."""
+        return any(blob.references == 1 and not blob.holds for blob in self.unique.values())
+
+    @property
     def pinned(self) -> bool:
         """Whether anybody keeps it from eviction."""
         return bool(self.pins)
+
+    def forget_blobs(self) -> None:
+        """Its bytes are gone: what is left is a record."""
+        self.components.clear()
+        self.unique.clear()
+
+    def in_use(self, leases: Iterable[Lease], called: str = "") -> InUseError:
+        """The error that names who holds the checkpoint, which it calls `called` (or by its digest)."""
+        holders = list(dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in leases))
+        who = ", ".join(f"pid {pid} ({command})" for pid, command in holders[:5])
+        more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+        return InUseError(
+            f"checkpoint {called or self.key.content_digest[:19]} is in use by {who}{more}; stop them first"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What is left of a checkpoint whose device lost its memory: a record, until it is loaded again or removed."""
+
+    checkpoint: Checkpoint
+    reason: str
+
+    def error(self, called: str = "") -> DeviceError:
+        """The error for whoever asks for the checkpoint, which it calls `called` (or by its digest)."""
+        called = called or self.checkpoint.key.content_digest[:19]
+        return DeviceError(f"checkpoint {called} was lost: {self.reason}; load it again")

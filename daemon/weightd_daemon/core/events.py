@@ -20,7 +20,7 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity" or "removed"."""
+    """A checkpoint is no longer resident; `reason` is "capacity", "removed" or "lost"."""
 
     checkpoint: Checkpoint
     reason: str

@@ -70,18 +70,27 @@ class Alike:
 
 @dataclass(slots=True, eq=False)
 class LoadBooks:
-    """The books of one load. `used` are the numbers of the blobs that its tensors have."""
+    """The books of one load.
+
+    `used` are the numbers of the blobs that its tensors have; `lost` says why its device lost everything, if it did.
+    """
 
     number: int
     device: str
     domain: str
     owner: int | None
+    lost: str = ""
     granted: list[Extent] = field(default_factory=list)
     placed: dict[int, Blob] = field(default_factory=dict)
     held: dict[int, Blob] = field(default_factory=dict)
     used: set[int] = field(default_factory=set)
     alike: dict[BlobKey, Alike] = field(default_factory=dict)
     twins: dict[int, Twins] = field(default_factory=dict)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Device and sharing domain."""
+        return self.device, self.domain
 
     @property
     def in_flight(self) -> int:

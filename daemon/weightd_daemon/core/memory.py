@@ -8,13 +8,15 @@ so used_bytes never passes the budget.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Arena, Extent, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
+
+    from .ranges import Ranges
 
 SEGMENT_BYTES = 1 << 30
 """Largest segment, unless one tensor needs more. A segment is the unit of mapping, isolation and return."""
@@ -29,6 +31,8 @@ class Punch:
 
     domain: str
     extent: Extent
+    losses: int = field(default=0, compare=False)
+    """How often the device had lost its memory when this was queued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +41,37 @@ class Release:
 
     segment: int
     size: int
+    losses: int = field(default=0, compare=False)
+    """As in Punch."""
 
 
 Reclaim = Punch | Release
 
 
+class _Holes(NamedTuple):
+    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+
+    The latter can go back to the system: whole segments, and single pages where segments are sparse.
+    """
+
+    own: int
+    common: int
+
+
+class Prospect(NamedTuple):
+    """What a load can get, in bytes: all together, and in one extent."""
+
+    total: int
+    largest: int
+
+
 class DeviceMemory:
     """Books of one device.
 
-    `create(bytes)` makes a segment and returns its number; it may raise MemoryError. `on_reclaim` is told when there
-    is a reclaim to carry out.
+    `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
+    `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
+    what the device itself has free, whoever uses it, or None where nobody knows. On a device that is not `sparse` a
+    segment is all or nothing.
     """
 
     def __init__(
@@ -58,19 +83,23 @@ class DeviceMemory:
         pool_limit: int,
         create: Callable[[int], int],
         on_reclaim: Callable[[], None] = lambda: None,
+        available: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.budget = budget
         self.page = page
+        self.available = available
         self._sparse = sparse
         self._pool_limit = pool_limit
         self._create = create
         self._on_reclaim = on_reclaim
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
-        self._promised: dict[int, int] = {}
+        self._promised: dict[int, tuple[str, int]] = {}
+        self._ending: set[int] = set()
         self._reclaims: deque[Reclaim] = deque()
         self._releasing = 0
         self._outstanding = 0
+        self._losses = 0
 
     @property
     def used(self) -> int:
@@ -85,7 +114,7 @@ class DeviceMemory:
     @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
-        return self._outstanding > 0
+        return self._outstanding > 0 or bool(self._ending)
 
     def arena(self, domain: str) -> Arena:
         """The arena of one sharing domain."""
@@ -101,30 +130,98 @@ class DeviceMemory:
 
     # -- promises: bytes that an admitted load will ask for --------------------------------------------------------
 
-    def promise(self, load: int, size: int) -> None:
-        """Keep `size` bytes of the budget for a load that was admitted."""
-        self._promised[load] = size
+    def promise(self, load: int, domain: str, size: int) -> None:
+        """Keep `size` bytes for a load that was admitted."""
+        self._promised[load] = (domain, size)
 
     def withdraw(self, load: int) -> None:
-        """The load has ended, or gets by without its promise."""
+        """Nothing is kept for the load any more, and nothing expected of it."""
         self._promised.pop(load, None)
+        if load in self._ending:
+            self._ending.remove(load)
+            self._on_reclaim()
 
-    def free_for(self, load: int | None = None) -> int:
-        """Bytes of the budget that are neither used nor promised to another load."""
-        others = sum(size for number, size in self._promised.items() if number != load)
-        return self.budget - self.used - others
+    def expect(self, load: int) -> None:
+        """The load asks for nothing more, and what it leaves is on its way back."""
+        self._promised.pop(load, None)
+        self._ending.add(load)
+
+    def in_segments(self, size: int, runs: int) -> int:
+        """What `size` bytes of whole tensors take when loaders lay them out one after the other, in so many runs.
+
+        Each segment ends with a tensor, and its last page may be nearly empty. Two neighbours of a run hold more than
+        SEGMENT_BYTES, or they would be one; so there are at most this many.
+        """
+        segments = runs + 2 * (size // SEGMENT_BYTES)
+        return round_up(size, self.page) + (segments - 1) * self.page if size else 0
 
     def obtainable(self, domain: str, load: int | None = None) -> int:
-        """What a load can get without evicting: free budget, populated holes of its domain, and empty segments."""
-        holes = self.arena(domain).populated_hole_bytes()
-        pool = sum(
-            arena.populated(segment)
-            for name, arena in self._arenas.items()
-            if name != domain
-            for segment in arena
-            if arena.is_empty(segment)
-        )
-        return self.free_for(load) + holes + pool
+        """What a load can get without evicting: free budget, populated holes of its domain, and what others can return.
+
+        On a device that is not sparse it may be in pieces.
+        """
+        return self._shares(domain, load, self._holes())[1]
+
+    def assured(self, load: int) -> int:
+        """As `obtainable`, without what rests on holes in partly used segments: tensors may not fit into them."""
+        common = sum(holes.common for holes in self._holes().values())
+        others = sum(size for number, (_, size) in self._promised.items() if number != load)
+        return self.budget - self.used + common - others
+
+    def prospect(self, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None) -> Prospect:
+        """What a load could get if the bytes `without` were free: those of blobs that may be evicted.
+
+        `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
+        """
+        freed: dict[int, list[Extent]] = {}
+        for extent in without:
+            freed.setdefault(extent.segment, []).append(extent)
+        holes, largest = self._holes(), 0
+        for segment, name in self._domain_of.items():
+            if segment not in freed and (name != domain or self._sparse):
+                continue
+            ranges = self._arenas[name].free_ranges(segment)
+            before = sum(_whole_pages(ranges, self.page))
+            for extent in freed.get(segment, ()):
+                ranges.add(extent.offset, extent.end)
+            after = list(_whole_pages(ranges, self.page))
+            own, common = holes[name]
+            if self._sparse:
+                holes[name] = _Holes(own, common + sum(after) - before)
+                continue
+            if segment in freed and ranges.total == self.size(segment):
+                holes[name] = _Holes(own - before, common + ranges.total)
+            else:
+                holes[name] = _Holes(own + sum(after) - before, common)
+            if name == domain:
+                largest = max([largest, *after])
+        spare, total = self._shares(domain, load, holes)
+        if room is not None:
+            spare = min(spare, room + sum(there.common for there in holes.values()))
+        return Prospect(total, min(total, max(spare, largest)))
+
+    def _holes(self) -> dict[str, _Holes]:
+        holes = {}
+        for domain, arena in self._arenas.items():
+            populated = arena.populated_hole_bytes()
+            common = populated if self._sparse else arena.empty_bytes()
+            holes[domain] = _Holes(populated - common, common)
+        return holes
+
+    def _shares(self, domain: str, load: int | None, holes: dict[str, _Holes]) -> tuple[int, int]:
+        """What may become new segments of a load, and all that it may take.
+
+        The promises to others are kept for them: a domain's own holes serve those to its loads first.
+        """
+        others: dict[str, int] = {}
+        for number, (name, size) in self._promised.items():
+            if number != load:
+                others[name] = others.get(name, 0) + size
+        spare = self.budget - self.used + sum(there.common for there in holes.values())
+        for name, size in others.items():
+            spare -= max(0, size - holes[name].own) if name in holes else size
+        own = holes[domain].own if domain in holes else 0
+        return spare, spare + max(0, own - others.get(domain, 0))
 
     # -- granting and taking back ----------------------------------------------------------------------------------
 
@@ -132,30 +229,33 @@ class DeviceMemory:
         """An extent of up to `want` and at least `need` bytes, or None when there is none without evicting.
 
         In this order: a hole that takes all of it, memory-backed ones first; a good piece that is memory-backed; a new
-        segment; whatever hole is large enough; and, where only empty segments stand in the way, they are released and
-        None is returned with `reclaiming` set.
+        segment; whatever hole is large enough; and, where that makes room for a new segment, what is unused goes back
+        and None is returned with `reclaiming` set. Errors: MemoryError, the device has no room though the budget has.
         """
-        need, free = round_up(need, self.page), self.free_for(load)
-        # Below zero where others were promised populated holes; what this load may have of them costs nothing.
-        arena, budget, obtainable = self.arena(domain), max(0, free), self.obtainable(domain, load)
+        need, free = round_up(need, self.page), self.budget - self.used
+        spare, obtainable = self._shares(domain, load, self._holes())
         if need > obtainable:
             return None
+        arena, budget = self.arena(domain), max(0, min(free, spare))
         want = max(need, min(round_up(want, self.page), SEGMENT_BYTES, obtainable // self.page * self.page))
         extent = arena.best_fit(want, budget) or arena.largest(max(need, _SMALLEST_PIECE), 0, populated=True)
+        full: MemoryError | None = None
         if extent is None and need <= budget:
-            size = max(need, min(want, budget // self.page * self.page))
-            segment = self._create(size)
-            arena.add_segment(segment, size, sparse=self._sparse)
-            self._domain_of[segment] = domain
-            extent = Extent(segment, 0, size)
+            try:
+                extent = self._new_segment(domain, max(need, min(want, budget // self.page * self.page)), need)
+            except MemoryError as error:
+                full = error
+        extent = extent or arena.largest(need, budget, populated=False)
         if extent is None:
-            extent = arena.largest(need, budget, populated=False)
-        if extent is None:
-            self._release_empty(need - free)
+            if full is not None:
+                self._return_unused(need)
+                raise full
+            if need <= spare:
+                self._return_unused(need - free)
             return None
         arena.take(extent)
         if load in self._promised:
-            self._promised[load] = max(0, self._promised[load] - extent.length)
+            self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
         return extent
 
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
@@ -173,13 +273,11 @@ class DeviceMemory:
             elif self._sparse:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
-                        self._queue(Punch(domain, leaving))
+                        self._queue(Punch(domain, leaving, self._losses))
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
-        return sum(
-            arena.populated(segment) for arena in self._arenas.values() for segment in arena if arena.is_empty(segment)
-        )
+        return sum(arena.empty_bytes() for arena in self._arenas.values())
 
     def take_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
@@ -188,7 +286,9 @@ class DeviceMemory:
         return reclaims
 
     def reclaimed(self, reclaim: Reclaim) -> None:
-        """A reclaim has been carried out: its memory is gone."""
+        """A reclaim has been carried out: its memory is gone. One from before a loss tells nothing new."""
+        if reclaim.losses != self._losses:
+            return
         self._outstanding -= 1
         if isinstance(reclaim, Release):
             self._releasing -= reclaim.size
@@ -198,23 +298,60 @@ class DeviceMemory:
         if arena.is_empty(reclaim.extent.segment):
             self._release(arena, reclaim.extent.segment)
 
-    def _release_empty(self, wanted: int) -> None:
-        """Queue empty segments for release until `wanted` bytes are on their way."""
+    def lose(self) -> None:
+        """The memory is gone, all of it: begin again with nothing, and with nothing to return."""
+        self._losses += 1
+        self._arenas.clear()
+        self._domain_of.clear()
+        self._promised.clear()
+        self._ending.clear()
+        self._reclaims.clear()
+        self._releasing = self._outstanding = 0
+
+    def _new_segment(self, domain: str, size: int, need: int) -> Extent:
+        """A new segment of `size` bytes, or of less where the device has no room for that. Errors: MemoryError."""
+        while True:
+            try:
+                segment = self._create(size)
+            except MemoryError:
+                if size == need:
+                    raise
+                size = max(need, round_up(size // 2, self.page))
+                continue
+            self.arena(domain).add_segment(segment, size, sparse=self._sparse)
+            self._domain_of[segment] = domain
+            return Extent(segment, 0, size)
+
+    def _return_unused(self, wanted: int) -> None:
+        """Queue empty segments, and free pages where they can be punched, until `wanted` bytes are on their way."""
         for arena in self._arenas.values():
             for segment in [s for s in arena if arena.is_empty(s)]:
                 if wanted <= 0:
                     return
                 wanted -= arena.populated(segment)
                 self._release(arena, segment)
+        if not self._sparse:
+            return
+        for segment, domain in self._domain_of.items():
+            if wanted <= 0:
+                return
+            for leaving in self._arenas[domain].start_leaving(segment):
+                wanted -= leaving.length
+                self._queue(Punch(domain, leaving, self._losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)
         arena.remove_segment(segment)
         del self._domain_of[segment]
         self._releasing += size
-        self._queue(Release(segment, size))
+        self._queue(Release(segment, size, self._losses))
 
     def _queue(self, reclaim: Reclaim) -> None:
         self._outstanding += 1
         self._reclaims.append(reclaim)
         self._on_reclaim()
+
+
+def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:
+    """Length of the whole pages in each range, in bytes."""
+    return (max(0, end // page * page - round_up(start, page)) for start, end in ranges)

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from weightd.errors import InUseError, NotFoundError
+from weightd.errors import DeviceError, NotFoundError
 
-from .arena import Extent, round_up, slot_bytes, without
-from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
+from .arena import Extent, slot_bytes, without
+from .blob import OWN_COPY_BELOW, Blob, BlobKey, Blobs, BlobState
 from .capacity import check_room, room
-from .checkpoint import Checkpoint, CheckpointKey, Content
+from .checkpoint import Checkpoint, CheckpointKey, Content, Lost
 from .events import Event, Evicted, Sealed
-from .eviction import least_recently_used
+from .eviction import choose
 from .load_books import Alike, LoadBooks, Twins
 
 if TYPE_CHECKING:
@@ -33,14 +33,13 @@ class Store:
     def __init__(self, *, leases: Leases, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
+        self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
         self.collisions = 0
         self.evictions = 0
         self._on_event = on_event
-        self._blobs: dict[int, Blob] = {}
-        self._by_content: dict[BlobKey, dict[int, Blob]] = {}
+        self._blobs = Blobs()
         self._loads: dict[int, LoadBooks] = {}
-        self._last_blob = 0
         self._last_load = 0
 
     # -- loads -----------------------------------------------------------------------------------------------------
@@ -55,10 +54,8 @@ class Store:
 
     def share_known(self, load: int, number: int, identity: BlobIdentity) -> Blob | None:
         """Use the very blob of that number and identity, if it is resident where the load goes; otherwise None."""
-        books, blob = self._loads[load], self._blobs.get(number)
-        if blob is None or not blob.sealed or blob.identity != identity:
-            return None
-        if (blob.key.device, blob.key.domain) != (books.device, books.domain):
+        books, blob = self._open(load), self._blobs.get(number)
+        if blob is None or not blob.sealed or blob.identity != identity or blob.key[:2] != books.place:
             return None
         if blob.length < OWN_COPY_BELOW and number in books.used:
             return None
@@ -71,15 +68,19 @@ class Store:
 
         Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
         """
-        books, memory = self._loads[load], self._memory(load)
-        total = round_up(sum(map(slot_bytes, lengths)), memory.page) + runs * memory.page  # each begins a page
-        if total <= memory.obtainable(books.domain, load):
-            memory.promise(load, total)
+        books = self._open(load)
+        memory = self.memories[books.device]
+        total = memory.in_segments(sum(map(slot_bytes, lengths)), runs)
+        if total <= memory.assured(load):
+            memory.promise(load, books.domain, total)
             return True
-        resident = {key.length for key in self._by_content if key[:2] == (books.device, books.domain)}
-        surely_new = sum(slot_bytes(length) for length in {*lengths} - resident)
-        check_room(self, books, surely_new)
+        surely_new = [slot_bytes(length) for length in {*lengths} - self._blobs.lengths(*books.place)]
+        check_room(self, books, sum(surely_new), max(surely_new, default=0))
         return False
+
+    def resident_lengths(self, load: int) -> set[int]:
+        """Lengths of the sealed blobs that the load may share."""
+        return self._blobs.lengths(*self._open(load).place, sealed=True)
 
     def make_room(
         self, load: int, contents: Iterable[tuple[bytes, int]], runs: int = 1
@@ -89,9 +90,10 @@ class Store:
         Returns the pairs that have a candidate, or None while memory is on its way back (call again). Nothing is
         evicted when the rest cannot fit. Errors: CapacityError.
         """
-        books, memory = self._loads[load], self._memory(load)
+        books = self._open(load)
+        memory = self.memories[books.device]
         matched: set[tuple[bytes, int]] = set()
-        needed = 0
+        needed = largest = 0
         for (digest, length), occurrences in Counter(contents).items():
             candidates = self._candidates(books, digest, length)
             for blob in candidates:
@@ -99,40 +101,45 @@ class Store:
             if candidates:
                 matched.add((digest, length))
             wanted = occurrences if length < OWN_COPY_BELOW else 1
-            needed += max(0, wanted - len(candidates)) * slot_bytes(length)
+            if wanted > len(candidates):
+                needed += (wanted - len(candidates)) * slot_bytes(length)
+                largest = max(largest, slot_bytes(length))
+        memory.withdraw(load)  # what was promised before anything was hashed
         if needed:
-            needed = round_up(needed, memory.page) + (runs - 1) * memory.page
-            check_room(self, books, needed)
+            needed = memory.in_segments(needed, runs)
+            check_room(self, books, needed, largest)
             while memory.obtainable(books.domain, load) < needed:
                 if memory.reclaiming:
                     return None
                 if not self._evict_one(books.device):
-                    raise room(self, books.device, books.domain).error(needed)
-            memory.promise(load, needed)
+                    raise room(self, books).error(needed)
+            memory.promise(load, books.domain, needed)
         return matched
 
     def grant(self, load: int, want: int, need: int) -> Extent | None:
-        """Memory for a load: up to `want`, at least `need` bytes; evicts when there is no other way.
+        """Memory for a load: up to `want`, at least `need` bytes; evicts when there is no other way and that would do.
 
         Returns None while memory is on its way back: call again once it has arrived. Errors: CapacityError.
         """
-        books, memory = self._loads[load], self._memory(load)
+        books = self._open(load)
+        memory = self.memories[books.device]
+        checked = False
         while True:
+            full: MemoryError | None = None
             try:
                 extent = memory.grant(load, books.domain, want, need)
             except MemoryError as error:
-                if memory.reclaiming:
-                    return None
-                if not self._evict_one(books.device):
-                    raise room(self, books.device, books.domain).error(need) from error
-                continue
+                extent, full = None, error
             if extent is not None:
                 books.granted.append(extent)
                 return extent
             if memory.reclaiming:
                 return None
+            if full is not None or not checked:
+                check_room(self, books, need, need, full)
+                checked = True
             if not self._evict_one(books.device):
-                raise room(self, books.device, books.domain).error(need)
+                raise room(self, books, full).error(need, full) from full
 
     def settle(
         self, load: int, digest: bytes, length: int, segment: int, offset: int, differs: Collection[int] = ()
@@ -141,7 +148,7 @@ class Store:
 
         Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
         """
-        books, key = self._loads[load], self._key(load, digest, length)
+        books, key = self._open(load), self._key(load, digest, length)
         alike = self._alike(books, key)
         face = next((blob for blob in alike.faces() if blob.number not in differs), None)
         if face is not None:
@@ -155,7 +162,7 @@ class Store:
 
     def candidate(self, load: int, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
-        books = self._loads[load]
+        books = self._open(load)
         face = next(self._alike(books, self._key(load, digest, length)).faces(), None)
         if face is not None:
             self._hold(books, face)
@@ -167,7 +174,7 @@ class Store:
         That is the candidate itself, or a copy of its own at (segment, offset) for a small tensor whose candidate the
         load uses already; None when it needs such a copy and has no bytes in a segment (segment None).
         """
-        books = self._loads[load]
+        books = self._open(load)
         blob = books.held.get(number) or books.placed[number]
         if blob.length < OWN_COPY_BELOW and number in books.used:
             alike = self._alike(books, blob.key)
@@ -185,7 +192,7 @@ class Store:
 
     def rechecks(self, load: int) -> list[tuple[Blob, Blob]]:
         """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed."""
-        books = self._loads[load]
+        books = self._open(load)
         pairs = []
         for twins in {id(twins): twins for twins in books.twins.values()}.values():
             if twins.blobs and (fresh := self._fresh(twins)):
@@ -199,7 +206,7 @@ class Store:
         Equal bytes are dropped for the sealed blobs', or stay as small tensors' own copies under the same identity;
         others become a variant apart.
         """
-        books = self._loads[load]
+        books = self._open(load)
         sealed, twins = books.held[other], books.twins[number]
         fresh = self._fresh(twins)
         if other not in twins.known:
@@ -222,39 +229,52 @@ class Store:
                 replaced[twin.number] = free.pop()
         for old, new in replaced.items():
             self._hold(books, new)
-            self._drop(books.placed.pop(old), BlobState.ABORTED)
+            self._blobs.drop(books.placed.pop(old), BlobState.ABORTED)
             books.used.discard(old)
             books.used.add(new.number)
         twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
         return replaced
 
     def seal(self, load: int, content: Content, now: float, manifest: bytes = b"") -> Checkpoint:
-        """End a load: its blobs are sealed and the checkpoint is there. `rechecks` must be empty.
+        """A load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end_load` is still to come.
 
-        When that content is resident already, the load's own copies are dropped and the checkpoint that is there is
-        returned. What the listener of events raises fails the seal, and nothing has changed.
+        When that content is resident already, the checkpoint that is there is returned. What the listener of events
+        raises fails the seal, and nothing has changed.
         """
-        books = self._loads[load]
-        key = CheckpointKey(books.device, books.domain, content.content_digest)
-        existing = self.checkpoints.get(key)
-        if existing is not None:
+        books = self._open(load)
+        memory = self.memories[books.device]
+        key = CheckpointKey(*books.place, content.content_digest)
+        if existing := self.checkpoints.get(key):
             existing.last_used = now
-            self.abort(load)
+            memory.expect(load)
             return existing
         checkpoint = Checkpoint.of(key, content, books.owner, now)
         self._on_event(Sealed(checkpoint, content, manifest))
+        own: list[Extent] = []
         for blob in checkpoint.unique.values():
+            blob.references += 1
             if blob.state is BlobState.RESERVED:
                 blob.move(BlobState.SEALED)
                 del books.placed[blob.number]
-            blob.references += 1
+                self._hold(books, blob)
+                own.append(blob.slot)
+        books.granted = without(books.granted, own)
         self.checkpoints[key] = checkpoint
-        self._close(books, keep=[b for b in checkpoint.unique.values() if b.load == load])
+        self.lost.pop(key, None)
+        memory.expect(load)
         return checkpoint
 
-    def abort(self, load: int) -> None:
-        """End a load without a checkpoint; everything it was granted goes back."""
-        self._close(self._loads[load], keep=())
+    def end_load(self, load: int) -> None:
+        """The loader has nothing open any more: what was granted and not sealed goes back, and holds end."""
+        books = self._loads.pop(load)
+        for blob in books.placed.values():
+            self._blobs.drop(blob, BlobState.ABORTED)
+        for blob in books.held.values():
+            blob.holds -= 1
+        memory = self.memories[books.device]
+        memory.give_back(books.domain, books.granted, pool=False)
+        self._free(blob for blob in books.held.values() if not blob.references and not blob.holds)
+        memory.withdraw(load)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -263,26 +283,39 @@ class Store:
         return self.leases.of(checkpoint.key)
 
     def remove(self, checkpoint: Checkpoint, called: str = "") -> int:
-        """Evict a checkpoint on request. Returns the bytes of blobs given up.
+        """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
-        holders = dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in self.holders(checkpoint))
-        if holders:
-            who = ", ".join(f"pid {pid} ({command})" for pid, command in list(holders)[:5])
-            more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
-            raise InUseError(
-                f"checkpoint {called or checkpoint.key.content_digest[:19]} is in use by {who}{more}; stop them first"
-            )
+        if holders := self.holders(checkpoint):
+            raise checkpoint.in_use(holders, called)
         return self._evict(checkpoint, "removed")
 
-    def blob(self, number: int) -> Blob:
-        """The blob of that number, which must be resident."""
-        return self._blobs[number]
+    def lose(self, device: str, reason: str) -> list[Checkpoint]:
+        """A device's memory is gone, with every checkpoint and open load on it. Returns the lost checkpoints.
+
+        They leave records in `lost`, and their leases end. From now on each call on such a load but `end_load` raises
+        DeviceError; new loads begin in new memory.
+        """
+        for number, books in self._loads.items():
+            if books.device == device:
+                self._loads[number] = LoadBooks(number, device, books.domain, books.owner, lost=reason)
+        for blob in [blob for blob in self._blobs if blob.key.device == device]:
+            self._blobs.drop(blob, BlobState.EVICTED if blob.sealed else BlobState.ABORTED)
+        self.memories[device].lose()
+        lost = [c for c in self.checkpoints.values() if c.key.device == device]
+        for checkpoint in lost:
+            del self.checkpoints[checkpoint.key]
+            checkpoint.forget_blobs()
+            self.lost[checkpoint.key] = Lost(checkpoint, reason)
+            for lease in self.holders(checkpoint):
+                self.leases.end(lease.number)
+            self._on_event(Evicted(checkpoint, "lost"))
+        return lost
 
     def blobs(self) -> list[Blob]:
         """Every sealed blob."""
-        return [blob for blob in self._blobs.values() if blob.sealed]
+        return [blob for blob in self._blobs if blob.sealed]
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
@@ -294,13 +327,16 @@ class Store:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _memory(self, load: int) -> DeviceMemory:
-        return self.memories[self._loads[load].device]
+    def _open(self, load: int) -> LoadBooks:
+        books = self._loads[load]
+        if books.lost:
+            raise DeviceError(f"device {books.device}: {books.lost}; load it again")
+        return books
 
     def _candidates(self, books: LoadBooks, digest: bytes, length: int) -> list[Blob]:
         """Blobs whose bytes are complete and may equal: sealed ones, and those that the load itself has placed."""
-        blobs = self._by_content.get(BlobKey(books.device, books.domain, digest, length), {})
-        return [blob for blob in blobs.values() if blob.sealed or blob.number in books.placed]
+        blobs = self._blobs.of(BlobKey(*books.place, digest, length))
+        return [blob for blob in blobs if blob.sealed or blob.number in books.placed]
 
     def _hold(self, books: LoadBooks, blob: Blob) -> None:
         if blob.number not in books.held and blob.number not in books.placed:
@@ -315,76 +351,49 @@ class Store:
         return max((blob.variant for blob in self._candidates(books, key.digest, key.length)), default=-1) + 1
 
     def _key(self, load: int, digest: bytes, length: int) -> BlobKey:
-        books = self._loads[load]
-        return BlobKey(books.device, books.domain, digest, length)
+        return BlobKey(*self._open(load).place, digest, length)
 
     def _alike(self, books: LoadBooks, key: BlobKey) -> Alike:
         """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
         if key not in books.alike:
-            books.alike[key] = Alike(blob for blob in self._by_content.get(key, {}).values() if blob.sealed)
+            books.alike[key] = Alike(blob for blob in self._blobs.of(key) if blob.sealed)
         return books.alike[key]
 
     def _fresh(self, twins: Twins) -> list[Blob]:
         """Sealed blobs that these placed ones have not been compared with."""
-        there = self._by_content[twins.blobs[0].key].values()
+        there = self._blobs.of(twins.blobs[0].key)
         return [blob for blob in there if blob.sealed and blob.number not in twins.known]
 
     def _place(self, books: LoadBooks, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
-        self._last_blob += 1
-        blob = Blob(self._last_blob, key, variant, segment, offset, books.number)
-        self._by_content.setdefault(key, {})[blob.number] = blob
-        self._blobs[blob.number] = blob
+        blob = self._blobs.place(key, variant, segment, offset, books.number)
         books.placed[blob.number] = blob
         books.twins[blob.number] = twins
         twins.blobs.append(blob)
         books.used.add(blob.number)
         return blob
 
-    def _drop(self, blob: Blob, state: BlobState) -> None:
-        blob.move(state)
-        del self._blobs[blob.number]
-        others = self._by_content[blob.key]
-        del others[blob.number]
-        if not others:
-            del self._by_content[blob.key]
-
-    def _close(self, books: LoadBooks, keep: Collection[Blob]) -> None:
-        for blob in books.placed.values():
-            self._drop(blob, BlobState.ABORTED)
-        for blob in books.held.values():
-            blob.holds -= 1
-        del self._loads[books.number]
-        memory = self.memories[books.device]
-        memory.withdraw(books.number)
-        unused = without(books.granted, (blob.slot for blob in keep))
-        memory.give_back(books.domain, unused, pool=False)
-        self._free(blob for blob in books.held.values() if not blob.references and not blob.holds)
-
-    def _free(self, blobs: Iterable[Blob]) -> int:
-        """Give up sealed blobs that nothing refers to. Returns their bytes."""
+    def _free(self, blobs: Iterable[Blob]) -> None:
+        """Give up sealed blobs that nothing refers to."""
         by_arena: dict[tuple[str, str], list[Extent]] = {}
-        size = 0
         for blob in blobs:
-            self._drop(blob, BlobState.EVICTED)
+            self._blobs.drop(blob, BlobState.EVICTED)
             by_arena.setdefault((blob.key.device, blob.key.domain), []).append(blob.slot)
-            size += blob.length
         for (device, domain), extents in by_arena.items():
             self.memories[device].give_back(domain, extents, pool=True)
-        return size
 
     def _evict(self, checkpoint: Checkpoint, reason: str) -> int:
         del self.checkpoints[checkpoint.key]
         for blob in checkpoint.unique.values():
             blob.references -= 1
-        size = self._free([b for b in checkpoint.unique.values() if not b.references and not b.holds])
+        unused = [blob for blob in checkpoint.unique.values() if not blob.references]
+        self._free(blob for blob in unused if not blob.holds)
         self.evictions += reason == "capacity"
         self._on_event(Evicted(checkpoint, reason))
-        return size
+        return sum(blob.length for blob in unused)
 
     def _evict_one(self, device: str) -> bool:
         """Evict the checkpoint that the policy names first; False when none may go."""
         there = [c for c in self.checkpoints.values() if c.key.device == device]
-        for checkpoint in least_recently_used(there, lambda c: bool(self.holders(c))):
-            self._evict(checkpoint, "capacity")
-            return True
-        return False
+        if chosen := choose(there, lambda c: bool(self.holders(c))):
+            self._evict(chosen, "capacity")
+        return chosen is not None

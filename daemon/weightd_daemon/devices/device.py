@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+Handle = int | bytes
+"""What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
+
+
+class SegmentHandle(NamedTuple):
+    """A segment as a loader gets it: its number, its length in bytes, and what opens it."""
+
+    number: int
+    size: int
+    handle: Handle
 
 
 class Device(Protocol):
@@ -18,31 +29,38 @@ class Device(Protocol):
     """"host", "cuda_vmm" or "cuda_ipc"."""
     name: str
     """Name for people."""
+    note: str
+    """What people must know of this kind of sharing; empty where there is nothing to say."""
     page: int
     """Bytes in which memory is had and returned; segments are whole pages."""
     sparse: bool
     """Whether a segment takes memory only as it is written, and pages can be punched out of it."""
+    default_share: float
+    """The part of the device that a daemon may use where nobody says."""
 
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""
 
+    def available(self) -> int | None:
+        """Bytes that are free on the device now, whoever uses the rest; None where nobody knows."""
+
     def create(self, size: int) -> int:
-        """Make a segment of `size` bytes and return its number. Errors: MemoryError."""
+        """Make a segment of `size` bytes and return its number. Errors: MemoryError, DeviceError."""
 
-    def writable(self, segment: int) -> int:
-        """A descriptor for a loader, to write through. It stays the device's own."""
+    def writable(self, segment: int) -> Handle:
+        """What a loader opens the segment with, to write. A descriptor stays the device's own."""
 
-    def shared(self, segment: int) -> int:
-        """A descriptor for clients, read-only. It stays the device's own."""
+    def shared(self, segment: int) -> Handle:
+        """What clients open the segment with, to read. A descriptor stays the device's own."""
 
     def allocated(self, segment: int) -> int:
         """Bytes of memory behind the segment now."""
 
     def punch(self, segment: int, offset: int, length: int) -> None:
-        """Give whole pages back; they read as zero from then on."""
+        """Give whole pages back; they read as zero from then on. Only where `sparse`."""
 
     def release(self, segment: int) -> None:
-        """Give the segment up. Its memory goes when no client maps it any more."""
+        """Give the segment up. Its memory goes when no client maps it any more. Errors: DeviceError."""
 
     def close(self) -> None:
         """Give everything up."""

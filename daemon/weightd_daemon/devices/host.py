@@ -30,7 +30,9 @@ class HostDevice:
     uuid = "host"
     kind = "host"
     name = "host memory"
+    note = ""
     sparse = True
+    default_share = 0.5
 
     def __init__(self) -> None:
         self.page = _page_size()
@@ -42,6 +44,15 @@ class HostDevice:
         """The machine's memory, or the limit of this process's cgroup where that is lower."""
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return min([total, *_cgroup_limits()])
+
+    def available(self) -> int | None:
+        """What the kernel would give without swapping."""
+        try:
+            text = Path("/proc/meminfo").read_text()
+        except OSError:
+            return None
+        match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
+        return int(match[1]) * 1024 if match else None
 
     def create(self, size: int) -> int:
         """Make a memfd of `size` bytes; it takes memory only as it is written."""

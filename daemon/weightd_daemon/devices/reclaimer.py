@@ -28,12 +28,12 @@ class Reclaimer:
         self._memory = memory
 
     def kick(self) -> None:
-        """There is something to do."""
+        """There is something to do, or something that others wait for has happened."""
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def wait(self) -> None:
-        """Wait until some memory has come back."""
+        """Wait until some memory has come back, or a load has ended; not where neither is to be expected."""
         async with self._arrived:
             if self._memory is not None and self._memory.reclaiming:
                 await self._arrived.wait()
@@ -45,12 +45,17 @@ class Reclaimer:
 
     async def _run(self) -> None:
         assert self._memory is not None  # kicked by the memory that it watches
-        while reclaims := self._memory.take_reclaims():
-            await asyncio.to_thread(self._carry_out, reclaims)
+        reclaims = self._memory.take_reclaims()
+        while True:
+            if reclaims:
+                await asyncio.to_thread(self._carry_out, reclaims)
             for reclaim in reclaims:
                 self._memory.reclaimed(reclaim)
             async with self._arrived:
                 self._arrived.notify_all()
+            reclaims = self._memory.take_reclaims()
+            if not reclaims:
+                return
 
     def _carry_out(self, reclaims: list[Reclaim]) -> None:
         for reclaim in reclaims:

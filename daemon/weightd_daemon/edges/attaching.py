@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightd._wire import source_from
-from weightd.errors import InvalidReferenceError, NotFoundError
+from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
 from weightd_daemon.loader.request import LoadRequest
+
+from .devices import meant, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd._proto.v1 import checkpoint_pb2, handles_pb2
     from weightd.types import SourceFile
-    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.catalog import Catalog, Who
     from weightd_daemon.core.checkpoint import Checkpoint
     from weightd_daemon.core.store import Store
-    from weightd_daemon.devices.device import Device
+    from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loader.loads import Loads
 
     from .connections import Connection, Connections
@@ -56,7 +58,7 @@ class Attached:
     manifest: int
     manifest_bytes: int
     segments: list[int]
-    descriptors: list[int]
+    handles: list[Handle]
 
 
 class Attacher:
@@ -131,17 +133,37 @@ class Attacher:
         who = self._connections.who(connection)
         target = request.WhichOneof("target")
         if target == "reference":
-            return self._catalog.find(who, request.reference, request.device)
+            return self._named(who, request.reference, meant(self._devices, request.device))
         if target == "sources":
-            sources = sources_from(request.sources.sources)
-            wish = LoadRequest(who, connection.holder, sources, request.device or self._default_device)
-            checkpoint = self._loads.find_resident(wish)
-            if checkpoint is None:
-                raise NotFoundError(
-                    "no resident checkpoint was loaded from exactly these files", {"missing": "sources"}
-                )
-            return checkpoint
+            return self._of_files(connection, who, request)
         raise InvalidReferenceError("the attach request names neither a reference nor files")
+
+    def _of_files(self, connection: Connection, who: Who, request: handles_pb2.AttachRequest) -> Checkpoint:
+        """The checkpoint of these files: where a load of them would go; who only wants to know, wherever it is."""
+        anywhere = request.manifest_only and not request.device
+        devices = self._devices if anywhere else [place(self._devices, self._default_device, request.device)]
+        sources = sources_from(request.sources.sources)
+        resident = {
+            device: checkpoint
+            for device in devices
+            if (checkpoint := self._loads.find_resident(LoadRequest(who, connection.holder, sources, device)))
+        }
+        if self._default_device in resident:
+            return resident[self._default_device]
+        if not resident:
+            raise NotFoundError("no resident checkpoint was loaded from exactly these files", {"missing": "sources"})
+        if len(resident) > 1:
+            raise InvalidReferenceError(f"these files are resident on {', '.join(resident)}; say which with --device")
+        return next(iter(resident.values()))
+
+    def _named(self, who: Who, reference: str, device: str) -> Checkpoint:
+        """The checkpoint of a name or digest; where it is on several devices and none was said, the default one's."""
+        if not device and self._default_device:
+            try:
+                return self._catalog.find(who, reference, self._default_device)
+            except (NotFoundError, DeviceError):
+                pass
+        return self._catalog.find(who, reference, device)
 
     def _segments(self, checkpoint: Checkpoint, request: handles_pb2.AttachRequest) -> list[int]:
         """Indices into the manifest's segments that the request needs."""

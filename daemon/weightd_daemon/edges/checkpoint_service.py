@@ -9,15 +9,16 @@ from typing import Any
 
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._wire import source_to
-from weightd.errors import DigestMismatchError, InvalidReferenceError, NotFoundError, PermissionDeniedError
+from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
-from weightd_daemon.loader import loads
+from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
 
 from .attaching import sources_from
 from .connections import Connection
+from .devices import meant, place
 from .interceptors import Context
 from .parts import Parts
 from .show import time_to, user_name
@@ -83,9 +84,10 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """Everything resident that the caller may see, then the loads under way."""
+        """Everything resident or lost that the caller may see, then the loads under way."""
         _, who = self._parts.caller(context)
         there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
+        there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
         there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
         under_way = [
             self._loading(load)
@@ -99,7 +101,8 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.GetCheckpointResponse:
         """One checkpoint with its parts."""
         _, who = self._parts.caller(context)
-        checkpoint = self._parts.catalog.find(who, request.reference, request.device)
+        checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
+        device = self._parts.devices[checkpoint.key.device]
         components = [
             checkpoint_pb2.Component(
                 name=name,
@@ -113,6 +116,8 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             checkpoint=self._checkpoint(checkpoint),
             components=components,
             segments=len(checkpoint.segments),
+            kind=device.kind,
+            note=device.note,
             sources=[source_to(source) for source in checkpoint.origin],
         )
 
@@ -135,7 +140,8 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.RemoveCheckpointResponse:
         """Drop a name, and with the last one the checkpoint."""
         _, who = self._parts.caller(context)
-        freed = self._parts.catalog.remove(who, request.reference, request.device)
+        device = meant(self._parts.devices, request.device)
+        freed = self._parts.catalog.remove(who, request.reference, device)
         return checkpoint_pb2.RemoveCheckpointResponse(freed_bytes=freed)
 
     async def Verify(  # noqa: N802
@@ -144,11 +150,18 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         """Hash blobs again, device by device, while waiting leases keep them in place."""
         parts = self._parts
         connection, who = parts.caller(context)
+        device_meant = meant(parts.devices, request.device)
         if request.reference:
-            chosen = [parts.catalog.find(who, request.reference, request.device)]
+            chosen = [parts.catalog.find(who, request.reference, device_meant)]
         else:
-            chosen = [c for c in parts.catalog.visible(who) if not request.device or c.key.device == request.device]
+            chosen = [c for c in parts.catalog.visible(who) if device_meant in ("", c.key.device)]
         leases = [parts.store.leases.take(c.key, connection.holder, parts.now(), waiting=True) for c in chosen]
+
+        def check() -> None:
+            for checkpoint in chosen:  # a lease keeps it resident, but not from a loss
+                if parts.store.checkpoints.get(checkpoint.key) is not checkpoint:
+                    raise self._loss(checkpoint)
+
         try:
             blobs = {number: blob for checkpoint in chosen for number, blob in checkpoint.unique.items()}
             event = checkpoint_pb2.VerifyEvent(
@@ -162,7 +175,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in here]
                 blobs_before, bytes_before = event.done_blobs, event.done_bytes
                 # Closed with this call, not when the collector comes: it holds a turn and a loader.
-                async with contextlib.aclosing(parts.loads.verify(rows, device)) as messages:
+                async with contextlib.aclosing(parts.loads.verify(rows, device, check)) as messages:
                     async for message in messages:
                         if message["op"] == "failed":
                             raise error_from(message)
@@ -174,9 +187,10 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                             yield event
                 event.done_blobs = blobs_before + len(rows)
                 event.done_bytes = bytes_before + sum(blob.length for blob in here)
+            check()
             if bad:
                 named = [c for c in chosen if any(number in c.unique for number in bad)]
-                names = ", ".join((parts.catalog.names(c) or [c.key.content_digest[:19]])[0] for c in named[:5])
+                names = ", ".join(self._called(checkpoint) for checkpoint in named[:5])
                 raise DigestMismatchError(
                     f"{len(bad)} of {len(blobs)} blobs no longer match their digest, in {names}; remove and load again"
                 )
@@ -186,9 +200,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 parts.store.leases.end(lease.number)
 
     def _wish(self, connection: Connection, who: Who, request: checkpoint_pb2.LoadRequest) -> LoadRequest:
-        device = request.device or self._parts.default_device
-        if device not in self._parts.devices:
-            raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self._parts.devices)}")
+        device = place(self._parts.devices, self._parts.default_device, request.device)
         if request.pin and who.uid is None:
             raise PermissionDeniedError("your user id is not known here, so you cannot pin")
         if not request.sources:
@@ -209,7 +221,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, change: Callable[[Who, Checkpoint, str], None], request: Any, context: Context
     ) -> checkpoint_pb2.Checkpoint:
         _, who = self._parts.caller(context)
-        checkpoint = self._parts.catalog.find(who, request.reference, request.device)
+        checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
         change(who, checkpoint, request.reference)
         return self._checkpoint(checkpoint)
 
@@ -233,7 +245,23 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             owner=user_name(owner),
         )
 
-    def _loading(self, load: loads.Load) -> checkpoint_pb2.Checkpoint:
+    def _loss(self, checkpoint: Checkpoint) -> DeviceError:
+        """Why a checkpoint could not be verified; it may have been loaded again meanwhile."""
+        called = self._called(checkpoint)
+        lost = self._parts.store.lost.get(checkpoint.key)
+        return lost.error(called) if lost else DeviceError(f"checkpoint {called} was lost meanwhile; verify again")
+
+    def _called(self, checkpoint: Checkpoint) -> str:
+        return (self._parts.catalog.names(checkpoint) or [checkpoint.key.content_digest[:19]])[0]
+
+    def _lost(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
+        """A lost checkpoint takes no memory: only what it was is left."""
+        message = self._checkpoint(checkpoint)
+        message.state = checkpoint_pb2.CHECKPOINT_STATE_LOST
+        message.exclusive_bytes = message.shared_bytes = message.leases = 0
+        return message
+
+    def _loading(self, load: waiters.Load) -> checkpoint_pb2.Checkpoint:
         request = load.request
         return checkpoint_pb2.Checkpoint(
             names=[request.name] if request.name else [],

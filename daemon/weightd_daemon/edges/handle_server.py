@@ -23,6 +23,8 @@ from weightd_daemon import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightd_daemon.devices.device import Handle
+
     from .attaching import Attached, Attacher
     from .connections import Connections
 
@@ -98,7 +100,7 @@ class _Peer:
         self._socket = accepted
         self._connection = server._connections.add(accepted)
         self._greeted = False
-        self._unsent: list[int] = []
+        self._unsent: list[Handle] = []
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.call_later(HELLO_SECONDS, self.close, "no hello in time")
         self._loop.add_reader(accepted.fileno(), self._readable)
@@ -182,18 +184,20 @@ class _Peer:
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
         attached: Attached = self._server._attacher.attach(self._connection, request)
         try:
-            first, later = attached.descriptors[: MAX_DESCRIPTORS - 1], attached.descriptors[MAX_DESCRIPTORS - 1 :]
+            first, later = attached.handles[: MAX_DESCRIPTORS - 1], attached.handles[MAX_DESCRIPTORS - 1 :]
             # Duplicates: were the lease given up between two batches, a number could mean another file by then.
-            for descriptor in later:
-                self._unsent.append(os.dup(descriptor))  # one by one: what there is when this fails gets closed
+            for handle in later:  # one by one: what there is when this fails gets closed
+                self._unsent.append(os.dup(handle) if isinstance(handle, int) else handle)
+            descriptors = [handle for handle in first if isinstance(handle, int)]
             reply = handles_pb2.AttachReply(
                 lease=attached.lease,
                 content_digest=attached.checkpoint.key.content_digest,
                 manifest_bytes=attached.manifest_bytes,
                 segments=attached.segments,
-                descriptors=1 + len(first),
+                descriptors=1 + len(descriptors),
+                handles=[handle for handle in first if isinstance(handle, bytes)],
             )
-            self._send(handles_pb2.HandleReply(attach=reply), [attached.manifest, *first])
+            self._send(handles_pb2.HandleReply(attach=reply), [attached.manifest, *descriptors])
         except BaseException:
             os.close(attached.manifest)
             self._server._attacher.detach(self._connection, attached.lease)  # it did not go out, so it ends here
@@ -210,9 +214,11 @@ class _Peer:
             raise ProtocolError("an acknowledgement for nothing")
         batch, self._unsent = self._unsent[:MAX_DESCRIPTORS], self._unsent[MAX_DESCRIPTORS:]
         self._deadline.cancel()
-        reply = handles_pb2.HandleReply(batch=handles_pb2.DescriptorBatch(descriptors=len(batch)))
+        descriptors = [handle for handle in batch if isinstance(handle, int)]
+        handles = [handle for handle in batch if isinstance(handle, bytes)]
+        reply = handles_pb2.DescriptorBatch(descriptors=len(descriptors), handles=handles)
         try:
-            self._send(reply, batch)
+            self._send(handles_pb2.HandleReply(batch=reply), descriptors)
         finally:
             _close_all(batch)
         self._expect_ack()
@@ -247,6 +253,7 @@ class _Peer:
             raise ProtocolError("the peer does not read its answers") from None
 
 
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close_all(handles: list[Handle]) -> None:
+    for handle in handles:
+        if isinstance(handle, int):
+            os.close(handle)

@@ -30,7 +30,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def encode_manifest(content: Content, device: str, segment_bytes: Callable[[int], int]) -> bytes:
+def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Callable[[int], int]) -> bytes:
     """The manifest of a content (protos/weightd/v1/handles.proto), in columns."""
     components = sorted({entry.component for entry in content.entries} | {file.component for file in content.files})
     component_index = {name: number for number, name in enumerate(components)}
@@ -48,6 +48,7 @@ def encode_manifest(content: Content, device: str, segment_bytes: Callable[[int]
     return handles_pb2.Manifest(
         content_digest=content.content_digest,
         device=device,
+        kind=kind,
         components=components,
         files=files,
         segment_bytes=[segment_bytes(segment) for segment in content.segments],

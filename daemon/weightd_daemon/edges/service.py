@@ -107,6 +107,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
                     reusable_bytes=used - live - in_flight,
                     free_bytes=memory.budget - used,
                     segments=memory.segments,
+                    device_free_bytes=device.available(),
                 )
             )
         logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())

@@ -1,7 +1,8 @@
 """The loader's end of its channel to the daemon.
 
 Two socket pairs: a byte stream with length-prefixed JSON messages in both directions, and a SOCK_SEQPACKET on which
-the daemon sends descriptors. A message that brings descriptors names the segments they belong to in "segments".
+the daemon sends descriptors. A message that brings segments lists them in "segments" as [number, bytes, handle]: the
+handle is hexadecimal, or null for a segment whose descriptor comes on the other socket.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import struct
 import threading
 from typing import Any
 
-from weightd.errors import WeightdError, from_wire
+from weightd.errors import DeviceError, ServerError, WeightdError, from_wire
+from weightd_daemon.devices.device import SegmentHandle
 
 LENGTH = struct.Struct("<I")
 BATCH = 250
 """Descriptors in one message; the kernel takes 253."""
 
 Message = dict[str, Any]
+
+UNFIT = (DeviceError, ServerError)
+"""After these a loader does no other job: what the driver holds against a process may stay, and so may a bug."""
 
 
 class Gone(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
@@ -36,8 +41,8 @@ class Channel:
         self._descriptors = descriptors
         self._sending = threading.Lock()
         self._calling = threading.Lock()
-        self.segments: dict[int, int] = {}
-        """Descriptors of the segments that this job has seen, by number."""
+        self.segments: dict[int, SegmentHandle] = {}
+        """The segments that this job has seen, by number."""
 
     def receive(self) -> Message:
         """The next message. Errors: Gone."""
@@ -46,13 +51,18 @@ class Channel:
             raise Gone
         body = self._reader.read(LENGTH.unpack(head)[0])
         message: Message = json.loads(body)
-        numbers = message.get("segments", ())
-        for start in range(0, len(numbers), BATCH):
-            part = numbers[start : start + BATCH]
+        rows = message.get("segments", ())
+        for number, size, handle in rows:
+            if handle is not None:
+                self.segments[number] = SegmentHandle(number, size, bytes.fromhex(handle))
+        described = [(number, size) for number, size, handle in rows if handle is None]
+        for start in range(0, len(described), BATCH):
+            part = described[start : start + BATCH]
             _, received, _ = receive_fds(self._descriptors, 1, len(part))
             if len(received) != len(part):
                 raise Gone
-            self.segments.update(zip(part, received, strict=True))
+            for (number, size), descriptor in zip(part, received, strict=True):
+                self.segments[number] = SegmentHandle(number, size, descriptor)
         return message
 
     def receive_descriptor(self) -> int:
@@ -77,8 +87,9 @@ class Channel:
 
     def forget_segments(self) -> None:
         """Close the descriptors of this job's segments."""
-        for descriptor in self.segments.values():
-            os.close(descriptor)
+        for segment in self.segments.values():
+            if isinstance(segment.handle, int):
+                os.close(segment.handle)
         self.segments.clear()
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Self
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd_daemon.core import digest
+from weightd_daemon.devices.opening import open_io
 
-from .channel import Channel, Gone, Message, error_to, receive_fds
+from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
 from .slots import Slot
 from .source import Source
@@ -27,6 +28,8 @@ from .work import Lane, Tensor, Unit, lanes, most_lanes, on_threads, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from weightd_daemon.devices.segment_io import SegmentIO
 
 _PR_SET_PDEATHSIG = 1
 _LAYOUT_BATCH = 2000
@@ -47,33 +50,46 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
     with contextlib.suppress(Gone, ConnectionError, BrokenPipeError):
         while True:
             job = channel.receive()
-            _do(channel, job, new_hasher)
+            if not _do(channel, job, new_hasher):
+                signal.pause()  # the daemon kills; if we went first, it could fail to send and never read what we said
             channel.forget_segments()
             channel.tell({"op": "idle"})
     return 0
 
 
-def _do(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
-    """Do a job; its failure is an answer, not the end of the process."""
+def _do(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> bool:
+    """Do a job; its failure is an answer, not the end of the process. False where the process cannot do another."""
     try:
-        if job["job"] == "verify":
-            verify(channel, job, new_hasher)
-        else:
-            with Load(channel, job, new_hasher) as load:
-                load.run()
+        _work(channel, job, new_hasher)
     except WeightdError as error:
         channel.tell({"op": "failed", **error_to(error)})
+        return not isinstance(error, UNFIT)
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
         channel.tell({"op": "failed", "error": "INTERNAL", "message": f"loader: {type(error).__name__}: {error}"})
+        return False
+    return True
+
+
+def _work(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
+    with contextlib.ExitStack() as stack:
+        intake = None
+        if job["job"] == "load":  # taken before anything can fail: the next job would take it for its own
+            intake = stack.enter_context(socket.socket(fileno=channel.receive_descriptor()))
+        io = stack.enter_context(contextlib.closing(open_io(job["kind"], job["device"], channel.segments)))
+        if intake is None:
+            verify(channel, io, job, new_hasher)
+        else:
+            stack.enter_context(Load(channel, io, job, new_hasher)).run(intake)
 
 
 class Load:
     """One load: receive descriptors, read the headers, copy, recheck."""
 
-    def __init__(self, channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
+    def __init__(self, channel: Channel, io: SegmentIO, job: Message, new_hasher: digest.NewHasher) -> None:
         self._channel = channel
+        self._io = io
         self._job = job
         self._new_hasher = new_hasher
         self._stack = contextlib.ExitStack()
@@ -87,27 +103,29 @@ class Load:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self) -> None:
-        """Do it. Errors: FormatError, InvalidReferenceError, CapacityError."""
+    def run(self, intake: socket.socket) -> None:
+        """Do it; closes `intake` as soon as it can. Errors: FormatError, InvalidReferenceError, CapacityError."""
         names: list[str] = self._job["sources"]
-        descriptors = self._receive_descriptors(len(names))
+        descriptors = self._receive_descriptors(intake, len(names))
         self._channel.tell({"op": "files"})
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
-        threads: int = self._job["threads"]
-        answer = self._channel.call("laid_out", lanes=most_lanes(tensors, threads))
+        in_file: int = self._job["lanes"]
+        answer = self._channel.call("laid_out", lanes=most_lanes(tensors, in_file))
         known = frozenset[int](answer["known"])
-        work = lanes(units([tensor for tensor in tensors if tensor.number not in known]), threads)
-        copier = self._hash_first(work) if answer["hash_first"] else self._copier(work)
+        work = lanes(units([tensor for tensor in tensors if tensor.number not in known]), in_file)
+        chosen = frozenset[int](answer["sample"])
+        shared = self._is_shared([tensor for tensor in tensors if tensor.number in chosen], in_file)
+        copier = self._hash_first(work) if answer["hash_first"] or shared else self._copier(work)
         total = sum(unit.length for lane in work for unit in lane)
-        self._on_threads("copying", work, total, copier.copy)
+        self._on_threads("copying", work, total, copier.copy, copier.reserve)
+        self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
         self._finish(copier)
 
-    def _receive_descriptors(self, count: int) -> list[int]:
+    def _receive_descriptors(self, intake: socket.socket, count: int) -> list[int]:
         """Take the files from the client's end of the intake, in confirmed batches."""
-        intake = socket.socket(fileno=self._channel.receive_descriptor())
         descriptors: list[int] = []
         self._stack.callback(_close_all, descriptors)
         deadline = time.monotonic() + _INTAKE_SECONDS
@@ -160,25 +178,47 @@ class Load:
                 index += 1
         return tensors
 
+    def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
+        """Whether some tensors of a sample may be resident; then everything is to be hashed first."""
+        if not sample:
+            return False
+        digests = self._hash(lanes(units(sample), in_file))
+        return bool(self._channel.call("sampled", digests=_in_hexadecimal(digests))["hash_first"])
+
     def _hash_first(self, work: list[Lane]) -> Copier:
         """Hash everything, then ask which digests have a candidate; only the others need memory."""
+        digests = self._hash(work)
+        answer = self._channel.call("hashed", digests=_in_hexadecimal(digests), lanes=len(work))
+        return self._copier(work, digests, frozenset[int](answer["matched"]))
+
+    def _hash(self, work: list[Lane]) -> dict[int, bytes]:
+        """The digest of each tensor, by its number."""
         digests: dict[int, bytes] = {}
-        hasher = Copier(self._channel, self._sources, self._new_hasher)
+        hasher = self._copier([])
 
         def step(unit: Unit) -> None:
             digests.update(hasher.hash(unit))
 
-        self._on_threads("hashing", work, sum(unit.length for lane in work for unit in lane), step)
-        found = [(index, value.hex()) for index, value in sorted(digests.items())]
-        matched = frozenset[int](self._channel.call("hashed", digests=found, lanes=len(work))["matched"])
-        return self._copier(work, digests, matched)
+        self._on_threads("hashing", work, sum(unit.length for lane in work for unit in lane), step, lambda _: None)
+        return digests
 
     def _copier(
         self, work: list[Lane], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
     ) -> Copier:
-        return Copier(self._channel, self._sources, self._new_hasher, digests=digests, matched=matched, lanes=work)
+        copier = Copier(
+            self._channel, self._io, self._sources, self._new_hasher, digests=digests, matched=matched, lanes=work
+        )
+        self._stack.callback(copier.close)
+        return copier
 
-    def _on_threads(self, phase: str, work: list[Lane], total: int, do: Callable[[Unit], object]) -> None:
+    def _on_threads(
+        self,
+        phase: str,
+        work: list[Lane],
+        total: int,
+        do: Callable[[Unit], object],
+        begin: Callable[[Unit], None],
+    ) -> None:
         done = 0
         counting = threading.Lock()
 
@@ -190,8 +230,7 @@ class Load:
                 self._progress(phase, done, total)
 
         self._progress(phase, 0, total)
-        on_threads(work, self._job["threads"], step)
-        self._read += total
+        on_threads(work, self._job["threads"], step, begin)
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
@@ -207,6 +246,10 @@ class Load:
                 (blob, other, copier.recheck(length, Slot(segment, offset, length), Slot(there, at, length)))
                 for blob, segment, offset, other, there, at, length in pairs
             ]
+
+
+def _in_hexadecimal(digests: dict[int, bytes]) -> list[tuple[int, str]]:
+    return [(index, digest.hex()) for index, digest in sorted(digests.items())]
 
 
 def _close_all(descriptors: list[int]) -> None:

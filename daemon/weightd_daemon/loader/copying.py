@@ -1,44 +1,39 @@
 """Copying: read a piece, hash it while it is in cache, write it, and find out whether the bytes are there already.
 
-Pieces go through a bounce buffer of 1 MiB: measured, page allocation is what filling a fresh memfd costs, a copy that
-stays in the cache costs nothing beside it, and `pwrite` into memory that is populated already runs at memory speed.
+A piece is read into a buffer of the thread's staging and written from there (devices/segment_io.py): on a GPU while the
+next piece is read and hashed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import mmap
-import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
+from weightd_daemon.devices.segment_io import PIECE
 
 from .slots import Slot, Slots
+from .work import Tensor, Unit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
 
     from weightd_daemon.core.digest import NewHasher
+    from weightd_daemon.devices.segment_io import Buffer, SegmentIO, Staging
 
     from .channel import Channel
     from .source import Source
     from .work import Lane
-from .target import Target, huge_pages_by_advice
-from .work import PIECE, Tensor, Unit
 
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
-
-class Buffer:
-    """A page-aligned bounce buffer of one piece."""
-
-    def __init__(self) -> None:
-        self._map = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.view = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+Read = Callable[["Buffer", int, int], None]
+"""Fills the first `size` bytes of a buffer from a position on; done when the thread's staging has settled."""
 
 
 def pieces(length: int) -> Iterator[tuple[int, int]]:
@@ -53,6 +48,7 @@ class Copier:
     def __init__(
         self,
         channel: Channel,
+        io: SegmentIO,
         sources: list[Source],
         new_hasher: NewHasher,
         *,
@@ -61,6 +57,7 @@ class Copier:
         lanes: Iterable[Lane] = (),
     ) -> None:
         self._channel = channel
+        self._io = io
         self._sources = sources
         self._new_hasher = new_hasher
         self._digests = digests or {}
@@ -68,10 +65,22 @@ class Copier:
         self._slots: dict[int, Slots] = {}
         for lane in lanes:
             new = [[tensor for tensor in unit.tensors if tensor.number not in matched] for unit in lane]
-            slots = Slots(channel, [sum(slot_bytes(tensor.spec.length) for tensor in unit) for unit in new])
+            slots = Slots(channel, [_slot_bytes(unit) for unit in new])
             self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
-        self._target = Target(channel.segments, by_mapping=huge_pages_by_advice())
+        self._reserved: dict[int, Slot] = {}
         self._local = threading.local()
+        self._stagings: list[Staging] = []
+
+    def close(self) -> None:
+        """Give every thread's buffers up; the threads have ended. Errors: DeviceError."""
+        with contextlib.ExitStack() as stack:
+            while self._stagings:
+                stack.callback(self._stagings.pop().close)
+
+    def reserve(self, unit: Unit) -> None:
+        """Take the slots of a unit. Called in the units' order, so that extents are filled without a rest."""
+        for run in _runs(tuple(tensor for tensor in unit.tensors if tensor.number not in self._matched)):
+            self._reserved[run[0].number] = self._slots[run[0].number].take(_slot_bytes(run))
 
     def copy(self, unit: Unit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
@@ -83,7 +92,8 @@ class Copier:
 
     def hash(self, unit: Unit) -> list[tuple[int, bytes]]:
         """Only hash a unit. Returns (index, digest) of each tensor."""
-        source, buffer = self._sources[unit.file], self._buffers()[0]
+        source, staging = self._sources[unit.file], self._staging()
+        buffer = staging.take()
         found = []
         for tensor in unit.tensors:
             hasher = self._new_hasher()
@@ -91,6 +101,7 @@ class Copier:
                 source.read_into(buffer.view[:size], tensor.spec.offset + offset)
                 hasher.update(buffer.view[:size])
             found.append((tensor.number, hasher.digest()))
+        staging.put_back(buffer)
         return found
 
     def recheck(self, length: int, first: Slot, second: Slot) -> bool:
@@ -100,29 +111,30 @@ class Copier:
     # -- one large tensor, piece by piece --------------------------------------------------------------------------
 
     def _copy_one(self, tensor: Tensor) -> None:
-        source, slots, buffer = self._sources[tensor.file], self._slots[tensor.number], self._buffers()[0]
-        slot = slots.take(tensor.spec.length)
+        source, staging = self._sources[tensor.file], self._staging()
+        slot = self._slot([tensor])
         hasher = self._new_hasher()
         for offset, size in pieces(tensor.spec.length):
-            view = buffer.view[:size]
-            source.read_into(view, tensor.spec.offset + offset)
-            hasher.update(view)
-            self._target.write(slot.segment, view, buffer.address, slot.offset + offset)
+            buffer = staging.take()
+            source.read_into(buffer.view[:size], tensor.spec.offset + offset)
+            hasher.update(buffer.view[:size])
+            staging.write(buffer, size, slot.segment, slot.offset + offset)
+        staging.settle()
         digest = self._checked(tensor, hasher.digest())
         self._settle([(tensor, digest, slot)])
 
     # -- neighbours that fit into one piece: one read, one write, one question ---------------------------------------
 
     def _copy_group(self, unit: Unit) -> None:
-        source, slots = self._sources[unit.file], self._slots[unit.tensors[0].number]
-        whole, packed = self._buffers()
+        source, staging = self._sources[unit.file], self._staging()
+        whole = staging.take()
         first, last = unit.tensors[0].spec, unit.tensors[-1].spec
         span = last.offset + last.length - first.offset
         source.read_into(whole.view[:span], first.offset)
         found: list[tuple[Tensor, bytes, Slot]] = []
         for run in _runs(unit.tensors):
-            slot = slots.take(sum(slot_bytes(tensor.spec.length) for tensor in run))
-            position = 0
+            slot = self._slot(run)
+            packed, position = staging.take(), 0
             for tensor in run:
                 start = tensor.spec.offset - first.offset
                 view = whole.view[start : start + tensor.spec.length]
@@ -133,8 +145,20 @@ class Copier:
                 place = Slot(slot.segment, slot.offset + position, size)
                 found.append((tensor, self._checked(tensor, hasher.digest()), place))
                 position += size
-            self._target.write(slot.segment, packed.view[:position], packed.address, slot.offset)
+            staging.write(packed, position, slot.segment, slot.offset)
+        staging.put_back(whole)
+        staging.settle()
         self._settle(found)
+
+    def _slot(self, run: list[Tensor]) -> Slot:
+        """The slot that was reserved for a run, or another where a comparison has changed what has to be copied."""
+        slots, size = self._slots[run[0].number], _slot_bytes(run)
+        reserved = self._reserved.pop(run[0].number, None)
+        if reserved is not None and reserved.size == size:
+            return reserved
+        if reserved is not None:
+            slots.give_back(reserved)
+        return slots.take(size)
 
     # -- finding equal bytes -----------------------------------------------------------------------------------------
 
@@ -173,9 +197,9 @@ class Copier:
         digest = self._digests[tensor.number]
         hasher = self._new_hasher()
 
-        def read(view: memoryview, offset: int) -> None:
-            source.read_into(view, spec.offset + offset)
-            hasher.update(view)
+        def read(buffer: Buffer, size: int, position: int) -> None:
+            source.read_into(buffer.view[:size], spec.offset + position)
+            hasher.update(buffer.view[:size])
 
         answer = self._channel.call("candidate", index=tensor.number, digest=digest.hex())
         if "blob" not in answer:
@@ -186,25 +210,25 @@ class Copier:
         share = (tensor.number, answer["blob"], None, 0)
         return bool(self._channel.call("share", items=[share])["kept"][0] is False)
 
-    def _equal(self, length: int, read: Callable[[memoryview, int], None], segment: int, offset: int) -> bool:
+    def _equal(self, length: int, read: Read, segment: int, offset: int) -> bool:
         """Compare `length` bytes that `read` delivers with resident ones, piece by piece, with libc's memcmp."""
-        mine, theirs = self._buffers()
-        resident = self._resident(segment, offset)
+        staging, resident = self._staging(), self._resident(segment, offset)
+        mine, theirs = staging.take(), staging.take()
+        equal = True
         for position, size in pieces(length):
-            read(mine.view[:size], position)
-            resident(theirs.view[:size], position)
+            resident(theirs, size, position)
+            read(mine, size, position)
+            staging.settle()
             if _libc.memcmp(mine.address, theirs.address, size):
-                return False
-        return True
+                equal = False
+                break
+        staging.put_back(mine)
+        staging.put_back(theirs)
+        return equal
 
-    def _resident(self, segment: int, offset: int) -> Callable[[memoryview, int], None]:
-        descriptor = self._channel.segments[segment]
-
-        def read(view: memoryview, position: int) -> None:
-            if os.preadv(descriptor, [view], offset + position) != len(view):
-                raise OSError(f"segment {segment} is shorter than its books")
-
-        return read
+    def _resident(self, segment: int, offset: int) -> Read:
+        staging = self._staging()
+        return lambda buffer, size, position: staging.read(buffer, size, segment, offset + position)
 
     def _checked(self, tensor: Tensor, digest: bytes) -> bytes:
         known = self._digests.get(tensor.number)
@@ -213,11 +237,17 @@ class Copier:
             raise FormatError(f"{name}: changed while it was read (tensor {tensor.spec.name!r}); load it again")
         return digest
 
-    def _buffers(self) -> tuple[Buffer, Buffer]:
-        if not hasattr(self._local, "buffers"):
-            self._local.buffers = Buffer(), Buffer()
-        buffers: tuple[Buffer, Buffer] = self._local.buffers
-        return buffers
+    def _staging(self) -> Staging:
+        """The calling thread's buffers."""
+        if not hasattr(self._local, "staging"):
+            self._local.staging = self._io.staging()
+            self._stagings.append(self._local.staging)
+        staging: Staging = self._local.staging
+        return staging
+
+
+def _slot_bytes(run: Iterable[Tensor]) -> int:
+    return sum(slot_bytes(tensor.spec.length) for tensor in run)
 
 
 def _runs(tensors: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:

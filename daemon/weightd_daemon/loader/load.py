@@ -12,6 +12,8 @@ from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.sampling import sample
+from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import Message, error_from, error_to
 from .request import Outcome, Progress
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from .process import LoaderProcess
 
-_KEPT_FD = tuple[int, int]
+_Answer = tuple[Message, list[SegmentHandle]]
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
@@ -103,8 +105,9 @@ class LoadSteps:
 
     async def serve(self, loader: LoaderProcess) -> Outcome:
         """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
-        calls: dict[str, Callable[[Message], Awaitable[tuple[Message, list[_KEPT_FD]]]]] = {
+        calls: dict[str, Callable[[Message], Awaitable[_Answer]]] = {
             "laid_out": self._laid_out,
+            "sampled": self._sampled,
             "hashed": self._hashed,
             "grant": self._grant,
             "candidate": self._candidate,
@@ -168,11 +171,16 @@ class LoadSteps:
     def _progress(self, message: Message) -> None:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
-    async def _laid_out(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _laid_out(self, message: Message) -> _Answer:
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._store.admit(self._number, [length for length in missing if length], message["lanes"])
-        return {"known": known, "hash_first": not one_pass}, []
+        chosen: list[int] = []
+        if one_pass and not self._device.sparse:
+            unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
+            resident = self._store.resident_lengths(self._number)
+            chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
+        return {"known": known, "hash_first": not one_pass, "sample": chosen}, []
 
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
@@ -191,27 +199,35 @@ class LoadSteps:
                     known.append(index)
         return known
 
-    async def _hashed(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _sampled(self, message: Message) -> _Answer:
+        """Whether everything is to be hashed first, because some of the sample is resident."""
+        found = (
+            self._store.candidate(self._number, bytes.fromhex(digest), self._entries[index].length)
+            for index, digest in message["digests"]
+        )
+        return {"hash_first": any(blob is not None for blob in found)}, []
+
+    async def _hashed(self, message: Message) -> _Answer:
         digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
         contents = [(digest, self._entries[index].length) for index, digest in digests]
         while (matched := self._store.make_room(self._number, contents, message["lanes"])) is None:
             await self._reclaimer.wait()
         return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
 
-    async def _grant(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _grant(self, message: Message) -> _Answer:
         while (extent := self._store.grant(self._number, message["want"], message["need"])) is None:
             await self._reclaimer.wait()
-        return extent._asdict(), [self._descriptor(extent.segment)]
+        return extent._asdict(), [self._segment(extent.segment)]
 
-    async def _candidate(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _candidate(self, message: Message) -> _Answer:
         length = self._entries[message["index"]].length
         blob = self._store.candidate(self._number, bytes.fromhex(message["digest"]), length)
         if blob is None:
             return {}, []
         answer = {"blob": blob.number, "segment": blob.segment, "offset": blob.offset}
-        return answer, [self._descriptor(blob.segment)]
+        return answer, [self._segment(blob.segment)]
 
-    async def _settle(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _settle(self, message: Message) -> _Answer:
         answers: list[tuple[int, int, int] | None] = []
         segments = []
         for index, digest, segment, offset, differs in message["items"]:
@@ -224,10 +240,10 @@ class LoadSteps:
                 answers.append(None)
             else:
                 answers.append((blob.number, blob.segment, blob.offset))
-                segments.append(self._descriptor(blob.segment))
+                segments.append(self._segment(blob.segment))
         return {"answers": answers}, segments
 
-    async def _share(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _share(self, message: Message) -> _Answer:
         kept: list[bool | None] = []
         for index, number, segment, offset in message["items"]:
             blob = self._store.share(self._number, number, segment, offset)
@@ -235,14 +251,14 @@ class LoadSteps:
             kept.append(None if blob is None else (blob.segment, blob.offset) == (segment, offset))
         return {"kept": kept}, []
 
-    async def _finish(self, message: Message) -> tuple[Message, list[_KEPT_FD]]:
+    async def _finish(self, message: Message) -> _Answer:
         self._read = message["read"]
         await self._merge(message["outcomes"])
         while True:
             pairs = self._store.rechecks(self._number)
             if pairs:
                 rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
-                return {"pairs": rows}, [self._descriptor(blob.segment) for blob in itertools.chain(*pairs)]
+                return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
             identities = self._identities()
             content, manifest = await asyncio.to_thread(self._describe, identities)
             # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
@@ -283,8 +299,9 @@ class LoadSteps:
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
 
-    def _descriptor(self, segment: int) -> _KEPT_FD:
-        return segment, self._device.writable(segment)
+    def _segment(self, segment: int) -> SegmentHandle:
+        size = self._store.memories[self._device.uuid].size(segment)
+        return SegmentHandle(segment, size, self._device.writable(segment))
 
     def _identities(self) -> list[BlobIdentity]:
         empty = BlobIdentity(EMPTY_DIGEST, 0, 0)

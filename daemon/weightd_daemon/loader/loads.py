@@ -7,16 +7,18 @@ import contextlib
 import logging
 import os
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from weightd.errors import InUseError, LeaseLostError, ServerError, WeightdError
+from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.devices.device import SegmentHandle
 
-from .channel import Message
+from .channel import UNFIT, Message
 from .load import Encode, InstanceIndex, LoadSteps
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
-from .request import LoadRequest, Outcome, Progress
+from .request import LoadRequest, Outcome
 from .source import RESTED_SECONDS
+from .waiters import Load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
@@ -40,54 +42,6 @@ _LEAVE_SECONDS = 5.0
 """How long a loader may take to close its files before it is replaced."""
 
 _Key = tuple[str, str, int | None, tuple[SourceFile, ...]]
-
-
-class Load:
-    """A load under way, and those who wait for it."""
-
-    def __init__(self, request: LoadRequest) -> None:
-        self.request = request
-        self.progress = Progress()
-        self.detached = request.detached
-        self.waiters: dict[int, LoadRequest] = {}
-        self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
-        self.loader_there = asyncio.Event()
-        """Set when a loader has the intake: the files may come."""
-        self.files_there = asyncio.Event()
-        """Set when the loader has the files."""
-
-    async def has_loader(self) -> bool:
-        """Wait until a loader takes the files; False when the load ends before that."""
-        return await self._happens(self.loader_there)
-
-    async def has_files(self) -> bool:
-        """Wait until the loader has the files; False when the load ends before that."""
-        return await self._happens(self.files_there)
-
-    def report(self, progress: Progress) -> None:
-        """New figures."""
-        self.progress = progress
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def events(self) -> AsyncGenerator[Progress, None]:
-        """Progress, at once and until the load is done; its error is not raised here."""
-        if not self.done.done():
-            yield self.progress
-        while not self.done.done():
-            if await self._happens(self._changed):
-                yield self.progress
-
-    async def _happens(self, event: asyncio.Event) -> bool:
-        """Wait for an event, or for the end of the load; whether the event has happened."""
-        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-        try:
-            await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        return event.is_set()
 
 
 class Loads:
@@ -127,6 +81,7 @@ class Loads:
         self._all: set[Load] = set()
         self._idle: list[LoaderProcess] = []
         self._loaders: set[LoaderProcess] = set()
+        self._verifying: dict[LoaderProcess, str] = {}
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -211,25 +166,48 @@ class Loads:
             if not load.waiters[waiter].detached:
                 self.leave(load, waiter)
 
-    async def verify(self, rows: list[tuple[int, int, int, int, str]], device: Device) -> AsyncGenerator[Message, None]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages."""
+    async def verify(
+        self, rows: list[tuple[int, int, int, int, str]], device: Device, check: Callable[[], None]
+    ) -> AsyncGenerator[Message, None]:
+        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages.
+
+        `check` raises where the blobs are lost, which may happen at any moment.
+        """
         async with self._turns:
             loader = await self._take_loader()
             usable = False
+            self._verifying[loader] = device.uuid
             try:
-                segments = {row[1]: device.writable(row[1]) for row in rows}
-                await loader.send({"job": "verify", "blobs": rows}, segments.items())
+                check()
+                size = self._store.memories[device.uuid].size
+                segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {row[1] for row in rows}]
+                job = {"job": "verify", "kind": device.kind, "device": device.uuid, "blobs": rows}
+                await loader.send(job, segments)
                 while True:
                     message = await loader.receive()
+                    check()
                     yield message
                     if message["op"] in ("verified", "failed"):
                         break
-                usable = await self._put_back(loader)
+                usable = message["op"] == "verified" and await self._put_back(loader)
             except LoaderDied:
+                check()
                 raise LeaseLostError("the loader process died while it verified; try again") from None
             finally:
+                del self._verifying[loader]
                 if not usable:
                     loader.kill()
+
+    def lose(self, device: str, error: DeviceError) -> None:
+        """The memory of a device is gone: every load on it ends with this error, and nothing there is verified."""
+        for loader, where in self._verifying.items():
+            if where == device:
+                loader.kill()
+        for load in self.under_way:
+            if load.request.device == device:
+                self._fail(load, error)
+                if load.task is not None:
+                    load.task.cancel()
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""
@@ -289,11 +267,9 @@ class Loads:
         device = self._devices[request.device]
         number = self._store.open_load(request.device, request.who.domain, request.who.uid)
         loader: LoaderProcess | None = None
-        sealed = usable = False
+        usable = False
 
         def on_sealed(checkpoint: Checkpoint) -> None:
-            nonlocal sealed
-            sealed = True
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
@@ -307,7 +283,10 @@ class Loads:
                 )  # fmt: skip
                 loader = await self._take_loader()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
-                await loader.send({"job": "load", "sources": labels, "threads": self._threads})
+                # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
+                lanes = self._threads if device.kind == "host" else 1
+                place = {"kind": device.kind, "device": device.uuid}
+                await loader.send({"job": "load", **place, "sources": labels, "threads": self._threads, "lanes": lanes})
                 await loader.send_descriptor(intake)
                 os.close(intake)
                 intake = -1
@@ -317,7 +296,7 @@ class Loads:
                 self._finish(load, steps.checkpoint, outcome)
                 usable = True
         except WeightdError as error:
-            usable = True
+            usable = not isinstance(error, UNFIT)
             self._fail(load, error)
             log.warning("load failed reason=%s: %s", error.reason, error.message)
         except LoaderDied:
@@ -331,7 +310,7 @@ class Loads:
         finally:
             if intake >= 0:
                 os.close(intake)
-            tidy = self._tidy(loader, None if sealed else number, usable=usable)
+            tidy = self._tidy(loader, number, request.device, usable=usable)
             task = asyncio.get_running_loop().create_task(tidy)
             self._background.add(task)
             task.add_done_callback(self._background.discard)
@@ -351,16 +330,16 @@ class Loads:
         if not load.done.done():
             load.done.set_result((checkpoint, outcome))
 
-    async def _tidy(self, loader: LoaderProcess | None, number: int | None, *, usable: bool) -> None:
-        """Bring the loader home, then free what the load was granted: not before nothing can write there any more."""
+    async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:
+        """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
         if loader is not None and not (usable and await self._put_back(loader)):
             loader.kill()
             await asyncio.wait([loader.exited], timeout=_LEAVE_SECONDS)
             if not loader.exited.done():
                 log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
+                self._store.memories[device].withdraw(number)  # nobody is to wait for that
             await asyncio.shield(loader.exited)
-        if number is not None:
-            self._store.abort(number)
+        self._store.end_load(number)
 
     async def _take_loader(self) -> LoaderProcess:
         while self._idle:
@@ -376,8 +355,9 @@ class Loads:
         """Wait until the loader has closed its files; it then waits a while for the next job."""
         try:
             async with asyncio.timeout(_LEAVE_SECONDS):
-                while (await loader.receive())["op"] != "idle":
-                    pass
+                while (op := (await loader.receive())["op"]) != "idle":
+                    if op == "failed":  # while it closed what is done with
+                        return False
         except (LoaderDied, TimeoutError):
             return False
         loader.forget_segments()

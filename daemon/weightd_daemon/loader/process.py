@@ -17,6 +17,8 @@ from .channel import BATCH, LENGTH, Message
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from weightd_daemon.devices.device import SegmentHandle
+
 DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
 
 
@@ -88,18 +90,20 @@ class LoaderProcess:
             raise LoaderDied from error
         return message
 
-    async def send(self, message: dict[str, Any], segments: Iterable[tuple[int, int]] = ()) -> None:
-        """Send a message, and with it the (number, descriptor) of segments that the loader has not seen yet."""
-        fresh = [(number, descriptor) for number, descriptor in dict(segments).items() if number not in self._seen]
-        self._seen.update(number for number, _ in fresh)
+    async def send(self, message: dict[str, Any], segments: Iterable[SegmentHandle] = ()) -> None:
+        """Send a message, and with it those of the segments that the loader has not seen yet."""
+        fresh = {segment.number: segment for segment in segments if segment.number not in self._seen}.values()
+        self._seen.update(segment.number for segment in fresh)
         if fresh:
-            message = {**message, "segments": [number for number, _ in fresh]}
+            rows = [(s.number, s.size, s.handle.hex() if isinstance(s.handle, bytes) else None) for s in fresh]
+            message = {**message, "segments": rows}
+        descriptors = [segment.handle for segment in fresh if isinstance(segment.handle, int)]
         body = json.dumps(message, separators=(",", ":")).encode()
         assert self._writer is not None  # spawn returns when it is there
         try:
             self._writer.write(LENGTH.pack(len(body)) + body)
-            for start in range(0, len(fresh), BATCH):
-                await self._send_descriptors([descriptor for _, descriptor in fresh[start : start + BATCH]])
+            for start in range(0, len(descriptors), BATCH):
+                await self._send_descriptors(descriptors[start : start + BATCH])
             await self._writer.drain()
         except ConnectionError as error:
             raise LoaderDied from error

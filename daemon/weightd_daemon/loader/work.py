@@ -1,7 +1,8 @@
 """A load's work: tensors, cut into what a reader thread takes at a time, and shared out among the threads.
 
 Writes to one memfd take turns on the lock of its inode: two threads fill one memfd at 3.0 GB/s, and two at 5.2
-(measured). So a long file is cut into *lanes*, one for each thread, and each lane gets segments of its own.
+(measured). So in host memory a long file is cut into *lanes*, one for each thread, and each lane gets segments of its
+own. On a GPU nothing takes turns: there a file is one lane, which all threads work off from the front.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd_daemon.devices.segment_io import PIECE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from weightd.types import TensorSpec
-
-PIECE = 1 << 20
-"""Bytes read at a time: large enough for the system calls, small enough for the second-level cache."""
 
 _LANE_BYTES = 64 << 20
 """A lane is at least this long, for a segment is a mapping and two descriptors."""
@@ -71,12 +71,12 @@ Lane = list[Unit]
 """Neighbours in one file, to be worked off by one thread."""
 
 
-def lanes(work: Iterable[Unit], threads: int) -> list[Lane]:
-    """Cut units (sorted by file and offset) into lanes: each file into `threads` equal ones, if it is long enough."""
+def lanes(work: Iterable[Unit], most: int) -> list[Lane]:
+    """Cut units (sorted by file and offset) into lanes: each file into `most` equal ones, if it is long enough."""
     found: list[Lane] = []
     for _, group in itertools.groupby(work, key=lambda unit: unit.file):
         file = list(group)
-        share = max(_LANE_BYTES, -(-sum(unit.length for unit in file) // threads))
+        share = max(_LANE_BYTES, -(-sum(unit.length for unit in file) // most))
         position, last = 0, -1
         for unit in file:
             if position // share != last:
@@ -87,31 +87,39 @@ def lanes(work: Iterable[Unit], threads: int) -> list[Lane]:
     return found
 
 
-def most_lanes(tensors: Iterable[Tensor], threads: int) -> int:
+def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
     """The most lanes that these tensors, or any part of them, are cut into."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         sizes[tensor.file] = sizes.get(tensor.file, 0) + tensor.spec.length
-    return sum(min(threads, size // _LANE_BYTES + 1) for size in sizes.values())
+    return sum(min(most, size // _LANE_BYTES + 1) for size in sizes.values())
 
 
-def on_threads(work: Iterable[Lane], threads: int, step: Callable[[Unit], None]) -> None:
-    """Work lanes off on several threads; the first error stops all and is raised."""
-    shares: list[deque[Unit]] = [deque() for _ in range(threads)]
-    sizes = [0] * threads
+def on_threads(
+    work: Iterable[Lane], threads: int, step: Callable[[Unit], None], begin: Callable[[Unit], None] = lambda _: None
+) -> None:
+    """Work lanes off on several threads; the first error stops all and is raised.
+
+    `begin` is called for the units of a lane one after the other, in their order; `step` on any thread after that.
+    """
+    shares = [_Share() for _ in range(threads)]
     for lane in work:
-        least = sizes.index(min(sizes))
-        shares[least].extend(lane)
-        sizes[least] += sum(unit.length for unit in lane)
+        least = min(shares, key=lambda share: share.size)
+        least.units.extend(lane)
+        least.size += sum(unit.length for unit in lane)
     errors: list[BaseException] = []
 
-    def run(own: deque[Unit]) -> None:
+    def run(own: _Share) -> None:
         while not errors:
+            share = own if own.units else max(shares, key=lambda share: len(share.units))  # helps whoever has most
             try:
-                unit = (own or max(shares, key=len)).popleft()  # who has nothing left helps whoever has most
-            except IndexError:
-                return
-            try:
+                with share.taking:
+                    if not share.units:
+                        if not any(share.units for share in shares):
+                            return
+                        continue
+                    unit = share.units.popleft()
+                    begin(unit)
                 step(unit)
             except BaseException as error:  # noqa: BLE001  # carried to the caller, which raises it
                 errors.append(error)
@@ -126,3 +134,12 @@ def on_threads(work: Iterable[Lane], threads: int, step: Callable[[Unit], None])
             raise errors[0]
         finally:
             errors.clear()  # it is in its own traceback's reach: that cycle would keep the step's buffers and maps
+
+
+class _Share:
+    """A thread's units, which others help with when they have none left."""
+
+    def __init__(self) -> None:
+        self.units: deque[Unit] = deque()
+        self.size = 0
+        self.taking = threading.Lock()

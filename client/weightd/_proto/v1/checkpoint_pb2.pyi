@@ -12,9 +12,11 @@ class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKPOINT_STATE_UNSPECIFIED: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOADING: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_RESIDENT: _ClassVar[CheckpointState]
+    CHECKPOINT_STATE_LOST: _ClassVar[CheckpointState]
 CHECKPOINT_STATE_UNSPECIFIED: CheckpointState
 CHECKPOINT_STATE_LOADING: CheckpointState
 CHECKPOINT_STATE_RESIDENT: CheckpointState
+CHECKPOINT_STATE_LOST: CheckpointState
 
 class FileIdentity(_message.Message):
     __slots__ = ("device", "inode", "size_bytes", "mtime_ns", "ctime_ns")
@@ -179,16 +181,20 @@ class Component(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointResponse(_message.Message):
-    __slots__ = ("checkpoint", "components", "segments", "sources")
+    __slots__ = ("checkpoint", "components", "segments", "sources", "kind", "note")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NOTE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: Checkpoint
     components: _containers.RepeatedCompositeFieldContainer[Component]
     segments: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
-    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ...) -> None: ...
+    kind: str
+    note: str
+    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., kind: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
 
 class PinCheckpointRequest(_message.Message):
     __slots__ = ("reference", "device")

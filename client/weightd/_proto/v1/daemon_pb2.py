@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eweightd/_proto/v1/daemon.proto\x12\nweightd.v1\"\x13\n\x11GetVersionRequest\"J\n\x12GetVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\xc7\x01\n\x06\x44\x65vice\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x12\n\nused_bytes\x18\x05 \x01(\x03\x12\x12\n\nlive_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ereusable_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fin_flight_bytes\x18\x08 \x01(\x03\x12\x12\n\nfree_bytes\x18\t \x01(\x03\x12\x10\n\x08segments\x18\n \x01(\x03\"\xf2\x01\n\x10GetStatsResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.weightd.v1.Device\x12\x15\n\rlogical_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bsaved_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bsaved_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x63heckpoints\x18\x06 \x01(\x03\x12\r\n\x05\x62lobs\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x19\n\x11\x64igest_collisions\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x32\xa3\x01\n\rDaemonService\x12K\n\nGetVersion\x12\x1d.weightd.v1.GetVersionRequest\x1a\x1e.weightd.v1.GetVersionResponse\x12\x45\n\x08GetStats\x12\x1b.weightd.v1.GetStatsRequest\x1a\x1c.weightd.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eweightd/_proto/v1/daemon.proto\x12\nweightd.v1\"\x13\n\x11GetVersionRequest\"J\n\x12GetVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\xfd\x01\n\x06\x44\x65vice\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x12\n\nused_bytes\x18\x05 \x01(\x03\x12\x12\n\nlive_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ereusable_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fin_flight_bytes\x18\x08 \x01(\x03\x12\x12\n\nfree_bytes\x18\t \x01(\x03\x12\x10\n\x08segments\x18\n \x01(\x03\x12\x1e\n\x11\x64\x65vice_free_bytes\x18\x0b \x01(\x03H\x00\x88\x01\x01\x42\x14\n\x12_device_free_bytes\"\xf2\x01\n\x10GetStatsResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.weightd.v1.Device\x12\x15\n\rlogical_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bsaved_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bsaved_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x63heckpoints\x18\x06 \x01(\x03\x12\r\n\x05\x62lobs\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x19\n\x11\x64igest_collisions\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x32\xa3\x01\n\rDaemonService\x12K\n\nGetVersion\x12\x1d.weightd.v1.GetVersionRequest\x1a\x1e.weightd.v1.GetVersionResponse\x12\x45\n\x08GetStats\x12\x1b.weightd.v1.GetStatsRequest\x1a\x1c.weightd.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,9 +38,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=143
   _globals['_GETSTATSREQUEST']._serialized_end=160
   _globals['_DEVICE']._serialized_start=163
-  _globals['_DEVICE']._serialized_end=362
-  _globals['_GETSTATSRESPONSE']._serialized_start=365
-  _globals['_GETSTATSRESPONSE']._serialized_end=607
-  _globals['_DAEMONSERVICE']._serialized_start=610
-  _globals['_DAEMONSERVICE']._serialized_end=773
+  _globals['_DEVICE']._serialized_end=416
+  _globals['_GETSTATSRESPONSE']._serialized_start=419
+  _globals['_GETSTATSRESPONSE']._serialized_end=661
+  _globals['_DAEMONSERVICE']._serialized_start=664
+  _globals['_DAEMONSERVICE']._serialized_end=827
 # @@protoc_insertion_point(module_scope)

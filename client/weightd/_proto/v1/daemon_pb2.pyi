@@ -24,7 +24,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments")
+    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments", "device_free_bytes")
     UUID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class Device(_message.Message):
     IN_FLIGHT_BYTES_FIELD_NUMBER: _ClassVar[int]
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     uuid: str
     kind: str
     name: str
@@ -45,7 +46,8 @@ class Device(_message.Message):
     in_flight_bytes: int
     free_bytes: int
     segments: int
-    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ...) -> None: ...
+    device_free_bytes: int
+    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
     __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions")

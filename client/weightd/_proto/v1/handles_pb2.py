@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from weightd._proto.v1 import checkpoint_pb2 as weightd_dot___proto_dot_v1_dot_checkpoint__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fweightd/_proto/v1/handles.proto\x12\nweightd.v1\x1a\"weightd/_proto/v1/checkpoint.proto\"\xec\x01\n\rHandleRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.weightd.v1.HelloRequestH\x00\x12+\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x19.weightd.v1.AttachRequestH\x00\x12#\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x14.weightd.v1.BatchAckH\x00\x12)\n\x05offer\x18\x04 \x01(\x0b\x32\x18.weightd.v1.OfferRequestH\x00\x12+\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x19.weightd.v1.DetachRequestH\x00\x42\x06\n\x04\x62ody\"\x95\x02\n\x0bHandleReply\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.weightd.v1.HelloReplyH\x00\x12)\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x17.weightd.v1.AttachReplyH\x00\x12,\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x1b.weightd.v1.DescriptorBatchH\x00\x12\'\n\x05offer\x18\x04 \x01(\x0b\x32\x16.weightd.v1.OfferReplyH\x00\x12)\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x17.weightd.v1.DetachReplyH\x00\x12(\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x17.weightd.v1.HandleErrorH\x00\x42\x06\n\x04\x62ody\" \n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\">\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xbb\x01\n\rAttachRequest\x12\x13\n\treference\x18\x01 \x01(\tH\x00\x12(\n\x07sources\x18\x02 \x01(\x0b\x32\x15.weightd.v1.SourceSetH\x00\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\ncomponents\x18\x04 \x03(\t\x12&\n\x07tensors\x18\x05 \x03(\x0b\x32\x15.weightd.v1.TensorKey\x12\x15\n\rmanifest_only\x18\x06 \x01(\x08\x42\x08\n\x06target\"4\n\tSourceSet\x12\'\n\x07sources\x18\x01 \x03(\x0b\x32\x16.weightd.v1.SourceFile\",\n\tTensorKey\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"s\n\x0b\x41ttachReply\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x03\x12\x10\n\x08segments\x18\x04 \x03(\r\x12\x13\n\x0b\x64\x65scriptors\x18\x05 \x01(\r\"&\n\x0f\x44\x65scriptorBatch\x12\x13\n\x0b\x64\x65scriptors\x18\x01 \x01(\r\"\n\n\x08\x42\x61tchAck\"\x0e\n\x0cOfferRequest\"\x1e\n\nOfferReply\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\"\x1e\n\rDetachRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\"\x1c\n\x0b\x44\x65tachReply\x12\r\n\x05\x65nded\x18\x01 \x01(\x08\"\x98\x01\n\x0bHandleError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x37\n\x08metadata\x18\x03 \x03(\x0b\x32%.weightd.v1.HandleError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\x0bIntakeBatch\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65scriptors\x18\x02 \x01(\r\"\x1d\n\tIntakeAck\x12\x10\n\x08received\x18\x01 \x01(\r\"\xc8\x02\n\x08Manifest\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\ncomponents\x18\x03 \x03(\t\x12\'\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x18.weightd.v1.ManifestFile\x12\x15\n\rsegment_bytes\x18\x05 \x03(\x03\x12\r\n\x05names\x18\x06 \x03(\t\x12\x14\n\x0c\x66ile_indices\x18\x07 \x03(\r\x12!\n\x06\x64types\x18\x08 \x03(\x0e\x32\x11.weightd.v1.DType\x12\r\n\x05ranks\x18\t \x03(\r\x12\x12\n\ndimensions\x18\n \x03(\x03\x12\x10\n\x08segments\x18\x0b \x03(\r\x12\x0f\n\x07offsets\x18\x0c \x03(\x03\x12\x0f\n\x07lengths\x18\r \x03(\x03\x12\x0f\n\x07\x64igests\x18\x0e \x01(\x0c\x12\x10\n\x08variants\x18\x0f \x03(\r\"\xb0\x01\n\x0cManifestFile\x12\x11\n\tcomponent\x18\x01 \x01(\r\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x38\n\x08metadata\x18\x03 \x03(\x0b\x32&.weightd.v1.ManifestFile.MetadataEntry\x12\x14\n\x0chas_metadata\x18\x04 \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x8b\x03\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0c\n\x08\x44TYPE_F4\x10\x02\x12\x11\n\rDTYPE_F6_E2M3\x10\x03\x12\x11\n\rDTYPE_F6_E3M2\x10\x04\x12\x0c\n\x08\x44TYPE_U8\x10\x05\x12\x0c\n\x08\x44TYPE_I8\x10\x06\x12\x11\n\rDTYPE_F8_E5M2\x10\x07\x12\x11\n\rDTYPE_F8_E4M3\x10\x08\x12\x11\n\rDTYPE_F8_E8M0\x10\t\x12\x15\n\x11\x44TYPE_F8_E4M3FNUZ\x10\n\x12\x15\n\x11\x44TYPE_F8_E5M2FNUZ\x10\x0b\x12\r\n\tDTYPE_I16\x10\x0c\x12\r\n\tDTYPE_U16\x10\r\x12\r\n\tDTYPE_F16\x10\x0e\x12\x0e\n\nDTYPE_BF16\x10\x0f\x12\r\n\tDTYPE_I32\x10\x10\x12\r\n\tDTYPE_U32\x10\x11\x12\r\n\tDTYPE_F32\x10\x12\x12\r\n\tDTYPE_C64\x10\x13\x12\r\n\tDTYPE_F64\x10\x14\x12\r\n\tDTYPE_I64\x10\x15\x12\r\n\tDTYPE_U64\x10\x16\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fweightd/_proto/v1/handles.proto\x12\nweightd.v1\x1a\"weightd/_proto/v1/checkpoint.proto\"\xec\x01\n\rHandleRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.weightd.v1.HelloRequestH\x00\x12+\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x19.weightd.v1.AttachRequestH\x00\x12#\n\x03\x61\x63k\x18\x03 \x01(\x0b\x32\x14.weightd.v1.BatchAckH\x00\x12)\n\x05offer\x18\x04 \x01(\x0b\x32\x18.weightd.v1.OfferRequestH\x00\x12+\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x19.weightd.v1.DetachRequestH\x00\x42\x06\n\x04\x62ody\"\x95\x02\n\x0bHandleReply\x12\'\n\x05hello\x18\x01 \x01(\x0b\x32\x16.weightd.v1.HelloReplyH\x00\x12)\n\x06\x61ttach\x18\x02 \x01(\x0b\x32\x17.weightd.v1.AttachReplyH\x00\x12,\n\x05\x62\x61tch\x18\x03 \x01(\x0b\x32\x1b.weightd.v1.DescriptorBatchH\x00\x12\'\n\x05offer\x18\x04 \x01(\x0b\x32\x16.weightd.v1.OfferReplyH\x00\x12)\n\x06\x64\x65tach\x18\x05 \x01(\x0b\x32\x17.weightd.v1.DetachReplyH\x00\x12(\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x17.weightd.v1.HandleErrorH\x00\x42\x06\n\x04\x62ody\" \n\x0cHelloRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\">\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\"\xbb\x01\n\rAttachRequest\x12\x13\n\treference\x18\x01 \x01(\tH\x00\x12(\n\x07sources\x18\x02 \x01(\x0b\x32\x15.weightd.v1.SourceSetH\x00\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\ncomponents\x18\x04 \x03(\t\x12&\n\x07tensors\x18\x05 \x03(\x0b\x32\x15.weightd.v1.TensorKey\x12\x15\n\rmanifest_only\x18\x06 \x01(\x08\x42\x08\n\x06target\"4\n\tSourceSet\x12\'\n\x07sources\x18\x01 \x03(\x0b\x32\x16.weightd.v1.SourceFile\",\n\tTensorKey\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x84\x01\n\x0b\x41ttachReply\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x03\x12\x10\n\x08segments\x18\x04 \x03(\r\x12\x13\n\x0b\x64\x65scriptors\x18\x05 \x01(\r\x12\x0f\n\x07handles\x18\x06 \x03(\x0c\"7\n\x0f\x44\x65scriptorBatch\x12\x13\n\x0b\x64\x65scriptors\x18\x01 \x01(\r\x12\x0f\n\x07handles\x18\x02 \x03(\x0c\"\n\n\x08\x42\x61tchAck\"\x0e\n\x0cOfferRequest\"\x1e\n\nOfferReply\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\"\x1e\n\rDetachRequest\x12\r\n\x05lease\x18\x01 \x01(\x04\"\x1c\n\x0b\x44\x65tachReply\x12\r\n\x05\x65nded\x18\x01 \x01(\x08\"\x98\x01\n\x0bHandleError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x37\n\x08metadata\x18\x03 \x03(\x0b\x32%.weightd.v1.HandleError.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\x0bIntakeBatch\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\x13\n\x0b\x64\x65scriptors\x18\x02 \x01(\r\"\x1d\n\tIntakeAck\x12\x10\n\x08received\x18\x01 \x01(\r\"\xd6\x02\n\x08Manifest\x12\x16\n\x0e\x63ontent_digest\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\x12\n\ncomponents\x18\x03 \x03(\t\x12\'\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x18.weightd.v1.ManifestFile\x12\x15\n\rsegment_bytes\x18\x05 \x03(\x03\x12\r\n\x05names\x18\x06 \x03(\t\x12\x14\n\x0c\x66ile_indices\x18\x07 \x03(\r\x12!\n\x06\x64types\x18\x08 \x03(\x0e\x32\x11.weightd.v1.DType\x12\r\n\x05ranks\x18\t \x03(\r\x12\x12\n\ndimensions\x18\n \x03(\x03\x12\x10\n\x08segments\x18\x0b \x03(\r\x12\x0f\n\x07offsets\x18\x0c \x03(\x03\x12\x0f\n\x07lengths\x18\r \x03(\x03\x12\x0f\n\x07\x64igests\x18\x0e \x01(\x0c\x12\x10\n\x08variants\x18\x0f \x03(\r\x12\x0c\n\x04kind\x18\x10 \x01(\t\"\xb0\x01\n\x0cManifestFile\x12\x11\n\tcomponent\x18\x01 \x01(\r\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x38\n\x08metadata\x18\x03 \x03(\x0b\x32&.weightd.v1.ManifestFile.MetadataEntry\x12\x14\n\x0chas_metadata\x18\x04 \x01(\x08\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\x8b\x03\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0e\n\nDTYPE_BOOL\x10\x01\x12\x0c\n\x08\x44TYPE_F4\x10\x02\x12\x11\n\rDTYPE_F6_E2M3\x10\x03\x12\x11\n\rDTYPE_F6_E3M2\x10\x04\x12\x0c\n\x08\x44TYPE_U8\x10\x05\x12\x0c\n\x08\x44TYPE_I8\x10\x06\x12\x11\n\rDTYPE_F8_E5M2\x10\x07\x12\x11\n\rDTYPE_F8_E4M3\x10\x08\x12\x11\n\rDTYPE_F8_E8M0\x10\t\x12\x15\n\x11\x44TYPE_F8_E4M3FNUZ\x10\n\x12\x15\n\x11\x44TYPE_F8_E5M2FNUZ\x10\x0b\x12\r\n\tDTYPE_I16\x10\x0c\x12\r\n\tDTYPE_U16\x10\r\x12\r\n\tDTYPE_F16\x10\x0e\x12\x0e\n\nDTYPE_BF16\x10\x0f\x12\r\n\tDTYPE_I32\x10\x10\x12\r\n\tDTYPE_U32\x10\x11\x12\r\n\tDTYPE_F32\x10\x12\x12\r\n\tDTYPE_C64\x10\x13\x12\r\n\tDTYPE_F64\x10\x14\x12\r\n\tDTYPE_I64\x10\x15\x12\r\n\tDTYPE_U64\x10\x16\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDLEERROR_METADATAENTRY']._serialized_options = b'8\001'
   _globals['_MANIFESTFILE_METADATAENTRY']._loaded_options = None
   _globals['_MANIFESTFILE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_DTYPE']._serialized_start=2017
-  _globals['_DTYPE']._serialized_end=2412
+  _globals['_DTYPE']._serialized_start=2066
+  _globals['_DTYPE']._serialized_end=2461
   _globals['_HANDLEREQUEST']._serialized_start=84
   _globals['_HANDLEREQUEST']._serialized_end=320
   _globals['_HANDLEREPLY']._serialized_start=323
@@ -52,32 +52,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SOURCESET']._serialized_end=942
   _globals['_TENSORKEY']._serialized_start=944
   _globals['_TENSORKEY']._serialized_end=988
-  _globals['_ATTACHREPLY']._serialized_start=990
-  _globals['_ATTACHREPLY']._serialized_end=1105
-  _globals['_DESCRIPTORBATCH']._serialized_start=1107
-  _globals['_DESCRIPTORBATCH']._serialized_end=1145
-  _globals['_BATCHACK']._serialized_start=1147
-  _globals['_BATCHACK']._serialized_end=1157
-  _globals['_OFFERREQUEST']._serialized_start=1159
-  _globals['_OFFERREQUEST']._serialized_end=1173
-  _globals['_OFFERREPLY']._serialized_start=1175
-  _globals['_OFFERREPLY']._serialized_end=1205
-  _globals['_DETACHREQUEST']._serialized_start=1207
-  _globals['_DETACHREQUEST']._serialized_end=1237
-  _globals['_DETACHREPLY']._serialized_start=1239
-  _globals['_DETACHREPLY']._serialized_end=1267
-  _globals['_HANDLEERROR']._serialized_start=1270
-  _globals['_HANDLEERROR']._serialized_end=1422
-  _globals['_HANDLEERROR_METADATAENTRY']._serialized_start=1375
-  _globals['_HANDLEERROR_METADATAENTRY']._serialized_end=1422
-  _globals['_INTAKEBATCH']._serialized_start=1424
-  _globals['_INTAKEBATCH']._serialized_end=1473
-  _globals['_INTAKEACK']._serialized_start=1475
-  _globals['_INTAKEACK']._serialized_end=1504
-  _globals['_MANIFEST']._serialized_start=1507
-  _globals['_MANIFEST']._serialized_end=1835
-  _globals['_MANIFESTFILE']._serialized_start=1838
-  _globals['_MANIFESTFILE']._serialized_end=2014
-  _globals['_MANIFESTFILE_METADATAENTRY']._serialized_start=1375
-  _globals['_MANIFESTFILE_METADATAENTRY']._serialized_end=1422
+  _globals['_ATTACHREPLY']._serialized_start=991
+  _globals['_ATTACHREPLY']._serialized_end=1123
+  _globals['_DESCRIPTORBATCH']._serialized_start=1125
+  _globals['_DESCRIPTORBATCH']._serialized_end=1180
+  _globals['_BATCHACK']._serialized_start=1182
+  _globals['_BATCHACK']._serialized_end=1192
+  _globals['_OFFERREQUEST']._serialized_start=1194
+  _globals['_OFFERREQUEST']._serialized_end=1208
+  _globals['_OFFERREPLY']._serialized_start=1210
+  _globals['_OFFERREPLY']._serialized_end=1240
+  _globals['_DETACHREQUEST']._serialized_start=1242
+  _globals['_DETACHREQUEST']._serialized_end=1272
+  _globals['_DETACHREPLY']._serialized_start=1274
+  _globals['_DETACHREPLY']._serialized_end=1302
+  _globals['_HANDLEERROR']._serialized_start=1305
+  _globals['_HANDLEERROR']._serialized_end=1457
+  _globals['_HANDLEERROR_METADATAENTRY']._serialized_start=1410
+  _globals['_HANDLEERROR_METADATAENTRY']._serialized_end=1457
+  _globals['_INTAKEBATCH']._serialized_start=1459
+  _globals['_INTAKEBATCH']._serialized_end=1508
+  _globals['_INTAKEACK']._serialized_start=1510
+  _globals['_INTAKEACK']._serialized_end=1539
+  _globals['_MANIFEST']._serialized_start=1542
+  _globals['_MANIFEST']._serialized_end=1884
+  _globals['_MANIFESTFILE']._serialized_start=1887
+  _globals['_MANIFESTFILE']._serialized_end=2063
+  _globals['_MANIFESTFILE_METADATAENTRY']._serialized_start=1410
+  _globals['_MANIFESTFILE_METADATAENTRY']._serialized_end=1457
 # @@protoc_insertion_point(module_scope)

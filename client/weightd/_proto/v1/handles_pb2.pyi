@@ -133,24 +133,28 @@ class TensorKey(_message.Message):
     def __init__(self, component: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("lease", "content_digest", "manifest_bytes", "segments", "descriptors")
+    __slots__ = ("lease", "content_digest", "manifest_bytes", "segments", "descriptors", "handles")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
     lease: int
     content_digest: str
     manifest_bytes: int
     segments: _containers.RepeatedScalarFieldContainer[int]
     descriptors: int
-    def __init__(self, lease: _Optional[int] = ..., content_digest: _Optional[str] = ..., manifest_bytes: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., descriptors: _Optional[int] = ...) -> None: ...
+    handles: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, lease: _Optional[int] = ..., content_digest: _Optional[str] = ..., manifest_bytes: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., descriptors: _Optional[int] = ..., handles: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class DescriptorBatch(_message.Message):
-    __slots__ = ("descriptors",)
+    __slots__ = ("descriptors", "handles")
     DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
     descriptors: int
-    def __init__(self, descriptors: _Optional[int] = ...) -> None: ...
+    handles: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, descriptors: _Optional[int] = ..., handles: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class BatchAck(_message.Message):
     __slots__ = ()
@@ -210,7 +214,7 @@ class IntakeAck(_message.Message):
     def __init__(self, received: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants")
+    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants", "kind")
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +230,7 @@ class Manifest(_message.Message):
     LENGTHS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
     content_digest: str
     device: str
     components: _containers.RepeatedScalarFieldContainer[str]
@@ -241,7 +246,8 @@ class Manifest(_message.Message):
     lengths: _containers.RepeatedScalarFieldContainer[int]
     digests: bytes
     variants: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ...) -> None: ...
+    kind: str
+    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class ManifestFile(_message.Message):
     __slots__ = ("component", "file", "metadata", "has_metadata")

@@ -1,0 +1,113 @@
+"""GPU memory shared by CUDA IPC, where the driver cannot export memory otherwise: opens the daemon's 64-byte handles.
+
+Such memory is always mapped as a whole and writable; nothing holds a client off but its own care. It cannot be mapped a
+second time either, so a further name for an address gets a copy of its bytes.
+
+Lifetimes are those of `cuda_vmm`. A handle is opened once in a process, whoever attaches to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from . import cuda_driver
+from .cuda_driver import call
+from .cuda_segments import CudaSegments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .segments import Wanted
+
+
+class IpcSegments(CudaSegments):
+    """Segments of one attachment; see `segments.Segments`."""
+
+    def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
+        super().__init__(uuid)
+        self._opened: dict[int, _Memory] = {}
+        self._copies: weakref.WeakValueDictionary[tuple[int, int, int], _Memory] = weakref.WeakValueDictionary()
+        if not wanted:
+            return
+        self._lease = lease
+        try:
+            cuda_driver.finish_postponed(self._ordinal)
+            for one in wanted:
+                assert isinstance(one.handle, bytes)  # `open_segments` has looked
+                self._opened[one.segment] = _open(self._ordinal, one.handle)
+        except BaseException:
+            self._opened.clear()
+            raise
+
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        # Another attachment may keep the handles open. It does not keep our lease, so the device must be idle before
+        # that goes.
+        if self._opened and not at_exit():
+            cuda_driver.finish(self._ordinal, self._opened.clear, keeps=self._lease)
+
+    def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
+        """A `cuda.core.Buffer`: for `copy` 0 of the shared bytes, else of a copy that lasts while it is used."""
+        cuda_driver.initialise()  # before any lock, which another thread may have held when this process was forked
+        address = self._opened[segment].address + offset
+        if not copy:
+            return self._make_buffer(self._ordinal, address, length, self)
+        key = segment, offset, copy
+        with _lock:
+            owner = self._copies.get(key)
+            if owner is None:
+                owner = self._copies[key] = _copy(self._ordinal, address, length)
+        return self._make_buffer(self._ordinal, owner.address, length, owner)
+
+
+class _Memory:
+    """Memory that this process has opened or allocated, until nobody uses it any more.
+
+    No `__del__`: while that runs, a weak reference still finds the object, and somebody else would use what is being
+    given up. `weakref.finalize` runs when nobody can find it any more.
+    """
+
+    def __init__(
+        self,
+        ordinal: cuda_driver.Ordinal,
+        make: Callable[[], int],
+        undo: str,
+        fill: Callable[[int], object] = lambda address: None,
+    ) -> None:
+        with contextlib.ExitStack() as on_error:
+            with cuda_driver.on_device(ordinal):
+                self.address = make()
+                end = weakref.finalize(self, _give_up, ordinal, undo, self.address)
+                end.atexit = False  # the driver may be gone by then
+                on_error.callback(end)
+                fill(self.address)
+            on_error.pop_all()
+
+
+def _give_up(ordinal: cuda_driver.Ordinal, undo: str, address: int) -> None:
+    cuda_driver.finish(ordinal, lambda: call(undo, address))
+
+
+# Re-entrant: a finalizer of this module may run while this very thread opens a handle.
+_lock = threading.RLock()
+_all_opened: weakref.WeakValueDictionary[tuple[cuda_driver.Ordinal, bytes], _Memory] = weakref.WeakValueDictionary()
+
+
+def _open(ordinal: cuda_driver.Ordinal, handle: bytes) -> _Memory:
+    with _lock:
+        opened = _all_opened.get((ordinal, handle))
+        if opened is None:
+            opened = _Memory(ordinal, lambda: cuda_driver.open_ipc(handle), "cuIpcCloseMemHandle")
+            _all_opened[ordinal, handle] = opened
+        return opened
+
+
+def _copy(ordinal: cuda_driver.Ordinal, source: int, length: int) -> _Memory:
+    def fill(address: int) -> None:
+        call("cuMemcpyDtoD", address, source, length)
+        call("cuCtxSynchronize")  # torch's streams do not wait for the one that copied
+
+    return _Memory(ordinal, lambda: int(call("cuMemAlloc", length)), "cuMemFree", fill)

@@ -1,0 +1,33 @@
+"""What attached segments of a GPU have in common, however its memory is shared; see `segments.Segments`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from . import cuda_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class CudaSegments:
+    """Segments on the GPU of that UUID, which this process may number as it likes, or not see at all."""
+
+    def __init__(self, uuid: str) -> None:
+        self._uuid = uuid
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the device. Errors: DeviceMismatchError."""
+        return f"cuda:{self._ordinal}"
+
+    @cached_property
+    def _ordinal(self) -> cuda_driver.Ordinal:
+        return cuda_driver.ordinal_of(self._uuid)
+
+    @cached_property
+    def _make_buffer(self) -> Callable[[cuda_driver.Ordinal, int, int, object], Any]:
+        from .cuda_buffer import make_buffer
+
+        return make_buffer

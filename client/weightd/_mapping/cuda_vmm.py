@@ -1,0 +1,72 @@
+"""GPU memory shared by CUDA's virtual memory management: imports the daemon's descriptors and maps them read-only.
+
+Who keeps whom: a tensor keeps its `cuda.core.Buffer`, that keeps the `VmmSegments`, which keep the lease. When the last
+buffer is gone the device is synchronised, everything is unmapped, and only then does the lease go: what no lease covers
+may be refilled, and a kernel may still be reading it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+from weightd.errors import DeviceError
+
+from . import cuda_driver
+from .cuda_segments import CudaSegments
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from .segments import Wanted
+
+
+class VmmSegments(CudaSegments):
+    """Segments of one attachment, all in one range of addresses; see `segments.Segments`."""
+
+    def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
+        super().__init__(uuid)
+        self._range: cuda_driver.AddressRange | None = None
+        self._offsets: dict[tuple[int, int], int] = {}
+        if not wanted:
+            return
+        self._lease = lease
+        try:
+            cuda_driver.finish_postponed(self._ordinal)
+            with cuda_driver.on_device(self._ordinal):  # torch's own context must be there before anything is mapped
+                size = sum(one.size * one.copies for one in wanted)
+                self._range = cuda_driver.AddressRange(self._ordinal, size)
+                self._map(self._range, wanted)
+        except BaseException:
+            if self._range is not None:
+                with contextlib.suppress(DeviceError):
+                    self._range.close()
+                self._range = None
+            raise
+
+    def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's end the driver may be gone before us, and the end of the process unmaps everything.
+        if self._range is not None and not at_exit():
+            cuda_driver.finish(self._ordinal, self._range.close, keeps=self._lease)
+
+    def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
+        """A `cuda.core.Buffer`. A write through it kills this process's CUDA context."""
+        cuda_driver.initialise()  # before any lock, which another thread may have held when this process was forked
+        place = self._offsets[segment, copy]
+        assert self._range is not None  # there is a place in it
+        return self._make_buffer(self._ordinal, self._range.address + place + offset, length, self)
+
+    def _map(self, addresses: cuda_driver.AddressRange, wanted: Sequence[Wanted]) -> None:
+        offset = 0
+        for one in wanted:
+            assert isinstance(one.handle, int)  # `open_segments` has looked
+            allocation = cuda_driver.import_descriptor(one.handle)
+            try:
+                for copy in range(one.copies):
+                    addresses.map(offset, one.size, allocation)
+                    self._offsets[one.segment, copy] = offset
+                    offset += one.size
+            finally:
+                cuda_driver.release(allocation)
+        addresses.allow(writable=False)

@@ -1,0 +1,62 @@
+"""What every kind of device memory offers an attachment once it is mapped, and which module maps which kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from weightd.errors import DeviceMismatchError, ServerError
+
+from .host import HostSegments
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Memory = memoryview | Any
+"""A memoryview on the host, a `cuda.core.Buffer` on a GPU; `Any` for that one, which is not installed everywhere."""
+
+
+class Wanted(NamedTuple):
+    """A segment to map: its number in the manifest, its bytes, its descriptor or CUDA IPC handle, and how often.
+
+    `copies` is how many names at most have one address in it: each needs an address of its own.
+    """
+
+    segment: int
+    size: int
+    handle: int | bytes
+    copies: int
+
+
+class Segments(Protocol):
+    """Mapped segments. Whatever `buffer` returned keeps what it needs of them, and the lease, until it is gone."""
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the device in this process: "cpu", "cuda:1"."""
+
+    def buffer(self, segment: int, copy: int, offset: int, length: int) -> Memory:
+        """`length` bytes, not 0, at an offset of a segment; `copy` is less than the segment's `copies`.
+
+        Errors: KeyError (the segment is not mapped), DeviceError, ForkedError (the GPU's memory is the parent's).
+        """
+
+
+def open_segments(kind: str, uuid: str, wanted: Sequence[Wanted], lease: object) -> Segments:
+    """Map segments of a device; they keep the lease. Descriptors stay the caller's. On an error nothing stays mapped.
+
+    With nothing wanted no driver is needed. Errors: DeviceMismatchError (the device is not visible here, or of a kind
+    that this version does not know), DeviceError, ForkedError, OSError.
+    """
+    if kind not in ("host", "cuda_vmm", "cuda_ipc"):
+        raise DeviceMismatchError(f"{uuid} shares its memory by {kind!r}, which this version of weightd does not know")
+    if any(isinstance(one.handle, bytes) != (kind == "cuda_ipc") for one in wanted):
+        raise ServerError(f"the daemon sent handles that are not those of {kind}")
+    if kind == "host":
+        return HostSegments(wanted, lease)
+    if kind == "cuda_vmm":
+        from .cuda_vmm import VmmSegments
+
+        return VmmSegments(uuid, wanted, lease)
+    from .cuda_ipc import IpcSegments
+
+    return IpcSegments(uuid, wanted, lease)

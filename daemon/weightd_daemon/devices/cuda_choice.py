@@ -1,0 +1,121 @@
+"""Which GPUs to serve, and how each one's memory is shared: what the settings say, and what proves to work."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightd._mapping import cuda_driver as driver
+from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
+from weightd_daemon.config import ConfigError, means
+
+from .cuda_ipc import CudaIpcDevice
+from .cuda_vmm import CudaVmmDevice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .cuda_ipc import Holding
+    from .device import Device
+
+log = logging.getLogger(__name__)
+
+
+class Gpu(NamedTuple):
+    """A GPU that is served, and what settings may call it, most telling first."""
+
+    device: Device
+    names: tuple[str, ...]
+
+
+def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator[Gpu]:
+    """Open the GPUs that the setting `device` says; the caller closes each. Errors: ConfigError.
+
+    With "auto", one that cannot be used is left out, and the log says why; any other that is said must work.
+    """
+    optional = "auto" in said
+    wanted = [name for name in said if name != "host"]
+    if not wanted:
+        return
+    try:
+        visible = _visible(leave_out=optional)
+    except (DeviceMismatchError, DeviceError) as error:
+        if not optional:
+            raise ConfigError(f"device = {','.join(said)!r}: {error}") from error
+        broken = isinstance(error, DeviceError)
+        log.log(logging.WARNING if broken else logging.INFO, "no GPU: %s; serving host memory", error)
+        return
+    for ordinal in visible if optional else _chosen(wanted, visible):
+        uuid = visible[ordinal]
+        try:
+            device = _open(ordinal, transport, holding)
+        except WeightdError as error:
+            if not optional:
+                raise ConfigError(f"device {uuid} cannot be served: {error}") from error
+            log.warning("device %s is not served: %s", uuid, error)
+        else:
+            yield Gpu(device, (uuid, f"cuda:{ordinal}", "cuda"))
+
+
+def _visible(*, leave_out: bool) -> dict[driver.Ordinal, str]:
+    """The UUIDs of the GPUs, by ordinal. Errors: DeviceMismatchError; DeviceError, where none may be left out."""
+    found: dict[driver.Ordinal, str] = {}
+    for ordinal in range(driver.device_count()):
+        try:
+            found[ordinal] = driver.uuid_of(ordinal)
+        except DeviceError as error:
+            if not leave_out:
+                raise
+            log.warning("device cuda:%d is not served: %s", ordinal, error)
+    return found
+
+
+def _chosen(wanted: Sequence[str], visible: Mapping[driver.Ordinal, str]) -> list[driver.Ordinal]:
+    """The ordinals of GPUs by name, each once. Errors: ConfigError."""
+    ordinals: list[driver.Ordinal] = []
+    for said in wanted:
+        found = [
+            ordinal
+            for ordinal, uuid in visible.items()
+            if any(means(said, name) for name in (uuid, f"cuda:{ordinal}", "cuda"))
+        ]
+        if not found:
+            raise ConfigError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}")
+        if len(found) > 1 and said != "cuda":
+            raise ConfigError(f"device = {said!r}: means more than one of {_listed(visible)}; say more of it")
+        if twice := [ordinal for ordinal in found if ordinal in ordinals]:
+            raise ConfigError(f"device = {said!r}: is cuda:{twice[0]} ({visible[twice[0]]}), which is named already")
+        ordinals += found
+    return ordinals
+
+
+def _listed(visible: Mapping[driver.Ordinal, str]) -> str:
+    return ", ".join(f"cuda:{ordinal} ({uuid})" for ordinal, uuid in visible.items()) or "no GPU"
+
+
+def _open(ordinal: driver.Ordinal, transport: str, holding: Holding) -> Device:
+    """A GPU by the first transport that works when tried. Errors: DeviceError, DeviceMismatchError."""
+    if transport == "cuda_ipc":
+        return _tried(CudaIpcDevice(ordinal, holding))
+    try:
+        return _tried(CudaVmmDevice(ordinal))
+    except DeviceError as error:
+        if transport == "cuda_vmm":
+            raise
+        log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
+        try:
+            return _tried(CudaIpcDevice(ordinal, holding))
+        except DeviceError as other:
+            raise DeviceError(f"neither transport works: {error.message}; {other.message}") from other
+
+
+def _tried(device: Device) -> Device:
+    """A device that has made a segment. What the driver says that it can do is not always so (WSL, gVisor)."""
+    try:
+        device.release(device.create(device.page))
+    except MemoryError:
+        log.warning("device %s has no memory left for now", device.uuid)  # which says nothing against the transport
+    except BaseException:
+        device.close()
+        raise
+    return device

@@ -1,0 +1,56 @@
+"""What GPUs have in common, however their memory is shared."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Never
+
+from weightd._mapping import cuda_driver as driver
+from weightd.errors import DeviceError
+
+from .cuda_nvml import free_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
+
+class CudaDevice:
+    """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
+
+    kind: str
+    sparse = False
+    default_share = 0.8
+
+    def __init__(self, ordinal: driver.Ordinal) -> None:
+        """Errors: DeviceMismatchError (no such GPU), DeviceError."""
+        self.uuid = driver.uuid_of(ordinal)
+        self.name = driver.name_of(ordinal)
+        self._capacity = driver.total_memory(ordinal)
+
+    def capacity(self) -> int:
+        """The GPU's memory."""
+        return self._capacity
+
+    def available(self) -> int | None:
+        """What NVML says."""
+        return free_bytes(self.uuid)
+
+    def punch(self, segment: int, offset: int, length: int) -> Never:
+        """An allocation is all or nothing."""
+        raise NotImplementedError(f"{self.kind} memory has no holes")
+
+    @contextlib.contextmanager
+    def _allocating(self, size: int) -> Iterator[None]:
+        """Turn the driver's word that it has no `size` bytes left, although the budget may, into MemoryError."""
+        try:
+            yield
+        except DeviceError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            free = self.available()
+            known = "" if free is None else f", {free} bytes are free on it"
+            raise MemoryError(
+                f"no segment of {size} bytes: {self.uuid} is full{known} ({error.metadata['call']})"
+            ) from error

@@ -1,0 +1,78 @@
+"""GPU memory by CUDA's virtual memory management: a segment is one allocation, shared as a descriptor.
+
+The daemon allocates and exports, and never has a context: that would take 100 to 600 MiB of the GPU and die with the
+first error that sticks. The driver counts who maps, imports or holds a descriptor of an allocation, across processes,
+and frees it after the last; so memory that was released lives on under a client's mapping.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from itertools import count
+from typing import NamedTuple
+
+from weightd._mapping import cuda_driver as driver
+from weightd.errors import DeviceError
+
+from .cuda_device import CudaDevice
+
+log = logging.getLogger(__name__)
+
+
+class _Segment(NamedTuple):
+    size: int
+    allocation: driver.Allocation
+    descriptor: int
+
+
+class CudaVmmDevice(CudaDevice):
+    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it."""
+
+    kind = "cuda_vmm"
+    note = ""
+
+    def __init__(self, ordinal: int) -> None:
+        """Errors: DeviceMismatchError (no such GPU), DeviceError."""
+        super().__init__(ordinal)
+        self.page = driver.granularity(ordinal)
+        self._ordinal = ordinal
+        self._numbers = count(1)
+        self._segments: dict[int, _Segment] = {}
+
+    def create(self, size: int) -> int:
+        """Allocate `size` bytes of zeroes and export them."""
+        with self._allocating(size):
+            allocation = driver.create(self._ordinal, size)
+        try:
+            descriptor = driver.export(allocation)
+        except BaseException:
+            driver.release(allocation)
+            raise
+        segment = next(self._numbers)
+        self._segments[segment] = _Segment(size, allocation, descriptor)
+        return segment
+
+    def writable(self, segment: int) -> int:
+        """The exported descriptor; how it is mapped is the importer's choice."""
+        return self._segments[segment].descriptor
+
+    shared = writable
+
+    def allocated(self, segment: int) -> int:
+        """All of it, always."""
+        return self._segments[segment].size
+
+    def release(self, segment: int) -> None:
+        """Close the descriptor and give the allocation up."""
+        _, allocation, descriptor = self._segments.pop(segment)
+        os.close(descriptor)
+        driver.release(allocation)
+
+    def close(self) -> None:
+        """Release every segment. What the driver refuses ends with this process."""
+        for segment in list(self._segments):
+            try:
+                self.release(segment)
+            except DeviceError as error:
+                log.warning("device %s: a segment is not given back before the end: %s", self.uuid, error)

@@ -1,0 +1,27 @@
+"""Which access a loader uses for which kind of memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightd.errors import DeviceError, DeviceMismatchError
+
+from .host_io import HostIO
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from .device import SegmentHandle
+    from .segment_io import SegmentIO
+
+
+def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+    """Access to a device's segments; `segments` may grow meanwhile. Errors: DeviceError."""
+    if kind == "host":
+        return HostIO(segments)
+    from .cuda_io import CudaIO  # it needs cuda-bindings, which a loader of host memory must not
+
+    try:
+        return CudaIO(kind, uuid, segments)
+    except DeviceMismatchError as error:  # clients would take that for their own process
+        raise DeviceError(f"the loader cannot use the device: {error.message}") from error

@@ -1,0 +1,51 @@
+"""The loader's hands on segments: what it needs of a kind of memory to fill, read and compare them.
+
+A copy between a buffer and a segment may be asynchronous: it counts as done after `settle`. So a thread reads and
+hashes its next piece while the piece before is on its way.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+PIECE = 1 << 20
+"""Bytes of a buffer: large enough for the system calls, small enough for the second-level cache."""
+
+
+class Buffer(Protocol):
+    """PIECE bytes of this process's memory, page-aligned."""
+
+    view: memoryview
+    address: int
+
+
+class Staging(Protocol):
+    """One thread's buffers and copies. After an error of a copy only `close` may be called."""
+
+    def take(self) -> Buffer:
+        """A buffer for the caller's use, until it is written or put back; waits for a copy where all are taken."""
+
+    def put_back(self, buffer: Buffer) -> None:
+        """The buffer is not needed any more."""
+
+    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+        """Copy the first `size` bytes to `offset` of a segment. The buffer is put back when that is done."""
+
+    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+        """Fill the first `size` bytes from `offset` of a segment. The buffer stays the caller's."""
+
+    def settle(self) -> None:
+        """Wait until everything written and read is where it belongs. Errors: DeviceError."""
+
+    def close(self) -> None:
+        """Give the buffers up, whatever is under way."""
+
+
+class SegmentIO(Protocol):
+    """Access to segments of one device, opened as they are first used."""
+
+    def staging(self) -> Staging:
+        """Buffers for one thread: at least three."""
+
+    def close(self) -> None:
+        """Close the segments that were opened. All stagings must be closed before."""

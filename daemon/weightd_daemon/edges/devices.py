@@ -1,0 +1,41 @@
+"""What a request means by a device: a UUID, an unambiguous beginning of one, or nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightd.errors import InvalidReferenceError, NotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weightd_daemon.devices.device import Device
+
+_LEAST = len("GPU-") + 8
+"""Shortest beginning of a UUID that may stand for it."""
+
+
+def meant(devices: Mapping[str, Device], said: str) -> str:
+    """The UUID that a request says; nothing stays nothing. Errors: NotFoundError, InvalidReferenceError (ambiguous)."""
+    if not said or said in devices:
+        return said
+    found = [uuid for uuid in devices if len(said) >= _LEAST and uuid.lower().startswith(said.lower())]
+    if not found:
+        raise NotFoundError(f"device {said!r}: this daemon serves {_listed(devices)}")
+    if len(found) > 1:
+        raise InvalidReferenceError(f"device {said!r} means more than one of {', '.join(found)}; say more of it")
+    return found[0]
+
+
+def place(devices: Mapping[str, Device], default: str, said: str) -> str:
+    """Where a load goes: the device that the request says, or the default. Errors: as in `meant`, or it must say."""
+    uuid = meant(devices, said) or default
+    if not uuid:
+        raise InvalidReferenceError(f"this daemon serves several devices, {_listed(devices)}; say which with --device")
+    return uuid
+
+
+def _listed(devices: Mapping[str, Device]) -> str:
+    return ", ".join(
+        uuid if device.name == "host memory" else f"{uuid} ({device.name})" for uuid, device in devices.items()
+    )

@@ -1,0 +1,61 @@
+"""A load under way, and those who wait for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from .request import LoadRequest, Outcome, Progress
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from weightd_daemon.core.checkpoint import Checkpoint
+
+
+class Load:
+    """A load under way, and those who wait for it."""
+
+    def __init__(self, request: LoadRequest) -> None:
+        self.request = request
+        self.progress = Progress()
+        self.detached = request.detached
+        self.waiters: dict[int, LoadRequest] = {}
+        self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self.loader_there = asyncio.Event()
+        """Set when a loader has the intake: the files may come."""
+        self.files_there = asyncio.Event()
+        """Set when the loader has the files."""
+
+    async def has_loader(self) -> bool:
+        """Wait until a loader takes the files; False when the load ends before that."""
+        return await self._happens(self.loader_there)
+
+    async def has_files(self) -> bool:
+        """Wait until the loader has the files; False when the load ends before that."""
+        return await self._happens(self.files_there)
+
+    def report(self, progress: Progress) -> None:
+        """New figures."""
+        self.progress = progress
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def events(self) -> AsyncGenerator[Progress, None]:
+        """Progress, at once and until the load is done; its error is not raised here."""
+        if not self.done.done():
+            yield self.progress
+        while not self.done.done():
+            if await self._happens(self._changed):
+                yield self.progress
+
+    async def _happens(self, event: asyncio.Event) -> bool:
+        """Wait for an event, or for the end of the load; whether the event has happened."""
+        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
+        try:
+            await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        return event.is_set()

@@ -1,0 +1,249 @@
+"""Which GPUs a daemon serves and how: what settings may say, and what happens where something does not work."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar
+
+import pytest
+
+from weightd.errors import DeviceError, DeviceMismatchError
+from weightd_daemon.app import _budget, _default, _open
+from weightd_daemon.config import ConfigError, Settings
+from weightd_daemon.devices import cuda_choice
+
+GIB = 1 << 30
+UUIDS = [
+    "GPU-aaaa0000-0000-0000-0000-000000000000",
+    "GPU-aaaa0000-1111-0000-0000-000000000000",
+    "GPU-cccc0000-0000-0000-0000-000000000000",
+]
+HOLDING: Any = None  # passed through
+
+
+class FakeDevice:
+    """A GPU by one transport. `broken` (ordinal, kind) cannot make a segment; `full` ones have no memory left."""
+
+    broken: ClassVar[set[tuple[int, str]]] = set()
+    full: ClassVar[set[tuple[int, str]]] = set()
+    open: ClassVar[list[FakeDevice]] = []
+    page = 2 << 20
+    default_share = 0.8
+
+    def __init__(self, kind: str, ordinal: int) -> None:
+        self.kind = kind
+        self.key = (ordinal, kind)
+        self.uuid = UUIDS[ordinal]
+        self.segments = 0
+        self.open.append(self)
+
+    def capacity(self) -> int:
+        return 10 * GIB
+
+    def create(self, size: int) -> int:
+        if self.key in self.broken:
+            raise DeviceError(f"{self.kind} is not for {self.uuid}")
+        if self.key in self.full:
+            raise MemoryError
+        assert size == self.page
+        self.segments += 1
+        return self.segments
+
+    def release(self, segment: int) -> None:
+        self.segments -= 1
+
+    def close(self) -> None:
+        self.open.remove(self)
+
+
+@pytest.fixture(autouse=True)
+def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
+    monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
+    monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
+    monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
+    for name in ("broken", "full", "open"):
+        monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
+
+
+def served(device: str, **more: str) -> list[tuple[str, str]]:
+    """What is served, in order: (name, kind)."""
+    names = {"host": "host", **{uuid: f"cuda:{ordinal}" for ordinal, uuid in enumerate(UUIDS)}}
+    opened = [made for made, _ in _open(Settings(device=device, **more), HOLDING)]
+    assert [made for made in opened if isinstance(made, FakeDevice)] == FakeDevice.open
+    assert not any(made.segments for made in FakeDevice.open)
+    return [(names[made.uuid], made.kind) for made in opened]
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("auto", ["host", "cuda:0", "cuda:1", "cuda:2"]),
+        ("host", ["host"]),
+        ("cuda", ["cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda,host", ["host", "cuda:0", "cuda:1", "cuda:2"]),
+        ("cuda:2,cuda:0", ["cuda:2", "cuda:0"]),
+        ("GPU-cccc0000,host", ["host", "cuda:2"]),
+        (f"{UUIDS[1]}", ["cuda:1"]),
+    ],
+)
+def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
+    assert [name for name, _ in served(said)] == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0"),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there"),
+        ("GPU-aaaa0000", "means more than one of .*; say more of it"),
+        ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already"),
+    ],
+)
+def test_what_does_not_name_one_gpu_is_refused(said: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        served(said)
+    assert FakeDevice.open == []
+
+
+def test_without_a_driver_auto_serves_host_memory_and_the_log_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_driver() -> int:
+        raise DeviceMismatchError("no CUDA driver can be used here: libcuda is missing")
+
+    monkeypatch.setattr(cuda_choice.driver, "device_count", no_driver)
+    with caplog.at_level(logging.INFO):
+        assert served("auto") == [("host", "host")]
+    assert [record.message for record in caplog.records] == [
+        "no GPU: no CUDA driver can be used here: libcuda is missing; serving host memory"
+    ]
+    for said in ("cuda", "cuda:0", "host,GPU-cccc0000"):
+        with pytest.raises(ConfigError, match=r"device = .*libcuda is missing"):
+            served(said)
+    assert served("host") == [("host", "host")]
+
+
+def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> int:
+        raise DeviceError("cuDeviceGetCount failed")
+
+    monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
+    assert served("auto") == [("host", "host")]
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("WARNING", "no GPU: cuDeviceGetCount failed; serving host memory")
+    ]
+
+
+def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def uuid_of(ordinal: int) -> str:
+        if ordinal == 1:
+            raise DeviceError("cuDeviceGetUuid failed")
+        return UUIDS[ordinal]
+
+    monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
+    assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
+    assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
+    FakeDevice.open.clear()
+    for said in ("cuda", "cuda:1"):
+        with pytest.raises(ConfigError, match=f"device = '{said}': cuDeviceGetUuid failed"):
+            served(said)
+
+
+def test_cuda_ipc_is_used_where_exporting_fails_and_the_rest_stays() -> None:
+    FakeDevice.broken |= {(1, "cuda_vmm")}
+    assert served("cuda") == [("cuda:0", "cuda_vmm"), ("cuda:1", "cuda_ipc"), ("cuda:2", "cuda_vmm")]
+
+
+def test_a_transport_that_is_said_is_the_one_that_is_used() -> None:
+    assert served("cuda:0", transport="cuda_ipc") == [("cuda:0", "cuda_ipc")]
+    FakeDevice.open.clear()
+    FakeDevice.broken |= {(1, "cuda_vmm")}
+    with pytest.raises(ConfigError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
+        served("cuda:1", transport="cuda_vmm")
+    assert FakeDevice.open == []
+
+
+def test_a_gpu_that_works_in_no_way_is_left_out_by_auto_and_refused_where_it_was_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    FakeDevice.broken |= {(1, "cuda_vmm"), (1, "cuda_ipc")}
+    assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        f"device {UUIDS[1]} is not served: neither transport works: "
+        f"cuda_vmm is not for {UUIDS[1]}; cuda_ipc is not for {UUIDS[1]}"
+    ]
+    FakeDevice.open.clear()
+    with pytest.raises(ConfigError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
+        served("cuda:1")
+
+
+def test_a_gpu_that_is_full_when_tried_is_served_all_the_same() -> None:
+    FakeDevice.full |= {(0, "cuda_vmm")}
+    assert served("cuda:0") == [("cuda:0", "cuda_vmm")]
+
+
+def test_a_budget_for_a_device_that_is_not_served_is_refused() -> None:
+    for device, budget in (("host", "cuda:0=1GiB"), ("cuda:0", "cuda:1=50%"), ("cuda", "host=1GiB,cuda=50%")):
+        with pytest.raises(ConfigError, match=r"budget = .* is not served"):
+            served(device, budget=budget)
+        FakeDevice.open.clear()
+    for device, budget in (("host,cuda:0", "cuda:0=1GiB"), ("cuda:0", "cuda=50%"), ("auto", "GPU-cccc0000=50%")):
+        served(device, budget=budget)
+        FakeDevice.open.clear()
+
+
+def test_a_budget_for_a_uuid_that_means_several_devices_is_refused() -> None:
+    with pytest.raises(ConfigError, match=f"GPU-aaaa0000 means more than one of {UUIDS[0]}, {UUIDS[1]}; say more of"):
+        served("cuda", budget="GPU-aaaa0000=1GiB")
+    FakeDevice.open.clear()
+    served("cuda:0", budget="GPU-aaaa0000=1GiB")  # only one of those that are served
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", 8 * GIB),
+        ("50%", 5 * GIB),
+        ("1GiB,cuda=2GiB", 2 * GIB),
+        ("1GiB,cuda=2GiB,cuda:0=3GiB", 3 * GIB),
+        ("cuda:0=3GiB,GPU-aaaa0000=4GiB", 4 * GIB),
+        ("cuda:0=5000000", 4 << 20),
+    ],
+)
+def test_a_budget_is_what_says_most_of_the_device_in_whole_pages(said: str, expected: int) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    assert _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == expected
+
+
+@pytest.mark.parametrize("said", ["11GiB", "1GiB,cuda=11GiB"])
+def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, caplog: pytest.LogCaptureFixture) -> None:
+    """`serve --budget 64GiB` goes on serving host memory when the machine gets a small GPU."""
+    device: Any = FakeDevice("cuda_vmm", 0)
+    with caplog.at_level(logging.INFO):
+        assert _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == 10 * GIB
+    assert [record.message for record in caplog.records] == [
+        f"budget of {UUIDS[0]}: {10 * GIB} bytes is all that it has, of the {11 * GIB} said"
+    ]
+    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from"):
+        _budget(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
+
+
+@pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
+def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.0 GiB here"):
+        _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda"))
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("host", "host"), ("cuda:1", UUIDS[1]), ("host,cuda:1", UUIDS[1]), ("cuda", ""), ("auto", "")],
+)
+def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
+    devices = {made.uuid: made for made, _ in _open(Settings(device=said), HOLDING)}
+    assert _default(devices) == expected

@@ -1,0 +1,277 @@
+"""The holder process of memory shared by CUDA IPC, on the double: what its end means, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support import fakecuda
+from support.daemon import environment, eventually
+from weightd.errors import DeviceError
+from weightd_daemon.devices import cuda_ipc
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+
+
+@pytest.fixture(autouse=True)
+def on_the_double(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in fakecuda.environment(fake_driver).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        yield loop
+
+
+class Losses:
+    """What the daemon is told of losses."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.told: list[tuple[str, str]] = []
+        self.holding = Holding(loop, self.tell)
+        self._loop = loop
+        self._arrived = asyncio.Event()
+
+    def tell(self, uuid: str, reason: str) -> None:
+        self.told.append((uuid, reason))
+        self._arrived.set()
+
+    def wait(self) -> None:
+        """Let the loop run until a loss is told."""
+        self._loop.run_until_complete(asyncio.wait_for(self._arrived.wait(), 10))
+        self._arrived.clear()
+
+
+@pytest.fixture
+def losses(loop: asyncio.AbstractEventLoop) -> Losses:
+    return Losses(loop)
+
+
+@pytest.fixture
+def device(losses: Losses) -> Iterator[CudaIpcDevice]:
+    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+        yield device
+
+
+def holder(device: CudaIpcDevice) -> int:
+    assert device._holder is not None
+    return device._holder.pid
+
+
+def run_until(loop: asyncio.AbstractEventLoop, check: Callable[[], object]) -> None:
+    eventually(lambda: loop.run_until_complete(asyncio.sleep(0)) or check())
+
+
+def create(device: CudaIpcDevice, loop: asyncio.AbstractEventLoop) -> int:
+    """A segment, as soon as the next holder is ready."""
+    run_until(loop, lambda: device._holder is not None and device._holder.ready)
+    return device.create(device.page)
+
+
+def test_a_killed_holder_is_told_as_a_loss_and_another_takes_its_place(
+    device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop
+) -> None:
+    segment, first = device.create(device.page), holder(device)
+    os.kill(first, signal.SIGKILL)
+    losses.wait()
+    assert losses.told == [
+        (device.uuid, f"the process that holds the memory of {device.uuid} (pid {first}) was ended by SIGKILL")
+    ]
+    assert fakecuda.device_bytes(0) == 0
+    device.release(segment)  # which may have been under way
+
+    another = create(device, loop)
+    assert another > segment
+    assert holder(device) != first
+    assert str(holder(device)) in device.note
+    assert fakecuda.device_bytes(0) == device.page
+    assert len(losses.told) == 1
+
+
+def test_until_its_loss_is_told_nothing_is_made_that_would_be_lost_with_it(
+    device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop
+) -> None:
+    first = holder(device)
+    os.kill(first, signal.SIGKILL)
+    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(DeviceError, match="has ended; load again"):
+        device.create(device.page)
+    assert losses.told == []
+    losses.wait()
+    create(device, loop)
+
+
+def test_a_holder_that_hangs_is_ended_and_told_as_a_loss(
+    device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_ipc, "_ANSWER_SECONDS", 0.1)
+    os.kill(holder(device), signal.SIGSTOP)
+    with pytest.raises(DeviceError, match="gave no answer"):
+        device.create(device.page)
+    losses.wait()
+    create(device, loop)
+
+
+def test_while_the_next_holder_starts_nobody_waits_for_it(
+    device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop
+) -> None:
+    first = holder(device)
+    os.kill(first, signal.SIGKILL)
+    losses.wait()
+    second = holder(device)  # started already
+    os.kill(second, signal.SIGSTOP)
+    why = rf"\(pid {second}\) is being started \(.*\(pid {first}\) was ended by SIGKILL\); try again"
+    with pytest.raises(DeviceError, match=why):
+        device.create(device.page)
+    os.kill(second, signal.SIGCONT)
+    create(device, loop)
+    assert holder(device) == second
+    assert len(losses.told) == 1
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_next_holder_that_cannot_start_says_why_and_is_followed_by_another_when_memory_is_wanted(
+    late: bool,
+    device: CudaIpcDevice,
+    losses: Losses,
+    loop: asyncio.AbstractEventLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with monkeypatch.context() as patch:
+        if late:
+            patch.setattr(cuda_ipc, "_START_SECONDS", 0.0)
+        else:
+            patch.setenv("FAKECUDA_FAIL", "cuInit:999")
+        os.kill(holder(device), signal.SIGKILL)
+        losses.wait()
+        run_until(loop, lambda: device._holder is None)
+    why = "was not ready in 0 s" if late else "no CUDA device can be used here: cuInit failed"
+    (said,) = caplog.messages
+    assert f"device {device.uuid} has no holder" in said
+    assert why in said
+    with pytest.raises(DeviceError, match=f"is being started .*{why}.*try again"):
+        device.create(device.page)
+    create(device, loop)
+    assert len(losses.told) == 1  # nothing lay in the one that did not start
+
+
+def test_ctrl_c_and_a_stop_of_the_service_leave_its_end_to_the_daemon(device: CudaIpcDevice, losses: Losses) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(holder(device), number)
+    device.create(device.page)
+    assert losses.told == []
+
+
+def test_closing_leaves_no_process_and_is_no_loss(losses: Losses, loop: asyncio.AbstractEventLoop) -> None:
+    device = CudaIpcDevice(0, losses.holding)
+    device.create(device.page)
+    pid = holder(device)
+    device.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    loop.run_until_complete(asyncio.sleep(0))
+    assert losses.told == []
+    assert fakecuda.device_bytes(0) == 0
+
+
+@pytest.mark.parametrize("call", ["cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent"])
+def test_a_holder_that_cannot_start_says_why_and_leaves_nothing(
+    call: str, losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    monkeypatch.setenv("FAKECUDA_FAIL", f"{call}:999")
+    monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
+    with pytest.raises(DeviceError, match=f"{call} failed with CUDA_ERROR_UNKNOWN"):
+        CudaIpcDevice(0, losses.holding)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert losses.told == []
+
+
+def test_a_holder_whose_driver_cannot_free_ends(
+    losses: Losses, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKECUDA_FAIL", "cuMemFree:719")
+    monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
+    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+        device.release(device.create(device.page))
+        losses.wait()
+        assert losses.told[0][1].endswith("ended with code 1")
+    assert "cuMemFree failed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("fails", "expected"),
+    [
+        ("cuMemsetD8:999", DeviceError),
+        ("cuMemsetD8:999,cuMemFree:719", DeviceError),
+        ("cuMemAlloc:700", DeviceError),  # which sticks to its context
+        ("cuMemsetD8:2,cuMemFree:719", MemoryError),
+    ],
+)
+def test_a_holder_that_may_have_more_than_the_books_or_a_dead_context_says_why_and_ends(
+    fails: str, expected: type[Exception], losses: Losses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKECUDA_FAIL", fails)
+    monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
+    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+        with pytest.raises(expected, match=fails.partition(":")[0]):
+            device.create(device.page)
+        losses.wait()
+        assert losses.told[0][1].endswith("ended with code 1")
+        assert fakecuda.device_bytes(0) == 0
+
+
+def test_a_full_device_is_not_the_end_of_its_holder(losses: Losses, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in ("cuMemAlloc", "cuMemsetD8", "cuCtxSynchronize", "cuIpcGetMemHandle"):
+        monkeypatch.setenv("FAKECUDA_FAIL", f"{call}:2:2")
+        monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
+        with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+            device.create(device.page)
+            with pytest.raises(MemoryError, match=call):
+                device.create(device.page)
+            device.create(device.page)
+            assert fakecuda.device_bytes(0) == 2 * device.page
+    assert losses.told == []
+
+
+# A daemon with a lock, reduced to its device; it says which process holds.
+DAEMON = """
+import asyncio, fcntl, os, sys, time
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+
+lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+fcntl.flock(lock, fcntl.LOCK_EX)
+device = CudaIpcDevice(0, Holding(asyncio.new_event_loop(), print, inherited=(lock,)))
+device.create(device.page)
+print(device._holder.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_holder_dies_with_the_daemon_and_keeps_its_lock_until_then(fake_driver: Path, tmp_path: Path) -> None:
+    variables = {**environment(), **fakecuda.environment(fake_driver)}
+    command = [sys.executable, "-c", DAEMON, str(tmp_path / "lock")]
+    with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            assert daemon.stdout is not None
+            pid = int(daemon.stdout.readline())
+            holder = os.pidfd_open(pid)
+            assert "lock" in {Path(os.readlink(f"/proc/{pid}/fd/{fd}")).name for fd in os.listdir(f"/proc/{pid}/fd")}
+            assert fakecuda.device_bytes(0) == 2 << 20
+            os.kill(pid, signal.SIGSTOP)  # so that it cannot see that the daemon has hung up
+        finally:
+            daemon.kill()
+    with open(holder, "rb") as ended:
+        assert select.select([ended], [], [], 1.0)[0], f"holder {pid} lives on"
+    assert fakecuda.device_bytes(0) == 0

@@ -1,0 +1,48 @@
+"""A loader's access to host memory: both ways of writing put the same bytes at the same place."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from weightd_daemon.devices import host_io
+from weightd_daemon.devices.device import SegmentHandle
+
+
+@pytest.mark.parametrize("by_mapping", [False, True])
+def test_bytes_arrive_where_they_should(by_mapping: bool) -> None:
+    descriptor = os.memfd_create("segment")
+    os.ftruncate(descriptor, 8 << 20)
+    io = host_io.HostIO({7: SegmentHandle(7, 8 << 20, descriptor)}, by_mapping=by_mapping)
+    staging = io.staging()
+    buffer = staging.take()
+    buffer.view[:5000] = content = bytes(range(250)) * 20
+    staging.write(buffer, 5000, 7, 12_345)
+    staging.settle()
+    assert os.pread(descriptor, 5002, 12_344) == b"\0" + content + b"\0"
+    back = staging.take()
+    staging.read(back, 5002, 7, 12_344)
+    assert back.view[:5002] == b"\0" + content + b"\0"
+    staging.close()
+    io.close()
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("always within_size [advise] never deny force\n", True),
+        ("always within_size advise [never] deny force\n", False),
+        ("[always] within_size advise never deny force\n", False),
+    ],
+)
+def test_advice_is_read_from_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, expected: bool
+) -> None:
+    setting = tmp_path / "shmem_enabled"
+    monkeypatch.setattr(host_io, "_SETTING", setting)
+    assert not host_io.huge_pages_by_advice()
+    setting.write_text(text)
+    assert host_io.huge_pages_by_advice() is expected

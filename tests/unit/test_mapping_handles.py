@@ -1,0 +1,115 @@
+"""What a client receives on the handle socket for its segments: descriptors or CUDA IPC handles, over many batches."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from weightd._handles import MAX_FRAME, HandleConnection, Received
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import ServerError
+
+Frame = tuple[handles_pb2.HandleReply, int]
+"""A reply and how many descriptors go with it."""
+
+
+class Answers:
+    """A daemon that says what it is told, frame by frame, to one client."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "w.sock"
+        self.acks = 0
+        self._frames: list[Frame] = [(handles_pb2.HandleReply(hello=handles_pb2.HelloReply(protocol=1)), 0)]
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(f"{self.path}.handles")
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve)
+
+    def ask(self, *frames: Frame) -> Received:
+        """Attach, and be answered with `frames`."""
+        self._frames += frames
+        self._thread.start()
+        connection = HandleConnection(self.path, timeout=5)
+        try:
+            return connection.attach(handles_pb2.AttachRequest(reference="m"))
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self._thread.join(10)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        peer, _ = self._listener.accept()
+        peer.settimeout(5)
+        with peer, open(os.devnull) as null:
+            for reply, descriptors in self._frames:
+                request = handles_pb2.HandleRequest.FromString(peer.recv(MAX_FRAME))
+                self.acks += request.WhichOneof("body") == "ack"
+                socket.send_fds(peer, [reply.SerializeToString()], [null.fileno()] * descriptors)
+            peer.recv(MAX_FRAME)  # until the client has hung up
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Iterator[Answers]:
+    made = Answers(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_is_left() -> Iterator[None]:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def attach(segments: int, descriptors: int = 1, handles: list[bytes] | None = None) -> Frame:
+    reply = handles_pb2.AttachReply(lease=7, segments=range(segments), descriptors=descriptors, handles=handles or [])
+    return handles_pb2.HandleReply(attach=reply), descriptors
+
+
+def batch(descriptors: int = 0, handles: list[bytes] | None = None) -> Frame:
+    reply = handles_pb2.DescriptorBatch(descriptors=descriptors, handles=handles or [])
+    return handles_pb2.HandleReply(batch=reply), descriptors
+
+
+def test_ipc_handles_are_collected_over_batches_in_order(answers: Answers) -> None:
+    handles = [number.to_bytes(64, "big") for number in range(600)]
+    received = answers.ask(
+        attach(600, handles=handles[:252]), batch(handles=handles[252:505]), batch(handles=handles[505:])
+    )
+    assert received.handles == handles
+    assert received.descriptors == [received.lease]
+    assert received.reply.lease == 7
+    assert answers.acks == 2
+    os.close(received.lease)
+
+
+def test_descriptors_are_collected_over_batches(answers: Answers) -> None:
+    received = answers.ask(attach(300, descriptors=253), batch(descriptors=48))
+    assert len(received.handles) == 300
+    assert answers.acks == 1
+    for descriptor in received.descriptors:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("length", [0, 63, 65])
+def test_a_handle_of_a_wrong_length_is_refused(length: int, answers: Answers) -> None:
+    with pytest.raises(ServerError, match="wrong length"):
+        answers.ask(attach(2, handles=[bytes(64), bytes(length)]))
+
+
+def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
+    with pytest.raises(ServerError, match="without descriptors or handles"):
+        answers.ask(attach(2, handles=[bytes(64)]), batch())
+
+
+def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:
+    with pytest.raises(ServerError, match="no descriptor of the lease"):
+        answers.ask(attach(1, descriptors=0, handles=[bytes(64), bytes(64)]))
