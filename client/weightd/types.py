@@ -88,6 +88,15 @@ class TensorInfo(NamedTuple):
     file: int
 
 
+class DerivedView(NamedTuple):
+    """Tensors of one component that lie in one segment, one behind the other, as a framework fuses them into one."""
+
+    component: str
+    name: str
+    members: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """How a load gets on; `phase` is "opening", "hashing" or "copying"."""

@@ -32,6 +32,32 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_F64: _ClassVar[DType]
     DTYPE_I64: _ClassVar[DType]
     DTYPE_U64: _ClassVar[DType]
+    DTYPE_GGML_Q4_0: _ClassVar[DType]
+    DTYPE_GGML_Q4_1: _ClassVar[DType]
+    DTYPE_GGML_Q5_0: _ClassVar[DType]
+    DTYPE_GGML_Q5_1: _ClassVar[DType]
+    DTYPE_GGML_Q8_0: _ClassVar[DType]
+    DTYPE_GGML_Q8_1: _ClassVar[DType]
+    DTYPE_GGML_Q2_K: _ClassVar[DType]
+    DTYPE_GGML_Q3_K: _ClassVar[DType]
+    DTYPE_GGML_Q4_K: _ClassVar[DType]
+    DTYPE_GGML_Q5_K: _ClassVar[DType]
+    DTYPE_GGML_Q6_K: _ClassVar[DType]
+    DTYPE_GGML_Q8_K: _ClassVar[DType]
+    DTYPE_GGML_IQ2_XXS: _ClassVar[DType]
+    DTYPE_GGML_IQ2_XS: _ClassVar[DType]
+    DTYPE_GGML_IQ3_XXS: _ClassVar[DType]
+    DTYPE_GGML_IQ1_S: _ClassVar[DType]
+    DTYPE_GGML_IQ4_NL: _ClassVar[DType]
+    DTYPE_GGML_IQ3_S: _ClassVar[DType]
+    DTYPE_GGML_IQ2_S: _ClassVar[DType]
+    DTYPE_GGML_IQ4_XS: _ClassVar[DType]
+    DTYPE_GGML_IQ1_M: _ClassVar[DType]
+    DTYPE_GGML_TQ1_0: _ClassVar[DType]
+    DTYPE_GGML_TQ2_0: _ClassVar[DType]
+    DTYPE_GGML_MXFP4: _ClassVar[DType]
+    DTYPE_GGML_NVFP4: _ClassVar[DType]
+    DTYPE_GGML_Q1_0: _ClassVar[DType]
 DTYPE_UNSPECIFIED: DType
 DTYPE_BOOL: DType
 DTYPE_F4: DType
@@ -55,6 +81,32 @@ DTYPE_C64: DType
 DTYPE_F64: DType
 DTYPE_I64: DType
 DTYPE_U64: DType
+DTYPE_GGML_Q4_0: DType
+DTYPE_GGML_Q4_1: DType
+DTYPE_GGML_Q5_0: DType
+DTYPE_GGML_Q5_1: DType
+DTYPE_GGML_Q8_0: DType
+DTYPE_GGML_Q8_1: DType
+DTYPE_GGML_Q2_K: DType
+DTYPE_GGML_Q3_K: DType
+DTYPE_GGML_Q4_K: DType
+DTYPE_GGML_Q5_K: DType
+DTYPE_GGML_Q6_K: DType
+DTYPE_GGML_Q8_K: DType
+DTYPE_GGML_IQ2_XXS: DType
+DTYPE_GGML_IQ2_XS: DType
+DTYPE_GGML_IQ3_XXS: DType
+DTYPE_GGML_IQ1_S: DType
+DTYPE_GGML_IQ4_NL: DType
+DTYPE_GGML_IQ3_S: DType
+DTYPE_GGML_IQ2_S: DType
+DTYPE_GGML_IQ4_XS: DType
+DTYPE_GGML_IQ1_M: DType
+DTYPE_GGML_TQ1_0: DType
+DTYPE_GGML_TQ2_0: DType
+DTYPE_GGML_MXFP4: DType
+DTYPE_GGML_NVFP4: DType
+DTYPE_GGML_Q1_0: DType
 
 class HandleRequest(_message.Message):
     __slots__ = ("hello", "attach", "ack", "offer", "detach")
@@ -214,7 +266,7 @@ class IntakeAck(_message.Message):
     def __init__(self, received: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants", "kind")
+    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants", "kind", "views")
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
@@ -231,6 +283,7 @@ class Manifest(_message.Message):
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
+    VIEWS_FIELD_NUMBER: _ClassVar[int]
     content_digest: str
     device: str
     components: _containers.RepeatedScalarFieldContainer[str]
@@ -247,7 +300,20 @@ class Manifest(_message.Message):
     digests: bytes
     variants: _containers.RepeatedScalarFieldContainer[int]
     kind: str
-    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ...) -> None: ...
+    views: _containers.RepeatedCompositeFieldContainer[DerivedView]
+    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ..., views: _Optional[_Iterable[_Union[DerivedView, _Mapping]]] = ...) -> None: ...
+
+class DerivedView(_message.Message):
+    __slots__ = ("name", "component", "members", "shape")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    COMPONENT_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    component: int
+    members: _containers.RepeatedScalarFieldContainer[int]
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., component: _Optional[int] = ..., members: _Optional[_Iterable[int]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ManifestFile(_message.Message):
     __slots__ = ("component", "file", "metadata", "has_metadata")
