@@ -43,7 +43,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     ),
 }
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
-LAZILY_IN = {"torch": ("weightd.attachment",), "weightd.torch": ("weightd.attachment",)}
+LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
 
 DYNAMIC = {"import_module", "__import__"}
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from ._mapping import host
 from ._mapping.segments import Wanted, open_segments
@@ -130,6 +130,14 @@ class Attachment:
         return MappingProxyType(self._tensors)
 
     @property
+    def torch_device(self) -> str:
+        """What torch calls the device in this process, such as "cuda:1".
+
+        Errors: InvalidReferenceError (closed), DeviceMismatchError.
+        """
+        return self._opened.torch_device
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the checkpoint's parts; ("",) for a plain checkpoint."""
         return tuple(self._component_names)
@@ -183,6 +191,26 @@ class Attachment:
             for info in self._tensors.values()
             if info.component == component
         }
+
+    def holds(self, address: int, length: int) -> bool:
+        """Whether `length` bytes at an address of this process lie in memory that is attached.
+
+        Errors: InvalidReferenceError (closed).
+        """
+        return any(start <= address and address + length <= start + size for start, size in self._opened.ranges())
+
+    def load_into(self, module: torch.nn.Module, component: str | None = None, *, strict: bool = True) -> Any:
+        """Put attached tensors in the place of a module's parameters, without a copy: assign, tie, freeze.
+
+        As `module.load_state_dict(…, assign=True)`, and it returns what that returns: missing and unexpected keys. What
+        is more: parameters that are tied stay tied, also where the checkpoint has one of their names only; buffers get
+        private copies, for frameworks write to them; what is shared has `requires_grad=False`. The module may be on
+        torch's "meta" device, but buffers that a checkpoint does not have are then the caller's to make.
+        Errors: as of `state_dict`; RuntimeError, as torch raises it (keys with `strict`, shapes).
+        """
+        from .integrations.modules import load_into
+
+        return load_into(module, self, component=component, strict=strict)
 
     def _find(self, name: str, component: str) -> TensorInfo:
         try:

@@ -78,6 +78,15 @@ def resolve(reference: str | os.PathLike[str]) -> Resolved:
     return Resolved(_require_utf8(name), sources)
 
 
+def folder_of(reference: str | os.PathLike[str]) -> Path:
+    """The directory in which a reference's files lie, configuration and all. Errors: those of `resolve`."""
+    name = reference_name(reference)
+    if not is_path(reference):
+        return find_snapshot(name)[0]
+    path = Path(name)
+    return path if path.is_dir() else path.parent
+
+
 def open_sources(resolved: Resolved) -> OpenedSources:
     """Open the files of a resolved reference; use the result in a `with` statement."""
     return OpenedSources(resolved.sources)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import torch
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .attachment import Attachment
 
 Fallback = Literal["error", "wait", "local"]
+T = TypeVar("T")
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -141,10 +142,12 @@ class safe_open:  # noqa: N801  # safetensors' name
         self._name = os.fspath(filename)
         self._attachment: Attachment | None = None
         self._local: Any = None
-        place = _device_name(device)
+        place = device_name(device)
         try:
             path = os.path.join(os.curdir, self._name) if not os.path.isabs(self._name) else self._name
-            self._attachment = _attach(path, place, wait=fallback == "wait")
+            self._attachment = when_reachable(
+                lambda: shared_client().attach(path, device=place), wait=fallback == "wait"
+            )
         except (DaemonUnreachableError, CapacityError) as error:
             if fallback != "local":
                 raise
@@ -229,19 +232,22 @@ _shared: dict[tuple[int, str | None], Client] = {}
 _shared_lock = threading.Lock()
 
 
-def _attach(path: str, device: str, *, wait: bool) -> Attachment:
-    """Attach a file, with `wait` as soon as a daemon answers. Threads that do not wait are not held up."""
+def when_reachable(call: Callable[[], T], *, wait: bool) -> T:
+    """What `call` returns; with `wait` as soon as a daemon answers. Threads that do not wait are not held up."""
     while True:
         try:
-            return _client().attach(path, device=device)
+            return call()
         except DaemonUnreachableError:
             if not wait:
                 raise
             time.sleep(RETRY_SECONDS)
 
 
-def _client() -> Client:
-    """The process's own client for these functions: one per address, made anew in a forked child."""
+def shared_client() -> Client:
+    """The process's own client for what is given none: one per address, made anew in a forked child.
+
+    Errors: DaemonUnreachableError.
+    """
     key = os.getpid(), os.environ.get("WEIGHTD_SOCKET")
     with _shared_lock:
         if key not in _shared:
@@ -250,7 +256,8 @@ def _client() -> Client:
         return _shared[key]
 
 
-def _device_name(device: str | int | torch.device) -> str:
+def device_name(device: str | int | torch.device) -> str:
+    """What the client calls a device of torch."""
     if isinstance(device, int):
         return f"cuda:{device}"
     return str(device)

@@ -30,6 +30,7 @@ class IpcSegments(CudaSegments):
     def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
         super().__init__(uuid)
         self._opened: dict[int, _Memory] = {}
+        self._sizes = {one.segment: one.size for one in wanted}
         self._copies: weakref.WeakValueDictionary[tuple[int, int, int], _Memory] = weakref.WeakValueDictionary()
         if not wanted:
             return
@@ -48,6 +49,10 @@ class IpcSegments(CudaSegments):
         # that goes.
         if self._opened and not at_exit():
             cuda_driver.finish(self._ordinal, self._opened.clear, keeps=self._lease)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """One for each handle. Private copies, which a second name gets, are not among them."""
+        return [(memory.address, self._sizes[segment]) for segment, memory in self._opened.items()]
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`: for `copy` 0 of the shared bytes, else of a copy that lasts while it is used."""

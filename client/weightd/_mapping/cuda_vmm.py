@@ -50,6 +50,10 @@ class VmmSegments(CudaSegments):
         if self._range is not None and not at_exit():
             cuda_driver.finish(self._ordinal, self._range.close, keeps=self._lease)
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """One for all."""
+        return [] if self._range is None else [(self._range.address, self._range.size)]
+
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`. A write through it kills this process's CUDA context."""
         cuda_driver.initialise()  # before any lock, which another thread may have held when this process was forked

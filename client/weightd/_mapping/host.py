@@ -89,6 +89,10 @@ class HostSegments:
             for copy in range(one.copies):
                 self._buffers[one.segment, copy] = map_segment(one.handle, one.size, lease)
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """One for each mapping."""
+        return [(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)) for view in self._buffers.values()]
+
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
         """The bytes, copy-on-write."""
         return self._buffers[segment, copy][offset : offset + length]

@@ -34,6 +34,9 @@ class Segments(Protocol):
     def torch_device(self) -> str:
         """What torch calls the device in this process: "cpu", "cuda:1"."""
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """Address and length of everything that is mapped."""
+
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Memory:
         """`length` bytes, not 0, at an offset of a segment; `copy` is less than the segment's `copies`.
 

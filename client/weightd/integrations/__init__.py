@@ -1,0 +1,1 @@
+"""Frameworks' own loading, on shared memory: a module for each framework."""
