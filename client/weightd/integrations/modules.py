@@ -68,11 +68,16 @@ def load_into(
     module: torch.nn.Module, attachment: Attachment, *, component: str | None = None, strict: bool = True
 ) -> Any:
     """Assign attached tensors to parameters, and private copies to buffers; see `Attachment.load_into`."""
+    return assign(module, attachment.state_dict(component), attachment, strict=strict)
+
+
+def assign(
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], attachment: Attachment, *, strict: bool
+) -> Any:
+    """The same with tensors of an attachment by the module's own names."""
     tied = list(_tied(module))
     buffers = dict(module.named_buffers(remove_duplicate=False))
-    state = {
-        name: tensor.clone() if name in buffers else tensor for name, tensor in attachment.state_dict(component).items()
-    }
+    state = {name: tensor.clone() if name in buffers else tensor for name, tensor in tensors.items()}
     present = set(state)
     for names in tied:  # a checkpoint often has a tied tensor under one of its names only
         given = [name for name in names if name in present]
@@ -145,6 +150,11 @@ def keep_report(module: torch.nn.Module, found: SharingReport) -> None:
     """Remember the report of a module, and log it: as a warning where something had to be copied."""
     _reports[module] = found
     log.log(logging.WARNING if found.copied else logging.INFO, "%s: %s", type(module).__name__, found)
+
+
+def is_shared(module: torch.nn.Module) -> bool:
+    """Whether an integration has loaded a module, and it was not made private since."""
+    return module in _reports
 
 
 def report(module: torch.nn.Module) -> SharingReport:

@@ -116,7 +116,7 @@ def from_pretrained(
         raise InvalidReferenceError(f"{os.fspath(reference)}: {why}; load it with transformers itself")
     if model_class is None:
         model_class = _named_class(folder)
-    with _attached(client or shared_client(), reference, folder, device_name(device)) as attachment:
+    with attached(client or shared_client(), reference, folder, device_name(device)) as attachment:
         return load(model_class, attachment, folder, dtype=dtype, allow_copy=allow_copy, **kwargs)
 
 
@@ -131,7 +131,7 @@ def load(
     **kwargs: Any,
 ) -> Any:
     """As `from_pretrained`, on an attachment that is there; `folder` holds the configuration of its `component`."""
-    stored = _dtype(attachment, component, dtype, folder, allow_copy=allow_copy)
+    stored = checked_dtype(attachment, component, dtype, folder, allow_copy=allow_copy)
     token = _request.set(_Request(attachment, folder, component, stored))
     try:
         loaded = model_class.from_pretrained(folder, **{"local_files_only": True, **kwargs})
@@ -207,8 +207,8 @@ def _load_installed(cls: Any, settings: _Settings, path: Any, args: tuple[Any, .
     dtype = next((dtype for dtype in dtypes if dtype not in (None, "auto")), None)
     try:
         client = when_reachable(shared_client, wait=settings.fallback == "wait")
-        with _attached(client, reference, folder, device) as attachment:
-            stored = _dtype(attachment, "", dtype, folder, allow_copy=settings.allow_copy)
+        with attached(client, reference, folder, device) as attachment:
+            stored = checked_dtype(attachment, "", dtype, folder, allow_copy=settings.allow_copy)
             return _load(cls, _Request(attachment, folder, "", stored), args, ours)
     except (DaemonUnreachableError, CapacityError) as error:
         if settings.fallback != "local":
@@ -270,7 +270,7 @@ def _named_class(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _attached(client: Client, reference: str | os.PathLike[str], folder: Path, device: str) -> Iterator[Attachment]:
+def attached(client: Client, reference: str | os.PathLike[str], folder: Path, device: str) -> Iterator[Attachment]:
     """Attach what a reference names, loading it where it is not resident."""
     if is_path(reference):
         attachment = client.attach(folder, device=device)
@@ -281,7 +281,7 @@ def _attached(client: Client, reference: str | os.PathLike[str], folder: Path, d
         yield attachment
 
 
-def _dtype(
+def checked_dtype(
     attachment: Attachment, component: str, asked: str | torch.dtype | None, folder: Path, *, allow_copy: bool
 ) -> torch.dtype:
     """The dtype to load as: the one that most bytes are stored in. Errors: InvalidReferenceError (another is asked)."""
