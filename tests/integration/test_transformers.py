@@ -1,0 +1,378 @@
+"""transformers on shared memory: in several processes, with outputs equal to those of private loads, bit by bit."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import weightd
+import weightd.torch
+from support import models
+from support.backends import HOST
+from support.daemon import Daemon
+from support.shared import SharedDaemons
+from support.worker import Worker
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def shared_daemons() -> Iterator[SharedDaemons]:
+    daemons = SharedDaemons()
+    yield daemons
+    while weightd.torch._shared:
+        weightd.torch._shared.popitem()[1].close()
+    daemons.close()
+
+
+@pytest.fixture(scope="module")
+def processes(shared_daemons: SharedDaemons) -> Iterator[list[Worker]]:
+    """Two processes that have transformers in memory, which takes seconds."""
+    with shared_daemons.on(HOST) as daemon:
+        started = [Worker(daemon.socket) for _ in range(2)]
+        try:
+            for worker in started:
+                worker.start("import gc; from support import models; models.quiet(); kept = {*globals(), 'kept'}")
+            for worker in started:
+                worker.finish()
+            yield started
+        finally:
+            for worker in started:
+                worker.close()
+
+
+@pytest.fixture
+def daemon(shared_daemons: SharedDaemons, processes: list[Worker], monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    with shared_daemons.on(HOST) as found:
+        monkeypatch.setenv("WEIGHTD_SOCKET", str(found.socket))
+        yield found
+        for worker in processes:
+            worker.run("[globals().pop(name) for name in globals().keys() - kept]; gc.collect()")
+        gc.collect()
+        with weightd.connect(found.socket) as client:
+            client.verify()  # nothing that the frameworks did has changed a byte
+
+
+@pytest.fixture
+def worker(daemon: Daemon, processes: list[Worker]) -> Worker:
+    return processes[0]
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return models.write("llama", tmp_path)
+
+
+@pytest.mark.parametrize("name", models.TRANSFORMERS)
+def test_models_are_shared_and_compute_what_private_ones_do(
+    daemon: Daemon, processes: list[Worker], tmp_path: Path, name: str
+) -> None:
+    path = models.write(name, tmp_path)
+    for worker in processes:
+        worker.start("result = models.compare(name, path)", name=name, path=str(path))
+    for worker in processes:
+        found = worker.finish()
+        assert found["copied"] == {}
+        assert (found["ratio"], found["written"]) == (1.0, 0)
+        assert found["equal"]
+        assert found["frozen"]
+        assert found["tied"]
+        assert found["class"]
+    assert daemon.connect().stats().checkpoints == 1
+
+
+def test_shards_and_half_precision(worker: Worker, tmp_path: Path) -> None:
+    path = models.write("llama", tmp_path, "bfloat16", max_shard_size="100KB")
+    assert len(list(path.glob("*.safetensors"))) > 1
+    found = worker.run("result = models.compare('llama', path)", path=str(path))
+    assert (found["ratio"], found["equal"], found["written"]) == (1.0, True, 0)
+
+
+def test_generating_and_saving(worker: Worker, tmp_path: Path) -> None:
+    """All-ones norms are equal tensors, which safetensors refuses to save when they share an address."""
+    for name in ("llama", "llama-tied", "mixtral"):
+        path = models.write(name, tmp_path)
+        assert worker.run(
+            """
+import torch
+from weightd.integrations.transformers import from_pretrained
+model = from_pretrained(path)
+private = models.auto_class(name).from_pretrained(path)
+ids = torch.arange(1, 7)[None]
+options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=0)
+generated = torch.equal(model.generate(ids, **options), private.generate(ids, **options))
+model.save_pretrained(path + "-saved")
+result = [generated, models.equal_files(path + "/model.safetensors", path + "-saved/model.safetensors")]
+""",
+            name=name, path=str(path),
+        ) == [True, True], name  # fmt: skip
+
+
+def test_a_forward_pass_in_every_dtype(worker: Worker, llama: Path) -> None:
+    ran = worker.run(
+        """
+import torch
+from weightd.integrations.transformers import from_pretrained
+result = []
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    model = from_pretrained(path, dtype=dtype, allow_copy=True)
+    assert models.run("llama", model).dtype is dtype
+    result.append(model.dtype == dtype)
+""",
+        path=str(llama),
+    )
+    assert ran == [True] * 4
+
+
+def test_a_change_in_place_is_this_processes_and_this_parameters_own(
+    daemon: Daemon, processes: list[Worker], llama: Path
+) -> None:
+    """The norms of a new Llama are all ones, and have one digest."""
+    one, other = processes
+    load = """
+from weightd.integrations.transformers import from_pretrained
+model = from_pretrained(path)
+before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+"""
+    for worker in processes:
+        worker.run(load, path=str(llama))
+    one.run("import torch\nwith torch.no_grad(): model.model.layers[0].input_layernorm.weight.mul_(3)")
+    changed = "result = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]"
+    assert one.run(changed) == ["model.layers.0.input_layernorm.weight"]
+    assert other.run(f"import torch; {changed}") == []
+
+
+def test_another_dtype_is_an_error_unless_it_may_copy(worker: Worker, tmp_path: Path) -> None:
+    path = models.write("t5", tmp_path, "float16")
+    load = "from weightd.integrations.transformers import from_pretrained, report\nmodel = from_pretrained(path"
+    with pytest.raises(AssertionError, match=r"InvalidReferenceError: .*bfloat16 is asked for, but torch\.float16 is"):
+        worker.run(f"{load}, dtype='bfloat16')", path=str(path))
+    said = "result = [one.reason for one in report(model).copied], report(model).shared_ratio"
+    reasons, ratio = worker.run(f"{load}, dtype='bfloat16', allow_copy=True)\n{said}", path=str(path))
+    assert ratio == 0.0
+    assert set(reasons) == {"stored as F16, used as bfloat16"}
+    reasons, ratio = worker.run(f"{load})\n{said}", path=str(path))
+    assert set(reasons) == {"stored as F16, used as float32"}  # T5 keeps one matrix of each layer in float32
+    assert 0.5 < ratio < 1.0
+
+
+def test_what_is_not_in_the_checkpoint_is_named(worker: Worker, llama: Path) -> None:
+    found = worker.run(
+        """
+import transformers
+from weightd.integrations.transformers import from_pretrained, report
+model = from_pretrained(path, model_class=transformers.LlamaForSequenceClassification, num_labels=3)
+result = [(one.name, one.reason, one.nbytes) for one in report(model).copied]
+""",
+        path=str(llama),
+    )
+    assert found == [["score.weight", "not in the checkpoint: transformers has initialised it", 3 * 64 * 4]]
+
+
+def test_buffers_are_private_and_training_writes_to_them_only(worker: Worker, tmp_path: Path) -> None:
+    found = worker.run(
+        """
+import os, torch, transformers
+from support.memory import written
+from weightd.integrations.transformers import from_pretrained, report
+config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+transformers.ResNetModel(config).save_pretrained(path)
+before = written(os.getpid())
+model = from_pretrained(path)
+stored = {name: buffer.clone() for name, buffer in model.named_buffers()}
+model.train()(torch.rand(2, 3, 32, 32))
+moved = sum(not torch.equal(buffer, stored[name]) for name, buffer in model.named_buffers())
+result = [moved, len(report(model).buffers), report(model).shared_ratio, written(os.getpid()) - before]
+""",
+        path=str(tmp_path / "resnet"),
+    )
+    moved, buffers, ratio, written = found
+    assert moved == buffers > 0
+    assert (ratio, written) == (1.0, 0)
+
+
+def test_a_model_keeps_its_memory_and_gives_it_up_with_its_last_tensor(
+    daemon: Daemon, worker: Worker, llama: Path
+) -> None:
+    worker.run(
+        "from weightd.integrations.transformers import from_pretrained; model = from_pretrained(path)", path=str(llama)
+    )
+    client = daemon.connect()
+    (name,) = client.checkpoints()[0].names
+    with pytest.raises(weightd.InUseError):
+        client.remove(name)
+    worker.run("import gc; model = None; gc.collect()")  # transformers' modules are cycles of their own
+    client.remove(name)
+
+
+def test_a_name_in_the_cache_is_the_checkpoints_name(daemon: Daemon, tmp_path: Path, llama: Path) -> None:
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(llama, repository / "snapshots" / "c0ffee")
+    worker = Worker(daemon.socket, {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"})
+    try:
+        ratio = worker.run(
+            "from support import models; models.quiet()\n"
+            "from weightd.integrations.transformers import from_pretrained, report\n"
+            "result = report(from_pretrained('org/tiny')).shared_ratio"
+        )
+    finally:
+        worker.close()
+    assert ratio == 1.0
+    assert [checkpoint.name for checkpoint in daemon.connect().checkpoints()] == ["org/tiny"]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": "auto"}, "say device="),
+        ({"gguf_file": "x.gguf"}, "gguf_file is not supported on attached tensors"),
+        ({"use_safetensors": False}, "asks for pickles"),
+        ({"dtype": "float7"}, "torch has no such dtype"),
+        ({"device": "cuda:9"}, "cuda:9"),
+    ],
+)
+def test_arguments_that_cannot_be(daemon: Daemon, llama: Path, arguments: dict[str, Any], message: str) -> None:
+    from weightd.integrations.transformers import from_pretrained
+
+    with pytest.raises(weightd.WeightdError, match=message):
+        from_pretrained(llama, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: (path / "adapter_config.json").write_text("{}"), "it is an adapter"),
+        (lambda path: edit(path, quantization_config={"quant_method": "fp8"}), "it is quantised"),
+        (lambda path: edit(path, architectures=["NoSuchModel"]), "names no class of transformers"),
+        (lambda path: (path / "model.safetensors").rename(path / "model.bin"), "model.bin"),
+    ],
+)
+def test_checkpoints_that_cannot_be(daemon: Daemon, llama: Path, change: Any, message: str) -> None:
+    from weightd.integrations.transformers import from_pretrained
+
+    change(llama)
+    with pytest.raises(weightd.WeightdError, match=message):
+        from_pretrained(llama)
+    assert daemon.connect().leases() == []
+
+
+def edit(path: Path, **values: object) -> None:
+    """Set keys of config.json."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+def test_a_model_that_was_loaded_otherwise_has_no_report(daemon: Daemon, llama: Path) -> None:
+    from weightd.integrations.transformers import from_pretrained, make_private, report
+
+    transformers = models.quiet()
+    with pytest.raises(weightd.InvalidReferenceError, match="was not loaded through weightd"):
+        report(transformers.AutoModel.from_pretrained(llama))
+    model = from_pretrained(llama)
+    make_private(model)
+    with pytest.raises(weightd.InvalidReferenceError, match="or is private now"):
+        report(model)
+    assert daemon.connect().leases() == []
+
+
+@pytest.mark.parametrize("version", ["4.55.9", "5.25.0", "6.0.0"])
+def test_an_unknown_version_is_refused_before_anything_else(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    from weightd.integrations import versions
+
+    monkeypatch.setattr(versions, "version", lambda package: version)
+    with pytest.raises(versions.UntestedVersionError, match=rf"transformers {version} was never run .* 4\.56 to 4\.57"):
+        versions.require_tested("transformers")
+    monkeypatch.setenv(versions.ALLOW_UNTESTED, "1")
+    assert versions.require_tested("transformers") == tuple(int(part) for part in version.split(".")[:2])
+
+
+def test_a_missing_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from weightd.integrations import versions
+
+    with pytest.raises(KeyError):
+        versions.TESTED["nothing"]
+    monkeypatch.setitem(versions.TESTED, "no-such-framework", (("1.0", "1.0"),))
+    with pytest.raises(versions.UntestedVersionError, match=r"no-such-framework is not installed; pip install"):
+        versions.require_tested("no-such-framework")
+
+
+# -- unmodified code ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed() -> Iterator[Any]:
+    """The integration, whose `install` is undone."""
+    from weightd.integrations import transformers as integration
+
+    yield integration
+    integration.uninstall()
+
+
+def test_unmodified_code_goes_through_the_store(daemon: Daemon, installed: Any, llama: Path) -> None:
+    transformers = models.quiet()
+    installed.install()
+    for model in (
+        transformers.AutoModelForCausalLM.from_pretrained(str(llama)),
+        transformers.LlamaForCausalLM.from_pretrained(llama, device_map="cpu", dtype="auto"),
+        transformers.AutoModel.from_pretrained(llama.parent, subfolder=llama.name),
+    ):
+        assert installed.report(model).shared_ratio == 1.0
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(llama, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert installed.report(model).shared_ratio == 1.0
+    installed.uninstall()
+    with pytest.raises(weightd.InvalidReferenceError, match="was not loaded through weightd"):
+        installed.report(transformers.AutoModelForCausalLM.from_pretrained(llama))
+
+
+def test_what_cannot_go_through_the_store_is_left_to_transformers(
+    daemon: Daemon, installed: Any, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = models.quiet()
+    installed.install()
+    caplog.set_level("INFO", "weightd.integrations.transformers")
+    config = transformers.LlamaConfig(**models.SIZES)
+    state = transformers.LlamaForCausalLM(config).state_dict()
+    transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
+    transformers.AutoModelForCausalLM.from_pretrained(llama, device_map="auto")
+    with pytest.raises(OSError, match="nowhere"):
+        transformers.AutoModelForCausalLM.from_pretrained(llama / "nowhere")
+    assert "names no checkpoint" in caplog.text
+    assert "device_map 'auto' names no single device" in caplog.text
+    assert daemon.connect().checkpoints() == []
+
+
+def test_another_dtype_in_unmodified_code(daemon: Daemon, installed: Any, llama: Path) -> None:
+    transformers = models.quiet()
+    installed.install()
+    with pytest.raises(weightd.InvalidReferenceError, match=r"leave dtype out, or say allow_copy=True"):
+        transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16")
+    installed.install(allow_copy=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16")
+    assert installed.report(model).shared_ratio == 0.0
+
+
+def test_without_a_daemon(
+    installed: Any, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = models.quiet()
+    monkeypatch.setenv("WEIGHTD_SOCKET", str(tmp_path / "nobody.sock"))
+    installed.install()
+    with pytest.raises(weightd.DaemonUnreachableError):
+        transformers.AutoModelForCausalLM.from_pretrained(llama)
+    installed.install(fallback="local")
+    transformers.AutoModelForCausalLM.from_pretrained(llama)
+    assert "is loaded privately, it shares no memory" in caplog.text
+    with pytest.raises(weightd.InvalidReferenceError, match="fallback 'never'"):
+        installed.install(fallback="never")
