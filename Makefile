@@ -112,7 +112,7 @@ $(VERSIONS_VENV)/%/.tested: $(VENV)/.demo
 	@mv $(@D)/lib/base.pth "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@$(@D)/bin/python -m pip install --quiet $(subst +, ,$*)
 	@echo "test-versions: $*"
-	@$(@D)/bin/python -m pytest -q tests/integration/test_transformers.py tests/integration/test_diffusers.py $(PYTEST_ARGS)
+	@$(@D)/bin/python -m pytest -q -W default tests/integration/test_transformers.py tests/integration/test_diffusers.py $(PYTEST_ARGS)
 	@touch $@
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.

@@ -346,7 +346,7 @@ def test_what_cannot_go_through_the_store_is_left_to_transformers(
     state = transformers.LlamaForCausalLM(config).state_dict()
     transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
     transformers.AutoModelForCausalLM.from_pretrained(llama, device_map="auto")
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises((OSError, ValueError), match="nowhere"):  # by version
         transformers.AutoModelForCausalLM.from_pretrained(llama / "nowhere")
     assert "names no checkpoint" in caplog.text
     assert "device_map 'auto' names no single device" in caplog.text
