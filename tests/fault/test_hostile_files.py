@@ -54,7 +54,7 @@ def test_every_malformed_file(start_daemon: StartDaemon, tmp_path: Path) -> None
         assert len(message) < 2000, case
         loaders.update(daemon.loaders())
     eventually(lambda: nothing_left(client), what="no byte is left")
-    # They cost their load, not the loader. One that has not come home yet when the next load begins is joined by another.
+    # They cost their load, not the loader. One that is not home yet when the next load begins is joined by another.
     assert len(loaders) <= 3
     client.load(good, name="good")
     with client.attach("good") as attachment:
