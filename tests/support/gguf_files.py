@@ -220,8 +220,9 @@ CORPUS: Final[dict[str, tuple[bytes, str]]] = {
     "dimensions_all_ones": (_entry(rank=2**32 - 1), "tensor 'a': has 4294967295 dimensions, more than 4"),
     "dimension_negative": (_entry(dimensions=(2**64 - 2,)), "dimensions [18446744073709551614] overflow"),
     "dimensions_overflow": (_entry(dimensions=(2**32, 2**32)), "dimensions [4294967296, 4294967296] overflow"),
-    "dimensions_overflow_to_two": (_entry(dimensions=(2**33, 2**31, 2)), "overflow: 2**63 elements or more"),
+    "dimensions_overflow_to_two": (_entry(dimensions=(2**33, 2**31, 2)), "overflow: they come to 2**63 bytes or more"),
     "dimensions_overflow_then_zero": (_entry(dimensions=(2**62, 2**62, 0)), "overflow"),
+    "bytes_overflow": (_entry(dimensions=(2**61,)), "overflow: they come to 2**63 bytes or more"),
     "zero_then_overflow": (_entry(dimensions=(0, 2**63)), "overflow"),
     "type_unknown": (_entry(kind=1000), "tensor 'a': has type 1000, which the installed package gguf does not know"),
     "type_removed": (_entry(kind=4), "has type 4, which"),  # Q4_2, which ggml no longer has
@@ -249,8 +250,8 @@ CORPUS: Final[dict[str, tuple[bytes, str]]] = {
     "no_data": (build([entry()]), "past the file's end"),
     "no_padding_before_data": (build([entry(dimensions=(0,))], alignment=1), "past the file's end"),
     "second_past_end": (build(_TWO, data=bytes(36)), "tensor 'b': its bytes reach to"),
-    "far_past_end": (_entry(dimensions=(2**60, 2)), "past the file's end"),
-    "blocks_far_past_end": (_entry(dimensions=(2**62,), kind=Q4_0), "past the file's end"),
+    "far_past_end": (_entry(dimensions=(2**50, 2)), "past the file's end"),
+    "blocks_far_past_end": (_entry(dimensions=(2**50,), kind=Q4_0), "past the file's end"),
     "hostile_name": (_entry(name="\x1b[2J\n" + "x" * 1000, kind=99), "tensor '\\x1b[2J\\nxxx"),
 }
 """Files by name: their bytes, and what the message of the FormatError must contain."""

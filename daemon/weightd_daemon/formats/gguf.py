@@ -21,6 +21,7 @@ double needs), truth values as "true" and "false", and an array, which may hold 
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
@@ -296,21 +297,18 @@ class _Reader:
         if rank > MAX_DIMENSIONS:
             self._fail(f"{what}: has {rank} dimensions, more than {MAX_DIMENSIONS}")
         dimensions = struct.unpack(f"<{rank}Q", self._take(8 * rank, what))
-        elements = 1
-        for dimension in dimensions:
-            elements *= dimension
-            if max(elements, dimension) >= _INT_LIMIT:
-                self._fail(f"{what}: dimensions {list(dimensions)} overflow: 2**63 elements or more")
         number, offset = self._u32(what), self._u64(what)
         if number not in types:
             self._fail(f"{what}: has type {number}, which the installed package gguf does not know; update it")
         dtype, in_block, block_bytes = types[number]
         if f"DTYPE_{dtype}" not in _DTYPES:
             self._fail(f"{what}: has type {dtype}, which this version of weightd does not know")
+        if math.prod(size or 1 for size in dimensions) * block_bytes >= _INT_LIMIT:  # empty ones too: numpy cannot
+            self._fail(f"{what}: dimensions {list(dimensions)} overflow: they come to 2**63 bytes or more")
         row = dimensions[0] if rank else 1
         if row % in_block:
             self._fail(f"{what}: rows of {row} elements are no whole number of {dtype}'s blocks of {in_block}")
-        return TensorSpec(name, dtype, dimensions[::-1], offset, elements // in_block * block_bytes)
+        return TensorSpec(name, dtype, dimensions[::-1], offset, math.prod(dimensions) // in_block * block_bytes)
 
     def _placed(self, tensors: list[TensorSpec], alignment: int) -> tuple[TensorSpec, ...]:
         """The tensors with absolute offsets, once they are known to follow one another."""
