@@ -35,6 +35,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
     **dict.fromkeys(("pickle", "marshal", "shelve", "dill", "cloudpickle"), ()),
     "sqlite3": ("weightd_daemon.edges.digest_index",),
+    "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     "weightd_daemon.edges": ("weightd_daemon.app",),
     **dict.fromkeys(
@@ -159,6 +160,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.devices.host", "from cuda.bindings import driver"),
         ("weightd._wire", "import pickle"),
         ("weightd_daemon.core.store", "import sqlite3"),
+        ("weightd_daemon.formats.split", "def check():\n    import gguf"),
         ("weightd_daemon.core.store", "import time"),
         ("weightd_daemon.core.store", "from weightd import client"),
         ("weightd_daemon.core.store", "from ..devices import device"),
@@ -178,6 +180,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
         ("weightd.torch", "import torch"),
         ("weightd.attachment", "def state_dict():\n    import torch"),
         ("weightd._rpc", "import grpc"),
+        ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
         ("weightd_daemon.edges.service", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
         ("weightd_daemon.core.arena", "import bisect\nfrom . import ranges\nfrom weightd.types import ALIGNMENT"),
         ("weightd_daemon.core", "from . import ranges"),
@@ -198,10 +201,10 @@ def test_modules_are_small() -> None:
     ("module", "absent"),
     [
         ("weightd", "torch grpc numpy typer rich weightd_daemon"),
-        ("weightd.attachment", "torch grpc numpy typer rich weightd_daemon"),
+        ("weightd.attachment", "torch grpc numpy gguf typer rich weightd_daemon"),
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
-        ("weightd_daemon.loader.*", "torch numpy grpc typer rich"),
+        ("weightd_daemon.loader.*", "torch numpy gguf grpc typer rich"),
     ],
 )
 def test_import_brings_no(module: str, absent: str) -> None:

@@ -71,7 +71,7 @@ def open_regular(path: Path) -> tuple[int, os.stat_result]:
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
-        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors or GGUF file or a directory")
     os.set_blocking(descriptor, True)
     return descriptor, status
 
@@ -83,7 +83,9 @@ def translated(path: Path, error: OSError) -> WeightdError:
     if isinstance(error, PermissionError):
         return PermissionDeniedError(f"{show(path)}: may not be read by this user; check its permissions")
     if error.errno == errno.ENXIO:
-        return InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+        return InvalidReferenceError(
+            f"{show(path)}: not a regular file; give a safetensors or GGUF file or a directory"
+        )
     if error.errno == errno.ENAMETOOLONG:
         return InvalidReferenceError(f"{show(path)}: longer than a path can be; check the reference")
     return WeightdError(f"{show(path)}: cannot be opened: {error.strerror}")

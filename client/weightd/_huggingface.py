@@ -33,7 +33,7 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
     """
     repository, marked, revision = reference.partition("@")
     parts = repository.split("/")
-    if repository.endswith(".safetensors"):
+    if repository.endswith((".safetensors", ".gguf")):
         raise NotFoundError(f"{show(reference)}: no such file; check the path")
     # "--" stands for "/" in the cache's folder names, so that hubs forbid it; ".." is forbidden with it.
     if (

@@ -13,6 +13,7 @@ from ._mapping import host
 from ._mapping.segments import Wanted, open_segments
 from ._proto.v1 import handles_pb2
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
+from .gguf import GgufTensor
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
@@ -164,9 +165,15 @@ class Attachment:
         memory = self._memory(self._opened, self._find(name, component))
         return memoryview(b"") if memory is None else memory
 
+    def gguf_tensor(self, name: str, component: str = "") -> GgufTensor:
+        """One tensor as ggml describes it: type, shape, bytes, and `dequantize`. Errors: those of `buffer`."""
+        info = self._find(name, component)
+        return GgufTensor(name, info.dtype.removeprefix("GGML_"), info.shape, self.buffer(name, component))
+
     def tensor(self, name: str, component: str = "", *, writable: Writable = None) -> torch.Tensor:
         """One tensor, with a storage of its own; with `writable="copy"` a private copy, for what is written in place.
 
+        Of one in ggml's blocks (dtype "GGML_…") it is the bytes: torch.uint8 of shape (*shape[:-1], bytes of a row).
         Errors: NotFoundError, FormatError (torch has no such dtype), InvalidReferenceError (closed),
         DeviceMismatchError (torch cannot use the device), DeviceError, ForkedError (on a GPU, in a forked child).
         """

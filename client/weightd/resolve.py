@@ -1,12 +1,16 @@
 """References: what `weightd load REF` may name, turned into files. No daemon, no torch, no network.
 
-A reference is the path of a safetensors file, the path of a directory, or `org/name[@revision]` in the local Hugging
-Face cache. What exists as a path wins over the cache.
+A reference is the path of a safetensors or GGUF file, the path of a directory, or `org/name[@revision]` in the local
+Hugging Face cache. What exists as a path wins over the cache. Any part of a split GGUF file
+(`NAME-00001-of-00003.gguf`) stands for all of its parts, which lie beside it, by the name of the first.
 
 In a directory every folder with weights is a component (the directory itself: ""), as in a Diffusers pipeline. A
 folder's weights are the shards of its index where it has one, else all its safetensors files but variants
 (`model.fp16.safetensors` beside `model.safetensors`). Where `model_index.json` makes the directory a pipeline and its
 components have weights, files beside it are left out: they are the same weights once more, in other layouts.
+
+Only where no folder has safetensors files GGUF files count, and then there must be one, or the parts of one: several
+are mostly the same weights, quantised differently, and a folder does not say which are meant.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ _PIPELINE: Final = "model_index.json"
 _INDEX: Final = re.compile(r"(?P<stem>.+)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json")
 _PREFERRED: Final = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 _SHARD: Final = re.compile(r"-\d{5}-of-\d{5}$")
+_GGUF: Final = ".gguf"
+_GGUF_PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +62,24 @@ def is_path(reference: str | os.PathLike[str]) -> bool:
 def reference_name(reference: str | os.PathLike[str]) -> str:
     """The name that a reference stands for: a path made absolute, its symlinks kept; anything else unchanged.
 
-    Symlinks are kept so that `/models/current` stays one name, whatever it points to.
+    Symlinks are kept so that `/models/current` stays one name, whatever it points to. All parts of a split GGUF file
+    stand for the first, so that the checkpoint has one name whichever was given.
     """
     text = os.fspath(reference)
     if not text or "\0" in text:
         raise InvalidReferenceError(f"reference {text!r} is empty or holds a NUL; give a path or org/name[@revision]")
-    return os.path.abspath(os.path.expanduser(text)) if is_path(reference) else text
+    if not is_path(reference):
+        return text
+    folder, name = os.path.split(os.path.abspath(os.path.expanduser(text)))
+    return os.path.join(folder, _gguf_parts(name)[0])
 
 
 def resolve(reference: str | os.PathLike[str]) -> Resolved:
     """Find the files of a reference, which are not opened yet.
 
-    Raises InvalidReferenceError for what cannot be loaded (pickles, GGUF, neither a path nor a repository id),
-    NotFoundError for what is not there, FormatError for a damaged index, PermissionDeniedError for a folder that may
-    not be read.
+    Raises InvalidReferenceError for what cannot be loaded (pickles, several GGUF files, neither a path nor a repository
+    id), NotFoundError for what is not there, FormatError for a damaged index, PermissionDeniedError for a folder that
+    may not be read.
     """
     name = reference_name(reference)
     sources = _from_path(Path(name)) if is_path(reference) else _from_cache(name)
@@ -118,14 +128,17 @@ def _require_utf8(name: str) -> str:
 
 
 def _from_path(path: Path) -> tuple[SourcePath, ...]:
+    parts = _gguf_parts(path.name)
+    if len(parts) > 1:
+        return _all_there("", path.parent, parts)
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise translated(path, error) from error
     if stat.S_ISDIR(mode):
-        return _from_directory(path, f"{show(path)}: no safetensors files in this directory")
+        return _from_directory(path, f"{show(path)}: neither safetensors nor GGUF files in this directory")
     if not stat.S_ISREG(mode):
-        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors file or a directory")
+        raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors or GGUF file or a directory")
     _refuse_suffix(path)
     if _INDEX.fullmatch(path.name):
         raise InvalidReferenceError(f"{show(path)}: an index, not a checkpoint; give its directory")
@@ -133,15 +146,10 @@ def _from_path(path: Path) -> tuple[SourcePath, ...]:
 
 
 def _refuse_suffix(path: Path) -> None:
-    suffix = path.suffix.lower()
-    if suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise InvalidReferenceError(
             f"{show(path)}: a pickle, which can run code and is not loaded; convert it with "
             f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), {path.stem + _SUFFIX!r})"
-        )
-    if suffix == ".gguf":
-        raise InvalidReferenceError(
-            f"{show(path)}: GGUF is not supported by this version; give the checkpoint's safetensors files"
         )
 
 
@@ -191,6 +199,8 @@ def _from_directory(root: Path, nothing: str) -> tuple[SourcePath, ...]:
     ]
     if pipeline and any(source.component for source in sources):
         sources = [source for source in sources if source.component]
+    if not sources:
+        sources = _only_gguf(root, folders)
     if not sources:
         for folder in folders:
             for name in folder.files:
@@ -285,8 +295,45 @@ def _shards(folder: _Folder, index: str) -> list[str]:
     return sorted(shards)
 
 
+# GGUF
+
+
+def _gguf_parts(name: str) -> list[str]:
+    """The names of all parts of the split GGUF file that `name` is one of, in order; of any other name itself."""
+    match = _GGUF_PART.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [name]
+    return [f"{match['stem']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+
+
+def _all_there(component: str, folder: Path, parts: list[str]) -> tuple[SourcePath, ...]:
+    """The sources of a GGUF file's parts, all of which must be in their folder."""
+    for number, part in enumerate(parts, start=1):
+        if not os.path.exists(folder / part):
+            raise NotFoundError(f"{show(folder / part)}: part {number} of {len(parts)} is missing; download it")
+    return tuple(SourcePath(component, part, folder / part) for part in parts)
+
+
+def _only_gguf(root: Path, folders: list[_Folder]) -> list[SourcePath]:
+    """The one GGUF file of a directory, or its parts; empty where there is none."""
+    found = {
+        folder.path / parts[0]: (folder, parts)
+        for folder in folders
+        for parts in (_gguf_parts(name) for name in folder.files if name.endswith(_GGUF) and name != _GGUF)
+    }
+    if len(found) > 1:
+        listed = ", ".join(show(str(path.relative_to(root))) for path in list(found)[:10])
+        more = f" and {len(found) - 10} more" if len(found) > 10 else ""
+        raise InvalidReferenceError(f"{show(root)}: holds several GGUF files ({listed}{more}); give one of them")
+    return [source for folder, parts in found.values() for source in _all_there(folder.component, folder.path, parts)]
+
+
+# The Hugging Face cache
+
+
 def _from_cache(reference: str) -> tuple[SourcePath, ...]:
     snapshot, download = find_snapshot(reference)
     return _from_directory(
-        snapshot, f"{reference}: its snapshot {show(snapshot)} holds no safetensors files; run `{download}`"
+        snapshot,
+        f"{reference}: its snapshot {show(snapshot)} holds neither safetensors nor GGUF files; run `{download}`",
     )

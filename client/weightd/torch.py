@@ -11,6 +11,7 @@ kills the process's CUDA context, or, where memory is shared by CUDA IPC, change
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 import threading
@@ -78,8 +79,11 @@ def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.T
 
     It has a storage of its own, exactly as long as its bytes. Errors: FormatError, DeviceMismatchError.
     """
-    dtype = torch_dtype(info.dtype)
     shape = info.shape
+    if info.dtype.startswith("GGML_"):  # blocks along the last dimension: their bytes, as the package gguf gives them
+        rows = math.prod(shape[:-1])
+        return _raw(memory, device, torch.uint8).view(*shape[:-1], info.length // rows if rows else 0)
+    dtype = torch_dtype(info.dtype)
     if info.dtype == "F4":  # torch counts pairs
         if not shape or shape[-1] % 2:
             raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
@@ -112,7 +116,8 @@ def load_file(
 
     `backend` is accepted for safetensors' sake. `fallback` says what to do without a daemon, or where the file does not
     fit: "error" raises, "wait" waits for a daemon, "local" loads privately with safetensors and warns.
-    Errors: FormatError, NotFoundError, CapacityError, DaemonUnreachableError, DeviceMismatchError.
+    Errors: FormatError, NotFoundError, CapacityError, DaemonUnreachableError, DeviceMismatchError,
+    InvalidReferenceError (a `.gguf` file: see `Attachment.state_dict`).
     """
     with safe_open(filename, framework="pt", device=device, backend=backend, fallback=fallback) as file:
         return file.get_tensors()
@@ -140,6 +145,10 @@ class safe_open:  # noqa: N801  # safetensors' name
         if backend not in ("mmap", "pread"):
             raise InvalidReferenceError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
         self._name = os.fspath(filename)
+        if self._name.lower().endswith(".gguf"):
+            raise InvalidReferenceError(
+                f"{self._name}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
+            )
         self._attachment: Attachment | None = None
         self._local: Any = None
         place = device_name(device)

@@ -242,9 +242,21 @@ class VerifyProgress:
     total_bytes: int
 
 
+class FilePart(NamedTuple):
+    """What a file says of the split checkpoint that it is a part of: its number from 0, how many parts and tensors."""
+
+    number: int
+    parts: int
+    tensors: int
+
+
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A checked checkpoint file: its tensors and its own metadata (None where the file has none)."""
+    """A checked checkpoint file: its tensors and its own metadata (None where the file has none).
+
+    `part` is None unless the file itself says that it is one of several.
+    """
 
     tensors: tuple[TensorSpec, ...]
     metadata: dict[str, str] | None = field(default=None)
+    part: FilePart | None = field(default=None)

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import weightd
-from support import checkpoints
+from support import checkpoints, gguf_files, malformed
 from support.background import background
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, wait_stopped
-from support.malformed import CORPUS, build, entry
+from support.malformed import build, entry
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -36,14 +36,21 @@ def nothing_left(client: weightd.Client, used: int = 0) -> bool:
     return not device.in_flight_bytes and device.used_bytes == used and not client.checkpoints()
 
 
-def test_every_malformed_file(start_daemon: StartDaemon, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("corpus", "suffix"),
+    [(malformed.CORPUS, ".safetensors"), (gguf_files.CORPUS, ".gguf")],
+    ids=["safetensors", "gguf"],
+)
+def test_every_malformed_file(
+    start_daemon: StartDaemon, tmp_path: Path, corpus: dict[str, tuple[bytes, str]], suffix: str
+) -> None:
     daemon = start_daemon(pool=0)
     client = daemon.connect()
     good = checkpoints.write_random(tmp_path / "good.safetensors", 3, 5000, seed="good")
-    assert len(CORPUS) >= 40
+    assert len(corpus) >= 40
     loaders: set[int] = set()
-    for case, (content, fragment) in CORPUS.items():
-        path = tmp_path / f"{case}.safetensors"
+    for case, (content, fragment) in corpus.items():
+        path = tmp_path / f"{case}{suffix}"
         path.write_bytes(content)
         with pytest.raises(weightd.FormatError) as caught:
             client.load(path)
@@ -63,7 +70,7 @@ def test_every_malformed_file(start_daemon: StartDaemon, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("case", ["empty", "overlap", "raw_pickle"])
 def test_command_on_a_malformed_file(daemon: Daemon, tmp_path: Path, case: str) -> None:
-    content, fragment = CORPUS[case]
+    content, fragment = malformed.CORPUS[case]
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     failed = daemon.command("load", path, check=False)
@@ -78,7 +85,7 @@ def test_one_bad_shard_fails_the_whole(start_daemon: StartDaemon, tmp_path: Path
     client = daemon.connect()
     checkpoints.write_random(tmp_path / "unet" / "model.safetensors", 3, MIB)
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "model.safetensors").write_bytes(CORPUS["overlap"][0])
+    (tmp_path / "vae" / "model.safetensors").write_bytes(malformed.CORPUS["overlap"][0])
     with pytest.raises(weightd.FormatError, match=r"vae/model\.safetensors.*overlap"):
         client.load(tmp_path)
     eventually(lambda: nothing_left(client), what="no byte is left")
@@ -213,6 +220,15 @@ def test_sparse_terabyte_is_refused_before_it_is_read(stopping: Daemon, tmp_path
     assert nothing_left(client)
 
 
+def test_gguf_array_of_half_a_terabyte(stopping: Daemon, tmp_path: Path) -> None:
+    """The file has room for it: what is refused is to read that much for a header."""
+    path = tmp_path / "zeros.gguf"
+    path.write_bytes(gguf_files.build(keys=[gguf_files.key("k", gguf_files.ARRAY, struct.pack("<IQ", 0, 1 << 39))]))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(weightd.FormatError, match=r"zeros.gguf.*'k': an array of .* reaches past byte 100000000"):
+        stopping.connect().load(path)
+
+
 def test_sparse_header_of_the_largest_size(stopping: Daemon, tmp_path: Path) -> None:
     path = tmp_path / "zeros.safetensors"
     path.write_bytes(struct.pack("<Q", 100_000_000))
@@ -224,7 +240,7 @@ def test_sparse_header_of_the_largest_size(stopping: Daemon, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "model.pth", "model.ckpt", "model.pkl"])
 def test_pickles_are_refused_by_name(daemon: Daemon, tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    path.write_bytes(CORPUS["raw_pickle"][0])
+    path.write_bytes(malformed.CORPUS["raw_pickle"][0])
     with pytest.raises((weightd.FormatError, weightd.InvalidReferenceError), match=r"pickle.*convert"):
         daemon.connect().load(path)
     assert daemon.loaders() == []

@@ -211,7 +211,7 @@ def test_what_cannot_be_loaded(client: weightd.Client, tmp_path: Path) -> None:
     incomplete = sharded(tmp_path / "incomplete")
     (incomplete / "model-00002-of-00002.safetensors").unlink()
     for reference, error, words in (
-        (tmp_path / "empty", weightd.NotFoundError, "no safetensors files"),
+        (tmp_path / "empty", weightd.NotFoundError, "neither safetensors nor GGUF files"),
         (tmp_path / "m.bin", weightd.InvalidReferenceError, "pickle"),
         (tmp_path / "broken", weightd.NotFoundError, "broken"),
         (tmp_path / "gone.safetensors", weightd.NotFoundError, "gone"),

@@ -48,7 +48,6 @@ CORPUS: Final[dict[str, tuple[bytes, str]]] = {
     "length_one_past_end": (build(b"{}", length=3), "past the file's end"),
     "header_cut": (VALID[:30], "past the file's end"),
     # Other formats.
-    "gguf": (b"GGUF" + struct.pack("<IQQ", 3, 1, 0), "GGUF files are not supported"),
     "zip_pickle": (b"PK\x03\x04" + bytes(60), "safetensors.torch.save_file(torch.load("),
     "raw_pickle": (b"\x80\x02}q\x00." + bytes(20), "this is a pickle"),
     "git_lfs_pointer": (

@@ -100,15 +100,13 @@ class TestSingleFile:
         assert str(tmp_path / name) in str(caught.value)
         assert f"save_file(torch.load('{name}', weights_only=True)" in str(caught.value)
 
-    def test_gguf(self, tmp_path: Path) -> None:
-        with pytest.raises(InvalidReferenceError, match="GGUF is not supported by this version"):
-            resolve(put(tmp_path / "m.gguf"))
-
     def test_index_file(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidReferenceError, match="give its directory"):
             resolve(put(tmp_path / "model.safetensors.index.json", index("a.safetensors")))
 
-    @pytest.mark.parametrize("name", ["./m.safetensors", "m.safetensors", "/nowhere/m", "~/m", "m.safetensors/x/../y"])
+    @pytest.mark.parametrize(
+        "name", ["./m.safetensors", "m.safetensors", "m.gguf", "/nowhere/m", "~/m", "m.safetensors/x/../y"]
+    )
     def test_missing(self, name: str) -> None:
         with pytest.raises((NotFoundError, InvalidReferenceError)) as caught:
             resolve(name)
@@ -269,14 +267,9 @@ class TestDirectory:
         with pytest.raises(InvalidReferenceError, match=r"torch\.load"):
             resolve(tmp_path)
 
-    def test_only_gguf(self, tmp_path: Path) -> None:
-        put(tmp_path / "m.Q4.gguf")
-        with pytest.raises(InvalidReferenceError, match="GGUF is not supported"):
-            resolve(tmp_path)
-
     def test_nothing(self, tmp_path: Path) -> None:
         put(tmp_path / "m/config.json", "{}")
-        with pytest.raises(NotFoundError, match="no safetensors files"):
+        with pytest.raises(NotFoundError, match="neither safetensors nor GGUF files in this directory"):
             resolve(tmp_path / "m")
 
     @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
@@ -286,6 +279,82 @@ class TestDirectory:
         with pytest.raises(PermissionDeniedError, match="vae"):
             resolve(tmp_path)
         (tmp_path / "vae").chmod(0o700)
+
+
+class TestGguf:
+    PARTS = ("m-00001-of-00003.gguf", "m-00002-of-00003.gguf", "m-00003-of-00003.gguf")
+
+    def put_parts(self, folder: Path) -> list[Path]:
+        return [put(folder / name) for name in self.PARTS]
+
+    def test_file(self, tmp_path: Path) -> None:
+        path = put(tmp_path / "m.Q4_K.gguf")
+        assert resolve(path) == Resolved(str(path), (SourcePath("", "m.Q4_K.gguf", path),))
+
+    def test_any_part_is_all_by_the_name_of_the_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        paths = self.put_parts(tmp_path)
+        put(tmp_path / "other.gguf")
+        expected = Resolved(str(paths[0]), tuple(SourcePath("", path.name, path) for path in paths))
+        assert [resolve(path) for path in paths] == [expected] * 3
+        monkeypatch.chdir(tmp_path)
+        assert resolve(self.PARTS[1]) == expected
+
+    @pytest.mark.parametrize("missing", [0, 1, 2])
+    @pytest.mark.parametrize("given", [0, 2])
+    def test_missing_part(self, tmp_path: Path, missing: int, given: int) -> None:
+        paths = self.put_parts(tmp_path)
+        paths[missing].unlink()
+        for reference in (paths[given], tmp_path):
+            with pytest.raises(NotFoundError) as caught:
+                resolve(reference)
+            assert str(caught.value) == f"{paths[missing]}: part {missing + 1} of 3 is missing; download it"
+
+    def test_part_whose_bytes_are_gone(self, tmp_path: Path) -> None:
+        paths = self.put_parts(tmp_path)
+        paths[1].unlink()
+        paths[1].symlink_to("gone")
+        with pytest.raises(NotFoundError, match=r"m-00002-of-00003\.gguf: part 2 of 3 is missing"):
+            resolve(paths[0])
+
+    @pytest.mark.parametrize("name", ["m-00004-of-00003.gguf", "m-00000-of-00000.gguf", "m-1-of-2.gguf", "-of-.gguf"])
+    def test_names_that_are_no_part(self, tmp_path: Path, name: str) -> None:
+        assert found(put(tmp_path / name)) == [f":{name}"]
+
+    def test_part_of_one(self, tmp_path: Path) -> None:
+        assert found(put(tmp_path / "m-00001-of-00001.gguf")) == [":m-00001-of-00001.gguf"]
+
+    def test_directory_with_one(self, tmp_path: Path) -> None:
+        put(tmp_path / "m.gguf")
+        put(tmp_path / ".cache/other.gguf")
+        put(tmp_path / "config.json", "{}")
+        put(tmp_path / "pytorch_model.bin")
+        assert found(tmp_path) == [":m.gguf"]
+
+    def test_directory_with_one_below(self, tmp_path: Path) -> None:
+        self.put_parts(tmp_path / "Q4_K")
+        assert found(tmp_path) == [f"Q4_K:{name}" for name in self.PARTS]
+
+    def test_directory_with_several(self, tmp_path: Path) -> None:
+        self.put_parts(tmp_path)
+        put(tmp_path / "mmproj.gguf")
+        put(tmp_path / "Q8/m.gguf")
+        with pytest.raises(InvalidReferenceError) as caught:
+            resolve(tmp_path)
+        listed = "m-00001-of-00003.gguf, mmproj.gguf, Q8/m.gguf"
+        assert str(caught.value) == f"{tmp_path}: holds several GGUF files ({listed}); give one of them"
+
+    def test_directory_with_many(self, tmp_path: Path) -> None:
+        for number in range(30):
+            put(tmp_path / f"m{number:02}.gguf")
+        with pytest.raises(InvalidReferenceError, match=r"m09\.gguf and 20 more\); give one of them"):
+            resolve(tmp_path)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "vae/model.safetensors"])
+    def test_safetensors_win(self, tmp_path: Path, name: str) -> None:
+        put(tmp_path / "m.gguf")
+        put(tmp_path / "vae/n.gguf")
+        put(tmp_path / name)
+        assert [source.path for source in resolve(tmp_path).sources] == [tmp_path / name]
 
 
 class TestPipeline:
@@ -364,6 +433,15 @@ class TestCache:
         for revision in ("v1.0", "refs/pr/1", "feature/x"):
             assert resolve(f"gpt2@{revision}").sources[0].path.parent == snapshot
 
+    def test_snapshot_with_one_gguf(self, cache: Path) -> None:
+        snapshot = self.add(cache, "org/name-GGUF", COMMIT, "main")
+        (snapshot / "model.safetensors").rename(snapshot / "model.Q4_K.gguf")
+        assert found("org/name-GGUF") == [":model.Q4_K.gguf"]
+        (snapshot / "model.Q8_0.gguf").symlink_to("../../blobs/aa")
+        with pytest.raises(InvalidReferenceError, match=r"model\.Q4_K\.gguf, model\.Q8_0\.gguf\); give one of them"):
+            resolve("org/name-GGUF")
+        assert found(snapshot / "model.Q8_0.gguf") == [":model.Q8_0.gguf"]
+
     def test_only_snapshot_without_ref(self, cache: Path) -> None:
         snapshot = self.add(cache, "org/name")
         assert resolve("org/name").sources[0].path.parent == snapshot
@@ -390,7 +468,7 @@ class TestCache:
     def test_snapshot_without_weights(self, cache: Path) -> None:
         snapshot = self.add(cache, "org/name", COMMIT, "main")
         (snapshot / "model.safetensors").unlink()
-        with pytest.raises(NotFoundError, match="holds no safetensors files; run `hf download org/name`"):
+        with pytest.raises(NotFoundError, match="holds neither safetensors nor GGUF files; run `hf download org/name`"):
             resolve("org/name")
 
     @pytest.mark.parametrize("content", ["", "../..", "a/b", "..", "a" * 200 + "\nb"])

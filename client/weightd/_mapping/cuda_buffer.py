@@ -6,6 +6,7 @@ import that: a thread which imports it while another does sees half of it.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from cuda.core import Buffer
@@ -29,3 +30,12 @@ def make_buffer(ordinal: cuda_driver.Ordinal, address: int, length: int, owner: 
                 {"call": "cuPointerGetAttributes", "code": code},
             ) from error
     return buffer
+
+
+def copy_to_host(buffer: Any) -> bytearray:
+    """The bytes of a buffer that `make_buffer` made, copied. Errors: DeviceError, ForkedError."""
+    found = bytearray(buffer.size)
+    target = ctypes.addressof(ctypes.c_char.from_buffer(found))
+    with cuda_driver.on_device(buffer.device_id):
+        cuda_driver.call("cuMemcpyDtoH", target, int(buffer.handle), buffer.size)
+    return found

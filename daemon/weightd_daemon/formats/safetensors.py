@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from weightd.errors import FormatError
 from weightd.types import DTYPE_BITS, FileLayout, TensorSpec
 
+from . import label, quote
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -68,7 +70,7 @@ def read_layout(name: str, size: int, read: Callable[[int, int], bytes]) -> File
 def _shorten(value: object, limit: int = 80) -> str:
     """A piece of a hostile file, quoted, on one line and of bounded length."""
     if isinstance(value, (str, bytes)):
-        return repr(value) if len(value) <= limit else f"{value[:limit]!r}..."
+        return quote(value, limit)
     if isinstance(value, list):
         # Never the repr of the whole: it may hold millions of values, and lists in lists.
         text = ", ".join("a list" if isinstance(item, list) else _shorten(item, 24) for item in value[:8])
@@ -82,7 +84,7 @@ class _Reader:
     """One file's checks; it exists so that every message can name the file."""
 
     def __init__(self, name: str, size: int) -> None:
-        self._label = name if name.isprintable() and len(name) <= 200 else _shorten(name, 200)
+        self._label = label(name)
         self._size = size
 
     def _fail(self, fault: str) -> NoReturn:
@@ -137,8 +139,6 @@ class _Reader:
 
     def _refuse_other_formats(self, head: bytes) -> None:
         """Name the formats that people mistake for safetensors."""
-        if head.startswith(b"GGUF"):
-            self._fail("GGUF files are not supported by this version; give the checkpoint's safetensors files")
         if head.startswith(b"PK\x03\x04"):
             self._fail(f"this is a zip archive, as torch.save writes it (a pickle); {_CONVERT}")
         if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):

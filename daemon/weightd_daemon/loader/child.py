@@ -18,6 +18,7 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd_daemon.core import digest
 from weightd_daemon.devices.opening import open_io
+from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
@@ -176,6 +177,7 @@ class Load:
                 if spec.length:
                     tensors.append(Tensor(index, number, spec))
                 index += 1
+        check_parts([(source.name, source.layout()) for source in self._sources])
         return tensors
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:

@@ -10,7 +10,7 @@ import time
 
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
-from weightd_daemon.formats import safetensors
+from weightd_daemon.formats import gguf, safetensors
 
 _LOCAL_FILESYSTEMS = {
     0xEF53,  # ext2, ext3, ext4
@@ -57,9 +57,10 @@ class Source:
         self._layout: FileLayout | None = None
 
     def layout(self) -> FileLayout:
-        """The checked tensor directory. Errors: FormatError."""
+        """The checked tensor directory; the file's first bytes say its format. Errors: FormatError."""
         if self._layout is None:
-            self._layout = safetensors.read_layout(self.name, self.identity.size, self._read)
+            read_layout = (gguf if self._read(0, len(gguf.MAGIC)) == gguf.MAGIC else safetensors).read_layout
+            self._layout = read_layout(self.name, self.identity.size, self._read)
         return self._layout
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
