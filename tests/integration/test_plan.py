@@ -336,6 +336,7 @@ def reading(tmp_path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[s
         **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
     )  # fmt: skip
     children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    child = 0
     try:
         eventually(lambda: children.read_text(), what="a process that reads")
         child = int(children.read_text())
@@ -345,6 +346,9 @@ def reading(tmp_path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[s
     finally:
         command.kill()
         command.communicate(timeout=10)
+        if child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
 
 
 def bytes_read(pid: int) -> int:

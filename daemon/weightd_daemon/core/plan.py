@@ -96,14 +96,13 @@ def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> Plan:
     shared: Counter[tuple[str, str]] = Counter()
     parts: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
     unique = 0
-    for length, having in _contents(checkpoints):
-        one = length >= OWN_COPY_BELOW
-        held = {name: components[: 1 if one else None] for name, components in having.items()}
+    for length, once, having in _contents(checkpoints):
+        held = {name: components[: 1 if once else None] for name, components in having.items()}
         unique += length * max(map(len, held.values()))
         for name, components in having.items():
             elsewhere = max((len(other) for at, other in held.items() if at != name), default=0)
             exclusive[name] += length * max(0, len(held[name]) - elsewhere)
-            for component in components if one and elsewhere else components[:elsewhere]:
+            for component in components if once and elsewhere else components[:elsewhere]:
                 shared[name, component] += length
         for (name, first), (at, second) in combinations(held.items(), 2):
             for part in zip(first, second, strict=False):  # as many as both have
@@ -127,15 +126,25 @@ def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> Plan:
     )
 
 
-def _contents(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> Iterator[tuple[int, dict[str, list[str]]]]:
-    """The length of each run of bytes, and by checkpoint the components that have it, once for each tensor, sorted."""
+def _contents(
+    checkpoints: Mapping[str, Sequence[PlannedTensor]],
+) -> Iterator[tuple[int, bool, dict[str, tuple[str, ...]]]]:
+    """Bytes that the very same components have, in sum: length, whether held once, and who has them.
+
+    By checkpoint, its components that have them are listed once for each tensor, sorted. In sum, because a hundred
+    fine-tunes have thousands of pairs and hundreds of tensors in common, but few patterns of who has what.
+    """
     found: dict[tuple[int, Hashable], dict[str, list[str]]] = {}
     for name, tensors in checkpoints.items():
         for component, _, length, identity in sorted(tensors, key=lambda tensor: tensor[:2]):
             if length:
                 content = (length, object() if identity is None else identity)
                 found.setdefault(content, {}).setdefault(name, []).append(component)
-    return ((length, having) for (length, _), having in found.items())
+    sums: Counter[tuple[bool, tuple[tuple[str, tuple[str, ...]], ...]]] = Counter()
+    for (length, _), having in found.items():
+        pattern = tuple((name, tuple(components)) for name, components in having.items())
+        sums[length >= OWN_COPY_BELOW, pattern] += length
+    return ((length, once, dict(pattern)) for (once, pattern), length in sums.items())
 
 
 def _checkpoint(
