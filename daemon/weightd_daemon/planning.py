@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.references,
             options.manifest,
             state_dir=_state_dir(options.state_dir),
-            threads=min(4, os.cpu_count() or 1),
+            threads=max(2, min(4, os.cpu_count() or 1)),  # two also on one core: one reads while the other hashes
             advance=answers.advance,
         )
     except WeightdError as error:

@@ -27,6 +27,7 @@ KIB = 1 << 10
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "weightd", "plan"]
 KEYS = ["total_bytes", "unique_bytes", "saved_bytes", "saved_ratio", "read_bytes", "checkpoints", "pairs"]
+README = Path(__file__).resolve().parents[2] / "README.md"
 DEEPFLOYD = workloads.DATA / "deepfloyd_if_I_II_f32.json.gz"
 
 
@@ -81,7 +82,9 @@ def test_the_founding_figure() -> None:
         ["safety_checker", "safety_checker"],
         ["watermarker", "watermarker"],
     ]
-    last = run("--manifest", DEEPFLOYD).stdout.splitlines()[-1]
+    printed = run("--manifest", DEEPFLOYD).stdout
+    assert printed in README.read_text()
+    last = printed.splitlines()[-1]
     assert last == "2 checkpoints, total 58.21 GiB, unique 39.33 GiB, saved 18.87 GiB (32.4 %)"
     assert run("--manifest", DEEPFLOYD, "-q").stdout == f"{last}\n"
 

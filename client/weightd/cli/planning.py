@@ -22,7 +22,7 @@ _Json = dict[str, Any]
 def plan(
     context: typer.Context,
     references: Annotated[
-        list[str] | None, typer.Argument(metavar="[REF...]", help="Files, directories or org/name[@revision].")
+        list[str] | None, typer.Argument(metavar="REF", help="Files, directories or org/name[@revision].")
     ] = None,
     manifest: Annotated[
         list[str] | None,
