@@ -35,12 +35,9 @@ from .formats import workload
 from .loader.source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
-
-    from weightd.types import TensorSpec
+    from collections.abc import Callable, Hashable, Mapping, Sequence
 
     Advance = Callable[[int, int], None]
-    Digests = dict[tuple[int, int], bytes]
 
 MAX_CHECKPOINTS = 1000
 _PIECE = 1 << 20
@@ -48,10 +45,12 @@ _PROGRESS_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
-class _File(NamedTuple):
-    checkpoint: str
-    component: str
-    source: Source
+class _Place(NamedTuple):
+    """Where a tensor lies: the number of its file, and bytes in there. Its identity, until its digest is known."""
+
+    file: int
+    offset: int
+    length: int
 
 
 class _Checkpoints:
@@ -70,6 +69,18 @@ class _Checkpoints:
         self._names.add(key)
         self.tensors.setdefault(checkpoint, []).append(tensor)
 
+    def known(self, digests: Mapping[Hashable, bytes]) -> dict[str, list[PlannedTensor]]:
+        """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
+        return {
+            name: [
+                tensor._replace(identity=digests.get(tensor.identity))
+                if isinstance(tensor.identity, _Place)
+                else tensor
+                for tensor in tensors
+            ]
+            for name, tensors in self.tensors.items()
+        }
+
 
 def plan(
     references: Sequence[str],
@@ -86,68 +97,70 @@ def plan(
     """
     checkpoints = _Checkpoints()
     with contextlib.ExitStack() as stack:
-        files = _open(references, stack)
-        sources = [file.source for file in files]
-        known = _known(sources, state_dir)
-        read = _hash(sources, known, threads, advance)
-        for file, digests in zip(files, known, strict=True):
-            for spec in file.source.layout().tensors:
-                identity = digests.get((spec.offset, spec.length))
-                tensor = PlannedTensor(file.component, spec.name, spec.length, identity)
-                checkpoints.add(file.checkpoint, file.source.name, tensor)
-            checkpoints.tensors.setdefault(file.checkpoint, [])  # a file may be empty
-            file.source.check_unchanged()
-    for manifest in manifests:
-        _describe(Path(manifest), checkpoints)
-    if len(checkpoints.tensors) > MAX_CHECKPOINTS:
-        raise InvalidReferenceError(
-            f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
-        )
-    found = asdict(make_plan(checkpoints.tensors))
-    return {**{key: found.pop(key) for key in list(found)[:4]}, "read_bytes": read, **found}
+        sources = _open(references, checkpoints, stack)
+        for manifest in manifests:
+            _describe(Path(manifest), checkpoints)
+        if len(checkpoints.tensors) > MAX_CHECKPOINTS:
+            raise InvalidReferenceError(
+                f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
+            )
+        digests = _known(sources, state_dir)
+        read = _hash(sources, digests, threads, advance)
+        for source in sources:
+            source.check_unchanged()
+    found = asdict(make_plan(checkpoints.known(digests)))
+    pairs, planned = found.pop("pairs"), found.pop("checkpoints")
+    return {**found, "read_bytes": read, "checkpoints": planned, "pairs": pairs}
 
 
-def _open(references: Sequence[str], stack: contextlib.ExitStack) -> list[_File]:
-    """Every file of the references, each reference once."""
-    resolved = {found.name: found for found in map(resolve, references)}
-    files = []
-    for name, each in resolved.items():
-        opened = stack.enter_context(open_sources(each))
-        for (component, _, path), descriptor in zip(each.sources, opened.fds, strict=True):
-            files.append(_File(name, component, Source(show(path), descriptor)))
-    return files
+def _open(references: Sequence[str], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[Source]:
+    """Open every file of the references, each reference once, and enter what their headers say."""
+    sources: list[Source] = []
+    for name, resolved in {found.name: found for found in map(resolve, references)}.items():
+        checkpoints.tensors[name] = []  # its files may be empty
+        opened = stack.enter_context(open_sources(resolved))
+        for (component, _, path), descriptor in zip(resolved.sources, opened.fds, strict=True):
+            source = Source(show(path), descriptor)
+            for spec in source.layout().tensors:
+                place = _Place(len(sources), spec.offset, spec.length)
+                checkpoints.add(name, source.name, PlannedTensor(component, spec.name, spec.length, place))
+            sources.append(source)
+    return sources
 
 
-def _known(sources: Sequence[Source], state_dir: Path | None) -> list[Digests]:
-    """What the digest index knows of each file, by offset and length of its tensors."""
-    trusted = [source.identity for source in sources if source.trusted]
-    known = known_digests(state_dir, trusted) if state_dir and trusted else {}
-    return [dict(known.get(source.identity, {})) if source.trusted else {} for source in sources]
+def _known(sources: Sequence[Source], state_dir: Path | None) -> dict[Hashable, bytes]:
+    """The digests that the index has."""
+    trusted = {number: source.identity for number, source in enumerate(sources) if source.trusted}
+    known = known_digests(state_dir, trusted.values()) if state_dir else {}
+    return {
+        _Place(number, *where): digest
+        for number, identity in trusted.items()
+        for where, digest in known.get(identity, {}).items()
+    }
 
 
-def _hash(sources: Sequence[Source], known: list[Digests], threads: int, advance: Advance) -> int:
+def _hash(sources: Sequence[Source], digests: dict[Hashable, bytes], threads: int, advance: Advance) -> int:
     """Add the digests of tensors that may equal another. Returns the bytes read."""
-    lengths = recurring(spec.length for source in sources for spec in source.layout().tensors)
-    wanted = [
-        (source, digests, spec)
-        for source, digests in zip(sources, known, strict=True)
+    places = [
+        _Place(number, spec.offset, spec.length)
+        for number, source in enumerate(sources)
         for spec in source.layout().tensors
-        if spec.length in lengths and (spec.offset, spec.length) not in digests
     ]
-    total = sum(spec.length for _, _, spec in wanted)
+    lengths = recurring(place.length for place in places)
+    wanted = [place for place in places if place.length in lengths and place not in digests]
+    total = sum(place.length for place in wanted)
     done = 0
     counting = threading.Lock()
     local = threading.local()
 
-    def digest(item: tuple[Source, Digests, TensorSpec]) -> bytes:
+    def digest(place: _Place) -> bytes:
         nonlocal done
-        source, _, spec = item
         if not hasattr(local, "buffer"):
             local.buffer = memoryview(bytearray(_PIECE))
         hasher = new_hasher()
-        for offset in range(0, spec.length, _PIECE):
-            piece = local.buffer[: min(_PIECE, spec.length - offset)]
-            source.read_into(piece, spec.offset + offset)
+        for offset in range(0, place.length, _PIECE):
+            piece = local.buffer[: min(_PIECE, place.length - offset)]
+            sources[place.file].read_into(piece, place.offset + offset)
             hasher.update(piece)
             with counting:
                 done += len(piece)
@@ -155,8 +168,7 @@ def _hash(sources: Sequence[Source], known: list[Digests], threads: int, advance
         return hasher.digest()
 
     with ThreadPoolExecutor(threads) as pool:
-        for (_, digests, spec), found in zip(wanted, pool.map(digest, wanted), strict=True):
-            digests[spec.offset, spec.length] = found
+        digests.update(zip(wanted, pool.map(digest, wanted), strict=True))
     return total
 
 
@@ -171,8 +183,8 @@ def _describe(path: Path, checkpoints: _Checkpoints) -> None:
         here.add(checkpoint)
         checkpoints.tensors.setdefault(checkpoint, [])
         for name, dtype, shape, content, length in tensors:
-            identity: Hashable = (content, dtype, shape)
-            checkpoints.add(checkpoint, f"{label}: {file}", PlannedTensor(component, name, length, identity))
+            tensor = PlannedTensor(component, name, length, (content, dtype, shape))
+            checkpoints.add(checkpoint, f"{label}: {file}", tensor)
 
 
 def _read(path: Path) -> bytes:
