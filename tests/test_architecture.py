@@ -37,7 +37,9 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "sqlite3": ("weightd_daemon.edges.digest_index",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
-    "weightd_daemon.edges": ("weightd_daemon.app",),
+    # `weightd plan` runs without a daemon: planning is a composition root too, for it reads the digest index.
+    "weightd_daemon.edges": ("weightd_daemon.app", "weightd_daemon.planning"),
+    "weightd_daemon.planning": (),
     **dict.fromkeys(
         (f"weightd_daemon.devices.{name}" for name in ("host", "host_io", "cuda_vmm", "cuda_ipc", "cuda_io")),
         ("weightd_daemon.app", "weightd_daemon.devices*"),
@@ -204,6 +206,7 @@ def test_modules_are_small() -> None:
         ("weightd.attachment", "torch grpc numpy gguf typer rich weightd_daemon"),
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
+        ("weightd_daemon.planning", "torch grpc typer rich"),
         ("weightd_daemon.loader.*", "torch numpy gguf grpc typer rich"),
     ],
 )

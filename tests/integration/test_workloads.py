@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -80,6 +81,8 @@ def test_pairs_save_what_they_share(
         assert (stats.logical_bytes, stats.saved_bytes) == (total, total - stats.resident_bytes)
         # Tensors that occur twice in one checkpoint and are small are held twice: a little over the unique bytes.
         assert unique <= stats.resident_bytes <= unique * 1.001
+        plan = json.loads(daemon.command("plan", *pipelines, "--state-dir", tmp_path, "--format", "json").stdout)
+        assert (plan["total_bytes"], plan["unique_bytes"]) == (stats.logical_bytes, stats.resident_bytes)
 
         holders = [spawn(daemon), spawn(daemon)]
         for holder in holders:

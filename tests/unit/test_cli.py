@@ -545,6 +545,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "ls",
         "ps",
         "inspect",
+        "plan",
         "pin",
         "unpin",
         "rm",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sqlite3
 import stat
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
 from weightd.types import FileIdentity
 from weightd_daemon.edges import digest_index
-from weightd_daemon.edges.digest_index import FILE_NAME, DigestIndex
+from weightd_daemon.edges.digest_index import FILE_NAME, DigestIndex, known_digests
 from weightd_daemon.loader.load import Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
 FILE = FileIdentity(device=2049, inode=77, size=4096, mtime_ns=10**18, ctime_ns=10**18 + 5)
@@ -152,3 +154,82 @@ def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeyp
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
         assert database.execute("SELECT count(*) FROM files").fetchone() == (30,)
     database.close()
+
+
+# -- read beside the daemon ------------------------------------------------------------------------------------------
+
+DIGESTS = {FILE: {(each.offset, each.length): each.digest for each in INSTANCES}}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_digests_are_known_whatever_the_epoch(tmp_path: Path) -> None:
+    using(tmp_path, remember, epoch=None)
+    before = contents(tmp_path)
+    assert list(before) == [FILE_NAME]
+    assert known_digests(tmp_path, [FILE, FILE._replace(inode=78)]) == DIGESTS
+    assert contents(tmp_path) == before  # nothing is made, nothing is changed
+
+
+def test_digests_are_known_while_the_daemon_has_the_index_open(tmp_path: Path) -> None:
+    async def steps(index: DigestIndex) -> None:
+        await remember(index)
+        assert known_digests(tmp_path, [FILE]) == DIGESTS
+        await is_known(index)
+
+    using(tmp_path, steps)
+
+
+def test_a_locked_index_is_not_waited_for(tmp_path: Path) -> None:
+    using(tmp_path, remember)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as database:
+        database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("UPDATE files SET used = 0")
+        begun = time.monotonic()
+        assert known_digests(tmp_path, [FILE]) == {}
+        assert time.monotonic() - begun < 1.0
+        database.rollback()
+
+
+@pytest.mark.parametrize("damage", [b"not a database at all, " * 100, b"SQLite format 3\0" + b"\xff" * 4080, b""])
+def test_a_damaged_index_knows_nothing_and_stays(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / FILE_NAME).write_bytes(damage)
+    assert known_digests(tmp_path, [FILE]) == {}
+    assert contents(tmp_path) == {FILE_NAME: damage}
+
+
+@pytest.mark.parametrize("instances", ["x'0102'", "'text'", "17"])
+def test_a_damaged_row_is_not_known(tmp_path: Path, instances: str) -> None:
+    using(tmp_path, remember)
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE_NAME)) as database, database:
+        database.execute(f"UPDATE files SET instances = {instances}")
+    assert known_digests(tmp_path, [FILE]) == {}
+
+
+def test_an_index_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    assert known_digests(tmp_path, [FILE]) == {}
+    assert known_digests(tmp_path / "nowhere", [FILE]) == {}
+    (tmp_path / FILE_NAME).mkdir()
+    assert known_digests(tmp_path, [FILE]) == {}
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+
+
+def test_an_index_that_was_cut_off_is_left_to_its_owner(tmp_path: Path) -> None:
+    using(tmp_path, remember)
+    (tmp_path / f"{FILE_NAME}-wal").write_bytes(b"")
+    before = contents(tmp_path)
+    assert known_digests(tmp_path, [FILE]) == {}
+    assert contents(tmp_path) == before
+
+
+def test_an_index_that_changes_while_it_is_read_is_not_believed(tmp_path: Path) -> None:
+    """Without its owner's files beside it, it is read without a lock."""
+    using(tmp_path, remember)
+
+    def files() -> Iterator[FileIdentity]:
+        yield FILE
+        os.utime(tmp_path / FILE_NAME, (1, 1))
+
+    assert known_digests(tmp_path, files()) == {}

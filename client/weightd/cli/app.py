@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, listing, loading
+from weightd.cli import changing, daemon, listing, loading, planning
 from weightd.cli.context import INTERRUPTED, LoadInterruptedError, Settings, SocketOption, say
 from weightd.cli.output import OutputClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -69,6 +69,7 @@ app.command("ls")(listing.ls)
 app.command("list", hidden=True)(listing.ls)
 app.command("ps")(listing.ps)
 app.command("inspect")(listing.inspect)
+app.command("plan")(planning.plan)
 app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)

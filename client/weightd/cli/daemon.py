@@ -29,15 +29,20 @@ def config(context: typer.Context) -> None:
 
 def _become_daemon(command: str, context: typer.Context) -> NoReturn:
     # The client may not import the daemon; a new image also leaves none of typer, rich or grpc in its memory.
-    if importlib.util.find_spec("weightd_daemon") is None:
-        say(f"{command} needs the daemon, which is not installed: pip install 'weightd[daemon]'")
-        raise typer.Exit(1)
+    require_daemon(command)
     settings: Settings = context.obj
     arguments = [] if settings.socket is None else ["--socket", settings.socket]
     flush()
     # -P: a weightd_daemon that lies in the current directory must not be what starts.
     command_line = [sys.executable, "-P", "-m", "weightd_daemon", command, *arguments, *context.args]
     os.execv(sys.executable, command_line)  # noqa: S606 - no shell is what is wanted
+
+
+def require_daemon(command: str) -> None:
+    """End with a line that says so where the daemon is not installed; xxhash is what the bare package leaves out."""
+    if any(importlib.util.find_spec(needed) is None for needed in ("weightd_daemon", "xxhash")):
+        say(f"{command} needs the daemon, which is not installed: pip install 'weightd[daemon]'")
+        raise typer.Exit(1)
 
 
 def ping(context: typer.Context, socket: SocketOption = None) -> None:

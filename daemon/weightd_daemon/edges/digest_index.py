@@ -7,6 +7,7 @@ and used only for files whose identity can be trusted (loader/source.py). A dama
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -14,12 +15,12 @@ import sqlite3
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from weightd_daemon.loader.load import Instance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from weightd.types import FileIdentity
 
@@ -126,6 +127,49 @@ class DigestIndex:
         if self._database is not None:
             self._database.close()
             self._database = None
+
+
+def known_digests(folder: Path, files: Iterable[FileIdentity]) -> dict[FileIdentity, dict[tuple[int, int], bytes]]:
+    """The digests that an index below `folder` knows of these files, by offset and length, in bytes.
+
+    Of any epoch: what the bytes of an unchanged file are does not depend on which blobs held them. For readers beside
+    the daemon: changes and makes nothing, does not wait, and whatever is wrong with the index, it then knows nothing.
+    """
+    path = folder / FILE_NAME
+    query = "SELECT instances FROM files WHERE device = ? AND inode = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?"
+    found: dict[FileIdentity, dict[tuple[int, int], bytes]] = {}
+    try:
+        before = _on_disk(path)
+        if before.log != before.shared:
+            return {}  # its owner was cut off, and has to mend it
+        # Where no daemon has it open, even a reader would make these two files, unless it is told that nothing changes.
+        options = "mode=ro" if before.log else "mode=ro&immutable=1"
+        uri = f"{path.absolute().as_uri()}?{options}"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as database:
+            for identity in files:
+                for (packed,) in database.execute(query, _signed(identity)):
+                    if isinstance(packed, bytes) and len(packed) % _ROW.size == 0:
+                        instances = map(Instance._make, _ROW.iter_unpack(packed))
+                        found[identity] = {(each.offset, each.length): each.digest for each in instances}
+        return found if before.log or _on_disk(path) == before else {}
+    except (sqlite3.Error, OSError):
+        return {}
+
+
+class _OnDisk(NamedTuple):
+    """The state of an index: whether sqlite's two files are beside it, as long as it is open, and when it changed."""
+
+    log: bool
+    shared: bool
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def _on_disk(path: Path) -> _OnDisk:
+    log, shared = (os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-shm"))
+    status = path.stat()
+    return _OnDisk(log, shared, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _signed(identity: FileIdentity) -> tuple[int, ...]:

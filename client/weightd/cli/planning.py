@@ -1,0 +1,139 @@
+"""The command `plan`: what sharing would save, read from files alone. It needs no daemon, and no GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from weightd.cli.context import Format, FormatOption, Settings
+from weightd.cli.daemon import require_daemon
+from weightd.cli.output import emit, emit_json, emit_table, plural, size
+from weightd.cli.progress import byte_bar
+from weightd.errors import WeightdError, from_wire
+
+_Json = dict[str, Any]
+
+
+def plan(
+    context: typer.Context,
+    references: Annotated[
+        list[str] | None, typer.Argument(metavar="REF", help="Files, directories or org/name[@revision].")
+    ] = None,
+    manifest: Annotated[
+        list[str] | None,
+        typer.Option("--manifest", metavar="FILE", help="Checkpoints described by a workload manifest; repeatable."),
+    ] = None,
+    state_dir: Annotated[
+        str | None,
+        typer.Option("--state-dir", metavar="DIR", help="Where the digest index is [default: as for `serve`]."),
+    ] = None,
+    output: FormatOption = Format.TABLE,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the sum.")] = False,
+) -> None:
+    """Say what sharing would save, without a daemon.
+
+    REF is a file, a directory (sharded or a pipeline) or org/name[@revision] in the local Hugging Face cache.
+    """
+    if not references and not manifest:
+        raise typer.BadParameter("name at least one, or give --manifest", param_hint="REF")
+    require_daemon("plan")
+    settings: Settings = context.obj
+    arguments = [f"--manifest={file}" for file in manifest or ()]
+    arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
+    arguments += ["--debug"] if settings.debug else []
+    with byte_bar(quiet=quiet) as advance:
+
+        def show(done: int, total: int) -> None:
+            if advance is not None:
+                advance("hashing", done, total)
+
+        found = _ask([*arguments, "--", *(references or ())], show)
+    if output is Format.JSON:
+        emit_json(found)
+        return
+    if not quiet:
+        _print_checkpoints(found["checkpoints"])
+        _print_pairs(found["pairs"])
+        emit("")
+    emit(
+        f"{plural(len(found['checkpoints']), 'checkpoint')}, total {size(found['total_bytes'])}, "
+        f"unique {size(found['unique_bytes'])}, saved {size(found['saved_bytes'])} ({found['saved_ratio'] * 100:.1f} %)"
+    )
+
+
+def _ask(arguments: list[str], show: Callable[[int, int], None]) -> _Json:
+    """The answer of the process that reads the files, which ends with this call, however it ends.
+
+    The client may not import what reads files and hashes: it is the daemon's.
+    """
+    # -P: a weightd_daemon that lies in the current directory must not be what starts. The group is the process's own,
+    # so that Ctrl-C reaches this one only, which then says so.
+    command = [sys.executable, "-P", "-m", "weightd_daemon.planning", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                message: _Json = json.loads(line)
+                if "plan" in message:
+                    answer: _Json = message["plan"]
+                    return answer
+                if "error" in message:
+                    raise from_wire(message["error"], message["message"])
+                show(message["done"], message["total"])
+            process.wait()
+        finally:
+            process.kill()
+    raise WeightdError(f"the process that reads the files ended without an answer (exit code {process.returncode})")
+
+
+def _print_checkpoints(checkpoints: list[_Json]) -> None:
+    rows = [
+        (
+            found["name"],
+            str(found["tensors"]),
+            size(found["total_bytes"]),
+            size(found["shared_bytes"]),
+            plural(found["shared_with"], "other") if found["shared_with"] else "-",
+        )
+        for found in checkpoints
+    ]
+    emit_table(("CHECKPOINT", ">TENSORS", ">SIZE", ">SHARED", "WITH"), rows)
+    if any(component["name"] for found in checkpoints for component in found["components"]):
+        emit("")
+        emit_table(
+            ("COMPONENT", "OF", ">TENSORS", ">SIZE", ">SHARED"),
+            [
+                (
+                    component["name"] or "-",
+                    found["name"],
+                    str(component["tensors"]),
+                    size(component["total_bytes"]),
+                    size(component["shared_bytes"]),
+                )
+                for found in checkpoints
+                for component in sorted(found["components"], key=lambda part: -part["shared_bytes"])
+            ],
+        )
+
+
+def _print_pairs(pairs: list[_Json]) -> None:
+    if pairs:
+        emit("")
+        rows = [(size(pair["shared_bytes"]), *pair["checkpoints"], _parts(pair["parts"])) for pair in pairs]
+        emit_table((">SHARED", "BETWEEN", "AND", "WHAT"), rows)
+
+
+def _parts(parts: list[_Json]) -> str:
+    """`text_encoder 17.74 GiB, vae = unet/vae 0.31 GiB`, the biggest first; a dash where there are no components."""
+    if not any(name for part in parts for name in part["components"]):
+        return "-"
+    return ", ".join(f"{_named(*part['components'])} {size(part['shared_bytes'])}" for part in parts)
+
+
+def _named(first: str, second: str) -> str:
+    return first or "-" if first == second else f"{first or '-'} = {second or '-'}"
