@@ -431,9 +431,9 @@ class Granting:
         self._store = store
         self._load = load
 
-    def call(self, op: str, *, want: int, need: int) -> dict[str, int]:
+    def call(self, op: str, *, ends: list[int], need: int) -> dict[str, int]:
         assert op == "grant"
-        extent = self._store.grant(self._load, want, need)
+        extent = self._store.grant(self._load, ends[-1], need, ends)
         assert extent is not None
         return extent._asdict()
 
