@@ -75,7 +75,7 @@ class Slots:
             for place in [place for place in self._places if place.end == slot[:2] or slot.end == place[:2]]:
                 self._places.remove(place)
                 slot = Slot(slot.segment, min(slot.offset, place.offset), slot.size + place.size)
-            self._places.append(slot)
+            self._places.insert(0, slot)  # before fresh bytes of the same size
             if len(self._places) > _KEPT:
                 self._places.remove(min(self._places, key=lambda place: place.size))
 
