@@ -92,6 +92,14 @@ def test_a_group_is_placed_where_its_first_tensor_is() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_grouped_in_another_file_may_make_one_more_lane_there() -> None:
+    every = tensors([31 * MIB, MIB, MIB], [33 * MIB, *[64 * MIB] * 4])
+    found = arranged(every, [[1, 3]])
+    assert [len(lane) for lane in lanes(units(found), 4)] == [3, 1, 1, 1, 1, 1]
+    assert most_lanes(every, 4) == 5
+    assert most_lanes(found, 4) == 6
+
+
 def test_lanes_are_as_even_as_groups_allow() -> None:
     """Pairs from both ends of a file of 64 × 8 MiB: four lanes of 16 still."""
     every = tensors([8 * MIB] * 64)
