@@ -72,7 +72,7 @@ class Copier:
                 sizes.append(_slot_bytes(new))
                 if batch[0].group is not None and len(new) == len(tensors):
                     self._together.update(dict.fromkeys((tensor.number for tensor in new), Together(sizes[-1])))
-            slots = Slots(channel, sizes)
+            slots = Slots(channel, sizes, frugal=digests is not None)  # hashed before: only what is new was promised
             self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
         self._reserved: dict[int, Slot] = {}
         self._local = threading.local()

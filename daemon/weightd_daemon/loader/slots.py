@@ -45,15 +45,18 @@ class Slots:
 
     `sizes` are the bytes of what is to stay in one piece, in order: a unit, or the units of a group. What is asked for
     ends where one of these ends, so that no extent keeps a tail that the next does not fit into.
+
+    Where `frugal`, a place that fits is used before more is asked for, also if that breaks a group up: in a load that
+    was not promised memory for all of its tensors, and once memory comes in pieces. Nobody is evicted for order's sake.
     """
 
-    def __init__(self, channel: Channel, sizes: Iterable[int]) -> None:
+    def __init__(self, channel: Channel, sizes: Iterable[int], *, frugal: bool = False) -> None:
         self._channel = channel
         self._ends = list(accumulate(sizes))
         self._taken = 0
         self._lock = threading.Lock()
         self._places: list[Slot] = []
-        self._in_pieces = False
+        self._frugal = frugal
 
     def take(self, length: int, together: Together | None = None) -> Slot:
         """A slot for `length` bytes, of what is to lie `together` if that is said, in the order of the calls.
@@ -85,8 +88,7 @@ class Slots:
         if together is not None and not together.apart:
             if together.last is None:
                 whole = [place for place in fitting if place.size >= together.size]
-                # Memory that comes in pieces is used to the end: nobody is to be evicted for the sake of order.
-                fitting = whole if whole or not self._in_pieces else fitting
+                fitting = whole if whole or not self._frugal else fitting
             else:
                 end = together.last.end
                 fitting = [place for place in fitting if place[:2] == end] or fitting
@@ -97,7 +99,7 @@ class Slots:
         ends = self._ahead(size, start)
         answer = self._channel.call("grant", ends=ends, need=size)
         place = Slot(answer["segment"], answer["offset"], answer["length"])
-        self._in_pieces |= place.size < ends[0]
+        self._frugal |= place.size < ends[0]
         self._places.append(place)
         return place
 
