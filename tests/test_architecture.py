@@ -51,7 +51,8 @@ LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("
 DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", CORE)
+# weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
+CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", CORE)
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {

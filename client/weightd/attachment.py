@@ -9,12 +9,13 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from . import _fused
 from ._mapping import host
 from ._mapping.segments import Wanted, open_segments
 from ._proto.v1 import handles_pb2
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
-from .types import TensorInfo, TensorKey
+from .types import DerivedView, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from ._handles import HandleConnection, Received
     from ._mapping.segments import Memory, Segments
+    from .layouts import Layout
 
 Writable = Literal["copy"] | None
 
@@ -75,6 +77,8 @@ class Attachment:
         self._component_names = list(manifest.components)
         self._tensors = _tensors(manifest)
         self._copies = _copies(self._tensors.values())
+        self._rows = list(self._tensors.values())
+        self._listed = _fused.listed(manifest)
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         for key, copy in self._copies.items():
@@ -139,6 +143,14 @@ class Attachment:
         return self._opened.torch_device
 
     @property
+    def views(self) -> Mapping[TensorKey, DerivedView]:
+        """What frameworks fuse, by (component, name), where its members are attached and lie one behind the other.
+
+        Errors: ServerError (the manifest lists what cannot be).
+        """
+        return {key: found.view for key, found in self._views.items()}
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the checkpoint's parts; ("",) for a plain checkpoint."""
         return tuple(self._component_names)
@@ -179,12 +191,48 @@ class Attachment:
         """
         return self._tensor(self._opened, self._find(name, component), writable)
 
-    def state_dict(self, component: str | None = None, *, writable: Writable = None) -> dict[str, torch.Tensor]:
+    def view(self, name: str, component: str = "", *, writable: Writable = None) -> torch.Tensor:
+        """One of `views` as a tensor with a storage of its own. It has the addresses of its members: use it or them.
+
+        Errors: as `tensor`, and ServerError.
+        """
+        try:
+            found = self._views[TensorKey(component, name)]
+        except KeyError:
+            inside = f" of component {component!r}" if component else ""
+            raise NotFoundError(f"view {name!r}{inside} is not attached; `views` has those that are") from None
+        return self._tensor(self._opened, found.info, writable, found.copy)
+
+    def state_dict(
+        self, component: str | None = None, *, writable: Writable = None, layout: Layout = "stored"
+    ) -> dict[str, torch.Tensor]:
         """The tensors of one component by name, in file order; `component` may be left out where there is one only.
 
-        `writable` is as in `tensor`. Errors: InvalidReferenceError (which component?), and those of `tensor`.
+        `layout="transformers"` names and fuses them as transformers 5 does when it loads them: with views where there
+        are some, else with private copies, which `copied` lists. `writable` is as in `tensor`.
+        Errors: InvalidReferenceError (which component? what layout?), those of `tensor`, ServerError.
         """
-        segments = self._opened
+        segments, infos = self._opened, self._of(component)
+        if layout == "stored":
+            return {info.name: self._tensor(segments, info, writable) for info in infos}
+        return {part.name: self._part(segments, part, writable) for part in self._parts(infos, layout)}
+
+    def copied(self, component: str | None = None, *, layout: Layout = "transformers") -> dict[str, str]:
+        """Which tensors of `state_dict(component, layout=layout)` are private copies: for each name the reason.
+
+        Errors: InvalidReferenceError, ServerError.
+        """
+        found: dict[str, str] = {}
+        for part in self._parts(self._of(component), layout):
+            first = part.tensors[0]
+            if part.reason:
+                found[part.name] = part.reason
+            elif self.kind == "cuda_ipc" and self._copies.get(TensorKey(first.component, first.name)):
+                found[part.name] = "its bytes are those of another tensor too, and CUDA IPC maps memory once only"
+        return found
+
+    def _of(self, component: str | None) -> list[TensorInfo]:
+        """The attached tensors of one component."""
         attached = {info.component for info in self._tensors.values()} or {""}
         if component is None:
             if len(attached) > 1:
@@ -193,11 +241,29 @@ class Attachment:
             (component,) = attached
         elif component not in attached:
             raise NotFoundError(f"component {component!r} is not attached; there are {sorted(attached)}")
-        return {
-            info.name: self._tensor(segments, info, writable)
-            for info in self._tensors.values()
-            if info.component == component
-        }
+        return [info for info in self._tensors.values() if info.component == component]
+
+    def _parts(self, infos: list[TensorInfo], layout: Layout) -> list[_fused.Part]:
+        """The tensors of a layout, and what each is made of."""
+        if layout == "stored":
+            return [_fused.Part(info.name, (info,), info.shape) for info in infos]
+        if layout != "transformers":
+            raise InvalidReferenceError(f"layout {layout!r}: must be 'stored' or 'transformers'")
+        return list(_fused.parts(infos, self._views))
+
+    def _part(self, segments: Segments, part: _fused.Part, writable: Writable) -> torch.Tensor:
+        if part.view is not None:
+            return self._tensor(segments, part.view.info, writable, part.view.copy)
+        tensors = [self._tensor(segments, info, None if part.reason else writable) for info in part.tensors]
+        if not part.reason:
+            return tensors[0]
+        from .torch import fuse
+
+        return fuse(tensors, part.shape)
+
+    @cached_property
+    def _views(self) -> dict[TensorKey, _fused.View]:
+        return _fused.views(self._listed, self._rows, self._tensors, self._copies)
 
     def holds(self, address: int, length: int) -> bool:
         """Whether `length` bytes at an address of this process lie in memory that is attached.
@@ -226,10 +292,12 @@ class Attachment:
             inside = f" of component {component!r}" if component else ""
             raise NotFoundError(f"tensor {name!r}{inside} is not attached") from None
 
-    def _tensor(self, segments: Segments, info: TensorInfo, writable: Writable) -> torch.Tensor:
+    def _tensor(
+        self, segments: Segments, info: TensorInfo, writable: Writable, copy: int | None = None
+    ) -> torch.Tensor:
         if writable not in (None, "copy"):
             raise InvalidReferenceError(f"writable {writable!r}: must be None or 'copy'")
-        tensor = self._make_tensor(self._memory(segments, info), info, segments.torch_device)
+        tensor = self._make_tensor(self._memory(segments, info, copy), info, segments.torch_device)
         return tensor.clone() if writable else tensor
 
     @cached_property
@@ -238,11 +306,12 @@ class Attachment:
 
         return make_tensor
 
-    def _memory(self, segments: Segments, info: TensorInfo) -> Memory | None:
-        """The bytes of a tensor; None where it has none."""
+    def _memory(self, segments: Segments, info: TensorInfo, copy: int | None = None) -> Memory | None:
+        """The bytes of a tensor, in its mapping of the segment or that said; None where it has none."""
         if not info.length:
             return None
-        copy = self._copies.get(TensorKey(info.component, info.name), 0) if self._copies else 0
+        if copy is None:
+            copy = self._copies.get(TensorKey(info.component, info.name), 0) if self._copies else 0
         try:
             return segments.buffer(info.segment, copy, info.offset, info.length)
         except KeyError:

@@ -33,7 +33,7 @@ from .errors import (
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from ._mapping.segments import Memory
@@ -89,6 +89,12 @@ def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.T
             raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
         shape = (*shape[:-1], shape[-1] // 2)
     return _raw(memory, device, dtype).view(shape)
+
+
+def fuse(tensors: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
+    """A private tensor of that shape with the elements of these, none of them empty, one behind the other."""
+    flat = torch.cat([tensor.view(torch.uint8).flatten() for tensor in tensors])  # not every dtype can be joined
+    return flat.view(tensors[0].dtype).view(*shape[:-1], -1)  # torch counts pairs of F4
 
 
 def _raw(memory: Memory | None, device: str, dtype: torch.dtype) -> torch.Tensor:

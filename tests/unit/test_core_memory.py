@@ -36,8 +36,11 @@ class Fixture:
     def kick(self) -> None:
         self.kicks += 1
 
-    def grant(self, pages: int, *, need: int | None = None, load: int = 1, domain: str = "all") -> Extent | None:
-        return self.memory.grant(load, domain, pages * PAGE, (pages if need is None else need) * PAGE)
+    def grant(
+        self, pages: int, *, need: int | None = None, load: int = 1, domain: str = "all", ends: tuple[int, ...] = ()
+    ) -> Extent | None:
+        least = pages if need is None else need
+        return self.memory.grant(load, domain, pages * PAGE, least * PAGE, [end * PAGE for end in ends])
 
     def give_back(self, *extents: Extent, pool: bool = True, domain: str = "all") -> None:
         self.memory.give_back(domain, extents, pool=pool)
@@ -312,6 +315,48 @@ def test_a_device_without_room_gets_back_what_is_unused_and_says_so() -> None:
         device.grant(4, need=2)
     assert device.reclaim() == [Release(1, 8 * PAGE)]
     assert device.memory.used == 0
+
+
+# -- what is to stay in one piece --------------------------------------------------------------------------------------
+
+
+def test_less_than_is_wanted_ends_where_something_ends() -> None:
+    device = Fixture(sparse=False)
+    device.grant(16)
+    device.give_back(pages(1, 3, 7))
+    assert device.grant(9, need=1, ends=(2, 5, 9)) == pages(1, 3, 5)
+    device.grant(8)
+    assert device.grant(9, need=1, ends=(3, 6, 7, 9)) == pages(3, 0, 7), "what the budget still has is 8 pages"
+
+
+def test_a_piece_that_is_too_small_for_the_first_is_left_while_there_is_more() -> None:
+    device = Fixture(sparse=False)
+    device.grant(12)
+    device.give_back(pages(1, 0, 4))
+    assert device.grant(6, need=2, ends=(6,)) == pages(2, 0, 6)
+    device.grant(13, need=13)
+    assert device.grant(6, need=2, ends=(6,)) == pages(1, 0, 4), "there is no more"
+
+
+def test_a_segment_is_as_large_as_what_stays_together() -> None:
+    assert Fixture().grant(30, need=2, ends=(20, 30)) == pages(1, 0, 20)
+    assert Fixture().grant(30, need=2, ends=(10, 14, 18, 30)) == pages(1, 0, 14)
+
+
+def test_what_cannot_be_had_in_one_piece_is_had_in_several() -> None:
+    device = Fixture(sparse=False)
+    device.grant(16)
+    device.grant(10)
+    assert device.grant(8, need=2, ends=(8,)) == pages(3, 0, 6)
+    assert device.grant(2, need=2, ends=(2,)) is None
+
+
+def test_ends_need_not_be_whole_pages() -> None:
+    device = Fixture(sparse=False)
+    device.grant(16)
+    device.give_back(pages(1, 0, 5))
+    extent = device.memory.grant(1, "all", 9 * PAGE, 1, [256, 2 * PAGE + 256, 9 * PAGE])
+    assert extent == pages(1, 0, 3)
 
 
 # -- a device that lost everything -------------------------------------------------------------------------------------

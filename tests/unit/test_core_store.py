@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 
@@ -17,7 +17,7 @@ from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
-from weightd_daemon.loader.slots import Slots
+from weightd_daemon.loader.slots import Slots, Together
 
 PAGE = 4096
 MIB = 1 << 20
@@ -398,8 +398,11 @@ def test_checkpoints_that_share_all_with_each_other_are_evicted_together() -> No
 @pytest.mark.parametrize("lengths", [[682 * MIB + 1] * 10, [1, 1023 * MIB] * 5, [3 << 30, 1, MIB + 1]])
 @pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize("hash_first", [True, False])
-def test_what_was_promised_is_enough_wherever_segments_are_cut(lengths: list[int], runs: int, hash_first: bool) -> None:
-    """With the least budget that has room, every tensor gets its memory."""
+@pytest.mark.parametrize("grouped", [1, 3])
+def test_what_was_promised_is_enough_wherever_segments_are_cut(
+    lengths: list[int], runs: int, hash_first: bool, grouped: int
+) -> None:
+    """With the least budget that has room, every tensor gets its memory, and so many together lie so."""
     page = 2 * MIB
     store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
     numbers = count()
@@ -419,9 +422,13 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(lengths: list[int
         memory.budget += page
     for run in range(runs):
         part = lengths[run::runs]
-        slots = Slots(Granting(store, load), [slot_bytes(length) for length in part])  # type: ignore[arg-type]
-        for length in part:
-            slots.take(length)
+        groups = [part[at : at + grouped] for at in range(0, len(part), grouped)]
+        sizes = [sum(map(slot_bytes, group)) for group in groups]
+        slots = Slots(Granting(store, load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
+        for group, size in zip(groups, sizes, strict=True):
+            together = Together(size)
+            taken = [slots.take(length, together) for length in group]
+            assert all(before.end == slot[:2] for before, slot in pairwise(taken))
 
 
 class Granting:
@@ -431,9 +438,9 @@ class Granting:
         self._store = store
         self._load = load
 
-    def call(self, op: str, *, want: int, need: int) -> dict[str, int]:
+    def call(self, op: str, *, ends: list[int], need: int) -> dict[str, int]:
         assert op == "grant"
-        extent = self._store.grant(self._load, want, need)
+        extent = self._store.grant(self._load, ends[-1], need, ends)
         assert extent is not None
         return extent._asdict()
 

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weightd.types import TensorSpec
-from weightd_daemon.loader.work import PIECE, Tensor, Unit, lanes, most_lanes, on_threads, units
+from weightd_daemon.loader.work import (
+    PIECE,
+    Tensor,
+    Unit,
+    arranged,
+    batches,
+    lanes,
+    most_lanes,
+    on_threads,
+    units,
+)
 
 MIB = 1 << 20
 
@@ -37,6 +48,63 @@ def test_lanes_hold_every_tensor_once_and_in_order(files: list[list[int]], threa
     assert len(cut) <= most_lanes(every, threads)
     part = every[::2]
     assert len(lanes(units(part), threads)) <= most_lanes(every, threads)
+
+
+@st.composite
+def grouped(draw: st.DrawFn) -> tuple[list[Tensor], list[list[int]]]:
+    """Tensors in files, and groups of some of them, in any order and across files."""
+    every = tensors(*draw(st.lists(st.lists(st.integers(1, 300 * MIB), max_size=10), max_size=4)))
+    order = draw(st.permutations([tensor.number for tensor in every]))
+    sizes = draw(st.lists(st.integers(1, 5), max_size=5))
+    cuts = [sum(sizes[:at]) for at in range(len(sizes) + 1)]
+    return every, [group for low, high in pairwise(cuts) if (group := order[low:high])]
+
+
+@given(grouped(), st.integers(1, 4), st.data())
+def test_lanes_hold_each_group_in_one_piece(
+    work: tuple[list[Tensor], list[list[int]]], threads: int, data: st.DataObject
+) -> None:
+    every, groups = work
+    left = [tensor for tensor in every if data.draw(st.integers(0, 9), label=str(tensor.number))]  # one in ten is known
+    numbers = {tensor.number for tensor in left}
+    cut = lanes(units(arranged(left, groups)), threads)
+    placed = [[tensor.number for unit in lane for tensor in unit.tensors] for lane in cut]
+    assert sorted(number for lane in placed for number in lane) == sorted(numbers)
+    whole = [group for group in groups if numbers.issuperset(group)]
+    for group in whole:
+        assert any(lane[at : at + len(group)] == group for lane in placed for at in range(len(lane)))
+    kept = [batch[0].group for lane in cut for batch in batches(lane) if batch[0].group is not None]
+    assert sorted(kept) == sorted(group[0] for group in whole), "each group is one batch"
+    assert len(cut) <= most_lanes(arranged(every, groups), threads)
+    grouped = {number for group in whole for number in group}
+    rest = [number for lane in placed for number in lane if number not in grouped]
+    assert rest == sorted(rest), "what is in no group stays in the order of files"
+
+
+def test_a_group_is_placed_where_its_first_tensor_is() -> None:
+    every = tensors([5, 6, 7], [8, 9])
+    found = arranged(every, [[4, 0], [3, 1, 2], [9]])
+    assert [(tensor.number, tensor.group) for tensor in found] == [(3, 3), (1, 3), (2, 3), (4, 4), (0, 4)]
+    assert [len(lane) for lane in lanes(units(found), 4)] == [4], "1 and 2 are neighbours, and one unit"
+    known = [tensor for tensor in every if tensor.number != 1]
+    assert [(t.number, t.group) for t in arranged(known, [[3, 1, 2], [4, 0]])] == [
+        (2, None), (3, None), (4, 4), (0, 4),
+    ]  # fmt: skip
+
+
+def test_what_is_grouped_in_another_file_may_make_one_more_lane_there() -> None:
+    every = tensors([31 * MIB, MIB, MIB], [33 * MIB, *[64 * MIB] * 4])
+    found = arranged(every, [[1, 3]])
+    assert [len(lane) for lane in lanes(units(found), 4)] == [3, 1, 1, 1, 1, 1]
+    assert most_lanes(every, 4) == 5
+    assert most_lanes(found, 4) == 6
+
+
+def test_lanes_are_as_even_as_groups_allow() -> None:
+    """Pairs from both ends of a file of 64 × 8 MiB: four lanes of 16 still."""
+    every = tensors([8 * MIB] * 64)
+    cut = lanes(units(arranged(every, [[at, 63 - at] for at in range(32)])), 4)
+    assert [len(lane) for lane in cut] == [16, 16, 16, 16]
 
 
 def test_a_long_file_has_a_lane_for_each_thread_and_a_short_one_has_one() -> None:

@@ -31,7 +31,7 @@ class IpcSegments(CudaSegments):
         super().__init__(uuid)
         self._opened: dict[int, _Memory] = {}
         self._sizes = {one.segment: one.size for one in wanted}
-        self._copies: weakref.WeakValueDictionary[tuple[int, int, int], _Memory] = weakref.WeakValueDictionary()
+        self._copies: weakref.WeakValueDictionary[tuple[int, int, int, int], _Memory] = weakref.WeakValueDictionary()
         if not wanted:
             return
         self._lease = lease
@@ -60,7 +60,7 @@ class IpcSegments(CudaSegments):
         address = self._opened[segment].address + offset
         if not copy:
             return self._make_buffer(self._ordinal, address, length, self)
-        key = segment, offset, copy
+        key = segment, offset, length, copy  # a tensor, and what is fused from there on, begin at one place
         with _lock:
             owner = self._copies.get(key)
             if owner is None:

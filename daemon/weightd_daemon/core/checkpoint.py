@@ -10,6 +10,7 @@ from weightd.errors import DeviceError, InUseError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from weightd.layouts import Group
     from weightd.types import SourceFile
 
     from .blob import Blob
@@ -27,12 +28,14 @@ class CheckpointKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Everything a manifest says: files, tensors, and the blob of each (None for a tensor without bytes)."""
+    """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
     content_digest: str
     files: tuple[ManifestFile, ...]
     entries: tuple[Entry, ...]
     blobs: tuple[Blob | None, ...]
+    views: tuple[Group, ...] = ()
+    """What frameworks fuse, where its tensors (members are rows) lie one behind the other."""
 
     @property
     def segments(self) -> list[int]:

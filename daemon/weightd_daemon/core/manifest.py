@@ -6,9 +6,12 @@ import hashlib
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd.layouts import Group, adjacent, groups
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from .blob import Blob
     from .digest import BlobIdentity
 
 
@@ -29,6 +32,12 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     file: int
     length: int
+
+
+def fused_views(entries: Sequence[Entry], blobs: Sequence[Blob | None]) -> tuple[Group, ...]:
+    """The groups of tensors, by their rows, whose blobs lie one behind the other, for whatever reason they do."""
+    places = [(blob.segment, blob.offset, blob.length) if blob is not None else None for blob in blobs]
+    return tuple(group for group in groups(entries) if adjacent(places[row] for row in group.members))
 
 
 def _text(value: str) -> bytes:

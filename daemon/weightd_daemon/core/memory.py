@@ -7,6 +7,7 @@ so used_bytes never passes the budget.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from .arena import Arena, Extent, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .ranges import Ranges
 
 SEGMENT_BYTES = 1 << 30
-"""Largest segment, unless one tensor needs more. A segment is the unit of mapping, isolation and return."""
+"""Largest segment, unless one tensor or group needs more. A segment is the unit of mapping, isolation and return."""
 
 _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
@@ -225,24 +226,31 @@ class DeviceMemory:
 
     # -- granting and taking back ----------------------------------------------------------------------------------
 
-    def grant(self, load: int, domain: str, want: int, need: int) -> Extent | None:
+    def grant(self, load: int, domain: str, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """An extent of up to `want` and at least `need` bytes, or None when there is none without evicting.
 
         In this order: a hole that takes all of it, memory-backed ones first; a good piece that is memory-backed; a new
         segment; whatever hole is large enough; and, where that makes room for a new segment, what is unused goes back
-        and None is returned with `reclaiming` set. Errors: MemoryError, the device has no room though the budget has.
+        and None is returned with `reclaiming` set. Less than `want` ends at one of `ends`, ascending, if one fits; the
+        first is what a good piece should have, and may be more than a segment's bytes.
+        Errors: MemoryError, the device has no room though the budget has.
         """
         need, free = round_up(need, self.page), self.budget - self.used
+        fits = [end for end in (round_up(end, self.page) for end in ends) if end >= need]
         spare, obtainable = self._shares(domain, load, self._holes())
         if need > obtainable:
             return None
         arena, budget = self.arena(domain), max(0, min(free, spare))
-        want = max(need, min(round_up(want, self.page), SEGMENT_BYTES, obtainable // self.page * self.page))
-        extent = arena.best_fit(want, budget) or arena.largest(max(need, _SMALLEST_PIECE), 0, populated=True)
+        most = max(SEGMENT_BYTES, fits[0]) if fits else SEGMENT_BYTES
+        want = _cut(max(need, min(round_up(want, self.page), most, obtainable // self.page * self.page)), fits)
+        good = max(need, _SMALLEST_PIECE, fits[0] if fits and fits[0] <= want else 0)
+        extent = arena.best_fit(want, budget) or arena.largest(good, 0, populated=True)
         full: MemoryError | None = None
         if extent is None and need <= budget:
             try:
-                extent = self._new_segment(domain, max(need, min(want, budget // self.page * self.page)), need)
+                extent = self._new_segment(
+                    domain, _cut(max(need, min(want, budget // self.page * self.page)), fits), need
+                )
             except MemoryError as error:
                 full = error
         extent = extent or arena.largest(need, budget, populated=False)
@@ -253,6 +261,7 @@ class DeviceMemory:
             if need <= spare:
                 self._return_unused(need - free)
             return None
+        extent = extent._replace(length=_cut(extent.length, fits))
         arena.take(extent)
         if load in self._promised:
             self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
@@ -350,6 +359,12 @@ class DeviceMemory:
         self._outstanding += 1
         self._reclaims.append(reclaim)
         self._on_reclaim()
+
+
+def _cut(length: int, fits: Sequence[int]) -> int:
+    """The greatest of `fits`, ascending, that is in `length`; all of it where none is."""
+    at = bisect_right(fits, length)
+    return fits[at - 1] if at else length
 
 
 def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:

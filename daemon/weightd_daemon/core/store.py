@@ -116,10 +116,10 @@ class Store:
             memory.promise(load, books.domain, needed)
         return matched
 
-    def grant(self, load: int, want: int, need: int) -> Extent | None:
+    def grant(self, load: int, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """Memory for a load: up to `want`, at least `need` bytes; evicts when there is no other way and that would do.
 
-        Returns None while memory is on its way back: call again once it has arrived. Errors: CapacityError.
+        None while memory is on its way back: call again then. For `ends` see DeviceMemory.grant. Errors: CapacityError.
         """
         books = self._open(load)
         memory = self.memories[books.device]
@@ -127,7 +127,7 @@ class Store:
         while True:
             full: MemoryError | None = None
             try:
-                extent = memory.grant(load, books.domain, want, need)
+                extent = memory.grant(load, books.domain, want, need, ends)
             except MemoryError as error:
                 extent, full = None, error
             if extent is not None:

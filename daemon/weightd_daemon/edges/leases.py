@@ -62,6 +62,12 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
         lengths=[entry.length for entry in entries],
         digests=b"".join(blob.key.digest if blob is not None else EMPTY_DIGEST for blob in blobs),
         variants=[blob.variant if blob is not None else 0 for blob in blobs],
+        views=[
+            handles_pb2.DerivedView(
+                name=view.name, component=component_index[view.component], members=view.members, shape=view.shape
+            )
+            for view in content.views
+        ],
     ).SerializeToString()
 
 

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Self
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
+from weightd.layouts import groups
 from weightd_daemon.core import digest
+from weightd_daemon.core.manifest import Entry
 from weightd_daemon.devices.opening import open_io
 from weightd_daemon.formats.split import check_parts
 
@@ -25,7 +27,7 @@ from .copying import Copier
 from .slots import Slot
 from .source import Source
 from .verifying import verify
-from .work import Lane, Tensor, Unit, lanes, most_lanes, on_threads, units
+from .work import Lane, Tensor, Unit, arranged, lanes, most_lanes, on_threads, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,9 +114,11 @@ class Load:
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
         in_file: int = self._job["lanes"]
-        answer = self._channel.call("laid_out", lanes=most_lanes(tensors, in_file))
+        fused = self._groups(tensors)
+        answer = self._channel.call("laid_out", lanes=most_lanes(arranged(tensors, fused), in_file))
         known = frozenset[int](answer["known"])
-        work = lanes(units([tensor for tensor in tensors if tensor.number not in known]), in_file)
+        new = [tensor for tensor in tensors if tensor.number not in known]
+        work = lanes(units(arranged(new, fused)), in_file)
         chosen = frozenset[int](answer["sample"])
         shared = self._is_shared([tensor for tensor in tensors if tensor.number in chosen], in_file)
         copier = self._hash_first(work) if answer["hash_first"] or shared else self._copier(work)
@@ -179,6 +183,12 @@ class Load:
                 index += 1
         check_parts([(source.name, source.layout()) for source in self._sources])
         return tensors
+
+    def _groups(self, tensors: list[Tensor]) -> list[list[int]]:
+        """The numbers of tensors that frameworks fuse, and that can lie one behind the other."""
+        components: list[str] = self._job["components"]
+        named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
+        return [[tensors[index].number for index in group.members] for group in groups(named) if group.seamless]
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
         """Whether some tensors of a sample may be resident; then everything is to be hashed first."""

@@ -16,8 +16,8 @@ from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
 
-from .slots import Slot, Slots
-from .work import Tensor, Unit
+from .slots import Slot, Slots, Together
+from .work import Tensor, Unit, batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -63,9 +63,16 @@ class Copier:
         self._digests = digests or {}
         self._matched = matched
         self._slots: dict[int, Slots] = {}
+        self._together: dict[int, Together] = {}
         for lane in lanes:
-            new = [[tensor for tensor in unit.tensors if tensor.number not in matched] for unit in lane]
-            slots = Slots(channel, [_slot_bytes(unit) for unit in new])
+            sizes: list[int] = []
+            for batch in batches(lane):
+                tensors = [tensor for unit in batch for tensor in unit.tensors]
+                new = [tensor for tensor in tensors if tensor.number not in matched]
+                sizes.append(_slot_bytes(new))
+                if batch[0].group is not None and len(new) == len(tensors):
+                    self._together.update(dict.fromkeys((tensor.number for tensor in new), Together(sizes[-1])))
+            slots = Slots(channel, sizes, frugal=digests is not None)  # hashed before: only what is new was promised
             self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
         self._reserved: dict[int, Slot] = {}
         self._local = threading.local()
@@ -80,7 +87,8 @@ class Copier:
     def reserve(self, unit: Unit) -> None:
         """Take the slots of a unit. Called in the units' order, so that extents are filled without a rest."""
         for run in _runs(tuple(tensor for tensor in unit.tensors if tensor.number not in self._matched)):
-            self._reserved[run[0].number] = self._slots[run[0].number].take(_slot_bytes(run))
+            number = run[0].number
+            self._reserved[number] = self._slots[number].take(_slot_bytes(run), self._together.get(number))
 
     def copy(self, unit: Unit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
@@ -187,6 +195,8 @@ class Copier:
                 for (tensor, slot, _), stays in zip(equal, kept, strict=True):
                     if not stays:
                         self._slots[tensor.number].give_back(slot)
+                        if (together := self._together.get(tensor.number)) is not None:
+                            together.apart = True
             found = again
 
     def _compare_first(self, tensor: Tensor) -> bool:

@@ -11,7 +11,7 @@ from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
 
@@ -215,7 +215,8 @@ class LoadSteps:
         return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
 
     async def _grant(self, message: Message) -> _Answer:
-        while (extent := self._store.grant(self._number, message["want"], message["need"])) is None:
+        ends: list[int] = message["ends"]
+        while (extent := self._store.grant(self._number, ends[-1], message["need"], ends)) is None:
             await self._reclaimer.wait()
         return extent._asdict(), [self._segment(extent.segment)]
 
@@ -286,7 +287,8 @@ class LoadSteps:
     def _describe(self, identities: list[BlobIdentity]) -> tuple[Content, bytes]:
         """The content and its encoded manifest. Runs on a thread: 120,000 tensors take half a second."""
         digest = content_digest(self._entries, identities, self._files)
-        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs))
+        views = fused_views(self._entries, self._blobs)
+        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
         return content, self._encode(content, self._device.uuid)
 
     # -- inside ----------------------------------------------------------------------------------------------------

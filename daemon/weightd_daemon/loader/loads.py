@@ -286,7 +286,8 @@ class Loads:
                 # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
                 lanes = self._threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
-                await loader.send({"job": "load", **place, "sources": labels, "threads": self._threads, "lanes": lanes})
+                job = {"job": "load", **place, "threads": self._threads, "lanes": lanes, "sources": labels}
+                await loader.send({**job, "components": [source.component for source in request.sources]})
                 await loader.send_descriptor(intake)
                 os.close(intake)
                 intake = -1

@@ -1,4 +1,4 @@
-"""Where a load puts its next bytes: slots inside the extents that the daemon granted for one file."""
+"""Where a load puts its next bytes: slots inside the extents that the daemon granted for one lane."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .channel import Channel
 
 _KEPT = 32
-"""Freed slots remembered for the next tensors; they have memory behind them, fresh bytes have not."""
+"""Places remembered for the next tensors; what was given back has memory behind it, fresh bytes have not."""
 
 
 class Slot(NamedTuple):
@@ -25,53 +25,94 @@ class Slot(NamedTuple):
     offset: int
     size: int
 
+    @property
+    def end(self) -> tuple[int, int]:
+        """What follows: segment and offset."""
+        return self.segment, self.offset + self.size
+
+
+class Together:
+    """Tensors of `size` bytes that are to lie one behind the other, unless it turns out that they are `apart`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.apart = False
+        self.last: Slot | None = None
+
 
 class Slots:
     """Bump allocation in granted extents; a slot given back is used again by the next tensor that it fits.
 
-    `sizes` are the bytes that each unit of the file will take, in order: what is asked for ends where a unit ends, so
-    that no extent keeps a tail that the next tensor does not fit into.
+    `sizes` are the bytes of what is to stay in one piece, in order: a unit, or the units of a group. What is asked for
+    ends where one of these ends, so that no extent keeps a tail that the next does not fit into.
+
+    Where `frugal`, a place that fits is used before more is asked for, also if that breaks a group up: in a load that
+    was not promised memory for all of its tensors, and once memory comes in pieces. Nobody is evicted for order's sake.
     """
 
-    def __init__(self, channel: Channel, sizes: Iterable[int]) -> None:
+    def __init__(self, channel: Channel, sizes: Iterable[int], *, frugal: bool = False) -> None:
         self._channel = channel
         self._ends = list(accumulate(sizes))
         self._taken = 0
         self._lock = threading.Lock()
-        self._open: list[Slot] = []
-        self._freed: list[Slot] = []
+        self._places: list[Slot] = []
+        self._frugal = frugal
 
-    def take(self, length: int) -> Slot:
-        """A slot for `length` bytes; asks the daemon for more memory when there is none. Errors: CapacityError."""
+    def take(self, length: int, together: Together | None = None) -> Slot:
+        """A slot for `length` bytes, of what is to lie `together` if that is said, in the order of the calls.
+
+        Asks the daemon for more memory when there is none. Errors: CapacityError.
+        """
         size = slot_bytes(length)
         with self._lock:
             start, self._taken = self._taken, self._taken + size
-            for places in (self._freed, self._open):
-                fitting = [place for place in places if place.size >= size]
-                if fitting:
-                    return self._cut(places, min(fitting, key=lambda place: place.size), size)
-            answer = self._channel.call("grant", want=max(size, self._ahead(start)), need=size)
-            place = Slot(answer["segment"], answer["offset"], answer["length"])
-            self._open.append(place)
-            return self._cut(self._open, place, size)
+            place = self._choose(size, together) or self._granted(size, start)
+            slot = self._cut(place, size)
+            if together is not None:
+                together.last = slot
+            return slot
 
     def give_back(self, slot: Slot) -> None:
         """The bytes in the slot are not needed."""
         with self._lock:
-            self._freed.append(slot)
-            if len(self._freed) > _KEPT:
-                self._freed.remove(min(self._freed, key=lambda place: place.size))
+            for place in [place for place in self._places if place.end == slot[:2] or slot.end == place[:2]]:
+                self._places.remove(place)
+                slot = Slot(slot.segment, min(slot.offset, place.offset), slot.size + place.size)
+            self._places.insert(0, slot)  # before fresh bytes of the same size
+            if len(self._places) > _KEPT:
+                self._places.remove(min(self._places, key=lambda place: place.size))
 
-    def _ahead(self, start: int) -> int:
-        """Bytes of the units to come that fit into one segment."""
-        whole = bisect_right(self._ends, start + SEGMENT_BYTES)
-        return self._ends[whole - 1] - start if whole else 0
+    def _choose(self, size: int, together: Together | None) -> Slot | None:
+        """The place to cut from: the least that will do, where nothing better is known."""
+        fitting = [place for place in self._places if place.size >= size]
+        if together is not None and not together.apart:
+            if together.last is None:
+                whole = [place for place in fitting if place.size >= together.size]
+                fitting = whole if whole or not self._frugal else fitting
+            else:
+                end = together.last.end
+                fitting = [place for place in fitting if place[:2] == end] or fitting
+        return min(fitting, key=lambda place: place.size, default=None)
 
-    @staticmethod
-    def _cut(places: list[Slot], place: Slot, size: int) -> Slot:
-        at = places.index(place)
+    def _granted(self, size: int, start: int) -> Slot:
+        """A new extent, among the places now."""
+        ends = self._ahead(size, start)
+        answer = self._channel.call("grant", ends=ends, need=size)
+        place = Slot(answer["segment"], answer["offset"], answer["length"])
+        self._frugal |= place.size < ends[0]
+        self._places.append(place)
+        return place
+
+    def _ahead(self, size: int, start: int) -> list[int]:
+        """Bytes from `start` to the end of each piece to come, as far as one segment goes; one piece at least."""
+        first = bisect_right(self._ends, start)
+        last = max(first + 1, bisect_right(self._ends, start + SEGMENT_BYTES))
+        return [end - start for end in self._ends[first:last] if end - start >= size] or [size]
+
+    def _cut(self, place: Slot, size: int) -> Slot:
+        at = self._places.index(place)
         if place.size == size:
-            del places[at]
+            del self._places[at]
         else:
-            places[at] = Slot(place.segment, place.offset + size, place.size - size)
+            self._places[at] = Slot(place.segment, place.offset + size, place.size - size)
         return Slot(place.segment, place.offset, size)

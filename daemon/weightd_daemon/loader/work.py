@@ -3,6 +3,9 @@
 Writes to one memfd take turns on the lock of its inode: two threads fill one memfd at 3.0 GB/s, and two at 5.2
 (measured). So in host memory a long file is cut into *lanes*, one for each thread, and each lane gets segments of its
 own. On a GPU nothing takes turns: there a file is one lane, which all threads work off from the front.
+
+Tensors that frameworks fuse (weightd/layouts.py) are *grouped*: they follow each other in one lane, whatever files they
+are in, so that they come to lie one behind the other.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd_daemon.devices.segment_io import PIECE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from weightd.types import TensorSpec
 
@@ -24,11 +27,12 @@ _LANE_BYTES = 64 << 20
 
 
 class Tensor(NamedTuple):
-    """A tensor to deal with: its number in the load, its file, and where it lies there."""
+    """A tensor to deal with: its number in the load, its file, where it lies there, and its group's first number."""
 
     number: int
     file: int
     spec: TensorSpec
+    group: int | None = None
 
 
 class Unit(NamedTuple):
@@ -45,15 +49,37 @@ class Unit(NamedTuple):
     def length(self) -> int:
         return sum(tensor.spec.length for tensor in self.tensors)
 
+    @property
+    def group(self) -> int | None:
+        return self.tensors[0].group
 
-def units(tensors: list[Tensor]) -> Iterator[Unit]:
-    """Cut tensors (sorted by file and offset, none empty) into units."""
+
+def arranged(tensors: Sequence[Tensor], groups: Iterable[Sequence[int]]) -> list[Tensor]:
+    """Tensors (sorted by file and offset) in the order in which they are to be placed.
+
+    A group, given by its tensors' numbers, stands where its first tensor is. Not if one of them is not there: what is
+    resident already wins over order.
+    """
+    there = {tensor.number: tensor for tensor in tensors}
+    whole = {group[0]: group for group in groups if all(number in there for number in group)}
+    grouped = {number for group in whole.values() for number in group}
+    found: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.number in whole:
+            found += [there[number]._replace(group=tensor.number) for number in whole[tensor.number]]
+        elif tensor.number not in grouped:
+            found.append(tensor)
+    return found
+
+
+def units(tensors: Iterable[Tensor]) -> Iterator[Unit]:
+    """Cut tensors (arranged, none empty) into units; the tensors of one are in one group, or in none."""
     group: list[Tensor] = []
     size = 0
     for tensor in tensors:
         joins = (
             group
-            and group[-1].file == tensor.file
+            and (group[-1].file, group[-1].group) == (tensor.file, tensor.group)
             and group[-1].spec.offset + group[-1].spec.length == tensor.spec.offset
             and size + tensor.spec.length <= PIECE
         )
@@ -68,30 +94,46 @@ def units(tensors: list[Tensor]) -> Iterator[Unit]:
 
 
 Lane = list[Unit]
-"""Neighbours in one file, to be worked off by one thread."""
+"""Neighbours in one file, and what is grouped with them, to be worked off by one thread."""
+
+
+def batches(work: Iterable[Unit]) -> Iterator[list[Unit]]:
+    """What stays in one piece: the units of a group, else each unit."""
+    for group, there in itertools.groupby(work, key=lambda unit: unit.group):
+        if group is None:
+            yield from ([unit] for unit in there)
+        else:
+            yield list(there)
 
 
 def lanes(work: Iterable[Unit], most: int) -> list[Lane]:
-    """Cut units (sorted by file and offset) into lanes: each file into `most` equal ones, if it is long enough."""
+    """Cut arranged units into lanes: each file, with what is grouped there, into `most` equal ones, if long enough."""
     found: list[Lane] = []
-    for _, group in itertools.groupby(work, key=lambda unit: unit.file):
-        file = list(group)
-        share = max(_LANE_BYTES, -(-sum(unit.length for unit in file) // most))
+    for _, there in itertools.groupby(batches(work), key=lambda batch: batch[0].file):
+        file = list(there)
+        share = max(_LANE_BYTES, -(-sum(unit.length for batch in file for unit in batch) // most))
         position, last = 0, -1
-        for unit in file:
+        for batch in file:
             if position // share != last:
                 last = position // share
                 found.append([])
-            found[-1].append(unit)
-            position += unit.length
+            found[-1] += batch
+            position += sum(unit.length for unit in batch)
     return found
 
 
 def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
-    """The most lanes that these tensors, or any part of them, are cut into."""
+    """The most lanes that these arranged tensors, or any part of them, are cut into.
+
+    A tensor that is grouped in another file counts in both: without all of its group it stays in its own.
+    """
     sizes: dict[int, int] = {}
+    home = 0
     for tensor in tensors:
-        sizes[tensor.file] = sizes.get(tensor.file, 0) + tensor.spec.length
+        if tensor.group in (None, tensor.number):
+            home = tensor.file
+        for file in {home, tensor.file}:
+            sizes[file] = sizes.get(file, 0) + tensor.spec.length
     return sum(min(most, size // _LANE_BYTES + 1) for size in sizes.values())
 
 

@@ -1,0 +1,132 @@
+"""Fused tensors of an attachment: the views that a manifest lists, and what a layout makes of a component's tensors."""
+
+from __future__ import annotations
+
+import itertools
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import ServerError
+from .layouts import adjacent, groups, renamed
+from .types import ALIGNMENT, DTYPE_BITS, DerivedView, TensorInfo, TensorKey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from ._proto.v1 import handles_pb2
+
+
+class Listed(NamedTuple):
+    """A view as the manifest lists it: component, name, rows of its members, shape."""
+
+    component: str
+    name: str
+    rows: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class View(NamedTuple):
+    """A view: its bytes as those of one tensor, and in which mapping of the segment they are nobody else's."""
+
+    view: DerivedView
+    info: TensorInfo
+    copy: int
+
+
+class Part(NamedTuple):
+    """A tensor of a layout: stored as `tensors` (one, or those that are fused into `shape`), or a `view` of them.
+
+    `reason` says why what is fused is no view.
+    """
+
+    name: str
+    tensors: tuple[TensorInfo, ...]
+    shape: tuple[int, ...]
+    view: View | None = None
+    reason: str = ""
+
+
+def listed(manifest: handles_pb2.Manifest) -> list[Listed]:
+    """What a manifest lists, unchecked but for the component. Errors: ServerError."""
+    components = list(manifest.components)
+    found = []
+    for view in manifest.views:
+        if view.component >= len(components):
+            raise _odd(view.name, f"is of component number {view.component} of {len(components)}")
+        found.append(Listed(components[view.component], view.name, tuple(view.members), tuple(view.shape)))
+    return found
+
+
+def views(
+    every: Iterable[Listed],
+    rows: Sequence[TensorInfo],
+    attached: Mapping[TensorKey, TensorInfo],
+    copies: Mapping[TensorKey, int],
+) -> dict[TensorKey, View]:
+    """The views whose members are all attached, by name. `rows` are all of the manifest's tensors.
+
+    Not those of which some members are first at their address and others not: no mapping of the segment is theirs
+    alone. Errors: ServerError (a view that its members cannot be).
+    """
+    found: dict[TensorKey, View] = {}
+    names = {TensorKey(info.component, info.name) for info in rows}
+    for component, name, numbers, shape in every:
+        if not numbers or max(numbers) >= len(rows):
+            raise _odd(name, f"has a member outside the {len(rows)} tensors")
+        members = [rows[number] for number in numbers]
+        first = members[0]
+        length = sum(info.length for info in members)
+        if any((info.component, info.dtype) != (component, first.dtype) for info in members):
+            raise _odd(name, "has members of several components or dtypes")
+        if not adjacent((info.segment, info.offset, info.length) for info in members):
+            raise _odd(name, "has members that do not lie one behind the other")
+        if min(shape, default=0) < 0 or prod(shape) * DTYPE_BITS.get(first.dtype, 0) != length * 8:
+            raise _odd(name, f"has {length} bytes, which are no {first.dtype} of shape {list(shape)}")
+        key = TensorKey(component, name)
+        if key in names:
+            raise _odd(name, "has a name that is taken")
+        names.add(key)
+        keys = [TensorKey(component, info.name) for info in members]
+        mappings = {copies.get(member, 0) for member in keys}
+        if len(mappings) == 1 and all(member in attached for member in keys):
+            info = TensorInfo(
+                component, name, first.dtype, shape, first.segment, first.offset, length, b"", 0, first.file
+            )
+            view = DerivedView(component, name, tuple(member.name for member in keys), shape)
+            found[key] = View(view, info, mappings.pop())
+    return found
+
+
+def parts(infos: Sequence[TensorInfo], there: Mapping[TensorKey, View]) -> Iterator[Part]:
+    """A component's tensors as transformers 5 names and shapes them; what is fused stands where its first member is."""
+    parameters = [group for group in groups(infos) if group.parameter]
+    group_of = {index: group for group in parameters for index in group.members}
+    for index, info in enumerate(infos):
+        group = group_of.get(index)
+        if group is None:
+            yield Part(renamed(info.name), (info,), info.shape)
+        elif index == min(group.members):
+            members = tuple(infos[member] for member in group.members)
+            view = there.get(TensorKey(group.component, group.name))
+            if view is not None and view.view[2:] == (tuple(member.name for member in members), group.shape):
+                yield Part(group.name, members, group.shape, view)
+            else:
+                reason = _reason(members, seamless=group.seamless)
+                yield Part(group.name, members, group.shape, reason=reason)
+
+
+def _reason(members: Sequence[TensorInfo], *, seamless: bool) -> str:
+    """Why tensors that are to be fused have no view."""
+    if not seamless:
+        odd = next(info for info in members if info.length % ALIGNMENT)
+        return f"{odd.name!r} has {odd.length} bytes, no multiple of {ALIGNMENT}, so nothing lies right behind it"
+    places = [(info.segment, info.offset, info.length) for info in members]
+    runs = 1 + sum(not adjacent(pair) for pair in itertools.pairwise(places))
+    if runs > 1:
+        why = "some are shared with other tensors, or memory came in pieces"
+        return f"its {len(members)} tensors lie in {runs} places: {why}"
+    return "no view of it is listed, or some of its tensors are equal to others of the checkpoint"
+
+
+def _odd(name: str, what: str) -> ServerError:
+    return ServerError(f"the manifest's view {name[:200]!r} {what}; attach again, and report it if it happens again")

@@ -1,0 +1,120 @@
+"""What a client makes of a manifest's views: those that are odd are errors, those that cannot be used are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import weightd
+from weightd import _fused
+from weightd._proto.v1 import handles_pb2
+from weightd.types import TensorInfo, TensorKey
+
+STEM = "model.layers.0.self_attn"
+NAMES = [f"{STEM}.{part}_proj.weight" for part in "qkv"]
+FUSED = f"{STEM}.qkv_proj.weight"
+
+
+def info(number: int, name: str, **changed: Any) -> TensorInfo:
+    """Tensor `number` of 512 bytes, behind the one before it."""
+    at = TensorInfo("", name, "F32", (2, 64), 3, 1024 + 512 * number, 512, b"", 0, 0)
+    return at._replace(**changed)
+
+
+ROWS = [info(number, name) for number, name in enumerate(NAMES)]
+VIEW = _fused.Listed("", FUSED, (0, 1, 2), (6, 64))
+
+
+def views(
+    *listed: _fused.Listed, rows: list[TensorInfo] = ROWS, attached: Any = None, copies: Any = ()
+) -> dict[TensorKey, _fused.View]:
+    there = {TensorKey(row.component, row.name): row for row in (rows if attached is None else attached)}
+    return _fused.views(listed, rows, there, dict(copies))
+
+
+def test_a_view_is_as_long_as_its_members_together() -> None:
+    (view,) = views(VIEW).values()
+    assert view.view == weightd.types.DerivedView("", FUSED, tuple(NAMES), (6, 64))
+    assert view.info == TensorInfo("", FUSED, "F32", (6, 64), 3, 1024, 1536, b"", 0, 0)
+    assert view.copy == 0
+
+
+def test_a_view_needs_all_of_its_members() -> None:
+    assert views(VIEW, attached=ROWS[:2]) == {}
+
+
+def test_a_view_lies_in_the_mapping_of_its_members() -> None:
+    keys = [TensorKey("", name) for name in NAMES]
+    (view,) = views(VIEW, copies=dict.fromkeys(keys, 2)).values()
+    assert view.copy == 2
+    assert views(VIEW, copies={keys[1]: 1}) == {}
+
+
+@pytest.mark.parametrize(
+    ("listed", "rows", "says"),
+    [
+        (VIEW._replace(rows=(0, 1, 3)), ROWS, "outside the 3 tensors"),
+        (VIEW._replace(rows=()), ROWS, "outside the 3 tensors"),
+        (VIEW._replace(rows=(0, 2, 1)), ROWS, "one behind the other"),
+        (VIEW._replace(rows=(0, 0, 1)), ROWS, "one behind the other"),
+        (VIEW, [*ROWS[:2], info(2, NAMES[2], segment=4)], "one behind the other"),
+        (VIEW, [*ROWS[:2], info(2, NAMES[2], dtype="I32")], "several components or dtypes"),
+        (VIEW, [*ROWS[:2], info(2, NAMES[2], component="b")], "several components or dtypes"),
+        (VIEW._replace(component="b"), ROWS, "several components or dtypes"),
+        (VIEW._replace(shape=(6, 65)), ROWS, r"1536 bytes, which are no F32 of shape \[6, 65\]"),
+        (VIEW._replace(shape=(-6, -64)), ROWS, "1536 bytes"),
+        (VIEW._replace(shape=()), ROWS, "1536 bytes"),
+        (VIEW._replace(name=NAMES[0]), ROWS, "a name that is taken"),
+    ],
+)
+def test_an_odd_view_is_an_error(listed: _fused.Listed, rows: list[TensorInfo], says: str) -> None:
+    with pytest.raises(weightd.ServerError, match=says) as caught:
+        views(listed, rows=rows)
+    assert repr(listed.name) in str(caught.value)
+
+
+def test_a_view_that_is_listed_twice_is_an_error() -> None:
+    with pytest.raises(weightd.ServerError, match="taken"):
+        views(VIEW, VIEW)
+
+
+def test_a_view_of_no_component_is_an_error() -> None:
+    message = handles_pb2.DerivedView(name=FUSED, component=1, members=[0, 1, 2], shape=[6, 64])
+    manifest = handles_pb2.Manifest(components=[""], views=[message])
+    with pytest.raises(weightd.ServerError, match="component number 1 of 1"):
+        _fused.listed(manifest)
+    manifest.views[0].component = 0
+    assert _fused.listed(manifest) == [VIEW]
+
+
+def experts(**changed: Any) -> list[TensorInfo]:
+    names = [f"m.block_sparse_moe.experts.{e}.{part}.weight" for e in range(2) for part in ("w1", "w3")]
+    return [info(0, "m.block_sparse_moe.gate.weight"), *(info(n + 1, name, **changed) for n, name in enumerate(names))]
+
+
+def test_parts_are_named_as_transformers_names_them() -> None:
+    every = experts()
+    view = _fused.Listed("", "m.mlp.experts.gate_up_proj", (1, 2, 3, 4), (2, 4, 64))
+    gate, fused = _fused.parts(every, views(view, rows=every))
+    assert (gate.name, gate.tensors, gate.view) == ("m.mlp.gate.weight", (every[0],), None)
+    assert (fused.name, fused.tensors, fused.reason) == (view.name, tuple(every[1:]), "")
+    assert fused.view is not None
+    assert fused.view.info.length == 2048
+
+
+@pytest.mark.parametrize(
+    ("every", "listed", "says"),
+    [
+        (experts(), [], "no view of it is listed"),
+        (experts(), [(4, 4, 32)], "no view of it is listed"),  # of another shape
+        (experts(offset=0), [], "its 4 tensors lie in 4 places"),
+        (experts(length=500), [], "has 500 bytes, no multiple of 256"),
+    ],
+)
+def test_parts_that_are_no_views_say_why(every: list[TensorInfo], listed: list[tuple[int, ...]], says: str) -> None:
+    there = [_fused.Listed("", "m.mlp.experts.gate_up_proj", (1, 2, 3, 4), shape) for shape in listed]
+    _, fused = _fused.parts(every, views(*there, rows=every))
+    assert fused.view is None
+    assert says in fused.reason
+    assert fused.shape == (2, 4, 64)
