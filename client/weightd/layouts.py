@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
-from .types import ALIGNMENT
+from .types import ALIGNMENT, DTYPE_BITS
 
 Layout = Literal["stored", "transformers"]
 """How a state dict names and shapes tensors: as its files do, or as models of transformers 5 do once loaded."""
@@ -152,6 +152,8 @@ def _fused(
     indices = tuple(members[key] for key in order)
     every = [tensors[index] for index in indices]
     first = every[0]
+    if first.dtype not in DTYPE_BITS:  # ggml's blocks, which no framework fuses
+        return None
     if not first.shape or any(
         tensor.dtype != first.dtype or len(tensor.shape) != len(first.shape) or tensor.shape[1:] != first.shape[1:]
         for tensor in every

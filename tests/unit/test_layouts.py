@@ -160,6 +160,14 @@ def test_a_group_may_have_a_seam() -> None:
     assert not groups([tensor(f"self_attn.{part}_proj.weight", rows, 2) for part, rows in shapes])[0].seamless
 
 
+def test_blocks_of_ggml_are_in_no_group() -> None:
+    blocks = [
+        Tensor("", f"model.layers.0.self_attn.{part}_proj.weight", "GGML_Q4_K", (256, 256), 36864) for part in "qkv"
+    ]
+    assert groups([block._replace(dtype="U8") for block in blocks])
+    assert not groups(blocks)
+
+
 def test_empty_tensors_and_scalars_are_in_no_group() -> None:
     for shape in [(), (0, 64), (64, 0)]:
         assert groups([tensor(f"self_attn.{part}_proj.weight", *shape) for part in "qkv"]) == []

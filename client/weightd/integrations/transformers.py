@@ -12,6 +12,7 @@ stored tensors, casts or initialises is private; the report names it and says wh
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import os
@@ -30,6 +31,7 @@ from weightd.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from weightd.layouts import groups
 from weightd.resolve import folder_of, is_path, resolve
 from weightd.torch import device_name, shared_client, torch_dtype, when_reachable
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
     from weightd.attachment import Attachment
     from weightd.client import Client
+    from weightd.layouts import Layout
     from weightd.torch import Fallback
 
 __all__ = ["from_pretrained", "install", "make_private", "report", "uninstall"]
@@ -314,30 +317,67 @@ def _load(cls: Any, request: _Request, args: tuple[Any, ...], kwargs: dict[str, 
     for name in _FOR_THE_HUB:
         loading.pop(name, None)
     place = attachment.torch_device
+    layout: Layout = "transformers" if _fuses(cls, config, attachment, request.component) else "stored"
+    state = attachment.state_dict(request.component, layout=layout)
     warming_up = _warming_up.set(False)
     try:
         model, found = _original(
-            cls, None, *args, config=config, state_dict=attachment.state_dict(request.component), dtype=request.dtype,
+            cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
             device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
             **loading, **kwargs,
         )  # fmt: skip
     finally:
         _warming_up.reset(warming_up)
     model.config.name_or_path = model.name_or_path = str(request.folder)
+    if layout == "transformers":
+        _save_as_stored(model)
     if model.can_generate() and loading.get("generation_config") is None:
         with contextlib.suppress(OSError):  # then the model's configuration has made one
             model.generation_config = transformers.GenerationConfig.from_pretrained(request.folder)
     freeze(model, attachment)
     make_buffers_private(model, attachment)
-    keep_report(model, examine(model, attachment, _Reasons(model, attachment, request.component, found).of))
+    reasons = _Reasons(model, attachment, request.component, found, layout)
+    keep_report(model, examine(model, attachment, reasons.of))
     return (model, found) if told else model
+
+
+def _fuses(cls: Any, config: Any, attachment: Attachment, component: str) -> bool:
+    """Whether the class has parameters that the checkpoint's tensors are to be fused into: experts, from 5.0 on."""
+    if VERSION < (5, 0):
+        return False
+    stored = [info for info in attachment.tensors.values() if info.component == component]
+    fused = tuple(f".{group.name}" for group in groups(stored) if group.parameter)
+    if not fused:
+        return False
+    with torch.device("meta"):
+        names = cls(copy.deepcopy(config)).state_dict()
+    return any(f".{name}".endswith(fused) for name in names)
+
+
+def _save_as_stored(model: Any) -> None:
+    """Let `save_pretrained` name and take apart again what came named and fused.
+
+    transformers undoes the conversions that a load has used, and this one has used none for that. A prefix is another
+    matter: whether the checkpoint has it, only the load can know.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    def of_prefix(conversion: object) -> bool:
+        return type(conversion).__name__ == "PrefixChange"
+
+    has_prefix = any(of_prefix(used) for used in model._weight_conversions)
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [one for one in known if has_prefix or not of_prefix(one)]
 
 
 class _Reasons:
     """Why parameters of a model are private."""
 
-    def __init__(self, model: Any, attachment: Attachment, component: str, found: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], layout: Layout
+    ) -> None:
         self._stored = {info.name: info for info in attachment.tensors.values() if info.component == component}
+        self._copied = attachment.copied(component, layout=layout)
         self._prefix = f"{model.base_model_prefix}."
         self._missing = set(found["missing_keys"])
 
@@ -346,9 +386,11 @@ class _Reasons:
         if name in self._missing:
             return "not in the checkpoint: transformers has initialised it"
         for stored in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if stored in self._copied:
+                return self._copied[stored]
             info = self._stored.get(stored)
             if info is not None and torch_dtype(info.dtype) != parameter.dtype:
                 return f"stored as {info.dtype}, used as {str(parameter.dtype).removeprefix('torch.')}"
             if info is not None:
                 return "transformers has changed it while loading"
-        return "transformers has made it of stored tensors that do not lie one behind the other"
+        return "transformers has made it of other tensors while loading"
