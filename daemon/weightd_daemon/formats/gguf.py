@@ -6,6 +6,7 @@ be missing, and what follows it is not looked at. These differ:
 
 - names of 64 bytes and more, and arrays of arrays up to `MAX_DEPTH` deep, are accepted here and refused there;
 - a key, a name or a string value that is not UTF-8 is refused here (strings in arrays are not decoded, so not judged);
+- dimensions must come to less than 2**63 bytes also where another one is 0;
 - refused are more than `MAX_KEYS` keys, `MAX_TENSORS` tensors, `MAX_KEY_BYTES` bytes of a key, `MAX_NAME_BYTES` of a
   name, `MAX_METADATA_BYTES` of metadata as it is kept (below), `MAX_HEADER_BYTES` before the data, and an alignment
   over `MAX_ALIGNMENT`: limits far beyond real checkpoints, so that a header cannot cost memory without bounds;
@@ -56,8 +57,8 @@ MAX_ALIGNMENT: Final = 16 << 20
 _WINDOW: Final = 1 << 20
 _DEFAULT_ALIGNMENT: Final = 32
 _INT_LIMIT: Final = 2**63
-_LEAST_KEY_BYTES: Final = 13
-_LEAST_TENSOR_BYTES: Final = 24
+_LEAST_KEY_BYTES: Final = 13  # an empty key, its type, and a value of one byte
+_LEAST_TENSOR_BYTES: Final = 24  # an empty name, no dimensions, type and offset
 _U32: Final = struct.Struct("<I")
 _U64: Final = struct.Struct("<Q")
 _SCALARS: Final = {
@@ -299,7 +300,10 @@ class _Reader:
         dimensions = struct.unpack(f"<{rank}Q", self._take(8 * rank, what))
         number, offset = self._u32(what), self._u64(what)
         if number not in types:
-            self._fail(f"{what}: has type {number}, which the installed package gguf does not know; update it")
+            self._fail(
+                f"{what}: has type {number}, which the installed package gguf does not know; update that, "
+                f"or convert the checkpoint again"
+            )
         dtype, in_block, block_bytes = types[number]
         if f"DTYPE_{dtype}" not in _DTYPES:
             self._fail(f"{what}: has type {dtype}, which this version of weightd does not know")
