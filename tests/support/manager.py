@@ -1,0 +1,82 @@
+"""A service manager for one service: takes its notifications, keeps its descriptors, and starts it with them again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from pathlib import Path
+
+
+class Manager:
+    """Listens at `path`. What systemd does with FDSTORE, FDSTOREREMOVE and BARRIER, it does too, and nothing else.
+
+    `kept` is (name, descriptor) in the order of arrival; `said` are all other lines so far.
+    """
+
+    def __init__(self, path: Path, most: int = 4096) -> None:
+        self.path = path
+        self.kept: list[tuple[str, int]] = []
+        self.said: list[str] = []
+        self._most = most
+        self._changed = threading.Condition()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """What the service's process needs, beside what `start_descriptors` says."""
+        return {"NOTIFY_SOCKET": str(self.path), **more}
+
+    def wait_for(self, line: str, seconds: float = 20.0) -> None:
+        """Wait until the service has said a line."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: line in self.said, seconds):
+                raise AssertionError(f"the service did not say {line!r}; it said {self.said}")
+
+    def names(self) -> list[str]:
+        """Names of what is kept."""
+        with self._changed:
+            return [name for name, _ in self.kept]
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._socket.close()
+        for _, descriptor in self.kept:
+            os.close(descriptor)
+        self.kept.clear()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 253)
+            except OSError:
+                return
+            if not data:
+                return
+            with self._changed:
+                self._take(data.decode().splitlines(), descriptors)
+                self._changed.notify_all()
+
+    def _take(self, lines: list[str], descriptors: list[int]) -> None:
+        name = next((line.removeprefix("FDNAME=") for line in lines if line.startswith("FDNAME=")), "stored")
+        if "FDSTORE=1" in lines:
+            for descriptor in descriptors:
+                if len(self.kept) < self._most:
+                    self.kept.append((name, descriptor))
+                else:
+                    os.close(descriptor)
+            return
+        for descriptor in descriptors:  # of BARRIER=1, whose sender waits for that
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        if "FDSTOREREMOVE=1" in lines:
+            for kept in [one for one in self.kept if one[0] == name]:
+                self.kept.remove(kept)
+                os.close(kept[1])
+            return
+        self.said += lines
