@@ -158,9 +158,11 @@ def test_another_dtype_is_an_error_unless_it_may_copy(worker: Worker, tmp_path: 
     said = "result = [one.reason for one in report(model).copied], report(model).shared_ratio"
     reasons, ratio = worker.run(f"{load}, dtype='bfloat16', allow_copy=True)\n{said}", path=str(path))
     assert ratio == 0.0
-    assert set(reasons) == {"stored as F16, used as bfloat16"}
+    # T5 keeps one matrix of each layer in float32; since when not in bfloat16, is transformers' business.
+    assert "stored as F16, used as bfloat16" in reasons
+    assert set(reasons) <= {"stored as F16, used as bfloat16", "stored as F16, used as float32"}
     reasons, ratio = worker.run(f"{load})\n{said}", path=str(path))
-    assert set(reasons) == {"stored as F16, used as float32"}  # T5 keeps one matrix of each layer in float32
+    assert set(reasons) == {"stored as F16, used as float32"}
     assert 0.5 < ratio < 1.0
 
 
