@@ -19,7 +19,7 @@ from .errors import (
     InvalidReferenceError,
     NotFoundError,
 )
-from .resolve import is_path, open_sources, reference_name, resolve
+from .resolve import Resolved, check_name, is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
@@ -139,7 +139,7 @@ class Client:
     ) -> LoadResult | None:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
         if name is not None:
-            _check_name(name)
+            check_name(name)
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
             return self._load(
@@ -179,11 +179,19 @@ class Client:
             manifest_only=manifest_only,
         )
         if is_path(reference):
-            return self._attach_files(reference, request, parts, keys)
+            return self._attach_resolved(resolve(reference), request, parts, keys)
         request.reference = str(reference)
         if not _fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
         return self._attach(request, parts, keys)
+
+    def attach_files(self, files: Resolved, *, device: str | None = None) -> Attachment:
+        """Map the checkpoint that is made of exactly these files, which is loaded where it is not resident.
+
+        For frameworks, which choose a directory's files by rules of their own. Errors: as `attach` for a path.
+        """
+        request = handles_pb2.AttachRequest(device=device_name(device))
+        return self._attach_resolved(files, request, frozenset(), frozenset())
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -282,14 +290,13 @@ class Client:
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 
-    def _attach_files(
+    def _attach_resolved(
         self,
-        reference: Reference,
+        resolved: Resolved,
         request: handles_pb2.AttachRequest,
         components: frozenset[str],
         keys: frozenset[TensorKey],
     ) -> Attachment:
-        resolved = resolve(reference)
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
             if _fit(request):  # else a load tells the digest; it reads nothing of what is resident
@@ -376,23 +383,11 @@ class Client:
             return self._control
 
 
-def _check_name(name: str) -> None:
-    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
-    try:
-        empty = not name.encode()
-    except UnicodeEncodeError:
-        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
-    if empty:
-        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
-
-
 def _fit(request: handles_pb2.AttachRequest) -> bool:
     """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
-    if _frame_bytes(request) > MAX_FRAME:
-        request.ClearField("tensors")
-        request.ClearField("components")
-    return _frame_bytes(request) <= MAX_FRAME
-
-
-def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
-    return handles_pb2.HandleRequest(attach=request).ByteSize()
+    frame = handles_pb2.HandleRequest(attach=request)
+    if frame.ByteSize() > MAX_FRAME:
+        for part in (request, frame.attach):
+            part.ClearField("tensors")
+            part.ClearField("components")
+    return frame.ByteSize() <= MAX_FRAME

@@ -74,6 +74,16 @@ def reference_name(reference: str | os.PathLike[str]) -> str:
     return os.path.join(folder, _gguf_parts(name)[0])
 
 
+def check_name(name: str) -> None:
+    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
+    try:
+        empty = not name.encode()
+    except UnicodeEncodeError:
+        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
+    if empty:
+        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
+
+
 def resolve(reference: str | os.PathLike[str]) -> Resolved:
     """Find the files of a reference, which are not opened yet.
 
@@ -95,6 +105,18 @@ def folder_of(reference: str | os.PathLike[str]) -> Path:
         return find_snapshot(name)[0]
     path = Path(name)
     return path if path.is_dir() else path.parent
+
+
+def indexed_files(folder: Path, index: str) -> list[str]:
+    """Names of the shards that an index in a folder lists, all of which are there.
+
+    Errors: NotFoundError (a shard is missing), FormatError (the index is damaged, or leads elsewhere).
+    """
+    try:
+        files = tuple(os.listdir(folder))
+    except OSError as error:
+        raise translated(folder, error) from error
+    return _shards(_Folder("", folder, files, ()), index)
 
 
 def open_sources(resolved: Resolved) -> OpenedSources:

@@ -218,8 +218,11 @@ class _Answers:
 
 def main(arguments: list[str] | None = None) -> int:
     """Answer one question. Returns the exit code: 0 also where the answer is an error."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # dies with whoever asked
     options = _parser().parse_args(arguments)
+    # Dies with whoever asked. The check catches one that has died before the call.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != options.parent:
+        return 1
     answers = _Answers()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # all files are open at a time
@@ -244,6 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weightd_daemon.planning", allow_abbrev=False)
+    parser.add_argument("--parent", type=int, required=True, help="process that asks; this one dies with it")
     parser.add_argument("--manifest", action="append", default=[])
     parser.add_argument("--state-dir")
     parser.add_argument("--debug", action="store_true")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
 import shutil
 import weakref
 from collections import Counter
@@ -172,13 +174,70 @@ def test_writers_are_refused_while_weights_are_shared(daemon: Daemon, pipelines:
     from weightd.integrations.diffusers import from_pretrained, make_private
 
     pipeline = from_pretrained(pipelines[0], **models.WITHOUT)
-    message = "fuse_lora writes into weights, and those of UNet2DConditionModel are shared with .*make_private"
-    for refused in (pipeline.unet.fuse_lora, lambda: pipeline.fuse_lora(components=["unet"])):
+    state = pipeline.unet.state_dict()
+    for method, write in {
+        "fuse_lora": pipeline.unet.fuse_lora,
+        "load_state_dict": lambda: pipeline.unet.load_state_dict(state),
+    }.items():
+        message = f"{method} writes into weights, and those of UNet2DConditionModel are shared with .*make_private"
         with pytest.raises(weightd.InvalidReferenceError, match=message):
-            refused()
+            write()
+    for components in (["unet"], ["text_encoder"]):
+        with pytest.raises(weightd.InvalidReferenceError, match="fuse_lora writes into weights"):
+            pipeline.fuse_lora(components=components)
+    for private in (copy.deepcopy(pipeline.unet), pickle.loads(pickle.dumps(pipeline.unet))):
+        private.load_state_dict(state)
     make_private(pipeline.unet)
+    pipeline.unet.load_state_dict(state)
     with pytest.raises(ValueError, match="PEFT"):  # diffusers' own answer: that package is not installed
         pipeline.unet.fuse_lora()
+
+
+def test_norms_of_a_control_lora_are_not_written_in_place(daemon: Daemon, tmp_path: Path) -> None:
+    """diffusers loads them into the transformer itself."""
+    import torch
+    from diffusers import FluxPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    model = from_pretrained(models.write_flux(tmp_path / "flux"))
+    name = next(name for name, _ in model.named_parameters() if "norm_q" in name)
+    norm = {f"transformer.{name}": torch.full_like(model.get_parameter(name), 7)}
+    with pytest.raises(weightd.InvalidReferenceError, match="load_state_dict writes into weights"):
+        FluxPipeline._load_norm_into_transformer(norm, transformer=model, prefix=None, discard_original_layers=False)
+
+
+def test_a_buffer_that_is_computed_need_not_be_in_the_checkpoint(daemon: Daemon, tmp_path: Path) -> None:
+    import torch
+    from diffusers import SD3Transformer2DModel
+    from safetensors.torch import load_file, save_file
+
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = tmp_path / "sd3"
+    SD3Transformer2DModel(
+        sample_size=8, patch_size=2, num_layers=1, attention_head_dim=8, num_attention_heads=2, in_channels=4,
+        joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+    ).save_pretrained(path)  # fmt: skip
+    weights = path / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    expected = state.pop("pos_embed.pos_embed")
+    save_file(state, weights)
+    model = from_pretrained(path)
+    assert report(model).shared_ratio == 1.0
+    assert torch.equal(model.pos_embed.pos_embed, expected)
+
+
+def test_only_what_the_pipeline_uses_is_loaded(daemon: Daemon, pipelines: list[Path], tmp_path: Path) -> None:
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = shutil.copytree(pipelines[0], tmp_path / "more")
+    shutil.copytree(pipelines[1], path / "checkpoint-500")
+    (path / "vae" / "half.safetensors").write_bytes(b"half")
+    pipeline = from_pretrained(path, text_encoder=None, **models.WITHOUT)
+    assert pipeline.text_encoder is None
+    (checkpoint,) = daemon.connect().checkpoints()
+    assert checkpoint.total_bytes == report(pipeline).shared_bytes
 
 
 def test_memory_goes_with_the_pipeline(daemon: Daemon, pipelines: list[Path]) -> None:
@@ -198,7 +257,7 @@ def test_a_missing_component_is_named(daemon: Daemon, pipelines: list[Path], tmp
 
     path = shutil.copytree(pipelines[0], tmp_path / "cut")
     shutil.rmtree(path / "unet")
-    with pytest.raises(weightd.NotFoundError, match="lists component 'unet'"):
+    with pytest.raises(weightd.NotFoundError, match="lists component 'unet', but there is no such folder"):
         from_pretrained(path)
     assert daemon.connect().checkpoints() == []
 

@@ -28,7 +28,8 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 # Everything is imported before the step down: others may perhaps not read this interpreter or these sources.
 BECOME = """
 import os
-import weightd, weightd._rpc
+import grpc, weightd, weightd._rpc
+grpc.insecure_channel("unix:/nowhere").close()  # imports what a first channel needs
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
 client = weightd.connect(timeout=20.0)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from support import checkpoints, workloads
+from support import checkpoints, gguf_files, workloads
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
 from weightd_daemon import planning
@@ -185,6 +185,23 @@ def test_a_daemon_says_the_same_after_loading(daemon: Daemon, tmp_path: Path, ba
         # Of equal small tensors in several components, which ones are the shared ones is the daemon's to choose.
         shared = sum(part.shared_bytes for part in details.components)
         assert sum(part["shared_bytes"] for part in checkpoint["components"]) == shared
+
+
+def test_gguf_files_are_read_as_a_load_reads_them(daemon: Daemon, tmp_path: Path) -> None:
+    """Two quantisations of one model have some tensors in common; a split one is one checkpoint."""
+    norm, blocks = bytes(range(256)) * 4 * 72, bytes(range(18)) * 4096
+    whole = tmp_path / "whole.gguf"
+    whole.write_bytes(gguf_files.whole({"norm": (0, (73728,), norm * 4), "q": (2, (32, 4096), blocks)}))
+    parts = [{"norm": (0, (73728,), norm * 4)}, {"q": (2, (32, 4096), blocks[::-1])}]
+    first, _ = gguf_files.split(tmp_path, "split", parts)
+    found = planned(whole, first)
+    client = daemon.connect()
+    for path in (whole, first):
+        client.load(path)
+    stats = client.stats()
+    assert tuple(found[key] for key in KEYS[:3]) == (stats.logical_bytes, stats.resident_bytes, stats.saved_bytes)
+    assert found["saved_bytes"] == len(norm) * 4
+    assert len(found["checkpoints"]) == 2
 
 
 def test_tables(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ def state(pid: int) -> str:
         return ""
 
 
+def stop() -> None:
+    """Stop this process here and now. A signal to the process is any thread's to take, and the caller could go on."""
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
 class _Hasher:
     def __init__(self, *, weak: bool, stopping: bool) -> None:
         self._weak, self._stopping = weak, stopping
@@ -56,7 +62,7 @@ class _Hasher:
 
     def update(self, data: memoryview, /) -> None:
         if self._stopping and data[: len(STOP)] == STOP:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            stop()
         self._first = self._first or bytes(data[:2])
         self._hash.update(data)
 
@@ -77,7 +83,7 @@ def main() -> int:
             close = io.close
 
             def linger() -> None:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop()
                 close()
 
             io.close = linger  # type: ignore[method-assign]

@@ -189,7 +189,7 @@ def test_a_locked_index_is_not_waited_for(tmp_path: Path) -> None:
         database.execute("UPDATE files SET used = 0")
         begun = time.monotonic()
         assert known_digests(tmp_path, [FILE]) == {}
-        assert time.monotonic() - begun < 1.0
+        assert time.monotonic() - begun < 4.0  # sqlite would wait for 5
         database.rollback()
 
 

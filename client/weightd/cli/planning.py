@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def _ask(arguments: list[str], show: Callable[[int, int], None]) -> _Json:
     """
     # -P: a weightd_daemon that lies in the current directory must not be what starts. The group is the process's own,
     # so that Ctrl-C reaches this one only, which then says so.
-    command = [sys.executable, "-P", "-m", "weightd_daemon.planning", *arguments]
+    parent = f"--parent={os.getpid()}"
+    command = [sys.executable, "-P", "-m", "weightd_daemon.planning", parent, *arguments]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0) as process:
         assert process.stdout is not None
         try:

@@ -6,8 +6,8 @@
 
 Components with weights are made without memory, get attached tensors assigned, and are handed to the pipeline's class;
 schedulers, tokenizers and the like are diffusers' own business. What two pipelines have in common is in memory once.
-Weights keep the dtype they are stored in. Buffers are private copies. `fuse_lora`, which writes into weights, is
-refused until `make_private` has given the component memory of its own.
+Weights keep the dtype they are stored in. Buffers are private copies. What writes into weights (`fuse_lora`,
+`load_state_dict`) is refused until `make_private` has given the model memory of its own.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import weakref
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightd.errors import FormatError, InvalidReferenceError
+from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 from weightd.resolve import folder_of
 from weightd.torch import device_name, shared_client
 
-from . import modules
+from . import files, modules
 from .modules import CopiedTensor, SharingReport, is_shared, make_private
-from .transformers import attached, checked_dtype
-from .transformers import load as load_with_transformers
+from .pretrained import checked_dtype
+from .pretrained import load as load_with_transformers
 from .versions import require_tested
 
 VERSION = require_tested("diffusers")
@@ -35,6 +35,8 @@ VERSION = require_tested("diffusers")
 import diffusers  # noqa: E402  # only a version that is known to be safe
 import transformers  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
+from diffusers.loaders.lora_base import LoraBaseMixin  # noqa: E402
+from diffusers.loaders.peft import PeftAdapterMixin  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,8 +49,7 @@ __all__ = ["from_pretrained", "make_private", "report"]
 log = logging.getLogger(__name__)
 
 _INDEX = "model_index.json"
-_WRITERS = ("fuse_lora", "unfuse_lora")
-"""Methods of models and pipelines that write into weights."""
+_WEIGHTS = "*.safetensors"
 
 
 def from_pretrained(
@@ -69,18 +70,31 @@ def from_pretrained(
     Errors: InvalidReferenceError, NotFoundError (a component is missing), FormatError, CapacityError,
     DaemonUnreachableError, DeviceMismatchError, DeviceError, and whatever diffusers raises.
     """
-    folder = folder_of(reference) / (kwargs.pop("subfolder", None) or "")
+    subfolder = kwargs.pop("subfolder", None) or ""
+    folder = folder_of(reference) / subfolder
     for name in ("torch_dtype", "device_map", "quantization_config", "variant"):
         if kwargs.get(name) is not None:
             said = {"torch_dtype": "; say dtype=", "device_map": "; say device="}.get(name, "")
             raise InvalidReferenceError(f"{name} is not supported on attached tensors{said}")
-    with attached(client or shared_client(), reference, folder, device_name(device)) as attachment:
-        if (folder / _INDEX).exists():
-            return _pipeline(attachment, folder, dtype, allow_copy, kwargs)
-        if kwargs:
-            raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(sorted(kwargs))}")
-        config = _read_json(folder / "config.json")
-        return _model(_class_named("diffusers", config.get("_class_name")), attachment, folder, "", dtype, allow_copy)
+    is_pipeline = (folder / _INDEX).exists()
+    if kwargs and not is_pipeline:
+        raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(sorted(kwargs))}")
+    classes = _components(folder, kwargs) if is_pipeline else {"": _class_of(folder)}
+    paths = [path for name, cls in classes.items() for path in _files_of(cls)(folder / name, name)]
+    chosen = files.named(reference, subfolder, tuple(paths))
+    if not classes:
+        raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
+    made: dict[str, Any] = {}
+    with (client or shared_client()).attach_files(chosen, device=device_name(device)) as attachment:
+        for name, cls in classes.items():
+            make = _model if issubclass(cls, diffusers.ModelMixin) else load_with_transformers
+            place = folder / name if name else folder
+            called = str(place) if name else os.fspath(reference)
+            made[name] = make(cls, attachment, place, name=called, component=name, dtype=dtype, allow_copy=allow_copy)
+    if not is_pipeline:
+        return made[""]
+    load: Any = diffusers.DiffusionPipeline.from_pretrained  # Any: it has no types
+    return load(folder, **{"local_files_only": True, **made, **kwargs})
 
 
 def report(loaded: Any) -> SharingReport:
@@ -100,26 +114,38 @@ def report(loaded: Any) -> SharingReport:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _pipeline(
-    attachment: Attachment, folder: Path, dtype: str | torch.dtype | None, allow_copy: bool, kwargs: dict[str, Any]
-) -> Any:
-    made: dict[str, Any] = {}
+def _components(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The classes of a pipeline's components that come from shared memory: those with weights, and not `given`.
+
+    Errors: NotFoundError (its folder is missing), FormatError.
+    """
+    found: dict[str, Any] = {}
     for name, value in _read_json(folder / _INDEX).items():
-        if name in kwargs or name not in attachment.components or not isinstance(value, list) or len(value) != 2:
+        if name in given or not isinstance(value, list) or len(value) != 2 or value[0] is None:
             continue
+        if not (folder / name).is_dir():
+            raise NotFoundError(f"{folder / _INDEX}: lists component {name!r}, but there is no such folder beside it")
         cls = _class_named(*value)
-        if issubclass(cls, transformers.PreTrainedModel):
-            made[name] = load_with_transformers(
-                cls, attachment, folder / name, component=name, dtype=dtype, allow_copy=allow_copy
-            )
-        elif issubclass(cls, diffusers.ModelMixin):
-            made[name] = _model(cls, attachment, folder / name, name, dtype, allow_copy)
+        if not issubclass(cls, torch.nn.Module):
+            continue
+        if issubclass(cls, transformers.PreTrainedModel | diffusers.ModelMixin) and any((folder / name).glob(_WEIGHTS)):
+            found[name] = cls
         else:
             log.warning("%s: component %s (%s) is left to diffusers: it shares no memory", folder, name, cls.__name__)
-    load: Any = diffusers.DiffusionPipeline.from_pretrained  # Any: it has no types
-    pipeline = load(folder, **{"local_files_only": True, **made, **kwargs})
-    _refuse_writers(pipeline)
-    return pipeline
+    return found
+
+
+def _files_of(cls: Any) -> Any:
+    """The rule by which a component's files are chosen."""
+    return files.of_transformers if issubclass(cls, transformers.PreTrainedModel) else files.of_diffusers
+
+
+def _class_of(folder: Path) -> Any:
+    """The class of a single model. Errors: FormatError."""
+    cls = _class_named("diffusers", _read_json(folder / "config.json").get("_class_name"))
+    if not issubclass(cls, diffusers.ModelMixin):
+        raise FormatError(f"{folder}: config.json names {cls.__name__}, which is no model of diffusers")
+    return cls
 
 
 def _parts(pipeline: Any) -> dict[str, torch.nn.Module]:
@@ -130,6 +156,8 @@ def _model(
     cls: Any,
     attachment: Attachment,
     folder: Path,
+    *,
+    name: str,
     component: str,
     dtype: str | torch.dtype | None,
     allow_copy: bool,
@@ -140,22 +168,19 @@ def _model(
         model = cls.from_config(cls.load_config(folder, local_files_only=True))
     state = attachment.state_dict(component)
     model._fix_state_dict_keys_on_load(state)  # names of old attention blocks; there is no public way to ask for it
+    computed = {buffer for buffer, _ in model.named_buffers()}
     found = modules.assign(model, state, attachment, strict=False)
+    if missing := [key for key in found.missing_keys if key not in computed]:
+        raise FormatError(f"{folder}: the checkpoint lacks {missing[0]!r}, which {cls.__name__} has")
     ignored = cls._keys_to_ignore_on_load_unexpected or ()
-    if found.missing_keys:
-        raise FormatError(f"{folder}: the checkpoint lacks {found.missing_keys[0]!r}, which {cls.__name__} has")
-    if unexpected := [key for key in found.unexpected_keys if not any(one in key for one in ignored)]:
-        log.warning(
-            "%s: %s has no use for %d tensors, such as %s", folder, cls.__name__, len(unexpected), unexpected[0]
-        )
+    if unexpected := [key for key in found.unexpected_keys if not any(re.search(one, key) for one in ignored)]:
+        log.warning("%s: %s has no use for %d tensors, as %s", folder, cls.__name__, len(unexpected), unexpected[0])
     reasons = _cast(model, None if dtype is None else wanted)
     model.to(attachment.torch_device)  # buffers, and what has been cast; what is attached is there
-    model.register_to_config(_name_or_path=str(folder))
+    model.register_to_config(_name_or_path=name)
     model.eval()
-    modules.keep_report(
-        model, modules.examine(model, attachment, lambda name, _: reasons.get(name, "changed by diffusers"))
-    )
-    _refuse_writers(model)
+    explain = reasons.get
+    modules.keep_report(model, modules.examine(model, attachment, lambda one, _: explain(one, "changed by diffusers")))
     return model
 
 
@@ -171,29 +196,14 @@ def _cast(model: Any, dtype: torch.dtype | None) -> dict[str, str]:
     return reasons
 
 
-def _refuse_writers(loaded: Any) -> None:
-    """Let a model or pipeline refuse to write into weights as long as they are shared."""
-    owner = weakref.ref(loaded)  # a cycle would keep its memory until the next garbage collection
-    for name in _WRITERS:
-        if hasattr(type(loaded), name):
-            loaded.__dict__[name] = _guarded(name, owner)
+def _fused(pipeline: Any, components: Any = None, *_: Any, **__: Any) -> list[torch.nn.Module]:
+    """What a pipeline's `fuse_lora` writes to."""
+    return [part for name, part in _parts(pipeline).items() if name in (components or ())]
 
 
-def _guarded(name: str, owner: weakref.ref[Any]) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        loaded: Any = owner()  # it is there, for this is called on it
-        parts = [loaded]
-        if not isinstance(loaded, torch.nn.Module):
-            asked = kwargs.get("components") or (args[0] if args else None) or loaded._lora_loadable_modules
-            parts = [part for component, part in _parts(loaded).items() if component in asked]
-        if shared := [part for part in parts if is_shared(part)]:
-            raise InvalidReferenceError(
-                f"{name} writes into weights, and those of {type(shared[0]).__name__} are shared with other processes: "
-                f"use the adapter unfused, or call weightd.integrations.diffusers.make_private on that model first"
-            )
-        return getattr(type(loaded), name)(loaded, *args, **kwargs)
-
-    return call
+modules.refuse_while_shared(diffusers.ModelMixin, "load_state_dict", modules.loaded_in_place)
+modules.refuse_while_shared(PeftAdapterMixin, "fuse_lora", lambda model, *_, **__: [model])
+modules.refuse_while_shared(LoraBaseMixin, "fuse_lora", _fused)
 
 
 def _class_named(library: Any, name: Any) -> Any:

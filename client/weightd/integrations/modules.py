@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +13,7 @@ import torch
 from weightd.errors import InvalidReferenceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from weightd.attachment import Attachment
 
@@ -116,6 +117,34 @@ def make_private(module: torch.nn.Module) -> None:
             tensor.data = tensor.data.clone()
     for one in module.modules():
         _reports.pop(one, None)
+
+
+def refuse_while_shared(cls: Any, method: str, concerned: Callable[..., Iterable[torch.nn.Module]]) -> None:
+    """Let a method that writes into weights refuse while they are shared.
+
+    They are those of the modules that `concerned`, which is called as the method is, names. On the class: what an
+    instance keeps would be pickled and copied with it.
+    """
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in concerned(self, *args, **kwargs):
+            if is_shared(module):
+                raise InvalidReferenceError(
+                    f"{method} writes into weights, and those of {type(module).__name__} are shared with other "
+                    "processes: call make_private on that model first"
+                )
+        return original(self, *args, **kwargs)
+
+    setattr(cls, method, guarded)
+
+
+def loaded_in_place(
+    module: torch.nn.Module, state_dict: object = None, strict: bool = True, assign: bool = False
+) -> list[torch.nn.Module]:
+    """What `Module.load_state_dict` writes to, called with these arguments."""
+    return [] if assign else [module]
 
 
 def holds(attachment: Attachment, tensor: torch.Tensor) -> bool:

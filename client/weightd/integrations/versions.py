@@ -1,7 +1,7 @@
 """Which versions of a framework an integration is known to be safe with.
 
 An integration goes through parts of a framework that may change, and where it goes wrong a framework writes into memory
-that others read. So a version that was never run is refused before anything is loaded.
+that others read. So a version that is not between two that were run is refused before anything is loaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TESTED: dict[str, tuple[tuple[str, str], ...]] = {
     "transformers": (("4.56", "4.57"), ("5.0", "5.24")),
     "diffusers": (("0.35", "0.42"),),
 }
-"""By package: ranges of minor versions, both ends included, within which versions were run (docs/integrations.md)."""
+"""By package: ranges of minor versions whose ends were run, and one or more in between (docs/integrations.md)."""
 
 
 class UntestedVersionError(WeightdError):
@@ -39,7 +39,7 @@ def require_tested(package: str) -> tuple[int, int]:
         return found
     ranges = " and ".join(f"{first} to {last}" for first, last in TESTED[package])
     raise UntestedVersionError(
-        f"{package} {installed} was never run with this version of weightd, which knows {ranges}; {extra}, or set "
+        f"{package} {installed} is not known to this version of weightd, which was run with {ranges}; {extra}, or set "
         f"{ALLOW_UNTESTED}=1 at your own risk: a framework that writes into shared weights changes them for everybody"
     )
 

@@ -1,0 +1,254 @@
+"""transformers' own `from_pretrained`, on attached tensors.
+
+`PreTrainedModel.from_pretrained` is replaced once, by a function that passes every call on but those that are meant for
+us: by `load`, which says so in a context variable, or by `divert`, which sends all calls to somebody who knows what to
+do with them (`weightd.integrations.transformers.install`). See docs/decisions/0012.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightd.errors import InvalidReferenceError
+from weightd.layouts import groups
+from weightd.torch import torch_dtype
+
+from .modules import (
+    examine,
+    freeze,
+    keep_report,
+    loaded_in_place,
+    make_buffers_private,
+    refuse_while_shared,
+    stored_dtypes,
+)
+from .versions import require_tested
+
+VERSION = require_tested("transformers")
+
+import transformers as transformers  # noqa: E402  # only a safe version; exported
+from transformers import modeling_utils  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightd.attachment import Attachment
+    from weightd.layouts import Layout
+
+UNSUPPORTED = (
+    "adapter_kwargs", "device_mesh", "distributed_config", "from_flax", "from_tf", "gguf_file", "max_memory",
+    "offload_folder", "quantization_config", "state_dict", "tp_plan", "tp_size", "variant",
+)  # fmt: skip
+"""Arguments of transformers' `from_pretrained` that ask for what attached tensors cannot be."""
+
+_LOADING = (
+    "_commit_hash", "_from_auto", "_from_pipeline", "adapter_name", "attn_implementation", "cache_dir",
+    "experts_implementation", "force_download", "generation_config", "ignore_mismatched_sizes", "kernel_config",
+    "key_mapping", "local_files_only", "low_cpu_mem_usage", "output_loading_info", "proxies", "revision", "token",
+    "trust_remote_code", "use_kernels", "use_safetensors", "weights_only",
+)  # fmt: skip
+"""Arguments of it that are not the configuration's."""
+
+_COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that a model as a whole can have."""
+
+_FOR_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the next call of `PreTrainedModel.from_pretrained` is to use; `name` is what the model is to be called."""
+
+    attachment: Attachment
+    folder: Path
+    name: str
+    component: str
+    dtype: torch.dtype
+
+
+_request: ContextVar[Request | None] = ContextVar("weightd_transformers_request", default=None)
+_warming_up: ContextVar[bool] = ContextVar("weightd_transformers_warming_up", default=True)
+_diverted: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
+
+
+def load(
+    model_class: Any,
+    attachment: Attachment,
+    folder: Path,
+    *,
+    name: str,
+    component: str = "",
+    dtype: str | torch.dtype | None = None,
+    allow_copy: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """As `from_pretrained`, on an attachment that is there; `folder` holds the configuration of its `component`."""
+    stored = checked_dtype(attachment, component, dtype, folder, allow_copy=allow_copy)
+    token = _request.set(Request(attachment, folder, name, component, stored))
+    try:
+        loaded = model_class.from_pretrained(folder, **{"local_files_only": True, **kwargs})
+        if _request.get() is not None:
+            raise InvalidReferenceError(
+                f"{model_class.__name__} loads its weights in a way of its own; load it with transformers itself"
+            )
+    finally:
+        _request.reset(token)
+    return loaded
+
+
+def divert(receiver: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any] | None) -> None:
+    """Send every call that is not ours to `receiver`, as (class, path, arguments, keywords); None: to transformers."""
+    global _diverted
+    _diverted = receiver
+
+
+# -- in transformers' place --------------------------------------------------------------------------------------------
+
+_transformers: Any = modeling_utils  # Any: what is replaced here has types of its own
+original = _transformers.PreTrainedModel.from_pretrained.__func__
+_original_warmup = _transformers.caching_allocator_warmup
+
+
+@functools.wraps(original)
+def _from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+    """Every call of `PreTrainedModel.from_pretrained` comes here; most of them go on."""
+    request = _request.get()
+    if request is not None:
+        _request.set(None)  # what the model loads in turn is not meant, and `load` sees that it was taken
+        return load_request(cls, request, args, kwargs)
+    if _diverted is not None:
+        return _diverted(cls, pretrained_model_name_or_path, args, kwargs)
+    return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+
+@functools.wraps(_original_warmup)
+def _warm_up(*args: Any, **kwargs: Any) -> None:
+    """It would allocate the size of the whole model on the device, for nothing, and keep it."""
+    if _warming_up.get():
+        _original_warmup(*args, **kwargs)
+
+
+_transformers.PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
+_transformers.caching_allocator_warmup = _warm_up
+refuse_while_shared(_transformers.PreTrainedModel, "load_state_dict", loaded_in_place)
+
+
+def checked_dtype(
+    attachment: Attachment, component: str, asked: str | torch.dtype | None, folder: Path, *, allow_copy: bool
+) -> torch.dtype:
+    """The dtype to load as: the one that most bytes are stored in. Errors: InvalidReferenceError (another is asked)."""
+    stored = [dtype for dtype in map(torch_dtype, stored_dtypes(attachment, component)) if dtype in _COMPUTED]
+    if asked in (None, "auto"):
+        return stored[0] if stored else torch.get_default_dtype()
+    wanted = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    if not isinstance(wanted, torch.dtype):
+        raise InvalidReferenceError(f"dtype {asked!r}: torch has no such dtype")
+    if stored and wanted != stored[0] and not allow_copy:
+        raise InvalidReferenceError(
+            f"{folder}: dtype {wanted} is asked for, but {stored[0]} is stored; casting would copy every weight: leave "
+            f"dtype out, or say allow_copy=True"
+        )
+    return wanted
+
+
+def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let transformers load a class from attached tensors; then make private what must be, and report."""
+    attachment = request.attachment
+    config = kwargs.pop("config", None)
+    loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
+    for name in ("dtype", "torch_dtype", *UNSUPPORTED):
+        kwargs.pop(name, None)
+    if not isinstance(config, transformers.PretrainedConfig):
+        config, kwargs = cls.config_class.from_pretrained(
+            request.folder if config is None else config, return_unused_kwargs=True, local_files_only=True, **kwargs
+        )
+    told = loading.pop("output_loading_info", False)
+    for name in _FOR_THE_HUB:
+        loading.pop(name, None)
+    place = attachment.torch_device
+    layout: Layout = "transformers" if _fuses(cls, config, attachment, request.component) else "stored"
+    state = attachment.state_dict(request.component, layout=layout)
+    warming_up = _warming_up.set(False)
+    try:
+        model, found = original(
+            cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
+            device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
+            **loading, **kwargs,
+        )  # fmt: skip
+    finally:
+        _warming_up.reset(warming_up)
+    model.config.name_or_path = model.name_or_path = request.name
+    if layout == "transformers":
+        _save_as_stored(model)
+    if model.can_generate() and loading.get("generation_config") is None:
+        with contextlib.suppress(OSError):  # then the model's configuration has made one
+            model.generation_config = transformers.GenerationConfig.from_pretrained(request.folder)
+    freeze(model, attachment)
+    make_buffers_private(model, attachment)
+    reasons = _Reasons(model, attachment, request.component, found, layout)
+    keep_report(model, examine(model, attachment, reasons.of))
+    return (model, found) if told else model
+
+
+def _fuses(cls: Any, config: Any, attachment: Attachment, component: str) -> bool:
+    """Whether the class has parameters that the checkpoint's tensors are to be fused into: experts, from 5.0 on."""
+    if VERSION < (5, 0):
+        return False
+    stored = [info for info in attachment.tensors.values() if info.component == component]
+    fused = tuple(f".{group.name}" for group in groups(stored) if group.parameter)
+    if not fused:
+        return False
+    with torch.device("meta"):
+        names = cls(copy.deepcopy(config)).state_dict()
+    # A class of the base model has names without the prefix of the checkpoint's, or the other way round.
+    return any(f".{name}".endswith(fused) or any(one.endswith(f".{name}") for one in fused) for name in names)
+
+
+def _save_as_stored(model: Any) -> None:
+    """Let `save_pretrained` name and take apart again what came named and fused.
+
+    transformers undoes the conversions that a load has used, and this one has used none for that. A prefix is another
+    matter: whether the checkpoint has it, only the load can know.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    def of_prefix(conversion: object) -> bool:
+        return type(conversion).__name__ == "PrefixChange"
+
+    has_prefix = any(of_prefix(used) for used in model._weight_conversions)
+    known = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [one for one in known if has_prefix or not of_prefix(one)]
+
+
+class _Reasons:
+    """Why parameters of a model are private."""
+
+    def __init__(
+        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], layout: Layout
+    ) -> None:
+        self._stored = {info.name: info for info in attachment.tensors.values() if info.component == component}
+        self._copied = attachment.copied(component, layout=layout)
+        self._prefix = f"{model.base_model_prefix}."
+        self._missing = set(found["missing_keys"])
+
+    def of(self, name: str, parameter: torch.nn.Parameter) -> str:
+        """The reason for one."""
+        if name in self._missing:
+            return "not in the checkpoint: transformers has initialised it"
+        for stored in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if stored in self._copied:
+                return self._copied[stored]
+            info = self._stored.get(stored)
+            if info is not None and torch_dtype(info.dtype) != parameter.dtype:
+                return f"stored as {info.dtype}, used as {str(parameter.dtype).removeprefix('torch.')}"
+            if info is not None:
+                return "transformers has changed it while loading"
+        return "transformers has made it of other tensors while loading"
