@@ -13,6 +13,7 @@ import typer
 from weightd.cli.context import say
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit
+from weightd.errors import WeightdError
 
 # The files as they are in a wheel, or beside the sources of a checkout. pyproject.toml puts the one where the other is.
 _FOLDERS = (Path(__file__).with_name("systemd"), Path(__file__).parents[3] / "systemd")
@@ -29,7 +30,7 @@ def unit(
 ) -> None:
     """Print a systemd unit for this installation of weightd.
 
-    Exit codes: 0; 1 where the daemon is not installed; 2 wrong usage.
+    Exit codes: 0; 1 where the daemon is not installed, or lies where systemd cannot start it; 2 wrong usage.
     """
     require_daemon("unit")
     version = systemd_version()
@@ -51,7 +52,10 @@ def shipped(name: str) -> str:
 
 
 def render(text: str, command: list[str], version: int | None) -> str:
-    """A shipped unit that starts `command`, for a version of systemd; None is the oldest."""
+    """A shipped unit that starts `command`, for a version of systemd; None is the oldest.
+
+    Errors: WeightdError (a path that systemd cannot start).
+    """
     text = _exchange(text, _START, f"ExecStart={' '.join(map(_quoted, command))}")
     if version is not None and version >= _PRESERVE_SINCE:
         text = _exchange(text, _PRESERVE, _PRESERVE.removeprefix("#"))
@@ -90,7 +94,7 @@ def _exchange(text: str, line: str, by: str) -> str:
 
 def _quoted(word: str) -> str:
     """A word of a command line as systemd reads it: quoted where it must be, and without specifiers."""
+    if re.search(r"[\x00-\x1f\x7f\"'\\]", word):
+        raise WeightdError(f"systemd starts no program from {word}: quotes and backslashes in a path are not for it")
     word = word.replace("%", "%%")
-    if re.fullmatch(r"[\w%+=:,./-]+", word):
-        return word
-    return '"' + word.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return word if re.fullmatch(r"[\w%+=:,./-]+", word) else f'"{word}"'
