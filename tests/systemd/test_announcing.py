@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -18,6 +19,8 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
+from weightd_daemon.edges.announcing import Announcer
+from weightd_daemon.edges.systemd import ServiceManager
 
 DAEMON = [sys.executable, "-m", "weightd_daemon"]
 Under = Callable[..., Daemon]
@@ -58,7 +61,26 @@ def test_a_life(under: Under, manager: Manager, tmp_path: Path) -> None:
     assert "STOPPING=1" not in manager.said
     assert daemon.stop() == 0
     manager.wait_for("STOPPING=1")
-    assert manager.said.index("STOPPING=1") > len(manager.said) - 3, "a sign of life after the end"
+
+
+def test_reloading_and_the_end(manager: Manager) -> None:
+    async def live() -> None:
+        announcer = Announcer(ServiceManager(manager.environment(WATCHDOG_USEC="20000")))
+        announcer.start()
+        announcer.ready(lambda: "up")
+        with contextlib.suppress(ZeroDivisionError), announcer.reloading():
+            raise ZeroDivisionError
+        await asyncio.sleep(0.2)
+        announcer.stop()
+        await asyncio.sleep(0.2)
+
+    asyncio.run(live())
+    manager.wait_for("STATUS=Stopping")
+    assert manager.said[1:4:2] == ["READY=1", "RELOADING=1"]
+    assert manager.said[4].startswith("MONOTONIC_USEC=")
+    assert manager.said[5] == "READY=1"
+    assert set(manager.said[6:-2]) == {"WATCHDOG=1"}
+    assert manager.said[-2:] == ["STOPPING=1", "STATUS=Stopping"], "no sign of life after the end"
 
 
 def test_children_do_not_inherit_the_manager(under: Under, tmp_path: Path) -> None:
