@@ -28,6 +28,7 @@ from .devices.cuda_choice import open_gpus
 from .devices.cuda_ipc import Holding
 from .devices.host import HostDevice
 from .devices.reclaimer import Reclaimer
+from .edges.announcing import Announcer, status_line
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
@@ -35,6 +36,7 @@ from .edges.handle_server import HandleServer
 from .edges.leases import Manifests, encode_manifest
 from .edges.parts import Parts
 from .edges.service import ControlPlane
+from .edges.systemd import ServiceManager
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 
@@ -62,6 +64,8 @@ class Daemon:
         self._settings = settings
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
+        self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
+        self._announcer = Announcer(self._manager)
         self._stop = asyncio.Event()
         self._signal = signal.SIGTERM
 
@@ -71,12 +75,14 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         _raise_descriptor_limit()
+        self._announcer.start()
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
             lock = stack.enter_context(_locked(self._socket))
             await self._serve(stack, lock)
             await self._stop.wait()
+            self._announcer.stop()
             log.info("stopping signal=%s", self._signal.name)
         return 130 if self._signal is signal.SIGINT else 0
 
@@ -153,6 +159,7 @@ class Daemon:
             log.info("serving device=%s kind=%s budget=%d", device.uuid, device.kind, budgets[device.uuid])
             if device.note:
                 log.warning("device %s is %s", device.uuid, device.note)
+        self._announcer.ready(lambda: status_line(store))
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
 

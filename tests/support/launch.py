@@ -1,24 +1,28 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines. `--loader` names hash functions of
-support/loader.py. `--bug` makes GetVersion raise what no handler may raise.
+support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 
 from weightd_daemon import __main__ as command
 from weightd_daemon.edges import handle_server, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
-def launcher(*, hello: float | None = None, ack: float | None = None, loader: str = "", bug: bool = False) -> list[str]:
+def launcher(
+    *, hello: float | None = None, ack: float | None = None, loader: str = "", bug: bool = False, stuck: bool = False
+) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {"hello": hello, "ack": ack, "loader": loader or None}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    return [sys.executable, "-m", "support.launch", *flags, *(["--bug"] if bug else [])]
+    flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
+    return [sys.executable, "-m", "support.launch", *flags]
 
 
 def main() -> int:
@@ -28,6 +32,7 @@ def main() -> int:
     parser.add_argument("--ack", type=float)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
+    parser.add_argument("--stuck", action="store_true")
     options, rest = parser.parse_known_args()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
@@ -35,12 +40,18 @@ def main() -> int:
         handle_server.ACK_SECONDS = options.ack
     if options.bug:
         service.DaemonService.GetVersion = _bug
+    if options.stuck:
+        service.DaemonService.GetVersion = _stuck
     own = (sys.executable, "-P", "-m", "support.loader", options.loader)
     return command.main(rest, own if options.loader else DEFAULT_ARGV)
 
 
 async def _bug(*_: object) -> None:
     raise ZeroDivisionError("a secret of the daemon")
+
+
+async def _stuck(*_: object) -> None:
+    time.sleep(3600)  # noqa: ASYNC251  # that is the point: nothing else runs on the loop
 
 
 if __name__ == "__main__":

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
+import fcntl
 import os
+import platform
+import re
 import socket
+import stat
 import threading
 from pathlib import Path
 
+_MOST_BYTES = 4096
+_MOST_DESCRIPTORS = 253
+_KCMP = {"x86_64": 312, "aarch64": 272}
+_libc = ctypes.CDLL(None, use_errno=True)
+
 
 class Manager:
-    """Listens at `path`. What systemd does with FDSTORE, FDSTOREREMOVE and BARRIER, it does too, and nothing else.
+    """Listens at `path`, and does with FDSTORE, FDSTOREREMOVE and BARRIER what systemd does, but for one thing.
 
-    `kept` is (name, descriptor) in the order of arrival; `said` are all other lines so far.
+    That is polling: a descriptor that hangs up stays, as FDPOLL=0 asks for. The rest is as in systemd's service.c and
+    manager.c. A descriptor that is kept already, under whatever name, is not kept again. A name that cannot be is
+    "stored". BARRIER stands alone in its message, or the message is passed over, and so is one of more than 4096 bytes.
+
+    `kept` is (name, descriptor), the newest first, as systemd hands them out; `said` are all other lines so far, and
+    `ignored` are messages that were passed over.
     """
 
     def __init__(self, path: Path, most: int = 4096) -> None:
         self.path = path
         self.kept: list[tuple[str, int]] = []
         self.said: list[str] = []
+        self.ignored: list[str] = []
         self._most = most
         self._changed = threading.Condition()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -53,30 +68,50 @@ class Manager:
     def _serve(self) -> None:
         while True:
             try:
-                data, descriptors, _, _ = socket.recv_fds(self._socket, 65536, 253)
+                data, descriptors, flags, _ = socket.recv_fds(self._socket, _MOST_BYTES, _MOST_DESCRIPTORS)
             except OSError:
                 return
             if not data:
                 return
             with self._changed:
-                self._take(data.decode().splitlines(), descriptors)
+                text = data.decode()
+                if flags & socket.MSG_TRUNC or not self._take(text.split("\n"), descriptors):
+                    self.ignored.append(text)
+                for descriptor in descriptors:  # whoever waits for a barrier waits for that
+                    os.close(descriptor)
                 self._changed.notify_all()
 
-    def _take(self, lines: list[str], descriptors: list[int]) -> None:
-        name = next((line.removeprefix("FDNAME=") for line in lines if line.startswith("FDNAME=")), "stored")
+    def _take(self, lines: list[str], descriptors: list[int]) -> bool:
+        """Do what a message says; false where it is passed over. Descriptors are kept as duplicates."""
+        if "BARRIER=1" in lines:
+            return lines == ["BARRIER=1"] and len(descriptors) == 1
+        name = next((line.removeprefix("FDNAME=") for line in lines if line.startswith("FDNAME=")), "")
+        valid = re.fullmatch(r"[ -9;-~]{1,255}", name)  # printable ASCII without the colon
+        if "FDSTOREREMOVE=1" in lines and valid:
+            self._drop(name)
         if "FDSTORE=1" in lines:
             for descriptor in descriptors:
-                if len(self.kept) < self._most:
-                    self.kept.append((name, descriptor))
-                else:
-                    os.close(descriptor)
-            return
-        for descriptor in descriptors:  # of BARRIER=1, whose sender waits for that
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
-        if "FDSTOREREMOVE=1" in lines:
-            for kept in [one for one in self.kept if one[0] == name]:
-                self.kept.remove(kept)
-                os.close(kept[1])
-            return
-        self.said += lines
+                self._keep(name if valid else "stored", descriptor)
+        self.said += [line for line in lines if not line.startswith(("FDSTORE", "FDNAME=", "FDPOLL="))]
+        return True
+
+    def _keep(self, name: str, descriptor: int) -> None:
+        if len(self.kept) < self._most and not any(_same(kept, descriptor) for _, kept in self.kept):
+            self.kept.insert(0, (name, os.dup(descriptor)))
+
+    def _drop(self, name: str) -> None:
+        for kept in [one for one in self.kept if one[0] == name]:
+            self.kept.remove(kept)
+            os.close(kept[1])
+
+
+def _same(one: int, other: int) -> bool:
+    """Whether two descriptors are duplicates, as systemd asks: of the kernel, else by what they are opened on."""
+    answer = _libc.syscall(_KCMP.get(platform.machine(), -1), os.getpid(), os.getpid(), 0, one, other)
+    if answer >= 0:
+        return answer == 0
+    first, second = os.fstat(one), os.fstat(other)
+    if stat.S_ISCHR(first.st_mode) or stat.S_ISBLK(first.st_mode):
+        return False
+    flags = [fcntl.fcntl(descriptor, fcntl.F_GETFL) for descriptor in (one, other)]
+    return (first.st_dev, first.st_ino, flags[0]) == (second.st_dev, second.st_ino, flags[1])

@@ -553,6 +553,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "verify",
         "ping",
         "version",
+        "unit",
         "config",
     ]
     assert "69   daemon unreachable\n" in printed

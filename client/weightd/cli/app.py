@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, listing, loading, planning
+from weightd.cli import changing, daemon, listing, loading, planning, unit
 from weightd.cli.context import INTERRUPTED, LoadInterruptedError, Settings, SocketOption, say
 from weightd.cli.output import OutputClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -77,6 +77,7 @@ app.command("stats")(listing.stats)
 app.command("verify")(loading.verify)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("unit")(unit.unit)
 app.command("config", context_settings=_PASS_THROUGH)(daemon.config)
 
 
