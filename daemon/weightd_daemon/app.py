@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from weightd._address import handles_path
 from weightd.errors import DeviceError
 
-from .config import ConfigError, Settings, means, parse_size
+from .config import ConfigError, Settings
 from .core.catalog import Catalog
 from .core.events import Event, Sealed
 from .core.lease import Leases
@@ -37,6 +37,7 @@ from .edges.parts import Parts
 from .edges.service import ControlPlane
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
+from .notation import means, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,21 +10,18 @@ import pwd
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
-from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._address import candidates, handles_path
 
+from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 EXIT_CONFIG = 78
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SOCKET_PATH_BYTES = 107
-_UUID_SHAPE = "00000000-0000-0000-0000-000000000000"
-_UUID_PREFIX = "GPU-"
-_UUID_LEAST = 8
 
 
 class ConfigError(Exception):
@@ -93,8 +90,8 @@ class Settings:
             raise ValueError("auto is every device; it stands alone")
         if items == ["auto"]:
             return ("auto",)
-        names = tuple(_device(item) for item in items)
-        _refuse_twice(names)
+        names = tuple(parse_device(item) for item in items)
+        refuse_twice(names)
         if "cuda" in names and set(names) - {"cuda", "host"}:
             raise ValueError("cuda is every GPU; name no other GPU beside it")
         return names
@@ -123,11 +120,11 @@ class Settings:
         pairs: list[tuple[str, float | int]] = []
         for item in self.budget.split(",") if self.budget.strip() else ():
             device, named, amount = item.rpartition("=")
-            pairs.append((_device(device) if named else "", _budget(amount)))
+            pairs.append((parse_device(device) if named else "", parse_budget(amount)))
         names = [name for name, _ in pairs]
         if names.count("") > 1:
             raise ValueError("more than one value for the devices that are not named")
-        _refuse_twice([name for name in names if name])
+        refuse_twice([name for name in names if name])
         return dict(pairs)
 
     @property
@@ -176,51 +173,6 @@ def load(config: Path | None, flags: Mapping[str, str | list[str] | None], envir
     settings = Settings(**values)
     _check(settings, origins)
     return Loaded(settings, origins)
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "12GiB", "500M" or "1073741824"; units are powers of 1024. Errors: ValueError."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 12GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def means(said: str, name: str) -> bool:
-    """Whether a device that is called `name` is what a setting says; of a UUID the beginning will do."""
-    return name.startswith(said) if said.startswith(_UUID_PREFIX) else name == said
-
-
-def _device(text: str) -> str:
-    """A device as people name it, a UUID in lower case as drivers write it. Errors: ValueError."""
-    text = text.strip()
-    if re.fullmatch(r"host|cuda(:(0|[1-9][0-9]{0,3}))?", text):
-        return text
-    prefix, digits = text[:4], text[4:].lower()
-    shape = re.sub(r"[0-9a-f]", "0", digits)
-    if prefix == _UUID_PREFIX and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
-        return prefix + digits
-    raise ValueError(
-        f"{text!r} is no device; use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
-    )
-
-
-def _refuse_twice(names: Sequence[str]) -> None:
-    for one, other in permutations(names, 2):
-        if means(one, other):
-            raise ValueError(f"{one} and {other} do not name two devices")
-
-
-def _budget(text: str) -> float | int:
-    """Bytes as an int, or a share as a float. Errors: ValueError."""
-    percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
-    try:
-        amount = float(percent[1]) / 100 if percent else parse_size(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a size such as 12GiB, nor a share such as 80%") from None
-    if amount <= 0 or (isinstance(amount, float) and amount > 1):
-        raise ValueError(f"{text!r}: must be more than nothing and at most 100%")
-    return amount
 
 
 def _read(path: Path) -> dict[str, Any]:

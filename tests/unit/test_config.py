@@ -14,7 +14,8 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon import config
-from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, means, parse_size
+from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load
+from weightd_daemon.notation import means, parse_size
 
 NAMES = [setting.name for setting in fields(Settings)]
 UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
-from weightd_daemon.config import ConfigError, means
+from weightd_daemon.config import ConfigError
+from weightd_daemon.notation import means
 
 from .cuda_ipc import CudaIpcDevice
 from .cuda_vmm import CudaVmmDevice
