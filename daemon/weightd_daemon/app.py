@@ -18,16 +18,15 @@ from typing import TYPE_CHECKING
 from weightd._address import handles_path
 from weightd.errors import DeviceError
 
-from .config import ConfigError, Settings
+from .config import Settings
 from .core.catalog import Catalog
 from .core.events import Event, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
-from .devices.cuda_choice import open_gpus
 from .devices.cuda_ipc import Holding
-from .devices.host import HostDevice
 from .devices.reclaimer import Reclaimer
+from .devices.served import budget_of, called, default_device, open_served, pool_of
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
@@ -37,17 +36,14 @@ from .edges.parts import Parts
 from .edges.service import ControlPlane
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
-from .notation import means, parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from .devices.device import Device
 
 log = logging.getLogger(__name__)
 
-_POOL_SHARE = 8
-_POOL_LIMIT = 2 << 30
 _STOP_GRACE = 1.0
 _CHILD_END_SECONDS = 5.0
 
@@ -92,10 +88,10 @@ class Daemon:
         devices: dict[str, Device] = {}
         budgets: dict[str, int] = {}
         holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
-        for device, names in _open(settings, holding):
+        for device, names in open_served(settings, holding):
             stack.callback(device.close)
             devices[device.uuid] = device
-            budgets[device.uuid] = _budget(settings, device, names)
+            budgets[device.uuid] = budget_of(settings, device, names)
         manifests = Manifests()
         stack.callback(manifests.close)
 
@@ -117,11 +113,11 @@ class Daemon:
             stack.push_async_callback(reclaimer.finish)
             store.memories[uuid] = DeviceMemory(
                 budget=budgets[uuid], page=device.page, sparse=device.sparse,
-                pool_limit=_pool(settings, budgets[uuid]) if device.sparse else 0,
+                pool_limit=pool_of(settings, budgets[uuid]) if device.sparse else 0,
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
-        default_device = _default(devices)
+        default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
@@ -134,11 +130,11 @@ class Daemon:
         stack.push_async_callback(loads.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
-            devices=devices, default_device=default_device, now=time.time,
+            devices=devices, default_device=default, now=time.time,
         )  # fmt: skip
         handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
         control = ControlPlane(
-            Parts(store, catalog, loads, connections, devices, default_device, time.time, started=time.time())
+            Parts(store, catalog, loads, connections, devices, default, time.time, started=time.time())
         )
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
@@ -149,7 +145,7 @@ class Daemon:
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
         await control.ready()
-        served = [f"{_called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
+        served = [f"{called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
         for device in devices.values():
             log.info("serving device=%s kind=%s budget=%d", device.uuid, device.kind, budgets[device.uuid])
             if device.note:
@@ -160,61 +156,6 @@ class Daemon:
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
         self._stop.set()
-
-
-def _open(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
-    """Open what is to be served, with what settings may call it. Errors: ConfigError."""
-    served: list[tuple[str, ...]] = []
-    if {"host", "auto"} & {*settings.devices}:
-        served += [("host",)]
-        yield HostDevice(), ("host",)
-    for gpu in open_gpus(settings.devices, settings.transport, holding):
-        served += [gpu.names]
-        yield gpu
-    for said in settings.budget_devices:
-        meant = [names[0] for names in served if any(means(said, name) for name in names)]
-        if not meant:
-            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served")
-        if len(meant) > 1 and said != "cuda":
-            raise ConfigError(
-                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it"
-            )
-
-
-def _default(devices: Mapping[str, Device]) -> str:
-    """Where a load goes that says nothing: the only GPU, or the only device; "" where it has to say."""
-    gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
-    candidates = gpus or list(devices)
-    return candidates[0] if len(candidates) == 1 else ""
-
-
-def _called(device: Device) -> str:
-    return device.name if device.kind == "host" else f"{device.name} ({device.uuid})"
-
-
-def _budget(settings: Settings, device: Device, names: Sequence[str]) -> int:
-    """Bytes that a device may use. Errors: ConfigError.
-
-    A GPU that "auto" has found, and that none is said for, gets at most all that it has: it may be new to the machine.
-    """
-    said, capacity = settings.budget_for(names), device.capacity()
-    share = device.default_share if said is None else said
-    size = int(capacity * share) if isinstance(share, float) else share
-    found = "cuda" in names and "auto" in settings.devices
-    if size > capacity and found and not settings.budget_is_for(names):
-        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, size)
-        size = capacity
-    if not device.page <= size <= capacity:
-        raise ConfigError(
-            f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
-            f"to {capacity / 2**30:.1f} GiB here"
-        )
-    return size // device.page * device.page
-
-
-def _pool(settings: Settings, budget: int) -> int:
-    """Freed bytes that stay with host memory."""
-    return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
 
 
 @contextlib.contextmanager
