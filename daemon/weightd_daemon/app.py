@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from weightd._address import handles_path
 from weightd.errors import DeviceError
 
-from .config import Settings
+from . import logs
 from .core.catalog import Catalog
 from .core.events import Event, Sealed
 from .core.lease import Leases
@@ -26,21 +26,27 @@ from .core.memory import DeviceMemory
 from .core.store import Store
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .devices.served import budget_of, called, default_device, open_served, pool_of
+from .devices.served import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.handle_server import HandleServer
 from .edges.leases import Manifests, encode_manifest
 from .edges.parts import Parts
+from .edges.preloading import Preloader
+from .edges.reloading import Reloading
 from .edges.service import ControlPlane
+from .edges.systemd import ServiceManager
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
+from .loader.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from .config import Loaded, Settings
     from .devices.device import Device
+    from .edges.reloading import Change
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +59,21 @@ class AlreadyServedError(Exception):
 
 
 class Daemon:
-    """One daemon. `run` serves until it is told to stop. `loader_argv` is how loaders are started."""
+    """One daemon. `run` serves until it is told to stop.
 
-    def __init__(self, settings: Settings, loader_argv: Sequence[str] = DEFAULT_ARGV) -> None:
+    `read` reads the settings again, and `loader_argv` is how loaders are started.
+    """
+
+    def __init__(
+        self, settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str] = DEFAULT_ARGV
+    ) -> None:
         self._settings = settings
+        self._read = read
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
         self._stop = asyncio.Event()
+        self._hangup = asyncio.Event()
+        self._manager = ServiceManager(os.environ)
         self._signal = signal.SIGTERM
 
     async def run(self) -> int:
@@ -67,6 +81,7 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         _raise_descriptor_limit()
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
@@ -86,12 +101,13 @@ class Daemon:
             loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
 
         devices: dict[str, Device] = {}
+        names: dict[str, Sequence[str]] = {}
         budgets: dict[str, int] = {}
         holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
-        for device, names in open_served(settings, holding):
+        for device, called_so in open_served(settings, holding):
             stack.callback(device.close)
-            devices[device.uuid] = device
-            budgets[device.uuid] = budget_of(settings, device, names)
+            devices[device.uuid], names[device.uuid] = device, called_so
+            budgets[device.uuid] = budget_of(settings, device, called_so)
         manifests = Manifests()
         stack.callback(manifests.close)
 
@@ -106,14 +122,15 @@ class Daemon:
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
         store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
-        catalog = Catalog(store)
+        limits = settings.limits
+        catalog = Catalog(store, limits)
         reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
             stack.push_async_callback(reclaimer.finish)
             store.memories[uuid] = DeviceMemory(
                 budget=budgets[uuid], page=device.page, sparse=device.sparse,
-                pool_limit=pool_of(settings, budgets[uuid]) if device.sparse else 0,
+                pool_limit=pool_of(settings, device, budgets[uuid]),
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
@@ -121,16 +138,16 @@ class Daemon:
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
+        turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
             encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
-            at_once=settings.max_loads, argv=self._loader_argv,
+            now=time.time, lock=lock, threads=settings.threads, turns=turns, limits=limits, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
-            devices=devices, default_device=default, now=time.time,
+            devices=devices, default_device=default, limits=limits, now=time.time,
         )  # fmt: skip
         handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
         control = ControlPlane(
@@ -144,6 +161,16 @@ class Daemon:
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
+        preloader = Preloader(
+            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
+            place=lambda said: device_meant(said, names, default), tell=self._manager.tell,
+        )  # fmt: skip
+        stack.push_async_callback(preloader.close)
+        preloader.check(settings.preload)
+        preloader.begin(entry for entry in settings.preload if entry.wait)
+        await preloader.awaited(self._stop)
+        if self._stop.is_set():
+            return
         await control.ready()
         served = [f"{called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
         for device in devices.values():
@@ -152,6 +179,47 @@ class Daemon:
                 log.warning("device %s is %s", device.uuid, device.note)
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
+        preloader.begin(settings.preload)
+
+        def change_budgets(new: Settings) -> None:
+            for uuid, memory in store.memories.items():
+                budget = budget_of(new, devices[uuid], names[uuid])
+                memory.resize(budget, pool_of(new, devices[uuid], budget))
+
+        def change_loads(new: Settings) -> None:
+            turns.resize(new.max_loads, new.loads_of_one)
+            loads.threads = new.threads
+
+        def change_preloads(new: Settings) -> None:
+            preloader.roots = new.model_roots
+            preloader.begin(new.preload)
+
+        def change_socket(new: Settings) -> None:
+            for path in (self._socket, handles_path(self._socket)):
+                path.chmod(int(new.socket_mode, 8))
+
+        def change_limits(new: Settings) -> None:
+            limits.take_over(new.limits)
+            handles.max_connections = new.max_connections
+
+        changes: dict[Change, str] = {
+            change_budgets: "budget pool",
+            change_loads: "max_loads max_user_loads reader_threads",
+            change_preloads: "model_roots preload",
+            change_socket: "socket_mode",
+            change_limits: "max_connections max_user_leases max_user_bytes max_user_offers max_user_names",
+            logs.change: "log_level log_format",
+            lambda new: connections.change_admins(new.admin_uids): "admins",
+        }
+        reloading = Reloading(
+            settings,
+            self._read,
+            [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
+            {name: change for change, keys in changes.items() for name in keys.split()},
+            self._manager.tell,
+        )
+        task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
+        stack.callback(task.cancel)
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number

@@ -10,7 +10,7 @@ import pytest
 from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config import ConfigError, Settings
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.served import budget_of, default_device, open_served
+from weightd_daemon.devices.served import budget_of, default_device, device_meant, open_served
 
 GIB = 1 << 30
 UUIDS = [
@@ -247,3 +247,24 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
     devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
     assert default_device(devices) == expected
+
+
+SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("host", "host"), ("cuda:1", UUIDS[1]), (UUIDS[0], UUIDS[0]), (UUIDS[1][:14], UUIDS[1]), ("", "default")],
+)
+def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected: str) -> None:
+    assert device_meant(said, SERVED, "default") == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [("cuda", "may be one of several"), ("GPU-aaaa0000", "may be one of several"), ("cuda:2", "is not served"),
+     ("", "'' may be one of several")],
+)  # fmt: skip
+def test_a_setting_that_names_none_or_several_is_refused(said: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        device_meant(said, SERVED, "")

@@ -12,9 +12,10 @@ from .cuda_choice import open_gpus
 from .host import HostDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from weightd_daemon.config import Settings
+    from weightd_daemon.core.memory import DeviceMemory
 
     from .cuda_ipc import Holding
     from .device import Device
@@ -34,13 +35,37 @@ def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, 
     for gpu in open_gpus(settings.devices, settings.transport, holding):
         served += [gpu.names]
         yield gpu
+    _check_names(settings, served)
+
+
+def check_budgets(
+    settings: Settings,
+    devices: Mapping[str, Device],
+    names: Mapping[str, Sequence[str]],
+    memories: Mapping[str, DeviceMemory],
+) -> None:
+    """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
+    _check_names(settings, names.values())
+    for uuid, memory in memories.items():
+        budget = budget_of(settings, devices[uuid], names[uuid])
+        if memory.used > budget:
+            raise ConfigError(
+                f"budget = {settings.budget!r}: {uuid} uses {memory.used} bytes by now, more than {budget}; "
+                "remove checkpoints first, or restart",
+                "budget",
+            )
+
+
+def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
+    """Whether each budget is for one device. Errors: ConfigError."""
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
         if not meant:
-            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served")
+            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
             raise ConfigError(
-                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it"
+                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it",
+                "budget",
             )
 
 
@@ -49,6 +74,20 @@ def default_device(devices: Mapping[str, Device]) -> str:
     gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
     candidates = gpus or list(devices)
     return candidates[0] if len(candidates) == 1 else ""
+
+
+def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str) -> str:
+    """The UUID of what a setting calls a device; nothing is the default. `served` is what may call each.
+
+    Errors: ValueError.
+    """
+    found = [uuid for uuid, names in served.items() if any(means(said, name) for name in names)] if said else [default]
+    if len(found) == 1 and found[0]:
+        return found[0]
+    there = ", ".join(served)
+    if found:
+        raise ValueError(f"device {said!r} may be one of several, {there}; say which")
+    raise ValueError(f"device {said!r} is not served; there are {there}")
 
 
 def called(device: Device) -> str:
@@ -71,11 +110,14 @@ def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
     if not device.page <= size <= capacity:
         raise ConfigError(
             f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
-            f"to {capacity / 2**30:.1f} GiB here"
+            f"to {capacity / 2**30:.1f} GiB here",
+            "budget",
         )
     return size // device.page * device.page
 
 
-def pool_of(settings: Settings, budget: int) -> int:
-    """Freed bytes that stay with host memory."""
+def pool_of(settings: Settings, device: Device, budget: int) -> int:
+    """Freed bytes that stay with a device: only host memory's, which it takes long to populate."""
+    if not device.sparse:
+        return 0
     return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
