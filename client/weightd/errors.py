@@ -5,7 +5,7 @@
      ├─ NotFoundError (LookupError)             no such checkpoint, tensor or file
      ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
      ├─ DigestMismatchError                     resident bytes do not match their digest
-     ├─ CapacityError (MemoryError)             does not fit, after eviction
+     ├─ CapacityError (MemoryError)             does not fit, after eviction; or a limit of the user is reached
      ├─ InUseError                              somebody holds it
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
@@ -73,7 +73,10 @@ class DigestMismatchError(WeightdError):
 
 
 class CapacityError(WeightdError, MemoryError):
-    """The bytes do not fit on the device, after everything that may be evicted was counted."""
+    """The bytes do not fit on the device, after everything that may be evicted was counted.
+
+    Or the user has as much as one may have: then `limit` names the daemon's setting.
+    """
 
     reason = "CAPACITY"
     grpc_code = "RESOURCE_EXHAUSTED"
@@ -81,6 +84,11 @@ class CapacityError(WeightdError, MemoryError):
 
     def _bytes(self, key: str) -> int:
         return int(self.metadata.get(key, "0"))
+
+    @property
+    def limit(self) -> str:
+        """The setting that limits what one user may have, such as "max_user_leases"; empty where the device is full."""
+        return self.metadata.get("limit", "")
 
     @property
     def requested_bytes(self) -> int:

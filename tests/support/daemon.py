@@ -42,15 +42,21 @@ def environment(socket: Path | None = None) -> dict[str, str]:
 
 
 class Daemon:
-    """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`."""
+    """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`.
 
-    def __init__(self, backend: Backend = HOST, argv: list[str] | None = None, **settings: object) -> None:
+    `unset` are settings that get no flag although tests usually give one.
+    """
+
+    def __init__(
+        self, backend: Backend = HOST, argv: list[str] | None = None, unset: tuple[str, ...] = (), **settings: object
+    ) -> None:
         self.backend = backend
         self.folder = Path(tempfile.mkdtemp(prefix="weightd-"))
         self.socket = self.folder / "w.sock"
         self.log = self.folder / "log"
         self._argv = argv or [sys.executable, "-m", "weightd_daemon"]
-        self._settings = {"budget": "1GiB", "log_level": "info", **backend.settings, **settings}
+        usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
+        self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
         self.process: subprocess.Popen[str] | None = None
         self._clients: list[Client] = []
         self.start()

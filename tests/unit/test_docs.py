@@ -87,7 +87,7 @@ def test_plain_defaults_are_documented() -> None:
     table = {row[0].strip("`"): row[3] for row in rows(section(OPERATIONS, "Settings"))}
     plain = {setting.name: setting.default for setting in fields(Settings) if setting.default not in ("",)}
     known = {name: str(value) for name, value in plain.items() if isinstance(value, str | int)}
-    assert len(known) >= 7
+    assert len(known) >= 12
     assert {name: table[name].strip("`") for name in known} == known
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .checkpoint import Checkpoint, Lost
+    from .limits import Limits
     from .store import Store
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
@@ -46,12 +47,13 @@ class Catalog:
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limits: Limits) -> None:
         self._store = store
+        self._limits = limits
         self._tags: dict[tuple[str, str], Tag] = {}
 
     def check(self, who: Who, name: str) -> None:
-        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError."""
+        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError, CapacityError."""
         if not name or len(name.encode()) > NAME_BYTES or CONTROL.search(name):
             raise InvalidReferenceError(
                 f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
@@ -63,6 +65,8 @@ class Catalog:
         tag = self._tags.get((who.domain, name))
         if tag is not None and tag.owner != who.uid and not who.admin:
             raise PermissionDeniedError(f"name {name!r} belongs to uid {tag.owner}; choose another with --name")
+        if tag is None and self._limits.most(who, "names"):
+            self._limits.check(who, "names", sum(tag.owner == who.uid for tag in self._tags.values()))
 
     def set(self, who: Who, name: str, content_digest: str) -> None:
         """Point a name to a content; whose it was first, it stays. Errors: as in `check`."""
@@ -115,9 +119,19 @@ class Catalog:
             raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
 
     def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
-        """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError."""
+        """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""
         self.check_owner(who, checkpoint, "pin", name)
+        self.keep(who, checkpoint)
+
+    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
+        """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
+        if who.uid not in {*checkpoint.pins, checkpoint.owner}:
+            self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
         checkpoint.pins.add(who.uid)
+
+    def bytes_of(self, uid: int | None) -> int:
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
+        return sum(c.total_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins)
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""

@@ -85,6 +85,11 @@ class Leases:
         """Leases in the books that were taken on a connection."""
         return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
+    def held_by(self, uid: int | None, most: int) -> int:
+        """Leases of a user's processes; the kernel is asked where the books have `most` or more."""
+        theirs = [n for n, lease in self._leases.items() if lease.holder.uid == uid and not lease.waiting]
+        return len(theirs) if len(theirs) < most else len(self._refresh(theirs))
+
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
         return bool(self._refresh([number]))

@@ -117,6 +117,10 @@ class DeviceMemory:
         """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
         return self._outstanding > 0 or bool(self._ending)
 
+    def resize(self, budget: int, pool_limit: int) -> None:
+        """Have another budget, not below what is used, and another pool."""
+        self.budget, self._pool_limit = budget, pool_limit
+
     def arena(self, domain: str) -> Arena:
         """The arena of one sharing domain."""
         return self._arenas.setdefault(domain, Arena(self.page))

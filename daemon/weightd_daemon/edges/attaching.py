@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog, Who
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loader.loads import Loads
@@ -74,6 +75,7 @@ class Attacher:
         connections: Connections,
         devices: dict[str, Device],
         default_device: str,
+        limits: Limits,
         now: Callable[[], float],
     ) -> None:
         self._store = store
@@ -83,11 +85,18 @@ class Attacher:
         self._connections = connections
         self._devices = devices
         self._default_device = default_device
+        self._limits = limits
         self._now = now
 
     def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> Attached:
-        """Take a lease and say what to send. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
-        checkpoint = self._find(connection, request)
+        """Take a lease and say what to send.
+
+        Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user).
+        """
+        who = self._connections.who(connection)
+        checkpoint = self._find(connection, who, request)
+        if most := self._limits.most(who, "leases"):
+            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, most))
         segments = self._segments(checkpoint, request)
         now = self._now()
         lease = self._store.leases.take(checkpoint.key, connection.holder, now)
@@ -129,8 +138,12 @@ class Attacher:
             else:
                 self._store.leases.look(lease.number)
 
-    def _find(self, connection: Connection, request: handles_pb2.AttachRequest) -> Checkpoint:
+    def check_offer(self, connection: Connection) -> None:
+        """Whether a connection's user may have one more intake open. Errors: CapacityError, PermissionDeniedError."""
         who = self._connections.who(connection)
+        self._limits.check(who, "offers", self._connections.offers_of(who.uid) + self._loads.untaken(who.uid))
+
+    def _find(self, connection: Connection, who: Who, request: handles_pb2.AttachRequest) -> Checkpoint:
         target = request.WhichOneof("target")
         if target == "reference":
             return self._named(who, request.reference, meant(self._devices, request.device))

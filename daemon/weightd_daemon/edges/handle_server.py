@@ -50,7 +50,8 @@ class HandleServer:
     def __init__(self, *, connections: Connections, attacher: Attacher, max_connections: int) -> None:
         self._connections = connections
         self._attacher = attacher
-        self._max_connections = max_connections
+        self.max_connections = max_connections
+        """One more is closed at once."""
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
         self._listener: socket.socket | None = None
@@ -80,7 +81,7 @@ class HandleServer:
             loop.remove_reader(listener.fileno())
             loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
             return
-        if len(self._peers) >= self._max_connections:
+        if len(self._peers) >= self.max_connections:
             log.warning("connection refused: %d are open", len(self._peers))
             accepted.close()
             return
@@ -234,6 +235,7 @@ class _Peer:
     def _offer(self) -> None:
         if len(self._connection.offers) >= MAX_OFFERS:
             raise ProtocolError(f"more than {MAX_OFFERS} offers without a load")
+        self._server._attacher.check_offer(self._connection)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
             number = next(self._server._offer_numbers)

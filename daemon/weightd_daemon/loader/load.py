@@ -73,6 +73,7 @@ class LoadSteps:
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
+        admit: Callable[[int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -86,6 +87,7 @@ class LoadSteps:
         self._verify = verify
         self._now = now
         self._on_files = on_files
+        self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
         self._files: list[ManifestFile] = []
@@ -172,6 +174,7 @@ class LoadSteps:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
     async def _laid_out(self, message: Message) -> _Answer:
+        self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._store.admit(self._number, [length for length in missing if length], message["lanes"])
@@ -265,6 +268,7 @@ class LoadSteps:
             # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
             if not self._store.rechecks(self._number) and identities == self._identities():
                 break
+        self._admit(sum(entry.length for entry in self._entries), len(self._entries), content.content_digest)
         self._unique = sum(blob.length for blob in self._own_blobs())
         self.checkpoint = self._store.seal(self._number, content, self._now(), manifest)
         self.checkpoint.origin = self.checkpoint.origin or self._sources

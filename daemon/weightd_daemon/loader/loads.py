@@ -16,8 +16,10 @@ from weightd_daemon.devices.device import SegmentHandle
 from .channel import UNFIT, Message
 from .load import Encode, InstanceIndex, LoadSteps
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .quota import Quota
 from .request import LoadRequest, Outcome
 from .source import RESTED_SECONDS
+from .turns import ANYBODY, Turns
 from .waiters import Load
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
@@ -59,7 +62,8 @@ class Loads:
         now: Callable[[], float],
         lock: int,
         threads: int,
-        at_once: int,
+        turns: Turns,
+        limits: Limits,
         argv: Sequence[str] = DEFAULT_ARGV,
     ) -> None:
         self._store = store
@@ -70,10 +74,10 @@ class Loads:
         self._encode = encode
         self._now = now
         self._lock = lock
-        self._threads = threads
-        self._turns = asyncio.Semaphore(at_once)
-        self._turns_of: dict[int | None, asyncio.Semaphore] = {}
-        self._most_of_one = max(1, at_once - 1)
+        self.threads = threads
+        """With how many threads the next load reads."""
+        self._turns = turns
+        self._quota = Quota(store, catalog, limits)
         self._argv = argv
         self._closing = False
         self._numbers = count(1)
@@ -102,7 +106,7 @@ class Loads:
     def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
 
-        Errors: PermissionDeniedError, InvalidReferenceError (name).
+        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
         """
         checkpoint.last_used = self._now()
         name = request.name
@@ -114,8 +118,13 @@ class Loads:
                     raise
                 name = ""
         if request.pin:
-            checkpoint.pins.add(request.who.uid)
+            self._catalog.keep(request.who, checkpoint)
         return name
+
+    def untaken(self, uid: int | None) -> int:
+        """Intakes that a user's loads hold until they have their turn."""
+        mine = (load for load in self.under_way if load.request.who.uid == uid)
+        return sum(not load.loader_there.is_set() for load in mine)
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left."""
@@ -173,7 +182,7 @@ class Loads:
 
         `check` raises where the blobs are lost, which may happen at any moment.
         """
-        async with self._turns:
+        async with self._turns.turn(ANYBODY):
             loader = await self._take_loader()
             usable = False
             self._verifying[loader] = device.uuid
@@ -240,10 +249,6 @@ class Loads:
             if request.holder.connection == connection
         ]
 
-    def _turn_of(self, uid: int | None) -> asyncio.Semaphore:
-        """The turns of one user: one is always left for others, whatever its loads wait for."""
-        return self._turns_of.setdefault(uid, asyncio.Semaphore(self._most_of_one))
-
     def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
         """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
 
@@ -270,23 +275,25 @@ class Loads:
         usable = False
 
         def on_sealed(checkpoint: Checkpoint) -> None:
+            load.announced = 0
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
 
         try:
-            async with self._turn_of(request.who.uid), self._turns:
+            async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
                     encode=self._encode, number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._take_loader()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
                 # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
-                lanes = self._threads if device.kind == "host" else 1
+                lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
-                job = {"job": "load", **place, "threads": self._threads, "lanes": lanes, "sources": labels}
+                job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
                 await loader.send({**job, "components": [source.component for source in request.sources]})
                 await loader.send_descriptor(intake)
                 os.close(intake)

@@ -20,6 +20,8 @@ class Load:
         self.request = request
         self.progress = Progress()
         self.detached = request.detached
+        self.announced = 0
+        """Bytes that it will bring; 0 before that is known, and when they are there."""
         self.waiters: dict[int, LoadRequest] = {}
         self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
