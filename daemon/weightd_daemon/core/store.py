@@ -254,7 +254,7 @@ class Store:
         for blob in checkpoint.unique.values():
             blob.references += 1
             if blob.state is BlobState.RESERVED:
-                blob.move(BlobState.SEALED)
+                self._blobs.seal(blob)
                 del books.placed[blob.number]
                 self._hold(books, blob)
                 own.append(blob.slot)
@@ -319,7 +319,7 @@ class Store:
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
-        return sum(blob.length for blob in self.blobs() if blob.key.device == device)
+        return self._blobs.sealed_bytes(device)
 
     def in_flight_bytes(self, device: str) -> int:
         """Bytes granted to open loads on a device."""
