@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._devices import device_name
-from ._handles import MAX_FRAME, HandleConnection, feed
+from ._handles import HandleConnection, feed, fit
 from ._proto.v1 import checkpoint_pb2, handles_pb2
-from ._wire import source_to
+from ._wire import check_name, source_to
 from .attachment import Attachment
-from .errors import (
-    DaemonUnreachableError,
-    ForkedError,
-    InvalidReferenceError,
-    NotFoundError,
-)
+from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
 from .resolve import is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
+    DaemonEvent,
+    DrainResult,
     LeaseInfo,
     LoadProgress,
     LoadResult,
@@ -33,7 +30,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from ._files import OpenedSources
@@ -139,7 +136,7 @@ class Client:
     ) -> LoadResult | None:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
         if name is not None:
-            _check_name(name)
+            check_name(name)
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
             return self._load(
@@ -181,7 +178,7 @@ class Client:
         if is_path(reference):
             return self._attach_files(reference, request, parts, keys)
         request.reference = str(reference)
-        if not _fit(request):
+        if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
         return self._attach(request, parts, keys)
 
@@ -202,6 +199,13 @@ class Client:
     def stats(self) -> Stats:
         """The daemon's books."""
         return self._rpc().stats()
+
+    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
+        """What has happened lately, oldest first, and with `follow` what happens, without end.
+
+        Errors: EventsLostError (read too slowly), InUseError (too many readers).
+        """
+        return self._rpc().events(follow=follow)
 
     def version(self) -> VersionInfo:
         """Who answers."""
@@ -253,6 +257,21 @@ class Client:
             return rpc.verify("", device_name(device), on_progress)
         return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
+    def drain(
+        self, *, timeout: float | None = None, on_holders: Callable[[list[LeaseInfo]], None] | None = None
+    ) -> DrainResult:
+        """Empty the daemon: nothing new is lent or loaded, and when nobody holds anything any more, everything goes.
+
+        The drain goes on when this call ends early, until `undrain`. `timeout` is seconds; `on_holders` is called with
+        the leases that are waited for, at first and when they have changed. Errors: PermissionDeniedError (only admins
+        may), InUseError (leases are held after `timeout`), LeaseLostError (somebody took the drain back).
+        """
+        return self._rpc().drain(timeout, on_holders)
+
+    def undrain(self) -> None:
+        """Let attaches and loads in again. Errors: PermissionDeniedError."""
+        self._rpc().undrain()
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(
@@ -292,7 +311,7 @@ class Client:
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            if _fit(request):  # else a load tells the digest; it reads nothing of what is resident
+            if fit(request):  # else a load tells the digest; it reads nothing of what is resident
                 try:
                     return self._attach(request, components, keys)
                 except NotFoundError as error:
@@ -328,7 +347,7 @@ class Client:
             with open_sources(resolve(reference)) as opened:
                 sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
             request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
-            if not _fit(request):
+            if not fit(request):
                 raise
             try:
                 with self._attach(request, frozenset(), frozenset()) as attachment:
@@ -374,25 +393,3 @@ class Client:
 
                 self._control = ControlPlane(self._path, self._handles.token, self._timeout)
             return self._control
-
-
-def _check_name(name: str) -> None:
-    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
-    try:
-        empty = not name.encode()
-    except UnicodeEncodeError:
-        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
-    if empty:
-        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
-
-
-def _fit(request: handles_pb2.AttachRequest) -> bool:
-    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
-    if _frame_bytes(request) > MAX_FRAME:
-        request.ClearField("tensors")
-        request.ClearField("components")
-    return _frame_bytes(request) <= MAX_FRAME
-
-
-def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
-    return handles_pb2.HandleRequest(attach=request).ByteSize()

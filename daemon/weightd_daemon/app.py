@@ -20,7 +20,7 @@ from weightd.errors import DeviceError
 
 from .config import ConfigError, Settings, means, parse_size
 from .core.catalog import Catalog
-from .core.events import Event, Sealed
+from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
@@ -31,7 +31,9 @@ from .devices.reclaimer import Reclaimer
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
+from .edges.draining import Drain
 from .edges.handle_server import HandleServer
+from .edges.journal import Journal
 from .edges.leases import Manifests, encode_manifest
 from .edges.parts import Parts
 from .edges.service import ControlPlane
@@ -39,7 +41,7 @@ from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .devices.device import Device
 
@@ -82,9 +84,15 @@ class Daemon:
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
         settings = self._settings
+        listeners: list[Callable[[Event], None]] = []
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
 
         def on_lost(uuid: str, reason: str) -> None:
             log.warning("device lost device=%s: %s", uuid, reason)
+            tell(DeviceLost(uuid, reason))
             store.lose(uuid, reason)
             loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
 
@@ -99,17 +107,20 @@ class Daemon:
         stack.callback(manifests.close)
 
         def on_event(event: Event) -> None:
-            key = event.checkpoint.key
             if isinstance(event, Sealed):
-                manifests.add(key, event.manifest)
-            else:
+                manifests.add(event.checkpoint.key, event.manifest)
+            tell(event)
+            if isinstance(event, Evicted):
+                key = event.checkpoint.key
                 manifests.remove(key)
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
-        store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
+        store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
         catalog = Catalog(store)
+        journal = Journal(store=store, catalog=catalog, now=time.time)
+        listeners.append(journal.tell)
         reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
@@ -127,18 +138,22 @@ class Daemon:
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
             encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
+            now=time.time, on_event=tell, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
             at_once=settings.max_loads, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
+        drain = Drain(store=store, loads=loads, on_event=tell)
+        stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
             devices=devices, default_device=default_device, now=time.time,
         )  # fmt: skip
+        parts = Parts(
+            store, catalog, loads, connections, devices, default_device,
+            now=time.time, started=time.time(), journal=journal, drain=drain,
+        )  # fmt: skip
         handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
-        control = ControlPlane(
-            Parts(store, catalog, loads, connections, devices, default_device, time.time, started=time.time())
-        )
+        control = ControlPlane(parts)
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
         stack.callback(handles.stop)

@@ -12,10 +12,12 @@ import pytest
 from typer.main import get_command
 
 from weightd import errors
+from weightd._proto.v1 import daemon_pb2
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
+from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.config import EXIT_CONFIG, Settings
-from weightd_daemon.edges import handle_server
+from weightd_daemon.edges import handle_server, journal
 from weightd_daemon.edges.leases import LOCK_BASE
 from weightd_daemon.edges.parts import TOKEN
 from weightd_daemon.loader import child
@@ -95,6 +97,24 @@ def test_exit_codes_are_documented() -> None:
     documented = {int(row[0]) for row in rows(section(OPERATIONS, "Exit codes"))}
     raised = {kind.exit_code for kind in subclasses(errors.WeightdError)}
     assert documented == raised | {0, EXIT_CONFIG, INTERRUPTED, OUTPUT_CLOSED}
+
+
+def test_events_are_documented() -> None:
+    table = {
+        name: set(code_spans(row[2])) for row in rows(section(OPERATIONS, "Events")) for name in code_spans(row[0])
+    }
+    kinds = {name.removeprefix("EVENT_KIND_").lower() for name in daemon_pb2.EventKind.DESCRIPTOR.values_by_name} - {
+        "unspecified"
+    }
+    assert table == {kind: set(EVENT_KEYS.get(kind, ())) for kind in kinds}
+
+
+def test_limits_of_events_are_documented() -> None:
+    events = section(OPERATIONS, "Events")
+    assert f"the last {journal.REMEMBERED:,} events" in events
+    assert f"{journal.BACKLOG:,} events wait" in events
+    assert f"No more than {journal.MOST_READERS} read" in events
+    assert f"at most {journal.MOST_NAMES}." in events
 
 
 def test_commands_are_documented() -> None:
