@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from .devices.device import Device
+    from .edges.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ class Daemon:
         self._loader_argv = loader_argv
         self._stop = asyncio.Event()
         self._signal = signal.SIGTERM
+        self._up = False
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServedError."""
@@ -78,7 +80,9 @@ class Daemon:
             # take over a live socket without a word.
             lock = stack.enter_context(_locked(self._socket))
             await self._serve(stack, lock)
+            self._up = True
             await self._stop.wait()
+            self._up = False
             log.info("stopping signal=%s", self._signal.name)
         return 130 if self._signal is signal.SIGINT else 0
 
@@ -152,8 +156,14 @@ class Daemon:
             store, catalog, loads, connections, devices, default_device,
             now=time.time, started=time.time(), journal=journal, drain=drain,
         )  # fmt: skip
-        handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
-        control = ControlPlane(parts)
+        metrics = await self._monitor(stack, parts)
+        if metrics is not None:
+            listeners.append(metrics.tell)
+        handles = HandleServer(
+            connections=connections, attacher=attacher, max_connections=settings.max_connections,
+            on_attach=metrics.attached if metrics else _uncounted,
+        )  # fmt: skip
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
         stack.callback(handles.stop)
@@ -170,6 +180,36 @@ class Daemon:
                 log.warning("device %s is %s", device.uuid, device.note)
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
+
+    async def _monitor(self, stack: contextlib.AsyncExitStack, parts: Parts) -> Metrics | None:
+        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, AlreadyServedError."""
+        settings, address = self._settings, self._settings.metrics_address
+        if address is None:
+            return None
+        try:
+            from .edges.metrics import Metrics
+            from .edges.monitoring import listen, pages
+        except ModuleNotFoundError as error:
+            if error.name != "prometheus_client":
+                raise
+            raise ConfigError(
+                f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
+                "pip install 'weightd[metrics]'"
+            ) from error
+        metrics = Metrics(parts)
+        server = pages(metrics, parts, lambda: self._up)
+        try:
+            listener = listen(address, int(settings.socket_mode, 8))
+        except OSError as error:
+            raise AlreadyServedError(
+                f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
+            ) from error
+        if isinstance(address, Path):
+            stack.callback(address.unlink, missing_ok=True)
+        stack.push_async_callback(server.stop)
+        await server.start(listener)
+        log.info("monitors read at %s", settings.metrics)
+        return metrics
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
@@ -200,6 +240,10 @@ def _default(devices: Mapping[str, Device]) -> str:
     gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
     candidates = gpus or list(devices)
     return candidates[0] if len(candidates) == 1 else ""
+
+
+def _uncounted(*_: object) -> None:
+    """Where nobody counts."""
 
 
 def _called(device: Device) -> str:

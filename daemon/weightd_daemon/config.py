@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXIT_CONFIG = 78
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SOCKET_PATH_BYTES = 107
+_LAST_PORT = 65535
 _UUID_SHAPE = "00000000-0000-0000-0000-000000000000"
 _UUID_PREFIX = "GPU-"
 _UUID_LEAST = 8
@@ -80,6 +81,11 @@ class Settings:
     reader_threads: int = _setting(0, "threads a load reads with; 0: one per core, 4 at most")
     max_loads: int = _setting(4, "loads at a time; others wait their turn")
     max_connections: int = _setting(1024, "connections on the handle socket")
+    metrics: str = _setting(
+        "",
+        "where monitors read /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
+        "empty: nowhere",
+    )
     log_level: str = _setting("info", "debug, info, warning or error")
 
     @property
@@ -129,6 +135,20 @@ class Settings:
             raise ValueError("more than one value for the devices that are not named")
         _refuse_twice([name for name in names if name])
         return dict(pairs)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | Path | None:
+        """Where monitors read: host and port, or a path; None for nowhere."""
+        if not self.metrics:
+            return None
+        if self.metrics.startswith("/"):
+            if len(os.fsencode(self.metrics)) > _SOCKET_PATH_BYTES:
+                raise ValueError(f"the path is over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+            return Path(self.metrics)
+        found = re.fullmatch(r"(127\.0\.0\.1|\[::1\]):([1-9][0-9]{0,4})", self.metrics)
+        if not found or int(found[2]) > _LAST_PORT:
+            raise ValueError("must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read it")
+        return found[1].strip("[]"), int(found[2])
 
     @property
     def admin_uids(self) -> frozenset[int]:
@@ -277,6 +297,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,
         "pool": lambda: parse_size(settings.pool or "0"),
+        "metrics": lambda: settings.metrics_address,
     }
     for key, parse in parsers.items():
         try:

@@ -1,7 +1,8 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines. `--backlog` is how many events may wait for a
-reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise what no handler may raise.
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
+many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
+what no handler may raise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import argparse
 import sys
 
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import handle_server, journal, service
+from weightd_daemon.edges import handle_server, journal, pages, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
@@ -18,12 +19,13 @@ def launcher(
     *,
     hello: float | None = None,
     ack: float | None = None,
+    page: float | None = None,
     backlog: int | None = None,
     loader: str = "",
     bug: bool = False,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
-    given = {"hello": hello, "ack": ack, "backlog": backlog, "loader": loader or None}
+    given = {"hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     return [sys.executable, "-m", "support.launch", *flags, *(["--bug"] if bug else [])]
 
@@ -33,6 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
+    parser.add_argument("--page", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
@@ -41,6 +44,8 @@ def main() -> int:
         handle_server.HELLO_SECONDS = options.hello
     if options.ack is not None:
         handle_server.ACK_SECONDS = options.ack
+    if options.page is not None:
+        pages.SECONDS = options.page
     if options.backlog is not None:
         journal.BACKLOG = options.backlog
     if options.bug:
