@@ -71,11 +71,13 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach and load
+bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/load.py"
 	@$(BIN)/python bench/load.py
+	@echo "bench: bench/service.py"
+	@$(BIN)/python bench/service.py
 
 bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
 	@echo "bench-gpu: bench/gpu.py"

@@ -201,6 +201,18 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
         raise WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}{what_to_do}") from error
 
 
+def fit(request: handles_pb2.AttachRequest) -> bool:
+    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
+    if _frame_bytes(request) > MAX_FRAME:
+        request.ClearField("tensors")
+        request.ClearField("components")
+    return _frame_bytes(request) <= MAX_FRAME
+
+
+def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
+    return handles_pb2.HandleRequest(attach=request).ByteSize()
+
+
 def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:
     why = {
         FileNotFoundError: "there is no such socket",

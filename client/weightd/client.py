@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._devices import device_name
-from ._handles import MAX_FRAME, HandleConnection, feed
+from ._handles import HandleConnection, feed, fit
 from ._proto.v1 import checkpoint_pb2, handles_pb2
-from ._wire import source_to
+from ._wire import check_name, source_to
 from .attachment import Attachment
-from .errors import (
-    DaemonUnreachableError,
-    ForkedError,
-    InvalidReferenceError,
-    NotFoundError,
-)
-from .resolve import Resolved, check_name, is_path, open_sources, reference_name, resolve
+from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
+from .resolve import Resolved, is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
+    DaemonEvent,
+    DrainResult,
     LeaseInfo,
     LoadProgress,
     LoadResult,
@@ -33,7 +30,7 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from ._files import OpenedSources
@@ -181,14 +178,14 @@ class Client:
         if is_path(reference):
             return self._attach_resolved(resolve(reference), request, parts, keys)
         request.reference = str(reference)
-        if not _fit(request):
+        if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
         return self._attach(request, parts, keys)
 
     def attach_files(self, files: Resolved, *, device: str | None = None) -> Attachment:
         """Map the checkpoint that is made of exactly these files, which is loaded where it is not resident.
 
-        For frameworks, which choose a directory's files by rules of their own. Errors: as `attach` for a path.
+        For frameworks, which choose files by rules of their own. Errors: as `attach` for a path.
         """
         request = handles_pb2.AttachRequest(device=device_name(device))
         return self._attach_resolved(files, request, frozenset(), frozenset())
@@ -210,6 +207,13 @@ class Client:
     def stats(self) -> Stats:
         """The daemon's books."""
         return self._rpc().stats()
+
+    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
+        """What has happened lately, oldest first, and with `follow` what happens, without end.
+
+        Errors: EventsLostError (read too slowly), InUseError (too many readers).
+        """
+        return self._rpc().events(follow=follow)
 
     def version(self) -> VersionInfo:
         """Who answers."""
@@ -261,6 +265,21 @@ class Client:
             return rpc.verify("", device_name(device), on_progress)
         return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
+    def drain(
+        self, *, timeout: float | None = None, on_holders: Callable[[list[LeaseInfo]], None] | None = None
+    ) -> DrainResult:
+        """Empty the daemon: nothing new is lent or loaded, and when nobody holds anything any more, everything goes.
+
+        The drain goes on when this call ends early, until `undrain`. `timeout` is seconds; `on_holders` is called with
+        the leases that are waited for, at first and when they have changed. Errors: PermissionDeniedError (only admins
+        may), InUseError (leases are held after `timeout`), LeaseLostError (somebody took the drain back).
+        """
+        return self._rpc().drain(timeout, on_holders)
+
+    def undrain(self) -> None:
+        """Let attaches and loads in again. Errors: PermissionDeniedError."""
+        self._rpc().undrain()
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(
@@ -299,7 +318,7 @@ class Client:
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            if _fit(request):  # else a load tells the digest; it reads nothing of what is resident
+            if fit(request):  # else a load tells the digest; it reads nothing of what is resident
                 try:
                     return self._attach(request, components, keys)
                 except NotFoundError as error:
@@ -335,7 +354,7 @@ class Client:
             with open_sources(resolve(reference)) as opened:
                 sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
             request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
-            if not _fit(request):
+            if not fit(request):
                 raise
             try:
                 with self._attach(request, frozenset(), frozenset()) as attachment:
@@ -381,13 +400,3 @@ class Client:
 
                 self._control = ControlPlane(self._path, self._handles.token, self._timeout)
             return self._control
-
-
-def _fit(request: handles_pb2.AttachRequest) -> bool:
-    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
-    frame = handles_pb2.HandleRequest(attach=request)
-    if frame.ByteSize() > MAX_FRAME:
-        for part in (request, frame.attach):
-            part.ClearField("tensors")
-            part.ClearField("components")
-    return frame.ByteSize() <= MAX_FRAME

@@ -11,7 +11,9 @@
      ├─ DeviceMismatchError                     the device is not visible to this process
      ├─ DeviceError (RuntimeError)              a call of the device's driver failed, or the device was lost
      ├─ PermissionDeniedError (PermissionError) not yours
-     ├─ DaemonUnreachableError (ConnectionError)
+     ├─ DaemonUnreachableError (ConnectionError) no daemon serves at the address
+     │   └─ DrainingError                       one answers, and lends and loads nothing new
+     ├─ EventsLostError                         a reader of events was too slow
      ├─ ForkedError (RuntimeError)              a client used in a forked child
      └─ ServerError                             a bug in the daemon; its log has the id
 
@@ -159,11 +161,27 @@ class PermissionDeniedError(WeightdError, PermissionError):
 
 
 class DaemonUnreachableError(WeightdError, ConnectionError):
-    """No daemon answers at the address."""
+    """No daemon serves at the address."""
 
     reason = "UNREACHABLE"
     grpc_code = "UNAVAILABLE"
     exit_code = 69
+
+
+class DrainingError(DaemonUnreachableError):
+    """The daemon answers, but lends and loads nothing new: to who wants that, it is as good as gone.
+
+    So what is done without a daemon (`fallback`) is done now, too.
+    """
+
+    reason = "DRAINING"
+
+
+class EventsLostError(WeightdError):
+    """A reader of events was too slow, so that some were dropped; the message says how many."""
+
+    reason = "EVENTS_LOST"
+    grpc_code = "ABORTED"
 
 
 class ForkedError(WeightdError, RuntimeError):
@@ -192,6 +210,8 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         DeviceError,
         PermissionDeniedError,
         DaemonUnreachableError,
+        DrainingError,
+        EventsLostError,
         ForkedError,
         ServerError,
     )

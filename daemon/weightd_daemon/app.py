@@ -19,8 +19,9 @@ from weightd._address import handles_path
 from weightd.errors import DeviceError
 
 from . import logs
+from .config_file import ConfigError
 from .core.catalog import Catalog
-from .core.events import Event, Sealed
+from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
@@ -31,7 +32,9 @@ from .edges.announcing import Announcer, status_line
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
+from .edges.draining import Drain
 from .edges.handle_server import HandleServer
+from .edges.journal import Journal
 from .edges.leases import Manifests, encode_manifest
 from .edges.parts import Parts
 from .edges.preloading import Preloader
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 
     from .config import Loaded, Settings
     from .devices.device import Device
+    from .edges.metrics import Metrics
     from .edges.reloading import Change
 
 log = logging.getLogger(__name__)
@@ -77,6 +81,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM
+        self._up = False
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServedError."""
@@ -91,16 +96,24 @@ class Daemon:
             # take over a live socket without a word.
             lock = stack.enter_context(_locked(self._socket))
             await self._serve(stack, lock)
+            self._up = True
             await self._stop.wait()
             self._announcer.stop()
+            self._up = False
             log.info("stopping signal=%s", self._signal.name)
         return 130 if self._signal is signal.SIGINT else 0
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
         settings = self._settings
+        listeners: list[Callable[[Event], None]] = []
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
 
         def on_lost(uuid: str, reason: str) -> None:
             log.warning("device lost device=%s: %s", uuid, reason)
+            tell(DeviceLost(uuid, reason))
             store.lose(uuid, reason)
             loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
 
@@ -116,18 +129,21 @@ class Daemon:
         stack.callback(manifests.close)
 
         def on_event(event: Event) -> None:
-            key = event.checkpoint.key
             if isinstance(event, Sealed):
-                manifests.add(key, event.manifest)
-            else:
+                manifests.add(event.checkpoint.key, event.manifest)
+            tell(event)
+            if isinstance(event, Evicted):
+                key = event.checkpoint.key
                 manifests.remove(key)
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
-        store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
+        store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
         limits = settings.limits
         catalog = Catalog(store, limits)
+        journal = Journal(store=store, catalog=catalog, now=time.time)
+        listeners.append(journal.tell)
         reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
@@ -146,17 +162,28 @@ class Daemon:
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
             encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, lock=lock, threads=settings.threads, turns=turns, limits=limits, argv=self._loader_argv,
+            now=time.time, on_event=tell, lock=lock, threads=settings.threads, turns=turns, limits=limits,
+            argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
+        drain = Drain(store=store, loads=loads, on_event=tell)
+        stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
             devices=devices, default_device=default, limits=limits, now=time.time,
         )  # fmt: skip
-        handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
-        control = ControlPlane(
-            Parts(store, catalog, loads, connections, devices, default, time.time, started=time.time())
-        )
+        parts = Parts(
+            store, catalog, loads, connections, devices, default,
+            now=time.time, started=time.time(), journal=journal, drain=drain,
+        )  # fmt: skip
+        metrics = await self._monitor(stack, parts)
+        if metrics is not None:
+            listeners.append(metrics.tell)
+        handles = HandleServer(
+            connections=connections, attacher=attacher, max_connections=settings.max_connections,
+            on_attach=metrics.attached if metrics else _uncounted,
+        )  # fmt: skip
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
         stack.callback(handles.stop)
@@ -226,9 +253,43 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
         stack.callback(task.cancel)
 
+    async def _monitor(self, stack: contextlib.AsyncExitStack, parts: Parts) -> Metrics | None:
+        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, AlreadyServedError."""
+        settings, address = self._settings, self._settings.metrics_address
+        if address is None:
+            return None
+        try:
+            from .edges.metrics import Metrics
+            from .edges.monitoring import listen, pages
+        except ModuleNotFoundError as error:
+            if error.name != "prometheus_client":
+                raise
+            raise ConfigError(
+                f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
+                "pip install 'weightd[metrics]'"
+            ) from error
+        metrics = Metrics(parts)
+        server = pages(metrics, parts, lambda: self._up)
+        try:
+            listener = listen(address, int(settings.socket_mode, 8))
+        except OSError as error:
+            raise AlreadyServedError(
+                f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
+            ) from error
+        if isinstance(address, Path):
+            stack.callback(address.unlink, missing_ok=True)
+        stack.push_async_callback(server.stop)
+        await server.start(listener)
+        log.info("monitors read at %s", settings.metrics)
+        return metrics
+
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
         self._stop.set()
+
+
+def _uncounted(*_: object) -> None:
+    """Where nobody counts."""
 
 
 @contextlib.contextmanager

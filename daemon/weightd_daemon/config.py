@@ -29,6 +29,7 @@ __all__ = ["EXIT_CONFIG", "ConfigError", "Loaded", "Settings", "load"]
 
 EXIT_CONFIG = 78
 _SOCKET_PATH_BYTES = 107
+_LAST_PORT = 65535
 
 
 def _default_socket() -> str:
@@ -96,6 +97,11 @@ class Settings:
     max_user_loads: int = _setting(0, "loads of one user at a time; others wait; 0: one less than max_loads")
     max_user_offers: int = _setting(0, "loads that one user may have announced that wait to begin; 0: no limit")
     max_user_names: int = _setting(0, "names that one user may own; 0: no limit")
+    metrics: str = _setting(
+        "",
+        "where monitors read /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
+        "empty: nowhere",
+    )
     log_level: str = _setting("info", "debug, info, warning or error")
     log_format: str = _setting("text", "text, or json: one object a line")
 
@@ -146,6 +152,20 @@ class Settings:
             raise ValueError("more than one value for the devices that are not named")
         refuse_twice([name for name in names if name])
         return dict(pairs)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | Path | None:
+        """Where monitors read: host and port, or a path; None for nowhere."""
+        if not self.metrics:
+            return None
+        if self.metrics.startswith("/"):
+            if len(os.fsencode(self.metrics)) > _SOCKET_PATH_BYTES:
+                raise ValueError(f"the path is over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+            return Path(self.metrics)
+        found = re.fullmatch(r"(127\.0\.0\.1|\[::1\]):([1-9][0-9]{0,4})", self.metrics)
+        if not found or int(found[2]) > _LAST_PORT:
+            raise ValueError("must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read it")
+        return found[1].strip("[]"), int(found[2])
 
     @property
     def admin_uids(self) -> frozenset[int]:
@@ -271,6 +291,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         "budget": lambda: settings.budget_devices,
         "pool": lambda: parse_size(settings.pool or "0"),
         "max_user_bytes": lambda: settings.limits,
+        "metrics": lambda: settings.metrics_address,
     }
     for key, parse in parsers.items():
         try:

@@ -30,16 +30,6 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
-@pytest.fixture
-def user(spawn: Spawn) -> User:
-    """Spawn a client process of a user; it has `client`, `load` and `attempt`."""
-
-    def become(daemon: Daemon, uid: int) -> Worker:
-        return user_of(spawn(daemon), uid)
-
-    return become
-
-
 def contents(daemon: Daemon) -> dict[str, str]:
     """Owner by name, as root sees it."""
     with weightd.connect(daemon.socket, timeout=20.0) as client:

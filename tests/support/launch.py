@@ -1,7 +1,8 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines. `--loader` names hash functions of
-support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good.
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
+many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
+what no handler may raise, `--stuck` makes it block the loop for good.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ import sys
 import time
 
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import handle_server, service
+from weightd_daemon.edges import handle_server, journal, pages, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
 def launcher(
-    *, hello: float | None = None, ack: float | None = None, loader: str = "", bug: bool = False, stuck: bool = False
+    *,
+    hello: float | None = None,
+    ack: float | None = None,
+    page: float | None = None,
+    backlog: int | None = None,
+    loader: str = "",
+    bug: bool = False,
+    stuck: bool = False,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
-    given = {"hello": hello, "ack": ack, "loader": loader or None}
+    given = {"hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
     return [sys.executable, "-m", "support.launch", *flags]
@@ -30,6 +38,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
+    parser.add_argument("--page", type=float)
+    parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--stuck", action="store_true")
@@ -38,6 +48,10 @@ def main() -> int:
         handle_server.HELLO_SECONDS = options.hello
     if options.ack is not None:
         handle_server.ACK_SECONDS = options.ack
+    if options.page is not None:
+        pages.SECONDS = options.page
+    if options.backlog is not None:
+        journal.BACKLOG = options.backlog
     if options.bug:
         service.DaemonService.GetVersion = _bug
     if options.stuck:

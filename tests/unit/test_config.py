@@ -65,7 +65,7 @@ def test_every_setting_has_a_key_a_variable_and_a_flag(tmp_path: Path, key: str)
     values = {"socket": "/x/s.sock", "socket_mode": "0660", "device": "host", "budget": "1M", "pool": "1M",
               "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error",
               "transport": "cuda_ipc", "model_roots": "/x,~/y", "preload": "/x/a,org/name", "max_user_bytes": "1G",
-              "log_format": "json"}  # fmt: skip
+              "log_format": "json", "metrics": "127.0.0.1:9464"}  # fmt: skip
     value = values.get(key, "7")
     quoted = value if key not in values else json.dumps(value)
     roots = {"model_roots": "/x"} if key == "preload" else {}
@@ -131,6 +131,18 @@ BAD = [
     ("pool", "9" * 400, "size"),
     ("pool", "cuda=1GiB", "size"),
     ("isolation", "none", "shared, uid"),
+    ("metrics", "9464", "only this machine"),
+    ("metrics", "0.0.0.0:9464", "only this machine"),
+    ("metrics", "192.0.2.1:9464", "only this machine"),
+    ("metrics", "127.0.0.1", "only this machine"),
+    ("metrics", "127.0.0.1:0", "only this machine"),
+    ("metrics", "127.0.0.1:65536", "only this machine"),
+    ("metrics", "127.0.0.1:9464 ", "only this machine"),
+    ("metrics", "[::]:9464", "only this machine"),
+    ("metrics", "::1:9464", "only this machine"),
+    ("metrics", "localhost:9464", "only this machine"),
+    ("metrics", "w.sock", "only this machine"),
+    ("metrics", "/" + "x" * 107, "shorter"),
     ("admins", "no-such-user-here", "no user no-such-user-here"),
     ("reader_threads", "-1", "at least 0"),
     ("max_loads", "0", "at least 1"),
@@ -414,3 +426,16 @@ def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_pat
     )  # fmt: skip
     assert finished.returncode == 78
     assert finished.stderr.startswith(f"weightd: --budget: budget = {budget!r}: that of host must be from")
+
+
+@pytest.mark.parametrize(
+    ("said", "address"),
+    [
+        ("", None),
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("/run/weightd/metrics.sock", Path("/run/weightd/metrics.sock")),
+    ],
+)
+def test_where_monitors_read(said: str, address: tuple[str, int] | Path | None) -> None:
+    assert load(None, {"metrics": said}, {}).settings.metrics_address == address

@@ -51,6 +51,8 @@ class Catalog:
         self._store = store
         self._limits = limits
         self._tags: dict[tuple[str, str], Tag] = {}
+        self._named: dict[tuple[str, str], set[str]] = {}
+        """The names of each (domain, content): a list of checkpoints asks for those of every one."""
 
     def check(self, who: Who, name: str) -> None:
         """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError, CapacityError."""
@@ -74,15 +76,14 @@ class Catalog:
         if tag is not None and tag.content_digest == content_digest:
             return
         self.check(who, name)
+        if tag is not None:
+            self._untag(who.domain, name)
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
+        self._named.setdefault((who.domain, content_digest), set()).add(name)
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
-        names = [
-            name
-            for (domain, name), tag in self._tags.items()
-            if domain == checkpoint.key.domain and tag.content_digest == checkpoint.key.content_digest
-        ]
+        names = self._named.get((checkpoint.key.domain, checkpoint.key.content_digest), ())
         return sorted(names, key=lambda name: (name.startswith("/"), name))
 
     def owner(self, checkpoint: Checkpoint) -> int | None:
@@ -152,14 +153,14 @@ class Catalog:
             tag = self._tags.get((who.domain, reference))
             if tag is None or (tag.owner != who.uid and not who.admin):
                 raise
-            del self._tags[who.domain, reference]  # a name whose content was evicted
+            self._untag(who.domain, reference)  # a name whose content was evicted
             return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
         for name in names or [""]:
             self.check_owner(who, checkpoint, "remove", name)
         if set(self.names(checkpoint)) - set(names):
-            del self._tags[checkpoint.key.domain, reference]
+            self._untag(checkpoint.key.domain, reference)
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
@@ -173,7 +174,13 @@ class Catalog:
         known = (*self._store.checkpoints, *self._store.lost)
         if not any((key.domain, key.content_digest) == (domain, digest) for key in known):
             for name in self.names(checkpoint):
-                del self._tags[domain, name]
+                self._untag(domain, name)
+
+    def _untag(self, domain: str, name: str) -> None:
+        content = domain, self._tags.pop((domain, name)).content_digest
+        self._named[content].discard(name)
+        if not self._named[content]:
+            del self._named[content]
 
     def _find(self, who: Who, reference: str, device: str) -> Checkpoint:
         """As `find`, with the lost checkpoints."""

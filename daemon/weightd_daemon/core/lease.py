@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightd.errors import DrainingError
+
+from .events import Attached, Detached
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,17 @@ class Lease:
 
 
 class Leases:
-    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there."""
+    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
 
-    def __init__(self, probe: Callable[[Lease], bool]) -> None:
+    What is taken and struck out, but for waiting leases, is told to `on_event`. While `draining` none is taken.
+    """
+
+    def __init__(
+        self, probe: Callable[[Lease], bool], on_event: Callable[[Attached | Detached], None] = lambda _: None
+    ) -> None:
+        self.draining = False
         self._probe = probe
+        self._on_event = on_event
         self._leases: dict[int, Lease] = {}
         self._by_checkpoint: dict[Hashable, set[int]] = {}
         self._by_connection: dict[Hashable, set[int]] = {}
@@ -53,13 +64,21 @@ class Leases:
         """The lease of that number, unless it has ended."""
         return self._leases.get(number)
 
+    def admit(self) -> None:
+        """Whether a lease may be taken, or a load begin that is to end in one. Errors: DrainingError."""
+        if self.draining:
+            raise DrainingError("the daemon is draining: it lends and loads nothing new; try again when it is back")
+
     def take(self, checkpoint: Hashable, holder: Holder, now: float, *, waiting: bool = False) -> Lease:
-        """Enter a new lease. Numbers are never used twice."""
+        """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
+        self.admit()
         self._last += 1
         lease = Lease(self._last, checkpoint, holder, now, waiting)
         self._leases[lease.number] = lease
         self._by_checkpoint.setdefault(checkpoint, set()).add(lease.number)
         self._by_connection.setdefault(holder.connection, set()).add(lease.number)
+        if not waiting:
+            self._on_event(Attached(lease))
         return lease
 
     def end(self, number: int) -> None:
@@ -68,6 +87,8 @@ class Leases:
         if lease is not None:
             _drop(self._by_checkpoint, lease.checkpoint, number)
             _drop(self._by_connection, lease.holder.connection, number)
+            if not lease.waiting:
+                self._on_event(Detached(lease))
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""
@@ -105,6 +126,13 @@ class Leases:
             else:
                 self.end(number)
         return held
+
+
+def named(leases: Iterable[Lease]) -> str:
+    """Who holds leases, each process once and at most five: "pid 12 (python serve.py), pid 13 (…) and 4 more"."""
+    holders = list(dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in leases))
+    more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+    return ", ".join(f"pid {pid} ({command})" for pid, command in holders[:5]) + more
 
 
 def _drop(index: dict[Hashable, set[int]], key: Hashable, number: int) -> None:

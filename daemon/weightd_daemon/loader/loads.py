@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.events import LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.events import Event
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
@@ -60,6 +62,7 @@ class Loads:
         index: InstanceIndex,
         encode: Encode,
         now: Callable[[], float],
+        on_event: Callable[[Event], None],
         lock: int,
         threads: int,
         turns: Turns,
@@ -73,6 +76,7 @@ class Loads:
         self._index = index
         self._encode = encode
         self._now = now
+        self._on_event = on_event
         self._lock = lock
         self.threads = threads
         """With how many threads the next load reads."""
@@ -137,10 +141,12 @@ class Loads:
         """Begin a load or join one of the same files by the same owner.
 
         Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
-        loader's end of the client's offer; a load that begins takes it over.
+        loader's end of the client's offer; a load that begins takes it over. Errors: DrainingError, LeaseLostError (the
+        daemon stops), InUseError (too many of this connection).
         """
         if self._closing:
             raise LeaseLostError(_STOPPING)
+        self._store.leases.admit()
         if len(self._waiters_of(request.holder.connection)) >= MAX_UNFINISHED:
             raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
         key = (request.device, request.who.domain, request.who.uid, request.sources)
@@ -165,9 +171,8 @@ class Loads:
             load.waiters[-waiter] = request  # its name and pin are still wanted
         if not load.done.done() and not load.detached and not load.waiters:
             log.info("load cancelled sources=%d", len(load.request.sources))
-            self._fail(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
-            if load.task is not None:
-                load.task.cancel()
+            load.abandoned = True
+            self._end(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
 
     def disconnected(self, connection: int) -> None:
         """A connection is gone, and with it those who waited on it."""
@@ -214,17 +219,17 @@ class Loads:
                 loader.kill()
         for load in self.under_way:
             if load.request.device == device:
-                self._fail(load, error)
-                if load.task is not None:
-                    load.task.cancel()
+                self._end(load, error)
+
+    def end_all(self, error: WeightdError) -> None:
+        """Every load under way ends with this error, and its waiters are told."""
+        for load in self.under_way:
+            self._end(load, error)
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""
         self._closing = True
-        for load in self.under_way:
-            self._fail(load, LeaseLostError(_STOPPING))
-            if load.task is not None:
-                load.task.cancel()
+        self.end_all(LeaseLostError(_STOPPING))
 
     async def close(self) -> None:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
@@ -262,6 +267,11 @@ class Loads:
         if self._flights.get(key) is load:
             del self._flights[key]
 
+    def _end(self, load: Load, error: WeightdError) -> None:
+        self._fail(load, error)
+        if load.task is not None:
+            load.task.cancel()
+
     def _fail(self, load: Load, error: WeightdError) -> None:
         if not load.done.done():
             load.done.set_exception(error)
@@ -271,6 +281,9 @@ class Loads:
         request = load.request
         device = self._devices[request.device]
         number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+        begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
+        began = self._now()
+        self._on_event(begun)
         loader: LoaderProcess | None = None
         usable = False
 
@@ -322,6 +335,7 @@ class Loads:
             task = asyncio.get_running_loop().create_task(tidy)
             self._background.add(task)
             task.add_done_callback(self._background.discard)
+            self._on_event(load.ended(begun, self._now() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
         log.info(
