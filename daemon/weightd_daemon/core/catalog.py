@@ -44,11 +44,22 @@ class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
+    `changed` is told after every change of a name or a pin.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, changed: Callable[[], None] = lambda: None) -> None:
         self._store = store
         self._tags: dict[tuple[str, str], Tag] = {}
+        self.changed = changed
+
+    @property
+    def tags(self) -> dict[tuple[str, str], Tag]:
+        """Every name, by sharing domain and name."""
+        return dict(self._tags)
+
+    def restore(self, domain: str, name: str, tag: Tag) -> None:
+        """Enter a name that an earlier daemon knew."""
+        self._tags[domain, name] = tag
 
     def check(self, who: Who, name: str) -> None:
         """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError."""
@@ -71,6 +82,7 @@ class Catalog:
             return
         self.check(who, name)
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
+        self.changed()
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
@@ -118,6 +130,7 @@ class Catalog:
         """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError."""
         self.check_owner(who, checkpoint, "pin", name)
         checkpoint.pins.add(who.uid)
+        self.changed()
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
@@ -125,6 +138,7 @@ class Catalog:
         if who.admin:
             checkpoint.pins.clear()
         checkpoint.pins.discard(who.uid)
+        self.changed()
 
     def remove(self, who: Who, reference: str, device: str = "") -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
@@ -139,6 +153,7 @@ class Catalog:
             if tag is None or (tag.owner != who.uid and not who.admin):
                 raise
             del self._tags[who.domain, reference]  # a name whose content was evicted
+            self.changed()
             return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
@@ -146,10 +161,12 @@ class Catalog:
             self.check_owner(who, checkpoint, "remove", name)
         if set(self.names(checkpoint)) - set(names):
             del self._tags[checkpoint.key.domain, reference]
+            self.changed()
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
             self.forget(checkpoint)
+            self.changed()
             return 0
         return self._store.remove(checkpoint, reference)
 

@@ -179,7 +179,8 @@ class DeviceMemory:
             freed.setdefault(extent.segment, []).append(extent)
         holes, largest = self._holes(), 0
         for segment, name in self._domain_of.items():
-            if segment not in freed and (name != domain or self._sparse):
+            frozen = self._arenas[name].is_frozen(segment)
+            if segment not in freed and (name != domain or self._sparse or frozen):
                 continue
             ranges = self._arenas[name].free_ranges(segment)
             before = sum(_whole_pages(ranges, self.page))
@@ -187,6 +188,10 @@ class DeviceMemory:
                 ranges.add(extent.offset, extent.end)
             after = list(_whole_pages(ranges, self.page))
             own, common = holes[name]
+            if frozen:
+                if ranges.total == self.size(segment):
+                    holes[name] = _Holes(own, common + self._arenas[name].populated(segment))
+                continue
             if self._sparse:
                 holes[name] = _Holes(own, common + sum(after) - before)
                 continue
@@ -277,12 +282,35 @@ class DeviceMemory:
         for segment, parts in touched.items():
             if arena.is_empty(segment):
                 pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
-                if not pooled:
+                if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self._sparse:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
                         self._queue(Punch(domain, leaving, self._losses))
+
+    def adopt(
+        self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+    ) -> None:
+        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back."""
+        arena = self.arena(domain)
+        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen)
+        self._domain_of[segment] = domain
+        for leaving in arena.start_leaving(segment) if self._sparse else ():
+            self._queue(Punch(domain, leaving, self._losses))
+
+    def is_frozen(self, segment: int) -> bool:
+        """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
+        return self.arena(self._domain_of[segment]).is_frozen(segment)
+
+    def excess(self) -> int:
+        """Bytes beyond the budget when all has gone that is unused, or on its way already; that is now queued."""
+        self._return_unused(self._excess())
+        return max(0, self._excess())
+
+    def _excess(self) -> int:
+        leaving = self._releasing + sum(arena.leaving for arena in self._arenas.values())
+        return self.used - leaving - self.budget
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
