@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,11 @@ from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.handle_server import HandleServer
-from .edges.leases import Manifests, encode_manifest
+from .edges.leases import Manifests
 from .edges.parts import Parts
 from .edges.service import ControlPlane
+from .edges.survival import Survival
+from .edges.systemd import ServiceManager, kept_descriptors
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 
@@ -62,6 +65,8 @@ class Daemon:
         self._settings = settings
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
+        self._manager = ServiceManager(os.environ)
+        self._given = kept_descriptors(os.environ)
         self._stop = asyncio.Event()
         self._signal = signal.SIGTERM
 
@@ -95,22 +100,28 @@ class Daemon:
             stack.callback(device.close)
             devices[device.uuid] = device
             budgets[device.uuid] = _budget(settings, device, names)
-        manifests = Manifests()
+        manifests = Manifests(before_lock=lambda number: survival.reserve(number))
         stack.callback(manifests.close)
 
         def on_event(event: Event) -> None:
             key = event.checkpoint.key
             if isinstance(event, Sealed):
-                manifests.add(key, event.manifest)
+                survival.sealed(key, event.manifest)
             else:
                 manifests.remove(key)
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
+                survival.evicted(key)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
         store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
-        catalog = Catalog(store)
-        reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
+        catalog = Catalog(store, changed=lambda: survival.flip())
+        survival = Survival(
+            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
+            manifests=manifests, now=time.time,
+        )  # fmt: skip
+        stack.callback(survival.close)
+        reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
             stack.push_async_callback(reclaimer.finish)
@@ -120,15 +131,15 @@ class Daemon:
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
+        await survival.begin()
         default_device = _default(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
-            encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
-            at_once=settings.max_loads, argv=self._loader_argv,
+            prepare=survival.prepare, now=time.time, lock=lock,
+            threads=settings.reader_threads or min(4, os.cpu_count() or 1), at_once=settings.max_loads, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
         attacher = Attacher(

@@ -44,7 +44,7 @@ class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
-    `changed` is told after every change of a name or a pin.
+    `changed` is told after every change of a name, a pin or another mark of a checkpoint.
     """
 
     def __init__(self, store: Store, changed: Callable[[], None] = lambda: None) -> None:

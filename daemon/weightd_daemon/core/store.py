@@ -1,7 +1,7 @@
 """The store: blobs by content, the loads that bring them, the checkpoints that keep them.
 
-Every state of the books changes here; at the start restoring.py fills them, and nothing else does. The store touches no memory: it grants extents, says where equal
-bytes may lie, and queues memory that can go (see memory.py). What changed comes out as events.
+Every state of the books changes here, but for restoring.py, which fills empty ones. The store touches no memory: it
+grants extents, says where equal bytes may lie, and queues memory that can go (see memory.py). Events tell of changes.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class HostDevice:
         """Take over a memfd that `create` made. Errors: DeviceError."""
         try:
             status = os.fstat(descriptor)
-            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == _SEALS
+            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & (_SEALS | fcntl.F_SEAL_WRITE) == _SEALS
             to_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
             if not (sealed and to_write and stat.S_IMODE(status.st_mode) == 0o400 and status.st_size == size):
                 raise DeviceError(f"descriptor {descriptor} is no segment of {size} bytes of host memory")

@@ -92,7 +92,7 @@ def make_manifest(encoded: bytes) -> int:
 def is_manifest(descriptor: int) -> bool:
     """Whether a descriptor is of a memfd as `make_manifest` makes them: nobody can write to it or resize it."""
     try:
-        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) == _SEALS
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
         return sealed and stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o400
     except OSError:
         return False

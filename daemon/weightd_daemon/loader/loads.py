@@ -14,7 +14,7 @@ from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
-from .load import Encode, InstanceIndex, LoadSteps
+from .load import InstanceIndex, LoadSteps, Prepare
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .request import LoadRequest, Outcome
 from .source import RESTED_SECONDS
@@ -55,7 +55,7 @@ class Loads:
         devices: dict[str, Device],
         reclaimers: dict[str, Reclaimer],
         index: InstanceIndex,
-        encode: Encode,
+        prepare: Prepare,
         now: Callable[[], float],
         lock: int,
         threads: int,
@@ -67,7 +67,7 @@ class Loads:
         self._devices = devices
         self._reclaimers = reclaimers
         self._index = index
-        self._encode = encode
+        self._prepare = prepare
         self._now = now
         self._lock = lock
         self._threads = threads
@@ -115,6 +115,7 @@ class Loads:
                 name = ""
         if request.pin:
             checkpoint.pins.add(request.who.uid)
+            self._catalog.changed()
         return name
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
@@ -273,12 +274,13 @@ class Loads:
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
+            self._catalog.changed()
 
         try:
             async with self._turn_of(request.who.uid), self._turns:
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    encode=self._encode, number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    prepare=self._prepare, number=number, sources=request.sources, verify=request.verify, now=self._now,
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._take_loader()
