@@ -47,6 +47,7 @@ class ControlPlane:
     """Calls on behalf of one handle-socket connection. `timeout` (seconds) bounds every call but loads and verify."""
 
     def __init__(self, path: Path, token: str, timeout: float) -> None:
+        self.token = token
         self._timeout = timeout
         self._metadata = (("weightd-token", token),)
         options = [

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._devices import device_name
-from ._handles import MAX_FRAME, HandleConnection, feed
+from ._handles import MAX_FRAME, feed
+from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import source_to
 from .attachment import Attachment
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ._files import OpenedSources
+    from ._handles import HandleConnection
     from ._rpc import ControlPlane
 
 Reference = str | os.PathLike[str]
@@ -75,13 +77,11 @@ class Client:
     """
 
     def __init__(self, path: Path, *, timeout: float = 5.0) -> None:
-        self._path = path
-        self._timeout = timeout
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
         self._control: ControlPlane | None = None
-        self._handles = HandleConnection(path, timeout)
+        self._line = Line(path, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +90,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<weightd.Client of {self._path}>"
+        return f"<weightd.Client of {self._line.path}>"
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""
@@ -101,7 +101,7 @@ class Client:
             if self._control is not None:
                 self._control.close()
                 self._control = None
-            self._handles.close()
+            self._line.close()
 
     # -- loading and attaching -------------------------------------------------------------------------------------
 
@@ -315,8 +315,7 @@ class Client:
         self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Attachment:
         self._check()
-        handles = self._handles
-        return Attachment(handles.attach(request), handles, components, keys)
+        return Attachment(self._handles.attach(request), self._line, components, keys)
 
     def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
         """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
@@ -359,12 +358,14 @@ class Client:
         with self._lock:
             if self._closed:
                 raise InvalidReferenceError("this weightd client is closed")
-            if not self._handles.alive():
-                self._handles.close()
-                if self._control is not None:
-                    self._control.close()
-                    self._control = None
-                self._handles = HandleConnection(self._path, self._timeout)
+            self._line.renew()
+            if self._control is not None and self._control.token != self._handles.token:
+                self._control.close()
+                self._control = None
+
+    @property
+    def _handles(self) -> HandleConnection:
+        return self._line.handles
 
     def _rpc(self) -> ControlPlane:
         self._check()
@@ -372,7 +373,7 @@ class Client:
             if self._control is None:
                 from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
-                self._control = ControlPlane(self._path, self._handles.token, self._timeout)
+                self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)
             return self._control
 
 

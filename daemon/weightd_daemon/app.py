@@ -139,7 +139,8 @@ class Daemon:
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
             prepare=survival.prepare, now=time.time, lock=lock,
-            threads=settings.reader_threads or min(4, os.cpu_count() or 1), at_once=settings.max_loads, argv=self._loader_argv,
+            threads=settings.reader_threads or min(4, os.cpu_count() or 1), at_once=settings.max_loads,
+            argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
         attacher = Attacher(
