@@ -128,7 +128,7 @@ class Daemon:
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 name = os.readlink(entry)
-                if name.startswith("/memfd:weightd-") and not name.startswith("/memfd:weightd-manifest"):
+                if re.match(r"/memfd:weightd-\d", name):  # neither a manifest nor a root record
                     status = entry.stat()
                     found[status.st_ino] = status
         return found

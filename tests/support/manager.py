@@ -16,6 +16,8 @@ import fcntl, os, sys
 given = [one.rpartition("=") for one in sys.argv[2 : 2 + int(sys.argv[1])]]
 lowest = 3 + len(given) + max([int(number) for _, _, number in given], default=0)
 moved = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, lowest) for _, _, number in given]
+for _, _, number in given:
+    os.close(int(number))
 for index, number in enumerate(moved):
     os.dup2(number, 3 + index)
 names = ":".join(name for name, _, _ in given)
@@ -28,14 +30,16 @@ os.execve(argv[0], argv, {**os.environ, **listen})
 class Manager:
     """Listens at `path`. What systemd does with FDSTORE, FDSTOREREMOVE and BARRIER, it does too, and nothing else.
 
-    `kept` is (name, descriptor) in the order of arrival; `said` are all other lines so far.
+    `kept` is (name, descriptor) in the order of arrival; `said` are all other lines so far. With `tells` it says how
+    many it keeps at most, as systemd does from 254 on.
     """
 
-    def __init__(self, path: Path, most: int = 4096) -> None:
+    def __init__(self, path: Path, most: int = 4096, *, tells: bool = True) -> None:
         self.path = path
         self.kept: list[tuple[str, int]] = []
         self.said: list[str] = []
         self._most = most
+        self._tells = tells
         self._numbers = count(1)
         self._changed = threading.Condition()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -61,7 +65,8 @@ class Manager:
 
     def environment(self, **more: str) -> dict[str, str]:
         """What the service's process needs, beside what `start_descriptors` says."""
-        return {"NOTIFY_SOCKET": str(self.path), **more}
+        tells = {"FDSTORE": str(self._most)} if self._tells else {}
+        return {"NOTIFY_SOCKET": str(self.path), **tells, **more}
 
     def wait_for(self, line: str, seconds: float = 20.0) -> None:
         """Wait until the service has said a line."""
