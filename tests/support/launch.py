@@ -1,22 +1,32 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines. `--loader` names hash functions of
-support/loader.py. `--bug` makes GetVersion raise what no handler may raise.
+support/loader.py. `--bug` makes GetVersion raise what no handler may raise. `--points` is the file that names the
+point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
+from support import points
 from weightd_daemon import __main__ as command
 from weightd_daemon.edges import handle_server, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
-def launcher(*, hello: float | None = None, ack: float | None = None, loader: str = "", bug: bool = False) -> list[str]:
+def launcher(
+    *,
+    hello: float | None = None,
+    ack: float | None = None,
+    loader: str = "",
+    bug: bool = False,
+    points: Path | None = None,
+) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
-    given = {"hello": hello, "ack": ack, "loader": loader or None}
+    given = {"hello": hello, "ack": ack, "loader": loader or None, "points": points}
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     return [sys.executable, "-m", "support.launch", *flags, *(["--bug"] if bug else [])]
 
@@ -28,6 +38,7 @@ def main() -> int:
     parser.add_argument("--ack", type=float)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
+    parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
@@ -35,6 +46,8 @@ def main() -> int:
         handle_server.ACK_SECONDS = options.ack
     if options.bug:
         service.DaemonService.GetVersion = _bug
+    if options.points is not None:
+        points.install(options.points)
     own = (sys.executable, "-P", "-m", "support.loader", options.loader)
     return command.main(rest, own if options.loader else DEFAULT_ARGV)
 

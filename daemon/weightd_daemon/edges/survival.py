@@ -177,7 +177,7 @@ class Survival:
         """What was not taken up leaves the store, and its memory the machine."""
         names = {name for name, _ in self._given} - self._stored
         for name in sorted(names):
-            log.warning("descriptor %r is left: nothing needs it", name[:80])
+            log.info("descriptor %r is left: nothing needs it", name[:80])
             if name and name.isprintable():  # else no name of the descriptor store
                 self._drop(name)
         for descriptor in {descriptor for name, descriptor in self._given if name != ROOT} - left.taken:
