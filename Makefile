@@ -69,6 +69,8 @@ types: $(VENV)/.installed ## check types
 bench: $(VENV)/.installed ## measure attach and load
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
+	@echo "bench: bench/restart.py"
+	@$(BIN)/python bench/restart.py
 	@echo "bench: bench/load.py"
 	@$(BIN)/python bench/load.py
 
