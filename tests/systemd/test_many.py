@@ -45,4 +45,3 @@ def test_a_hundred_checkpoints_of_a_thousand_tensors(
     with client.attach("c99") as attachment:
         assert attachment.buffer("model.layers.999.self_attn.q_proj.weight") == struct.pack("<II", 99, 999)
     assert daemon.rss() < RSS
-    print(daemon.rss() >> 20, "MiB")
