@@ -74,6 +74,8 @@ types: $(VENV)/.installed ## check types
 bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
+	@echo "bench: bench/restart.py"
+	@$(BIN)/python bench/restart.py
 	@echo "bench: bench/load.py"
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"

@@ -53,6 +53,7 @@ class ControlPlane:
     """
 
     def __init__(self, path: Path, token: str, timeout: float) -> None:
+        self.token = token
         self._timeout = timeout
         self._metadata = (("weightd-token", token),)
         options = [

@@ -12,6 +12,7 @@ import signal
 import socket
 import stat
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,13 @@ from .edges.digest_index import DigestIndex
 from .edges.draining import Drain
 from .edges.handle_server import HandleServer
 from .edges.journal import Journal
-from .edges.leases import Manifests, encode_manifest
+from .edges.leases import Manifests
 from .edges.parts import Parts
 from .edges.preloading import Preloader
 from .edges.reloading import Reloading
 from .edges.service import ControlPlane
-from .edges.systemd import ServiceManager
+from .edges.survival import Survival
+from .edges.systemd import ServiceManager, kept_descriptors
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
 from .loader.turns import Turns
@@ -78,6 +80,7 @@ class Daemon:
         self._loader_argv = loader_argv
         self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
         self._announcer = Announcer(self._manager)
+        self._given = kept_descriptors(os.environ)
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM
@@ -125,26 +128,32 @@ class Daemon:
             stack.callback(device.close)
             devices[device.uuid], names[device.uuid] = device, called_so
             budgets[device.uuid] = budget_of(settings, device, called_so)
-        manifests = Manifests()
+        manifests = Manifests(before_lock=lambda number: survival.reserve(number))
         stack.callback(manifests.close)
 
         def on_event(event: Event) -> None:
             if isinstance(event, Sealed):
-                manifests.add(event.checkpoint.key, event.manifest)
+                survival.sealed(event.checkpoint.key, event.manifest)
             tell(event)
             if isinstance(event, Evicted):
                 key = event.checkpoint.key
                 manifests.remove(key)
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
+                survival.evicted(key)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
         store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
         limits = settings.limits
-        catalog = Catalog(store, limits)
+        catalog = Catalog(store, limits, changed=lambda: survival.flip())
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.append(journal.tell)
-        reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
+        survival = Survival(
+            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
+            manifests=manifests, now=time.time,
+        )  # fmt: skip
+        stack.callback(survival.close)
+        reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
             stack.push_async_callback(reclaimer.finish)
@@ -154,6 +163,7 @@ class Daemon:
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
+        await survival.begin()
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
@@ -161,8 +171,8 @@ class Daemon:
         turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
-            encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, on_event=tell, lock=lock, threads=settings.threads, turns=turns, limits=limits,
+            prepare=survival.prepare, now=time.time, on_event=tell, lock=lock, threads=settings.threads,
+            turns=turns, limits=limits,
             argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)

@@ -2,7 +2,8 @@
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
 many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
-what no handler may raise, `--stuck` makes it block the loop for good.
+what no handler may raise, `--stuck` makes it block the loop for good. `--points` is the file that names
+the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from pathlib import Path
 
+from support import points
 from weightd_daemon import __main__ as command
 from weightd_daemon.edges import handle_server, journal, pages, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
@@ -25,9 +28,12 @@ def launcher(
     loader: str = "",
     bug: bool = False,
     stuck: bool = False,
+    points: Path | None = None,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
-    given = {"hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None}
+    given = {
+        "hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None, "points": points,
+    }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
     return [sys.executable, "-m", "support.launch", *flags]
@@ -43,6 +49,7 @@ def main() -> int:
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--stuck", action="store_true")
+    parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
@@ -56,6 +63,8 @@ def main() -> int:
         service.DaemonService.GetVersion = _bug
     if options.stuck:
         service.DaemonService.GetVersion = _stuck
+    if options.points is not None:
+        points.install(options.points)
     own = (sys.executable, "-P", "-m", "support.loader", options.loader)
     return command.main(rest, own if options.loader else DEFAULT_ARGV)
 

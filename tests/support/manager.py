@@ -9,13 +9,30 @@ import platform
 import re
 import socket
 import stat
+import sys
 import threading
+from itertools import count
 from pathlib import Path
 
 _MOST_BYTES = 4096
 _MOST_DESCRIPTORS = 253
 _KCMP = {"x86_64": 312, "aarch64": 272}
 _libc = ctypes.CDLL(None, use_errno=True)
+# Moves descriptors to where sd_listen_fds(3) wants them, says so for this very process, and becomes the service.
+_LAUNCH = """
+import fcntl, os, sys
+given = [one.rpartition("=") for one in sys.argv[2 : 2 + int(sys.argv[1])]]
+lowest = 3 + len(given) + max([int(number) for _, _, number in given], default=0)
+moved = [fcntl.fcntl(int(number), fcntl.F_DUPFD_CLOEXEC, lowest) for _, _, number in given]
+for _, _, number in given:
+    os.close(int(number))
+for index, number in enumerate(moved):
+    os.dup2(number, 3 + index)
+names = ":".join(name for name, _, _ in given)
+listen = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(given)), "LISTEN_FDNAMES": names}
+argv = sys.argv[2 + len(given) :]
+os.execve(argv[0], argv, {**os.environ, **listen})
+"""
 
 
 class Manager:
@@ -26,24 +43,44 @@ class Manager:
     "stored". BARRIER stands alone in its message, or the message is passed over, and so is one of more than 4096 bytes.
 
     `kept` is (name, descriptor), the newest first, as systemd hands them out; `said` are all other lines so far, and
-    `ignored` are messages that were passed over.
+    `ignored` are messages that were passed over. With `tells` it says how many it keeps at most, as systemd does from
+    254 on.
     """
 
-    def __init__(self, path: Path, most: int = 4096) -> None:
+    def __init__(self, path: Path, most: int = 4096, *, tells: bool = True) -> None:
         self.path = path
         self.kept: list[tuple[str, int]] = []
         self.said: list[str] = []
         self.ignored: list[str] = []
         self._most = most
+        self._tells = tells
+        self._numbers = count(1)
         self._changed = threading.Condition()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(str(path))
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
+    def command(self, argv: list[str]) -> tuple[list[str], list[int]]:
+        """What starts the service again with all that is kept, and the descriptors that the process must inherit."""
+        self.settle()
+        with self._changed:
+            kept = list(self.kept)
+        given = [f"{name}={descriptor}" for name, descriptor in kept]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(len(given)), *given]
+        return [*launch, *argv], [descriptor for _, descriptor in kept]
+
+    def settle(self, seconds: float = 20.0) -> None:
+        """Wait until all has been done that was sent before."""
+        line = f"X_SETTLED={next(self._numbers)}"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(line.encode(), str(self.path))
+        self.wait_for(line, seconds)
+
     def environment(self, **more: str) -> dict[str, str]:
         """What the service's process needs, beside what `start_descriptors` says."""
-        return {"NOTIFY_SOCKET": str(self.path), **more}
+        tells = {"FDSTORE": str(self._most)} if self._tells else {}
+        return {"NOTIFY_SOCKET": str(self.path), **tells, **more}
 
     def wait_for(self, line: str, seconds: float = 20.0) -> None:
         """Wait until the service has said a line."""

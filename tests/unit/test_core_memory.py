@@ -6,7 +6,8 @@ import pytest
 
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import DeviceMemory, Punch, Release
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Punch, Release
 
 PAGE = 4096
 

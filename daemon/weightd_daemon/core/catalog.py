@@ -45,14 +45,26 @@ class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
+    `changed` is told after every change of a name, a pin or another mark of a checkpoint.
     """
 
-    def __init__(self, store: Store, limits: Limits) -> None:
+    def __init__(self, store: Store, limits: Limits, changed: Callable[[], None] = lambda: None) -> None:
         self._store = store
         self._limits = limits
         self._tags: dict[tuple[str, str], Tag] = {}
         self._named: dict[tuple[str, str], set[str]] = {}
         """The names of each (domain, content): a list of checkpoints asks for those of every one."""
+        self.changed = changed
+
+    @property
+    def tags(self) -> dict[tuple[str, str], Tag]:
+        """Every name, by sharing domain and name."""
+        return dict(self._tags)
+
+    def restore(self, domain: str, name: str, tag: Tag) -> None:
+        """Enter a name that an earlier daemon knew."""
+        self._tags[domain, name] = tag
+        self._named.setdefault((domain, tag.content_digest), set()).add(name)
 
     def check(self, who: Who, name: str) -> None:
         """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError, CapacityError."""
@@ -80,6 +92,7 @@ class Catalog:
             self._untag(who.domain, name)
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
         self._named.setdefault((who.domain, content_digest), set()).add(name)
+        self.changed()
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
@@ -129,6 +142,7 @@ class Catalog:
         if who.uid not in {*checkpoint.pins, checkpoint.owner}:
             self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
         checkpoint.pins.add(who.uid)
+        self.changed()
 
     def bytes_of(self, uid: int | None) -> int:
         """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
@@ -140,6 +154,7 @@ class Catalog:
         if who.admin:
             checkpoint.pins.clear()
         checkpoint.pins.discard(who.uid)
+        self.changed()
 
     def remove(self, who: Who, reference: str, device: str = "") -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
@@ -154,6 +169,7 @@ class Catalog:
             if tag is None or (tag.owner != who.uid and not who.admin):
                 raise
             self._untag(who.domain, reference)  # a name whose content was evicted
+            self.changed()
             return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
@@ -161,10 +177,12 @@ class Catalog:
             self.check_owner(who, checkpoint, "remove", name)
         if set(self.names(checkpoint)) - set(names):
             self._untag(checkpoint.key.domain, reference)
+            self.changed()
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
             self.forget(checkpoint)
+            self.changed()
             return 0
         return self._store.remove(checkpoint, reference)
 

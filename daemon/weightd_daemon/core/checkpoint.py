@@ -57,7 +57,7 @@ class Checkpoint:
     loaded: float
     last_used: float
     segments: list[int] = field(default_factory=list)
-    """Numbers of the segments that hold its blobs, sorted."""
+    """Numbers of the segments that hold its blobs, in the order of its manifest."""
     pins: set[int | None] = field(default_factory=set)
     """The users who keep it from eviction; each takes back only its own pin."""
     origin: tuple[SourceFile, ...] = ()

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A checkpoint is about to become resident; `manifest` is its manifest, encoded."""
+    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest."""
 
     checkpoint: Checkpoint
     content: Content
-    manifest: bytes
+    manifest: object
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
@@ -74,12 +74,27 @@ class Leases:
         self.admit()
         self._last += 1
         lease = Lease(self._last, checkpoint, holder, now, waiting)
-        self._leases[lease.number] = lease
-        self._by_checkpoint.setdefault(checkpoint, set()).add(lease.number)
-        self._by_connection.setdefault(holder.connection, set()).add(lease.number)
+        self._enter(lease)
         if not waiting:
             self._on_event(Attached(lease))
         return lease
+
+    def inherit(self, number: int, checkpoint: Hashable, holder: Holder, now: float) -> None:
+        """Enter a lease that an earlier daemon gave, and whose lock is there. Errors: ValueError (it is entered)."""
+        if number in self._leases:
+            raise ValueError(f"lease {number} is in the books")
+        self._enter(Lease(number, checkpoint, holder, now, waiting=False))
+        self._last = max(self._last, number)
+
+    def begin_after(self, number: int) -> None:
+        """Give only greater numbers from now on."""
+        self._last = max(self._last, number)
+
+    def attribute(self, number: int, holder: Holder) -> None:
+        """Say who holds a lease that is in the books."""
+        lease = self._leases[number]
+        self.end(number)
+        self._enter(replace(lease, holder=holder))
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
@@ -114,6 +129,11 @@ class Leases:
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
         return bool(self._refresh([number]))
+
+    def _enter(self, lease: Lease) -> None:
+        self._leases[lease.number] = lease
+        self._by_checkpoint.setdefault(lease.checkpoint, set()).add(lease.number)
+        self._by_connection.setdefault(lease.holder.connection, set()).add(lease.number)
 
     def _refresh(self, numbers: list[int]) -> list[Lease]:
         held = []

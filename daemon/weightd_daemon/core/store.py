@@ -1,7 +1,7 @@
 """The store: blobs by content, the loads that bring them, the checkpoints that keep them.
 
-Every state of the books changes here and nowhere else. The store touches no memory: it grants extents, says where equal
-bytes may lie, and queues memory that can go (see memory.py). What changed comes out as events.
+Every state of the books changes here, but for restoring.py, which fills empty ones. The store touches no memory: it
+grants extents, says where equal bytes may lie, and queues memory that can go (see memory.py). Events tell of changes.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Store:
         twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
         return replaced
 
-    def seal(self, load: int, content: Content, now: float, manifest: bytes = b"") -> Checkpoint:
+    def seal(self, load: int, content: Content, now: float, manifest: object = None) -> Checkpoint:
         """A load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end_load` is still to come.
 
         When that content is resident already, the checkpoint that is there is returned. What the listener of events

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from weightd._wire import source_from
 from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
+from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.loader.request import LoadRequest
 
 from .devices import meant, place
@@ -128,6 +129,25 @@ class Attacher:
         if lease.holder.connection != connection.number:
             return False
         return not self._store.leases.look(number)
+
+    def reclaim(self, connection: Connection, request: handles_pb2.ReclaimRequest) -> bool:
+        """Enter the connection as who holds a lease, if it is held, and by nobody known or by the same user.
+
+        This makes no lease and ends none. So all that a client can gain by a false claim is a line in `weightd ps`.
+        """
+        who, lease = self._connections.who(connection), self._store.leases.get(request.lease)
+        if lease is None or lease.waiting:
+            return False
+        key, claimed = lease.checkpoint, (request.device, request.content_digest)
+        if not isinstance(key, CheckpointKey) or (key.device, key.content_digest) != claimed:
+            return False
+        known = lease.holder.pid != 0
+        if (key.domain != who.domain and not who.admin) or (known and lease.holder.uid != connection.uid):
+            return False
+        if not self._store.leases.look(lease.number):
+            return False
+        self._store.leases.attribute(lease.number, connection.holder)
+        return True
 
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone: what waited for it is let go, what it mapped is looked at."""

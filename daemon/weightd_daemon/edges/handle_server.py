@@ -167,6 +167,9 @@ class _Peer:
             elif kind == "detach":
                 ended = self._server._attacher.detach(self._connection, request.detach.lease)
                 self._send(handles_pb2.HandleReply(detach=handles_pb2.DetachReply(ended=ended)))
+            elif kind == "reclaim":
+                held = self._server._attacher.reclaim(self._connection, request.reclaim)
+                self._send(handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=held)))
             else:
                 raise ProtocolError("a frame without a request")
         except WeightdError as error:

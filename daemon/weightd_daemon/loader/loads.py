@@ -15,7 +15,7 @@ from weightd_daemon.core.events import LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
-from .load import Encode, InstanceIndex, LoadSteps
+from .load import InstanceIndex, LoadSteps, Prepare
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
@@ -60,7 +60,7 @@ class Loads:
         devices: dict[str, Device],
         reclaimers: dict[str, Reclaimer],
         index: InstanceIndex,
-        encode: Encode,
+        prepare: Prepare,
         now: Callable[[], float],
         on_event: Callable[[Event], None],
         lock: int,
@@ -74,7 +74,7 @@ class Loads:
         self._devices = devices
         self._reclaimers = reclaimers
         self._index = index
-        self._encode = encode
+        self._prepare = prepare
         self._now = now
         self._on_event = on_event
         self._lock = lock
@@ -292,12 +292,13 @@ class Loads:
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
+            self._catalog.changed()
 
         try:
             async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    encode=self._encode, number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    prepare=self._prepare, number=number, sources=request.sources, verify=request.verify, now=self._now,
                     admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
