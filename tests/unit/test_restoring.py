@@ -417,7 +417,7 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
             assert again.bytes_of("b") == list(DATA["b"].values())
         memory = again.store.memories["host"]
         for number in range(5):
-            again.load(f"more{number}", {"t": bytes([number, 7, number]) * MIB})
+            again.load(f"more{number}", {"t": bytes([number, 7, number]) * (MIB >> number)})
         assert memory.used <= memory.budget
     for name, descriptor in seen.items():
         if name in kept.kept and os.fstat(kept.kept[name]).st_ino == os.fstat(descriptor).st_ino:
