@@ -404,9 +404,8 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
     kept: Keeper, case: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tamper, said = TAMPERED[case]
-    seen = {  # what clients of the damaged checkpoint read
-        name: os.dup(descriptor) for name, descriptor in kept.kept.items() if name.startswith("seg.")
-    }
+    names = [f"seg.{number}" for number in kept.root["checkpoints"][0]["segments"]]
+    seen = {name: os.dup(kept.kept[name]) for name in names}  # as clients of the damaged checkpoint have it
     tamper(kept)
     before = {name: os.pread(descriptor, 4 * MIB, 0) for name, descriptor in seen.items()}
     with caplog.at_level(logging.WARNING), books(kept) as again:
