@@ -137,7 +137,7 @@ class _Restore:
     def listed(self, row: Mapping[str, Any]) -> set[int]:
         """The segments of a checkpoint that cannot be restored: where its row does not tell, any of them."""
         listed: object = row.get("segments")
-        if isinstance(listed, list) and all(isinstance(one, int) for one in listed):
+        if isinstance(listed, list) and listed and all(isinstance(one, int) for one in listed):
             return {*listed}
         return {*self.segments}
 
