@@ -162,10 +162,10 @@ class Client:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
         A path goes by the content of the files that stand there now, which are loaded when they are not resident, and
-        so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a resident checkpoint, on any device where `device` is None. A tensor
-        is its name, or (component, name). Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such
-        device, or this process does not see it), DeviceError (its driver failed, or what lay there was lost), those of
-        `load` for a path, DaemonUnreachableError.
+        so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a
+        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). Errors:
+        NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
+        DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)

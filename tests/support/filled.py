@@ -8,6 +8,7 @@ from typing import Any
 from weightd_daemon.core.catalog import Catalog, Who
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
@@ -30,7 +31,7 @@ class Filled:
 
     def __init__(self, checkpoints: int) -> None:
         self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
-        self.catalog = Catalog(self.store)
+        self.catalog = Catalog(self.store, Limits())
         self.devices = {uuid: Gpu() for uuid in DEVICES}
         self.loads: Any = self
         self.under_way: list[Any] = []

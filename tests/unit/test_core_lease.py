@@ -151,3 +151,14 @@ def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
     things = [Used(float(at)) for at in range(5)]
     assert next(least_recently_used(things, is_leased)) is things[0]
     assert asked == things[:1]
+
+
+def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
+    told: list[object] = []
+    leases = Leases(lambda _: True, told.append)
+    leases.inherit(5, "a", Holder(connection=0, pid=0, uid=1000, command="?"), 1.0)
+    leases.attribute(5, HOLDER)
+    (lease,) = leases.of("a")
+    assert (lease.number, lease.holder, leases.of_connection(HOLDER.connection)) == (5, HOLDER, [lease])
+    assert told == []
+    assert leases.take("a", HOLDER, 2.0).number == 6

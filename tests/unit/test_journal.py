@@ -12,6 +12,7 @@ from weightd_daemon.core.catalog import Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
 from weightd_daemon.core.events import Attached, Detached, DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
 from weightd_daemon.edges import journal as journal_module
 from weightd_daemon.edges.journal import Journal, Reader
@@ -30,7 +31,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
-        self.catalog = Catalog(self.store)
+        self.catalog = Catalog(self.store, Limits())
         self.journal = Journal(store=self.store, catalog=self.catalog, now=lambda: 1.5)
         key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
         self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)

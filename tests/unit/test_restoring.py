@@ -21,6 +21,7 @@ from weightd_daemon.core.catalog import Catalog, Tag, Who
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, Sealed
 from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
@@ -80,7 +81,7 @@ class Books:
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create
         )
-        self.catalog = Catalog(self.store, changed=lambda: self.survival.flip())
+        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.flip())
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one

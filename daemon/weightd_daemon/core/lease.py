@@ -91,19 +91,17 @@ class Leases:
         self._last = max(self._last, number)
 
     def attribute(self, number: int, holder: Holder) -> None:
-        """Say who holds a lease that is in the books."""
-        lease = self._leases[number]
-        self.end(number)
+        """Say who holds a lease that is in the books. It is no new one, and none has ended."""
+        lease = self._strike(number)
+        if lease is None:
+            raise KeyError(number)
         self._enter(replace(lease, holder=holder))
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
-        lease = self._leases.pop(number, None)
-        if lease is not None:
-            _drop(self._by_checkpoint, lease.checkpoint, number)
-            _drop(self._by_connection, lease.holder.connection, number)
-            if not lease.waiting:
-                self._on_event(Detached(lease))
+        lease = self._strike(number)
+        if lease is not None and not lease.waiting:
+            self._on_event(Detached(lease))
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""
@@ -129,6 +127,13 @@ class Leases:
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
         return bool(self._refresh([number]))
+
+    def _strike(self, number: int) -> Lease | None:
+        lease = self._leases.pop(number, None)
+        if lease is not None:
+            _drop(self._by_checkpoint, lease.checkpoint, number)
+            _drop(self._by_connection, lease.holder.connection, number)
+        return lease
 
     def _enter(self, lease: Lease) -> None:
         self._leases[lease.number] = lease

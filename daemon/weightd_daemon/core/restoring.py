@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd.types import ALIGNMENT
 
 from .arena import slot_bytes
-from .blob import Blob, BlobKey, BlobState
+from .blob import Blob, BlobKey
 from .checkpoint import Checkpoint, CheckpointKey, Content
 from .manifest import content_digest
 from .ranges import Ranges
@@ -96,7 +96,7 @@ class Restoration:
         if blob is None:
             where = BlobKey(key.device, key.domain, identity.digest, identity.length)
             blob = self._store._blobs.place(where, identity.variant, place.segment, place.offset, load=0)
-            blob.move(BlobState.SEALED)
+            self._store._blobs.seal(blob)
             self._blobs[place] = blob
             self.taken.setdefault(place.segment, Ranges()).add(place.offset, blob.slot.end)
         return blob
