@@ -69,10 +69,19 @@ def test_a_slow_request_is_hung_up_on(page: Path) -> None:
     assert time.monotonic() - start < 8, "a byte now and then does not buy more time"
 
 
-def test_those_who_only_hold_the_line_make_way(page: Path, daemon: Daemon) -> None:
+def test_those_who_only_hold_the_line_make_way(start_daemon: StartDaemon, short_path: Path) -> None:
+    page = short_path / "m.sock"
+    start_daemon(argv=launcher(page=4.0), metrics=page)
     with ExitStack() as stack:
-        held = [stack.enter_context(dial(page)) for _ in range(2 * pages.MOST_CONNECTIONS)]
-        eventually(lambda: get_or_none(page) == (200, "ok\n"), what="they are gone after a second")
+        held = [stack.enter_context(dial(page)) for _ in range(pages.MOST_CONNECTIONS)]
+        with dial(page) as another:
+            assert everything(another) == b"", "it is hung up on at once"
+        for connection in held:
+            connection.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                connection.recv(1)
+            connection.settimeout(10)
+        eventually(lambda: get_or_none(page) == (200, "ok\n"), what="they are gone when their time is over")
         assert all(everything(connection) == b"" for connection in held)
 
 
