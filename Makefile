@@ -29,11 +29,16 @@ RUNTIMES := 5 6 7
 VERSIONS ?= transformers==4.56.2+diffusers==0.35.2 transformers==4.57.6+diffusers==0.36.0 \
 	transformers==5.0.0+diffusers==0.38.0 transformers==5.12.1+diffusers==0.40.0
 VERSIONS_VENV ?= .venv-versions
+# What install-systemd installs a service of: by default this checkout, in its virtual environment.
+WEIGHTD ?= $(BIN)/weightd
+WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
+# Put before the paths that install-systemd writes to, as packagers do.
+DESTDIR ?=
 GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos clean
+.PHONY: help demo test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -66,11 +71,15 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach and load
+bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
+	@echo "bench: bench/restart.py"
+	@$(BIN)/python bench/restart.py
 	@echo "bench: bench/load.py"
 	@$(BIN)/python bench/load.py
+	@echo "bench: bench/service.py"
+	@$(BIN)/python bench/service.py
 
 bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
 	@echo "bench-gpu: bench/gpu.py"
@@ -83,6 +92,18 @@ gpu-probe: $(GPU_VENV) ## ask a GPU what no document states; writes docs/gpu-fac
 protos: $(PROTOS_VENV)/.installed ## generate client/weightd/_proto from protos
 	@echo "protos: tools/gen_protos.py"
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
+
+install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, settings (root; WEIGHTD= says of what)
+	@echo "install-systemd: $(DESTDIR)/etc, for $(WEIGHTD)"
+	@unit="$$($(WEIGHTD) unit)" && printf '%s\n' "$$unit" | install -D -m 0644 /dev/stdin '$(DESTDIR)/etc/systemd/system/weightd.service'
+	@install -D -m 0644 systemd/weightd.sysusers '$(DESTDIR)/etc/sysusers.d/weightd.conf'
+	@test -e '$(DESTDIR)/etc/weightd/weightd.toml' || install -D -m 0644 systemd/weightd.toml '$(DESTDIR)/etc/weightd/weightd.toml'
+	@echo "What remains, for root:"
+	@echo "  systemd-sysusers                  # makes the user and group weightd"
+	@echo "  usermod -aG weightd NAME          # for each user who may use the daemon"
+	@echo "  systemctl daemon-reload"
+	@echo "  systemctl enable weightd"
+	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"

@@ -13,6 +13,7 @@ import pytest
 from support import fakecuda
 from support.backends import HOST, Backend
 from support.daemon import Daemon
+from support.users import user_of
 from support.worker import Worker
 
 StartDaemon = Callable[..., Daemon]
@@ -121,3 +122,13 @@ def spawn(workers: list[Worker]) -> Callable[[Daemon], Worker]:
         return worker
 
     return spawn_worker
+
+
+@pytest.fixture
+def user(spawn: Callable[[Daemon], Worker]) -> Callable[[Daemon, int], Worker]:
+    """Spawn a client process of a user; it has `client`, `load` and `attempt`."""
+
+    def become(daemon: Daemon, uid: int) -> Worker:
+        return user_of(spawn(daemon), uid)
+
+    return become

@@ -15,7 +15,7 @@ from ._proto.v1 import handles_pb2
 from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 PROTOCOL = 1
@@ -42,6 +42,8 @@ class HandleConnection:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
+        self.on_broken: Callable[[], None] = lambda: None
+        """Told when a question finds that the connection has ended."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -74,6 +76,10 @@ class HandleConnection:
             return not poll.poll(0)
         finally:
             self._lock.release()
+
+    def fileno(self) -> int:
+        """The socket's descriptor; -1 when it is closed."""
+        return self._socket.fileno()
 
     def close(self) -> None:
         """Hang up. Leases that are still mapped stay."""
@@ -133,6 +139,14 @@ class HandleConnection:
         finally:
             self._lock.release()
 
+    def reclaim(self, request: handles_pb2.ReclaimRequest) -> bool:
+        """Say that a lease is ours; False where the daemon does not know it. Errors: of the daemon, LeaseLostError."""
+        with self._lock:
+            try:
+                return self._ask(handles_pb2.HandleRequest(reclaim=request), "reclaim").reclaim.held
+            except ConnectionError as error:
+                raise LeaseLostError("the daemon does not take leases up again") from error
+
     def _ask(
         self, request: handles_pb2.HandleRequest, expected: str, descriptors: list[int] | None = None
     ) -> handles_pb2.HandleReply:
@@ -154,6 +168,7 @@ class HandleConnection:
                 raise ServerError(f"the daemon answered {kind} to {expected}")
         except BaseException:
             self._socket.close()
+            self.on_broken()
             raise
         if kind == "error":
             raise from_wire(reply.error.reason, reply.error.message, dict(reply.error.metadata))
@@ -199,6 +214,18 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
         if error.errno == errno.ETOOMANYREFS:
             what_to_do = "; this user has too many descriptors on their way: raise `ulimit -n`, or load one at a time"
         raise WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}{what_to_do}") from error
+
+
+def fit(request: handles_pb2.AttachRequest) -> bool:
+    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
+    if _frame_bytes(request) > MAX_FRAME:
+        request.ClearField("tensors")
+        request.ClearField("components")
+    return _frame_bytes(request) <= MAX_FRAME
+
+
+def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
+    return handles_pb2.HandleRequest(attach=request).ByteSize()
 
 
 def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:

@@ -16,13 +16,15 @@ from ._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
-from ._wire import checkpoint_from, result_from, source_from, time_from
+from ._wire import checkpoint_from, event_from, lease_from, result_from, source_from
 from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
     ComponentInfo,
+    DaemonEvent,
     DeviceStats,
+    DrainResult,
     LeaseInfo,
     LoadProgress,
     LoadResult,
@@ -41,12 +43,17 @@ _PHASES = {
     checkpoint_pb2.LoadProgress.PHASE_HASHING: "hashing",
     checkpoint_pb2.LoadProgress.PHASE_COPYING: "copying",
 }
+_STATES = {daemon_pb2.DAEMON_STATE_DRAINING: "draining", daemon_pb2.DAEMON_STATE_DRAINED: "drained"}
 
 
 class ControlPlane:
-    """Calls on behalf of one handle-socket connection. `timeout` (seconds) bounds every call but loads and verify."""
+    """Calls on behalf of one handle-socket connection.
+
+    `timeout` (seconds) bounds every call that answers at once, so not load, verify, drain and following events.
+    """
 
     def __init__(self, path: Path, token: str, timeout: float) -> None:
+        self.token = token
         self._timeout = timeout
         self._metadata = (("weightd-token", token),)
         options = [
@@ -70,6 +77,7 @@ class ControlPlane:
         on_progress: Callable[[LoadProgress], None] | None,
     ) -> LoadResult | None:
         """Run a load to its end; of a detached one, return None when its files have been fed."""
+        result: LoadResult | None = None
         with _errors():
             call = self._checkpoints.Load(request, metadata=self._metadata)
             try:
@@ -84,10 +92,12 @@ class ControlPlane:
                         phase = _PHASES.get(progress.phase, "copying")
                         on_progress(LoadProgress(phase, progress.done_bytes, progress.total_bytes))
                     elif kind == "result":
-                        return result_from(event.result)
+                        result = result_from(event.result)  # the stream ends now: a cancelled call would count as such
             finally:
                 call.cancel()
-        raise ServerError("the daemon ended the load without a result")
+        if result is None:
+            raise ServerError("the daemon ended the load without a result")
+        return result
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Every checkpoint."""
@@ -138,13 +148,7 @@ class ControlPlane:
     def leases(self) -> list[LeaseInfo]:
         """Every lease."""
         response = self._call(self._leases.List, lease_pb2.ListLeasesRequest())
-        return [
-            LeaseInfo(
-                lease.lease, lease.pid, lease.uid, lease.user, lease.command, lease.checkpoint, lease.device,
-                lease.bytes, time_from(lease.since_time), lease.waiting,
-            )
-            for lease in response.leases
-        ]  # fmt: skip
+        return [lease_from(lease) for lease in response.leases]
 
     def stats(self) -> Stats:
         """The books."""
@@ -169,7 +173,41 @@ class ControlPlane:
             leases=response.leases,
             digest_collisions=response.digest_collisions,
             evictions=response.evictions,
+            state=_STATES.get(response.state, "serving"),
         )
+
+    def events(self, *, follow: bool) -> Iterator[DaemonEvent]:
+        """Events as they come."""
+        request = daemon_pb2.WatchEventsRequest(follow=follow)
+        with _errors():
+            timeout = None if follow else self._timeout
+            call = self._daemon.WatchEvents(request, metadata=self._metadata, timeout=timeout)
+            try:
+                for event in call:
+                    yield event_from(event)
+            finally:
+                call.cancel()
+
+    def drain(self, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None] | None) -> DrainResult:
+        """Drain to the end."""
+        result: DrainResult | None = None
+        with _errors():
+            call = self._daemon.Drain(daemon_pb2.DrainRequest(timeout_seconds=timeout), metadata=self._metadata)
+            try:
+                for event in call:
+                    if event.WhichOneof("event") == "result":
+                        result = DrainResult(event.result.checkpoints, event.result.freed_bytes)
+                    elif on_holders is not None:
+                        on_holders([lease_from(lease) for lease in event.holders.leases])
+            finally:
+                call.cancel()
+        if result is None:
+            raise ServerError("the daemon ended the drain without a result")
+        return result
+
+    def undrain(self) -> None:
+        """End the drain."""
+        self._call(self._daemon.Undrain, daemon_pb2.UndrainRequest())
 
     def version(self) -> VersionInfo:
         """Who answers."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ._proto.v1 import checkpoint_pb2
-from .types import CheckpointInfo, FileIdentity, LoadResult, SourceFile
+from ._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
+from .errors import InvalidReferenceError
+from .types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, SourceFile
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -16,6 +17,19 @@ _STATES = {
     checkpoint_pb2.CHECKPOINT_STATE_RESIDENT: "resident",
     checkpoint_pb2.CHECKPOINT_STATE_LOST: "lost",
 }
+
+
+_EVENT = "EVENT_KIND_"
+
+
+def check_name(name: str) -> None:
+    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
+    try:
+        empty = not name.encode()
+    except UnicodeEncodeError:
+        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
+    if empty:
+        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
 
 
 def time_from(stamp: Timestamp) -> datetime:
@@ -72,4 +86,37 @@ def checkpoint_from(message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
         state=_STATES.get(message.state, "unknown"),
         owner_uid=message.owner_uid,
         owner=message.owner,
+    )
+
+
+def lease_from(message: lease_pb2.Lease) -> LeaseInfo:
+    """A lease from its message."""
+    return LeaseInfo(
+        message.lease, message.pid, message.uid, message.user, message.command, message.checkpoint, message.device,
+        message.bytes, time_from(message.since_time), message.waiting,
+    )  # fmt: skip
+
+
+def event_from(message: daemon_pb2.Event) -> DaemonEvent:
+    """An event from its message; a kind that only a newer daemon knows is "unknown"."""
+    kinds = daemon_pb2.EventKind
+    known = message.kind in kinds.values()
+    return DaemonEvent(
+        time=time_from(message.event_time),
+        kind=kinds.Name(message.kind).removeprefix(_EVENT).lower() if known else "unknown",
+        content_digest=message.content_digest,
+        device=message.device,
+        names=tuple(message.names),
+        load=message.load,
+        lease=message.lease,
+        pid=message.pid,
+        uid=message.uid,
+        user=message.user,
+        command=message.command,
+        reason=message.reason,
+        message=message.message,
+        total_bytes=message.total_bytes,
+        unique_bytes=message.unique_bytes,
+        read_bytes=message.read_bytes,
+        seconds=message.seconds,
     )

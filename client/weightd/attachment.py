@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._handles import HandleConnection, Received
+    from ._handles import Received
+    from ._line import Line
     from ._mapping.segments import Memory, Segments
     from .layouts import Layout
 
@@ -46,7 +47,7 @@ class Attachment:
     def __init__(
         self,
         received: Received,
-        handles: HandleConnection,
+        line: Line,
         components: frozenset[str] = frozenset(),
         keys: frozenset[TensorKey] = frozenset(),
     ) -> None:
@@ -62,8 +63,9 @@ class Attachment:
         finally:
             for descriptor in received.descriptors:
                 os.close(descriptor)
-        self._handles = handles
+        self._line = line
         self._lease = reply.lease
+        line.hold(reply.lease, self.content_digest, self.device, lease)
         self._closed = False
 
     def _open(
@@ -122,7 +124,7 @@ class Attachment:
             return
         self.drop()
         with contextlib.suppress(OSError, WeightdError):  # the daemon looks for itself when the connection ends
-            self._handles.detach(self._lease)
+            self._line.detach(self._lease)
 
     def drop(self) -> None:
         """Close without a word to the daemon, which looks for itself. For finalizers: they must not wait."""

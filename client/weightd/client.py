@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._devices import device_name
-from ._handles import MAX_FRAME, HandleConnection, feed
+from ._handles import feed, fit
+from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
-from ._wire import source_to
+from ._wire import check_name, source_to
 from .attachment import Attachment
-from .errors import (
-    DaemonUnreachableError,
-    ForkedError,
-    InvalidReferenceError,
-    NotFoundError,
-)
-from .resolve import Resolved, check_name, is_path, open_sources, reference_name, resolve
+from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
+from .resolve import Resolved, is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
+    DaemonEvent,
+    DrainResult,
     LeaseInfo,
     LoadProgress,
     LoadResult,
@@ -33,10 +31,11 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from ._files import OpenedSources
+    from ._handles import HandleConnection
     from ._rpc import ControlPlane
 
 Reference = str | os.PathLike[str]
@@ -75,13 +74,11 @@ class Client:
     """
 
     def __init__(self, path: Path, *, timeout: float = 5.0) -> None:
-        self._path = path
-        self._timeout = timeout
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
         self._control: ControlPlane | None = None
-        self._handles = HandleConnection(path, timeout)
+        self._line = Line(path, timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +87,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<weightd.Client of {self._path}>"
+        return f"<weightd.Client of {self._line.path}>"
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""
@@ -101,7 +98,7 @@ class Client:
             if self._control is not None:
                 self._control.close()
                 self._control = None
-            self._handles.close()
+            self._line.close()
 
     # -- loading and attaching -------------------------------------------------------------------------------------
 
@@ -155,7 +152,7 @@ class Client:
 
     def attach(
         self,
-        reference: Reference,
+        reference: Reference | Resolved,
         *,
         device: str | None = None,
         components: Iterable[str] = (),
@@ -164,11 +161,11 @@ class Client:
     ) -> Attachment:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
-        A path goes by the content of the files that stand there now, which are loaded when they are not resident; any
-        other reference is the name or digest of a resident checkpoint, on any device where `device` is None. A tensor
-        is its name, or (component, name). Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such
-        device, or this process does not see it), DeviceError (its driver failed, or what lay there was lost), those of
-        `load` for a path, DaemonUnreachableError.
+        A path goes by the content of the files that stand there now, which are loaded when they are not resident, and
+        so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a
+        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). Errors:
+        NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
+        DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)
@@ -178,20 +175,13 @@ class Client:
             tensors=[handles_pb2.TensorKey(component=key.component, name=key.name) for key in sorted(keys)],
             manifest_only=manifest_only,
         )
-        if is_path(reference):
-            return self._attach_resolved(resolve(reference), request, parts, keys)
+        if isinstance(reference, Resolved) or is_path(reference):
+            files = reference if isinstance(reference, Resolved) else resolve(reference)
+            return self._attach_resolved(files, request, parts, keys)
         request.reference = str(reference)
-        if not _fit(request):
+        if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
         return self._attach(request, parts, keys)
-
-    def attach_files(self, files: Resolved, *, device: str | None = None) -> Attachment:
-        """Map the checkpoint that is made of exactly these files, which is loaded where it is not resident.
-
-        For frameworks, which choose a directory's files by rules of their own. Errors: as `attach` for a path.
-        """
-        request = handles_pb2.AttachRequest(device=device_name(device))
-        return self._attach_resolved(files, request, frozenset(), frozenset())
 
     # -- looking -----------------------------------------------------------------------------------------------------
 
@@ -210,6 +200,13 @@ class Client:
     def stats(self) -> Stats:
         """The daemon's books."""
         return self._rpc().stats()
+
+    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
+        """What has happened lately, oldest first, and with `follow` what happens, without end.
+
+        Errors: EventsLostError (read too slowly), InUseError (too many readers).
+        """
+        return self._rpc().events(follow=follow)
 
     def version(self) -> VersionInfo:
         """Who answers."""
@@ -261,6 +258,21 @@ class Client:
             return rpc.verify("", device_name(device), on_progress)
         return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
 
+    def drain(
+        self, *, timeout: float | None = None, on_holders: Callable[[list[LeaseInfo]], None] | None = None
+    ) -> DrainResult:
+        """Empty the daemon: nothing new is lent or loaded, and when nobody holds anything any more, everything goes.
+
+        The drain goes on when this call ends early, until `undrain`. `timeout` is seconds; `on_holders` is called with
+        the leases that are waited for, at first and when they have changed. Errors: PermissionDeniedError (only admins
+        may), InUseError (leases are held after `timeout`), LeaseLostError (somebody took the drain back).
+        """
+        return self._rpc().drain(timeout, on_holders)
+
+    def undrain(self) -> None:
+        """Let attaches and loads in again. Errors: PermissionDeniedError."""
+        self._rpc().undrain()
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(
@@ -299,7 +311,7 @@ class Client:
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            if _fit(request):  # else a load tells the digest; it reads nothing of what is resident
+            if fit(request):  # else a load tells the digest; it reads nothing of what is resident
                 try:
                     return self._attach(request, components, keys)
                 except NotFoundError as error:
@@ -322,8 +334,7 @@ class Client:
         self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Attachment:
         self._check()
-        handles = self._handles
-        return Attachment(handles.attach(request), handles, components, keys)
+        return Attachment(self._handles.attach(request), self._line, components, keys)
 
     def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
         """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
@@ -335,7 +346,7 @@ class Client:
             with open_sources(resolve(reference)) as opened:
                 sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
             request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
-            if not _fit(request):
+            if not fit(request):
                 raise
             try:
                 with self._attach(request, frozenset(), frozenset()) as attachment:
@@ -366,12 +377,14 @@ class Client:
         with self._lock:
             if self._closed:
                 raise InvalidReferenceError("this weightd client is closed")
-            if not self._handles.alive():
-                self._handles.close()
-                if self._control is not None:
-                    self._control.close()
-                    self._control = None
-                self._handles = HandleConnection(self._path, self._timeout)
+            self._line.renew()
+            if self._control is not None and self._control.token != self._handles.token:
+                self._control.close()
+                self._control = None
+
+    @property
+    def _handles(self) -> HandleConnection:
+        return self._line.handles
 
     def _rpc(self) -> ControlPlane:
         self._check()
@@ -379,15 +392,5 @@ class Client:
             if self._control is None:
                 from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
-                self._control = ControlPlane(self._path, self._handles.token, self._timeout)
+                self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)
             return self._control
-
-
-def _fit(request: handles_pb2.AttachRequest) -> bool:
-    """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
-    frame = handles_pb2.HandleRequest(attach=request)
-    if frame.ByteSize() > MAX_FRAME:
-        for part in (request, frame.attach):
-            part.ClearField("tensors")
-            part.ClearField("components")
-    return frame.ByteSize() <= MAX_FRAME

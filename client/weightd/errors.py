@@ -5,13 +5,15 @@
      ├─ NotFoundError (LookupError)             no such checkpoint, tensor or file
      ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
      ├─ DigestMismatchError                     resident bytes do not match their digest
-     ├─ CapacityError (MemoryError)             does not fit, after eviction
+     ├─ CapacityError (MemoryError)             does not fit, after eviction; or a limit of the user is reached
      ├─ InUseError                              somebody holds it
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
      ├─ DeviceError (RuntimeError)              a call of the device's driver failed, or the device was lost
      ├─ PermissionDeniedError (PermissionError) not yours
-     ├─ DaemonUnreachableError (ConnectionError)
+     ├─ DaemonUnreachableError (ConnectionError) no daemon serves at the address
+     │   └─ DrainingError                       one answers, and lends and loads nothing new
+     ├─ EventsLostError                         a reader of events was too slow
      ├─ ForkedError (RuntimeError)              a client used in a forked child
      └─ ServerError                             a bug in the daemon; its log has the id
 
@@ -73,7 +75,10 @@ class DigestMismatchError(WeightdError):
 
 
 class CapacityError(WeightdError, MemoryError):
-    """The bytes do not fit on the device, after everything that may be evicted was counted."""
+    """The bytes do not fit on the device, after everything that may be evicted was counted.
+
+    Or the user has as much as one may have: then `limit` names the daemon's setting.
+    """
 
     reason = "CAPACITY"
     grpc_code = "RESOURCE_EXHAUSTED"
@@ -81,6 +86,11 @@ class CapacityError(WeightdError, MemoryError):
 
     def _bytes(self, key: str) -> int:
         return int(self.metadata.get(key, "0"))
+
+    @property
+    def limit(self) -> str:
+        """The setting that limits what one user may have, such as "max_user_leases"; empty where the device is full."""
+        return self.metadata.get("limit", "")
 
     @property
     def requested_bytes(self) -> int:
@@ -151,11 +161,27 @@ class PermissionDeniedError(WeightdError, PermissionError):
 
 
 class DaemonUnreachableError(WeightdError, ConnectionError):
-    """No daemon answers at the address."""
+    """No daemon serves at the address."""
 
     reason = "UNREACHABLE"
     grpc_code = "UNAVAILABLE"
     exit_code = 69
+
+
+class DrainingError(DaemonUnreachableError):
+    """The daemon answers, but lends and loads nothing new: to who wants that, it is as good as gone.
+
+    So what is done without a daemon (`fallback`) is done now, too.
+    """
+
+    reason = "DRAINING"
+
+
+class EventsLostError(WeightdError):
+    """A reader of events was too slow, so that some were dropped; the message says how many."""
+
+    reason = "EVENTS_LOST"
+    grpc_code = "ABORTED"
 
 
 class ForkedError(WeightdError, RuntimeError):
@@ -184,6 +210,8 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         DeviceError,
         PermissionDeniedError,
         DaemonUnreachableError,
+        DrainingError,
+        EventsLostError,
         ForkedError,
         ServerError,
     )

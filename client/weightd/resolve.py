@@ -74,16 +74,6 @@ def reference_name(reference: str | os.PathLike[str]) -> str:
     return os.path.join(folder, _gguf_parts(name)[0])
 
 
-def check_name(name: str) -> None:
-    """What the wire could not carry, or would take for no name at all. Errors: InvalidReferenceError."""
-    try:
-        empty = not name.encode()
-    except UnicodeEncodeError:
-        raise InvalidReferenceError(f"name {name!r}: is not valid Unicode") from None
-    if empty:
-        raise InvalidReferenceError("name '': must have at least one character; leave it out for the default")
-
-
 def resolve(reference: str | os.PathLike[str]) -> Resolved:
     """Find the files of a reference, which are not opened yet.
 

@@ -209,7 +209,7 @@ class DeviceStats:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the daemon's books."""
+    """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained"."""
 
     devices: tuple[DeviceStats, ...]
     logical_bytes: int
@@ -221,6 +221,43 @@ class Stats:
     leases: int
     digest_collisions: int
     evictions: int
+    state: str = "serving"
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonEvent:
+    """Something that has happened. What does not belong to its kind is empty or 0.
+
+    `kind` is "load_begun", "load_ended", "sealed", "attached", "detached", "evicted", "device_lost", "draining",
+    "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED", or its error's reason), or why a
+    checkpoint was evicted ("capacity", "removed", "lost", "drained").
+    """
+
+    time: datetime
+    kind: str
+    content_digest: str
+    device: str
+    names: tuple[str, ...]
+    load: int
+    lease: int
+    pid: int
+    uid: int
+    user: str
+    command: str
+    reason: str
+    message: str
+    total_bytes: int
+    unique_bytes: int
+    read_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrainResult:
+    """What went with a drain."""
+
+    checkpoints: int
+    freed_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import logging
 import os
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from . import logs
 from .app import AlreadyServedError, Daemon
 from .config import EXIT_CONFIG, ConfigError, Loaded, Settings, load
 from .loader.process import DEFAULT_ARGV
+from .preloads import Preload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
@@ -31,23 +32,24 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     if options.command == "config":
         _print_config(loaded, as_json=options.format == "json")
         return 0
-    logging.basicConfig(
-        level=loaded.settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
-    for chatty in ("grpc", "asyncio"):
-        logging.getLogger(chatty).setLevel(logging.INFO)
+    logs.begin(loaded.settings)
+
+    def read() -> Loaded:
+        return load(options.config, vars(options), os.environ)
+
     try:
-        return asyncio.run(_serve(loaded.settings, loader_argv))
+        return asyncio.run(_serve(loaded.settings, read, loader_argv))
     except ConfigError as error:
-        sys.stderr.write(f"weightd: {error}\n")
+        where = f"{loaded.origins[error.key]}: " if error.key else ""
+        sys.stderr.write(f"weightd: {where}{error}\n")
         return EXIT_CONFIG
     except AlreadyServedError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1
 
 
-async def _serve(settings: Settings, loader_argv: Sequence[str]) -> int:
-    return await Daemon(settings, loader_argv).run()
+async def _serve(settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str]) -> int:
+    return await Daemon(settings, read, loader_argv).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_config(loaded: Loaded, *, as_json: bool) -> None:
-    rows = [(setting.name, getattr(loaded.settings, setting.name)) for setting in fields(Settings)]
+    rows = [(setting.name, _plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
     if as_json:
         table = {name: {"value": value, "origin": loaded.origins[name]} for name, value in rows}
         sys.stdout.write(json.dumps(table, indent=2) + "\n")
@@ -82,6 +84,13 @@ def _print_config(loaded: Loaded, *, as_json: bool) -> None:
     for name, value in rows:
         shown = value if isinstance(value, int) else json.dumps(value)
         sys.stdout.write(f"{name:<{width}} = {shown}  # {loaded.origins[name]}\n")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Preload):
+        return {key: said for key, said in asdict(value).items() if key != "where"}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

@@ -12,41 +12,51 @@ import signal
 import socket
 import stat
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightd._address import handles_path
 from weightd.errors import DeviceError
 
-from .config import ConfigError, Settings, means, parse_size
+from . import logs
+from .config_file import ConfigError
 from .core.catalog import Catalog
-from .core.events import Event, Sealed
+from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
-from .devices.cuda_choice import open_gpus
 from .devices.cuda_ipc import Holding
-from .devices.host import HostDevice
 from .devices.reclaimer import Reclaimer
+from .devices.served import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
+from .edges.announcing import Announcer, status_line
 from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
+from .edges.draining import Drain
 from .edges.handle_server import HandleServer
-from .edges.leases import Manifests, encode_manifest
+from .edges.journal import Journal
+from .edges.leases import Manifests
 from .edges.parts import Parts
+from .edges.preloading import Preloader
+from .edges.reloading import Reloading
 from .edges.service import ControlPlane
+from .edges.survival import Survival
+from .edges.systemd import ServiceManager, kept_descriptors
 from .loader.loads import Loads
 from .loader.process import DEFAULT_ARGV
+from .loader.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
+    from .config import Loaded, Settings
     from .devices.device import Device
+    from .edges.metrics import Metrics
+    from .edges.reloading import Change
 
 log = logging.getLogger(__name__)
 
-_POOL_SHARE = 8
-_POOL_LIMIT = 2 << 30
 _STOP_GRACE = 1.0
 _CHILD_END_SECONDS = 5.0
 
@@ -56,89 +66,134 @@ class AlreadyServedError(Exception):
 
 
 class Daemon:
-    """One daemon. `run` serves until it is told to stop. `loader_argv` is how loaders are started."""
+    """One daemon. `run` serves until it is told to stop.
 
-    def __init__(self, settings: Settings, loader_argv: Sequence[str] = DEFAULT_ARGV) -> None:
+    `read` reads the settings again, and `loader_argv` is how loaders are started.
+    """
+
+    def __init__(
+        self, settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str] = DEFAULT_ARGV
+    ) -> None:
         self._settings = settings
+        self._read = read
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
+        self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
+        self._announcer = Announcer(self._manager)
+        self._given = kept_descriptors(os.environ)
         self._stop = asyncio.Event()
+        self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM
+        self._up = False
 
     async def run(self) -> int:
         """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServedError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
         _raise_descriptor_limit()
+        self._announcer.start()
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
             lock = stack.enter_context(_locked(self._socket))
             await self._serve(stack, lock)
+            self._up = True
             await self._stop.wait()
+            self._announcer.stop()
+            self._up = False
             log.info("stopping signal=%s", self._signal.name)
         return 130 if self._signal is signal.SIGINT else 0
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
         settings = self._settings
+        listeners: list[Callable[[Event], None]] = []
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
 
         def on_lost(uuid: str, reason: str) -> None:
             log.warning("device lost device=%s: %s", uuid, reason)
+            tell(DeviceLost(uuid, reason))
             store.lose(uuid, reason)
             loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
 
         devices: dict[str, Device] = {}
+        names: dict[str, Sequence[str]] = {}
         budgets: dict[str, int] = {}
         holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
-        for device, names in _open(settings, holding):
+        for device, called_so in open_served(settings, holding):
             stack.callback(device.close)
-            devices[device.uuid] = device
-            budgets[device.uuid] = _budget(settings, device, names)
-        manifests = Manifests()
+            devices[device.uuid], names[device.uuid] = device, called_so
+            budgets[device.uuid] = budget_of(settings, device, called_so)
+        manifests = Manifests(before_lock=lambda number: survival.reserve(number))
         stack.callback(manifests.close)
 
         def on_event(event: Event) -> None:
-            key = event.checkpoint.key
             if isinstance(event, Sealed):
-                manifests.add(key, event.manifest)
-            else:
+                survival.sealed(event.checkpoint.key, event.manifest)
+            tell(event)
+            if isinstance(event, Evicted):
+                key = event.checkpoint.key
                 manifests.remove(key)
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
+                survival.evicted(key)
                 log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
 
-        store = Store(leases=Leases(manifests.is_locked), on_event=on_event)
-        catalog = Catalog(store)
-        reclaimers = {uuid: Reclaimer(device) for uuid, device in devices.items()}
+        store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
+        limits = settings.limits
+        catalog = Catalog(store, limits, changed=lambda: survival.flip())
+        journal = Journal(store=store, catalog=catalog, now=time.time)
+        listeners.append(journal.tell)
+        survival = Survival(
+            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
+            manifests=manifests, now=time.time,
+        )  # fmt: skip
+        stack.callback(survival.close)
+        reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
             stack.push_async_callback(reclaimer.finish)
             store.memories[uuid] = DeviceMemory(
                 budget=budgets[uuid], page=device.page, sparse=device.sparse,
-                pool_limit=_pool(settings, budgets[uuid]) if device.sparse else 0,
+                pool_limit=pool_of(settings, device, budgets[uuid]),
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
-        default_device = _default(devices)
+        await survival.begin()
+        default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
+        turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
-            encode=lambda content, uuid: encode_manifest(content, uuid, devices[uuid].kind, store.memories[uuid].size),
-            now=time.time, lock=lock, threads=settings.reader_threads or min(4, os.cpu_count() or 1),
-            at_once=settings.max_loads, argv=self._loader_argv,
+            prepare=survival.prepare, now=time.time, on_event=tell, lock=lock, threads=settings.threads,
+            turns=turns, limits=limits,
+            argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
+        drain = Drain(store=store, loads=loads, on_event=tell)
+        stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
-            devices=devices, default_device=default_device, now=time.time,
+            devices=devices, default_device=default, limits=limits, now=time.time,
         )  # fmt: skip
-        handles = HandleServer(connections=connections, attacher=attacher, max_connections=settings.max_connections)
-        control = ControlPlane(
-            Parts(store, catalog, loads, connections, devices, default_device, time.time, started=time.time())
-        )
+        parts = Parts(
+            store, catalog, loads, connections, devices, default,
+            now=time.time, started=time.time(), journal=journal, drain=drain,
+        )  # fmt: skip
+        metrics = await self._monitor(stack, parts)
+        if metrics is not None:
+            listeners.append(metrics.tell)
+        handles = HandleServer(
+            connections=connections, attacher=attacher, max_connections=settings.max_connections,
+            on_attach=metrics.attached if metrics else _uncounted,
+        )  # fmt: skip
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
         handles.start(_listen(stack, handles_path(self._socket), mode))
         stack.callback(handles.stop)
@@ -147,73 +202,104 @@ class Daemon:
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
+        preloader = Preloader(
+            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
+            place=lambda said: device_meant(said, names, default), tell=self._manager.tell,
+        )  # fmt: skip
+        stack.push_async_callback(preloader.close)
+        preloader.check(settings.preload)
+        preloader.begin(entry for entry in settings.preload if entry.wait)
+        await preloader.awaited(self._stop)
+        if self._stop.is_set():
+            return
         await control.ready()
-        served = [f"{_called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
+        served = [f"{called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
         for device in devices.values():
             log.info("serving device=%s kind=%s budget=%d", device.uuid, device.kind, budgets[device.uuid])
             if device.note:
                 log.warning("device %s is %s", device.uuid, device.note)
+        self._announcer.ready(lambda: status_line(store))
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
+        preloader.begin(settings.preload)
+
+        def change_budgets(new: Settings) -> None:
+            for uuid, memory in store.memories.items():
+                budget = budget_of(new, devices[uuid], names[uuid])
+                memory.resize(budget, pool_of(new, devices[uuid], budget))
+
+        def change_loads(new: Settings) -> None:
+            turns.resize(new.max_loads, new.loads_of_one)
+            loads.threads = new.threads
+
+        def change_preloads(new: Settings) -> None:
+            preloader.roots = new.model_roots
+            preloader.begin(new.preload)
+
+        def change_socket(new: Settings) -> None:
+            for path in (self._socket, handles_path(self._socket)):
+                path.chmod(int(new.socket_mode, 8))
+
+        def change_limits(new: Settings) -> None:
+            limits.take_over(new.limits)
+            handles.max_connections = new.max_connections
+
+        changes: dict[Change, str] = {
+            change_budgets: "budget pool",
+            change_loads: "max_loads max_user_loads reader_threads",
+            change_preloads: "model_roots preload",
+            change_socket: "socket_mode",
+            change_limits: "max_connections max_user_leases max_user_bytes max_user_offers max_user_names",
+            logs.change: "log_level log_format",
+            lambda new: connections.change_admins(new.admin_uids): "admins",
+        }
+        reloading = Reloading(
+            settings,
+            self._read,
+            [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
+            {name: change for change, keys in changes.items() for name in keys.split()},
+            self._announcer.reloading,
+        )
+        task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
+        stack.callback(task.cancel)
+
+    async def _monitor(self, stack: contextlib.AsyncExitStack, parts: Parts) -> Metrics | None:
+        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, AlreadyServedError."""
+        settings, address = self._settings, self._settings.metrics_address
+        if address is None:
+            return None
+        try:
+            from .edges.metrics import Metrics
+            from .edges.monitoring import listen, pages
+        except ModuleNotFoundError as error:
+            if error.name != "prometheus_client":
+                raise
+            raise ConfigError(
+                f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
+                "pip install 'weightd[metrics]'"
+            ) from error
+        metrics = Metrics(parts)
+        server = pages(metrics, parts, lambda: self._up)
+        try:
+            listener = listen(address, int(settings.socket_mode, 8))
+        except OSError as error:
+            raise AlreadyServedError(
+                f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
+            ) from error
+        if isinstance(address, Path):
+            stack.callback(address.unlink, missing_ok=True)
+        stack.push_async_callback(server.stop)
+        await server.start(listener)
+        log.info("monitors read at %s", settings.metrics)
+        return metrics
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
         self._stop.set()
 
 
-def _open(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
-    """Open what is to be served, with what settings may call it. Errors: ConfigError."""
-    served: list[tuple[str, ...]] = []
-    if {"host", "auto"} & {*settings.devices}:
-        served += [("host",)]
-        yield HostDevice(), ("host",)
-    for gpu in open_gpus(settings.devices, settings.transport, holding):
-        served += [gpu.names]
-        yield gpu
-    for said in settings.budget_devices:
-        meant = [names[0] for names in served if any(means(said, name) for name in names)]
-        if not meant:
-            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served")
-        if len(meant) > 1 and said != "cuda":
-            raise ConfigError(
-                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it"
-            )
-
-
-def _default(devices: Mapping[str, Device]) -> str:
-    """Where a load goes that says nothing: the only GPU, or the only device; "" where it has to say."""
-    gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
-    candidates = gpus or list(devices)
-    return candidates[0] if len(candidates) == 1 else ""
-
-
-def _called(device: Device) -> str:
-    return device.name if device.kind == "host" else f"{device.name} ({device.uuid})"
-
-
-def _budget(settings: Settings, device: Device, names: Sequence[str]) -> int:
-    """Bytes that a device may use. Errors: ConfigError.
-
-    A GPU that "auto" has found, and that none is said for, gets at most all that it has: it may be new to the machine.
-    """
-    said, capacity = settings.budget_for(names), device.capacity()
-    share = device.default_share if said is None else said
-    size = int(capacity * share) if isinstance(share, float) else share
-    found = "cuda" in names and "auto" in settings.devices
-    if size > capacity and found and not settings.budget_is_for(names):
-        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, size)
-        size = capacity
-    if not device.page <= size <= capacity:
-        raise ConfigError(
-            f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
-            f"to {capacity / 2**30:.1f} GiB here"
-        )
-    return size // device.page * device.page
-
-
-def _pool(settings: Settings, budget: int) -> int:
-    """Freed bytes that stay with host memory."""
-    return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
+def _uncounted(*_: object) -> None:
+    """Where nobody counts."""
 
 
 @contextlib.contextmanager

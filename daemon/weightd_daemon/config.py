@@ -8,27 +8,28 @@ from __future__ import annotations
 import os
 import pwd
 import re
-import tomllib
 from dataclasses import dataclass, field, fields
-from itertools import permutations
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._address import candidates, handles_path
 
+from .config_file import ConfigError, ConfigFile
+from .core.limits import Limits
+from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
+from .preloads import Preload, preloads_from
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    _Find = Callable[[str, int, str], str]
+
+__all__ = ["EXIT_CONFIG", "ConfigError", "Loaded", "Settings", "load"]
+
 EXIT_CONFIG = 78
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SOCKET_PATH_BYTES = 107
-_UUID_SHAPE = "00000000-0000-0000-0000-000000000000"
-_UUID_PREFIX = "GPU-"
-_UUID_LEAST = 8
-
-
-class ConfigError(Exception):
-    """A setting that cannot be; the message says where it stands."""
+_LAST_PORT = 65535
 
 
 def _default_socket() -> str:
@@ -52,7 +53,7 @@ def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings, as text or numbers; `Settings.check` has been over them."""
+    """All settings, as text, numbers or tuples; `load` has checked them."""
 
     socket: str = _setting(_default_socket, "control socket; the handle socket lies beside it")
     socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 lets the group in")
@@ -75,12 +76,34 @@ class Settings:
         "empty: an eighth of its budget, 2GiB at most",
     )
     state_dir: str = _setting(_default_state_dir, "directory of the digest index")
+    model_roots: tuple[str, ...] = _setting(
+        (),
+        "folders below which the daemon may open files itself; separated by commas or the flag repeated",
+        repeatable=True,
+    )
+    preload: tuple[Preload, ...] = _setting(
+        (),
+        "files, folders or org/name[@revision], below model_roots, that are loaded when it starts; separated by commas "
+        "or the flag repeated, in the file also tables",
+        repeatable=True,
+    )
     isolation: str = _setting("shared", "shared: all users share; uid: each user apart")
     admins: str = _setting("", "users, by name or uid, who may do what owners may, separated by commas")
     reader_threads: int = _setting(0, "threads a load reads with; 0: one per core, 4 at most")
     max_loads: int = _setting(4, "loads at a time; others wait their turn")
     max_connections: int = _setting(1024, "connections on the handle socket")
+    max_user_leases: int = _setting(0, "leases that one user may hold; 0: no limit")
+    max_user_bytes: str = _setting("0", "size of the checkpoints that one user has brought or pinned; 0: no limit")
+    max_user_loads: int = _setting(0, "loads of one user at a time; others wait; 0: one less than max_loads")
+    max_user_offers: int = _setting(0, "loads that one user may have announced that wait to begin; 0: no limit")
+    max_user_names: int = _setting(0, "names that one user may own; 0: no limit")
+    metrics: str = _setting(
+        "",
+        "where monitors read /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
+        "empty: nowhere",
+    )
     log_level: str = _setting("info", "debug, info, warning or error")
+    log_format: str = _setting("text", "text, or json: one object a line")
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -93,8 +116,8 @@ class Settings:
             raise ValueError("auto is every device; it stands alone")
         if items == ["auto"]:
             return ("auto",)
-        names = tuple(_device(item) for item in items)
-        _refuse_twice(names)
+        names = tuple(parse_device(item) for item in items)
+        refuse_twice(names)
         if "cuda" in names and set(names) - {"cuda", "host"}:
             raise ValueError("cuda is every GPU; name no other GPU beside it")
         return names
@@ -123,17 +146,47 @@ class Settings:
         pairs: list[tuple[str, float | int]] = []
         for item in self.budget.split(",") if self.budget.strip() else ():
             device, named, amount = item.rpartition("=")
-            pairs.append((_device(device) if named else "", _budget(amount)))
+            pairs.append((parse_device(device) if named else "", parse_budget(amount)))
         names = [name for name, _ in pairs]
         if names.count("") > 1:
             raise ValueError("more than one value for the devices that are not named")
-        _refuse_twice([name for name in names if name])
+        refuse_twice([name for name in names if name])
         return dict(pairs)
+
+    @property
+    def metrics_address(self) -> tuple[str, int] | Path | None:
+        """Where monitors read: host and port, or a path; None for nowhere."""
+        if not self.metrics:
+            return None
+        if self.metrics.startswith("/"):
+            if len(os.fsencode(self.metrics)) > _SOCKET_PATH_BYTES:
+                raise ValueError(f"the path is over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+            return Path(self.metrics)
+        found = re.fullmatch(r"(127\.0\.0\.1|\[::1\]):([1-9][0-9]{0,4})", self.metrics)
+        if not found or int(found[2]) > _LAST_PORT:
+            raise ValueError("must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read it")
+        return found[1].strip("[]"), int(found[2])
 
     @property
     def admin_uids(self) -> frozenset[int]:
         """The admins' uids."""
         return frozenset(_uid(name) for name in re.split(r"[,\s]+", self.admins) if name)
+
+    @property
+    def limits(self) -> Limits:
+        """What one user may hold."""
+        most = parse_size(self.max_user_bytes or "0")
+        return Limits(self.max_user_leases, most, self.max_user_offers, self.max_user_names)
+
+    @property
+    def threads(self) -> int:
+        """Threads that a load reads with."""
+        return self.reader_threads or min(4, os.cpu_count() or 1)
+
+    @property
+    def loads_of_one(self) -> int:
+        """Loads of one user at a time: where nothing is said, one turn is left for others."""
+        return self.max_user_loads or max(1, self.max_loads - 1)
 
 
 class Loaded(NamedTuple):
@@ -154,102 +207,60 @@ def default_config_path() -> Path | None:
 
 def load(config: Path | None, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]) -> Loaded:
     """Put the settings together; a flag that was repeated is a list. Errors: ConfigError."""
-    kinds: dict[str, type] = {f.name: int if f.type == "int" else str for f in fields(Settings)}
+    kinds = {f.name: str(f.type) for f in fields(Settings)}
     values: dict[str, Any] = {}
     origins = dict.fromkeys(kinds, "default")
     path = config or default_config_path()
     if path is not None:
-        for key, value in _read(path).items():
-            where = f"{path}: {_line_of(path, key)}{key}"
+        file = ConfigFile(path)
+        for key, value in file.values.items():
             if key not in kinds:
-                raise ConfigError(f"{where}: no such setting; there are {', '.join(kinds)}")
-            values[key] = _convert(value, kinds[key], where)
-            origins[key] = str(path)
+                near = get_close_matches(key, kinds, 1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ConfigError(f"{file.where(key)}: {key}: no such setting{hint}; there are {', '.join(kinds)}")
+            origins[key] = file.where(key)
+            values[key] = _convert(key, value, kinds[key], f"{origins[key]}: {key}", file.where)
     for key, kind in kinds.items():
-        variable = f"WEIGHTD_{key.upper()}"
-        if environment.get(variable):
-            values[key], origins[key] = _convert(environment[variable], kind, variable), variable
-        flag = flags.get(key)
-        if flag is not None:
-            name = f"--{key.replace('_', '-')}"
-            values[key], origins[key] = _convert(flag, kind, name), name
+        variable, flag = f"WEIGHTD_{key.upper()}", f"--{key.replace('_', '-')}"
+        for origin, said in ((variable, environment.get(variable) or None), (flag, flags.get(key))):
+            if said is not None:
+                said = said if isinstance(said, str) else ",".join(said)
+                origins[key] = origin
+                values[key] = _convert(key, said, kind, origin, lambda key, *_: origins[key])
     settings = Settings(**values)
     _check(settings, origins)
     return Loaded(settings, origins)
 
 
-def parse_size(text: str) -> int:
-    """Bytes from "12GiB", "500M" or "1073741824"; units are powers of 1024. Errors: ValueError."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not match:
-        raise ValueError(f"{text!r} is not a size such as 12GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def means(said: str, name: str) -> bool:
-    """Whether a device that is called `name` is what a setting says; of a UUID the beginning will do."""
-    return name.startswith(said) if said.startswith(_UUID_PREFIX) else name == said
-
-
-def _device(text: str) -> str:
-    """A device as people name it, a UUID in lower case as drivers write it. Errors: ValueError."""
-    text = text.strip()
-    if re.fullmatch(r"host|cuda(:(0|[1-9][0-9]{0,3}))?", text):
-        return text
-    prefix, digits = text[:4], text[4:].lower()
-    shape = re.sub(r"[0-9a-f]", "0", digits)
-    if prefix == _UUID_PREFIX and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
-        return prefix + digits
-    raise ValueError(
-        f"{text!r} is no device; use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
-    )
-
-
-def _refuse_twice(names: Sequence[str]) -> None:
-    for one, other in permutations(names, 2):
-        if means(one, other):
-            raise ValueError(f"{one} and {other} do not name two devices")
-
-
-def _budget(text: str) -> float | int:
-    """Bytes as an int, or a share as a float. Errors: ValueError."""
-    percent = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
-    try:
-        amount = float(percent[1]) / 100 if percent else parse_size(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a size such as 12GiB, nor a share such as 80%") from None
-    if amount <= 0 or (isinstance(amount, float) and amount > 1):
-        raise ValueError(f"{text!r}: must be more than nothing and at most 100%")
-    return amount
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not TOML: {error}") from error
-
-
-def _line_of(path: Path, key: str) -> str:
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if re.match(rf"\s*\[?\[?[\"']?{re.escape(key)}\b", line):
-            return f"line {number}: "
-    return ""
-
-
-def _convert(value: object, kind: type, where: str) -> str | int:
-    if isinstance(value, list) and kind is str and all(isinstance(part, str | int) for part in value):
+def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> object:
+    """A value of the type that the setting has; `find` says where an element stands. Errors: ConfigError."""
+    if kind.startswith("tuple"):
+        return _convert_list(key, value, kind, where, find)
+    if isinstance(value, list) and kind == "str" and all(isinstance(part, str | int) for part in value):
         value = ",".join(map(str, value))
-    if kind is str and isinstance(value, str | int) and not isinstance(value, bool):
+    if kind == "str" and isinstance(value, str | int) and not isinstance(value, bool):
         return str(value)
     try:
         if isinstance(value, str | int) and not isinstance(value, bool):
             return int(value)
     except ValueError:
         pass
-    raise ConfigError(f"{where}: {value!r} is not {'a number' if kind is int else 'text'}")
+    raise ConfigError(f"{where}: {value!r} is not {'a number' if kind == 'int' else 'text'}")
+
+
+def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -> tuple[object, ...]:
+    """As `_convert`: a list, or text with commas; nothing at all is an empty one."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list):
+        raise ConfigError(f"{where}: {value!r} is not a list")
+    items = [item.strip() if isinstance(item, str) else item for item in items]
+    if items == [""]:
+        return ()
+    if "Preload" in kind:
+        return preloads_from(items, lambda number, inner: find(key, number, inner))
+    if not all(isinstance(item, str) for item in items):
+        raise ConfigError(f"{where}: {value!r} is not a list of text")
+    return tuple(items)
 
 
 def _check(settings: Settings, origins: dict[str, str]) -> None:
@@ -258,13 +269,15 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     def refuse(key: str, why: str) -> None:
         raise ConfigError(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
 
-    for key, least in (("reader_threads", 0), ("max_loads", 1), ("max_connections", 1)):
+    for key in (each.name for each in fields(Settings) if each.type == "int"):
+        least = int(key in ("max_loads", "max_connections"))
         if getattr(settings, key) < least:
             refuse(key, f"must be at least {least}")
     choices = {
         "transport": ("auto", "cuda_vmm", "cuda_ipc"),
         "isolation": ("shared", "uid"),
         "log_level": ("debug", "info", "warning", "error"),
+        "log_format": ("text", "json"),
     }
     for key, allowed in choices.items():
         if getattr(settings, key) not in allowed:
@@ -277,6 +290,8 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,
         "pool": lambda: parse_size(settings.pool or "0"),
+        "max_user_bytes": lambda: settings.limits,
+        "metrics": lambda: settings.metrics_address,
     }
     for key, parse in parsers.items():
         try:
@@ -287,6 +302,11 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         _ = settings.admin_uids
     except KeyError as error:
         refuse("admins", f"no user {error.args[0]}")
+    for root in settings.model_roots:
+        if not root.startswith(("/", "~")) or "\0" in root:
+            refuse("model_roots", f"{root!r} is no absolute path")
+    if settings.preload and not settings.model_roots:
+        raise ConfigError(f"{origins['preload']}: preload: may look nowhere; say below which folders with model_roots")
 
 
 def _uid(name: str) -> int:

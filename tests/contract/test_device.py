@@ -209,6 +209,57 @@ def test_handles_are_of_the_kind_that_is_told(device: Device) -> None:
     assert bool(device.note) == (device.kind == "cuda_ipc")
 
 
+# -- for the next daemon -----------------------------------------------------------------------------------------------
+
+
+def test_a_segment_is_adopted_by_its_descriptor(device: Device) -> None:
+    """As the next daemon gets it: what the first one had is closed by then, and all it has itself is the descriptor."""
+    if not device.lasting:
+        pytest.skip("its memory ends with the daemon")
+    segment = device.create(4 * device.page)
+    write(device, segment, device.page, b"kept")
+    handle = device.writable(segment)
+    assert isinstance(handle, int)
+    descriptor = os.dup(handle)
+    device.release(segment)
+    with DEVICES[device.kind]() as following:
+        adopted = following.adopt(descriptor, 4 * device.page)
+        assert following.allocated(adopted) == (device.page if device.sparse else 4 * device.page)
+        assert read(following, adopted, device.page, 4) == b"kept"
+        write(following, adopted, 0, b"more")
+        assert read(following, adopted, 0, 4) == b"more"
+        made = following.create(device.page)
+        assert made != adopted
+        further = os.dup(descriptor)
+        following.release(adopted)
+        with pytest.raises(KeyError):
+            following.shared(adopted)
+        again = following.adopt(further, 4 * device.page)
+        assert again not in (adopted, made)
+        assert read(following, again, device.page, 4) == b"kept"
+
+
+def test_what_is_no_segment_is_not_adopted_and_stays_the_callers(device: Device) -> None:
+    descriptor = os.open("/dev/null", os.O_RDWR)
+    before = descriptors()
+    with pytest.raises(DeviceError):
+        device.adopt(descriptor, device.page)
+    assert descriptors() == before
+    os.close(descriptor)
+
+
+def test_hollow_is_what_has_no_memory(device: Device) -> None:
+    page = device.page
+    segment = device.create(8 * page)
+    assert device.hollow(segment) == ([(0, 8 * page)] if device.sparse else [])
+    write(device, segment, 2 * page, b"x" * page)
+    write(device, segment, 5 * page, b"x" * 2 * page)
+    expected = [(0, 2 * page), (3 * page, 5 * page), (7 * page, 8 * page)]
+    assert device.hollow(segment) == (expected if device.sparse else [])
+    write(device, segment, 0, b"x" * 8 * page)
+    assert device.hollow(segment) == []
+
+
 # -- GPU memory --------------------------------------------------------------------------------------------------------
 
 

@@ -196,7 +196,7 @@ def test_config_says_where_each_value_comes_from(daemon: Daemon, tmp_path: Path)
     file = tmp_path / "weightd.toml"
     file.write_text('budget = "3GiB"\nmax_loads = 2\npool = "1MiB"\n')
     settings = json.loads(daemon.command("config", "--config", file, "--pool=2MiB", "--format", "json").stdout)
-    assert settings["budget"] == {"value": "3GiB", "origin": str(file)}
+    assert settings["budget"] == {"value": "3GiB", "origin": f"{file}: line 1"}
     assert settings["pool"] == {"value": "2MiB", "origin": "--pool"}
     assert settings["socket"] == {"value": str(daemon.socket), "origin": "WEIGHTD_SOCKET"}
     assert settings["isolation"] == {"value": "shared", "origin": "default"}

@@ -315,8 +315,9 @@ def test_interpreter_ends_with_everything_alive(module_daemon: Daemon, small_pat
     worker = attached_worker(
         module_daemon, small_path, spawn, f"{ATTACH}\ntensor = attachment.tensor('t0'); view = attachment.buffer('t1')"
     )
-    worker.close()
-    assert worker.process.returncode == 0
+    assert worker.process.stdin is not None
+    worker.process.stdin.close()
+    assert worker.process.wait(20) == 0
     eventually(lambda: leases(module_daemon) == [], 1.0, "the end of the lease")
 
 

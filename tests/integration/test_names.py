@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import weightd
 from support import checkpoints, memory
 from support.daemon import Daemon, eventually
+from support.users import ADMIN, ALICE, BOB, needs_root, open_to_all, user_of
 from support.worker import Worker
 
 Spawn = Callable[[Daemon], Worker]
 StartDaemon = Callable[..., Daemon]
 User = Callable[[Daemon, int], Worker]
 MIB = 1 << 20
-ALICE, BOB, ADMIN = 54321, 54322, 54323
-"""Numbers that nobody has here; weightd needs no entry in the passwd file."""
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
-
-# Everything is imported before the step down: others may perhaps not read this interpreter or these sources.
-BECOME = """
-import os
-import grpc, weightd, weightd._rpc
-grpc.insecure_channel("unix:/nowhere").close()  # imports what a first channel needs
-os.setgroups([]); os.setgid(uid); os.setuid(uid)
-client = weightd.connect(timeout=20.0)
-
-def attempt(call, *arguments, **options):
-    '''The result as something that JSON has, or the name and message of the error.'''
-    try:
-        return call(*arguments, **options)
-    except weightd.WeightdError as error:
-        return [type(error).__name__, str(error)]
-
-def load(path, **options):
-    return attempt(lambda: sorted(client.load(path, **options).names))
-"""
 
 
 @pytest.fixture
@@ -52,25 +28,6 @@ def folder() -> Iterator[Path]:
     path.chmod(0o755)
     yield path
     shutil.rmtree(path)
-
-
-@pytest.fixture
-def user(spawn: Spawn) -> User:
-    """Spawn a client process of a user; it has `client`, `load` and `attempt`."""
-
-    def become(daemon: Daemon, uid: int) -> Worker:
-        worker = spawn(daemon)
-        worker.run(BECOME, uid=uid)
-        return worker
-
-    return become
-
-
-def open_to_all(start_daemon: StartDaemon, **settings: Any) -> Daemon:
-    """A daemon whose sockets every user can reach."""
-    daemon = start_daemon(socket_mode="0666", **settings)
-    daemon.folder.chmod(0o755)
-    return daemon
 
 
 def contents(daemon: Daemon) -> dict[str, str]:
@@ -228,7 +185,7 @@ def test_sockets_are_closed_to_others_by_default(start_daemon: StartDaemon, spaw
         assert socket.stat().st_mode & 0o777 == 0o600
     worker = spawn(daemon)
     with pytest.raises(AssertionError, match=r"DaemonUnreachableError: .*you may not connect"):
-        worker.run(BECOME, uid=ALICE)
+        user_of(worker, ALICE)
 
 
 @needs_root

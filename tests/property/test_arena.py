@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from weightd.types import ALIGNMENT
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Arena, Extent
-from weightd_daemon.core.memory import DeviceMemory, Prospect, Punch, Reclaim, Release
+from weightd_daemon.core.memory import DeviceMemory, Prospect
 from weightd_daemon.core.ranges import Ranges
+from weightd_daemon.core.reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,7 +7,7 @@ so that different bytes collide all the time; memory is a few pages, so that eve
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import hypothesis.strategies as st
@@ -24,7 +24,9 @@ from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Punch, Reclaim
+from weightd_daemon.core.restoring import Described, Place, Restoration, fit
 from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ DOMAINS = ("all", "uid:7")
 LOADS = 3
 LENGTHS = (1, 300, 1500)
 FILES = (ManifestFile("", "f", None),)
+NOBODY = Holder(0, 0, None, "?")
 
 
 def weak_digest(data: bytes) -> bytes:
@@ -132,14 +135,19 @@ class StoreMachine(RuleBasedStateMachine):
     def begin(self, pages: int, sparse: bool, pool: int, files: list[list[tuple[int, int, int]]]) -> None:
         self.sparse = sparse
         self.pool = pool
+        self.pages = pages
+        self.begin_books(0)
+        for contents in (*files, files[0]):
+            self.begin_load(DOMAINS[0], contents)
+
+    def begin_books(self, last_lease: int) -> None:
         self.memory = DeviceMemory(
-            budget=pages * PAGE, page=PAGE, sparse=sparse, pool_limit=pool,
+            budget=self.pages * PAGE, page=PAGE, sparse=self.sparse, pool_limit=self.pool,
             create=self.create, available=lambda: self.most,
         )  # fmt: skip
         self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
+        self.store.leases.begin_after(last_lease)
         self.store.memories[DEVICE] = self.memory
-        for contents in (*files, files[0]):
-            self.begin_load(DOMAINS[0], contents)
 
     # -- the device ------------------------------------------------------------------------------------------------
 
@@ -277,6 +285,9 @@ class StoreMachine(RuleBasedStateMachine):
         common, own, longest = self.memory.budget, 0, 0
         for segment, data in self.segments.items():
             pages = {p for e in taken if e.segment == segment for p in range(e.offset // PAGE, -(-e.end // PAGE))}
+            if pages and self.memory.is_frozen(segment):
+                common -= self.populated(segment)
+                continue
             if self.sparse or not pages:
                 common -= len(pages) * PAGE
                 continue
@@ -512,12 +523,79 @@ class StoreMachine(RuleBasedStateMachine):
         if checkpoint is None:
             return
         if self.held(checkpoint):
-            with pytest.raises(InUseError, match="pid 2"):
+            with pytest.raises(InUseError, match=r"pid [02]"):
                 self.store.remove(checkpoint)
             assert self.store.checkpoints[checkpoint.key] is checkpoint
         else:
             self.store.remove(checkpoint)
             assert checkpoint.key not in self.store.checkpoints
+
+    # -- the next daemon -------------------------------------------------------------------------------------------
+
+    @rule(pick=PICK, kept=SEED)
+    def restart(self, pick: int, kept: int) -> None:
+        """The daemon is killed; the next one takes up what was kept. Loads end, locks live, and so do their bytes.
+
+        What was not kept is gone from the books, but those who hold it read on.
+        """
+        if pick % 4:
+            return
+        chance, before, arenas = random.Random(kept), self.store, self.memory
+        old = list(before.checkpoints.values())
+        chosen = [c for c in old if chance.random() < 0.8]
+        others = {segment for c in old if c not in chosen for segment in c.segments}
+        frozen = others | {segment for segment in self.segments if self.is_frozen(segment)}
+        for what in (self.loads, self.sealed_loads, self.pending, self.stale):
+            what.clear()
+        self.gone.clear()
+        self.begin_books(max((lease.number for lease in before.leases), default=0))
+        restoration = Restoration(self.store, {number: len(data) for number, data in self.segments.items()})
+        domains: dict[int, str] = {}
+        for checkpoint in chosen:
+            key, content = checkpoint.key, self.contents[checkpoint.key]
+            blobs = [blob for blob in content.blobs if blob is not None]
+            places = [Place(blob.segment, blob.offset) for blob in blobs]
+            described = Described(content.files, content.entries, [blob.identity for blob in blobs], places)
+            new = restoration.add(key, described, checkpoint.owner, checkpoint.loaded)
+            new.segments, new.last_used, new.pins = checkpoint.segments, checkpoint.last_used, checkpoint.pins
+            self.contents[key] = replace(content, blobs=tuple(restoration._blobs[place] for place in places))
+            domains |= dict.fromkeys(new.segments, key.domain)
+            with pytest.raises(ValueError, match="twice"):
+                restoration.add(key, described, 0, 0.0)
+        for checkpoint in old:
+            if checkpoint not in chosen:
+                del self.sources[checkpoint.key], self.contents[checkpoint.key]
+        for number in [number for number in self.segments if number not in domains]:
+            del self.segments[number]  # who maps it keeps it
+        for number, domain in domains.items():
+            taken, data = restoration.taken[number], self.segments[number]
+            hollow = list(arenas.arena(domain)._segments[number].sparse)
+            self.memory.adopt(domain, number, len(data), taken, hollow, frozen=number in frozen)
+        assert self.memory.used <= arenas.used
+        for lease in before.leases:
+            if lease.number in self.locked and lease.checkpoint in self.store.checkpoints:
+                self.store.leases.inherit(lease.number, lease.checkpoint, NOBODY, self.now)
+        self.attached = {
+            number: {place: data for place, data in seen.items() if place[0] in self.segments}
+            for number, seen in self.attached.items()
+        }
+        self.sealed = {blob.number: self.read_blob(blob) for blob in self.store.blobs()}
+        assert self.store.checkpoints.keys() == {checkpoint.key for checkpoint in chosen}
+        for checkpoint in chosen:
+            new = self.store.checkpoints[checkpoint.key]
+            assert (new.total_bytes, new.tensors) == (checkpoint.total_bytes, checkpoint.tensors)
+            numbers = {lease.number for lease in before.holders(checkpoint) if not lease.waiting}
+            assert {lease.number for lease in self.store.holders(new)} == numbers
+        fit(self.store, DEVICE)
+
+    def populated(self, segment: int) -> int:
+        return self.memory.arena(self.memory.domain_of(segment)).populated(segment)
+
+    def is_frozen(self, segment: int) -> bool:
+        try:
+            return self.memory.is_frozen(segment)
+        except KeyError:  # on its way out
+            return False
 
     # -- what holds always -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import weightd
 from support.backends import HOST, Backend
+from support.manager import Manager
 from weightd.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,15 +43,28 @@ def environment(socket: Path | None = None) -> dict[str, str]:
 
 
 class Daemon:
-    """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`."""
+    """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`.
 
-    def __init__(self, backend: Backend = HOST, argv: list[str] | None = None, **settings: object) -> None:
+    `unset` are settings that get no flag although tests usually give one. With a `manager` it is that one's service,
+    and is given each time what is kept.
+    """
+
+    def __init__(
+        self,
+        backend: Backend = HOST,
+        argv: list[str] | None = None,
+        unset: tuple[str, ...] = (),
+        manager: Manager | None = None,
+        **settings: object,
+    ) -> None:
+        self.manager = manager
         self.backend = backend
         self.folder = Path(tempfile.mkdtemp(prefix="weightd-"))
         self.socket = self.folder / "w.sock"
         self.log = self.folder / "log"
         self._argv = argv or [sys.executable, "-m", "weightd_daemon"]
-        self._settings = {"budget": "1GiB", "log_level": "info", **backend.settings, **settings}
+        usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
+        self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
         self.process: subprocess.Popen[str] | None = None
         self._clients: list[Client] = []
         self.start()
@@ -58,11 +72,16 @@ class Daemon:
     def start(self) -> None:
         """Start, or start again on the same socket, and wait for the line that says ready."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self._settings.items()]
+        argv = [*self._argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags]
+        given: list[int] = []
+        variables = environment() | self.backend.environment
+        if self.manager is not None:
+            argv, given = self.manager.command(argv)
+            variables |= self.manager.environment()
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*self._argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags],
-                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                env=environment() | self.backend.environment,
+                argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
+                pass_fds=given,
             )  # fmt: skip
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -112,7 +131,7 @@ class Daemon:
         for entry in Path(f"/proc/{self.pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 name = os.readlink(entry)
-                if name.startswith("/memfd:weightd-") and not name.startswith("/memfd:weightd-manifest"):
+                if re.match(r"/memfd:weightd-\d", name):  # neither a manifest nor a root record
                     status = entry.stat()
                     found[status.st_ino] = status
         return found

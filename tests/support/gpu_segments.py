@@ -80,7 +80,10 @@ def received(kind: str, device: str, places: Places, *, says: str | None = None,
 
 
 class _Nobody:
-    """A connection to a daemon that is not there."""
+    """A line to a daemon that is not there."""
+
+    def hold(self, lease: int, content_digest: str, device: str, mapping: object) -> None:
+        pass
 
     def detach(self, lease: int) -> bool:
         return True

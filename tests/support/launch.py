@@ -1,24 +1,42 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines. `--loader` names hash functions of
-support/loader.py. `--bug` makes GetVersion raise what no handler may raise.
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
+many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
+what no handler may raise, `--stuck` makes it block the loop for good. `--points` is the file that names
+the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
+from pathlib import Path
 
+from support import points
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import handle_server, service
+from weightd_daemon.edges import handle_server, journal, pages, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
-def launcher(*, hello: float | None = None, ack: float | None = None, loader: str = "", bug: bool = False) -> list[str]:
+def launcher(
+    *,
+    hello: float | None = None,
+    ack: float | None = None,
+    page: float | None = None,
+    backlog: int | None = None,
+    loader: str = "",
+    bug: bool = False,
+    stuck: bool = False,
+    points: Path | None = None,
+) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
-    given = {"hello": hello, "ack": ack, "loader": loader or None}
+    given = {
+        "hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None, "points": points,
+    }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
-    return [sys.executable, "-m", "support.launch", *flags, *(["--bug"] if bug else [])]
+    flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
+    return [sys.executable, "-m", "support.launch", *flags]
 
 
 def main() -> int:
@@ -26,21 +44,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
+    parser.add_argument("--page", type=float)
+    parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
+    parser.add_argument("--stuck", action="store_true")
+    parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
     if options.ack is not None:
         handle_server.ACK_SECONDS = options.ack
+    if options.page is not None:
+        pages.SECONDS = options.page
+    if options.backlog is not None:
+        journal.BACKLOG = options.backlog
     if options.bug:
         service.DaemonService.GetVersion = _bug
+    if options.stuck:
+        service.DaemonService.GetVersion = _stuck
+    if options.points is not None:
+        points.install(options.points)
     own = (sys.executable, "-P", "-m", "support.loader", options.loader)
     return command.main(rest, own if options.loader else DEFAULT_ARGV)
 
 
 async def _bug(*_: object) -> None:
     raise ZeroDivisionError("a secret of the daemon")
+
+
+async def _stuck(*_: object) -> None:
+    time.sleep(3600)  # noqa: ASYNC251  # that is the point: nothing else runs on the loop
 
 
 if __name__ == "__main__":

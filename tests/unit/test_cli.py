@@ -31,7 +31,9 @@ from weightd.types import (
     CheckpointDetails,
     CheckpointInfo,
     ComponentInfo,
+    DaemonEvent,
     DeviceStats,
+    DrainResult,
     FileIdentity,
     LeaseInfo,
     LoadProgress,
@@ -178,6 +180,18 @@ class FakeClient:
 
     def version(self) -> Any:
         return self._answer("version", VersionInfo("9.9", 77, 12.0))
+
+    def events(self, *, follow: bool) -> Any:
+        lease = ("org/base",), 0, 7, 4242, 1000, "ada", "python serve.py", "", "", 2 * GIB, 0, 0, 0.0
+        attached = DaemonEvent(LOADED, "attached", DIGEST, "host", *lease)
+        return iter(self._answer("events", [attached, replace(attached, kind="drained")], follow))
+
+    def drain(self, *, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None]) -> Any:
+        on_holders(FakeClient().leases())
+        return self._answer("drain", DrainResult(3, 2 * GIB), timeout)
+
+    def undrain(self) -> Any:
+        return self._answer("undrain", None)
 
     def ping(self) -> Any:
         return self._answer("ping", 0.00125)
@@ -519,6 +533,48 @@ def test_unexpected_error_is_one_line(fake: FakeClient, capsys: pytest.CaptureFi
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_events_are_json_lines(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["events"]) == 0
+    attached, drained = map(json.loads, capsys.readouterr().out.splitlines())
+    assert attached == {
+        "time": "2026-01-02T03:04:05.678Z", "event": "attached", "lease": 7, "content_digest": DIGEST, "device": "host",
+        "names": ["org/base"], "total_bytes": 2 * GIB, "pid": 4242, "uid": 1000, "user": "ada",
+        "command": "python serve.py",
+    }  # fmt: skip
+    assert drained == {"time": "2026-01-02T03:04:05.678Z", "event": "drained"}
+    assert main(["events", "-f"]) == 0
+    assert [call for call in fake.calls if call[0] == "events"] == [("events", False), ("events", True)]
+
+
+def test_drain(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["drain", "--timeout", "2.5"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "drained 3 checkpoints, freed 2.00 GiB\n"
+    assert captured.err == "weightd: waiting for pid 4242 (python serve.py), which holds org/base\n"
+    assert fake.calls == [("drain", 2.5)]
+    assert main(["drain", "-q"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["drain", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["state", "checkpoints", "freed_bytes", "seconds"]
+    assert main(["drain", "--undo"]) == 0
+    assert (capsys.readouterr().out, fake.calls[-1]) == ("serving again\n", ("undrain",))
+    fake.answers["drain"] = KeyboardInterrupt()
+    assert main(["drain", "-q"]) == 130
+    assert "the daemon goes on draining; `weightd drain --undo`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["ls", "stats"])
+def test_a_drain_is_shown(command: str, fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 0
+    assert "lends and loads" not in capsys.readouterr().out
+    fake.answers["stats"] = replace(FakeClient().stats(), state="draining")
+    assert main([command]) == 0
+    assert capsys.readouterr().out.endswith(
+        "\nthe daemon is draining: it lends and loads nothing new; `weightd drain --undo` takes that back\n"
+    )
+
+
 def test_interrupted_elsewhere(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     fake.answers["stats"] = KeyboardInterrupt()
     assert main(["stats"]) == 130
@@ -551,11 +607,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "rm",
         "stats",
         "verify",
+        "events",
+        "drain",
         "ping",
         "version",
+        "unit",
         "config",
     ]
-    assert "69   daemon unreachable\n" in printed
+    assert "69   daemon unreachable, or draining\n" in printed
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
     assert main([]) == 2
     assert "Usage:" in capsys.readouterr().err

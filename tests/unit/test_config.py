@@ -14,7 +14,10 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon import config
-from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load, means, parse_size
+from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load
+from weightd_daemon.core.limits import Limits
+from weightd_daemon.notation import means, parse_size
+from weightd_daemon.preloads import Preload
 
 NAMES = [setting.name for setting in fields(Settings)]
 UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"
@@ -52,7 +55,7 @@ def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Pa
     settings, origins = load(path, {"max_loads": "3", "socket_mode": None}, environment)
     assert (settings.max_loads, origins["max_loads"]) == (3, "--max-loads")
     assert (settings.budget, origins["budget"]) == ("2GiB", "WEIGHTD_BUDGET")
-    assert (settings.log_level, origins["log_level"]) == ("debug", str(path))
+    assert (settings.log_level, origins["log_level"]) == ("debug", f"{path}: line 3")
     assert (settings.isolation, origins["isolation"]) == ("shared", "default")
     assert (settings.socket_mode, origins["socket_mode"]) == ("0600", "default")
 
@@ -61,12 +64,15 @@ def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Pa
 def test_every_setting_has_a_key_a_variable_and_a_flag(tmp_path: Path, key: str) -> None:
     values = {"socket": "/x/s.sock", "socket_mode": "0660", "device": "host", "budget": "1M", "pool": "1M",
               "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error",
-              "transport": "cuda_ipc"}  # fmt: skip
+              "transport": "cuda_ipc", "model_roots": "/x,~/y", "preload": "/x/a,org/name", "max_user_bytes": "1G",
+              "log_format": "json", "metrics": "127.0.0.1:9464"}  # fmt: skip
     value = values.get(key, "7")
     quoted = value if key not in values else json.dumps(value)
-    by_file = load(toml(tmp_path, f"{key} = {quoted}\n"), {}, {})
-    by_variable = load(None, {}, {f"WEIGHTD_{key.upper()}": value})
-    by_flag = load(None, {key: value}, {})
+    roots = {"model_roots": "/x"} if key == "preload" else {}
+    more = {f"WEIGHTD_{name.upper()}": said for name, said in roots.items()}
+    by_file = load(toml(tmp_path, f"{key} = {quoted}\n"), {}, more)
+    by_variable = load(None, {}, {f"WEIGHTD_{key.upper()}": value, **more})
+    by_flag = load(None, {key: value}, more)
     assert by_file.settings == by_variable.settings == by_flag.settings != Settings()
     assert [by_variable.origins[key], by_flag.origins[key]] == [f"WEIGHTD_{key.upper()}", f"--{key.replace('_', '-')}"]
 
@@ -125,12 +131,32 @@ BAD = [
     ("pool", "9" * 400, "size"),
     ("pool", "cuda=1GiB", "size"),
     ("isolation", "none", "shared, uid"),
+    ("metrics", "9464", "only this machine"),
+    ("metrics", "0.0.0.0:9464", "only this machine"),
+    ("metrics", "192.0.2.1:9464", "only this machine"),
+    ("metrics", "127.0.0.1", "only this machine"),
+    ("metrics", "127.0.0.1:0", "only this machine"),
+    ("metrics", "127.0.0.1:65536", "only this machine"),
+    ("metrics", "127.0.0.1:9464 ", "only this machine"),
+    ("metrics", "[::]:9464", "only this machine"),
+    ("metrics", "::1:9464", "only this machine"),
+    ("metrics", "localhost:9464", "only this machine"),
+    ("metrics", "w.sock", "only this machine"),
+    ("metrics", "/" + "x" * 107, "shorter"),
     ("admins", "no-such-user-here", "no user no-such-user-here"),
     ("reader_threads", "-1", "at least 0"),
     ("max_loads", "0", "at least 1"),
     ("max_connections", "0", "at least 1"),
     ("max_loads", "many", "not a number"),
     ("log_level", "loud", "debug, info"),
+    ("log_format", "xml", "text, json"),
+    ("model_roots", "models", "'models' is no absolute path"),
+    ("model_roots", "/x,", "'' is no absolute path"),
+    ("max_user_bytes", "some", "size"),
+    ("max_user_leases", "-1", "at least 0"),
+    ("preload", "/x,./y", "preload 2: ref = './y': is relative"),
+    ("preload", "/x,", "preload 2: has no ref"),
+    ("preload", "/x", "may look nowhere"),
 ]
 
 
@@ -142,8 +168,7 @@ def test_a_bad_value_is_refused_with_its_origin(tmp_path: Path, key: str, value:
         assert f"WEIGHTD_{key.upper()}" in refused(**{f"WEIGHTD_{key.upper()}": value})
     path = toml(tmp_path, f"# comment\n{key} = {json.dumps(value)}\n")
     by_file = refused(path)
-    assert str(path) in by_file
-    assert key in by_file
+    assert f"{path}: line 2: {key}" in by_file
     for message in (by_flag, by_file):
         assert why in message
 
@@ -151,7 +176,28 @@ def test_a_bad_value_is_refused_with_its_origin(tmp_path: Path, key: str, value:
 @pytest.mark.parametrize(
     ("text", "where"),
     [
-        ("\nmax_load = 3\n", "line 2: max_load: no such setting"),
+        ("\nmax_load = 3\n", "line 2: max_load: no such setting (did you mean max_loads?); there are socket, "),
+        ("\n\nzzz = 3\n", "line 3: zzz: no such setting; there are socket, "),
+        ('admins = [\n  "device",\n]\ndevice = "tpu"\n', "line 4: device = 'tpu'"),
+        ("model_roots = 5\n", "line 1: model_roots: 5 is not a list"),
+        ("model_roots = [5]\n", "line 1: model_roots: [5] is not a list of text"),
+        ("[preload]\nref = 1\n", "line 1: preload: {'ref': 1} is not a list"),
+        ("preload = [5]\n", "line 1: preload 1: 5 is neither a reference nor a table"),
+        (
+            '[[preload]]\nref = "a"\n\n[[preload]]\nref = "b"\npinn = true\n',
+            "line 6: preload 2: pinn: no such key (did you mean pin?)",
+        ),
+        (
+            '[[preload]]\nref = "a"\npin = 1\n[[preload]]\nref = "b"\n',
+            "line 3: preload 1: pin = 1: is not true or false",
+        ),
+        ('[[preload]]\nref = "a"\n[[preload]]\nname = "b"\n', "line 3: preload 2: has no ref"),
+        (
+            'preload = [\n  "a",\n  { ref = "b", device = "tpu" },\n]\n',
+            "line 3: preload 2: device = 'tpu': 'tpu' is no",
+        ),
+        ('preload = ["a", { ref = "b", wait = "yes" }]\n', "line 1: preload 2: wait = 'yes': is not true or false"),
+        ('preload = ["a\\u0000"]\n', "line 1: preload 1: has no ref"),
         ("max_loads = true\n", "line 1: max_loads: True is not a number"),
         ("max_loads = 1.5\n", "line 1: max_loads: 1.5 is not a number"),
         ("device = []\n", "device = '': '' is no device"),
@@ -283,7 +329,7 @@ def test_the_command_prints_every_setting_and_its_origin(tmp_path: Path) -> None
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == NAMES
     by_name = dict(zip(NAMES, lines, strict=True))
-    assert by_name["max_loads"].endswith(f"= 2  # {path}")
+    assert by_name["max_loads"].endswith(f"= 2  # {path}: line 1")
     assert by_name["budget"].endswith('= "1GiB"  # --budget')
     assert by_name["log_level"].endswith('= "debug"  # WEIGHTD_LOG_LEVEL')
     assert by_name["isolation"].endswith('= "shared"  # default')
@@ -308,11 +354,60 @@ def test_help_describes_every_setting() -> None:
         assert setting.metadata["help"] in shown
 
 
+def test_the_example_has_every_setting_and_each_can_be_uncommented(tmp_path: Path) -> None:
+    example = (Path(__file__).resolve().parents[2] / "systemd" / "weightd.toml").read_text()
+    assert load(toml(tmp_path, example), {}, {}).settings == Settings()  # as it is, it changes nothing
+    settings, origins = load(toml(tmp_path, re.sub(r"^# (\w+ =|\[\[)", r"\1", example, flags=re.MULTILINE)), {}, {})
+    assert [name for name, origin in origins.items() if origin == "default"] == []
+    values = {name for name in NAMES if getattr(settings, name) != getattr(Settings(), name)}
+    # Where the file cannot say the default, or the default depends on the user.
+    assert values <= {"socket", "socket_mode", "budget", "pool", "state_dir", "metrics", "model_roots", "preload"}
+    assert settings.preload == (Preload("/srv/models/base", "base", "host"),)
+
+
+def test_preloads_are_references_or_tables_and_say_where_they_stand(tmp_path: Path) -> None:
+    path = toml(
+        tmp_path,
+        """model_roots = ["/x"]
+preload = [
+  "org/name",  # a comment
+  { ref = "/x/a, b", pin = true, device = "GPU-1A2B3C4D" },
+]
+""",
+    )
+    loaded = load(path, {}, {})
+    assert loaded.settings.preload == (Preload("org/name"), Preload("/x/a, b", pin=True, device="GPU-1a2b3c4d"))
+    assert [entry.where for entry in loaded.settings.preload] == [f"{path}: line 3", f"{path}: line 4"]
+    by_flags = load(path, {"preload": ["/a,/b", "/c"]}, {}).settings.preload
+    assert by_flags == (Preload("/a"), Preload("/b"), Preload("/c"))
+    assert by_flags[0].where == "--preload"
+    assert load(path, {"preload": ""}, {}).settings.preload == ()
+
+
+def test_preloads_are_printed_as_tables(tmp_path: Path) -> None:
+    done = run("config", "--model-roots=/x", "--preload=/x/a", "--format=json")
+    table = json.loads(done.stdout)
+    assert table["model_roots"] == {"value": ["/x"], "origin": "--model-roots"}
+    entry = {"ref": "/x/a", "name": "", "device": "", "pin": False, "wait": False}
+    assert table["preload"] == {"value": [entry], "origin": "--preload"}
+
+
+def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    assert "over 1048576 bytes" in refused(toml(tmp_path, "#" * (1 << 20) + "\n"))
+
+
+def test_limits_of_one_user() -> None:
+    settings = Settings(max_user_leases=1, max_user_bytes="2K", max_user_offers=3, max_user_names=4)
+    assert settings.limits == Limits(leases=1, bytes=2048, offers=3, names=4)
+    assert [Settings(max_loads=n).loads_of_one for n in (1, 2, 4)] == [1, 1, 3]
+    assert Settings(max_loads=4, max_user_loads=4).loads_of_one == 4
+
+
 def test_its_json_says_the_same(tmp_path: Path) -> None:
     done = run("config", "--config", str(toml(tmp_path, "max_loads = 2\n")), "--format", "json")
     table = json.loads(done.stdout)
     assert list(table) == NAMES
-    assert table["max_loads"] == {"value": 2, "origin": str(tmp_path / "weightd.toml")}
+    assert table["max_loads"] == {"value": 2, "origin": f"{tmp_path / 'weightd.toml'}: line 1"}
 
 
 @pytest.mark.parametrize("command", ["config", "serve"])
@@ -330,4 +425,17 @@ def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_pat
         capture_output=True, text=True, timeout=30, check=False, env=environment(),
     )  # fmt: skip
     assert finished.returncode == 78
-    assert finished.stderr.startswith(f"weightd: budget = {budget!r}: that of host must be from")
+    assert finished.stderr.startswith(f"weightd: --budget: budget = {budget!r}: that of host must be from")
+
+
+@pytest.mark.parametrize(
+    ("said", "address"),
+    [
+        ("", None),
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("/run/weightd/metrics.sock", Path("/run/weightd/metrics.sock")),
+    ],
+)
+def test_where_monitors_read(said: str, address: tuple[str, int] | Path | None) -> None:
+    assert load(None, {"metrics": said}, {}).settings.metrics_address == address

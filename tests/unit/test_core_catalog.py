@@ -9,6 +9,7 @@ from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 
@@ -23,7 +24,7 @@ class Shelf:
 
     def __init__(self) -> None:
         self.store = Store(leases=Leases(lambda _: True), on_event=self.happened)
-        self.catalog = Catalog(self.store)
+        self.catalog = Catalog(self.store, Limits())
         for device in ("host", "GPU-1"):
             self.store.memories[device] = DeviceMemory(
                 budget=1, page=1, sparse=False, pool_limit=0, create=lambda size: size

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
+
+from weightd.errors import DrainingError
+from weightd_daemon.core.events import Attached, Detached
 from weightd_daemon.core.eviction import least_recently_used
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import Holder, Lease, Leases, named
 
 HOLDER = Holder(connection=7, pid=100, uid=1000, command="python serve.py")
 
@@ -87,6 +91,42 @@ def test_refresh_looks_at_all_and_connections_know_their_own() -> None:
     assert leases.of_connection(7) == [second]
 
 
+def test_leases_that_are_mapped_are_told_of() -> None:
+    kernel = Kernel()
+    told: list[Attached | Detached] = []
+    leases = Leases(kernel.probe, told.append)
+    leases.end(leases.take("a", HOLDER, 1.0, waiting=True).number)
+    assert told == [], "nobody has mapped anything"
+    first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
+    leases.refresh()
+    assert told == [Attached(first), Attached(second)]
+    kernel.locks.clear()
+    leases.of("b")
+    leases.end(first.number)
+    leases.end(first.number)
+    leases.refresh()
+    assert told[2:] == [Detached(second), Detached(first)]
+
+
+def test_while_it_drains_no_lease_is_taken() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    held = kernel.take(leases, "a")
+    leases.draining = True
+    for waiting in (False, True):
+        with pytest.raises(DrainingError, match="lends and loads nothing new"):
+            leases.take("a", HOLDER, 1.0, waiting=waiting)
+    assert leases.of("a") == [held]
+    leases.draining = False
+    assert kernel.take(leases, "a").number == held.number + 1
+
+
+def test_who_holds_in_words() -> None:
+    leases = [Lease(n, "a", Holder(n, n // 2, 0, f"c{n // 2}"), 0.0, waiting=False) for n in range(14)]
+    assert named(leases[:4]) == "pid 0 (c0), pid 1 (c1)"
+    assert named(leases) == "pid 0 (c0), pid 1 (c1), pid 2 (c2), pid 3 (c3), pid 4 (c4) and 2 more"
+
+
 @dataclass
 class Used:
     last_used: float
@@ -111,3 +151,14 @@ def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
     things = [Used(float(at)) for at in range(5)]
     assert next(least_recently_used(things, is_leased)) is things[0]
     assert asked == things[:1]
+
+
+def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
+    told: list[object] = []
+    leases = Leases(lambda _: True, told.append)
+    leases.inherit(5, "a", Holder(connection=0, pid=0, uid=1000, command="?"), 1.0)
+    leases.attribute(5, HOLDER)
+    (lease,) = leases.of("a")
+    assert (lease.number, lease.holder, leases.of_connection(HOLDER.connection)) == (5, HOLDER, [lease])
+    assert told == []
+    assert leases.take("a", HOLDER, 2.0).number == 6

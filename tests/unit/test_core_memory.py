@@ -6,7 +6,8 @@ import pytest
 
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import DeviceMemory, Punch, Release
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Punch, Release
 
 PAGE = 4096
 
@@ -381,3 +382,18 @@ def test_a_lost_device_begins_again_with_nothing_and_returns_nothing() -> None:
     assert (device.memory.used, device.memory.reclaiming) == (16 * PAGE, True)
     assert device.reclaim() == [Release(4, 16 * PAGE)]
     assert device.memory.used == 0
+
+
+def test_another_budget_and_pool_hold_from_then_on() -> None:
+    device = Fixture(pool_pages=0)
+    first, second = device.grant(16), device.grant(16)
+    assert device.grant(4) is None
+    device.memory.resize(40 * PAGE, 16 * PAGE)
+    third = device.grant(8)
+    assert third == pages(3, 0, 8)
+    assert device.grant(1) is None
+    for extent in (first, second, third):
+        assert extent is not None
+        device.give_back(extent)
+    device.reclaim()
+    assert device.memory.pooled_bytes() == device.memory.used == 16 * PAGE

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import pytest
 
 from weightd.errors import DeviceError, DeviceMismatchError
-from weightd_daemon.app import _budget, _default, _open
 from weightd_daemon.config import ConfigError, Settings
 from weightd_daemon.devices import cuda_choice
+from weightd_daemon.devices.served import budget_of, default_device, device_meant, open_served
 
 GIB = 1 << 30
 UUIDS = [
@@ -69,7 +69,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 def served(device: str, **more: str) -> list[tuple[str, str]]:
     """What is served, in order: (name, kind)."""
     names = {"host": "host", **{uuid: f"cuda:{ordinal}" for ordinal, uuid in enumerate(UUIDS)}}
-    opened = [made for made, _ in _open(Settings(device=device, **more), HOLDING)]
+    opened = [made for made, _ in open_served(Settings(device=device, **more), HOLDING)]
     assert [made for made in opened if isinstance(made, FakeDevice)] == FakeDevice.open
     assert not any(made.segments for made in FakeDevice.open)
     return [(names[made.uuid], made.kind) for made in opened]
@@ -217,7 +217,7 @@ def test_a_budget_for_a_uuid_that_means_several_devices_is_refused() -> None:
 )
 def test_a_budget_is_what_says_most_of_the_device_in_whole_pages(said: str, expected: int) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
-    assert _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == expected
+    assert budget_of(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == expected
 
 
 @pytest.mark.parametrize("said", ["11GiB", "1GiB,cuda=11GiB"])
@@ -225,19 +225,19 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
     """`serve --budget 64GiB` goes on serving host memory when the machine gets a small GPU."""
     device: Any = FakeDevice("cuda_vmm", 0)
     with caplog.at_level(logging.INFO):
-        assert _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == 10 * GIB
+        assert budget_of(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda")) == 10 * GIB
     assert [record.message for record in caplog.records] == [
         f"budget of {UUIDS[0]}: {10 * GIB} bytes is all that it has, of the {11 * GIB} said"
     ]
     with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from"):
-        _budget(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
+        budget_of(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
 
 
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
     with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.0 GiB here"):
-        _budget(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda"))
+        budget_of(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda"))
 
 
 @pytest.mark.parametrize(
@@ -245,5 +245,26 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
     [("host", "host"), ("cuda:1", UUIDS[1]), ("host,cuda:1", UUIDS[1]), ("cuda", ""), ("auto", "")],
 )
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
-    devices = {made.uuid: made for made, _ in _open(Settings(device=said), HOLDING)}
-    assert _default(devices) == expected
+    devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
+    assert default_device(devices) == expected
+
+
+SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("host", "host"), ("cuda:1", UUIDS[1]), (UUIDS[0], UUIDS[0]), (UUIDS[1][:14], UUIDS[1]), ("", "default")],
+)
+def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected: str) -> None:
+    assert device_meant(said, SERVED, "default") == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [("cuda", "may be one of several"), ("GPU-aaaa0000", "may be one of several"), ("cuda:2", "is not served"),
+     ("", "'' may be one of several")],
+)  # fmt: skip
+def test_a_setting_that_names_none_or_several_is_refused(said: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        device_meant(said, SERVED, "")

@@ -7,16 +7,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.main import get_command
 
+from support.filled import Filled
 from weightd import errors
+from weightd._proto.v1 import daemon_pb2
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
+from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.config import EXIT_CONFIG, Settings
-from weightd_daemon.edges import handle_server
+from weightd_daemon.edges import handle_server, journal, pages
 from weightd_daemon.edges.leases import LOCK_BASE
+from weightd_daemon.edges.metrics import Metrics
 from weightd_daemon.edges.parts import TOKEN
 from weightd_daemon.loader import child
 
@@ -87,7 +92,7 @@ def test_plain_defaults_are_documented() -> None:
     table = {row[0].strip("`"): row[3] for row in rows(section(OPERATIONS, "Settings"))}
     plain = {setting.name: setting.default for setting in fields(Settings) if setting.default not in ("",)}
     known = {name: str(value) for name, value in plain.items() if isinstance(value, str | int)}
-    assert len(known) >= 7
+    assert len(known) >= 12
     assert {name: table[name].strip("`") for name in known} == known
 
 
@@ -95,6 +100,42 @@ def test_exit_codes_are_documented() -> None:
     documented = {int(row[0]) for row in rows(section(OPERATIONS, "Exit codes"))}
     raised = {kind.exit_code for kind in subclasses(errors.WeightdError)}
     assert documented == raised | {0, EXIT_CONFIG, INTERRUPTED, OUTPUT_CLOSED}
+
+
+def test_metrics_are_documented() -> None:
+    parts: Any = Filled(1)
+    metrics = Metrics(parts)
+    metrics.called("DaemonService/GetStats", "OK")
+    page = metrics.page().decode()
+    types = dict(re.findall(r"^# TYPE (weightd_\w+) (\w+)$", page, re.MULTILINE))
+    labels: dict[str, set[str]] = {name: set() for name in types}
+    for name, braced in re.findall(r"^(weightd_\w+)(?:\{(.*)\})? \S+$", page, re.MULTILINE):
+        family = name if name in types else re.sub(r"_(bucket|count|sum)$", "", name)
+        labels[family] |= set(re.findall(r'(\w+)="', braced)) - {"le"}
+    table = [row for row in rows(section(OPERATIONS, "Monitoring")) if row[0].startswith("`weightd_")]
+    assert {row[0].strip("`"): (row[1], set(code_spans(row[2]))) for row in table} == {
+        name: (kind, labels[name]) for name, kind in types.items()
+    }
+
+
+def test_events_are_documented() -> None:
+    table = {
+        name: set(code_spans(row[2])) for row in rows(section(OPERATIONS, "Events")) for name in code_spans(row[0])
+    }
+    kinds = {name.removeprefix("EVENT_KIND_").lower() for name in daemon_pb2.EventKind.DESCRIPTOR.values_by_name} - {
+        "unspecified"
+    }
+    assert table == {kind: set(EVENT_KEYS.get(kind, ())) for kind in kinds}
+
+
+def test_limits_of_events_and_pages_are_documented() -> None:
+    events, monitoring = section(OPERATIONS, "Events"), section(OPERATIONS, "Monitoring")
+    assert f"the last {journal.REMEMBERED:,} events" in events
+    assert f"{journal.BACKLOG:,} events wait" in events
+    assert f"No more than {journal.MOST_READERS} read" in events
+    assert f"at most {journal.MOST_NAMES}." in events
+    assert f"may have {pages.MAX_REQUEST >> 10} KiB and take {pages.SECONDS:.0f} s" in monitoring
+    assert f"there may be {pages.MOST_CONNECTIONS} at a time" in monitoring
 
 
 def test_commands_are_documented() -> None:

@@ -17,7 +17,8 @@ import pytest
 from weightd.errors import DeviceError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.core.memory import DeviceMemory, Release
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.loader import child

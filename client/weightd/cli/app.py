@@ -11,8 +11,8 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, listing, loading, planning
-from weightd.cli.context import INTERRUPTED, LoadInterruptedError, Settings, SocketOption, say
+from weightd.cli import changing, daemon, listing, loading, operating, planning, unit
+from weightd.cli.context import INTERRUPTED, InterruptedWaitError, Settings, SocketOption, say
 from weightd.cli.output import OutputClosedError, emit, flush
 from weightd.errors import WeightdError
 
@@ -26,7 +26,7 @@ Exit codes:
   3    not found
   4    in use
   5    does not fit
-  69   daemon unreachable
+  69   daemon unreachable, or draining
   77   not permitted
   78   bad configuration
   130  interrupted
@@ -75,8 +75,11 @@ app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
 app.command("stats")(listing.stats)
 app.command("verify")(loading.verify)
+app.command("events")(operating.events)
+app.command("drain")(operating.drain)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("unit")(unit.unit)
 app.command("config", context_settings=_PASS_THROUGH)(daemon.config)
 
 
@@ -90,7 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         # The reader went away (`weightd ls | head -1`): no message, and nothing left for the interpreter to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTPUT_CLOSED
-    except LoadInterruptedError as error:
+    except InterruptedWaitError as error:
         say(str(error))
         return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):

@@ -21,8 +21,8 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
-class LoadInterruptedError(Exception):
-    """Ctrl-C while a load was waited for; the message says what became of it."""
+class InterruptedWaitError(Exception):
+    """Ctrl-C while something was waited for that the daemon does; the message says what becomes of it."""
 
 
 class Format(StrEnum):

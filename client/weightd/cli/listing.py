@@ -54,6 +54,7 @@ def ls(
     """List checkpoints."""
     with open_client(context, socket) as client:
         found = client.checkpoints()
+        state = client.stats().state if output is Format.TABLE and not quiet else "serving"
     if output is Format.JSON:
         emit_json([_pick(info, _LS_KEYS) for info in found])
     elif quiet:
@@ -77,6 +78,7 @@ def ls(
             for info in found
         ]
         emit_table(columns, rows)
+        _say_state(state)
 
 
 def ps(
@@ -152,6 +154,13 @@ def stats(
         f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
         f"{plural(found.digest_collisions, 'digest collision')}"
     )
+    _say_state(found.state)
+
+
+def _say_state(state: str) -> None:
+    """A line below what was asked for, where the daemon does not lend."""
+    if state != "serving":
+        emit(f"\nthe daemon is {state}: it lends and loads nothing new; `weightd drain --undo` takes that back")
 
 
 def inspect(

@@ -11,8 +11,8 @@ from weightd.cli.context import (
     DeviceOption,
     Format,
     FormatOption,
+    InterruptedWaitError,
     LoadDeviceOption,
-    LoadInterruptedError,
     SilentOption,
     SocketOption,
     for_each,
@@ -67,7 +67,7 @@ def load(
                     )
             except KeyboardInterrupt:
                 # The client that closes on the way out is what cancels: the last waiter to leave ends a load.
-                raise LoadInterruptedError(
+                raise InterruptedWaitError(
                     f"interrupted: the load of {reference} is cancelled unless others wait for it"
                 ) from None
             found.append({"name": name or reference, "state": "loading"} if result is None else asdict(result))

@@ -94,6 +94,12 @@ def flush() -> None:
         raise OutputClosedError from error
 
 
+def emit_json_line(value: Any) -> None:
+    """Write `value` to stdout as one line of JSON, at once: whoever reads it may wait for it."""
+    emit(json.dumps(value, default=_encode))
+    flush()
+
+
 def emit_json(value: Any) -> None:
     """Write `value` to stdout as indented JSON; datetimes by `timestamp`, bytes in hex."""
     emit(json.dumps(value, indent=2, default=_encode))

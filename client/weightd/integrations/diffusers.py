@@ -85,7 +85,7 @@ def from_pretrained(
     if not classes:
         raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
     made: dict[str, Any] = {}
-    with (client or shared_client()).attach_files(chosen, device=device_name(device)) as attachment:
+    with (client or shared_client()).attach(chosen, device=device_name(device)) as attachment:
         for name, cls in classes.items():
             make = _model if issubclass(cls, diffusers.ModelMixin) else load_with_transformers
             place = folder / name if name else folder

@@ -79,7 +79,7 @@ def from_pretrained(
     if model_class is None:
         model_class = _named_class(folder)
     chosen = files.named(reference, subfolder, files.of_transformers(folder))
-    with (client or shared_client()).attach_files(chosen, device=device_name(device)) as attachment:
+    with (client or shared_client()).attach(chosen, device=device_name(device)) as attachment:
         name = os.fspath(reference)
         return load(model_class, attachment, folder, name=name, dtype=dtype, allow_copy=allow_copy, **kwargs)
 
@@ -115,7 +115,7 @@ def _load_installed(settings: _Settings, cls: Any, path: Any, args: tuple[Any, .
     dtype = next((dtype for dtype in dtypes if dtype not in (None, "auto")), None)
     try:
         client = when_reachable(shared_client, wait=settings.fallback == "wait")
-        with client.attach_files(chosen, device=device) as attachment:
+        with client.attach(chosen, device=device) as attachment:
             stored = checked_dtype(attachment, "", dtype, folder, allow_copy=settings.allow_copy)
             return load_request(cls, Request(attachment, folder, os.fspath(path), "", stored), args, ours)
     except (DaemonUnreachableError, CapacityError) as error:

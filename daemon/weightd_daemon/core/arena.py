@@ -52,7 +52,7 @@ def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
 class _Segment:
     """Books of one segment: free bytes; those of them without memory; and those on their way back to the system."""
 
-    __slots__ = ("free", "leaving", "size", "sparse")
+    __slots__ = ("free", "frozen", "leaving", "size", "sparse")
 
     def __init__(self, size: int, *, sparse: bool) -> None:
         self.size = size
@@ -62,6 +62,7 @@ class _Segment:
         if sparse:
             self.sparse.add(0, size)
         self.leaving = Ranges()
+        self.frozen = False
 
 
 class Arena:
@@ -85,6 +86,11 @@ class Arena:
         """Bytes with memory behind them, or promised: segments less their punched or never written pages."""
         return sum(s.size - s.sparse.total for s in self._segments.values())
 
+    @property
+    def leaving(self) -> int:
+        """Bytes of pages that are set aside to be punched."""
+        return sum(s.leaving.total for s in self._segments.values())
+
     def size(self, segment: int) -> int:
         """Length of a segment."""
         return self._segments[segment].size
@@ -94,6 +100,29 @@ class Arena:
         if segment in self._segments or size <= 0 or size % self.page:
             raise ValueError(f"segment {segment} of {size} bytes cannot be added")
         self._segments[segment] = _Segment(size, sparse=sparse)
+
+    def adopt_segment(
+        self, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+    ) -> None:
+        """Take in a segment that an earlier daemon has filled: the bytes that are `taken`, the ranges without memory.
+
+        A *frozen* one has other bytes as well, which somebody may still read: it is neither filled nor punched, and
+        goes as a whole when nothing that the books know lies in it.
+        """
+        self.add_segment(segment, size, sparse=False)
+        books = self._segments[segment]
+        books.frozen = frozen
+        for start, end in taken:
+            books.free.remove(start, end)
+        for start, end in hollow:
+            for low, high in books.free.within(start, end):
+                first, last = round_up(low, self.page), high // self.page * self.page
+                if first < last:
+                    books.sparse.add(first, last)
+
+    def is_frozen(self, segment: int) -> bool:
+        """Whether the segment is neither filled nor punched any more."""
+        return self._segments[segment].frozen
 
     def remove_segment(self, segment: int) -> None:
         """Strike a wholly free segment out of the books."""
@@ -161,6 +190,8 @@ class Arena:
         """
         books = self._segments[segment]
         leaving: list[Extent] = []
+        if books.frozen:
+            return leaving
         low = start // self.page * self.page
         high = round_up(books.size if end is None else end, self.page)
         for free_start, free_end in books.free.within(low, high):
@@ -201,7 +232,7 @@ class Arena:
 
     def _holes(self) -> Iterator[Extent]:
         for segment, books in self._segments.items():
-            for start, end in books.free:
+            for start, end in books.free if not books.frozen else ():
                 first, last = round_up(start, self.page), end // self.page * self.page
                 if first < last:
                     yield Extent(segment, first, last - first)

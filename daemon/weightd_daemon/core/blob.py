@@ -95,6 +95,7 @@ class Blobs:
     def __init__(self) -> None:
         self._by_number: dict[int, Blob] = {}
         self._by_key: dict[BlobKey, dict[int, Blob]] = {}
+        self._sealed_bytes: dict[str, int] = {}
         self._last = 0
 
     def __iter__(self) -> Iterator[Blob]:
@@ -124,8 +125,19 @@ class Blobs:
         self._by_key.setdefault(key, {})[blob.number] = blob
         return blob
 
+    def sealed_bytes(self, device: str) -> int:
+        """Bytes of the sealed blobs on a device: kept as a sum, for it is asked often and there are many blobs."""
+        return self._sealed_bytes.get(device, 0)
+
+    def seal(self, blob: Blob) -> None:
+        """A checkpoint refers to the blob."""
+        blob.move(BlobState.SEALED)
+        self._sealed_bytes[blob.key.device] = self.sealed_bytes(blob.key.device) + blob.length
+
     def drop(self, blob: Blob, state: BlobState) -> None:
         """Strike a blob out; `state` says how it ended."""
+        if blob.sealed:
+            self._sealed_bytes[blob.key.device] -= blob.length
         blob.move(state)
         del self._by_number[blob.number]
         others = self._by_key[blob.key]

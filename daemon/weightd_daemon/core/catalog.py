@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .checkpoint import Checkpoint, Lost
+    from .limits import Limits
     from .store import Store
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
@@ -44,14 +45,29 @@ class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
+    `changed` is told after every change of a name, a pin or another mark of a checkpoint.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, limits: Limits, changed: Callable[[], None] = lambda: None) -> None:
         self._store = store
+        self._limits = limits
         self._tags: dict[tuple[str, str], Tag] = {}
+        self._named: dict[tuple[str, str], set[str]] = {}
+        """The names of each (domain, content): a list of checkpoints asks for those of every one."""
+        self.changed = changed
+
+    @property
+    def tags(self) -> dict[tuple[str, str], Tag]:
+        """Every name, by sharing domain and name."""
+        return dict(self._tags)
+
+    def restore(self, domain: str, name: str, tag: Tag) -> None:
+        """Enter a name that an earlier daemon knew."""
+        self._tags[domain, name] = tag
+        self._named.setdefault((domain, tag.content_digest), set()).add(name)
 
     def check(self, who: Who, name: str) -> None:
-        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError."""
+        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError, CapacityError."""
         if not name or len(name.encode()) > NAME_BYTES or CONTROL.search(name):
             raise InvalidReferenceError(
                 f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
@@ -63,6 +79,8 @@ class Catalog:
         tag = self._tags.get((who.domain, name))
         if tag is not None and tag.owner != who.uid and not who.admin:
             raise PermissionDeniedError(f"name {name!r} belongs to uid {tag.owner}; choose another with --name")
+        if tag is None and self._limits.most(who, "names"):
+            self._limits.check(who, "names", sum(tag.owner == who.uid for tag in self._tags.values()))
 
     def set(self, who: Who, name: str, content_digest: str) -> None:
         """Point a name to a content; whose it was first, it stays. Errors: as in `check`."""
@@ -70,15 +88,15 @@ class Catalog:
         if tag is not None and tag.content_digest == content_digest:
             return
         self.check(who, name)
+        if tag is not None:
+            self._untag(who.domain, name)
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
+        self._named.setdefault((who.domain, content_digest), set()).add(name)
+        self.changed()
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
-        names = [
-            name
-            for (domain, name), tag in self._tags.items()
-            if domain == checkpoint.key.domain and tag.content_digest == checkpoint.key.content_digest
-        ]
+        names = self._named.get((checkpoint.key.domain, checkpoint.key.content_digest), ())
         return sorted(names, key=lambda name: (name.startswith("/"), name))
 
     def owner(self, checkpoint: Checkpoint) -> int | None:
@@ -115,9 +133,20 @@ class Catalog:
             raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
 
     def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
-        """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError."""
+        """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""
         self.check_owner(who, checkpoint, "pin", name)
+        self.keep(who, checkpoint)
+
+    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
+        """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
+        if who.uid not in {*checkpoint.pins, checkpoint.owner}:
+            self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
         checkpoint.pins.add(who.uid)
+        self.changed()
+
+    def bytes_of(self, uid: int | None) -> int:
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
+        return sum(c.total_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins)
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
@@ -125,6 +154,7 @@ class Catalog:
         if who.admin:
             checkpoint.pins.clear()
         checkpoint.pins.discard(who.uid)
+        self.changed()
 
     def remove(self, who: Who, reference: str, device: str = "") -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
@@ -138,18 +168,21 @@ class Catalog:
             tag = self._tags.get((who.domain, reference))
             if tag is None or (tag.owner != who.uid and not who.admin):
                 raise
-            del self._tags[who.domain, reference]  # a name whose content was evicted
+            self._untag(who.domain, reference)  # a name whose content was evicted
+            self.changed()
             return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
         for name in names or [""]:
             self.check_owner(who, checkpoint, "remove", name)
         if set(self.names(checkpoint)) - set(names):
-            del self._tags[checkpoint.key.domain, reference]
+            self._untag(checkpoint.key.domain, reference)
+            self.changed()
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
             self.forget(checkpoint)
+            self.changed()
             return 0
         return self._store.remove(checkpoint, reference)
 
@@ -159,7 +192,13 @@ class Catalog:
         known = (*self._store.checkpoints, *self._store.lost)
         if not any((key.domain, key.content_digest) == (domain, digest) for key in known):
             for name in self.names(checkpoint):
-                del self._tags[domain, name]
+                self._untag(domain, name)
+
+    def _untag(self, domain: str, name: str) -> None:
+        content = domain, self._tags.pop((domain, name)).content_digest
+        self._named[content].discard(name)
+        if not self._named[content]:
+            del self._named[content]
 
     def _find(self, who: Who, reference: str, device: str) -> Checkpoint:
         """As `find`, with the lost checkpoints."""

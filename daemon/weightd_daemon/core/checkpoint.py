@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.errors import DeviceError, InUseError
 
+from .lease import named
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -55,7 +57,7 @@ class Checkpoint:
     loaded: float
     last_used: float
     segments: list[int] = field(default_factory=list)
-    """Numbers of the segments that hold its blobs, sorted."""
+    """Numbers of the segments that hold its blobs, in the order of its manifest."""
     pins: set[int | None] = field(default_factory=set)
     """The users who keep it from eviction; each takes back only its own pin."""
     origin: tuple[SourceFile, ...] = ()
@@ -109,12 +111,8 @@ class Checkpoint:
 
     def in_use(self, leases: Iterable[Lease], called: str = "") -> InUseError:
         """The error that names who holds the checkpoint, which it calls `called` (or by its digest)."""
-        holders = list(dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in leases))
-        who = ", ".join(f"pid {pid} ({command})" for pid, command in holders[:5])
-        more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
-        return InUseError(
-            f"checkpoint {called or self.key.content_digest[:19]} is in use by {who}{more}; stop them first"
-        )
+        called = called or self.key.content_digest[:19]
+        return InUseError(f"checkpoint {called} is in use by {named(leases)}; stop them first")
 
 
 @dataclass(frozen=True, slots=True)

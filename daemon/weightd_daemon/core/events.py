@@ -1,4 +1,7 @@
-"""What the store tells of: checkpoints that come and go."""
+"""What the books and the daemon tell of: manifests come and go with it, readers follow it, metrics count it.
+
+What is of checkpoints and leases comes out of the core itself; the rest is told by whoever does these things.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +10,78 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Content
+    from .lease import Holder, Lease
 
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A checkpoint is about to become resident; `manifest` is its manifest, encoded."""
+    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest."""
 
     checkpoint: Checkpoint
     content: Content
-    manifest: bytes
+    manifest: object
 
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity", "removed" or "lost"."""
+    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained"."""
 
     checkpoint: Checkpoint
     reason: str
 
 
-Event = Sealed | Evicted
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBegun:
+    """A load was asked for; `name` may be empty."""
+
+    load: int
+    holder: Holder
+    device: str
+    domain: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEnded:
+    """A load is over. `reason` is "OK", "CANCELLED" or that of its error; only one that went well has figures."""
+
+    begun: LoadBegun
+    reason: str
+    message: str
+    seconds: float
+    content_digest: str = ""
+    total_bytes: int = 0
+    unique_bytes: int = 0
+    read_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLost:
+    """A device has lost its memory, and every checkpoint on it; those are told of one by one."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainChanged:
+    """The daemon is "draining" or "drained", or "undrained" again."""
+
+    state: str
+
+
+Event = Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | DeviceLost | DrainChanged

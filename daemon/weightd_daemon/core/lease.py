@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from weightd.errors import DrainingError
+
+from .events import Attached, Detached
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator
+    from collections.abc import Callable, Hashable, Iterable, Iterator
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,17 @@ class Lease:
 
 
 class Leases:
-    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there."""
+    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
 
-    def __init__(self, probe: Callable[[Lease], bool]) -> None:
+    What is taken and struck out, but for waiting leases, is told to `on_event`. While `draining` none is taken.
+    """
+
+    def __init__(
+        self, probe: Callable[[Lease], bool], on_event: Callable[[Attached | Detached], None] = lambda _: None
+    ) -> None:
+        self.draining = False
         self._probe = probe
+        self._on_event = on_event
         self._leases: dict[int, Lease] = {}
         self._by_checkpoint: dict[Hashable, set[int]] = {}
         self._by_connection: dict[Hashable, set[int]] = {}
@@ -53,21 +64,44 @@ class Leases:
         """The lease of that number, unless it has ended."""
         return self._leases.get(number)
 
+    def admit(self) -> None:
+        """Whether a lease may be taken, or a load begin that is to end in one. Errors: DrainingError."""
+        if self.draining:
+            raise DrainingError("the daemon is draining: it lends and loads nothing new; try again when it is back")
+
     def take(self, checkpoint: Hashable, holder: Holder, now: float, *, waiting: bool = False) -> Lease:
-        """Enter a new lease. Numbers are never used twice."""
+        """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
+        self.admit()
         self._last += 1
         lease = Lease(self._last, checkpoint, holder, now, waiting)
-        self._leases[lease.number] = lease
-        self._by_checkpoint.setdefault(checkpoint, set()).add(lease.number)
-        self._by_connection.setdefault(holder.connection, set()).add(lease.number)
+        self._enter(lease)
+        if not waiting:
+            self._on_event(Attached(lease))
         return lease
+
+    def inherit(self, number: int, checkpoint: Hashable, holder: Holder, now: float) -> None:
+        """Enter a lease that an earlier daemon gave, and whose lock is there. Errors: ValueError (it is entered)."""
+        if number in self._leases:
+            raise ValueError(f"lease {number} is in the books")
+        self._enter(Lease(number, checkpoint, holder, now, waiting=False))
+        self._last = max(self._last, number)
+
+    def begin_after(self, number: int) -> None:
+        """Give only greater numbers from now on."""
+        self._last = max(self._last, number)
+
+    def attribute(self, number: int, holder: Holder) -> None:
+        """Say who holds a lease that is in the books. It is no new one, and none has ended."""
+        lease = self._strike(number)
+        if lease is None:
+            raise KeyError(number)
+        self._enter(replace(lease, holder=holder))
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
-        lease = self._leases.pop(number, None)
-        if lease is not None:
-            _drop(self._by_checkpoint, lease.checkpoint, number)
-            _drop(self._by_connection, lease.holder.connection, number)
+        lease = self._strike(number)
+        if lease is not None and not lease.waiting:
+            self._on_event(Detached(lease))
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""
@@ -85,9 +119,26 @@ class Leases:
         """Leases in the books that were taken on a connection."""
         return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
+    def held_by(self, uid: int | None, most: int) -> int:
+        """Leases of a user's processes; the kernel is asked where the books have `most` or more."""
+        theirs = [n for n, lease in self._leases.items() if lease.holder.uid == uid and not lease.waiting]
+        return len(theirs) if len(theirs) < most else len(self._refresh(theirs))
+
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
         return bool(self._refresh([number]))
+
+    def _strike(self, number: int) -> Lease | None:
+        lease = self._leases.pop(number, None)
+        if lease is not None:
+            _drop(self._by_checkpoint, lease.checkpoint, number)
+            _drop(self._by_connection, lease.holder.connection, number)
+        return lease
+
+    def _enter(self, lease: Lease) -> None:
+        self._leases[lease.number] = lease
+        self._by_checkpoint.setdefault(lease.checkpoint, set()).add(lease.number)
+        self._by_connection.setdefault(lease.holder.connection, set()).add(lease.number)
 
     def _refresh(self, numbers: list[int]) -> list[Lease]:
         held = []
@@ -100,6 +151,13 @@ class Leases:
             else:
                 self.end(number)
         return held
+
+
+def named(leases: Iterable[Lease]) -> str:
+    """Who holds leases, each process once and at most five: "pid 12 (python serve.py), pid 13 (…) and 4 more"."""
+    holders = list(dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in leases))
+    more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
+    return ", ".join(f"pid {pid} ({command})" for pid, command in holders[:5]) + more
 
 
 def _drop(index: dict[Hashable, set[int]], key: Hashable, number: int) -> None:

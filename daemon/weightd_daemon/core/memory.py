@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Arena, Extent, round_up
+from .reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,29 +24,6 @@ SEGMENT_BYTES = 1 << 30
 
 _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Punch:
-    """Give the pages of a free extent back to the system."""
-
-    domain: str
-    extent: Extent
-    losses: int = field(default=0, compare=False)
-    """How often the device had lost its memory when this was queued."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Give a whole segment back to the system."""
-
-    segment: int
-    size: int
-    losses: int = field(default=0, compare=False)
-    """As in Punch."""
-
-
-Reclaim = Punch | Release
 
 
 class _Holes(NamedTuple):
@@ -117,6 +94,10 @@ class DeviceMemory:
         """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
         return self._outstanding > 0 or bool(self._ending)
 
+    def resize(self, budget: int, pool_limit: int) -> None:
+        """Have another budget, not below what is used, and another pool."""
+        self.budget, self._pool_limit = budget, pool_limit
+
     def arena(self, domain: str) -> Arena:
         """The arena of one sharing domain."""
         return self._arenas.setdefault(domain, Arena(self.page))
@@ -179,7 +160,8 @@ class DeviceMemory:
             freed.setdefault(extent.segment, []).append(extent)
         holes, largest = self._holes(), 0
         for segment, name in self._domain_of.items():
-            if segment not in freed and (name != domain or self._sparse):
+            frozen = self._arenas[name].is_frozen(segment)
+            if segment not in freed and (name != domain or self._sparse or frozen):
                 continue
             ranges = self._arenas[name].free_ranges(segment)
             before = sum(_whole_pages(ranges, self.page))
@@ -187,6 +169,10 @@ class DeviceMemory:
                 ranges.add(extent.offset, extent.end)
             after = list(_whole_pages(ranges, self.page))
             own, common = holes[name]
+            if frozen:
+                if ranges.total == self.size(segment):
+                    holes[name] = _Holes(own, common + self._arenas[name].populated(segment))
+                continue
             if self._sparse:
                 holes[name] = _Holes(own, common + sum(after) - before)
                 continue
@@ -277,12 +263,35 @@ class DeviceMemory:
         for segment, parts in touched.items():
             if arena.is_empty(segment):
                 pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
-                if not pooled:
+                if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self._sparse:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
                         self._queue(Punch(domain, leaving, self._losses))
+
+    def adopt(
+        self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+    ) -> None:
+        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back."""
+        arena = self.arena(domain)
+        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen)
+        self._domain_of[segment] = domain
+        for leaving in arena.start_leaving(segment) if self._sparse else ():
+            self._queue(Punch(domain, leaving, self._losses))
+
+    def is_frozen(self, segment: int) -> bool:
+        """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
+        return self.arena(self._domain_of[segment]).is_frozen(segment)
+
+    def excess(self) -> int:
+        """Bytes beyond the budget when all has gone that is unused, or on its way already; that is now queued."""
+        self._return_unused(self._excess())
+        return max(0, self._excess())
+
+    def _excess(self) -> int:
+        leaving = self._releasing + sum(arena.leaving for arena in self._arenas.values())
+        return self.used - leaving - self.budget
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""

@@ -1,7 +1,7 @@
 """The store: blobs by content, the loads that bring them, the checkpoints that keep them.
 
-Every state of the books changes here and nowhere else. The store touches no memory: it grants extents, says where equal
-bytes may lie, and queues memory that can go (see memory.py). What changed comes out as events.
+Every state of the books changes here, but for restoring.py, which fills empty ones. The store touches no memory: it
+grants extents, says where equal bytes may lie, and queues memory that can go (see memory.py). Events tell of changes.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class Store:
         twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
         return replaced
 
-    def seal(self, load: int, content: Content, now: float, manifest: bytes = b"") -> Checkpoint:
+    def seal(self, load: int, content: Content, now: float, manifest: object = None) -> Checkpoint:
         """A load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end_load` is still to come.
 
         When that content is resident already, the checkpoint that is there is returned. What the listener of events
@@ -254,7 +254,7 @@ class Store:
         for blob in checkpoint.unique.values():
             blob.references += 1
             if blob.state is BlobState.RESERVED:
-                blob.move(BlobState.SEALED)
+                self._blobs.seal(blob)
                 del books.placed[blob.number]
                 self._hold(books, blob)
                 own.append(blob.slot)
@@ -282,14 +282,14 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
-    def remove(self, checkpoint: Checkpoint, called: str = "") -> int:
+    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed") -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
         if holders := self.holders(checkpoint):
             raise checkpoint.in_use(holders, called)
-        return self._evict(checkpoint, "removed")
+        return self._evict(checkpoint, reason)
 
     def lose(self, device: str, reason: str) -> list[Checkpoint]:
         """A device's memory is gone, with every checkpoint and open load on it. Returns the lost checkpoints.
@@ -319,7 +319,7 @@ class Store:
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
-        return sum(blob.length for blob in self.blobs() if blob.key.device == device)
+        return self._blobs.sealed_bytes(device)
 
     def in_flight_bytes(self, device: str) -> int:
         """Bytes granted to open loads on a device."""

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
-from weightd_daemon.config import ConfigError, means
+from weightd_daemon.config import ConfigError
+from weightd_daemon.notation import means
 
 from .cuda_ipc import CudaIpcDevice
 from .cuda_vmm import CudaVmmDevice
@@ -41,7 +42,7 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
         visible = _visible(leave_out=optional)
     except (DeviceMismatchError, DeviceError) as error:
         if not optional:
-            raise ConfigError(f"device = {','.join(said)!r}: {error}") from error
+            raise ConfigError(f"device = {','.join(said)!r}: {error}", "device") from error
         broken = isinstance(error, DeviceError)
         log.log(logging.WARNING if broken else logging.INFO, "no GPU: %s; serving host memory", error)
         return
@@ -51,7 +52,7 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
             device = _open(ordinal, transport, holding)
         except WeightdError as error:
             if not optional:
-                raise ConfigError(f"device {uuid} cannot be served: {error}") from error
+                raise ConfigError(f"device {uuid} cannot be served: {error}", "device") from error
             log.warning("device %s is not served: %s", uuid, error)
         else:
             yield Gpu(device, (uuid, f"cuda:{ordinal}", "cuda"))
@@ -80,11 +81,13 @@ def _chosen(wanted: Sequence[str], visible: Mapping[driver.Ordinal, str]) -> lis
             if any(means(said, name) for name in (uuid, f"cuda:{ordinal}", "cuda"))
         ]
         if not found:
-            raise ConfigError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}")
+            raise ConfigError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}", "device")
         if len(found) > 1 and said != "cuda":
-            raise ConfigError(f"device = {said!r}: means more than one of {_listed(visible)}; say more of it")
+            raise ConfigError(f"device = {said!r}: means more than one of {_listed(visible)}; say more of it", "device")
         if twice := [ordinal for ordinal in found if ordinal in ordinals]:
-            raise ConfigError(f"device = {said!r}: is cuda:{twice[0]} ({visible[twice[0]]}), which is named already")
+            raise ConfigError(
+                f"device = {said!r}: is cuda:{twice[0]} ({visible[twice[0]]}), which is named already", "device"
+            )
         ordinals += found
     return ordinals
 

@@ -21,6 +21,7 @@ class CudaDevice:
 
     kind: str
     sparse = False
+    lasting: bool
     default_share = 0.8
 
     def __init__(self, ordinal: driver.Ordinal) -> None:
@@ -36,6 +37,10 @@ class CudaDevice:
     def available(self) -> int | None:
         """What NVML says."""
         return free_bytes(self.uuid)
+
+    def hollow(self, segment: int) -> list[tuple[int, int]]:
+        """None: an allocation is all or nothing."""
+        return []
 
     def punch(self, segment: int, offset: int, length: int) -> Never:
         """An allocation is all or nothing."""

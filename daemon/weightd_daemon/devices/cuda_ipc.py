@@ -16,7 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Never
 
 from weightd.errors import DeviceError
 
@@ -66,6 +66,7 @@ class CudaIpcDevice(CudaDevice):
     """
 
     kind = "cuda_ipc"
+    lasting = False
     page = _PAGE
 
     def __init__(self, ordinal: int, holding: Holding) -> None:
@@ -86,6 +87,10 @@ class CudaIpcDevice(CudaDevice):
             handle = holder.allocate(segment, size)
         self._segments[segment] = _Segment(size, handle, holder)
         return segment
+
+    def adopt(self, descriptor: int, size: int) -> Never:
+        """Its memory ends with its holder, and there are no descriptors of it. Errors: DeviceError, always."""
+        raise DeviceError(f"descriptor {descriptor}: no segment of {self.kind} memory can be taken over")
 
     def writable(self, segment: int) -> bytes:
         """The handle: whoever opens it may write."""

@@ -30,6 +30,7 @@ class CudaVmmDevice(CudaDevice):
     """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it."""
 
     kind = "cuda_vmm"
+    lasting = True
     note = ""
 
     def __init__(self, ordinal: int) -> None:
@@ -49,6 +50,16 @@ class CudaVmmDevice(CudaDevice):
         except BaseException:
             driver.release(allocation)
             raise
+        segment = next(self._numbers)
+        self._segments[segment] = _Segment(size, allocation, descriptor)
+        return segment
+
+    def adopt(self, descriptor: int, size: int) -> int:
+        """Import an allocation that an earlier daemon exported, and go on handing out that very descriptor.
+
+        That `size` is its size is believed: no function of the driver tells. A wrong one fails where it is mapped.
+        """
+        allocation = driver.import_descriptor(descriptor)
         segment = next(self._numbers)
         self._segments[segment] = _Segment(size, allocation, descriptor)
         return segment

@@ -35,6 +35,8 @@ class Device(Protocol):
     """Bytes in which memory is had and returned; segments are whole pages."""
     sparse: bool
     """Whether a segment takes memory only as it is written, and pages can be punched out of it."""
+    lasting: bool
+    """Whether a segment lives as long as anybody holds its descriptor, so that the next daemon can adopt it."""
     default_share: float
     """The part of the device that a daemon may use where nobody says."""
 
@@ -46,6 +48,16 @@ class Device(Protocol):
 
     def create(self, size: int) -> int:
         """Make a segment of `size` bytes and return its number. Errors: MemoryError, DeviceError."""
+
+    def adopt(self, descriptor: int, size: int) -> int:
+        """Take over a segment that an earlier daemon made, by its `writable` descriptor. Returns its number here.
+
+        The descriptor is the device's own from then on; on an error it stays the caller's. Errors: DeviceError (it is
+        no segment of this device, or of that size, or the device cannot take segments over).
+        """
+
+    def hollow(self, segment: int) -> list[tuple[int, int]]:
+        """The ranges of a segment that have no memory, as (start, end); none where it is not `sparse`."""
 
     def writable(self, segment: int) -> Handle:
         """What a loader opens the segment with, to write. A descriptor stays the device's own."""

@@ -12,11 +12,15 @@ import errno
 import fcntl
 import os
 import re
+import stat
 from itertools import count
 from pathlib import Path
 
+from weightd.errors import DeviceError
+
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
@@ -32,6 +36,7 @@ class HostDevice:
     name = "host memory"
     note = ""
     sparse = True
+    lasting = True
     default_share = 0.5
 
     def __init__(self) -> None:
@@ -61,9 +66,9 @@ class HostDevice:
         try:
             descriptor = os.memfd_create(f"weightd-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
             os.fchmod(descriptor, 0o400)
-            shared = os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+            shared = _reopened(descriptor)
         except OSError as error:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -72,6 +77,38 @@ class HostDevice:
             raise
         self._writable[segment], self._shared[segment] = descriptor, shared
         return segment
+
+    def adopt(self, descriptor: int, size: int) -> int:
+        """Take over a memfd that `create` made. Errors: DeviceError."""
+        try:
+            status = os.fstat(descriptor)
+            sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & (_SEALS | fcntl.F_SEAL_WRITE) == _SEALS
+            to_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+            if not (sealed and to_write and stat.S_IMODE(status.st_mode) == 0o400 and status.st_size == size):
+                raise DeviceError(f"descriptor {descriptor} is no segment of {size} bytes of host memory")
+            shared = _reopened(descriptor)
+        except OSError as error:  # F_GET_SEALS: it is no memfd
+            raise DeviceError(f"descriptor {descriptor} cannot be taken over: {error.strerror}") from error
+        segment = next(self._numbers)
+        self._writable[segment], self._shared[segment] = descriptor, shared
+        return segment
+
+    def hollow(self, segment: int) -> list[tuple[int, int]]:
+        """What the kernel calls holes."""
+        descriptor, position = self._writable[segment], 0
+        size = os.fstat(descriptor).st_size
+        found: list[tuple[int, int]] = []
+        while position < size:
+            try:
+                start = os.lseek(descriptor, position, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                start = size  # no data from here on
+            if position < start:
+                found.append((position, start))
+            position = os.lseek(descriptor, start, os.SEEK_HOLE) if start < size else size
+        return found
 
     def writable(self, segment: int) -> int:
         """The descriptor that the segment was made with."""
@@ -101,6 +138,11 @@ class HostDevice:
         """Release every segment."""
         for segment in list(self._writable):
             self.release(segment)
+
+
+def _reopened(descriptor: int) -> int:
+    """A second descriptor of a file, for reading only."""
+    return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _page_size() -> int:

@@ -6,19 +6,26 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from weightd_daemon.core.memory import DeviceMemory, Punch, Reclaim
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Punch, Reclaim
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .device import Device
 
 log = logging.getLogger(__name__)
 
 
 class Reclaimer:
-    """Returns one device's memory to the system. Started by `kick`, from the loop's thread."""
+    """Returns one device's memory to the system. Started by `kick`, from the loop's thread.
 
-    def __init__(self, device: Device) -> None:
+    `before_release(segment)` is told, on the other thread, of each segment that is about to be released.
+    """
+
+    def __init__(self, device: Device, before_release: Callable[[int], None] = lambda _: None) -> None:
         self._device = device
+        self._before_release = before_release
         self._memory: DeviceMemory | None = None
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Condition()
@@ -64,6 +71,7 @@ class Reclaimer:
                     extent = reclaim.extent
                     self._device.punch(extent.segment, extent.offset, extent.length)
                 else:
+                    self._before_release(reclaim.segment)
                     self._device.release(reclaim.segment)
             except Exception:  # whatever broke, the rest of the queue must be done and reported
                 # The bytes are free all the same; what is lost is that the system does not get them back.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from weightd._wire import source_from
 from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
+from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.loader.request import LoadRequest
 
 from .devices import meant, place
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog, Who
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loader.loads import Loads
@@ -74,6 +76,7 @@ class Attacher:
         connections: Connections,
         devices: dict[str, Device],
         default_device: str,
+        limits: Limits,
         now: Callable[[], float],
     ) -> None:
         self._store = store
@@ -83,11 +86,18 @@ class Attacher:
         self._connections = connections
         self._devices = devices
         self._default_device = default_device
+        self._limits = limits
         self._now = now
 
     def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> Attached:
-        """Take a lease and say what to send. Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError."""
-        checkpoint = self._find(connection, request)
+        """Take a lease and say what to send.
+
+        Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user).
+        """
+        who = self._connections.who(connection)
+        checkpoint = self._find(connection, who, request)
+        if most := self._limits.most(who, "leases"):
+            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, most))
         segments = self._segments(checkpoint, request)
         now = self._now()
         lease = self._store.leases.take(checkpoint.key, connection.holder, now)
@@ -120,6 +130,25 @@ class Attacher:
             return False
         return not self._store.leases.look(number)
 
+    def reclaim(self, connection: Connection, request: handles_pb2.ReclaimRequest) -> bool:
+        """Enter the connection as who holds a lease, if it is held, and by nobody known or by the same user.
+
+        This makes no lease and ends none. So all that a client can gain by a false claim is a line in `weightd ps`.
+        """
+        who, lease = self._connections.who(connection), self._store.leases.get(request.lease)
+        if lease is None or lease.waiting:
+            return False
+        key, claimed = lease.checkpoint, (request.device, request.content_digest)
+        if not isinstance(key, CheckpointKey) or (key.device, key.content_digest) != claimed:
+            return False
+        known = lease.holder.pid != 0
+        if (key.domain != who.domain and not who.admin) or (known and lease.holder.uid != connection.uid):
+            return False
+        if not self._store.leases.look(lease.number):
+            return False
+        self._store.leases.attribute(lease.number, connection.holder)
+        return True
+
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone: what waited for it is let go, what it mapped is looked at."""
         self._loads.disconnected(connection.number)
@@ -129,8 +158,12 @@ class Attacher:
             else:
                 self._store.leases.look(lease.number)
 
-    def _find(self, connection: Connection, request: handles_pb2.AttachRequest) -> Checkpoint:
+    def check_offer(self, connection: Connection) -> None:
+        """Whether a connection's user may have one more intake open. Errors: CapacityError, PermissionDeniedError."""
         who = self._connections.who(connection)
+        self._limits.check(who, "offers", self._connections.offers_of(who.uid) + self._loads.untaken(who.uid))
+
+    def _find(self, connection: Connection, who: Who, request: handles_pb2.AttachRequest) -> Checkpoint:
         target = request.WhichOneof("target")
         if target == "reference":
             return self._named(who, request.reference, meant(self._devices, request.device))

@@ -53,6 +53,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             raise
         if resident is not None:
             os.close(intake)
+            parts.store.leases.admit()
             name = parts.loads.settle(wish, resident)
             parts.loads.keep(wish, resident)
             outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)

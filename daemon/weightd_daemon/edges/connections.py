@@ -53,13 +53,21 @@ class Connections:
 
     def __init__(self, *, isolated: bool, admins: frozenset[int]) -> None:
         self._isolated = isolated
-        self._admins = admins | {0, os.geteuid()}
+        self.change_admins(admins)
         self._overflow = _overflow_uid()
         self._by_token: dict[str, Connection] = {}
         self._numbers = count(1)
 
     def __len__(self) -> int:
         return len(self._by_token)
+
+    def change_admins(self, admins: frozenset[int]) -> None:
+        """Who may do what owners may, from now on; root and this process's user always may."""
+        self._admins = admins | {0, os.geteuid()}
+
+    def offers_of(self, uid: int | None) -> int:
+        """Intakes without a load on all connections of a user."""
+        return sum(len(connection.offers) for connection in self._by_token.values() if connection.uid == uid)
 
     def add(self, peer: socket.socket) -> Connection:
         """Enter a peer that has just connected."""
@@ -84,11 +92,13 @@ class Connections:
 
     def who(self, connection: Connection) -> Who:
         """What the store needs to know of a peer. Errors: PermissionDeniedError (isolated, and without an identity)."""
-        if not self._isolated:
-            return Who(connection.uid, connection.uid in self._admins, "")
-        if connection.uid is None:
+        if self._isolated and connection.uid is None:
             raise PermissionDeniedError("your user id is not known here, and this daemon keeps users apart")
-        return Who(connection.uid, connection.uid in self._admins, f"uid-{connection.uid}")
+        return self.user(connection.uid)
+
+    def user(self, uid: int | None) -> Who:
+        """What the store needs to know of a user."""
+        return Who(uid, uid in self._admins, f"uid-{uid}" if self._isolated else "")
 
 
 def command_of(pid: int) -> str:

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import __version__
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightd_daemon.devices.device import Handle
 
@@ -45,12 +46,24 @@ class ProtocolError(Exception):
 
 
 class HandleServer:
-    """Listens, and keeps one `_Peer` per connection. Everything runs on the loop's thread."""
+    """Listens, and keeps one `_Peer` per connection. Everything runs on the loop's thread.
 
-    def __init__(self, *, connections: Connections, attacher: Attacher, max_connections: int) -> None:
+    When an attach was answered, `on_attach` hears with what gRPC code, and the seconds that it took.
+    """
+
+    def __init__(
+        self,
+        *,
+        connections: Connections,
+        attacher: Attacher,
+        max_connections: int,
+        on_attach: Callable[[str, float], None],
+    ) -> None:
         self._connections = connections
         self._attacher = attacher
-        self._max_connections = max_connections
+        self.max_connections = max_connections
+        """One more is closed at once."""
+        self._on_attach = on_attach
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
         self._listener: socket.socket | None = None
@@ -80,7 +93,7 @@ class HandleServer:
             loop.remove_reader(listener.fileno())
             loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
             return
-        if len(self._peers) >= self._max_connections:
+        if len(self._peers) >= self.max_connections:
             log.warning("connection refused: %d are open", len(self._peers))
             accepted.close()
             return
@@ -146,7 +159,7 @@ class _Peer:
             if kind == "hello":
                 self._hello(request.hello)
             elif kind == "attach":
-                self._attach(request.attach)
+                self._timed_attach(request.attach)
             elif kind == "ack":
                 self._send_batch()
             elif kind == "offer":
@@ -154,6 +167,9 @@ class _Peer:
             elif kind == "detach":
                 ended = self._server._attacher.detach(self._connection, request.detach.lease)
                 self._send(handles_pb2.HandleReply(detach=handles_pb2.DetachReply(ended=ended)))
+            elif kind == "reclaim":
+                held = self._server._attacher.reclaim(self._connection, request.reclaim)
+                self._send(handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=held)))
             else:
                 raise ProtocolError("a frame without a request")
         except WeightdError as error:
@@ -180,6 +196,17 @@ class _Peer:
         self._deadline.cancel()
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
+
+    def _timed_attach(self, request: handles_pb2.AttachRequest) -> None:
+        start, code = time.perf_counter(), "INTERNAL"
+        try:
+            self._attach(request)
+            code = "OK"
+        except WeightdError as error:
+            code = error.grpc_code
+            raise
+        finally:
+            self._server._on_attach(code, time.perf_counter() - start)
 
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
         attached: Attached = self._server._attacher.attach(self._connection, request)
@@ -234,6 +261,7 @@ class _Peer:
     def _offer(self) -> None:
         if len(self._connection.offers) >= MAX_OFFERS:
             raise ProtocolError(f"more than {MAX_OFFERS} offers without a load")
+        self._server._attacher.check_offer(self._connection)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
             number = next(self._server._offer_numbers)

@@ -1,4 +1,7 @@
-"""One interceptor: errors of the domain become gRPC codes with details; a bug becomes INTERNAL with an id."""
+"""One interceptor: errors of the domain become gRPC codes with details; a bug becomes INTERNAL with an id.
+
+It also says how each call has ended.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
-    """Wraps unary and streaming handlers alike, also for errors after the first streamed message."""
+    """Wraps unary and streaming handlers alike, also for errors after the first streamed message.
+
+    When a call has ended, `on_call` hears its method ("DaemonService/GetStats") and gRPC code.
+    """
+
+    def __init__(self, on_call: Callable[[str, str], None]) -> None:
+        self._on_call = on_call
 
     async def intercept_service(
         self,
@@ -45,34 +54,49 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         if inspect.isasyncgenfunction(inner):
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-                try:
-                    # Closed with this one, not when the collector comes: what it holds ends with the call.
-                    async with contextlib.aclosing(inner(request, context)) as responses:
-                        async for response in responses:
-                            yield response
-                except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
-                    await _abort(context, method, error)
+                # Closed with this one, not when the collector comes: what it holds ends with the call.
+                async with self._ending(context, method), contextlib.aclosing(inner(request, context)) as responses:
+                    async for response in responses:
+                        yield response
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
 
         async def single(request: Any, context: Context) -> Any:
-            try:
+            async with self._ending(context, method):
                 return await inner(request, context)
-            except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
-                await _abort(context, method, error)
 
         if handler.response_streaming:  # one that writes its responses to the context (health's Watch)
             return grpc.unary_stream_rpc_method_handler(single, **codec)
         return grpc.unary_unary_rpc_method_handler(single, **codec)
 
+    @contextlib.asynccontextmanager
+    async def _ending(self, context: Context, method: str) -> AsyncIterator[None]:
+        """Around what answers a call."""
+        code = "CANCELLED"  # unless it comes to an end of its own
+        try:
+            yield
+            code = "OK"
+        except grpc.aio.AbortError:  # health's, which has set its own code
+            code = context.code().name
+            raise
+        except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
+            known = _known(method, error)
+            code = known.grpc_code
+            await _abort(context, known)
+        finally:
+            self._on_call(method.rpartition(".")[2], code)
 
-async def _abort(context: Context, method: str, error: Exception) -> NoReturn:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
+
+def _known(method: str, error: Exception) -> WeightdError:
+    """The error, or that there is a bug: the log has it then."""
     if not isinstance(error, WeightdError):
         number = secrets.token_hex(4)
         log.error("bug id=%s method=%s", number, method, exc_info=error)
-        error = ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
+        return ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
+    return error
+
+
+async def _abort(context: Context, error: WeightdError) -> NoReturn:
     code = grpc.StatusCode[error.grpc_code]
     info = errors_pb2.ErrorInfo(reason=error.reason, domain="weightd", metadata=error.metadata)
     details = AnyMessage(type_url=_TYPE_URL, value=info.SerializeToString())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 import struct
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 LOCK_BASE = 1 << 40
 """Lease n is byte LOCK_BASE + n of its manifest: past any content."""
 
-_DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
+MOST_INHERITED = 10_000
+"""Leases of an earlier daemon that are told apart on one manifest; the kernel is asked thrice for each."""
+
+DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
 _FLOCK = struct.Struct("hhqqi4x")
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -54,7 +58,7 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
         segment_bytes=[segment_bytes(segment) for segment in content.segments],
         names=[entry.name for entry in entries],
         file_indices=[entry.file for entry in entries],
-        dtypes=[_DTYPES[entry.dtype] for entry in entries],
+        dtypes=[DTYPES[entry.dtype] for entry in entries],
         ranks=[len(entry.shape) for entry in entries],
         dimensions=[size for entry in entries for size in entry.shape],
         segments=[segment_index[blob.segment] if blob is not None else 0 for blob in blobs],
@@ -71,28 +75,69 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
     ).SerializeToString()
 
 
+def make_manifest(encoded: bytes) -> int:
+    """The descriptor of a sealed memfd with an encoded manifest. Errors: OSError."""
+    descriptor = os.memfd_create("weightd-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(encoded)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        os.fchmod(descriptor, 0o400)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def is_manifest(descriptor: int) -> bool:
+    """Whether a descriptor is of a memfd as `make_manifest` makes them: nobody can write to it or resize it."""
+    try:
+        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+        return sealed and stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o400
+    except OSError:
+        return False
+
+
 class Manifests:
-    """The manifests of all resident checkpoints, and the locks on them."""
+    """The manifests of all resident checkpoints, and the locks on them.
 
-    def __init__(self) -> None:
+    `before_lock` is told the number of each lease before its lock is put on a manifest.
+    """
+
+    def __init__(self, before_lock: Callable[[int], None] = lambda _: None) -> None:
         self._descriptors: dict[CheckpointKey, int] = {}
+        self._crowded: dict[CheckpointKey, tuple[int, int]] = {}
+        self._before_lock = before_lock
 
-    def add(self, key: CheckpointKey, encoded: bytes) -> None:
-        """Keep a manifest."""
-        descriptor = os.memfd_create("weightd-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            with open(descriptor, "wb", closefd=False) as file:
-                file.write(encoded)
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            os.fchmod(descriptor, 0o400)
-        except BaseException:
-            os.close(descriptor)
-            raise
+    def add(self, key: CheckpointKey, descriptor: int) -> None:
+        """Take over the descriptor of a manifest."""
         self._descriptors[key] = descriptor
 
     def remove(self, key: CheckpointKey) -> None:
         """Give a manifest up; those who map it keep it."""
         os.close(self._descriptors.pop(key))
+        self._crowded.pop(key, None)
+
+    def inherited(self, key: CheckpointKey, last: int) -> list[int]:
+        """The numbers of the leases, up to `last`, that an earlier daemon gave and that are held.
+
+        A lock on more than one byte is nobody's lease, and hides those that lie under it. Where there is such a one,
+        this is one number, which counts as held as long as any byte is locked.
+        """
+        held: list[int] = []
+        spans = [(1, last + 1)]
+        while spans:
+            low, high = spans.pop()
+            found = self._first_lock(key, low, high) if low < high else None
+            if found is None:
+                continue
+            start, end = found
+            if end - start != 1 or len(held) == MOST_INHERITED:
+                self._crowded[key] = (start, last)
+                return [start]
+            held.append(start)
+            spans += [(low, start), (end, high)]
+        return sorted(held)
 
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""
@@ -105,9 +150,12 @@ class Manifests:
 
     def lock(self, key: CheckpointKey, number: int) -> int:
         """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""
+        self._before_lock(number)
         descriptor = os.open(f"/proc/self/fd/{self._descriptors[key]}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _byte(fcntl.F_RDLCK, number))
+            fcntl.fcntl(
+                descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, LOCK_BASE + number, 1, 0)
+            )
         except OSError:
             os.close(descriptor)
             raise
@@ -116,17 +164,23 @@ class Manifests:
     def is_locked(self, lease: Lease) -> bool:
         """Whether the lock of a lease is still there."""
         key = lease.checkpoint
-        descriptor = self._descriptors.get(key) if isinstance(key, CheckpointKey) else None
-        if descriptor is None:
+        if not isinstance(key, CheckpointKey) or key not in self._descriptors:
             return False
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _byte(fcntl.F_WRLCK, lease.number))
-        return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+        number, last = self._crowded.get(key, (0, 0))
+        low, high = (1, last) if lease.number == number else (lease.number, lease.number)
+        return self._first_lock(key, low, high + 1) is not None
 
     def close(self) -> None:
         """Give every manifest up."""
         for key in list(self._descriptors):
             self.remove(key)
 
-
-def _byte(kind: int, number: int) -> bytes:
-    return _FLOCK.pack(kind, os.SEEK_SET, LOCK_BASE + number, 1, 0)
+    def _first_lock(self, key: CheckpointKey, low: int, high: int) -> tuple[int, int] | None:
+        """One lock on the bytes of the leases from `low` to before `high`, as far as it is in there; None without."""
+        wanted = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, LOCK_BASE + low, high - low, 0)
+        answer = fcntl.fcntl(self._descriptors[key], fcntl.F_OFD_GETLK, wanted)
+        kind, _, start, length, _ = _FLOCK.unpack(answer)
+        if kind == fcntl.F_UNLCK:
+            return None
+        end = start + length - LOCK_BASE if length else high  # 0: to the end of all files
+        return max(low, start - LOCK_BASE), min(high, end)

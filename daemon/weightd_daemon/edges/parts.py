@@ -11,7 +11,9 @@ from weightd_daemon.devices.device import Device
 from weightd_daemon.loader.loads import Loads
 
 from .connections import Connection, Connections
+from .draining import Drain
 from .interceptors import Context
+from .journal import Journal
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 
@@ -27,6 +29,8 @@ class Parts(NamedTuple):
     default_device: str
     now: Callable[[], float]
     started: float
+    journal: Journal
+    drain: Drain
 
     def caller(self, context: Context) -> tuple[Connection, Who]:
         """Whose call it is. Errors: PermissionDeniedError."""

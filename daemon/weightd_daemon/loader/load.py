@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
@@ -19,7 +19,7 @@ from .channel import Message, error_from, error_to
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.store import Store
@@ -43,8 +43,15 @@ class Instance(NamedTuple):
     blob: int
 
 
-Encode = Callable[[Content, str], bytes]
-"""Encodes the manifest of a content on the device of that UUID (edges/leases.py)."""
+class Draft(Protocol):
+    """The manifest of a content that is not sealed yet (edges/survival.py)."""
+
+    def discard(self) -> None:
+        """Give it up; nothing happens where the seal has taken it."""
+
+
+Prepare = Callable[[Content, str], Awaitable[Draft]]
+"""Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""
 
 
 class InstanceIndex(Protocol):
@@ -67,12 +74,13 @@ class LoadSteps:
         device: Device,
         reclaimer: Reclaimer,
         index: InstanceIndex,
-        encode: Encode,
+        prepare: Prepare,
         number: int,
         sources: tuple[SourceFile, ...],
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
+        admit: Callable[[int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -80,12 +88,13 @@ class LoadSteps:
         self._device = device
         self._reclaimer = reclaimer
         self._index = index
-        self._encode = encode
+        self._prepare = prepare
         self._number = number
         self._sources = sources
         self._verify = verify
         self._now = now
         self._on_files = on_files
+        self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
         self._files: list[ManifestFile] = []
@@ -172,6 +181,7 @@ class LoadSteps:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
     async def _laid_out(self, message: Message) -> _Answer:
+        self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._store.admit(self._number, [length for length in missing if length], message["lanes"])
@@ -261,18 +271,28 @@ class LoadSteps:
                 rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
                 return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
             identities = self._identities()
-            content, manifest = await asyncio.to_thread(self._describe, identities)
-            # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-            if not self._store.rechecks(self._number) and identities == self._identities():
-                break
+            content = await asyncio.to_thread(self._describe, identities)
+            draft = await self._prepare(content, self._device.uuid)
+            try:
+                # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
+                if not self._store.rechecks(self._number) and identities == self._identities():
+                    total = sum(entry.length for entry in self._entries)
+                    self._admit(total, len(self._entries), content.content_digest)
+                    self._seal(content, draft)
+                    break
+            finally:
+                draft.discard()
+        await self._remember()
+        return {"pairs": []}, []
+
+    def _seal(self, content: Content, draft: Draft) -> None:
+        """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._store.seal(self._number, content, self._now(), manifest)
+        self.checkpoint = self._store.seal(self._number, content, self._now(), draft)
         self.checkpoint.origin = self.checkpoint.origin or self._sources
         if self.trusted:
             self._claim_sources(self.checkpoint)
-        self._on_sealed(self.checkpoint)  # before anything is awaited: from here on it could be evicted
-        await self._remember()
-        return {"pairs": []}, []
+        self._on_sealed(self.checkpoint)
 
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
         """Enter what the loader's comparisons brought."""
@@ -284,12 +304,11 @@ class LoadSteps:
         if replaced:
             self._blobs = [replaced.get(blob.number, blob) if blob is not None else None for blob in self._blobs]
 
-    def _describe(self, identities: list[BlobIdentity]) -> tuple[Content, bytes]:
-        """The content and its encoded manifest. Runs on a thread: 120,000 tensors take half a second."""
+    def _describe(self, identities: list[BlobIdentity]) -> Content:
+        """The content. Runs on a thread: 120,000 tensors take half a second."""
         digest = content_digest(self._entries, identities, self._files)
         views = fused_views(self._entries, self._blobs)
-        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
-        return content, self._encode(content, self._device.uuid)
+        return Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 

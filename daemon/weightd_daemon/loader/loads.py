@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.events import LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
-from .load import Encode, InstanceIndex, LoadSteps
+from .load import InstanceIndex, LoadSteps, Prepare
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .quota import Quota
 from .request import LoadRequest, Outcome
 from .source import RESTED_SECONDS
+from .turns import ANYBODY, Turns
 from .waiters import Load
 
 if TYPE_CHECKING:
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.events import Event
+    from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
@@ -55,11 +60,13 @@ class Loads:
         devices: dict[str, Device],
         reclaimers: dict[str, Reclaimer],
         index: InstanceIndex,
-        encode: Encode,
+        prepare: Prepare,
         now: Callable[[], float],
+        on_event: Callable[[Event], None],
         lock: int,
         threads: int,
-        at_once: int,
+        turns: Turns,
+        limits: Limits,
         argv: Sequence[str] = DEFAULT_ARGV,
     ) -> None:
         self._store = store
@@ -67,13 +74,14 @@ class Loads:
         self._devices = devices
         self._reclaimers = reclaimers
         self._index = index
-        self._encode = encode
+        self._prepare = prepare
         self._now = now
+        self._on_event = on_event
         self._lock = lock
-        self._threads = threads
-        self._turns = asyncio.Semaphore(at_once)
-        self._turns_of: dict[int | None, asyncio.Semaphore] = {}
-        self._most_of_one = max(1, at_once - 1)
+        self.threads = threads
+        """With how many threads the next load reads."""
+        self._turns = turns
+        self._quota = Quota(store, catalog, limits)
         self._argv = argv
         self._closing = False
         self._numbers = count(1)
@@ -102,7 +110,7 @@ class Loads:
     def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
 
-        Errors: PermissionDeniedError, InvalidReferenceError (name).
+        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
         """
         checkpoint.last_used = self._now()
         name = request.name
@@ -114,8 +122,13 @@ class Loads:
                     raise
                 name = ""
         if request.pin:
-            checkpoint.pins.add(request.who.uid)
+            self._catalog.keep(request.who, checkpoint)
         return name
+
+    def untaken(self, uid: int | None) -> int:
+        """Intakes that a user's loads hold until they have their turn."""
+        mine = (load for load in self.under_way if load.request.who.uid == uid)
+        return sum(not load.loader_there.is_set() for load in mine)
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left."""
@@ -128,10 +141,12 @@ class Loads:
         """Begin a load or join one of the same files by the same owner.
 
         Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
-        loader's end of the client's offer; a load that begins takes it over.
+        loader's end of the client's offer; a load that begins takes it over. Errors: DrainingError, LeaseLostError (the
+        daemon stops), InUseError (too many of this connection).
         """
         if self._closing:
             raise LeaseLostError(_STOPPING)
+        self._store.leases.admit()
         if len(self._waiters_of(request.holder.connection)) >= MAX_UNFINISHED:
             raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
         key = (request.device, request.who.domain, request.who.uid, request.sources)
@@ -156,9 +171,8 @@ class Loads:
             load.waiters[-waiter] = request  # its name and pin are still wanted
         if not load.done.done() and not load.detached and not load.waiters:
             log.info("load cancelled sources=%d", len(load.request.sources))
-            self._fail(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
-            if load.task is not None:
-                load.task.cancel()
+            load.abandoned = True
+            self._end(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
 
     def disconnected(self, connection: int) -> None:
         """A connection is gone, and with it those who waited on it."""
@@ -173,7 +187,7 @@ class Loads:
 
         `check` raises where the blobs are lost, which may happen at any moment.
         """
-        async with self._turns:
+        async with self._turns.turn(ANYBODY):
             loader = await self._take_loader()
             usable = False
             self._verifying[loader] = device.uuid
@@ -205,17 +219,17 @@ class Loads:
                 loader.kill()
         for load in self.under_way:
             if load.request.device == device:
-                self._fail(load, error)
-                if load.task is not None:
-                    load.task.cancel()
+                self._end(load, error)
+
+    def end_all(self, error: WeightdError) -> None:
+        """Every load under way ends with this error, and its waiters are told."""
+        for load in self.under_way:
+            self._end(load, error)
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""
         self._closing = True
-        for load in self.under_way:
-            self._fail(load, LeaseLostError(_STOPPING))
-            if load.task is not None:
-                load.task.cancel()
+        self.end_all(LeaseLostError(_STOPPING))
 
     async def close(self) -> None:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
@@ -240,10 +254,6 @@ class Loads:
             if request.holder.connection == connection
         ]
 
-    def _turn_of(self, uid: int | None) -> asyncio.Semaphore:
-        """The turns of one user: one is always left for others, whatever its loads wait for."""
-        return self._turns_of.setdefault(uid, asyncio.Semaphore(self._most_of_one))
-
     def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
         """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
 
@@ -257,6 +267,11 @@ class Loads:
         if self._flights.get(key) is load:
             del self._flights[key]
 
+    def _end(self, load: Load, error: WeightdError) -> None:
+        self._fail(load, error)
+        if load.task is not None:
+            load.task.cancel()
+
     def _fail(self, load: Load, error: WeightdError) -> None:
         if not load.done.done():
             load.done.set_exception(error)
@@ -266,27 +281,33 @@ class Loads:
         request = load.request
         device = self._devices[request.device]
         number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+        begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
+        began = self._now()
+        self._on_event(begun)
         loader: LoaderProcess | None = None
         usable = False
 
         def on_sealed(checkpoint: Checkpoint) -> None:
+            load.announced = 0
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
+            self._catalog.changed()
 
         try:
-            async with self._turn_of(request.who.uid), self._turns:
+            async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    encode=self._encode, number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    prepare=self._prepare, number=number, sources=request.sources, verify=request.verify, now=self._now,
+                    admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._take_loader()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
                 # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
-                lanes = self._threads if device.kind == "host" else 1
+                lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
-                job = {"job": "load", **place, "threads": self._threads, "lanes": lanes, "sources": labels}
+                job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
                 await loader.send({**job, "components": [source.component for source in request.sources]})
                 await loader.send_descriptor(intake)
                 os.close(intake)
@@ -315,6 +336,7 @@ class Loads:
             task = asyncio.get_running_loop().create_task(tidy)
             self._background.add(task)
             task.add_done_callback(self._background.discard)
+            self._on_event(load.ended(begun, self._now() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
         log.info(

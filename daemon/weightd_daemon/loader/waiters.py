@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from weightd.errors import WeightdError
+from weightd_daemon.core.events import LoadBegun, LoadEnded
+
 from .request import LoadRequest, Outcome, Progress
 
 if TYPE_CHECKING:
@@ -20,6 +23,10 @@ class Load:
         self.request = request
         self.progress = Progress()
         self.detached = request.detached
+        self.announced = 0
+        """Bytes that it will bring; 0 before that is known, and when they are there."""
+        self.abandoned = False
+        """Whether it was cancelled because nobody waits for it any more."""
         self.waiters: dict[int, LoadRequest] = {}
         self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
@@ -50,6 +57,18 @@ class Load:
         while not self.done.done():
             if await self._happens(self._changed):
                 yield self.progress
+
+    def ended(self, begun: LoadBegun, seconds: float) -> LoadEnded:
+        """How it went, once it is over."""
+        error = self.done.exception()
+        if error is not None:
+            reason = error.reason if isinstance(error, WeightdError) else "INTERNAL"
+            return LoadEnded(begun, "CANCELLED" if self.abandoned else reason, str(error), seconds)
+        _, outcome = self.done.result()
+        return LoadEnded(
+            begun, "OK", "", seconds, outcome.content_digest,
+            outcome.total_bytes, outcome.unique_bytes, outcome.read_bytes,
+        )  # fmt: skip
 
     async def _happens(self, event: asyncio.Event) -> bool:
         """Wait for an event, or for the end of the load; whether the event has happened."""

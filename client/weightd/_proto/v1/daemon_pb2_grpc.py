@@ -45,6 +45,21 @@ class DaemonServiceStub(object):
                 request_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.WatchEvents = channel.unary_stream(
+                '/weightd.v1.DaemonService/WatchEvents',
+                request_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.WatchEventsRequest.SerializeToString,
+                response_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.Event.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_stream(
+                '/weightd.v1.DaemonService/Drain',
+                request_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainRequest.SerializeToString,
+                response_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainEvent.FromString,
+                _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/weightd.v1.DaemonService/Undrain',
+                request_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainRequest.SerializeToString,
+                response_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainResponse.FromString,
+                _registered_method=True)
 
 
 class DaemonServiceServicer(object):
@@ -65,6 +80,32 @@ class DaemonServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchEvents(self, request, context):
+        """WatchEvents streams what has happened lately, and with `follow` what happens from now on.
+        Errors: ABORTED (the reader is too slow; the message counts what it missed), FAILED_PRECONDITION (too many readers).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Drain empties the daemon: from now on attaches and loads are refused with UNAVAILABLE, loads under way end; when
+        nobody holds a lease any more, every checkpoint goes. It streams who still holds one; the last event is the result.
+        The daemon goes on draining when the call ends early. A second call watches the same drain.
+        Errors: PERMISSION_DENIED (only admins may), FAILED_PRECONDITION (leases are held when the time is over), ABORTED
+        (somebody has ended the drain).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Undrain lets attaches and loads in again. What has gone stays gone. Errors: PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DaemonServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +118,21 @@ def add_DaemonServiceServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsRequest.FromString,
                     response_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'WatchEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEvents,
+                    request_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.WatchEventsRequest.FromString,
+                    response_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.Event.SerializeToString,
+            ),
+            'Drain': grpc.unary_stream_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainRequest.FromString,
+                    response_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainEvent.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainRequest.FromString,
+                    response_serializer=weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +190,87 @@ class DaemonService(object):
             '/weightd.v1.DaemonService/GetStats',
             weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsRequest.SerializeToString,
             weightd_dot___proto_dot_v1_dot_daemon__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/weightd.v1.DaemonService/WatchEvents',
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.WatchEventsRequest.SerializeToString,
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/weightd.v1.DaemonService/Drain',
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainRequest.SerializeToString,
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.DrainEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weightd.v1.DaemonService/Undrain',
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainRequest.SerializeToString,
+            weightd_dot___proto_dot_v1_dot_daemon__pb2.UndrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -109,34 +109,38 @@ DTYPE_GGML_NVFP4: DType
 DTYPE_GGML_Q1_0: DType
 
 class HandleRequest(_message.Message):
-    __slots__ = ("hello", "attach", "ack", "offer", "detach")
+    __slots__ = ("hello", "attach", "ack", "offer", "detach", "reclaim")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     DETACH_FIELD_NUMBER: _ClassVar[int]
+    RECLAIM_FIELD_NUMBER: _ClassVar[int]
     hello: HelloRequest
     attach: AttachRequest
     ack: BatchAck
     offer: OfferRequest
     detach: DetachRequest
-    def __init__(self, hello: _Optional[_Union[HelloRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., ack: _Optional[_Union[BatchAck, _Mapping]] = ..., offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ...) -> None: ...
+    reclaim: ReclaimRequest
+    def __init__(self, hello: _Optional[_Union[HelloRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., ack: _Optional[_Union[BatchAck, _Mapping]] = ..., offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., reclaim: _Optional[_Union[ReclaimRequest, _Mapping]] = ...) -> None: ...
 
 class HandleReply(_message.Message):
-    __slots__ = ("hello", "attach", "batch", "offer", "detach", "error")
+    __slots__ = ("hello", "attach", "batch", "offer", "detach", "error", "reclaim")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     BATCH_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     DETACH_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    RECLAIM_FIELD_NUMBER: _ClassVar[int]
     hello: HelloReply
     attach: AttachReply
     batch: DescriptorBatch
     offer: OfferReply
     detach: DetachReply
     error: HandleError
-    def __init__(self, hello: _Optional[_Union[HelloReply, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., batch: _Optional[_Union[DescriptorBatch, _Mapping]] = ..., offer: _Optional[_Union[OfferReply, _Mapping]] = ..., detach: _Optional[_Union[DetachReply, _Mapping]] = ..., error: _Optional[_Union[HandleError, _Mapping]] = ...) -> None: ...
+    reclaim: ReclaimReply
+    def __init__(self, hello: _Optional[_Union[HelloReply, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., batch: _Optional[_Union[DescriptorBatch, _Mapping]] = ..., offer: _Optional[_Union[OfferReply, _Mapping]] = ..., detach: _Optional[_Union[DetachReply, _Mapping]] = ..., error: _Optional[_Union[HandleError, _Mapping]] = ..., reclaim: _Optional[_Union[ReclaimReply, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
     __slots__ = ("protocol",)
@@ -233,6 +237,22 @@ class DetachReply(_message.Message):
     ENDED_FIELD_NUMBER: _ClassVar[int]
     ended: bool
     def __init__(self, ended: bool = ...) -> None: ...
+
+class ReclaimRequest(_message.Message):
+    __slots__ = ("lease", "content_digest", "device")
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    lease: int
+    content_digest: str
+    device: str
+    def __init__(self, lease: _Optional[int] = ..., content_digest: _Optional[str] = ..., device: _Optional[str] = ...) -> None: ...
+
+class ReclaimReply(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: bool
+    def __init__(self, held: bool = ...) -> None: ...
 
 class HandleError(_message.Message):
     __slots__ = ("reason", "message", "metadata")

@@ -1,0 +1,199 @@
+"""A client's line to its daemon: the connection, and the leases that were taken on it. Both outlive a daemon.
+
+A lease is a kernel lock, so nothing is lost with a daemon. But the next one does not know who holds what. When a
+connection ends on which leases were taken that still live, a thread of this process waits for the next daemon and tells
+it. There is one such thread, from the first attach on; it sleeps in the kernel. It is a daemon thread, and a forked
+child has none, until it attaches itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, NamedTuple
+
+from ._handles import HandleConnection
+from ._proto.v1 import handles_pb2
+from .errors import DaemonUnreachableError, WeightdError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+class _Held(NamedTuple):
+    """A lease by what it is taken on; it lives as long as its mapping."""
+
+    content_digest: str
+    device: str
+    mapping: weakref.ref[object]
+
+
+class Line:
+    """A connection to the daemon at a path, renewed when it has ended. `timeout` is seconds for each answer."""
+
+    def __init__(self, path: Path, timeout: float) -> None:
+        """Errors: DaemonUnreachableError."""
+        self.path = path
+        self.timeout = timeout
+        self.handles = HandleConnection(path, timeout)
+        self._lock = threading.RLock()
+        self._held: dict[int, _Held] = {}
+        self._watched: HandleConnection | None = None
+        self.closed = False
+
+    def hold(self, lease: int, content_digest: str, device: str, mapping: object) -> None:
+        """A lease was taken; it lasts as long as the mapping does."""
+        self._held[lease] = _Held(content_digest, device, weakref.ref(mapping))
+        if self._watched is not self.handles and not self.closed:
+            self._watched = self.handles
+            _watch(self)
+
+    def detach(self, lease: int) -> bool:
+        """Say that a lease may have ended; True when it has. Errors: WeightdError, OSError."""
+        return self.handles.detach(lease)
+
+    def renew(self) -> None:
+        """Connect anew where the connection has ended, and say which leases are ours. Errors: DaemonUnreachableError.
+
+        What the daemon does not know is not spoken of again.
+        """
+        with self._lock:
+            if self.handles.alive():
+                return
+            self.handles.close()
+            handles = HandleConnection(self.path, self.timeout)
+            try:
+                self._claim(handles)
+            except (WeightdError, OSError):  # it is older than this, and does not speak of that
+                handles.close()
+                handles = HandleConnection(self.path, self.timeout)
+                self._held.clear()
+            self.handles = handles
+            if self.closed:
+                handles.close()
+            elif self._held:
+                self._watched = handles
+                _watch(self)
+
+    def _claim(self, handles: HandleConnection) -> None:
+        for number, held in self.live().items():
+            request = handles_pb2.ReclaimRequest(lease=number, content_digest=held.content_digest, device=held.device)
+            if not handles.reclaim(request):
+                self._held.pop(number, None)
+
+    def live(self) -> dict[int, _Held]:
+        """The leases whose mapping is there."""
+        for number, held in list(self._held.items()):
+            if held.mapping() is None:
+                self._held.pop(number, None)
+        return dict(self._held)
+
+    def close(self) -> None:
+        """Hang up for good. Leases that are still mapped stay."""
+        self.closed = True
+        self.handles.close()
+
+
+class _Watcher:
+    """The thread, and the lines that it watches."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._lines: weakref.WeakValueDictionary[int, Line] = weakref.WeakValueDictionary()
+        self._ended: set[weakref.ref[Line]] = set()
+        self._stopped = False
+        threading.Thread(target=self._run, name="weightd-line", daemon=True).start()
+
+    def watch(self, line: Line) -> None:
+        """Wait for the end of a line's connection."""
+        handles, of_line = line.handles, weakref.ref(line)
+        hash(of_line)  # it remembers that, and can be looked for when the line is gone
+        # The call that finds a connection ended closes it, and then the kernel has nothing more to tell.
+        handles.on_broken = lambda: self._broken(of_line)
+        number = handles.fileno()
+        if number < 0:
+            self._broken(of_line)
+            return
+        self._lines[number] = line
+        # Once: where a forked child has the socket too, nobody can take it out again.
+        once = select.EPOLLRDHUP | select.EPOLLONESHOT
+        try:
+            self._epoll.register(number, once)
+        except FileExistsError:
+            self._epoll.modify(number, once)
+
+    def stop(self) -> None:
+        """The interpreter ends."""
+        self._stopped = True
+
+    def forked(self) -> None:
+        """In a child, which has no such thread: close what is the parent's."""
+        self._epoll.close()
+        os.close(self._wake)
+
+    def _broken(self, line: weakref.ref[Line]) -> None:
+        self._ended.add(line)
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        retries: dict[weakref.ref[Line], tuple[float, float]] = {}  # when, and how long the pause after that
+        while not self._stopped:
+            due = min((when for when, _ in retries.values()), default=None)
+            for number, _ in self._epoll.poll(None if due is None else max(0.0, due - time.monotonic())):
+                if number == self._wake:
+                    os.eventfd_read(self._wake)
+                elif line := self._lines.get(number):
+                    self._ended.add(weakref.ref(line))
+                line = None  # keeps nothing while it sleeps
+            while self._ended:
+                retries.setdefault(self._ended.pop(), (0.0, _FIRST_PAUSE))
+            for of_line, (when, pause) in list(retries.items()):
+                if when > time.monotonic() or self._stopped:
+                    continue
+                retries[of_line] = (time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE))
+                if _is_settled(of_line):
+                    del retries[of_line]
+
+
+def _is_settled(of_line: weakref.ref[Line]) -> bool:
+    """Whether a line that had ended is there again, or needed by nobody."""
+    line = of_line()
+    if line is None or line.closed or not line.live():
+        return True
+    try:
+        line.renew()
+    except DaemonUnreachableError:
+        return False
+    return True
+
+
+_lock = threading.Lock()
+_watcher: _Watcher | None = None
+
+
+def _watch(line: Line) -> None:
+    global _watcher
+    with _lock:
+        if _watcher is None:
+            _watcher = _Watcher()
+            atexit.register(_watcher.stop)
+    _watcher.watch(line)
+
+
+def _after_fork() -> None:
+    global _watcher, _lock
+    _lock = threading.Lock()  # which another thread may have held
+    if _watcher is not None:
+        _watcher.forked()
+        _watcher = None
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,89 @@
+"""The commands of who runs the daemon: `events` and `drain`. The keys of their JSON are a contract."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from weightd.cli.context import (
+    Format,
+    FormatOption,
+    InterruptedWaitError,
+    SilentOption,
+    SocketOption,
+    open_client,
+    say,
+)
+from weightd.cli.output import digest, emit, emit_json, emit_json_line, plural, size
+from weightd.types import LeaseInfo
+
+_CHECKPOINT = ("content_digest", "device", "names")
+_PROCESS = ("pid", "uid", "user", "command")
+_LEASE = ("lease", *_CHECKPOINT, "total_bytes", *_PROCESS)
+_LOAD = ("load", "device", "names", *_PROCESS)
+_LOADED = ("content_digest", "total_bytes", "unique_bytes", "read_bytes")
+EVENT_KEYS: dict[str, tuple[str, ...]] = {
+    "load_begun": _LOAD,
+    "load_ended": (*_LOAD, "reason", "message", "seconds", *_LOADED),
+    "sealed": (*_CHECKPOINT, "total_bytes"),
+    "attached": _LEASE,
+    "detached": _LEASE,
+    "evicted": (*_CHECKPOINT, "total_bytes", "reason"),
+    "device_lost": ("device", "message"),
+}
+"""What each kind of event says beside `time` and `event`; other kinds say nothing more."""
+
+
+def events(
+    context: typer.Context,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C.")] = False,
+    socket: SocketOption = None,
+) -> None:
+    """Print what has happened lately, as JSON lines."""
+    with open_client(context, socket) as client:
+        for event in client.events(follow=follow):
+            line = {"time": event.time, "event": event.kind}
+            emit_json_line(line | {key: getattr(event, key) for key in EVENT_KEYS.get(event.kind, ())})
+
+
+def drain(
+    context: typer.Context,
+    timeout: Annotated[
+        float | None,
+        typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait for holders [default: no end]."),
+    ] = None,
+    undo: Annotated[bool, typer.Option("--undo", help="Lend and load again.")] = False,
+    output: FormatOption = Format.TABLE,
+    quiet: SilentOption = False,
+    socket: SocketOption = None,
+) -> None:
+    """Empty the daemon: nothing new is lent or loaded.
+
+    Waits until nobody holds a checkpoint, then frees all, pinned ones too. Until --undo the daemon stays as it is.
+    """
+    start = time.monotonic()
+
+    def show(leases: list[LeaseInfo]) -> None:
+        if not quiet:
+            for lease in leases:
+                say(f"waiting for pid {lease.pid} ({lease.command}), which holds {digest(lease.checkpoint)}")
+
+    with open_client(context, socket) as client:
+        if undo:
+            client.undrain()
+            if not quiet:
+                emit("serving again")
+            return
+        try:
+            result = client.drain(timeout=timeout, on_holders=show)
+        except KeyboardInterrupt:
+            raise InterruptedWaitError(
+                "interrupted: the daemon goes on draining; `weightd drain --undo` takes that back"
+            ) from None
+    if output is Format.JSON:
+        emit_json({"state": "drained", **asdict(result), "seconds": time.monotonic() - start})
+    elif not quiet:
+        emit(f"drained {plural(result.checkpoints, 'checkpoint')}, freed {size(result.freed_bytes)}")

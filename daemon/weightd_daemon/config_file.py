@@ -1,0 +1,73 @@
+"""The configuration file: its values, and the line on which each stands, which tomllib does not say."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MOST_BYTES = 1 << 20
+"""Largest file that is read."""
+
+
+class ConfigError(Exception):
+    """A setting that cannot be; the message says where it stands.
+
+    `key` is the setting where the message does not say: where only the daemon could find out, as it began to serve.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class ConfigFile:
+    """A TOML file as it was when it was read. Errors: ConfigError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file:
+                raw = file.read(MOST_BYTES + 1)
+            if len(raw) > MOST_BYTES:
+                raise ConfigError(f"{path}: over {MOST_BYTES} bytes; not a configuration")
+            text = raw.decode()
+            self.values: dict[str, Any] = tomllib.loads(text)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"{path}: is not TOML: {error}") from error
+        self._lines = text.splitlines()
+
+    def where(self, key: str, number: int = 0, inner: str = "") -> str:
+        """File and line of a key; of element `number` of its array, or of the key `inner` in that table."""
+        line = self._line(key, number, inner)
+        return f"{self._path}: line {line}" if line else str(self._path)
+
+    def _line(self, key: str, number: int, inner: str) -> int:
+        """The line's number, from 1, or that of the nearest line above that can be told; 0 where none can."""
+        name = _spelled(key)
+        heads = [at for at, line in enumerate(self._lines) if re.match(rf"\s*\[\[\s*{name}\s*\]\]", line)]
+        if heads:  # [[key]], and a table each
+            start = heads[min(number, len(heads) - 1)]
+            for at in range(start + 1, len(self._lines)):
+                if re.match(r"\s*\[", self._lines[at]):
+                    break
+                if inner and re.match(rf"\s*{_spelled(inner)}\s*[=.]", self._lines[at]):
+                    return at + 1
+            return start + 1
+        for start, line in enumerate(self._lines):
+            if re.match(rf"\s*\[?\s*{name}\s*[=.\]]", line):
+                if not re.search(r"=\s*\[\s*(#.*)?$", line):
+                    return start + 1
+                # key = [ and an element a line
+                elements = [at for at in range(start, len(self._lines)) if re.match(r"\s*[{\"']", self._lines[at])]
+                return (elements[number] if number < len(elements) else start) + 1
+        return 0
+
+
+def _spelled(key: str) -> str:
+    return rf"[\"']?{re.escape(key)}[\"']?"

@@ -1,0 +1,113 @@
+"""Fills empty books with what an earlier daemon has left: blobs where its manifests place them, and checkpoints.
+
+Nothing here believes anything: a checkpoint whose blobs cannot lie where they are said to lie is refused, and the books
+are as they were before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightd.types import ALIGNMENT
+
+from .arena import slot_bytes
+from .blob import Blob, BlobKey
+from .checkpoint import Checkpoint, CheckpointKey, Content
+from .manifest import content_digest
+from .ranges import Ranges
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from .digest import BlobIdentity
+    from .manifest import Entry, ManifestFile
+    from .store import Store
+
+
+class Place(NamedTuple):
+    """Where a blob lies: a segment of this daemon, and an offset in bytes."""
+
+    segment: int
+    offset: int
+
+
+class Described(NamedTuple):
+    """What a manifest says: files, tensors, for each tensor its blob's identity and place (None without bytes)."""
+
+    files: Sequence[ManifestFile]
+    entries: Sequence[Entry]
+    identities: Sequence[BlobIdentity]
+    places: Sequence[Place | None]
+
+
+class Restoration:
+    """Restores the checkpoints of one device, one after the other. `sizes` are the bytes of its adopted segments."""
+
+    def __init__(self, store: Store, sizes: Mapping[int, int]) -> None:
+        self._store = store
+        self._sizes = sizes
+        self._blobs: dict[Place, Blob] = {}
+        self.taken: dict[int, Ranges] = {}
+        """The bytes that restored blobs have, by segment."""
+
+    def add(self, key: CheckpointKey, described: Described, owner: int | None, loaded: float) -> Checkpoint:
+        """Enter a checkpoint; `loaded` is seconds since the epoch. Errors: ValueError, and nothing has changed."""
+        if key in self._store.checkpoints:
+            raise ValueError("it is there twice")
+        if content_digest(described.entries, described.identities, described.files) != key.content_digest:
+            raise ValueError("its content is not what its digest says")
+        self._check(key, described)
+        blobs = [None if place is None else self._blob(key, blob, place) for blob, place in _rows(described)]
+        content = Content(key.content_digest, tuple(described.files), tuple(described.entries), tuple(blobs))
+        checkpoint = Checkpoint.of(key, content, owner, loaded)
+        for blob in checkpoint.unique.values():
+            blob.references += 1
+        self._store.checkpoints[key] = checkpoint
+        return checkpoint
+
+    def _check(self, key: CheckpointKey, described: Described) -> None:
+        """Whether every blob fits into its segment, and lies on no other. Errors: ValueError."""
+        fresh: dict[Place, BlobIdentity] = {}
+        for identity, place in _rows(described):
+            if place is None:
+                if identity.length:
+                    raise ValueError("a tensor with bytes has no place")
+                continue
+            if identity.length <= 0 or place.offset < 0 or place.offset % ALIGNMENT:
+                raise ValueError(f"a blob of {identity.length} bytes at {place.offset} cannot be")
+            if place.offset + slot_bytes(identity.length) > self._sizes.get(place.segment, 0):
+                raise ValueError("a blob lies beyond its segment")
+            there = self._blobs.get(place)
+            if there is not None and (there.identity != identity or there.key[:2] != key[:2]):
+                raise ValueError("a blob lies where another does")
+            if there is None and fresh.setdefault(place, identity) != identity:
+                raise ValueError("two of its blobs lie in one place")
+        ends: dict[int, int] = {}
+        for place, identity in sorted(fresh.items()):
+            end = place.offset + slot_bytes(identity.length)
+            taken = self.taken.get(place.segment)
+            if place.offset < ends.get(place.segment, 0) or (taken and taken.within(place.offset, end)):
+                raise ValueError("a blob lies on another")
+            ends[place.segment] = end
+
+    def _blob(self, key: CheckpointKey, identity: BlobIdentity, place: Place) -> Blob:
+        """The blob of a place, which has been checked."""
+        blob = self._blobs.get(place)
+        if blob is None:
+            where = BlobKey(key.device, key.domain, identity.digest, identity.length)
+            blob = self._store._blobs.place(where, identity.variant, place.segment, place.offset, load=0)
+            self._store._blobs.seal(blob)
+            self._blobs[place] = blob
+            self.taken.setdefault(place.segment, Ranges()).add(place.offset, blob.slot.end)
+        return blob
+
+
+def _rows(described: Described) -> Iterator[tuple[BlobIdentity, Place | None]]:
+    return zip(described.identities, described.places, strict=True)
+
+
+def fit(store: Store, device: str) -> int:
+    """Evict what the budget does not hold any more, least recently used first. Returns the bytes still beyond it."""
+    while (excess := store.memories[device].excess()) and store._evict_one(device):
+        pass
+    return excess

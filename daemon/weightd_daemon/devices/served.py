@@ -1,0 +1,123 @@
+"""The devices that the settings say are served, and what each may use."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from weightd_daemon.config import ConfigError
+from weightd_daemon.notation import means, parse_size
+
+from .cuda_choice import open_gpus
+from .host import HostDevice
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from weightd_daemon.config import Settings
+    from weightd_daemon.core.memory import DeviceMemory
+
+    from .cuda_ipc import Holding
+    from .device import Device
+
+log = logging.getLogger(__name__)
+
+_POOL_SHARE = 8
+_POOL_LIMIT = 2 << 30
+
+
+def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
+    """Open what is to be served, with what settings may call it. Errors: ConfigError."""
+    served: list[tuple[str, ...]] = []
+    if {"host", "auto"} & {*settings.devices}:
+        served += [("host",)]
+        yield HostDevice(), ("host",)
+    for gpu in open_gpus(settings.devices, settings.transport, holding):
+        served += [gpu.names]
+        yield gpu
+    _check_names(settings, served)
+
+
+def check_budgets(
+    settings: Settings,
+    devices: Mapping[str, Device],
+    names: Mapping[str, Sequence[str]],
+    memories: Mapping[str, DeviceMemory],
+) -> None:
+    """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
+    _check_names(settings, names.values())
+    for uuid, memory in memories.items():
+        budget = budget_of(settings, devices[uuid], names[uuid])
+        if memory.used > budget:
+            raise ConfigError(
+                f"budget = {settings.budget!r}: {uuid} uses {memory.used} bytes by now, more than {budget}; "
+                "remove checkpoints first, or restart",
+                "budget",
+            )
+
+
+def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
+    """Whether each budget is for one device. Errors: ConfigError."""
+    for said in settings.budget_devices:
+        meant = [names[0] for names in served if any(means(said, name) for name in names)]
+        if not meant:
+            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served", "budget")
+        if len(meant) > 1 and said != "cuda":
+            raise ConfigError(
+                f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it",
+                "budget",
+            )
+
+
+def default_device(devices: Mapping[str, Device]) -> str:
+    """Where a load goes that says nothing: the only GPU, or the only device; "" where it has to say."""
+    gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
+    candidates = gpus or list(devices)
+    return candidates[0] if len(candidates) == 1 else ""
+
+
+def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str) -> str:
+    """The UUID of what a setting calls a device; nothing is the default. `served` is what may call each.
+
+    Errors: ValueError.
+    """
+    found = [uuid for uuid, names in served.items() if any(means(said, name) for name in names)] if said else [default]
+    if len(found) == 1 and found[0]:
+        return found[0]
+    there = ", ".join(served)
+    if found:
+        raise ValueError(f"device {said!r} may be one of several, {there}; say which")
+    raise ValueError(f"device {said!r} is not served; there are {there}")
+
+
+def called(device: Device) -> str:
+    """A device for people."""
+    return device.name if device.kind == "host" else f"{device.name} ({device.uuid})"
+
+
+def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
+    """Bytes that a device may use. Errors: ConfigError.
+
+    A GPU that "auto" has found, and that none is said for, gets at most all that it has: it may be new to the machine.
+    """
+    said, capacity = settings.budget_for(names), device.capacity()
+    share = device.default_share if said is None else said
+    size = int(capacity * share) if isinstance(share, float) else share
+    found = "cuda" in names and "auto" in settings.devices
+    if size > capacity and found and not settings.budget_is_for(names):
+        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, size)
+        size = capacity
+    if not device.page <= size <= capacity:
+        raise ConfigError(
+            f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
+            f"to {capacity / 2**30:.1f} GiB here",
+            "budget",
+        )
+    return size // device.page * device.page
+
+
+def pool_of(settings: Settings, device: Device, budget: int) -> int:
+    """Freed bytes that stay with a device: only host memory's, which it takes long to populate."""
+    if not device.sparse:
+        return 0
+    return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)

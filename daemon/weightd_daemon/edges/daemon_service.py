@@ -1,0 +1,91 @@
+"""DaemonService: version, books, events, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+
+from weightd._proto.v1 import daemon_pb2, daemon_pb2_grpc
+from weightd.errors import InvalidReferenceError, PermissionDeniedError
+from weightd_daemon import __version__
+
+from .books import snapshot
+from .interceptors import Context
+from .parts import Parts
+from .show import leases_to
+
+LOOK_SECONDS = 1.0
+"""How often leases are looked at while somebody follows: the kernel tells nobody that a lock has gone."""
+
+
+class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
+    """Answers for the daemon as a whole."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    async def GetVersion(  # noqa: N802  # named by the proto
+        self, request: daemon_pb2.GetVersionRequest, context: Context
+    ) -> daemon_pb2.GetVersionResponse:
+        """Needs no token, so that anybody who reaches the socket can ask."""
+        uptime = self._parts.now() - self._parts.started
+        return daemon_pb2.GetVersionResponse(version=__version__, pid=os.getpid(), uptime_seconds=uptime)
+
+    async def GetStats(  # noqa: N802
+        self, request: daemon_pb2.GetStatsRequest, context: Context
+    ) -> daemon_pb2.GetStatsResponse:
+        """The books of every device at one moment."""
+        self._parts.caller(context)
+        return snapshot(self._parts)
+
+    async def WatchEvents(  # noqa: N802
+        self, request: daemon_pb2.WatchEventsRequest, context: Context
+    ) -> AsyncIterator[daemon_pb2.Event]:
+        """What is remembered, then what happens, as long as the caller's connection is there."""
+        parts = self._parts
+        _, who = parts.caller(context)
+        with parts.journal.reader(who) as reader:
+            for event in reader.recent:
+                yield event
+            loop = asyncio.get_running_loop()
+            look = loop.time()
+            while request.follow:
+                if loop.time() >= look:
+                    parts.caller(context)
+                    parts.store.leases.refresh()
+                    look = loop.time() + LOOK_SECONDS
+                happened = await reader.next(look - loop.time())
+                if happened is not None:
+                    yield happened
+
+    async def Drain(  # noqa: N802
+        self, request: daemon_pb2.DrainRequest, context: Context
+    ) -> AsyncIterator[daemon_pb2.DrainEvent]:
+        """Begin a drain and watch it."""
+        parts = self._parts
+        seconds = request.timeout_seconds if request.HasField("timeout_seconds") else None
+        if seconds is not None and not 0 <= seconds < float("inf"):
+            raise InvalidReferenceError(f"a drain cannot wait {seconds} s; leave it out to wait without end")
+        self._check_admin(context)
+        parts.drain.begin()
+        async with contextlib.aclosing(parts.drain.watch(seconds)) as changes:
+            async for leases in changes:
+                held = leases_to(leases, parts.store.checkpoints.values(), parts.catalog)
+                yield daemon_pb2.DrainEvent(holders=daemon_pb2.DrainHolders(leases=held))
+        result = daemon_pb2.DrainResult(checkpoints=parts.drain.checkpoints, freed_bytes=parts.drain.freed_bytes)
+        yield daemon_pb2.DrainEvent(result=result)
+
+    async def Undrain(  # noqa: N802
+        self, request: daemon_pb2.UndrainRequest, context: Context
+    ) -> daemon_pb2.UndrainResponse:
+        """Take a drain back."""
+        self._check_admin(context)
+        self._parts.drain.undo()
+        return daemon_pb2.UndrainResponse()
+
+    def _check_admin(self, context: Context) -> None:
+        _, who = self._parts.caller(context)
+        if not who.admin:
+            raise PermissionDeniedError("only admins may drain the daemon: its own user, root, and those in `admins`")

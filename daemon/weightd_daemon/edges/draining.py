@@ -1,0 +1,103 @@
+"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from weightd.errors import DrainingError, InUseError, LeaseLostError
+from weightd_daemon.core.events import DrainChanged
+from weightd_daemon.core.lease import named
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable
+
+    from weightd_daemon.core.events import Event
+    from weightd_daemon.core.lease import Lease
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.loader.loads import Loads
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.2
+"""Between two looks at who holds something: the kernel tells nobody that a lock has gone."""
+
+
+class Drain:
+    """The daemon's drain, if there is one. It goes on by itself, whoever watches."""
+
+    def __init__(self, *, store: Store, loads: Loads, on_event: Callable[[Event], None]) -> None:
+        self.checkpoints = 0
+        """How many have gone."""
+        self.freed_bytes = 0
+        """Bytes of their blobs."""
+        self._store = store
+        self._loads = loads
+        self._on_event = on_event
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def state(self) -> str:
+        """Whether the daemon is "serving", "draining" or "drained"."""
+        if self._task is None:
+            return "serving"
+        return "drained" if self._task.done() else "draining"
+
+    def begin(self) -> None:
+        """Begin, unless a drain is under way. Loads under way end, for nobody could attach to what they bring."""
+        if self._task is not None:
+            return
+        self._store.leases.draining = True
+        self.checkpoints = self.freed_bytes = 0
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        log.info("draining leases=%d loads=%d", len(self._store.leases), len(self._loads.under_way))
+        self._on_event(DrainChanged("draining"))
+        self._loads.end_all(DrainingError("the load was ended: the daemon is draining; load again when it is back"))
+
+    def undo(self) -> None:
+        """Let attaches and loads in again; what has gone stays gone."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        self._task = None
+        self._store.leases.draining = False
+        log.info("the drain was taken back")
+        self._on_event(DrainChanged("undrained"))
+
+    async def watch(self, seconds: float | None) -> AsyncGenerator[list[Lease], None]:
+        """Who still holds a lease: at first and when that has changed, until everything has gone.
+
+        Errors: InUseError (leases are held after `seconds`), LeaseLostError (the drain was taken back).
+        """
+        task, loop = self._task, asyncio.get_running_loop()
+        assert task is not None  # begun
+        end = None if seconds is None else loop.time() + seconds
+        seen: list[Lease] = []
+        while not task.done():
+            holders = self._store.leases.refresh()
+            if holders != seen:
+                yield holders
+                seen = holders
+            if holders and end is not None and loop.time() >= end:
+                raise InUseError(f"still held after {seconds:g} s by {named(holders)}; the daemon goes on draining")
+            await asyncio.wait([task], timeout=LOOK_SECONDS)
+        if task.cancelled():
+            raise LeaseLostError("the drain was taken back; the daemon lends and loads again")
+        task.result()  # a bug in it is the caller's to hear
+
+    async def close(self) -> None:
+        """The daemon stops."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        while self._store.leases.refresh():  # noqa: ASYNC110  # the kernel sets no event
+            await asyncio.sleep(LOOK_SECONDS)
+        for checkpoint in list(self._store.checkpoints.values()):
+            self.freed_bytes += self._store.remove(checkpoint, reason="drained")
+            self.checkpoints += 1
+            await asyncio.sleep(0)  # the loop answers in between
+        log.info("drained checkpoints=%d bytes=%d", self.checkpoints, self.freed_bytes)
+        self._on_event(DrainChanged("drained"))

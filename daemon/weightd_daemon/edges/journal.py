@@ -1,0 +1,185 @@
+"""What has happened lately, and who follows it: a bounded memory, and a bounded queue for each reader."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightd._proto.v1 import daemon_pb2
+from weightd.errors import EventsLostError, InUseError
+from weightd_daemon.core.checkpoint import CheckpointKey
+from weightd_daemon.core.events import (
+    Attached,
+    Detached,
+    DeviceLost,
+    DrainChanged,
+    Event,
+    Evicted,
+    LoadBegun,
+    LoadEnded,
+    Sealed,
+)
+
+from .show import time_to, user_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.lease import Holder, Lease
+    from weightd_daemon.core.store import Store
+
+REMEMBERED = 1024
+"""Events that are kept for who asks later."""
+BACKLOG = 1024
+"""Events that may wait for one reader. With one more it has lost them all."""
+MOST_READERS = 64
+MOST_NAMES = 8
+"""Names of a checkpoint in an event."""
+MESSAGE_CHARACTERS = 2000
+
+
+class Entry(NamedTuple):
+    """An event as it goes out, and the sharing domain that may see it; None: everybody."""
+
+    domain: str | None
+    message: daemon_pb2.Event
+
+    def is_for(self, who: Who) -> bool:
+        """Whether `who` may see it: as with lists of checkpoints, those of its domain; an admin sees all."""
+        return who.admin or self.domain in (None, who.domain)
+
+
+class Reader:
+    """One who follows. `recent` is what was remembered when it came."""
+
+    def __init__(self, who: Who, remembered: Iterable[Entry]) -> None:
+        self.recent = [entry.message for entry in remembered if entry.is_for(who)]
+        self._who = who
+        self._queue: deque[daemon_pb2.Event] = deque()
+        self._lost = 0
+        self._there = asyncio.Event()
+
+    def put(self, entry: Entry) -> None:
+        """Let it have an event. One that is too far behind loses what waits, and all that comes, until it looks."""
+        if not entry.is_for(self._who):
+            return
+        if self._lost or len(self._queue) >= BACKLOG:
+            self._lost += len(self._queue) + 1
+            self._queue.clear()
+        else:
+            self._queue.append(entry.message)
+        self._there.set()
+
+    async def next(self, seconds: float) -> daemon_pb2.Event | None:
+        """The next event, or None where none comes in time. Errors: EventsLostError."""
+        if not self._queue and not self._lost:
+            self._there.clear()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._there.wait()
+            except TimeoutError:
+                return None
+        if self._lost:
+            raise EventsLostError(
+                f"{self._lost} events are lost: this reader is too slow; follow again, and read faster"
+            )
+        return self._queue.popleft()
+
+
+class Journal:
+    """Listens to everything, and hands it to its readers."""
+
+    def __init__(self, *, store: Store, catalog: Catalog, now: Callable[[], float]) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._now = now
+        self._remembered: deque[Entry] = deque(maxlen=REMEMBERED)
+        self._readers: set[Reader] = set()
+
+    def tell(self, event: Event) -> None:
+        """Something has happened."""
+        domain, message = self._encode(event)
+        message.event_time.CopyFrom(time_to(self._now()))
+        entry = Entry(domain, message)
+        self._remembered.append(entry)
+        for reader in self._readers:
+            reader.put(entry)
+
+    @contextmanager
+    def reader(self, who: Who) -> Iterator[Reader]:
+        """Read what `who` may see. Errors: InUseError (too many read)."""
+        if len(self._readers) >= MOST_READERS:
+            raise InUseError(f"{MOST_READERS} readers of events are there already; end one of them")
+        reader = Reader(who, self._remembered)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+
+    def _encode(self, event: Event) -> tuple[str | None, daemon_pb2.Event]:
+        match event:
+            case Sealed(checkpoint):
+                return checkpoint.key.domain, self._of(daemon_pb2.EVENT_KIND_SEALED, checkpoint)
+            case Evicted(checkpoint, reason):
+                message = self._of(daemon_pb2.EVENT_KIND_EVICTED, checkpoint)
+                message.reason = reason
+                return checkpoint.key.domain, message
+            case Attached(lease):
+                return self._of_lease(daemon_pb2.EVENT_KIND_ATTACHED, lease)
+            case Detached(lease):
+                return self._of_lease(daemon_pb2.EVENT_KIND_DETACHED, lease)
+            case LoadBegun():
+                return event.domain, _of_load(daemon_pb2.EVENT_KIND_LOAD_BEGUN, event)
+            case LoadEnded(begun):
+                message = _of_load(daemon_pb2.EVENT_KIND_LOAD_ENDED, begun)
+                message.reason = event.reason
+                message.message = event.message[:MESSAGE_CHARACTERS]
+                message.seconds = event.seconds
+                message.content_digest = event.content_digest
+                message.total_bytes = event.total_bytes
+                message.unique_bytes = event.unique_bytes
+                message.read_bytes = event.read_bytes
+                return begun.domain, message
+            case DeviceLost(device, reason):
+                kind = daemon_pb2.EVENT_KIND_DEVICE_LOST
+                return None, daemon_pb2.Event(kind=kind, device=device, message=reason[:MESSAGE_CHARACTERS])
+            case DrainChanged(state):
+                return None, daemon_pb2.Event(kind=f"EVENT_KIND_{state.upper()}")
+
+    def _of(self, kind: daemon_pb2.EventKind, checkpoint: Checkpoint) -> daemon_pb2.Event:
+        return daemon_pb2.Event(
+            kind=kind,
+            content_digest=checkpoint.key.content_digest,
+            device=checkpoint.key.device,
+            names=self._catalog.names(checkpoint)[:MOST_NAMES],
+            total_bytes=checkpoint.total_bytes,
+        )
+
+    def _of_lease(self, kind: daemon_pb2.EventKind, lease: Lease) -> tuple[str, daemon_pb2.Event]:
+        key = lease.checkpoint
+        assert isinstance(key, CheckpointKey)  # in the daemon they are
+        lost = self._store.lost.get(key)
+        checkpoint = lost.checkpoint if lost else self._store.checkpoints[key]
+        message = self._of(kind, checkpoint)
+        message.lease = lease.number
+        _name(message, lease.holder)
+        return key.domain, message
+
+
+def _of_load(kind: daemon_pb2.EventKind, begun: LoadBegun) -> daemon_pb2.Event:
+    names = [begun.name] if begun.name else []
+    message = daemon_pb2.Event(kind=kind, load=begun.load, device=begun.device, names=names)
+    _name(message, begun.holder)
+    return message
+
+
+def _name(message: daemon_pb2.Event, holder: Holder) -> None:
+    message.pid = holder.pid
+    message.uid = holder.uid or 0
+    message.user = user_name(holder.uid)
+    message.command = holder.command

@@ -1,0 +1,181 @@
+"""Metrics for Prometheus. The only module that imports prometheus_client.
+
+What is counted is counted by listening to events and calls; what is there is read from the books when the page is made,
+on the loop. Labels have few values: devices, kinds and reasons, never digests, names, paths, processes or users.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.registry import Collector
+
+from weightd_daemon import __version__
+from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadEnded
+
+from .books import snapshot
+from .parts import Parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_ATTACH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+_LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+_EVICTIONS = ("capacity", "removed", "lost", "drained")
+_DEVICE = ("device", "kind")
+
+
+class Metrics:
+    """Counts what happens, and makes the page."""
+
+    def __init__(self, parts: Parts) -> None:
+        # Or each counter would have a second series, which says when it began.
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the package types its public classes only
+        registry = CollectorRegistry(auto_describe=False)
+        self._registry = registry
+        self._kinds = {uuid: device.kind for uuid, device in parts.devices.items()}
+        self._loads = Counter("weightd_loads", "Loads that have ended, by outcome.", ["outcome"], registry=registry)
+        self._load_bytes = Counter(
+            "weightd_load_bytes", "Bytes of tensors that loads have made resident.", _DEVICE, registry=registry
+        )
+        self._load_read_bytes = Counter(
+            "weightd_load_read_bytes", "Bytes of tensors that loads had to read.", _DEVICE, registry=registry
+        )
+        self._load_unique_bytes = Counter(
+            "weightd_load_unique_bytes", "Bytes that loads have added to a device.", _DEVICE, registry=registry
+        )
+        self._load_seconds = Histogram(
+            "weightd_load_duration_seconds", "How long loads took that went well, with their wait for a turn.",
+            _DEVICE, registry=registry, buckets=_LOAD_BUCKETS,
+        )  # fmt: skip
+        self._attach_seconds = Histogram(
+            "weightd_attach_duration_seconds", "How long the daemon took to answer an attach, by code of the answer.",
+            ["code"], registry=registry, buckets=_ATTACH_BUCKETS,
+        )  # fmt: skip
+        self._evictions = Counter(
+            "weightd_evictions", "Checkpoints that are no longer resident, by reason.", ["reason"], registry=registry
+        )
+        self._losses = Counter("weightd_device_losses", "Times a device lost its memory.", _DEVICE, registry=registry)
+        self._rpcs = Counter(
+            "weightd_rpcs", "gRPC calls that have ended, by method and code.", ["method", "code"], registry=registry
+        )
+        # Series that are there from the start: a rate of what has never happened is 0, not missing.
+        self._loads.labels("OK")
+        self._attach_seconds.labels("OK")
+        for reason in _EVICTIONS:
+            self._evictions.labels(reason)
+        for place in self._kinds.items():
+            for metric in (self._load_bytes, self._load_read_bytes, self._load_unique_bytes, self._losses):
+                metric.labels(*place)
+            self._load_seconds.labels(*place)
+        ProcessCollector(registry=registry)
+        registry.register(_Books(parts))
+
+    def tell(self, event: Event) -> None:
+        """Something has happened."""
+        match event:
+            case LoadEnded(begun, reason):
+                place = begun.device, self._kinds[begun.device]
+                self._loads.labels(reason).inc()
+                if reason == "OK":
+                    self._load_bytes.labels(*place).inc(event.total_bytes)
+                    self._load_read_bytes.labels(*place).inc(event.read_bytes)
+                    self._load_unique_bytes.labels(*place).inc(event.unique_bytes)
+                    self._load_seconds.labels(*place).observe(event.seconds)
+            case Evicted(_, reason):
+                self._evictions.labels(reason).inc()
+            case DeviceLost(device):
+                self._losses.labels(device, self._kinds[device]).inc()
+
+    def called(self, method: str, code: str) -> None:
+        """A gRPC call has ended."""
+        self._rpcs.labels(method, code).inc()
+
+    def attached(self, code: str, seconds: float) -> None:
+        """An attach was answered, well or with an error."""
+        self._attach_seconds.labels(code).observe(seconds)
+
+    def page(self) -> bytes:
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _Books(Collector):
+    """What is there at the moment of asking."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        """Read the books, once for all figures."""
+        parts = self._parts
+        books = snapshot(parts)
+        build = {"version": __version__, "python": platform.python_version()}
+        yield InfoMetricFamily("weightd_build", "What runs.", value=build)
+
+        memory = GaugeMetricFamily(
+            "weightd_device_bytes", "Bytes of the budget, by state; they add up to it.", labels=[*_DEVICE, "state"]
+        )
+        budget = GaugeMetricFamily("weightd_device_budget_bytes", "Bytes that may be used.", labels=_DEVICE)
+        used = GaugeMetricFamily(
+            "weightd_device_used_bytes", "Bytes that are used: live, reusable and in flight.", labels=_DEVICE
+        )
+        system = GaugeMetricFamily(
+            "weightd_device_system_free_bytes", "Bytes that the device itself has free, whoever uses the rest.",
+            labels=_DEVICE,
+        )  # fmt: skip
+        segments = GaugeMetricFamily("weightd_device_segments", "Segments.", labels=_DEVICE)
+        for device in books.devices:
+            place = [device.uuid, device.kind]
+            states = {
+                "live": device.live_bytes,
+                "reusable": device.reusable_bytes,
+                "in_flight": device.in_flight_bytes,
+                "free": device.free_bytes,
+            }
+            for state, count in states.items():
+                memory.add_metric([*place, state], count)
+            budget.add_metric(place, device.budget_bytes)
+            used.add_metric(place, device.used_bytes)
+            segments.add_metric(place, device.segments)
+            if device.HasField("device_free_bytes"):
+                system.add_metric(place, device.device_free_bytes)
+        yield from (memory, budget, used, system, segments)
+
+        yield _gauge("weightd_logical_bytes", "What all checkpoints would take if none shared.", books.logical_bytes)
+        yield _gauge("weightd_resident_bytes", "Bytes of blobs, each counted once.", books.resident_bytes)
+        yield _gauge("weightd_saved_bytes", "Bytes that sharing saves.", books.saved_bytes)
+        checkpoints = GaugeMetricFamily("weightd_checkpoints", "Checkpoints, by state.", labels=["state"])
+        checkpoints.add_metric(["resident"], books.checkpoints)
+        checkpoints.add_metric(["loading"], len(parts.loads.under_way))
+        checkpoints.add_metric(["lost"], len(parts.store.lost))
+        yield checkpoints
+        waiting = sum(lease.waiting for lease in parts.store.leases)
+        leases = GaugeMetricFamily("weightd_leases", "Leases, by state.", labels=["state"])
+        leases.add_metric(["held"], books.leases - waiting)
+        leases.add_metric(["waiting"], waiting)
+        yield leases
+        yield _gauge("weightd_blobs", "Blobs.", books.blobs)
+        yield _gauge("weightd_connections", "Connections on the handle socket.", len(parts.connections))
+        yield _gauge("weightd_draining", "1 while nothing new is lent or loaded.", parts.drain.state != "serving")
+        yield CounterMetricFamily(
+            "weightd_digest_variants", "Digest matches whose bytes turned out to differ.", value=books.digest_collisions
+        )
+
+
+def _gauge(name: str, text: str, value: int) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=value)

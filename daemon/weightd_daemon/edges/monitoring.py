@@ -1,0 +1,70 @@
+"""What monitors see of the daemon: the pages /metrics, /healthz and /readyz, on a loopback port or a Unix socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .metrics import CONTENT_TYPE
+from .pages import Page, Pages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .metrics import Metrics
+    from .parts import Parts
+
+
+def pages(metrics: Metrics, parts: Parts, is_up: Callable[[], bool]) -> Pages:
+    """The three pages. `is_up` says whether the daemon has started and does not stop."""
+
+    def ready() -> Page:
+        if not is_up():
+            return Page(HTTPStatus.SERVICE_UNAVAILABLE, b"starting or stopping\n")
+        if parts.drain.state != "serving":
+            held = len(parts.store.leases.refresh())
+            return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{parts.drain.state}, leases held: {held}\n".encode())
+        return Page(HTTPStatus.OK, b"ready\n")
+
+    return Pages(
+        {
+            "/metrics": lambda: Page(HTTPStatus.OK, metrics.page(), CONTENT_TYPE),
+            "/healthz": lambda: Page(HTTPStatus.OK, b"ok\n"),
+            "/readyz": ready,
+        }
+    )
+
+
+def listen(address: tuple[str, int] | Path, mode: int) -> socket.socket:
+    """A listening socket, a Unix socket with this mode. Errors: OSError (EADDRINUSE: somebody serves it)."""
+    if not isinstance(address, Path):
+        return socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    _remove_stale(address)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        os.fchmod(listener.fileno(), mode)  # what it is bound with, less the umask: never more than is wanted
+        listener.bind(str(address))
+        address.chmod(mode)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Make place, unless somebody listens there, or it is no socket: both are errors of `connect` or `bind`."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if path.is_socket():
+                path.unlink()
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))

@@ -1,0 +1,78 @@
+"""SIGHUP: settings are read again; what can change while the daemon runs changes, and the rest is named in the log."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+from weightd_daemon.config_file import ConfigError
+
+from .model_roots import on_thread
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from weightd_daemon.config import Loaded, Settings
+
+    Change = Callable[[Settings], None]
+
+log = logging.getLogger(__name__)
+
+
+class Reloading:
+    """Reads the settings again when it is told, one time after the other.
+
+    `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
+    a setting, by its name; a setting that is not among them needs a restart. `announced` lasts while they are read.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        read: Callable[[], Loaded],
+        checks: Sequence[Change],
+        changes: Mapping[str, Change],
+        announced: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._settings = settings
+        self._read = read
+        self._checks = checks
+        self._changes = changes
+        self._announced = announced
+
+    async def serve(self, told: asyncio.Event) -> None:
+        """Read again whenever `told` is set."""
+        while True:
+            await told.wait()
+            told.clear()
+            with self._announced():
+                try:
+                    await self._reload()
+                except Exception:  # a bug: the settings of before may be changed in part, and the daemon serves on
+                    log.exception("settings were not read again by a bug")
+
+    async def _reload(self) -> None:
+        origins: Mapping[str, str] = {}
+        try:
+            # On a thread: a file may lie where reading hangs, and so may the database of users.
+            settings, origins = await on_thread(self._read)
+            for check in self._checks:
+                check(settings)
+        except ConfigError as error:
+            where = f"{origins[error.key]}: " if error.key else ""
+            log.error("settings are not taken up, those of before stay: %s%s", where, error)  # noqa: TRY400  # not a bug
+            return
+        changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(self._settings, f.name)]
+        changes = {self._changes[name]: None for name in changed if name in self._changes}  # each once, in order
+        for change in changes:
+            change(settings)
+        taken = [name for name in changed if name in self._changes]
+        left = [name for name in changed if name not in self._changes]
+        # What was left is still what was set at the start, so that the next time names it again.
+        self._settings = replace(settings, **{name: getattr(self._settings, name) for name in left})
+        log.info("settings read again; changed: %s", ", ".join(taken) or "nothing")
+        if left:
+            log.warning("needs a restart: %s", ", ".join(left))

@@ -1,0 +1,293 @@
+"""Takes up what an earlier daemon has left: reads its root record, adopts segments, checks manifests, fills the books.
+
+Nothing is trusted. A row that is not understood, a descriptor that is missing or not what it should be, a manifest that
+does not fit: each is left, with a line in the log, and with it what depends on it. But processes may still read what is
+left. So a segment that has bytes of it is *frozen*: it is neither filled nor punched, until all of it can go.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import struct
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from google.protobuf.message import DecodeError
+
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import DeviceError
+from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
+from weightd_daemon.core.checkpoint import CheckpointKey
+from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
+from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.restoring import Described, Place, Restoration
+
+from .leases import Manifests, is_manifest
+from .snapshot import SCHEMA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.devices.device import Device
+
+log = logging.getLogger(__name__)
+
+NOBODY = Holder(connection=0, pid=0, uid=None, command="?")
+"""Who holds a lease of an earlier daemon, until the process has said so (docs/protocol.md)."""
+
+MANIFEST_BYTES = 1 << 30
+"""Longest manifest that is read."""
+
+_U64 = (1 << 64) - 1
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
+_CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, DecodeError)
+"""What checking something that is not what it should be may raise."""
+
+
+@dataclass
+class Left:
+    """The descriptors that were given, by name; `taken` are those that have found an owner."""
+
+    descriptors: dict[str, int]
+    taken: set[int] = field(default_factory=set)
+
+    @staticmethod
+    def number(body: Mapping[str, Any], key: str) -> int:
+        """A counter of the root record; 0 where there is none."""
+        value = body.get(key, 0)
+        return value if isinstance(value, int) and 0 <= value < 1 << 60 else 0
+
+
+class _Segment(NamedTuple):
+    """A row of the root record, and the number under which the device has adopted it."""
+
+    device: str
+    domain: str
+    size: int
+    frozen: bool
+    number: int
+
+
+class _Restore:
+    """One restoration: the books and devices, and what has been found so far."""
+
+    def __init__(
+        self, left: Left, store: Store, catalog: Catalog, devices: Mapping[str, Device], manifests: Manifests
+    ) -> None:
+        self.left = left
+        self.store = store
+        self.catalog = catalog
+        self.devices = devices
+        self.manifests = manifests
+        self.segments: dict[int, _Segment] = {}
+        self.frozen: set[int] = set()
+        self.kept: dict[CheckpointKey, int] = {}
+        self.restorations: dict[str, Restoration] = {}
+
+    def adopt(self, row: Mapping[str, Any]) -> None:
+        """Take over a segment. Errors: of _CANNOT_BE, DeviceError."""
+        number, uuid = _number(row["id"]), _text(row["device"])
+        descriptor, size = self.left.descriptors.get(f"seg.{number}"), _number(row["size"])
+        device = self.devices.get(uuid)
+        if device is None or device.kind != row["kind"] or not device.lasting:
+            raise ValueError(f"{uuid} is not served here as {row['kind']!r}")
+        if descriptor is None or descriptor in self.left.taken or number in self.segments:
+            raise ValueError("its descriptor is not there")
+        if not size or size % device.page:
+            raise ValueError(f"{size} bytes are no whole pages")
+        adopted = device.adopt(descriptor, size)
+        self.left.taken.add(descriptor)
+        frozen = row.get("frozen") is not False  # also where that is not said
+        self.segments[number] = _Segment(uuid, _text(row["domain"]), size, frozen, adopted)
+
+    def checkpoint(self, row: Mapping[str, Any]) -> None:
+        """Restore a checkpoint. Errors: of _CANNOT_BE; then nothing has changed."""
+        key = CheckpointKey(_text(row["device"]), _text(row["domain"]), _text(row["content"]))
+        if not _DIGEST.fullmatch(key.content_digest):
+            raise ValueError("its content digest is none")
+        number = _number(row["manifest"])
+        descriptor = self.left.descriptors.get(f"man.{number}")
+        if descriptor is None or descriptor in self.left.taken:
+            raise ValueError("its manifest is not there")
+        segments = [self.segments[_number(one)] for one in row["segments"]]
+        if any((segment.device, segment.domain) != key[:2] for segment in segments):
+            raise ValueError("a segment is of another device or domain")
+        device = self.devices[key.device]
+        described = _read_manifest(descriptor, key, device.kind, segments)
+        owner, loaded, used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
+        pins = {_uid(one) for one in row["pins"]}
+        origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
+        sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
+        restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
+        checkpoint = restoration.add(key, described, owner, loaded)
+        checkpoint.segments = [segment.number for segment in segments]
+        checkpoint.last_used, checkpoint.pins = used, pins
+        checkpoint.origin, checkpoint.sources = origin, sources
+        self.left.taken.add(descriptor)
+        self.manifests.add(key, descriptor)
+        self.kept[key] = number
+
+    def listed(self, row: Mapping[str, Any]) -> set[int]:
+        """The segments of a checkpoint that cannot be restored: where its row does not tell, any of them."""
+        listed: object = row.get("segments")
+        if isinstance(listed, list) and listed and all(isinstance(one, int) for one in listed):
+            return {*listed}
+        return {*self.segments}
+
+    def name(self, row: Mapping[str, Any]) -> None:
+        """Restore a name. Errors: of _CANNOT_BE."""
+        name, content = _text(row["name"]), _text(row["content"])
+        if not 1 <= len(name.encode()) <= NAME_BYTES or CONTROL.search(name) or not _DIGEST.fullmatch(content):
+            raise ValueError("it cannot be given")
+        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"])))
+
+    def finish_segments(self) -> dict[tuple[str, int], int]:
+        """Enter the segments that restored checkpoints need, release the rest. Returns what is kept as what."""
+        found: dict[tuple[str, int], int] = {}
+        for number, segment in self.segments.items():
+            restoration, device = self.restorations.get(segment.device), self.devices[segment.device]
+            taken = restoration.taken.get(segment.number) if restoration else None
+            if taken is None:
+                device.release(segment.number)
+                continue
+            self.store.memories[segment.device].adopt(
+                segment.domain, segment.number, segment.size, taken, device.hollow(segment.number),
+                frozen=segment.frozen or number in self.frozen,
+            )  # fmt: skip
+            found[segment.device, segment.number] = number
+        return found
+
+
+def restore(
+    body: Mapping[str, Any],
+    left: Left,
+    *,
+    store: Store,
+    catalog: Catalog,
+    devices: Mapping[str, Device],
+    manifests: Manifests,
+    last_lease: int,
+    now: float,
+) -> tuple[dict[tuple[str, int], int], dict[CheckpointKey, int]]:
+    """Fill empty books with what a root record names. Returns the numbers under which segments and manifests are kept.
+
+    What is left stays in `left`. A root record of another schema is understood as far as its rows are; what else it may
+    place in segments nobody knows, so all of them are frozen.
+    """
+    state = _Restore(left, store, catalog, devices, manifests)
+    foreign = body.get("schema") != SCHEMA
+    if foreign:
+        unknown = ", ".join(sorted(map(str, body.keys() - _SCHEMA_KEYS))) or "nothing"
+        log.warning("the root record has schema %s, not %d: left are %s, and rows that are not understood",
+                    body.get("schema"), SCHEMA, unknown)  # fmt: skip
+    for row in _rows(body, "segments"):
+        try:
+            state.adopt(row)
+        except (*_CANNOT_BE, DeviceError) as error:
+            log.warning("segment %s is left: %s", row.get("id"), _why(error))
+    for row in _rows(body, "checkpoints"):
+        try:
+            state.checkpoint(row)
+        except _CANNOT_BE as error:
+            log.warning("checkpoint content=%s device=%s is left: %s; load it again", str(row.get("content"))[:19],
+                        row.get("device"), _why(error))  # fmt: skip
+            state.frozen |= state.listed(row)
+    if foreign:
+        state.frozen |= {*state.segments}
+    segments = state.finish_segments()
+    for row in _rows(body, "names"):
+        try:
+            state.name(row)
+        except _CANNOT_BE as error:
+            log.warning("name %s is left: %s", str(row.get("name"))[:80], _why(error))
+    for key in state.kept:
+        for number in manifests.inherited(key, last_lease):
+            try:
+                store.leases.inherit(number, key, NOBODY, now)
+            except ValueError:  # a lock that somebody put on a byte that is another's lease
+                log.warning("a lock on lease %d of content=%s is left: that is another's", number, key[2][:19])
+    return segments, state.kept
+
+
+def _read_manifest(descriptor: int, key: CheckpointKey, kind: str, segments: list[_Segment]) -> Described:
+    """What a manifest says, its places in the numbers of this daemon. Errors: of _CANNOT_BE."""
+    size = os.fstat(descriptor).st_size
+    if not is_manifest(descriptor) or size > MANIFEST_BYTES:
+        raise ValueError("its manifest is not sealed")
+    manifest = handles_pb2.Manifest.FromString(os.pread(descriptor, size, 0))
+    if (manifest.content_digest, manifest.device, manifest.kind or "host") != (key.content_digest, key.device, kind):
+        raise ValueError("its manifest is another's")
+    if list(manifest.segment_bytes) != [segment.size for segment in segments]:
+        raise ValueError("its segments are not those of its manifest")
+    components = list(manifest.components)
+    files = [
+        ManifestFile(components[file.component], file.file, dict(file.metadata) if file.has_metadata else None)
+        for file in manifest.files
+    ]
+    dimensions, digests, position = list(manifest.dimensions), manifest.digests, 0
+    entries: list[Entry] = []
+    identities: list[BlobIdentity] = []
+    places: list[Place | None] = []
+    columns = zip(
+        manifest.names, manifest.file_indices, manifest.dtypes, manifest.ranks, manifest.segments, manifest.offsets,
+        manifest.lengths, manifest.variants, strict=True,
+    )  # fmt: skip
+    for row, (name, file, dtype, rank, segment, offset, length, variant) in enumerate(columns):
+        shape = tuple(dimensions[position : position + rank])
+        position += rank
+        named = handles_pb2.DType.Name(dtype).removeprefix("DTYPE_")
+        entries.append(Entry(files[file].component, name, named, shape, file, length))
+        digest = digests[DIGEST_BYTES * row : DIGEST_BYTES * (row + 1)]
+        identities.append(BlobIdentity(digest, length, variant))
+        places.append(Place(segments[segment].number, offset) if length else None)
+    return Described(files, entries, identities, places)
+
+
+def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
+    rows = body.get(key)
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, dict):
+            yield row
+
+
+def _why(error: Exception) -> str:
+    """In words: what is missing or out of range is not said by Python's own."""
+    if isinstance(error, KeyError | IndexError):
+        return f"{error} is not there"
+    return str(error) or type(error).__name__
+
+
+def _number(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _U64:
+        return value
+    raise ValueError(f"{value!r:.40} is no number")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError(f"{value!r:.40} is no text")
+
+
+def _uid(value: object) -> int | None:
+    return None if value is None else _number(value)
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value < 1 << 40:
+        return float(value)
+    raise ValueError(f"{value!r:.40} is no time")
+
+
+def _files(rows: Any) -> tuple[SourceFile, ...]:
+    return tuple(
+        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)))
+        for component, file, identity in rows
+    )

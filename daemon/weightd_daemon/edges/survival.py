@@ -1,0 +1,335 @@
+"""What outlives the daemon: segments, manifests and the root record, kept in the service manager's descriptor store.
+
+Order is everything. Before a seal its segments are stored, then its manifest, then a barrier says that they are; in the
+step that makes the checkpoint visible the root record is written. An eviction goes the other way: the root record is
+written before a byte may be granted or punched, then the manifest leaves the store, and a segment before it is
+released. So whenever this process is killed, all that the root record names is stored, and lies where it says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+from weightd_daemon.core.restoring import fit
+
+from .leases import encode_manifest, make_manifest
+from .restoring import Left, restore
+from .snapshot import Record, RootRecord, read_root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.devices.device import Device
+
+    from .leases import Manifests
+    from .systemd import ServiceManager
+
+log = logging.getLogger(__name__)
+
+ROOT = "root"
+_BARRIER_SECONDS = 10.0
+_MOST_KEPT = 4096
+"""What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
+_LEASES_AHEAD = 4096
+"""The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
+
+
+class Draft:
+    """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.number: int | None = None
+        self._on_discard: Callable[[], None] = lambda: None
+
+    def keep_as(self, number: int, on_discard: Callable[[], None]) -> None:
+        """It is on its way into the store."""
+        self.number, self._on_discard = number, on_discard
+
+    def take(self) -> int:
+        """The descriptor, which is the caller's now."""
+        descriptor, self.descriptor = self.descriptor, -1
+        return descriptor
+
+    def discard(self) -> None:
+        """Give it up; nothing happens where it was taken."""
+        if self.descriptor >= 0:
+            os.close(self.take())
+            self.forget()
+
+    def forget(self) -> None:
+        """It is not to be kept."""
+        if self.number is not None:
+            self.number = None
+            self._on_discard()
+
+
+class Survival:
+    """Keeps checkpoints for the next daemon, and takes up what the last one kept.
+
+    Where no service manager listens and none has given anything, nothing is kept and nothing is written.
+    """
+
+    def __init__(
+        self,
+        *,
+        manager: ServiceManager,
+        given: Sequence[tuple[str, int]],
+        store: Store,
+        catalog: Catalog,
+        devices: dict[str, Device],
+        manifests: Manifests,
+        now: Callable[[], float],
+    ) -> None:
+        self._manager = manager
+        self._given = list(given)
+        self._store = store
+        self._catalog = catalog
+        self._devices = devices
+        self._manifests = manifests
+        self._now = now
+        self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
+        self._root: RootRecord | None = None
+        self._ids = count(1)
+        self._last_id = 0
+        self._last_lease = 0
+        self._stored: set[str] = set()
+        self._segments: dict[tuple[str, int], int] = {}
+        self._kept: dict[CheckpointKey, int] = {}
+
+    # -- at the start ----------------------------------------------------------------------------------------------
+
+    async def begin(self) -> None:
+        """Take up what was kept, and keep on from there. Nobody may have connected yet."""
+        left = Left({})
+        for name, descriptor in self._given:
+            if name == ROOT or name in left.descriptors:
+                continue
+            left.descriptors[name] = descriptor
+        body = self._find_root()
+        used = [int(match[1]) for name in left.descriptors if (match := re.fullmatch(r"\w{3}\.(\d{1,18})", name))]
+        self._last_id = max([left.number(body, "last_id"), *used])
+        self._ids = count(self._last_id + 1)
+        self._last_lease = left.number(body, "last_lease")
+        self._store.leases.begin_after(self._last_lease)
+        if body:
+            self._segments, self._kept = restore(
+                body, left, store=self._store, catalog=self._catalog, devices=self._devices,
+                manifests=self._manifests, last_lease=self._last_lease, now=self._now(),
+            )  # fmt: skip
+        self._stored = {*map(_segment_name, self._segments.values()), *map(_manifest_name, self._kept.values()), ROOT}
+        await self._begin_root()
+        self.flip()
+        self._let_go(left)
+        for uuid in self._devices:
+            excess = fit(self._store, uuid)
+            if excess:
+                log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
+        if self._given:
+            log.info("taken up checkpoints=%d segments=%d leases=%d", len(self._kept), len(self._segments),
+                     len(self._store.leases))  # fmt: skip
+
+    def _find_root(self) -> dict[str, Any]:
+        """The last content of the root records that were given; the one that has it is written to from now on."""
+        found: dict[int, Record] = {}
+        for name, descriptor in self._given:
+            if name == ROOT:
+                if record := read_root(descriptor):
+                    found[descriptor] = record
+                else:
+                    os.close(descriptor)
+                    log.warning("a root record is damaged, in both of its slots")
+        if not found:
+            if self._given:
+                log.warning("nothing that was kept can be taken up, for want of a root record: starting empty")
+            return {}
+        chosen = max(found, key=lambda descriptor: found[descriptor].sequence)
+        for descriptor in found.keys() - {chosen}:
+            os.close(descriptor)
+            log.warning("a root record is left: another is newer")
+        self._root = RootRecord(chosen, found[chosen].sequence)
+        return {**found[chosen].body, "schema": found[chosen].schema}
+
+    async def _begin_root(self) -> None:
+        """Have a root record kept, unless there is one, or nobody to keep it."""
+        if self._root is not None or not self._manager.listens:
+            return
+        root = RootRecord.create()
+        try:
+            self._manager.drop(ROOT)
+            self._manager.keep(ROOT, root.descriptor)
+            await self._manager.barrier(_BARRIER_SECONDS)
+        except (OSError, TimeoutError) as error:
+            root.close()
+            log.warning("nothing outlives this daemon: the service manager takes no descriptors: %s", error)
+        else:
+            self._root = root
+
+    def _let_go(self, left: Left) -> None:
+        """What was not taken up leaves the store, and its memory the machine."""
+        names = {name for name, _ in self._given} - self._stored
+        for name in sorted(names):
+            log.info("descriptor %r is left: nothing needs it", name[:80])
+            if name and name.isprintable():  # else no name of the descriptor store
+                self._drop(name)
+        for descriptor in {descriptor for name, descriptor in self._given if name != ROOT} - left.taken:
+            os.close(descriptor)
+
+    # -- while it serves -------------------------------------------------------------------------------------------
+
+    async def prepare(self, content: Content, uuid: str) -> Draft:
+        """Make the manifest of a content that is to be sealed, and have all stored that it needs to outlive us.
+
+        Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
+        """
+        device, size = self._devices[uuid], self._store.memories[uuid].size
+        draft = Draft(make_manifest(await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)))
+        if self._root is None or not self._manager.listens or not device.lasting:
+            return draft
+        try:
+            await self._keep(draft, device, content.segments)
+        except (OSError, TimeoutError) as error:
+            draft.forget()
+            log.warning("checkpoint content=%s device=%s ends with this daemon: %s", content.content_digest[:19], uuid,
+                        str(error) or "the service manager does not answer")  # fmt: skip
+        except BaseException:
+            draft.discard()
+            raise
+        return draft
+
+    async def _keep(self, draft: Draft, device: Device, segments: list[int]) -> None:
+        fresh = [segment for segment in segments if (device.uuid, segment) not in self._segments]
+        if len(self._stored) + len(fresh) + 1 > self._most:
+            raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
+        for segment in fresh:
+            handle = device.writable(segment)
+            assert isinstance(handle, int)  # a lasting segment is a descriptor
+            number = self._next()
+            self._manager.keep(_segment_name(number), handle)
+            self._stored.add(_segment_name(number))
+            self._segments[device.uuid, segment] = number
+        name = _manifest_name(self._next())
+        draft.keep_as(self._last_id, lambda: self._drop(name))
+        self._stored.add(name)
+        self._manager.keep(name, draft.descriptor)
+        await self._manager.barrier(_BARRIER_SECONDS)
+
+    def sealed(self, key: CheckpointKey, draft: object) -> None:
+        """A checkpoint is about to be there. When the step is over that makes it visible, `flip` must have been."""
+        assert isinstance(draft, Draft)  # of `prepare`
+        self._manifests.add(key, draft.take())
+        if draft.number is not None:
+            self._kept[key] = draft.number
+
+    def evicted(self, key: CheckpointKey) -> None:
+        """A checkpoint is gone. Its bytes may be used again as soon as this has returned."""
+        number = self._kept.pop(key, None)
+        self.flip()
+        if number is not None:
+            self._drop(_manifest_name(number))
+
+    def released(self, uuid: str, segment: int) -> None:
+        """A segment is about to be released; on any thread."""
+        number = self._segments.pop((uuid, segment), None)
+        if number is not None:
+            self._drop(_segment_name(number))
+
+    def reserve(self, lease: int) -> None:
+        """The lock of a lease is about to be put on a manifest: the next daemon must look for it."""
+        if lease > self._last_lease:
+            self._last_lease = lease + _LEASES_AHEAD
+            self.flip()
+
+    def flip(self) -> None:
+        """Write the root record anew, in one step: what it says holds from now on."""
+        if self._root is None:
+            return
+        try:
+            self._root.write(self._body())
+        except OSError as error:
+            log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
+
+    def close(self) -> None:
+        """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
+        self.flip()
+        if self._root is not None:
+            self._root.close()
+            self._root = None
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _next(self) -> int:
+        self._last_id = next(self._ids)
+        return self._last_id
+
+    def _drop(self, name: str) -> None:
+        """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
+        self._stored.discard(name)
+        try:
+            self._manager.drop(name)
+        except OSError as error:
+            log.warning("the service manager does not let go of %r: %s", name, error)
+
+    def _body(self) -> dict[str, Any]:
+        """What the books say, as JSON."""
+        kept, others = [], set()
+        for checkpoint in self._store.checkpoints.values():
+            if checkpoint.key in self._kept:
+                kept.append(checkpoint)
+            else:
+                others |= {(checkpoint.key.device, segment) for segment in checkpoint.segments}
+        needed = {(checkpoint.key.device, segment) for checkpoint in kept for segment in checkpoint.segments}
+        return {
+            "last_id": self._last_id,
+            "last_lease": self._last_lease,
+            "segments": [self._segment(*where, frozen=where in others) for where in sorted(needed)],
+            "checkpoints": [self._checkpoint(checkpoint) for checkpoint in kept],
+            "names": [
+                {"domain": domain, "name": name, "content": tag.content_digest, "owner": tag.owner}
+                for (domain, name), tag in self._catalog.tags.items()
+            ],
+        }
+
+    def _segment(self, uuid: str, segment: int, *, frozen: bool) -> dict[str, Any]:
+        memory = self._store.memories[uuid]
+        return {
+            "id": self._segments[uuid, segment],
+            "device": uuid,
+            "kind": self._devices[uuid].kind,
+            "domain": memory.domain_of(segment),
+            "size": memory.size(segment),
+            # Bytes of a checkpoint that is not kept, whose clients read on: the next daemon must not touch them.
+            "frozen": frozen or memory.is_frozen(segment),
+        }
+
+    def _checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        key = checkpoint.key
+        return {
+            "device": key.device,
+            "domain": key.domain,
+            "content": key.content_digest,
+            "manifest": self._kept[key],
+            "segments": [self._segments[key.device, segment] for segment in checkpoint.segments],
+            "owner": checkpoint.owner,
+            "loaded": checkpoint.loaded,
+            "last_used": checkpoint.last_used,
+            "pins": list(checkpoint.pins),
+            "origin": checkpoint.origin,
+            "sources": checkpoint.sources,
+        }
+
+
+def _segment_name(number: int) -> str:
+    return f"seg.{number}"
+
+
+def _manifest_name(number: int) -> str:
+    return f"man.{number}"

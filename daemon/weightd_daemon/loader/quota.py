@@ -1,0 +1,40 @@
+"""Whether the bytes that a load brings are within what its user may have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.limits import Limits
+    from weightd_daemon.core.store import Store
+
+    from .waiters import Load
+
+
+class Quota:
+    """Admits loads, first by their figures, before anything is read, and again by their content."""
+
+    def __init__(self, store: Store, catalog: Catalog, limits: Limits) -> None:
+        self._store = store
+        self._catalog = catalog
+        self._limits = limits
+
+    def admit(self, load: Load, under_way: Iterable[Load], total: int, tensors: int, content: str) -> None:
+        """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.
+
+        What is resident already costs its user nothing; as long as the content is "", equal figures may mean that.
+        """
+        who, place = load.request.who, (load.request.device, load.request.who.domain)
+        if not self._limits.most(who, "bytes"):
+            return
+        there = [c for c in self._store.checkpoints.values() if c.key[:2] == place]
+        if content and any(c.key.content_digest == content for c in there):
+            return
+        if not content and any((c.total_bytes, c.tensor_count) == (total, tensors) for c in there):
+            return
+        others = sum(o.announced for o in under_way if o is not load and o.request.who.uid == who.uid)
+        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total)
+        load.announced = total

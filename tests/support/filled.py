@@ -1,0 +1,68 @@
+"""What services answer from, in this process: books that are full, without a daemon, files or memory."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.checkpoint import Content
+from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.store import Store
+from weightd_daemon.edges.draining import Drain
+
+WHO = Who(1000, admin=False, domain="")
+BLOBS = 10
+DEVICES = [f"GPU-{number}" for number in range(8)]
+
+
+class Gpu:
+    kind, name = "cuda_vmm", "a GPU"
+
+    def available(self) -> int | None:
+        return 1 << 30
+
+
+class Filled:
+    """What services answer from (see Parts), filled with checkpoints of a few blobs that all differ."""
+
+    def __init__(self, checkpoints: int) -> None:
+        self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
+        self.catalog = Catalog(self.store, Limits())
+        self.devices = {uuid: Gpu() for uuid in DEVICES}
+        self.loads: Any = self
+        self.under_way: list[Any] = []
+        self.connections: list[Any] = []
+        self.drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None)
+        numbers = count()
+        for uuid in DEVICES:
+            self.store.memories[uuid] = DeviceMemory(
+                budget=1 << 40, page=4096, sparse=False, pool_limit=0, create=lambda _: next(numbers)
+            )
+        for number in range(checkpoints):
+            self.add(DEVICES[number % len(DEVICES)], number)
+
+    def add(self, device: str, number: int) -> None:
+        load = self.store.open_load(device, "", 1000)
+        extent = self.store.grant(load, BLOBS * 4096, BLOBS * 4096)
+        assert extent is not None
+        blobs = [
+            self.store.settle(load, f"{number}-{i}".encode().ljust(16), 4096, extent.segment, extent.offset + i * 4096)[
+                1
+            ]
+            for i in range(BLOBS)
+        ]
+        entries = tuple(Entry("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
+        content_digest = f"sha256:{number:064x}"
+        checkpoint = self.store.seal(
+            load, Content(content_digest, (ManifestFile("", "f", None),), entries, tuple(blobs)), 0.0
+        )
+        self.store.end_load(load)
+        self.catalog.set(WHO, f"n{number}", content_digest)
+        self.store.leases.take(checkpoint.key, Holder(number, number, 1000, ""), 0.0)
+
+    def caller(self, context: object) -> tuple[None, Who]:
+        return None, WHO

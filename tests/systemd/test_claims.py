@@ -1,0 +1,132 @@
+"""The library's side of a restart: it waits for the end of the daemon, and tells the next one what it holds."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import weightd
+from support import checkpoints
+from support.daemon import Daemon, eventually
+from support.manager import Manager
+from support.worker import Worker
+from weightd._line import Line
+from weightd._proto.v1 import handles_pb2
+
+StartDaemon = Callable[..., Daemon]
+Spawn = Callable[[Daemon], Worker]
+
+THREADS = "result = [t.name for t in __import__('threading').enumerate() if t.name == 'weightd-line']"
+
+
+def holders(client: weightd.Client) -> list[int]:
+    return sorted(lease.pid for lease in client.leases() if not lease.waiting)
+
+
+def restart(daemon: Daemon) -> weightd.Client:
+    daemon.kill()
+    daemon.start()
+    return daemon.connect()
+
+
+@pytest.fixture
+def served(start_daemon: StartDaemon, manager: Manager, tmp_path: Path) -> Daemon:
+    """A daemon whose descriptors are kept, with the checkpoint "a"."""
+    daemon = start_daemon(manager=manager)
+    daemon.connect().load(checkpoints.write_random(tmp_path / "a.safetensors", 3, 100_000, "a"), name="a")
+    return daemon
+
+
+def test_one_thread_from_the_first_attach_on_and_it_says_all_leases(served: Daemon, spawn: Spawn) -> None:
+    worker = spawn(served)
+    worker.run("import weightd\nclients = [weightd.connect() for _ in range(3)]\nclients[0].ping()")
+    assert worker.run(THREADS) == []
+    worker.run("attachments = [client.attach('a') for client in clients for _ in range(2)]")
+    assert worker.run(THREADS) == ["weightd-line"]
+    for _ in range(2):
+        client = restart(served)
+        eventually(lambda: holders(client) == [worker.pid] * 6, what="six leases are claimed")  # noqa: B023  # called here
+    worker.run("for attachment in attachments[::2]: attachment.close()")
+    eventually(lambda: holders(client) == [worker.pid] * 3, seconds=1.0, what="each client tells of its own")
+    assert worker.run(THREADS) == ["weightd-line"]
+
+
+def test_it_waits_for_a_daemon_that_takes_its_time(served: Daemon, spawn: Spawn) -> None:
+    worker = spawn(served)
+    worker.run("import weightd\nclient = weightd.connect()\nkept = client.attach('a')\ntensor = kept.buffer('t1')")
+    worker.run("kept.drop(); del kept")
+    served.kill()
+    failing = "try: client.ping()\nexcept weightd.DaemonUnreachableError: result = 'unreachable'"
+    assert worker.run(failing) == "unreachable"  # which closes the connection that the thread waits on
+    assert worker.run("import hashlib; result = hashlib.sha256(tensor).hexdigest()")
+    served.start()
+    client = served.connect()
+    eventually(lambda: holders(client) == [worker.pid], what="the tensor's lease is claimed")
+    worker.run("del tensor")
+    assert holders(client) == []
+
+
+def test_who_has_closed_the_client_holds_and_says_nothing(served: Daemon, spawn: Spawn) -> None:
+    worker = spawn(served)
+    worker.run("import weightd\nclient = weightd.connect()\nattachment = client.attach('a')\nclient.close()")
+    client = restart(served)
+    worker.run("import time; time.sleep(0.5)")
+    assert holders(client) == [0]
+    worker.kill()
+    assert holders(client) == []
+
+
+def test_a_forked_child_has_no_such_thread_and_its_parent_goes_on(served: Daemon, spawn: Spawn) -> None:
+    worker = spawn(served)
+    worker.run("import os, threading, weightd\nclient = weightd.connect()\nattachment = client.attach('a')")
+    source = (
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    from weightd import _line\n"
+        "    alone = threading.active_count() == 1 and _line._watcher is None\n"
+        "    mine = weightd.connect().attach('a')\n"
+        "    os._exit(0 if alone and _line._watcher is not None else 1)\n"
+        "result = os.waitpid(pid, 0)[1]"
+    )
+    assert worker.run(source) == 0
+    client = restart(served)
+    eventually(lambda: holders(client) == [worker.pid], what="the parent claims its lease")
+
+
+def test_a_daemon_that_does_not_know_claims_is_used_without(short_path: Path) -> None:
+    """It hangs up on what it does not know; so would a connection that has to claim each time."""
+    seen: list[str] = []
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{short_path}/w.sock.handles")
+    listener.listen()
+
+    def serve() -> None:
+        for _ in range(3):
+            peer, _ = listener.accept()
+            threading.Thread(target=answer, args=(peer,), daemon=True).start()
+
+    def answer(peer: socket.socket) -> None:
+        with peer:
+            while data := peer.recv(1000):
+                kind = handles_pb2.HandleRequest.FromString(data).WhichOneof("body")
+                seen.append(str(kind))
+                if kind != "hello":
+                    return
+                hello = handles_pb2.HelloReply(protocol=1, token="t", version="0")
+                peer.sendall(handles_pb2.HandleReply(hello=hello).SerializeToString())
+
+    with listener:
+        threading.Thread(target=serve, daemon=True).start()
+        line = Line(short_path / "w.sock", 5.0)
+        mapping = type("Mapping", (), {})()
+        line.hold(7, "sha256:0", "host", mapping)
+        first = line.handles
+        first._socket.shutdown(socket.SHUT_RDWR)  # as when the daemon has ended
+        eventually(lambda: line.handles is not first and line.handles.alive(), what="the thread has renewed the line")
+        assert seen == ["hello", "hello", "reclaim", "hello"]
+        assert line.live() == {}
+        line.close()

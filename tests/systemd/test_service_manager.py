@@ -1,0 +1,126 @@
+"""The descriptor store, from the service's side: edges/systemd.py against the manager that tests play."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.manager import Manager
+from weightd_daemon.edges.systemd import ServiceManager, kept_descriptors
+
+MOST = 4
+
+
+@pytest.fixture
+def manager(short_path: Path) -> Iterator[Manager]:
+    manager = Manager(short_path / "notify", most=MOST)
+    yield manager
+    manager.close()
+
+
+@pytest.fixture
+def service(manager: Manager) -> ServiceManager:
+    return ServiceManager(manager.environment())
+
+
+@pytest.fixture
+def memory() -> Iterator[list[int]]:
+    """Descriptors of as many memfds as there is room for, and two more."""
+    made = [os.memfd_create(f"m{number}") for number in range(MOST + 2)]
+    yield made
+    for descriptor in made:
+        os.close(descriptor)
+
+
+def inodes(manager: Manager) -> list[tuple[str, int]]:
+    return [(name, os.fstat(descriptor).st_ino) for name, descriptor in manager.kept]
+
+
+def inode(descriptor: int) -> int:
+    return os.fstat(descriptor).st_ino
+
+
+def settle(service: ServiceManager) -> None:
+    asyncio.run(service.barrier(5.0))
+
+
+def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+    first, second = (inode(memory[number]) for number in (0, 1))
+    service.keep("a", memory[0])
+    service.keep("b", memory[1])
+    settle(service)
+    assert inodes(manager) == [("b", second), ("a", first)], "the newest first"
+    service.drop("b")
+    service.drop("unknown")
+    settle(service)
+    assert inodes(manager) == [("a", first)]
+
+
+def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+    service.keep("a", memory[0])
+    copy = os.dup(memory[0])
+    afresh = os.open(f"/proc/self/fd/{memory[0]}", os.O_RDONLY)
+    service.keep("b", copy)
+    service.keep("c", afresh)  # the same memory, but not the same opening of it
+    settle(service)
+    assert manager.names() == ["c", "a"]
+    for descriptor in (copy, afresh):
+        os.close(descriptor)
+
+
+def test_a_full_store_keeps_no_more(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+    for number, descriptor in enumerate(memory):
+        service.keep(str(number), descriptor)
+    settle(service)
+    assert manager.names() == ["3", "2", "1", "0"]
+
+
+@pytest.mark.parametrize("name", ["a:b", "ä", "x" * 256, "tab\t"])
+def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+    service.keep(name, memory[0])
+    settle(service)
+    assert manager.names() == ["stored"]
+    service.drop(name)
+    settle(service)
+    assert manager.names() == ["stored"]
+
+
+def test_messages_that_are_passed_over(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+    service.tell("FDSTORE=1", "FDNAME=a", "BARRIER=1", descriptors=[memory[0]])
+    service.tell("READY=1", "STATUS=" + "x" * 4096)
+    service.tell("STATUS=short")
+    settle(service)
+    assert (manager.names(), len(manager.ignored)) == ([], 2)
+    assert manager.said == ["STATUS=short"]
+
+
+def test_a_barrier_waits_for_a_manager_that_reads(short_path: Path) -> None:
+    silent = subprocess.Popen(
+        [sys.executable, "-c", "import socket, sys, time\ns = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+         "s.bind(sys.argv[1])\nprint(flush=True)\ntime.sleep(60)", str(short_path / "silent")],
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert silent.stdout is not None
+        silent.stdout.readline()
+        with pytest.raises(TimeoutError):
+            asyncio.run(ServiceManager({"NOTIFY_SOCKET": str(short_path / "silent")}).barrier(0.2))
+    finally:
+        silent.kill()
+        silent.communicate()
+
+
+def test_without_a_manager_nothing_happens(memory: list[int]) -> None:
+    environment: dict[str, str] = {"LISTEN_PID": "1", "LISTEN_FDS": "3", "WATCHDOG_USEC": "nonsense", "OTHER": "x"}
+    service = ServiceManager(environment)
+    assert (service.listens, service.watchdog_seconds, service.most_kept) == (False, None, None)
+    service.keep("a", memory[0])
+    settle(service)
+    assert kept_descriptors(environment) == [], "they are for another process"
+    assert environment == {"OTHER": "x"}

@@ -1,0 +1,49 @@
+"""What lists and figures cost grows with what there is, not faster."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from support.filled import BLOBS, Filled
+from weightd._proto.v1 import checkpoint_pb2
+from weightd_daemon.edges.books import snapshot
+from weightd_daemon.edges.checkpoint_service import CheckpointService
+from weightd_daemon.edges.metrics import Metrics
+
+
+def cost(checkpoints: int, what: str) -> float:
+    """CPU seconds of an answer, the least of five."""
+    parts: Any = Filled(checkpoints)
+    service, metrics = CheckpointService(parts), Metrics(parts)
+
+    def listed() -> None:
+        with pytest.raises(StopIteration) as ended:
+            service.List(checkpoint_pb2.ListCheckpointsRequest(), None).send(None)  # type: ignore[arg-type]  # no context
+        assert len(ended.value.value.checkpoints) == checkpoints
+
+    def counted() -> None:
+        assert f'weightd_checkpoints{{state="resident"}} {checkpoints}.0\n' in metrics.page().decode()
+
+    call = {"ls": listed, "stats": lambda: snapshot(parts), "metrics": counted}[what]
+    taken = []
+    for _ in range(5):
+        start = time.process_time()
+        call()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+@pytest.mark.parametrize("what", ["ls", "stats", "metrics"])
+def test_cost_grows_with_what_there_is(what: str) -> None:
+    few, many = cost(200, what), cost(1600, what)
+    assert many / few < 24, "eight times as much takes eight times as long; 64 times, if each looks at all others"
+
+
+def test_figures_are_per_device() -> None:
+    parts: Any = Filled(9)
+    books = snapshot(parts)
+    assert [device.live_bytes for device in books.devices] == [2 * BLOBS * 4096] + [BLOBS * 4096] * 7
+    assert (books.blobs, books.resident_bytes, books.leases) == (9 * BLOBS, 9 * BLOBS * 4096, 9)

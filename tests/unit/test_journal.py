@@ -1,0 +1,157 @@
+"""The journal: what events say, who may see them, and how much it keeps."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from weightd._proto.v1 import daemon_pb2
+from weightd.errors import EventsLostError, InUseError
+from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
+from weightd_daemon.core.events import Attached, Detached, DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
+from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.store import Store
+from weightd_daemon.edges import journal as journal_module
+from weightd_daemon.edges.journal import Journal, Reader
+
+ALICE, BOB, ADMIN = (
+    Who(1000, admin=False, domain="a"),
+    Who(1001, admin=False, domain="b"),
+    Who(0, admin=True, domain=""),
+)
+HOLDER = Holder(1, 12, 1000, "python serve.py")
+BEGUN = LoadBegun(5, HOLDER, "host", "a", "name")
+
+
+class Desk:
+    """A journal over a store with one checkpoint of Alice."""
+
+    def __init__(self) -> None:
+        self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
+        self.catalog = Catalog(self.store, Limits())
+        self.journal = Journal(store=self.store, catalog=self.catalog, now=lambda: 1.5)
+        key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
+        self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)
+        self.store.checkpoints[key] = self.checkpoint
+        self.lease = Lease(9, key, HOLDER, 0.0, waiting=False)
+
+    def seen(self, who: Who) -> list[daemon_pb2.Event]:
+        with self.journal.reader(who) as reader:
+            return reader.recent
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+def test_what_events_say(desk: Desk) -> None:
+    desk.catalog.set(ALICE, "name", desk.checkpoint.key.content_digest)
+    for event in (
+        BEGUN, LoadEnded(BEGUN, "CAPACITY", "too large", 2.0), LoadEnded(BEGUN, "OK", "", 3.0, "sha256:cd", 30, 20, 10),
+        Attached(desk.lease), Detached(desk.lease), Evicted(desk.checkpoint, "capacity"),
+    ):  # fmt: skip
+        desk.journal.tell(event)
+    begun, failed, ended, attached, detached, evicted = desk.seen(ALICE)
+    assert (begun.event_time.seconds, begun.event_time.nanos) == (1, 500_000_000)
+    assert (begun.load, begun.names, begun.device, begun.pid, begun.uid) == (5, ["name"], "host", 12, 1000)
+    assert (failed.reason, failed.message, failed.seconds, failed.total_bytes) == ("CAPACITY", "too large", 2.0, 0)
+    assert (ended.reason, ended.total_bytes, ended.unique_bytes, ended.read_bytes) == ("OK", 30, 20, 10)
+    assert ended.content_digest == "sha256:cd"
+    assert (attached.lease, attached.names, attached.total_bytes) == (9, ["name"], 300)
+    attached.kind = detached.kind
+    assert attached == detached
+    assert (evicted.reason, evicted.content_digest) == ("capacity", desk.checkpoint.key.content_digest)
+
+
+def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:
+    del desk.store.checkpoints[desk.checkpoint.key]
+    desk.store.lost[desk.checkpoint.key] = Lost(desk.checkpoint, "gone")
+    desk.journal.tell(Detached(desk.lease))
+    (event,) = desk.seen(ALICE)
+    assert (event.lease, event.total_bytes) == (9, 300)
+
+
+@pytest.mark.parametrize("state", ["draining", "drained", "undrained"])
+def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
+    desk.journal.tell(DrainChanged(state))
+    desk.journal.tell(DeviceLost("GPU-1", "fell off the bus"))
+    for who in (ALICE, BOB, ADMIN):
+        drain, lost = desk.seen(who)
+        assert daemon_pb2.EventKind.Name(drain.kind) == f"EVENT_KIND_{state.upper()}"
+        assert (lost.device, lost.message) == ("GPU-1", "fell off the bus")
+
+
+def test_other_users_see_nothing_and_admins_everything(desk: Desk) -> None:
+    for event in (BEGUN, LoadEnded(BEGUN, "OK", "", 1.0), Attached(desk.lease), Evicted(desk.checkpoint, "removed")):
+        desk.journal.tell(event)
+    assert [len(desk.seen(who)) for who in (ALICE, BOB, ADMIN)] == [4, 0, 4]
+
+
+def test_an_event_has_an_end(desk: Desk) -> None:
+    for number in range(20):
+        desk.catalog.set(ALICE, f"n{number:02}", desk.checkpoint.key.content_digest)
+    desk.journal.tell(Attached(desk.lease))
+    desk.journal.tell(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
+    attached, ended = desk.seen(ALICE)
+    assert attached.names == [f"n{number:02}" for number in range(8)]
+    assert ended.ByteSize() < 3000
+
+
+def test_only_so_many_are_remembered(desk: Desk) -> None:
+    for number in range(journal_module.REMEMBERED + 10):
+        desk.journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+    loads = [event.load for event in desk.seen(ALICE)]
+    assert loads == list(range(10, journal_module.REMEMBERED + 10))
+
+
+def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "BACKLOG", 3)
+
+    async def read() -> None:
+        with desk.journal.reader(ALICE) as slow, desk.journal.reader(ALICE) as fast, desk.journal.reader(BOB) as other:
+            for number in range(5):
+                desk.journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+                found = await fast.next(1.0)
+                assert found is not None
+                assert found.load == number
+            with pytest.raises(EventsLostError, match=r"^5 events are lost"):
+                await slow.next(1.0)
+            assert await other.next(0.01) is None
+            assert await fast.next(0.0) is None
+
+    asyncio.run(read())
+
+
+def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
+    async def read() -> None:
+        with desk.journal.reader(ALICE) as reader:
+            waiting = asyncio.ensure_future(reader.next(20.0))
+            await asyncio.sleep(0)
+            desk.journal.tell(BEGUN)
+            found = await waiting
+            assert found is not None
+            assert found.load == 5
+
+    asyncio.run(read())
+
+
+def test_who_has_left_gets_nothing(desk: Desk) -> None:
+    with desk.journal.reader(ALICE) as left:
+        pass
+    desk.journal.tell(BEGUN)
+    assert asyncio.run(left.next(0.0)) is None
+
+
+def test_readers_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "MOST_READERS", 1)
+    with desk.journal.reader(ALICE) as reader:
+        assert isinstance(reader, Reader)
+        with pytest.raises(InUseError, match="1 readers"):
+            desk.seen(BOB)
+    assert desk.seen(BOB) == []

@@ -1,0 +1,569 @@
+"""What one daemon keeps and the next takes up, in one process: order, and that nothing is believed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import xxhash
+
+from weightd._proto.v1 import handles_pb2
+from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.catalog import Catalog, Tag, Who
+from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.events import Event, Sealed
+from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.store import Store
+from weightd_daemon.devices.host import HostDevice
+from weightd_daemon.edges.leases import Manifests, make_manifest
+from weightd_daemon.edges.snapshot import RootRecord, read_root
+from weightd_daemon.edges.survival import Survival
+
+MIB = 1 << 20
+WHO = Who(1000, False, "")
+FILES = (ManifestFile("", "f.safetensors", {"key": "value"}),)
+SOURCES = (SourceFile("", "f.safetensors", FileIdentity(1, 1 << 63, 3, 4, 5)),)
+HOLDER = Holder(1, 2, 1000, "python")
+
+
+class Keeper:
+    """A service manager that keeps at once, and remembers what it was told, with the root record at that moment."""
+
+    def __init__(self) -> None:
+        self.listens = True
+        self.most_kept: int | None = None
+        self.kept: dict[str, int] = {}
+        self.told: list[tuple[str, str, dict[str, Any]]] = []
+        self.broken = False
+
+    def keep(self, name: str, descriptor: int) -> None:
+        if self.broken:
+            raise OSError("nobody is there")
+        self.told.append(("keep", name, self.root))
+        self.kept[name] = os.dup(descriptor)
+
+    def drop(self, name: str) -> None:
+        self.told.append(("drop", name, self.root))
+        if name in self.kept:
+            os.close(self.kept.pop(name))
+
+    async def barrier(self, seconds: float) -> None:
+        self.told.append(("barrier", "", self.root))
+
+    @property
+    def root(self) -> dict[str, Any]:
+        record = read_root(self.kept["root"]) if "root" in self.kept else None
+        return {} if record is None else record.body
+
+    def close(self) -> None:
+        for name in list(self.kept):
+            self.drop(name)
+
+
+class Books:
+    """A daemon's books over host memory, with what survives of them."""
+
+    def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
+        self.device = HostDevice()
+        self.manifests = Manifests(lambda number: self.survival.reserve(number))
+        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
+        self.store.memories["host"] = DeviceMemory(
+            budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create
+        )
+        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.flip())
+        given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
+        self.survival = Survival(
+            manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
+            manifests=self.manifests, now=lambda: 7.0,
+        )  # fmt: skip
+        asyncio.run(self.survival.begin())
+        self.reclaim()
+
+    def _happened(self, event: Event) -> None:
+        if isinstance(event, Sealed):
+            self.survival.sealed(event.checkpoint.key, event.manifest)
+        else:
+            self.manifests.remove(event.checkpoint.key)
+            if event.reason == "removed":
+                self.catalog.forget(event.checkpoint)
+            self.survival.evicted(event.checkpoint.key)
+
+    def reclaim(self) -> None:
+        memory = self.store.memories["host"]
+        while reclaims := memory.take_reclaims():
+            for reclaim in reclaims:
+                if hasattr(reclaim, "extent"):
+                    self.device.punch(reclaim.extent.segment, reclaim.extent.offset, reclaim.extent.length)
+                else:
+                    self.survival.released("host", reclaim.segment)
+                    self.device.release(reclaim.segment)
+                memory.reclaimed(reclaim)
+
+    def load(self, name: str, tensors: dict[str, bytes]) -> Checkpoint:
+        """Load as a loader does, new tensors one behind the other in one extent, and name it."""
+        load = self.store.open_load("host", "", 1000)
+        blobs = []
+        segment, offset = 0, 0
+        for data in tensors.values():
+            digest = xxhash.xxh3_128(data).digest()
+            blob = self.store.candidate(load, digest, len(data))
+            if blob is not None:
+                blob = self.store.share(load, blob.number, None, 0)
+            if blob is None:
+                if not segment:
+                    extent = self.store.grant(load, sum(map(len, tensors.values())), len(data))
+                    assert extent is not None
+                    segment, offset = extent.segment, extent.offset
+                os.pwrite(self.device.writable(segment), data, offset)
+                placed, blob = self.store.settle(load, digest, len(data), segment, offset)
+                assert placed
+                offset += len(data)
+            blobs.append(blob)
+        entries = [Entry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
+        digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
+        content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
+        draft = asyncio.run(self.survival.prepare(content, "host"))
+        checkpoint = self.store.seal(load, content, 5.0, draft)
+        draft.discard()
+        checkpoint.origin, checkpoint.sources = SOURCES, [SOURCES]
+        self.survival.flip()
+        self.store.end_load(load)
+        self.reclaim()
+        self.catalog.set(WHO, name, digest_of)
+        return checkpoint
+
+    def bytes_of(self, name: str) -> list[bytes]:
+        checkpoint = self.catalog.find(WHO, name)
+        blobs = checkpoint.components[""]
+        return [os.pread(self.device.shared(blob.segment), blob.length, blob.offset) for blob in blobs]
+
+    def names(self) -> set[str]:
+        return {name for checkpoint in self.store.checkpoints.values() for name in self.catalog.names(checkpoint)}
+
+    def end(self) -> None:
+        """The end of the process by a kill: nothing more is written."""
+        if self.survival._root is not None:
+            self.survival._root.close()
+        self.manifests.close()
+        self.device.close()
+
+
+DATA = {name: {f"t{i}": bytes([ord(name), i]) * (MIB // 2) for i in range(3)} for name in "ab"}
+DATA["b"]["t2"] = DATA["a"]["t2"]
+
+
+@pytest.fixture
+def keeper() -> Iterator[Keeper]:
+    before = len(os.listdir("/proc/self/fd"))
+    made = Keeper()
+    yield made
+    made.close()
+    assert len(os.listdir("/proc/self/fd")) == before, "descriptors are left open"
+
+
+@contextlib.contextmanager
+def books(keeper: Keeper, **options: int) -> Iterator[Books]:
+    made = Books(keeper, **options)
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def kept(keeper: Keeper) -> Keeper:
+    """What a daemon has left that held two checkpoints, which share a tensor."""
+    with books(keeper) as first:
+        for name, tensors in DATA.items():
+            first.load(name, tensors)
+        first.catalog.pin(WHO, first.catalog.find(WHO, "a"))
+        first.catalog.restore("", "dangling", Tag("sha256:" + "0" * 64, 7))
+        first.survival.flip()
+    return keeper
+
+
+def change(keeper: Keeper, to: Callable[[dict[str, Any]], None], schema: int | None = None) -> None:
+    """Write another root record."""
+    record = read_root(keeper.kept["root"])
+    assert record is not None
+    body = copy.deepcopy(record.body)
+    to(body)
+    root = RootRecord(os.dup(keeper.kept["root"]), record.sequence)
+    with pytest.MonkeyPatch.context() as patch:
+        if schema is not None:
+            patch.setattr("weightd_daemon.edges.snapshot.SCHEMA", schema)
+        root.write(body)
+    root.close()
+
+
+def put(keeper: Keeper, name: str, descriptor: int) -> None:
+    """Keep something else under a name."""
+    os.close(keeper.kept.pop(name))
+    keeper.kept[name] = descriptor
+
+
+def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
+    with books(kept) as again:
+        assert again.names() == {"a", "b"}
+        for name, tensors in DATA.items():
+            assert again.bytes_of(name) == list(tensors.values())
+            checkpoint = again.catalog.find(WHO, name)
+            assert (checkpoint.owner, checkpoint.loaded, checkpoint.pinned) == (1000, 5.0, name == "a")
+            assert (checkpoint.origin, checkpoint.sources) == (SOURCES, [SOURCES])
+        assert again.catalog.tags["", "dangling"].owner == 7
+        memory = again.store.memories["host"]
+        segments = {blob.segment for blob in again.store.blobs()}
+        assert memory.used == sum(again.device.allocated(segment) for segment in segments) == 5 * MIB
+        shared = again.catalog.find(WHO, "b").components[""][2]
+        assert shared.references == 2
+
+
+def test_what_the_root_record_names_is_always_stored_and_where_it_says(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        checkpoint = first.load("a", DATA["a"])
+        first.store.remove(checkpoint, "a")
+        first.reclaim()
+    stored: set[str] = set()
+    dropped = []
+    for what, name, root in keeper.told:
+        named = {f"seg.{row['id']}" for row in root.get("segments", ())}
+        named |= {f"man.{row['manifest']}" for row in root.get("checkpoints", ())}
+        assert named <= stored, "it names what is not stored, or not any more"
+        if what == "keep":
+            stored.add(name)
+        elif what == "drop":
+            stored.discard(name)
+            dropped.append(name[:3])
+    assert [what for what, *_ in keeper.told] == ["drop", "keep", "barrier", *["keep"] * 2, "barrier", *["drop"] * 2]
+    assert dropped == ["roo", "man", "seg"]
+    assert keeper.root["checkpoints"] == keeper.root["names"] == []
+
+
+def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        key = first.load("a", DATA["a"]).key
+        leases = [first.store.leases.take(key, HOLDER, 6.0) for _ in range(9)]
+        locks = [first.manifests.lock(key, lease.number) for lease in leases]
+    for lock in locks[::2]:
+        os.close(lock)
+    with books(keeper) as again:
+        found = again.store.leases.of(key)
+        assert [lease.number for lease in found] == [lease.number for lease in leases[1::2]]
+        assert {(lease.holder.pid, lease.holder.command, lease.since) for lease in found} == {(0, "?", 7.0)}
+        assert again.store.leases.take(key, HOLDER, 8.0).number > leases[-1].number
+        for lock in locks[1::2]:
+            os.close(lock)
+        assert again.store.leases.of(key) == []
+
+
+def test_more_locks_than_are_told_apart_are_one_lease(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    with books(keeper) as first:
+        key = first.load("a", DATA["a"]).key
+        locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
+    monkeypatch.setattr("weightd_daemon.edges.leases.MOST_INHERITED", 4)
+    with books(keeper) as again:
+        assert len(again.store.leases.of(key)) == 1
+        for lock in locks:
+            assert len(again.store.leases.of(key)) == 1
+            os.close(lock)
+        assert again.store.leases.of(key) == []
+
+
+# -- what cannot be believed -------------------------------------------------------------------------------------------
+
+
+def first_manifest(keeper: Keeper) -> handles_pb2.Manifest:
+    descriptor = keeper.kept[f"man.{keeper.root['checkpoints'][0]['manifest']}"]
+    return handles_pb2.Manifest.FromString(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+
+
+def other_manifest(edit: Callable[[handles_pb2.Manifest], object]) -> Callable[[Keeper], None]:
+    """Another manifest in the place of the first checkpoint's."""
+
+    def tamper(keeper: Keeper) -> None:
+        manifest = first_manifest(keeper)
+        edit(manifest)
+        name = f"man.{keeper.root['checkpoints'][0]['manifest']}"
+        put(keeper, name, make_manifest(manifest.SerializeToString()))
+
+    return tamper
+
+
+def first_row(table: str, **values: Any) -> Callable[[Keeper], None]:
+    """Other values in a table's first row."""
+    return lambda keeper: change(keeper, lambda body: body[table][0].update(values))
+
+
+def unsealed(keeper: Keeper) -> None:
+    descriptor = os.memfd_create("manifest", os.MFD_ALLOW_SEALING)
+    os.write(descriptor, first_manifest(keeper).SerializeToString())
+    put(keeper, f"man.{keeper.root['checkpoints'][0]['manifest']}", descriptor)
+
+
+def first_segment(make: Callable[[int], int]) -> Callable[[Keeper], None]:
+    """Something else in the place of the first segment; `make` is given its size."""
+    return lambda keeper: put(
+        keeper, f"seg.{keeper.root['segments'][0]['id']}", make(keeper.root["segments"][0]["size"])
+    )
+
+
+def plain(size: int) -> int:
+    descriptor = os.memfd_create("segment")
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def shrunk(size: int) -> int:
+    device = HostDevice()
+    descriptor = os.dup(device.writable(device.create(size // 2)))
+    device.close()
+    return descriptor
+
+
+def read_only(size: int) -> int:
+    device = HostDevice()
+    descriptor = os.dup(device.shared(device.create(size)))
+    device.close()
+    return descriptor
+
+
+def write_sealed(size: int) -> int:
+    descriptor = os.memfd_create("segment", os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, size)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, 0xF)
+    os.fchmod(descriptor, 0o400)
+    return descriptor
+
+
+TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
+    "no manifest": (lambda keeper: keeper.drop(f"man.{keeper.root['checkpoints'][0]['manifest']}"), "is not there"),
+    "no segment": (lambda keeper: keeper.drop(f"seg.{keeper.root['segments'][0]['id']}"), "its descriptor is not"),
+    "manifest not sealed": (unsealed, "its manifest is not sealed"),
+    "manifest is none": (
+        lambda keeper: put(keeper, f"man.{keeper.root['checkpoints'][0]['manifest']}", make_manifest(b"\xff" * 99)),
+        "is left",
+    ),
+    "another digest": (other_manifest(lambda m: setattr(m, "content_digest", "sha256:" + "1" * 64)), "is another's"),
+    "another device": (other_manifest(lambda m: setattr(m, "device", "GPU-0")), "is another's"),
+    "another kind": (other_manifest(lambda m: setattr(m, "kind", "cuda_vmm")), "is another's"),
+    "another name": (other_manifest(lambda m: m.names.__setitem__(0, "x")), "not what its digest says"),
+    "another blob": (
+        other_manifest(lambda m: setattr(m, "digests", bytes(16) + m.digests[16:])),
+        "not what its digest",
+    ),
+    "another length": (other_manifest(lambda m: m.lengths.__setitem__(0, 5)), "not what its digest says"),
+    "fewer digests": (other_manifest(lambda m: setattr(m, "digests", b"")), "not what its digest says"),
+    "fewer rows": (other_manifest(lambda m: m.lengths.pop()), "is left"),
+    "no such dtype": (other_manifest(lambda m: m.dtypes.__setitem__(0, 999)), "is left"),
+    "no such file": (other_manifest(lambda m: m.file_indices.__setitem__(0, 9)), "is not there"),
+    "no such segment": (other_manifest(lambda m: m.segments.__setitem__(0, 9)), "is not there"),
+    "negative shape": (other_manifest(lambda m: m.dimensions.__setitem__(0, -1)), "is left"),
+    "beyond the segment": (other_manifest(lambda m: m.offsets.__setitem__(0, 1 << 40)), "lies beyond its segment"),
+    "negative offset": (other_manifest(lambda m: m.offsets.__setitem__(0, -256)), "cannot be"),
+    "not aligned": (other_manifest(lambda m: m.offsets.__setitem__(0, 8)), "cannot be"),
+    "one in another": (other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1] + 256)), "lies on another"),
+    "one over another": (other_manifest(lambda m: m.offsets.__setitem__(1, m.offsets[2] - 256)), "lies on another"),
+    "one for another": (
+        other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1])),
+        "lie in one place",
+    ),
+    "segment sizes": (other_manifest(lambda m: m.segment_bytes.__setitem__(0, 1)), "not those of its manifest"),
+    "segment is plain": (first_segment(plain), "is no segment of|cannot be taken over"),
+    "segment is shorter": (first_segment(shrunk), "is no segment of"),
+    "segment is read-only": (first_segment(read_only), "is no segment of"),
+    "segment is sealed": (first_segment(write_sealed), "is no segment of"),
+    "segment is a pipe": (first_segment(lambda _: os.open("/dev/null", os.O_RDWR)), "cannot be taken over"),
+    "segment size": (first_row("segments", size=12345), "no whole pages"),
+    "segment size is none": (first_row("segments", size=-4096), "is no number"),
+    "segment of nobody": (first_row("segments", device="GPU-0"), "is not served here"),
+    "segment kind": (first_row("segments", kind="cuda_vmm"), "is not served here"),
+    "segment domain": (first_row("segments", domain="uid-7"), "of another device or domain"),
+    "segment without id": (first_row("segments", id=None), "is no number"),
+    "digest is none": (first_row("checkpoints", content="sha256:00"), "its content digest is none"),
+    "times are none": (first_row("checkpoints", loaded="now"), "is no time"),
+    "time is none": (first_row("checkpoints", last_used=float("nan")), "is no time"),
+    "owner is none": (first_row("checkpoints", owner="root"), "is no number"),
+    "pins are none": (first_row("checkpoints", pins=7), "is left"),
+    "sources are none": (first_row("checkpoints", sources=[["x"]]), "is left"),
+    "segments are none": (first_row("checkpoints", segments="all"), "is left"),
+    "too few segments": (first_row("checkpoints", segments=[]), "not those of its manifest"),
+    "row is empty": (lambda keeper: change(keeper, lambda body: body["checkpoints"][0].clear()), "is not there"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(TAMPERED))
+def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
+    kept: Keeper, case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tamper, said = TAMPERED[case]
+    names = [f"seg.{number}" for number in kept.root["checkpoints"][0]["segments"]]
+    seen = {name: os.dup(kept.kept[name]) for name in names}  # as clients of the damaged checkpoint have it
+    tamper(kept)
+    before = {name: os.pread(descriptor, 4 * MIB, 0) for name, descriptor in seen.items()}
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert "a" not in again.names()
+        lines = [record.getMessage() for record in caplog.records]
+        assert any("is left" in line and re.search(said, line) for line in lines), lines
+        if "b" in again.names():
+            assert again.bytes_of("b") == list(DATA["b"].values())
+        memory = again.store.memories["host"]
+        for number in range(5):
+            again.load(f"more{number}", {"t": bytes([number, 7, number]) * (MIB >> number)})
+        assert memory.used <= memory.budget
+    for name, descriptor in seen.items():
+        if name in kept.kept and os.fstat(kept.kept[name]).st_ino == os.fstat(descriptor).st_ino:
+            assert os.pread(descriptor, 4 * MIB, 0) == before[name], "bytes have changed that somebody may read"
+        os.close(descriptor)
+    with books(kept) as third:
+        assert third.names() >= {f"more{number}" for number in range(5)}
+
+
+@pytest.mark.parametrize(("offset", "said"), [(0, "lies where another does"), (256, "lies on another")])
+def test_no_blob_is_put_where_another_checkpoint_has_one(
+    kept: Keeper, offset: int, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = kept.root["checkpoints"][1]
+    descriptor = kept.kept[f"man.{row['manifest']}"]
+    manifest = handles_pb2.Manifest.FromString(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+    manifest.segments[0], manifest.offsets[0] = manifest.segments[2], offset
+    put(kept, f"man.{row['manifest']}", make_manifest(manifest.SerializeToString()))
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert again.names() == {"a"}
+        assert said in caplog.text
+        assert again.bytes_of("a") == list(DATA["a"].values())
+
+
+@pytest.mark.parametrize("schema", [0, 2, 99])
+def test_of_another_schema_is_taken_up_what_is_understood(
+    kept: Keeper, schema: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def to(body: dict[str, Any]) -> None:
+        body["caches"] = [{"id": 3}]
+        body["checkpoints"][1]["manifests"] = [body["checkpoints"][1].pop("manifest")]
+        body["checkpoints"][0]["colour"] = "blue"
+
+    change(kept, to, schema)
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert again.names() == {"a"}
+        assert f"has schema {schema}, not 1: left are caches" in caplog.text
+        memory = again.store.memories["host"]
+        assert all(memory.is_frozen(blob.segment) for blob in again.store.blobs())
+
+
+@pytest.mark.parametrize("body", [{}, {"segments": 7, "checkpoints": {}, "names": [1, None]}, {"last_id": -1}])
+def test_a_root_record_of_nonsense_leaves_everything(kept: Keeper, body: dict[str, Any]) -> None:
+    def to(there: dict[str, Any]) -> None:
+        there.clear()
+        there.update(body)
+
+    change(kept, to)
+    with books(kept) as again:
+        assert again.store.checkpoints == {}
+        assert kept.kept.keys() == {"root"}
+        again.load("a", DATA["a"])
+    with books(kept) as third:
+        assert third.names() == {"a"}
+
+
+def test_without_a_root_record_everything_is_let_go(kept: Keeper, caplog: pytest.LogCaptureFixture) -> None:
+    numbers = {int(name[4:]) for name in kept.kept if name != "root"}
+    for slot in (0, 1):
+        os.pwrite(kept.kept["root"], bytes(100), slot * (256 << 20))
+    kept.kept["stranger"] = os.open("/dev/null", os.O_RDONLY)
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert "a root record is damaged, in both of its slots" in caplog.text
+        assert "starting empty" in caplog.text
+        assert kept.kept.keys() == {"root"}
+        again.load("a", DATA["a"])
+        assert min(int(name[4:]) for name in kept.kept if name != "root") > max(numbers), "a number is used twice"
+
+
+def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
+    older = RootRecord.create()
+    older.write({"last_id": 1})
+    first = dict(kept.kept)
+    kept.kept = {"root ": older.descriptor, **first}  # the name comes twice
+    given = [(name.strip(), os.dup(descriptor)) for name, descriptor in kept.kept.items()]
+    os.close(kept.kept.pop("root "))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Survival, "__init__", _given(given, Survival.__init__))
+        with books(kept) as again:
+            assert again.names() == {"a", "b"}
+
+
+def _given(given: list[tuple[str, int]], original: Any) -> Any:
+    def init(self: Survival, **options: Any) -> None:
+        for _, descriptor in options["given"]:
+            os.close(descriptor)
+        original(self, **{**options, "given": given})
+
+    return init
+
+
+# -- a manager that does not keep --------------------------------------------------------------------------------------
+
+
+def test_a_manager_that_refuses_costs_a_warning_and_not_the_load(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    with books(keeper) as first:
+        keeper.broken = True
+        with caplog.at_level(logging.WARNING):
+            first.load("a", DATA["a"])
+        assert "ends with this daemon: nobody is there" in caplog.text
+        keeper.broken = False
+        first.load("b", DATA["b"])
+        assert [row["frozen"] for row in keeper.root["segments"]].count(True) == 1, "the tensor that both have"
+    with books(keeper) as again:
+        assert again.names() == {"b"}
+
+
+def test_where_no_manager_listens_nothing_is_made(keeper: Keeper) -> None:
+    keeper.listens = False
+    with books(keeper) as first:
+        first.load("a", DATA["a"])
+        assert keeper.told == []
+
+
+def test_a_content_that_is_there_leaves_no_second_manifest(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        checkpoint = first.load("a", DATA["a"])
+        assert first.load("again", DATA["a"]) is checkpoint
+        assert len([name for name in keeper.kept if name.startswith("man.")]) == 1
+    with books(keeper) as second:
+        assert second.names() == {"a", "again"}
+
+
+def test_numbers_that_sort_otherwise_keep_the_order_of_the_manifest(kept: Keeper) -> None:
+    """In a manifest a segment goes by its place; adopted in another order, they have other numbers here."""
+    change(kept, lambda body: body["segments"].reverse())
+    with books(kept) as again:
+        for name, tensors in DATA.items():
+            checkpoint = again.catalog.find(WHO, name)
+            manifest = again.manifests.read(checkpoint.key)
+            for row, data in enumerate(tensors.values()):
+                segment = checkpoint.segments[manifest.segments[row]]
+                found = os.pread(again.device.shared(segment), manifest.lengths[row], manifest.offsets[row])
+                assert found == data
+        assert any(c.segments != sorted(c.segments) for c in again.store.checkpoints.values())
+
+
+def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        for number in range(4):
+            checkpoint = first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
+            checkpoint.last_used = float(10 - number)
+        first.survival.flip()
+    with books(keeper, budget=5 * MIB) as again:
+        assert again.names() == {"c0", "c1"}
+        assert again.store.memories["host"].used == 4 * MIB
+        assert len(keeper.root["checkpoints"]) == 2
