@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from support.users import user_of
 from support.worker import Worker
 
 StartDaemon = Callable[..., Daemon]
+
+# A shell that runs the tests in the background has it ignored, and so would every process that gets a Ctrl-C here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

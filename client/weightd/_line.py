@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._handles import HandleConnection
 from ._proto.v1 import handles_pb2
-from .errors import DaemonUnreachableError, WeightdError
+from .errors import DaemonUnreachableError, LeaseLostError, WeightdError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,19 +67,33 @@ class Line:
             if self.handles.alive():
                 return
             self.handles.close()
-            handles = HandleConnection(self.path, self.timeout)
             try:
-                self._claim(handles)
-            except (WeightdError, OSError):  # it is older than this, and does not speak of that
-                handles.close()
-                handles = HandleConnection(self.path, self.timeout)
-                self._held.clear()
+                handles = self._connect()
+            except BaseException:
+                self.handles.on_broken()  # a socket that is closed tells nobody of its end
+                raise
             self.handles = handles
             if self.closed:
                 handles.close()
             elif self._held:
                 self._watched = handles
                 _watch(self)
+
+    def _connect(self) -> HandleConnection:
+        handles = HandleConnection(self.path, self.timeout)
+        try:
+            self._claim(handles)
+        except LeaseLostError:  # it hung up: it is older than this, and does not speak of that
+            handles.close()
+            handles = HandleConnection(self.path, self.timeout)
+            self._held.clear()
+        except OSError as error:
+            handles.close()
+            raise DaemonUnreachableError(f"the daemon at {self.path} does not answer: {error}") from error
+        except BaseException:
+            handles.close()
+            raise
+        return handles
 
     def _claim(self, handles: HandleConnection) -> None:
         for number, held in self.live().items():
@@ -110,7 +124,11 @@ class _Watcher:
         self._lines: weakref.WeakValueDictionary[int, Line] = weakref.WeakValueDictionary()
         self._ended: set[weakref.ref[Line]] = set()
         self._stopped = False
-        threading.Thread(target=self._run, name="weightd-line", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, name="weightd-line", daemon=True).start()
+        except BaseException:
+            self.close()
+            raise
 
     def watch(self, line: Line) -> None:
         """Wait for the end of a line's connection."""
@@ -119,23 +137,23 @@ class _Watcher:
         # The call that finds a connection ended closes it, and then the kernel has nothing more to tell.
         handles.on_broken = lambda: self._broken(of_line)
         number = handles.fileno()
-        if number < 0:
-            self._broken(of_line)
-            return
         self._lines[number] = line
         # Once: where a forked child has the socket too, nobody can take it out again.
         once = select.EPOLLRDHUP | select.EPOLLONESHOT
         try:
-            self._epoll.register(number, once)
-        except FileExistsError:
-            self._epoll.modify(number, once)
+            try:
+                self._epoll.register(number, once)
+            except FileExistsError:
+                self._epoll.modify(number, once)
+        except (OSError, ValueError):  # another thread has closed it
+            self._broken(of_line)
 
     def stop(self) -> None:
         """The interpreter ends."""
         self._stopped = True
 
-    def forked(self) -> None:
-        """In a child, which has no such thread: close what is the parent's."""
+    def close(self) -> None:
+        """There is no such thread; in a forked child these descriptors are the parent's."""
         self._epoll.close()
         os.close(self._wake)
 
@@ -170,7 +188,7 @@ def _is_settled(of_line: weakref.ref[Line]) -> bool:
         return True
     try:
         line.renew()
-    except DaemonUnreachableError:
+    except (WeightdError, OSError):  # it is away, or of another protocol, or this process is out of descriptors
         return False
     return True
 
@@ -183,7 +201,10 @@ def _watch(line: Line) -> None:
     global _watcher
     with _lock:
         if _watcher is None:
-            _watcher = _Watcher()
+            try:
+                _watcher = _Watcher()
+            except (RuntimeError, OSError):  # no more threads or descriptors: only `weightd ps` will miss a name
+                return
             atexit.register(_watcher.stop)
     _watcher.watch(line)
 
@@ -192,7 +213,7 @@ def _after_fork() -> None:
     global _watcher, _lock
     _lock = threading.Lock()  # which another thread may have held
     if _watcher is not None:
-        _watcher.forked()
+        _watcher.close()
         _watcher = None
 
 

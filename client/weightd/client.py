@@ -91,10 +91,11 @@ class Client:
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""
+        if self._pid != os.getpid():  # and its lock may be held by a thread that is only in the parent
+            self._closed = True
+            return
         with self._lock:
             self._closed = True
-            if self._pid != os.getpid():
-                return
             if self._control is not None:
                 self._control.close()
                 self._control = None

@@ -232,13 +232,13 @@ class Daemon:
             turns.resize(new.max_loads, new.loads_of_one)
             loads.threads = new.threads
 
-        def change_preloads(new: Settings) -> None:
+        def change_roots(new: Settings) -> None:
             preloader.roots = new.model_roots
-            preloader.begin(new.preload)
 
-        def change_socket(new: Settings) -> None:
-            for path in (self._socket, handles_path(self._socket)):
-                path.chmod(int(new.socket_mode, 8))
+        def change_sockets(new: Settings) -> None:
+            for path in (self._socket, handles_path(self._socket), settings.metrics_address):
+                if isinstance(path, Path):  # else it is the port of the metrics
+                    path.chmod(int(new.socket_mode, 8))
 
         def change_limits(new: Settings) -> None:
             limits.take_over(new.limits)
@@ -247,8 +247,8 @@ class Daemon:
         changes: dict[Change, str] = {
             change_budgets: "budget pool",
             change_loads: "max_loads max_user_loads reader_threads",
-            change_preloads: "model_roots preload",
-            change_socket: "socket_mode",
+            change_roots: "model_roots preload",
+            change_sockets: "socket_mode",
             change_limits: "max_connections max_user_leases max_user_bytes max_user_offers max_user_names",
             logs.change: "log_level log_format",
             lambda new: connections.change_admins(new.admin_uids): "admins",
@@ -258,6 +258,7 @@ class Daemon:
             self._read,
             [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
             {name: change for change, keys in changes.items() for name in keys.split()},
+            lambda new: preloader.begin(new.preload),
             self._announcer.reloading,
         )
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))

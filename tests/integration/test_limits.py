@@ -68,6 +68,23 @@ def test_leases(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     assert alice.run(attach) is None
 
 
+def test_leases_that_wait_count_and_make_no_load_fail(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
+    daemon = open_to_all(start_daemon, max_user_leases=2)
+    paths = [write(folder, name) for name in ("m", "n", "o")]
+    checkpoints.rest(*paths)
+    for path in paths:
+        daemon.command("load", path, "--name", path.stem)
+    alice = user_of(spawn(daemon), ALICE)
+    for path in paths:
+        assert alice.run("result = load(path)", path=str(path)) == sorted({path.stem, str(path)})
+    with daemon.connect() as root:
+        assert sum(lease.waiting for lease in root.leases()) == 2
+        attach = "a = attempt(client.attach, name); result = a if isinstance(a, list) else None"
+        assert alice.run(attach, name="o")[0] == "CapacityError"
+        assert alice.run(attach, name="m") is None, "in place of the one that waits"
+        root.remove("o")
+
+
 def test_bytes(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     daemon = open_to_all(start_daemon, max_user_bytes="5MiB")
     mine, other, same, large = (write(folder, name) for name in ("mine", "other", "same", "large"))

@@ -108,6 +108,29 @@ def test_one_that_waits_is_told_of_and_may_be_stopped(
     assert "bug" not in log
 
 
+def test_a_drain_ends_the_wait_and_not_the_daemon(root: Path, short_path: Path) -> None:
+    """Else its exit code would keep a service down."""
+    path = checkpoints.write_random(root / "a.safetensors", 2, MIB)
+    process = subprocess.Popen(
+        [*gated_argv(short_path / "gate"), "serve", f"--config={config(root, {'ref': str(path), 'wait': True})}",
+         f"--socket={short_path / 'w.sock'}", f"--state-dir={short_path / 'state'}", "--device=host"],
+        env=environment(), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        eventually((short_path / "w.sock").exists, what="it can be reached")
+        with weightd.connect(short_path / "w.sock", timeout=20.0) as client:
+            eventually(lambda: [c.state for c in client.checkpoints()] == ["loading"], what="it is under way")
+            client.drain()
+            assert process.stdout is not None
+            assert process.stdout.readline().startswith("weightd is ready on ")
+            assert client.stats().state == "drained"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
 def test_an_awaited_one_that_fails_ends_the_start_with_file_line_and_key(root: Path, short_path: Path) -> None:
     file = config(root, {"ref": str(root / "gone.safetensors"), "wait": True})
     done = started(file, short_path)

@@ -162,11 +162,12 @@ def test_more_loads_at_a_time(start_daemon: StartDaemon, tmp_path: Path) -> None
     eventually(lambda: [c.state for c in client.checkpoints()] == ["resident"] * 2, what="both are resident")
 
 
-def test_socket_mode(start_daemon: StartDaemon, tmp_path: Path) -> None:
-    served = Configured(start_daemon, tmp_path / "w.toml")
+def test_socket_mode(start_daemon: StartDaemon, tmp_path: Path, short_path: Path) -> None:
+    page = short_path / "m.sock"
+    served = Configured(start_daemon, tmp_path / "w.toml", metrics=page)
     served.change('socket_mode = "0660"\n')
-    for name in ("w.sock", "w.sock.handles"):
-        assert (served.daemon.folder / name).stat().st_mode & 0o777 == 0o660
+    for path in (served.daemon.folder / "w.sock", served.daemon.folder / "w.sock.handles", page):
+        assert path.stat().st_mode & 0o777 == 0o660
 
 
 def test_new_preloads_are_loaded_and_failed_ones_tried_again(start_daemon: StartDaemon, tmp_path: Path) -> None:
@@ -181,6 +182,8 @@ def test_new_preloads_are_loaded_and_failed_ones_tried_again(start_daemon: Start
 
     eventually(lambda: resident() == {str(one)} and "/late failed" in served.daemon.logged())
     late = checkpoints.write_random(root / "late" / "model.safetensors", 1, MIB, seed=2).parent
+    served.change(served.path.read_text())
+    eventually(lambda: resident() == {str(one), str(late)}, what="it is tried again, though nothing has changed")
     three = checkpoints.write_random(root / "three.safetensors", 1, MIB, seed=3)
     served.change(text(json.dumps([str(one), str(late), str(three)])))
     eventually(lambda: resident() == {str(one), str(late), str(three)})

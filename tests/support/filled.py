@@ -29,7 +29,8 @@ class Gpu:
 class Filled:
     """What services answer from (see Parts), filled with checkpoints of a few blobs that all differ."""
 
-    def __init__(self, checkpoints: int) -> None:
+    def __init__(self, checkpoints: int, *, held: bool = True) -> None:
+        self.held = held
         self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
         self.catalog = Catalog(self.store, Limits())
         self.devices = {uuid: Gpu() for uuid in DEVICES}
@@ -62,7 +63,8 @@ class Filled:
         )
         self.store.end_load(load)
         self.catalog.set(WHO, f"n{number}", content_digest)
-        self.store.leases.take(checkpoint.key, Holder(number, number, 1000, ""), 0.0)
+        if self.held:
+            self.store.leases.take(checkpoint.key, Holder(number, number, 1000, ""), 0.0)
 
     def caller(self, context: object) -> tuple[None, Who]:
         return None, WHO

@@ -97,6 +97,40 @@ def test_a_forked_child_has_no_such_thread_and_its_parent_goes_on(served: Daemon
     eventually(lambda: holders(client) == [worker.pid], what="the parent claims its lease")
 
 
+def test_the_thread_lives_on_when_the_next_daemon_refuses(short_path: Path) -> None:
+    """One of another protocol, say, between two that agree: the thread is there for every line of the process."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{short_path}/w.sock.handles")
+    listener.listen()
+    refused = handles_pb2.HandleReply()
+    refused.error.reason, refused.error.message = "INVALID_REFERENCE", "this client speaks another protocol"
+    agreed = handles_pb2.HandleReply(hello=handles_pb2.HelloReply(protocol=1, token="t", version="0"))
+    held = handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=True))
+    peers: list[socket.socket] = []
+
+    def serve() -> None:
+        for replies in ([agreed], [refused], [agreed, held]):
+            peers.append(listener.accept()[0])
+            for reply in replies:
+                peers[-1].recv(1000)
+                peers[-1].sendall(reply.SerializeToString())
+
+    with listener:
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        line = Line(short_path / "w.sock", 5.0)
+        mapping = type("Mapping", (), {})()
+        line.hold(7, "sha256:0", "host", mapping)
+        eventually(lambda: peers, what="it is connected")
+        peers[0].close()
+        server.join(10)
+        eventually(lambda: len(peers) == 3 and line.handles.alive(), what="it has come back")
+        assert list(line.live()) == [7]
+        line.close()
+        for peer in peers:
+            peer.close()
+
+
 def test_a_daemon_that_does_not_know_claims_is_used_without(short_path: Path) -> None:
     """It hangs up on what it does not know; so would a connection that has to claim each time."""
     seen: list[str] = []

@@ -22,6 +22,7 @@ from support.manager import Manager
 from support.worker import Worker
 from weightd._proto.v1 import handles_pb2
 from weightd.types import DeviceStats
+from weightd_daemon.edges.leases import LOCK_BASE
 
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]
@@ -182,6 +183,43 @@ def test_a_lock_on_many_bytes_keeps_the_checkpoint_until_none_is_left(
     client.remove("a")
 
 
+def test_a_lock_on_the_number_of_another_lease_takes_it_from_nobody(
+    start_daemon: StartDaemon, manager: Manager, tmp_path: Path
+) -> None:
+    """A client may lock the byte, in the manifest that it has, that is the lease of somebody else on another one."""
+    import fcntl
+    import struct
+
+    daemon = start_daemon(manager=manager)
+    client = daemon.connect()
+    for name in ("a", "b"):
+        client.load(saved(tmp_path, name), name=name)
+    received = {
+        name: client._handles.attach(handles_pb2.AttachRequest(reference=name, manifest_only=True))
+        for name in ("a", "b")
+    }
+    manifests = {name: os.open(f"/proc/self/fd/{of.lease}", os.O_RDONLY) for name, of in received.items()}
+    for mine, others in (("a", "b"), ("b", "a")):  # whichever is looked at first
+        at = LOCK_BASE + received[others].reply.lease
+        fcntl.fcntl(manifests[mine], fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, at, 1, 0))
+    for _ in range(2):
+        daemon.kill()
+        daemon.start()
+        client = daemon.connect()
+        held = {lease.checkpoint for lease in client.leases()}
+        assert held == {"a", "b"}
+        for name in ("a", "b"):
+            with pytest.raises(weightd.InUseError):
+                client.remove(name)
+    for descriptor in manifests.values():
+        os.close(descriptor)
+    assert {lease.checkpoint for lease in client.leases()} == {"a", "b"}, "those that were given"
+    for of in received.values():
+        os.close(of.lease)
+    assert client.leases() == []
+    client.remove("b")
+
+
 @lasting
 def test_a_load_under_way_is_lost_and_nothing_else(
     start_daemon: StartDaemon, manager: Manager, tmp_path: Path, spawn: Spawn
@@ -260,6 +298,9 @@ def test_a_smaller_budget_evicts_what_nobody_uses(start_daemon: StartDaemon, man
         assert content(attachment, "t7") == checkpoints.random_bytes(("c", 7), MIB)
         with pytest.raises(weightd.CapacityError):
             client.load(saved(tmp_path, "d"))
+        os.kill(daemon.pid, signal.SIGHUP)  # the budget stays as it is, which holds up nothing else
+        eventually(lambda: "settings read again" in daemon.logged(), what="settings are taken up")
+        assert "not taken up" not in daemon.logged()
 
 
 def test_without_a_manager_nothing_is_kept(start_daemon: StartDaemon, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import fcntl
+import json
 import logging
 import os
 import re
@@ -265,17 +266,36 @@ def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
         assert again.store.leases.of(key) == []
 
 
-def test_more_locks_than_are_told_apart_are_one_lease(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
         locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
-    monkeypatch.setattr("weightd_daemon.edges.leases.MOST_INHERITED", 4)
+    monkeypatch.setattr("weightd_daemon.edges.leases.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1
         for lock in locks:
             assert len(again.store.leases.of(key)) == 1
             os.close(lock)
         assert again.store.leases.of(key) == []
+
+
+def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keeper: Keeper) -> None:
+    """Whoever loads says how many files there are and what they are called, and may say so again and again."""
+    long = tuple(SourceFile("c" * 1000, "f" * 1000, FileIdentity(1, n, 3, 4, 5)) for n in range(1000))
+    half = tuple(SourceFile("c" * 1000, "f" * 1000, FileIdentity(2, n, 3, 4, 5)) for n in range(15))
+    with books(keeper) as first:
+        one = first.load("a", DATA["a"])
+        one.origin, one.sources = long, [long, SOURCES]
+        two = first.load("b", DATA["b"])
+        two.sources = [half] * 200
+        first.survival.flip()
+        assert first.survival._root is not None
+    assert len(json.dumps(keeper.root)) < 8 * MIB
+    with books(keeper) as again:
+        restored = again.catalog.find(WHO, "a")
+        assert (restored.origin, restored.sources) == ((), [SOURCES])
+        assert 100 < len(again.catalog.find(WHO, "b").sources) < 200
+        assert again.bytes_of("a") == list(DATA["a"].values())
 
 
 # -- what cannot be believed -------------------------------------------------------------------------------------------

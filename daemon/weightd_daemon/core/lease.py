@@ -86,6 +86,12 @@ class Leases:
         self._enter(Lease(number, checkpoint, holder, now, waiting=False))
         self._last = max(self._last, number)
 
+    def inherit_some(self, checkpoint: Hashable, holder: Holder, now: float) -> int:
+        """Enter one lease for all of an earlier daemon's that cannot be told apart. Returns its number."""
+        self._last += 1
+        self._enter(Lease(self._last, checkpoint, holder, now, waiting=False))
+        return self._last
+
     def begin_after(self, number: int) -> None:
         """Give only greater numbers from now on."""
         self._last = max(self._last, number)
@@ -120,8 +126,8 @@ class Leases:
         return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
     def held_by(self, uid: int | None, most: int) -> int:
-        """Leases of a user's processes; the kernel is asked where the books have `most` or more."""
-        theirs = [n for n, lease in self._leases.items() if lease.holder.uid == uid and not lease.waiting]
+        """Leases of a user's processes, also of those that wait; the kernel is asked where the books have `most`."""
+        theirs = [number for number, lease in self._leases.items() if lease.holder.uid == uid]
         return len(theirs) if len(theirs) < most else len(self._refresh(theirs))
 
     def look(self, number: int) -> bool:

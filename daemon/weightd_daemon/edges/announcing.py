@@ -90,7 +90,7 @@ def status_line(store: Store) -> str:
     """What the daemon holds, in one line for people."""
     used = sum(memory.used for memory in store.memories.values()) / 2**30
     budget = sum(memory.budget for memory in store.memories.values()) / 2**30
-    checkpoints, leases = len(store.checkpoints), len(store.leases.refresh())
+    checkpoints, leases = len(store.checkpoints), len(store.leases)  # the kernel is not asked each time
     return (
         f"Serving {checkpoints} checkpoint{'s' * (checkpoints != 1)}, {used:.1f} of {budget:.1f} GiB, "
         f"{leases} lease{'s' * (leases != 1)}"

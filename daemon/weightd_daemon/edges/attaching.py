@@ -96,8 +96,14 @@ class Attacher:
         """
         who = self._connections.who(connection)
         checkpoint = self._find(connection, who, request)
+        waiting = [
+            lease.number
+            for lease in self._store.leases.of_connection(connection.number)
+            if lease.waiting and lease.checkpoint == checkpoint.key
+        ]
         if most := self._limits.most(who, "leases"):
-            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, most))
+            held = self._store.leases.held_by(who.uid, most)
+            self._limits.check(who, "leases", held - len(waiting))  # which end with this
         segments = self._segments(checkpoint, request)
         now = self._now()
         lease = self._store.leases.take(checkpoint.key, connection.holder, now)
@@ -107,9 +113,8 @@ class Attacher:
             self._store.leases.end(lease.number)
             raise
         checkpoint.last_used = now
-        for waiting in self._store.leases.of_connection(connection.number):
-            if waiting.waiting and waiting.checkpoint == checkpoint.key:
-                self._store.leases.end(waiting.number)
+        for number in waiting:
+            self._store.leases.end(number)
         device = self._devices[checkpoint.key.device]
         everything = checkpoint.segments
         return Attached(

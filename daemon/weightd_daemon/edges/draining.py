@@ -96,8 +96,9 @@ class Drain:
         while self._store.leases.refresh():  # noqa: ASYNC110  # the kernel sets no event
             await asyncio.sleep(LOOK_SECONDS)
         for checkpoint in list(self._store.checkpoints.values()):
-            self.freed_bytes += self._store.remove(checkpoint, reason="drained")
-            self.checkpoints += 1
+            if self._store.checkpoints.get(checkpoint.key) is checkpoint:  # else it went by `rm`, or with its device
+                self.freed_bytes += self._store.remove(checkpoint, reason="drained")
+                self.checkpoints += 1
             await asyncio.sleep(0)  # the loop answers in between
         log.info("drained checkpoints=%d bytes=%d", self.checkpoints, self.freed_bytes)
         self._on_event(DrainChanged("drained"))

@@ -205,6 +205,9 @@ class _Peer:
         except WeightdError as error:
             code = error.grpc_code
             raise
+        except (ConnectionError, ProtocolError):  # it has left, or takes no answer
+            code = "CANCELLED"
+            raise
         finally:
             self._server._on_attach(code, time.perf_counter() - start)
 

@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import handles_pb2
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 LOCK_BASE = 1 << 40
 """Lease n is byte LOCK_BASE + n of its manifest: past any content."""
 
-MOST_INHERITED = 10_000
-"""Leases of an earlier daemon that are told apart on one manifest; the kernel is asked thrice for each."""
+LOOK_SECONDS = 0.2
+"""How long the leases of an earlier daemon are looked for on one manifest; each takes longer, the more there are."""
 
 DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
 _FLOCK = struct.Struct("hhqqi4x")
@@ -118,26 +119,30 @@ class Manifests:
         os.close(self._descriptors.pop(key))
         self._crowded.pop(key, None)
 
-    def inherited(self, key: CheckpointKey, last: int) -> list[int]:
+    def inherited(self, key: CheckpointKey, last: int) -> list[int] | None:
         """The numbers of the leases, up to `last`, that an earlier daemon gave and that are held.
 
-        A lock on more than one byte is nobody's lease, and hides those that lie under it. Where there is such a one,
-        this is one number, which counts as held as long as any byte is locked.
+        None where they cannot be told apart: a lock on more than one byte is nobody's lease, and hides those that lie
+        under it; and nobody shall hold up the start with very many. Then `hold_as_one` is due.
         """
         held: list[int] = []
         spans = [(1, last + 1)]
+        end_of_looking = time.monotonic() + LOOK_SECONDS
         while spans:
             low, high = spans.pop()
             found = self._first_lock(key, low, high) if low < high else None
             if found is None:
                 continue
             start, end = found
-            if end - start != 1 or len(held) == MOST_INHERITED:
-                self._crowded[key] = (start, last)
-                return [start]
+            if end - start != 1 or time.monotonic() > end_of_looking:
+                return None
             held.append(start)
             spans += [(low, start), (end, high)]
         return sorted(held)
+
+    def hold_as_one(self, key: CheckpointKey, number: int, last: int) -> None:
+        """Lease `number` counts as held from now on as long as any byte of the leases up to `last` is locked."""
+        self._crowded[key] = (number, last)
 
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from weightd._handles import feed
 from weightd._wire import source_to
-from weightd.errors import ServerError, WeightdError
+from weightd.errors import DrainingError, ServerError, WeightdError
 from weightd.resolve import reference_name
 from weightd_daemon.config_file import ConfigError
 from weightd_daemon.core.lease import Holder
@@ -43,7 +43,7 @@ _SIGN_SECONDS = 10.0
 
 
 class Preloader:
-    """Loads each entry once; one that failed is tried again when it is listed again.
+    """Loads each entry once; one that failed is tried again when `begin` is called again.
 
     `place(device)` says where a load goes, or raises ValueError; `tell` speaks to the service manager. What is below
     `roots` may be opened.
@@ -93,7 +93,9 @@ class Preloader:
                     with contextlib.suppress(OSError):  # a manager that does not listen holds nothing up
                         self._tell(f"STATUS=Preloading {entry.ref}")
                     await asyncio.wait([task, stopped], timeout=_SIGN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if entry.wait and not stop.is_set() and (error := task.result()) is not None:
+                if not entry.wait or stop.is_set() or (error := task.result()) is None:
+                    continue
+                if not isinstance(error, DrainingError):  # else somebody wants it empty, and that is no failure
                     raise ConfigError(f"{entry.where}: preload {entry.ref!r}: {error}")
         finally:
             stopped.cancel()

@@ -26,7 +26,8 @@ class Reloading:
     """Reads the settings again when it is told, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
-    a setting, by its name; a setting that is not among them needs a restart. `announced` lasts while they are read.
+    a setting, by its name; a setting that is not among them needs a restart. `again` comes last, whatever has changed.
+    `announced` lasts while they are read.
     """
 
     def __init__(
@@ -35,12 +36,14 @@ class Reloading:
         read: Callable[[], Loaded],
         checks: Sequence[Change],
         changes: Mapping[str, Change],
+        again: Change,
         announced: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._settings = settings
         self._read = read
         self._checks = checks
         self._changes = changes
+        self._again = again
         self._announced = announced
 
     async def serve(self, told: asyncio.Event) -> None:
@@ -67,7 +70,7 @@ class Reloading:
             return
         changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(self._settings, f.name)]
         changes = {self._changes[name]: None for name in changed if name in self._changes}  # each once, in order
-        for change in changes:
+        for change in [*changes, self._again]:
             change(settings)
         taken = [name for name in changed if name in self._changes]
         left = [name for name in changed if name not in self._changes]

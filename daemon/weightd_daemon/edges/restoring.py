@@ -208,11 +208,15 @@ def restore(
         except _CANNOT_BE as error:
             log.warning("name %s is left: %s", str(row.get("name"))[:80], _why(error))
     for key in state.kept:
-        for number in manifests.inherited(key, last_lease):
-            try:
-                store.leases.inherit(number, key, NOBODY, now)
-            except ValueError:  # a lock that somebody put on a byte that is another's lease
-                log.warning("a lock on lease %d of content=%s is left: that is another's", number, key[2][:19])
+        numbers = manifests.inherited(key, last_lease)
+        if numbers is None or any(store.leases.get(number) for number in numbers):
+            # The second: somebody has locked a byte of one manifest that is a lease on another. Which one is not to be
+            # told, and both may be read: each counts as held.
+            manifests.hold_as_one(key, store.leases.inherit_some(key, NOBODY, now), last_lease)
+            log.warning("leases of content=%s cannot be told apart: one line stands for all", key.content_digest[:19])
+            continue
+        for number in numbers:
+            store.leases.inherit(number, key, NOBODY, now)
     return segments, state.kept
 
 

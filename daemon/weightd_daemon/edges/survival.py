@@ -24,6 +24,7 @@ from .snapshot import Record, RootRecord, read_root
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
     from weightd_daemon.core.store import Store
@@ -40,6 +41,10 @@ _MOST_KEPT = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
 """The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
+
+_MOST_FILES, _MOST_FILES_OF_ONE = 1 << 22, 1 << 16
+"""Characters of lists of files, in all and of one list, that the root record takes: whoever loads says how long they
+are. What is left out is read again when it is loaded the next time."""
 
 
 class Draft:
@@ -280,7 +285,7 @@ class Survival:
 
     def _body(self) -> dict[str, Any]:
         """What the books say, as JSON."""
-        kept, others = [], set()
+        kept, others, room = [], set(), _Room()
         for checkpoint in self._store.checkpoints.values():
             if checkpoint.key in self._kept:
                 kept.append(checkpoint)
@@ -291,7 +296,7 @@ class Survival:
             "last_id": self._last_id,
             "last_lease": self._last_lease,
             "segments": [self._segment(*where, frozen=where in others) for where in sorted(needed)],
-            "checkpoints": [self._checkpoint(checkpoint) for checkpoint in kept],
+            "checkpoints": [self._checkpoint(checkpoint, room) for checkpoint in kept],
             "names": [
                 {"domain": domain, "name": name, "content": tag.content_digest, "owner": tag.owner}
                 for (domain, name), tag in self._catalog.tags.items()
@@ -310,7 +315,7 @@ class Survival:
             "frozen": frozen or memory.is_frozen(segment),
         }
 
-    def _checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _checkpoint(self, checkpoint: Checkpoint, room: _Room) -> dict[str, Any]:
         key = checkpoint.key
         return {
             "device": key.device,
@@ -322,9 +327,24 @@ class Survival:
             "loaded": checkpoint.loaded,
             "last_used": checkpoint.last_used,
             "pins": list(checkpoint.pins),
-            "origin": checkpoint.origin,
-            "sources": checkpoint.sources,
+            "origin": checkpoint.origin if room.takes(checkpoint.origin) else (),
+            "sources": [files for files in checkpoint.sources if room.takes(files)],
         }
+
+
+class _Room:
+    """How much room for lists of files one root record has left."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_FILES
+
+    def takes(self, files: tuple[SourceFile, ...]) -> bool:
+        """Whether a list has room, which then is taken."""
+        size = sum(100 + len(file.component) + len(file.file) for file in files)
+        if size > min(self._left, _MOST_FILES_OF_ONE):
+            return False
+        self._left -= size
+        return True
 
 
 def _segment_name(number: int) -> str:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from .process import LoaderProcess
 
 _Answer = tuple[Message, list[SegmentHandle]]
+MOST_SOURCES = 8
+"""Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
+
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
@@ -319,6 +322,7 @@ class LoadSteps:
                 other.sources.remove(self._sources)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
+            del checkpoint.sources[:-MOST_SOURCES]
 
     def _segment(self, segment: int) -> SegmentHandle:
         size = self._store.memories[self._device.uuid].size(segment)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -131,10 +130,10 @@ class Loads:
         return sum(not load.loader_there.is_set() for load in mine)
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
-        """Lease a checkpoint for a waiter until it has attached or left."""
+        """Lease a checkpoint for a waiter until it has attached or left; not for who may not attach, at its limit."""
         waiting = self._store.leases.of_connection(request.holder.connection)
         kept = any(lease.waiting and lease.checkpoint == checkpoint.key for lease in waiting)
-        if not request.detached and not kept:
+        if not request.detached and not kept and self._quota.may_lease(request.who):
             self._store.leases.take(checkpoint.key, request.holder, self._now(), waiting=True)
 
     def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
@@ -153,11 +152,11 @@ class Loads:
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
         if load is None or not joins:
-            load = Load(request)
+            load = Load(request, intake)
             self._all.add(load)
             if self._rested(request.sources):
                 self._flights[key] = load
-            load.task = asyncio.get_running_loop().create_task(self._run(load, intake))
+            load.task = asyncio.get_running_loop().create_task(self._run(load))
             load.task.add_done_callback(lambda _: self._forget(key, load))
         waiter = next(self._numbers)
         load.waiters[waiter] = request
@@ -263,6 +262,7 @@ class Loads:
         return all(self._now() - changed(source.identity) >= RESTED_SECONDS for source in sources)
 
     def _forget(self, key: _Key, load: Load) -> None:
+        load.close_intake()  # a task that is cancelled before its first step never ran
         self._all.discard(load)
         if self._flights.get(key) is load:
             del self._flights[key]
@@ -277,7 +277,7 @@ class Loads:
             load.done.set_exception(error)
             load.done.exception()  # seen: a load without waiters must not warn about it
 
-    async def _run(self, load: Load, intake: int) -> None:
+    async def _run(self, load: Load) -> None:
         request = load.request
         device = self._devices[request.device]
         number = self._store.open_load(request.device, request.who.domain, request.who.uid)
@@ -309,9 +309,8 @@ class Loads:
                 place = {"kind": device.kind, "device": device.uuid}
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
                 await loader.send({**job, "components": [source.component for source in request.sources]})
-                await loader.send_descriptor(intake)
-                os.close(intake)
-                intake = -1
+                await loader.send_descriptor(load.intake)
+                load.close_intake()
                 load.loader_there.set()
                 outcome = await steps.serve(loader)
                 assert steps.checkpoint is not None  # serve returns when it is sealed
@@ -330,8 +329,7 @@ class Loads:
             log.exception("load failed by a bug")
             self._fail(load, ServerError("the load failed by a bug in the daemon; its log has the details"))
         finally:
-            if intake >= 0:
-                os.close(intake)
+            load.close_intake()
             tidy = self._tidy(loader, number, request.device, usable=usable)
             task = asyncio.get_running_loop().create_task(tidy)
             self._background.add(task)

@@ -1,4 +1,4 @@
-"""Whether the bytes that a load brings are within what its user may have."""
+"""Whether what a load brings, and the lease that waits for its attach, are within what its user may have."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.catalog import Catalog, Who
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
 
@@ -21,6 +21,11 @@ class Quota:
         self._store = store
         self._catalog = catalog
         self._limits = limits
+
+    def may_lease(self, who: Who) -> bool:
+        """Whether a user may hold one more lease."""
+        most = self._limits.most(who, "leases")
+        return not most or self._store.leases.held_by(who.uid, most) < most
 
     def admit(self, load: Load, under_way: Iterable[Load], total: int, tensors: int, content: str) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.

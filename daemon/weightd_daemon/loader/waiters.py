@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Any
 
 from weightd.errors import WeightdError
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 class Load:
     """A load under way, and those who wait for it."""
 
-    def __init__(self, request: LoadRequest) -> None:
+    def __init__(self, request: LoadRequest, intake: int) -> None:
         self.request = request
+        self.intake = intake
+        """The descriptor that brings the files, until a loader has it; -1 then."""
         self.progress = Progress()
         self.detached = request.detached
         self.announced = 0
@@ -35,6 +38,12 @@ class Load:
         """Set when a loader has the intake: the files may come."""
         self.files_there = asyncio.Event()
         """Set when the loader has the files."""
+
+    def close_intake(self) -> None:
+        """A loader has the files' descriptor, or none will come."""
+        if self.intake >= 0:
+            os.close(self.intake)
+            self.intake = -1
 
     async def has_loader(self) -> bool:
         """Wait until a loader takes the files; False when the load ends before that."""
