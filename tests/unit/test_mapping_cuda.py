@@ -217,7 +217,7 @@ assert read(buffers[0]) == read(buffers[1]) == bytes(range(256))
 @each_kind
 def test_the_device_goes_by_uuid_wherever_it_is_visible(kind: str, fake_driver: Path) -> None:
     source = f"""
-names = cuda_driver.uuids()
+names = [cuda_driver.uuid_of(ordinal) for ordinal in range(cuda_driver.device_count())]
 for ordinal in range(len(names)):
     segments = opened({kind!r}, wanted({kind!r}, ordinal=ordinal), ordinal=ordinal)
     buffer = segments.buffer(0, 0, 256, 256)
@@ -618,7 +618,7 @@ assert not driver.cuInit(0)[0]
 child = os.fork()
 if child == 0:
     try:
-        cuda_driver.uuids()
+        cuda_driver.uuid_of(0)
     except cuda_driver.ForkedError as error:
         print(error, flush=True)
     os._exit(0)
@@ -636,6 +636,6 @@ def test_the_uuid_is_that_of_the_newer_call_where_there_are_two(fake_driver: Pat
 from types import SimpleNamespace
 from cuda.bindings import driver
 driver.cuDeviceGetUuid_v2 = lambda device: (driver.CUresult.CUDA_SUCCESS, SimpleNamespace(bytes=bytes(range(16))))
-print(*cuda_driver.uuids())
+print(cuda_driver.uuid_of(0))
 """
     assert check(fake_driver, source) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f\n"

@@ -106,11 +106,6 @@ def device_count() -> int:
     return int(call("cuDeviceGetCount"))
 
 
-def uuids() -> list[str]:
-    """The UUIDs of the GPUs that this process sees, by ordinal. Errors: DeviceMismatchError, DeviceError."""
-    return [_uuid(ordinal) for ordinal in range(device_count())]
-
-
 def ordinal_of(uuid: str) -> Ordinal:
     """The ordinal of a GPU. Errors: DeviceMismatchError (this process does not see it), DeviceError."""
     visible: list[str] = []

@@ -3,7 +3,8 @@
 For each lease the manifest is opened afresh and a read lock (F_OFD_SETLK) is put on one byte that stands for it. The
 descriptor goes to the client, which maps it and closes it: the lock lives exactly as long as that open file, that is as
 long as any mapping of it, in forked children too, and whether or not this daemon lives. Asking whether a lease is still
-held (F_OFD_GETLK) takes 1.4 µs.
+held (F_OFD_GETLK) takes some microseconds where there are few; the kernel looks at the locks one after the other, which
+at 30,000 on one manifest takes 0.2 ms and more.
 """
 
 from __future__ import annotations

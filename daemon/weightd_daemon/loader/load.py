@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .process import LoaderProcess
 
 _Answer = tuple[Message, list[SegmentHandle]]
-MOST_SOURCES = 8
+KNOWN_SOURCES = 8
 """Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
 
 _OUTCOMES_AT_ONCE = 200
@@ -322,7 +322,7 @@ class LoadSteps:
                 other.sources.remove(self._sources)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
-            del checkpoint.sources[:-MOST_SOURCES]
+            del checkpoint.sources[:-KNOWN_SOURCES]
 
     def _segment(self, segment: int) -> SegmentHandle:
         size = self._store.memories[self._device.uuid].size(segment)
