@@ -310,7 +310,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
 
 
 def _uid(name: str) -> int:
-    if name.isdigit():
+    if name.isdigit() and int(name) < (1 << 32) - 1:  # the highest uid_t is nobody's
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid

@@ -144,6 +144,7 @@ BAD = [
     ("metrics", "w.sock", "only this machine"),
     ("metrics", "/" + "x" * 107, "shorter"),
     ("admins", "no-such-user-here", "no user no-such-user-here"),
+    ("admins", "0 4294967295", "no user 4294967295"),
     ("reader_threads", "-1", "at least 0"),
     ("max_loads", "0", "at least 1"),
     ("max_connections", "0", "at least 1"),
@@ -308,7 +309,7 @@ def test_a_device_that_no_budget_names_has_none() -> None:
 
 
 def test_admins_are_names_or_uids_in_a_text_or_a_list(tmp_path: Path) -> None:
-    assert load(None, {"admins": "root, 1001 1002"}, {}).settings.admin_uids == {0, 1001, 1002}
+    assert load(None, {"admins": "root, 1001 4294967294"}, {}).settings.admin_uids == {0, 1001, 4294967294}
     path = toml(tmp_path, 'admins = ["root", 1001]\n')
     assert load(path, {}, {}).settings.admin_uids == {0, 1001}
 

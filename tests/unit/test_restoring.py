@@ -212,6 +212,13 @@ def put(keeper: Keeper, name: str, descriptor: int) -> None:
     keeper.kept[name] = descriptor
 
 
+def test_a_uid_may_need_all_32_bits(kept: Keeper) -> None:
+    first_row("checkpoints", owner=2**32 - 2, pins=[2**31])(kept)
+    with books(kept) as again:
+        restored = {(checkpoint.owner, *checkpoint.pins) for checkpoint in again.store.checkpoints.values()}
+    assert (2**32 - 2, 2**31) in restored
+
+
 def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
     with books(kept) as again:
         assert again.names() == {"a", "b"}
@@ -412,6 +419,8 @@ TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
     "times are none": (first_row("checkpoints", loaded="now"), "is no time"),
     "time is none": (first_row("checkpoints", last_used=float("nan")), "is no time"),
     "owner is none": (first_row("checkpoints", owner="root"), "is no number"),
+    "owner is nobody": (first_row("checkpoints", owner=2**32 - 1), "is no uid"),
+    "pin of nobody": (first_row("checkpoints", pins=[1000, 2**32]), "is no uid"),
     "pins are none": (first_row("checkpoints", pins=7), "is left"),
     "sources are none": (first_row("checkpoints", sources=[["x"]]), "is left"),
     "segments are none": (first_row("checkpoints", segments="all"), "is left"),

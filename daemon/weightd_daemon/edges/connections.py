@@ -14,7 +14,10 @@ from weightd.errors import LeaseLostError, PermissionDeniedError
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.lease import Holder
 
-_CREDENTIALS = struct.Struct("3i")
+NO_UID = 0xFFFFFFFF
+"""(uid_t) -1, which is nobody's. All below it are uids: they are unsigned."""
+
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid_t, uid_t, gid_t
 _COMMAND_CHARACTERS = 120
 
 
@@ -73,7 +76,7 @@ class Connections:
         """Enter a peer that has just connected."""
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
-        known = None if uid in (self._overflow, -1) else uid
+        known = None if uid in (self._overflow, NO_UID) else uid
         connection = Connection(next(self._numbers), pid, known, command_of(pid), secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection

@@ -27,6 +27,7 @@ from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.restoring import Described, Place, Restoration
 
+from .connections import NO_UID
 from .leases import Manifests, is_manifest
 from .snapshot import SCHEMA
 
@@ -281,6 +282,8 @@ def _text(value: object) -> str:
 
 
 def _uid(value: object) -> int | None:
+    if value is not None and _number(value) >= NO_UID:
+        raise ValueError(f"{value} is no uid")
     return None if value is None else _number(value)
 
 
