@@ -37,6 +37,7 @@ from .edges.draining import Drain
 from .edges.handle_server import HandleServer
 from .edges.journal import Journal
 from .edges.leases import Manifests
+from .edges.listeners import Listeners
 from .edges.parts import Parts
 from .edges.preloading import Preloader
 from .edges.reloading import Reloading
@@ -108,11 +109,8 @@ class Daemon:
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
         settings = self._settings
-        listeners: list[Callable[[Event], None]] = []
-
-        def tell(event: Event) -> None:
-            for listener in listeners:
-                listener(event)
+        listeners = Listeners()
+        tell = listeners.tell
 
         def on_lost(uuid: str, reason: str) -> None:
             log.warning("device lost device=%s: %s", uuid, reason)
@@ -147,7 +145,7 @@ class Daemon:
         limits = settings.limits
         catalog = Catalog(store, limits, changed=lambda: survival.flip())
         journal = Journal(store=store, catalog=catalog, now=time.time)
-        listeners.append(journal.tell)
+        listeners.add(journal)
         survival = Survival(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
             manifests=manifests, now=time.time,
@@ -188,7 +186,7 @@ class Daemon:
         )  # fmt: skip
         metrics = await self._monitor(stack, parts)
         if metrics is not None:
-            listeners.append(metrics.tell)
+            listeners.add(metrics)
         handles = HandleServer(
             connections=connections, attacher=attacher, max_connections=settings.max_connections,
             on_attach=metrics.attached if metrics else _uncounted,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,10 +20,10 @@ HIGH = 3_000_000_000
 
 
 @pytest.fixture
-def folder(short_path: Path) -> Iterator[Path]:
+def folder(short_path: Path) -> Path:
     """A folder that every user can read; pytest's own are closed to others."""
     short_path.chmod(0o755)
-    yield short_path
+    return short_path
 
 
 def test_a_user_of_a_high_number_does_all_that_others_do(start_daemon: StartDaemon, user: User, folder: Path) -> None:

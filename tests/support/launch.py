@@ -2,7 +2,8 @@
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
 many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
-what no handler may raise, `--stuck` makes it block the loop for good. `--points` is the file that names
+what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events
+that no listener can take. `--points` is the file that names
 the point at which it kills itself (support/points.py).
 """
 
@@ -12,10 +13,11 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from support import points
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import handle_server, journal, pages, service
+from weightd_daemon.edges import handle_server, journal, metrics, pages, service
 from weightd_daemon.loader.process import DEFAULT_ARGV
 
 
@@ -28,11 +30,13 @@ def launcher(
     loader: str = "",
     bug: bool = False,
     stuck: bool = False,
+    deaf: str = "",
     points: Path | None = None,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
         "hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None, "points": points,
+        "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
@@ -49,6 +53,7 @@ def main() -> int:
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--stuck", action="store_true")
+    parser.add_argument("--deaf")
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     if options.hello is not None:
@@ -63,10 +68,24 @@ def main() -> int:
         service.DaemonService.GetVersion = _bug
     if options.stuck:
         service.DaemonService.GetVersion = _stuck
+    if options.deaf is not None:
+        _deafen(journal.Journal, options.deaf)
+        _deafen(metrics.Metrics, options.deaf)
     if options.points is not None:
         points.install(options.points)
     own = (sys.executable, "-P", "-m", "support.loader", options.loader)
     return command.main(rest, own if options.loader else DEFAULT_ARGV)
+
+
+def _deafen(listener: Any, kind: str) -> None:
+    hear = listener.tell
+
+    def tell(self: Any, event: object) -> None:
+        if type(event).__name__ == kind:
+            raise ValueError(f"{kind} is more than it can take")
+        hear(self, event)
+
+    listener.tell = tell
 
 
 async def _bug(*_: object) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._proto.v1 import daemon_pb2
-from weightd.errors import EventsLostError, InUseError
+from weightd.errors import EventsLostError, InUseError, ServerError
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import (
     Attached,
@@ -40,6 +40,7 @@ MOST_READERS = 64
 MOST_NAMES = 8
 """Names of a checkpoint in an event."""
 MESSAGE_CHARACTERS = 2000
+_CUT_OFF = "events are no longer recorded, because one could not be; the daemon's log says why, a restart mends it"
 
 
 class Entry(NamedTuple):
@@ -61,6 +62,7 @@ class Reader:
         self._who = who
         self._queue: deque[daemon_pb2.Event] = deque()
         self._lost = 0
+        self._over = False
         self._there = asyncio.Event()
 
     def put(self, entry: Entry) -> None:
@@ -74,9 +76,14 @@ class Reader:
             self._queue.append(entry.message)
         self._there.set()
 
+    def end(self) -> None:
+        """No more events come."""
+        self._over = True
+        self._there.set()
+
     async def next(self, seconds: float) -> daemon_pb2.Event | None:
-        """The next event, or None where none comes in time. Errors: EventsLostError."""
-        if not self._queue and not self._lost:
+        """The next event, or None where none comes in time. Errors: EventsLostError, ServerError (cut off)."""
+        if not self._queue and not self._lost and not self._over:
             self._there.clear()
             try:
                 async with asyncio.timeout(seconds):
@@ -87,6 +94,8 @@ class Reader:
             raise EventsLostError(
                 f"{self._lost} events are lost: this reader is too slow; follow again, and read faster"
             )
+        if not self._queue:
+            raise ServerError(_CUT_OFF)
         return self._queue.popleft()
 
 
@@ -99,6 +108,7 @@ class Journal:
         self._now = now
         self._remembered: deque[Entry] = deque(maxlen=REMEMBERED)
         self._readers: set[Reader] = set()
+        self._cut_off = False
 
     def tell(self, event: Event) -> None:
         """Something has happened."""
@@ -109,9 +119,17 @@ class Journal:
         for reader in self._readers:
             reader.put(entry)
 
+    def cut_off(self) -> None:
+        """It hears nothing more."""
+        self._cut_off = True
+        for reader in self._readers:
+            reader.end()
+
     @contextmanager
     def reader(self, who: Who) -> Iterator[Reader]:
-        """Read what `who` may see. Errors: InUseError (too many read)."""
+        """Read what `who` may see. Errors: InUseError (too many read), ServerError (events are no longer recorded)."""
+        if self._cut_off:
+            raise ServerError(_CUT_OFF)
         if len(self._readers) >= MOST_READERS:
             raise InUseError(f"{MOST_READERS} readers of events are there already; end one of them")
         reader = Reader(who, self._remembered)

@@ -47,6 +47,8 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the package types its public classes only
         registry = CollectorRegistry(auto_describe=False)
         self._registry = registry
+        self.is_cut_off = False
+        """Whether it hears nothing more, so that its figures are out of date."""
         self._kinds = {uuid: device.kind for uuid, device in parts.devices.items()}
         self._loads = Counter("weightd_loads", "Loads that have ended, by outcome.", ["outcome"], registry=registry)
         self._load_bytes = Counter(
@@ -100,6 +102,10 @@ class Metrics:
                 self._evictions.labels(reason).inc()
             case DeviceLost(device):
                 self._losses.labels(device, self._kinds[device]).inc()
+
+    def cut_off(self) -> None:
+        """It hears nothing more."""
+        self.is_cut_off = True
 
     def called(self, method: str, code: str) -> None:
         """A gRPC call has ended."""

@@ -30,9 +30,14 @@ def pages(metrics: Metrics, parts: Parts, is_up: Callable[[], bool]) -> Pages:
             return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{parts.drain.state}, leases held: {held}\n".encode())
         return Page(HTTPStatus.OK, b"ready\n")
 
+    def counted() -> Page:
+        if metrics.is_cut_off:
+            return Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"counting has failed; the daemon's log says why\n")
+        return Page(HTTPStatus.OK, metrics.page(), CONTENT_TYPE)
+
     return Pages(
         {
-            "/metrics": lambda: Page(HTTPStatus.OK, metrics.page(), CONTENT_TYPE),
+            "/metrics": counted,
             "/healthz": lambda: Page(HTTPStatus.OK, b"ok\n"),
             "/readyz": ready,
         }

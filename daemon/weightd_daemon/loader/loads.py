@@ -42,6 +42,7 @@ MAX_UNFINISHED = 32
 """Loads that one connection may have under way, each with a descriptor of its intake."""
 
 _STOPPING = "the daemon is stopping; load again when it is back"
+_UNFINISHED = "the load ended unfinished; load again"
 _LEAVE_SECONDS = 5.0
 """How long a loader may take to close its files before it is replaced."""
 
@@ -171,7 +172,7 @@ class Loads:
         if not load.done.done() and not load.detached and not load.waiters:
             log.info("load cancelled sources=%d", len(load.request.sources))
             load.abandoned = True
-            self._end(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
+            load.cancel(LeaseLostError("the load was cancelled: nobody waits for it any more"))
 
     def disconnected(self, connection: int) -> None:
         """A connection is gone, and with it those who waited on it."""
@@ -218,12 +219,12 @@ class Loads:
                 loader.kill()
         for load in self.under_way:
             if load.request.device == device:
-                self._end(load, error)
+                load.cancel(error)
 
     def end_all(self, error: WeightdError) -> None:
         """Every load under way ends with this error, and its waiters are told."""
         for load in self.under_way:
-            self._end(load, error)
+            load.cancel(error)
 
     def cancel_all(self) -> None:
         """The daemon is stopping: every load ends, and its waiters are told."""
@@ -263,27 +264,15 @@ class Loads:
 
     def _forget(self, key: _Key, load: Load) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
+        load.fail(LeaseLostError(_UNFINISHED))
         self._all.discard(load)
         if self._flights.get(key) is load:
             del self._flights[key]
 
-    def _end(self, load: Load, error: WeightdError) -> None:
-        self._fail(load, error)
-        if load.task is not None:
-            load.task.cancel()
-
-    def _fail(self, load: Load, error: WeightdError) -> None:
-        if not load.done.done():
-            load.done.set_exception(error)
-            load.done.exception()  # seen: a load without waiters must not warn about it
-
     async def _run(self, load: Load) -> None:
         request = load.request
-        device = self._devices[request.device]
-        number = self._store.open_load(request.device, request.who.domain, request.who.uid)
-        begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
         began = self._now()
-        self._on_event(begun)
+        begun: LoadBegun | None = None
         loader: LoaderProcess | None = None
         usable = False
 
@@ -295,6 +284,10 @@ class Loads:
             self._catalog.changed()
 
         try:
+            device = self._devices[request.device]
+            number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+            begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
+            self._on_event(begun)
             async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
@@ -318,23 +311,25 @@ class Loads:
                 usable = True
         except WeightdError as error:
             usable = not isinstance(error, UNFIT)
-            self._fail(load, error)
+            load.fail(error)
             log.warning("load failed reason=%s: %s", error.reason, error.message)
         except LoaderDied:
-            self._fail(load, LeaseLostError("the loader process of this load died; nothing was kept, load again"))
+            load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
             log.warning("loader died pid=%s", loader.pid if loader else None)
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
         except Exception:  # a bug must fail its load, not hang its waiters
             log.exception("load failed by a bug")
-            self._fail(load, ServerError("the load failed by a bug in the daemon; its log has the details"))
+            load.fail(ServerError("the load failed by a bug in the daemon; its log has the details"))
         finally:
             load.close_intake()
-            tidy = self._tidy(loader, number, request.device, usable=usable)
-            task = asyncio.get_running_loop().create_task(tidy)
-            self._background.add(task)
-            task.add_done_callback(self._background.discard)
-            self._on_event(load.ended(begun, self._now() - began))
+            load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
+            if begun is not None:
+                tidy = self._tidy(loader, begun.load, request.device, usable=usable)
+                task = asyncio.get_running_loop().create_task(tidy)
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+                self._on_event(load.ended(begun, self._now() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
         log.info(

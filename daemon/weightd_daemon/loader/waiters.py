@@ -39,6 +39,18 @@ class Load:
         self.files_there = asyncio.Event()
         """Set when the loader has the files."""
 
+    def fail(self, error: WeightdError) -> None:
+        """Tell those who wait that it has failed; nothing happens where they have been told how it went."""
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # seen: a load without waiters must not warn about it
+
+    def cancel(self, error: WeightdError) -> None:
+        """End it now, with an error for those who wait."""
+        self.fail(error)
+        if self.task is not None:
+            self.task.cancel()
+
     def close_intake(self) -> None:
         """A loader has the files' descriptor, or none will come."""
         if self.intake >= 0:

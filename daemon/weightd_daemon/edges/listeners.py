@@ -1,0 +1,45 @@
+"""Hands events to those who listen. Events tell of what has happened: no listener can undo or stop it."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from weightd_daemon.core.events import Event
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """One who wants to know."""
+
+    def tell(self, event: Event) -> None:
+        """Something has happened."""
+
+    def cut_off(self) -> None:
+        """It failed, and hears nothing more: whoever asks it is told so from now on, instead of what is out of date."""
+
+
+class Listeners:
+    """All listeners, told in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+
+    def add(self, listener: Listener) -> None:
+        """Tell it of everything from now on."""
+        self._listeners.append(listener)
+
+    def tell(self, event: Event) -> None:
+        """Tell each. Whoever raises is cut off: events come from the midst of changes to the books, which go on."""
+        for listener in list(self._listeners):
+            try:
+                listener.tell(event)
+            except Exception:  # whatever it is, it is the listener's fault, and no reason to fail the load or the lease
+                self._listeners.remove(listener)
+                log.exception(
+                    "%s failed at %s, and hears nothing more until the daemon is restarted",
+                    type(listener).__name__, type(event).__name__,
+                )  # fmt: skip
+                listener.cut_off()
