@@ -249,7 +249,7 @@ def test_threads_copy_at_once_each_with_its_own_staging(memory: Memory) -> None:
     count, rounds, length = 6, 12, 40_000
     stagings: list[Staging] = []
     errors: list[BaseException] = []
-    start = threading.Barrier(count, timeout=30)
+    start = threading.Barrier(count, timeout=60)
 
     def work(io: SegmentIO, thread: int) -> None:
         try:

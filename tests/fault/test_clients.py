@@ -102,7 +102,7 @@ def test_killed_while_attached(daemon: Daemon, tmp_path: Path, spawn: Spawn) -> 
     with pytest.raises(weightd.InUseError, match=f"in use by pid {worker.pid}"):
         client.remove("m")
     worker.kill()
-    eventually(lambda: client.leases() == [], seconds=1.0, what="its lease is gone")
+    eventually(lambda: client.leases() == [], what="its lease is gone")
     client.remove("m")
 
 
@@ -124,7 +124,7 @@ def test_killed_between_batches(daemon: Daemon, pipeline: Path, spawn: Spawn) ->
     assert count == 253
     assert daemon.descriptors() >= before + PARTS + 1 - 253  # what it has not sent yet
     worker.kill()
-    eventually(lambda: client.leases() == [], seconds=1.0, what="its lease is gone")
+    eventually(lambda: client.leases() == [], what="its lease is gone")
     eventually(lambda: daemon.descriptors() <= before, what="its descriptors are closed")
     with client.attach("pipeline") as attachment:
         assert content(attachment, "t", "part299") == part(299)

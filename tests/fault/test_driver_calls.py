@@ -346,10 +346,10 @@ def start(backend: Backend, tmp_path: Path) -> str:
         assert process.stdout is not None
         ready = process.stdout.readline()
         process.terminate()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
     if ready:
         assert process.returncode == 0, errors
         return ""

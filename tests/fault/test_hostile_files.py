@@ -183,7 +183,7 @@ def test_file_changes_while_it_is_read(
     change(path)
     resume(pid)
     with pytest.raises(weightd.FormatError, match=f"marked.safetensors: {fragment}.*load it again"):
-        future.result(10)
+        future.result(60)
     eventually(lambda: nothing_left(client), what="no byte is left")
 
 
@@ -202,7 +202,7 @@ def test_file_changes_between_hashing_and_copying(stopping: Daemon, tmp_path: Pa
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     resume(pid)
     with pytest.raises(weightd.FormatError, match=r"changed while it was read \(tensor 't0'\); load it again"):
-        future.result(10)
+        future.result(60)
     eventually(lambda: nothing_left(client), what="no byte is left")
 
 

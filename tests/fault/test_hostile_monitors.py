@@ -57,16 +57,18 @@ def test_one_connection_is_one_answer(page: Path) -> None:
 
 
 def test_a_slow_request_is_hung_up_on(page: Path) -> None:
-    start = time.monotonic()
     with dial(page) as connection:
-        for byte in b"GET /metrics HTTP/1.1":
-            try:
-                connection.sendall(bytes([byte]))
-            except ConnectionError:
-                break
+
+        def is_hung_up_on() -> bool:
             time.sleep(0.1)
+            try:
+                connection.sendall(b"x")
+            except ConnectionError:
+                return True
+            return False
+
+        eventually(is_hung_up_on, what="it is hung up on, for a byte now and then does not buy more time")
         assert everything(connection) == b""
-    assert time.monotonic() - start < 8, "a byte now and then does not buy more time"
 
 
 def test_those_who_only_hold_the_line_make_way(start_daemon: StartDaemon, short_path: Path) -> None:
@@ -80,7 +82,7 @@ def test_those_who_only_hold_the_line_make_way(start_daemon: StartDaemon, short_
             connection.setblocking(False)
             with pytest.raises(BlockingIOError):
                 connection.recv(1)
-            connection.settimeout(10)
+            connection.settimeout(60)
         eventually(lambda: get_or_none(page) == (200, "ok\n"), what="they are gone when their time is over")
         assert all(everything(connection) == b"" for connection in held)
 

@@ -52,7 +52,7 @@ def check_load(client: weightd.Client, daemon: Daemon, marked: Path) -> None:
     """The same file loads, and its bytes are right."""
     future = background(client.load_report, marked, name="marked")
     resume(*wait_stopped(daemon))
-    future.result(20)
+    future.result(60)
     with client.attach("marked") as attachment:
         for i in range(6):
             assert content(attachment, f"t{i}") == data(i)
@@ -68,7 +68,7 @@ def test_killed_in_mid_load(stopping: Daemon, marked: Path) -> None:
     assert [c.state for c in client.checkpoints()] == ["loading"]
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(weightd.LeaseLostError, match=r"loader process of this load died.*load again"):
-        future.result(5)
+        future.result(60)
     eventually(lambda: used_bytes(client) == 0 and stopping.allocated() == 0, what="its space is free again")
     assert client.checkpoints() == []
     check_load(client, stopping, marked)
@@ -83,7 +83,7 @@ def test_killed_before_it_took_the_files(daemon: Daemon, tmp_path: Path) -> None
     if not future.done():  # else the loader was quicker than this test
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(weightd.LeaseLostError, match="load again"):
-            future.result(5)
+            future.result(60)
     if state(pid) == "T":
         resume(pid)
     report = client.load_report(path)
@@ -113,7 +113,7 @@ def test_stopped_loader_is_killed_when_the_last_waiter_leaves(stopping: Daemon, 
     (pid,) = wait_stopped(stopping)
     waiter.close()
     with pytest.raises(weightd.LeaseLostError):
-        future.result(5)
+        future.result(60)
     eventually(lambda: state(pid) in ("", "Z"), what="the loader is killed")
     eventually(lambda: used_bytes(client) == 0, what="its space is free again")
     assert client.checkpoints() == []
@@ -139,10 +139,10 @@ def test_killed_while_it_verifies(stopping: Daemon, marked: Path) -> None:
     (pid,) = wait_stopped(stopping)
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(weightd.LeaseLostError, match=r"died while it verified.*try again"):
-        future.result(5)
+        future.result(60)
     future = background(client.verify)
     resume(*wait_stopped(stopping))
-    assert future.result(20).done_bytes == 12 * MIB
+    assert future.result(60).done_bytes == 12 * MIB
 
 
 @pytest.mark.backends("cuda_ipc", double_only=True)
@@ -156,7 +156,7 @@ def test_a_device_that_is_lost_while_it_is_verified_or_waits_for_its_turn(
     for ordinal in range(2):
         future = background(client.load, marked, name="marked", device=fakecuda.uuid(ordinal))
         resume(*wait_stopped(daemon))
-        future.result(20)
+        future.result(60)
     holders = {Path(f"/proc/{pid}/cmdline").read_text().split("\0")[-2]: pid for pid in daemon.holders()}
     future = background(client.verify)
     (loader,) = wait_stopped(daemon)  # which verifies the first
@@ -165,10 +165,10 @@ def test_a_device_that_is_lost_while_it_is_verified_or_waits_for_its_turn(
         eventually(lambda: "device lost" in daemon.logged())
         resume(loader)
     with pytest.raises(weightd.DeviceError, match=f"checkpoint marked was lost: .*{fakecuda.uuid(gpu)}.*load it again"):
-        future.result(5)
+        future.result(60)
     future = background(client.verify)  # the other one
     resume(*wait_stopped(daemon))
-    assert future.result(20).done_bytes == 12 * MIB
+    assert future.result(60).done_bytes == 12 * MIB
 
 
 def test_verify_is_given_up_when_its_caller_leaves(stopping: Daemon, marked: Path) -> None:
@@ -178,7 +178,7 @@ def test_verify_is_given_up_when_its_caller_leaves(stopping: Daemon, marked: Pat
     (pid,) = wait_stopped(stopping)
     other.close()
     with pytest.raises(weightd.LeaseLostError):
-        future.result(5)
+        future.result(60)
     eventually(lambda: state(pid) in ("", "Z"), what="the loader is killed")
     eventually(lambda: not [lease for lease in client.leases() if lease.waiting and lease.pid == 0])
     client.remove("marked")

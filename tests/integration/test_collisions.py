@@ -114,7 +114,7 @@ def test_loads_side_by_side(start_daemon: StartDaemon, tmp_path: Path, size: int
         loaders = wait_stopped(daemon, count)
     resume(*loaders)
     for future in futures:
-        future.result(10)
+        future.result(60)
     for name, own in seeds.items():
         check(client, name, own, size)
     stats = client.stats()

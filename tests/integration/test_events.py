@@ -76,7 +76,7 @@ def test_loads_that_fail_or_are_left(start_daemon: StartDaemon, tmp_path: Path) 
     wait_stopped(daemon)
     leaving.close()
     with pytest.raises((weightd.WeightdError, ValueError)):
-        loading.result(20)
+        loading.result(60)
     eventually(lambda: kinds(client).count("load_ended") == 2)
     failed, left = [event for event in client.events() if event.kind == "load_ended"]
     assert (failed.names, failed.reason, failed.content_digest) == (("bad",), "FORMAT", "")
@@ -173,7 +173,7 @@ def test_a_reader_ends_with_its_connection(daemon: Daemon) -> None:
         control = ControlPlane(daemon.socket, peer.token, 20.0)
         ended = background(lambda: list(control.events(follow=True)))
     with pytest.raises(weightd.PermissionDeniedError, match="no token"):
-        ended.result(20)
+        ended.result(60)
     control.close()
 
 
@@ -185,7 +185,7 @@ def test_a_reader_ends_with_the_daemon(daemon: Daemon) -> None:
     ended = background(lambda: next(following))
     assert daemon.stop() == 0
     with pytest.raises((weightd.LeaseLostError, weightd.DaemonUnreachableError)):
-        ended.result(20)
+        ended.result(60)
 
 
 def test_a_lease_that_ends_without_a_word_is_seen(daemon: Daemon, spawn: Spawn, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import gc
 import itertools
 import os
 import signal
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,7 +193,7 @@ def test_forked_child_keeps_the_bytes_of_its_parent(
         pressure.apply(small)
         assert child.run(BYTES_OF_TENSOR) == digest_of(expected())
         child.run(DROP)
-        eventually(lambda: not leases(small), 1.0, "the lease of the forked child")
+        eventually(lambda: not leases(small), what="the lease of the forked child")
         assert pressure.large_fits(small)
 
 
@@ -205,7 +204,7 @@ def test_killed_forked_child_gives_the_lease_up(small: Daemon, kept: Path, spawn
         worker.kill()
         assert leases(small) == [worker.pid]
         child.kill()
-        eventually(lambda: not leases(small), 1.0, "the lease of a killed forked child")
+        eventually(lambda: not leases(small), what="the lease of a killed forked child")
 
 
 @where_memory_outlives_the_daemon
@@ -317,8 +316,8 @@ def test_interpreter_ends_with_everything_alive(module_daemon: Daemon, small_pat
     )
     assert worker.process.stdin is not None
     worker.process.stdin.close()
-    assert worker.process.wait(20) == 0
-    eventually(lambda: leases(module_daemon) == [], 1.0, "the end of the lease")
+    assert worker.process.wait(60) == 0
+    eventually(lambda: leases(module_daemon) == [], what="the end of the lease")
 
 
 # -- forks ---------------------------------------------------------------------------------------------------------
@@ -372,7 +371,7 @@ def test_closing_in_a_forked_child_says_nothing_on_the_parents_connection(
     worker.run("client._handles._lock.acquire()")
     with fork(worker, tmp_path) as child:
         worker.run("client._handles._lock.release()")
-        closes = "import threading; t = threading.Thread(target=attachment.close, daemon=True); t.start(); t.join(3)"
+        closes = "import threading; t = threading.Thread(target=attachment.close, daemon=True); t.start(); t.join(60)"
         assert child.run(f"{closes}; result = t.is_alive()") is False
     worker.run("attachment.close()")
 
@@ -381,15 +380,12 @@ def test_closing_in_a_forked_child_says_nothing_on_the_parents_connection(
 
 
 @everywhere
-def test_kill_of_a_client_ends_its_lease_within_a_second(small: Daemon, kept: Path, spawn: Spawn) -> None:
+def test_kill_of_a_client_ends_its_lease_at_once(small: Daemon, kept: Path, spawn: Spawn) -> None:
     worker = attached_worker(small, kept, spawn, ATTACH)
     with weightd.connect(small.socket, timeout=20.0) as client:
         assert [(lease.pid, lease.bytes, lease.waiting) for lease in client.leases()] == [(worker.pid, 3 * SIZE, False)]
-        worker.process.kill()
-        killed = time.monotonic()
-        while client.leases():
-            assert time.monotonic() - killed < 1.0, client.leases()
-            time.sleep(0.01)
+        worker.kill()
+        assert client.leases() == [], "the kernel ends it with the process"
 
 
 @everywhere
@@ -531,11 +527,11 @@ def test_loader_serves_a_burst_then_leaves(start_daemon: StartDaemon, tmp_path: 
             eventually(lambda opened=path: not has_open(daemon.loaders()[0], opened))
             pids += daemon.loaders()
         assert len(set(pids)) == 1, "each load had a loader of its own"
-        eventually(lambda: daemon.loaders() == [], IDLE_SECONDS + 3.0, "the idle loader to leave")
+        eventually(lambda: daemon.loaders() == [], what=f"the idle loader to leave after {IDLE_SECONDS} s")
         client.load(checkpoints.write_random(tmp_path / "late.safetensors", 1, 1000, seed="late"))
         (loader,) = daemon.loaders()
     daemon.kill()
-    eventually(lambda: not Path(f"/proc/{loader}").exists() or state_of(loader) == "Z", 5.0, "the loader's end")
+    eventually(lambda: not Path(f"/proc/{loader}").exists() or state_of(loader) == "Z", what="the loader's end")
     daemon.start()
 
 

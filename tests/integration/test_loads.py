@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from support.backends import EVERY, Backend
 from support.background import background
 from support.content import content
 from support.daemon import Daemon, eventually
-from support.launch import launcher
+from support.launch import launcher, waiters_of
 from support.loader import STOP, resume, wait_stopped
 from weightd._proto.v1 import checkpoint_pb2
 from weightd._wire import source_to
@@ -25,9 +24,6 @@ from weightd_daemon.loader.loads import MAX_UNFINISHED
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
-JOIN_SECONDS = 0.5
-"""Time for a call to arrive at a load under way; the daemon does not tell when it has."""
-
 everywhere = pytest.mark.backends(*EVERY)
 
 
@@ -63,6 +59,11 @@ def rested(tmp_path_factory: pytest.TempPathFactory) -> Rested:
     return files
 
 
+def arrived(daemon: Daemon, count: int) -> None:
+    """Wait until so many calls have begun or joined a load."""
+    eventually(lambda: waiters_of(daemon) == count, what=f"{count} waiters")
+
+
 def loading(client: weightd.Client) -> int:
     return sum(checkpoint.state == "loading" for checkpoint in client.checkpoints())
 
@@ -74,11 +75,11 @@ def test_two_loads_of_one_content_become_one(stopping: Daemon, rested: Rested) -
     one = background(first.load_report, path, name="one")
     loaders = wait_stopped(stopping)
     two = background(second.load_report, path, name="two")
-    time.sleep(JOIN_SECONDS)
+    arrived(stopping, 2)
     assert loading(other) == 1
     assert stopping.loaders() == loaders
     resume(*loaders)
-    reports = [one.result(10), two.result(10)]
+    reports = [one.result(60), two.result(60)]
     assert all(report is not None and report.unique_bytes == 4 * MIB for report in reports)
     assert other.inspect("one").checkpoint.names == ("one", "two")
     with first.attach("one") as a, second.attach(path) as b:
@@ -93,22 +94,22 @@ def test_first_waiter_leaves_second_stays(stopping: Daemon, rested: Rested) -> N
     one = background(first.load_report, path)
     loaders = wait_stopped(stopping)
     two = background(second.load_report, path)
-    time.sleep(JOIN_SECONDS)
+    arrived(stopping, 2)
     first.close()
     with pytest.raises(weightd.LeaseLostError):
-        one.result(5)
-    time.sleep(0.1)
+        one.result(60)
+    eventually(lambda: stopping.connections() == 1, what="the daemon sees that it has left")
     assert loading(second) == 1
     resume(*loaders)
-    report = two.result(10)
+    report = two.result(60)
     assert report is not None
     assert report.unique_bytes == 4 * MIB
     assert stopping.loaders() == loaders
 
 
-def test_first_waiter_leaves_before_it_has_fed_the_files(daemon: Daemon, rested: Rested) -> None:
+def test_first_waiter_leaves_before_it_has_fed_the_files(start_daemon: StartDaemon, rested: Rested) -> None:
     """The second waiter has the files, too: it must not be told that somebody else has left."""
-    path = rested.plain
+    path, daemon = rested.plain, start_daemon(argv=launcher())
     first, second = daemon.connect(), daemon.connect()
     with open_sources(resolve(path)) as opened:
         number, intake = first._handles.offer()
@@ -117,12 +118,12 @@ def test_first_waiter_leaves_before_it_has_fed_the_files(daemon: Daemon, rested:
 
         def never_feed() -> None:
             two.append(background(second.load_report, path))
-            time.sleep(JOIN_SECONDS)
+            arrived(daemon, 2)
             intake.close()
 
         with pytest.raises(weightd.WeightdError):
             first._rpc().load(request, never_feed, None)
-    report = two[0].result(10)
+    report = two[0].result(60)
     assert report is not None
     assert report.unique_bytes == 4 * MIB
 
@@ -131,8 +132,8 @@ def test_detached_load_goes_on_and_gets_its_name(stopping: Daemon, tmp_path: Pat
     client, other = stopping.connect(), stopping.connect()
     assert client.load_report(marked(tmp_path), name="later", pin=True, detached=True) is None
     client.close()
+    eventually(lambda: stopping.connections() == 1, what="the daemon sees that it has left")
     loaders = wait_stopped(stopping)
-    time.sleep(0.1)
     assert [(c.name, c.state) for c in other.checkpoints()] == [("later", "loading")]
     resume(*loaders)
     eventually(lambda: [(c.name, c.state, c.pinned) for c in other.checkpoints()] == [("later", "resident", True)])
@@ -146,12 +147,12 @@ def test_waiter_of_a_detached_load_leaves(stopping: Daemon, rested: Rested) -> N
     one = background(first.load_report, path, name="one")
     loaders = wait_stopped(stopping)
     two = background(second.load_report, path, name="two", detached=True)
-    time.sleep(JOIN_SECONDS)
+    arrived(stopping, 2)
     first.close()
     with pytest.raises(weightd.LeaseLostError):
-        one.result(5)
+        one.result(60)
     resume(*loaders)
-    two.exception(10)
+    two.exception(60)
     eventually(lambda: [(c.names, c.state) for c in other.checkpoints()] == [(("two",), "resident")])
 
 
@@ -193,7 +194,7 @@ def test_loads_side_by_side_end_up_sharing(stopping: Daemon, backend: Backend, t
     resume(loaders[0])
     eventually(lambda: one.done() or two.done())
     resume(loaders[1])
-    reports = [one.result(10), two.result(10)]
+    reports = [one.result(60), two.result(60)]
     assert sorted(report.unique_bytes for report in reports if report) == [MIB, 7 * MIB]
     stats = client.stats()
     assert (stats.resident_bytes, stats.logical_bytes) == (8 * MIB, 14 * MIB)
@@ -220,7 +221,7 @@ def test_same_content_side_by_side(stopping: Daemon, tmp_path: Path) -> None:
     wait_stopped(stopping)
     two = background(stopping.connect().load_report, copy, name="b")
     resume(*wait_stopped(stopping, 2))
-    digests = {report.content_digest for report in (one.result(10), two.result(10)) if report}
+    digests = {report.content_digest for report in (one.result(60), two.result(60)) if report}
     (checkpoint,) = client.checkpoints()
     assert (checkpoint.names, {checkpoint.content_digest}) == (("a", "b"), digests)
     assert client.stats().resident_bytes == 4 * MIB
@@ -247,7 +248,7 @@ def test_who_hangs_up_before_the_seal_leaves_no_lease(stopping: Daemon, tmp_path
     client._handles.close()
     eventually(lambda: loading(other) == 0, what="the load without a waiter is cancelled")
     with pytest.raises(weightd.WeightdError):
-        outcome.result(10)
+        outcome.result(60)
     assert other.leases() == []
 
 
@@ -268,7 +269,7 @@ def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: 
     release = threading.Event()
 
     def never_feed() -> None:
-        release.wait(30)
+        release.wait()
 
     with open_sources(resolve(path)) as opened:
         sources = [source_to(source) for source in opened.sources]
@@ -279,16 +280,18 @@ def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: 
             idle._rpc().load(checkpoint_pb2.LoadRequest(offer_id=number, sources=sources), never_feed, None)
 
     calls = []
-    while len(calls) < MAX_UNFINISHED:
-        calls.append(background(hang))
-        eventually(lambda: loading(other) == len(calls), what=f"{len(calls)} are under way")
-    with pytest.raises(weightd.InUseError, match="32 loads under way"):
-        hang()
-    idle.close()
-    release.set()
+    try:
+        while len(calls) < MAX_UNFINISHED:
+            calls.append(background(hang))
+            eventually(lambda: loading(other) == len(calls), what=f"{len(calls)} are under way")
+        with pytest.raises(weightd.InUseError, match="32 loads under way"):
+            hang()
+        idle.close()
+    finally:
+        release.set()
     for call in calls:
         with pytest.raises(weightd.WeightdError):
-            call.result(20)
+            call.result(60)
 
 
 @everywhere
@@ -313,6 +316,6 @@ def test_two_loads_of_many_equal_tensors_side_by_side(stopping: Daemon, tmp_path
         outcomes.append(background(client.load_report, path))
     eventually(lambda: len(stopping.loaders()) == 2, what="two loaders")
     resume(*wait_stopped(stopping, count=2))
-    reports = [outcome.result(30) for outcome in outcomes]
+    reports = [outcome.result(60) for outcome in outcomes]
     assert sorted(report.unique_bytes for report in reports if report) == [100, 3000 * 300 + 100]
     assert clients[0].stats().resident_bytes == 3000 * 300 + 200

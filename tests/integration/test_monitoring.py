@@ -192,5 +192,5 @@ def serve(folder: Path, *flags: str, path: Path | None = None) -> subprocess.Com
     return subprocess.run(
         [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={folder}/x.sock", f"--state-dir={folder}/state",
          "--device=host", "--log-level=warning", *flags],
-        env=more, capture_output=True, text=True, timeout=30, check=False,
+        env=more, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip

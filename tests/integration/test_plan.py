@@ -358,14 +358,14 @@ def reading(tmp_path: Path, **options: Any) -> Iterator[tuple[subprocess.Popen[s
     children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
     child = 0
     try:
-        eventually(lambda: children.read_text(), 30, what="a process that reads")
+        eventually(lambda: children.read_text(), what="a process that reads")
         child = int(children.read_text())
-        eventually(lambda: bytes_read(child) > 20 * MIB, 30, what="it to be reading")
+        eventually(lambda: bytes_read(child) > 20 * MIB, what="it to be reading")
         yield command, child
         eventually(lambda: not Path(f"/proc/{child}").exists(), what="the end of the process that reads")
     finally:
         command.kill()
-        command.communicate(timeout=30)
+        command.communicate(timeout=60)
         if child:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
@@ -379,7 +379,7 @@ def test_ctrl_c_ends_both(tmp_path: Path) -> None:
     with reading(tmp_path) as (command, child):
         assert os.getpgid(child) != command.pid  # so a terminal does not interrupt it too, and it has nothing to say
         os.killpg(command.pid, signal.SIGINT)
-        output, error = command.communicate(timeout=30)
+        output, error = command.communicate(timeout=60)
         assert (command.returncode, output, error) == (130, "", "weightd: interrupted\n")
 
 
@@ -392,7 +392,7 @@ def test_the_process_that_reads_does_not_outlive_the_command(tmp_path: Path) -> 
 def test_the_end_of_the_process_that_reads_is_an_error(tmp_path: Path) -> None:
     with reading(tmp_path) as (command, child):
         os.kill(child, signal.SIGKILL)
-        output, error = command.communicate(timeout=30)
+        output, error = command.communicate(timeout=60)
         assert (command.returncode, output, error.count("\n")) == (1, "", 1)
         assert "ended without an answer" in error
 

@@ -99,10 +99,10 @@ def test_one_that_waits_is_told_of_and_may_be_stopped(
         with weightd.connect(short_path / "w.sock", timeout=20.0) as client:
             eventually(lambda: [c.state for c in client.checkpoints()] == ["loading"], what="it is under way")
         process.send_signal(signal.SIGTERM)
-        output, log = process.communicate(timeout=20)
+        output, log = process.communicate(timeout=60)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         manager.close()
     assert (process.returncode, output) == (0, "")
     assert "bug" not in log
@@ -125,10 +125,10 @@ def test_a_drain_ends_the_wait_and_not_the_daemon(root: Path, short_path: Path) 
             assert process.stdout.readline().startswith("weightd is ready on ")
             assert client.stats().state == "drained"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
-        process.communicate(timeout=10)
+        process.communicate(timeout=60)
 
 
 def test_an_awaited_one_that_fails_ends_the_start_with_file_line_and_key(root: Path, short_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_load_of_the_same_files_that_is_under_way_is_joined(
     os.kill(daemon.pid, signal.SIGHUP)
     eventually(lambda: "changed: preload" in daemon.logged(), what="it is listed")
     gate.touch()
-    assert "clients" in load.result(20).names
+    assert "clients" in load.result(60).names
     eventually(lambda: client.checkpoints()[0].names == ("clients", "preloaded"), what="it has both names")
     assert client.checkpoints()[0].pinned
     assert daemon.logged().count("loaded content=") == 1

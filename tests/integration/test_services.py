@@ -35,10 +35,10 @@ def channel(daemon: Daemon) -> Iterator[grpc.Channel]:
 def test_health(channel: grpc.Channel) -> None:
     stub = health_pb2_grpc.HealthStub(channel)
     for service in ("", *SERVICES):
-        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING, service
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Check(health_pb2.HealthCheckRequest(service="weightd.v1.Nothing"), timeout=10)
+        stub.Check(health_pb2.HealthCheckRequest(service="weightd.v1.Nothing"), timeout=60)
     assert failed(caught.value).code() is grpc.StatusCode.NOT_FOUND
 
 
@@ -48,7 +48,7 @@ def test_reflection(channel: grpc.Channel) -> None:
         reflection_pb2.ServerReflectionRequest(list_services=""),
         reflection_pb2.ServerReflectionRequest(file_containing_symbol="weightd.v1.CheckpointService"),
     ]
-    services, file = stub.ServerReflectionInfo(iter(questions), timeout=10)
+    services, file = stub.ServerReflectionInfo(iter(questions), timeout=60)
     listed = sorted(service.name for service in services.list_services_response.service)
     assert [name for name in listed if name.startswith("weightd")] == SERVICES
     assert "grpc.health.v1.Health" in listed
@@ -64,7 +64,7 @@ def test_error_details_are_those_of_google_rpc(daemon: Daemon, channel: grpc.Cha
     request = checkpoint_pb2.GetCheckpointRequest(reference="nope")
     stub = checkpoint_pb2_grpc.CheckpointServiceStub(channel)
     with Peer(daemon.socket) as peer, pytest.raises(grpc.RpcError) as caught:
-        stub.Get(request, metadata=(("weightd-token", peer.token),), timeout=10)
+        stub.Get(request, metadata=(("weightd-token", peer.token),), timeout=60)
     call = failed(caught.value)
     assert call.code() is grpc.StatusCode.NOT_FOUND
     trailer = dict(call.trailing_metadata())
@@ -149,6 +149,6 @@ def test_answers_while_it_loads(daemon: Daemon, tmp_path: Path) -> None:
 
 
 def test_version_needs_no_token(daemon: Daemon, channel: grpc.Channel) -> None:
-    answer = daemon_pb2_grpc.DaemonServiceStub(channel).GetVersion(daemon_pb2.GetVersionRequest(), timeout=10)
+    answer = daemon_pb2_grpc.DaemonServiceStub(channel).GetVersion(daemon_pb2.GetVersionRequest(), timeout=60)
     assert (answer.version, answer.pid) == (weightd.__version__, daemon.pid)
     assert 0 <= answer.uptime_seconds < 60

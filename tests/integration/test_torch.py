@@ -507,7 +507,7 @@ def test_wait_waits_for_the_daemon(tmp_path: Path, saved: Path) -> None:
         )  # fmt: skip
         assert daemon.stdout is not None
         stack.enter_context(daemon.stdout)
-        stack.callback(daemon.wait, 10)
+        stack.callback(daemon.wait, 60)
         stack.callback(daemon.terminate)
-        assert waiting.communicate(timeout=20)[0] == "15.0\n"
+        assert waiting.communicate(timeout=60)[0] == "15.0\n"
         assert waiting.returncode == 0

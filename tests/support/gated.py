@@ -27,8 +27,10 @@ sys.exit(main(sys.argv[1:], new_hasher=Gated))
 """
 _DAEMON = """
 import sys
+from support.launch import tell_waiters
 from weightd_daemon.__main__ import main
 
+tell_waiters()
 sys.exit(main(loader_argv=(sys.executable, "-c", {!r})))
 """
 

@@ -132,7 +132,7 @@ def kill_exporters() -> None:
     while _children:
         child = _children.pop()
         child.kill()
-        child.wait(10)
+        child.wait(60)
         for pipe in (child.stdin, child.stdout):
             assert pipe is not None
             pipe.close()

@@ -68,7 +68,7 @@ def _load(seccomp: ctypes.CDLL, calls: set[str]) -> None:
 
 def _system_calls(group: str) -> Iterator[str]:
     command = ["systemd-analyze", "syscall-filter", "--no-pager", group]
-    lines = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     for name in (line.strip() for line in lines[1:]):
         if name.startswith("@"):
             yield from _system_calls(name)

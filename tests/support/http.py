@@ -13,10 +13,10 @@ def dial(address: Address) -> socket.socket:
     """A connection."""
     if isinstance(address, Path):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(str(address))
         return connection
-    return socket.create_connection(address, timeout=10)
+    return socket.create_connection(address, timeout=60)
 
 
 def everything(connection: socket.socket) -> bytes:

@@ -16,9 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from support import points
+from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.edges import handle_server, journal, metrics, pages, service
+from weightd_daemon.loader.loads import Loads
 from weightd_daemon.loader.process import DEFAULT_ARGV
+
+_WAITS = "support.launch: a load has the waiter"
 
 
 def launcher(
@@ -56,6 +60,7 @@ def main() -> int:
     parser.add_argument("--deaf")
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
+    tell_waiters()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
     if options.ack is not None:
@@ -88,11 +93,29 @@ def _deafen(listener: Any, kind: str) -> None:
     listener.tell = tell
 
 
+def tell_waiters() -> None:
+    """Log each waiter of a load, so that a test can wait until its call has arrived (`waiters_of`)."""
+    start = Loads.start
+
+    def started(self: Loads, *arguments: Any) -> Any:
+        load, waiter, begins = start(self, *arguments)
+        print(f"{_WAITS} {waiter}", file=sys.stderr, flush=True)
+        return load, waiter, begins
+
+    Loads.start = started  # type: ignore[method-assign]
+
+
+def waiters_of(daemon: Daemon) -> int:
+    """How many loads were asked for so far that were begun or joined, of a daemon that `tell_waiters`."""
+    return daemon.logged().count(_WAITS)
+
+
 async def _bug(*_: object) -> None:
     raise ZeroDivisionError("a secret of the daemon")
 
 
 async def _stuck(*_: object) -> None:
+    print("support.launch: stuck", file=sys.stderr, flush=True)
     time.sleep(3600)  # noqa: ASYNC251  # that is the point: nothing else runs on the loop
 
 

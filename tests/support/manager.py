@@ -70,7 +70,7 @@ class Manager:
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(len(given)), *given]
         return [*launch, *argv], [descriptor for _, descriptor in kept]
 
-    def settle(self, seconds: float = 20.0) -> None:
+    def settle(self, seconds: float = 60.0) -> None:
         """Wait until all has been done that was sent before."""
         line = f"X_SETTLED={next(self._numbers)}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
@@ -82,7 +82,7 @@ class Manager:
         tells = {"FDSTORE": str(self._most)} if self._tells else {}
         return {"NOTIFY_SOCKET": str(self.path), **tells, **more}
 
-    def wait_for(self, line: str, seconds: float = 20.0) -> None:
+    def wait_for(self, line: str, seconds: float = 60.0) -> None:
         """Wait until the service has said a line."""
         with self._changed:
             if not self._changed.wait_for(lambda: line in self.said, seconds):
@@ -96,7 +96,7 @@ class Manager:
     def close(self) -> None:
         """Forget everything."""
         self._socket.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
+        self._thread.join(60)
         self._socket.close()
         for _, descriptor in self.kept:
             os.close(descriptor)

@@ -26,7 +26,7 @@ class SharedDaemons:
             self._daemons[backend.name] = Daemon(backend)
         daemon = self._daemons[backend.name]
         yield daemon
-        with weightd.connect(daemon.socket, timeout=20.0) as client:
+        with weightd.connect(daemon.socket, timeout=60.0) as client:
             for checkpoint in client.checkpoints():
                 client.remove(checkpoint.content_digest)
 

@@ -22,7 +22,7 @@ import os
 import grpc, weightd, weightd._rpc
 grpc.insecure_channel("unix:/nowhere").close()  # imports what a first channel needs
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
-client = weightd.connect(timeout=20.0)
+client = weightd.connect(timeout=60.0)
 
 def attempt(call, *arguments, **options):
     '''The result as something that JSON has, or the name and message of the error.'''

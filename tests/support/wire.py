@@ -19,7 +19,7 @@ class Peer:
     def __init__(self, control: str | Path, *, hello: bool = True) -> None:
         self.descriptors: list[int] = []
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(60)
         self.socket.connect(f"{control}.handles")
         self.token = self.ask(hello=handles_pb2.HelloRequest(protocol=1)).hello.token if hello else ""
 

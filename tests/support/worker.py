@@ -43,7 +43,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise AssertionError(f"the worker ended with {self.process.wait(10)}")
+            raise AssertionError(f"the worker ended with {self.process.wait(60)}")
         answer = json.loads(line)
         if "error" in answer:
             raise AssertionError(answer["error"])
@@ -64,7 +64,7 @@ class Worker:
             self.process.wait(2)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(60)
 
 
 def serve(orders: TextIO, answers: TextIO, names: dict[str, Any]) -> None:

@@ -98,12 +98,14 @@ def test_signs_of_life_end_with_a_stuck_loop(under: Under, manager: Manager) -> 
     eventually(lambda: signs(manager) >= 5, what="signs of life")
     with contextlib.suppress(WeightdError):
         daemon.connect(timeout=1.0).version()  # this call never returns, and blocks the loop
+    eventually(lambda: "support.launch: stuck" in daemon.logged(), what="the call")
+    manager.settle()
     before = signs(manager)
     time.sleep(1.0)  # ten signs of life, were the loop free
     assert signs(manager) == before
     os.kill(daemon.pid, signal.SIGABRT)  # what systemd does then
     assert daemon.process is not None
-    assert daemon.process.wait(10) == -signal.SIGABRT
+    assert daemon.process.wait(60) == -signal.SIGABRT
     assert "in _stuck" in daemon.logged(), "the units set PYTHONFAULTHANDLER so that the log says where"
 
 

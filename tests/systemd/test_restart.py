@@ -92,7 +92,7 @@ def test_everything_is_taken_up(
             assert content(attachment, "t0") == checkpoints.random_bytes(("a", 0), MIB)
         eventually(lambda: holders(client) == [worker.pid], what="the worker says who it is")  # noqa: B023  # called here
     worker.run("attachment.close()")
-    eventually(lambda: holders(client) == [], seconds=1.0, what="it says so on its new connection")
+    eventually(lambda: holders(client) == [], what="it says so on its new connection")
     client.unpin("a")
     for name in ("a", "b", "another"):
         client.remove(name)
@@ -234,7 +234,7 @@ def test_a_load_under_way_is_lost_and_nothing_else(
     wait_stopped(daemon)
     daemon.kill()
     with pytest.raises(weightd.DaemonUnreachableError):
-        future.result(5)
+        future.result(60)
     daemon.start()
     client = daemon.connect()
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [("a",)]

@@ -129,9 +129,9 @@ def test_killed_at_every_point(start_daemon: StartDaemon, manager: Manager, tmp_
         else:
             armed.write_text(point)
             assert daemon.process is not None
-            assert daemon.process.wait(30) == -9, point
+            assert daemon.process.wait(60) == -9, point
             daemon.kill()
-        turn = loads.result(30) + 1
+        turn = loads.result(60) + 1
         daemon.start()
         client = daemon.connect()
 

@@ -65,7 +65,7 @@ class Service:
         return dict(line.split("=", 1) for line in lines)
 
     def connect(self) -> Client:
-        return weightd.connect(self.socket, timeout=20.0)
+        return weightd.connect(self.socket, timeout=60.0)
 
     def remove(self) -> None:
         try:
@@ -98,10 +98,10 @@ def test_a_users_service(service: Service, tmp_path: Path) -> None:
     with service.connect() as client:
         client.load(path, name="mine")
         assert client.version().pid == int(found["MainPID"])
-    eventually(lambda: service.show("StatusText")["StatusText"].startswith("Serving 1 checkpoint,"), 20, "a status")
+    eventually(lambda: service.show("StatusText")["StatusText"].startswith("Serving 1 checkpoint,"), what="a status")
 
     os.kill(int(found["MainPID"]), signal.SIGKILL)
-    eventually(lambda: service.show("NRestarts", "ActiveState") == {"NRestarts": "1", "ActiveState": "active"}, 30)
+    eventually(lambda: service.show("NRestarts", "ActiveState") == {"NRestarts": "1", "ActiveState": "active"})
     with service.connect() as client:
         assert client.version().pid == int(service.show("MainPID")["MainPID"])
         client.load(path, name="mine")

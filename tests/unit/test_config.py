@@ -319,7 +319,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     path = os.pathsep.join(entry for entry in sys.path if entry)
     return subprocess.run(
         [sys.executable, "-m", "weightd_daemon", *arguments],
-        env=inherited | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=30, check=False,
+        env=inherited | {"PYTHONPATH": path} | environment, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 
@@ -423,7 +423,7 @@ def test_a_bad_configuration_exits_78_with_one_line(command: str) -> None:
 def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_path: Path) -> None:
     finished = subprocess.run(
         [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path / 's'}", f"--budget={budget}"],
-        capture_output=True, text=True, timeout=30, check=False, env=environment(),
+        capture_output=True, text=True, timeout=60, check=False, env=environment(),
     )  # fmt: skip
     assert finished.returncode == 78
     assert finished.stderr.startswith(f"weightd: --budget: budget = {budget!r}: that of host must be from")

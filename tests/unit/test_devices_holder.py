@@ -48,7 +48,7 @@ class Losses:
 
     def wait(self) -> None:
         """Let the loop run until a loss is told."""
-        self._loop.run_until_complete(asyncio.wait_for(self._arrived.wait(), 10))
+        self._loop.run_until_complete(asyncio.wait_for(self._arrived.wait(), 60))
         self._arrived.clear()
 
 

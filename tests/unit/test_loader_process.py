@@ -26,7 +26,7 @@ from weightd_daemon.loader.channel import Channel, receive_fds
 from weightd_daemon.loader.process import LoaderDied, LoaderProcess
 from weightd_daemon.loader.work import Tensor, Unit, on_threads
 
-SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(60)")
+SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
 
 def descriptors() -> set[str]:
@@ -53,7 +53,7 @@ def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await made[0].exited
 
     monkeypatch.setattr(LoaderProcess, "__init__", remember)
@@ -74,7 +74,7 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async def run() -> None:
         loader = await LoaderProcess.spawn((sys.executable, "-S", "-c", ""), [])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await loader.exited
         with pytest.raises(LoaderDied):
             await loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])
@@ -213,7 +213,7 @@ def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -
         await asyncio.sleep(0)
         assert not waiting.done()
         memory.withdraw(1)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await waiting
             await reclaimer.wait()  # there is nothing to wait for any more
 

@@ -530,7 +530,7 @@ def work():
 
 thread = threading.Thread(target=work)
 thread.start()
-thread.join(10)
+thread.join(60)
 assert found[1:] == ["done"]
 """,
     )
@@ -589,11 +589,11 @@ locked, forked = threading.Event(), threading.Event()
 def other():
     with cuda_driver._lock, cuda_ipc._lock:  # as while another thread attaches
         locked.set()
-        forked.wait(20)
+        forked.wait(60)
 
 thread = threading.Thread(target=other)
 thread.start()
-locked.wait(20)
+locked.wait(60)
 child = os.fork()
 if child == 0:
     signal.alarm(10)
@@ -605,7 +605,7 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 forked.set()
-thread.join(10)
+thread.join(60)
 """
     assert check(fake_driver, source, log=log) == FORKED * 2
     assert not [call for call in fakecuda.calls(log) if call.after_fork]

@@ -34,19 +34,19 @@ class Answers:
         """Attach, and be answered with `frames`."""
         self._frames += frames
         self._thread.start()
-        connection = HandleConnection(self.path, timeout=5)
+        connection = HandleConnection(self.path, timeout=60)
         try:
             return connection.attach(handles_pb2.AttachRequest(reference="m"))
         finally:
             connection.close()
 
     def close(self) -> None:
-        self._thread.join(10)
+        self._thread.join(60)
         self._listener.close()
 
     def _serve(self) -> None:
         peer, _ = self._listener.accept()
-        peer.settimeout(5)
+        peer.settimeout(60)
         with peer, open(os.devnull) as null:
             for reply, descriptors in self._frames:
                 request = handles_pb2.HandleRequest.FromString(peer.recv(MAX_FRAME))

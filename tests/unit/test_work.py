@@ -124,7 +124,7 @@ def test_each_unit_is_done_once_and_threads_stay_on_their_lanes() -> None:
 
     def step(unit: Unit) -> None:
         done.setdefault(threading.get_ident(), []).append(unit)
-        together.wait(10)  # both threads go at the same speed
+        together.wait(60)  # both threads go at the same speed
 
     on_threads(work, 2, step)
     assert sorted(done.values(), key=lambda units: units[0].start) == work
@@ -133,7 +133,7 @@ def test_each_unit_is_done_once_and_threads_stay_on_their_lanes() -> None:
 def test_an_idle_thread_helps_with_the_longest_lane() -> None:
     (lane,) = lanes(units(tensors([2 * MIB] * 4)), 2)
     together = threading.Barrier(2)
-    on_threads([lane], 2, lambda _: together.wait(10) and None)  # with one thread this would break
+    on_threads([lane], 2, lambda _: together.wait(60) and None)  # with one thread this would break
 
 
 def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> None:
