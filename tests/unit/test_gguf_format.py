@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -239,15 +238,15 @@ def test_hostile_file_name_in_messages() -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.timeout(120)
 def test_hostile_headers_take_no_hostile_time() -> None:
-    start = time.process_time()
+    # About two seconds; whatever were quadratic would run into the limit.
     strings = build(keys=[key("k", ARRAY, u32(STRING) + u64(1_000_000) + bytes(8_000_000))])
     assert layout(strings).metadata
     arrays = build(keys=[key("k", ARRAY, u32(ARRAY) + u64(300_000) + bytes(12 * 300_000))])
     assert layout(arrays).metadata
     with pytest.raises(FormatError, match="tensor '': is there twice"):
         layout(build([entry("", (0,))] * 100_000))
-    assert time.process_time() - start < 10  # about 1.5 s on an idle machine
 
 
 def test_real_file_is_read_as_the_package_reads_it() -> None:
