@@ -25,6 +25,7 @@ from support import checkpoints, fakecuda
 from support.backends import CUDA, Backend
 from support.content import content
 from support.daemon import Daemon, environment, eventually
+from support.leash import leashed
 from support.worker import Worker
 
 StartDaemon = Callable[..., Daemon]
@@ -336,10 +337,10 @@ def test_while_the_daemon_starts(backend: Backend, tmp_path: Path) -> None:
 def start(backend: Backend, tmp_path: Path) -> str:
     """Why a daemon does not start; empty when it does."""
     process = subprocess.Popen(
-        [
+        leashed([
             sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}",
             "--budget=64MiB", *(f"--{key}={value}" for key, value in backend.settings.items()),
-        ],
+        ]),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | backend.environment,
     )  # fmt: skip
     try:

@@ -19,6 +19,7 @@ from support.backends import EVERY, Backend
 from support.background import background
 from support.daemon import Daemon, environment, eventually
 from support.launch import launcher
+from support.leash import leashed
 from support.loader import STOP, wait_stopped
 from support.users import needs_root, open_to_all
 from support.wire import Peer
@@ -242,7 +243,7 @@ def test_the_command_writes_json_lines_as_they_come(daemon: Daemon, tmp_path: Pa
         "reason", "message", "seconds", "content_digest", "total_bytes", "unique_bytes", "read_bytes",
     }  # fmt: skip
     with subprocess.Popen(
-        [sys.executable, "-m", "weightd", "events", "--follow"],
+        leashed([sys.executable, "-m", "weightd", "events", "--follow"]),
         env=environment(daemon.socket), stdout=subprocess.PIPE, text=True,
     ) as following:  # fmt: skip
         try:

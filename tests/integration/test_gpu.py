@@ -19,6 +19,7 @@ from support.background import background
 from support.content import content
 from support.daemon import ROOT, Daemon, environment, eventually
 from support.launch import launcher
+from support.leash import leashed
 from support.loader import STOP, resume, wait_stopped
 from support.worker import Worker
 
@@ -418,7 +419,9 @@ def test_loads_to_different_gpus_run_at_the_same_time(
 def serve(tmp_path: Path, *flags: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run `weightd serve` until it ends, or until it is ready and then told to stop."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}", *flags],
+        leashed([
+            sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}", *flags,
+        ]),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | (more or {}), cwd=ROOT,
     )  # fmt: skip
     try:

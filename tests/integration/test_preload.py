@@ -18,6 +18,7 @@ from support import checkpoints
 from support.background import background
 from support.daemon import Daemon, environment, eventually
 from support.gated import gated_argv
+from support.leash import leashed
 from support.manager import Manager
 
 StartDaemon = Callable[..., Daemon]
@@ -88,8 +89,10 @@ def test_one_that_waits_is_told_of_and_may_be_stopped(
     path = checkpoints.write_random(root / "a.safetensors", 2, MIB)
     manager = Manager(short_path / "notify")
     process = subprocess.Popen(
-        [*gated_argv(short_path / "gate"), "serve", f"--config={config(root, {'ref': str(path), 'wait': True})}",
-         f"--socket={short_path / 'w.sock'}", f"--state-dir={short_path / 'state'}", "--device=host"],
+        leashed([
+            *gated_argv(short_path / "gate"), "serve", f"--config={config(root, {'ref': str(path), 'wait': True})}",
+            f"--socket={short_path / 'w.sock'}", f"--state-dir={short_path / 'state'}", "--device=host",
+        ]),
         env=environment() | manager.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -112,8 +115,10 @@ def test_a_drain_ends_the_wait_and_not_the_daemon(root: Path, short_path: Path) 
     """Else its exit code would keep a service down."""
     path = checkpoints.write_random(root / "a.safetensors", 2, MIB)
     process = subprocess.Popen(
-        [*gated_argv(short_path / "gate"), "serve", f"--config={config(root, {'ref': str(path), 'wait': True})}",
-         f"--socket={short_path / 'w.sock'}", f"--state-dir={short_path / 'state'}", "--device=host"],
+        leashed([
+            *gated_argv(short_path / "gate"), "serve", f"--config={config(root, {'ref': str(path), 'wait': True})}",
+            f"--socket={short_path / 'w.sock'}", f"--state-dir={short_path / 'state'}", "--device=host",
+        ]),
         env=environment(), stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -23,6 +23,7 @@ import weightd.torch
 from support import checkpoints, fake_torch
 from support.backends import EVERY, Backend
 from support.daemon import ROOT, Daemon, environment
+from support.leash import leashed
 from support.shared import SharedDaemons
 from support.worker import Worker
 from weightd._mapping import cuda_driver
@@ -490,7 +491,7 @@ def test_wait_waits_for_the_daemon(tmp_path: Path, saved: Path) -> None:
     socket = tmp_path / "late.sock"
     code = "import sys, weightd.torch; print(weightd.torch.load_file(sys.argv[1], fallback='wait')['a'].sum().item())"
     waiting = subprocess.Popen(
-        [sys.executable, "-c", code, str(saved)],
+        leashed([sys.executable, "-c", code, str(saved)]),
         stdout=subprocess.PIPE, text=True, env=environment(socket), cwd=ROOT,
     )  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -501,8 +502,10 @@ def test_wait_waits_for_the_daemon(tmp_path: Path, saved: Path) -> None:
         time.sleep(2.5)  # torch takes up to two seconds to import
         assert waiting.poll() is None
         daemon = subprocess.Popen(
-            [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={socket}", f"--state-dir={tmp_path / 'state'}",
-             "--budget=64MiB", "--log-level=error"],
+            leashed([
+                sys.executable, "-m", "weightd_daemon", "serve", f"--socket={socket}", "--budget=64MiB",
+                f"--state-dir={tmp_path / 'state'}", "--log-level=error",
+            ]),
             stdout=subprocess.PIPE, text=True, env=environment(), start_new_session=True,
         )  # fmt: skip
         assert daemon.stdout is not None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import weightd
 from support.backends import HOST, Backend
+from support.leash import leashed
 from support.manager import Manager
 from weightd.client import Client
 
@@ -81,7 +82,7 @@ class Daemon:
             variables |= self.manager.environment()
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                argv, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
+                leashed(argv), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
                 pass_fds=given,
             )  # fmt: skip
         assert self.process.stdout is not None

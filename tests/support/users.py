@@ -19,9 +19,11 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 # Everything is imported before the step down: others may perhaps not read this interpreter or these sources.
 _BECOME = """
 import os
+from support import leash
 import grpc, weightd, weightd._rpc
 grpc.insecure_channel("unix:/nowhere").close()  # imports what a first channel needs
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
+leash.hold()
 client = weightd.connect(timeout=60.0)
 
 def attempt(call, *arguments, **options):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from support.daemon import environment
+from support.leash import leashed
 
 
 class Worker:
@@ -19,7 +20,7 @@ class Worker:
 
     def __init__(self, socket: Path, more: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "support.worker"],
+            leashed([sys.executable, "-m", "support.worker"]),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(socket) | dict(more or {}),
         )  # fmt: skip
 

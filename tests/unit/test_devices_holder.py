@@ -16,6 +16,7 @@ import pytest
 
 from support import fakecuda
 from support.daemon import environment, eventually
+from support.leash import leashed
 from weightd.errors import DeviceError
 from weightd_daemon.devices import cuda_ipc
 from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
@@ -255,13 +256,13 @@ fcntl.flock(lock, fcntl.LOCK_EX)
 device = CudaIpcDevice(0, Holding(asyncio.new_event_loop(), print, inherited=(lock,)))
 device.create(device.page)
 print(device._holder.pid, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
 def test_the_holder_dies_with_the_daemon_and_keeps_its_lock_until_then(fake_driver: Path, tmp_path: Path) -> None:
     variables = {**environment(), **fakecuda.environment(fake_driver)}
-    command = [sys.executable, "-c", DAEMON, str(tmp_path / "lock")]
+    command = leashed([sys.executable, "-c", DAEMON, str(tmp_path / "lock")])
     with subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True) as daemon:
         try:
             assert daemon.stdout is not None
@@ -273,5 +274,5 @@ def test_the_holder_dies_with_the_daemon_and_keeps_its_lock_until_then(fake_driv
         finally:
             daemon.kill()
     with open(holder, "rb") as ended:
-        assert select.select([ended], [], [], 1.0)[0], f"holder {pid} lives on"
+        assert select.select([ended], [], [], 60.0)[0], f"holder {pid} lives on"
     assert fakecuda.device_bytes(0) == 0
