@@ -363,7 +363,7 @@ def alone(kind: str, folder: Path, **knobs: object) -> list[str]:
 
 @pytest.mark.parametrize("call", ["cuMemCreate", "cuMemExportToShareableHandle"])
 def test_a_call_that_fails_half_way_is_a_device_error_and_leaves_nothing(call: str, fake_driver: Path) -> None:
-    """With a holder, such a call is its end: tests/unit/test_devices_holder.py."""
+    """With a holder, such a call is its end: tests/driver/test_devices_holder.py."""
     assert alone("cuda_vmm", fake_driver, fail=f"{call}:801:2") == [f"{call}=CUDA_ERROR_NOT_SUPPORTED", "1"]
 
 

@@ -1,4 +1,4 @@
-"""What the programs of tests/unit/test_fakecuda.py do with the driver, through cuda-bindings."""
+"""What the programs of tests/driver/test_fakecuda.py do with the driver, through cuda-bindings."""
 
 from __future__ import annotations
 

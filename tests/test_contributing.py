@@ -1,0 +1,65 @@
+"""The commands of CONTRIBUTING.md: each is a recipe, each recipe is there, and what narrows the tests leaves some."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+COMMANDS = sorted(
+    {found.strip() for found in re.findall(r"`(make [^`]+)`|^(make .+)$", PAGE, re.M) for found in found if found}
+)
+NARROWED = [command for command in COMMANDS if "PYTEST_ARGS" in command]
+
+
+def targets(command: str) -> list[str]:
+    """What a command makes."""
+    return [word for word in shlex.split(command)[1:] if "=" not in word]
+
+
+def variables(command: str) -> dict[str, str]:
+    """What a command sets."""
+    return dict(word.split("=", 1) for word in shlex.split(command)[1:] if "=" in word)
+
+
+def test_every_recipe_is_explained() -> None:
+    recipes = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.M)) - {"help"}
+    assert recipes == {target for command in COMMANDS for target in targets(command)}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_can_be_made(command: str) -> None:
+    done = subprocess.run(
+        [*shlex.split(command), "--dry-run", "--silent"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in variables(command):
+        assert re.search(rf"\$\({name}\)", MAKEFILE), f"nothing in the Makefile asks for {name}"
+
+
+@pytest.mark.parametrize("command", NARROWED)
+def test_what_narrows_the_tests_leaves_some(command: str) -> None:
+    (target,) = targets(command)
+    arguments = shlex.split(variables(command)["PYTEST_ARGS"])
+    folders = ["tests/unit"] if target == "unit" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *folders, *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "::" in done.stdout
+
+
+def test_some_commands_narrow_the_tests() -> None:
+    assert {target for command in NARROWED for target in targets(command)} >= {"unit", "test"}
