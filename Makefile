@@ -41,7 +41,7 @@ ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPAT
 .PHONY: help demo unit test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos install-systemd clean
 
 help: ## list the recipes
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
 
 demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes, show what it took
 	@echo "demo: examples/demo.py"

@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
-COMMANDS = sorted(
-    {found.strip() for found in re.findall(r"`(make [^`]+)`|^(make .+)$", PAGE, re.M) for found in found if found}
-)
+COMMANDS = sorted({*re.findall(r"`(make [^`]+)`", PAGE), *re.findall(r"^make .+$", PAGE, re.M)})
 NARROWED = [command for command in COMMANDS if "PYTEST_ARGS" in command]
 
 

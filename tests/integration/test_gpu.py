@@ -418,10 +418,9 @@ def test_loads_to_different_gpus_run_at_the_same_time(
 
 def serve(tmp_path: Path, *flags: str, more: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """Run `weightd serve` until it ends, or until it is ready and then told to stop."""
+    serve = [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}"]
     process = subprocess.Popen(
-        leashed([
-            sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}", *flags,
-        ]),
+        leashed([*serve, *flags]),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | (more or {}), cwd=ROOT,
     )  # fmt: skip
     try:
