@@ -235,25 +235,27 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
         assert shared.references == 2
 
 
-def test_what_the_root_record_names_is_always_stored_and_where_it_says(keeper: Keeper) -> None:
+@pytest.mark.parametrize("reason", ["removed", "capacity"])
+def test_what_the_root_record_names_is_always_stored_and_where_it_says(keeper: Keeper, reason: str) -> None:
     with books(keeper) as first:
         checkpoint = first.load("a", DATA["a"])
-        first.store.remove(checkpoint, "a")
+        first.store.remove(checkpoint, "a", reason)
         first.reclaim()
     stored: set[str] = set()
     dropped = []
     for what, name, root in keeper.told:
         named = {f"seg.{row['id']}" for row in root.get("segments", ())}
         named |= {f"man.{row['manifest']}" for row in root.get("checkpoints", ())}
+        if what == "drop":
+            stored.discard(name)
+            dropped.append(name[:3])
         assert named <= stored, "it names what is not stored, or not any more"
         if what == "keep":
             stored.add(name)
-        elif what == "drop":
-            stored.discard(name)
-            dropped.append(name[:3])
     assert [what for what, *_ in keeper.told] == ["drop", "keep", "barrier", *["keep"] * 2, "barrier", *["drop"] * 2]
     assert dropped == ["roo", "man", "seg"]
-    assert keeper.root["checkpoints"] == keeper.root["names"] == []
+    assert keeper.root["checkpoints"] == []
+    assert [row["name"] for row in keeper.root["names"]] == ([] if reason == "removed" else ["a"])
 
 
 def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
