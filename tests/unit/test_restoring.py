@@ -258,6 +258,23 @@ def test_what_the_root_record_names_is_always_stored_and_where_it_says(keeper: K
     assert [row["name"] for row in keeper.root["names"]] == ([] if reason == "removed" else ["a"])
 
 
+def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An eviction goes on, and its memory is used again: a record that still names it would have others' bytes read."""
+    with books(keeper) as first:
+        checkpoint = first.load("a", DATA["a"])
+        assert len(keeper.root["checkpoints"]) == 1
+        with monkeypatch.context() as patch:
+            patch.setattr(first.survival, "_checkpoint", lambda *_: 1 / 0)
+            first.load("b", DATA["b"])
+            first.store.remove(checkpoint, "a", "capacity")
+        assert keeper.root == {}
+        assert "ZeroDivisionError" in caplog.text
+        first.survival.flip()
+        assert len(keeper.root["checkpoints"]) == 1
+
+
 def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key

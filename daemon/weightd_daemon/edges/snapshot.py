@@ -66,9 +66,13 @@ class RootRecord:
                 raise OSError(f"{len(payload)} bytes are too many")
             _write(self.descriptor, _header(SCHEMA, self.sequence, payload) + payload, _start(self.sequence))
         except OSError:
-            for slot in (0, 1):
-                _write(self.descriptor, bytes(_HEADER.size), _start(slot))
+            self.clear()
             raise
+
+    def clear(self) -> None:
+        """Have neither slot count any more. Errors: OSError."""
+        for slot in (0, 1):
+            _write(self.descriptor, bytes(_HEADER.size), _start(slot))
 
     def close(self) -> None:
         """Close the descriptor; whoever else has one keeps the record."""

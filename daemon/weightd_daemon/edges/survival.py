@@ -258,7 +258,13 @@ class Survival:
         if self._root is None:
             return
         try:
-            self._root.write(self._body())
+            body = self._body()
+        except Exception:  # the books have changed all the same, so what was written last may be untrue from now on
+            self._root.clear()
+            log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
+            return
+        try:
+            self._root.write(body)
         except OSError as error:
             log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
 
