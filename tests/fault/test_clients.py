@@ -68,7 +68,7 @@ def test_more_files_and_segments_than_fit_into_one_message(daemon: Daemon, pipel
 def test_killed_while_loading(start_daemon: StartDaemon, tmp_path: Path, spawn: Spawn) -> None:
     daemon = start_daemon(argv=launcher(loader="stopping"))
     client, worker = daemon.connect(), spawn(daemon)
-    worker.start("import weightd\nweightd.connect().load(path)", path=str(marked(tmp_path)))
+    worker.start("import weightd\nweightd.connect(timeout=60).load(path)", path=str(marked(tmp_path)))
     wait_stopped(daemon)
     worker.kill()
     eventually(lambda: client.checkpoints() == [], what="the load is cancelled")
@@ -80,7 +80,8 @@ def test_killed_while_a_detached_load_goes_on(start_daemon: StartDaemon, tmp_pat
     daemon = start_daemon(argv=launcher(loader="stopping"))
     client, worker = daemon.connect(), spawn(daemon)
     worker.run(
-        "import weightd\nweightd.connect().load_report(path, name='later', detached=True)", path=str(marked(tmp_path))
+        "import weightd\nweightd.connect(timeout=60).load_report(path, name='later', detached=True)",
+        path=str(marked(tmp_path)),
     )
     loaders = wait_stopped(daemon)
     worker.kill()
@@ -91,12 +92,12 @@ def test_killed_while_a_detached_load_goes_on(start_daemon: StartDaemon, tmp_pat
 
 @everywhere
 def test_killed_while_attached(daemon: Daemon, tmp_path: Path, spawn: Spawn) -> None:
-    client = weightd.connect(daemon.socket)
+    client = weightd.connect(daemon.socket, timeout=60)
     client.load(checkpoints.write_random(tmp_path / "m.safetensors", 2, 5000), name="m")
     client.close()
     client = daemon.connect()
     worker = spawn(daemon)
-    worker.run("import weightd\nattachment = weightd.connect().attach('m')")
+    worker.run("import weightd\nattachment = weightd.connect(timeout=60).attach('m')")
     (lease,) = client.leases()
     assert (lease.pid, lease.waiting) == (worker.pid, False)
     with pytest.raises(weightd.InUseError, match=f"in use by pid {worker.pid}"):

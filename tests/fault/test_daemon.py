@@ -49,7 +49,8 @@ def test_attached_clients_outlive_a_killed_daemon(daemon: Daemon, tmp_path: Path
     client.load(path, name="m")
     worker = spawn(daemon)
     worker.run(
-        "import weightd\nclient = weightd.connect()\nattachment = client.attach('m')\nkept = attachment.buffer('t7')"
+        "import weightd\nclient = weightd.connect(timeout=60)\n"
+        "attachment = client.attach('m')\nkept = attachment.buffer('t7')"
     )
     attachment = client.attach("m")
     (loader,) = daemon.loaders()

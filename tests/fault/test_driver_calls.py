@@ -145,14 +145,14 @@ def works(daemon: Daemon, path: Path) -> None:
 
 
 def remove(daemon: Daemon, path: Path) -> None:
-    with weightd.connect(daemon.socket) as client:
+    with weightd.connect(daemon.socket, timeout=60) as client:
         eventually(lambda: not client.leases())
         client.remove(path.stem)
 
 
 def books(daemon: Daemon) -> tuple[int, int]:
     """Used bytes as the daemon counts them, and those in which nothing lies or is in flight."""
-    with weightd.connect(daemon.socket) as client:
+    with weightd.connect(daemon.socket, timeout=60) as client:
         (device,) = client.stats().devices
     return device.used_bytes, device.in_flight_bytes
 
@@ -190,7 +190,7 @@ def settled_descriptors(daemon: Daemon) -> tuple[list[str], int]:
 def test_in_the_loader(start_daemon: StartDaemon, backend: Backend, tmp_path: Path, base: Path, tuned: Path) -> None:
     faults = Faults(backend, tmp_path, "weightd_daemon.loader")
     daemon = start_daemon(faults.on, budget="64MiB", reader_threads=1)  # with one thread the calls are always the same
-    with weightd.connect(daemon.socket) as client:
+    with weightd.connect(daemon.socket, timeout=60) as client:
         client.load(base, name="base", pin=True)
     used, _ = books(daemon)
     end_loaders(daemon)
@@ -262,7 +262,7 @@ def attempt(rule):
     os.environ["FAKECUDA_FAIL"] = ""
     left = [now - then for now, then in zip(look(), before)]
     return left, problem, attach(client) == expected, look()[2]
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 """
 
 

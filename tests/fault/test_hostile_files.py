@@ -190,7 +190,7 @@ def test_file_changes_while_it_is_read(
 def test_file_changes_between_hashing_and_copying(stopping: Daemon, tmp_path: Path) -> None:
     """Even where the times do not tell: what is copied is hashed again."""
     client = stopping.connect()
-    with weightd.connect(stopping.socket) as other:
+    with weightd.connect(stopping.socket, timeout=60) as other:
         other.load(checkpoints.write_random(tmp_path / "old.safetensors", 5, 2 * MIB, seed="old"))
     path = marked(tmp_path)
     times = path.stat()

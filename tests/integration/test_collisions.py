@@ -74,7 +74,7 @@ def test_variants_survive_what_came_before_them(weak: Daemon, tmp_path: Path) ->
     """The first of two contents goes; the other keeps its own, also against the first's return."""
     client = weak.connect()
     for name, seed in (("one", "a"), ("two", "b")):
-        with weightd.connect(weak.socket) as other:
+        with weightd.connect(weak.socket, timeout=60) as other:
             other.load(make(tmp_path, name, [seed], MIB), name=name)
     eventually(lambda: client.leases() == [])
     client.remove("one")

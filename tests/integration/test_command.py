@@ -123,7 +123,7 @@ def test_ps_shows_who_holds_what(daemon: Daemon, path: Path, spawn: Spawn) -> No
     assert as_json(daemon, "ps") == []
     daemon.command("load", path, "--name", "mine")
     worker = spawn(daemon)
-    worker.run("import weightd; attachment = weightd.connect().attach('mine')")
+    worker.run("import weightd; attachment = weightd.connect(timeout=60).attach('mine')")
     (lease,) = as_json(daemon, "ps")
     assert list(lease) == PS_KEYS
     assert (lease["pid"], lease["uid"], lease["checkpoint"]) == (worker.pid, os.geteuid(), "mine")

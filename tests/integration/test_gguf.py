@@ -26,7 +26,7 @@ Spawn = Callable[[Daemon], Worker]
 COMPARE = """
 import gguf, numpy as np, weightd
 theirs = gguf.GGUFReader(path).tensors
-with weightd.connect().attach(path) as attachment:
+with weightd.connect(timeout=60).attach(path) as attachment:
     assert [key.name for key in attachment.tensors] == [tensor.name for tensor in theirs]
     for tensor in theirs:
         ours = attachment.gguf_tensor(tensor.name)

@@ -35,7 +35,7 @@ ipc_on_the_double = pytest.mark.backends("cuda_ipc", double_only=True)
 ATTACH = """
 import weightd
 from support.content import content
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 attachment = client.attach(reference, device=device)
 result = [content(attachment, name)[:8].hex() for name in names]
 """
@@ -239,12 +239,12 @@ def test_a_forked_child_calls_no_driver_function(
 def test_clients_come_and_go_and_leave_nothing(daemon: Daemon, backend: Backend, spawn: Spawn, tmp_path: Path) -> None:
     """64 clients of 8 processes attach and detach 100 times each: descriptors, mappings and bytes are as before."""
     path = make(tmp_path, "base")
-    with weightd.connect(daemon.socket) as client:
+    with weightd.connect(daemon.socket, timeout=60) as client:
         client.load(path, name="base", pin=True)
     workers = [spawn(daemon) for _ in range(8)]
     source = """
 import gc, os, weightd
-clients = [weightd.connect() for _ in range(8)]
+clients = [weightd.connect(timeout=60) for _ in range(8)]
 def look():
     gc.collect()
     maps = open("/proc/self/maps").read()
@@ -290,7 +290,7 @@ def test_a_gpu_that_this_process_does_not_see(
     assert attach(remapped, "base", "cuda:0") == heads("base")
     source = """
 import os, weightd
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 before = len(os.listdir("/proc/self/fd"))
 result = []
 for device in (None, uuid, "cuda:1"):
@@ -312,7 +312,7 @@ def test_without_a_driver_a_client_says_so(daemon: Daemon, workers: list[Worker]
     workers.append(worker)
     source = """
 import weightd
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 result = []
 for device in (None, "cuda:0"):
     try: client.attach("base", device=device)

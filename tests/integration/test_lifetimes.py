@@ -42,7 +42,7 @@ where_memory_outlives_the_daemon = pytest.mark.backends("host", "cuda_vmm")
 
 ATTACH = """
 import gc, os, time, weightd
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 attachment = client.attach("kept")
 """
 KEEP_ONE_TENSOR = f"""{ATTACH}
@@ -352,7 +352,9 @@ for name, call in calls.items():
         child.run("client.close(); attachment.close(); del attachment, tensor, client; gc.collect()")
         assert worker.run("result = bytes(attachment.buffer('t1')).hex()") == data.hex()
         assert worker.run("result = len(client.leases())") == 1
-        fresh = "own = weightd.connect(); again = own.attach('kept'); result = bytes(again.buffer('t1')).hex()"
+        fresh = (
+            "own = weightd.connect(timeout=60); again = own.attach('kept'); result = bytes(again.buffer('t1')).hex()"
+        )
         assert child.run(fresh) == data.hex()
         assert sorted(leases(module_daemon)) == sorted([worker.pid, child.pid])
         assert child.run("again.close(); result = own.load(path).names", path=str(small_path)) is not None
@@ -503,7 +505,7 @@ def test_offered_descriptors_are_closed_when_the_connection_ends(
     load(small, checkpoints.write_random(tmp_path / "first.safetensors", 1, 1000), "first")
     (loader,) = small.loaders()
     worker = spawn(small)
-    worker.run("import weightd; client = weightd.connect(); client.stats()")
+    worker.run("import weightd; client = weightd.connect(timeout=60); client.stats()")
     os.kill(loader, signal.SIGSTOP)
     worker.start("client.load(path)", path=str(kept))
     with small.connect() as client:

@@ -105,7 +105,9 @@ def test_bytes(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     kind, message = alice.run("result = load(path, pin=True)", path=str(folder / "bobs.safetensors"))
     assert (kind, message.startswith(f"{refused}3.0 MiB")) == ("CapacityError", True), message
     assert daemon.command("load", large).returncode == 0  # an admin
-    assert alice.run("client.close(); client = weightd.connect(); result = attempt(client.remove, 'mine')") == 0
+    assert (
+        alice.run("client.close(); client = weightd.connect(timeout=60); result = attempt(client.remove, 'mine')") == 0
+    )
     assert alice.run("result = attempt(client.remove, 'same')") == 3 * MIB
     assert alice.run(load, path=str(other), name="other") == ["other"]
 
@@ -144,7 +146,7 @@ def test_offers(start_daemon: StartDaemon, spawn: Spawn) -> None:
         kind, message = worker.run(offer)
         assert (kind, f"uid {ALICE} has 3 of 3 offers" in message) == ("CapacityError", True)
     assert isinstance(bob.run(offer), int)
-    assert isinstance(alice.run("client.close(); client = weightd.connect(); " + offer), int)
+    assert isinstance(alice.run("client.close(); client = weightd.connect(timeout=60); " + offer), int)
 
 
 def test_loads_that_wait_their_turn_are_offers_and_loads_at_a_time(

@@ -177,7 +177,7 @@ def test_finished_load_is_kept_for_its_waiter(start_daemon: StartDaemon, tmp_pat
     second.close()
     first.load(path, name="mine")
     first.close()
-    with weightd.connect(daemon.socket) as third:  # it has left
+    with weightd.connect(daemon.socket, timeout=60) as third:  # it has left
         third.load(other, name="other")
         assert [c.name for c in third.checkpoints()] == ["other"]
 

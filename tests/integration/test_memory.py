@@ -25,7 +25,7 @@ import weightd, xxhash
 from pathlib import Path
 xxhash.xxh3_128_digest(b"")
 
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 """
 
 ATTACH_STATE = f"{WARM_UP}\nstate = client.attach(Path(path)).state_dict()"

@@ -71,7 +71,7 @@ def test_python_import_costs_neither_torch_nor_grpc(
     modules = worker.run(
         "import sys, weightd\n"
         "from support.content import content\n"
-        "with weightd.connect().attach('m') as a: assert len(content(a, 't1')) == 1000\n"
+        "with weightd.connect(timeout=60).attach('m') as a: assert len(content(a, 't1')) == 1000\n"
         "result = [name for name in heavy if name in sys.modules]",
         heavy=["grpc", "torch", *(["numpy"] if backend.is_host else [])],  # cuda.core imports numpy
     )

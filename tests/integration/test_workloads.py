@@ -32,7 +32,7 @@ def source_digests(path):
             with memoryview(data)[start:end] as view:
                 yield name, tensor["dtype"], tuple(tensor["shape"]), xxhash.xxh3_128_digest(view)
 
-client = weightd.connect()
+client = weightd.connect(timeout=60)
 attachments = {checkpoint: client.attach(Path(checkpoint)) for checkpoint in checkpoints}
 
 def hash_all():

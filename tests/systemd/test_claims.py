@@ -43,7 +43,7 @@ def served(start_daemon: StartDaemon, manager: Manager, tmp_path: Path) -> Daemo
 
 def test_one_thread_from_the_first_attach_on_and_it_says_all_leases(served: Daemon, spawn: Spawn) -> None:
     worker = spawn(served)
-    worker.run("import weightd\nclients = [weightd.connect() for _ in range(3)]\nclients[0].ping()")
+    worker.run("import weightd\nclients = [weightd.connect(timeout=60) for _ in range(3)]\nclients[0].ping()")
     assert worker.run(THREADS) == []
     worker.run("attachments = [client.attach('a') for client in clients for _ in range(2)]")
     assert worker.run(THREADS) == ["weightd-line"]
@@ -57,7 +57,9 @@ def test_one_thread_from_the_first_attach_on_and_it_says_all_leases(served: Daem
 
 def test_it_waits_for_a_daemon_that_takes_its_time(served: Daemon, spawn: Spawn) -> None:
     worker = spawn(served)
-    worker.run("import weightd\nclient = weightd.connect()\nkept = client.attach('a')\ntensor = kept.buffer('t1')")
+    worker.run(
+        "import weightd\nclient = weightd.connect(timeout=60)\nkept = client.attach('a')\ntensor = kept.buffer('t1')"
+    )
     worker.run("kept.drop(); del kept")
     served.kill()
     failing = "try: client.ping()\nexcept weightd.DaemonUnreachableError: result = 'unreachable'"
@@ -72,7 +74,7 @@ def test_it_waits_for_a_daemon_that_takes_its_time(served: Daemon, spawn: Spawn)
 
 def test_who_has_closed_the_client_holds_and_says_nothing(served: Daemon, spawn: Spawn) -> None:
     worker = spawn(served)
-    worker.run("import weightd\nclient = weightd.connect()\nattachment = client.attach('a')\nclient.close()")
+    worker.run("import weightd\nclient = weightd.connect(timeout=60)\nattachment = client.attach('a')\nclient.close()")
     client = restart(served)
     worker.run("import time; time.sleep(0.5)")
     assert holders(client) == [0]
@@ -82,13 +84,13 @@ def test_who_has_closed_the_client_holds_and_says_nothing(served: Daemon, spawn:
 
 def test_a_forked_child_has_no_such_thread_and_its_parent_goes_on(served: Daemon, spawn: Spawn) -> None:
     worker = spawn(served)
-    worker.run("import os, threading, weightd\nclient = weightd.connect()\nattachment = client.attach('a')")
+    worker.run("import os, threading, weightd\nclient = weightd.connect(timeout=60)\nattachment = client.attach('a')")
     source = (
         "pid = os.fork()\n"
         "if pid == 0:\n"
         "    from weightd import _line\n"
         "    alone = threading.active_count() == 1 and _line._watcher is None\n"
-        "    mine = weightd.connect().attach('a')\n"
+        "    mine = weightd.connect(timeout=60).attach('a')\n"
         "    os._exit(0 if alone and _line._watcher is not None else 1)\n"
         "result = os.waitpid(pid, 0)[1]"
     )

@@ -50,7 +50,7 @@ def holders(client: weightd.Client) -> list[int]:
     return sorted(lease.pid for lease in client.leases() if not lease.waiting)
 
 
-ATTACH = "import weightd\nclient = weightd.connect()\nattachment = client.attach('a')"
+ATTACH = "import weightd\nclient = weightd.connect(timeout=60)\nattachment = client.attach('a')"
 
 
 @lasting
@@ -256,7 +256,7 @@ def test_what_does_not_fit_into_the_store_ends_with_the_daemon_and_is_left_alone
         client.load(saved(tmp_path, "kept"), name="kept", pin=True)
         client.load(saved(tmp_path, "b", 2, {0: ("kept", 1)}), name="b")
         worker = spawn(daemon)
-        worker.run("import weightd\nclient = weightd.connect()\nattachment = client.attach('b')")
+        worker.run("import weightd\nclient = weightd.connect(timeout=60)\nattachment = client.attach('b')")
         warned = "ends with this daemon: the service manager keeps 3 descriptors, and has them all" in daemon.logged()
         assert warned == tells
         daemon.kill()
