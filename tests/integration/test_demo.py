@@ -23,7 +23,6 @@ MISSING = [
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
     pytest.mark.skipif(
         bool(MISSING), reason=f"the demo was not run: {', '.join(MISSING)} not installed; `make demo` does"
     ),
