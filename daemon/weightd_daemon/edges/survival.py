@@ -258,15 +258,12 @@ class Survival:
         if self._root is None:
             return
         try:
-            body = self._body()
-        except Exception:  # the books have changed all the same, so what was written last may be untrue from now on
-            self._root.clear()
-            log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
-            return
-        try:
-            self._root.write(body)
+            self._root.write(self._body())
         except OSError as error:
             log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
+        except Exception:  # the books have changed all the same: what was written last may be untrue from now on
+            self._root.clear()
+            log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
 
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
