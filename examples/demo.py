@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 PATIENCE = 90.0
+END_SECONDS = 30.0
 MB = 1_000_000
 
 
@@ -95,7 +96,7 @@ class Processes:
                 process.terminate()
         for process in processes:
             try:
-                process.wait(10)
+                process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -105,8 +106,11 @@ class Processes:
             self._running.remove(process)
 
     def left_running(self) -> list[int]:
-        """Those of all processes seen that still run."""
-        return [pid for pid in self.seen if _runs(pid)]
+        """Those of all processes seen that still run. What the kernel ends with its parent has some seconds for that."""
+        end = time.monotonic() + END_SECONDS
+        while (left := [pid for pid in self.seen if _runs(pid)]) and time.monotonic() < end:
+            time.sleep(0.05)
+        return left
 
 
 @contextmanager
