@@ -106,7 +106,7 @@ class Processes:
             self._running.remove(process)
 
     def left_running(self) -> list[int]:
-        """Those of all processes seen that still run. What the kernel ends with its parent has some seconds for that."""
+        """Those of all processes seen that still run; those that the kernel ends have some seconds for it."""
         end = time.monotonic() + END_SECONDS
         while (left := [pid for pid in self.seen if _runs(pid)]) and time.monotonic() < end:
             time.sleep(0.05)
