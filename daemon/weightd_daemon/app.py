@@ -184,7 +184,7 @@ class Daemon:
         )  # fmt: skip
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, started=time.time(), journal=journal, drain=drain,
+            now=time.time, journal=journal, drain=drain,
         )  # fmt: skip
         metrics = await self._monitor(stack, parts)
         if metrics is not None:

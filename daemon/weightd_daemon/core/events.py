@@ -24,10 +24,14 @@ class Sealed:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained"."""
+    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
+
+    `load` is the number of the load that needed its room; 0 where none did.
+    """
 
     checkpoint: Checkpoint
     reason: str
+    load: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, NotFoundError
 
-from .arena import Extent, slot_bytes, without
+from .arena import Extent, round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, Blobs, BlobState
 from .capacity import check_room, room
 from .checkpoint import Checkpoint, CheckpointKey, Content, Lost
 from .events import Event, Evicted, Sealed
-from .eviction import choose
 from .load_books import Alike, LoadBooks, Twins
+from .making_room import evict_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -35,8 +35,8 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
-        self.collisions = 0
-        self.evictions = 0
+        self.collisions = self.evictions = 0
+        self.uses = 0  # of checkpoints: each has the number of its last
         self._on_event = on_event
         self._blobs = Blobs()
         self._loads: dict[int, LoadBooks] = {}
@@ -111,7 +111,7 @@ class Store:
             while memory.obtainable(books.domain, load) < needed:
                 if memory.reclaiming:
                     return None
-                if not self._evict_one(books.device):
+                if not evict_for(self, books, needed, round_up(largest, memory.page)):
                     raise room(self, books).error(needed)
             memory.promise(load, books.domain, needed)
         return matched
@@ -138,7 +138,7 @@ class Store:
             if full is not None or not checked:
                 check_room(self, books, need, need, full)
                 checked = True
-            if not self._evict_one(books.device):
+            if not evict_for(self, books, need, round_up(need, memory.page), full):
                 raise room(self, books, full).error(need, full) from full
 
     def settle(
@@ -245,7 +245,7 @@ class Store:
         memory = self.memories[books.device]
         key = CheckpointKey(*books.place, content.content_digest)
         if existing := self.checkpoints.get(key):
-            existing.last_used = now
+            self.use(existing, now)
             memory.expect(load)
             return existing
         checkpoint = Checkpoint.of(key, content, books.owner, now)
@@ -260,6 +260,7 @@ class Store:
                 own.append(blob.slot)
         books.granted = without(books.granted, own)
         self.checkpoints[key] = checkpoint
+        self.use(checkpoint, now)
         self.lost.pop(key, None)
         memory.expect(load)
         return checkpoint
@@ -282,6 +283,11 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
+    def use(self, checkpoint: Checkpoint, now: float) -> None:
+        """A checkpoint is attached, or loaded again. The count decides what is evicted; `now` is for people only."""
+        self.uses += 1
+        checkpoint.used, checkpoint.last_used = self.uses, now
+
     def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed") -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
@@ -289,7 +295,18 @@ class Store:
         """
         if holders := self.holders(checkpoint):
             raise checkpoint.in_use(holders, called)
-        return self._evict(checkpoint, reason)
+        return self.evict(checkpoint, reason)
+
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0) -> int:
+        """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
+        del self.checkpoints[checkpoint.key]
+        for blob in checkpoint.unique.values():
+            blob.references -= 1
+        unused = [blob for blob in checkpoint.unique.values() if not blob.references]
+        self._free(blob for blob in unused if not blob.holds)
+        self.evictions += reason == "capacity"
+        self._on_event(Evicted(checkpoint, reason, load))
+        return sum(blob.length for blob in unused)
 
     def lose(self, device: str, reason: str) -> list[Checkpoint]:
         """A device's memory is gone, with every checkpoint and open load on it. Returns the lost checkpoints.
@@ -380,20 +397,3 @@ class Store:
             by_arena.setdefault((blob.key.device, blob.key.domain), []).append(blob.slot)
         for (device, domain), extents in by_arena.items():
             self.memories[device].give_back(domain, extents, pool=True)
-
-    def _evict(self, checkpoint: Checkpoint, reason: str) -> int:
-        del self.checkpoints[checkpoint.key]
-        for blob in checkpoint.unique.values():
-            blob.references -= 1
-        unused = [blob for blob in checkpoint.unique.values() if not blob.references]
-        self._free(blob for blob in unused if not blob.holds)
-        self.evictions += reason == "capacity"
-        self._on_event(Evicted(checkpoint, reason))
-        return sum(blob.length for blob in unused)
-
-    def _evict_one(self, device: str) -> bool:
-        """Evict the checkpoint that the policy names first; False when none may go."""
-        there = [c for c in self.checkpoints.values() if c.key.device == device]
-        if chosen := choose(there, lambda c: bool(self.holders(c))):
-            self._evict(chosen, "capacity")
-        return chosen is not None

@@ -25,7 +25,7 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.manifest import Entry, ManifestFile
-from weightd_daemon.core.restoring import Described, Place, Restoration
+from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 
 from .leases import Manifests, is_manifest
 from .snapshot import SCHEMA
@@ -89,6 +89,7 @@ class _Restore:
         self.segments: dict[int, _Segment] = {}
         self.frozen: set[int] = set()
         self.kept: dict[CheckpointKey, int] = {}
+        self.uses: dict[CheckpointKey, tuple[int, float]] = {}
         self.restorations: dict[str, Restoration] = {}
 
     def adopt(self, row: Mapping[str, Any]) -> None:
@@ -121,14 +122,16 @@ class _Restore:
             raise ValueError("a segment is of another device or domain")
         device = self.devices[key.device]
         described = _read_manifest(descriptor, key, device.kind, segments)
-        owner, loaded, used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
+        owner, loaded, last_used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
+        used = _number(row.get("used", 0))  # a daemon before this one had the time only
         pins = {_uid(one) for one in row["pins"]}
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
         sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
         restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
         checkpoint = restoration.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
-        checkpoint.last_used, checkpoint.pins = used, pins
+        checkpoint.last_used, checkpoint.pins = last_used, pins
+        self.uses[key] = used, last_used
         checkpoint.origin, checkpoint.sources = origin, sources
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor)
@@ -199,6 +202,7 @@ def restore(
             log.warning("checkpoint content=%s device=%s is left: %s; load it again", str(row.get("content"))[:19],
                         row.get("device"), _why(error))  # fmt: skip
             state.frozen |= state.listed(row)
+    number_uses(store, state.uses)
     if foreign:
         state.frozen |= {*state.segments}
     segments = state.finish_segments()

@@ -9,7 +9,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
-from weightd.types import FileIdentity, SourceFile
+from weightd.types import SourceFile
 from weightd_daemon.core.events import LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
@@ -18,7 +18,7 @@ from .load import InstanceIndex, LoadSteps, Prepare
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
-from .source import RESTED_SECONDS
+from .source import rested
 from .turns import ANYBODY, Turns
 from .waiters import Load
 
@@ -111,7 +111,7 @@ class Loads:
 
         Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
         """
-        checkpoint.last_used = self._now()
+        self._store.use(checkpoint, self._now())
         name = request.name
         if name:
             try:
@@ -254,12 +254,9 @@ class Loads:
         ]
 
     def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
-        """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
-
-        def changed(identity: FileIdentity) -> float:
-            return max(identity.mtime_ns, identity.ctime_ns) / 1e9
-
-        return all(self._now() - changed(source.identity) >= RESTED_SECONDS for source in sources)
+        """Whether equal identities mean equal files: not for those that are changed in this very moment."""
+        now_ns = int(self._now() * 1e9)
+        return all(rested(source.identity, now_ns) for source in sources)
 
     def _forget(self, key: _Key, load: Load) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
@@ -282,7 +279,8 @@ class Loads:
         device = self._devices[request.device]
         number = self._store.open_load(request.device, request.who.domain, request.who.uid)
         begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
-        began = self._now()
+        clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
+        began = clock()
         self._on_event(begun)
         loader: LoaderProcess | None = None
         usable = False
@@ -334,7 +332,7 @@ class Loads:
             task = asyncio.get_running_loop().create_task(tidy)
             self._background.add(task)
             task.add_done_callback(self._background.discard)
-            self._on_event(load.ended(begun, self._now() - began))
+            self._on_event(load.ended(begun, clock() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
         log.info(
