@@ -35,8 +35,8 @@ def evict_for(store: Store, books: LoadBooks, needed: int, piece: int, full: Mem
     trial = _trial(store, books, full)
     now = trial.outcome()
     if _fits(trial, needed, piece):
-        return _evict(store, books.device, trial, lambda: trial.outcome().total > now.total, books.number)
-    return _evict(store, books.device, trial, lambda: _fits(trial, needed, piece), books.number)
+        return _evict(store, books.device, trial, lambda: trial.outcome().total > now.total, books)
+    return _evict(store, books.device, trial, lambda: _fits(trial, needed, piece), books)
 
 
 def fit(store: Store, device: str) -> int:
@@ -67,11 +67,14 @@ def _fits(trial: Trial, needed: int, piece: int) -> bool:
     return total >= needed and largest >= piece
 
 
-def _evict(store: Store, device: str, trial: Trial, enough: Callable[[], bool], load: int = 0) -> bool:
+def _evict(store: Store, device: str, trial: Trial, enough: Callable[[], bool], books: LoadBooks | None = None) -> bool:
     departures = Departures(trial)
     chosen = choose(_evictable(store, device), departures.free, departures.keep, enough)
     for checkpoint in chosen:
-        store.evict(checkpoint, "capacity", load)
+        load, by = (books.number, books.by) if books else (0, None)
+        if books and books.domain != checkpoint.key.domain:
+            by = None  # users who are kept apart are not told of each other
+        store.evict(checkpoint, "capacity", load, by)
     return bool(chosen)
 
 

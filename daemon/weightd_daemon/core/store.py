@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from .digest import BlobIdentity
-    from .lease import Lease, Leases
+    from .lease import Holder, Lease, Leases
     from .memory import DeviceMemory
 
 
@@ -35,8 +35,7 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
-        self.collisions = self.evictions = 0
-        self.uses = 0  # of checkpoints: each has the number of its last
+        self.collisions = self.evictions = self.uses = 0
         self._on_event = on_event
         self._blobs = Blobs()
         self._loads: dict[int, LoadBooks] = {}
@@ -44,12 +43,12 @@ class Store:
 
     # -- loads -----------------------------------------------------------------------------------------------------
 
-    def open_load(self, device: str, domain: str, owner: int | None) -> int:
+    def open_load(self, device: str, domain: str, owner: int | None, by: Holder | None = None, name: str = "") -> int:
         """Begin a load and return its number. Errors: NotFoundError (no such device)."""
         if device not in self.memories:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self.memories)}")
         self._last_load += 1
-        self._loads[self._last_load] = LoadBooks(self._last_load, device, domain, owner)
+        self._loads[self._last_load] = LoadBooks(self._last_load, device, domain, owner, by, name)
         return self._last_load
 
     def share_known(self, load: int, number: int, identity: BlobIdentity) -> Blob | None:
@@ -148,7 +147,8 @@ class Store:
 
         Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
         """
-        books, key = self._open(load), self._key(load, digest, length)
+        books = self._open(load)
+        key = BlobKey(*books.place, digest, length)
         alike = self._alike(books, key)
         face = next((blob for blob in alike.faces() if blob.number not in differs), None)
         if face is not None:
@@ -163,7 +163,7 @@ class Store:
     def candidate(self, load: int, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         books = self._open(load)
-        face = next(self._alike(books, self._key(load, digest, length)).faces(), None)
+        face = next(self._alike(books, BlobKey(*books.place, digest, length)).faces(), None)
         if face is not None:
             self._hold(books, face)
         return face
@@ -249,7 +249,7 @@ class Store:
             memory.expect(load)
             return existing
         checkpoint = Checkpoint.of(key, content, books.owner, now)
-        self._on_event(Sealed(checkpoint, content, manifest))
+        self._on_event(Sealed(checkpoint, content, manifest, load, books.by, books.name))
         own: list[Extent] = []
         for blob in checkpoint.unique.values():
             blob.references += 1
@@ -284,20 +284,22 @@ class Store:
         return self.leases.of(checkpoint.key)
 
     def use(self, checkpoint: Checkpoint, now: float) -> None:
-        """A checkpoint is attached, or loaded again. The count decides what is evicted; `now` is for people only."""
+        """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
 
-    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed") -> int:
+    def remove(
+        self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Holder | None = None
+    ) -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
         if holders := self.holders(checkpoint):
             raise checkpoint.in_use(holders, called)
-        return self.evict(checkpoint, reason)
+        return self.evict(checkpoint, reason, by=by)
 
-    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0) -> int:
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Holder | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
         for blob in checkpoint.unique.values():
@@ -305,7 +307,7 @@ class Store:
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]
         self._free(blob for blob in unused if not blob.holds)
         self.evictions += reason == "capacity"
-        self._on_event(Evicted(checkpoint, reason, load))
+        self._on_event(Evicted(checkpoint, reason, load, by))
         return sum(blob.length for blob in unused)
 
     def lose(self, device: str, reason: str) -> list[Checkpoint]:
@@ -366,9 +368,6 @@ class Store:
         Otherwise the content digest of a file would depend on what else was being loaded.
         """
         return max((blob.variant for blob in self._candidates(books, key.digest, key.length)), default=-1) + 1
-
-    def _key(self, load: int, digest: bytes, length: int) -> BlobKey:
-        return BlobKey(*self._open(load).place, digest, length)
 
     def _alike(self, books: LoadBooks, key: BlobKey) -> Alike:
         """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
-from weightd_daemon.core.events import LoadBegun
+from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.events import Event
+    from weightd_daemon.core.events import Event, Evicted
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
@@ -115,7 +115,7 @@ class Loads:
         name = request.name
         if name:
             try:
-                self._catalog.set(request.who, name, checkpoint.key.content_digest)
+                self._catalog.set(request.who, name, checkpoint.key.content_digest, request.holder)
             except WeightdError:
                 if not request.name_is_default:
                     raise
@@ -123,6 +123,20 @@ class Loads:
         if request.pin:
             self._catalog.keep(request.who, checkpoint)
         return name
+
+    def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
+        """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `settle`."""
+        name = self.settle(request, checkpoint)
+        self.keep(request, checkpoint)
+        self._on_event(LoadAnswered(checkpoint, request.holder, name))
+        return name
+
+    def evicted(self, event: Evicted) -> None:
+        """A checkpoint had to go for a load, which says so in the end."""
+        gone = event.checkpoint
+        for load in self._all:
+            if load.number == event.load:
+                load.went(gone.key.domain, (self._catalog.names(gone) or [gone.key.content_digest])[0])
 
     def untaken(self, uid: int | None) -> int:
         """Intakes that a user's loads hold until they have their turn."""
@@ -154,7 +168,8 @@ class Loads:
         if load is None or not joins:
             load = Load(request, intake)
             self._all.add(load)
-            if self._rested(request.sources):
+            now_ns = int(self._now() * 1e9)
+            if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
                 self._flights[key] = load
             load.task = asyncio.get_running_loop().create_task(self._run(load))
             load.task.add_done_callback(lambda _: self._forget(key, load))
@@ -169,7 +184,6 @@ class Loads:
         if request is not None and request.detached:
             load.waiters[-waiter] = request  # its name and pin are still wanted
         if not load.done.done() and not load.detached and not load.waiters:
-            log.info("load cancelled sources=%d", len(load.request.sources))
             load.abandoned = True
             self._end(load, LeaseLostError("the load was cancelled: nobody waits for it any more"))
 
@@ -253,11 +267,6 @@ class Loads:
             if request.holder.connection == connection
         ]
 
-    def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
-        """Whether equal identities mean equal files: not for those that are changed in this very moment."""
-        now_ns = int(self._now() * 1e9)
-        return all(rested(source.identity, now_ns) for source in sources)
-
     def _forget(self, key: _Key, load: Load) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         self._all.discard(load)
@@ -277,7 +286,9 @@ class Loads:
     async def _run(self, load: Load) -> None:
         request = load.request
         device = self._devices[request.device]
-        number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+        number = load.number = self._store.open_load(
+            request.device, request.who.domain, request.who.uid, request.holder, request.name
+        )
         begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
@@ -317,7 +328,6 @@ class Loads:
         except WeightdError as error:
             usable = not isinstance(error, UNFIT)
             self._fail(load, error)
-            log.warning("load failed reason=%s: %s", error.reason, error.message)
         except LoaderDied:
             self._fail(load, LeaseLostError("the loader process of this load died; nothing was kept, load again"))
             log.warning("loader died pid=%s", loader.pid if loader else None)
@@ -335,18 +345,14 @@ class Loads:
             self._on_event(load.ended(begun, clock() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
-        log.info(
-            "loaded content=%s device=%s total_bytes=%d unique_bytes=%d read_bytes=%d seconds=%.3f",
-            outcome.content_digest[:19], checkpoint.key.device, outcome.total_bytes, outcome.unique_bytes,
-            outcome.read_bytes, outcome.seconds,
-        )  # fmt: skip
         for request in load.waiters.values():
             if request.detached:
                 try:
                     self.settle(request, checkpoint)
                 except WeightdError as error:
-                    log.warning("detached load stays without its name: %s", error.message)
+                    log.warning("detached load stays without its name %s: %s", request.name, error.message)
         if not load.done.done():
+            outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
     async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:
