@@ -433,6 +433,8 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
         assert "a" not in again.names()
         lines = [record.getMessage() for record in caplog.records]
         assert any("is left" in line and re.search(said, line) for line in lines), lines
+        if case == "segment domain":
+            assert any(line.startswith("checkpoint a content=sha256:") for line in lines), "it is named"
         if "b" in again.names():
             assert again.bytes_of("b") == list(DATA["b"].values())
         memory = again.store.memories["host"]

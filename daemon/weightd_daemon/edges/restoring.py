@@ -45,6 +45,7 @@ MANIFEST_BYTES = 1 << 30
 """Longest manifest that is read."""
 
 _U64 = (1 << 64) - 1
+_MOST_NAMES = 8
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
 _CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, DecodeError)
@@ -199,8 +200,8 @@ def restore(
         try:
             state.checkpoint(row)
         except _CANNOT_BE as error:
-            log.warning("checkpoint content=%s device=%s is left: %s; load it again", str(row.get("content"))[:19],
-                        row.get("device"), _why(error))  # fmt: skip
+            log.warning("checkpoint %scontent=%s device=%s is left: %s; load it again", _names(body, row),
+                        str(row.get("content"))[:19], row.get("device"), _why(error))  # fmt: skip
             state.frozen |= state.listed(row)
     number_uses(store, state.uses)
     if foreign:
@@ -217,7 +218,8 @@ def restore(
             # The second: somebody has locked a byte of one manifest that is a lease on another. Which one is not to be
             # told, and both may be read: each counts as held.
             manifests.hold_as_one(key, store.leases.inherit_some(key, NOBODY, now), last_lease)
-            log.warning("leases of content=%s cannot be told apart: one line stands for all", key.content_digest[:19])
+            log.warning("leases of %scontent=%s cannot be told apart: one line stands for all",
+                        _listed(catalog.names(store.checkpoints[key])), key.content_digest[:19])  # fmt: skip
             continue
         for number in numbers:
             store.leases.inherit(number, key, NOBODY, now)
@@ -263,6 +265,18 @@ def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict):
             yield row
+
+
+def _names(body: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """What a checkpoint that cannot be restored is called, as far as the root record says."""
+    where = "domain", "content"
+    named = [one.get("name") for one in _rows(body, "names") if all(one.get(key) == row.get(key) for key in where)]
+    return _listed([name for name in named if isinstance(name, str) and not CONTROL.search(name[:NAME_BYTES])])
+
+
+def _listed(names: list[str]) -> str:
+    """For a line of the log, with a blank behind it; empty without names."""
+    return f"{', '.join(name[:NAME_BYTES] for name in names[:_MOST_NAMES])} " if names else ""
 
 
 def _why(error: Exception) -> str:
