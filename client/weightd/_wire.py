@@ -65,6 +65,8 @@ def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:
         read_bytes=message.read_bytes,
         seconds=message.seconds,
         device=message.device,
+        evicted=tuple(message.evicted),
+        evicted_others=message.evicted_others,
     )
 
 
@@ -119,4 +121,7 @@ def event_from(message: daemon_pb2.Event) -> DaemonEvent:
         unique_bytes=message.unique_bytes,
         read_bytes=message.read_bytes,
         seconds=message.seconds,
+        previous_digest=message.previous_digest,
+        evicted=tuple(message.evicted),
+        evicted_others=message.evicted_others,
     )

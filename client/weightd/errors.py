@@ -218,6 +218,13 @@ _BY_REASON: dict[str, type[WeightdError]] = {
 }
 
 
+REASONS = tuple(_BY_REASON)
+"""Every reason that an error may have."""
+
+GRPC_CODES = tuple(sorted({kind.grpc_code for kind in _BY_REASON.values()}))
+"""The names of the gRPC codes that errors are translated to."""
+
+
 def from_wire(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> WeightdError:
     """Build the error that `reason` names; an unknown reason becomes a ServerError."""
     return _BY_REASON.get(reason, ServerError)(message, metadata)

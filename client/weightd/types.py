@@ -108,7 +108,11 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a load brought; `shared_bytes` were resident already or occur more than once in the checkpoint."""
+    """What a load brought; `shared_bytes` were resident already or occur more than once in the checkpoint.
+
+    `evicted` is what had to go for it: of each checkpoint its first name, or its digest. Where the daemon keeps users
+    apart, `evicted_others` counts those of other users.
+    """
 
     name: str
     content_digest: str
@@ -119,11 +123,13 @@ class LoadResult:
     read_bytes: int
     seconds: float
     device: str
+    evicted: tuple[str, ...] = ()
+    evicted_others: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """One checkpoint on one device. `state` is "loading" or "resident"."""
+    """One checkpoint on one device. `state` is "loading", "resident" or "lost"."""
 
     names: tuple[str, ...]
     content_digest: str
@@ -228,9 +234,10 @@ class Stats:
 class DaemonEvent:
     """Something that has happened. What does not belong to its kind is empty or 0.
 
-    `kind` is "load_begun", "load_ended", "sealed", "attached", "detached", "evicted", "device_lost", "draining",
-    "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED", or its error's reason), or why a
-    checkpoint was evicted ("capacity", "removed", "lost", "drained").
+    `kind` is "load_begun", "load_ended", "load_answered", "sealed", "attached", "detached", "evicted", "named",
+    "unnamed", "device_lost", "draining", "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED",
+    or its error's reason), or why a checkpoint was evicted ("capacity", "removed", "lost", "drained"). `evicted` and
+    `evicted_others` say what went for a load, as in LoadResult; `previous_digest` what a name meant before.
     """
 
     time: datetime
@@ -250,6 +257,9 @@ class DaemonEvent:
     unique_bytes: int
     read_bytes: int
     seconds: float
+    previous_digest: str
+    evicted: tuple[str, ...]
+    evicted_others: int
 
 
 @dataclass(frozen=True, slots=True)

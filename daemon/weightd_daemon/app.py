@@ -139,11 +139,12 @@ class Daemon:
                 if event.reason == "removed":
                     catalog.forget(event.checkpoint)
                 survival.evicted(key)
-                log.info("evicted content=%s device=%s reason=%s", key.content_digest[:19], key.device, event.reason)
+                if event.load:
+                    loads.evicted(event)
 
         store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
         limits = settings.limits
-        catalog = Catalog(store, limits, changed=lambda: survival.flip())
+        catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
         survival = Survival(
@@ -182,7 +183,7 @@ class Daemon:
         )  # fmt: skip
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, started=time.time(), journal=journal, drain=drain,
+            now=time.time, journal=journal, drain=drain,
         )  # fmt: skip
         metrics = await self._monitor(stack, parts)
         if metrics is not None:

@@ -24,7 +24,10 @@ _CHATTY = ("grpc", "asyncio")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message, each `key=value` of the message, exception."""
+    """One object a line: time (UTC), level, logger, message, each `key=value` of the message, exception.
+
+    A record may have more of them in `fields` (logging's `extra`).
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
@@ -37,7 +40,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line | _fields(record, line))
+        more: dict[str, object] = getattr(record, "fields", {})
+        return json.dumps(line | _fields(record, line) | more)
 
 
 class JournalLines(logging.Formatter):

@@ -88,6 +88,33 @@ def test_eviction_takes_the_least_recently_used_that_nobody_keeps(start_daemon: 
     attachment.close()
 
 
+def test_looking_changes_nothing_of_who_goes_first(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(budget="12MiB", pool=0)
+    client = daemon.connect()
+    files = [make(tmp_path, name, 4) for name in ("first", "second", "third")]
+    checkpoints.rest(*files)  # or the daemon would not know them by their files
+    for file in files:
+        load(daemon, file)
+    for look in (["inspect", "first"], ["inspect", "first", "--tensors"], ["inspect", files[0]],
+                 ["ls"], ["ps"], ["stats"], ["verify"], ["plan", files[0]]):  # fmt: skip
+        daemon.command(*look)
+    client.attach("first", manifest_only=True).close()
+    eventually(lambda: client.leases() == [])
+    load(daemon, make(tmp_path, "fourth", 4))
+    assert names(client) == ["fourth", "second", "third"]
+
+
+def test_looking_at_what_was_loaded_does_not_let_it_go(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """What a client has loaded waits for its first attach; a look at the manifest is none."""
+    daemon = start_daemon(budget="8MiB", pool=0)
+    client = daemon.connect()
+    client.load(make(tmp_path, "mine", 6), name="mine")
+    client.attach("mine", manifest_only=True).close()
+    with weightd.connect(daemon.socket) as other, pytest.raises(weightd.CapacityError):
+        other.load(make(tmp_path, "other", 6))
+    client.attach("mine").close()
+
+
 @everywhere
 def test_refusal_has_numbers_and_evicts_nothing(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(budget="16MiB", pool=0)

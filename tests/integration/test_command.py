@@ -28,13 +28,13 @@ MIB = 1 << 20
 
 LOAD_KEYS = [
     "name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds",
-    "device",
+    "device", "evicted", "evicted_others",
 ]  # fmt: skip
 LS_KEYS = [
     "name", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned",
-    "loaded_at", "last_used_at", "state",
+    "loaded_at", "last_used_at", "state", "names", "owner", "owner_uid",
 ]  # fmt: skip
-PS_KEYS = ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since"]
+PS_KEYS = ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since", "waiting"]
 DEVICE_KEYS = {
     "uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "free_bytes", "segments",
 }  # fmt: skip
@@ -79,11 +79,11 @@ def failure(daemon: Daemon, *arguments: str | Path) -> tuple[int, str]:
 
 
 def test_load_ls_inspect_stats(daemon: Daemon, path: Path) -> None:
-    loaded = as_json(daemon, "load", path, "--name", "mine")
+    (loaded,) = as_json(daemon, "load", path, "--name", "mine")
     assert list(loaded) == LOAD_KEYS
     assert (loaded["name"], loaded["tensors"], loaded["device"]) == ("mine", 3, "host")
     assert [loaded[key] for key in LOAD_KEYS[3:7]] == [3 * MIB, 3 * MIB, 0, 3 * MIB]
-    again = as_json(daemon, "load", path, "--name", "also")
+    (again,) = as_json(daemon, "load", path, "--name", "also")
     assert (again["content_digest"], again["shared_bytes"]) == (loaded["content_digest"], 3 * MIB)
 
     (listed,) = as_json(daemon, "ls")
@@ -92,7 +92,9 @@ def test_load_ls_inspect_stats(daemon: Daemon, path: Path) -> None:
     expected |= {"exclusive_bytes": 3 * MIB, "shared_bytes": 0, "pinned": False, "state": "resident", "device": "host"}
     assert {key: listed[key] for key in expected} == expected
     assert listed["loaded_at"].endswith(("Z", "+00:00"))
-    assert daemon.command("ls", "-q").stdout == f"{listed['name']}\n"
+    assert (listed["name"], listed["names"]) == ("also", ["also", "mine"])
+    assert (listed["owner"], listed["owner_uid"]) == (pwd.getpwuid(os.geteuid()).pw_name, os.geteuid())
+    assert daemon.command("ls", "-q").stdout == "also\nmine\n"
     assert "mine" in daemon.command("ls").stdout
 
     details = as_json(daemon, "inspect", "mine")
@@ -117,6 +119,27 @@ def test_load_of_several(daemon: Daemon, path: Path, tmp_path: Path) -> None:
     assert finished.returncode == 3
     assert "missing.safetensors" in finished.stderr
     assert [loaded["name"] for loaded in json.loads(finished.stdout)] == [str(path), str(other)]
+
+
+def test_load_says_what_was_evicted_for_it(daemon: Daemon, path: Path, tmp_path: Path) -> None:
+    files = [checkpoints.write_random(tmp_path / f"{name}.safetensors", 20, MIB, seed=name) for name in "abc"]
+    for file in files:
+        finished = daemon.command("load", file, "--name", file.stem)
+        assert finished.stderr == ""
+    large = checkpoints.write_random(tmp_path / "large.safetensors", 40, MIB, seed="large")
+    finished = daemon.command("load", large, "--name", "large")
+    assert finished.stdout.startswith("loaded large on host: ")
+    assert finished.stderr == "weightd: evicted a, b to make room\n"
+    (loaded,) = as_json(daemon, "load", files[0], "--name", "a")
+    assert (loaded["evicted"], loaded["evicted_others"]) == (["c"], 0)
+    (ended,) = [e for e in daemon.connect().events() if e.kind == "load_ended" and e.names == ("large",)]
+    assert ended.evicted == ("a", "b")
+    gone = [e for e in daemon.connect().events() if e.kind == "evicted" and e.load == ended.load]
+    assert [(e.names, e.reason, e.pid) for e in gone] == [((name,), "capacity", ended.pid) for name in "ab"]
+    lines = daemon.logged().splitlines()
+    who = f"by {pwd.getpwuid(os.geteuid()).pw_name} (pid {ended.pid})"
+    assert any(f"loaded large {who}, evicted a, b content={ended.content_digest[:19]} device=host" in s for s in lines)
+    assert any(f"evicted a for load {ended.load} {who} content=sha256:" in line for line in lines)
 
 
 def test_ps_shows_who_holds_what(daemon: Daemon, path: Path, spawn: Spawn) -> None:
@@ -358,7 +381,7 @@ def test_ctrl_c_cancels_the_load(gate: Gate, path: Path) -> None:
     eventually(lambda: gate.in_flight() == 0, what="its memory")
     eventually(lambda: gate.daemon.loaders() == [], what="the end of its loader")
     gate.open()
-    assert as_json(gate.daemon, "load", path, "--name", "mine")["shared_bytes"] == 0
+    assert as_json(gate.daemon, "load", path, "--name", "mine")[0]["shared_bytes"] == 0
 
 
 def test_ctrl_c_leaves_the_load_to_others(gate: Gate, path: Path) -> None:
@@ -383,7 +406,7 @@ def test_no_wait_goes_on_after_the_command_has_left(gate: Gate, path: Path) -> N
     leaving = gate.start("load", path, "--name", "mine", "--no-wait", "--format", "json")
     output, error = leaving.communicate(timeout=60)
     assert (leaving.returncode, error) == (0, "")
-    assert json.loads(output) == {"name": "mine", "state": "loading"}
+    assert json.loads(output) == [{"name": "mine", "state": "loading"}]
     eventually(lambda: gate.daemon.connections() == 1, what="the command's connection to end")
     assert gate.states() == {"mine": "loading"}
     gate.open()

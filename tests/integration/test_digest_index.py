@@ -145,6 +145,20 @@ def test_file_that_has_not_rested_is_not_trusted(daemon: Daemon, tmp_path: Path)
     assert [read(client, path) for _ in range(2)] == [6 * MIB, 0]
 
 
+def test_file_of_the_future_is_read_once(daemon: Daemon, tmp_path: Path) -> None:
+    """Archives, copies and `touch` set mtime to anything; what is changed now has another ctime all the same."""
+    client = daemon.connect()
+    path = checkpoints.write_random(tmp_path / "future.safetensors", 6, MIB)
+    os.utime(path, (4e9, 4e9))
+    checkpoints.rest(path)
+    assert [read(client, path) for _ in range(2)] == [6 * MIB, 0]
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    os.utime(path, (4e9, 4e9))
+    assert read(client, path) == 6 * MIB, "a change shows"
+
+
 def test_damaged_index_is_set_aside(daemon: Daemon, rested: tuple[Path, Path]) -> None:
     a, b = rested
     client = daemon.connect()

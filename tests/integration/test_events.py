@@ -50,14 +50,18 @@ def test_the_life_of_a_checkpoint(daemon: Daemon, spawn: Spawn, backend: Backend
     client = daemon.connect()
     client.remove("a")
     events = list(client.events())
-    assert [e.kind for e in events] == ["load_begun", "sealed", "load_ended", "attached", "detached", "evicted"]
-    begun, sealed, ended, attached, detached, evicted = events
+    assert [e.kind for e in events] == [
+        "load_begun", "sealed", "load_ended", "named", "attached", "detached", "evicted",
+    ]  # fmt: skip
+    begun, sealed, ended, named, attached, detached, evicted = events
     assert [e.time for e in events] == sorted(e.time for e in events)
-    assert begun.load == ended.load > 0
-    assert begun.names == ended.names == attached.names == evicted.names == ("a",)
+    assert begun.load == sealed.load == ended.load > 0
+    assert {e.names for e in events} == {("a",)}
+    assert begun.pid == sealed.pid == named.pid == evicted.pid == os.getpid()
+    assert (named.user, named.previous_digest, evicted.load) == (begun.user, "", 0)
     assert {e.content_digest for e in events} == {"", found.content_digest}
     assert begun.content_digest == ""
-    assert {e.device for e in events} == {backend.uuid}
+    assert {e.device for e in events if e is not named} == {backend.uuid}
     assert (ended.reason, ended.message, ended.seconds > 0) == ("OK", "", True)
     assert (ended.total_bytes, ended.unique_bytes, ended.read_bytes) == (200 * KIB, 200 * KIB, 200 * KIB)
     assert (sealed.total_bytes, evicted.total_bytes, evicted.reason) == (200 * KIB, 200 * KIB, "removed")
@@ -99,11 +103,42 @@ def test_capacity_and_drain_are_told(start_daemon: StartDaemon, tmp_path: Path) 
     client = daemon.connect()
     client.drain()
     client.undrain()
-    events = [e for e in client.events() if not e.kind.startswith("load")]
+    events = [e for e in client.events() if not e.kind.startswith(("load", "named"))]
     assert [e.kind for e in events] == [
         "sealed", "sealed", "evicted", "sealed", "draining", "evicted", "evicted", "drained", "undrained",
     ]  # fmt: skip
     assert [e.reason for e in events if e.kind == "evicted"] == ["capacity", "drained", "drained"]
+
+
+def test_loads_from_memory_and_names_that_move_are_told(daemon: Daemon, tmp_path: Path) -> None:
+    client = daemon.connect()
+    first, second = (checkpoints.write_random(tmp_path / name, 1, KIB, seed=name) for name in "ab")
+    checkpoints.rest(first, second)
+    old, new = client.load(first, name="one"), client.load(second, name="other")
+    seen = len(list(client.events()))
+    client.load(first, name="one")  # all as it was
+    client.load(second, name="one")  # which moves
+    client.load(first)
+    client.remove("one")
+    client.close()
+    client = daemon.connect()
+    client.remove("other")
+    events = list(client.events())[seen:]
+    told = [(e.kind, e.names, e.content_digest, e.previous_digest) for e in events]
+    assert told == [
+        ("load_answered", ("one",), old.content_digest, ""),
+        ("named", ("one",), new.content_digest, old.content_digest),
+        ("load_answered", ("one", "other"), new.content_digest, ""),
+        ("named", (str(first),), old.content_digest, ""),
+        ("load_answered", (str(first),), old.content_digest, ""),
+        ("unnamed", ("one",), new.content_digest, ""),
+        ("evicted", ("other",), new.content_digest, ""),
+    ]
+    assert {(e.pid, e.uid) for e in events} == {(os.getpid(), os.geteuid())}
+    log = daemon.logged()
+    for line in ("loaded one by ", "moved name one by ", "gave name ", "dropped name one by ", "evicted other by "):
+        assert line in log
+    assert f"(pid {os.getpid()}) from memory content={old.content_digest[:19]} device=host" in log
 
 
 @pytest.mark.backends("cuda_ipc", double_only=True)
@@ -133,7 +168,8 @@ def test_a_reader_that_does_not_read_loses_events_and_the_other_none(start_daemo
     lazy = slow.events(follow=True)
     assert next(lazy).kind == "load_begun", "it follows now"
     eager = fast.events(follow=True)
-    assert [next(eager).kind for _ in range(3)] == ["load_begun", "sealed", "load_ended"]
+    assert [next(eager).kind for _ in range(4)] == ["load_begun", "sealed", "load_ended", "named"]
+    assert [next(eager).kind for _ in range(14)] == ["named", "load_answered"] * 7
     for _ in range(40):
         for _ in range(15):
             client.attach("a", manifest_only=True).close()
@@ -193,7 +229,7 @@ def test_a_lease_that_ends_without_a_word_is_seen(daemon: Daemon, spawn: Spawn, 
     client = daemon.connect()
     client.load(checkpoints.write_random(tmp_path / "a", 1, KIB), name="a")
     following = client.events(follow=True)
-    assert [next(following).kind for _ in range(3)] == ["load_begun", "sealed", "load_ended"]
+    assert [next(following).kind for _ in range(4)] == ["load_begun", "sealed", "load_ended", "named"]
     worker = spawn(daemon)
     # Its connection closes while a child keeps the mapping, so the daemon has looked, and in vain, when that one ends.
     worker.run(
@@ -222,25 +258,43 @@ def test_isolated_users_see_their_own(start_daemon: StartDaemon, user: User) -> 
         each.run("client.load(path, name=name); client.attach(name).close()", path=str(path), name=name)
     seen = "result = [[e.kind, e.uid, list(e.names)] for e in client.events()]"
     mine = alice.run(seen)
-    assert {uid for _, uid, _ in mine} == {0, 54321}, "0 where an event is nobody's"
+    assert {uid for _, uid, _ in mine} == {54321}
     assert {name for _, _, names in mine for name in names} == {"of-alice"}
     assert [kind for kind, _, _ in mine][:3] == ["load_begun", "sealed", "load_ended"]
     everything = admin.run(seen)
-    assert {uid for _, uid, _ in everything} == {0, 54321, 54322}
+    assert {uid for _, uid, _ in everything} == {54321, 54322}
     assert len(everything) == len(mine) + len(bob.run(seen))
     admin.run("client.drain()")
     assert [kind for kind, _, _ in alice.run(seen)][-1] == "drained", "what is of all is told to all"
+
+
+@needs_root
+def test_isolated_users_hear_that_room_was_needed_but_not_of_each_other(start_daemon: StartDaemon, user: User) -> None:
+    daemon = open_to_all(start_daemon, isolation="uid", budget="1MiB", pool="0")
+    alice, bob = (user(daemon, uid) for uid in (54321, 54322))
+    for each, name in ((alice, "of-alice"), (bob, "of-bob")):
+        path = checkpoints.write_random(daemon.folder / name, 1, 700 * KIB, seed=name)
+        path.chmod(0o644)
+        each.run("report = client.load_report(path, name=name)", path=str(path), name=name)
+        each.run("client.close(); client = weightd.connect(timeout=20.0)")
+    assert bob.run("result = [list(report.evicted), report.evicted_others]") == [[], 1]
+    seen = "result = [[e.kind, e.uid, e.user, e.command, list(e.names), list(e.evicted)] for e in client.events()]"
+    evicted = [event for event in alice.run(seen) if event[0] == "evicted"]
+    assert evicted == [["evicted", 0, "", "", ["of-alice"], []]]
+    assert not any("alice" in str(event) for event in bob.run(seen))
+    assert "evicted of-alice for load 2 content=" in daemon.logged()
 
 
 def test_the_command_writes_json_lines_as_they_come(daemon: Daemon, tmp_path: Path) -> None:
     client = daemon.connect()
     client.load(checkpoints.write_random(tmp_path / "a", 1, KIB), name="a")
     lines = [json.loads(line) for line in daemon.command("events").stdout.splitlines()]
-    assert [line["event"] for line in lines] == ["load_begun", "sealed", "load_ended"]
+    assert [line["event"] for line in lines] == ["load_begun", "sealed", "load_ended", "named"]
     assert set(lines[0]) == {"time", "event", "load", "device", "names", "pid", "uid", "user", "command"}
-    assert lines[1]["names"] == []
+    assert all(line["names"] == ["a"] for line in lines)
     assert set(lines[2]) - set(lines[0]) == {
         "reason", "message", "seconds", "content_digest", "total_bytes", "unique_bytes", "read_bytes",
+        "evicted", "evicted_others",
     }  # fmt: skip
     with subprocess.Popen(
         leashed([sys.executable, "-m", "weightd", "events", "--follow"]),

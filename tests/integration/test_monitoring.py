@@ -43,7 +43,14 @@ def test_the_figures_are_those_of_the_books(
     client = daemon.connect()
     place = f'device="{backend.uuid}",kind="{backend.kind}"'
     before = figures(page)
-    assert before['weightd_loads_total{outcome="OK"}'] == 0, "a series that is there from the start"
+    # Series that are there from the start: an increase from nothing to 1 is none to Prometheus.
+    errors = [kind for kind in vars(weightd.errors).values() if hasattr(kind, "grpc_code")]
+    for outcome in ("OK", "CANCELLED", *(error.reason for error in errors)):
+        assert before[f'weightd_loads_total{{outcome="{outcome}"}}'] == 0
+    for code in ("OK", *(error.grpc_code for error in errors)):
+        assert before[f'weightd_attach_duration_seconds_count{{code="{code}"}}'] == 0
+        assert before[f'weightd_rpcs_total{{code="{code}",method="CheckpointService/Load"}}'] == 0
+    assert before[f"weightd_loads_from_memory_total{{{place}}}"] == 0
     first = checkpoints.write_random(tmp_path / f"{SECRET}.safetensors", 3, 100 * KIB)
     second = checkpoints.write_random(tmp_path / "b.safetensors", 3, 100 * KIB, seed=1, shared={0: (0, 0)})
     for name, path in (("a", first), ("b", second)):
@@ -75,6 +82,7 @@ def test_the_figures_are_those_of_the_books(
     assert now["weightd_draining"] == 0
     assert now["process_open_fds"] > 10
     assert [name for name in now if name.startswith("weightd_build_info")]
+    assert {name.partition("{")[0] for name in now} == {name.partition("{")[0] for name in before}
 
 
 def test_what_fails_and_what_goes_is_counted(start_daemon: StartDaemon, short_path: Path, tmp_path: Path) -> None:

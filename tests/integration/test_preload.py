@@ -176,7 +176,7 @@ def test_what_is_resident_is_not_loaded_again(start_daemon: StartDaemon, root: P
     client = daemon.connect()
     eventually(lambda: [c.names for c in client.checkpoints()] == [("one", "two")], what="it has both names")
     assert client.checkpoints()[0].pinned
-    assert daemon.logged().count("loaded content=") == 1
+    assert daemon.logged().count("read_bytes=") == 1
 
 
 def test_one_that_is_awaited_and_gone_leaves_what_is_resident_under_its_name(
@@ -214,7 +214,7 @@ def test_a_load_of_the_same_files_that_is_under_way_is_joined(
     assert "clients" in load.result(60).names
     eventually(lambda: client.checkpoints()[0].names == ("clients", "preloaded"), what="it has both names")
     assert client.checkpoints()[0].pinned
-    assert daemon.logged().count("loaded content=") == 1
+    assert daemon.logged().count("read_bytes=") == 1
 
 
 def test_a_repository_of_the_cache_whose_files_are_symlinks(

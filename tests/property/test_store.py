@@ -23,10 +23,11 @@ from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.making_room import fit
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.restoring import Described, Place, Restoration, fit
+from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:
@@ -509,7 +510,7 @@ class StoreMachine(RuleBasedStateMachine):
         lease = self.store.leases.take(checkpoint.key, Holder(1, 2, 3, "python"), self.now)
         self.locked.add(lease.number)
         self.now += 1
-        checkpoint.last_used = self.now
+        self.store.use(checkpoint, self.now)
         blobs = checkpoint.unique.values()
         self.attached[lease.number] = {
             (blob.segment, blob.offset): Mapped(self.segments[blob.segment], self.read_blob(blob)) for blob in blobs
@@ -574,6 +575,9 @@ class StoreMachine(RuleBasedStateMachine):
             domains |= dict.fromkeys(new.segments, key.domain)
             with pytest.raises(ValueError, match="twice"):
                 restoration.add(key, described, 0, 0.0)
+        number_uses(self.store, {c.key: (c.used, c.last_used) for c in chosen})
+        order = sorted(self.store.checkpoints.values(), key=lambda c: c.used)
+        assert [c.key for c in order] == [c.key for c in sorted(chosen, key=lambda c: c.used)]
         for checkpoint in old:
             if checkpoint not in chosen:
                 del self.sources[checkpoint.key], self.contents[checkpoint.key]

@@ -71,6 +71,9 @@ LS_KEYS = [
     "loaded_at",
     "last_used_at",
     "state",
+    "names",
+    "owner",
+    "owner_uid",
 ]
 CHECKPOINT = CheckpointInfo(
     names=("org/base", "base"),
@@ -182,7 +185,7 @@ class FakeClient:
         return self._answer("version", VersionInfo("9.9", 77, 12.0))
 
     def events(self, *, follow: bool) -> Any:
-        lease = ("org/base",), 0, 7, 4242, 1000, "ada", "python serve.py", "", "", 2 * GIB, 0, 0, 0.0
+        lease = ("org/base",), 0, 7, 4242, 1000, "ada", "python serve.py", "", "", 2 * GIB, 0, 0, 0.0, "", (), 0
         attached = DaemonEvent(LOADED, "attached", DIGEST, "host", *lease)
         return iter(self._answer("events", [attached, replace(attached, kind="drained")], follow))
 
@@ -271,9 +274,10 @@ def test_no_trunc_prints_whole_digests(fake: FakeClient, capsys: pytest.CaptureF
 
 
 def test_ls_quiet_names_or_digests(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
-    fake.answers["checkpoints"] = [CHECKPOINT, replace(CHECKPOINT, names=())]
+    nameless = replace(CHECKPOINT, names=())
+    fake.answers["checkpoints"] = [CHECKPOINT, nameless, replace(nameless, content_digest="", state="loading")]
     assert main(["ls", "-q"]) == 0
-    assert capsys.readouterr().out == f"org/base\n{DIGEST}\n"
+    assert capsys.readouterr().out == f"org/base\nbase\n{DIGEST}\n"
 
 
 def test_names_cannot_steer_the_terminal(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +290,7 @@ def test_names_cannot_steer_the_terminal(fake: FakeClient, capsys: pytest.Captur
 def test_ps(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ps", "--format", "json"]) == 0
     (row,) = as_json(capsys)
-    assert list(row) == ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since"]
+    assert list(row) == ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since", "waiting"]
     assert row["since"].endswith("Z")
     assert main(["ps", "-q"]) == 0
     assert capsys.readouterr().out == "7\n"
@@ -344,7 +348,8 @@ def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None
     assert main(arguments) == 0
     captured = capsys.readouterr()
     keys = "name content_digest tensors total_bytes unique_bytes shared_bytes read_bytes seconds device"
-    assert list(json.loads(captured.out)) == keys.split()
+    (loaded,) = json.loads(captured.out)
+    assert list(loaded) == [*keys.split(), "evicted", "evicted_others"]
     assert captured.err == "", "no progress where stderr is no terminal"
     options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
     assert fake.calls == [("load", "./m", options)]
@@ -365,7 +370,33 @@ def test_load_no_wait(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.startswith("loading a; ")
     assert fake.calls[0][2]["detached"] is True
     assert main(["load", "a", "--no-wait", "--format", "json"]) == 0
-    assert as_json(capsys) == {"name": "a", "state": "loading"}
+    assert as_json(capsys) == [{"name": "a", "state": "loading"}]
+
+
+@pytest.mark.parametrize("references", [["a"], ["a", "b"]])
+def test_load_json_is_a_list_however_many_there_are(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], references: list[str]
+) -> None:
+    assert main(["load", *references, "--format", "json"]) == 0
+    assert len(as_json(capsys)) == len(references)
+    fake.answers["load"] = NotFoundError("not there")
+    assert main(["load", *references, "--format", "json"]) == 3
+    assert as_json(capsys) == []
+
+
+def test_load_says_what_was_evicted_for_it(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    evicted = ("tuned", f"sha256:{DIGEST}", "bad\x1b[31m")
+    fake.answers["load"] = replace(RESULT, evicted=evicted, evicted_others=2)
+    assert main(["load", "a"]) == 0
+    said = f"weightd: evicted tuned, {DIGEST[:12]}, bad\\x1b[31m, 2 of other users to make room\n"
+    assert capsys.readouterr().err == said
+    assert main(["load", "a", "--format", "json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    (loaded,) = json.loads(captured.out)
+    assert (loaded["evicted"], loaded["evicted_others"]) == (list(evicted), 2)
+    assert main(["load", "a", "-q"]) == 0
+    assert capsys.readouterr() == (f"{DIGEST}\n", "")
 
 
 def test_load_shows_progress_on_a_terminal(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,14 +129,14 @@ def test_who_holds_in_words() -> None:
 
 @dataclass
 class Used:
-    last_used: float
+    used: int
     pinned: bool = False
     leased: bool = False
 
 
 def test_the_least_recently_used_goes_first_and_pins_and_leases_stay() -> None:
-    old, new, newest = Used(1.0), Used(2.0), Used(3.0)
-    pinned, leased = Used(0.0, pinned=True), Used(0.5, leased=True)
+    old, new, newest = Used(1), Used(2), Used(3)
+    pinned, leased = Used(0, pinned=True), Used(0, leased=True)
     order = least_recently_used([new, pinned, newest, leased, old], lambda used: used.leased)
     assert list(order) == [old, new, newest]
 
@@ -148,7 +148,7 @@ def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
         asked.append(used)
         return False
 
-    things = [Used(float(at)) for at in range(5)]
+    things = [Used(at) for at in range(5)]
     assert next(least_recently_used(things, is_leased)) is things[0]
     assert asked == things[:1]
 

@@ -155,6 +155,24 @@ def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeyp
     database.close()
 
 
+def test_which_files_are_old_is_no_matter_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows may have times of a clock that was ahead, as a daemon before this one wrote them."""
+    monkeypatch.setattr(digest_index, "_MAX_FILES", 30)
+
+    async def put(index: DigestIndex, inodes: range) -> None:
+        for inode in inodes:
+            await index.put(FILE._replace(inode=inode), INSTANCES[:1])
+
+    using(tmp_path, lambda index: put(index, range(30)))
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        database.execute("UPDATE files SET used = 99999999999")
+    database.close()
+    using(tmp_path, lambda index: put(index, range(100, 200)))
+    with sqlite3.connect(tmp_path / FILE_NAME) as database:
+        assert [inode for (inode,) in database.execute("SELECT inode FROM files ORDER BY inode")] == [*range(170, 200)]
+    database.close()
+
+
 # -- read beside the daemon ------------------------------------------------------------------------------------------
 
 DIGESTS = {FILE: {(each.offset, each.length): each.digest for each in INSTANCES}}

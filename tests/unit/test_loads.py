@@ -1,4 +1,4 @@
-"""Loads, without loaders: what is left of one that ends before it has one, whatever the reason."""
+"""Loads, without loaders: what is left of one that ends before it has one, and which files are trusted."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from support.filled import WHO, Filled
 from weightd.errors import DrainingError, LeaseLostError, NotFoundError, ServerError, WeightdError
+from weightd.types import FileIdentity
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.loader.loads import Loads
 from weightd_daemon.loader.request import LoadRequest
+from weightd_daemon.loader.source import Source, rested
 from weightd_daemon.loader.turns import Turns
 from weightd_daemon.loader.waiters import Load
 
@@ -113,3 +118,66 @@ def test_whatever_fails_nobody_waits_for_a_load_without_end(
 
     asyncio.run(run())
     assert ("load failed by a bug" in caplog.text) == (expected is ServerError)
+
+
+def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
+    async def run() -> list[Event]:
+        books, events = Filled(0), list[Event]()
+        backwards = count(10**9, -3600)
+        anything: Any = None
+        device = cast("Any", SimpleNamespace(kind="cuda_vmm", uuid="GPU-0"))
+        lock = os.open(os.devnull, os.O_RDONLY)
+        loads = Loads(
+            store=books.store, catalog=books.catalog, devices={"GPU-0": device}, reclaimers={"GPU-0": anything},
+            index=anything, prepare=anything, now=lambda: float(next(backwards)), on_event=events.append,
+            lock=lock, threads=1, turns=Turns(1, 1), limits=Limits(),
+            argv=["/bin/false"],
+        )  # fmt: skip
+        intake, other = os.pipe()
+        os.close(other)
+        wish = LoadRequest(who=WHO, holder=Holder(1, 1, 1000, ""), sources=(), device="GPU-0")
+        load, _, _ = loads.start(wish, intake)
+        with pytest.raises(LeaseLostError, match="the loader process of this load died"):
+            await load.done
+        await loads.close()
+        os.close(lock)
+        return events
+
+    begun, ended = asyncio.run(run())
+    assert isinstance(begun, LoadBegun)
+    assert isinstance(ended, LoadEnded)
+    assert 0 <= ended.seconds < 60
+
+
+NOW = 1_800_000_000 * 10**9
+SECOND = 10**9
+
+
+@pytest.mark.parametrize(
+    ("ctime", "mtime", "expected"),
+    [
+        (NOW - 2 * SECOND, 0, True),
+        (NOW - SECOND, 0, False),
+        (NOW + SECOND, 0, False),
+        (NOW + 3600 * SECOND, 0, True),  # the clock was set back since: a change made now has a ctime of now
+        (NOW - 3600 * SECOND, NOW, True),  # mtime anybody may set
+        (NOW - 3600 * SECOND, NOW + 3600 * SECOND, True),
+    ],
+)
+def test_an_identity_stands_for_a_content_where_a_change_made_now_would_show(
+    ctime: int, mtime: int, expected: bool
+) -> None:
+    assert rested(FileIdentity(1, 2, 3, mtime, ctime), NOW) is expected
+
+
+@pytest.mark.parametrize(("away", "expected"), [(0, False), (-3600, True), (3600, True)])
+def test_a_file_is_trusted_whichever_way_the_clock_was_stepped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, away: int, expected: bool
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"bytes")
+    now = path.stat().st_ctime_ns + away * SECOND
+    monkeypatch.setattr("time.time_ns", lambda: now)
+    monkeypatch.setattr("weightd_daemon.loader.source._is_local", lambda _: True)
+    with path.open("rb") as file:
+        assert Source("a", file.fileno()).trusted is expected

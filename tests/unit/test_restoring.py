@@ -461,6 +461,8 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
         assert "a" not in again.names()
         lines = [record.getMessage() for record in caplog.records]
         assert any("is left" in line and re.search(said, line) for line in lines), lines
+        if case == "segment domain":
+            assert any(line.startswith("checkpoint a content=sha256:") for line in lines), "it is named"
         if "b" in again.names():
             assert again.bytes_of("b") == list(DATA["b"].values())
         memory = again.store.memories["host"]
@@ -605,11 +607,32 @@ def test_numbers_that_sort_otherwise_keep_the_order_of_the_manifest(kept: Keeper
         assert any(c.segments != sorted(c.segments) for c in again.store.checkpoints.values())
 
 
+def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        for number, name in enumerate("abc"):
+            first.load(name, {"t": bytes([number]) * (2 * MIB)})
+        first.survival.flip()
+
+    def as_before(body: dict[str, Any]) -> None:
+        for row, time in zip(body["checkpoints"], (5.0, 9.0, 1.0), strict=True):
+            del row["used"]
+            row["last_used"] = time
+
+    change(keeper, as_before)
+    with books(keeper, budget=5 * MIB) as again:
+        assert again.names() == {"a", "b"}
+        again.store.use(again.catalog.find(WHO, "a"), 0.0)
+        again.survival.flip()
+    with books(keeper, budget=3 * MIB) as again:
+        assert again.names() == {"a"}, "the count goes on"
+
+
 def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper) -> None:
     with books(keeper) as first:
         for number in range(4):
-            checkpoint = first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
-            checkpoint.last_used = float(10 - number)
+            first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
+        for now, name in enumerate(("c3", "c2", "c1", "c0")):
+            first.store.use(first.catalog.find(WHO, name), float(9 - now))  # a clock that is stepped back all the time
         first.survival.flip()
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"c0", "c1"}

@@ -36,8 +36,11 @@ _LS_KEYS = (
     "loaded_at",
     "last_used_at",
     "state",
+    "names",
+    "owner",
+    "owner_uid",
 )
-_PS_KEYS = ("lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since")
+_PS_KEYS = ("lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since", "waiting")
 
 
 def _pick(value: object, keys: Sequence[str]) -> dict[str, Any]:
@@ -59,7 +62,8 @@ def ls(
         emit_json([_pick(info, _LS_KEYS) for info in found])
     elif quiet:
         for info in found:
-            emit(printable(info.name or info.content_digest))
+            for name in info.names or filter(None, [info.content_digest]):
+                emit(printable(name))
     else:
         columns = ("NAME", "DIGEST", "DEVICE", "STATE", "OWNER", ">SIZE", ">SHARED", ">LEASES", "PINNED", "LAST USED")
         rows = [
@@ -204,7 +208,7 @@ def _details_json(details: CheckpointDetails) -> dict[str, Any]:
     ]
     info = details.checkpoint
     return {
-        "checkpoint": _pick(info, (*_LS_KEYS, "names", "owner", "owner_uid")),
+        "checkpoint": _pick(info, _LS_KEYS),
         "components": [asdict(component) for component in details.components],
         "segments": details.segments,
         "kind": details.kind,

@@ -17,6 +17,7 @@ from weightd.cli.context import (
     SocketOption,
     for_each,
     open_client,
+    say,
 )
 from weightd.cli.output import device as short_device
 from weightd.cli.output import digest, emit, emit_json, plural, printable, size
@@ -75,8 +76,8 @@ def load(
                 _print(name or reference, result, quiet=quiet)
 
         code = for_each(context, references, load_one)
-    if output is Format.JSON and found:
-        emit_json(found if len(references) > 1 else found[0])
+    if output is Format.JSON:
+        emit_json(found)
     raise typer.Exit(code)
 
 
@@ -92,6 +93,9 @@ def _print(name: str, result: LoadResult | None, *, quiet: bool) -> None:
             f"{plural(result.tensors, 'tensor')}, {size(result.total_bytes)}, shared {size(result.shared_bytes)}, "
             f"read {size(result.read_bytes)} in {result.seconds:.1f} s"
         )
+        others = f"{result.evicted_others} of other users" if result.evicted_others else ""
+        if gone := ", ".join(filter(None, (*(digest(name) for name in result.evicted), others))):
+            say(f"evicted {gone} to make room")
 
 
 def verify(

@@ -27,11 +27,14 @@ _LOAD = ("load", "device", "names", *_PROCESS)
 _LOADED = ("content_digest", "total_bytes", "unique_bytes", "read_bytes")
 EVENT_KEYS: dict[str, tuple[str, ...]] = {
     "load_begun": _LOAD,
-    "load_ended": (*_LOAD, "reason", "message", "seconds", *_LOADED),
-    "sealed": (*_CHECKPOINT, "total_bytes"),
+    "load_ended": (*_LOAD, "reason", "message", "seconds", *_LOADED, "evicted", "evicted_others"),
+    "load_answered": (*_CHECKPOINT, "total_bytes", *_PROCESS),
+    "sealed": (*_CHECKPOINT, "total_bytes", "load", *_PROCESS),
     "attached": _LEASE,
     "detached": _LEASE,
-    "evicted": (*_CHECKPOINT, "total_bytes", "reason"),
+    "evicted": (*_CHECKPOINT, "total_bytes", "reason", "load", *_PROCESS),
+    "named": ("content_digest", "names", "previous_digest", *_PROCESS),
+    "unnamed": ("content_digest", "names", *_PROCESS),
     "device_lost": ("device", "message"),
 }
 """What each kind of event says beside `time` and `event`; other kinds say nothing more."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd.errors import CapacityError
 
 from .arena import round_up
+from .making_room import could_fit
 
 if TYPE_CHECKING:
     from .blob import Blob
@@ -91,6 +92,8 @@ def check_room(store: Store, books: LoadBooks, needed: int, piece: int, full: Me
     now = memory.prospect(books.domain, books.number)
     if memory.reclaiming or (full is None and needed <= now.total and piece <= now.largest):
         return
+    if could_fit(store, books, needed, piece, full):
+        return  # seen without a look at everything
     found = room(store, books, full)
     if piece > found.largest_bytes:
         raise found.error(piece, full)

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
 
+from .events import Named
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .checkpoint import Checkpoint, Lost
+    from .events import Event
+    from .lease import Holder
     from .limits import Limits
     from .store import Store
 
@@ -45,16 +49,24 @@ class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
     It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
-    `changed` is told after every change of a name, a pin or another mark of a checkpoint.
+    `changed` is told after every change of a name, a pin or another mark of a checkpoint, `on_event` of names that are
+    given, moved and dropped.
     """
 
-    def __init__(self, store: Store, limits: Limits, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        limits: Limits,
+        changed: Callable[[], None] = lambda: None,
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> None:
         self._store = store
         self._limits = limits
         self._tags: dict[tuple[str, str], Tag] = {}
         self._named: dict[tuple[str, str], set[str]] = {}
         """The names of each (domain, content): a list of checkpoints asks for those of every one."""
         self.changed = changed
+        self._on_event = on_event
 
     @property
     def tags(self) -> dict[tuple[str, str], Tag]:
@@ -82,8 +94,8 @@ class Catalog:
         if tag is None and self._limits.most(who, "names"):
             self._limits.check(who, "names", sum(tag.owner == who.uid for tag in self._tags.values()))
 
-    def set(self, who: Who, name: str, content_digest: str) -> None:
-        """Point a name to a content; whose it was first, it stays. Errors: as in `check`."""
+    def set(self, who: Who, name: str, content_digest: str, by: Holder | None = None) -> None:
+        """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`."""
         tag = self._tags.get((who.domain, name))
         if tag is not None and tag.content_digest == content_digest:
             return
@@ -93,6 +105,7 @@ class Catalog:
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
         self._named.setdefault((who.domain, content_digest), set()).add(name)
         self.changed()
+        self._on_event(Named(who.domain, name, content_digest, tag.content_digest if tag else "", by))
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
@@ -156,7 +169,7 @@ class Catalog:
         checkpoint.pins.discard(who.uid)
         self.changed()
 
-    def remove(self, who: Who, reference: str, device: str = "") -> int:
+    def remove(self, who: Who, reference: str, device: str = "", by: Holder | None = None) -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
 
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
@@ -168,23 +181,21 @@ class Catalog:
             tag = self._tags.get((who.domain, reference))
             if tag is None or (tag.owner != who.uid and not who.admin):
                 raise
-            self._untag(who.domain, reference)  # a name whose content was evicted
-            self.changed()
+            self._drop(who.domain, reference, by)  # a name whose content was evicted
             return 0
         named = self._is_named(checkpoint, reference)
         names = [reference] if named else self.names(checkpoint)
         for name in names or [""]:
             self.check_owner(who, checkpoint, "remove", name)
         if set(self.names(checkpoint)) - set(names):
-            self._untag(checkpoint.key.domain, reference)
-            self.changed()
+            self._drop(checkpoint.key.domain, reference, by)
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
             self.forget(checkpoint)
             self.changed()
             return 0
-        return self._store.remove(checkpoint, reference)
+        return self._store.remove(checkpoint, reference, by=by)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is gone: drop the names that point to nothing now."""
@@ -193,6 +204,12 @@ class Catalog:
         if not any((key.domain, key.content_digest) == (domain, digest) for key in known):
             for name in self.names(checkpoint):
                 self._untag(domain, name)
+
+    def _drop(self, domain: str, name: str, by: Holder | None) -> None:
+        previous = self._tags[domain, name].content_digest
+        self._untag(domain, name)
+        self.changed()
+        self._on_event(Named(domain, name, "", previous, by))
 
     def _untag(self, domain: str, name: str) -> None:
         content = domain, self._tags.pop((domain, name)).content_digest

@@ -56,6 +56,9 @@ class Checkpoint:
     owner: int | None
     loaded: float
     last_used: float
+    """For people: clocks are stepped, so `used` decides what is evicted."""
+    used: int = 0
+    """The number of its last use; of two checkpoints the one with the lower was used less recently."""
     segments: list[int] = field(default_factory=list)
     """Numbers of the segments that hold its blobs, in the order of its manifest."""
     pins: set[int | None] = field(default_factory=set)
@@ -93,11 +96,6 @@ class Checkpoint:
     def shared_bytes(self) -> int:
         """Bytes of its tensors that other checkpoints, or its own tensors, use as well."""
         return self.total_bytes - self.exclusive_bytes
-
-    @property
-    def gives_back(self) -> bool:
-        """Whether any bytes go when it is evicted: not where others rely on all of them."""
-        return any(blob.references == 1 and not blob.holds for blob in self.unique.values())
 
     @property
     def pinned(self) -> bool:

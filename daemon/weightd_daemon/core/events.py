@@ -15,19 +15,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Sealed:
-    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest."""
+    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest.
+
+    `by` asked for the load, under a name that may be empty.
+    """
 
     checkpoint: Checkpoint
     content: Content
     manifest: object
+    load: int = 0
+    by: Holder | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained"."""
+    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
+
+    `load` is the number of the load that needed its room; 0 where none did. `by` asked for that load,
+    and is not said to another sharing domain, or removed the checkpoint.
+    """
 
     checkpoint: Checkpoint
     reason: str
+    load: int = 0
+    by: Holder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +79,30 @@ class LoadEnded:
     total_bytes: int = 0
     unique_bytes: int = 0
     read_bytes: int = 0
+    evicted: tuple[str, ...] = ()
+    """What went for it: of each checkpoint of its domain the first name, or the digest."""
+    evicted_others: int = 0
+    """How many of other domains went for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadAnswered:
+    """A load was answered from memory, for its files are resident; `name` is what it has given, and may be empty."""
+
+    checkpoint: Checkpoint
+    holder: Holder
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A name points to a content now: to none if it was dropped. `previous` is what it pointed to; empty if nothing."""
+
+    domain: str
+    name: str
+    content_digest: str
+    previous: str
+    by: Holder | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,4 +120,6 @@ class DrainChanged:
     state: str
 
 
-Event = Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | DeviceLost | DrainChanged
+Event = (
+    Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | LoadAnswered | Named | DeviceLost | DrainChanged
+)

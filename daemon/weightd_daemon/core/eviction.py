@@ -1,4 +1,9 @@
-"""The eviction policy: it chooses, the store evicts."""
+"""The eviction policy: it chooses, the store evicts (decision 0019).
+
+Checkpoints are taken in the order of their last use until what goes with them is enough. Of those, the more recently
+used first, each is spared without which the others would do as well. So nobody goes who gives nothing back, and nobody
+goes where the less recently used would be enough.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +12,74 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from .checkpoint import Checkpoint
+    from .prospect import Trial
+
 
 class Usage(Protocol):
-    """What the policy looks at: when a checkpoint was last used (seconds since the epoch), its pin, what it shares."""
+    """What decides on the order: the number of the last use, and the pin."""
 
-    last_used: float
+    used: int
 
     @property
     def pinned(self) -> bool:
         """Whether it is kept from eviction."""
 
-    @property
-    def gives_back(self) -> bool:
-        """Whether any bytes go when it is evicted."""
-
 
 T = TypeVar("T", bound=Usage)
+U = TypeVar("U")
 
 
 def least_recently_used(checkpoints: Iterable[T], is_leased: Callable[[T], bool]) -> Iterator[T]:
     """Checkpoints that may go, least recently used first: those neither pinned nor leased."""
-    for checkpoint in sorted(checkpoints, key=lambda c: c.last_used):
+    for checkpoint in sorted(checkpoints, key=lambda c: c.used):
         if not checkpoint.pinned and not is_leased(checkpoint):
             yield checkpoint
 
 
-def choose(checkpoints: Iterable[T], is_leased: Callable[[T], bool]) -> T | None:
-    """The one to evict: the least recently used that gives something back.
+def choose(
+    candidates: Iterable[U], free: Callable[[U], None], keep: Callable[[U], None], enough: Callable[[], bool]
+) -> list[U]:
+    """Which of the candidates, least recently used first, are to go; none where all together are not enough.
 
-    Where none does, because what they have is shared, the least recently used: then the next will.
+    `free` tries what going without one gives, `keep` takes that back, `enough` says whether the tries suffice by now.
+    At most three such steps a candidate that is looked at.
     """
-    first: T | None = None
-    for checkpoint in least_recently_used(checkpoints, is_leased):
-        if checkpoint.gives_back:
-            return checkpoint
-        first = first or checkpoint
-    return first
+    tried: list[U] = []
+    remaining = iter(candidates)
+    while not enough():
+        candidate = next(remaining, None)
+        if candidate is None:
+            return []
+        free(candidate)
+        tried.append(candidate)
+    chosen = tried[-1:]  # without the last it was not enough
+    for candidate in reversed(tried[:-1]):
+        keep(candidate)
+        if not enough():
+            free(candidate)
+            chosen.append(candidate)
+    return chosen[::-1]
+
+
+class Departures:
+    """Which bytes go with checkpoints: blobs that no other has and on which no load relies."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
+        self._left: dict[int, int] = {}
+        """References to blobs that are left, by number."""
+
+    def free(self, checkpoint: Checkpoint) -> None:
+        """Try to go without a checkpoint."""
+        for number, blob in checkpoint.unique.items():
+            left = self._left[number] = self._left.get(number, blob.references) - 1
+            if not left and not blob.holds:
+                self._trial.free(blob.slot)
+
+    def keep(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint after all."""
+        for number, blob in checkpoint.unique.items():
+            if not self._left[number] and not blob.holds:
+                self._trial.keep(blob.slot)
+            self._left[number] += 1

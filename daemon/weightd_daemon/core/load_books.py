@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from .arena import Extent
     from .blob import Blob, BlobKey
+    from .lease import Holder
 
 
 @dataclass(slots=True, eq=False)
@@ -72,13 +73,16 @@ class Alike:
 class LoadBooks:
     """The books of one load.
 
-    `used` are the numbers of the blobs that its tensors have; `lost` says why its device lost everything, if it did.
+    `by` asked for it, under a name that may be empty. `used` are the numbers of the blobs that its tensors have; `lost`
+    says why its device lost everything, if it did.
     """
 
     number: int
     device: str
     domain: str
     owner: int | None
+    by: Holder | None = None
+    name: str = ""
     lost: str = ""
     granted: list[Extent] = field(default_factory=list)
     placed: dict[int, Blob] = field(default_factory=dict)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .arena import Arena, Extent, round_up
+from .prospect import Holes, Prospect, Trial
 from .reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .ranges import Ranges
 
@@ -24,23 +25,6 @@ SEGMENT_BYTES = 1 << 30
 
 _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
-
-
-class _Holes(NamedTuple):
-    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
-
-    The latter can go back to the system: whole segments, and single pages where segments are sparse.
-    """
-
-    own: int
-    common: int
-
-
-class Prospect(NamedTuple):
-    """What a load can get, in bytes: all together, and in one extent."""
-
-    total: int
-    largest: int
 
 
 class DeviceMemory:
@@ -66,7 +50,7 @@ class DeviceMemory:
         self.budget = budget
         self.page = page
         self.available = available
-        self._sparse = sparse
+        self.sparse = sparse
         self._pool_limit = pool_limit
         self._create = create
         self._on_reclaim = on_reclaim
@@ -142,60 +126,35 @@ class DeviceMemory:
 
         On a device that is not sparse it may be in pieces.
         """
-        return self._shares(domain, load, self._holes())[1]
+        return self.shares(domain, load, self.holes())[1]
 
     def assured(self, load: int) -> int:
         """As `obtainable`, without what rests on holes in partly used segments: tensors may not fit into them."""
-        common = sum(holes.common for holes in self._holes().values())
+        common = sum(holes.common for holes in self.holes().values())
         others = sum(size for number, (_, size) in self._promised.items() if number != load)
         return self.budget - self.used + common - others
 
     def prospect(self, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None) -> Prospect:
-        """What a load could get if the bytes `without` were free: those of blobs that may be evicted.
-
-        `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
-        """
-        freed: dict[int, list[Extent]] = {}
+        """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
+        trial = self.trial(domain, load, room)
         for extent in without:
-            freed.setdefault(extent.segment, []).append(extent)
-        holes, largest = self._holes(), 0
-        for segment, name in self._domain_of.items():
-            frozen = self._arenas[name].is_frozen(segment)
-            if segment not in freed and (name != domain or self._sparse or frozen):
-                continue
-            ranges = self._arenas[name].free_ranges(segment)
-            before = sum(_whole_pages(ranges, self.page))
-            for extent in freed.get(segment, ()):
-                ranges.add(extent.offset, extent.end)
-            after = list(_whole_pages(ranges, self.page))
-            own, common = holes[name]
-            if frozen:
-                if ranges.total == self.size(segment):
-                    holes[name] = _Holes(own, common + self._arenas[name].populated(segment))
-                continue
-            if self._sparse:
-                holes[name] = _Holes(own, common + sum(after) - before)
-                continue
-            if segment in freed and ranges.total == self.size(segment):
-                holes[name] = _Holes(own - before, common + ranges.total)
-            else:
-                holes[name] = _Holes(own + sum(after) - before, common)
-            if name == domain:
-                largest = max([largest, *after])
-        spare, total = self._shares(domain, load, holes)
-        if room is not None:
-            spare = min(spare, room + sum(there.common for there in holes.values()))
-        return Prospect(total, min(total, max(spare, largest)))
+            trial.free(extent)
+        return trial.outcome()
 
-    def _holes(self) -> dict[str, _Holes]:
+    def trial(self, domain: str, load: int | None, room: int | None = None) -> Trial:
+        """A trial that begins with the books as they are; for `room` see there."""
+        return Trial(self, domain, load, room)
+
+    def holes(self) -> dict[str, Holes]:
+        """The populated holes of each domain."""
         holes = {}
         for domain, arena in self._arenas.items():
             populated = arena.populated_hole_bytes()
-            common = populated if self._sparse else arena.empty_bytes()
-            holes[domain] = _Holes(populated - common, common)
+            common = populated if self.sparse else arena.empty_bytes()
+            holes[domain] = Holes(populated - common, common)
         return holes
 
-    def _shares(self, domain: str, load: int | None, holes: dict[str, _Holes]) -> tuple[int, int]:
+    def shares(self, domain: str, load: int | None, holes: Mapping[str, Holes]) -> tuple[int, int]:
         """What may become new segments of a load, and all that it may take.
 
         The promises to others are kept for them: a domain's own holes serve those to its loads first.
@@ -223,7 +182,7 @@ class DeviceMemory:
         """
         need, free = round_up(need, self.page), self.budget - self.used
         fits = [end for end in (round_up(end, self.page) for end in ends) if end >= need]
-        spare, obtainable = self._shares(domain, load, self._holes())
+        spare, obtainable = self.shares(domain, load, self.holes())
         if need > obtainable:
             return None
         arena, budget = self.arena(domain), max(0, min(free, spare))
@@ -265,7 +224,7 @@ class DeviceMemory:
                 pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
-            elif self._sparse:
+            elif self.sparse:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
                         self._queue(Punch(domain, leaving, self._losses))
@@ -277,7 +236,7 @@ class DeviceMemory:
         arena = self.arena(domain)
         arena.adopt_segment(segment, size, taken, hollow, frozen=frozen)
         self._domain_of[segment] = domain
-        for leaving in arena.start_leaving(segment) if self._sparse else ():
+        for leaving in arena.start_leaving(segment) if self.sparse else ():
             self._queue(Punch(domain, leaving, self._losses))
 
     def is_frozen(self, segment: int) -> bool:
@@ -336,7 +295,7 @@ class DeviceMemory:
                     raise
                 size = max(need, round_up(size // 2, self.page))
                 continue
-            self.arena(domain).add_segment(segment, size, sparse=self._sparse)
+            self.arena(domain).add_segment(segment, size, sparse=self.sparse)
             self._domain_of[segment] = domain
             return Extent(segment, 0, size)
 
@@ -348,7 +307,7 @@ class DeviceMemory:
                     return
                 wanted -= arena.populated(segment)
                 self._release(arena, segment)
-        if not self._sparse:
+        if not self.sparse:
             return
         for segment, domain in self._domain_of.items():
             if wanted <= 0:
@@ -374,8 +333,3 @@ def _cut(length: int, fits: Sequence[int]) -> int:
     """The greatest of `fits`, ascending, that is in `length`; all of it where none is."""
     at = bisect_right(fits, length)
     return fits[at - 1] if at else length
-
-
-def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:
-    """Length of the whole pages in each range, in bytes."""
-    return (max(0, end // page * page - round_up(start, page)) for start, end in ranges)

@@ -106,8 +106,11 @@ def _rows(described: Described) -> Iterator[tuple[BlobIdentity, Place | None]]:
     return zip(described.identities, described.places, strict=True)
 
 
-def fit(store: Store, device: str) -> int:
-    """Evict what the budget does not hold any more, least recently used first. Returns the bytes still beyond it."""
-    while (excess := store.memories[device].excess()) and store._evict_one(device):
-        pass
-    return excess
+def number_uses(store: Store, uses: Mapping[CheckpointKey, tuple[int, float]]) -> None:
+    """Put restored checkpoints in the order of their last use: by its number, and where that is not known by its time.
+
+    They are numbered anew, so that numbers stay small whatever was written down.
+    """
+    for key in sorted(uses, key=lambda key: uses[key]):
+        checkpoint = store.checkpoints[key]
+        store.use(checkpoint, checkpoint.last_used)

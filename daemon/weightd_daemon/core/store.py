@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, NotFoundError
 
-from .arena import Extent, slot_bytes, without
+from .arena import Extent, round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, Blobs, BlobState
 from .capacity import check_room, room
 from .checkpoint import Checkpoint, CheckpointKey, Content, Lost
 from .events import Event, Evicted, Sealed
-from .eviction import choose
 from .load_books import Alike, LoadBooks, Twins
+from .making_room import evict_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from .digest import BlobIdentity
-    from .lease import Lease, Leases
+    from .lease import Holder, Lease, Leases
     from .memory import DeviceMemory
 
 
@@ -35,8 +35,7 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
-        self.collisions = 0
-        self.evictions = 0
+        self.collisions = self.evictions = self.uses = 0
         self._on_event = on_event
         self._blobs = Blobs()
         self._loads: dict[int, LoadBooks] = {}
@@ -44,12 +43,12 @@ class Store:
 
     # -- loads -----------------------------------------------------------------------------------------------------
 
-    def open_load(self, device: str, domain: str, owner: int | None) -> int:
+    def open_load(self, device: str, domain: str, owner: int | None, by: Holder | None = None, name: str = "") -> int:
         """Begin a load and return its number. Errors: NotFoundError (no such device)."""
         if device not in self.memories:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self.memories)}")
         self._last_load += 1
-        self._loads[self._last_load] = LoadBooks(self._last_load, device, domain, owner)
+        self._loads[self._last_load] = LoadBooks(self._last_load, device, domain, owner, by, name)
         return self._last_load
 
     def share_known(self, load: int, number: int, identity: BlobIdentity) -> Blob | None:
@@ -111,7 +110,7 @@ class Store:
             while memory.obtainable(books.domain, load) < needed:
                 if memory.reclaiming:
                     return None
-                if not self._evict_one(books.device):
+                if not evict_for(self, books, needed, round_up(largest, memory.page)):
                     raise room(self, books).error(needed)
             memory.promise(load, books.domain, needed)
         return matched
@@ -138,7 +137,7 @@ class Store:
             if full is not None or not checked:
                 check_room(self, books, need, need, full)
                 checked = True
-            if not self._evict_one(books.device):
+            if not evict_for(self, books, need, round_up(need, memory.page), full):
                 raise room(self, books, full).error(need, full) from full
 
     def settle(
@@ -148,7 +147,8 @@ class Store:
 
         Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
         """
-        books, key = self._open(load), self._key(load, digest, length)
+        books = self._open(load)
+        key = BlobKey(*books.place, digest, length)
         alike = self._alike(books, key)
         face = next((blob for blob in alike.faces() if blob.number not in differs), None)
         if face is not None:
@@ -163,7 +163,7 @@ class Store:
     def candidate(self, load: int, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         books = self._open(load)
-        face = next(self._alike(books, self._key(load, digest, length)).faces(), None)
+        face = next(self._alike(books, BlobKey(*books.place, digest, length)).faces(), None)
         if face is not None:
             self._hold(books, face)
         return face
@@ -245,11 +245,11 @@ class Store:
         memory = self.memories[books.device]
         key = CheckpointKey(*books.place, content.content_digest)
         if existing := self.checkpoints.get(key):
-            existing.last_used = now
+            self.use(existing, now)
             memory.expect(load)
             return existing
         checkpoint = Checkpoint.of(key, content, books.owner, now)
-        self._on_event(Sealed(checkpoint, content, manifest))
+        self._on_event(Sealed(checkpoint, content, manifest, load, books.by, books.name))
         own: list[Extent] = []
         for blob in checkpoint.unique.values():
             blob.references += 1
@@ -260,6 +260,7 @@ class Store:
                 own.append(blob.slot)
         books.granted = without(books.granted, own)
         self.checkpoints[key] = checkpoint
+        self.use(checkpoint, now)
         self.lost.pop(key, None)
         memory.expect(load)
         return checkpoint
@@ -282,14 +283,32 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
-    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed") -> int:
+    def use(self, checkpoint: Checkpoint, now: float) -> None:
+        """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
+        self.uses += 1
+        checkpoint.used, checkpoint.last_used = self.uses, now
+
+    def remove(
+        self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Holder | None = None
+    ) -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
         if holders := self.holders(checkpoint):
             raise checkpoint.in_use(holders, called)
-        return self._evict(checkpoint, reason)
+        return self.evict(checkpoint, reason, by=by)
+
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Holder | None = None) -> int:
+        """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
+        del self.checkpoints[checkpoint.key]
+        for blob in checkpoint.unique.values():
+            blob.references -= 1
+        unused = [blob for blob in checkpoint.unique.values() if not blob.references]
+        self._free(blob for blob in unused if not blob.holds)
+        self.evictions += reason == "capacity"
+        self._on_event(Evicted(checkpoint, reason, load, by))
+        return sum(blob.length for blob in unused)
 
     def lose(self, device: str, reason: str) -> list[Checkpoint]:
         """A device's memory is gone, with every checkpoint and open load on it. Returns the lost checkpoints.
@@ -350,9 +369,6 @@ class Store:
         """
         return max((blob.variant for blob in self._candidates(books, key.digest, key.length)), default=-1) + 1
 
-    def _key(self, load: int, digest: bytes, length: int) -> BlobKey:
-        return BlobKey(*self._open(load).place, digest, length)
-
     def _alike(self, books: LoadBooks, key: BlobKey) -> Alike:
         """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
         if key not in books.alike:
@@ -380,20 +396,3 @@ class Store:
             by_arena.setdefault((blob.key.device, blob.key.domain), []).append(blob.slot)
         for (device, domain), extents in by_arena.items():
             self.memories[device].give_back(domain, extents, pool=True)
-
-    def _evict(self, checkpoint: Checkpoint, reason: str) -> int:
-        del self.checkpoints[checkpoint.key]
-        for blob in checkpoint.unique.values():
-            blob.references -= 1
-        unused = [blob for blob in checkpoint.unique.values() if not blob.references]
-        self._free(blob for blob in unused if not blob.holds)
-        self.evictions += reason == "capacity"
-        self._on_event(Evicted(checkpoint, reason))
-        return sum(blob.length for blob in unused)
-
-    def _evict_one(self, device: str) -> bool:
-        """Evict the checkpoint that the policy names first; False when none may go."""
-        there = [c for c in self.checkpoints.values() if c.key.device == device]
-        if chosen := choose(there, lambda c: bool(self.holders(c))):
-            self._evict(chosen, "capacity")
-        return chosen is not None

@@ -112,9 +112,10 @@ class Attacher:
         except OSError:
             self._store.leases.end(lease.number)
             raise
-        checkpoint.last_used = now
-        for number in waiting:
-            self._store.leases.end(number)
+        if not request.manifest_only:  # looking changes nothing: neither the order of eviction nor what waits
+            self._store.use(checkpoint, now)
+            for number in waiting:
+                self._store.leases.end(number)
         device = self._devices[checkpoint.key.device]
         everything = checkpoint.segments
         return Attached(

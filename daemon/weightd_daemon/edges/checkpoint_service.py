@@ -54,8 +54,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         if resident is not None:
             os.close(intake)
             parts.store.leases.admit()
-            name = parts.loads.settle(wish, resident)
-            parts.loads.keep(wish, resident)
+            name = parts.loads.answer(wish, resident)
             outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
             yield _result(name, outcome, wish.device)
             return
@@ -140,9 +139,9 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.RemoveCheckpointRequest, context: Context
     ) -> checkpoint_pb2.RemoveCheckpointResponse:
         """Drop a name, and with the last one the checkpoint."""
-        _, who = self._parts.caller(context)
+        connection, who = self._parts.caller(context)
         device = meant(self._parts.devices, request.device)
-        freed = self._parts.catalog.remove(who, request.reference, device)
+        freed = self._parts.catalog.remove(who, request.reference, device, connection.holder)
         return checkpoint_pb2.RemoveCheckpointResponse(freed_bytes=freed)
 
     async def Verify(  # noqa: N802
@@ -293,5 +292,7 @@ def _result(name: str, outcome: Outcome, device: str) -> checkpoint_pb2.LoadEven
         read_bytes=outcome.read_bytes,
         seconds=outcome.seconds,
         device=device,
+        evicted=outcome.evicted,
+        evicted_others=outcome.evicted_others,
     )
     return checkpoint_pb2.LoadEvent(result=result)

@@ -40,6 +40,11 @@ CREATE TABLE IF NOT EXISTS files (
 """
 
 
+_BY_USE = "CREATE INDEX IF NOT EXISTS by_use ON files (used)"
+_PUT = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, (SELECT coalesce(max(used), 0) + 1 FROM files), ?)"
+"""`used` is a count, by which files are forgotten. It was a time once, of a clock that may have been ahead."""
+
+
 class DigestIndex:
     """An index below `folder`. Blob numbers mean something only within one `epoch`: the life of one set of books."""
 
@@ -80,10 +85,7 @@ class DigestIndex:
     def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
         self._clock += 1
         packed = b"".join(_ROW.pack(*instance) for instance in instances)
-        self._execute(
-            "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, CAST(strftime('%s', 'now') AS INTEGER), ?)",
-            (*_signed(identity), self._epoch, packed),
-        )
+        self._execute(_PUT, (*_signed(identity), self._epoch, packed))
         if self._clock % 100 == 0:
             self._execute(
                 "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
@@ -109,6 +111,7 @@ class DigestIndex:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(_SCHEMA)
+            self._database.execute(_BY_USE)
         return self._database
 
     def _set_aside(self, error: sqlite3.DatabaseError | OSError) -> None:

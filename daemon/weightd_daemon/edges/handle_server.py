@@ -234,10 +234,6 @@ class _Peer:
             raise
         os.close(attached.manifest)
         self._expect_ack()
-        log.info(
-            "attached lease=%d pid=%d uid=%s content=%s segments=%d", attached.lease, self._connection.pid,
-            self._connection.uid, attached.checkpoint.key.content_digest[:19], len(attached.segments),
-        )  # fmt: skip
 
     def _send_batch(self) -> None:
         if not self._unsent:

@@ -17,11 +17,14 @@ from weightd_daemon.core.events import (
     DrainChanged,
     Event,
     Evicted,
+    LoadAnswered,
     LoadBegun,
     LoadEnded,
+    Named,
     Sealed,
 )
 
+from . import event_log
 from .show import time_to, user_name
 
 if TYPE_CHECKING:
@@ -116,6 +119,7 @@ class Journal:
         message.event_time.CopyFrom(time_to(self._now()))
         entry = Entry(domain, message)
         self._remembered.append(entry)
+        event_log.write(message)
         for reader in self._readers:
             reader.put(entry)
 
@@ -141,12 +145,30 @@ class Journal:
 
     def _encode(self, event: Event) -> tuple[str | None, daemon_pb2.Event]:
         match event:
-            case Sealed(checkpoint):
-                return checkpoint.key.domain, self._of(daemon_pb2.EVENT_KIND_SEALED, checkpoint)
-            case Evicted(checkpoint, reason):
+            case Sealed(checkpoint, load=load, by=by, name=name):
+                message = self._of(daemon_pb2.EVENT_KIND_SEALED, checkpoint, name)
+                message.load = load
+                _name(message, by)
+                return checkpoint.key.domain, message
+            case Evicted(checkpoint, reason, load, by):
                 message = self._of(daemon_pb2.EVENT_KIND_EVICTED, checkpoint)
                 message.reason = reason
+                message.load = load
+                _name(message, by)
                 return checkpoint.key.domain, message
+            case LoadAnswered(checkpoint, holder, name):
+                message = self._of(daemon_pb2.EVENT_KIND_LOAD_ANSWERED, checkpoint, name)
+                _name(message, holder)
+                return checkpoint.key.domain, message
+            case Named(domain, name, content_digest, previous, by):
+                given = daemon_pb2.Event(
+                    kind=daemon_pb2.EVENT_KIND_NAMED, content_digest=content_digest, previous_digest=previous
+                )
+                dropped = daemon_pb2.Event(kind=daemon_pb2.EVENT_KIND_UNNAMED, content_digest=previous)
+                message = given if content_digest else dropped
+                message.names.append(name)
+                _name(message, by)
+                return domain, message
             case Attached(lease):
                 return self._of_lease(daemon_pb2.EVENT_KIND_ATTACHED, lease)
             case Detached(lease):
@@ -162,6 +184,8 @@ class Journal:
                 message.total_bytes = event.total_bytes
                 message.unique_bytes = event.unique_bytes
                 message.read_bytes = event.read_bytes
+                message.evicted.extend(event.evicted)
+                message.evicted_others = event.evicted_others
                 return begun.domain, message
             case DeviceLost(device, reason):
                 kind = daemon_pb2.EVENT_KIND_DEVICE_LOST
@@ -169,12 +193,14 @@ class Journal:
             case DrainChanged(state):
                 return None, daemon_pb2.Event(kind=f"EVENT_KIND_{state.upper()}")
 
-    def _of(self, kind: daemon_pb2.EventKind, checkpoint: Checkpoint) -> daemon_pb2.Event:
+    def _of(self, kind: daemon_pb2.EventKind, checkpoint: Checkpoint, name: str = "") -> daemon_pb2.Event:
+        """An event of a checkpoint; `name` is what it is to be called, too, and comes first."""
+        names = list(dict.fromkeys(filter(None, (name, *self._catalog.names(checkpoint)))))
         return daemon_pb2.Event(
             kind=kind,
             content_digest=checkpoint.key.content_digest,
             device=checkpoint.key.device,
-            names=self._catalog.names(checkpoint)[:MOST_NAMES],
+            names=names[:MOST_NAMES],
             total_bytes=checkpoint.total_bytes,
         )
 
@@ -196,7 +222,10 @@ def _of_load(kind: daemon_pb2.EventKind, begun: LoadBegun) -> daemon_pb2.Event:
     return message
 
 
-def _name(message: daemon_pb2.Event, holder: Holder) -> None:
+def _name(message: daemon_pb2.Event, holder: Holder | None) -> None:
+    """Say which process it was, where it was one."""
+    if holder is None:
+        return
     message.pid = holder.pid
     message.uid = holder.uid or 0
     message.user = user_name(holder.uid)

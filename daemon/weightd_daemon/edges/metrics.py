@@ -21,8 +21,10 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
+from weightd.errors import GRPC_CODES, REASONS
 from weightd_daemon import __version__
-from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadEnded
+from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadAnswered, LoadEnded
 
 from .books import snapshot
 from .parts import Parts
@@ -37,6 +39,12 @@ _ATTACH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1
 _LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _EVICTIONS = ("capacity", "removed", "lost", "drained")
 _DEVICE = ("device", "kind")
+_METHODS = [
+    f"{service.name}/{method.name}"
+    for file in (checkpoint_pb2, lease_pb2, daemon_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
 
 
 class Metrics:
@@ -51,6 +59,9 @@ class Metrics:
         """Whether it hears nothing more, so that its figures are out of date."""
         self._kinds = {uuid: device.kind for uuid, device in parts.devices.items()}
         self._loads = Counter("weightd_loads", "Loads that have ended, by outcome.", ["outcome"], registry=registry)
+        self._answered = Counter(
+            "weightd_loads_from_memory", "Loads that were answered with what was resident.", _DEVICE, registry=registry
+        )
         self._load_bytes = Counter(
             "weightd_load_bytes", "Bytes of tensors that loads have made resident.", _DEVICE, registry=registry
         )
@@ -76,13 +87,19 @@ class Metrics:
             "weightd_rpcs", "gRPC calls that have ended, by method and code.", ["method", "code"], registry=registry
         )
         # Series that are there from the start: a rate of what has never happened is 0, not missing.
-        self._loads.labels("OK")
-        self._attach_seconds.labels("OK")
+        for outcome in ("OK", "CANCELLED", *REASONS):
+            self._loads.labels(outcome)
+        for code in ("OK", "CANCELLED", *GRPC_CODES):
+            self._attach_seconds.labels(code)
+            for method in _METHODS:
+                self._rpcs.labels(method, code)
         for reason in _EVICTIONS:
             self._evictions.labels(reason)
         for place in self._kinds.items():
-            for metric in (self._load_bytes, self._load_read_bytes, self._load_unique_bytes, self._losses):
+            for metric in (self._load_bytes, self._load_read_bytes, self._load_unique_bytes):
                 metric.labels(*place)
+            self._answered.labels(*place)
+            self._losses.labels(*place)
             self._load_seconds.labels(*place)
         ProcessCollector(registry=registry)
         registry.register(_Books(parts))
@@ -98,6 +115,9 @@ class Metrics:
                     self._load_read_bytes.labels(*place).inc(event.read_bytes)
                     self._load_unique_bytes.labels(*place).inc(event.unique_bytes)
                     self._load_seconds.labels(*place).observe(event.seconds)
+            case LoadAnswered(checkpoint):
+                uuid = checkpoint.key.device
+                self._answered.labels(uuid, self._kinds[uuid]).inc()
             case Evicted(_, reason):
                 self._evictions.labels(reason).inc()
             case DeviceLost(device):

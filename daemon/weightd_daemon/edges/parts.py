@@ -28,7 +28,6 @@ class Parts(NamedTuple):
     devices: dict[str, Device]
     default_device: str
     now: Callable[[], float]
-    started: float
     journal: Journal
     drain: Drain
 

@@ -150,7 +150,7 @@ class Preloader:
             self._catalog.check(self._who, entry.name)
         resident = self._loads.find_resident(wish)
         if resident is not None:
-            self._loads.settle(wish, resident)
+            self._loads.answer(wish, resident)
             return
         ours, loaders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, loaders:

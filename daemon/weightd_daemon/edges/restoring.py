@@ -25,7 +25,7 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.manifest import Entry, ManifestFile
-from weightd_daemon.core.restoring import Described, Place, Restoration
+from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 
 from .connections import NO_UID
 from .leases import Manifests, is_manifest
@@ -46,6 +46,7 @@ MANIFEST_BYTES = 1 << 30
 """Longest manifest that is read."""
 
 _U64 = (1 << 64) - 1
+_MOST_NAMES = 8
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
 _CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, DecodeError)
@@ -90,6 +91,7 @@ class _Restore:
         self.segments: dict[int, _Segment] = {}
         self.frozen: set[int] = set()
         self.kept: dict[CheckpointKey, int] = {}
+        self.uses: dict[CheckpointKey, tuple[int, float]] = {}
         self.restorations: dict[str, Restoration] = {}
 
     def adopt(self, row: Mapping[str, Any]) -> None:
@@ -122,14 +124,16 @@ class _Restore:
             raise ValueError("a segment is of another device or domain")
         device = self.devices[key.device]
         described = _read_manifest(descriptor, key, device.kind, segments)
-        owner, loaded, used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
+        owner, loaded, last_used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
+        used = _number(row.get("used", 0))  # a daemon before this one had the time only
         pins = {_uid(one) for one in row["pins"]}
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
         sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
         restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
         checkpoint = restoration.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
-        checkpoint.last_used, checkpoint.pins = used, pins
+        checkpoint.last_used, checkpoint.pins = last_used, pins
+        self.uses[key] = used, last_used
         checkpoint.origin, checkpoint.sources = origin, sources
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor)
@@ -197,9 +201,10 @@ def restore(
         try:
             state.checkpoint(row)
         except _CANNOT_BE as error:
-            log.warning("checkpoint content=%s device=%s is left: %s; load it again", str(row.get("content"))[:19],
-                        row.get("device"), _why(error))  # fmt: skip
+            log.warning("checkpoint %scontent=%s device=%s is left: %s; load it again", _names(body, row),
+                        str(row.get("content"))[:19], row.get("device"), _why(error))  # fmt: skip
             state.frozen |= state.listed(row)
+    number_uses(store, state.uses)
     if foreign:
         state.frozen |= {*state.segments}
     segments = state.finish_segments()
@@ -214,7 +219,8 @@ def restore(
             # The second: somebody has locked a byte of one manifest that is a lease on another. Which one is not to be
             # told, and both may be read: each counts as held.
             manifests.hold_as_one(key, store.leases.inherit_some(key, NOBODY, now), last_lease)
-            log.warning("leases of content=%s cannot be told apart: one line stands for all", key.content_digest[:19])
+            log.warning("leases of %scontent=%s cannot be told apart: one line stands for all",
+                        _listed(catalog.names(store.checkpoints[key])), key.content_digest[:19])  # fmt: skip
             continue
         for number in numbers:
             store.leases.inherit(number, key, NOBODY, now)
@@ -260,6 +266,18 @@ def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, dict):
             yield row
+
+
+def _names(body: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """What a checkpoint that cannot be restored is called, as far as the root record says."""
+    where = "domain", "content"
+    named = [one.get("name") for one in _rows(body, "names") if all(one.get(key) == row.get(key) for key in where)]
+    return _listed([name for name in named if isinstance(name, str) and not CONTROL.search(name[:NAME_BYTES])])
+
+
+def _listed(names: list[str]) -> str:
+    """For a line of the log, with a blank behind it; empty without names."""
+    return f"{', '.join(name[:NAME_BYTES] for name in names[:_MOST_NAMES])} " if names else ""
 
 
 def _why(error: Exception) -> str:

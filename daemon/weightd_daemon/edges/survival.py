@@ -15,7 +15,7 @@ import re
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd_daemon.core.restoring import fit
+from weightd_daemon.core.making_room import fit
 
 from .leases import encode_manifest, make_manifest
 from .restoring import Left, restore
@@ -329,6 +329,7 @@ class Survival:
             "owner": checkpoint.owner,
             "loaded": checkpoint.loaded,
             "last_used": checkpoint.last_used,
+            "used": checkpoint.used,
             "pins": list(checkpoint.pins),
             "origin": checkpoint.origin if room.takes(checkpoint.origin) else (),
             "sources": [files for files in checkpoint.sources if room.takes(files)],

@@ -133,7 +133,7 @@ class LoadSteps:
             "tensors": self._tensors,
             "progress": self._progress,
         }
-        started = self._now()
+        started = asyncio.get_running_loop().time()
         failure: WeightdError | None = None
         while True:
             message = await loader.receive()
@@ -360,5 +360,5 @@ class LoadSteps:
             checkpoint.total_bytes,
             self._unique,
             self._read,
-            self._now() - started,
+            asyncio.get_running_loop().time() - started,
         )

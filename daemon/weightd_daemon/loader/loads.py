@@ -9,8 +9,8 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
-from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.events import LoadBegun
+from weightd.types import SourceFile
+from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
@@ -18,7 +18,7 @@ from .load import InstanceIndex, LoadSteps, Prepare
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
-from .source import RESTED_SECONDS
+from .source import rested
 from .turns import ANYBODY, Turns
 from .waiters import Load
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.events import Event
+    from weightd_daemon.core.events import Event, Evicted
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
@@ -112,11 +112,11 @@ class Loads:
 
         Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
         """
-        checkpoint.last_used = self._now()
+        self._store.use(checkpoint, self._now())
         name = request.name
         if name:
             try:
-                self._catalog.set(request.who, name, checkpoint.key.content_digest)
+                self._catalog.set(request.who, name, checkpoint.key.content_digest, request.holder)
             except WeightdError:
                 if not request.name_is_default:
                     raise
@@ -124,6 +124,20 @@ class Loads:
         if request.pin:
             self._catalog.keep(request.who, checkpoint)
         return name
+
+    def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
+        """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `settle`."""
+        name = self.settle(request, checkpoint)
+        self.keep(request, checkpoint)
+        self._on_event(LoadAnswered(checkpoint, request.holder, name))
+        return name
+
+    def evicted(self, event: Evicted) -> None:
+        """A checkpoint had to go for a load, which says so in the end."""
+        gone = event.checkpoint
+        for load in self._all:
+            if load.number == event.load:
+                load.went(gone.key.domain, (self._catalog.names(gone) or [gone.key.content_digest])[0])
 
     def untaken(self, uid: int | None) -> int:
         """Intakes that a user's loads hold until they have their turn."""
@@ -155,7 +169,8 @@ class Loads:
         if load is None or not joins:
             load = Load(request, intake)
             self._all.add(load)
-            if self._rested(request.sources):
+            now_ns = int(self._now() * 1e9)
+            if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
                 self._flights[key] = load
             load.task = asyncio.get_running_loop().create_task(self._run(load))
             load.task.add_done_callback(lambda _: self._forget(key, load))
@@ -170,7 +185,6 @@ class Loads:
         if request is not None and request.detached:
             load.waiters[-waiter] = request  # its name and pin are still wanted
         if not load.done.done() and not load.detached and not load.waiters:
-            log.info("load cancelled sources=%d", len(load.request.sources))
             load.abandoned = True
             load.cancel(LeaseLostError("the load was cancelled: nobody waits for it any more"))
 
@@ -254,14 +268,6 @@ class Loads:
             if request.holder.connection == connection
         ]
 
-    def _rested(self, sources: tuple[SourceFile, ...]) -> bool:
-        """Whether equal identities mean equal files: not for those that changed within a tick of their timestamps."""
-
-        def changed(identity: FileIdentity) -> float:
-            return max(identity.mtime_ns, identity.ctime_ns) / 1e9
-
-        return all(self._now() - changed(source.identity) >= RESTED_SECONDS for source in sources)
-
     def _forget(self, key: _Key, load: Load) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         load.fail(LeaseLostError(_UNFINISHED))
@@ -271,8 +277,9 @@ class Loads:
 
     async def _run(self, load: Load) -> None:
         request = load.request
-        began = self._now()
         begun: LoadBegun | None = None
+        clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
+        began = clock()
         loader: LoaderProcess | None = None
         usable = False
 
@@ -285,7 +292,9 @@ class Loads:
 
         try:
             device = self._devices[request.device]
-            number = self._store.open_load(request.device, request.who.domain, request.who.uid)
+            number = load.number = self._store.open_load(
+                request.device, request.who.domain, request.who.uid, request.holder, request.name
+            )
             begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._turns.turn(request.who.uid):
@@ -312,7 +321,6 @@ class Loads:
         except WeightdError as error:
             usable = not isinstance(error, UNFIT)
             load.fail(error)
-            log.warning("load failed reason=%s: %s", error.reason, error.message)
         except LoaderDied:
             load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
             log.warning("loader died pid=%s", loader.pid if loader else None)
@@ -329,21 +337,17 @@ class Loads:
                 task = asyncio.get_running_loop().create_task(tidy)
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
-                self._on_event(load.ended(begun, self._now() - began))
+                self._on_event(load.ended(begun, clock() - began))
 
     def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
-        log.info(
-            "loaded content=%s device=%s total_bytes=%d unique_bytes=%d read_bytes=%d seconds=%.3f",
-            outcome.content_digest[:19], checkpoint.key.device, outcome.total_bytes, outcome.unique_bytes,
-            outcome.read_bytes, outcome.seconds,
-        )  # fmt: skip
         for request in load.waiters.values():
             if request.detached:
                 try:
                     self.settle(request, checkpoint)
                 except WeightdError as error:
-                    log.warning("detached load stays without its name: %s", error.message)
+                    log.warning("detached load stays without its name %s: %s", request.name, error.message)
         if not load.done.done():
+            outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
     async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:

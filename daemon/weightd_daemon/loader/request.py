@@ -36,7 +36,7 @@ class Progress:
 
 
 class Outcome(NamedTuple):
-    """What a load brought, in bytes and seconds."""
+    """What a load brought, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
 
     content_digest: str
     tensors: int
@@ -44,3 +44,5 @@ class Outcome(NamedTuple):
     unique_bytes: int
     read_bytes: int
     seconds: float
+    evicted: tuple[str, ...] = ()
+    evicted_others: int = 0

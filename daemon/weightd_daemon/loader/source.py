@@ -23,7 +23,7 @@ _LOCAL_FILESYSTEMS = {
 """f_type of filesystems whose inode, size and times this kernel itself keeps."""
 
 RESTED_SECONDS = 2
-"""A file changed more recently than this may change again within one tick of its timestamps."""
+"""A file that is changed within this of its last change may get the same timestamps again, where ticks are long."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -32,6 +32,16 @@ def identity_of(descriptor: int) -> FileIdentity:
     """What fstat says of a descriptor."""
     status = os.fstat(descriptor)
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def rested(identity: FileIdentity, now_ns: int) -> bool:
+    """Whether a change that is made now shows in the identity: its ctime would be another (decision 0019).
+
+    The kernel sets ctime with each change, from the clock that `now_ns` is read from, and nobody else can. So this says
+    nothing of how long ago the last change was, and a ctime of the future is as good as one of the past. mtime anybody
+    can set to anything; what changes it changes ctime.
+    """
+    return abs(now_ns - identity.ctime_ns) >= RESTED_SECONDS * 1_000_000_000
 
 
 def _is_local(descriptor: int) -> bool:
@@ -51,8 +61,7 @@ class Source:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise InvalidReferenceError(f"{name}: is not a regular file")
         self.identity = identity_of(descriptor)
-        changed = max(self.identity.mtime_ns, self.identity.ctime_ns)
-        self.trusted = _is_local(descriptor) and time.time_ns() - changed >= RESTED_SECONDS * 1_000_000_000
+        self.trusted = _is_local(descriptor) and rested(self.identity, time.time_ns())
         """Whether the identity stands for the content from now on (design: the digest index)."""
         self._layout: FileLayout | None = None
 

@@ -28,6 +28,12 @@ class Load:
         self.detached = request.detached
         self.announced = 0
         """Bytes that it will bring; 0 before that is known, and when they are there."""
+        self.number = 0
+        """Its number in the books; 0 before it has one."""
+        self.evicted: list[str] = []
+        """What had to go for it: names, or digests, of checkpoints of its sharing domain."""
+        self.evicted_others = 0
+        """How many of other domains had to go."""
         self.abandoned = False
         """Whether it was cancelled because nobody waits for it any more."""
         self.waiters: dict[int, LoadRequest] = {}
@@ -50,6 +56,13 @@ class Load:
         self.fail(error)
         if self.task is not None:
             self.task.cancel()
+
+    def went(self, domain: str, called: str) -> None:
+        """A checkpoint was evicted for it. Who loads is not told what those are called that it may not see."""
+        if domain == self.request.who.domain:
+            self.evicted.append(called)
+        else:
+            self.evicted_others += 1
 
     def close_intake(self) -> None:
         """A loader has the files' descriptor, or none will come."""
@@ -82,13 +95,15 @@ class Load:
     def ended(self, begun: LoadBegun, seconds: float) -> LoadEnded:
         """How it went, once it is over."""
         error = self.done.exception()
+        evicted = tuple(self.evicted), self.evicted_others
         if error is not None:
             reason = error.reason if isinstance(error, WeightdError) else "INTERNAL"
-            return LoadEnded(begun, "CANCELLED" if self.abandoned else reason, str(error), seconds)
+            reason = "CANCELLED" if self.abandoned else reason
+            return LoadEnded(begun, reason, str(error), seconds, "", 0, 0, 0, *evicted)
         _, outcome = self.done.result()
         return LoadEnded(
             begun, "OK", "", seconds, outcome.content_digest,
-            outcome.total_bytes, outcome.unique_bytes, outcome.read_bytes,
+            outcome.total_bytes, outcome.unique_bytes, outcome.read_bytes, *evicted,
         )  # fmt: skip
 
     async def _happens(self, event: asyncio.Event) -> bool:

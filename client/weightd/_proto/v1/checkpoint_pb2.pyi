@@ -97,7 +97,7 @@ class LoadProgress(_message.Message):
     def __init__(self, phase: _Optional[_Union[LoadProgress.Phase, str]] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadResult(_message.Message):
-    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device")
+    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device", "evicted", "evicted_others")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,8 @@ class LoadResult(_message.Message):
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_OTHERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     content_digest: str
     tensors: int
@@ -116,7 +118,9 @@ class LoadResult(_message.Message):
     read_bytes: int
     seconds: float
     device: str
-    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+    evicted: _containers.RepeatedScalarFieldContainer[str]
+    evicted_others: int
+    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ..., evicted: _Optional[_Iterable[str]] = ..., evicted_others: _Optional[int] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("names", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned", "load_time", "last_use_time", "state", "owner_uid", "owner")

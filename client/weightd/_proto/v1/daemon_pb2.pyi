@@ -28,6 +28,9 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_DRAINING: _ClassVar[EventKind]
     EVENT_KIND_DRAINED: _ClassVar[EventKind]
     EVENT_KIND_UNDRAINED: _ClassVar[EventKind]
+    EVENT_KIND_LOAD_ANSWERED: _ClassVar[EventKind]
+    EVENT_KIND_NAMED: _ClassVar[EventKind]
+    EVENT_KIND_UNNAMED: _ClassVar[EventKind]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_SERVING: DaemonState
 DAEMON_STATE_DRAINING: DaemonState
@@ -43,6 +46,9 @@ EVENT_KIND_DEVICE_LOST: EventKind
 EVENT_KIND_DRAINING: EventKind
 EVENT_KIND_DRAINED: EventKind
 EVENT_KIND_UNDRAINED: EventKind
+EVENT_KIND_LOAD_ANSWERED: EventKind
+EVENT_KIND_NAMED: EventKind
+EVENT_KIND_UNNAMED: EventKind
 
 class GetVersionRequest(_message.Message):
     __slots__ = ()
@@ -157,7 +163,7 @@ class WatchEventsRequest(_message.Message):
     def __init__(self, follow: bool = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("event_time", "kind", "content_digest", "device", "names", "total_bytes", "load", "lease", "pid", "uid", "user", "command", "reason", "message", "unique_bytes", "read_bytes", "seconds")
+    __slots__ = ("event_time", "kind", "content_digest", "device", "names", "total_bytes", "load", "lease", "pid", "uid", "user", "command", "reason", "message", "unique_bytes", "read_bytes", "seconds", "previous_digest", "evicted", "evicted_others")
     EVENT_TIME_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -175,6 +181,9 @@ class Event(_message.Message):
     UNIQUE_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_FIELD_NUMBER: _ClassVar[int]
+    EVICTED_OTHERS_FIELD_NUMBER: _ClassVar[int]
     event_time: _timestamp_pb2.Timestamp
     kind: EventKind
     content_digest: str
@@ -192,4 +201,7 @@ class Event(_message.Message):
     unique_bytes: int
     read_bytes: int
     seconds: float
-    def __init__(self, event_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EventKind, str]] = ..., content_digest: _Optional[str] = ..., device: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., load: _Optional[int] = ..., lease: _Optional[int] = ..., pid: _Optional[int] = ..., uid: _Optional[int] = ..., user: _Optional[str] = ..., command: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., unique_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    previous_digest: str
+    evicted: _containers.RepeatedScalarFieldContainer[str]
+    evicted_others: int
+    def __init__(self, event_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., kind: _Optional[_Union[EventKind, str]] = ..., content_digest: _Optional[str] = ..., device: _Optional[str] = ..., names: _Optional[_Iterable[str]] = ..., total_bytes: _Optional[int] = ..., load: _Optional[int] = ..., lease: _Optional[int] = ..., pid: _Optional[int] = ..., uid: _Optional[int] = ..., user: _Optional[str] = ..., command: _Optional[str] = ..., reason: _Optional[str] = ..., message: _Optional[str] = ..., unique_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., previous_digest: _Optional[str] = ..., evicted: _Optional[_Iterable[str]] = ..., evicted_others: _Optional[int] = ...) -> None: ...
