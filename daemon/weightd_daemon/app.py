@@ -20,7 +20,7 @@ from weightd._address import handles_path
 from weightd.errors import DeviceError
 
 from . import logs
-from .config_file import ConfigError
+from .config_file import ConfigError, TemporaryError
 from .core.catalog import Catalog
 from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
@@ -176,7 +176,12 @@ class Daemon:
             argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
-        drain = Drain(store=store, loads=loads, on_event=tell)
+        preloader = Preloader(
+            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
+            place=lambda said: device_meant(said, names, default, settings.devices), tell=self._manager.tell,
+            listed=settings.preload,
+        )  # fmt: skip
+        drain = Drain(store=store, loads=loads, on_event=tell, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
@@ -198,17 +203,16 @@ class Daemon:
         handles.start(_listen(stack, handles_path(self._socket), mode))
         stack.callback(handles.stop)
         with _umask(0o177):  # until its mode is set, only this user may connect
-            await control.start(str(self._socket))
+            try:
+                await control.start(str(self._socket))
+            except OSError as error:
+                raise TemporaryError(f"socket {self._socket}: {error.strerror}") from error
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
-        preloader = Preloader(
-            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
-            place=lambda said: device_meant(said, names, default), tell=self._manager.tell,
-        )  # fmt: skip
         stack.push_async_callback(preloader.close)
         preloader.check(settings.preload)
-        preloader.begin(entry for entry in settings.preload if entry.wait)
+        preloader.begin(only_awaited=True)
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
@@ -221,7 +225,7 @@ class Daemon:
         self._announcer.ready(lambda: status_line(store))
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
-        preloader.begin(settings.preload)
+        preloader.begin()
 
         def change_budgets(new: Settings) -> None:
             for uuid, memory in store.memories.items():
@@ -233,7 +237,7 @@ class Daemon:
             loads.threads = new.threads
 
         def change_roots(new: Settings) -> None:
-            preloader.roots = new.model_roots
+            preloader.roots, preloader.listed = new.model_roots, new.preload
 
         def change_sockets(new: Settings) -> None:
             for path in (self._socket, handles_path(self._socket), settings.metrics_address):
@@ -258,7 +262,7 @@ class Daemon:
             self._read,
             [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
             {name: change for change, keys in changes.items() for name in keys.split()},
-            lambda new: preloader.begin(new.preload),
+            lambda _: preloader.begin(),
             self._announcer.reloading,
         )
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._address import candidates, handles_path
 
-from .config_file import ConfigError, ConfigFile
+from .config_file import ConfigError, ConfigFile, TemporaryError
 from .core.limits import Limits
 from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
 from .preloads import Preload, preloads_from
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
     _Find = Callable[[str, int, str], str]
 
-__all__ = ["EXIT_CONFIG", "ConfigError", "Loaded", "Settings", "load"]
+__all__ = ["ConfigError", "Loaded", "Settings", "TemporaryError", "load"]
 
-EXIT_CONFIG = 78
 _SOCKET_PATH_BYTES = 107
 _LAST_PORT = 65535
 
@@ -266,8 +265,8 @@ def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -
 def _check(settings: Settings, origins: dict[str, str]) -> None:
     """Refuse values that cannot be. Errors: ConfigError naming the origin."""
 
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
+    def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
+        raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
 
     for key in (each.name for each in fields(Settings) if each.type == "int"):
         least = int(key in ("max_loads", "max_connections"))
@@ -301,7 +300,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     try:
         _ = settings.admin_uids
     except KeyError as error:
-        refuse("admins", f"no user {error.args[0]}")
+        refuse("admins", f"no user {error.args[0]}", TemporaryError)  # a directory service may not be up yet
     for root in settings.model_roots:
         if not root.startswith(("/", "~")) or "\0" in root:
             refuse("model_roots", f"{root!r} is no absolute path")

@@ -67,10 +67,13 @@ class ControlPlane:
         )
 
     async def start(self, path: str) -> None:
-        """Bind to a Unix socket whose place must be free."""
+        """Bind to a Unix socket whose place must be free. Errors: OSError."""
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._server.add_insecure_port(f"unix:{path}")
+        try:
+            self._server.add_insecure_port(f"unix:{path}")
+        except RuntimeError as error:  # why, gRPC does not say
+            raise OSError(0, "gRPC cannot listen there", path) from error
         await self._server.start()
 
     async def ready(self) -> None:

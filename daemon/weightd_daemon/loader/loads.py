@@ -109,19 +109,22 @@ class Loads:
     def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
 
-        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
+        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user); then it has
+        neither, and no name has moved.
         """
-        checkpoint.last_used = self._now()
-        name = request.name
+        who, name, digest = request.who, request.name, checkpoint.key.content_digest
         if name:
             try:
-                self._catalog.set(request.who, name, checkpoint.key.content_digest)
+                self._catalog.check(who, name, digest)
             except WeightdError:
                 if not request.name_is_default:
                     raise
                 name = ""
         if request.pin:
-            self._catalog.keep(request.who, checkpoint)
+            self._catalog.keep(who, checkpoint)
+        if name:
+            self._catalog.set(who, name, digest)
+        checkpoint.last_used = self._now()
         return name
 
     def untaken(self, uid: int | None) -> int:
