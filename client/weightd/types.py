@@ -123,7 +123,10 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """One checkpoint on one device. `state` is "loading" or "resident"."""
+    """One checkpoint on one device. `state` is "loading", "resident" or "lost".
+
+    `owner_uid` is None where who loaded it has no identity.
+    """
 
     names: tuple[str, ...]
     content_digest: str
@@ -137,7 +140,7 @@ class CheckpointInfo:
     loaded_at: datetime | None
     last_used_at: datetime | None
     state: str
-    owner_uid: int
+    owner_uid: int | None
     owner: str
 
     @property
@@ -173,11 +176,15 @@ class CheckpointDetails:
 
 @dataclass(frozen=True, slots=True)
 class LeaseInfo:
-    """One hold of one process on one checkpoint; `waiting` while a finished load is kept for it."""
+    """One hold of one process on one checkpoint; `waiting` while a finished load is kept for it.
+
+    `pid` is None where the daemon does not know the process, as where it is outside of its PID namespace, and `uid`
+    where the process has no identity.
+    """
 
     lease: int
-    pid: int
-    uid: int
+    pid: int | None
+    uid: int | None
     user: str
     command: str
     checkpoint: str
@@ -230,7 +237,7 @@ class DaemonEvent:
 
     `kind` is "load_begun", "load_ended", "sealed", "attached", "detached", "evicted", "device_lost", "draining",
     "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED", or its error's reason), or why a
-    checkpoint was evicted ("capacity", "removed", "lost", "drained").
+    checkpoint was evicted ("capacity", "removed", "lost", "drained"). `pid` and `uid` are as in LeaseInfo.
     """
 
     time: datetime
@@ -240,8 +247,8 @@ class DaemonEvent:
     names: tuple[str, ...]
     load: int
     lease: int
-    pid: int
-    uid: int
+    pid: int | None
+    uid: int | None
     user: str
     command: str
     reason: str

@@ -135,7 +135,8 @@ class Catalog:
         owner = tag.owner if tag else self.owner(checkpoint)
         if not who.admin and (who.uid is None or who.uid != owner):
             what = name or checkpoint.key.content_digest[:19]
-            raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
+            whose = "a user without an identity" if owner is None else f"uid {owner}"
+            raise PermissionDeniedError(f"checkpoint {what} belongs to {whose}; only it and admins may {action} it")
 
     def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""

@@ -130,7 +130,7 @@ class _Peer:
         connection = self._connection
         self._server._connections.remove(connection)
         self._server._attacher.disconnected(connection)
-        log.debug("connection closed number=%d pid=%d: %s", connection.number, connection.pid, reason)
+        log.debug("connection closed number=%d pid=%s: %s", connection.number, connection.pid, reason)
 
     def _readable(self) -> None:
         try:
@@ -144,7 +144,7 @@ class _Peer:
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
-            log.warning("protocol error pid=%d uid=%s: %s", self._connection.pid, self._connection.uid, error)
+            log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))
@@ -177,7 +177,7 @@ class _Peer:
         except (ProtocolError, ConnectionError):
             raise
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
-            log.warning("request failed kind=%s pid=%d: %s", kind, self._connection.pid, error)
+            log.warning("request failed kind=%s pid=%s: %s", kind, self._connection.pid, error)
             self._drop_unsent()
             why = error.strerror or type(error).__name__
             self._send_error(ServerError(f"the daemon could not do it: {why}; try again, or raise its `ulimit -n`"))
@@ -235,7 +235,7 @@ class _Peer:
         os.close(attached.manifest)
         self._expect_ack()
         log.info(
-            "attached lease=%d pid=%d uid=%s content=%s segments=%d", attached.lease, self._connection.pid,
+            "attached lease=%d pid=%s uid=%s content=%s segments=%d", attached.lease, self._connection.pid,
             self._connection.uid, attached.checkpoint.key.content_digest[:19], len(attached.segments),
         )  # fmt: skip
 

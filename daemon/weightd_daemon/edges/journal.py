@@ -179,7 +179,5 @@ def _of_load(kind: daemon_pb2.EventKind, begun: LoadBegun) -> daemon_pb2.Event:
 
 
 def _name(message: daemon_pb2.Event, holder: Holder) -> None:
-    message.pid = holder.pid
-    message.uid = holder.uid or 0
-    message.user = user_name(holder.uid)
-    message.command = holder.command
+    who = daemon_pb2.Event(pid=holder.pid, uid=holder.uid, user=user_name(holder.uid), command=holder.command)
+    message.MergeFrom(who)

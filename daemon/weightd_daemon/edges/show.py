@@ -43,7 +43,7 @@ def leases_to(leases: Iterable[Lease], checkpoints: Iterable[Checkpoint], catalo
         lease_pb2.Lease(
             lease=lease.number,
             pid=lease.holder.pid,
-            uid=lease.holder.uid or 0,
+            uid=lease.holder.uid,
             user=user_name(lease.holder.uid),
             command=lease.holder.command,
             checkpoint=(catalog.names(checkpoint) or [checkpoint.key.content_digest])[0],
