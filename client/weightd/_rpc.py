@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from ._address import grpc_target
 from ._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -61,7 +62,7 @@ class ControlPlane:
             ("grpc.max_send_message_length", _MAX_MESSAGE),
             ("grpc.enable_http_proxy", 0),
         ]
-        self._channel = grpc.insecure_channel(f"unix:{path}", options=options)
+        self._channel = grpc.insecure_channel(grpc_target(path), options=options)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._daemon = daemon_pb2_grpc.DaemonServiceStub(self._channel)

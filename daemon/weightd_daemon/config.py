@@ -13,7 +13,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightd._address import candidates, handles_path
+from weightd._address import check_path, handles_path, serving_socket
+from weightd.errors import InvalidReferenceError
 
 from .config_file import ConfigError, ConfigFile, TemporaryError
 from .core.limits import Limits
@@ -32,7 +33,7 @@ _LAST_PORT = 65535
 
 
 def _default_socket() -> str:
-    return str(candidates()[0])
+    return os.environ.get("WEIGHTD_SOCKET") or str(serving_socket())
 
 
 def _default_state_dir() -> str:
@@ -285,6 +286,10 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         refuse("socket_mode", "must be an octal mode such as 0660")
     if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
         refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+    try:
+        check_path(Path(settings.socket))
+    except InvalidReferenceError as error:
+        refuse("socket", error.message)
     parsers: dict[str, Callable[[], object]] = {
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,
