@@ -25,6 +25,7 @@ from .types import (
     ComponentInfo,
     DaemonEvent,
     DeviceStats,
+    DigestIndexStats,
     DrainResult,
     LeaseInfo,
     LoadProgress,
@@ -163,6 +164,7 @@ class ControlPlane:
             )
             for d in response.devices
         )  # fmt: skip
+        index = response.digest_index
         return Stats(
             devices=devices,
             logical_bytes=response.logical_bytes,
@@ -175,6 +177,9 @@ class ControlPlane:
             digest_collisions=response.digest_collisions,
             evictions=response.evictions,
             state=_STATES.get(response.state, "serving"),
+            digest_index=DigestIndexStats(index.path, index.problem, index.failures)
+            if response.HasField("digest_index")
+            else None,
         )
 
     def events(self, *, follow: bool) -> Iterator[DaemonEvent]:

@@ -215,8 +215,20 @@ class DeviceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DigestIndexStats:
+    """How the digest index is: its file, why it cannot be used now (empty while it can), how often it failed."""
+
+    path: str
+    problem: str
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained"."""
+    """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained".
+
+    `digest_index` is None from a daemon that does not say.
+    """
 
     devices: tuple[DeviceStats, ...]
     logical_bytes: int
@@ -229,6 +241,7 @@ class Stats:
     digest_collisions: int
     evictions: int
     state: str = "serving"
+    digest_index: DigestIndexStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

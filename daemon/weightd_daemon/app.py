@@ -162,6 +162,7 @@ class Daemon:
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
+        index.begin()
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
@@ -184,7 +185,7 @@ class Daemon:
         )  # fmt: skip
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, started=time.time(), journal=journal, drain=drain,
+            now=time.time, started=time.time(), journal=journal, drain=drain, digests=index,
         )  # fmt: skip
         metrics = await self._monitor(stack, parts)
         if metrics is not None:

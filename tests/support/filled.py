@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from weightd_daemon.core.catalog import Catalog, Who
@@ -37,6 +39,7 @@ class Filled:
         self.loads: Any = self
         self.under_way: list[Any] = []
         self.connections: list[Any] = []
+        self.digests = SimpleNamespace(path=Path("/state/index"), problem="", failures=0)
         self.drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
         numbers = count()
         for uuid in DEVICES:

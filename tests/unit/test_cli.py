@@ -33,6 +33,7 @@ from weightd.types import (
     ComponentInfo,
     DaemonEvent,
     DeviceStats,
+    DigestIndexStats,
     DrainResult,
     FileIdentity,
     LeaseInfo,
@@ -333,6 +334,22 @@ def test_stats(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
         "segments",
     ]
     assert set(contracted) <= set(found["devices"][0])
+
+
+def test_stats_say_that_the_digest_index_fails(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = replace(fake.stats(), digest_index=DigestIndexStats("/state/index", "disk is full", 3))
+    for index, words in (
+        (stats.digest_index, ["digest index /state/index cannot be used: disk is full; loads read more, 3 failures"]),
+        (DigestIndexStats("/state/index", "", 1), ["digest index /state/index can be used again, 1 failure since"]),
+        (DigestIndexStats("/state/index", "", 0), []), (None, []),
+    ):  # fmt: skip
+        fake.answers["stats"] = replace(stats, digest_index=index)
+        assert main(["stats"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "digest index" in line]
+        assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * len(words)
+    fake.answers["stats"] = stats
+    assert main(["stats", "--format", "json"]) == 0
+    assert as_json(capsys)["digest_index"] == {"path": "/state/index", "problem": "disk is full", "failures": 3}
 
 
 def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:

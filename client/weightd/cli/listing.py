@@ -154,6 +154,10 @@ def stats(
         f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
         f"{plural(found.digest_collisions, 'digest collision')}"
     )
+    index = found.digest_index
+    if index is not None and (index.problem or index.failures):
+        now = f"cannot be used: {index.problem}; loads read more" if index.problem else "can be used again"
+        emit(printable(f"digest index {index.path} {now}, {plural(index.failures, 'failure')} since the start"))
     _say_state(found.state)
 
 
