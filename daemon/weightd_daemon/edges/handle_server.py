@@ -21,6 +21,8 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import __version__
 
+from .show import clip
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -273,7 +275,7 @@ class _Peer:
             self._connection.offers[number] = ours.detach()
 
     def _send_error(self, error: WeightdError) -> None:
-        reply = handles_pb2.HandleError(reason=error.reason, message=error.message, metadata=error.metadata)
+        reply = handles_pb2.HandleError(reason=error.reason, message=clip(error.message), metadata=error.metadata)
         self._send(handles_pb2.HandleReply(error=reply))
 
     def _send(self, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
