@@ -88,7 +88,7 @@ class Preloader:
 
     def begin(self, *, only_awaited: bool = False) -> None:
         """Load what is listed and neither resident under its name nor under way."""
-        for entry in self.listed:
+        for entry in self.listed if not self._closing else ():
             if entry.wait or not only_awaited:
                 before = self._tasks.get(entry)
                 task = self._try(entry) if before is None else self._again(entry, before)
