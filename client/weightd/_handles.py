@@ -10,7 +10,7 @@ import threading
 from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._address import handles_path
+from ._address import check_peer, handles_path
 from ._proto.v1 import handles_pb2
 from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 
@@ -50,10 +50,13 @@ class HandleConnection:
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(str(handles_path(path)))
+            check_peer(self._socket, path)
             hello = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=PROTOCOL))
             reply = self._ask(hello, "hello").hello
         except OSError as error:
             self._socket.close()
+            if isinstance(error, WeightdError):  # some are an OSError, too
+                raise
             raise _unreachable(path, error) from error
         except BaseException:
             self._socket.close()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from ._address import grpc_target
 from ._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -24,6 +25,7 @@ from .types import (
     ComponentInfo,
     DaemonEvent,
     DeviceStats,
+    DigestIndexStats,
     DrainResult,
     LeaseInfo,
     LoadProgress,
@@ -61,7 +63,7 @@ class ControlPlane:
             ("grpc.max_send_message_length", _MAX_MESSAGE),
             ("grpc.enable_http_proxy", 0),
         ]
-        self._channel = grpc.insecure_channel(f"unix:{path}", options=options)
+        self._channel = grpc.insecure_channel(grpc_target(path), options=options)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._daemon = daemon_pb2_grpc.DaemonServiceStub(self._channel)
@@ -162,6 +164,7 @@ class ControlPlane:
             )
             for d in response.devices
         )  # fmt: skip
+        index = response.digest_index
         return Stats(
             devices=devices,
             logical_bytes=response.logical_bytes,
@@ -174,6 +177,9 @@ class ControlPlane:
             digest_collisions=response.digest_collisions,
             evictions=response.evictions,
             state=_STATES.get(response.state, "serving"),
+            digest_index=DigestIndexStats(index.path, index.problem, index.failures)
+            if response.HasField("digest_index")
+            else None,
         )
 
     def events(self, *, follow: bool) -> Iterator[DaemonEvent]:

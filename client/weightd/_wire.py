@@ -86,21 +86,27 @@ def checkpoint_from(message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
         loaded_at=time_from(message.load_time) if loaded else None,
         last_used_at=time_from(message.last_use_time) if loaded else None,
         state=_STATES.get(message.state, "unknown"),
-        owner_uid=message.owner_uid,
+        owner_uid=message.owner_uid if message.HasField("owner_uid") else None,
         owner=message.owner,
     )
+
+
+def _process(message: lease_pb2.Lease | daemon_pb2.Event) -> tuple[int | None, int | None]:
+    """Process and user, each None where the daemon does not know it."""
+    return message.pid if message.HasField("pid") else None, message.uid if message.HasField("uid") else None
 
 
 def lease_from(message: lease_pb2.Lease) -> LeaseInfo:
     """A lease from its message."""
     return LeaseInfo(
-        message.lease, message.pid, message.uid, message.user, message.command, message.checkpoint, message.device,
+        message.lease, *_process(message), message.user, message.command, message.checkpoint, message.device,
         message.bytes, time_from(message.since_time), message.waiting,
     )  # fmt: skip
 
 
 def event_from(message: daemon_pb2.Event) -> DaemonEvent:
     """An event from its message; a kind that only a newer daemon knows is "unknown"."""
+    pid, uid = _process(message)
     kinds = daemon_pb2.EventKind
     known = message.kind in kinds.values()
     return DaemonEvent(
@@ -111,8 +117,8 @@ def event_from(message: daemon_pb2.Event) -> DaemonEvent:
         names=tuple(message.names),
         load=message.load,
         lease=message.lease,
-        pid=message.pid,
-        uid=message.uid,
+        pid=pid,
+        uid=uid,
         user=message.user,
         command=message.command,
         reason=message.reason,

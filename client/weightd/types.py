@@ -129,7 +129,10 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """One checkpoint on one device. `state` is "loading", "resident" or "lost"."""
+    """One checkpoint on one device. `state` is "loading", "resident" or "lost".
+
+    `owner_uid` is None where who loaded it has no identity.
+    """
 
     names: tuple[str, ...]
     content_digest: str
@@ -143,7 +146,7 @@ class CheckpointInfo:
     loaded_at: datetime | None
     last_used_at: datetime | None
     state: str
-    owner_uid: int
+    owner_uid: int | None
     owner: str
 
     @property
@@ -179,11 +182,15 @@ class CheckpointDetails:
 
 @dataclass(frozen=True, slots=True)
 class LeaseInfo:
-    """One hold of one process on one checkpoint; `waiting` while a finished load is kept for it."""
+    """One hold of one process on one checkpoint; `waiting` while a finished load is kept for it.
+
+    `pid` is None where the daemon does not know the process, as where it is outside of its PID namespace, and `uid`
+    where the process has no identity.
+    """
 
     lease: int
-    pid: int
-    uid: int
+    pid: int | None
+    uid: int | None
     user: str
     command: str
     checkpoint: str
@@ -214,8 +221,20 @@ class DeviceStats:
 
 
 @dataclass(frozen=True, slots=True)
+class DigestIndexStats:
+    """How the digest index is: its file, why it cannot be used now (empty while it can), how often it failed."""
+
+    path: str
+    problem: str
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained"."""
+    """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained".
+
+    `digest_index` is None from a daemon that does not say.
+    """
 
     devices: tuple[DeviceStats, ...]
     logical_bytes: int
@@ -228,6 +247,7 @@ class Stats:
     digest_collisions: int
     evictions: int
     state: str = "serving"
+    digest_index: DigestIndexStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +257,8 @@ class DaemonEvent:
     `kind` is "load_begun", "load_ended", "load_answered", "sealed", "attached", "detached", "evicted", "named",
     "unnamed", "device_lost", "draining", "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED",
     or its error's reason), or why a checkpoint was evicted ("capacity", "removed", "lost", "drained"). `evicted` and
-    `evicted_others` say what went for a load, as in LoadResult; `previous_digest` what a name meant before.
+    `evicted_others` say what went for a load, as in LoadResult; `previous_digest` what a name meant before. `pid` and
+    `uid` are as in LeaseInfo.
     """
 
     time: datetime
@@ -247,8 +268,8 @@ class DaemonEvent:
     names: tuple[str, ...]
     load: int
     lease: int
-    pid: int
-    uid: int
+    pid: int | None
+    uid: int | None
     user: str
     command: str
     reason: str

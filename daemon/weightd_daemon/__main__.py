@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import os
 import sys
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from . import logs
 from .app import AlreadyServedError, Daemon
-from .config import EXIT_CONFIG, ConfigError, Loaded, Settings, load
+from .config import ConfigError, Loaded, Settings, TemporaryError, load
 from .loader.process import DEFAULT_ARGV
 from .preloads import Preload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
@@ -28,7 +31,7 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         loaded = load(options.config, vars(options), os.environ)
     except ConfigError as error:
         sys.stderr.write(f"weightd: {error}\n")
-        return EXIT_CONFIG
+        return error.exit_code
     if options.command == "config":
         _print_config(loaded, as_json=options.format == "json")
         return 0
@@ -42,7 +45,12 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     except ConfigError as error:
         where = f"{loaded.origins[error.key]}: " if error.key else ""
         sys.stderr.write(f"weightd: {where}{error}\n")
-        return EXIT_CONFIG
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in _EXHAUSTED:
+            raise
+        sys.stderr.write(f"weightd: the system has not what the daemon needs now: {error}\n")
+        return TemporaryError.exit_code
     except AlreadyServedError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1

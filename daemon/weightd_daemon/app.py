@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import os
 import resource
 import signal
-import socket
-import stat
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +17,7 @@ from weightd._address import handles_path
 from weightd.errors import DeviceError
 
 from . import logs
-from .config_file import ConfigError
+from .config_file import ConfigError, TemporaryError
 from .core.catalog import Catalog
 from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
@@ -42,6 +39,7 @@ from .edges.parts import Parts
 from .edges.preloading import Preloader
 from .edges.reloading import Reloading
 from .edges.service import ControlPlane
+from .edges.sockets import AlreadyServedError, listen, locked, umask
 from .edges.survival import Survival
 from .edges.systemd import ServiceManager, kept_descriptors
 from .loader.loads import Loads
@@ -49,21 +47,18 @@ from .loader.process import DEFAULT_ARGV
 from .loader.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from .config import Loaded, Settings
     from .devices.device import Device
     from .edges.metrics import Metrics
     from .edges.reloading import Change
 
+__all__ = ["AlreadyServedError", "Daemon"]
+
 log = logging.getLogger(__name__)
 
 _STOP_GRACE = 1.0
-_CHILD_END_SECONDS = 5.0
-
-
-class AlreadyServedError(Exception):
-    """Another daemon has this socket."""
 
 
 class Daemon:
@@ -98,7 +93,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
-            lock = stack.enter_context(_locked(self._socket))
+            lock = stack.enter_context(locked(self._socket))
             await self._serve(stack, lock)
             self._up = True
             await self._stop.wait()
@@ -166,6 +161,7 @@ class Daemon:
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
+        index.begin()
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
@@ -175,7 +171,12 @@ class Daemon:
             argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
-        drain = Drain(store=store, loads=loads, on_event=tell)
+        preloader = Preloader(
+            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
+            place=lambda said: device_meant(said, names, default, settings.devices), tell=self._manager.tell,
+            listed=settings.preload,
+        )  # fmt: skip
+        drain = Drain(store=store, loads=loads, on_event=tell, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
@@ -183,7 +184,7 @@ class Daemon:
         )  # fmt: skip
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, journal=journal, drain=drain,
+            now=time.time, journal=journal, drain=drain, digests=index,
         )  # fmt: skip
         metrics = await self._monitor(stack, parts)
         if metrics is not None:
@@ -194,20 +195,20 @@ class Daemon:
         )  # fmt: skip
         control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
-        handles.start(_listen(stack, handles_path(self._socket), mode))
+        listener = stack.enter_context(listen(handles_path(self._socket), mode))
+        handles.start(listener)
         stack.callback(handles.stop)
-        with _umask(0o177):  # until its mode is set, only this user may connect
-            await control.start(str(self._socket))
+        with umask(0o177):  # until its mode is set, only this user may connect
+            try:
+                await control.start(self._socket)
+            except OSError as error:
+                raise TemporaryError(f"socket {self._socket}: {error.strerror}") from error
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         self._socket.chmod(mode)
-        preloader = Preloader(
-            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
-            place=lambda said: device_meant(said, names, default), tell=self._manager.tell,
-        )  # fmt: skip
         stack.push_async_callback(preloader.close)
         preloader.check(settings.preload)
-        preloader.begin(entry for entry in settings.preload if entry.wait)
+        preloader.begin(only_awaited=True)
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
@@ -220,7 +221,7 @@ class Daemon:
         self._announcer.ready(lambda: status_line(store))
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
-        preloader.begin(settings.preload)
+        preloader.begin()
 
         def change_budgets(new: Settings) -> None:
             for uuid, memory in store.memories.items():
@@ -232,7 +233,7 @@ class Daemon:
             loads.threads = new.threads
 
         def change_roots(new: Settings) -> None:
-            preloader.roots = new.model_roots
+            preloader.roots, preloader.listed = new.model_roots, new.preload
 
         def change_sockets(new: Settings) -> None:
             for path in (self._socket, handles_path(self._socket), settings.metrics_address):
@@ -257,7 +258,7 @@ class Daemon:
             self._read,
             [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
             {name: change for change, keys in changes.items() for name in keys.split()},
-            lambda new: preloader.begin(new.preload),
+            lambda _: preloader.begin(),
             self._announcer.reloading,
         )
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
@@ -300,82 +301,6 @@ class Daemon:
 
 def _uncounted(*_: object) -> None:
     """Where nobody counts."""
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a socket path; loaders and holders inherit it. Errors: AlreadyServedError."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise AlreadyServedError(
-            f"socket {path}: cannot be made: {error.strerror}; choose another with --socket"
-        ) from error
-    try:
-        _take_lock(lock, path)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
-        for stale in (path, handles_path(path)):
-            _remove_socket(stale)
-        yield lock
-        for stale in (path, handles_path(path)):
-            _remove_socket(stale)
-    finally:
-        os.close(lock)
-
-
-def _take_lock(lock: int, path: Path) -> None:
-    """Lock, waiting a little for the children of a daemon that has died: they hold its lock until they are gone."""
-    deadline = time.monotonic() + _CHILD_END_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
-            if holder.isdigit() and not Path(f"/proc/{holder}").exists():
-                if time.monotonic() < deadline:
-                    time.sleep(0.02)
-                    continue
-                raise AlreadyServedError(
-                    f"socket {path}: a process of the daemon that died (pid {holder}) does not end, "
-                    "it may hang in a read or in the driver; end it, or choose another socket with --socket"
-                ) from None
-            raise AlreadyServedError(
-                f"socket {path}: another daemon (pid {holder or 'unknown'}) serves it; "
-                "stop it, or choose another with --socket"
-            ) from None
-        return
-
-
-def _remove_socket(path: Path) -> None:
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AlreadyServedError(
-                f"{path} is there and is not a socket; move it away, or choose another with --socket"
-            )
-        path.unlink()
-    except FileNotFoundError:
-        pass
-
-
-def _listen(stack: contextlib.AsyncExitStack, path: Path, mode: int) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    stack.callback(listener.close)
-    with _umask(0o177):
-        listener.bind(str(path))
-    path.chmod(mode)
-    listener.listen(128)
-    return listener
-
-
-@contextlib.contextmanager
-def _umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 def _raise_descriptor_limit() -> None:

@@ -13,9 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightd._address import candidates, handles_path
+from weightd._address import check_path, handles_path, serving_socket
+from weightd.errors import InvalidReferenceError
 
-from .config_file import ConfigError, ConfigFile
+from .config_file import ConfigError, ConfigFile, TemporaryError
 from .core.limits import Limits
 from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
 from .preloads import Preload, preloads_from
@@ -25,15 +26,14 @@ if TYPE_CHECKING:
 
     _Find = Callable[[str, int, str], str]
 
-__all__ = ["EXIT_CONFIG", "ConfigError", "Loaded", "Settings", "load"]
+__all__ = ["ConfigError", "Loaded", "Settings", "TemporaryError", "load"]
 
-EXIT_CONFIG = 78
 _SOCKET_PATH_BYTES = 107
 _LAST_PORT = 65535
 
 
 def _default_socket() -> str:
-    return str(candidates()[0])
+    return os.environ.get("WEIGHTD_SOCKET") or str(serving_socket())
 
 
 def _default_state_dir() -> str:
@@ -266,8 +266,8 @@ def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -
 def _check(settings: Settings, origins: dict[str, str]) -> None:
     """Refuse values that cannot be. Errors: ConfigError naming the origin."""
 
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
+    def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
+        raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
 
     for key in (each.name for each in fields(Settings) if each.type == "int"):
         least = int(key in ("max_loads", "max_connections"))
@@ -286,6 +286,10 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         refuse("socket_mode", "must be an octal mode such as 0660")
     if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
         refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+    try:
+        check_path(Path(settings.socket))
+    except InvalidReferenceError as error:
+        refuse("socket", error.message)
     parsers: dict[str, Callable[[], object]] = {
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,
@@ -301,7 +305,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     try:
         _ = settings.admin_uids
     except KeyError as error:
-        refuse("admins", f"no user {error.args[0]}")
+        refuse("admins", f"no user {error.args[0]}", TemporaryError)  # a directory service may not be up yet
     for root in settings.model_roots:
         if not root.startswith(("/", "~")) or "\0" in root:
             refuse("model_roots", f"{root!r} is no absolute path")

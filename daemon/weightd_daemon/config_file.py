@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,13 +19,22 @@ class ConfigError(Exception):
     `key` is the setting where the message does not say: where only the daemon could find out, as it began to serve.
     """
 
+    exit_code: ClassVar[int] = 78
+    """With which the daemon ends. A service manager does not start it again: waiting would not help."""
+
     def __init__(self, message: str, key: str = "") -> None:
         super().__init__(message)
         self.key = key
 
 
+class TemporaryError(ConfigError):
+    """What a setting asks for is not there now: a driver, a mount, a file, memory. The next start may find it."""
+
+    exit_code = 75
+
+
 class ConfigFile:
-    """A TOML file as it was when it was read. Errors: ConfigError."""
+    """A TOML file as it was when it was read. Errors: ConfigError; TemporaryError (it cannot be read)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,7 +46,7 @@ class ConfigFile:
             text = raw.decode()
             self.values: dict[str, Any] = tomllib.loads(text)
         except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+            raise TemporaryError(f"{path}: cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: is not TOML: {error}") from error
         self._lines = text.splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ class JsonLines(logging.Formatter):
             "time": f"{stamp}.{int(record.created % 1 * 1000):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": _message(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -44,7 +45,17 @@ class JsonLines(logging.Formatter):
         return json.dumps(line | _fields(record, line) | more)
 
 
-class JournalLines(logging.Formatter):
+class TextLines(logging.Formatter):
+    """Lines for people: what is not known is "unknown"."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines, without the last one's end."""
+        shown = copy.copy(record)
+        shown.msg, shown.args = _message(record), None
+        return super().format(shown)
+
+
+class JournalLines(TextLines):
     """Each line with its priority, as sd-daemon(3) says; the journal has the date itself."""
 
     def __init__(self) -> None:
@@ -77,13 +88,19 @@ def _formatter(settings: Settings, environment: Mapping[str, str]) -> logging.Fo
         return JsonLines()
     if _is_journal(environment.get("JOURNAL_STREAM", "")):
         return JournalLines()
-    return logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
+    return TextLines("%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def _is_journal(stream: str) -> bool:
     """Whether standard error is the journal: $JOURNAL_STREAM is inherited by those who have another one, too."""
     status = os.fstat(2)
     return stream == f"{status.st_dev}:{status.st_ino}"
+
+
+def _message(record: logging.LogRecord) -> str:
+    if not isinstance(record.args, tuple) or None not in record.args:
+        return record.getMessage()
+    return str(record.msg) % tuple("unknown" if value is None else value for value in record.args)
 
 
 def _fields(record: logging.LogRecord, taken: Mapping[str, object]) -> dict[str, object]:

@@ -507,56 +507,8 @@ def test_a_released_segment_lives_on_under_a_mapping(host: Device) -> None:
 # -- how much there is -------------------------------------------------------------------------------------------------
 
 
-def fake_cgroups(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
-    """Let the parser read these files, and no others."""
-
-    def read_text(self: Path) -> str:
-        try:
-            return files[str(self)]
-        except KeyError:
-            raise FileNotFoundError(errno.ENOENT, "not there", str(self)) from None
-
-    monkeypatch.setattr(Path, "read_text", read_text)
-
-
-GIB = 1 << 30
-ROOT = "/sys/fs/cgroup"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, []),
-        ({"/proc/self/cgroup": "0::/\n"}, []),
-        ({"/proc/self/cgroup": "0::/\n", f"{ROOT}/memory.max": f"{GIB}\n"}, [GIB]),
-        (
-            {
-                "/proc/self/cgroup": "0::/user.slice/a.scope\n",
-                f"{ROOT}/user.slice/a.scope/memory.max": "max\n",
-                f"{ROOT}/user.slice/memory.max": f"{2 * GIB}\n",
-            },
-            [2 * GIB],
-        ),
-        (
-            {
-                "/proc/self/cgroup": "4:memory:/old\n0::/a/b\n",
-                f"{ROOT}/a/b/memory.max": f"{3 * GIB}\n",
-                f"{ROOT}/a/memory.max": f"{2 * GIB}\n",
-                "/sys/fs/memory.max": "1\n",
-            },
-            [3 * GIB, 2 * GIB],
-        ),
-    ],
-)
-def test_limits_of_control_groups(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: list[int]) -> None:
-    with monkeypatch.context() as patch:
-        fake_cgroups(patch, files)
-        found = host_device._cgroup_limits()
-    assert found == expected
-
-
 def test_the_capacity_is_the_lowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limits, expected in (([], machine), ([1 << 20, 1 << 30], 1 << 20), ([machine * 4], machine)):
-        monkeypatch.setattr(host_device, "_cgroup_limits", lambda limits=limits: limits)
+    for limit, expected in ((None, machine), (1 << 20, 1 << 20), (machine * 4, machine)):
+        monkeypatch.setattr(host_device, "memory_limit", lambda limit=limit: limit)
         assert HostDevice().capacity() == expected

@@ -354,7 +354,7 @@ def start(backend: Backend, tmp_path: Path) -> str:
     if ready:
         assert process.returncode == 0, errors
         return ""
-    assert process.returncode == 78, errors
+    assert process.returncode == 75, errors
     assert "Traceback" not in errors
     return errors.splitlines()[-1]
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -227,3 +227,20 @@ def test_residual_risk_a_write_through_a_shared_map_leaves_no_trace(daemon: Daem
         with client.attach(a) as attachment:
             assert attachment.content_digest == verified.content_digest
             assert attachment.buffer("t5") == new
+
+
+def test_a_state_folder_that_cannot_be_used_is_said_once(start_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    daemon = start_daemon(state_dir=tmp_path / "file" / "state")
+    client = daemon.connect()
+    for name in "abc":
+        path = checkpoints.write_random(tmp_path / f"{name}.safetensors", 1, MIB, seed=name)
+        checkpoints.rest(path)
+        client.load(path)
+    index = client.stats().digest_index
+    assert index is not None
+    assert (index.path, index.problem) == (f"{tmp_path}/file/state/digests-v1.sqlite3", "Not a directory")
+    assert index.failures > 3
+    (line,) = [line for line in daemon.logged().splitlines() if "digest index" in line]
+    assert line.endswith(f"{index.path} cannot be used: Not a directory; loads go on, and read more")
+    assert f"digest index {index.path} cannot be used: Not a directory;" in daemon.command("stats").stdout

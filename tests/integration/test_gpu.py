@@ -446,9 +446,9 @@ def test_without_a_gpu_auto_serves_host_memory_and_says_why_in_one_line(tmp_path
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "GPU-0123abcd"])
-def test_without_a_gpu_a_daemon_that_must_have_one_is_misconfigured(tmp_path: Path, device: str) -> None:
+def test_without_a_gpu_a_daemon_that_must_have_one_is_to_be_started_again(tmp_path: Path, device: str) -> None:
     served = serve(tmp_path, f"--device={device}")
-    assert (served.returncode, served.stdout) == (78, "")
+    assert (served.returncode, served.stdout) == (75, "")
     (line,) = served.stderr.splitlines()
     assert device in line
     assert "no CUDA driver can be used here" in line
@@ -457,14 +457,15 @@ def test_without_a_gpu_a_daemon_that_must_have_one_is_misconfigured(tmp_path: Pa
 @vmm_on_the_double
 def test_a_gpu_that_is_not_there_or_means_several(backend: Backend, tmp_path: Path) -> None:
     two = backend.with_knobs(devices=2).environment
-    for flags, why in {
-        ("--device=cuda:2",): "is not there",
-        ("--device=cuda:0", f"--device={fakecuda.uuid(0)}"): "named already",
-        ("--device=cuda:0", "--budget=cuda:1=1GiB"): "cuda:1",
-        ("--device=cuda", "--budget=900GiB"): "900GiB",
+    for flags, (code, why) in {
+        ("--device=cuda:2",): (75, "is not there"),
+        ("--device=auto", "--budget=cuda:2=1GiB"): (75, "cuda:2 is not served"),
+        ("--device=cuda:0", f"--device={fakecuda.uuid(0)}"): (78, "named already"),
+        ("--device=cuda:0", "--budget=cuda:1=1GiB"): (78, "cuda:1"),
+        ("--device=cuda", "--budget=900GiB"): (78, "900GiB"),
     }.items():
         served = serve(tmp_path, *flags, more=two)
-        assert (served.returncode, served.stdout) == (78, ""), served.stderr
+        assert (served.returncode, served.stdout) == (code, ""), served.stderr
         assert why in served.stderr.splitlines()[-1]
     assert serve(tmp_path, "--device=cuda", "--budget=1MiB", more=two).returncode == 78  # less than one page
 
@@ -479,7 +480,7 @@ def test_where_memory_cannot_be_exported_it_is_shared_by_cuda_ipc(
     assert device.kind == "cuda_ipc"
     client.load(make(tmp_path, "base"), name="base")
     served = serve(tmp_path, "--device=cuda", "--transport=cuda_vmm", more=poor.environment)
-    assert served.returncode == 78
+    assert served.returncode == 75
     assert "cannot be served" in served.stderr
 
 

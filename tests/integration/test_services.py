@@ -152,3 +152,11 @@ def test_version_needs_no_token(daemon: Daemon, channel: grpc.Channel) -> None:
     answer = daemon_pb2_grpc.DaemonServiceStub(channel).GetVersion(daemon_pb2.GetVersionRequest(), timeout=60)
     assert (answer.version, answer.pid) == (weightd.__version__, daemon.pid)
     assert 0 <= answer.uptime_seconds < 60
+
+
+@pytest.mark.parametrize("reference", ["x" * 20_000, "ä" * 20_000])
+def test_an_error_about_a_very_long_reference_is_that_error(daemon: Daemon, reference: str) -> None:
+    client = daemon.connect()
+    for call in (client.inspect, client.pin, client.attach):
+        with pytest.raises(weightd.NotFoundError, match=r"^checkpoint '.* \[…\] .*' is not resident"):
+            call(reference)

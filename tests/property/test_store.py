@@ -22,7 +22,7 @@ from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import NOBODY, Holder, Lease, Leases
 from weightd_daemon.core.making_room import fit
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
@@ -41,7 +41,6 @@ DOMAINS = ("all", "uid:7")
 LOADS = 3
 LENGTHS = (1, 300, 1500)
 FILES = (ManifestFile("", "f", None),)
-NOBODY = Holder(0, 0, None, "?")
 
 
 def weak_digest(data: bytes) -> bytes:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from weightd_daemon.core.catalog import Catalog, Who
@@ -29,15 +31,16 @@ class Gpu:
 class Filled:
     """What services answer from (see Parts), filled with checkpoints of a few blobs that all differ."""
 
-    def __init__(self, checkpoints: int, *, held: bool = True) -> None:
+    def __init__(self, checkpoints: int, *, held: bool = True, limits: Limits | None = None) -> None:
         self.held = held
         self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
-        self.catalog = Catalog(self.store, Limits())
+        self.catalog = Catalog(self.store, limits or Limits())
         self.devices = {uuid: Gpu() for uuid in DEVICES}
         self.loads: Any = self
         self.under_way: list[Any] = []
         self.connections: list[Any] = []
-        self.drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None)
+        self.digests = SimpleNamespace(path=Path("/state/index"), problem="", failures=0)
+        self.drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
         numbers = count()
         for uuid in DEVICES:
             self.store.memories[uuid] = DeviceMemory(

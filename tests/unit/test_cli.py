@@ -33,6 +33,7 @@ from weightd.types import (
     ComponentInfo,
     DaemonEvent,
     DeviceStats,
+    DigestIndexStats,
     DrainResult,
     FileIdentity,
     LeaseInfo,
@@ -190,7 +191,7 @@ class FakeClient:
         return iter(self._answer("events", [attached, replace(attached, kind="drained")], follow))
 
     def drain(self, *, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None]) -> Any:
-        on_holders(FakeClient().leases())
+        on_holders(self.leases())
         return self._answer("drain", DrainResult(3, 2 * GIB), timeout)
 
     def undrain(self) -> Any:
@@ -298,6 +299,24 @@ def test_ps(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert "python serve.py" in capsys.readouterr().out
 
 
+def test_what_is_not_known_is_unknown_and_null(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    (lease,) = fake.leases()
+    fake.answers["leases"] = [replace(lease, pid=None, uid=None, user="?", command="")]
+    assert main(["ps", "--format", "json"]) == 0
+    (row,) = as_json(capsys)
+    assert (row["pid"], row["uid"]) == (None, None)
+    assert main(["ps"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["7", "unknown", "?"]
+    details = fake.inspect("base", device=None)
+    fake.answers["inspect"] = replace(details, checkpoint=replace(CHECKPOINT, owner_uid=None, owner="?"))
+    assert main(["inspect", "base"]) == 0
+    assert "owner      unknown\n" in capsys.readouterr().out
+    assert main(["inspect", "base", "--format", "json"]) == 0
+    assert as_json(capsys)["checkpoint"]["owner_uid"] is None
+    assert main(["drain"]) == 0
+    assert capsys.readouterr().err == "weightd: waiting for pid unknown, which holds org/base\n"
+
+
 def test_stats(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stats"]) == 0
     printed = capsys.readouterr().out
@@ -319,6 +338,22 @@ def test_stats(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
         "segments",
     ]
     assert set(contracted) <= set(found["devices"][0])
+
+
+def test_stats_say_that_the_digest_index_fails(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    stats = replace(fake.stats(), digest_index=DigestIndexStats("/state/index", "disk is full", 3))
+    for index, words in (
+        (stats.digest_index, ["digest index /state/index cannot be used: disk is full; loads read more, 3 failures"]),
+        (DigestIndexStats("/state/index", "", 1), ["digest index /state/index can be used again, 1 failure since"]),
+        (DigestIndexStats("/state/index", "", 0), []), (None, []),
+    ):  # fmt: skip
+        fake.answers["stats"] = replace(stats, digest_index=index)
+        assert main(["stats"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "digest index" in line]
+        assert [line.startswith(word) for line, word in zip(lines, words, strict=True)] == [True] * len(words)
+    fake.answers["stats"] = stats
+    assert main(["stats", "--format", "json"]) == 0
+    assert as_json(capsys)["digest_index"] == {"path": "/state/index", "problem": "disk is full", "failures": 3}
 
 
 def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -582,7 +617,7 @@ def test_drain(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == "drained 3 checkpoints, freed 2.00 GiB\n"
     assert captured.err == "weightd: waiting for pid 4242 (python serve.py), which holds org/base\n"
-    assert fake.calls == [("drain", 2.5)]
+    assert fake.calls[-1] == ("drain", 2.5)
     assert main(["drain", "-q"]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["drain", "--format", "json"]) == 0

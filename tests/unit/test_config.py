@@ -14,7 +14,7 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon import config
-from weightd_daemon.config import EXIT_CONFIG, ConfigError, Settings, load
+from weightd_daemon.config import ConfigError, Settings, TemporaryError, load
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.notation import means, parse_size
 from weightd_daemon.preloads import Preload
@@ -414,9 +414,19 @@ def test_its_json_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["config", "serve"])
 def test_a_bad_configuration_exits_78_with_one_line(command: str) -> None:
     done = run(command, "--max-loads", "many")
-    assert done.returncode == EXIT_CONFIG == 78
+    assert done.returncode == 78
     assert done.stdout == ""
     assert done.stderr == "weightd: --max-loads: 'many' is not a number\n"
+
+
+def test_what_may_be_there_at_the_next_start_exits_75(tmp_path: Path) -> None:
+    """A mount or a directory of users that is late must not keep a service down for good."""
+    done = run("config", "--config", str(tmp_path / "late" / "weightd.toml"))
+    assert (done.returncode, done.stdout) == (TemporaryError.exit_code, "") == (75, "")
+    assert done.stderr == f"weightd: {tmp_path}/late/weightd.toml: cannot be read: No such file or directory\n"
+    done = run("config", "--admins", "nobody-of-that-name")
+    assert (done.returncode, done.stdout) == (75, "")
+    assert done.stderr == "weightd: --admins: admins = 'nobody-of-that-name': no user nobody-of-that-name\n"
 
 
 @pytest.mark.parametrize("budget", ["100TiB", "12"])

@@ -127,6 +127,12 @@ def test_who_holds_in_words() -> None:
     assert named(leases) == "pid 0 (c0), pid 1 (c1), pid 2 (c2), pid 3 (c3), pid 4 (c4) and 2 more"
 
 
+def test_who_cannot_be_known_is_said_to_be_unknown() -> None:
+    holders = [Holder(1, None, 1000, ""), Holder(2, None, 1000, ""), Holder(3, None, None, ""), Holder(4, 9, 0, "")]
+    leases = [Lease(number, "a", holder, 0.0, waiting=False) for number, holder in enumerate(holders)]
+    assert named(leases) == "pid unknown (uid 1000), pid unknown, pid 9"
+
+
 @dataclass
 class Used:
     used: int
@@ -156,7 +162,7 @@ def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
 def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     told: list[object] = []
     leases = Leases(lambda _: True, told.append)
-    leases.inherit(5, "a", Holder(connection=0, pid=0, uid=1000, command="?"), 1.0)
+    leases.inherit(5, "a", Holder(connection=0, pid=None, uid=1000, command=""), 1.0)
     leases.attribute(5, HOLDER)
     (lease,) = leases.of("a")
     assert (lease.number, lease.holder, leases.of_connection(HOLDER.connection)) == (5, HOLDER, [lease])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any, ClassVar
 
 import pytest
 
 from weightd.errors import DeviceError, DeviceMismatchError
-from weightd_daemon.config import ConfigError, Settings
+from weightd_daemon.config import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.served import budget_of, default_device, device_meant, open_served
 
@@ -92,17 +93,18 @@ def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("said", "message", "kind"),
     [
-        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0"),
-        ("GPU-dddd0000", "'GPU-dddd0000': is not there"),
-        ("GPU-aaaa0000", "means more than one of .*; say more of it"),
-        ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already"),
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", TemporaryError),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there", TemporaryError),
+        ("GPU-aaaa0000", "means more than one of .*; say more of it", ConfigError),
+        ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already", ConfigError),
     ],
 )
-def test_what_does_not_name_one_gpu_is_refused(said: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_what_does_not_name_one_gpu_is_refused(said: str, message: str, kind: type[ConfigError]) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
         served(said)
+    assert type(caught.value) is kind
     assert FakeDevice.open == []
 
 
@@ -119,9 +121,17 @@ def test_without_a_driver_auto_serves_host_memory_and_the_log_says_why(
         "no GPU: no CUDA driver can be used here: libcuda is missing; serving host memory"
     ]
     for said in ("cuda", "cuda:0", "host,GPU-cccc0000"):
-        with pytest.raises(ConfigError, match=r"device = .*libcuda is missing"):
+        with pytest.raises(TemporaryError, match=r"device = .*libcuda is missing"):
             served(said)
     assert served("host") == [("host", "host")]
+
+
+def test_a_package_that_is_missing_does_not_come_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: cuda_choice.driver.call("cuInit", 0))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(ConfigError, match="needs the package cuda-bindings, which is not installed") as caught:
+        served("cuda")
+    assert type(caught.value) is ConfigError
 
 
 def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
@@ -150,7 +160,7 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
     assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
     FakeDevice.open.clear()
     for said in ("cuda", "cuda:1"):
-        with pytest.raises(ConfigError, match=f"device = '{said}': cuDeviceGetUuid failed"):
+        with pytest.raises(TemporaryError, match=f"device = '{said}': cuDeviceGetUuid failed"):
             served(said)
 
 
@@ -163,7 +173,7 @@ def test_a_transport_that_is_said_is_the_one_that_is_used() -> None:
     assert served("cuda:0", transport="cuda_ipc") == [("cuda:0", "cuda_ipc")]
     FakeDevice.open.clear()
     FakeDevice.broken |= {(1, "cuda_vmm")}
-    with pytest.raises(ConfigError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
+    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
         served("cuda:1", transport="cuda_vmm")
     assert FakeDevice.open == []
 
@@ -178,7 +188,7 @@ def test_a_gpu_that_works_in_no_way_is_left_out_by_auto_and_refused_where_it_was
         f"cuda_vmm is not for {UUIDS[1]}; cuda_ipc is not for {UUIDS[1]}"
     ]
     FakeDevice.open.clear()
-    with pytest.raises(ConfigError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
+    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
         served("cuda:1")
 
 
@@ -188,9 +198,14 @@ def test_a_gpu_that_is_full_when_tried_is_served_all_the_same() -> None:
 
 
 def test_a_budget_for_a_device_that_is_not_served_is_refused() -> None:
-    for device, budget in (("host", "cuda:0=1GiB"), ("cuda:0", "cuda:1=50%"), ("cuda", "host=1GiB,cuda=50%")):
-        with pytest.raises(ConfigError, match=r"budget = .* is not served"):
+    for device, budget, kind in (
+        ("host", "cuda:0=1GiB", ConfigError), ("cuda:0", "cuda:1=50%", ConfigError),
+        ("cuda", "host=1GiB,cuda=50%", ConfigError), ("auto", "cuda:3=1GiB", TemporaryError),
+        ("cuda", "cuda:3=1GiB", TemporaryError), ("auto", "GPU-dddd0000=1GiB", TemporaryError),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"budget = .* is not served") as caught:
             served(device, budget=budget)
+        assert type(caught.value) is kind
         FakeDevice.open.clear()
     for device, budget in (("host,cuda:0", "cuda:0=1GiB"), ("cuda:0", "cuda=50%"), ("auto", "GPU-cccc0000=50%")):
         served(device, budget=budget)
@@ -257,14 +272,19 @@ SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (
     [("host", "host"), ("cuda:1", UUIDS[1]), (UUIDS[0], UUIDS[0]), (UUIDS[1][:14], UUIDS[1]), ("", "default")],
 )
 def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected: str) -> None:
-    assert device_meant(said, SERVED, "default") == expected
+    assert device_meant(said, SERVED, "default", ["auto"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
-    [("cuda", "may be one of several"), ("GPU-aaaa0000", "may be one of several"), ("cuda:2", "is not served"),
-     ("", "'' may be one of several")],
+    ("said", "devices", "why", "kind"),
+    [("cuda", "auto", "may be one of several", ConfigError), ("GPU-aaaa0000", "auto", "one of several", ConfigError),
+     ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryError),
+     ("cuda:2", "host,cuda", "is not served", TemporaryError), ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryError),
+     ("cuda:2", "host,cuda:0,cuda:1", "is not served", ConfigError)],
 )  # fmt: skip
-def test_a_setting_that_names_none_or_several_is_refused(said: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
-        device_meant(said, SERVED, "")
+def test_a_setting_that_names_none_or_several_is_refused(
+    said: str, devices: str, why: str, kind: type[ConfigError]
+) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        device_meant(said, SERVED, "", Settings(device=devices).devices)
+    assert type(caught.value) is kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import stat
@@ -134,6 +135,45 @@ def test_a_folder_that_cannot_be_is_no_error(tmp_path: Path, caplog: pytest.LogC
     using(tmp_path / "file" / "state", steps)
     assert {record.levelname for record in caplog.records} == {"WARNING"}
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_one_line_at_the_start_and_one_for_each_change(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """However many files there are; it is tried again each time, and a figure counts the failures."""
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "state"
+    folder.write_bytes(b"")
+
+    async def steps(index: DigestIndex) -> None:
+        index.begin()
+        for _ in range(5):
+            await remember(index)
+            await is_unknown(index)
+        assert (index.problem, index.failures) == ("File exists", 11)
+        folder.unlink()
+        await is_unknown(index)  # that it can be read is not enough
+        assert index.problem == "File exists"
+        await remember(index)
+        await is_known(index)
+        assert (index.problem, index.failures) == ("", 11)
+
+    using(folder, steps)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"digest index {folder}/{FILE_NAME} cannot be used: File exists; loads go on, and read more"),
+        ("INFO", f"digest index {folder}/{FILE_NAME} can be used again"),
+    ]
+
+
+def test_one_that_can_only_be_read_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    using(tmp_path, remember)
+
+    async def steps(index: DigestIndex) -> None:
+        connect = sqlite3.connect
+        monkeypatch.setattr(sqlite3, "connect", lambda path, **more: connect(f"file:{path}?mode=ro", uri=True, **more))
+        index.begin()
+        await is_known(index)
+        assert index.problem == "attempt to write a readonly database"
+
+    using(tmp_path, steps)
 
 
 def test_nobody_else_may_read_it(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from weightd._proto.v1 import daemon_pb2
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
-from weightd_daemon.config import EXIT_CONFIG, Settings
+from weightd_daemon.config import ConfigError, Settings, TemporaryError
 from weightd_daemon.edges import handle_server, journal, pages
 from weightd_daemon.edges.leases import LOCK_BASE
 from weightd_daemon.edges.metrics import Metrics
@@ -99,7 +99,12 @@ def test_plain_defaults_are_documented() -> None:
 def test_exit_codes_are_documented() -> None:
     documented = {int(row[0]) for row in rows(section(OPERATIONS, "Exit codes"))}
     raised = {kind.exit_code for kind in subclasses(errors.WeightdError)}
-    assert documented == raised | {0, EXIT_CONFIG, INTERRUPTED, OUTPUT_CLOSED}
+    assert documented == raised | {
+        0,
+        *(kind.exit_code for kind in (ConfigError, TemporaryError)),
+        INTERRUPTED,
+        OUTPUT_CLOSED,
+    }
 
 
 def test_metrics_are_documented() -> None:

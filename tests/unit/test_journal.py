@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from weightd._proto.v1 import daemon_pb2
+from weightd._wire import event_from
 from weightd.errors import EventsLostError, InUseError
 from weightd_daemon.core.catalog import Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
@@ -65,6 +67,16 @@ def test_what_events_say(desk: Desk) -> None:
     attached.kind = detached.kind
     assert attached == detached
     assert (evicted.reason, evicted.content_digest) == ("capacity", desk.checkpoint.key.content_digest)
+
+
+def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
+    stranger = replace(desk.lease, holder=Holder(2, None, None, ""))
+    root = replace(desk.lease, holder=Holder(3, 7, 0, "sh"))
+    for lease in (stranger, root):
+        desk.journal.tell(Attached(lease))
+    found = [event_from(message) for message in desk.seen(ALICE)]
+    assert [(event.pid, event.uid, event.command) for event in found] == [(None, None, ""), (7, 0, "sh")]
+    assert found[0].user == "?"
 
 
 def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:

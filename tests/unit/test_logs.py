@@ -45,7 +45,7 @@ def test_json_has_what_every_line_has() -> None:
 
 def test_json_has_the_fields_of_a_message() -> None:
     line = as_json("loaded 100%% content=%s total_bytes=%d of %s seconds=%.3f uid=%s", "sha256:ab", 5, "x", 1.25, None)
-    assert line["message"] == "loaded 100% content=sha256:ab total_bytes=5 of x seconds=1.250 uid=None"
+    assert line["message"] == "loaded 100% content=sha256:ab total_bytes=5 of x seconds=1.250 uid=unknown"
     assert {key: line[key] for key in list(line)[4:]} == {
         "content": "sha256:ab", "total_bytes": 5, "seconds": 1.25, "uid": None,
     }  # fmt: skip
@@ -72,6 +72,13 @@ def test_the_journal_gets_a_priority_on_every_line_and_no_date(level: int, prior
     lines = logs.JournalLines().format(record("failed", level=level, error=True)).splitlines()
     assert len(lines) > 3
     assert all(line.startswith(f"<{priority}>") for line in lines)
+
+
+def test_people_read_that_something_is_unknown() -> None:
+    line = logs.TextLines("%(message)s").format(record("attached pid=%s uid=%s 100%%", None, 5))
+    assert line == "attached pid=unknown uid=5 100%"
+    assert logs.JournalLines().format(record("pid=%s", None)) == "<6>weightd_daemon.x pid=unknown"
+    assert logs.JournalLines().format(record("100%")) == "<6>weightd_daemon.x 100%"
 
 
 def test_the_format_follows_the_setting_and_where_standard_error_goes() -> None:

@@ -285,7 +285,8 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError:
         raise DeviceMismatchError(
-            "GPU memory needs the package cuda-bindings, which is not installed; pip install 'weightd[cuda]'"
+            "GPU memory needs the package cuda-bindings, which is not installed; pip install 'weightd[cuda]'",
+            {"package": "cuda-bindings"},
         ) from None
     return driver
 

@@ -104,7 +104,7 @@ def ps(
         rows = [
             (
                 str(lease.lease),
-                str(lease.pid),
+                "unknown" if lease.pid is None else str(lease.pid),
                 lease.user,
                 digest(lease.checkpoint, full=no_trunc),
                 short_device(lease.device, full=no_trunc),
@@ -158,6 +158,10 @@ def stats(
         f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
         f"{plural(found.digest_collisions, 'digest collision')}"
     )
+    index = found.digest_index
+    if index is not None and (index.problem or index.failures):
+        now = f"cannot be used: {index.problem}; loads read more" if index.problem else "can be used again"
+        emit(printable(f"digest index {index.path} {now}, {plural(index.failures, 'failure')} since the start"))
     _say_state(found.state)
 
 
@@ -229,7 +233,7 @@ def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
         "digest": digest(info.content_digest, full=full) or "-",
         "device": f"{short_device(info.device, full=full)}{kind}",
         "state": info.state,
-        "owner": f"{info.owner} (uid {info.owner_uid})",
+        "owner": "unknown" if info.owner_uid is None else f"{info.owner} (uid {info.owner_uid})",
         "tensors": f"{info.tensors} in {plural(details.segments, 'segment')}",
         "size": f"{size(info.total_bytes)}, shared {size(info.shared_bytes)}, alone {size(info.exclusive_bytes)}",
         "leases": str(info.leases),

@@ -72,7 +72,8 @@ def drain(
     def show(leases: list[LeaseInfo]) -> None:
         if not quiet:
             for lease in leases:
-                say(f"waiting for pid {lease.pid} ({lease.command}), which holds {digest(lease.checkpoint)}")
+                process = "unknown" if lease.pid is None else f"{lease.pid} ({lease.command})"
+                say(f"waiting for pid {process}, which holds {digest(lease.checkpoint)}")
 
     with open_client(context, socket) as client:
         if undo:

@@ -78,8 +78,14 @@ class Catalog:
         self._tags[domain, name] = tag
         self._named.setdefault((domain, tag.content_digest), set()).add(name)
 
-    def check(self, who: Who, name: str) -> None:
-        """Whether `who` may give this name. Errors: InvalidReferenceError, PermissionDeniedError, CapacityError."""
+    def check(self, who: Who, name: str, content_digest: str = "") -> None:
+        """Whether `who` may give this name; to the content that has it already, everybody may.
+
+        Errors: InvalidReferenceError, PermissionDeniedError, CapacityError.
+        """
+        tag = self._tags.get((who.domain, name))
+        if tag is not None and tag.content_digest == content_digest:
+            return
         if not name or len(name.encode()) > NAME_BYTES or CONTROL.search(name):
             raise InvalidReferenceError(
                 f"name {name[:80]!r}: must have 1 to {NAME_BYTES} bytes and no control characters"
@@ -88,7 +94,6 @@ class Catalog:
             raise InvalidReferenceError(f"name {name!r}: looks like a digest; choose another")
         if who.uid is None:
             raise PermissionDeniedError(f"name {name!r}: your user id is not known here, so you cannot own a name")
-        tag = self._tags.get((who.domain, name))
         if tag is not None and tag.owner != who.uid and not who.admin:
             raise PermissionDeniedError(f"name {name!r} belongs to uid {tag.owner}; choose another with --name")
         if tag is None and self._limits.most(who, "names"):
@@ -96,10 +101,10 @@ class Catalog:
 
     def set(self, who: Who, name: str, content_digest: str, by: Holder | None = None) -> None:
         """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`."""
+        self.check(who, name, content_digest)
         tag = self._tags.get((who.domain, name))
         if tag is not None and tag.content_digest == content_digest:
             return
-        self.check(who, name)
         if tag is not None:
             self._untag(who.domain, name)
         self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
@@ -143,17 +148,22 @@ class Catalog:
         owner = tag.owner if tag else self.owner(checkpoint)
         if not who.admin and (who.uid is None or who.uid != owner):
             what = name or checkpoint.key.content_digest[:19]
-            raise PermissionDeniedError(f"checkpoint {what} belongs to uid {owner}; only it and admins may {action} it")
+            whose = "a user without an identity" if owner is None else f"uid {owner}"
+            raise PermissionDeniedError(f"checkpoint {what} belongs to {whose}; only it and admins may {action} it")
 
     def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""
         self.check_owner(who, checkpoint, "pin", name)
         self.keep(who, checkpoint)
 
-    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
-        """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
+    def check_pin(self, who: Who, checkpoint: Checkpoint) -> None:
+        """Whether `who` may pin what it owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if who.uid not in {*checkpoint.pins, checkpoint.owner}:
             self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
+
+    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
+        """Pin a checkpoint that `who` owns or has loaded. Errors: as in `check_pin`."""
+        self.check_pin(who, checkpoint)
         checkpoint.pins.add(who.uid)
         self.changed()
 

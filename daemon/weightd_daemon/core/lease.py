@@ -15,12 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who took a lease: connection number, process, user (None without an identity) and command line."""
+    """Who took a lease: connection number, process (None where it cannot be known), user, command line.
+
+    `uid` is None for a peer without an identity.
+    """
 
     connection: int
-    pid: int
+    pid: int | None
     uid: int | None
     command: str
+
+    def __str__(self) -> str:
+        """For people: "pid 12 (python serve.py)", "pid unknown (uid 1000)"."""
+        if self.pid is not None:
+            return f"pid {self.pid}" + (f" ({self.command})" if self.command else "")
+        return "pid unknown" + (f" (uid {self.uid})" if self.uid is not None else "")
+
+
+NOBODY = Holder(connection=0, pid=None, uid=None, command="")
+"""Who holds a lease that an earlier daemon gave, until the holder says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +174,9 @@ class Leases:
 
 def named(leases: Iterable[Lease]) -> str:
     """Who holds leases, each process once and at most five: "pid 12 (python serve.py), pid 13 (…) and 4 more"."""
-    holders = list(dict.fromkeys((lease.holder.pid, lease.holder.command) for lease in leases))
+    holders = list(dict.fromkeys(str(lease.holder) for lease in leases))
     more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
-    return ", ".join(f"pid {pid} ({command})" for pid, command in holders[:5]) + more
+    return ", ".join(holders[:5]) + more
 
 
 def _drop(index: dict[Hashable, set[int]], key: Hashable, number: int) -> None:

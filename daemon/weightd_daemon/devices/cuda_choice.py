@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
-from weightd_daemon.config import ConfigError
+from weightd_daemon.config import ConfigError, TemporaryError
 from weightd_daemon.notation import means
 
 from .cuda_ipc import CudaIpcDevice
@@ -30,7 +30,9 @@ class Gpu(NamedTuple):
 
 
 def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator[Gpu]:
-    """Open the GPUs that the setting `device` says; the caller closes each. Errors: ConfigError.
+    """Open the GPUs that the setting `device` says; the caller closes each.
+
+    Errors: ConfigError; TemporaryError (a driver or GPU that is not there, or does not work, now).
 
     With "auto", one that cannot be used is left out, and the log says why; any other that is said must work.
     """
@@ -42,7 +44,8 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
         visible = _visible(leave_out=optional)
     except (DeviceMismatchError, DeviceError) as error:
         if not optional:
-            raise ConfigError(f"device = {','.join(said)!r}: {error}", "device") from error
+            kind = ConfigError if "package" in error.metadata else TemporaryError
+            raise kind(f"device = {','.join(said)!r}: {error}", "device") from error
         broken = isinstance(error, DeviceError)
         log.log(logging.WARNING if broken else logging.INFO, "no GPU: %s; serving host memory", error)
         return
@@ -52,7 +55,7 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
             device = _open(ordinal, transport, holding)
         except WeightdError as error:
             if not optional:
-                raise ConfigError(f"device {uuid} cannot be served: {error}", "device") from error
+                raise TemporaryError(f"device {uuid} cannot be served: {error}", "device") from error
             log.warning("device %s is not served: %s", uuid, error)
         else:
             yield Gpu(device, (uuid, f"cuda:{ordinal}", "cuda"))
@@ -81,7 +84,7 @@ def _chosen(wanted: Sequence[str], visible: Mapping[driver.Ordinal, str]) -> lis
             if any(means(said, name) for name in (uuid, f"cuda:{ordinal}", "cuda"))
         ]
         if not found:
-            raise ConfigError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}", "device")
+            raise TemporaryError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}", "device")
         if len(found) > 1 and said != "cuda":
             raise ConfigError(f"device = {said!r}: means more than one of {_listed(visible)}; say more of it", "device")
         if twice := [ordinal for ordinal in found if ordinal in ordinals]:

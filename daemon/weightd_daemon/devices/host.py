@@ -18,6 +18,8 @@ from pathlib import Path
 
 from weightd.errors import DeviceError
 
+from .cgroup import memory_limit
+
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -46,9 +48,10 @@ class HostDevice:
         self._shared: dict[int, int] = {}
 
     def capacity(self) -> int:
-        """The machine's memory, or the limit of this process's cgroup where that is lower."""
+        """The machine's memory, or the limit of this process's cgroups where that is lower."""
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return min([total, *_cgroup_limits()])
+        limit = memory_limit()
+        return total if limit is None else min(total, limit)
 
     def available(self) -> int | None:
         """What the kernel would give without swapping."""
@@ -153,28 +156,3 @@ def _page_size() -> int:
     except (OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE")
     return os.sysconf("SC_PAGE_SIZE") if "[never]" in enabled or "[deny]" in enabled else huge
-
-
-def _cgroup_limits() -> list[int]:
-    """Memory limits of this process's cgroup (v2) and its ancestors; empty where there are none."""
-    limits: list[int] = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return limits
-    for line in lines:
-        match = re.fullmatch(r"0::(/.*)", line)
-        if not match:
-            continue
-        root = Path("/sys/fs/cgroup")
-        group = root / match[1].lstrip("/")
-        for folder in (group, *group.parents):
-            if folder == root.parent:
-                break
-            try:
-                text = (folder / "memory.max").read_text().strip()
-            except OSError:
-                continue
-            if text.isdigit():
-                limits.append(int(text))
-    return limits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from weightd_daemon.config import ConfigError
+from weightd_daemon.config import ConfigError, TemporaryError
 from weightd_daemon.notation import means, parse_size
 
 from .cuda_choice import open_gpus
@@ -61,12 +61,25 @@ def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
         if not meant:
-            raise ConfigError(f"budget = {settings.budget!r}: {said} is not served", "budget")
+            kind = TemporaryError if _may_come(said, settings.devices) else ConfigError
+            raise kind(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
             raise ConfigError(
                 f"budget = {settings.budget!r}: {said} means more than one of {', '.join(meant)}; say more of it",
                 "budget",
             )
+
+
+def _may_come(said: str, devices: Sequence[str]) -> bool:
+    """Whether a device that is not served could be, with the setting `device` as it is: a GPU that is not there now.
+
+    Where the setting names devices, these are served, or the daemon has not started.
+    """
+    gpus = [device for device in devices if device != "host"]
+    if said == "host" or not gpus:
+        return False
+    by_number = all(device.startswith("cuda:") for device in (said, *gpus))
+    return not by_number
 
 
 def default_device(devices: Mapping[str, Device]) -> str:
@@ -76,18 +89,19 @@ def default_device(devices: Mapping[str, Device]) -> str:
     return candidates[0] if len(candidates) == 1 else ""
 
 
-def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str) -> str:
+def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, devices: Sequence[str]) -> str:
     """The UUID of what a setting calls a device; nothing is the default. `served` is what may call each.
 
-    Errors: ValueError.
+    `devices` is the setting of what to serve. Errors: ConfigError, without where that stands.
     """
     found = [uuid for uuid, names in served.items() if any(means(said, name) for name in names)] if said else [default]
     if len(found) == 1 and found[0]:
         return found[0]
     there = ", ".join(served)
     if found:
-        raise ValueError(f"device {said!r} may be one of several, {there}; say which")
-    raise ValueError(f"device {said!r} is not served; there are {there}")
+        raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
+    kind = TemporaryError if _may_come(said, devices) else ConfigError
+    raise kind(f"device {said!r} is not served; there are {there}")
 
 
 def called(device: Device) -> str:

@@ -9,6 +9,7 @@ from weightd._wire import source_from
 from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
 from weightd_daemon.core.checkpoint import CheckpointKey
+from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.loader.request import LoadRequest
 
 from .devices import meant, place
@@ -147,7 +148,7 @@ class Attacher:
         key, claimed = lease.checkpoint, (request.device, request.content_digest)
         if not isinstance(key, CheckpointKey) or (key.device, key.content_digest) != claimed:
             return False
-        known = lease.holder.pid != 0
+        known = lease.holder != NOBODY
         if (key.domain != who.domain and not who.admin) or (known and lease.holder.uid != connection.uid):
             return False
         if not self._store.leases.look(lease.number):

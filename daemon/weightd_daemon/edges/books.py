@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from weightd._proto.v1 import daemon_pb2
 
 from .parts import Parts
@@ -49,4 +51,9 @@ def snapshot(parts: Parts) -> daemon_pb2.GetStatsResponse:
         digest_collisions=store.collisions,
         evictions=store.evictions,
         state=_STATES[parts.drain.state],
+        digest_index=daemon_pb2.DigestIndex(
+            path=os.fsencode(parts.digests.path).decode(errors="replace"),
+            problem=parts.digests.problem,
+            failures=parts.digests.failures,
+        ),
     )

@@ -241,7 +241,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             load_time=time_to(checkpoint.loaded),
             last_use_time=time_to(checkpoint.last_used),
             state=checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
-            owner_uid=owner or 0,
+            owner_uid=owner,
             owner=user_name(owner),
         )
 
@@ -269,7 +269,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             total_bytes=load.progress.total,
             pinned=request.pin,
             state=checkpoint_pb2.CHECKPOINT_STATE_LOADING,
-            owner_uid=request.who.uid or 0,
+            owner_uid=request.who.uid,
             owner=user_name(request.who.uid),
         )
 

@@ -23,10 +23,13 @@ _COMMAND_CHARACTERS = 120
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One client's connection on the handle socket. `uid` is None where the peer has no identity here."""
+    """One client's connection on the handle socket.
+
+    `uid` is None where the peer has no identity here, `pid` where its process is outside of our PID namespace.
+    """
 
     number: int
-    pid: int
+    pid: int | None
     uid: int | None
     command: str
     token: str
@@ -77,7 +80,8 @@ class Connections:
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
         known = None if uid in (self._overflow, NO_UID) else uid
-        connection = Connection(next(self._numbers), pid, known, command_of(pid), secrets.token_urlsafe(24))
+        command = command_of(pid) if pid else ""
+        connection = Connection(next(self._numbers), pid or None, known, command, secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection
 

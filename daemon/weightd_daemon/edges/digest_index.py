@@ -49,11 +49,19 @@ class DigestIndex:
     """An index below `folder`. Blob numbers mean something only within one `epoch`: the life of one set of books."""
 
     def __init__(self, folder: Path, epoch: str | None = None) -> None:
-        self._path = folder / FILE_NAME
+        self.path = folder / FILE_NAME
+        self.problem = ""
+        """Why it cannot be used now; empty while it can."""
+        self.failures = 0
+        """Times that a file could not be looked up or remembered."""
         self._epoch = epoch or secrets.token_hex(16)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest-index")
         self._database: sqlite3.Connection | None = None
         self._clock = 0
+
+    def begin(self) -> None:
+        """See whether it can be written to, and say so if not. Waits for nothing: the folder may hang."""
+        self._thread.submit(self._try)
 
     async def get(self, identity: FileIdentity) -> list[Instance]:
         """What is known of a file in this epoch; empty when nothing is."""
@@ -85,29 +93,52 @@ class DigestIndex:
     def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
         self._clock += 1
         packed = b"".join(_ROW.pack(*instance) for instance in instances)
-        self._execute(_PUT, (*_signed(identity), self._epoch, packed))
+        self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True)
         if self._clock % 100 == 0:
             self._execute(
                 "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
                 "mtime_ns, ctime_ns FROM files ORDER BY used DESC LIMIT -1 OFFSET ?)",
                 (_MAX_FILES,),
+                writes=True,
             )
 
-    def _execute(self, statement: str, parameters: tuple[object, ...]) -> list[tuple[bytes]]:
+    def _try(self) -> None:
+        self._execute("PRAGMA user_version = 1", (), writes=True)
+
+    def _execute(self, statement: str, parameters: tuple[object, ...], *, writes: bool = False) -> list[tuple[bytes]]:
         """Run a statement. The index is a cache: whatever is wrong with it costs speed, never a load."""
+        reason = ""
         for _ in range(2):
             try:
                 with self._open() as database:
-                    return database.execute(statement, parameters).fetchall()
+                    found = database.execute(statement, parameters).fetchall()
             except (sqlite3.DatabaseError, OSError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
                 self._set_aside(error)
+            else:
+                if writes:  # one that can be read only is still no use
+                    self._works()
+                return found
+        self._fails(reason)
         return []
+
+    def _works(self) -> None:
+        if self.problem:
+            log.info("digest index %s can be used again", self.path)
+        self.problem = ""
+
+    def _fails(self, reason: str) -> None:
+        self.failures += 1
+        if not self.problem:
+            log.warning("digest index %s cannot be used: %s; loads go on, and read more", self.path, reason)
+        self.problem = reason
 
     def _open(self) -> sqlite3.Connection:
         if self._database is None:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self._path, timeout=2.0, check_same_thread=False)
-            os.chmod(self._path, 0o600)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # of why not, sqlite says less
+            self._database = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
+            os.chmod(self.path, 0o600)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(_SCHEMA)
@@ -117,14 +148,13 @@ class DigestIndex:
     def _set_aside(self, error: sqlite3.DatabaseError | OSError) -> None:
         self._close()
         if isinstance(error, sqlite3.OperationalError | OSError):
-            log.warning("digest index cannot be used now: %s", error)
             return
-        damaged = self._path.with_name(f"{FILE_NAME}.damaged")
-        log.warning("digest index is damaged (%s); it is now %s, and begun anew", error, damaged)
-        for suffix in ("-wal", "-shm"):
-            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-        if self._path.exists():
-            self._path.replace(damaged)
+        damaged = self.path.with_name(f"{FILE_NAME}.damaged")
+        with contextlib.suppress(OSError):  # then it stays, and cannot be used
+            for suffix in ("-wal", "-shm"):
+                Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+            self.path.replace(damaged)
+            log.warning("digest index is damaged (%s); it is now %s, and begun anew", error, damaged)
 
     def _close(self) -> None:
         if self._database is not None:

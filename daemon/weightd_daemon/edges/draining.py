@@ -25,9 +25,11 @@ LOOK_SECONDS = 0.2
 
 
 class Drain:
-    """The daemon's drain, if there is one. It goes on by itself, whoever watches."""
+    """The daemon's drain, if there is one. It goes on by itself, whoever watches. `resumed` is told of its undoing."""
 
-    def __init__(self, *, store: Store, loads: Loads, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self, *, store: Store, loads: Loads, on_event: Callable[[Event], None], resumed: Callable[[], None]
+    ) -> None:
         self.checkpoints = 0
         """How many have gone."""
         self.freed_bytes = 0
@@ -35,6 +37,7 @@ class Drain:
         self._store = store
         self._loads = loads
         self._on_event = on_event
+        self._resumed = resumed
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -56,7 +59,7 @@ class Drain:
         self._loads.end_all(DrainingError("the load was ended: the daemon is draining; load again when it is back"))
 
     def undo(self) -> None:
-        """Let attaches and loads in again; what has gone stays gone."""
+        """Let attaches and loads in again; of what has gone, `resumed` may bring back some."""
         if self._task is None:
             return
         self._task.cancel()
@@ -64,6 +67,7 @@ class Drain:
         self._store.leases.draining = False
         log.info("the drain was taken back")
         self._on_event(DrainChanged("undrained"))
+        self._resumed()
 
     async def watch(self, seconds: float | None) -> AsyncGenerator[list[Lease], None]:
         """Who still holds a lease: at first and when that has changed, until everything has gone.

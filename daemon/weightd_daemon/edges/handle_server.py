@@ -21,6 +21,8 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import __version__
 
+from .show import clip
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -130,7 +132,7 @@ class _Peer:
         connection = self._connection
         self._server._connections.remove(connection)
         self._server._attacher.disconnected(connection)
-        log.debug("connection closed number=%d pid=%d: %s", connection.number, connection.pid, reason)
+        log.debug("connection closed number=%d pid=%s: %s", connection.number, connection.pid, reason)
 
     def _readable(self) -> None:
         try:
@@ -144,7 +146,7 @@ class _Peer:
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
-            log.warning("protocol error pid=%d uid=%s: %s", self._connection.pid, self._connection.uid, error)
+            log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))
@@ -177,7 +179,7 @@ class _Peer:
         except (ProtocolError, ConnectionError):
             raise
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
-            log.warning("request failed kind=%s pid=%d: %s", kind, self._connection.pid, error)
+            log.warning("request failed kind=%s pid=%s: %s", kind, self._connection.pid, error)
             self._drop_unsent()
             why = error.strerror or type(error).__name__
             self._send_error(ServerError(f"the daemon could not do it: {why}; try again, or raise its `ulimit -n`"))
@@ -269,7 +271,7 @@ class _Peer:
             self._connection.offers[number] = ours.detach()
 
     def _send_error(self, error: WeightdError) -> None:
-        reply = handles_pb2.HandleError(reason=error.reason, message=error.message, metadata=error.metadata)
+        reply = handles_pb2.HandleError(reason=error.reason, message=clip(error.message), metadata=error.metadata)
         self._send(handles_pb2.HandleReply(error=reply))
 
     def _send(self, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:

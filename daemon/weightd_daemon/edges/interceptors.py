@@ -18,6 +18,8 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from weightd._proto.v1 import errors_pb2
 from weightd.errors import ServerError, WeightdError
 
+from .show import clip
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -100,7 +102,8 @@ async def _abort(context: Context, error: WeightdError) -> NoReturn:
     code = grpc.StatusCode[error.grpc_code]
     info = errors_pb2.ErrorInfo(reason=error.reason, domain="weightd", metadata=error.metadata)
     details = AnyMessage(type_url=_TYPE_URL, value=info.SerializeToString())
-    status = errors_pb2.Status(code=code.value[0], message=error.message, details=[details])
+    message = clip(error.message)
+    status = errors_pb2.Status(code=code.value[0], message=message, details=[details])
     trailer = (("grpc-status-details-bin", status.SerializeToString()),)
-    await context.abort(code, error.message, trailer)
+    await context.abort(code, message, trailer)
     raise AssertionError("abort raises")

@@ -226,7 +226,5 @@ def _name(message: daemon_pb2.Event, holder: Holder | None) -> None:
     """Say which process it was, where it was one."""
     if holder is None:
         return
-    message.pid = holder.pid
-    message.uid = holder.uid or 0
-    message.user = user_name(holder.uid)
-    message.command = holder.command
+    who = daemon_pb2.Event(pid=holder.pid, uid=holder.uid, user=user_name(holder.uid), command=holder.command)
+    message.MergeFrom(who)

@@ -11,6 +11,7 @@ from weightd_daemon.devices.device import Device
 from weightd_daemon.loader.loads import Loads
 
 from .connections import Connection, Connections
+from .digest_index import DigestIndex
 from .draining import Drain
 from .interceptors import Context
 from .journal import Journal
@@ -30,6 +31,7 @@ class Parts(NamedTuple):
     now: Callable[[], float]
     journal: Journal
     drain: Drain
+    digests: DigestIndex
 
     def caller(self, context: Context) -> tuple[Connection, Who]:
         """Whose call it is. Errors: PermissionDeniedError."""

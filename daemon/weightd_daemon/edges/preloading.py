@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from weightd._handles import feed
 from weightd._wire import source_to
-from weightd.errors import DrainingError, ServerError, WeightdError
+from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
-from weightd_daemon.config_file import ConfigError
+from weightd_daemon.config_file import ConfigError, TemporaryError
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.loader.request import LoadRequest
 
@@ -43,9 +43,9 @@ _SIGN_SECONDS = 10.0
 
 
 class Preloader:
-    """Loads each entry once; one that failed is tried again when `begin` is called again.
+    """Loads what is listed. `begin` once more brings back what has failed, or has gone.
 
-    `place(device)` says where a load goes, or raises ValueError; `tell` speaks to the service manager. What is below
+    `place(device)` says where a load goes, or raises ConfigError; `tell` speaks to the service manager. What is below
     `roots` may be opened.
     """
 
@@ -58,8 +58,10 @@ class Preloader:
         place: Callable[[str], str],
         tell: Callable[..., None],
         roots: Sequence[str],
+        listed: Sequence[Preload],
     ) -> None:
         self.roots = roots
+        self.listed = listed
         self._loads = loads
         self._catalog = catalog
         self._who = who
@@ -70,33 +72,45 @@ class Preloader:
         self._tasks: dict[Preload, asyncio.Task[WeightdError | None]] = {}
 
     def check(self, entries: Iterable[Preload]) -> None:
-        """Errors: ConfigError for a device that is not served, or that has to be said."""
+        """Errors: ConfigError for a name that cannot be, or a device that has to be said or is not served."""
         for entry in entries:
+            where = f"{entry.where}: preload {entry.ref!r}"
             try:
                 self._place(entry.device)
-            except ValueError as error:
-                raise ConfigError(f"{entry.where}: preload {entry.ref!r}: {error}") from None
+                if entry.name:
+                    self._catalog.check(self._who, entry.name)
+            except ConfigError as error:
+                raise type(error)(f"{where}: {error}") from None
+            except InvalidReferenceError as error:
+                raise ConfigError(f"{where}: {error}") from None
+            except WeightdError:
+                pass  # whose a name is changes while the daemon runs: the load will say so
 
-    def begin(self, entries: Iterable[Preload]) -> None:
-        """Load what is not loaded or under way."""
-        for entry in entries:
-            before = self._tasks.get(entry)
-            if before is None or (before.done() and before.result() is not None):
-                self._tasks[entry] = asyncio.get_running_loop().create_task(self._try(entry))
+    def begin(self, *, only_awaited: bool = False) -> None:
+        """Load what is listed and neither resident under its name nor under way."""
+        for entry in self.listed if not self._closing else ():
+            if entry.wait or not only_awaited:
+                before = self._tasks.get(entry)
+                task = self._try(entry) if before is None else self._again(entry, before)
+                self._tasks[entry] = asyncio.get_running_loop().create_task(task)
 
     async def awaited(self, stop: asyncio.Event) -> None:
-        """Wait for those that the daemon is not ready without, or until it stops. Errors: ConfigError (one failed)."""
+        """Wait for those that the daemon is not ready without, or until it stops.
+
+        Errors: TemporaryError (one failed). Files, mounts, memory and descriptors come and go; the settings were
+        checked before.
+        """
         stopped = asyncio.get_running_loop().create_task(stop.wait())
         try:
-            for entry, task in self._tasks.items():
-                while entry.wait and not task.done() and not stop.is_set():
+            for entry in [entry for entry in self._tasks if entry.wait]:
+                while not (task := self._tasks[entry]).done() and not stop.is_set():
                     with contextlib.suppress(OSError):  # a manager that does not listen holds nothing up
                         self._tell(f"STATUS=Preloading {entry.ref}")
                     await asyncio.wait([task, stopped], timeout=_SIGN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                if not entry.wait or stop.is_set() or (error := task.result()) is None:
+                if stop.is_set() or (error := task.result()) is None:
                     continue
                 if not isinstance(error, DrainingError):  # else somebody wants it empty, and that is no failure
-                    raise ConfigError(f"{entry.where}: preload {entry.ref!r}: {error}")
+                    raise TemporaryError(f"{entry.where}: preload {entry.ref!r}: {error}")
         finally:
             stopped.cancel()
 
@@ -109,6 +123,11 @@ class Preloader:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
+    async def _again(self, entry: Preload, before: asyncio.Task[WeightdError | None]) -> WeightdError | None:
+        """Load an entry unless the time before has brought it, and it is still there."""
+        error = await before  # which is cancelled with this
+        return None if error is None and await self._is_there(entry) else await self._try(entry)
+
     async def _try(self, entry: Preload) -> WeightdError | None:
         """Load an entry; its error is for who waits, and for the log."""
         try:
@@ -119,6 +138,9 @@ class Preloader:
                 return None
             log.warning("preload of %s failed: %s", entry.ref, error)
             return error
+        except OSError as error:  # out of descriptors or memory
+            log.warning("preload of %s failed: %s", entry.ref, error)
+            return ServerError(f"the daemon could not do it: {error}")
         except Exception:  # a bug must not end the daemon, and be told to who waits
             log.exception("preload of %s failed by a bug", entry.ref)
             return ServerError("it failed by a bug in the daemon; its log has the details")

@@ -23,7 +23,7 @@ from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
-from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NOBODY = Holder(connection=0, pid=0, uid=None, command="?")
 """Who holds a lease of an earlier daemon, until the process has said so (docs/protocol.md)."""
 
 MANIFEST_BYTES = 1 << 30

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from weightd._address import grpc_target
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -66,11 +68,14 @@ class ControlPlane:
             (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server
         )
 
-    async def start(self, path: str) -> None:
-        """Bind to a Unix socket whose place must be free."""
+    async def start(self, path: Path) -> None:
+        """Bind to a Unix socket whose place must be free. Errors: OSError."""
         for service in ("", *_SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        self._server.add_insecure_port(f"unix:{path}")
+        try:
+            self._server.add_insecure_port(grpc_target(path))
+        except RuntimeError as error:  # why, gRPC does not say
+            raise OSError(0, "gRPC cannot listen there", str(path)) from error
         await self._server.start()
 
     async def ready(self) -> None:

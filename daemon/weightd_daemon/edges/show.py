@@ -6,6 +6,7 @@ import pwd
 from collections.abc import Hashable, Iterable
 from datetime import UTC, datetime
 from functools import cache
+from urllib.parse import quote
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -13,6 +14,22 @@ from weightd._proto.v1 import lease_pb2
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.core.lease import Lease
+
+_MESSAGE_BYTES = 6000
+
+
+def clip(message: str) -> str:
+    """An error's text as it can be sent: a reference in it may be as long as a request.
+
+    gRPC takes about 8 KiB of trailers, where the text stands percent-encoded and once more in base64. The end stays,
+    for it says what to do.
+    """
+    kept = message
+    length = len(message)
+    while len(quote(kept)) + len(kept.encode("utf-8", "replace")) * 4 // 3 > _MESSAGE_BYTES:
+        length = min(length, 4000) * 3 // 4
+        kept = f"{message[: length * 2 // 3]} […] {message[-(length // 3) :]}"
+    return kept
 
 
 def time_to(seconds: float) -> Timestamp:
@@ -43,7 +60,7 @@ def leases_to(leases: Iterable[Lease], checkpoints: Iterable[Checkpoint], catalo
         lease_pb2.Lease(
             lease=lease.number,
             pid=lease.holder.pid,
-            uid=lease.holder.uid or 0,
+            uid=lease.holder.uid,
             user=user_name(lease.holder.uid),
             command=lease.holder.command,
             checkpoint=(catalog.names(checkpoint) or [checkpoint.key.content_digest])[0],

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightd.errors import FormatError, InvalidReferenceError, WeightdError
+from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
@@ -275,7 +275,12 @@ class LoadSteps:
                 return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
             identities = self._identities()
             content = await asyncio.to_thread(self._describe, identities)
-            draft = await self._prepare(content, self._device.uuid)
+            try:
+                draft = await self._prepare(content, self._device.uuid)
+            except OSError as error:  # no descriptor is left, or no memory
+                raise ServerError(
+                    f"no manifest can be made: {error.strerror}; try again, or raise the daemon's `ulimit -n`"
+                ) from error
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
                 if not self._store.rechecks(self._number) and identities == self._identities():

@@ -110,19 +110,22 @@ class Loads:
     def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
 
-        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user).
+        Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user); then it has
+        neither, and no name has moved.
         """
-        self._store.use(checkpoint, self._now())
-        name = request.name
+        who, name, digest = request.who, request.name, checkpoint.key.content_digest
         if name:
             try:
-                self._catalog.set(request.who, name, checkpoint.key.content_digest, request.holder)
+                self._catalog.check(who, name, digest)
             except WeightdError:
                 if not request.name_is_default:
                     raise
                 name = ""
         if request.pin:
-            self._catalog.keep(request.who, checkpoint)
+            self._catalog.keep(who, checkpoint)
+        if name:
+            self._catalog.set(who, name, digest, request.holder)
+        self._store.use(checkpoint, self._now())
         return name
 
     def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from weightd.errors import ServerError
+
 from .channel import BATCH, LENGTH, Message
 
 if TYPE_CHECKING:
@@ -42,7 +44,19 @@ class LoaderProcess:
 
     @classmethod
     async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
-        """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets."""
+        """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets.
+
+        Errors: ServerError (the system has no descriptor, process or memory for it now).
+        """
+        try:
+            return await cls._spawn(argv, inherited)
+        except OSError as error:
+            raise ServerError(
+                f"the daemon cannot start a loader: {error.strerror or error}; try again, or raise its `ulimit -n`"
+            ) from error
+
+    @classmethod
+    async def _spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
                 control, control_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd/_proto/v1/checkpoint.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"e\n\x0c\x46ileIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\r\n\x05inode\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x03\x12\x10\n\x08\x63time_ns\x18\x05 \x01(\x03\"Y\n\nSourceFile\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12*\n\x08identity\x18\x03 \x01(\x0b\x32\x18.weightd.v1.FileIdentity\"\xae\x01\n\x0bLoadRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\x12\'\n\x07sources\x18\x02 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0fname_is_default\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pin\x18\x06 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x08\x12\x0e\n\x06verify\x18\x08 \x01(\x08\"\x92\x01\n\tLoadEvent\x12$\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x0b\x32\x14.weightd.v1.LoadFeedH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.weightd.v1.LoadProgressH\x00\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x16.weightd.v1.LoadResultH\x00\x42\x07\n\x05\x65vent\"\n\n\x08LoadFeed\"\xbf\x01\n\x0cLoadProgress\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.weightd.v1.LoadProgress.Phase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"W\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_OPENING\x10\x01\x12\x11\n\rPHASE_HASHING\x10\x02\x12\x11\n\rPHASE_COPYING\x10\x03\"\xe2\x01\n\nLoadResult\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cunique_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x03\x12\x12\n\nread_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x0f\n\x07\x65victed\x18\n \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x0b \x01(\x03\"\xe8\x02\n\nCheckpoint\x12\r\n\x05names\x18\x01 \x03(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07tensors\x18\x04 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x03\x12\x17\n\x0f\x65xclusive_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05state\x18\x0c \x01(\x0e\x32\x1b.weightd.v1.CheckpointState\x12\x11\n\towner_uid\x18\r \x01(\r\x12\r\n\x05owner\x18\x0e \x01(\t\"\x18\n\x16ListCheckpointsRequest\"F\n\x17ListCheckpointsResponse\x12+\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.weightd.v1.Checkpoint\"9\n\x14GetCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"U\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x03\"\xc5\x01\n\x15GetCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\x12)\n\ncomponents\x18\x02 \x03(\x0b\x32\x15.weightd.v1.Component\x12\x10\n\x08segments\x18\x03 \x01(\x03\x12\'\n\x07sources\x18\x04 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0c\n\x04note\x18\x06 \x01(\t\"9\n\x14PinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"C\n\x15PinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\";\n\x16UnpinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"E\n\x17UnpinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\"<\n\x17RemoveCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"/\n\x18RemoveCheckpointResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"<\n\x17VerifyCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"_\n\x0bVerifyEvent\x12\x12\n\ndone_blobs\x18\x01 \x01(\x03\x12\x13\n\x0btotal_blobs\x18\x02 \x01(\x03\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03*\x8b\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43HECKPOINT_STATE_LOADING\x10\x01\x12\x1d\n\x19\x43HECKPOINT_STATE_RESIDENT\x10\x02\x12\x19\n\x15\x43HECKPOINT_STATE_LOST\x10\x03\x32\xa7\x04\n\x11\x43heckpointService\x12\x38\n\x04Load\x12\x17.weightd.v1.LoadRequest\x1a\x15.weightd.v1.LoadEvent0\x01\x12O\n\x04List\x12\".weightd.v1.ListCheckpointsRequest\x1a#.weightd.v1.ListCheckpointsResponse\x12J\n\x03Get\x12 .weightd.v1.GetCheckpointRequest\x1a!.weightd.v1.GetCheckpointResponse\x12J\n\x03Pin\x12 .weightd.v1.PinCheckpointRequest\x1a!.weightd.v1.PinCheckpointResponse\x12P\n\x05Unpin\x12\".weightd.v1.UnpinCheckpointRequest\x1a#.weightd.v1.UnpinCheckpointResponse\x12S\n\x06Remove\x12#.weightd.v1.RemoveCheckpointRequest\x1a$.weightd.v1.RemoveCheckpointResponse\x12H\n\x06Verify\x12#.weightd.v1.VerifyCheckpointRequest\x1a\x17.weightd.v1.VerifyEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd/_proto/v1/checkpoint.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"e\n\x0c\x46ileIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\r\n\x05inode\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x03\x12\x10\n\x08\x63time_ns\x18\x05 \x01(\x03\"Y\n\nSourceFile\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12*\n\x08identity\x18\x03 \x01(\x0b\x32\x18.weightd.v1.FileIdentity\"\xae\x01\n\x0bLoadRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\x12\'\n\x07sources\x18\x02 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0fname_is_default\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pin\x18\x06 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x08\x12\x0e\n\x06verify\x18\x08 \x01(\x08\"\x92\x01\n\tLoadEvent\x12$\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x0b\x32\x14.weightd.v1.LoadFeedH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.weightd.v1.LoadProgressH\x00\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x16.weightd.v1.LoadResultH\x00\x42\x07\n\x05\x65vent\"\n\n\x08LoadFeed\"\xbf\x01\n\x0cLoadProgress\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.weightd.v1.LoadProgress.Phase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"W\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_OPENING\x10\x01\x12\x11\n\rPHASE_HASHING\x10\x02\x12\x11\n\rPHASE_COPYING\x10\x03\"\xe2\x01\n\nLoadResult\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cunique_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x03\x12\x12\n\nread_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x0f\n\x07\x65victed\x18\n \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x0b \x01(\x03\"\xfb\x02\n\nCheckpoint\x12\r\n\x05names\x18\x01 \x03(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07tensors\x18\x04 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x03\x12\x17\n\x0f\x65xclusive_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05state\x18\x0c \x01(\x0e\x32\x1b.weightd.v1.CheckpointState\x12\x16\n\towner_uid\x18\r \x01(\rH\x00\x88\x01\x01\x12\r\n\x05owner\x18\x0e \x01(\tB\x0c\n\n_owner_uid\"\x18\n\x16ListCheckpointsRequest\"F\n\x17ListCheckpointsResponse\x12+\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.weightd.v1.Checkpoint\"9\n\x14GetCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"U\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x03\"\xc5\x01\n\x15GetCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\x12)\n\ncomponents\x18\x02 \x03(\x0b\x32\x15.weightd.v1.Component\x12\x10\n\x08segments\x18\x03 \x01(\x03\x12\'\n\x07sources\x18\x04 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0c\n\x04note\x18\x06 \x01(\t\"9\n\x14PinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"C\n\x15PinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\";\n\x16UnpinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"E\n\x17UnpinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\"<\n\x17RemoveCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"/\n\x18RemoveCheckpointResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"<\n\x17VerifyCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"_\n\x0bVerifyEvent\x12\x12\n\ndone_blobs\x18\x01 \x01(\x03\x12\x13\n\x0btotal_blobs\x18\x02 \x01(\x03\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03*\x8b\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43HECKPOINT_STATE_LOADING\x10\x01\x12\x1d\n\x19\x43HECKPOINT_STATE_RESIDENT\x10\x02\x12\x19\n\x15\x43HECKPOINT_STATE_LOST\x10\x03\x32\xa7\x04\n\x11\x43heckpointService\x12\x38\n\x04Load\x12\x17.weightd.v1.LoadRequest\x1a\x15.weightd.v1.LoadEvent0\x01\x12O\n\x04List\x12\".weightd.v1.ListCheckpointsRequest\x1a#.weightd.v1.ListCheckpointsResponse\x12J\n\x03Get\x12 .weightd.v1.GetCheckpointRequest\x1a!.weightd.v1.GetCheckpointResponse\x12J\n\x03Pin\x12 .weightd.v1.PinCheckpointRequest\x1a!.weightd.v1.PinCheckpointResponse\x12P\n\x05Unpin\x12\".weightd.v1.UnpinCheckpointRequest\x1a#.weightd.v1.UnpinCheckpointResponse\x12S\n\x06Remove\x12#.weightd.v1.RemoveCheckpointRequest\x1a$.weightd.v1.RemoveCheckpointResponse\x12H\n\x06Verify\x12#.weightd.v1.VerifyCheckpointRequest\x1a\x17.weightd.v1.VerifyEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weightd._proto.v1.checkpoint_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHECKPOINTSTATE']._serialized_start=2376
-  _globals['_CHECKPOINTSTATE']._serialized_end=2515
+  _globals['_CHECKPOINTSTATE']._serialized_start=2395
+  _globals['_CHECKPOINTSTATE']._serialized_end=2534
   _globals['_FILEIDENTITY']._serialized_start=83
   _globals['_FILEIDENTITY']._serialized_end=184
   _globals['_SOURCEFILE']._serialized_start=186
@@ -51,33 +51,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADRESULT']._serialized_start=810
   _globals['_LOADRESULT']._serialized_end=1036
   _globals['_CHECKPOINT']._serialized_start=1039
-  _globals['_CHECKPOINT']._serialized_end=1399
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1401
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1425
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1427
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1497
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1499
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1556
-  _globals['_COMPONENT']._serialized_start=1558
-  _globals['_COMPONENT']._serialized_end=1643
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1646
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1843
-  _globals['_PINCHECKPOINTREQUEST']._serialized_start=1845
-  _globals['_PINCHECKPOINTREQUEST']._serialized_end=1902
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=1904
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=1971
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=1973
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=2032
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=2034
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=2103
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=2105
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=2165
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=2167
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=2214
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2216
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2276
-  _globals['_VERIFYEVENT']._serialized_start=2278
-  _globals['_VERIFYEVENT']._serialized_end=2373
-  _globals['_CHECKPOINTSERVICE']._serialized_start=2518
-  _globals['_CHECKPOINTSERVICE']._serialized_end=3069
+  _globals['_CHECKPOINT']._serialized_end=1418
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1420
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1444
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1446
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1516
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1518
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1575
+  _globals['_COMPONENT']._serialized_start=1577
+  _globals['_COMPONENT']._serialized_end=1662
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1665
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=1862
+  _globals['_PINCHECKPOINTREQUEST']._serialized_start=1864
+  _globals['_PINCHECKPOINTREQUEST']._serialized_end=1921
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=1923
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=1990
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=1992
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=2051
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=2053
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=2122
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=2124
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=2184
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=2186
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=2233
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2235
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2295
+  _globals['_VERIFYEVENT']._serialized_start=2297
+  _globals['_VERIFYEVENT']._serialized_end=2392
+  _globals['_CHECKPOINTSERVICE']._serialized_start=2537
+  _globals['_CHECKPOINTSERVICE']._serialized_end=3088
 # @@protoc_insertion_point(module_scope)

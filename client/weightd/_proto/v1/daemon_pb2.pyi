@@ -95,7 +95,7 @@ class Device(_message.Message):
     def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state")
+    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class GetStatsResponse(_message.Message):
     DIGEST_COLLISIONS_FIELD_NUMBER: _ClassVar[int]
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_INDEX_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedCompositeFieldContainer[Device]
     logical_bytes: int
     resident_bytes: int
@@ -118,7 +119,18 @@ class GetStatsResponse(_message.Message):
     digest_collisions: int
     evictions: int
     state: DaemonState
-    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ...) -> None: ...
+    digest_index: DigestIndex
+    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ..., digest_index: _Optional[_Union[DigestIndex, _Mapping]] = ...) -> None: ...
+
+class DigestIndex(_message.Message):
+    __slots__ = ("path", "problem", "failures")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    problem: str
+    failures: int
+    def __init__(self, path: _Optional[str] = ..., problem: _Optional[str] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("timeout_seconds",)

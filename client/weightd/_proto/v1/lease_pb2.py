@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweightd/_proto/v1/lease.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x13\n\x11ListLeasesRequest\"\xc3\x01\n\x05Lease\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x0b\n\x03uid\x18\x03 \x01(\r\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x05 \x01(\t\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x62ytes\x18\x08 \x01(\x03\x12.\n\nsince_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07waiting\x18\n \x01(\x08\"7\n\x12ListLeasesResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.weightd.v1.Lease2U\n\x0cLeaseService\x12\x45\n\x04List\x12\x1d.weightd.v1.ListLeasesRequest\x1a\x1e.weightd.v1.ListLeasesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dweightd/_proto/v1/lease.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x13\n\x11ListLeasesRequest\"\xdd\x01\n\x05Lease\x12\r\n\x05lease\x18\x01 \x01(\x04\x12\x10\n\x03pid\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x03uid\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x0f\n\x07\x63ommand\x18\x05 \x01(\t\x12\x12\n\ncheckpoint\x18\x06 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\r\n\x05\x62ytes\x18\x08 \x01(\x03\x12.\n\nsince_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07waiting\x18\n \x01(\x08\x42\x06\n\x04_pidB\x06\n\x04_uid\"7\n\x12ListLeasesResponse\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.weightd.v1.Lease2U\n\x0cLeaseService\x12\x45\n\x04List\x12\x1d.weightd.v1.ListLeasesRequest\x1a\x1e.weightd.v1.ListLeasesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,9 +35,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTLEASESREQUEST']._serialized_start=78
   _globals['_LISTLEASESREQUEST']._serialized_end=97
   _globals['_LEASE']._serialized_start=100
-  _globals['_LEASE']._serialized_end=295
-  _globals['_LISTLEASESRESPONSE']._serialized_start=297
-  _globals['_LISTLEASESRESPONSE']._serialized_end=352
-  _globals['_LEASESERVICE']._serialized_start=354
-  _globals['_LEASESERVICE']._serialized_end=439
+  _globals['_LEASE']._serialized_end=321
+  _globals['_LISTLEASESRESPONSE']._serialized_start=323
+  _globals['_LISTLEASESRESPONSE']._serialized_end=378
+  _globals['_LEASESERVICE']._serialized_start=380
+  _globals['_LEASESERVICE']._serialized_end=465
 # @@protoc_insertion_point(module_scope)
