@@ -252,7 +252,7 @@ class Stats:
 
 @dataclass(frozen=True, slots=True)
 class DaemonEvent:
-    """Something that has happened. What does not belong to its kind is empty or 0.
+    """Something that has happened. What does not belong to its kind is empty, 0 or None.
 
     `kind` is "load_begun", "load_ended", "load_answered", "sealed", "attached", "detached", "evicted", "named",
     "unnamed", "device_lost", "draining", "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED",
