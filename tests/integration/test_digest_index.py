@@ -178,10 +178,11 @@ def test_damaged_index_is_set_aside(daemon: Daemon, rested: tuple[Path, Path]) -
     assert read(client, b) == 2 * MIB  # begun anew, and of use
 
 
-def test_index_that_cannot_be_written_costs_only_reading(daemon: Daemon, rested: tuple[Path, Path]) -> None:
-    state = daemon.folder / "state"
-    state.mkdir(exist_ok=True)
-    (state / FILE_NAME).mkdir()
+def test_index_that_cannot_be_written_costs_only_reading(
+    start_daemon: Callable[..., Daemon], rested: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "state" / FILE_NAME).mkdir(parents=True)
+    daemon = start_daemon(state_dir=tmp_path / "state")
     a, b = rested
     client = daemon.connect()
     read(client, a)
