@@ -19,7 +19,9 @@ class NoLoads:
 def test_what_goes_meanwhile_by_other_means_is_passed_over() -> None:
     books, loads = Filled(4, held=False), NoLoads()
     events: list[Any] = []
-    drain = Drain(store=books.store, loads=loads, on_event=events.append)  # type: ignore[arg-type]  # as much as it uses
+    drain = Drain(
+        store=books.store, loads=loads, on_event=events.append, resumed=lambda: None,  # type: ignore[arg-type]  # as much as it uses
+    )  # fmt: skip
 
     async def run() -> None:
         drain.begin()
