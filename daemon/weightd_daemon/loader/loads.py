@@ -15,6 +15,7 @@ from weightd_daemon.devices.device import SegmentHandle
 
 from .channel import UNFIT, Message
 from .load import InstanceIndex, LoadSteps, Prepare
+from .pool import LEAVE_SECONDS, LoaderPool
 from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
@@ -35,16 +36,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IDLE_SECONDS = 10.0
-"""How long a loader waits for the next job: a burst of loads pays for one start."""
-
 MAX_UNFINISHED = 32
 """Loads that one connection may have under way, each with a descriptor of its intake."""
 
 _STOPPING = "the daemon is stopping; load again when it is back"
 _UNFINISHED = "the load ended unfinished; load again"
-_LEAVE_SECONDS = 5.0
-"""How long a loader may take to close its files before it is replaced."""
 
 _Key = tuple[str, str, int | None, tuple[SourceFile, ...]]
 
@@ -77,18 +73,15 @@ class Loads:
         self._prepare = prepare
         self._now = now
         self._on_event = on_event
-        self._lock = lock
         self.threads = threads
         """With how many threads the next load reads."""
         self._turns = turns
         self._quota = Quota(store, catalog, limits)
-        self._argv = argv
+        self._pool = LoaderPool(argv, [lock])
         self._closing = False
         self._numbers = count(1)
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
-        self._idle: list[LoaderProcess] = []
-        self._loaders: set[LoaderProcess] = set()
         self._verifying: dict[LoaderProcess, str] = {}
         self._background: set[asyncio.Task[None]] = set()
 
@@ -205,7 +198,7 @@ class Loads:
         `check` raises where the blobs are lost, which may happen at any moment.
         """
         async with self._turns.turn(ANYBODY):
-            loader = await self._take_loader()
+            loader = await self._pool.take()
             usable = False
             self._verifying[loader] = device.uuid
             try:
@@ -220,7 +213,7 @@ class Loads:
                     yield message
                     if message["op"] in ("verified", "failed"):
                         break
-                usable = message["op"] == "verified" and await self._put_back(loader)
+                usable = message["op"] == "verified" and await self._pool.put_back(loader)
             except LoaderDied:
                 check()
                 raise LeaseLostError("the loader process died while it verified; try again") from None
@@ -251,11 +244,7 @@ class Loads:
     async def close(self) -> None:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
         self.cancel_all()
-        for loader in self._loaders:
-            loader.kill()
-        waiting = [loader.exited for loader in self._loaders]
-        if waiting:
-            await asyncio.wait(waiting, timeout=_LEAVE_SECONDS)
+        await self._pool.close()
         for task in [*self._background, *(load.task for load in self._all if load.task)]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -307,7 +296,7 @@ class Loads:
                     admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
-                loader = await self._take_loader()
+                loader = await self._pool.take()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
                 # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
                 lanes = self.threads if device.kind == "host" else 1
@@ -355,43 +344,11 @@ class Loads:
 
     async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:
         """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
-        if loader is not None and not (usable and await self._put_back(loader)):
+        if loader is not None and not (usable and await self._pool.put_back(loader)):
             loader.kill()
-            await asyncio.wait([loader.exited], timeout=_LEAVE_SECONDS)
+            await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
                 log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
                 self._store.memories[device].withdraw(number)  # nobody is to wait for that
             await asyncio.shield(loader.exited)
         self._store.end_load(number)
-
-    async def _take_loader(self) -> LoaderProcess:
-        while self._idle:
-            loader = self._idle.pop()
-            if not loader.exited.done():
-                return loader
-        loader = await LoaderProcess.spawn(self._argv, [self._lock])
-        self._loaders.add(loader)
-        loader.exited.add_done_callback(lambda _: self._loaders.discard(loader))
-        return loader
-
-    async def _put_back(self, loader: LoaderProcess) -> bool:
-        """Wait until the loader has closed its files; it then waits a while for the next job."""
-        try:
-            async with asyncio.timeout(_LEAVE_SECONDS):
-                while (op := (await loader.receive())["op"]) != "idle":
-                    if op == "failed":  # while it closed what is done with
-                        return False
-        except (LoaderDied, TimeoutError):
-            return False
-        loader.forget_segments()
-        self._idle.append(loader)
-        task = asyncio.get_running_loop().create_task(self._retire(loader))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-        return True
-
-    async def _retire(self, loader: LoaderProcess) -> None:
-        await asyncio.sleep(IDLE_SECONDS)
-        if loader in self._idle:
-            self._idle.remove(loader)
-            loader.hang_up()

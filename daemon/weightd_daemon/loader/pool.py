@@ -1,0 +1,74 @@
+"""Loader processes: started when one is needed, and kept for a while after their work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from .process import LoaderDied, LoaderProcess
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+IDLE_SECONDS = 10.0
+"""How long a loader waits for the next job: a burst of loads pays for one start."""
+
+LEAVE_SECONDS = 5.0
+"""How long a loader may take to close its files before it is replaced, and to be gone once it was killed."""
+
+
+class LoaderPool:
+    """Lends loaders, one job at a time. `inherited` are descriptors that each of them keeps open."""
+
+    def __init__(self, argv: Sequence[str], inherited: Sequence[int]) -> None:
+        self._argv = argv
+        self._inherited = inherited
+        self._idle: list[LoaderProcess] = []
+        self._alive: set[LoaderProcess] = set()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    async def take(self) -> LoaderProcess:
+        """A loader without a job: one that is idle, else a new one. Errors: those of `LoaderProcess.spawn`."""
+        while self._idle:
+            loader = self._idle.pop()
+            if not loader.exited.done():
+                return loader
+        loader = await LoaderProcess.spawn(self._argv, self._inherited)
+        self._alive.add(loader)
+        loader.exited.add_done_callback(lambda _: self._alive.discard(loader))
+        return loader
+
+    async def put_back(self, loader: LoaderProcess) -> bool:
+        """Wait until a loader has closed its files, and keep it for the next job. Returns False if it is unfit."""
+        try:
+            async with asyncio.timeout(LEAVE_SECONDS):
+                while (op := (await loader.receive())["op"]) != "idle":
+                    if op == "failed":  # while it closed what is done with
+                        return False
+        except (LoaderDied, TimeoutError):
+            return False
+        loader.forget_segments()
+        self._idle.append(loader)
+        task = asyncio.get_running_loop().create_task(self._retire(loader))
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+        return True
+
+    async def close(self) -> None:
+        """Kill all loaders and wait until they are gone; one that cannot die is left to the kernel."""
+        for loader in self._alive:
+            loader.kill()
+        waiting = [loader.exited for loader in self._alive]
+        if waiting:
+            await asyncio.wait(waiting, timeout=LEAVE_SECONDS)
+        for task in list(self._retiring):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _retire(self, loader: LoaderProcess) -> None:
+        await asyncio.sleep(IDLE_SECONDS)
+        if loader in self._idle:
+            self._idle.remove(loader)
+            loader.hang_up()
