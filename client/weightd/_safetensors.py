@@ -209,30 +209,30 @@ def planned(plan: dict[str, slice | None] | None, infos: dict[str, TensorInfo]) 
         if not isinstance(name, str):
             raise BadArgumentError(f"prefetch plan: its keys must be tensor names, not {name!r}")
         if name not in infos:
-            raise MissingTensorError(f"prefetch plan: the file has no tensor {name!r}")
+            raise MissingTensorError(f"prefetch plan: the file does not contain tensor {name!r}")
         if rows is not None:
             _check_rows(infos[name], rows)
     if not plan:
-        raise BadArgumentError("prefetch plan: it names no tensor; leave it out to get all")
+        raise BadArgumentError("prefetch plan: it selects no tensors; leave it out to get all")
     return {name: plan[name] for name in infos if name in plan}
 
 
 def _check_rows(info: TensorInfo, rows: slice) -> None:
-    where = f"prefetch plan, tensor {info.name!r}"
+    invalid = f"invalid prefetch plan slice of tensor {info.name!r}"
     if not isinstance(rows, slice):
-        raise BadArgumentError(f"{where}: must be a slice or None, not {rows!r}")
+        raise BadArgumentError(f"{invalid}: must be None or a slice, not {rows!r}")
     if not info.shape:
-        raise BadArgumentError(f"{where}: it has no dimension, so no rows to slice")
+        raise BadArgumentError(f"{invalid}: the tensor is 0-d and has no rows")
     count = info.shape[0]
     for bound in (rows.start, rows.stop):
         if bound is not None and not isinstance(bound, int):
-            raise BadArgumentError(f"{where}: the slice's bounds must be whole numbers or None, not {bound!r}")
+            raise BadArgumentError(f"{invalid}: its bounds must be whole numbers or None, not {bound!r}")
         if bound is not None and not -count <= bound <= count:
-            raise BadArgumentError(f"{where}: {bound} is outside its {count} rows")
+            raise BadArgumentError(f"{invalid}: {bound} is out of range for {count} rows")
     if rows.step not in (None, 1):
-        raise BadArgumentError(f"{where}: the slice's step must be 1, not {rows.step!r}")
+        raise BadArgumentError(f"{invalid}: must have step 1, not {rows.step!r}")
     if info.dtype == "F4" and math.prod(info.shape[1:]) % 2:
-        raise BadArgumentError(f"{where}: a row of it is not a whole number of bytes")
+        raise BadArgumentError(f"{invalid}: a row is not a whole number of bytes")
 
 
 class PrefetchLoader:
@@ -258,19 +258,23 @@ class PrefetchLoader:
         """A tensor. Errors: MissingTensorError, BadArgumentError (it was handed out), ClosedFileError."""
         if name not in self._names:
             raise MissingTensorError(f"tensor {name!r} is not in the prefetch plan")
-        if self._closed:
-            raise ClosedFileError("this prefetch loader is closed; call prefetch again")
+        self._check_open()
         if name not in self._left:
-            raise BadArgumentError(f"tensor {name!r} was handed out already; prefetch hands out each tensor once")
+            raise BadArgumentError(f"tensor {name!r} was already delivered; prefetch hands out each tensor once")
         make, rows = self._left.pop(name)
         with reading:
             return make() if rows is None else make()[rows]
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
-        """Names and tensors that were not handed out yet."""
+        """Names and tensors that were not handed out yet. Errors: ClosedFileError."""
         for name in self._names:
+            self._check_open()
             if name in self._left:
                 yield name, self.take(name)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedFileError("this prefetch loader is closed; call prefetch again")
 
     def close(self) -> None:
         """Give up what was not handed out."""

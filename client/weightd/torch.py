@@ -277,11 +277,11 @@ class safe_open:  # noqa: N801  # safetensors' name
         if self._local is not None:
             return self._local.prefetch(plan, device=device, threads=threads)  # type: ignore[no-any-return]
         if self._numpy:
-            raise BadArgumentError("prefetch: it makes torch tensors; open the file with framework='pt'")
+            raise BadArgumentError('prefetch makes torch tensors; open the file with framework="pt"')
         attached = self._attached
         place = attached.torch_device if device is None else device_name(device)
         if not place.startswith("cuda"):
-            raise BadDeviceError(f"device {place!r}: prefetch is for GPUs; use get_tensors")
+            raise BadDeviceError(f"prefetch loads to cuda devices, not {place}; use get_tensors")
         rows = planned(plan, {key.name: info for key, info in attached.tensors.items()})
         with reading:
             for name in rows:
@@ -329,7 +329,7 @@ class safe_open:  # noqa: N801  # safetensors' name
     def _info(self, name: str) -> TensorInfo:
         info = self._attached.tensors.get(TensorKey("", name))
         if info is None:
-            raise MissingTensorError(f"tensor {name!r} is not in {self._name}")
+            raise MissingTensorError(f"{self._name}: does not contain tensor {name!r}")
         return info
 
     @property
