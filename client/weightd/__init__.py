@@ -26,6 +26,7 @@ from .errors import (
     LeaseLostError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceLimitError,
     ServerError,
     WeightdError,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "LeaseLostError",
     "NotFoundError",
     "PermissionDeniedError",
+    "ResourceLimitError",
     "ServerError",
     "WeightdError",
     "__version__",

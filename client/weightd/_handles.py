@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
 import threading
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from ._address import handles_path
+from ._limits import limit_error, out_of_descriptors
 from ._proto.v1 import handles_pb2
 from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 
@@ -46,17 +46,19 @@ class HandleConnection:
         """Told when a question finds that the connection has ended."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise limit_error(error, f"connecting to {path}") or error from error
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(str(handles_path(path)))
             hello = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=PROTOCOL))
             reply = self._ask(hello, "hello").hello
-        except OSError as error:
+        except BaseException as error:
             self._socket.close()
-            raise _unreachable(path, error) from error
-        except BaseException:
-            self._socket.close()
+            if _is_of_the_connection(error):
+                raise _unreachable(path, error) from error
             raise
         self.token: str = reply.token
         self.version: str = reply.version
@@ -107,7 +109,7 @@ class HandleConnection:
                     self._socket.close()  # batches may be outstanding
                 for descriptor in descriptors:
                     os.close(descriptor)
-                if isinstance(error, OSError) and not isinstance(error, DaemonUnreachableError):
+                if _is_of_the_connection(error):
                     raise _unreachable(self.path, error) from error
                 raise
         return Received(reply, descriptors[0], [*descriptors[1:], *handles])
@@ -120,7 +122,9 @@ class HandleConnection:
                 request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
                 number = self._ask(request, "offer", descriptors).offer.offer_id
             except OSError as error:
-                raise _unreachable(self.path, error) from error
+                if _is_of_the_connection(error):
+                    raise _unreachable(self.path, error) from error
+                raise
         if len(descriptors) != 1:
             raise ServerError("the daemon's offer came without its intake")
         return number, socket.socket(fileno=descriptors[0])
@@ -161,7 +165,9 @@ class HandleConnection:
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ServerError("a reply of the daemon was cut off; is this process out of descriptors (ulimit -n)?")
+                raise out_of_descriptors(f"receiving descriptors from {self.path}") or ServerError(
+                    f"a reply of the daemon at {self.path} was cut off; a security module may keep descriptors back"
+                )
             reply = handles_pb2.HandleReply.FromString(data)
             kind = reply.WhichOneof("body")
             if kind not in (expected, "error"):
@@ -210,10 +216,8 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
     except ConnectionError:
         return
     except OSError as error:
-        what_to_do = ""
-        if error.errno == errno.ETOOMANYREFS:
-            what_to_do = "; this user has too many descriptors on their way: raise `ulimit -n`, or load one at a time"
-        raise WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}{what_to_do}") from error
+        what = "sending the checkpoint's files to the daemon"
+        raise limit_error(error, what) or WeightdError(f"{what} failed: {error}") from error
 
 
 def fit(request: handles_pb2.AttachRequest) -> bool:
@@ -226,6 +230,11 @@ def fit(request: handles_pb2.AttachRequest) -> bool:
 
 def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
     return handles_pb2.HandleRequest(attach=request).ByteSize()
+
+
+def _is_of_the_connection(error: BaseException) -> TypeGuard[OSError]:
+    """Whether the connection failed. Some errors of weightd's own, also such as the daemon sends, are OSErrors, too."""
+    return isinstance(error, OSError) and not isinstance(error, WeightdError)
 
 
 def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:

@@ -87,11 +87,10 @@ class Line:
             handles.close()
             handles = HandleConnection(self.path, self.timeout)
             self._held.clear()
-        except OSError as error:
+        except BaseException as error:
             handles.close()
-            raise DaemonUnreachableError(f"the daemon at {self.path} does not answer: {error}") from error
-        except BaseException:
-            handles.close()
+            if isinstance(error, OSError) and not isinstance(error, WeightdError):
+                raise DaemonUnreachableError(f"the daemon at {self.path} does not answer: {error}") from error
             raise
         return handles
 

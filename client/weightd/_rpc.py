@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from ._limits import out_of_descriptors
 from ._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -237,6 +238,8 @@ def _error_from(error: grpc.RpcError) -> WeightdError:
             return from_wire(info.reason, status.message, dict(info.metadata))
     code, details = call.code(), call.details()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        if limit := out_of_descriptors("calling the weightd daemon"):  # and gRPC lays it on the daemon
+            return limit
         return DaemonUnreachableError(f"the weightd daemon does not answer: {details}")
     if code is grpc.StatusCode.CANCELLED:
         return LeaseLostError("the call was cancelled; the daemon may be stopping")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from ._address import find_socket
 from ._devices import device_name
 from ._handles import feed, fit
+from ._limits import out_of_descriptors
 from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import check_name, source_to
@@ -43,6 +44,8 @@ T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
+_GRPC_DESCRIPTORS = 16
+"""To start, gRPC 1.85 takes 6 and ends the process where it gets none (measured)."""
 RETRY_SECONDS = 0.2
 """Between two attempts to reach a daemon that is waited for."""
 
@@ -312,23 +315,25 @@ class Client:
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            if fit(request):  # else a load tells the digest; it reads nothing of what is resident
-                try:
-                    return self._attach(request, components, keys)
-                except NotFoundError as error:
-                    if error.metadata.get("missing") != "sources":
-                        raise
-            for attempt in range(1, _LOADS + 1):
+        # The files are closed whenever segments come: a process need not have descriptors for both at once.
+        if fit(request):  # else a load tells the digest; it reads nothing of what is resident
+            try:
+                return self._attach(request, components, keys)
+            except NotFoundError as error:
+                if error.metadata.get("missing") != "sources":
+                    raise
+        for attempt in range(1, _LOADS + 1):
+            with open_sources(resolved) as opened:
                 result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
-                assert result is not None  # not detached
-                request.reference, request.device = result.content_digest, result.device
-                try:
-                    return self._attach(request, components, keys)
-                except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
-                    here = result.content_digest, result.device, "resident"
-                    resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
-                    if resident or attempt == _LOADS:
-                        raise
+            assert result is not None  # not detached
+            request.reference, request.device = result.content_digest, result.device
+            try:
+                return self._attach(request, components, keys)
+            except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
+                here = result.content_digest, result.device, "resident"
+                resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
+                if resident or attempt == _LOADS:
+                    raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _attach(
@@ -391,6 +396,8 @@ class Client:
         self._check()
         with self._lock:
             if self._control is None:
+                if limit := out_of_descriptors("starting gRPC", needed=_GRPC_DESCRIPTORS):
+                    raise limit
                 from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
                 self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)

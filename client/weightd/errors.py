@@ -6,6 +6,7 @@
      ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
      ├─ DigestMismatchError                     resident bytes do not match their digest
      ├─ CapacityError (MemoryError)             does not fit, after eviction; or a limit of the user is reached
+     ├─ ResourceLimitError (OSError)            a process is out of descriptors, address space, mappings or processes
      ├─ InUseError                              somebody holds it
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
@@ -118,6 +119,22 @@ class CapacityError(WeightdError, MemoryError):
         return self._bytes("leased_bytes")
 
 
+class ResourceLimitError(WeightdError, OSError):
+    """A process has come to a limit of the operating system; the message says which process, and what to do.
+
+    It is this process, the daemon or one of its loaders.
+    """
+
+    reason = "RESOURCE_LIMIT"
+    grpc_code = "RESOURCE_EXHAUSTED"
+    exit_code = 75
+
+    @property
+    def limit(self) -> str:
+        """The limit's name, such as "RLIMIT_NOFILE" or "vm.max_map_count"; "memory" where the kernel had none left."""
+        return self.metadata.get("limit", "")
+
+
 class InUseError(WeightdError):
     """Somebody holds the thing; the message names the holders."""
 
@@ -204,6 +221,7 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         FormatError,
         DigestMismatchError,
         CapacityError,
+        ResourceLimitError,
         InUseError,
         LeaseLostError,
         DeviceMismatchError,

@@ -12,7 +12,7 @@ import pytest
 
 from weightd._handles import MAX_FRAME, HandleConnection, Received
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import ServerError
+from weightd.errors import PermissionDeniedError, ResourceLimitError, ServerError, WeightdError
 
 Frame = tuple[handles_pb2.HandleReply, int]
 """A reply and how many descriptors go with it."""
@@ -108,6 +108,16 @@ def test_a_handle_of_a_wrong_length_is_refused(length: int, answers: Answers) ->
 def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="without descriptors or handles"):
         answers.ask(attach(2, handles=[bytes(64)]), batch())
+
+
+@pytest.mark.parametrize("kind", [PermissionDeniedError, ResourceLimitError], ids=lambda kind: kind.__name__)
+def test_an_error_of_the_daemon_is_no_failed_connection(kind: type[WeightdError], answers: Answers) -> None:
+    """Though it is an OSError, too."""
+    error = handles_pb2.HandleError(reason=kind.reason, message="said so", metadata={"limit": "x"})
+    with pytest.raises(kind, match="said so") as caught:
+        answers.ask((handles_pb2.HandleReply(error=error), 0))
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is None
 
 
 def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:

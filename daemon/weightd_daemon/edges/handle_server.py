@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
+from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import __version__
@@ -179,8 +180,9 @@ class _Peer:
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
             log.warning("request failed kind=%s pid=%d: %s", kind, self._connection.pid, error)
             self._drop_unsent()
+            limit = limit_error(error, f"answering {kind}", DAEMON)
             why = error.strerror or type(error).__name__
-            self._send_error(ServerError(f"the daemon could not do it: {why}; try again, or raise its `ulimit -n`"))
+            self._send_error(limit or ServerError(f"the daemon could not do it: {why}; its log has the details"))
         except Exception:  # a bug in answering one frame must not take the server down
             log.exception("request failed by a bug kind=%s", kind)
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from weightd._limits import DAEMON, limit_error
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Checkpoint, Content
@@ -153,6 +154,11 @@ class LoadSteps:
                 answer, segments = await calls[op](message)
             except WeightdError as error:
                 await loader.send(error_to(error))
+                continue
+            except OSError as error:
+                if (limit := limit_error(error, "loading", DAEMON)) is None:
+                    raise
+                await loader.send(error_to(limit))
                 continue
             await loader.send(answer, segments)
             if self.checkpoint is not None:
