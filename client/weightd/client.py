@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from ._address import find_socket
 from ._devices import device_name
 from ._handles import feed, fit
-from ._limits import out_of_descriptors
+from ._limits import check_grpc_can_start
 from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import check_name, source_to
@@ -44,8 +44,6 @@ T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
-_GRPC_DESCRIPTORS = 16
-"""To start, gRPC 1.85 takes 6 and ends the process where it gets none (measured)."""
 RETRY_SECONDS = 0.2
 """Between two attempts to reach a daemon that is waited for."""
 
@@ -396,8 +394,7 @@ class Client:
         self._check()
         with self._lock:
             if self._control is None:
-                if limit := out_of_descriptors("starting gRPC", needed=_GRPC_DESCRIPTORS):
-                    raise limit
+                check_grpc_can_start()
                 from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
                 self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)
