@@ -15,7 +15,7 @@ from typing import Any, Never
 
 import pytest
 
-from weightd.errors import DeviceError
+from weightd.errors import DeviceError, ResourceLimitError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
@@ -95,7 +95,7 @@ def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch, part: str) -> Non
 
     monkeypatch.setattr(subprocess if part == "Popen" else os, part, fail)
     before = descriptors()
-    with pytest.raises(OSError, match="Too many"):
+    with pytest.raises(ResourceLimitError, match=r"^starting a loader process: the weightd daemon has all"):
         asyncio.run(LoaderProcess.spawn(SLEEPER, []))
     assert descriptors() == before
     with pytest.raises(ChildProcessError):
