@@ -49,7 +49,9 @@ class HandleConnection:
         try:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError as error:
-            raise limit_error(error, f"connecting to {path}") or error from error
+            if limit := limit_error(error, f"connecting to {path}"):
+                raise limit from error
+            raise
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(str(handles_path(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -13,6 +14,10 @@ THIS_PROCESS = "this process"
 DAEMON = "the weightd daemon"
 LOADER = "the daemon's loader process"
 _MAPS = "vm.max_map_count"
+_NEAR = 16
+"""A call may need a few mappings more than it makes: it splits others."""
+_GRPC_DESCRIPTORS = 16
+"""To start, gRPC 1.85 takes 6 and ends the process where it gets none (measured)."""
 
 
 def limit_error(error: OSError, what: str, who: str = THIS_PROCESS) -> ResourceLimitError | None:
@@ -58,10 +63,6 @@ def check_grpc_can_start() -> None:
         raise limit
 
 
-_GRPC_DESCRIPTORS = 16
-"""To start, gRPC 1.85 takes 6 and ends the process where it gets none (measured)."""
-
-
 def _descriptors(who: str) -> tuple[str, str, str]:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     state = f"{{who}} has all the descriptors that it may have (RLIMIT_NOFILE is {most})"
@@ -82,12 +83,11 @@ def _processes(who: str) -> tuple[str, str, str]:
 
 def _memory(who: str) -> tuple[str, str, str]:
     """Of ENOMEM the kernel does not say what was short: mappings, addresses, or memory."""
-    try:
+    mappings, most = 0, _NEAR + 1
+    with contextlib.suppress(OSError, ValueError):  # no /proc, or no descriptor to look into it
         most = int(Path("/proc/sys/vm/max_map_count").read_text())
         with open("/proc/self/maps", "rb") as file:
             mappings = sum(1 for _ in file)
-    except (OSError, ValueError):
-        most, mappings = 0, -1
     if mappings >= most - _NEAR:
         state = f"{{who}} has {mappings} mappings ({_MAPS} is {most})"
         return _MAPS, state, f"raise `sysctl {_MAPS}`, or attach fewer tensors"
@@ -95,10 +95,6 @@ def _memory(who: str) -> tuple[str, str, str]:
     if space != resource.RLIM_INFINITY:
         return "RLIMIT_AS", f"{{who}} has too little address space left (RLIMIT_AS is {space} bytes)", _raise(who, "v")
     return "memory", "the kernel has no memory for {who}", "free some, or see `sysctl vm.overcommit_memory`"
-
-
-_NEAR = 16
-"""A call may need a few mappings more than it makes: it splits others."""
 
 
 def _raise(who: str, flag: str) -> str:

@@ -53,7 +53,7 @@ def connect(
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
-    `timeout` is seconds for each answer. With "wait" this waits for a daemon to come up. Errors: DaemonUnreachableError.
+    `timeout` is seconds for each answer. With "wait" this waits for a daemon to come. Errors: DaemonUnreachableError.
     """
     if fallback not in ("error", "wait"):
         raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")

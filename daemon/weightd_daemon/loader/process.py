@@ -51,7 +51,9 @@ class LoaderProcess:
         try:
             loader, control = cls._start(argv, inherited)
         except OSError as error:
-            raise limit_error(error, "starting a loader process", DAEMON) or error from error
+            if limit := limit_error(error, "starting a loader process", DAEMON):
+                raise limit from error
+            raise
         try:
             loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
         except BaseException:  # cancelled: nobody knows this loader yet, so nobody else would end it
@@ -125,7 +127,9 @@ class LoaderProcess:
         except ConnectionError as error:
             raise LoaderDied from error
         except OSError as error:
-            raise limit_error(error, "sending segments to a loader process", DAEMON) or error from error
+            if limit := limit_error(error, "sending segments to a loader process", DAEMON):
+                raise limit from error
+            raise
 
     async def send_descriptor(self, descriptor: int) -> None:
         """Send one descriptor that belongs to the message sent last."""
