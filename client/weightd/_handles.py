@@ -218,8 +218,8 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
     except ConnectionError:
         return
     except OSError as error:
-        what = "sending the checkpoint's files to the daemon"
-        raise limit_error(error, what) or WeightdError(f"{what} failed: {error}") from error
+        failed = WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}")
+        raise limit_error(error, "sending the checkpoint's files to the daemon") or failed from error
 
 
 def fit(request: handles_pb2.AttachRequest) -> bool:
