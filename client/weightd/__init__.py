@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     CapacityError,
+    DaemonBusyError,
     DaemonUnreachableError,
     DeviceError,
     DeviceMismatchError,
@@ -26,6 +27,7 @@ from .errors import (
     LeaseLostError,
     NotFoundError,
     PermissionDeniedError,
+    ProtocolMismatchError,
     ServerError,
     WeightdError,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "Attachment",
     "CapacityError",
     "Client",
+    "DaemonBusyError",
     "DaemonUnreachableError",
     "DeviceError",
     "DeviceMismatchError",
@@ -53,6 +56,7 @@ __all__ = [
     "LeaseLostError",
     "NotFoundError",
     "PermissionDeniedError",
+    "ProtocolMismatchError",
     "ServerError",
     "WeightdError",
     "__version__",

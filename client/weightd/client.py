@@ -52,8 +52,8 @@ def connect(
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
-    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up.
-    Errors: DaemonUnreachableError.
+    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up, or to have room.
+    Errors: DaemonUnreachableError, PermissionDeniedError (this user may not reach it), ProtocolMismatchError.
     """
     if fallback not in ("error", "wait"):
         raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")
@@ -79,6 +79,8 @@ class Client:
         self._closed = False
         self._control: ControlPlane | None = None
         self._line = Line(path, timeout)
+        self.socket = path
+        """The daemon's control socket."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +89,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<weightd.Client of {self._line.path}>"
+        return f"<weightd.Client of {self.socket}>"
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""

@@ -120,8 +120,9 @@ def load_file(
 ) -> dict[str, torch.Tensor]:
     """Load a safetensors file into tensors on shared memory: `safetensors.torch.load_file`, without a copy per process.
 
-    `backend` is accepted for safetensors' sake. `fallback` says what to do without a daemon, or where the file does not
-    fit: "error" raises, "wait" waits for a daemon, "local" loads privately with safetensors and warns.
+    `backend` is accepted for safetensors' sake. `fallback` says what to do without a daemon, with one that is full or
+    does not answer, or where the file does not fit: "error" raises, "wait" waits for a daemon, "local" loads privately
+    with safetensors and warns. A daemon that this user may not reach is PermissionDeniedError, whatever it says.
     Errors: FormatError, NotFoundError, CapacityError, DaemonUnreachableError, DeviceMismatchError,
     InvalidReferenceError (a `.gguf` file: see `Attachment.state_dict`).
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from weightd._handles import MAX_FRAME, HandleConnection, Received
+from weightd._handles import MAX_FRAME, HandleConnection, Received, _receive
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import ServerError
 
@@ -113,3 +113,14 @@ def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
 def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="no descriptor of the lease"):
         answers.ask(attach(1, descriptors=0, handles=[bytes(64), bytes(64)]))
+
+
+def test_what_the_daemon_said_before_it_hung_up_is_read() -> None:
+    """It refuses and hangs up with our question unread: the kernel says that first, and then has the refusal."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.send(b"question")
+        theirs.send(b"refusal")
+        theirs.close()
+        assert _receive(ours, 1)[0] == b"refusal"
+        assert _receive(ours, 1)[0] == b""
