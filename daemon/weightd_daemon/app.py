@@ -278,7 +278,7 @@ class Daemon:
                 raise
             raise ConfigError(
                 f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
-                "pip install 'weightd[metrics]'"
+                "pip install '.[metrics]' in weightd's checkout"
             ) from error
         metrics = Metrics(parts)
         server = pages(metrics, parts, lambda: self._up)

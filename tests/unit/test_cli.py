@@ -676,7 +676,15 @@ def test_without_typer_or_rich_it_says_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from weightd.cli import main; sys.exit(main(['ls']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment(), text=True)
     assert done.returncode == 1
-    assert done.stderr == "weightd's command needs typer and rich: pip install 'weightd[cli]'\n"
+    assert done.stderr == "weightd's command needs typer and rich: pip install '.[cli]' in weightd's checkout\n"
+
+
+def test_completion_knows_what_is_imported_when_it_is_first_used() -> None:
+    code = (
+        "import sys, weightd; listed = dir(weightd); assert set(weightd.__all__) <= set(listed), listed;"
+        "sys.exit(any(name in sys.modules for name in ('weightd.client', 'weightd.attachment', 'grpc', 'google')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment()).returncode == 0
 
 
 def test_module_runs_the_command() -> None:

@@ -42,7 +42,7 @@ def _become_daemon(command: str, context: typer.Context) -> NoReturn:
 def require_daemon(command: str) -> None:
     """End with a line that says so where the daemon is not installed; xxhash is what the bare package leaves out."""
     if any(importlib.util.find_spec(needed) is None for needed in ("weightd_daemon", "xxhash")):
-        say(f"{command} needs the daemon, which is not installed: pip install 'weightd[daemon]'")
+        say(f"{command} needs the daemon, which is not installed: pip install '.[daemon]' in weightd's checkout")
         raise typer.Exit(1)
 
 
