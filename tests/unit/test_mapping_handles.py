@@ -12,7 +12,7 @@ import pytest
 
 from weightd._handles import MAX_FRAME, HandleConnection, Received, _receive
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import ServerError
+from weightd.errors import CapacityError, DrainingError, PermissionDeniedError, ServerError, WeightdError
 
 Frame = tuple[handles_pb2.HandleReply, int]
 """A reply and how many descriptors go with it."""
@@ -113,6 +113,14 @@ def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
 def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="no descriptor of the lease"):
         answers.ask(attach(1, descriptors=0, handles=[bytes(64), bytes(64)]))
+
+
+@pytest.mark.parametrize("kind", [PermissionDeniedError, DrainingError, CapacityError])
+def test_an_error_of_the_daemon_stays_what_it_is(kind: type[WeightdError], answers: Answers) -> None:
+    """Some are OSErrors, too, and none of these is a connection that has failed."""
+    error = handles_pb2.HandleError(reason=kind.reason, message="not yours")
+    with pytest.raises(kind, match=r"^not yours$"):
+        answers.ask((handles_pb2.HandleReply(error=error), 0))
 
 
 def test_what_the_daemon_said_before_it_hung_up_is_read() -> None:
