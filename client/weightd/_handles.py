@@ -190,7 +190,7 @@ class HandleConnection:
         except BaseException as error:
             self._socket.close()
             self.on_broken()
-            if isinstance(error, OSError):
+            if isinstance(error, OSError) and not isinstance(error, WeightdError):
                 raise unreachable(self.path, error, self._timeout) from error
             raise
         if kind == "error":
