@@ -21,9 +21,21 @@ def candidates(explicit: str | os.PathLike[str] | None = None) -> list[Path]:
 
 
 def find_socket(explicit: str | os.PathLike[str] | None = None) -> Path:
-    """The first of the candidates that exists, else the first."""
+    """The first of the candidates that exists, else the first that this user may not look for, else the first."""
     paths = candidates(explicit)
-    return next((path for path in paths if path.exists()), paths[0])
+    found = [_is_there(path) for path in paths]
+    return paths[found.index(True) if True in found else found.index(None) if None in found else 0]
+
+
+def _is_there(path: Path) -> bool | None:
+    """None where a folder on the way keeps this user out: there may well be a daemon, and it says so when asked."""
+    try:
+        path.stat()
+    except PermissionError:
+        return None
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def handles_path(socket: Path) -> Path:

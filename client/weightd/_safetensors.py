@@ -73,7 +73,6 @@ class BadDeviceError(DeviceMismatchError, SafetensorError, RuntimeError):
 
 
 _OPENING: dict[type[WeightdError], type[WeightdError]] = {
-    PermissionDeniedError: UnreadableFileError,
     InvalidReferenceError: UnusableFileError,
     FormatError: BadFileError,
     DeviceMismatchError: BadDeviceError,

@@ -13,9 +13,10 @@ from ._handles import feed, fit
 from ._limits import check_grpc_can_start
 from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
+from ._unreachable import when_reachable
 from ._wire import check_name, source_to
 from .attachment import Attachment
-from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
+from .errors import ForkedError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
@@ -44,8 +45,6 @@ T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
-RETRY_SECONDS = 0.2
-"""Between two attempts to reach a daemon that is waited for."""
 
 
 def connect(
@@ -53,18 +52,13 @@ def connect(
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
-    `timeout` is seconds for each answer. With "wait" this waits for a daemon to come. Errors: DaemonUnreachableError.
+    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up, or to have room.
+    Errors: DaemonUnreachableError, PermissionDeniedError (this user may not reach it), ProtocolMismatchError,
+    ResourceLimitError.
     """
     if fallback not in ("error", "wait"):
         raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")
-    while True:
-        path = find_socket(socket)
-        try:
-            return Client(path, timeout=timeout)
-        except DaemonUnreachableError:
-            if fallback != "wait":
-                raise
-            time.sleep(RETRY_SECONDS)
+    return when_reachable(lambda: Client(find_socket(socket), timeout=timeout), wait=fallback == "wait")
 
 
 class Client:
@@ -79,6 +73,8 @@ class Client:
         self._closed = False
         self._control: ControlPlane | None = None
         self._line = Line(path, timeout)
+        self.socket = path
+        """The daemon's control socket."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +83,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<weightd.Client of {self._line.path}>"
+        return f"<weightd.Client of {self.socket}>"
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""

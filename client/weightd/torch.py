@@ -18,9 +18,8 @@ import math
 import os
 import sys
 import threading
-import time
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 
@@ -34,6 +33,7 @@ from ._safetensors import (
     PrefetchLoader,
     SafeSlice,
     TensorMeta,
+    UnreadableFileError,
     UnusableFileError,
     index_array,
     make_array,
@@ -41,8 +41,16 @@ from ._safetensors import (
     planned,
     reading,
 )
-from .client import RETRY_SECONDS, Client, connect
-from .errors import CapacityError, DaemonUnreachableError, DeviceMismatchError, FormatError, NotFoundError
+from ._unreachable import when_reachable
+from .client import Client, connect
+from .errors import (
+    CapacityError,
+    DaemonUnreachableError,
+    DeviceMismatchError,
+    FormatError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
@@ -53,7 +61,6 @@ if TYPE_CHECKING:
     from .attachment import Attachment
 
 Fallback = Literal["error", "wait", "local"]
-T = TypeVar("T")
 _TORCH = "pt", "torch", "pytorch"
 _NUMPY = "np", "numpy"
 
@@ -136,13 +143,14 @@ def load_file(
     """Load a safetensors file into tensors on shared memory: `safetensors.torch.load_file`, without a copy per process.
 
     `device=None` is the CPU. `backend` is accepted for safetensors' sake. `fallback` says what to do without a daemon,
-    or where the file does not fit: "error" raises, "wait" waits for a daemon, "local" loads privately with safetensors
-    and warns.
+    with one that is full or does not answer, or where the file does not fit: "error" raises, "wait" waits for a daemon,
+    "local" loads privately with safetensors and warns.
 
     Errors are weightd's own, and at the same time those that safetensors raises: NotFoundError, PermissionDeniedError
     and InvalidReferenceError (it is no file) are FileNotFoundError; FormatError, DeviceMismatchError and
     InvalidReferenceError (an argument; a `.gguf` file: see `Attachment.state_dict`) are SafetensorError. Besides them:
-    CapacityError, ResourceLimitError, DaemonUnreachableError.
+    CapacityError, ResourceLimitError, DaemonUnreachableError, and, whatever `fallback` says, PermissionDeniedError
+    and ProtocolMismatchError (a daemon that this user may not reach, or of another protocol).
     """
     with safe_open(filename, framework="pt", device=device, backend=backend, fallback=fallback) as file:
         return file.get_tensors()
@@ -310,6 +318,10 @@ class safe_open:  # noqa: N801  # safetensors' name
                 if os.path.exists(self._path):  # what was not found is something else, such as the device
                     raise
                 raise MissingFileError(f"No such file or directory: {self._name}") from error
+            except PermissionDeniedError as error:
+                if os.access(self._path, os.R_OK, effective_ids=True):  # it is the daemon that is closed to this user
+                    raise
+                raise UnreadableFileError(error.message, error.metadata) from error
 
     def _make(self, attached: Attachment, info: TensorInfo) -> Callable[[], Any]:
         """What makes the tensor or array, and keeps its memory until then."""
@@ -341,17 +353,6 @@ class safe_open:  # noqa: N801  # safetensors' name
 
 _shared: dict[tuple[int, str | None], Client] = {}
 _shared_lock = threading.Lock()
-
-
-def when_reachable(call: Callable[[], T], *, wait: bool) -> T:
-    """What `call` returns; with `wait` as soon as a daemon answers. Threads that do not wait are not held up."""
-    while True:
-        try:
-            return call()
-        except DaemonUnreachableError:
-            if not wait:
-                raise
-            time.sleep(RETRY_SECONDS)
 
 
 def shared_client() -> Client:

@@ -195,13 +195,14 @@ class Daemon:
         )  # fmt: skip
         control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
-        handles.start(_listen(stack, handles_path(self._socket), mode))
-        stack.callback(handles.stop)
         with _umask(0o177):  # until its mode is set, only this user may connect
             await control.start(str(self._socket))
+        self._socket.chmod(mode)
+        # After it: a client connects to this one first, and may call as soon as it has.
+        handles.start(_listen(stack, handles_path(self._socket), mode))
+        stack.callback(handles.stop)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
-        self._socket.chmod(mode)
         preloader = Preloader(
             loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
             place=lambda said: device_meant(said, names, default), tell=self._manager.tell,
@@ -277,7 +278,7 @@ class Daemon:
                 raise
             raise ConfigError(
                 f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
-                "pip install 'weightd[metrics]'"
+                "pip install '.[metrics]' in weightd's checkout"
             ) from error
         metrics = Metrics(parts)
         server = pages(metrics, parts, lambda: self._up)
@@ -363,9 +364,8 @@ def _remove_socket(path: Path) -> None:
 def _listen(stack: contextlib.AsyncExitStack, path: Path, mode: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     stack.callback(listener.close)
-    with _umask(0o177):
+    with _umask(0o777 & ~mode):  # no chmod: who waits for a daemon takes "you may not", if for a moment, for an answer
         listener.bind(str(path))
-    path.chmod(mode)
     listener.listen(128)
     return listener
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import pickle
 import struct
 import subprocess
@@ -28,6 +29,7 @@ from support import checkpoints, fake_torch
 from support.backends import CUDA, Backend
 from support.daemon import Daemon, environment
 from support.shared import SharedDaemons
+from support.users import ALICE
 from weightd import _safetensors
 
 on_gpus = pytest.mark.backends(*CUDA)
@@ -156,10 +158,36 @@ def failure(case: Case, library: Any, module: Any, path: Path) -> Exception:
 
 def test_a_file_that_may_not_be_read(here: Daemon, path: Path) -> None:
     """safetensors raises FileNotFoundError; ours is that, and says what it is."""
-    with pytest.raises(FileNotFoundError, match="may not be read by this user") as caught, _safetensors.opening:
-        raise weightd.PermissionDeniedError(f"{path}: may not be read by this user")
-    assert isinstance(caught.value, weightd.PermissionDeniedError)
-    assert isinstance(caught.value, PermissionError)
+    weightd.torch.shared_client()  # connects while it may
+    path.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(ALICE)
+    try:
+        theirs = failure(lambda library, module, path: module.load_file(path), safetensors, safetensors.torch, path)
+        ours = failure(lambda library, module, path: module.load_file(path), weightd.torch, weightd.torch, path)
+    finally:
+        if root:
+            os.seteuid(0)
+    assert type(theirs) is FileNotFoundError
+    assert isinstance(ours, FileNotFoundError)
+    assert isinstance(ours, PermissionError)
+    assert isinstance(ours, weightd.PermissionDeniedError)
+    assert "may not be read by this user" in ours.message
+
+
+def test_what_is_not_permitted_and_not_the_file_keeps_its_own_error(
+    here: Daemon, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that this user may not reach is not a file that cannot be opened."""
+
+    def refuse() -> weightd.Client:
+        raise weightd.PermissionDeniedError("you may not reach the weightd daemon")
+
+    monkeypatch.setattr("weightd.torch.shared_client", refuse)
+    with pytest.raises(weightd.PermissionDeniedError, match=r"^you may not reach") as caught:
+        weightd.torch.load_file(path)
+    assert not isinstance(caught.value, FileNotFoundError)
 
 
 def test_what_was_not_found_and_is_no_file_keeps_its_own_error(
