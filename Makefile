@@ -29,6 +29,9 @@ RUNTIMES := 5 6 7
 VERSIONS ?= transformers==4.56.2+diffusers==0.35.2 transformers==4.57.6+diffusers==0.36.0 \
 	transformers==5.0.0+diffusers==0.38.0 transformers==5.12.1+diffusers==0.40.0
 VERSIONS_VENV ?= .venv-versions
+# Whose own tests the drop-in is to pass: the version that `make test` has, and the next.
+SAFETENSORS ?= 0.8.0 0.9.0rc1
+SAFETENSORS_VENV ?= .venv-safetensors
 # What install-systemd installs a service of: by default this checkout, in its virtual environment.
 WEIGHTD ?= $(BIN)/weightd
 WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
@@ -38,7 +41,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos install-systemd clean
+.PHONY: help demo unit test test-gpu test-versions test-safetensors lint format types bench bench-gpu gpu-probe protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -60,6 +63,10 @@ test-gpu: $(GPU_VENV) ## tests that need a GPU
 	@$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
 
 test-versions: $(VERSIONS:%=$(VERSIONS_VENV)/%/.tested) ## tests of the integrations with older frameworks (makes environments)
+
+test-safetensors: $(VENV)/.installed ## safetensors' own tests with weightd in its place (downloads them)
+	@echo "test-safetensors: tools/safetensors_tests.py"
+	@$(BIN)/python tools/safetensors_tests.py $(SAFETENSORS_VENV) $(SAFETENSORS)
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -111,7 +118,7 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.

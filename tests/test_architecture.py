@@ -219,6 +219,13 @@ def test_import_brings_no(module: str, absent: str) -> None:
     assert done.stdout.split() == []
 
 
+def test_the_package_itself_imports_its_errors_and_nothing_else() -> None:
+    """Whoever only catches weightd's errors pays for nothing: no other module, of ours or of the standard library."""
+    known = "import __future__, collections.abc, sys, typing\nbefore = set(sys.modules)\n"
+    show = f"{known}import weightd\nprint(*set(sys.modules) - before)"
+    assert sorted(python(show).stdout.split()) == ["weightd", "weightd.errors"]
+
+
 def test_import_check_can_fail() -> None:
     assert python(IMPORT_ALL, "weightd", "weightd", "torch").stdout.split() == ["weightd"]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import (
     CapacityError,
+    DaemonBusyError,
     DaemonUnreachableError,
     DeviceError,
     DeviceMismatchError,
@@ -26,6 +27,8 @@ from .errors import (
     LeaseLostError,
     NotFoundError,
     PermissionDeniedError,
+    ProtocolMismatchError,
+    ResourceLimitError,
     ServerError,
     WeightdError,
 )
@@ -40,6 +43,7 @@ __all__ = [
     "Attachment",
     "CapacityError",
     "Client",
+    "DaemonBusyError",
     "DaemonUnreachableError",
     "DeviceError",
     "DeviceMismatchError",
@@ -53,6 +57,8 @@ __all__ = [
     "LeaseLostError",
     "NotFoundError",
     "PermissionDeniedError",
+    "ProtocolMismatchError",
+    "ResourceLimitError",
     "ServerError",
     "WeightdError",
     "__version__",
@@ -69,3 +75,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What completion offers: what is imported when it is first used, too."""
+    return sorted({*globals(), *__all__})

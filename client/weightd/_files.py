@@ -7,6 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
+from ._limits import limit_error
 from .errors import InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
 from .types import FileIdentity, SourceFile
 
@@ -88,6 +89,8 @@ def translated(path: Path, error: OSError) -> WeightdError:
         )
     if error.errno == errno.ENAMETOOLONG:
         return InvalidReferenceError(f"{show(path)}: longer than a path can be; check the reference")
+    if limit := limit_error(error, f"opening {show(path)}"):
+        return limit
     return WeightdError(f"{show(path)}: cannot be opened: {error.strerror}")
 
 

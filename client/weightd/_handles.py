@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import socket
 import threading
+import time
 from array import array
+from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from google.protobuf.message import DecodeError
+
 from ._address import check_peer, handles_path
+from ._limits import limit_error, out_of_descriptors
 from ._proto.v1 import handles_pb2
-from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
+from ._unreachable import unreachable
+from .errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +27,7 @@ PROTOCOL = 1
 MAX_FRAME = 64 << 10
 MAX_DESCRIPTORS = 253
 _IPC_HANDLE_BYTES = 64
+_BACKLOG_PAUSE_SECONDS = 0.01
 
 
 class Received(NamedTuple):
@@ -42,27 +48,40 @@ class HandleConnection:
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
+        self._timeout = timeout
         self.on_broken: Callable[[], None] = lambda: None
         """Told when a question finds that the connection has ended."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError as error:
+            raise unreachable(path, error, timeout) from error
         try:
             self._socket.settimeout(timeout)
-            self._socket.connect(str(handles_path(path)))
+            self._connect(timeout)
             check_peer(self._socket, path)
             hello = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=PROTOCOL))
             reply = self._ask(hello, "hello").hello
-        except OSError as error:
-            self._socket.close()
-            if isinstance(error, WeightdError):  # some are an OSError, too
-                raise
-            raise _unreachable(path, error) from error
         except BaseException:
             self._socket.close()
             raise
         self.token: str = reply.token
         self.version: str = reply.version
+
+    def _connect(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                self._socket.connect(str(handles_path(self.path)))
+            except BlockingIOError as error:  # it has yet to accept those before us; the kernel does not wait for that
+                if time.monotonic() > deadline:
+                    raise unreachable(self.path, error, timeout) from error
+                time.sleep(_BACKLOG_PAUSE_SECONDS)
+            except OSError as error:
+                raise unreachable(self.path, error, timeout) from error
+            else:
+                return
 
     def alive(self) -> bool:
         """Whether the daemon still has this connection: it never speaks first, so what can be read is its farewell.
@@ -89,7 +108,7 @@ class HandleConnection:
         self._socket.close()
 
     def attach(self, request: handles_pb2.AttachRequest) -> Received:
-        """Take a lease. Errors: those of the daemon, DaemonUnreachableError."""
+        """Take a lease. Errors: those of the daemon and of `unreachable`."""
         descriptors: list[int] = []
         handles: list[bytes] = []  # in their stead where memory is shared by CUDA IPC
         with self._lock:
@@ -105,13 +124,11 @@ class HandleConnection:
                         raise ServerError("the daemon sent a batch without descriptors or handles")
                 if not descriptors or any(len(handle) != _IPC_HANDLE_BYTES for handle in handles):
                     raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
-            except BaseException as error:
+            except BaseException:
                 if descriptors:
                     self._socket.close()  # batches may be outstanding
                 for descriptor in descriptors:
                     os.close(descriptor)
-                if isinstance(error, OSError) and not isinstance(error, DaemonUnreachableError):
-                    raise _unreachable(self.path, error) from error
                 raise
         return Received(reply, descriptors[0], [*descriptors[1:], *handles])
 
@@ -119,11 +136,8 @@ class HandleConnection:
         """An intake to send file descriptors through, and its number."""
         descriptors: list[int] = []
         with self._lock:
-            try:
-                request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
-                number = self._ask(request, "offer", descriptors).offer.offer_id
-            except OSError as error:
-                raise _unreachable(self.path, error) from error
+            request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
+            number = self._ask(request, "offer", descriptors).offer.offer_id
         if len(descriptors) != 1:
             raise ServerError("the daemon's offer came without its intake")
         return number, socket.socket(fileno=descriptors[0])
@@ -147,31 +161,43 @@ class HandleConnection:
         with self._lock:
             try:
                 return self._ask(handles_pb2.HandleRequest(reclaim=request), "reclaim").reclaim.held
+            except DaemonBusyError:
+                raise
             except ConnectionError as error:
                 raise LeaseLostError("the daemon does not take leases up again") from error
 
     def _ask(
         self, request: handles_pb2.HandleRequest, expected: str, descriptors: list[int] | None = None
     ) -> handles_pb2.HandleReply:
-        """One question and its answer.
+        """One question and its answer. Errors: those of the daemon and of `unreachable`, ProtocolMismatchError.
 
         Whatever comes between the two ends the connection: the next question would get this one's answer.
         """
         try:
-            self._socket.sendall(request.SerializeToString())
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has hung up, and may have said why
+                self._socket.sendall(request.SerializeToString())
             data, received, flags = _receive(self._socket, MAX_DESCRIPTORS if descriptors is not None else 1)
             (descriptors if descriptors is not None else []).extend(received)
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ServerError("a reply of the daemon was cut off; is this process out of descriptors (ulimit -n)?")
-            reply = handles_pb2.HandleReply.FromString(data)
+                raise out_of_descriptors(f"receiving descriptors from {self.path}") or ServerError(
+                    f"a reply of the daemon at {self.path} was cut off; a security module may keep descriptors back"
+                )
+            try:
+                reply = handles_pb2.HandleReply.FromString(data)
+            except DecodeError:
+                reply = handles_pb2.HandleReply()
             kind = reply.WhichOneof("body")
+            if kind is None or (expected == "hello" and kind not in ("hello", "error")):
+                raise ProtocolMismatchError(f"what answers at {self.path} does not speak weightd's protocol")
             if kind not in (expected, "error"):
                 raise ServerError(f"the daemon answered {kind} to {expected}")
-        except BaseException:
+        except BaseException as error:
             self._socket.close()
             self.on_broken()
+            if isinstance(error, OSError) and not isinstance(error, WeightdError):
+                raise unreachable(self.path, error, self._timeout) from error
             raise
         if kind == "error":
             raise from_wire(reply.error.reason, reply.error.message, dict(reply.error.metadata))
@@ -182,7 +208,10 @@ def _receive(source: socket.socket, most: int) -> tuple[bytes, list[int], int]:
     """A frame, its descriptors and the flags. `socket.recv_fds` drops MSG_CMSG_CLOEXEC: children would inherit."""
     numbers = array("i")
     space = socket.CMSG_LEN(most * numbers.itemsize)
-    data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # it hung up with our question unread; then comes what it had said before that
+        data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
@@ -213,10 +242,8 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
     except ConnectionError:
         return
     except OSError as error:
-        what_to_do = ""
-        if error.errno == errno.ETOOMANYREFS:
-            what_to_do = "; this user has too many descriptors on their way: raise `ulimit -n`, or load one at a time"
-        raise WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}{what_to_do}") from error
+        failed = WeightdError(f"the checkpoint's files could not be sent to the daemon: {error}")
+        raise limit_error(error, "sending the checkpoint's files to the daemon") or failed from error
 
 
 def fit(request: handles_pb2.AttachRequest) -> bool:
@@ -229,15 +256,3 @@ def fit(request: handles_pb2.AttachRequest) -> bool:
 
 def _frame_bytes(request: handles_pb2.AttachRequest) -> int:
     return handles_pb2.HandleRequest(attach=request).ByteSize()
-
-
-def _unreachable(path: Path, error: OSError) -> DaemonUnreachableError:
-    why = {
-        FileNotFoundError: "there is no such socket",
-        ConnectionRefusedError: "nobody listens there",
-        PermissionError: "you may not connect to it",
-        TimeoutError: "it does not answer in time",
-    }.get(type(error), str(error))
-    return DaemonUnreachableError(
-        f"no weightd daemon at {path}: {why}; start one with `weightd serve`, or set WEIGHTD_SOCKET"
-    )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ._handles import HandleConnection
 from ._proto.v1 import handles_pb2
-from .errors import DaemonUnreachableError, LeaseLostError, WeightdError
+from .errors import LeaseLostError, WeightdError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ class Line:
     """A connection to the daemon at a path, renewed when it has ended. `timeout` is seconds for each answer."""
 
     def __init__(self, path: Path, timeout: float) -> None:
-        """Errors: DaemonUnreachableError."""
+        """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError."""
         self.path = path
         self.timeout = timeout
         self.handles = HandleConnection(path, timeout)
@@ -55,11 +55,11 @@ class Line:
             _watch(self)
 
     def detach(self, lease: int) -> bool:
-        """Say that a lease may have ended; True when it has. Errors: WeightdError, OSError."""
+        """Say that a lease may have ended; True when it has. Errors: WeightdError."""
         return self.handles.detach(lease)
 
     def renew(self) -> None:
-        """Connect anew where the connection has ended, and say which leases are ours. Errors: DaemonUnreachableError.
+        """Connect anew where the connection has ended, and say which leases are ours. Errors: as of a new one.
 
         What the daemon does not know is not spoken of again.
         """
@@ -87,9 +87,6 @@ class Line:
             handles.close()
             handles = HandleConnection(self.path, self.timeout)
             self._held.clear()
-        except OSError as error:
-            handles.close()
-            raise DaemonUnreachableError(f"the daemon at {self.path} does not answer: {error}") from error
         except BaseException:
             handles.close()
             raise

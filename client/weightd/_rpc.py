@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from ._address import grpc_target
+from ._limits import out_of_descriptors
 from ._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -17,6 +18,7 @@ from ._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
+from ._unreachable import probe, unreachable
 from ._wire import checkpoint_from, event_from, lease_from, result_from, source_from
 from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
 from .types import (
@@ -56,6 +58,7 @@ class ControlPlane:
 
     def __init__(self, path: Path, token: str, timeout: float) -> None:
         self.token = token
+        self._path = path
         self._timeout = timeout
         self._metadata = (("weightd-token", token),)
         options = [
@@ -80,7 +83,7 @@ class ControlPlane:
     ) -> LoadResult | None:
         """Run a load to its end; of a detached one, return None when its files have been fed."""
         result: LoadResult | None = None
-        with _errors():
+        with self._errors():
             call = self._checkpoints.Load(request, metadata=self._metadata)
             try:
                 for event in call:
@@ -136,7 +139,7 @@ class ControlPlane:
         """Verify; returns the final figures."""
         request = checkpoint_pb2.VerifyCheckpointRequest(reference=reference, device=device)
         last = VerifyProgress(0, 0, 0, 0)
-        with _errors():
+        with self._errors():
             call = self._checkpoints.Verify(request, metadata=self._metadata)
             try:
                 for event in call:
@@ -185,7 +188,7 @@ class ControlPlane:
     def events(self, *, follow: bool) -> Iterator[DaemonEvent]:
         """Events as they come."""
         request = daemon_pb2.WatchEventsRequest(follow=follow)
-        with _errors():
+        with self._errors():
             timeout = None if follow else self._timeout
             call = self._daemon.WatchEvents(request, metadata=self._metadata, timeout=timeout)
             try:
@@ -197,7 +200,7 @@ class ControlPlane:
     def drain(self, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None] | None) -> DrainResult:
         """Drain to the end."""
         result: DrainResult | None = None
-        with _errors():
+        with self._errors():
             call = self._daemon.Drain(daemon_pb2.DrainRequest(timeout_seconds=timeout), metadata=self._metadata)
             try:
                 for event in call:
@@ -221,20 +224,19 @@ class ControlPlane:
         return VersionInfo(response.version, response.pid, response.uptime_seconds)
 
     def _call(self, method: Any, request: Any) -> Any:
-        with _errors():
+        with self._errors():
             return method(request, metadata=self._metadata, timeout=self._timeout)
 
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn a failed call into the error that the daemon raised, or into why it cannot be reached."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _error_from(error, self._path, self._timeout) from None
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn a failed call into the error that the daemon raised."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _error_from(error) from None
 
-
-def _error_from(error: grpc.RpcError) -> WeightdError:
+def _error_from(error: grpc.RpcError, path: Path, timeout: float) -> WeightdError:
     call: Any = error  # a failed call is both, says grpc's documentation
     for key, value in call.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
@@ -243,7 +245,12 @@ def _error_from(error: grpc.RpcError) -> WeightdError:
             return from_wire(info.reason, status.message, dict(info.metadata))
     code, details = call.code(), call.details()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return DaemonUnreachableError(f"the weightd daemon does not answer: {details}")
+        if limit := out_of_descriptors("calling the weightd daemon"):  # and gRPC lays it on the daemon
+            return limit
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return unreachable(path, TimeoutError(), timeout)
+        # gRPC knows the cause as a sentence; the kernel has it as a number
+        return probe(path, timeout) or DaemonUnreachableError(f"the weightd daemon at {path} hung up: {details}")
     if code is grpc.StatusCode.CANCELLED:
         return LeaseLostError("the call was cancelled; the daemon may be stopping")
     return ServerError(f"{code.name}: {details}")

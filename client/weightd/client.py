@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from ._address import find_socket
 from ._devices import device_name
 from ._handles import feed, fit
+from ._limits import check_grpc_can_start
 from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
+from ._unreachable import when_reachable
 from ._wire import check_name, source_to
 from .attachment import Attachment
-from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
+from .errors import ForkedError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, is_path, open_sources, reference_name, resolve
 from .types import (
     CheckpointDetails,
@@ -43,8 +45,6 @@ T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
-RETRY_SECONDS = 0.2
-"""Between two attempts to reach a daemon that is waited for."""
 
 
 def connect(
@@ -52,19 +52,13 @@ def connect(
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
-    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up.
-    Errors: DaemonUnreachableError.
+    `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up, or to have room.
+    Errors: DaemonUnreachableError, PermissionDeniedError (this user may not reach it), ProtocolMismatchError,
+    ResourceLimitError.
     """
     if fallback not in ("error", "wait"):
         raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")
-    while True:
-        path = find_socket(socket)
-        try:
-            return Client(path, timeout=timeout)
-        except DaemonUnreachableError:
-            if fallback != "wait":
-                raise
-            time.sleep(RETRY_SECONDS)
+    return when_reachable(lambda: Client(find_socket(socket), timeout=timeout), wait=fallback == "wait")
 
 
 class Client:
@@ -79,6 +73,8 @@ class Client:
         self._closed = False
         self._control: ControlPlane | None = None
         self._line = Line(path, timeout)
+        self.socket = path
+        """The daemon's control socket."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +83,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<weightd.Client of {self._line.path}>"
+        return f"<weightd.Client of {self.socket}>"
 
     def close(self) -> None:
         """Hang up. Attachments and tensors stay; what was loaded and not attached may be evicted from now on."""
@@ -312,23 +308,25 @@ class Client:
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
-            if fit(request):  # else a load tells the digest; it reads nothing of what is resident
-                try:
-                    return self._attach(request, components, keys)
-                except NotFoundError as error:
-                    if error.metadata.get("missing") != "sources":
-                        raise
-            for attempt in range(1, _LOADS + 1):
+        # The files are closed whenever segments come: a process need not have descriptors for both at once.
+        if fit(request):  # else a load tells the digest; it reads nothing of what is resident
+            try:
+                return self._attach(request, components, keys)
+            except NotFoundError as error:
+                if error.metadata.get("missing") != "sources":
+                    raise
+        for attempt in range(1, _LOADS + 1):
+            with open_sources(resolved) as opened:
                 result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
-                assert result is not None  # not detached
-                request.reference, request.device = result.content_digest, result.device
-                try:
-                    return self._attach(request, components, keys)
-                except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
-                    here = result.content_digest, result.device, "resident"
-                    resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
-                    if resident or attempt == _LOADS:
-                        raise
+            assert result is not None  # not detached
+            request.reference, request.device = result.content_digest, result.device
+            try:
+                return self._attach(request, components, keys)
+            except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
+                here = result.content_digest, result.device, "resident"
+                resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
+                if resident or attempt == _LOADS:
+                    raise
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _attach(
@@ -391,6 +389,7 @@ class Client:
         self._check()
         with self._lock:
             if self._control is None:
+                check_grpc_can_start()
                 from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
                 self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)

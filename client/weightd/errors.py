@@ -6,13 +6,16 @@
      ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
      ├─ DigestMismatchError                     resident bytes do not match their digest
      ├─ CapacityError (MemoryError)             does not fit, after eviction; or a limit of the user is reached
+     ├─ ResourceLimitError (OSError)            a process is out of descriptors, address space, mappings or processes
      ├─ InUseError                              somebody holds it
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
      ├─ DeviceError (RuntimeError)              a call of the device's driver failed, or the device was lost
-     ├─ PermissionDeniedError (PermissionError) not yours
+     ├─ PermissionDeniedError (PermissionError) not yours, or a daemon that you may not reach
      ├─ DaemonUnreachableError (ConnectionError) no daemon serves at the address
+     │   ├─ DaemonBusyError                     one is there, and is full or does not answer in time
      │   └─ DrainingError                       one answers, and lends and loads nothing new
+     ├─ ProtocolMismatchError                   what answers speaks another protocol
      ├─ EventsLostError                         a reader of events was too slow
      ├─ ForkedError (RuntimeError)              a client used in a forked child
      └─ ServerError                             a bug in the daemon; its log has the id
@@ -118,6 +121,22 @@ class CapacityError(WeightdError, MemoryError):
         return self._bytes("leased_bytes")
 
 
+class ResourceLimitError(WeightdError, OSError):
+    """A process has come to a limit of the operating system; the message says which process, and what to do.
+
+    It is this process, the daemon or one of its loaders.
+    """
+
+    reason = "RESOURCE_LIMIT"
+    grpc_code = "RESOURCE_EXHAUSTED"
+    exit_code = 75
+
+    @property
+    def limit(self) -> str:
+        """The limit's name, such as "RLIMIT_NOFILE" or "vm.max_map_count"; "memory" where the kernel had none left."""
+        return self.metadata.get("limit", "")
+
+
 class InUseError(WeightdError):
     """Somebody holds the thing; the message names the holders."""
 
@@ -153,7 +172,10 @@ class DeviceError(WeightdError, RuntimeError):
 
 
 class PermissionDeniedError(WeightdError, PermissionError):
-    """The thing belongs to another user."""
+    """The thing belongs to another user, or the daemon is one that this user may not reach.
+
+    There is a daemon, then, so it is no DaemonUnreachableError: nothing is to be loaded privately beside it.
+    """
 
     reason = "PERMISSION_DENIED"
     grpc_code = "PERMISSION_DENIED"
@@ -168,6 +190,13 @@ class DaemonUnreachableError(WeightdError, ConnectionError):
     exit_code = 69
 
 
+class DaemonBusyError(DaemonUnreachableError):
+    """A daemon is there, and has no connection left or does not answer in time: try again."""
+
+    reason = "BUSY"
+    exit_code = 75
+
+
 class DrainingError(DaemonUnreachableError):
     """The daemon answers, but lends and loads nothing new: to who wants that, it is as good as gone.
 
@@ -175,6 +204,14 @@ class DrainingError(DaemonUnreachableError):
     """
 
     reason = "DRAINING"
+
+
+class ProtocolMismatchError(WeightdError):
+    """What answers speaks another version of the protocol, or is no weightd daemon."""
+
+    reason = "PROTOCOL_MISMATCH"
+    grpc_code = "FAILED_PRECONDITION"
+    exit_code = 76
 
 
 class EventsLostError(WeightdError):
@@ -204,13 +241,16 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         FormatError,
         DigestMismatchError,
         CapacityError,
+        ResourceLimitError,
         InUseError,
         LeaseLostError,
         DeviceMismatchError,
         DeviceError,
         PermissionDeniedError,
         DaemonUnreachableError,
+        DaemonBusyError,
         DrainingError,
+        ProtocolMismatchError,
         EventsLostError,
         ForkedError,
         ServerError,

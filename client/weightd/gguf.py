@@ -4,7 +4,7 @@
     tensor.type, tensor.shape  # "Q4_K", (4096, 4096)
     tensor.dequantize()        # a numpy array of float32
 
-Nothing here needs the package gguf (`pip install 'weightd[gguf]'`), nor numpy, but `dequantize`.
+Nothing here needs the package gguf (`pip install '.[gguf]'`), nor numpy, but `dequantize`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GgufTensor:
             import numpy as np
         except ImportError:
             raise FormatError(
-                f"tensor {self.name!r}: dequantize needs the package gguf; pip install 'weightd[gguf]'"
+                f"tensor {self.name!r}: dequantize needs the package gguf; pip install '.[gguf]' in weightd's checkout"
             ) from None
         kind = gguf.GGMLQuantizationType.__members__.get(self.type)
         if kind is None:

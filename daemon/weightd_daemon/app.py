@@ -195,17 +195,17 @@ class Daemon:
         )  # fmt: skip
         control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         mode = int(settings.socket_mode, 8)
-        listener = stack.enter_context(listen(handles_path(self._socket), mode))
-        handles.start(listener)
-        stack.callback(handles.stop)
         with umask(0o177):  # until its mode is set, only this user may connect
             try:
                 await control.start(self._socket)
             except OSError as error:
                 raise TemporaryError(f"socket {self._socket}: {error.strerror}") from error
+        self._socket.chmod(mode)
+        # After it: a client connects to this one first, and may call as soon as it has.
+        handles.start(stack.enter_context(listen(handles_path(self._socket), mode)))
+        stack.callback(handles.stop)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
-        self._socket.chmod(mode)
         stack.push_async_callback(preloader.close)
         preloader.check(settings.preload)
         preloader.begin(only_awaited=True)
@@ -277,7 +277,7 @@ class Daemon:
                 raise
             raise ConfigError(
                 f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
-                "pip install 'weightd[metrics]'"
+                "pip install '.[metrics]' in weightd's checkout"
             ) from error
         metrics = Metrics(parts)
         server = pages(metrics, parts, lambda: self._up)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -16,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 import weightd
 from support import checkpoints
 from support.daemon import Daemon, eventually
+from support.limits import room_for
 from support.wire import Peer
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc, handles_pb2
 
@@ -53,22 +52,6 @@ def test_sources_that_cannot_be(daemon: Daemon, sources: list[checkpoint_pb2.Sou
         assert (error.reason, error.message) == ("INVALID_REFERENCE", caught.value.message)
 
 
-@contextmanager
-def room_for(daemon: Daemon, count: int) -> Iterator[None]:
-    """Let the daemon open only `count` more descriptors."""
-    taken = {int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd")}
-    limit, free = 0, 0
-    while free < count:
-        free += limit not in taken
-        limit += 1
-    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
-
-
 def test_out_of_descriptors_while_it_attaches(start_daemon: StartDaemon, tmp_path: Path) -> None:
     """However far it gets, the client hears why, the connection stays, and nothing is held."""
     daemon = start_daemon(pool=0)
@@ -82,15 +65,16 @@ def test_out_of_descriptors_while_it_attaches(start_daemon: StartDaemon, tmp_pat
     with Peer(daemon.socket) as peer:
         before = daemon.descriptors()
         for room in (0, 1, 4):
-            with room_for(daemon, room):
+            with room_for(daemon.pid, room):
                 error = peer.ask(attach=attach).error
-            assert error.reason == "INTERNAL", room
-            assert "Too many open files" in error.message
+            assert error.reason == "RESOURCE_LIMIT", room
+            assert error.metadata["limit"] == "RLIMIT_NOFILE"
+            assert "the weightd daemon has all the descriptors that it may have" in error.message
             assert "ulimit -n" in error.message
             assert daemon.descriptors() == before
             assert client.leases() == []
-        with room_for(daemon, 1):
-            assert "Too many open files" in peer.ask(offer=handles_pb2.OfferRequest()).error.message
+        with room_for(daemon.pid, 1):
+            assert peer.ask(offer=handles_pb2.OfferRequest()).error.metadata["limit"] == "RLIMIT_NOFILE"
         assert peer.ask(attach=attach).attach.descriptors == 253
     eventually(lambda: client.leases() == [])
 

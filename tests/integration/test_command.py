@@ -208,9 +208,10 @@ def change_a_byte(daemon: Daemon, content: bytes) -> None:
 
 
 def test_ping_and_version(daemon: Daemon) -> None:
-    assert daemon.command("ping").stdout.endswith(" ms\n")
+    assert daemon.command("ping").stdout.endswith(f" ms from {daemon.socket}\n")
     version = as_json(daemon, "version")
     assert version["client"] == weightd.__version__
+    assert version["socket"] == str(daemon.socket)
     assert (version["daemon"]["version"], version["daemon"]["pid"]) == (weightd.__version__, daemon.pid)
     assert daemon.command("--version").stdout == f"weightd {weightd.__version__}\n"
 
@@ -271,8 +272,11 @@ def test_unreachable_is_69(daemon: Daemon, tmp_path: Path) -> None:
         code, line = failure(daemon, *command, "--socket", tmp_path / "nobody.sock")
         assert code == 69
         assert f"no weightd daemon at {tmp_path / 'nobody.sock'}" in line
-    version = daemon.command("version", "--socket", tmp_path / "nobody.sock", "--format", "json")
-    assert json.loads(version.stdout)["daemon"] is None
+    version = daemon.command("version", "--socket", tmp_path / "nobody.sock", "--format", "json", check=False)
+    assert version.returncode == 69
+    assert json.loads(version.stdout) == {
+        "client": weightd.__version__, "daemon": None, "socket": str(tmp_path / "nobody.sock")
+    }  # fmt: skip
 
 
 AS_USER = """

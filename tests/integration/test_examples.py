@@ -11,7 +11,7 @@ import pytest
 from support.daemon import ROOT, Daemon, environment
 
 EXAMPLES = ROOT / "examples"
-RUN_ELSEWHERE = {"demo.py"}  # by tests/integration/test_demo.py; modules with an underscore are no scripts
+RUN_ELSEWHERE = {"demo.py", "two_checkpoints.py"}  # by test_demo.py, test_readme.py; with an underscore: no scripts
 
 
 def run(daemon: Daemon, name: str, *arguments: str | Path) -> str:

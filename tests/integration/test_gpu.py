@@ -442,7 +442,8 @@ def test_without_a_gpu_auto_serves_host_memory_and_says_why_in_one_line(tmp_path
     assert "host memory" in served.stdout
     (line,) = [line for line in served.stderr.splitlines() if "no GPU" in line]
     assert "no CUDA driver can be used here" in line
-    assert line.endswith("serving host memory")
+    assert "only host memory: no CUDA driver can be used here: " in line
+    assert not line.endswith(".")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "GPU-0123abcd"])

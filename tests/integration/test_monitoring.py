@@ -179,7 +179,7 @@ def test_without_the_package(short_path: Path) -> None:
     done = serve(short_path, "--metrics=127.0.0.1:9464", path=short_path)
     assert done.returncode == 78
     assert "metrics = '127.0.0.1:9464': needs prometheus-client" in done.stderr
-    assert "pip install 'weightd[metrics]'" in done.stderr
+    assert "pip install '.[metrics]' in weightd's checkout" in done.stderr
     assert done.stderr.count("\n") - done.stderr.count(" INFO ") == 1
 
 

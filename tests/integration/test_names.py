@@ -184,7 +184,7 @@ def test_sockets_are_closed_to_others_by_default(start_daemon: StartDaemon, spaw
     for socket in (daemon.socket, daemon.socket.with_name("w.sock.handles")):
         assert socket.stat().st_mode & 0o777 == 0o600
     worker = spawn(daemon)
-    with pytest.raises(AssertionError, match=r"DaemonUnreachableError: .*you may not connect"):
+    with pytest.raises(AssertionError, match=r"PermissionDeniedError: you may not reach .*only user root may connect"):
         user_of(worker, ALICE)
 
 

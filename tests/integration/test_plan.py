@@ -340,7 +340,7 @@ def test_without_the_daemon_installed(tmp_path: Path) -> None:
         [sys.executable, "-c", f"{hidden} sys.exit(main(['plan', 'x']))"],
         env=environment(), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    expected = "weightd: plan needs the daemon, which is not installed: pip install 'weightd[daemon]'\n"
+    expected = "weightd: plan needs the daemon, which is not installed: pip install '.[daemon]' in weightd's checkout\n"
     assert (finished.returncode, finished.stderr) == (1, expected)
 
 

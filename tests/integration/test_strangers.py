@@ -72,7 +72,7 @@ def test_a_process_outside_of_the_daemons_pid_namespace_is_unknown(contained: Pa
     happened = weightd_json(socket, "events")
     assert {event["event"] for event in happened if event.get("pid", "") is None} >= {"attached", "detached"}
     assert not [event for event in happened if event.get("pid") == 0]
-    assert re.search(r"attached lease=\d+ pid=unknown uid=0 ", contained.read_text())
+    assert re.search(r"attached a by root \(pid unknown\) lease=\d+ ", contained.read_text())
     assert "pid=0" not in contained.read_text()
 
 

@@ -20,11 +20,13 @@ import weightd
 from weightd.cli import main
 from weightd.errors import (
     CapacityError,
+    DaemonBusyError,
     DaemonUnreachableError,
     DigestMismatchError,
     InUseError,
     NotFoundError,
     PermissionDeniedError,
+    ProtocolMismatchError,
     WeightdError,
 )
 from weightd.types import (
@@ -109,7 +111,8 @@ class FakeClient:
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.answers: dict[str, Any] = {}
-        self.socket: str | None = None
+        self.socket = Path("/run/w.sock")
+        self.asked: str | None = None
         self.closed = 0
 
     def __enter__(self) -> Self:
@@ -206,7 +209,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
     client = FakeClient()
 
     def connect(socket: str | None) -> FakeClient:
-        client.socket = socket
+        client.asked = socket
         unreachable = client.answers.get("connect")
         if unreachable is not None:
             raise unreachable
@@ -507,7 +510,9 @@ def test_rm_stops_when_the_daemon_is_gone(fake: FakeClient, capsys: pytest.Captu
 
 def test_ping(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ping"]) == 0
-    assert capsys.readouterr().out == "1.25 ms\n"
+    assert capsys.readouterr().out == "1.25 ms from /run/w.sock\n"
+    assert main(["ping", "--format", "json"]) == 0
+    assert as_json(capsys) == {"socket": "/run/w.sock", "seconds": 0.00125}
 
 
 def test_version_with_and_without_a_daemon(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -515,14 +520,31 @@ def test_version_with_and_without_a_daemon(fake: FakeClient, capsys: pytest.Capt
     assert as_json(capsys) == {
         "client": "1.2.3",
         "daemon": {"version": "9.9", "pid": 77, "uptime_seconds": 12.0},
+        "socket": "/run/w.sock",
     }
-    fake.answers["connect"] = DaemonUnreachableError("no daemon at /x")
-    assert main(["version", "--format", "json"]) == 0
-    assert as_json(capsys) == {"client": "1.2.3", "daemon": None}
     assert main(["version"]) == 0
-    assert capsys.readouterr().out == "client  1.2.3\ndaemon  unreachable: no daemon at /x\n"
+    assert capsys.readouterr().out == "client  1.2.3\ndaemon  9.9 (pid 77, up 12 s)\nsocket  /run/w.sock\n"
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "weightd 1.2.3\n"
+
+
+@pytest.mark.parametrize("place", ["connect", "version"])
+@pytest.mark.parametrize(
+    "error",
+    [DaemonUnreachableError("no daemon at /x"), DaemonBusyError("it is full"), PermissionDeniedError("not for you")],
+)
+def test_version_without_a_daemon_fails_and_says_its_own(
+    error: WeightdError, place: str, fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers[place] = error
+    socket = "/x" if place == "connect" else "/run/w.sock"
+    assert main(["version", "--format", "json", "--socket", "/x"]) == error.exit_code
+    captured = capsys.readouterr()
+    assert json.loads(captured.out) == {"client": "1.2.3", "daemon": None, "socket": socket}
+    assert captured.err == f"weightd: {error}\n"
+    assert main(["version", "--socket", "/x"]) == error.exit_code
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (f"client  1.2.3\nsocket  {socket}\n", f"weightd: {error}\n")
 
 
 @pytest.mark.parametrize("command", ["serve", "config"])
@@ -565,7 +587,7 @@ def test_serve_without_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 )
 def test_socket_before_and_after_the_command(arguments: list[str], expected: str | None, fake: FakeClient) -> None:
     assert main(arguments) == 0
-    assert fake.socket == expected
+    assert fake.asked == expected
 
 
 @pytest.mark.parametrize(
@@ -575,6 +597,8 @@ def test_socket_before_and_after_the_command(arguments: list[str], expected: str
         (CapacityError("too big"), 5),
         (PermissionDeniedError("not yours"), 77),
         (DaemonUnreachableError("no daemon"), 69),
+        (DaemonBusyError("full"), 75),
+        (ProtocolMismatchError("of another kind"), 76),
     ],
 )
 def test_each_error_is_one_line_and_its_code(
@@ -680,7 +704,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "unit",
         "config",
     ]
-    assert "69   daemon unreachable, or draining\n" in printed
+    assert "69   no daemon, or one that drains\n" in printed
+    codes = {int(code) for code in re.findall(r"^\s*(\d+)  ", printed.split("Exit codes:")[1], re.MULTILINE)}
+    assert {0, 1, 2, 3, 4, 5, 69, 75, 76, 77, 78, 130} == codes
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
     assert main([]) == 2
     assert "Usage:" in capsys.readouterr().err
@@ -716,7 +742,15 @@ def test_without_typer_or_rich_it_says_what_to_install(missing: str) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from weightd.cli import main; sys.exit(main(['ls']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment(), text=True)
     assert done.returncode == 1
-    assert done.stderr == "weightd's command needs typer and rich: pip install 'weightd[cli]'\n"
+    assert done.stderr == "weightd's command needs typer and rich: pip install '.[cli]' in weightd's checkout\n"
+
+
+def test_completion_knows_what_is_imported_when_it_is_first_used() -> None:
+    code = (
+        "import sys, weightd; listed = dir(weightd); assert set(weightd.__all__) <= set(listed), listed;"
+        "sys.exit(any(name in sys.modules for name in ('weightd.client', 'weightd.attachment', 'grpc', 'google')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment()).returncode == 0
 
 
 def test_module_runs_the_command() -> None:

@@ -118,7 +118,7 @@ def test_without_a_driver_auto_serves_host_memory_and_the_log_says_why(
     with caplog.at_level(logging.INFO):
         assert served("auto") == [("host", "host")]
     assert [record.message for record in caplog.records] == [
-        "no GPU: no CUDA driver can be used here: libcuda is missing; serving host memory"
+        "no GPU is served, only host memory: no CUDA driver can be used here: libcuda is missing"
     ]
     for said in ("cuda", "cuda:0", "host,GPU-cccc0000"):
         with pytest.raises(TemporaryError, match=r"device = .*libcuda is missing"):
@@ -143,7 +143,7 @@ def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
     monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
     assert served("auto") == [("host", "host")]
     assert [(record.levelname, record.message) for record in caplog.records] == [
-        ("WARNING", "no GPU: cuDeviceGetCount failed; serving host memory")
+        ("WARNING", "no GPU is served, only host memory: cuDeviceGetCount failed")
     ]
 
 

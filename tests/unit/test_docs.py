@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,11 +15,13 @@ import pytest
 from typer.main import get_command
 
 from support.filled import Filled
+from support.readme import blocks, steps, words
 from weightd import errors
 from weightd._proto.v1 import daemon_pb2
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
+from weightd_daemon.__main__ import _parser
 from weightd_daemon.config import ConfigError, Settings, TemporaryError
 from weightd_daemon.edges import handle_server, journal, pages
 from weightd_daemon.edges.leases import LOCK_BASE
@@ -157,6 +161,63 @@ def test_no_command_is_made_up(path: Path) -> None:
     used = {word for span in code_spans(text) for word in re.findall(r"^weightd ([a-z]+)", span)}
     used |= set(re.findall(r"^\$ weightd ([a-z]+)", text, re.MULTILINE))
     assert used <= commands
+
+
+def command_lines(path: Path) -> list[str]:
+    """What a document's blocks tell a reader to type, but for synopses."""
+    typed = [words(step.command) for block in blocks(path) for step in steps(block)]
+    return [line for line in typed if not re.search(r"\[|\.\.\.", re.sub(r"'[^']*'", "", line))]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_command_lines_are_understood(path: Path) -> None:
+    for line in command_lines(path):
+        name, *arguments = shlex.split(re.split(r"&&|[<>|]", line)[0])
+        if name.split("/")[-1] == "weightd":
+            parse(arguments)
+
+
+def parse(arguments: list[str]) -> None:
+    """Parse a command line of `weightd`, without running it. Errors: KeyError, SystemExit, and those of typer."""
+    if arguments[0] == "--socket":
+        arguments = arguments[2:]
+    if arguments[0] in ("serve", "config"):
+        _parser().parse_args(arguments)
+    else:
+        command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]  # a group, as above
+        command.make_context(arguments[0], arguments[1:])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["loda", "x"], ["load"], ["load", "x", "--pinn"], ["serve", "--bugdet", "1GiB"], ["serve", "x"], ["ls", "x"]],
+)
+def test_a_command_line_that_is_wrong_is_noticed(arguments: list[str]) -> None:
+    with pytest.raises((Exception, SystemExit)):  # typer's errors are of a private module
+        parse(arguments)
+
+
+def test_installations_name_extras_and_recipes_that_exist() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = set(project["optional-dependencies"])
+    recipes = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in DOCS:
+        text = path.read_text()
+        named = {name for group in re.findall(r"'\.\[([\w,]+)\]'", text) for name in group.split(",")}
+        assert named <= extras, path
+        typed = [line.split()[1] for line in command_lines(path) if re.match(r"make [a-z]", line)]
+        assert set(typed) <= recipes, path
+    table = {name for row in rows(section(ROOT / "README.md", "In Python")) for name in code_spans(row[0])}
+    assert table == extras
+
+
+def test_nobody_is_sent_to_an_index_for_weightd() -> None:
+    """It is on none: whoever registers the name first would be installed."""
+    files = [*DOCS, *ROOT.glob("client/**/*.py"), *ROOT.glob("daemon/**/*.py"), *ROOT.glob("examples/*.py")]
+    assert len(files) > 100
+    assert [
+        path for path in files if re.search(r"pip install[^\n]*\bweightd\[|pip install weightd", path.read_text())
+    ] == []
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -110,7 +110,7 @@ def test_unknown_to_us(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(FormatError, match=r"^model\.gguf: .*pip install 'weightd\[gguf\]'$"):
+    with pytest.raises(FormatError, match=r"^model\.gguf: .*pip install '\.\[gguf\]' in weightd's checkout$"):
         layout(VALID)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any, Never
 
 import pytest
 
-from weightd.errors import DeviceError, ServerError
+from weightd.errors import DeviceError, ResourceLimitError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
@@ -22,7 +23,7 @@ from weightd_daemon.core.reclaims import Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.loader import child
-from weightd_daemon.loader.channel import Channel, receive_fds
+from weightd_daemon.loader.channel import LENGTH, Channel, receive_fds
 from weightd_daemon.loader.process import LoaderDied, LoaderProcess
 from weightd_daemon.loader.work import Tensor, Unit, on_threads
 
@@ -94,7 +95,7 @@ def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch, part: str) -> Non
 
     monkeypatch.setattr(subprocess if part == "Popen" else os, part, fail)
     before = descriptors()
-    with pytest.raises(ServerError, match="cannot start a loader: Too many open files; try again"):
+    with pytest.raises(ResourceLimitError, match=r"^starting a loader process: the weightd daemon has all"):
         asyncio.run(LoaderProcess.spawn(SLEEPER, []))
     assert descriptors() == before
     with pytest.raises(ChildProcessError):
@@ -190,8 +191,9 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
             stack.enter_context(end)
         socket.send_fds(descriptors[0], [b"d"], [intake[1].fileno()])
         intake[1].close()
-        job = {"job": "load", "kind": "cuda_vmm", "device": "GPU-0", "sources": ["a"]}
-        assert not child._do(Channel(control[1], descriptors[1]), job, new_hasher)
+        job = json.dumps({"job": "load", "kind": "cuda_vmm", "device": "GPU-0", "sources": ["a"]}).encode()
+        control[0].sendall(LENGTH.pack(len(job)) + job)
+        assert not child._do(Channel(control[1], descriptors[1]), new_hasher)
         assert b"cuInit failed" in control[0].recv(4096)
         descriptors[1].setblocking(False)
         with pytest.raises(BlockingIOError):

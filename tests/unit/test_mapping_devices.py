@@ -82,4 +82,4 @@ def test_no_driver_is_said_so(tmp_path: Path) -> None:
 def test_bindings_that_are_not_installed_are_said_so(fake_driver: Path) -> None:
     output = check(fake_driver, "import sys; sys.modules['cuda.bindings'] = None" + REFUSED)
     assert output.startswith("device 'cuda:0': ")
-    assert "GPU memory needs the package cuda-bindings, which is not installed; pip install 'weightd[cuda]'" in output
+    assert "GPU memory needs the package cuda-bindings, which is not installed; pip install '.[cuda]' in" in output

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from weightd._handles import MAX_FRAME, HandleConnection, Received
+from weightd._handles import MAX_FRAME, HandleConnection, Received, _receive
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import ServerError
+from weightd.errors import (
+    CapacityError,
+    DrainingError,
+    PermissionDeniedError,
+    ResourceLimitError,
+    ServerError,
+    WeightdError,
+)
 
 Frame = tuple[handles_pb2.HandleReply, int]
 """A reply and how many descriptors go with it."""
@@ -110,6 +117,29 @@ def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
         answers.ask(attach(2, handles=[bytes(64)]), batch())
 
 
+@pytest.mark.parametrize(
+    "kind", [PermissionDeniedError, ResourceLimitError, DrainingError, CapacityError], ids=lambda kind: kind.__name__
+)
+def test_an_error_of_the_daemon_is_no_failed_connection(kind: type[WeightdError], answers: Answers) -> None:
+    """Though some are OSErrors, too."""
+    error = handles_pb2.HandleError(reason=kind.reason, message="said so", metadata={"limit": "x"})
+    with pytest.raises(kind, match=r"^said so$") as caught:
+        answers.ask((handles_pb2.HandleReply(error=error), 0))
+    assert type(caught.value) is kind
+    assert caught.value.__cause__ is None
+
+
 def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="no descriptor of the lease"):
         answers.ask(attach(1, descriptors=0, handles=[bytes(64), bytes(64)]))
+
+
+def test_what_the_daemon_said_before_it_hung_up_is_read() -> None:
+    """It refuses and hangs up with our question unread: the kernel says that first, and then has the refusal."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.send(b"question")
+        theirs.send(b"refusal")
+        theirs.close()
+        assert _receive(ours, 1)[0] == b"refusal"
+        assert _receive(ours, 1)[0] == b""

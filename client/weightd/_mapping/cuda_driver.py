@@ -285,7 +285,8 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError:
         raise DeviceMismatchError(
-            "GPU memory needs the package cuda-bindings, which is not installed; pip install 'weightd[cuda]'",
+            "GPU memory needs the package cuda-bindings, which is not installed; "
+            "pip install '.[cuda]' in weightd's checkout",
             {"package": "cuda-bindings"},
         ) from None
     return driver
@@ -355,4 +356,4 @@ def _descriptor_type() -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -14,6 +14,8 @@ import mmap
 import os
 from typing import TYPE_CHECKING, Any
 
+from weightd._limits import limit_error
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -36,7 +38,10 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Mapping:
-    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it."""
+    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
+
+    Errors: ResourceLimitError (no address space or mapping left), OSError.
+    """
 
     def __init__(self, descriptor: int, size: int, *, writable: bool, keeps: object = None) -> None:
         self._address: int | None = None
@@ -47,8 +52,9 @@ class Mapping:
         protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, 0)
         if address == _FAILED:
-            error = ctypes.get_errno()
-            raise OSError(error, f"mapping {size} bytes failed: {os.strerror(error)}")
+            code = ctypes.get_errno()
+            error = OSError(code, f"mapping {size} bytes failed: {os.strerror(code)}")
+            raise limit_error(error, f"mapping {size} bytes") or error
         self._address = address
 
     def __del__(self) -> None:

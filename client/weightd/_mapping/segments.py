@@ -48,7 +48,7 @@ def open_segments(kind: str, uuid: str, wanted: Sequence[Wanted], lease: object)
     """Map segments of a device; they keep the lease. Descriptors stay the caller's. On an error nothing stays mapped.
 
     With nothing wanted no driver is needed. Errors: DeviceMismatchError (the device is not visible here, or of a kind
-    that this version does not know), DeviceError, ForkedError, OSError.
+    that this version does not know), DeviceError, ForkedError, ResourceLimitError, OSError.
     """
     if kind not in ("host", "cuda_vmm", "cuda_ipc"):
         raise DeviceMismatchError(f"{uuid} shares its memory by {kind!r}, which this version of weightd does not know")

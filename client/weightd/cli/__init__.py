@@ -17,6 +17,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _NEEDED:
             raise
-        sys.stderr.write("weightd's command needs typer and rich: pip install 'weightd[cli]'\n")
+        sys.stderr.write("weightd's command needs typer and rich: pip install '.[cli]' in weightd's checkout\n")
         return 1
     return run(sys.argv[1:] if arguments is None else arguments)

@@ -11,9 +11,10 @@ from typing import NoReturn
 import typer
 
 import weightd
+from weightd._address import find_socket
 from weightd.cli.context import Format, FormatOption, Settings, SocketOption, open_client, say
 from weightd.cli.output import emit, emit_json, flush, printable
-from weightd.errors import DaemonUnreachableError
+from weightd.errors import WeightdError
 from weightd.types import VersionInfo
 
 
@@ -41,32 +42,43 @@ def _become_daemon(command: str, context: typer.Context) -> NoReturn:
 def require_daemon(command: str) -> None:
     """End with a line that says so where the daemon is not installed; xxhash is what the bare package leaves out."""
     if any(importlib.util.find_spec(needed) is None for needed in ("weightd_daemon", "xxhash")):
-        say(f"{command} needs the daemon, which is not installed: pip install 'weightd[daemon]'")
+        say(f"{command} needs the daemon, which is not installed: pip install '.[daemon]' in weightd's checkout")
         raise typer.Exit(1)
 
 
-def ping(context: typer.Context, socket: SocketOption = None) -> None:
-    """Ask the daemon for a sign of life and print the round trip."""
+def ping(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
+    """Ask the daemon for a sign of life; print the round trip."""
     with open_client(context, socket) as client:
         client.ping()  # sets up the channel
         seconds = client.ping()
-    emit(f"{seconds * 1e3:.2f} ms")
+        place = str(client.socket)
+    if output is Format.JSON:
+        emit_json({"socket": place, "seconds": seconds})
+    else:
+        emit(f"{seconds * 1e3:.2f} ms from {printable(place)}")
 
 
 def version(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
     """Print the versions of command and daemon."""
+    settings: Settings = context.obj
     daemon: VersionInfo | None = None
-    reason = ""
+    failure: WeightdError | None = None
+    place: str | None = None
     try:
+        place = str(find_socket(socket or settings.socket))
         with open_client(context, socket) as client:
+            place = str(client.socket)
             daemon = client.version()
-    except DaemonUnreachableError as error:
-        reason = str(error)
+    except WeightdError as error:
+        failure = error
     if output is Format.JSON:
-        emit_json({"client": weightd.__version__, "daemon": None if daemon is None else asdict(daemon)})
-        return
-    emit(f"client  {weightd.__version__}")
-    if daemon is None:
-        emit(f"daemon  unreachable: {printable(reason)}")
+        known = None if daemon is None else asdict(daemon)
+        emit_json({"client": weightd.__version__, "daemon": known, "socket": place})
     else:
-        emit(f"daemon  {printable(daemon.version)} (pid {daemon.pid}, up {daemon.uptime_seconds:.0f} s)")
+        emit(f"client  {weightd.__version__}")
+        if daemon is not None:
+            emit(f"daemon  {printable(daemon.version)} (pid {daemon.pid}, up {daemon.uptime_seconds:.0f} s)")
+        if place is not None:
+            emit(f"socket  {printable(place)}")
+    if failure is not None:
+        raise failure

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightd._unreachable import when_reachable
 from weightd.errors import (
     CapacityError,
     DaemonUnreachableError,
@@ -29,7 +30,7 @@ from weightd.errors import (
     PermissionDeniedError,
 )
 from weightd.resolve import folder_of, is_path
-from weightd.torch import device_name, shared_client, when_reachable
+from weightd.torch import device_name, shared_client
 
 from . import files
 from .modules import make_private, report

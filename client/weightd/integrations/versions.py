@@ -27,7 +27,7 @@ class UntestedVersionError(WeightdError):
 
 def require_tested(package: str) -> tuple[int, int]:
     """The package's (major, minor) version. Errors: UntestedVersionError."""
-    extra = f"pip install 'weightd[{package}]'"
+    extra = f"pip install '.[{package}]' in weightd's checkout"
     try:
         installed = version(package)
     except PackageNotFoundError:

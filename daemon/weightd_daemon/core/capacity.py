@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightd.errors import CapacityError
+from weightd.errors import CapacityError, WeightdError
 
 from .arena import round_up
 from .making_room import could_fit
@@ -31,8 +31,10 @@ class Room(NamedTuple):
     largest_bytes: int
     device_free_bytes: int | None
 
-    def error(self, requested: int, full: MemoryError | None = None) -> CapacityError:
+    def error(self, requested: int, full: MemoryError | None = None) -> WeightdError:
         """The error that says why `requested` bytes do not fit; `full` is what the device itself said, if it did."""
+        if isinstance(full, WeightdError):  # it was not for want of bytes
+            return full
         figures = {key: value for key, value in self._asdict().items() if key != "device" and value is not None}
         budget, free, evictable, pinned, leased, largest = (_size(figures[key]) for key in self._fields[1:7])
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"

@@ -47,7 +47,7 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
             kind = ConfigError if "package" in error.metadata else TemporaryError
             raise kind(f"device = {','.join(said)!r}: {error}", "device") from error
         broken = isinstance(error, DeviceError)
-        log.log(logging.WARNING if broken else logging.INFO, "no GPU: %s; serving host memory", error)
+        log.log(logging.WARNING if broken else logging.INFO, "no GPU is served, only host memory: %s", error)
         return
     for ordinal in visible if optional else _chosen(wanted, visible):
         uuid = visible[ordinal]

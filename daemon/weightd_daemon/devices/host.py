@@ -16,18 +16,24 @@ import stat
 from itertools import count
 from pathlib import Path
 
-from weightd.errors import DeviceError
+from weightd._limits import DAEMON, limit_error
+from weightd.errors import DeviceError, ResourceLimitError
 
 from .cgroup import memory_limit
 
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
-_EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE}
+_NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
+_EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, *_NO_DESCRIPTORS}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
+
+
+class NoDescriptorsError(ResourceLimitError, MemoryError):
+    """There are no descriptors for a segment. An eviction may free some, as with any MemoryError of a device."""
 
 
 class HostDevice:
@@ -76,6 +82,8 @@ class HostDevice:
             if descriptor >= 0:
                 os.close(descriptor)
             if error.errno in _EXHAUSTED:
+                if error.errno in _NO_DESCRIPTORS and (limit := limit_error(error, "making a segment", DAEMON)):
+                    raise NoDescriptorsError(limit.message, limit.metadata) from error
                 raise MemoryError(f"no segment of {size} bytes: {error.strerror}") from error
             raise
         self._writable[segment], self._shared[segment] = descriptor, shared

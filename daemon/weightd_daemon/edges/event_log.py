@@ -20,13 +20,14 @@ def write(event: daemon_pb2.Event) -> None:
     """Log an event; one that has a line elsewhere, or that another implies, has none here."""
     kinds, content = daemon_pb2.EventKind, event.content_digest[:_SHORT]
     what = ", ".join(event.names) or content or "files without a name"
-    by = f" by {event.user}{f' (pid {event.pid})' if event.pid else ''}" if event.user else ""
+    pid, uid = (getattr(event, key) if event.HasField(key) else None for key in ("pid", "uid"))
+    by = f" by {event.user} (pid {'unknown' if pid is None else pid})" if event.user else ""
     others = f"{event.evicted_others} of other users" if event.evicted_others else ""
     evicted = ", ".join(filter(None, (*(_short(name) for name in event.evicted), others)))
     evicted = f", evicted {evicted}" if evicted else ""
     fields: dict[str, object] = {"names": list(event.names)}
     if event.user:
-        fields |= {"user": event.user, "uid": event.uid, "pid": event.pid}
+        fields |= {"user": event.user, "uid": uid, "pid": pid}
     if event.kind == kinds.EVENT_KIND_LOAD_ENDED:
         fields["evicted"] = list(event.evicted)
     extra = {"fields": fields}

@@ -8,6 +8,7 @@ them, so the kernel drops them. Otherwise closing one could hang the daemon (a F
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
+from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import InvalidReferenceError, ServerError, WeightdError
+from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 
 from .show import clip
@@ -64,7 +66,7 @@ class HandleServer:
         self._connections = connections
         self._attacher = attacher
         self.max_connections = max_connections
-        """One more is closed at once."""
+        """One more is told so, and closed at once."""
         self._on_attach = on_attach
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
@@ -95,11 +97,11 @@ class HandleServer:
             loop.remove_reader(listener.fileno())
             loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
             return
+        accepted.setblocking(False)
         if len(self._peers) >= self.max_connections:
             log.warning("connection refused: %d are open", len(self._peers))
-            accepted.close()
+            _refuse(accepted, self.max_connections)
             return
-        accepted.setblocking(False)
         self._peers.add(_Peer(self, accepted))
 
     def _resume(self) -> None:
@@ -181,8 +183,9 @@ class _Peer:
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
             log.warning("request failed kind=%s pid=%s: %s", kind, self._connection.pid, error)
             self._drop_unsent()
+            limit = limit_error(error, f"answering {kind}", DAEMON)
             why = error.strerror or type(error).__name__
-            self._send_error(ServerError(f"the daemon could not do it: {why}; try again, or raise its `ulimit -n`"))
+            self._send_error(limit or ServerError(f"the daemon could not do it: {why}; its log has the details"))
         except Exception:  # a bug in answering one frame must not take the server down
             log.exception("request failed by a bug kind=%s", kind)
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
@@ -192,7 +195,7 @@ class _Peer:
             raise ProtocolError("a second hello")
         if hello.protocol != PROTOCOL:
             message = f"this client speaks protocol {hello.protocol}, the daemon {PROTOCOL}; use versions that agree"
-            self._send_error(InvalidReferenceError(message))
+            self._send_error(ProtocolMismatchError(message))
             raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
@@ -271,15 +274,29 @@ class _Peer:
             self._connection.offers[number] = ours.detach()
 
     def _send_error(self, error: WeightdError) -> None:
-        reply = handles_pb2.HandleError(reason=error.reason, message=clip(error.message), metadata=error.metadata)
-        self._send(handles_pb2.HandleReply(error=reply))
+        self._send_frame(_error_frame(error))
 
     def _send(self, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
+        self._send_frame(reply.SerializeToString(), descriptors)
+
+    def _send_frame(self, frame: bytes, descriptors: Sequence[int] = ()) -> None:
         """Send at once. A peer whose socket is full does not read its answers: it loses the connection."""
         try:
-            socket.send_fds(self._socket, [reply.SerializeToString()], descriptors)
+            socket.send_fds(self._socket, [frame], descriptors)
         except BlockingIOError:
             raise ProtocolError("the peer does not read its answers") from None
+
+
+def _refuse(accepted: socket.socket, most: int) -> None:
+    """Say why, as far as it goes, and hang up."""
+    error = DaemonBusyError(f"the weightd daemon lets in no more: max_connections = {most}; try again later")
+    with accepted, contextlib.suppress(OSError):
+        accepted.send(_error_frame(error))
+
+
+def _error_frame(error: WeightdError) -> bytes:
+    reply = handles_pb2.HandleError(reason=error.reason, message=clip(error.message), metadata=error.metadata)
+    return handles_pb2.HandleReply(error=reply).SerializeToString()
 
 
 def _close_all(handles: list[Handle]) -> None:

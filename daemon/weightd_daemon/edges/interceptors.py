@@ -15,6 +15,7 @@ import grpc
 import grpc.aio
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
 from weightd.errors import ServerError, WeightdError
 
@@ -91,6 +92,11 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 
 def _known(method: str, error: Exception) -> WeightdError:
     """The error, or that there is a bug: the log has it then."""
+    if isinstance(error, OSError) and not isinstance(error, WeightdError):
+        limit = limit_error(error, f"answering {method.rpartition('/')[2]}", DAEMON)
+        if limit is not None:
+            log.warning("request failed method=%s: %s", method, limit.message)
+            return limit
     if not isinstance(error, WeightdError):
         number = secrets.token_hex(4)
         log.error("bug id=%s method=%s", number, method, exc_info=error)

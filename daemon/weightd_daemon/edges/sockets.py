@@ -55,9 +55,10 @@ def listen(path: Path, mode: int) -> socket.socket:
     """A listening, non-blocking SOCK_SEQPACKET socket with that mode. Errors: OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        with umask(0o177):
+        with umask(
+            0o777 & ~mode
+        ):  # no chmod: who waits for a daemon takes "you may not", if for a moment, for an answer
             listener.bind(str(path))
-        path.chmod(mode)
         listener.listen(128)
     except BaseException:
         listener.close()

@@ -130,7 +130,9 @@ class _Reader:
         try:
             from gguf import GGML_QUANT_SIZES
         except ImportError:
-            self._fail("GGUF files need the package gguf where the daemon runs: pip install 'weightd[gguf]'")
+            self._fail(
+                "GGUF files need the package gguf where the daemon runs: pip install '.[gguf]' in weightd's checkout"
+            )
         return {
             int(number): _Type(number.name if elements == 1 else f"GGML_{number.name}", elements, length)
             for number, (elements, length) in GGML_QUANT_SIZES.items()

@@ -15,7 +15,8 @@ import struct
 import threading
 from typing import Any
 
-from weightd.errors import DeviceError, ServerError, WeightdError, from_wire
+from weightd._limits import LOADER, out_of_descriptors
+from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
 from weightd_daemon.devices.device import SegmentHandle
 
 LENGTH = struct.Struct("<I")
@@ -24,8 +25,11 @@ BATCH = 250
 
 Message = dict[str, Any]
 
-UNFIT = (DeviceError, ServerError)
-"""After these a loader does no other job: what the driver holds against a process may stay, and so may a bug."""
+UNFIT = (DeviceError, ServerError, ResourceLimitError)
+"""After these a loader does no other job: what the driver holds against a process may stay, and so may a bug.
+
+Where descriptors did not come in, those that are still on their way would be taken for the next job's.
+"""
 
 
 class Gone(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
@@ -45,7 +49,7 @@ class Channel:
         """The segments that this job has seen, by number."""
 
     def receive(self) -> Message:
-        """The next message. Errors: Gone."""
+        """The next message. Errors: Gone, ResourceLimitError (this process cannot take its segments)."""
         head = self._reader.read(LENGTH.size)
         if len(head) < LENGTH.size:
             raise Gone
@@ -58,17 +62,23 @@ class Channel:
         described = [(number, size) for number, size, handle in rows if handle is None]
         for start in range(0, len(described), BATCH):
             part = described[start : start + BATCH]
-            _, received, _ = receive_fds(self._descriptors, 1, len(part))
-            if len(received) != len(part):
-                raise Gone
+            received = self._receive_descriptors(len(part), "receiving segments")
             for (number, size), descriptor in zip(part, received, strict=True):
                 self.segments[number] = SegmentHandle(number, size, descriptor)
         return message
 
     def receive_descriptor(self) -> int:
-        """A descriptor that came with a message of another kind."""
-        _, (descriptor,), _ = receive_fds(self._descriptors, 1, 1)
-        return descriptor
+        """A descriptor that came with a message of another kind. Errors: Gone, ResourceLimitError."""
+        return self._receive_descriptors(1, "receiving an intake")[0]
+
+    def _receive_descriptors(self, count: int, what: str) -> list[int]:
+        _, received, _ = receive_fds(self._descriptors, 1, count)
+        if len(received) != count:
+            error = out_of_descriptors(what, LOADER)  # asked before any is closed
+            for descriptor in received:
+                os.close(descriptor)
+            raise error or Gone
+        return received
 
     def tell(self, message: Message) -> None:
         """Send a message that has no answer."""

@@ -14,6 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from weightd._limits import LOADER, limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.layouts import groups
@@ -52,24 +53,27 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
     channel = Channel(socket.socket(fileno=control), socket.socket(fileno=descriptors))
     with contextlib.suppress(Gone, ConnectionError, BrokenPipeError):
         while True:
-            job = channel.receive()
-            if not _do(channel, job, new_hasher):
+            if not _do(channel, new_hasher):
                 signal.pause()  # the daemon kills; if we went first, it could fail to send and never read what we said
             channel.forget_segments()
             channel.tell({"op": "idle"})
     return 0
 
 
-def _do(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> bool:
-    """Do a job; its failure is an answer, not the end of the process. False where the process cannot do another."""
+def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
+    """Do the next job; its failure is an answer, not the end of the process. False where it cannot do another."""
     try:
-        _work(channel, job, new_hasher)
+        _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
         channel.tell({"op": "failed", **error_to(error)})
         return not isinstance(error, UNFIT)
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
+        limit = limit_error(error, "loading", LOADER) if isinstance(error, OSError) else None
+        if limit is not None:
+            channel.tell({"op": "failed", **error_to(limit)})
+            return False
         channel.tell({"op": "failed", "error": "INTERNAL", "message": f"loader: {type(error).__name__}: {error}"})
         return False
     return True
@@ -107,7 +111,9 @@ class Load:
         self._stack.close()
 
     def run(self, intake: socket.socket) -> None:
-        """Do it; closes `intake` as soon as it can. Errors: FormatError, InvalidReferenceError, CapacityError."""
+        """Do it; closes `intake` as soon as it can. Errors: FormatError, InvalidReferenceError, CapacityError,
+        ResourceLimitError.
+        """
         names: list[str] = self._job["sources"]
         descriptors = self._receive_descriptors(intake, len(names))
         self._channel.tell({"op": "files"})
@@ -154,6 +160,8 @@ class Load:
                 except Exception as error:
                     raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
                 expected = len(descriptors) - len(received)
+                if flags & socket.MSG_CTRUNC and (limit := out_of_descriptors(f"receiving {count} files", LOADER)):
+                    raise limit
                 if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
                     raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
                 if batch.first != expected or len(descriptors) > count or not received:

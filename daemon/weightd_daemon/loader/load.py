@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
+from weightd._limits import DAEMON, limit_error
+from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
@@ -154,6 +155,11 @@ class LoadSteps:
             except WeightdError as error:
                 await loader.send(error_to(error))
                 continue
+            except OSError as error:
+                if (limit := limit_error(error, "loading", DAEMON)) is None:
+                    raise
+                await loader.send(error_to(limit))
+                continue
             await loader.send(answer, segments)
             if self.checkpoint is not None:
                 return self._outcome(started)
@@ -275,12 +281,7 @@ class LoadSteps:
                 return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
             identities = self._identities()
             content = await asyncio.to_thread(self._describe, identities)
-            try:
-                draft = await self._prepare(content, self._device.uuid)
-            except OSError as error:  # no descriptor is left, or no memory
-                raise ServerError(
-                    f"no manifest can be made: {error.strerror}; try again, or raise the daemon's `ulimit -n`"
-                ) from error
+            draft = await self._prepare(content, self._device.uuid)
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
                 if not self._store.rechecks(self._number) and identities == self._identities():

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
-from weightd.errors import ServerError
+from weightd._limits import DAEMON, limit_error
 
 from .channel import BATCH, LENGTH, Message
 
@@ -46,17 +46,27 @@ class LoaderProcess:
     async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
         """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets.
 
-        Errors: ServerError (the system has no descriptor, process or memory for it now).
+        Errors: ResourceLimitError (no descriptor, process or memory for it), OSError.
         """
         try:
-            return await cls._spawn(argv, inherited)
+            loader, control = cls._start(argv, inherited)
         except OSError as error:
-            raise ServerError(
-                f"the daemon cannot start a loader: {error.strerror or error}; try again, or raise its `ulimit -n`"
-            ) from error
+            if limit := limit_error(error, "starting a loader process", DAEMON):
+                raise limit from error
+            raise
+        try:
+            loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
+        except BaseException:  # cancelled: nobody knows this loader yet, so nobody else would end it
+            loader.kill()
+            control.close()
+            raise
+        if loader.exited.done():
+            loader._writer.close()
+        return loader
 
     @classmethod
-    async def _spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
+    def _start(cls, argv: Sequence[str], inherited: Iterable[int]) -> tuple[LoaderProcess, socket.socket]:
+        """The process and our end of its byte stream. Errors: OSError, and then nothing stays."""
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
                 control, control_child = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -66,7 +76,7 @@ class LoaderProcess:
                 ours.enter_context(descriptors)
                 theirs.enter_context(descriptors_child)
                 ends = (control_child.fileno(), descriptors_child.fileno())
-                process = subprocess.Popen(  # noqa: ASYNC220  # our own module; must be this thread, see the class
+                process = subprocess.Popen(  # our own module; must be this thread, see the class
                     [*argv, *map(str, ends), str(os.getpid())],
                     pass_fds=(*ends, *inherited),
                     stdin=subprocess.DEVNULL,
@@ -79,15 +89,7 @@ class LoaderProcess:
                 process.wait()
                 raise
             ours.pop_all()
-        try:
-            loader._reader, loader._writer = await asyncio.open_connection(sock=control, limit=1 << 20)
-        except BaseException:  # cancelled: nobody knows this loader yet, so nobody else would end it
-            loader.kill()
-            control.close()
-            raise
-        if loader.exited.done():
-            loader._writer.close()
-        return loader
+        return loader, control
 
     _reader: asyncio.StreamReader
 
@@ -105,7 +107,10 @@ class LoaderProcess:
         return message
 
     async def send(self, message: dict[str, Any], segments: Iterable[SegmentHandle] = ()) -> None:
-        """Send a message, and with it those of the segments that the loader has not seen yet."""
+        """Send a message, and with it those of the segments that the loader has not seen yet.
+
+        Errors: LoaderDied, ResourceLimitError (too many descriptors are on their way); it is to be killed then.
+        """
         fresh = {segment.number: segment for segment in segments if segment.number not in self._seen}.values()
         self._seen.update(segment.number for segment in fresh)
         if fresh:
@@ -121,6 +126,10 @@ class LoaderProcess:
             await self._writer.drain()
         except ConnectionError as error:
             raise LoaderDied from error
+        except OSError as error:
+            if limit := limit_error(error, "sending segments to a loader process", DAEMON):
+                raise limit from error
+            raise
 
     async def send_descriptor(self, descriptor: int) -> None:
         """Send one descriptor that belongs to the message sent last."""

@@ -167,9 +167,16 @@ def on_threads(
                 errors.append(error)
 
     crew = [threading.Thread(target=run, args=(own,), name=f"reader-{number}") for number, own in enumerate(shares)]
+    started = []
     for thread in crew:
-        thread.start()
-    for thread in crew:
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads (RLIMIT_NPROC, pids.max): those that run take over what others have
+            break
+        started.append(thread)
+    if not started:
+        run(shares[0])
+    for thread in started:
         thread.join()
     if errors:
         try:
