@@ -18,11 +18,20 @@ if TYPE_CHECKING:
 
 
 class SourcePath(NamedTuple):
-    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path."""
+    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path.
+
+    An index has no tensors: it says whose a tensor is that several files of its component have.
+    """
 
     component: str
     file: str
     path: Path
+    is_index: bool = False
+
+
+def in_order(sources: Iterable[SourcePath]) -> tuple[SourcePath, ...]:
+    """Files as they travel: by component and name, and the indexes after all others."""
+    return tuple(sorted(sources, key=lambda source: (source.is_index, source)))
 
 
 class OpenedSources:
@@ -45,7 +54,7 @@ class OpenedSources:
         descriptor, status = open_regular(source.path)
         self.fds += (descriptor,)
         identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        self.sources += (SourceFile(source.component, source.file, identity),)
+        self.sources += (SourceFile(source.component, source.file, identity, source.is_index),)
 
     def close(self) -> None:
         """Close all descriptors; a second call does nothing."""

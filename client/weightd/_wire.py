@@ -43,14 +43,16 @@ def source_to(source: SourceFile) -> checkpoint_pb2.SourceFile:
     identity = checkpoint_pb2.FileIdentity(
         device=seen.device, inode=seen.inode, size_bytes=seen.size, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns
     )
-    return checkpoint_pb2.SourceFile(component=source.component, file=source.file, identity=identity)
+    return checkpoint_pb2.SourceFile(
+        component=source.component, file=source.file, identity=identity, is_index=source.is_index
+    )
 
 
 def source_from(message: checkpoint_pb2.SourceFile) -> SourceFile:
     """A source file from a message."""
     seen = message.identity
     identity = FileIdentity(seen.device, seen.inode, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
-    return SourceFile(message.component, message.file, identity)
+    return SourceFile(message.component, message.file, identity, message.is_index)
 
 
 def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:

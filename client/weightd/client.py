@@ -15,7 +15,7 @@ from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._wire import check_name, source_to
 from .attachment import Attachment
 from .errors import DaemonUnreachableError, ForkedError, InvalidReferenceError, NotFoundError
-from .resolve import Resolved, is_path, open_sources, reference_name, resolve
+from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 from .types import (
     CheckpointDetails,
     CheckpointInfo,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ._handles import HandleConnection
     from ._rpc import ControlPlane
 
-Reference = str | os.PathLike[str]
+Reference = str | os.PathLike[str] | Resolved
 T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
@@ -48,7 +48,7 @@ RETRY_SECONDS = 0.2
 
 
 def connect(
-    socket: Reference | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
+    socket: str | os.PathLike[str] | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
@@ -115,10 +115,11 @@ class Client:
     ) -> CheckpointInfo:
         """Make a checkpoint resident; nothing is read when it is already. It stays until it is attached or we leave.
 
-        `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
-        call it (default: the reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the
-        daemon's default. Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError, DeviceMismatchError,
-        DeviceError, PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
+        `reference` is a file, a directory, `org/name[@revision]` in the local Hugging Face cache, or files that were
+        chosen already (`resolve.resolve(reference, variant="fp16")`); `name` is what to call it (default: the
+        reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the daemon's default. Errors:
+        InvalidReferenceError, NotFoundError, FormatError, CapacityError, DeviceMismatchError, DeviceError,
+        PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
         """
         result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
         assert result is not None  # only a detached load has no result
@@ -138,7 +139,7 @@ class Client:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
         if name is not None:
             check_name(name)
-        resolved = resolve(reference)
+        resolved = files_of(reference)
         with open_sources(resolved) as opened:
             return self._load(
                 opened,
@@ -153,7 +154,7 @@ class Client:
 
     def attach(
         self,
-        reference: Reference | Resolved,
+        reference: Reference,
         *,
         device: str | None = None,
         components: Iterable[str] = (),
@@ -177,8 +178,7 @@ class Client:
             manifest_only=manifest_only,
         )
         if isinstance(reference, Resolved) or is_path(reference):
-            files = reference if isinstance(reference, Resolved) else resolve(reference)
-            return self._attach_resolved(files, request, parts, keys)
+            return self._attach_resolved(files_of(reference), request, parts, keys)
         request.reference = str(reference)
         if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
@@ -342,9 +342,9 @@ class Client:
         try:
             return self._named(call, reference, device)
         except NotFoundError:
-            if not is_path(reference):
+            if not isinstance(reference, Resolved) and not is_path(reference):
                 raise
-            with open_sources(resolve(reference)) as opened:
+            with open_sources(files_of(reference)) as opened:
                 sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
             request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
             if not fit(request):
@@ -361,6 +361,8 @@ class Client:
     @staticmethod
     def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
         """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
+        if isinstance(reference, Resolved):
+            return call(reference.name, device_name(device))
         try:
             return call(os.fspath(reference), device_name(device))
         except NotFoundError:

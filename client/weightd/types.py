@@ -49,11 +49,15 @@ class FileIdentity(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """One file of a checkpoint: the component it belongs to (empty for a plain checkpoint) and its name in there."""
+    """One file of a checkpoint: the component it belongs to (empty for a plain checkpoint) and its name in there.
+
+    An index has no tensors: it says whose a tensor is that several files of its component have.
+    """
 
     component: str
     file: str
     identity: FileIdentity
+    is_index: bool = False
 
 
 class TensorKey(NamedTuple):

@@ -87,7 +87,7 @@ def test_one_bad_shard_fails_the_whole(start_daemon: StartDaemon, tmp_path: Path
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "model.safetensors").write_bytes(malformed.CORPUS["overlap"][0])
     with pytest.raises(weightd.FormatError, match=r"vae/model\.safetensors.*overlap"):
-        client.load(tmp_path)
+        client.load(checkpoints.describe_pipeline(tmp_path))
     eventually(lambda: nothing_left(client), what="no byte is left")
 
 

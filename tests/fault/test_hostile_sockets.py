@@ -134,7 +134,7 @@ def test_another_request_while_a_batch_is_outstanding(daemon: Daemon, tmp_path: 
     for i in range(260):
         checkpoints.write_random(tmp_path / f"part{i}" / "m.safetensors", 1, 300, seed=i)
     client = daemon.connect()
-    client.load(tmp_path, name="many")
+    client.load(checkpoints.describe_pipeline(tmp_path), name="many")
     before = daemon.descriptors()
     for frame in (ATTACH, OFFER, HELLO, b"\xff"):
         with Peer(daemon.socket) as peer:

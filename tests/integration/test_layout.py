@@ -166,7 +166,7 @@ def test_members_may_be_in_several_files(here: Daemon, tmp_path: Path) -> None:
     every = sorted(arrays, key=lambda name: checkpoints.random_bytes(name, 8))
     for number in range(5):
         part = {name: arrays[name] for name in every[number::5]}
-        checkpoints.write(tmp_path / f"model-{number}.safetensors", part)
+        checkpoints.write(tmp_path / f"model-{number + 1}-of-5.safetensors", part)
     with weightd.connect(here.socket) as client, client.attach(tmp_path) as attachment:
         assert listed(attachment) == names(0, 1)
         check(attachment, arrays)
@@ -176,6 +176,7 @@ def test_views_of_some_tensors_and_components(here: Daemon, tmp_path: Path) -> N
     arrays = mixtral(layers=1)
     for component in ("one", "two"):
         checkpoints.write(tmp_path / component / "model.safetensors", arrays if component == "one" else mixtral("two"))
+    checkpoints.describe_pipeline(tmp_path)
     members = [("one", f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"]
     with weightd.connect(here.socket) as client:
         with client.attach(tmp_path) as attachment:

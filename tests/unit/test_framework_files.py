@@ -28,7 +28,7 @@ def put(folder: Path, *names: str) -> None:
 
 
 def names(sources: tuple[Any, ...]) -> list[str]:
-    return [file for _, file, *_ in sources]
+    return [source.file for source in sources if not source.is_index]
 
 
 @both
@@ -56,7 +56,7 @@ def test_only_variant_is_taken_and_said(of: Any, stem: str, tmp_path: Path, capl
     assert names(chosen) == names(of(tmp_path, "unet", "fp16"))
     assert {component for component, *_ in chosen} == {"unet"}
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
-    assert "only the variant fp16 is there" in caplog.text
+    assert "has weights of the variant fp16 only, which are taken" in caplog.text
     with pytest.raises(NotFoundError, match="has neither"):  # as the framework has it
         of(tmp_path, exact=True)
     put(tmp_path, f"{stem}.bf16.safetensors")

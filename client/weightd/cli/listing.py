@@ -17,6 +17,8 @@ from weightd.cli.context import (
     QuietOption,
     ReferenceArgument,
     SocketOption,
+    VariantOption,
+    meant,
     open_client,
 )
 from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable, size
@@ -167,6 +169,7 @@ def inspect(
     context: typer.Context,
     reference: ReferenceArgument,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     output: FormatOption = Format.TABLE,
     quiet: QuietOption = False,
@@ -176,7 +179,7 @@ def inspect(
     """Show one checkpoint, its parts and its files."""
     listed: list[TensorInfo] = []
     with open_client(context, socket) as client:
-        details = client.inspect(reference, device)
+        details = client.inspect(meant(reference, variant), device)
         if tensors:
             found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
             with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:

@@ -7,8 +7,8 @@ import os
 from typing import TYPE_CHECKING
 
 from weightd import _folders
-from weightd._files import SourcePath
-from weightd.resolve import Resolved, indexed_files, is_path, reference_name
+from weightd._files import SourcePath, in_order
+from weightd.resolve import Resolved, is_path, reference_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,7 @@ def of_diffusers(
 def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...]) -> Resolved:
     """Files as a checkpoint that bears the name of a reference, as it would elsewhere."""
     name = reference_name(reference) if is_path(reference) else os.fspath(reference)
-    return Resolved(f"{name}/{subfolder}" if subfolder else name, tuple(sorted(files)))
+    return Resolved(f"{name}/{subfolder}" if subfolder else name, in_order(files))
 
 
 def _of(
@@ -48,10 +48,8 @@ def _of(
     if chosen is None and variant is None and not exact:
         only = _folders.only_variant(folder, rule)
         chosen = _folders.weights_name(folder, rule, only) if only else None
-        if chosen:
-            log.warning("%s: only the variant %s is there, which is taken", folder, only)
+        if only:
+            log.warning("%s", _folders.variant_note(folder, only))
     if chosen is None:
         raise _folders.not_there(folder, rule, variant)
-    if chosen.endswith(".safetensors"):
-        return (SourcePath(component, chosen, folder / chosen),)
-    return tuple(SourcePath(component, name, folder / name) for name in indexed_files(folder, chosen))
+    return _folders.sources_of(folder, component, chosen)

@@ -292,6 +292,6 @@ def _seconds(value: object) -> float:
 
 def _files(rows: Any) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)))
-        for component, file, identity in rows
+        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)), bool(index and index[0]))
+        for component, file, identity, *index in rows  # a record without indexes has no column
     )

@@ -24,6 +24,7 @@ from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
+from .indexed import owned
 from .slots import Slot
 from .source import Source
 from .verifying import verify
@@ -169,25 +170,36 @@ class Load:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
         tensors: list[Tensor] = []
         index = 0
-        for number, source in enumerate(self._sources):
-            layout = source.layout()
-            self._channel.tell(
-                {"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": layout.metadata}
-            )
-            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in layout.tensors]
+        files = [(component, file, is_index) for component, file, is_index in self._job["files"]]
+        weights = [number for number, (_, _, is_index) in enumerate(files) if not is_index]
+        layouts = [self._sources[number].layout() for number in weights]
+        indexes = {
+            component: source.weight_map()
+            for (component, _, is_index), source in zip(files, self._sources, strict=True)
+            if is_index
+        }
+        counted = owned([(*files[n][:2], layout.tensors) for n, layout in zip(weights, layouts, strict=True)], indexes)
+        for number, specs in enumerate(counted):
+            self._tell_file(self._sources[number], layouts[number].metadata)
+            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in specs]
             for start in range(0, len(rows), _LAYOUT_BATCH):
                 self._channel.tell({"op": "tensors", "file": number, "rows": rows[start : start + _LAYOUT_BATCH]})
-            for spec in layout.tensors:
+            for spec in specs:
                 if spec.length:
                     tensors.append(Tensor(index, number, spec))
                 index += 1
-        check_parts([(source.name, source.layout()) for source in self._sources])
+        for source in self._sources[len(counted) :]:
+            self._tell_file(source, None)
+        check_parts([(source.name, layout) for source, layout in zip(self._sources, layouts, strict=False)])
         return tensors
+
+    def _tell_file(self, source: Source, metadata: dict[str, str] | None) -> None:
+        self._channel.tell({"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": metadata})
 
     def _groups(self, tensors: list[Tensor]) -> list[list[int]]:
         """The numbers of tensors that frameworks fuse, and that can lie one behind the other."""
-        components: list[str] = self._job["components"]
-        named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
+        files = self._job["files"]
+        named = [Entry(files[file][0], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         return [[tensors[index].number for index in group.members] for group in groups(named) if group.seamless]
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:

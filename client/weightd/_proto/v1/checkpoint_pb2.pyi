@@ -33,14 +33,16 @@ class FileIdentity(_message.Message):
     def __init__(self, device: _Optional[int] = ..., inode: _Optional[int] = ..., size_bytes: _Optional[int] = ..., mtime_ns: _Optional[int] = ..., ctime_ns: _Optional[int] = ...) -> None: ...
 
 class SourceFile(_message.Message):
-    __slots__ = ("component", "file", "identity")
+    __slots__ = ("component", "file", "identity", "is_index")
     COMPONENT_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    IS_INDEX_FIELD_NUMBER: _ClassVar[int]
     component: str
     file: str
     identity: FileIdentity
-    def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ...) -> None: ...
+    is_index: bool
+    def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ..., is_index: bool = ...) -> None: ...
 
 class LoadRequest(_message.Message):
     __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify")
