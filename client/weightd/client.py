@@ -297,9 +297,10 @@ class Client:
             pin=pin,
             detached=detached,
             verify=verify,
+            reference=opened.reference,
         )
         offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
-        with intake:
+        with intake, opened.errors_by_path():
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 

@@ -138,7 +138,7 @@ def folder_of(reference: str | os.PathLike[str]) -> Path:
 
 def open_sources(resolved: Resolved) -> OpenedSources:
     """Open the files of a resolved reference; use the result in a `with` statement."""
-    return OpenedSources(resolved.sources)
+    return OpenedSources(resolved.sources, resolved.name)
 
 
 def _checked(reference: str | os.PathLike[str]) -> str:

@@ -165,6 +165,7 @@ class CheckpointDetails:
     """What `inspect` shows: the checkpoint, its parts, how many segments hold it and the files it came from.
 
     `kind` is how the segments are shared ("host", "cuda_vmm" or "cuda_ipc"), `note` what people must know of that.
+    `reference` is what the files were found by, a path or a repository; empty where nobody remembers.
     """
 
     checkpoint: CheckpointInfo
@@ -173,6 +174,7 @@ class CheckpointDetails:
     sources: tuple[SourceFile, ...]
     kind: str
     note: str
+    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,6 +92,14 @@ def test_single_file(client: weightd.Client, tmp_path: Path, monkeypatch: pytest
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [(str(path),)]
 
 
+def test_where_a_checkpoint_with_a_name_came_from(client: weightd.Client, tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path / "m.safetensors", {"a": filled(1)})
+    client.load(path, name="base")
+    assert client.inspect("base").reference == str(path)
+    client.load(checkpoints.write(tmp_path / "copy.safetensors", {"a": filled(1)}), name="other")
+    assert client.inspect("other").reference == str(path)  # the files that are listed are those, too
+
+
 def test_sharded_directory(client: weightd.Client, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
     checkpoints.rest(*folder.iterdir())  # only then the daemon keeps in mind which files they were

@@ -142,7 +142,13 @@ class FakeClient:
         return self._answer(
             "inspect",
             CheckpointDetails(
-                CHECKPOINT, (ComponentInfo("unet", 3, 2 * GIB, GIB),), 4, (source,), "cuda_ipc", "clients can write"
+                CHECKPOINT,
+                (ComponentInfo("unet", 3, 2 * GIB, GIB),),
+                4,
+                (source,),
+                "cuda_ipc",
+                "clients can write",
+                "/models/base",
             ),
             reference,
             device,
@@ -333,6 +339,7 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "2x3" in printed
     assert "model.safetensors" in printed
+    assert re.search(r"^from +/models/base$", printed, re.M)
     assert main(["inspect", "base", "-q"]) == 0
     assert capsys.readouterr().out == f"{DIGEST}\n"
 

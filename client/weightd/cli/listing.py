@@ -212,6 +212,7 @@ def _details_json(details: CheckpointDetails) -> dict[str, Any]:
         "segments": details.segments,
         "kind": details.kind,
         "note": details.note,
+        "reference": details.reference,
         "sources": sources,
     }
 
@@ -236,6 +237,8 @@ def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
         "loaded": ago(info.loaded_at),
         "last used": ago(info.last_used_at),
     }
+    if details.reference and details.reference not in info.names:
+        lines["from"] = details.reference
     if details.note:
         lines["note"] = details.note
     for label, value in lines.items():

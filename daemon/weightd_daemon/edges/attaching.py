@@ -55,6 +55,11 @@ def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceF
     return tuple(map(source_from, messages))
 
 
+def shown(reference: str) -> str:
+    """What files were found by, where it can be shown; else nothing, for it names nothing."""
+    return "" if CONTROL.search(reference) or len(reference.encode()) > NAME_BYTES else reference
+
+
 def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
     places = [message.is_index for message in messages]
     indexed = [message.component for message in messages if message.is_index]

@@ -16,7 +16,7 @@ from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
 
-from .attaching import sources_from
+from .attaching import shown, sources_from
 from .connections import Connection
 from .devices import meant, place
 from .interceptors import Context
@@ -120,6 +120,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             kind=device.kind,
             note=device.note,
             sources=[source_to(source) for source in checkpoint.origin],
+            reference=checkpoint.reference,
         )
 
     async def Pin(  # noqa: N802
@@ -216,6 +217,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             pin=request.pin,
             detached=request.detached,
             verify=request.verify,
+            reference=shown(request.reference),
         )
 
     def _change(

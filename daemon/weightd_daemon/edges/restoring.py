@@ -124,12 +124,13 @@ class _Restore:
         owner, loaded, used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
         pins = {_uid(one) for one in row["pins"]}
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
+        reference = _text(row.get("reference", ""))
         sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
         restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
         checkpoint = restoration.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
         checkpoint.last_used, checkpoint.pins = used, pins
-        checkpoint.origin, checkpoint.sources = origin, sources
+        checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor)
         self.kept[key] = number

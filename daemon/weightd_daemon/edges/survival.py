@@ -327,6 +327,7 @@ class Survival:
             "loaded": checkpoint.loaded,
             "last_used": checkpoint.last_used,
             "pins": list(checkpoint.pins),
+            "reference": checkpoint.reference,
             "origin": checkpoint.origin if room.takes(checkpoint.origin) else (),
             "sources": [files for files in checkpoint.sources if room.takes(files)],
         }

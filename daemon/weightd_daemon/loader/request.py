@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else."""
+    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else;
+    `reference` is for people.
+    """
 
     who: Who
     holder: Holder
@@ -24,6 +26,7 @@ class LoadRequest:
     pin: bool = False
     detached: bool = False
     verify: bool = False
+    reference: str = ""
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ class SourceFile(_message.Message):
     def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ..., is_index: bool = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify")
+    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify", "reference")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +54,7 @@ class LoadRequest(_message.Message):
     PIN_FIELD_NUMBER: _ClassVar[int]
     DETACHED_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     offer_id: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
     name: str
@@ -62,7 +63,8 @@ class LoadRequest(_message.Message):
     pin: bool
     detached: bool
     verify: bool
-    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ...) -> None: ...
+    reference: str
+    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ..., reference: _Optional[str] = ...) -> None: ...
 
 class LoadEvent(_message.Message):
     __slots__ = ("feed", "progress", "result")
@@ -183,20 +185,22 @@ class Component(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointResponse(_message.Message):
-    __slots__ = ("checkpoint", "components", "segments", "sources", "kind", "note")
+    __slots__ = ("checkpoint", "components", "segments", "sources", "kind", "note", "reference")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: Checkpoint
     components: _containers.RepeatedCompositeFieldContainer[Component]
     segments: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
     kind: str
     note: str
-    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., kind: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    reference: str
+    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., kind: _Optional[str] = ..., note: _Optional[str] = ..., reference: _Optional[str] = ...) -> None: ...
 
 class PinCheckpointRequest(_message.Message):
     __slots__ = ("reference", "device")
