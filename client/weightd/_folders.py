@@ -36,7 +36,7 @@ class Rule(NamedTuple):
         one, index = _with_variant(self.weights, variant), _with_variant(f"{self.weights}.index.json", variant)
         if not self.index_first:
             return one, index
-        # Versions of diffusers before 0.32 put an index's variant elsewhere, and later ones still read it.
+        # An older form of diffusers has the variant in the middle of an index's name; diffusers still reads it.
         return index, *([f"{self.weights}.{variant}.index.json"] if variant else []), one
 
 

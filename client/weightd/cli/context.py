@@ -15,10 +15,10 @@ import typer
 
 from weightd.cli.output import printable
 from weightd.errors import DaemonUnreachableError, NotFoundError, WeightdError
+from weightd.resolve import Resolved, reference_name, resolve
 
 if TYPE_CHECKING:
     from weightd.client import Client
-    from weightd.resolve import Resolved
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -134,8 +134,6 @@ def meant(reference: str, variant: str | None) -> str | Resolved:
     """
     if variant is None:
         return reference
-    from weightd.resolve import reference_name, resolve
-
     try:
         return resolve(reference, variant)
     except NotFoundError:

@@ -48,7 +48,7 @@ def _of(
     if chosen is None and variant is None and not exact:
         only = _folders.only_variant(folder, rule)
         chosen = _folders.weights_name(folder, rule, only) if only else None
-        if only:
+        if only and chosen:
             log.warning("%s", _folders.variant_note(folder, only))
     if chosen is None:
         raise _folders.not_there(folder, rule, variant)

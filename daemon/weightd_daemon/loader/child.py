@@ -170,15 +170,13 @@ class Load:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
         tensors: list[Tensor] = []
         index = 0
-        files = [(component, file, is_index) for component, file, is_index in self._job["files"]]
-        weights = [number for number, (_, _, is_index) in enumerate(files) if not is_index]
-        layouts = [self._sources[number].layout() for number in weights]
-        indexes = {
-            component: source.weight_map()
-            for (component, _, is_index), source in zip(files, self._sources, strict=True)
-            if is_index
-        }
-        counted = owned([(*files[n][:2], layout.tensors) for n, layout in zip(weights, layouts, strict=True)], indexes)
+        files = list(zip(self._job["components"], self._job["files"], self._sources, strict=True))
+        weights = [(component, file, source) for component, (file, is_index), source in files if not is_index]
+        indexes = {component: source.weight_map() for component, (_, is_index), source in files if is_index}
+        layouts = [source.layout() for _, _, source in weights]
+        counted = owned(
+            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], indexes
+        )
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)
             rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in specs]
@@ -190,7 +188,7 @@ class Load:
                 index += 1
         for source in self._sources[len(counted) :]:
             self._tell_file(source, None)
-        check_parts([(source.name, layout) for source, layout in zip(self._sources, layouts, strict=False)])
+        check_parts([(source.name, layout) for (_, _, source), layout in zip(weights, layouts, strict=True)])
         return tensors
 
     def _tell_file(self, source: Source, metadata: dict[str, str] | None) -> None:
@@ -198,8 +196,8 @@ class Load:
 
     def _groups(self, tensors: list[Tensor]) -> list[list[int]]:
         """The numbers of tensors that frameworks fuse, and that can lie one behind the other."""
-        files = self._job["files"]
-        named = [Entry(files[file][0], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
+        components: list[str] = self._job["components"]
+        named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         return [[tensors[index].number for index in group.members] for group in groups(named) if group.seamless]
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:

@@ -309,8 +309,9 @@ class Loads:
                 lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                files = [(source.component, source.file, source.is_index) for source in request.sources]
-                await loader.send({**job, "files": files})
+                files = [(source.file, source.is_index) for source in request.sources]
+                components = [source.component for source in request.sources]
+                await loader.send({**job, "components": components, "files": files})
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()
