@@ -125,11 +125,12 @@ def variant_note(folder: Path, variant: str) -> str:
     return f"{show(folder)}: has weights of the variant {variant} only, which are taken"
 
 
-def not_there(folder: Path, rule: Rule, variant: str | None) -> NotFoundError:
-    """The error where a folder has no weights of a variant."""
+def not_there(folder: Path, rule: Rule, variant: str | None, below: str = "") -> NotFoundError:
+    """The error where a folder has no weights of a variant; `below` says what lies there instead."""
     one, *_, index = sorted(rule.names(variant), key=len)
     kind = f" of variant {variant}" if variant else ""
-    return NotFoundError(f"{show(folder)}: has neither {one} nor {index}, the weights{kind} that would be loaded")
+    more = f"; {below}" if below else ""
+    return NotFoundError(f"{show(folder)}: has neither {one} nor {index}, the weights{kind} that would be loaded{more}")
 
 
 def list_files(folder: Path) -> list[str]:

@@ -81,6 +81,10 @@ def test_a_load_takes_the_same(of: Any, stem: str, index: bool, variant: str | N
 @both
 def test_nothing(of: Any, stem: str, tmp_path: Path) -> None:
     put(tmp_path, "other.safetensors")
+    (tmp_path / "checkpoint-500").mkdir()
+    put(tmp_path / "checkpoint-500", f"{stem}.safetensors")
+    with pytest.raises(NotFoundError, match=f"one checkpoint lies below it; give it, as {tmp_path}/checkpoint-500$"):
+        of(tmp_path)
     for folder in (tmp_path, tmp_path / "gone"):
         with pytest.raises(NotFoundError):
             of(folder)

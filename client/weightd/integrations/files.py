@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightd import _folders
 from weightd._files import SourcePath, in_order
+from weightd._survey import checkpoints_below
 from weightd.resolve import Resolved, is_path, reference_name
 
 if TYPE_CHECKING:
@@ -51,5 +52,5 @@ def _of(
         if only and chosen:
             log.warning("%s", _folders.variant_note(folder, only))
     if chosen is None:
-        raise _folders.not_there(folder, rule, variant)
+        raise _folders.not_there(folder, rule, variant, "" if exact else checkpoints_below(folder))
     return _folders.sources_of(folder, component, chosen)
