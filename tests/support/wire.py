@@ -72,7 +72,7 @@ def send_with(sock: socket.socket, data: bytes, descriptors: list[int]) -> None:
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
 
-def announced(descriptor: int, source: SourceFile) -> OpenedSources:
+def opened_as(descriptor: int, source: SourceFile) -> OpenedSources:
     """A descriptor as the file that somebody says that it is."""
     opened = OpenedSources(())
     opened.fds, opened.sources, opened._paths = (descriptor,), (source,), (Path(source.file),)
