@@ -89,12 +89,22 @@ def resolve(reference: str | os.PathLike[str]) -> Resolved:
 
 
 def folder_of(reference: str | os.PathLike[str]) -> Path:
-    """The directory in which a reference's files lie, configuration and all. Errors: those of `resolve`."""
+    """The folder that a reference is: one that exists, as it was given, or a repository's in the cache.
+
+    It is never the parent of what was named. Errors: NotFoundError (no such folder, or not in the cache),
+    InvalidReferenceError (a file, or no reference at all), PermissionDeniedError.
+    """
     name = reference_name(reference)
     if not is_path(reference):
         return find_snapshot(name)[0]
     path = Path(name)
-    return path if path.is_dir() else path.parent
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise translated(path, error) from error
+    if not stat.S_ISDIR(mode):
+        raise InvalidReferenceError(f"{show(path)}: is a file, and a folder is needed; give the folder that it is in")
+    return path
 
 
 def indexed_files(folder: Path, index: str) -> list[str]:

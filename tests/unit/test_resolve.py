@@ -15,7 +15,7 @@ import pytest
 from support.malformed import VALID
 from weightd import resolve as module
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
-from weightd.resolve import Resolved, SourcePath, is_path, open_sources, reference_name, resolve
+from weightd.resolve import Resolved, SourcePath, folder_of, is_path, open_sources, reference_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -504,6 +504,37 @@ class TestCache:
         assert looked_in() == str(tmp_path / "home/hf/hub")
         monkeypatch.setenv("HF_HUB_CACHE", "$HOME/hub")
         assert looked_in() == str(tmp_path / "home/hub")
+
+
+class TestFolderOf:
+    """A framework's reference: a folder, or a repository. Nothing stands for its parent."""
+
+    @pytest.mark.parametrize("reference", ["m", "./m", "../cwd/m"])
+    def test_folder(self, tmp_path: Path, reference: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        assert folder_of(reference).samefile(tmp_path / "cwd/m")
+        assert folder_of(Path(reference)).samefile(tmp_path / "cwd/m")
+
+    @pytest.mark.parametrize("gone", ["./m/checkpoint-500", "/nowhere/m", "~/m", "./m/model.safetensors/x"])
+    def test_what_is_not_there(self, tmp_path: Path, gone: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        with pytest.raises(NotFoundError, match="no such file or directory"):
+            folder_of(gone)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "tuned.safetensors", "x.gguf", "config.json"])
+    def test_file(self, tmp_path: Path, name: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        path = put(tmp_path / "cwd/m" / name)
+        for reference in (path, str(path), f"m/{name}"):
+            with pytest.raises(InvalidReferenceError, match=f"{name}: is a file, and a folder is needed"):
+                folder_of(reference)
+
+    def test_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        snapshot = TestCache.add(tmp_path / "hub", "org/name", COMMIT, "main")
+        assert folder_of("org/name").samefile(snapshot)
+        with pytest.raises(NotFoundError, match="hf download org/gone`"):
+            folder_of("org/gone")
 
 
 class TestOpenSources:

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
+from weightd import _folders
 from weightd._files import SourcePath
-from weightd.errors import NotFoundError
 from weightd.resolve import Resolved, indexed_files, is_path, reference_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_TRANSFORMERS = "model.safetensors"
-_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+log = logging.getLogger(__name__)
 
 
-def of_transformers(folder: Path, component: str = "") -> tuple[SourcePath, ...]:
-    """The one file, else the shards of the index. Errors: NotFoundError, FormatError (a damaged index)."""
-    if (folder / _TRANSFORMERS).exists():
-        return (SourcePath(component, _TRANSFORMERS, folder / _TRANSFORMERS),)
-    return _indexed(folder, component, _TRANSFORMERS)
+def of_transformers(
+    folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
+) -> tuple[SourcePath, ...]:
+    """What transformers loads: the one file, else the shards of the index, of a variant where one is given.
+
+    Without a variant, where the folder has weights of one variant only, that is taken, and a warning says so; with
+    `exact` it is not, as transformers does not.
+    Errors: NotFoundError, FormatError (a damaged index), InvalidReferenceError (there are only variants, and several).
+    """
+    return _of(_folders.TRANSFORMERS, folder, component, variant, exact=exact)
 
 
-def of_diffusers(folder: Path, component: str = "") -> tuple[SourcePath, ...]:
-    """The shards of the index, else the one file. Errors: as of_transformers."""
-    if (folder / f"{_DIFFUSERS}.index.json").exists() or not (folder / _DIFFUSERS).exists():
-        return _indexed(folder, component, _DIFFUSERS)
-    return (SourcePath(component, _DIFFUSERS, folder / _DIFFUSERS),)
+def of_diffusers(
+    folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
+) -> tuple[SourcePath, ...]:
+    """What diffusers loads: the shards of the index, else the one file. The rest is as in `of_transformers`."""
+    return _of(_folders.DIFFUSERS, folder, component, variant, exact=exact)
 
 
 def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...]) -> Resolved:
@@ -36,8 +41,17 @@ def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[Source
     return Resolved(f"{name}/{subfolder}" if subfolder else name, tuple(sorted(files)))
 
 
-def _indexed(folder: Path, component: str, weights: str) -> tuple[SourcePath, ...]:
-    index = f"{weights}.index.json"
-    if not (folder / index).exists():
-        raise NotFoundError(f"{folder}: has neither {weights} nor {index}, which is what is loaded of it")
-    return tuple(SourcePath(component, name, folder / name) for name in indexed_files(folder, index))
+def _of(
+    rule: _folders.Rule, folder: Path, component: str, variant: str | None, *, exact: bool
+) -> tuple[SourcePath, ...]:
+    chosen = _folders.weights_name(folder, rule, variant)
+    if chosen is None and variant is None and not exact:
+        only = _folders.only_variant(folder, rule)
+        chosen = _folders.weights_name(folder, rule, only) if only else None
+        if chosen:
+            log.warning("%s: only the variant %s is there, which is taken", folder, only)
+    if chosen is None:
+        raise _folders.not_there(folder, rule, variant)
+    if chosen.endswith(".safetensors"):
+        return (SourcePath(component, chosen, folder / chosen),)
+    return tuple(SourcePath(component, name, folder / name) for name in indexed_files(folder, chosen))

@@ -142,7 +142,7 @@ def _store_source(path: Any, kwargs: dict[str, Any]) -> tuple[Resolved, Path, st
     reference: str | Path = Path(path) if is_path(path) else f"{path}@{revision}" if revision else str(path)
     try:
         folder = folder_of(reference) / subfolder
-        chosen = files.named(reference, subfolder, files.of_transformers(folder))
+        chosen = files.named(reference, subfolder, files.of_transformers(folder, exact=True))
     except (InvalidReferenceError, NotFoundError, FormatError, PermissionDeniedError) as error:
         raise _NotOursError(str(error)) from error
     if why := _unfit(folder, kwargs):

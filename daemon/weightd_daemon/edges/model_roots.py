@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from weightd._files import OpenedSources, show
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
-from weightd.resolve import folder_of, open_sources, resolve
+from weightd.resolve import folder_of, is_path, open_sources, reference_name, resolve
 
 from .attaching import MAX_SOURCES
 
@@ -37,8 +37,8 @@ def open_below(reference: str, roots: Sequence[str]) -> Opened:
     a symlink; InvalidReferenceError for more files than a checkpoint may have.
     """
     allowed = [os.path.realpath(os.path.expanduser(root)) for root in roots]
-    folder = folder_of(reference)
-    _require_below(allowed, str(folder), os.path.realpath(folder))
+    place = reference_name(reference) if is_path(reference) else str(folder_of(reference))
+    _require_below(allowed, place, os.path.realpath(place))
     resolved = resolve(reference)
     if len(resolved.sources) > MAX_SOURCES:
         raise InvalidReferenceError(
