@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightd import _folders
 from weightd._files import SourcePath
+from weightd.errors import InvalidReferenceError
 from weightd.resolve import Resolved, indexed_files, is_path, reference_name
 
 if TYPE_CHECKING:
@@ -33,6 +34,19 @@ def of_diffusers(
 ) -> tuple[SourcePath, ...]:
     """What diffusers loads: the shards of the index, else the one file. The rest is as in `of_transformers`."""
     return _of(_folders.DIFFUSERS, folder, component, variant, exact=exact)
+
+
+def at_revision(reference: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
+    """A reference with the `revision=` that a framework was given, which means nothing for a folder.
+
+    Errors: InvalidReferenceError (it names another one itself).
+    """
+    if not revision or is_path(reference):
+        return reference
+    name, _, own = os.fspath(reference).partition("@")
+    if own not in ("", revision):
+        raise InvalidReferenceError(f"{os.fspath(reference)}: revision {revision!r} is asked for as well; say one")
+    return f"{name}@{revision}"
 
 
 def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...]) -> Resolved:
