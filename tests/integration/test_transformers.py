@@ -324,6 +324,7 @@ def test_arguments_that_cannot_be(daemon: Daemon, llama: Path, arguments: dict[s
     ("change", "message"),
     [
         (lambda path: (path / "adapter_config.json").write_text("{}"), "it is an adapter"),
+        (lambda path: (path / "config.json").rename(path / "adapter_config.json"), "it is an adapter"),
         (lambda path: edit(path, quantization_config={"quant_method": "fp8"}), "it is quantised"),
         (lambda path: edit(path, architectures=["NoSuchModel"]), "names no class of transformers"),
         (lambda path: (path / "model.safetensors").rename(path / "model.bin"), "has neither model.safetensors nor"),

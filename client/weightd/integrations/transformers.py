@@ -58,7 +58,8 @@ __all__ = ["from_pretrained", "install", "make_private", "report", "uninstall"]
 
 log = logging.getLogger(__name__)
 
-CONFIG_NAME = transformers.utils.CONFIG_NAME
+_CONFIG = transformers.utils.CONFIG_NAME
+_ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +209,8 @@ def _as_transformers_reads(path: Any, revision: str | None) -> str | os.PathLike
 
 def _require_config(folder: Path, kwargs: dict[str, Any]) -> None:
     """Errors: NotFoundError (neither the folder nor the call says what model it is)."""
-    if kwargs.get("config") is None and not (folder / CONFIG_NAME).exists():
-        raise NotFoundError(f"{folder}: has no {CONFIG_NAME}; give the folder of a model of transformers")
+    if kwargs.get("config") is None and not any((folder / name).exists() for name in (_CONFIG, _ADAPTER)):
+        raise NotFoundError(f"{folder}: has no {_CONFIG}; give the folder of a model of transformers")
 
 
 def _unfit(folder: Path, kwargs: dict[str, Any]) -> str:
@@ -220,7 +221,7 @@ def _unfit(folder: Path, kwargs: dict[str, Any]) -> str:
         return "it has a cache of its own"
     if kwargs.get("use_safetensors") is False:
         return "use_safetensors=False asks for pickles, which are not loaded"
-    if (folder / "adapter_config.json").exists():
+    if (folder / _ADAPTER).exists():
         return "it is an adapter, which changes its base's weights"
     config, _ = transformers.PretrainedConfig.get_config_dict(str(folder), local_files_only=True)
     if config.get("transformers_weights"):
