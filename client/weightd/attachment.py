@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ._handles import Received
     from ._line import Line
+    from ._mapping.ranges import Range
     from ._mapping.segments import Memory, Segments
     from .layouts import Layout
 
@@ -272,7 +273,11 @@ class Attachment:
 
         Errors: InvalidReferenceError (closed).
         """
-        return any(start <= address and address + length <= start + size for start, size in self._opened.ranges())
+        return any(start <= address and address + length <= start + size for start, size, _ in self._opened.ranges())
+
+    def ranges(self) -> list[Range]:
+        """At which addresses of this process the attached memory lies. Errors: InvalidReferenceError (closed)."""
+        return self._opened.ranges()
 
     def load_into(self, module: torch.nn.Module, component: str | None = None, *, strict: bool = True) -> Any:
         """Put attached tensors in the place of a module's parameters, without a copy: assign, tie, freeze.

@@ -70,7 +70,10 @@ def reference_name(reference: str | os.PathLike[str], variant: str | None = None
     Symlinks are kept so that `/models/current` stays one name, whatever it points to. All parts of a split GGUF file
     stand for the first, so that the checkpoint has one name whichever was given. A variant that was asked for stands in
     front (`fp16:/models/sdxl`), where no path and no repository can have it.
+    Errors: InvalidReferenceError (no reference, or a variant that no file name can have).
     """
+    if variant is not None and (not variant or not is_below(variant) or "/" in variant):
+        raise InvalidReferenceError(f"variant {variant!r}: must be a part of file names, such as fp16")
     name = _checked(reference)
     if is_path(reference):
         folder, last = os.path.split(_tidied(path_of(reference)))
@@ -101,8 +104,6 @@ def resolve(reference: str | os.PathLike[str], variant: str | None = None) -> Re
     repository id), NotFoundError for what is not there, FormatError for a damaged index, PermissionDeniedError for a
     folder that may not be read.
     """
-    if variant is not None and (not variant or not is_below(variant) or "/" in variant):
-        raise InvalidReferenceError(f"variant {variant!r}: must be a part of file names, such as fp16")
     name = reference_name(reference, variant)
     chosen = _from_path(path_of(reference), variant) if is_path(reference) else _from_cache(name, reference, variant)
     for source in chosen.sources:
@@ -132,7 +133,7 @@ def folder_of(reference: str | os.PathLike[str]) -> Path:
         return find_snapshot(_checked(reference))[0]
     path = path_of(reference)
     if not stat.S_ISDIR(_mode(path)):
-        raise InvalidReferenceError(f"{show(path)}: is a file, and a folder is needed; give the folder that it is in")
+        raise InvalidReferenceError(f"{show(path)}: is a file, where a folder or org/name[@revision] is expected")
     return Path(path)
 
 

@@ -73,8 +73,9 @@ def test_a_load_takes_the_same(of: Any, stem: str, index: bool, variant: str | N
     for one in ("", ".fp16"):
         put(tmp_path, f"{stem}.safetensors.index{one}.json" if index else f"{stem}{one}.safetensors")
     put(tmp_path, "consolidated.safetensors")
-    chosen = named(tmp_path, "", of(tmp_path, variant=variant))
-    assert chosen.sources == resolve(tmp_path, variant).sources
+    chosen = named(tmp_path, "", of(tmp_path, variant=variant), variant)
+    loaded = resolve(tmp_path, variant)
+    assert (chosen.name, chosen.sources) == (loaded.name, loaded.sources)
     assert [source.is_index for source in chosen.sources] == [False, True][: 1 + index]
 
 

@@ -746,7 +746,7 @@ class TestFolderOf:
         put(tmp_path / "cwd/m/model.safetensors")
         path = put(tmp_path / "cwd/m" / name)
         for reference in (path, str(path), f"m/{name}"):
-            with pytest.raises(InvalidReferenceError, match=f"{name}: is a file, and a folder is needed"):
+            with pytest.raises(InvalidReferenceError, match=f"{name}: is a file, where a folder or org/name"):
                 folder_of(reference)
 
     def test_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

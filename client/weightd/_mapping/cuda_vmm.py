@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from weightd.errors import DeviceError
 
 from . import cuda_driver
 from .cuda_segments import CudaSegments
+from .ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,9 +52,9 @@ class VmmSegments(CudaSegments):
         if self._range is not None and not at_exit():
             cuda_driver.finish(self._ordinal, self._range.close, keeps=self._lease)
 
-    def ranges(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[Range]:
         """One for all."""
-        return [] if self._range is None else [(self._range.address, self._range.size)]
+        return [] if self._range is None else [Range(self._range.address, self._range.size, weakref.ref(self))]
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`. A write through it kills this process's CUDA context."""

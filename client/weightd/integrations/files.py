@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weightd import _folders
 from weightd._files import SourcePath, in_order
 from weightd._survey import checkpoints_below
+from weightd.errors import InvalidReferenceError
 from weightd.resolve import Resolved, is_path, reference_name
 
 if TYPE_CHECKING:
@@ -36,9 +37,24 @@ def of_diffusers(
     return _of(_folders.DIFFUSERS, folder, component, variant, exact=exact)
 
 
-def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...]) -> Resolved:
-    """Files as a checkpoint that bears the name of a reference, as it would elsewhere."""
-    name = reference_name(reference) if is_path(reference) else os.fspath(reference)
+def at_revision(reference: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
+    """A reference with the `revision=` that a framework was given, which means nothing for a folder.
+
+    Errors: InvalidReferenceError (it names another one itself).
+    """
+    if not revision or is_path(reference):
+        return reference
+    name, _, own = os.fspath(reference).partition("@")
+    if own not in ("", revision):
+        raise InvalidReferenceError(f"{os.fspath(reference)}: revision {revision!r} is asked for as well; say one")
+    return f"{name}@{revision}"
+
+
+def named(
+    reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...], variant: str | None = None
+) -> Resolved:
+    """Files as a checkpoint that bears the name of a reference, and of the variant asked for, as it would elsewhere."""
+    name = reference_name(reference, variant)
     return Resolved(f"{name}/{subfolder}" if subfolder else name, in_order(files))
 
 

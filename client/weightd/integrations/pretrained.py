@@ -21,15 +21,9 @@ from weightd.errors import InvalidReferenceError
 from weightd.layouts import groups
 from weightd.torch import torch_dtype
 
-from .modules import (
-    examine,
-    freeze,
-    keep_report,
-    loaded_in_place,
-    make_buffers_private,
-    refuse_while_shared,
-    stored_dtypes,
-)
+from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
+from .modules import freeze, make_buffers_private, stored_dtypes
+from .sharing import remember
 from .versions import require_tested
 
 VERSION = require_tested("transformers")
@@ -45,14 +39,15 @@ if TYPE_CHECKING:
 
 UNSUPPORTED = (
     "adapter_kwargs", "device_mesh", "distributed_config", "from_flax", "from_tf", "gguf_file", "max_memory",
-    "offload_folder", "quantization_config", "state_dict", "tp_plan", "tp_size", "variant",
+    "quantization_config", "state_dict", "tp_plan", "tp_size",
 )  # fmt: skip
 """Arguments of transformers' `from_pretrained` that ask for what attached tensors cannot be."""
 
 _LOADING = (
     "_commit_hash", "_from_auto", "_from_pipeline", "adapter_name", "attn_implementation", "cache_dir",
     "experts_implementation", "force_download", "generation_config", "ignore_mismatched_sizes", "kernel_config",
-    "key_mapping", "local_files_only", "low_cpu_mem_usage", "output_loading_info", "proxies", "revision", "token",
+    "key_mapping", "local_files_only", "low_cpu_mem_usage", "offload_buffers", "offload_folder",
+    "offload_state_dict", "output_loading_info", "proxies", "revision", "token",
     "trust_remote_code", "use_kernels", "use_safetensors", "weights_only",
 )  # fmt: skip
 """Arguments of it that are not the configuration's."""
@@ -126,7 +121,13 @@ def _from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, *
         return load_request(cls, request, args, kwargs)
     if _diverted is not None:
         return _diverted(cls, pretrained_model_name_or_path, args, kwargs)
-    return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+    return load_privately(cls, pretrained_model_name_or_path, args, kwargs)
+
+
+def load_privately(cls: Any, path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """transformers' own loading, in one thread at a time."""
+    with loading():
+        return original(cls, path, *args, **kwargs)
 
 
 @functools.wraps(_original_warmup)
@@ -139,37 +140,69 @@ def _warm_up(*args: Any, **kwargs: Any) -> None:
 _transformers.PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
 _transformers.caching_allocator_warmup = _warm_up
 refuse_while_shared(_transformers.PreTrainedModel, "load_state_dict", loaded_in_place)
+explain_training(_transformers.PreTrainedModel)
+
+
+def asked_dtype(dtype: Any, kwargs: dict[str, Any]) -> Any:
+    """The dtype of a call, by transformers' rule: `dtype`, else `torch_dtype`, which is taken out of `kwargs`."""
+    older = kwargs.pop("torch_dtype", None)
+    return older if dtype is None else dtype
+
+
+def weights_apart(config_class: Any, folder: Path) -> str:
+    """What transformers would load from files of other names, which a `state_dict` does not have; empty if nothing."""
+    for name in getattr(config_class, "extra_files", ()):
+        if (folder / name).exists():
+            return f"some of its weights are in {name}"
+    try:
+        from transformers.distributed.checkpoint import is_sharded_checkpoint
+    except ImportError:  # older versions know no such checkpoints
+        return ""
+    return "it has weights in shards of a distributed checkpoint" if is_sharded_checkpoint(folder) else ""
 
 
 def checked_dtype(
-    attachment: Attachment, component: str, asked: str | torch.dtype | None, folder: Path, *, allow_copy: bool
+    attachment: Attachment,
+    component: str,
+    asked: str | torch.dtype | None,
+    folder: Path,
+    *,
+    allow_copy: bool,
+    allow: str = "allow_copy=True",
 ) -> torch.dtype:
     """The dtype to load as: the one that most bytes are stored in. Errors: InvalidReferenceError (another is asked)."""
     stored = [dtype for dtype in map(torch_dtype, stored_dtypes(attachment, component)) if dtype in _COMPUTED]
     if asked in (None, "auto"):
         return stored[0] if stored else torch.get_default_dtype()
-    wanted = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    wanted = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
     if not isinstance(wanted, torch.dtype):
         raise InvalidReferenceError(f"dtype {asked!r}: torch has no such dtype")
     if stored and wanted != stored[0] and not allow_copy:
         raise InvalidReferenceError(
             f"{folder}: dtype {wanted} is asked for, but {stored[0]} is stored; casting would copy every weight: leave "
-            f"dtype out, or say allow_copy=True"
+            f"dtype out, or say {allow}"
         )
     return wanted
 
 
 def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let transformers load a class from attached tensors; then make private what must be, and report."""
+    with loading():
+        return _load_request(cls, request, args, kwargs)
+
+
+def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     attachment = request.attachment
     config = kwargs.pop("config", None)
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
-    for name in ("dtype", "torch_dtype", *UNSUPPORTED):
+    for name in ("dtype", "torch_dtype", *UNSUPPORTED):  # the request has the dtype; callers refuse the others
         kwargs.pop(name, None)
     if not isinstance(config, transformers.PretrainedConfig):
         config, kwargs = cls.config_class.from_pretrained(
             request.folder if config is None else config, return_unused_kwargs=True, local_files_only=True, **kwargs
         )
+    if apart := weights_apart(type(config), request.folder):
+        raise InvalidReferenceError(f"{request.folder}: {apart}; load it with transformers itself")
     told = loading.pop("output_loading_info", False)
     for name in _FOR_THE_HUB:
         loading.pop(name, None)
@@ -194,7 +227,7 @@ def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict
     freeze(model, attachment)
     make_buffers_private(model, attachment)
     reasons = _Reasons(model, attachment, request.component, found, layout)
-    keep_report(model, examine(model, attachment, reasons.of))
+    remember(model, attachment, reasons.of, found["missing_keys"])
     return (model, found) if told else model
 
 
@@ -238,6 +271,10 @@ class _Reasons:
         self._copied = attachment.copied(component, layout=layout)
         self._prefix = f"{model.base_model_prefix}."
         self._missing = set(found["missing_keys"])
+        self._outputs = model.get_output_embeddings()
+
+    def _is_bias_of_tied_outputs(self, parameter: torch.nn.Parameter) -> bool:
+        return self._outputs is not None and getattr(self._outputs, "bias", None) is parameter
 
     def of(self, name: str, parameter: torch.nn.Parameter) -> str:
         """The reason for one."""
@@ -249,6 +286,10 @@ class _Reasons:
             info = self._stored.get(stored)
             if info is not None and torch_dtype(info.dtype) != parameter.dtype:
                 return f"stored as {info.dtype}, used as {str(parameter.dtype).removeprefix('torch.')}"
+            if info is not None and self._is_bias_of_tied_outputs(parameter):
+                return "transformers pads the bias of tied output embeddings, which copies it"
+            if info is not None and tuple(parameter.shape) != info.shape:
+                return f"transformers has given it shape {tuple(parameter.shape)} while loading"
             if info is not None:
                 return "transformers has changed it while loading"
         return "transformers has made it of other tensors while loading"
