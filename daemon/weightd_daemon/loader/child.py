@@ -27,7 +27,7 @@ from .copying import Copier
 from .slots import Slot
 from .source import Source
 from .verifying import verify
-from .work import Lane, Tensor, Unit, arranged, lanes, most_lanes, on_threads, units
+from .work import Lane, Tensor, Unit, arranged, lanes, most_lanes, on_threads, parted, repeated, units
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -121,9 +121,15 @@ class Load:
         work = lanes(units(arranged(new, fused)), in_file)
         chosen = frozenset[int](answer["sample"])
         shared = self._is_shared([tensor for tensor in tensors if tensor.number in chosen], in_file)
-        copier = self._hash_first(work) if answer["hash_first"] or shared else self._copier(work)
+        again: frozenset[int] = frozenset()
+        if answer["hash_first"] or shared:
+            copier, again = self._hash_first(work)
+        else:
+            copier = self._copier(work)
         total = sum(unit.length for lane in work for unit in lane)
-        self._on_threads("copying", work, total, copier.copy, copier.reserve)
+        progress = self._counting("copying", total)
+        for part in parted(work, again) if again else (work,):
+            on_threads(part, self._job["threads"], progress(copier.copy), copier.reserve)
         self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
@@ -197,11 +203,17 @@ class Load:
         digests = self._hash(lanes(units(sample), in_file))
         return bool(self._channel.call("sampled", digests=_in_hexadecimal(digests))["hash_first"])
 
-    def _hash_first(self, work: list[Lane]) -> Copier:
-        """Hash everything, then ask which digests have a candidate; only the others need memory."""
+    def _hash_first(self, work: list[Lane]) -> tuple[Copier, frozenset[int]]:
+        """Hash everything, then ask which digests have a candidate; only the others need memory.
+
+        Nor do those that come again in this load: they are returned, to be compared when the first of them has its
+        blob. So none takes the place of an earlier one in a row.
+        """
         digests = self._hash(work)
         answer = self._channel.call("hashed", digests=_in_hexadecimal(digests), lanes=len(work))
-        return self._copier(work, digests, frozenset[int](answer["matched"]))
+        matched = frozenset[int](answer["matched"])
+        again = repeated(work, digests) - matched
+        return self._copier(work, digests, matched | again), again
 
     def _hash(self, work: list[Lane]) -> dict[int, bytes]:
         """The digest of each tensor, by its number."""
@@ -211,7 +223,8 @@ class Load:
         def step(unit: Unit) -> None:
             digests.update(hasher.hash(unit))
 
-        self._on_threads("hashing", work, sum(unit.length for lane in work for unit in lane), step, lambda _: None)
+        total = sum(unit.length for lane in work for unit in lane)
+        on_threads(work, self._job["threads"], self._counting("hashing", total)(step))
         return digests
 
     def _copier(
@@ -223,26 +236,23 @@ class Load:
         self._stack.callback(copier.close)
         return copier
 
-    def _on_threads(
-        self,
-        phase: str,
-        work: list[Lane],
-        total: int,
-        do: Callable[[Unit], object],
-        begin: Callable[[Unit], None],
-    ) -> None:
+    def _counting(self, phase: str, total: int) -> Callable[[Callable[[Unit], object]], Callable[[Unit], None]]:
+        """Makes of what is done with a unit the same with a report: the bytes of this phase that are done with."""
         done = 0
         counting = threading.Lock()
 
-        def step(unit: Unit) -> None:
-            nonlocal done
-            do(unit)
-            with counting:
-                done += unit.length
-                self._progress(phase, done, total)
+        def reporting(do: Callable[[Unit], object]) -> Callable[[Unit], None]:
+            def step(unit: Unit) -> None:
+                nonlocal done
+                do(unit)
+                with counting:
+                    done += unit.length
+                    self._progress(phase, done, total)
+
+            return step
 
         self._progress(phase, 0, total)
-        on_threads(work, self._job["threads"], step, begin)
+        return reporting
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()

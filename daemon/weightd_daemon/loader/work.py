@@ -15,10 +15,11 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd_daemon.core.blob import OWN_COPY_BELOW
 from weightd_daemon.devices.segment_io import PIECE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from weightd.types import TensorSpec
 
@@ -120,6 +121,32 @@ def lanes(work: Iterable[Unit], most: int) -> list[Lane]:
             found[-1] += batch
             position += sum(unit.length for unit in batch)
     return found
+
+
+def repeated(work: Iterable[Lane], digests: Mapping[int, bytes]) -> frozenset[int]:
+    """The tensors whose bytes, by their digests, an earlier one has, where both can have one blob."""
+    seen: set[tuple[bytes, int]] = set()
+    again: set[int] = set()
+    for tensor in (tensor for lane in work for unit in lane for tensor in unit.tensors):
+        content = digests[tensor.number], tensor.spec.length
+        if tensor.spec.length >= OWN_COPY_BELOW:
+            if content in seen:
+                again.add(tensor.number)
+            seen.add(content)
+    return frozenset(again)
+
+
+def parted(work: Sequence[Lane], later: frozenset[int]) -> tuple[list[Lane], list[Lane]]:
+    """The work without the tensors that are to come `later`, and those."""
+
+    def only(wanted: bool) -> list[Lane]:
+        kept = [
+            [unit._replace(tensors=tuple(t for t in unit.tensors if (t.number in later) is wanted)) for unit in lane]
+            for lane in work
+        ]
+        return [[unit for unit in lane if unit.tensors] for lane in kept]
+
+    return only(False), only(True)
 
 
 def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
