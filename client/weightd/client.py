@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._address import find_socket
 from ._devices import device_name
+from ._groups import Groups, add_groups
 from ._handles import feed, fit
 from ._line import Line
 from ._proto.v1 import checkpoint_pb2, handles_pb2
@@ -111,16 +112,22 @@ class Client:
         device: str | None = None,
         pin: bool = False,
         verify: bool = False,
+        groups: Groups = (),
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> CheckpointInfo:
         """Make a checkpoint resident; nothing is read when it is already. It stays until it is attached or we leave.
 
         `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
         call it (default: the reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the
-        daemon's default. Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError, DeviceMismatchError,
-        DeviceError, PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
+        daemon's default. `groups` are tensors that should lie one behind the other, so that what is made of them can be
+        a view (`Attachment.span`): each a sequence of names or (component, name), or a function that makes them of the
+        files' tensors. That is a hint; `load_report` tells what came of it. Errors: InvalidReferenceError,
+        NotFoundError, FormatError, CapacityError, DeviceMismatchError, DeviceError, PermissionDeniedError,
+        LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
         """
-        result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
+        result = self.load_report(
+            reference, name=name, device=device, pin=pin, verify=verify, groups=groups, on_progress=on_progress
+        )
         assert result is not None  # only a detached load has no result
         return self._rpc().get(result.content_digest, result.device).checkpoint
 
@@ -133,6 +140,7 @@ class Client:
         pin: bool = False,
         detached: bool = False,
         verify: bool = False,
+        groups: Groups = (),
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
@@ -140,16 +148,15 @@ class Client:
             check_name(name)
         resolved = resolve(reference)
         with open_sources(resolved) as opened:
-            return self._load(
-                opened,
+            request = checkpoint_pb2.LoadRequest(
                 name=name if name is not None else resolved.name,
                 name_is_default=name is None,
-                device=device,
+                device=device_name(device),
                 pin=pin,
                 detached=detached,
                 verify=verify,
-                on_progress=on_progress,
             )
+            return self._load(opened, request, groups, on_progress)
 
     def attach(
         self,
@@ -159,12 +166,14 @@ class Client:
         components: Iterable[str] = (),
         tensors: Iterable[TensorKey | tuple[str, str] | str] = (),
         manifest_only: bool = False,
+        groups: Groups = (),
     ) -> Attachment:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
         A path goes by the content of the files that stand there now, which are loaded when they are not resident, and
         so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a
-        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). Errors:
+        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
+        are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. Errors:
         NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
         DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
         """
@@ -178,7 +187,7 @@ class Client:
         )
         if isinstance(reference, Resolved) or is_path(reference):
             files = reference if isinstance(reference, Resolved) else resolve(reference)
-            return self._attach_resolved(files, request, parts, keys)
+            return self._attach_resolved(files, request, parts, keys, groups)
         request.reference = str(reference)
         if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
@@ -279,25 +288,15 @@ class Client:
     def _load(
         self,
         opened: OpenedSources,
-        *,
-        name: str,
-        name_is_default: bool,
-        device: str | None,
-        pin: bool = False,
-        detached: bool = False,
-        verify: bool = False,
+        request: checkpoint_pb2.LoadRequest,
+        groups: Groups,
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
+        """Load what is opened, as a request says that lacks only the files and their groups."""
         rpc = self._rpc()
-        request = checkpoint_pb2.LoadRequest(
-            sources=[source_to(source) for source in opened.sources],
-            name=name,
-            name_is_default=name_is_default,
-            device=device_name(device),
-            pin=pin,
-            detached=detached,
-            verify=verify,
-        )
+        request.sources.extend(source_to(source) for source in opened.sources)
+        if groups != ():
+            add_groups(request, groups, opened)
         offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
         with intake:
             request.offer_id = offer
@@ -309,6 +308,7 @@ class Client:
         request: handles_pb2.AttachRequest,
         components: frozenset[str],
         keys: frozenset[TensorKey],
+        groups: Groups,
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
@@ -319,11 +319,14 @@ class Client:
                     if error.metadata.get("missing") != "sources":
                         raise
             for attempt in range(1, _LOADS + 1):
-                result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
+                wish = checkpoint_pb2.LoadRequest(name=resolved.name, name_is_default=True, device=request.device)
+                result = self._load(opened, wish, groups)
                 assert result is not None  # not detached
                 request.reference, request.device = result.content_digest, result.device
                 try:
-                    return self._attach(request, components, keys)
+                    attachment = self._attach(request, components, keys)
+                    attachment.loaded = result
+                    return attachment
                 except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
                     here = result.content_digest, result.device, "resident"
                     resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())

@@ -91,7 +91,13 @@ class HostSegments:
 
     def ranges(self) -> list[tuple[int, int]]:
         """One for each mapping."""
-        return [(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)) for view in self._buffers.values()]
+        return list(self.places().values())
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+        return {
+            key: (ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)) for key, view in self._buffers.items()
+        }
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
         """The bytes, copy-on-write."""

@@ -37,6 +37,9 @@ class Segments(Protocol):
     def ranges(self) -> list[tuple[int, int]]:
         """Address and length of everything that is mapped."""
 
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Memory:
         """`length` bytes, not 0, at an offset of a segment; `copy` is less than the segment's `copies`.
 

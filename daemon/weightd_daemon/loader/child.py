@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
-from weightd.layouts import groups
+from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
 from weightd_daemon.core.manifest import Entry
 from weightd_daemon.devices.opening import open_io
@@ -114,8 +114,14 @@ class Load:
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
         in_file: int = self._job["lanes"]
-        fused = self._groups(tensors)
-        answer = self._channel.call("laid_out", lanes=most_lanes(arranged(tensors, fused), in_file))
+        wanted = self._arrangement(tensors)
+        fused = wanted.groups
+        answer = self._channel.call(
+            "laid_out",
+            lanes=most_lanes(arranged(tensors, fused), in_file),
+            groups=wanted.asked,
+            ignored_groups=wanted.ignored,
+        )
         known = frozenset[int](answer["known"])
         new = [tensor for tensor in tensors if tensor.number not in known]
         work = lanes(units(arranged(new, fused)), in_file)
@@ -190,11 +196,12 @@ class Load:
         check_parts([(source.name, source.layout()) for source in self._sources])
         return tensors
 
-    def _groups(self, tensors: list[Tensor]) -> list[list[int]]:
-        """The numbers of tensors that frameworks fuse, and that can lie one behind the other."""
+    def _arrangement(self, tensors: list[Tensor]) -> Arrangement:
+        """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names."""
         components: list[str] = self._job["components"]
         named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
-        return [[tensors[index].number for index in group.members] for group in groups(named) if group.seamless]
+        numbers = [tensor.number for tensor in tensors]
+        return arrangement(named, numbers, self._job.get("groups", ()))
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
         """Whether some tensors of a sample may be resident; then everything is to be hashed first."""

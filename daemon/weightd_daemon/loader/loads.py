@@ -308,7 +308,8 @@ class Loads:
                 lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                await loader.send({**job, "components": [source.component for source in request.sources]})
+                job |= {"components": [source.component for source in request.sources], "groups": request.groups}
+                await loader.send(job)
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()

@@ -24,6 +24,8 @@ class LoadRequest:
     pin: bool = False
     detached: bool = False
     verify: bool = False
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
 @dataclass(slots=True)
@@ -44,3 +46,7 @@ class Outcome(NamedTuple):
     unique_bytes: int
     read_bytes: int
     seconds: float
+    groups: int = 0
+    """How many of the request's groups were heeded."""
+    ignored_groups: tuple[str, ...] = ()
+    """Why others were not."""
