@@ -104,7 +104,7 @@ def check(attachment: Attachment, arrays: Arrays) -> dict[str, str]:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
     assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
     for key, view in attachment.views.items():
-        assert raw(attachment.view(key.name)) == b"".join(arrays[member].tobytes() for member in view.members)
+        assert raw(attachment.view(*key[::-1])) == b"".join(arrays[member].tobytes() for member in view.members)
     reasons: dict[str, str] = {}
     expected = fused(arrays)
     for layer in range(len(expected) // 2):

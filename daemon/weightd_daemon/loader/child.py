@@ -27,10 +27,22 @@ from .copying import Copier
 from .slots import Slot
 from .source import Source
 from .verifying import verify
-from .work import Lane, Tensor, Unit, arranged, lanes, most_lanes, on_threads, parted, repeated, units
+from .work import (
+    Lane,
+    Tensor,
+    Unit,
+    arranged,
+    lanes,
+    lanes_in_file,
+    most_lanes,
+    on_threads,
+    parted,
+    repeated,
+    units,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from weightd_daemon.devices.segment_io import SegmentIO
 
@@ -113,9 +125,9 @@ class Load:
         self._channel.tell({"op": "files"})
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
-        in_file: int = self._job["lanes"]
-        wanted = self._arrangement(tensors)
+        wanted, usual = self._arrangement(tensors, self._job["groups"]), self._arrangement(tensors)
         fused = wanted.groups
+        in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"])
         answer = self._channel.call(
             "laid_out",
             lanes=most_lanes(arranged(tensors, fused), in_file),
@@ -196,12 +208,12 @@ class Load:
         check_parts([(source.name, source.layout()) for source in self._sources])
         return tensors
 
-    def _arrangement(self, tensors: list[Tensor]) -> Arrangement:
+    def _arrangement(self, tensors: list[Tensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
         """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names."""
         components: list[str] = self._job["components"]
         named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         numbers = [tensor.number for tensor in tensors]
-        return arrangement(named, numbers, self._job.get("groups", ()))
+        return arrangement(named, numbers, asked)
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
         """Whether some tensors of a sample may be resident; then everything is to be hashed first."""
