@@ -45,14 +45,16 @@ def test_experts_are_views_and_all_is_equal_to_transformers_own(here: Daemon, ki
     assert shrunk.save(model, tmp_path / "m")
     with weightd.connect(here.socket) as client:
         ours = from_pretrained(tmp_path / "m", model_class=cls, client=client)
-    assert shrunk.differences(ours, cls.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)) == []
+    theirs = cls.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert shrunk.differences(ours, theirs) == []
     assert shrunk.experts(ours) > 100_000
     assert [one for one in report(ours).copied if shrunk.is_expert(one.name)] == []
     assert all(parameter.is_contiguous() for parameter in ours.parameters())
     assert f"| `{kind}` | " in DOCUMENT.read_text(), "`tools/moe_table.py` writes the table"
-    ours.save_pretrained(tmp_path / "again")
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("m", "again")]
-    assert files[0] == files[1], "saved as it was stored"
+    for name, loaded in (("ours", ours), ("theirs", theirs)):
+        loaded.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs")]
+    assert files[0] == files[1], "saved as transformers saves its own"
 
 
 def test_a_name_that_only_transformers_may_rename(here: Daemon, tmp_path: Path) -> None:

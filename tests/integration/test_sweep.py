@@ -18,7 +18,7 @@ from support.daemon import Daemon
 from support.shared import SharedDaemons
 
 SHARDS = 24
-OTHERS = ("bert", "t5", "gpt2", "llama", "llava", "whisper", "clip", "mamba2", "dinov3_vit", "swin", "wav2vec2")
+OTHERS = ("bert", "t5", "gpt2", "llama", "llava", "whisper", "clip", "mamba", "dinov3_vit", "vit", "wav2vec2")
 
 
 @pytest.fixture(scope="module")
