@@ -91,6 +91,7 @@ def _orders(converter: Any, target: str, sources: _Sources, model: Any) -> list[
             position += size
     try:
         made = probe.convert(target, model=model, config=model.config)
+        made = made[0] if isinstance(made, tuple) else made  # 5.0 returns errors, too
     except Exception as error:  # noqa: BLE001  # it wants the real shapes, or the real dtype: transformers' business
         log.debug("%s: %r does more than stacking and joining: %s", target, converter, error)
         return []

@@ -200,7 +200,7 @@ def _advice(request: Request) -> str:
     """What to do where parts of a parameter do not lie in a row: only what was resident can be had otherwise."""
     loaded = request.attachment.loaded
     if loaded is not None and loaded.order not in ("joined", "resident"):
-        return ""
+        return f"the load did not heed all groups ({loaded.ignored_groups[0]})" if loaded.ignored_groups else ""
     found = "another load has just placed them" if loaded and loaded.order == "joined" else "they were resident already"
     return (
         f"{found}, in an order of their own or shared with other checkpoints; to have them in a row, "
