@@ -199,6 +199,8 @@ def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict
 def _advice(request: Request) -> str:
     """What to do where parts of a parameter do not lie in a row: only what was resident can be had otherwise."""
     loaded = request.attachment.loaded
+    if request.component:
+        return "for the components of a pipeline no order is asked for"
     if loaded is not None and loaded.order not in ("joined", "resident"):
         return f"the load did not heed all groups ({loaded.ignored_groups[0]})" if loaded.ignored_groups else ""
     found = "another load has just placed them" if loaded and loaded.order == "joined" else "they were resident already"
