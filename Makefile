@@ -38,7 +38,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-versions lint format types bench bench-gpu gpu-probe protos install-systemd clean
+.PHONY: help demo test test-all test-gpu test-versions lint format types bench bench-gpu gpu-probe protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
@@ -50,6 +50,10 @@ demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes
 test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all tests
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-all: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## as test, and every type of model that transformers knows (a quarter of an hour)
+	@echo "test-all: pytest, with -m 'not gpu'"
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not gpu' $(PYTEST_ARGS)
 
 test-gpu: $(GPU_VENV) ## tests that need a GPU
 	@echo "test-gpu: pytest -m gpu"

@@ -19,6 +19,12 @@ _STATES = {
 }
 
 
+_ORDERS = {
+    checkpoint_pb2.LOAD_ORDER_REQUESTED: "requested",
+    checkpoint_pb2.LOAD_ORDER_JOINED: "joined",
+    checkpoint_pb2.LOAD_ORDER_RESIDENT: "resident",
+}
+
 _EVENT = "EVENT_KIND_"
 
 
@@ -67,6 +73,9 @@ def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:
         read_bytes=message.read_bytes,
         seconds=message.seconds,
         device=message.device,
+        order=_ORDERS.get(message.order, ""),
+        groups=message.groups,
+        ignored_groups=tuple(message.ignored_groups),
     )
 
 

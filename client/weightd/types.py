@@ -112,7 +112,12 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What a load brought; `shared_bytes` were resident already or occur more than once in the checkpoint."""
+    """What a load brought; `shared_bytes` were resident already or occur more than once in the checkpoint.
+
+    `order` says by whose groups it lies, where the load had some: "requested", "joined" (those of another load that was
+    under way) or "resident" (it was there already, and nothing was moved; removed and loaded again, it would lie in the
+    order that is asked for). Of the load's own, `groups` were heeded; `ignored_groups` says why others were not.
+    """
 
     name: str
     content_digest: str
@@ -123,6 +128,9 @@ class LoadResult:
     read_bytes: int
     seconds: float
     device: str
+    order: str = ""
+    groups: int = 0
+    ignored_groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -388,7 +388,7 @@ def test_a_variant(daemon: Daemon, pipelines: list[Path], tmp_path: Path, caplog
 
     names, full, fp16 = ("unet", "text_encoder", "vae"), torch.float32, torch.float16
     assert dtypes(only, variant="fp16") == dtypes(only) == dict.fromkeys(names, fp16)
-    assert "only the variant fp16 is there" in caplog.text
+    assert "of the variant fp16 only" in caplog.text
     assert dtypes(both) == dict.fromkeys(names, full)
     assert dtypes(both, variant="fp16") == {"unet": fp16, "text_encoder": full, "vae": full}
     assert dtypes(both, torch_dtype={"unet": fp16, "default": full}, variant="fp16")["unet"] is fp16

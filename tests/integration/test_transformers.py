@@ -396,7 +396,7 @@ def test_a_variant(
     for path, given, dtype in [(only, {}, "float16"), (llama, {}, "float32"), (llama, {"variant": "fp16"}, "float16")]:
         model = installed.from_pretrained(path, **given)
         assert (installed.report(model).shared_ratio, model.dtype) == (1.0, getattr(torch, dtype))
-    assert "only the variant fp16 is there" in caplog.text
+    assert "of the variant fp16 only" in caplog.text
     with pytest.raises(weightd.NotFoundError, match=r"model\.fp8\.safetensors"):
         installed.from_pretrained(llama, variant="fp8")
     installed.install()

@@ -54,7 +54,11 @@ class IpcSegments(CudaSegments):
     def ranges(self) -> list[Range]:
         """One for each handle. Private copies, which a second name gets, are not among them."""
         owner = weakref.ref(self)
-        return [Range(memory.address, self._sizes[segment], owner) for segment, memory in self._opened.items()]
+        return [Range(*place, owner) for place in self.places().values()]
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each handle's memory, as copy 0 of its segment."""
+        return {(segment, 0): (memory.address, self._sizes[segment]) for segment, memory in self._opened.items()}
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`: for `copy` 0 of the shared bytes, else of a copy that lasts while it is used."""

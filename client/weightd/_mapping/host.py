@@ -92,17 +92,21 @@ class HostSegments:
 
     def __init__(self, wanted: Sequence[Wanted], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
-        self._ranges: list[Range] = []
+        self._ranges: dict[tuple[int, int], Range] = {}
         for one in wanted:
             assert isinstance(one.handle, int)  # `open_segments` has looked
             for copy in range(one.copies):
                 mapping = map_segment(one.handle, one.size, lease)
-                self._ranges.append(Range(mapping.address, one.size, weakref.ref(mapping)))
+                self._ranges[one.segment, copy] = Range(mapping.address, one.size, weakref.ref(mapping))
                 self._buffers[one.segment, copy] = mapping.buffer()
 
     def ranges(self) -> list[Range]:
         """One for each mapping."""
-        return list(self._ranges)
+        return list(self._ranges.values())
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+        return {key: (one.address, one.size) for key, one in self._ranges.items()}
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
         """The bytes, copy-on-write."""

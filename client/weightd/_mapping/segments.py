@@ -39,6 +39,9 @@ class Segments(Protocol):
     def ranges(self) -> list[Range]:
         """Everything that is mapped."""
 
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Memory:
         """`length` bytes, not 0, at an offset of a segment; `copy` is less than the segment's `copies`.
 

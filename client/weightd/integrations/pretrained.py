@@ -8,7 +8,6 @@ do with them (`weightd.integrations.transformers.install`). See docs/decisions/0
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightd.errors import InvalidReferenceError
-from weightd.layouts import groups
 from weightd.torch import torch_dtype
 
+from .fusing import Fusing
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
 from .modules import freeze, make_buffers_private, stored_dtypes
 from .sharing import remember
@@ -35,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightd.attachment import Attachment
-    from weightd.layouts import Layout
 
 UNSUPPORTED = (
     "adapter_kwargs", "device_mesh", "distributed_config", "from_flax", "from_tf", "gguf_file", "max_memory",
@@ -207,68 +205,52 @@ def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dic
     for name in _FOR_THE_HUB:
         loading.pop(name, None)
     place = attachment.torch_device
-    layout: Layout = "transformers" if _fuses(cls, config, attachment, request.component) else "stored"
-    state = attachment.state_dict(request.component, layout=layout)
+    state = attachment.state_dict(request.component)
+    fusing = Fusing(attachment, _advice(request))
     warming_up = _warming_up.set(False)
     try:
-        model, found = original(
-            cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
-            device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
-            **loading, **kwargs,
-        )  # fmt: skip
+        with fusing:
+            model, found = original(
+                cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
+                device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
+                **loading, **kwargs,
+            )  # fmt: skip
     finally:
         _warming_up.reset(warming_up)
     model.config.name_or_path = model.name_or_path = request.name
-    if layout == "transformers":
-        _save_as_stored(model)
     if model.can_generate() and loading.get("generation_config") is None:
         with contextlib.suppress(OSError):  # then the model's configuration has made one
             model.generation_config = transformers.GenerationConfig.from_pretrained(request.folder)
+    fusing.settle(model)
     freeze(model, attachment)
     make_buffers_private(model, attachment)
-    reasons = _Reasons(model, attachment, request.component, found, layout)
+    reasons = _Reasons(model, attachment, request.component, found, fusing)
     remember(model, attachment, reasons.of, found["missing_keys"])
     return (model, found) if told else model
 
 
-def _fuses(cls: Any, config: Any, attachment: Attachment, component: str) -> bool:
-    """Whether the class has parameters that the checkpoint's tensors are to be fused into: experts, from 5.0 on."""
-    if VERSION < (5, 0):
-        return False
-    stored = [info for info in attachment.tensors.values() if info.component == component]
-    fused = tuple(f".{group.name}" for group in groups(stored) if group.parameter)
-    if not fused:
-        return False
-    with torch.device("meta"):
-        names = cls(copy.deepcopy(config)).state_dict()
-    # A class of the base model has names without the prefix of the checkpoint's, or the other way round.
-    return any(f".{name}".endswith(fused) or any(one.endswith(f".{name}") for one in fused) for name in names)
-
-
-def _save_as_stored(model: Any) -> None:
-    """Let `save_pretrained` name and take apart again what came named and fused.
-
-    transformers undoes the conversions that a load has used, and this one has used none for that. A prefix is another
-    matter: whether the checkpoint has it, only the load can know.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    def of_prefix(conversion: object) -> bool:
-        return type(conversion).__name__ == "PrefixChange"
-
-    has_prefix = any(of_prefix(used) for used in model._weight_conversions)
-    known = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [one for one in known if has_prefix or not of_prefix(one)]
+def _advice(request: Request) -> str:
+    """What to do where parts of a parameter do not lie in a row: only what was resident can be had otherwise."""
+    loaded = request.attachment.loaded
+    if request.component:
+        return "for the components of a pipeline no order is asked for"
+    if loaded is not None and loaded.order not in ("joined", "resident"):
+        return f"the load did not heed all groups ({loaded.ignored_groups[0]})" if loaded.ignored_groups else ""
+    found = "another load has just placed them" if loaded and loaded.order == "joined" else "they were resident already"
+    return (
+        f"{found}, in an order of their own or shared with other checkpoints; to have them in a row, "
+        f"`weightd rm {request.attachment.content_digest[:19]}` and load it again through this integration"
+    )
 
 
 class _Reasons:
     """Why parameters of a model are private."""
 
     def __init__(
-        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], layout: Layout
+        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], fusing: Fusing
     ) -> None:
         self._stored = {info.name: info for info in attachment.tensors.values() if info.component == component}
-        self._copied = attachment.copied(component, layout=layout)
+        self._fusing = fusing
         self._prefix = f"{model.base_model_prefix}."
         self._missing = set(found["missing_keys"])
         self._outputs = model.get_output_embeddings()
@@ -281,8 +263,6 @@ class _Reasons:
         if name in self._missing:
             return "not in the checkpoint: transformers has initialised it"
         for stored in (name, name.removeprefix(self._prefix), self._prefix + name):
-            if stored in self._copied:
-                return self._copied[stored]
             info = self._stored.get(stored)
             if info is not None and torch_dtype(info.dtype) != parameter.dtype:
                 return f"stored as {info.dtype}, used as {str(parameter.dtype).removeprefix('torch.')}"
@@ -292,4 +272,4 @@ class _Reasons:
                 return f"transformers has given it shape {tuple(parameter.shape)} while loading"
             if info is not None:
                 return "transformers has changed it while loading"
-        return "transformers has made it of other tensors while loading"
+        return self._fusing.reason(parameter) or "transformers has made it of other tensors while loading"

@@ -33,6 +33,7 @@ from weightd.resolve import folder_of, is_path
 from weightd.torch import shared_client, when_reachable
 
 from . import files
+from .conversion import groups_of
 from .modules import make_private
 from .placement import STRATEGIES, device_of, one_device
 from .pretrained import (
@@ -50,6 +51,9 @@ from .pretrained import (
 from .sharing import note_left, report
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightd._groups import StoredTensor
     from weightd.client import Client
     from weightd.resolve import Resolved
     from weightd.torch import Fallback
@@ -101,7 +105,8 @@ def from_pretrained(
     if model_class is None:
         model_class = _named_class(folder)
     chosen = files.named(reference, subfolder, files.of_transformers(folder, variant=variant), variant)
-    with (client or shared_client()).attach(chosen, device=place) as attachment:
+    wanted = functools.partial(_groups, model_class, folder, kwargs)
+    with (client or shared_client()).attach(chosen, device=place, groups=wanted) as attachment:
         name = os.fspath(reference)
         return load(model_class, attachment, folder, name=name, dtype=dtype, allow_copy=allow_copy, **kwargs)
 
@@ -142,7 +147,8 @@ def _load_installed(settings: _Settings, cls: Any, path: Any, args: tuple[Any, .
     dtype = asked_dtype(ours.pop("dtype", None), ours)
     try:
         client = when_reachable(shared_client, wait=settings.fallback == "wait")
-        with client.attach(chosen, device=device) as attachment:
+        wanted = functools.partial(_groups, cls, folder, kwargs)
+        with client.attach(chosen, device=device, groups=wanted) as attachment:
             stored = checked_dtype(
                 attachment, "", dtype, folder, allow_copy=settings.allow_copy, allow="install(allow_copy=True)"
             )
@@ -228,6 +234,18 @@ def _unfit(folder: Path, kwargs: dict[str, Any]) -> str:
     if config.get("transformers_weights"):
         return "its configuration names a file of its own for the weights"
     return "it is quantised, which is not supported" if config.get("quantization_config") else ""
+
+
+def _groups(model_class: Any, folder: Path, kwargs: dict[str, Any], stored: Sequence[StoredTensor]) -> list[Any]:
+    """The tensors that should lie in a row for a class of a model; for an Auto class, for the one that was saved."""
+    try:
+        cls = model_class if hasattr(model_class, "config_class") else _named_class(folder)
+    except InvalidReferenceError:
+        return []
+    config = kwargs.get("config")
+    if not isinstance(config, transformers.PretrainedConfig):
+        config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    return groups_of(cls, config, stored, key_mapping=kwargs.get("key_mapping"))
 
 
 def _named_class(folder: Path) -> Any:

@@ -108,6 +108,7 @@ class LoadSteps:
         self._blobs: list[Blob | None] = []
         self._read = 0
         self._unique = 0
+        self._groups: tuple[int, tuple[str, ...]] = 0, ()
         self.checkpoint: Checkpoint | None = None
 
     @property
@@ -185,6 +186,7 @@ class LoadSteps:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
     async def _laid_out(self, message: Message) -> _Answer:
+        self._groups = message["groups"], tuple(message["ignored_groups"])
         self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
@@ -362,4 +364,5 @@ class LoadSteps:
             self._unique,
             self._read,
             self._now() - started,
+            *self._groups,
         )

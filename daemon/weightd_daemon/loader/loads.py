@@ -311,7 +311,7 @@ class Loads:
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
                 files = [(source.file, source.is_index) for source in request.sources]
                 components = [source.component for source in request.sources]
-                await loader.send({**job, "components": components, "files": files})
+                await loader.send({**job, "components": components, "files": files, "groups": request.groups})
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()

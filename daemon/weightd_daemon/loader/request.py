@@ -27,6 +27,8 @@ class LoadRequest:
     detached: bool = False
     verify: bool = False
     reference: str = ""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
 @dataclass(slots=True)
@@ -47,3 +49,7 @@ class Outcome(NamedTuple):
     unique_bytes: int
     read_bytes: int
     seconds: float
+    groups: int = 0
+    """How many of the request's groups were heeded."""
+    ignored_groups: tuple[str, ...] = ()
+    """Why others were not."""

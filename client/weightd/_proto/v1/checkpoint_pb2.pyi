@@ -7,12 +7,23 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LoadOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOAD_ORDER_UNSPECIFIED: _ClassVar[LoadOrder]
+    LOAD_ORDER_REQUESTED: _ClassVar[LoadOrder]
+    LOAD_ORDER_JOINED: _ClassVar[LoadOrder]
+    LOAD_ORDER_RESIDENT: _ClassVar[LoadOrder]
+
 class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CHECKPOINT_STATE_UNSPECIFIED: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOADING: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_RESIDENT: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOST: _ClassVar[CheckpointState]
+LOAD_ORDER_UNSPECIFIED: LoadOrder
+LOAD_ORDER_REQUESTED: LoadOrder
+LOAD_ORDER_JOINED: LoadOrder
+LOAD_ORDER_RESIDENT: LoadOrder
 CHECKPOINT_STATE_UNSPECIFIED: CheckpointState
 CHECKPOINT_STATE_LOADING: CheckpointState
 CHECKPOINT_STATE_RESIDENT: CheckpointState
@@ -45,7 +56,7 @@ class SourceFile(_message.Message):
     def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ..., is_index: bool = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify", "reference")
+    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify", "reference", "group_sizes", "group_tensors")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -55,6 +66,8 @@ class LoadRequest(_message.Message):
     DETACHED_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_TENSORS_FIELD_NUMBER: _ClassVar[int]
     offer_id: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
     name: str
@@ -64,7 +77,9 @@ class LoadRequest(_message.Message):
     detached: bool
     verify: bool
     reference: str
-    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ..., reference: _Optional[str] = ...) -> None: ...
+    group_sizes: _containers.RepeatedScalarFieldContainer[int]
+    group_tensors: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ..., reference: _Optional[str] = ..., group_sizes: _Optional[_Iterable[int]] = ..., group_tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LoadEvent(_message.Message):
     __slots__ = ("feed", "progress", "result")
@@ -101,7 +116,7 @@ class LoadProgress(_message.Message):
     def __init__(self, phase: _Optional[_Union[LoadProgress.Phase, str]] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadResult(_message.Message):
-    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device")
+    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device", "order", "groups", "ignored_groups")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -111,6 +126,9 @@ class LoadResult(_message.Message):
     READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    IGNORED_GROUPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     content_digest: str
     tensors: int
@@ -120,7 +138,10 @@ class LoadResult(_message.Message):
     read_bytes: int
     seconds: float
     device: str
-    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ...) -> None: ...
+    order: LoadOrder
+    groups: int
+    ignored_groups: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ..., order: _Optional[_Union[LoadOrder, str]] = ..., groups: _Optional[int] = ..., ignored_groups: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("names", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned", "load_time", "last_use_time", "state", "owner_uid", "owner")
