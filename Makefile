@@ -41,7 +41,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-gpu test-versions test-safetensors lint format types bench bench-gpu gpu-probe protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-versions test-safetensors lint format types bench bench-gpu gpu-probe protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -57,6 +57,10 @@ test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all 
 unit: $(VENV)/.installed ## unit tests alone: under a minute
 	@echo "unit: pytest tests/unit"
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests/unit $(PYTEST_ARGS)
+
+test-all: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## as test, and every type of model that transformers knows (a quarter of an hour)
+	@echo "test-all: pytest, with -m 'not gpu'"
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not gpu' $(PYTEST_ARGS)
 
 test-gpu: $(GPU_VENV) ## tests that need a GPU
 	@echo "test-gpu: pytest -m gpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -12,29 +13,41 @@ from .errors import InvalidReferenceError, NotFoundError, PermissionDeniedError,
 from .types import FileIdentity, SourceFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
 
 class SourcePath(NamedTuple):
-    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path."""
+    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path.
+
+    An index has no tensors: it says whose a tensor is that several files of its component have.
+    """
 
     component: str
     file: str
     path: Path
+    is_index: bool = False
+
+
+def in_order(sources: Iterable[SourcePath]) -> tuple[SourcePath, ...]:
+    """Files as they travel: by component and name, and the indexes after all others."""
+    return tuple(sorted(sources, key=lambda source: (source.is_index, source)))
 
 
 class OpenedSources:
     """The opened files of a checkpoint, closed at the end of the `with` block.
 
-    `fds` are read-only descriptors of regular files and `sources` say what each is, in the same order.
+    `fds` are read-only descriptors of regular files and `sources` say what each is, in the same order. `reference` is
+    what they were found by, for people.
     """
 
-    def __init__(self, sources: Iterable[SourcePath]) -> None:
+    def __init__(self, sources: Iterable[SourcePath], reference: str = "") -> None:
+        self.reference = reference
         self.fds: tuple[int, ...] = ()
         self.sources: tuple[SourceFile, ...] = ()
+        self._paths: tuple[Path, ...] = ()
         try:
             for source in sources:
                 self._open(source)
@@ -45,14 +58,29 @@ class OpenedSources:
     def _open(self, source: SourcePath) -> None:
         descriptor, status = open_regular(source.path)
         self.fds += (descriptor,)
+        self._paths += (source.path,)
         identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        self.sources += (SourceFile(source.component, source.file, identity),)
+        self.sources += (SourceFile(source.component, source.file, identity, source.is_index),)
 
     def close(self) -> None:
         """Close all descriptors; a second call does nothing."""
         descriptors, self.fds = self.fds, ()
         for descriptor in descriptors:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def errors_by_path(self) -> Iterator[None]:
+        """Errors that begin with a file's name inside its component, as the daemon's do, begin with its path."""
+        try:
+            yield
+        except WeightdError as error:
+            for source, path in zip(self.sources, self._paths, strict=True):
+                label = "/".join(filter(None, (source.component, source.file)))
+                if error.message.startswith(f"{label}: "):
+                    error.message = show(path) + error.message.removeprefix(label)
+                    error.args = (error.message,)
+                    break
+            raise
 
     def __enter__(self) -> Self:
         return self

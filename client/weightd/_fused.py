@@ -1,17 +1,16 @@
-"""Fused tensors of an attachment: the views that a manifest lists, and what a layout makes of a component's tensors."""
+"""Fused tensors of an attachment: the views that a manifest lists."""
 
 from __future__ import annotations
 
-import itertools
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import ServerError
-from .layouts import adjacent, groups, renamed
-from .types import ALIGNMENT, DTYPE_BITS, DerivedView, TensorInfo, TensorKey
+from .layouts import adjacent
+from .types import DTYPE_BITS, DerivedView, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from ._proto.v1 import handles_pb2
 
@@ -31,19 +30,6 @@ class View(NamedTuple):
     view: DerivedView
     info: TensorInfo
     copy: int
-
-
-class Part(NamedTuple):
-    """A tensor of a layout: stored as `tensors` (one, or those that are fused into `shape`), or a `view` of them.
-
-    `reason` says why what is fused is no view.
-    """
-
-    name: str
-    tensors: tuple[TensorInfo, ...]
-    shape: tuple[int, ...]
-    view: View | None = None
-    reason: str = ""
 
 
 def listed(manifest: handles_pb2.Manifest) -> list[Listed]:
@@ -95,37 +81,6 @@ def views(
             view = DerivedView(component, name, tuple(member.name for member in keys), shape)
             found[key] = View(view, info, mappings.pop())
     return found
-
-
-def parts(infos: Sequence[TensorInfo], there: Mapping[TensorKey, View]) -> Iterator[Part]:
-    """A component's tensors as transformers 5 names and shapes them; what is fused stands where its first member is."""
-    parameters = [group for group in groups(infos) if group.parameter]
-    group_of = {index: group for group in parameters for index in group.members}
-    for index, info in enumerate(infos):
-        group = group_of.get(index)
-        if group is None:
-            yield Part(renamed(info.name), (info,), info.shape)
-        elif index == min(group.members):
-            members = tuple(infos[member] for member in group.members)
-            view = there.get(TensorKey(group.component, group.name))
-            if view is not None and view.view[2:] == (tuple(member.name for member in members), group.shape):
-                yield Part(group.name, members, group.shape, view)
-            else:
-                reason = _reason(members, seamless=group.seamless)
-                yield Part(group.name, members, group.shape, reason=reason)
-
-
-def _reason(members: Sequence[TensorInfo], *, seamless: bool) -> str:
-    """Why tensors that are to be fused have no view."""
-    if not seamless:
-        odd = next(info for info in members if info.length % ALIGNMENT)
-        return f"{odd.name!r} has {odd.length} bytes, no multiple of {ALIGNMENT}, so nothing lies right behind it"
-    places = [(info.segment, info.offset, info.length) for info in members]
-    runs = 1 + sum(not adjacent(pair) for pair in itertools.pairwise(places))
-    if runs > 1:
-        why = "some are shared with other tensors, or memory came in pieces"
-        return f"its {len(members)} tensors lie in {runs} places: {why}"
-    return "no view of it is listed, or some of its tensors are equal to others of the checkpoint"
 
 
 def _odd(name: str, what: str) -> ServerError:

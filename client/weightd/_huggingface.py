@@ -1,29 +1,41 @@
-"""The Hugging Face cache, read offline and by huggingface_hub's own rules, without that package."""
+"""The Hugging Face cache, read offline and by huggingface_hub's own rules, without that package.
+
+A contract test (tests/contract/test_huggingface.py) compares with what the package answers. Where a process has it in
+memory, its word on where the cache is counts: it reads the environment once, when it is imported.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Final
 
 from ._files import open_regular, show
 from .errors import FormatError, InvalidReferenceError, NotFoundError
 
-_REPOSITORY: Final = re.compile(r"[A-Za-z0-9._-]+(?:/[A-Za-z0-9._-]+)?")
+_REPOSITORY: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,96}/)?[A-Za-z0-9._-]{1,96}")
 _REVISION: Final = re.compile(r"[^\s\\\x00-\x1f\x7f]+")
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_FOLDER: Final = "models--"
 
 
-def _cache_folder() -> Path:
-    """Where huggingface_hub keeps repositories, by its own rules."""
+def cache_folder() -> Path:
+    """Where huggingface_hub keeps repositories."""
+    known = sys.modules.get("huggingface_hub.constants")
+    folder = getattr(known, "HF_HUB_CACHE", None)
+    return Path(folder if isinstance(folder, str) else _cache_of_environment())
+
+
+def _cache_of_environment() -> str:
+    """By the package's own rules: a variable that is set counts, also if it is empty."""
     environment = os.environ
-    if chosen := environment.get("HF_HUB_CACHE"):
-        folder = chosen
-    elif home := environment.get("HF_HOME"):
-        folder = os.path.join(home, "hub")
-    else:
-        folder = os.path.join(environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface", "hub")
-    return Path(os.path.abspath(os.path.expandvars(os.path.expanduser(folder))))
+    default = os.path.join(os.path.expanduser("~"), ".cache")
+    home = environment.get("HF_HOME", os.path.join(environment.get("XDG_CACHE_HOME", default), "huggingface"))
+    home = os.path.expandvars(os.path.expanduser(home))
+    older = environment.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
+    return os.path.expandvars(os.path.expanduser(environment.get("HF_HUB_CACHE", older)))
 
 
 def find_snapshot(reference: str) -> tuple[Path, str]:
@@ -40,6 +52,7 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
         not _REPOSITORY.fullmatch(repository)
         or "--" in repository
         or ".." in repository
+        or repository.endswith(".git")
         or any(part[0] in ".-" or part[-1] in ".-" for part in parts)
     ):
         raise InvalidReferenceError(
@@ -49,31 +62,40 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
         raise InvalidReferenceError(
             f"{reference[:200]!r}: revision {revision[:200]!r} is not a branch, tag or commit; give org/name@main"
         )
-    cache = _cache_folder()
+    cache = cache_folder()
     download = f"hf download {repository}" + (f" --revision {revision}" if marked else "")
-    folder = cache / ("models--" + "--".join(parts))
-    snapshot = _snapshot(folder, revision if marked else None)
-    if snapshot is None:
+    commit = _commit(cache / (_FOLDER + "--".join(parts)), revision if marked else "main")
+    snapshot = cache / (_FOLDER + "--".join(parts)) / "snapshots" / commit if commit else None
+    if snapshot is None or not snapshot.is_dir():
         raise NotFoundError(f"{reference} is no existing path and not in the cache {show(cache)}; run `{download}`")
     return snapshot, download
 
 
-def _snapshot(folder: Path, revision: str | None) -> Path | None:
-    """The cached snapshot of a revision (main, where None), or None."""
-    snapshots = folder / "snapshots"
-    commit = _read_ref(folder / "refs" / (revision or "main"))
-    if commit is not None and os.path.isdir(snapshots / commit):
-        return snapshots / commit
-    if revision is not None:
-        return snapshots / revision if "/" not in revision and os.path.isdir(snapshots / revision) else None
-    if commit is not None:
-        return None
-    # Downloaded by commit, main never asked for: one snapshot leaves no doubt.
+def repository_of(folder: Path) -> str | None:
+    """The repository that a folder of the cache keeps, by its name; None for any other folder."""
+    parts = folder.name.removeprefix(_FOLDER).split("--")
+    is_one = folder.name.startswith(_FOLDER) and len(parts) <= 2 and os.path.isdir(folder / "snapshots")
+    return "/".join(parts) if is_one else None
+
+
+def snapshots_of(folder: Path, repository: str | None) -> list[str]:
+    """References of the snapshots in a repository's folder: by its name, where it is in the cache, else by path."""
     try:
-        found = [path for path in snapshots.iterdir() if os.path.isdir(path)]
+        commits = sorted(os.listdir(folder / "snapshots"))
     except OSError:
-        return None
-    return found[0] if len(found) == 1 else None
+        return []
+    if repository is None:
+        return [str(folder / "snapshots" / commit) for commit in commits]
+    try:
+        main = _commit(folder, "main")
+    except FormatError:
+        main = None
+    return [repository if commit == main else f"{repository}@{commit}" for commit in commits]
+
+
+def _commit(folder: Path, revision: str) -> str | None:
+    """The commit that a revision stands for in a repository's folder; None where that is not known."""
+    return revision if _COMMIT.fullmatch(revision) else _read_ref(folder / "refs" / revision)
 
 
 def _read_ref(path: Path) -> str | None:
@@ -83,7 +105,8 @@ def _read_ref(path: Path) -> str | None:
     except (NotFoundError, InvalidReferenceError):
         return None
     with open(descriptor, "rb") as file:
-        raw = file.read(256).strip()
+        raw = file.read(256)
+    # huggingface_hub makes a path of whatever stands there, which could lead anywhere.
     if not re.fullmatch(rb"[0-9A-Za-z._-]+", raw) or raw.startswith(b"."):
         raise FormatError(f"{show(path)}: does not hold a commit; download the repository again")
     return raw.decode()

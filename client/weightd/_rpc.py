@@ -116,7 +116,9 @@ class ControlPlane:
         components = tuple(ComponentInfo(c.name, c.tensors, c.total_bytes, c.shared_bytes) for c in response.components)
         sources = tuple(source_from(source) for source in response.sources)
         info = checkpoint_from(response.checkpoint)
-        return CheckpointDetails(info, components, response.segments, sources, response.kind, response.note)
+        return CheckpointDetails(
+            info, components, response.segments, sources, response.kind, response.note, response.reference
+        )
 
     def pin(self, reference: str, device: str) -> CheckpointInfo:
         """Pin."""

@@ -19,6 +19,12 @@ _STATES = {
 }
 
 
+_ORDERS = {
+    checkpoint_pb2.LOAD_ORDER_REQUESTED: "requested",
+    checkpoint_pb2.LOAD_ORDER_JOINED: "joined",
+    checkpoint_pb2.LOAD_ORDER_RESIDENT: "resident",
+}
+
 _EVENT = "EVENT_KIND_"
 
 
@@ -43,14 +49,16 @@ def source_to(source: SourceFile) -> checkpoint_pb2.SourceFile:
     identity = checkpoint_pb2.FileIdentity(
         device=seen.device, inode=seen.inode, size_bytes=seen.size, mtime_ns=seen.mtime_ns, ctime_ns=seen.ctime_ns
     )
-    return checkpoint_pb2.SourceFile(component=source.component, file=source.file, identity=identity)
+    return checkpoint_pb2.SourceFile(
+        component=source.component, file=source.file, identity=identity, is_index=source.is_index
+    )
 
 
 def source_from(message: checkpoint_pb2.SourceFile) -> SourceFile:
     """A source file from a message."""
     seen = message.identity
     identity = FileIdentity(seen.device, seen.inode, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
-    return SourceFile(message.component, message.file, identity)
+    return SourceFile(message.component, message.file, identity, message.is_index)
 
 
 def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:
@@ -67,6 +75,9 @@ def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:
         device=message.device,
         evicted=tuple(message.evicted),
         evicted_others=message.evicted_others,
+        order=_ORDERS.get(message.order, ""),
+        groups=message.groups,
+        ignored_groups=tuple(message.ignored_groups),
     )
 
 

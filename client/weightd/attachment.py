@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
+from bisect import bisect_right
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 
     from ._handles import Received
     from ._line import Line
+    from ._mapping.ranges import Range
     from ._mapping.segments import Memory, Segments
-    from .layouts import Layout
+    from .types import LoadResult
 
 Writable = Literal["copy"] | None
 
@@ -63,6 +66,8 @@ class Attachment:
         finally:
             for descriptor in received.descriptors:
                 os.close(descriptor)
+        self.loaded: LoadResult | None = None
+        """What the load brought, where the attach had to load the checkpoint; None where it was resident."""
         self._line = line
         self._lease = reply.lease
         line.hold(reply.lease, self.content_digest, self.device, lease)
@@ -205,33 +210,13 @@ class Attachment:
             raise NotFoundError(f"view {name!r}{inside} is not attached; `views` has those that are") from None
         return self._tensor(self._opened, found.info, writable, found.copy)
 
-    def state_dict(
-        self, component: str | None = None, *, writable: Writable = None, layout: Layout = "stored"
-    ) -> dict[str, torch.Tensor]:
+    def state_dict(self, component: str | None = None, *, writable: Writable = None) -> dict[str, torch.Tensor]:
         """The tensors of one component by name, in file order; `component` may be left out where there is one only.
 
-        `layout="transformers"` names and fuses them as transformers 5 does when it loads them: with views where there
-        are some, else with private copies, which `copied` lists. `writable` is as in `tensor`.
-        Errors: InvalidReferenceError (which component? what layout?), those of `tensor`, ServerError.
+        `writable` is as in `tensor`. Errors: InvalidReferenceError (which component?), those of `tensor`.
         """
-        segments, infos = self._opened, self._of(component)
-        if layout == "stored":
-            return {info.name: self._tensor(segments, info, writable) for info in infos}
-        return {part.name: self._part(segments, part, writable) for part in self._parts(infos, layout)}
-
-    def copied(self, component: str | None = None, *, layout: Layout = "transformers") -> dict[str, str]:
-        """Which tensors of `state_dict(component, layout=layout)` are private copies: for each name the reason.
-
-        Errors: InvalidReferenceError, ServerError.
-        """
-        found: dict[str, str] = {}
-        for part in self._parts(self._of(component), layout):
-            first = part.tensors[0]
-            if part.reason:
-                found[part.name] = part.reason
-            elif self.kind == "cuda_ipc" and self._copies.get(TensorKey(first.component, first.name)):
-                found[part.name] = "its bytes are those of another tensor too, and CUDA IPC maps memory once only"
-        return found
+        segments = self._opened
+        return {info.name: self._tensor(segments, info, writable) for info in self._of(component)}
 
     def _of(self, component: str | None) -> list[TensorInfo]:
         """The attached tensors of one component."""
@@ -245,24 +230,6 @@ class Attachment:
             raise NotFoundError(f"component {component!r} is not attached; there are {sorted(attached)}")
         return [info for info in self._tensors.values() if info.component == component]
 
-    def _parts(self, infos: list[TensorInfo], layout: Layout) -> list[_fused.Part]:
-        """The tensors of a layout, and what each is made of."""
-        if layout == "stored":
-            return [_fused.Part(info.name, (info,), info.shape) for info in infos]
-        if layout != "transformers":
-            raise InvalidReferenceError(f"layout {layout!r}: must be 'stored' or 'transformers'")
-        return list(_fused.parts(infos, self._views))
-
-    def _part(self, segments: Segments, part: _fused.Part, writable: Writable) -> torch.Tensor:
-        if part.view is not None:
-            return self._tensor(segments, part.view.info, writable, part.view.copy)
-        tensors = [self._tensor(segments, info, None if part.reason else writable) for info in part.tensors]
-        if not part.reason:
-            return tensors[0]
-        from .torch import fuse
-
-        return fuse(tensors, part.shape)
-
     @cached_property
     def _views(self) -> dict[TensorKey, _fused.View]:
         return _fused.views(self._listed, self._rows, self._tensors, self._copies)
@@ -272,7 +239,31 @@ class Attachment:
 
         Errors: InvalidReferenceError (closed).
         """
-        return any(start <= address and address + length <= start + size for start, size in self._opened.ranges())
+        return any(start <= address and address + length <= start + size for start, size, _ in self._opened.ranges())
+
+    def ranges(self) -> list[Range]:
+        """At which addresses of this process the attached memory lies. Errors: InvalidReferenceError (closed)."""
+        return self._opened.ranges()
+
+    def span(self, address: int, length: int) -> Memory | None:
+        """`length` bytes from an address of this process on, as `buffer` returns them; None where not all are attached.
+
+        They may be those of several tensors that lie one behind the other (`TensorInfo.segment` and `offset` say where
+        each lies), for whatever reason they do. Errors: InvalidReferenceError (closed), those of `buffer`.
+        """
+        segments = self._opened
+        at = bisect_right(self._places, (address, sys.maxsize)) - 1
+        if at < 0 or length <= 0:
+            return None
+        start, size, segment, copy = self._places[at]
+        if address + length > start + size:
+            return None
+        return segments.buffer(segment, copy, address - start, length)
+
+    @cached_property
+    def _places(self) -> list[tuple[int, int, int, int]]:
+        """Address, length, segment and copy of each mapping, by address."""
+        return sorted((*place, *key) for key, place in self._opened.places().items())
 
     def load_into(self, module: torch.nn.Module, component: str | None = None, *, strict: bool = True) -> Any:
         """Put attached tensors in the place of a module's parameters, without a copy: assign, tie, freeze.

@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self
 
 from ._address import find_socket
 from ._devices import device_name
+from ._groups import Groups, add_groups
 from ._handles import feed, fit
 from ._limits import check_grpc_can_start
 from ._line import Line
+from ._operations import Operations, Reference
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._unreachable import when_reachable
 from ._wire import check_name, source_to
 from .attachment import Attachment
 from .errors import ForkedError, InvalidReferenceError, NotFoundError
-from .resolve import Resolved, is_path, open_sources, reference_name, resolve
-from .types import (
-    CheckpointDetails,
-    CheckpointInfo,
-    DaemonEvent,
-    DrainResult,
-    LeaseInfo,
-    LoadProgress,
-    LoadResult,
-    Stats,
-    TensorKey,
-    VerifyProgress,
-    VersionInfo,
-)
+from .resolve import Resolved, files_of, is_path, open_sources
+from .types import CheckpointInfo, LoadProgress, LoadResult, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from ._files import OpenedSources
     from ._handles import HandleConnection
     from ._rpc import ControlPlane
 
-Reference = str | os.PathLike[str]
-T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
 
 
 def connect(
-    socket: Reference | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
+    socket: str | os.PathLike[str] | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
@@ -61,7 +48,7 @@ def connect(
     return when_reachable(lambda: Client(find_socket(socket), timeout=timeout), wait=fallback == "wait")
 
 
-class Client:
+class Client(Operations):
     """A connection to one daemon. Safe for use from several threads; not usable in a forked child.
 
     When the daemon has been restarted, the next call connects anew. Attachments do not depend on the connection.
@@ -107,16 +94,23 @@ class Client:
         device: str | None = None,
         pin: bool = False,
         verify: bool = False,
+        groups: Groups = (),
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> CheckpointInfo:
         """Make a checkpoint resident; nothing is read when it is already. It stays until it is attached or we leave.
 
-        `reference` is a file, a directory, or `org/name[@revision]` in the local Hugging Face cache; `name` is what to
-        call it (default: the reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the
-        daemon's default. Errors: InvalidReferenceError, NotFoundError, FormatError, CapacityError, DeviceMismatchError,
-        DeviceError, PermissionDeniedError, LeaseLostError (the loader or the daemon ended), DaemonUnreachableError.
+        `reference` is a file, a directory, `org/name[@revision]` in the local Hugging Face cache, or files that were
+        chosen already (`resolve.resolve(reference, variant="fp16")`); `name` is what to call it (default: the
+        reference), `device` is "host", "cpu", "cuda", "cuda:N", a GPU's UUID, or None for the daemon's default.
+        `groups` are tensors that should lie one behind the other, so that what is made of them can be a view
+        (`Attachment.span`): each a sequence of names or (component, name), or a function that makes them of the files'
+        tensors. That is a hint; `load_report` tells what came of it. Errors: InvalidReferenceError, NotFoundError,
+        FormatError, CapacityError, DeviceMismatchError, DeviceError, PermissionDeniedError, LeaseLostError (the loader
+        or the daemon ended), DaemonUnreachableError.
         """
-        result = self.load_report(reference, name=name, device=device, pin=pin, verify=verify, on_progress=on_progress)
+        result = self.load_report(
+            reference, name=name, device=device, pin=pin, verify=verify, groups=groups, on_progress=on_progress
+        )
         assert result is not None  # only a detached load has no result
         return self._rpc().get(result.content_digest, result.device).checkpoint
 
@@ -129,38 +123,40 @@ class Client:
         pin: bool = False,
         detached: bool = False,
         verify: bool = False,
+        groups: Groups = (),
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
         if name is not None:
             check_name(name)
-        resolved = resolve(reference)
+        resolved = files_of(reference)
         with open_sources(resolved) as opened:
-            return self._load(
-                opened,
+            request = checkpoint_pb2.LoadRequest(
                 name=name if name is not None else resolved.name,
                 name_is_default=name is None,
-                device=device,
+                device=device_name(device),
                 pin=pin,
                 detached=detached,
                 verify=verify,
-                on_progress=on_progress,
             )
+            return self._load(opened, request, groups, on_progress)
 
     def attach(
         self,
-        reference: Reference | Resolved,
+        reference: Reference,
         *,
         device: str | None = None,
         components: Iterable[str] = (),
         tensors: Iterable[TensorKey | tuple[str, str] | str] = (),
         manifest_only: bool = False,
+        groups: Groups = (),
     ) -> Attachment:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
         A path goes by the content of the files that stand there now, which are loaded when they are not resident, and
         so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a
-        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). Errors:
+        resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
+        are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. Errors:
         NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
         DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
         """
@@ -173,129 +169,29 @@ class Client:
             manifest_only=manifest_only,
         )
         if isinstance(reference, Resolved) or is_path(reference):
-            files = reference if isinstance(reference, Resolved) else resolve(reference)
-            return self._attach_resolved(files, request, parts, keys)
+            return self._attach_resolved(files_of(reference), request, parts, keys, groups)
         request.reference = str(reference)
         if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
         return self._attach(request, parts, keys)
-
-    # -- looking -----------------------------------------------------------------------------------------------------
-
-    def checkpoints(self) -> list[CheckpointInfo]:
-        """Every checkpoint that is resident, lost with its device, or being loaded."""
-        return self._rpc().checkpoints()
-
-    def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
-        """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost)."""
-        return self._known(self._rpc().get, reference, device)
-
-    def leases(self) -> list[LeaseInfo]:
-        """Which process holds which checkpoint."""
-        return self._rpc().leases()
-
-    def stats(self) -> Stats:
-        """The daemon's books."""
-        return self._rpc().stats()
-
-    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
-        """What has happened lately, oldest first, and with `follow` what happens, without end.
-
-        Errors: EventsLostError (read too slowly), InUseError (too many readers).
-        """
-        return self._rpc().events(follow=follow)
-
-    def version(self) -> VersionInfo:
-        """Who answers."""
-        return self._rpc().version()
-
-    def ping(self) -> float:
-        """Seconds that one call takes; the first one includes setting up the channel."""
-        rpc = self._rpc()
-        start = time.perf_counter()
-        rpc.version()
-        return time.perf_counter() - start
-
-    # -- changing ----------------------------------------------------------------------------------------------------
-
-    def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Keep a checkpoint from eviction.
-
-        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
-        """
-        return self._known(self._rpc().pin, reference, device)
-
-    def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
-        """Take our pin back.
-
-        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
-        """
-        return self._known(self._rpc().unpin, reference, device)
-
-    def remove(self, reference: Reference, device: str | None = None) -> int:
-        """Drop a name, and with the last one the checkpoint. Returns the bytes given up.
-
-        Errors: NotFoundError, PermissionDeniedError, InUseError.
-        """
-        return self._named(self._rpc().remove, reference, device)
-
-    def verify(
-        self,
-        reference: Reference | None = None,
-        device: str | None = None,
-        on_progress: Callable[[VerifyProgress], None] | None = None,
-    ) -> VerifyProgress:
-        """Hash resident blobs again, of one checkpoint or of all.
-
-        Errors: DigestMismatchError, NotFoundError, InvalidReferenceError, DeviceError (it was lost, or the driver
-        failed).
-        """
-        rpc = self._rpc()
-        if reference is None:
-            return rpc.verify("", device_name(device), on_progress)
-        return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
-
-    def drain(
-        self, *, timeout: float | None = None, on_holders: Callable[[list[LeaseInfo]], None] | None = None
-    ) -> DrainResult:
-        """Empty the daemon: nothing new is lent or loaded, and when nobody holds anything any more, everything goes.
-
-        The drain goes on when this call ends early, until `undrain`. `timeout` is seconds; `on_holders` is called with
-        the leases that are waited for, at first and when they have changed. Errors: PermissionDeniedError (only admins
-        may), InUseError (leases are held after `timeout`), LeaseLostError (somebody took the drain back).
-        """
-        return self._rpc().drain(timeout, on_holders)
-
-    def undrain(self) -> None:
-        """Let attaches and loads in again. Errors: PermissionDeniedError."""
-        self._rpc().undrain()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(
         self,
         opened: OpenedSources,
-        *,
-        name: str,
-        name_is_default: bool,
-        device: str | None,
-        pin: bool = False,
-        detached: bool = False,
-        verify: bool = False,
+        request: checkpoint_pb2.LoadRequest,
+        groups: Groups,
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
+        """Load what is opened, as a request says that lacks only the files and their groups."""
         rpc = self._rpc()
-        request = checkpoint_pb2.LoadRequest(
-            sources=[source_to(source) for source in opened.sources],
-            name=name,
-            name_is_default=name_is_default,
-            device=device_name(device),
-            pin=pin,
-            detached=detached,
-            verify=verify,
-        )
+        request.sources.extend(source_to(source) for source in opened.sources)
+        request.reference = opened.reference
+        if groups != ():
+            add_groups(request, groups, opened)
         offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
-        with intake:
+        with intake, opened.errors_by_path():
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 
@@ -305,6 +201,7 @@ class Client:
         request: handles_pb2.AttachRequest,
         components: frozenset[str],
         keys: frozenset[TensorKey],
+        groups: Groups,
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
@@ -317,11 +214,14 @@ class Client:
                     raise
         for attempt in range(1, _LOADS + 1):
             with open_sources(resolved) as opened:
-                result = self._load(opened, name=resolved.name, name_is_default=True, device=request.device or None)
+                wish = checkpoint_pb2.LoadRequest(name=resolved.name, name_is_default=True, device=request.device)
+                result = self._load(opened, wish, groups)
             assert result is not None  # not detached
             request.reference, request.device = result.content_digest, result.device
             try:
-                return self._attach(request, components, keys)
+                attachment = self._attach(request, components, keys)
+                attachment.loaded = result
+                return attachment
             except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
                 here = result.content_digest, result.device, "resident"
                 resident = any((c.content_digest, c.device, c.state) == here for c in self.checkpoints())
@@ -334,38 +234,6 @@ class Client:
     ) -> Attachment:
         self._check()
         return Attachment(self._handles.attach(request), self._line, components, keys)
-
-    def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
-        """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
-        try:
-            return self._named(call, reference, device)
-        except NotFoundError:
-            if not is_path(reference):
-                raise
-            with open_sources(resolve(reference)) as opened:
-                sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
-            request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
-            if not fit(request):
-                raise
-            try:
-                with self._attach(request, frozenset(), frozenset()) as attachment:
-                    found = attachment.content_digest, attachment.device
-            except NotFoundError:
-                found = None
-            if found is None:
-                raise
-            return call(*found)
-
-    @staticmethod
-    def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
-        """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
-        try:
-            return call(os.fspath(reference), device_name(device))
-        except NotFoundError:
-            name = reference_name(reference)
-            if name == os.fspath(reference):
-                raise
-            return call(name, device_name(device))
 
     def _check(self) -> None:
         """Refuse in a forked child, and connect anew where the daemon has gone."""

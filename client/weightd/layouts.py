@@ -1,18 +1,25 @@
 """Which tensors of a checkpoint frameworks fuse into one, by the names that architectures give them.
 
 A loader places the tensors of a group one behind the other, so that the fused tensor is a view of memory that is there
-already. Pure: the daemon's core uses it too.
+already. These rows are the default of a load; who knows better says so with the load. Pure: the daemon's core uses it
+too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from .types import ALIGNMENT, DTYPE_BITS
 
-Layout = Literal["stored", "transformers"]
-"""How a state dict names and shapes tensors: as its files do, or as models of transformers 5 do once loaded."""
+MAX_GROUP_BYTES = 2 << 30
+"""The most that a load is asked to keep in one piece; a group of the table may be longer."""
+
+MAX_GROUP_TENSORS = 4096
+"""The most tensors that a load is asked to keep in one piece."""
+
+_NOTES = 8
+"""Groups that were asked for and are none: how many a load gives the reason for."""
 
 
 class Named(Protocol):
@@ -33,24 +40,34 @@ class Named(Protocol):
 class Group(NamedTuple):
     """Tensors that are fused, in their order: `members` are indices of those that were asked about.
 
-    All have one dtype and fit together: the fused tensor of that shape has exactly their bytes. `parameter` says
-    whether models of transformers 5 have a parameter of that name and shape; other frameworks fuse the rest.
+    All have one dtype and fit together: the fused tensor of that shape has exactly their bytes.
     """
 
     component: str
     name: str
     members: tuple[int, ...]
     shape: tuple[int, ...]
-    parameter: bool
     seamless: bool
     """Whether they can lie one behind the other: each but the last fills whole steps of ALIGNMENT."""
+
+
+class Arrangement(NamedTuple):
+    """What a load is to keep in one piece: numbers of tensors, in their order.
+
+    `asked` counts those that were asked for; `ignored` says of some others why they are none.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    asked: int
+    ignored: tuple[str, ...]
 
 
 class _Fusion(NamedTuple):
     """A row of the table: `parts` of a block are fused along dimension 0, and with `experts` those of all experts.
 
-    `block` is what a name has before its part (before the expert's number, which comes between them): one of these, or
-    anything where there is none. It gives way to `fused` for experts, which have weights only; else it stays.
+    `block` is the last name before the part, or before the expert's number, which comes between them: one of these, or
+    any where there is none. The fused tensor is called `fused` in its place; that of experts, which have weights only,
+    has no name after it.
     """
 
     block: tuple[str, ...]
@@ -60,52 +77,79 @@ class _Fusion(NamedTuple):
 
 
 _FUSIONS = (
-    # Mixtral, MiniMax, Phi-MoE
-    _Fusion(("block_sparse_moe.experts",), ("w1", "w3"), "mlp.experts.gate_up_proj", experts=True),
-    _Fusion(("block_sparse_moe.experts",), ("w2",), "mlp.experts.down_proj", experts=True),
-    # Qwen2-MoE, Qwen3-MoE, DeepSeek, OLMoE, GLM-4-MoE and others
-    _Fusion(("mlp.experts",), ("gate_proj", "up_proj"), "mlp.experts.gate_up_proj", experts=True),
-    _Fusion(("mlp.experts",), ("down_proj",), "mlp.experts.down_proj", experts=True),
-    # Llama and all that name their layers alike: vLLM and SGLang fuse these
-    _Fusion(("self_attn",), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    _Fusion(("mlp", "shared_expert", "shared_experts"), ("gate_proj", "up_proj"), "gate_up_proj"),
+    # What goes first wins. Mixtral, MiniMax, Phi-MoE, DeepSeek-V4
+    _Fusion(("experts",), ("w1", "w3"), "gate_up_proj", experts=True),
+    _Fusion(("experts",), ("w2",), "down_proj", experts=True),
+    # Qwen2-MoE, Qwen3-MoE, DeepSeek, OLMoE, GLM-4-MoE, Jamba and others
+    _Fusion(("experts",), ("gate_proj", "up_proj"), "gate_up_proj", experts=True),
+    _Fusion(("experts",), ("down_proj",), "down_proj", experts=True),
+    # Llama and all that name their layers alike, LFM2, BERT: vLLM and SGLang fuse these
+    _Fusion(("encoder_attn",), ("k_proj", "v_proj"), "kv_proj"),  # Whisper's cross attention
+    _Fusion((), ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+    _Fusion((), ("gate_proj", "up_proj"), "gate_up_proj"),
+    _Fusion((), ("w1", "w3"), "w13"),
+    _Fusion((), ("query", "key", "value"), "qkv"),
+    _Fusion((), ("wq", "wk", "wv"), "wqkv"),
+    # DeepSeek-V3 and what follows it; the indexer of its sparse attention
+    _Fusion((), ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+    _Fusion(("indexer",), ("wk", "weights_proj"), "wk_weights_proj"),
+    # Qwen3-Next, Qwen3.5
+    _Fusion((), ("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+    _Fusion((), ("in_proj_b", "in_proj_a"), "in_proj_ba"),
     # diffusers: fuse_qkv_projections
     _Fusion((), ("to_q", "to_k", "to_v"), "to_qkv"),
     _Fusion((), ("add_q_proj", "add_k_proj", "add_v_proj"), "to_added_qkv"),
 )
-_RENAMES = ((".block_sparse_moe.", ".mlp."),)
-"""What transformers 5 renames in the same checkpoints."""
 
-_BY_PART: dict[str, list[tuple[_Fusion, int]]] = {}
-for _fusion in _FUSIONS:
+_BY_PART: dict[str, list[tuple[int, int]]] = {}
+for _row, _fusion in enumerate(_FUSIONS):
     for _number, _part in enumerate(_fusion.parts):
-        _BY_PART.setdefault(_part, []).append((_fusion, _number))
+        _BY_PART.setdefault(_part, []).append((_row, _number))
 
 _EXPERT_DIGITS = 6
 
 
 def groups(tensors: Sequence[Named]) -> list[Group]:
     """The groups among these tensors. A tensor is in one at most; a group that lacks one, or does not fit, is none."""
-    found: dict[tuple[str, str, _Fusion], dict[tuple[int, int], int]] = {}
+    found: dict[tuple[int, str, str], dict[tuple[int, int], int]] = {}
     for index, tensor in enumerate(tensors):
-        if (place := _place(tensor.name)) is not None:
-            name, fusion, expert, part = place
-            found.setdefault((tensor.component, name, fusion), {})[expert, part] = index
-    taken = {(tensor.component, tensor.name) for tensor in tensors} if found else set()
+        for name, row, expert, part in _places(tensor.name):
+            found.setdefault((row, tensor.component, name), {})[expert, part] = index
+    names = {(tensor.component, tensor.name) for tensor in tensors} if found else set()
+    taken: set[int] = set()
     complete: list[Group] = []
-    for (component, name, fusion), members in found.items():
-        group = _fused(component, name, fusion, members, tensors)
-        if group is not None and (component, name) not in taken:
-            taken.add((component, name))
+    for (row, component, name), members in sorted(found.items(), key=lambda item: item[0][0]):
+        group = _fused(component, name, _FUSIONS[row], members, tensors)
+        if group is not None and (component, name) not in names and taken.isdisjoint(group.members):
+            names.add((component, name))
+            taken.update(group.members)
             complete.append(group)
-    return complete
+    return sorted(complete, key=lambda group: min(group.members))
 
 
-def renamed(name: str) -> str:
-    """What transformers 5 calls a tensor that it does not fuse."""
-    for stored, loaded in _RENAMES:
-        name = name.replace(stored, loaded)
-    return name
+def arrangement(tensors: Sequence[Named], numbers: Sequence[int], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
+    """What a load of these tensors keeps in one piece: what it was asked for, then the table's groups of the rest.
+
+    `numbers` are what tensors are called, in `asked` and in what is returned.
+    """
+    by_number = dict(zip(numbers, tensors, strict=True))
+    taken: set[int] = set()
+    chosen: list[tuple[int, ...]] = []
+    ignored: list[str] = []
+    odd = 0
+    for at, group in enumerate(asked):
+        why = _unfit(by_number, group, taken)
+        if not why:
+            taken.update(group)
+            chosen.append(tuple(group))
+            continue
+        odd += 1
+        if odd <= _NOTES:
+            ignored.append(f"group {at}: {why}")
+    if odd > _NOTES:
+        ignored.append(f"and {odd - _NOTES} more")
+    every = (tuple(numbers[index] for index in group.members) for group in groups(tensors) if group.seamless)
+    return Arrangement((*chosen, *(group for group in every if taken.isdisjoint(group))), len(chosen), tuple(ignored))
 
 
 def adjacent(places: Iterable[tuple[int, int, int] | None]) -> bool:
@@ -118,22 +162,40 @@ def adjacent(places: Iterable[tuple[int, int, int] | None]) -> bool:
     return True
 
 
-def _place(name: str) -> tuple[str, _Fusion, int, int] | None:
-    """The fused tensor that one of this name belongs to, by which row of the table; number of expert and part."""
+def _unfit(tensors: Mapping[int, Named], group: Sequence[int], taken: set[int]) -> str:
+    """Why these cannot be kept in one piece; empty where they can."""
+    if not 1 < len(group) <= MAX_GROUP_TENSORS:
+        return f"it has {len(group)} tensors, and may have 2 to {MAX_GROUP_TENSORS}"
+    if missing := [number for number in group if number not in tensors]:
+        return f"the checkpoint has no tensor {missing[0]} with bytes"
+    if len(set(group)) < len(group) or not taken.isdisjoint(group):
+        return "one of its tensors is in a group already"
+    every = [tensors[number] for number in group]
+    if any((one.component, one.dtype) != (every[0].component, every[0].dtype) for one in every):
+        return "its tensors are of several components or dtypes"
+    if (length := sum(one.length for one in every)) > MAX_GROUP_BYTES:
+        return f"it has {length} bytes, and may have {MAX_GROUP_BYTES}"
+    if odd := [one.length for one in every[:-1] if one.length % ALIGNMENT]:
+        return f"one of its tensors has {odd[0]} bytes, no multiple of {ALIGNMENT}, so nothing lies right behind it"
+    return ""
+
+
+def _places(name: str) -> Iterable[tuple[str, int, int, int]]:
+    """The fused tensors that one of this name may belong to: name, row of the table, number of expert and part."""
     stem, _, leaf = name.rpartition(".")
     stem, _, part = stem.rpartition(".")
-    if leaf not in ("weight", "bias"):
-        return None
-    for fusion, number in _BY_PART.get(part, ()):
-        if not fusion.experts:
-            if not fusion.block or stem.rpartition(".")[2] in fusion.block:
-                return f"{stem}.{fusion.fused}.{leaf}", fusion, 0, number
-            continue
-        above, _, expert = stem.rpartition(".")
-        for block in fusion.block:
-            if leaf == "weight" and f".{above}".endswith(f".{block}") and _is_number(expert):
-                return above.removesuffix(block) + fusion.fused, fusion, int(expert), number
-    return None
+    if part not in _BY_PART or leaf not in ("weight", "bias"):
+        return
+    above, _, last = stem.rpartition(".")
+    block = above.rpartition(".")[2]
+    of_an_expert = block == "experts" and last.isdigit()
+    for row, number in _BY_PART[part]:
+        fusion = _FUSIONS[row]
+        if fusion.experts:
+            if leaf == "weight" and block in fusion.block and _is_number(last):
+                yield f"{above}.{fusion.fused}", row, int(last), number
+        elif not of_an_expert and (not fusion.block or last in fusion.block):
+            yield f"{stem}.{fusion.fused}.{leaf}", row, 0, number
 
 
 def _is_number(text: str) -> bool:
@@ -166,4 +228,4 @@ def _fused(
     rows = sum(tensor.shape[0] for tensor in every)
     shape = (count, rows // count, *first.shape[1:]) if fusion.experts else (rows, *first.shape[1:])
     seamless = all(tensor.length % ALIGNMENT == 0 for tensor in every[:-1])
-    return Group(component, name, indices, shape, fusion.experts, seamless)
+    return Group(component, name, indices, shape, seamless)

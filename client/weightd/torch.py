@@ -113,10 +113,11 @@ def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.T
     return _raw(memory, device, dtype).view(shape)
 
 
-def fuse(tensors: Sequence[torch.Tensor], shape: tuple[int, ...]) -> torch.Tensor:
-    """A private tensor of that shape with the elements of these, none of them empty, one behind the other."""
-    flat = torch.cat([tensor.view(torch.uint8).flatten() for tensor in tensors])  # not every dtype can be joined
-    return flat.view(tensors[0].dtype).view(*shape[:-1], -1)  # torch counts pairs of F4
+def strided(
+    memory: Memory, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], device: str
+) -> torch.Tensor:
+    """A tensor on `memory`, which it keeps: from its beginning on, with strides in elements."""
+    return _raw(memory, device, dtype).as_strided(tuple(shape), tuple(strides))
 
 
 def _raw(memory: Memory | None, device: str, dtype: torch.dtype) -> torch.Tensor:

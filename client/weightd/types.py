@@ -49,11 +49,15 @@ class FileIdentity(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """One file of a checkpoint: the component it belongs to (empty for a plain checkpoint) and its name in there."""
+    """One file of a checkpoint: the component it belongs to (empty for a plain checkpoint) and its name in there.
+
+    An index has no tensors: it says whose a tensor is that several files of its component have.
+    """
 
     component: str
     file: str
     identity: FileIdentity
+    is_index: bool = False
 
 
 class TensorKey(NamedTuple):
@@ -112,6 +116,9 @@ class LoadResult:
 
     `evicted` is what had to go for it: of each checkpoint its first name, or its digest. Where the daemon keeps users
     apart, `evicted_others` counts those of other users.
+    `order` says by whose groups it lies, where the load had some: "requested", "joined" (those of another load that was
+    under way) or "resident" (it was there already, and nothing was moved; removed and loaded again, it would lie in the
+    order that is asked for). Of the load's own, `groups` were heeded; `ignored_groups` says why others were not.
     """
 
     name: str
@@ -125,6 +132,9 @@ class LoadResult:
     device: str
     evicted: tuple[str, ...] = ()
     evicted_others: int = 0
+    order: str = ""
+    groups: int = 0
+    ignored_groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +180,7 @@ class CheckpointDetails:
     """What `inspect` shows: the checkpoint, its parts, how many segments hold it and the files it came from.
 
     `kind` is how the segments are shared ("host", "cuda_vmm" or "cuda_ipc"), `note` what people must know of that.
+    `reference` is what the files were found by, a path or a repository; empty where nobody remembers.
     """
 
     checkpoint: CheckpointInfo
@@ -178,6 +189,7 @@ class CheckpointDetails:
     sources: tuple[SourceFile, ...]
     kind: str
     note: str
+    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What `weightd plan` runs, as `python -m weightd_daemon.planning`: what sharing would save, read from files alone.
 
 A composition root beside app.py, without a daemon: it reads files as the loader does, and the digest index as a daemon
-left it. It answers in lines of JSON on standard output: {"done", "total"} in bytes while it hashes, at the end {"plan"}
-or {"error", "message"}. It goes by digests; whether bytes are equal is compared only when they are loaded.
+left it. It answers in lines of JSON on standard output: {"note"} for a choice that nobody asked for, {"done", "total"}
+in bytes while it hashes, at the end {"plan"} or {"error", "message"}. It goes by digests; whether bytes are equal is
+compared only when they are loaded.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ from .core.digest import new_hasher
 from .core.plan import PlannedTensor, make_plan, recurring
 from .edges.digest_index import known_digests
 from .formats import workload
+from .loader.indexed import owned
 from .loader.source import Source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+
+    from weightd.resolve import Resolved
 
     Advance = Callable[[int, int], None]
 
@@ -69,6 +73,11 @@ class _Checkpoints:
         self._names.add(key)
         self.tensors.setdefault(checkpoint, []).append(tensor)
 
+    def places(self) -> list[_Place]:
+        """Where the tensors lie that are in a file."""
+        every = (tensor.identity for tensors in self.tensors.values() for tensor in tensors)
+        return [identity for identity in every if isinstance(identity, _Place)]
+
     def known(self, digests: Mapping[Hashable, bytes]) -> dict[str, list[PlannedTensor]]:
         """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
         return {
@@ -86,18 +95,24 @@ def plan(
     references: Sequence[str],
     manifests: Sequence[str] = (),
     *,
+    variant: str | None = None,
     state_dir: Path | None = None,
     threads: int = 1,
     advance: Advance = lambda done, total: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """The plan for these references and workload manifests, as JSON shows it.
+    """The plan for these references, of a variant where one is given, and workload manifests, as JSON shows it.
 
-    `advance` is called with the bytes that are hashed and those to be hashed, from any thread. Errors: those of a
-    reference and of a file; InvalidReferenceError for a checkpoint that is described twice, and for too many.
+    `advance` is called with the bytes that are hashed and those to be hashed, from any thread; `note` with what was
+    chosen that nobody asked for, a line each. Errors: those of a reference and of a file; InvalidReferenceError for a
+    checkpoint that is described twice, and for too many.
     """
     checkpoints = _Checkpoints()
     with contextlib.ExitStack() as stack:
-        sources = _open(references, checkpoints, stack)
+        found_files = {found.name: found for found in (resolve(reference, variant) for reference in references)}
+        for line in (line for found in found_files.values() for line in (*found.notes, found.hint) if line):
+            note(line)
+        sources = _open(found_files.values(), checkpoints, stack)
         for manifest in manifests:
             _describe(Path(manifest), checkpoints)
         if len(checkpoints.tensors) > MAX_CHECKPOINTS:
@@ -105,7 +120,7 @@ def plan(
                 f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
             )
         digests = _known(sources, state_dir)
-        read = _hash(sources, digests, threads, advance)
+        read = _hash(sources, checkpoints.places(), digests, threads, advance)
         for source in sources:
             source.check_unchanged()
     found = asdict(make_plan(checkpoints.known(digests)))
@@ -113,17 +128,24 @@ def plan(
     return {**found, "read_bytes": read, "checkpoints": planned, "pairs": pairs}
 
 
-def _open(references: Sequence[str], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[Source]:
-    """Open every file of the references, each reference once, and enter what their headers say."""
+def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[Source]:
+    """Open every file of the references, and enter what their headers say."""
     sources: list[Source] = []
-    for name, resolved in {found.name: found for found in map(resolve, references)}.items():
+    for resolved in references:
+        name = resolved.name
         checkpoints.tensors[name] = []  # its files may be empty
         opened = stack.enter_context(open_sources(resolved))
-        for (component, _, path), descriptor in zip(resolved.sources, opened.fds, strict=True):
-            source = Source(show(path), descriptor)
-            for spec in source.layout().tensors:
+        files = [
+            (where, Source(show(where.path), descriptor))
+            for where, descriptor in zip(resolved.sources, opened.fds, strict=True)
+        ]
+        weights = [(where, source) for where, source in files if not where.is_index]
+        indexes = {where.component: source.weight_map() for where, source in files if where.is_index}
+        counted = owned([(where.component, where.file, source.layout().tensors) for where, source in weights], indexes)
+        for (where, source), specs in zip(weights, counted, strict=True):
+            for spec in specs:
                 place = _Place(len(sources), spec.offset, spec.length)
-                checkpoints.add(name, source.name, PlannedTensor(component, spec.name, spec.length, place))
+                checkpoints.add(name, source.name, PlannedTensor(where.component, spec.name, spec.length, place))
             sources.append(source)
     return sources
 
@@ -139,13 +161,14 @@ def _known(sources: Sequence[Source], state_dir: Path | None) -> dict[Hashable, 
     }
 
 
-def _hash(sources: Sequence[Source], digests: dict[Hashable, bytes], threads: int, advance: Advance) -> int:
+def _hash(
+    sources: Sequence[Source],
+    places: Sequence[_Place],
+    digests: dict[Hashable, bytes],
+    threads: int,
+    advance: Advance,
+) -> int:
     """Add the digests of tensors that may equal another. Returns the bytes read."""
-    places = [
-        _Place(number, spec.offset, spec.length)
-        for number, source in enumerate(sources)
-        for spec in source.layout().tensors
-    ]
     lengths = recurring(place.length for place in places)
     wanted = [place for place in places if place.length in lengths and place not in digests]
     total = sum(place.length for place in wanted)
@@ -230,6 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = plan(
             options.references,
             options.manifest,
+            variant=options.variant,
+            note=lambda line: answers.say({"note": line}),
             state_dir=_state_dir(options.state_dir),
             threads=max(2, min(4, os.cpu_count() or 1)),  # two also on one core: one reads while the other hashes
             advance=answers.advance,
@@ -249,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weightd_daemon.planning", allow_abbrev=False)
     parser.add_argument("--parent", type=int, required=True, help="process that asks; this one dies with it")
     parser.add_argument("--manifest", action="append", default=[])
+    parser.add_argument("--variant")
     parser.add_argument("--state-dir")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("references", nargs="*")

@@ -20,6 +20,8 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, wait_stopped
 from support.malformed import build, entry
+from weightd._files import SourcePath
+from weightd.resolve import Resolved
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -86,9 +88,39 @@ def test_one_bad_shard_fails_the_whole(start_daemon: StartDaemon, tmp_path: Path
     checkpoints.write_random(tmp_path / "unet" / "model.safetensors", 3, MIB)
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "model.safetensors").write_bytes(malformed.CORPUS["overlap"][0])
-    with pytest.raises(weightd.FormatError, match=r"vae/model\.safetensors.*overlap"):
-        client.load(tmp_path)
+    with pytest.raises(weightd.FormatError, match=r"overlap") as caught:
+        client.load(checkpoints.describe_pipeline(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path}/vae/model.safetensors: ")
     eventually(lambda: nothing_left(client), what="no byte is left")
+
+
+def test_hostile_indexes(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """The loader reads the index as it came, whatever the client has made of it."""
+    daemon = start_daemon(pool=0)
+    client = daemon.connect()
+    paths = [checkpoints.write_random(tmp_path / f"{n}.safetensors", 1, MIB, seed=n) for n in "ab"]
+    index = tmp_path / "index"
+    resolved = Resolved(
+        "m", (*(SourcePath("", p.name, p) for p in paths), SourcePath("", "index", index, is_index=True))
+    )
+    maps = {
+        b"{": "not valid JSON",
+        b"[" * 100_000: "not valid JSON",
+        b'{"weight_map": {"t0": "../a.safetensors"}}': "leads out of the folder",
+        b'{"weight_map": {"t0": "c.safetensors"}}': "tensor 't0' is in another file too, and the index says",
+        b'{"weight_map": {"x": "a.safetensors"}}': "does not say whose counts",
+    }
+    for content, words in maps.items():
+        index.write_bytes(content)
+        with pytest.raises(weightd.FormatError, match=words):
+            client.load(resolved)
+    os.truncate(index, 1 << 40)
+    with pytest.raises(weightd.FormatError, match=r"index: over the limit"):
+        client.load(resolved)
+    eventually(lambda: nothing_left(client), what="no byte is left")
+    checkpoints.index(tmp_path, {"t0": "b.safetensors"}, "index")
+    with client.attach(resolved) as attachment:
+        assert attachment.buffer("t0") == checkpoints.random_bytes(("b", 0), MIB)
 
 
 def test_mutated_files(start_daemon: StartDaemon, tmp_path: Path) -> None:

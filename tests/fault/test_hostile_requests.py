@@ -22,8 +22,13 @@ StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 
 
-def source(file: str, component: str = "") -> checkpoint_pb2.SourceFile:
-    return checkpoint_pb2.SourceFile(component=component, file=file, identity=checkpoint_pb2.FileIdentity(inode=1))
+def source(file: str, component: str = "", *, is_index: bool = False) -> checkpoint_pb2.SourceFile:
+    identity = checkpoint_pb2.FileIdentity(inode=1)
+    return checkpoint_pb2.SourceFile(component=component, file=file, identity=identity, is_index=is_index)
+
+
+def an_index(file: str, component: str = "") -> checkpoint_pb2.SourceFile:
+    return source(file, component, is_index=True)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +42,9 @@ def source(file: str, component: str = "") -> checkpoint_pb2.SourceFile:
         pytest.param([source("a\x7fb")], "no control", id="DEL"),
         pytest.param([source("a", "\x9b2J")], "no control", id="C1"),
         pytest.param([source("a", "b"), source("a"), source("a", "b")], "'b/a' is named twice", id="twice"),
+        pytest.param([an_index("i"), source("a")], "a file comes after an index", id="index first"),
+        pytest.param([source("a"), an_index("i"), an_index("j")], "has two indexes", id="two indexes"),
+        pytest.param([source("a"), an_index("i", "b")], "component 'b' has an index and no other", id="only an index"),
     ],
 )
 def test_sources_that_cannot_be(daemon: Daemon, sources: list[checkpoint_pb2.SourceFile], message: str) -> None:
@@ -57,6 +65,7 @@ def test_out_of_descriptors_while_it_attaches(start_daemon: StartDaemon, tmp_pat
     daemon = start_daemon(pool=0)
     for i in range(260):
         checkpoints.write_random(tmp_path / f"part{i}" / "m.safetensors", 1, 300, seed=i)
+    checkpoints.describe_pipeline(tmp_path)
     with weightd.connect(daemon.socket, timeout=20) as gone:
         gone.load(tmp_path, name="many")
     client = daemon.connect()

@@ -10,7 +10,6 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -22,7 +21,7 @@ from support.backends import EVERY
 from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
-from support.wire import Peer, send_with, source_of
+from support.wire import Peer, opened_as, send_with, source_of
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -134,7 +133,7 @@ def test_another_request_while_a_batch_is_outstanding(daemon: Daemon, tmp_path: 
     for i in range(260):
         checkpoints.write_random(tmp_path / f"part{i}" / "m.safetensors", 1, 300, seed=i)
     client = daemon.connect()
-    client.load(tmp_path, name="many")
+    client.load(checkpoints.describe_pipeline(tmp_path), name="many")
     before = daemon.descriptors()
     for frame in (ATTACH, OFFER, HELLO, b"\xff"):
         with Peer(daemon.socket) as peer:
@@ -251,7 +250,7 @@ def code(method: Any, request: Any, token: str | None) -> grpc.StatusCode | None
 
 def offered(client: weightd.Client, descriptor: int, name: str = "x") -> Any:
     """Load what a descriptor stands for, whatever it is."""
-    opened: Any = SimpleNamespace(fds=(descriptor,), sources=(source_of(descriptor),))
+    opened = opened_as(descriptor, source_of(descriptor))
     return client._load(opened, name=name, name_is_default=True, device=None)
 
 
@@ -294,7 +293,7 @@ def test_a_memfd_is_a_file_like_any_other(client: weightd.Client, tmp_path: Path
 def test_another_file_than_announced(client: weightd.Client, tmp_path: Path) -> None:
     announced = checkpoints.write_random(tmp_path / "announced.safetensors", 1, 300, seed="announced")
     with announced.open("rb") as first, (tmp_path / "good.safetensors").open("rb") as second:
-        opened: Any = SimpleNamespace(fds=(second.fileno(),), sources=(source_of(first.fileno()),))
+        opened = opened_as(second.fileno(), source_of(first.fileno()))
         with pytest.raises(weightd.InvalidReferenceError, match="not the file that was announced"):
             client._load(opened, name="x", name_is_default=True, device=None)
 

@@ -214,7 +214,7 @@ def test_a_finalizer_says_nothing_to_the_daemon(
 def test_more_files_than_a_frame_can_name(daemon: Daemon, tmp_path: Path) -> None:
     """The checkpoint is attached by its digest, once when it has to be loaded and once when it is resident."""
     name = "long-name-of-a-shard-" * 8
-    files = [tmp_path / "many" / f"{name}{i:04}.safetensors" for i in range(400)]
+    files = [tmp_path / "many" / f"{name}{i + 1:05}-of-00400.safetensors" for i in range(400)]
     for i, file in enumerate(files):
         checkpoints.write(file, {f"t{i}": ("U8", (16,), data("many")[:15] + bytes([i % 256]))})
     client = daemon.connect()
@@ -232,7 +232,7 @@ def test_more_names_than_a_frame_can_hold(daemon: Daemon, tmp_path: Path) -> Non
         tensors = {name: ("U8", (16,), checkpoints.random_bytes((part, name), 16)) for name in names}
         checkpoints.write(tmp_path / "both" / part / "model.safetensors", tensors)
     client = daemon.connect()
-    client.load(tmp_path / "both", name="both")
+    client.load(checkpoints.describe_pipeline(tmp_path / "both"), name="both")
     keys = [("many", f"t{i}-" + "é" * 90) for i in range(400)]
     with client.attach("both", components=["few"], tensors=keys) as attachment:
         assert len(attachment.tensors) == 401

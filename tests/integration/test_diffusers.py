@@ -7,12 +7,16 @@ import gc
 import json
 import pickle
 import shutil
+import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import weightd
 import weightd.torch
@@ -53,8 +57,6 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def tensors(folder: Path) -> Counter[bytes]:
     """The bytes of every tensor of a pipeline, and how many names have them."""
-    from safetensors.torch import load_file
-
     found = [tensor for path in folder.glob("*/*.safetensors") for tensor in load_file(path).values()]
     return Counter(tensor.numpy().tobytes() for tensor in found)
 
@@ -130,16 +132,20 @@ def test_a_component_alone_and_one_that_is_given(daemon: Daemon, pipelines: list
     pipeline = from_pretrained(pipelines[1], vae=vae, **models.WITHOUT)
     assert pipeline.vae is vae
     assert {part.name.split(".")[0] for part in report(pipeline).buffers} <= {"text_encoder", "unet", "vae"}
+    assert report(pipeline).shared_ratio == 1.0
     make_private(vae)
     with pytest.raises(weightd.InvalidReferenceError):
         report(vae)
-    assert report(pipeline).shared_ratio == 1.0
+    assert {one.name.split(".")[0] for one in report(pipeline).copied} == {"vae"}
+    pipeline.unet.half()
+    found = report(pipeline)
+    reasons = {one.reason for one in found.copied if one.name.startswith("unet.")}
+    assert reasons == {"cast to float16 since it was loaded"}
+    assert found.shared_bytes == sum(parameter.nbytes for parameter in pipeline.text_encoder.parameters())
 
 
 def test_names_of_old_attention_blocks(daemon: Daemon, pipelines: list[Path], tmp_path: Path) -> None:
     """As the VAEs of Stable Diffusion 1 have them."""
-    from safetensors.torch import load_file, save_file
-
     from weightd.integrations.diffusers import from_pretrained, report
 
     path = shutil.copytree(pipelines[0] / "vae", tmp_path / "vae")
@@ -162,8 +168,8 @@ def test_another_dtype_is_an_error_unless_it_may_copy(daemon: Daemon, pipelines:
 
     with pytest.raises(weightd.InvalidReferenceError, match=r"float16 is asked for, but torch\.float32 is stored"):
         from_pretrained(pipelines[0], dtype="float16", **models.WITHOUT)
-    with pytest.raises(weightd.InvalidReferenceError, match=r"torch_dtype is not supported .*; say dtype="):
-        from_pretrained(pipelines[0], torch_dtype=torch.float16)
+    with pytest.raises(weightd.InvalidReferenceError, match=r"float16 is asked for, but torch\.float32 is stored"):
+        from_pretrained(pipelines[0], torch_dtype=torch.float16, **models.WITHOUT)
     pipeline = from_pretrained(pipelines[0], dtype="float16", allow_copy=True, **models.WITHOUT)
     assert report(pipeline).shared_ratio == 0.0
     assert {parameter.dtype for parameter in pipeline.unet.parameters()} == {torch.float16}
@@ -210,7 +216,6 @@ def test_norms_of_a_control_lora_are_not_written_in_place(daemon: Daemon, tmp_pa
 def test_a_buffer_that_is_computed_need_not_be_in_the_checkpoint(daemon: Daemon, tmp_path: Path) -> None:
     import torch
     from diffusers import SD3Transformer2DModel
-    from safetensors.torch import load_file, save_file
 
     from weightd.integrations.diffusers import from_pretrained, report
 
@@ -263,8 +268,6 @@ def test_a_missing_component_is_named(daemon: Daemon, pipelines: list[Path], tmp
 
 
 def test_a_missing_tensor_is_named(daemon: Daemon, pipelines: list[Path], tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     from weightd.integrations.diffusers import from_pretrained
 
     path = shutil.copytree(pipelines[0] / "vae", tmp_path / "vae")
@@ -274,20 +277,212 @@ def test_a_missing_tensor_is_named(daemon: Daemon, pipelines: list[Path], tmp_pa
         from_pretrained(path)
 
 
+# -- what diffusers loads, loads ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A folder of these tests' own for code that diffusers copies, and imports from there."""
+    from diffusers.utils import dynamic_modules_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        yield
+
+
+@pytest.fixture
+def altered(own_modules: None, pipelines: list[Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a pipeline with other keys in its index."""
+
+    def make(**keys: object) -> Path:
+        path = shutil.copytree(pipelines[0], tmp_path / "altered")
+        index = json.loads((path / "model_index.json").read_text())
+        (path / "model_index.json").write_text(json.dumps(index | keys))
+        return path
+
+    return make
+
+
+def test_a_class_that_transformers_has_renamed(daemon: Daemon, altered: Callable[..., Path]) -> None:
+    """As most repositories of Stable Diffusion 1 name it; diffusers knows the name of today."""
+    import transformers
+
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = altered(feature_extractor=["transformers", "CLIPFeatureExtractor"])
+    transformers.CLIPImageProcessor().save_pretrained(path / "feature_extractor")
+    pipeline = from_pretrained(path, tokenizer=None, safety_checker=None)
+    assert "CLIP" in type(pipeline.feature_extractor).__name__
+    assert report(pipeline).shared_ratio == 1.0
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["code of its own", "as written"])
+def test_keys_that_are_no_components(daemon: Daemon, altered: Callable[..., Path], listed: bool) -> None:
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    name = {"_class_name": ["my_pipeline", "MyPipeline"]} if listed else {}
+    path = altered(_ignore_files=["a.safetensors", "b.safetensors"], **name)
+    (path / "my_pipeline.py").write_text(
+        "from diffusers import StableDiffusionPipeline\nclass MyPipeline(StableDiffusionPipeline):\n    pass\n"
+    )
+    code = {"trust_remote_code": True} if listed else {}
+    pipeline = from_pretrained(path, **models.WITHOUT, **code)
+    assert type(pipeline).__name__ == ("MyPipeline" if listed else "StableDiffusionPipeline")
+    assert report(pipeline).shared_ratio == 1.0
+
+
 @pytest.mark.parametrize(
-    ("index", "message"),
+    "value", [["os", "system"], ["diffusers", "NoSuchModel"], ["mine", "Model"]], ids=["module", "class", "code"]
+)
+def test_a_component_that_cannot_be_resolved_is_left_to_diffusers(
+    daemon: Daemon, altered: Callable[..., Path], value: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nothing is imported because an index names it: what comes of it is diffusers' own answer."""
+    from weightd.integrations import diffusers as integration
+
+    path = altered(unet=value)
+    (path / "unet" / "mine.py").write_text("raise ValueError('imported')")
+    parts = integration._components(path, models.WITHOUT, None)
+    assert sorted(parts) == ["text_encoder", "vae"]
+    assert "component unet is left to diffusers and shares no memory" in caplog.text
+    with pytest.raises((AttributeError, TypeError, ValueError)):  # by version
+        integration.from_pretrained(path, **models.WITHOUT)
+
+
+def test_a_component_that_is_left_to_diffusers_is_in_the_report(
+    daemon: Daemon, pipelines: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = shutil.copytree(pipelines[0], tmp_path / "pickled")
+    weights = path / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    pipeline = from_pretrained(path, **models.WITHOUT)
+    assert "component vae is left to diffusers and shares no memory" in caplog.text
+    found = report(pipeline)
+    assert {one.name.split(".")[0] for one in found.copied} == {"vae"}
+    assert found.copied_bytes == sum(parameter.nbytes for parameter in pipeline.vae.parameters())
+
+
+def test_a_variant(daemon: Daemon, pipelines: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Given, or the only one there is; beside other weights only where it is given."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    half = DiffusionPipeline.from_pretrained(pipelines[0], torch_dtype=torch.float16, **models.WITHOUT)
+    only, both = tmp_path / "only", shutil.copytree(pipelines[0], tmp_path / "both")
+    half.save_pretrained(only, variant="fp16")
+    for path in only.glob("unet/*.fp16.safetensors"):
+        shutil.copy(path, both / path.relative_to(only))
+
+    def dtypes(path: Path, **arguments: object) -> dict[str, torch.dtype]:
+        pipeline = from_pretrained(path, **models.WITHOUT, **arguments)
+        assert report(pipeline).shared_ratio == 1.0
+        return {name: getattr(pipeline, name).dtype for name in ("unet", "text_encoder", "vae")}
+
+    names, full, fp16 = ("unet", "text_encoder", "vae"), torch.float32, torch.float16
+    assert dtypes(only, variant="fp16") == dtypes(only) == dict.fromkeys(names, fp16)
+    assert "of the variant fp16 only" in caplog.text
+    assert dtypes(both) == dict.fromkeys(names, full)
+    assert dtypes(both, variant="fp16") == {"unet": fp16, "text_encoder": full, "vae": full}
+    assert dtypes(both, torch_dtype={"unet": fp16, "default": full}, variant="fp16")["unet"] is fp16
+    with pytest.raises(weightd.NotFoundError, match="no component has weights of variant 'fp8'"):
+        from_pretrained(both, variant="fp8")
+    assert from_pretrained(both / "unet", variant="fp16").dtype is fp16
+    with pytest.raises(weightd.NotFoundError, match=r"diffusion_pytorch_model\.fp16\.safetensors"):
+        from_pretrained(both, subfolder="vae", variant="fp16")
+
+
+def test_buffers_have_the_dtype_that_diffusers_gives_them(daemon: Daemon, tmp_path: Path) -> None:
+    """Those of the checkpoint, whatever they are stored in, and those that are computed."""
+    import torch
+    from diffusers import UNet1DModel
+
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    model = UNet1DModel(
+        sample_size=16, block_out_channels=(8, 8, 32), extra_in_channels=16,
+        down_block_types=("DownBlock1DNoSkip", "DownBlock1D", "AttnDownBlock1D"),
+        up_block_types=("AttnUpBlock1D", "UpBlock1D", "UpBlock1DNoSkip"),
+    )  # fmt: skip
+    stored, computed = "mid_block.down.kernel", "mid_block.up.kernel"
+    model.half().save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = {name: tensor for name, tensor in load_file(weights).items() if name != computed}
+    save_file({**state, stored: state[stored].float()}, weights)
+    theirs = UNet1DModel.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    ours = from_pretrained(tmp_path)
+    for name, buffer in theirs.named_buffers():
+        assert ours.get_buffer(name).dtype is buffer.dtype, name
+        assert torch.equal(ours.get_buffer(name), buffer), name
+    assert torch.get_default_dtype() is torch.float32
+    assert report(ours).missing == (computed,)
+    assert "the checkpoint lacks mid_block.up.kernel" in str(report(ours))
+
+
+def test_one_thread_loads_at_a_time(daemon: Daemon, tmp_path: Path) -> None:
+    """Otherwise most models are without memory: while one is made, torch makes all parameters on its meta device."""
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = models.write_flux(tmp_path / "flux")
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: from_pretrained(path), range(12)))
+    assert not [tensor for model in made for tensor in [*model.parameters(), *model.buffers()] if tensor.is_meta]
+    assert {report(model).shared_ratio for model in made} == {1.0}
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
     [
-        ({"unet": ["os", "system"]}, "names class 'system' of 'os'"),
-        ({"unet": ["diffusers", "NoSuchModel"]}, "names class 'NoSuchModel' of 'diffusers'"),
+        ("transformer_2", weightd.NotFoundError, "transformer_2"),
+        ("unet/diffusion_pytorch_model.safetensors", weightd.InvalidReferenceError, "is a file"),
+        ("scheduler", weightd.NotFoundError, r"has neither model_index\.json nor config\.json"),
+        ("text_encoder", weightd.InvalidReferenceError, r"load it with weightd\.integrations\.transformers"),
     ],
 )
-def test_a_hostile_index_imports_nothing(
-    daemon: Daemon, pipelines: list[Path], tmp_path: Path, index: dict[str, object], message: str
+def test_what_is_no_folder_of_a_model_is_never_another_one(
+    daemon: Daemon, pipelines: list[Path], name: str, error: type[Exception], message: str
 ) -> None:
     from weightd.integrations.diffusers import from_pretrained
 
-    path = shutil.copytree(pipelines[0], tmp_path / "hostile")
-    known = json.loads((path / "model_index.json").read_text())
-    (path / "model_index.json").write_text(json.dumps(known | index))
-    with pytest.raises(weightd.FormatError, match=message):
-        from_pretrained(path)
+    with pytest.raises(error, match=message):
+        from_pretrained(pipelines[0] / name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"device_map": {"unet": 0, "vae": "cpu"}}, "means 2 devices"),
+        ({"device_map": "meta"}, "means meta, where no memory can be attached"),
+        ({"quantization_config": object()}, "quantization_config is not supported"),
+        ({"cache_dir": "/elsewhere"}, "set HF_HUB_CACHE"),
+        ({"use_safetensors": False}, "asks for pickles"),
+        ({"dtype": "float7"}, "torch has no such dtype"),
+    ],
+)
+def test_arguments_that_cannot_be(
+    daemon: Daemon, pipelines: list[Path], arguments: dict[str, Any], message: str
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    with pytest.raises(weightd.InvalidReferenceError, match=message):
+        from_pretrained(pipelines[0], **models.WITHOUT, **arguments)
+
+
+def test_a_device_map_that_comes_to_the_cpu_is_shared(
+    daemon: Daemon, pipelines: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    pipeline = from_pretrained(pipelines[0], device_map="balanced", **models.WITHOUT)
+    assert report(pipeline).shared_ratio == 1.0

@@ -48,20 +48,20 @@ def test_torch(daemon: Daemon) -> None:
 
 
 def test_transformers(daemon: Daemon) -> None:
-    assert "BertModel: 1.00 of the parameters shared" in run(daemon, "transformers_model.py")
+    assert "BertModel: 100 % of the parameters shared" in run(daemon, "transformers_model.py")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_diffusers(daemon: Daemon, pipelines: list[Path]) -> None:
     printed = run(daemon, "diffusers_pipeline.py", *pipelines)
-    assert printed.count("DDPMPipeline: 1.00 of the parameters shared") == 2
+    assert printed.count("DDPMPipeline: 100 % of the parameters shared") == 2
     assert "saved 49." in printed
 
 
 def test_sentence_transformers(daemon: Daemon) -> None:
     printed = run(daemon, "sentence_embeddings.py")
     assert " 0.7529  A kitten is napping on the couch." in printed
-    assert "1.00 of the parameters shared" in printed
+    assert "100 % of the parameters shared" in printed
 
 
 def test_none_is_left_out() -> None:

@@ -1,11 +1,10 @@
-"""What frameworks fuse is a view of the store: where tensors lie, what is copied, what transformers makes of it."""
+"""What frameworks fuse is a view of the store: where tensors lie, what is copied, and why."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from support.backends import CUDA, EVERY, Backend
 from support.daemon import Daemon, eventually
 from support.shared import SharedDaemons
 from weightd.attachment import Attachment
+from weightd.integrations.fusing import Fusing
 
 StartDaemon = Callable[..., Daemon]
 Arrays = dict[str, np.ndarray]
@@ -66,40 +66,60 @@ def mixtral(seed: object = "base", layers: int = 2) -> Arrays:
 
 
 def fused(arrays: Arrays) -> Arrays:
-    """The same as transformers 5 has them."""
+    """What is made of the experts of each layer."""
     found: Arrays = {}
-    for name, array in arrays.items():
-        if ".experts." not in name:
-            found[name.replace(".block_sparse_moe.", ".mlp.")] = array
-    for block in sorted({name.partition(".experts.")[0] for name in arrays if ".experts." in name}):
-        experts = [f"{block}.experts.{expert}" for expert in range(EXPERTS)]
-        there = block.replace(".block_sparse_moe", ".mlp.experts")
+    for there in sorted({name.partition(".experts.")[0] for name in arrays if ".experts." in name}):
+        experts = [f"{there}.experts.{expert}" for expert in range(EXPERTS)]
         pairs = [np.concatenate([arrays[f"{e}.w1.weight"], arrays[f"{e}.w3.weight"]]) for e in experts]
-        found[f"{there}.gate_up_proj"] = np.stack(pairs)
-        found[f"{there}.down_proj"] = np.stack([arrays[f"{e}.w2.weight"] for e in experts])
+        found[f"{there}.experts.gate_up_proj"] = np.stack(pairs)
+        found[f"{there}.experts.down_proj"] = np.stack([arrays[f"{e}.w2.weight"] for e in experts])
     return found
+
+
+def fuse(attachment: Attachment, layer: int) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What torch makes of the experts of a layer, as transformers does; and of what is private the reasons."""
+    state = attachment.state_dict()
+    stem = f"model.layers.{layer}.block_sparse_moe.experts"
+    parts = {part: [state[f"{stem}.{e}.{part}.weight"] for e in range(EXPERTS)] for part in ("w1", "w2", "w3")}
+    with Fusing(attachment) as fusing:
+        made = {
+            GATE_UP.format(layer): torch.cat([torch.stack(parts["w1"]), torch.stack(parts["w3"], dim=0)], dim=1),
+            DOWN.format(layer): torch.stack(parts["w2"]),
+        }
+    private = {name: one for name, one in made.items() if not attachment.holds(one.data_ptr(), one.nbytes)}
+    return made, {name: fusing.reason(one) for name, one in private.items()}
 
 
 def raw(tensor: torch.Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
 
 
-def check(attachment: Attachment, arrays: Arrays) -> None:
-    """Both layouts, and each view, hold the bits of the files."""
-    for layout, expected in (("stored", arrays), ("transformers", fused(arrays))):
-        state = attachment.state_dict(layout=layout)  # type: ignore[arg-type]  # one of the two
-        assert set(state) == set(expected)
-        for name, tensor in state.items():
+def check(attachment: Attachment, arrays: Arrays) -> dict[str, str]:
+    """Stored tensors, each view, and what torch makes of experts hold the files' bits. Returns why any is private."""
+    state = attachment.state_dict()
+    assert set(state) == set(arrays)
+    for name, tensor in state.items():
+        assert tuple(tensor.shape) == arrays[name].shape
+        assert raw(tensor) == arrays[name].tobytes(), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    for key, view in attachment.views.items():
+        assert raw(attachment.view(*key[::-1])) == b"".join(arrays[member].tobytes() for member in view.members)
+    reasons: dict[str, str] = {}
+    expected = fused(arrays)
+    for layer in range(len(expected) // 2):
+        made, private = fuse(attachment, layer)
+        reasons |= private
+        for name, tensor in made.items():
             assert tuple(tensor.shape) == expected[name].shape
             assert raw(tensor) == expected[name].tobytes(), name
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
-        assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
-    for key, view in attachment.views.items():
-        assert raw(attachment.view(key.name)) == b"".join(arrays[member].tobytes() for member in view.members)
+            if name not in private and tensor.is_contiguous():
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    return reasons
 
 
-GATE_UP = "model.layers.{}.mlp.experts.gate_up_proj"
-DOWN = "model.layers.{}.mlp.experts.down_proj"
+GATE_UP = "model.layers.{}.block_sparse_moe.experts.gate_up_proj"
+DOWN = "model.layers.{}.block_sparse_moe.experts.down_proj"
 QKV = "model.layers.{}.self_attn.qkv_proj.weight"
 
 
@@ -120,8 +140,7 @@ def test_what_is_fused_is_a_view(here: Daemon, backend: Backend, tmp_path: Path)
     path = checkpoints.write(tmp_path / "m.safetensors", arrays)
     with weightd.connect(here.socket) as client, client.attach(path, device=backend.device) as attachment:
         assert listed(attachment) == names(0, 1)
-        assert attachment.copied() == attachment.copied(layout="stored") == {}
-        check(attachment, arrays)
+        assert check(attachment, arrays) == {}
         view = attachment.views["", QKV.format(1)]
         assert view.members == tuple(f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv")
         assert view.shape == (256, WIDTH)
@@ -130,16 +149,9 @@ def test_what_is_fused_is_a_view(here: Daemon, backend: Backend, tmp_path: Path)
         private = attachment.view(view.name, writable="copy")
         assert private.data_ptr() != member.data_ptr()
         private.zero_()
-        everything = attachment.state_dict(layout="transformers", writable="copy")
-        for tensor in everything.values():
-            tensor.zero_()
-        check(attachment, arrays)
+        assert check(attachment, arrays) == {}
         with pytest.raises(weightd.NotFoundError, match="view 'nothing'"):
             attachment.view("nothing")
-        with pytest.raises(weightd.InvalidReferenceError, match="layout 'x'"):
-            attachment.state_dict(layout="x")  # type: ignore[arg-type]  # not one
-        with pytest.raises(weightd.InvalidReferenceError, match="layout 'x'"):
-            attachment.copied(layout="x")  # type: ignore[arg-type]  # not one
 
 
 @everywhere
@@ -166,7 +178,7 @@ def test_members_may_be_in_several_files(here: Daemon, tmp_path: Path) -> None:
     every = sorted(arrays, key=lambda name: checkpoints.random_bytes(name, 8))
     for number in range(5):
         part = {name: arrays[name] for name in every[number::5]}
-        checkpoints.write(tmp_path / f"model-{number}.safetensors", part)
+        checkpoints.write(tmp_path / f"model-{number + 1}-of-5.safetensors", part)
     with weightd.connect(here.socket) as client, client.attach(tmp_path) as attachment:
         assert listed(attachment) == names(0, 1)
         check(attachment, arrays)
@@ -176,18 +188,17 @@ def test_views_of_some_tensors_and_components(here: Daemon, tmp_path: Path) -> N
     arrays = mixtral(layers=1)
     for component in ("one", "two"):
         checkpoints.write(tmp_path / component / "model.safetensors", arrays if component == "one" else mixtral("two"))
+    checkpoints.describe_pipeline(tmp_path)
     members = [("one", f"model.layers.0.self_attn.{part}_proj.weight") for part in "qkv"]
     with weightd.connect(here.socket) as client:
         with client.attach(tmp_path) as attachment:
             assert [key.component for key in attachment.views] == ["one"] * 3 + ["two"] * 6
             with pytest.raises(weightd.InvalidReferenceError, match="several components"):
-                attachment.copied()
-            assert attachment.copied("two") == {}
+                attachment.state_dict()
             assert raw(attachment.view(QKV.format(0), "two")) != raw(attachment.view(QKV.format(0), "one"))
         with client.attach(tmp_path, components=["one"]) as attachment:
             assert [key.component for key in attachment.views] == ["one"] * 3
-            check_one = attachment.state_dict(layout="transformers")
-            assert {name: raw(t) for name, t in check_one.items()} == {n: a.tobytes() for n, a in fused(arrays).items()}
+            assert check(attachment, arrays) == {}
         with client.attach(tmp_path, tensors=members) as attachment:
             assert list(attachment.views) == [("one", QKV.format(0))]
             assert raw(attachment.view(QKV.format(0), "one")) == b"".join(arrays[name].tobytes() for _, name in members)
@@ -202,8 +213,8 @@ def test_views_of_some_tensors_and_components(here: Daemon, tmp_path: Path) -> N
 def test_other_architectures_have_no_views(here: Daemon, tmp_path: Path) -> None:
     path = checkpoints.write_random(tmp_path / "m.safetensors", 5, 1000)
     with weightd.connect(here.socket) as client, client.attach(path) as attachment:
-        assert attachment.views == attachment.copied() == {}
-        assert list(attachment.state_dict(layout="transformers")) == [f"t{number}" for number in range(5)]
+        assert attachment.views == {}
+        assert list(attachment.state_dict()) == [f"t{number}" for number in range(5)]
 
 
 def test_what_no_slot_can_hold_in_a_row_is_copied(here: Daemon, tmp_path: Path) -> None:
@@ -212,12 +223,11 @@ def test_what_no_slot_can_hold_in_a_row_is_copied(here: Daemon, tmp_path: Path) 
     path = checkpoints.write(tmp_path / "m.safetensors", arrays)
     with weightd.connect(here.socket) as client, client.attach(path) as attachment:
         assert attachment.views == {}
-        (reason,) = attachment.copied().values()
-        assert "'mlp.experts.0.down_proj.weight' has 60 bytes" in reason
-        stacked = attachment.state_dict(layout="transformers")["mlp.experts.down_proj"]
-        assert raw(stacked) == arrays["mlp.experts.0.down_proj.weight"].tobytes() + arrays[
-            "mlp.experts.1.down_proj.weight"
-        ].tobytes()  # fmt: skip
+        parts = [attachment.tensor(f"mlp.experts.{e}.down_proj.weight") for e in range(2)]
+        with Fusing(attachment) as fusing:
+            stacked = torch.cat(parts)
+        assert "has 60 bytes, no multiple of 256" in fusing.reason(stacked)
+        assert raw(stacked) == b"".join(arrays[f"mlp.experts.{e}.down_proj.weight"].tobytes() for e in range(2))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -258,16 +268,15 @@ def test_a_fine_tune_shares_the_rest_and_says_what_is_copied(
     one, other = paths.values() if base_first else reversed(paths.values())
     daemon = start_daemon(budget=4 * MIB + backend.page if hash_first else 64 * MIB)  # each has 3.4 MiB
     with daemon.connect() as client, client.attach(one, device=backend.device) as attachment:
-        check(attachment, first)
+        assert check(attachment, first) == {}
         assert listed(attachment) == names(0, 1)
         assert client.load_report(other, device=backend.device).unique_bytes == base[changed].nbytes
         with client.attach(other, device=backend.device) as another:
             assert listed(another) == names(0, 1) - {GATE_UP.format(0)}
-            (copied,) = another.copied().items()
+            (copied,) = check(another, second).items()
             assert copied[0] == GATE_UP.format(0)
-            assert "its 8 tensors lie in 3 places" in copied[1]
-            check(another, second)
-        check(attachment, first)
+            assert "the 8 stored tensors that it is made of lie in 3 places" in copied[1]
+        assert check(attachment, first) == {}
 
 
 @everywhere
@@ -284,8 +293,7 @@ def test_what_differs_as_a_whole_is_a_view_of_its_own(here: Daemon, backend: Bac
         client.load(one, device=backend.device, pin=True)
         with client.attach(other, device=backend.device) as attachment:
             assert listed(attachment) == names(0, 1) - {QKV.format(0)}
-            assert attachment.copied() == {}, "no parameter of transformers"
-            check(attachment, tuned)
+            assert check(attachment, tuned) == {}, "no parameter of transformers"
 
 
 @everywhere
@@ -300,12 +308,9 @@ def test_equal_layers_are_held_once_and_have_addresses_of_their_own(
     path = checkpoints.write(tmp_path / "m.safetensors", arrays)
     with weightd.connect(here.socket) as client, client.attach(path, device=backend.device) as attachment:
         assert listed(attachment) == names(0, 1) - {DOWN.format(1)}
-        copied = attachment.copied()
-        assert "lie in 2 places" in copied.pop(DOWN.format(1))
-        if backend.kind == "cuda_ipc":
-            assert "CUDA IPC" in copied.pop(GATE_UP.format(1))
-        assert copied == {}
-        check(attachment, arrays)
+        copied = check(attachment, arrays)
+        assert DOWN.format(1) in copied
+        assert (GATE_UP.format(1) in copied) is (backend.kind == "cuda_ipc"), "CUDA IPC maps memory once only"
         one, other = (attachment.view(GATE_UP.format(layer)) for layer in (0, 1))
         assert one.data_ptr() != other.data_ptr()
         assert raw(one) == raw(other)
@@ -315,18 +320,23 @@ def test_tensors_of_which_some_are_equal_to_others_are_no_view(start_daemon: Sta
     """They lie in a row, but no mapping of the row is theirs alone."""
     daemon = start_daemon(reader_threads=1)
     part = "mlp.experts.0.{}_proj.weight"
-    arrays = {name: random(name, 128, 128) for name in ("a", part.format("gate"), "b", part.format("up"))}
-    arrays[part.format("gate")] = arrays["a"]  # so up lies behind a, where gate was to lie
+    arrays = {name: random(name, 128, 128) for name in ("a", part.format("up"))}
+    base = checkpoints.write(tmp_path / "base.safetensors", arrays)
+    arrays[part.format("gate")] = arrays["a"]  # so up lies behind gate, which is the second name for its bytes
     path = checkpoints.write(tmp_path / "m.safetensors", arrays)
-    with daemon.connect() as client, client.attach(path) as attachment:
-        places = [attachment.tensors["", name].offset // (128 * 128 * 4) for name in arrays]
-        assert places == [0, 0, 2, 1]
+    with daemon.connect() as client:
+        client.load(base)
+        attachment = client.attach(path)
+    with attachment:
+        places = {name: attachment.tensors["", name].offset // (128 * 128 * 4) for name in arrays}
+        assert places == {"a": 0, part.format("gate"): 0, part.format("up"): 1}
         assert attachment.views == {}
-        assert "equal to others" in attachment.copied()["mlp.experts.gate_up_proj"]
-        state = attachment.state_dict(layout="transformers")
+        state = attachment.state_dict()
+        with Fusing(attachment):
+            made = torch.cat([state[part.format("gate")], state[part.format("up")]])
+        assert not attachment.holds(made.data_ptr(), made.nbytes)
         state["a"].zero_()
-        expected = arrays["a"].tobytes() + arrays[part.format("up")].tobytes()
-        assert raw(state["mlp.experts.gate_up_proj"]) == expected
+        assert raw(made) == arrays["a"].tobytes() + arrays[part.format("up")].tobytes()
 
 
 # -- memory in pieces ------------------------------------------------------------------------------------------------
@@ -351,53 +361,11 @@ def test_what_cannot_be_had_in_one_piece_is_loaded_all_the_same(
     with daemon.connect() as client:
         client.remove("full")
         with client.attach(path, device=backend.device) as attachment:
-            assert "its 2 tensors lie in 2 places" in attachment.copied()["mlp.experts.gate_up_proj"]
             assert listed(attachment) == {"mlp.experts.down_proj"}
-            state = attachment.state_dict(layout="transformers")
-            both = [experts[f"mlp.experts.0.{part}_proj.weight"].tobytes() for part in ("gate", "up")]
-            assert raw(state["mlp.experts.gate_up_proj"]) == b"".join(both)
+            parts = [f"mlp.experts.0.{part}_proj.weight" for part in ("gate", "up")]
+            with Fusing(attachment) as fusing:
+                made = torch.cat([attachment.tensor(part) for part in parts])
+            assert "lie in 2 places" in fusing.reason(made)
+            assert raw(made) == b"".join(experts[part].tobytes() for part in parts)
         assert {checkpoint.name for checkpoint in client.checkpoints()} == {"half", str(path)}
         assert client.stats().evictions == 0
-
-
-# -- transformers ------------------------------------------------------------------------------------------------------
-
-
-def tiny(family: str) -> Any:
-    """A model of transformers with random weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 256, "max_position_embeddings": 64,
-    }  # fmt: skip
-    more: dict[str, Any] = {
-        "Mixtral": {"num_local_experts": 4},
-        "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
-        "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64},
-        "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    }
-    config = getattr(transformers, f"{family}Config")(**sizes, **more[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-
-@pytest.mark.parametrize("shards", ["1GB", "200KB"])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "Qwen2Moe", "Olmoe"])
-def test_transformers_takes_all_of_it_as_it_lies_there(here: Daemon, family: str, shards: str, tmp_path: Path) -> None:
-    model = tiny(family)
-    model.save_pretrained(tmp_path, max_shard_size=shards)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 5) is (shards == "200KB")
-    with weightd.connect(here.socket) as client, client.attach(tmp_path) as attachment:
-        state = attachment.state_dict(layout="transformers")
-        assert attachment.copied() == {}
-        assert set(state) == set(model.state_dict())
-        assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-        loaded = type(model).from_pretrained(
-            None, config=model.config, state_dict=dict(state), device_map={"": "cpu"}, dtype=torch.float32
-        )
-        places = {name: tensor.data_ptr() for name, tensor in state.items()}
-        assert {name: parameter.data_ptr() for name, parameter in loaded.named_parameters()} == places
-        batch = torch.arange(12).reshape(2, 6)
-        with torch.inference_mode():
-            assert torch.equal(loaded(batch).logits, model(batch).logits)

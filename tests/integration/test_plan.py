@@ -155,6 +155,7 @@ def pipelines(folder: Path) -> list[Path]:
     for name, components in contents.items():
         for component, tensors in components.items():
             checkpoints.write(folder / name / component / "model.safetensors", tensors)
+        checkpoints.describe_pipeline(folder / name)
     return [folder / name for name in contents]
 
 
@@ -294,10 +295,43 @@ def test_exit_codes(tmp_path: Path) -> None:
 
 
 def test_a_name_in_two_files_of_a_component_is_refused_as_by_a_load(tmp_path: Path) -> None:
-    for name in ("one", "two"):
+    for name in ("m-1-of-2", "m-2-of-2"):
         checkpoints.write_random(tmp_path / "pipe" / "unet" / f"{name}.safetensors", 1, KIB)
+    checkpoints.describe_pipeline(tmp_path / "pipe")
     code, line = failure(tmp_path / "pipe")
-    assert (code, "two.safetensors: tensor 't0' is in another file of component 'unet' too" in line) == (1, True)
+    assert (code, "m-2-of-2.safetensors: tensor 't0' is in another file of component 'unet' too" in line) == (1, True)
+
+
+def test_an_index_decides_as_in_a_load(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    checkpoints.write(folder / "overlay.safetensors", {"t": u8("new", MIB)})
+    checkpoints.write(folder / "shard.safetensors", {"t": u8("stale", MIB), "own": u8("own", KIB)})
+    checkpoints.index(folder, {"t": "overlay.safetensors", "own": "shard.safetensors"})
+    other = checkpoints.write(tmp_path / "other.safetensors", {"x": u8("stale", MIB), "y": u8("new", MIB)})
+    found = planned(folder, other)
+    assert (found["total_bytes"], found["saved_bytes"], found["read_bytes"]) == (3 * MIB + KIB, MIB, 3 * MIB)
+    assert [checkpoint["tensors"] for checkpoint in found["checkpoints"]] == [2, 2]
+    checkpoints.index(folder, {"own": "shard.safetensors", "else": "overlay.safetensors"})
+    code, line = failure(folder)
+    assert (code, "tensor 't' is in another file too, and the index does not say whose counts" in line) == (1, True)
+
+
+def test_variants_are_planned_and_said(tmp_path: Path) -> None:
+    checkpoints.write(tmp_path / "m/model.fp16.safetensors", {"t": u8("half", KIB)})
+    taken = f"weightd: {tmp_path}/m: has weights of the variant fp16 only, which are taken\n"
+    assert run(tmp_path / "m").stderr == taken
+    checkpoints.write(tmp_path / "m/model.safetensors", {"t": u8("whole", 2 * KIB)})
+    (checkpoint,) = planned(tmp_path / "m", "--variant", "fp16")["checkpoints"]
+    assert (checkpoint["name"], checkpoint["total_bytes"]) == (f"fp16:{tmp_path}/m", KIB)
+    assert planned(tmp_path / "m")["total_bytes"] == 2 * KIB
+
+
+def test_a_folder_of_models_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        checkpoints.write(tmp_path / "models" / name / "model.safetensors", {"t": u8(name, KIB)})
+    code, line = failure(tmp_path / "models")
+    assert code == 2
+    assert f"2 checkpoints lie below it; give those that you mean, as {tmp_path}/models/a {tmp_path}/models/b" in line
 
 
 def test_too_many_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from support import checkpoints
 from support.backends import EVERY, Backend
 from support.content import content
 from support.shared import SharedDaemons
+from weightd.resolve import resolve
 
-CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")
+CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
+A, B, C = (letter * 40 for letter in "abc")
 
 everywhere = pytest.mark.backends(*EVERY)
 
@@ -54,8 +57,7 @@ def sharded(folder: Path) -> Path:
     checkpoints.write(folder / "consolidated.safetensors", {"a": filled(9)})
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     shards["c"] = shards["b"]
-    index = {"metadata": {"total_size": 60}, "weight_map": shards}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    checkpoints.index(folder, shards)
     return folder
 
 
@@ -90,6 +92,14 @@ def test_single_file(client: weightd.Client, tmp_path: Path, monkeypatch: pytest
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [(str(path),)]
 
 
+def test_where_a_checkpoint_with_a_name_came_from(client: weightd.Client, tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path / "m.safetensors", {"a": filled(1)})
+    client.load(path, name="base")
+    assert client.inspect("base").reference == str(path)
+    client.load(checkpoints.write(tmp_path / "copy.safetensors", {"a": filled(1)}), name="other")
+    assert client.inspect("other").reference == str(path)  # the files that are listed are those, too
+
+
 def test_sharded_directory(client: weightd.Client, tmp_path: Path) -> None:
     folder = sharded(tmp_path / "model")
     checkpoints.rest(*folder.iterdir())  # only then the daemon keeps in mind which files they were
@@ -110,17 +120,13 @@ def test_sharded_directory(client: weightd.Client, tmp_path: Path) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("listed", [True, False], ids=["model_index", "no model_index"])
-def test_pipeline(listed: bool, client: weightd.Client, tmp_path: Path) -> None:
+def test_pipeline(client: weightd.Client, tmp_path: Path) -> None:
     folder = pipeline(tmp_path / "pipe")
     expected = dict(PIPELINE)
     checkpoints.write(folder / "whole.safetensors", {"all": filled(7)})
-    if listed:
-        index = {"_class_name": "P", "feature": [None, None]}
-        index |= {component: ["library", "Class"] for component in ("unet", "vae", "text_encoder")}
-        (folder / "model_index.json").write_text(json.dumps(index))
-    else:
-        expected["", "all"] = [7]
+    index = {"_class_name": ["own", "P"], "_ignore_files": ["a", "b"], "feature": [None, None]}
+    index |= {component: ["library", "Class"] for component in ("unet", "vae", "text_encoder")}
+    (folder / "model_index.json").write_text(json.dumps(index))
     client.load(folder, name="pipe")
     with client.attach("pipe") as attachment:
         assert set(attachment.components) == {component for component, _ in expected}
@@ -131,8 +137,24 @@ def test_pipeline(listed: bool, client: weightd.Client, tmp_path: Path) -> None:
         assert values(attachment) == {("unet", "v"): [2]}
     details = client.inspect("pipe")
     assert {part.name: part.tensors for part in details.components} == {
-        "text_encoder": 3, "unet": 2, "vae": 1, **({} if listed else {"": 1}),
+        "text_encoder": 3, "unet": 2, "vae": 1,
     }  # fmt: skip
+
+
+def test_variant_of_a_pipeline(client: weightd.Client, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Components that lack it are taken as they are; both are resident then, under names of their own."""
+    folder = checkpoints.describe_pipeline(pipeline(tmp_path / "pipe"))
+    plain, half = client.load(folder), client.load(resolve(folder, "fp16"))
+    assert (plain.names, half.names) == ((str(folder),), (f"fp16:{folder}",))
+    with client.attach(resolve(folder, "fp16")) as attachment:
+        assert values(attachment) == PIPELINE | {("vae", "w"): [8]}
+    with client.attach(folder) as attachment:
+        assert values(attachment) == PIPELINE
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert caplog.messages == []
+    with client.attach(folder) as attachment:
+        assert values(attachment) == PIPELINE | {("vae", "w"): [8]}
+    assert caplog.messages == [f"{folder / 'vae'}: has weights of the variant fp16 only, which are taken"]
 
 
 def cached(cache: Path, repository: str, commits: dict[str, float], refs: dict[str, str]) -> Path:
@@ -153,11 +175,12 @@ def cached(cache: Path, repository: str, commits: dict[str, float], refs: dict[s
 def test_hugging_face_cache(client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in CACHE_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)  # read the environment of before
     cache = tmp_path / "hub"
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
-    cached(cache, "org/name", {"aaaa": 1, "bbbb": 2, "cccc": 3}, {"main": "aaaa", "v2": "bbbb", "refs/pr/1": "cccc"})
-    expected = {"org/name": 1, "org/name@v2": 2, "org/name@refs/pr/1": 3, "org/name@aaaa": 1, "org/name@bbbb": 2}
+    cached(cache, "org/name", {A: 1, B: 2, C: 3}, {"main": A, "v2": B, "refs/pr/1": C})
+    expected = {"org/name": 1, "org/name@v2": 2, "org/name@refs/pr/1": 3, f"org/name@{A}": 1, f"org/name@{B}": 2}
     for reference, value in expected.items():
         info = client.load(reference)
         assert reference in info.names
@@ -165,7 +188,7 @@ def test_hugging_face_cache(client: weightd.Client, tmp_path: Path, monkeypatch:
             assert values(attachment) == {("", "w"): [value]}, reference
     assert client.stats().checkpoints == 3
     # A new download moves main, as `hf download` does; the name goes with the next load.
-    (cache / "models--org--name" / "refs" / "main").write_text("bbbb")
+    (cache / "models--org--name" / "refs" / "main").write_text(B)
     with client.attach("org/name") as attachment:
         assert values(attachment) == {("", "w"): [1]}
     assert "org/name" in client.load("org/name").names
@@ -179,10 +202,11 @@ def test_hugging_face_cache(client: weightd.Client, tmp_path: Path, monkeypatch:
 
 def test_hugging_face_cache_misses(client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub"
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(cache))
     with pytest.raises(weightd.NotFoundError, match="hf download org/name"):
         client.load("org/name")
-    folder = cached(cache, "org/name", {"aaaa": 1}, {"main": "aaaa"})
+    folder = cached(cache, "org/name", {A: 1}, {"main": A})
     with pytest.raises(weightd.NotFoundError, match="hf download org/name --revision v9"):
         client.load("org/name@v9")
     shutil.rmtree(folder / "blobs")
@@ -193,15 +217,90 @@ def test_hugging_face_cache_misses(client: weightd.Client, tmp_path: Path, monke
 @pytest.mark.parametrize("component", ["", "unet"])
 def test_one_name_in_two_files_of_a_component(component: str, client: weightd.Client, tmp_path: Path) -> None:
     folder = tmp_path / "m" / component
-    checkpoints.write(folder / "one.safetensors", {"a": filled(1), "b": filled(2)})
-    checkpoints.write(folder / "two.safetensors", {"b": filled(2), "c": filled(3)})
+    checkpoints.write(folder / "m-1-of-2.safetensors", {"a": filled(1), "b": filled(2)})
+    checkpoints.write(folder / "m-2-of-2.safetensors", {"b": filled(2), "c": filled(3)})
+    if component:
+        checkpoints.describe_pipeline(tmp_path / "m")
     with pytest.raises(weightd.FormatError, match="tensor 'b' is in another file"):
         client.load(tmp_path / "m")
     assert client.checkpoints() == []
-    # The same name in two components is no fault.
-    (folder / "other").mkdir()
-    (folder / "two.safetensors").rename(folder / "other" / "two.safetensors")
-    assert client.load(tmp_path / "m").tensors == 4
+
+
+OVERLAY = "model-00000-overlay.safetensors"  # sorts before the shards: the order of files is not what decides
+
+
+def overlaid(folder: Path) -> Path:
+    """Two shards, and a file that the index names for a tensor which a shard still has."""
+    sharded(folder)
+    checkpoints.write(folder / "below" / OVERLAY, {"b": filled(7), "d": filled(4)})
+    shards = {"a": "model-00001-of-00002.safetensors", "b": f"below/{OVERLAY}"}
+    checkpoints.index(folder, shards | {"c": "model-00002-of-00002.safetensors"})
+    return folder
+
+
+OVERLAID = {("", "a"): [1], ("", "b"): [7], ("", "c"): [3], ("", "d"): [4]}
+
+
+@everywhere
+@pytest.mark.parametrize("component", ["", "text_encoder"])
+def test_the_index_decides_whose_tensor_counts(component: str, client: weightd.Client, tmp_path: Path) -> None:
+    overlaid(tmp_path / "m" / component)
+    if component:
+        checkpoints.describe_pipeline(tmp_path / "m")
+    expected = {(component, name): value for (_, name), value in OVERLAID.items()}
+    report = client.load_report(tmp_path / "m")
+    assert report is not None
+    assert (report.tensors, report.total_bytes) == (4, 80)
+    with client.attach(tmp_path / "m") as attachment:
+        assert values(attachment) == expected
+        assert attachment.metadata(component=component, file="model-00001-of-00002.safetensors") == {"format": "pt"}
+    sources = [source.file for source in client.inspect(tmp_path / "m").sources]
+    assert sources == [f"below/{OVERLAY}", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def test_files_are_known_by_their_index_too(client: weightd.Client, tmp_path: Path) -> None:
+    """The same files under another index are other content, and are not answered from memory as if they were not."""
+    folder = overlaid(tmp_path / "m")
+    checkpoints.rest(*folder.rglob("*.*"))
+    before = client.load_report(folder)
+    again = client.load_report(folder)
+    assert before is not None
+    assert again is not None
+    assert (before.read_bytes > 0, again.read_bytes, again.content_digest) == (True, 0, before.content_digest)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    checkpoints.index(folder, index | {"b": "model-00002-of-00002.safetensors", "d": f"below/{OVERLAY}"})
+    checkpoints.rest(*folder.rglob("*.*"))
+    with client.attach(folder) as attachment:
+        assert values(attachment) == OVERLAID | {("", "b"): [2]}
+        assert attachment.content_digest != before.content_digest
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [({}, "does not say whose counts"), ({"b": "model-00001-of-00002.safetensors"}, "says that it is in 'model-00001")],
+)
+def test_an_index_that_does_not_decide(
+    said: dict[str, str], words: str, client: weightd.Client, tmp_path: Path
+) -> None:
+    folder = overlaid(tmp_path / "m")
+    shards = {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors", "d": f"below/{OVERLAY}"}
+    checkpoints.index(folder, shards | said)
+    with pytest.raises(weightd.FormatError, match=f"tensor 'b' is in another file too, and the index {words}"):
+        client.load(folder)
+    assert client.checkpoints() == []
+
+
+def test_a_folder_of_models_is_no_checkpoint(client: weightd.Client, tmp_path: Path) -> None:
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        sharded(tmp_path / "out" / name)
+    (tmp_path / "out" / "training_args.bin").touch()
+    with pytest.raises(weightd.InvalidReferenceError) as caught:
+        client.load(tmp_path / "out")
+    listed = f"{tmp_path}/out/checkpoint-1000 {tmp_path}/out/checkpoint-500"
+    assert str(caught.value) == (
+        f"{tmp_path}/out: has no weights of its own; 2 checkpoints lie below it; give those that you mean, as {listed}"
+    )
+    assert client.checkpoints() == []
 
 
 def test_what_cannot_be_loaded(client: weightd.Client, tmp_path: Path) -> None:

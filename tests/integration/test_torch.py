@@ -420,6 +420,7 @@ def test_module_trains_on_assigned_weights(net_path: Path, here: Daemon) -> None
 def test_pipeline_has_a_state_dict_per_component(here: Daemon, tmp_path: Path) -> None:
     for component in ("unet", "vae"):
         checkpoints.write(tmp_path / component / "model.safetensors", {"w": np.full(3, len(component), np.float32)})
+    checkpoints.describe_pipeline(tmp_path)
     with weightd.connect(here.socket) as client:
         with client.attach(tmp_path) as attachment:
             assert attachment.components == ("unet", "vae")

@@ -8,6 +8,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,10 @@ def test_loading_in_place_is_refused_while_weights_are_shared(daemon: Daemon, ll
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"device_map": "auto"}, "say device="),
+        ({"device_map": {"model": 0, "lm_head": "cpu"}}, "means 2 devices"),
+        ({"device": "cuda:0", "device_map": "cpu"}, "say one"),
+        ({"cache_dir": "/elsewhere"}, "it has a cache of its own"),
+        ({"torch_dtype": "float16"}, r"float16 is asked for, but torch\.float32 is"),
         ({"gguf_file": "x.gguf"}, "gguf_file is not supported on attached tensors"),
         ({"use_safetensors": False}, "asks for pickles"),
         ({"dtype": "float7"}, "torch has no such dtype"),
@@ -320,6 +324,7 @@ def test_arguments_that_cannot_be(daemon: Daemon, llama: Path, arguments: dict[s
     ("change", "message"),
     [
         (lambda path: (path / "adapter_config.json").write_text("{}"), "it is an adapter"),
+        (lambda path: (path / "config.json").rename(path / "adapter_config.json"), "it is an adapter"),
         (lambda path: edit(path, quantization_config={"quant_method": "fp8"}), "it is quantised"),
         (lambda path: edit(path, architectures=["NoSuchModel"]), "names no class of transformers"),
         (lambda path: (path / "model.safetensors").rename(path / "model.bin"), "has neither model.safetensors nor"),
@@ -333,6 +338,71 @@ def test_checkpoints_that_cannot_be(daemon: Daemon, llama: Path, change: Any, me
     with pytest.raises(weightd.WeightdError, match=message):
         from_pretrained(llama)
     assert daemon.connect().leases() == []
+
+
+@pytest.mark.parametrize("integration", ["transformers", "install"])
+@pytest.mark.parametrize("name", ["checkpoint-500", "tuned.safetensors", "~", "llama@main"])
+def test_what_is_no_folder_is_never_another_one(
+    daemon: Daemon, installed: Any, llama: Path, integration: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a trainer's checkpoint that was deleted, below the folder of a model; transformers knows neither `~` nor @."""
+    transformers = models.quiet()
+    shutil.copy(llama / "model.safetensors", llama / "tuned.safetensors")
+    monkeypatch.setenv("HOME", str(llama))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = name if name == "~" or "@" in name else str(llama / name)
+    if integration == "install":
+        installed.install()
+        with pytest.raises((OSError, ValueError)):  # by version
+            transformers.AutoModelForCausalLM.from_pretrained(path)
+    elif name != "~":  # which weightd knows
+        with pytest.raises(weightd.WeightdError) as error:
+            installed.from_pretrained(path, model_class=transformers.AutoModelForCausalLM)
+        assert name in str(error.value)
+        assert "config.json" not in str(error.value)
+    assert daemon.connect().leases() == []
+
+
+def test_a_folder_without_a_configuration_is_named(daemon: Daemon, installed: Any, llama: Path) -> None:
+    (llama / "config.json").unlink()
+    with pytest.raises(weightd.NotFoundError, match=rf"{llama}: has no config\.json"):
+        installed.from_pretrained(llama)
+
+
+@pytest.mark.parametrize("spelling", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", "torch.bfloat16", "object"])
+def test_a_dtype_in_every_spelling(daemon: Daemon, installed: Any, tmp_path: Path, spelling: str, value: str) -> None:
+    import torch
+
+    path = models.write("llama", tmp_path, "bfloat16")
+    stored, other = (torch.bfloat16, torch.float32) if value == "object" else (value, value.replace("bfloat16", "half"))
+    assert installed.report(installed.from_pretrained(path, **{spelling: stored})).shared_ratio == 1.0
+    with pytest.raises(weightd.InvalidReferenceError, match=r"is asked for, but torch\.bfloat16 is stored"):
+        installed.from_pretrained(path, **{spelling: other})
+    cast = installed.from_pretrained(path, allow_copy=True, **{spelling: other})
+    assert cast.dtype is (torch.float32 if value == "object" else torch.float16)
+
+
+def test_a_variant(
+    daemon: Daemon, installed: Any, llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Given, or the only one there is; in unmodified code only where it is given, as transformers does."""
+    import torch
+
+    transformers = models.quiet()
+    only, load = tmp_path / "only", transformers.AutoModelForCausalLM.from_pretrained
+    load(llama, dtype=torch.float16).save_pretrained(only, variant="fp16")
+    shutil.copy(only / "model.fp16.safetensors", llama)
+    for path, given, dtype in [(only, {}, "float16"), (llama, {}, "float32"), (llama, {"variant": "fp16"}, "float16")]:
+        model = installed.from_pretrained(path, **given)
+        assert (installed.report(model).shared_ratio, model.dtype) == (1.0, getattr(torch, dtype))
+    assert "of the variant fp16 only" in caplog.text
+    with pytest.raises(weightd.NotFoundError, match=r"model\.fp8\.safetensors"):
+        installed.from_pretrained(llama, variant="fp8")
+    installed.install()
+    assert installed.report(load(llama, variant="fp16")).shared_ratio == 1.0
+    with pytest.raises(OSError, match=r"no file named"):
+        load(only)
 
 
 def edit(path: Path, **values: object) -> None:
@@ -411,20 +481,177 @@ def test_what_cannot_go_through_the_store_is_left_to_transformers(
     config = transformers.LlamaConfig(**models.SIZES)
     state = transformers.LlamaForCausalLM(config).state_dict()
     transformers.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=state)
-    transformers.AutoModelForCausalLM.from_pretrained(llama, device_map="auto")
-    transformers.AutoModelForCausalLM.from_pretrained(llama, dtype={"": "float32"})
+    for _ in range(2):
+        model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype={"": "float32"})
+    with pytest.raises(
+        weightd.InvalidReferenceError, match="LlamaForCausalLM shares no memory: it has a dtype for each"
+    ):
+        installed.report(model)
     with pytest.raises((OSError, ValueError), match="nowhere"):  # by version
         transformers.AutoModelForCausalLM.from_pretrained(llama / "nowhere")
     assert "names no checkpoint" in caplog.text
-    assert "a dtype for each of its parts" in caplog.text
-    assert "device_map 'auto' names no single device that could be" in caplog.text
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        f"{llama} is left to transformers and shares no memory: it has a dtype for each of its parts",
+    ]
     assert daemon.connect().checkpoints() == []
+
+
+@pytest.mark.parametrize(
+    "device_map", ["auto", "balanced", "sequential", "cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}]
+)
+def test_a_device_map_that_comes_to_one_device_is_shared(
+    daemon: Daemon, installed: Any, llama: Path, device_map: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert installed.report(installed.from_pretrained(llama, device_map=device_map)).shared_ratio == 1.0
+    transformers = models.quiet()
+    installed.install()
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, device_map=device_map)
+    assert installed.report(model).shared_ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("usable", "device"),
+    [({0: 1, "cpu": 9}, "cuda:0"), ({"cpu": 9}, "cpu"), ({0: 1, 1: 1, "cpu": 9}, None), ({"mps": 9}, None)],
+)
+def test_a_strategy_places_on_the_one_gpu_that_there_is(
+    installed: Any, monkeypatch: pytest.MonkeyPatch, usable: dict[Any, int], device: str | None
+) -> None:
+    from weightd.integrations import placement
+
+    monkeypatch.setattr("accelerate.utils.get_max_memory", lambda: usable)
+    if device is None:
+        with pytest.raises(weightd.InvalidReferenceError, match="device_map 'auto' means"):
+            placement.one_device("auto")
+    else:
+        assert placement.one_device("auto") == device
+
+
+def test_where_a_strategy_meets_no_room_transformers_places_the_model(
+    daemon: Daemon, installed: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = models.quiet()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise weightd.CapacityError("there is no room")
+
+    monkeypatch.setattr(weightd.Client, "attach", full)
+    installed.install()
+    with pytest.raises(weightd.CapacityError):
+        transformers.AutoModelForCausalLM.from_pretrained(llama)
+    transformers.AutoModelForCausalLM.from_pretrained(llama, device_map="auto")
+    assert f"{llama} is left to transformers and shares no memory: there is no room" in caplog.text
+
+
+def test_a_revision_names_the_one_that_is_loaded(installed: Any) -> None:
+    from weightd.integrations import files
+
+    assert files.at_revision("org/name", "v2") == files.at_revision("org/name@v2", "v2") == "org/name@v2"
+    assert files.at_revision("./folder", "v2") == "./folder"
+    with pytest.raises(weightd.InvalidReferenceError, match="say one"):
+        files.at_revision("org/name@v1", "v2")
+    with pytest.raises(weightd.NotFoundError, match="v2"):
+        installed.from_pretrained("org/no-such-name-in-the-cache", revision="v2")
+
+
+def test_weights_in_files_of_their_own_are_not_forgotten(
+    daemon: Daemon, installed: Any, llama: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some classes have names of files that transformers loads besides; a state_dict would lack what is in them."""
+    transformers = models.quiet()
+    monkeypatch.setattr(transformers.LlamaConfig, "extra_files", ("head.safetensors",), raising=False)
+    assert installed.report(installed.from_pretrained(llama)).shared_ratio == 1.0
+    shutil.copy(llama / "model.safetensors", llama / "head.safetensors")
+    with pytest.raises(weightd.InvalidReferenceError, match=r"some of its weights are in head\.safetensors"):
+        installed.from_pretrained(llama)
+    installed.install()
+    transformers.AutoModelForCausalLM.from_pretrained(llama)
+    assert "is left to transformers and shares no memory: some of its weights are in head.safetensors" in caplog.text
+
+
+def test_ties_of_biases_have_a_reason(daemon: Daemon, tmp_path: Path) -> None:
+    from weightd.integrations.transformers import from_pretrained, report
+
+    transformers = models.quiet()
+    for kind in ("Bert", "Roberta"):
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        )
+        path = tmp_path / kind
+        getattr(transformers, f"{kind}ForMaskedLM")(config).save_pretrained(path)
+        found = report(from_pretrained(path))
+        reasons = [one.reason for one in found.copied]
+        assert reasons in ([], ["transformers pads the bias of tied output embeddings, which copies it"])  # by version
+
+
+# -- training and threads ----------------------------------------------------------------------------------------------
+
+
+def test_training_on_shared_weights_says_what_to_do(
+    daemon: Daemon, installed: Any, llama: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch
+
+    ids = torch.arange(1, 7)[None]
+    model = installed.from_pretrained(llama)
+    for _ in range(2):
+        model.train()
+    told = [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
+    assert told == [
+        "LlamaForCausalLM: its weights are shared with other processes and stay as they are; only what is private is "
+        "trained. To train them, call make_private on that model first"
+    ]
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match=r"weights of LlamaForCausalLM are shared .*call make_private on that model"):
+        model(input_ids=ids, labels=ids).loss.backward()
+    with pytest.raises(weightd.InvalidReferenceError, match="requires_grad_ writes into weights"):
+        model.requires_grad_(True)
+    assert model.requires_grad_(False) is model
+    installed.make_private(model)
+    before = model.model.norm.weight.clone()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimiser.step()
+    assert not torch.equal(model.model.norm.weight, before)
+    with pytest.raises(
+        RuntimeError, match="does not require grad"
+    ) as error:  # torch's own words, where nothing is ours
+        torch.ones(1).sum().backward()
+    assert not isinstance(error.value, weightd.WeightdError)
+
+
+def test_one_thread_loads_at_a_time(
+    daemon: Daemon, installed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself leaves ties without memory where several do. Plain loads wait for ours as well."""
+    from weightd.integrations import pretrained
+
+    transformers = models.quiet()
+    path = models.write("llama-tied", tmp_path)
+    loading, most, original = [], [], pretrained.original
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        loading.append(None)
+        most.append(len(loading))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            loading.pop()
+
+    monkeypatch.setattr(pretrained, "original", counted)
+    ways = [installed.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda number: ways[number % 2](path), range(16)))
+    assert most == [1] * 16
+    assert not [name for model in made for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert {installed.report(model).shared_ratio for model in made[::2]} == {1.0}
 
 
 def test_another_dtype_in_unmodified_code(daemon: Daemon, installed: Any, llama: Path) -> None:
     transformers = models.quiet()
     installed.install()
-    with pytest.raises(weightd.InvalidReferenceError, match=r"leave dtype out, or say allow_copy=True"):
+    with pytest.raises(weightd.InvalidReferenceError, match=r"leave dtype out, or say install\(allow_copy=True\)"):
         transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16")
     installed.install(allow_copy=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype="bfloat16")
@@ -441,6 +668,6 @@ def test_without_a_daemon(
         transformers.AutoModelForCausalLM.from_pretrained(llama)
     installed.install(fallback="local")
     transformers.AutoModelForCausalLM.from_pretrained(llama)
-    assert "is loaded privately, it shares no memory" in caplog.text
+    assert f"{llama} is left to transformers and shares no memory: no weightd daemon" in caplog.text
     with pytest.raises(weightd.InvalidReferenceError, match="fallback 'never'"):
         installed.install(fallback="never")

@@ -53,6 +53,24 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
     return path
 
 
+def index(folder: Path, owners: Mapping[str, str], name: str = "model.safetensors.index.json") -> Path:
+    """Write an index: the file of each tensor."""
+    path = folder / name
+    path.write_text(json.dumps({"metadata": {}, "weight_map": dict(owners)}))
+    return path
+
+
+def describe_pipeline(folder: Path) -> Path:
+    """Write the model_index.json of a Diffusers pipeline, with all subfolders as its components."""
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    kinds = {
+        part.name: ["diffusers" if any(part.glob("diffusion_pytorch_model*")) else "transformers", "Component"]
+        for part in parts
+    }
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiffusionPipeline", **kinds}))
+    return folder
+
+
 def write_random(
     path: Path, count: int, size: int, seed: object = 0, shared: Mapping[int, object] | None = None
 ) -> Path:

@@ -38,3 +38,32 @@ sys.exit(main(loader_argv=(sys.executable, "-c", {!r})))
 def gated_argv(gate: Path) -> list[str]:
     """The `argv` of a Daemon whose loaders have read, and wait to hash, until `gate` exists."""
     return [sys.executable, "-c", _DAEMON.format(_LOADER.format(gate=str(gate)))]
+
+
+_STALLING = """
+import sys, threading
+from weightd_daemon.loader.child import main
+from weightd_daemon.loader.copying import Copier
+
+settled = threading.Event()
+copy, settle = Copier.copy, Copier._settle
+
+def stalling_copy(self, unit):
+    if any(tensor.spec.name == {stalled!r} for tensor in unit.tensors):
+        settled.wait({limit})
+    copy(self, unit)
+
+def telling_settle(self, found):
+    settle(self, found)
+    if any(tensor.spec.name == {awaited!r} for tensor, _, _ in found):
+        settled.set()
+
+Copier.copy, Copier._settle = stalling_copy, telling_settle
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def stalling_argv(stalled: str, awaited: str, limit: float = 5.0) -> list[str]:
+    """The `argv` of a Daemon whose loaders keep one tensor back until another has its blob, `limit` seconds at most."""
+    loader = _STALLING.format(stalled=stalled, awaited=awaited, limit=limit)
+    return [sys.executable, "-c", _DAEMON.format(loader)]

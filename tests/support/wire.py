@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from weightd._files import OpenedSources
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 
@@ -69,6 +70,13 @@ class Peer:
 def send_with(sock: socket.socket, data: bytes, descriptors: list[int]) -> None:
     """Send a message with descriptors."""
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
+
+
+def opened_as(descriptor: int, source: SourceFile) -> OpenedSources:
+    """A descriptor as the file that somebody says that it is."""
+    opened = OpenedSources(())
+    opened.fds, opened.sources, opened._paths = (descriptor,), (source,), (Path(source.file),)
+    return opened
 
 
 def source_of(descriptor: int, file: str = "m.safetensors") -> SourceFile:

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from . import checkpoints
+
 DATA = Path(__file__).resolve().parents[1] / "data"
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "F8_E4M3": 1}
 # Without one high exponent bit a float is finite.
@@ -48,7 +50,7 @@ def tensor_bytes(row: Row) -> bytes:
 
 
 def write(folder: Path, name: str) -> dict[str, list[Row]]:
-    """Write a workload's files below `folder`. Returns its manifest."""
+    """Write a workload's files below `folder`, pipelines with a model_index.json. Returns its manifest."""
     files = manifest(name)
     for file, rows in files.items():
         header: dict[str, Row] = {}
@@ -65,4 +67,6 @@ def write(folder: Path, name: str) -> dict[str, list[Row]]:
             out.write(struct.pack("<Q", len(encoded)) + encoded)
             for row in rows:
                 out.write(tensor_bytes(row))
+    for root in {folder / file.split("/")[0] for file in files if file.count("/") == 2}:
+        checkpoints.describe_pipeline(root)
     return files

@@ -29,6 +29,7 @@ from weightd.errors import (
     ProtocolMismatchError,
     WeightdError,
 )
+from weightd.resolve import files_of
 from weightd.types import (
     CheckpointDetails,
     CheckpointInfo,
@@ -148,7 +149,13 @@ class FakeClient:
         return self._answer(
             "inspect",
             CheckpointDetails(
-                CHECKPOINT, (ComponentInfo("unet", 3, 2 * GIB, GIB),), 4, (source,), "cuda_ipc", "clients can write"
+                CHECKPOINT,
+                (ComponentInfo("unet", 3, 2 * GIB, GIB),),
+                4,
+                (source,),
+                "cuda_ipc",
+                "clients can write",
+                "/models/base",
             ),
             reference,
             device,
@@ -374,6 +381,7 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "2x3" in printed
     assert "model.safetensors" in printed
+    assert re.search(r"^from +/models/base$", printed, re.M)
     assert main(["inspect", "base", "-q"]) == 0
     assert capsys.readouterr().out == f"{DIGEST}\n"
 
@@ -391,6 +399,38 @@ def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None
     assert captured.err == "", "no progress where stderr is no terminal"
     options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
     assert fake.calls == [("load", "./m", options)]
+
+
+def test_load_says_what_it_chooses(fake: FakeClient, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Notes of the client's own resolving, which the fake has not, and the hint of a shard that is named."""
+    (tmp_path / "model.fp16.safetensors").touch()
+    (tmp_path / "model-00001-of-00004.safetensors").touch()
+    shard = tmp_path / "model-00001-of-00004.safetensors"
+    fake.answers["load"] = lambda reference, _: files_of(reference) and RESULT
+    assert main(["load", str(shard)]) == 0
+    assert capsys.readouterr().err == f"weightd: {shard}: is shard 1 of 4 alone; give its folder for all of them\n"
+    shard.unlink()
+    assert main(["load", str(tmp_path)]) == 0
+    note = f"weightd: {tmp_path}: has weights of the variant fp16 only, which are taken\n"
+    assert capsys.readouterr().err == note
+    assert main(["load", str(tmp_path), "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["load", str(tmp_path), "--variant", "bf16"]) == 3
+    assert "has no weights of variant bf16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["load", "inspect", "pin", "unpin", "rm", "verify"])
+def test_variant(fake: FakeClient, tmp_path: Path, command: str) -> None:
+    """Every command that takes a reference takes one; where the files are gone, its name is still looked for."""
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.fp16.safetensors").touch()
+    assert main([command, str(tmp_path), "--variant", "fp16"]) == 0
+    resolved = fake.calls[-1][1]
+    assert resolved.name == f"fp16:{tmp_path}"
+    assert [source.file for source in resolved.sources] == ["model.fp16.safetensors"]
+    if command != "load":
+        assert main([command, f"{tmp_path}/gone", "--variant", "fp16"]) == 0
+        assert fake.calls[-1][1] == f"fp16:{tmp_path}/gone"
 
 
 def test_load_several(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,8 @@ WHO = {"pid": 7, "uid": 1000, "user": "alice"}
         (
             daemon_pb2.Event(kind="EVENT_KIND_EVICTED", content_digest=DIGEST, device="host", reason="capacity",
                              load=3, user="alice", uid=1000),
-            "evicted sha256:abababababab for load 3 by alice content=sha256:abababababab device=host reason=capacity",
+            "evicted sha256:abababababab for load 3 by alice (pid unknown) "
+            "content=sha256:abababababab device=host reason=capacity",
             "info",
         ),
         (

@@ -86,35 +86,3 @@ def test_a_view_of_no_component_is_an_error() -> None:
         _fused.listed(manifest)
     manifest.views[0].component = 0
     assert _fused.listed(manifest) == [VIEW]
-
-
-def experts(**changed: Any) -> list[TensorInfo]:
-    names = [f"m.block_sparse_moe.experts.{e}.{part}.weight" for e in range(2) for part in ("w1", "w3")]
-    return [info(0, "m.block_sparse_moe.gate.weight"), *(info(n + 1, name, **changed) for n, name in enumerate(names))]
-
-
-def test_parts_are_named_as_transformers_names_them() -> None:
-    every = experts()
-    view = _fused.Listed("", "m.mlp.experts.gate_up_proj", (1, 2, 3, 4), (2, 4, 64))
-    gate, fused = _fused.parts(every, views(view, rows=every))
-    assert (gate.name, gate.tensors, gate.view) == ("m.mlp.gate.weight", (every[0],), None)
-    assert (fused.name, fused.tensors, fused.reason) == (view.name, tuple(every[1:]), "")
-    assert fused.view is not None
-    assert fused.view.info.length == 2048
-
-
-@pytest.mark.parametrize(
-    ("every", "listed", "says"),
-    [
-        (experts(), [], "no view of it is listed"),
-        (experts(), [(4, 4, 32)], "no view of it is listed"),  # of another shape
-        (experts(offset=0), [], "its 4 tensors lie in 4 places"),
-        (experts(length=500), [], "has 500 bytes, no multiple of 256"),
-    ],
-)
-def test_parts_that_are_no_views_say_why(every: list[TensorInfo], listed: list[tuple[int, ...]], says: str) -> None:
-    there = [_fused.Listed("", "m.mlp.experts.gate_up_proj", (1, 2, 3, 4), shape) for shape in listed]
-    _, fused = _fused.parts(every, views(*there, rows=every))
-    assert fused.view is None
-    assert says in fused.reason
-    assert fused.shape == (2, 4, 64)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightd.layouts import Group, adjacent, groups, renamed
+from weightd.layouts import MAX_GROUP_TENSORS, Group, adjacent, arrangement, groups
 
 
 class Tensor(NamedTuple):
@@ -58,9 +58,8 @@ def test_mixtral() -> None:
     block = "model.layers.0.block_sparse_moe.experts"
     assert names(gate_up, tensors) == [f"{block}.{e}.{part}.weight" for e in range(12) for part in ("w1", "w3")]
     assert names(down, tensors) == [f"{block}.{e}.w2.weight" for e in range(12)]
-    assert gate_up[1:] == ("model.layers.0.mlp.experts.gate_up_proj", gate_up.members, (12, 512, 128), True, True)
-    assert down[1:] == ("model.layers.0.mlp.experts.down_proj", down.members, (12, 128, 256), True, True)
-    assert renamed(tensors[0].name) == "model.layers.0.mlp.gate.weight"
+    assert gate_up[1:] == (f"{block}.gate_up_proj", gate_up.members, (12, 512, 128), True)
+    assert down[1:] == (f"{block}.down_proj", down.members, (12, 128, 256), True)
 
 
 def test_qwen_and_dense_parts() -> None:
@@ -73,9 +72,6 @@ def test_qwen_and_dense_parts() -> None:
         "self_attn.qkv_proj.weight": (256, 128),
         "self_attn.qkv_proj.bias": (256,),
     }
-    assert [name for name, group in found.items() if not group.parameter] == [
-        "mlp.shared_expert.gate_up_proj.weight", "self_attn.qkv_proj.bias", "self_attn.qkv_proj.weight",
-    ]  # fmt: skip
     qkv = names(found["self_attn.qkv_proj.weight"], tensors)
     assert qkv == [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
 
@@ -176,7 +172,6 @@ def test_empty_tensors_and_scalars_are_in_no_group() -> None:
 def test_other_names_are_left_alone() -> None:
     for name in ("", ".", "weight", "q_proj.weight", "t0", "model.layers.0.self_attn.q_proj.qweight", "a.mlp.x.weight"):
         assert groups([tensor(name, 64, 64)]) == []
-        assert renamed(name) == name
 
 
 def test_adjacent() -> None:
@@ -185,3 +180,92 @@ def test_adjacent() -> None:
     assert not adjacent([(1, 256, 256), (2, 512, 256)])
     assert not adjacent([(1, 512, 256), (1, 256, 256)])
     assert not adjacent([(1, 0, 256), None])
+
+
+@pytest.mark.parametrize(
+    ("block", "parts", "fused"),
+    [
+        ("attention", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+        ("encoder_attn", ("k_proj", "v_proj"), "kv_proj"),
+        ("feed_forward", ("gate_proj", "up_proj"), "gate_up_proj"),
+        ("feed_forward", ("w1", "w3"), "w13"),
+        ("attention.self", ("query", "key", "value"), "qkv"),
+        ("attn", ("wq", "wk", "wv"), "wqkv"),
+        ("self_attn", ("q_a_proj", "kv_a_proj_with_mqa"), "fused_qkv_a_proj"),
+        ("self_attn.indexer", ("wk", "weights_proj"), "wk_weights_proj"),
+        ("linear_attn", ("in_proj_qkv", "in_proj_z"), "in_proj_qkvz"),
+        ("linear_attn", ("in_proj_b", "in_proj_a"), "in_proj_ba"),
+    ],
+)
+def test_what_engines_fuse(block: str, parts: tuple[str, ...], fused: str) -> None:
+    stem = f"model.layers.0.{block}"
+    tensors = [tensor(f"{stem}.{part}.weight", 64, 64) for part in (*reversed(parts), "out_proj")]
+    (group,) = groups(tensors)
+    assert group.name == f"{stem}.{fused}.weight"
+    assert names(group, tensors) == [f"{stem}.{part}.weight" for part in parts]
+
+
+@pytest.mark.parametrize("block", ["mlp", "ffn", "feed_forward", "block_sparse_moe", "mixer"])
+def test_experts_of_any_block(block: str) -> None:
+    every = [tensor(f"m.0.{block}.experts.{e}.{part}.weight", 64, 64) for e in range(2) for part in ("w1", "w2", "w3")]
+    assert [group.members for group in groups(every)] == [(0, 2, 3, 5), (1, 4)]
+    assert groups(every[:1] + every[2:3]) == groups([*every[:1], *every[2:3]])
+    assert groups(every[3:]) == [], "the first expert is missing"
+
+
+def test_a_part_of_two_rows_is_in_the_first_one() -> None:
+    tensors = [tensor(f"decoder.layers.0.encoder_attn.{part}_proj.weight", 64, 64) for part in "qkv"]
+    assert [group.members for group in groups(tensors)] == [(1, 2)]
+
+
+# -- what a load is asked for ------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_goes_before_the_table() -> None:
+    tensors = [tensor(f"self_attn.{part}_proj.weight", 64, 64) for part in "qkvo"]
+    numbers = [10, 11, 12, 13]
+    assert arrangement(tensors, numbers) == (((10, 11, 12),), 0, ())
+    assert arrangement(tensors, numbers, [[13, 11]]) == (((13, 11),), 1, ())
+
+
+@pytest.mark.parametrize(
+    ("group", "why"),
+    [
+        ([], "it has 0 tensors"),
+        ([0], "it has 1 tensors"),
+        (list(range(MAX_GROUP_TENSORS + 1)), "it has 4097 tensors"),
+        ([0, 9999], "no tensor 9999"),
+        ([0, 1, 0], "in a group already"),
+        ([0, 6], "in a group already"),
+        ([0, 2], "several components or dtypes"),
+        ([0, 3], "several components or dtypes"),
+        ([4, 0], "has 10 bytes, no multiple of 256"),
+        ([5, 0, 1], "bytes, and may have 2147483648"),
+    ],
+)
+def test_what_cannot_be_a_group_is_ignored_and_said(group: list[int], why: str) -> None:
+    tensors = [
+        tensor("a", 64, 64), tensor("b", 64, 64), tensor("c", 64, 64, dtype="F32"),
+        tensor("d", 64, 64, component="other"), tensor("e", 5), tensor("f", 1 << 30), tensor("g", 128), tensor("h", 64),
+    ]  # fmt: skip
+    found = arrangement(tensors, range(len(tensors)), [[6, 7], group])
+    assert found.groups == ((6, 7),)
+    assert found.asked == 1
+    assert len(found.ignored) == 1
+    assert found.ignored[0].startswith("group 1: ")
+    assert why in found.ignored[0]
+
+
+def test_only_some_reasons_are_given() -> None:
+    found = arrangement([tensor("a", 64)], [0], [[0]] * 20)
+    assert len(found.ignored) == 9
+    assert found.ignored[-1] == "and 12 more"
+
+
+@given(st.lists(st.lists(st.integers(0, 40), max_size=6), max_size=12))
+def test_whatever_is_asked_for_each_tensor_is_in_one_group(asked: list[list[int]]) -> None:
+    found = arrangement(EVERY, range(len(EVERY)), asked)
+    every = [number for group in found.groups for number in group]
+    assert len(every) == len(set(every))
+    assert set(every) <= set(range(len(EVERY)))
+    assert found.asked <= len(asked)

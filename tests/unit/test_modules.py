@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,32 +85,6 @@ def test_a_shape_that_does_not_fit_is_an_error(attach: Attach) -> None:
     wide = attach(weight=torch.zeros(4, 5), bias=torch.zeros(4))
     with wide as attachment, pytest.raises(RuntimeError, match="size mismatch for weight"):
         attachment.load_into(nn.Linear(3, 4), strict=False)
-
-
-def test_a_private_module_may_be_written_and_keeps_no_lease(attach: Attach, daemon: Daemon) -> None:
-    module = Tied()
-    with attach(**stored(Tied(), "head.weight")) as attachment:
-        attachment.load_into(module)
-        modules.keep_report(module, modules.examine(module, attachment, lambda name, _: ""))
-    assert modules.report(module).shared_ratio == 1.0
-    modules.make_private(module)
-    assert not modules.is_shared(module)
-    assert module.head.weight is module.embedding.weight
-    gc.collect()
-    assert daemon.connect().leases() == []
-
-
-def test_a_report_counts_each_storage_once_and_says_why(attach: Attach) -> None:
-    module = Tied()
-    with attach(**stored(Tied(), "head.weight")) as attachment:
-        attachment.load_into(module)
-        module.norm.weight = nn.Parameter(torch.ones(4))
-        found = modules.examine(module, attachment, lambda name, _: f"because of {name}")
-    assert found.shared_bytes == 6 * 4 * 4 + 4 * 4
-    assert found.copied == (modules.CopiedTensor("norm.weight", 16, "because of norm.weight"),)
-    assert found.shared_ratio == pytest.approx(112 / 128)
-    assert str(found) == "0.88 of the parameters shared: 112 bytes, 16 copied: norm.weight (because of norm.weight)"
-    assert modules.SharingReport(0).shared_ratio == 1.0
 
 
 def test_only_memory_that_is_attached_is_held(attach: Attach) -> None:

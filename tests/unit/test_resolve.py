@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from support.malformed import VALID
 from weightd import resolve as module
+from weightd._index import MAX_JSON_BYTES
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
-from weightd.resolve import Resolved, SourcePath, is_path, open_sources, reference_name, resolve
+from weightd.resolve import Resolved, SourcePath, folder_of, is_path, open_sources, reference_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,8 +26,9 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty working directory, home and cache."""
-    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+    for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)  # its word would count
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
@@ -42,12 +46,13 @@ def index(*shards: str) -> dict[str, object]:
     return {"metadata": {"total_size": 1}, "weight_map": {f"w{i}": shard for i, shard in enumerate(shards)}}
 
 
-def found(reference: str | os.PathLike[str]) -> list[str]:
-    return [f"{component}:{file}" for component, file, _ in resolve(reference).sources]
+def found(reference: str | os.PathLike[str], variant: str | None = None) -> list[str]:
+    return [f"{component}:{file}" for component, file, *_ in resolve(reference, variant).sources]
 
 
 class TestNames:
     def test_paths_become_absolute(self, tmp_path: Path) -> None:
+        (tmp_path / "cwd/a").mkdir()
         assert reference_name("./a/../b.safetensors") == str(tmp_path / "cwd/b.safetensors")
         assert reference_name("../x") == str(tmp_path / "x")
         assert reference_name("/a//b/./c") == "/a/b/c"
@@ -65,6 +70,51 @@ class TestNames:
         assert is_path("org/name")
         assert reference_name("org/name") == str(tmp_path / "cwd/org/name")
         assert found("org/name") == [":model.safetensors"]
+
+    def test_a_link_is_not_folded_away(self, tmp_path: Path) -> None:
+        """`link/..` is where the kernel goes, and the name says so: it is not the folder that the link lies in."""
+        link = tmp_path / "current"
+        link.symlink_to("release/v2")
+        (tmp_path / "release/v2").mkdir(parents=True)
+        for place in ("shared", "release/shared"):
+            put(tmp_path / place / "vae.safetensors", place)
+        for given in (f"{tmp_path}/current/../shared/vae.safetensors", "../current/../shared/vae.safetensors"):
+            for reference in (given, Path(given)):
+                with open_sources(resolve(reference)) as opened:
+                    assert os.pread(opened.fds[0], 99, 0) == b"release/shared"
+                assert reference_name(reference) == f"{tmp_path}/current/../shared/vae.safetensors"
+        assert reference_name(f"{tmp_path}/release/v2/../shared") == f"{tmp_path}/release/shared"
+        assert reference_name(f"{tmp_path}/current/../../shared") == f"{tmp_path}/current/../../shared"
+        assert folder_of(f"{tmp_path}/current/..").samefile(tmp_path / "release")
+        shutil.rmtree(tmp_path / "shared")
+        assert found("../current/../shared/vae.safetensors") == [":vae.safetensors"]
+
+    @pytest.mark.parametrize("end", ["/", "/.", "/..", "/../m.safetensors"])
+    def test_a_file_is_no_folder(self, tmp_path: Path, end: str) -> None:
+        path = put(tmp_path / "m.safetensors")
+        with pytest.raises(NotFoundError, match="no such file or directory"):
+            resolve(f"{path}{end}")
+
+    def test_what_is_there_is_not_expanded(self, tmp_path: Path) -> None:
+        put(tmp_path / "cwd/~/model.safetensors", "here")
+        put(tmp_path / "home/model.safetensors", "home")
+        with open_sources(resolve("~/model.safetensors")) as opened:
+            assert os.pread(opened.fds[0], 99, 0) == b"here"
+
+    def test_the_current_directory_is_gone(self, tmp_path: Path) -> None:
+        (tmp_path / "cwd").rmdir()
+        for reference in ("./m", Path("m")):
+            with pytest.raises(NotFoundError, match="current directory is gone"):
+                resolve(reference)
+            with pytest.raises(NotFoundError, match="current directory is gone"):
+                folder_of(reference)
+
+    def test_variants_have_names_of_their_own(self, tmp_path: Path) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        put(tmp_path / "cwd/m/model.fp16.safetensors")
+        assert resolve("m", "fp16").name == f"fp16:{tmp_path}/cwd/m" == reference_name("m", "fp16")
+        assert resolve("m").name == f"{tmp_path}/cwd/m"
+        assert reference_name("org/name@main", "fp16") == "fp16:org/name@main"
 
     def test_symlinks_are_kept(self, tmp_path: Path) -> None:
         put(tmp_path / "v1/model.safetensors")
@@ -133,30 +183,19 @@ class TestSingleFile:
 
 
 class TestDirectory:
-    def test_plain_files_are_sorted(self, tmp_path: Path) -> None:
-        for name in ("b.safetensors", "a.safetensors", "config.json", "pytorch_model.bin", ".hidden.safetensors"):
-            put(tmp_path / "m" / name)
-        assert found(tmp_path / "m") == [":a.safetensors", ":b.safetensors"]
-
     def test_index(self, tmp_path: Path) -> None:
         shards = ["model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"]
         put(tmp_path / "m/model.safetensors.index.json", index(*shards, shards[0]))
         for name in (*shards, "consolidated.safetensors"):
             put(tmp_path / "m" / name)
-        assert found(tmp_path / "m") == [":" + name for name in sorted(shards)]
+        assert found(tmp_path / "m") == [*(":" + name for name in sorted(shards)), ":model.safetensors.index.json"]
+        assert [source.is_index for source in resolve(tmp_path / "m").sources] == [False, False, True]
 
-    @pytest.mark.parametrize("variant", ["model.fp16.safetensors.index.json", "model.safetensors.index.fp16.json"])
-    def test_variant_index_is_skipped(self, tmp_path: Path, variant: str) -> None:
-        put(tmp_path / "model.safetensors.index.json", index("model-00001-of-00001.safetensors"))
-        put(tmp_path / variant, index("model.fp16-00001-of-00001.safetensors"))
-        put(tmp_path / "model-00001-of-00001.safetensors")
-        put(tmp_path / "model.fp16-00001-of-00001.safetensors")
-        assert found(tmp_path) == [":model-00001-of-00001.safetensors"]
-        (tmp_path / "model.safetensors.index.json").unlink()
-        assert found(tmp_path) == [":model.fp16-00001-of-00001.safetensors"]
-        put(tmp_path / "model.safetensors")
-        (tmp_path / "model-00001-of-00001.safetensors").unlink()
-        assert found(tmp_path) == [":model.safetensors"]
+    def test_shards_below_the_folder(self, tmp_path: Path) -> None:
+        put(tmp_path / "model.safetensors.index.json", index("a/b/x.safetensors", "y.safetensors"))
+        put(tmp_path / "a/b/x.safetensors")
+        put(tmp_path / "y.safetensors")
+        assert found(tmp_path)[:2] == [":a/b/x.safetensors", ":y.safetensors"]
 
     def test_several_indexes(self, tmp_path: Path) -> None:
         for stem in ("a", "b"):
@@ -165,7 +204,15 @@ class TestDirectory:
         with pytest.raises(InvalidReferenceError, match=r"several indexes \(a\.safe.*, b\.safe"):
             resolve(tmp_path)
         put(tmp_path / "diffusion_pytorch_model.safetensors.index.json", index("b.safetensors"))
-        assert found(tmp_path) == [":b.safetensors"]
+        assert found(tmp_path)[0] == ":b.safetensors"
+
+    def test_stale_index(self, tmp_path: Path) -> None:
+        """transformers takes the one file, so its index may lead nowhere."""
+        put(tmp_path / "model.safetensors")
+        put(tmp_path / "model.safetensors.index.json", index("model-00001-of-00002.safetensors"))
+        assert found(tmp_path) == [":model.safetensors"]
+        put(tmp_path / "model-00001-of-00002.safetensors")
+        assert found(tmp_path) == [":model.safetensors"]
 
     def test_missing_shard(self, tmp_path: Path) -> None:
         put(tmp_path / "model.safetensors.index.json", index("model-1.safetensors", "model-2.safetensors"))
@@ -177,12 +224,12 @@ class TestDirectory:
         assert "model.safetensors.index.json" in str(caught.value)
 
     @pytest.mark.parametrize(
-        "shard", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "a\\b.safetensors", "", ".", "..", "a\0"]
+        "shard", ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "a\\b.safetensors", "", ".", "a\0"]
     )
     def test_shard_that_leads_away(self, tmp_path: Path, shard: str) -> None:
         put(tmp_path / "x.safetensors")
         put(tmp_path / "m/model.safetensors.index.json", index(shard))
-        with pytest.raises(FormatError, match="not a plain file name"):
+        with pytest.raises(FormatError, match="leads out of the folder"):
             resolve(tmp_path / "m")
 
     @pytest.mark.parametrize(
@@ -212,58 +259,107 @@ class TestDirectory:
 
     def test_huge_index(self, tmp_path: Path) -> None:
         path = put(tmp_path / "model.safetensors.index.json", b"{}")
-        os.truncate(path, module.MAX_JSON_BYTES + 1)
+        os.truncate(path, MAX_JSON_BYTES + 1)
         with pytest.raises(FormatError, match="over the limit"):
             resolve(tmp_path)
 
     def test_index_that_is_a_fifo(self, tmp_path: Path) -> None:
-        os.mkfifo(tmp_path / "model.safetensors.index.json")
+        os.mkfifo(tmp_path / "x.safetensors.index.json")
         with pytest.raises(InvalidReferenceError, match="not a regular file"):
             resolve(tmp_path)
 
-    def test_variants(self, tmp_path: Path) -> None:
-        for name in (
-            "model.safetensors",
-            "model.fp16.safetensors",
-            "model.fp16.ema.safetensors",
-            "other.fp16.safetensors",
-            "big-00001-of-00002.safetensors",
-            "big-00002-of-00002.safetensors",
-            "big.fp16-00001-of-00001.safetensors",
-            "old-00001-of-00001.safetensors",
-            "old-00001-of-00001.fp16.safetensors",
-        ):
-            put(tmp_path / name)
-        assert found(tmp_path) == [
-            ":big-00001-of-00002.safetensors",
-            ":big-00002-of-00002.safetensors",
-            ":model.safetensors",
-            ":old-00001-of-00001.safetensors",
-            ":other.fp16.safetensors",
-        ]
-
-    def test_components(self, tmp_path: Path) -> None:
-        for name in ("model", "vae/v", "unet/u", "text/encoder/t", ".git/g", "1/2/3/4/deep", "1/2/3/4/5/deeper"):
+    @pytest.mark.parametrize(
+        ("there", "taken"),
+        [
+            (["model", "model.fp16", "consolidated", "original/model"], ["model"]),
+            (["diffusion_pytorch_model", "diffusion_pytorch_model.fp16"], ["diffusion_pytorch_model"]),
+            (["m-2-of-2", "m-1-of-2", "consolidated"], ["m-1-of-2", "m-2-of-2"]),
+            (["model-1-of-1", "x-1-of-1"], ["model-1-of-1"]),
+            (["m-1-of-2", "m-2-of-2", "m-1-of-3"], ["m-1-of-2", "m-2-of-2"]),
+            (["model-1-of-1", "model.fp16-1-of-1", "model-1-of-1.bf16"], ["model-1-of-1"]),
+            (["tuned", "tuned.fp16", "vae/model"], ["tuned"]),
+            (["adapter_model"], ["adapter_model"]),
+            (["model.fp16-1-of-2", "model.fp16-2-of-2"], ["model.fp16-1-of-2", "model.fp16-2-of-2"]),
+            (["model.fp16", "consolidated"], ["model.fp16"]),
+        ],
+        ids=lambda names: "+".join(names),
+    )
+    def test_the_root_is_all(self, tmp_path: Path, there: list[str], taken: list[str]) -> None:
+        for name in there:
             put(tmp_path / f"{name}.safetensors")
-        assert found(tmp_path) == [
-            ":model.safetensors",
-            "1/2/3/4:deep.safetensors",
-            "text/encoder:t.safetensors",
-            "unet:u.safetensors",
-            "vae:v.safetensors",
-        ]
+        for beside in ("config.json", "pytorch_model.bin", ".hidden.safetensors", "m.gguf", "model.safetensors.lock"):
+            put(tmp_path / beside, "{}")
+        assert found(tmp_path) == [f":{name}.safetensors" for name in taken]
 
-    def test_symlinked_folders(self, tmp_path: Path) -> None:
-        put(tmp_path / "m/vae/v.safetensors")
-        put(tmp_path / "elsewhere/u.safetensors")
-        (tmp_path / "m/unet").symlink_to(tmp_path / "elsewhere")
-        (tmp_path / "m/vae/up").symlink_to("..")
-        (tmp_path / "m/self").symlink_to("self")
-        assert found(tmp_path / "m") == ["unet:u.safetensors", "vae:v.safetensors"]
+    @pytest.mark.parametrize("there", [["a", "b"], ["a-1-of-1", "b-1-of-1"], ["m-1-of-1", "m-00001-of-00001"]])
+    def test_several_checkpoints(self, tmp_path: Path, there: list[str]) -> None:
+        for name in there:
+            put(tmp_path / f"{name}.safetensors")
+        listed = ", ".join(f"{name}.safetensors" for name in sorted(there))
+        with pytest.raises(InvalidReferenceError) as caught:
+            resolve(tmp_path)
+        assert f"has several checkpoints ({listed}); give one of them, as {tmp_path}/" in str(caught.value)
 
-    @pytest.mark.parametrize("name", ["pytorch_model.bin", "vae/m.ckpt"])
-    def test_only_pickles(self, tmp_path: Path, name: str) -> None:
-        put(tmp_path / name)
+    @pytest.mark.parametrize(("there", "missing"), [((1,), 2), ((2,), 1), ((1, 3), 2)])
+    def test_incomplete_set(self, tmp_path: Path, there: tuple[int, ...], missing: int) -> None:
+        for number in there:
+            put(tmp_path / f"model-{number:05}-of-00003.safetensors")
+        put(tmp_path / "consolidated.safetensors")
+        with pytest.raises(NotFoundError, match=f"shard {missing} of 3 is missing"):
+            resolve(tmp_path)
+
+    def test_a_set_that_says_too_much(self, tmp_path: Path) -> None:
+        put(tmp_path / "model-1-of-99999999999999.safetensors")
+        with pytest.raises(NotFoundError, match="shard 2 of 99999999999999 is missing"):
+            resolve(tmp_path)
+
+    def test_one_shard_by_name(self, tmp_path: Path) -> None:
+        path = put(tmp_path / "model-00001-of-00004.safetensors")
+        resolved = resolve(path)
+        assert [source.file for source in resolved.sources] == [path.name]
+        assert resolved.hint == f"{path}: is shard 1 of 4 alone; give its folder for all of them"
+        assert resolve(put(tmp_path / "m-00001-of-00001.safetensors")).hint == ""
+
+    def test_variant(self, tmp_path: Path) -> None:
+        for name in ["model.safetensors", "model.fp16.safetensors", "model.bf16-1-of-1.safetensors"]:
+            put(tmp_path / name)
+        put(tmp_path / "model.safetensors.index.bf16.json", index("model.bf16-1-of-1.safetensors"))
+        assert found(tmp_path, "fp16") == [":model.fp16.safetensors"]
+        assert found(tmp_path, "bf16") == [":model.bf16-1-of-1.safetensors", ":model.safetensors.index.bf16.json"]
+        with pytest.raises(NotFoundError, match="no weights of variant q8; leave it out"):
+            resolve(tmp_path, "q8")
+        with pytest.raises(InvalidReferenceError, match="is a file, which has no variant fp16"):
+            resolve(tmp_path / "model.safetensors", "fp16")
+        for bad in ("", "../x", "a/b", "."):
+            with pytest.raises(InvalidReferenceError, match="a part of file names"):
+                resolve(tmp_path, bad)
+
+    def test_only_variant_is_said(self, tmp_path: Path) -> None:
+        put(tmp_path / "model.fp16.safetensors")
+        resolved = resolve(tmp_path)
+        assert [source.file for source in resolved.sources] == ["model.fp16.safetensors"]
+        assert resolved.notes == (f"{tmp_path}: has weights of the variant fp16 only, which are taken",)
+        assert resolve(tmp_path, "fp16").notes == ()
+        put(tmp_path / "model.bf16.safetensors")
+        with pytest.raises(InvalidReferenceError, match=r"only as variants \(bf16, fp16\); say which with --variant"):
+            resolve(tmp_path)
+
+    def test_unreadable_and_foreign_things_beside(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are not even looked at, also by root, whom no mode keeps out."""
+        put(tmp_path / "model.safetensors")
+        put(tmp_path / "runs/events", "x")
+        (tmp_path / "self").symlink_to("self")
+        os.mkfifo(tmp_path / "model.safetensors.index.json")
+
+        def refuse(path: object) -> None:
+            raise PermissionError(13, "Permission denied", path)
+
+        monkeypatch.setattr(os, "scandir", refuse)
+        assert found(tmp_path) == [":model.safetensors"]
+
+    def test_only_pickles(self, tmp_path: Path) -> None:
+        put(tmp_path / "pytorch_model.bin")
+        put(tmp_path / "optimizer.pt")  # is first, and no weights
         with pytest.raises(InvalidReferenceError, match=r"torch\.load"):
             resolve(tmp_path)
 
@@ -277,8 +373,52 @@ class TestDirectory:
         put(tmp_path / "vae/m.safetensors")
         (tmp_path / "vae").chmod(0)
         with pytest.raises(PermissionDeniedError, match="vae"):
-            resolve(tmp_path)
+            resolve(tmp_path / "vae")
         (tmp_path / "vae").chmod(0o700)
+
+
+class TestFoldersOfModels:
+    """Never one checkpoint: the error says what is there, and what to type."""
+
+    def message(self, reference: str | os.PathLike[str]) -> str:
+        with pytest.raises(InvalidReferenceError) as caught:
+            resolve(reference)
+        head, _, tail = str(caught.value).partition(": has no weights of its own; ")
+        assert Path(head) == Path(reference)
+        return tail
+
+    def test_models(self, tmp_path: Path) -> None:
+        put(tmp_path / "m/a b/model.safetensors")
+        put(tmp_path / "m/org/name/model_index.json", "{}")
+        put(tmp_path / "m/org/name/vae/x.safetensors")
+        put(tmp_path / "m/notes/readme.txt", "")
+        (tmp_path / "m/again").symlink_to("..")
+        root = f"{tmp_path}/m"
+        expected = f"2 checkpoints lie below it; give those that you mean, as '{root}/a b' {root}/org/name"
+        assert self.message(tmp_path / "m") == expected
+
+    def test_one(self, tmp_path: Path) -> None:
+        put(tmp_path / "m/Q4_K/m.gguf")
+        assert self.message(tmp_path / "m") == f"one checkpoint lies below it; give it, as {tmp_path}/m/Q4_K"
+
+    def test_many(self, tmp_path: Path) -> None:
+        for number in range(12):
+            put(tmp_path / f"m/{number:02}/model.safetensors")
+        assert self.message(tmp_path / "m").endswith(f"{tmp_path}/m/04 and 7 more")
+
+    def test_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = tmp_path / "hf/hub"
+        TestCache.add(hub, "org/name", COMMIT, "main")
+        TestCache.add(hub, "org/name", "f" * 40)
+        TestCache.add(hub, "gpt2", COMMIT, "main")
+        elsewhere = f"{hub}/models--gpt2/snapshots/{COMMIT} {hub}/models--org--name/snapshots/{COMMIT}"
+        assert elsewhere in self.message(hub)
+        monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+        everything = f"3 checkpoints lie below it; give those that you mean, as gpt2 org/name org/name@{'f' * 40}"
+        assert self.message(hub) == self.message(tmp_path / "hf") == everything
+        assert self.message(hub / "models--gpt2") == "one checkpoint lies below it; give it, as gpt2"
+        for reference in ("gpt2", "org/name", f"org/name@{'f' * 40}"):
+            assert found(reference) == [":model.safetensors"]
 
 
 class TestGguf:
@@ -330,17 +470,13 @@ class TestGguf:
         put(tmp_path / "pytorch_model.bin")
         assert found(tmp_path) == [":m.gguf"]
 
-    def test_directory_with_one_below(self, tmp_path: Path) -> None:
-        self.put_parts(tmp_path / "Q4_K")
-        assert found(tmp_path) == [f"Q4_K:{name}" for name in self.PARTS]
-
     def test_directory_with_several(self, tmp_path: Path) -> None:
         self.put_parts(tmp_path)
         put(tmp_path / "mmproj.gguf")
         put(tmp_path / "Q8/m.gguf")
         with pytest.raises(InvalidReferenceError) as caught:
             resolve(tmp_path)
-        listed = "m-00001-of-00003.gguf, mmproj.gguf, Q8/m.gguf"
+        listed = "m-00001-of-00003.gguf, mmproj.gguf"
         assert str(caught.value) == f"{tmp_path}: holds several GGUF files ({listed}); give one of them"
 
     def test_directory_with_many(self, tmp_path: Path) -> None:
@@ -349,12 +485,10 @@ class TestGguf:
         with pytest.raises(InvalidReferenceError, match=r"m09\.gguf and 20 more\); give one of them"):
             resolve(tmp_path)
 
-    @pytest.mark.parametrize("name", ["model.safetensors", "vae/model.safetensors"])
-    def test_safetensors_win(self, tmp_path: Path, name: str) -> None:
+    def test_safetensors_win(self, tmp_path: Path) -> None:
         put(tmp_path / "m.gguf")
-        put(tmp_path / "vae/n.gguf")
-        put(tmp_path / name)
-        assert [source.path for source in resolve(tmp_path).sources] == [tmp_path / name]
+        put(tmp_path / "other.safetensors")
+        assert found(tmp_path) == [":other.safetensors"]
 
 
 class TestPipeline:
@@ -372,7 +506,75 @@ class TestPipeline:
         put(tmp_path / "vae/diffusion_pytorch_model.safetensors")
         put(tmp_path / "scheduler/scheduler_config.json", "{}")
         put(tmp_path / "v1-5-pruned.safetensors")  # the same once more, in one file
+        put(tmp_path / "not_listed/model.safetensors")
         assert found(tmp_path) == ["vae:diffusion_pytorch_model.safetensors"]
+
+    def test_keys_that_are_no_components(self, tmp_path: Path) -> None:
+        document = {
+            "_class_name": ["my_pipeline", "MyPipeline"],
+            "_ignore_files": ["a", "b"],
+            "vae": ["diffusers", "V"],
+        }
+        put(tmp_path / "model_index.json", dict(document))
+        put(tmp_path / "vae/diffusion_pytorch_model.safetensors")
+        assert found(tmp_path) == ["vae:diffusion_pytorch_model.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("library", "taken"), [("diffusers", "shard"), ("transformers", "model"), ("own", "model")]
+    )
+    def test_each_framework_has_its_rule(self, tmp_path: Path, library: str, taken: str) -> None:
+        """diffusers looks for its index before its file, and transformers the other way round."""
+        put(tmp_path / "model_index.json", {"part": [library, "X"]})
+        put(tmp_path / "part/model.safetensors")
+        put(tmp_path / "part/diffusion_pytorch_model.safetensors")
+        put(tmp_path / "part/diffusion_pytorch_model.safetensors.index.json", index("shard.safetensors"))
+        put(tmp_path / "part/shard.safetensors")
+        assert found(tmp_path)[0] == f"part:{taken}.safetensors"
+
+    def test_variants(self, tmp_path: Path) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "vae", "text")})
+        for name in (
+            "unet/diffusion_pytorch_model",
+            "unet/diffusion_pytorch_model.fp16",
+            "vae/diffusion_pytorch_model",
+        ):
+            put(tmp_path / f"{name}.safetensors")
+        put(tmp_path / "text/model.fp16.safetensors")
+        stem = "diffusion_pytorch_model"
+        text = "text:model.fp16.safetensors"
+        assert found(tmp_path) == [text, f"unet:{stem}.safetensors", f"vae:{stem}.safetensors"]
+        assert resolve(tmp_path).notes == (f"{tmp_path}/text: has weights of the variant fp16 only, which are taken",)
+        assert found(tmp_path, "fp16") == [text, f"unet:{stem}.fp16.safetensors", f"vae:{stem}.safetensors"]
+        plain = f"{tmp_path}/vae: has no weights of variant fp16; its plain ones are taken"
+        assert resolve(tmp_path, "fp16").notes == (plain,)
+        with pytest.raises(NotFoundError, match="no weights of variant bf16"):
+            resolve(tmp_path, "bf16")
+
+    def test_component_of_pickles(self, tmp_path: Path) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "safety")})
+        put(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+        put(tmp_path / "safety/pytorch_model.bin")
+        assert found(tmp_path) == ["unet:diffusion_pytorch_model.safetensors"]
+        assert "safety: is left out, for its weights are pickles" in resolve(tmp_path).notes[0]
+
+    def test_modules(self, tmp_path: Path) -> None:
+        """sentence-transformers: where the folder has no weights itself, its modules have."""
+        modules = [{"path": "0_Transformer"}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+        put(tmp_path / "modules.json", json.dumps(modules))
+        put(tmp_path / "0_Transformer/model.safetensors")
+        put(tmp_path / "1_Pooling/config.json", "{}")
+        put(tmp_path / "2_Dense/model.safetensors")
+        put(tmp_path / "onnx/model.safetensors")
+        assert found(tmp_path) == ["0_Transformer:model.safetensors", "2_Dense:model.safetensors"]
+        put(tmp_path / "model.safetensors")
+        assert found(tmp_path) == [":model.safetensors"]
+
+    @pytest.mark.parametrize("content", ["{}", "[1]", "[{}]", '[{"path": 1}]', '[{"path": "../x"}]', "["])
+    def test_damaged_modules(self, tmp_path: Path, content: str) -> None:
+        put(tmp_path / "m/modules.json", content)
+        put(tmp_path / "x/model.safetensors")
+        with pytest.raises(FormatError, match=r"modules\.json"):
+            resolve(tmp_path / "m")
 
     def test_missing_component(self, tmp_path: Path) -> None:
         put(tmp_path / "model_index.json", self.INDEX)
@@ -384,7 +586,7 @@ class TestPipeline:
         put(tmp_path / "m/model_index.json", {"../x": ["a", "b"]})
         put(tmp_path / "m/y.safetensors")
         put(tmp_path / "x/y.safetensors")
-        with pytest.raises(NotFoundError, match=r"'\.\./x'"):
+        with pytest.raises(FormatError, match=r"'\.\./x' leads out of the folder"):
             resolve(tmp_path / "m")
 
     @pytest.mark.parametrize("content", ["[]", "{", "1"])
@@ -398,7 +600,7 @@ class TestPipeline:
         put(tmp_path / "model_index.json", "{}")
         put(tmp_path / "m.safetensors")
         put(tmp_path / "vae/y.safetensors")
-        assert found(tmp_path) == [":m.safetensors", "vae:y.safetensors"]
+        assert found(tmp_path) == [":m.safetensors"]
 
 
 class TestCache:
@@ -443,13 +645,12 @@ class TestCache:
         assert found(snapshot / "model.Q8_0.gguf") == [":model.Q8_0.gguf"]
 
     def test_only_snapshot_without_ref(self, cache: Path) -> None:
+        """huggingface_hub does not guess that it is main."""
         snapshot = self.add(cache, "org/name")
-        assert resolve("org/name").sources[0].path.parent == snapshot
-        with pytest.raises(NotFoundError):
-            resolve("org/name@main")
-        self.add(cache, "org/name", "f" * 40)
-        with pytest.raises(NotFoundError):
-            resolve("org/name")
+        assert resolve(f"org/name@{COMMIT}").sources[0].path.parent == snapshot
+        for reference in ("org/name", "org/name@main"):
+            with pytest.raises(NotFoundError):
+                resolve(reference)
 
     def test_not_cached(self, cache: Path) -> None:
         with pytest.raises(NotFoundError) as caught:
@@ -471,7 +672,7 @@ class TestCache:
         with pytest.raises(NotFoundError, match="holds neither safetensors nor GGUF files; run `hf download org/name`"):
             resolve("org/name")
 
-    @pytest.mark.parametrize("content", ["", "../..", "a/b", "..", "a" * 200 + "\nb"])
+    @pytest.mark.parametrize("content", ["", "../..", "a/b", "..", "a" * 200 + "\nb", COMMIT + "\n"])
     def test_hostile_ref(self, cache: Path, content: str) -> None:
         self.add(cache, "org/name")
         put(cache / "models--org--name/refs/main", content)
@@ -480,7 +681,21 @@ class TestCache:
 
     @pytest.mark.parametrize(
         "bad",
-        ["a/b/c", "org/", "org/na me", "a--b/c", "org/..", "a..b/c", "-a/b", "a/b.", "müller/x", "org/name\n", "@main"],
+        [
+            "a/b/c",
+            "org/",
+            "org/na me",
+            "a--b/c",
+            "org/..",
+            "a..b/c",
+            "-a/b",
+            "a/b.",
+            "müller/x",
+            "org/name\n",
+            "@main",
+            "a.git",
+            "a" * 97,
+        ],
     )
     def test_bad_repository(self, cache: Path, bad: str) -> None:
         with pytest.raises(InvalidReferenceError, match="neither an existing path nor a repository id"):
@@ -502,8 +717,44 @@ class TestCache:
         assert looked_in() == "/xdg/huggingface/hub"
         monkeypatch.setenv("HF_HOME", "~/hf")
         assert looked_in() == str(tmp_path / "home/hf/hub")
+        monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", "~/older")
+        assert looked_in() == str(tmp_path / "home/older")
         monkeypatch.setenv("HF_HUB_CACHE", "$HOME/hub")
         assert looked_in() == str(tmp_path / "home/hub")
+        # Where the package is in memory, it has read the environment already.
+        monkeypatch.setitem(sys.modules, "huggingface_hub.constants", SimpleNamespace(HF_HUB_CACHE="/its/own"))
+        assert looked_in() == "/its/own"
+
+
+class TestFolderOf:
+    """A framework's reference: a folder, or a repository. Nothing stands for its parent."""
+
+    @pytest.mark.parametrize("reference", ["m", "./m", "../cwd/m"])
+    def test_folder(self, tmp_path: Path, reference: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        assert folder_of(reference).samefile(tmp_path / "cwd/m")
+        assert folder_of(Path(reference)).samefile(tmp_path / "cwd/m")
+
+    @pytest.mark.parametrize("gone", ["./m/checkpoint-500", "/nowhere/m", "~/m", "./m/model.safetensors/x"])
+    def test_what_is_not_there(self, tmp_path: Path, gone: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        with pytest.raises(NotFoundError, match="no such file or directory"):
+            folder_of(gone)
+
+    @pytest.mark.parametrize("name", ["model.safetensors", "tuned.safetensors", "x.gguf", "config.json"])
+    def test_file(self, tmp_path: Path, name: str) -> None:
+        put(tmp_path / "cwd/m/model.safetensors")
+        path = put(tmp_path / "cwd/m" / name)
+        for reference in (path, str(path), f"m/{name}"):
+            with pytest.raises(InvalidReferenceError, match=f"{name}: is a file, where a folder or org/name"):
+                folder_of(reference)
+
+    def test_repository(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        snapshot = TestCache.add(tmp_path / "hub", "org/name", COMMIT, "main")
+        assert folder_of("org/name").samefile(snapshot)
+        with pytest.raises(NotFoundError, match="hf download org/gone`"):
+            folder_of("org/gone")
 
 
 class TestOpenSources:
@@ -512,15 +763,16 @@ class TestOpenSources:
         return Resolved("x", (SourcePath("vae", "m", path),))
 
     def test_identity_and_close(self, tmp_path: Path) -> None:
-        for name in ("a.safetensors", "vae/b.safetensors"):
+        for name in ("vae/a.safetensors", "vae-2/b.safetensors"):
             put(tmp_path / name, name)
+        put(tmp_path / "model_index.json", {"vae": ["x", "y"], "vae-2": ["x", "y"]})
         with open_sources(resolve(tmp_path)) as opened:
             fds = opened.fds
             assert [(source.component, source.file) for source in opened.sources] == [
-                ("", "a.safetensors"),
-                ("vae", "b.safetensors"),
+                ("vae", "a.safetensors"),
+                ("vae-2", "b.safetensors"),
             ]
-            assert [os.pread(fd, 99, 0) for fd in fds] == [b"a.safetensors", b"vae/b.safetensors"]
+            assert [os.pread(fd, 99, 0) for fd in fds] == [b"vae/a.safetensors", b"vae-2/b.safetensors"]
             for fd, source in zip(fds, opened.sources, strict=True):
                 status = os.fstat(fd)
                 assert source.identity.inode == status.st_ino

@@ -35,6 +35,7 @@ MIB = 1 << 20
 WHO = Who(1000, False, "")
 FILES = (ManifestFile("", "f.safetensors", {"key": "value"}),)
 SOURCES = (SourceFile("", "f.safetensors", FileIdentity(1, 1 << 63, 3, 4, 5)),)
+INDEXED = (*SOURCES, SourceFile("", "f.safetensors.index.json", FileIdentity(1, 2, 3, 4, 5), is_index=True))
 HOLDER = Holder(1, 2, 1000, "python")
 
 
@@ -137,7 +138,7 @@ class Books:
         draft = asyncio.run(self.survival.prepare(content, "host"))
         checkpoint = self.store.seal(load, content, 5.0, draft)
         draft.discard()
-        checkpoint.origin, checkpoint.sources = SOURCES, [SOURCES]
+        checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
         self.survival.flip()
         self.store.end_load(load)
         self.reclaim()
@@ -226,7 +227,7 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
             assert again.bytes_of(name) == list(tensors.values())
             checkpoint = again.catalog.find(WHO, name)
             assert (checkpoint.owner, checkpoint.loaded, checkpoint.pinned) == (1000, 5.0, name == "a")
-            assert (checkpoint.origin, checkpoint.sources) == (SOURCES, [SOURCES])
+            assert (checkpoint.origin, checkpoint.sources, checkpoint.reference) == (SOURCES, [INDEXED], "/m")
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
         segments = {blob.segment for blob in again.store.blobs()}

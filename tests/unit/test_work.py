@@ -17,8 +17,11 @@ from weightd_daemon.loader.work import (
     arranged,
     batches,
     lanes,
+    lanes_in_file,
     most_lanes,
     on_threads,
+    parted,
+    repeated,
     units,
 )
 
@@ -164,3 +167,34 @@ def test_the_first_error_stops_all() -> None:
 
     with pytest.raises(ValueError, match="0"):
         on_threads(lanes(units(tensors([2 * MIB] * 100)), 1), 1, step)
+
+
+# -- what groups must not change, and what comes again ---------------------------------------------------------------
+
+
+@given(grouped(), grouped(), st.integers(1, 4))
+def test_groups_that_are_asked_for_make_no_more_lanes(
+    work: tuple[list[Tensor], list[list[int]]], other: tuple[list[Tensor], list[list[int]]], threads: int
+) -> None:
+    every, wanted = work
+    usual = [group for group in other[1] if all(number < len(every) for number in group)]
+    count = lanes_in_file(every, wanted, usual, threads)
+    runs = most_lanes(arranged(every, usual), threads)
+    assert 1 <= count <= threads
+    assert most_lanes(arranged(every, wanted), count) <= runs
+    assert len(lanes(units(arranged(every, wanted)), count)) <= runs
+    assert lanes_in_file(every, usual, usual, threads) == threads
+
+
+def test_what_comes_again_is_dealt_with_later() -> None:
+    every = tensors([MIB, 100, MIB, MIB, 100, MIB])
+    work = lanes(units(every), 1)
+    digests = {
+        tensor.number: digest for tensor, digest in zip(every, (b"a", b"s", b"b", b"a", b"s", b"a"), strict=True)
+    }
+    again = repeated(work, digests)
+    assert again == {3, 5}, "small tensors have blobs of their own"
+    first, later = ([t.number for lane in part for unit in lane for t in unit.tensors] for part in parted(work, again))
+    assert first == [0, 1, 2, 4]
+    assert later == [3, 5]
+    assert repeated(work, {**digests, 5: b"c"}) == {3}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import cuda_driver
 from .cuda_driver import call
 from .cuda_segments import CudaSegments
+from .ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -50,9 +51,14 @@ class IpcSegments(CudaSegments):
         if self._opened and not at_exit():
             cuda_driver.finish(self._ordinal, self._opened.clear, keeps=self._lease)
 
-    def ranges(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[Range]:
         """One for each handle. Private copies, which a second name gets, are not among them."""
-        return [(memory.address, self._sizes[segment]) for segment, memory in self._opened.items()]
+        owner = weakref.ref(self)
+        return [Range(*place, owner) for place in self.places().values()]
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each handle's memory, as copy 0 of its segment."""
+        return {(segment, 0): (memory.address, self._sizes[segment]) for segment, memory in self._opened.items()}
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`: for `copy` 0 of the shared bytes, else of a copy that lasts while it is used."""

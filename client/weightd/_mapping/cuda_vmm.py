@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from weightd.errors import DeviceError
 
 from . import cuda_driver
 from .cuda_segments import CudaSegments
+from .ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ class VmmSegments(CudaSegments):
     def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
         super().__init__(uuid)
         self._range: cuda_driver.AddressRange | None = None
-        self._offsets: dict[tuple[int, int], int] = {}
+        self._offsets: dict[tuple[int, int], tuple[int, int]] = {}
         if not wanted:
             return
         self._lease = lease
@@ -50,14 +52,19 @@ class VmmSegments(CudaSegments):
         if self._range is not None and not at_exit():
             cuda_driver.finish(self._ordinal, self._range.close, keeps=self._lease)
 
-    def ranges(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[Range]:
         """One for all."""
-        return [] if self._range is None else [(self._range.address, self._range.size)]
+        return [] if self._range is None else [Range(self._range.address, self._range.size, weakref.ref(self))]
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+        start = 0 if self._range is None else self._range.address
+        return {key: (start + offset, size) for key, (offset, size) in self._offsets.items()}
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Any:
         """A `cuda.core.Buffer`. A write through it kills this process's CUDA context."""
         cuda_driver.initialise()  # before any lock, which another thread may have held when this process was forked
-        place = self._offsets[segment, copy]
+        place, _ = self._offsets[segment, copy]
         assert self._range is not None  # there is a place in it
         return self._make_buffer(self._ordinal, self._range.address + place + offset, length, self)
 
@@ -69,7 +76,7 @@ class VmmSegments(CudaSegments):
             try:
                 for copy in range(one.copies):
                     addresses.map(offset, one.size, allocation)
-                    self._offsets[one.segment, copy] = offset
+                    self._offsets[one.segment, copy] = offset, one.size
                     offset += one.size
             finally:
                 cuda_driver.release(allocation)

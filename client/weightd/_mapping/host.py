@@ -12,9 +12,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from weightd._limits import limit_error
+
+from .ranges import Range
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,9 +69,14 @@ class Mapping:
             self._munmap(self._address, self.size)
             self._address = None
 
+    @property
+    def address(self) -> int:
+        """Where it is mapped; 0 once it is closed."""
+        return self._address or 0
+
     def buffer(self) -> memoryview:
         """The mapped bytes. The view, and every slice of it, keeps the mapping."""
-        array: Any = (ctypes.c_ubyte * self.size).from_address(self._address or 0)
+        array: Any = (ctypes.c_ubyte * self.size).from_address(self.address)
         array.mapping = self
         return memoryview(array).cast("B")
 
@@ -78,9 +86,9 @@ def map_lease(descriptor: int, size: int) -> Mapping:
     return Mapping(descriptor, size, writable=False)
 
 
-def map_segment(descriptor: int, size: int, lease: object) -> memoryview:
-    """Map a segment, copy-on-write; its buffer keeps the lease."""
-    return Mapping(descriptor, size, writable=True, keeps=lease).buffer()
+def map_segment(descriptor: int, size: int, lease: object) -> Mapping:
+    """Map a segment, copy-on-write; the mapping keeps the lease."""
+    return Mapping(descriptor, size, writable=True, keeps=lease)
 
 
 class HostSegments:
@@ -90,14 +98,21 @@ class HostSegments:
 
     def __init__(self, wanted: Sequence[Wanted], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
+        self._ranges: dict[tuple[int, int], Range] = {}
         for one in wanted:
             assert isinstance(one.handle, int)  # `open_segments` has looked
             for copy in range(one.copies):
-                self._buffers[one.segment, copy] = map_segment(one.handle, one.size, lease)
+                mapping = map_segment(one.handle, one.size, lease)
+                self._ranges[one.segment, copy] = Range(mapping.address, one.size, weakref.ref(mapping))
+                self._buffers[one.segment, copy] = mapping.buffer()
 
-    def ranges(self) -> list[tuple[int, int]]:
+    def ranges(self) -> list[Range]:
         """One for each mapping."""
-        return [(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view)) for view in self._buffers.values()]
+        return list(self._ranges.values())
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
+        return {key: (one.address, one.size) for key, one in self._ranges.items()}
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
         """The bytes, copy-on-write."""

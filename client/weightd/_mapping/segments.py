@@ -11,6 +11,8 @@ from .host import HostSegments
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from .ranges import Range
+
 Memory = memoryview | Any
 """A memoryview on the host, a `cuda.core.Buffer` on a GPU; `Any` for that one, which is not installed everywhere."""
 
@@ -34,8 +36,11 @@ class Segments(Protocol):
     def torch_device(self) -> str:
         """What torch calls the device in this process: "cpu", "cuda:1"."""
 
-    def ranges(self) -> list[tuple[int, int]]:
-        """Address and length of everything that is mapped."""
+    def ranges(self) -> list[Range]:
+        """Everything that is mapped."""
+
+    def places(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """Address and length of each mapping, by segment and copy."""
 
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> Memory:
         """`length` bytes, not 0, at an offset of a segment; `copy` is less than the segment's `copies`.

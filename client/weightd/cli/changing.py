@@ -10,7 +10,9 @@ from weightd.cli.context import (
     ReferencesArgument,
     SilentOption,
     SocketOption,
+    VariantOption,
     for_each,
+    meant,
     open_client,
 )
 from weightd.cli.output import emit, printable, size
@@ -20,12 +22,13 @@ def pin(
     context: typer.Context,
     reference: ReferenceArgument,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
     """Keep a checkpoint: it is not evicted until it is unpinned."""
     with open_client(context, socket) as client:
-        client.pin(reference, device)
+        client.pin(meant(reference, variant), device)
     if not quiet:
         emit(f"pinned {printable(reference)}")
 
@@ -34,12 +37,13 @@ def unpin(
     context: typer.Context,
     reference: ReferenceArgument,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
     """Let a checkpoint be evicted again when room is needed."""
     with open_client(context, socket) as client:
-        info = client.unpin(reference, device)
+        info = client.unpin(meant(reference, variant), device)
     if not quiet:
         others = "; other users keep it pinned" if info.pinned else ""
         emit(f"unpinned {printable(reference)}{others}")
@@ -49,6 +53,7 @@ def rm(
     context: typer.Context,
     references: ReferencesArgument,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
@@ -59,7 +64,7 @@ def rm(
     with open_client(context, socket) as client:
 
         def remove(reference: str) -> None:
-            freed = client.remove(reference, device)
+            freed = client.remove(meant(reference, variant), device)
             if not quiet:
                 emit(f"removed {printable(reference)}, freed {size(freed)}")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from weightd.cli.output import printable
-from weightd.errors import DaemonUnreachableError, WeightdError
+from weightd.errors import DaemonUnreachableError, NotFoundError, WeightdError
+from weightd.resolve import Resolved, reference_name, resolve
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -51,6 +54,10 @@ DeviceOption = Annotated[
     str | None,
     typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: wherever the checkpoint is]."),
 ]
+VariantOption = Annotated[
+    str | None,
+    typer.Option("--variant", metavar="NAME", help="Of a directory or repository the weights of a variant, as fp16."),
+]
 ReferenceArgument = Annotated[
     str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")
 ]
@@ -63,6 +70,29 @@ ReferencesArgument = Annotated[
 def say(message: str) -> None:
     """Write one line to stderr, whatever `message` contains."""
     sys.stderr.write(f"weightd: {printable(message)}\n")
+
+
+class _Saying(logging.Handler):
+    """Writes records as lines to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
+    """Tell the person what of their files is taken that they have not asked for; with `quiet` nothing."""
+    log, handler = logging.getLogger("weightd.resolve"), logging.NullHandler() if quiet else _Saying()
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 @dataclass(slots=True)
@@ -95,6 +125,19 @@ def open_client(context: typer.Context, socket: str | None) -> Client:
     """Reach the daemon; a `--socket` after the command's name wins over one before it."""
     settings: Settings = context.obj
     return connect(socket or settings.socket)
+
+
+def meant(reference: str, variant: str | None) -> str | Resolved:
+    """What a command that looks for a resident checkpoint asks for: its files, where a variant of them is meant.
+
+    Errors: those of weightd.resolve, but where no such files are there (any more) its name may still be.
+    """
+    if variant is None:
+        return reference
+    try:
+        return resolve(reference, variant)
+    except NotFoundError:
+        return reference_name(reference, variant)
 
 
 def for_each(context: typer.Context, references: Iterable[str], action: Callable[[str], None]) -> int:

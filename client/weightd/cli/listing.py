@@ -17,6 +17,8 @@ from weightd.cli.context import (
     QuietOption,
     ReferenceArgument,
     SocketOption,
+    VariantOption,
+    meant,
     open_client,
 )
 from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable, size
@@ -175,6 +177,7 @@ def inspect(
     context: typer.Context,
     reference: ReferenceArgument,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     output: FormatOption = Format.TABLE,
     quiet: QuietOption = False,
@@ -184,7 +187,7 @@ def inspect(
     """Show one checkpoint, its parts and its files."""
     listed: list[TensorInfo] = []
     with open_client(context, socket) as client:
-        details = client.inspect(reference, device)
+        details = client.inspect(meant(reference, variant), device)
         if tensors:
             found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
             with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
@@ -217,6 +220,7 @@ def _details_json(details: CheckpointDetails) -> dict[str, Any]:
         "segments": details.segments,
         "kind": details.kind,
         "note": details.note,
+        "reference": details.reference,
         "sources": sources,
     }
 
@@ -241,6 +245,8 @@ def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
         "loaded": ago(info.loaded_at),
         "last used": ago(info.last_used_at),
     }
+    if details.reference and details.reference not in info.names:
+        lines["from"] = details.reference
     if details.note:
         lines["note"] = details.note
     for label, value in lines.items():

@@ -15,13 +15,17 @@ from weightd.cli.context import (
     LoadDeviceOption,
     SilentOption,
     SocketOption,
+    VariantOption,
     for_each,
+    meant,
     open_client,
     say,
+    saying_what_is_chosen,
 )
 from weightd.cli.output import device as short_device
 from weightd.cli.output import digest, emit, emit_json, plural, printable, size
 from weightd.cli.progress import byte_bar
+from weightd.resolve import files_of
 from weightd.types import LoadProgress, LoadResult, VerifyProgress
 
 
@@ -31,6 +35,7 @@ def load(
         list[str], typer.Argument(metavar="REF...", help="Files, directories or org/name[@revision].")
     ],
     name: Annotated[str | None, typer.Option("--name", "-n", metavar="NAME", help="Name it; one REF only.")] = None,
+    variant: VariantOption = None,
     device: LoadDeviceOption = None,
     pin: Annotated[bool, typer.Option("--pin", help="Keep it until it is unpinned.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is resident.")] = True,
@@ -41,7 +46,8 @@ def load(
 ) -> None:
     """Load checkpoints into the daemon's memory.
 
-    REF is a file, a directory (sharded or a pipeline) or org/name[@revision] in the local Hugging Face cache.
+    REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
+    the local Hugging Face cache. A directory of models is none: name those that you mean.
     """
     if name is not None and len(references) > 1:
         raise typer.BadParameter(f"it names one checkpoint, and {len(references)} are given", param_hint="--name")
@@ -51,14 +57,14 @@ def load(
 
         def load_one(reference: str) -> None:
             try:
-                with byte_bar(quiet=quiet) as advance:
+                with saying_what_is_chosen(quiet=quiet), byte_bar(quiet=quiet) as advance:
 
                     def show(progress: LoadProgress) -> None:
                         if advance is not None:
                             advance(f"{progress.phase} {name or reference}", progress.done_bytes, progress.total_bytes)
 
                     result = client.load_report(
-                        reference,
+                        reference if variant is None else files_of(reference, variant),
                         name=name,
                         device=device,
                         pin=pin,
@@ -105,6 +111,7 @@ def verify(
         typer.Argument(metavar="[REF]", help="Name, content digest, file or directory [default: everything]."),
     ] = None,
     device: DeviceOption = None,
+    variant: VariantOption = None,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
@@ -118,6 +125,7 @@ def verify(
             if advance is not None:
                 advance("verifying", progress.done_bytes, progress.total_bytes)
 
-        result = client.verify(reference, device, on_progress=None if advance is None else show)
+        asked = None if reference is None else meant(reference, variant)
+        result = client.verify(asked, device, on_progress=None if advance is None else show)
     if not quiet:
         emit(f"verified {plural(result.done_blobs, 'blob')}, {size(result.done_bytes)}: clean")

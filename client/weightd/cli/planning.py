@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from weightd.cli.context import Format, FormatOption, Settings
+from weightd.cli.context import Format, FormatOption, Settings, VariantOption, say
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit, emit_json, emit_table, plural, size
 from weightd.cli.progress import byte_bar
@@ -29,6 +29,7 @@ def plan(
         list[str] | None,
         typer.Option("--manifest", metavar="FILE", help="Checkpoints described by a workload manifest; repeatable."),
     ] = None,
+    variant: VariantOption = None,
     state_dir: Annotated[
         str | None,
         typer.Option("--state-dir", metavar="DIR", help="Where the digest index is [default: as for `serve`]."),
@@ -38,7 +39,8 @@ def plan(
 ) -> None:
     """Say what sharing would save, without a daemon.
 
-    REF is a file, a directory (sharded or a pipeline) or org/name[@revision] in the local Hugging Face cache.
+    REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
+    the local Hugging Face cache. A directory of models is none: name those that you mean.
     """
     if not references and not manifest:
         raise typer.BadParameter("name at least one, or give --manifest", param_hint="REF")
@@ -46,6 +48,7 @@ def plan(
     settings: Settings = context.obj
     arguments = [f"--manifest={file}" for file in manifest or ()]
     arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
+    arguments += [] if variant is None else [f"--variant={variant}"]
     arguments += ["--debug"] if settings.debug else []
     with byte_bar(quiet=quiet) as advance:
 
@@ -84,6 +87,9 @@ def _ask(arguments: list[str], show: Callable[[int, int], None]) -> _Json:
                 if "plan" in message:
                     answer: _Json = message["plan"]
                     return answer
+                if "note" in message:
+                    say(message["note"])
+                    continue
                 if "error" in message:
                     raise from_wire(message["error"], message["message"])
                 show(message["done"], message["total"])

@@ -12,22 +12,27 @@ Weights keep the dtype they are stored in. Buffers are private copies. What writ
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 from weightd.resolve import folder_of
-from weightd.torch import device_name, shared_client
+from weightd.torch import shared_client
 
-from . import files, modules
-from .modules import CopiedTensor, SharingReport, is_shared, make_private
-from .pretrained import checked_dtype
+from . import files, modules, sharing
+from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
+from .modules import make_private
+from .placement import device_of
+from .pretrained import asked_dtype, checked_dtype
 from .pretrained import load as load_with_transformers
+from .sharing import CopiedTensor, SharingReport
 from .versions import require_tested
 
 VERSION = require_tested("diffusers")
@@ -37,10 +42,12 @@ import transformers  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
 from diffusers.loaders.lora_base import LoraBaseMixin  # noqa: E402
 from diffusers.loaders.peft import PeftAdapterMixin  # noqa: E402
+from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from weightd._files import SourcePath
     from weightd.attachment import Attachment
     from weightd.client import Client
 
@@ -48,90 +55,175 @@ __all__ = ["from_pretrained", "make_private", "report"]
 
 log = logging.getLogger(__name__)
 
+_rules: Any = pipeline_loading_utils  # Any: it has no types
+
 _INDEX = "model_index.json"
+_CONFIG = "config.json"
 _WEIGHTS = "*.safetensors"
+
+_UNSUPPORTED = ("max_memory", "parallel_config", "quantization_config", "use_flashpack", "use_onnx")
+"""Arguments of diffusers' `from_pretrained` that ask for what attached tensors cannot be."""
+
+_OF_NO_MATTER = (
+    "cache_dir", "disable_mmap", "force_download", "local_files_only", "low_cpu_mem_usage", "offload_folder",
+    "offload_state_dict", "proxies", "token", "use_safetensors", *_UNSUPPORTED,
+)  # fmt: skip
+"""Arguments of it that say how to find, fetch or read files; what they may say has been looked at."""
 
 
 def from_pretrained(
     reference: str | os.PathLike[str],
     *,
     device: str | int | torch.device = "cpu",
-    dtype: str | torch.dtype | None = None,
+    dtype: str | torch.dtype | Mapping[str, Any] | None = None,
+    variant: str | None = None,
     allow_copy: bool = False,
     client: Client | None = None,
     **kwargs: Any,
 ) -> Any:
     """A pipeline of diffusers, or a single model, on shared memory; `report` says what of it is.
 
-    `reference` is a directory or `org/name[@revision]` in the local Hugging Face cache; with `subfolder` one component
-    of a pipeline. `client` is the daemon to use (default: this process's own). `dtype` is the stored one; another would
-    copy every weight, and is an error unless `allow_copy`. A component that is given as an argument is taken as it is,
-    and other arguments are those of the `from_pretrained` of diffusers' pipelines.
-    Errors: InvalidReferenceError, NotFoundError (a component is missing), FormatError, CapacityError,
+    `reference` is a folder or `org/name[@revision]` in the local Hugging Face cache; with `subfolder` one component of
+    a pipeline. `client` is the daemon to use (default: this process's own). `dtype` (or `torch_dtype`) is the stored
+    one, or a map from components to theirs; another would copy every weight, and is an error unless `allow_copy`.
+    Files are those of `variant`, of components that have it; without one, a variant is taken where a component has no
+    other weights. A `device_map` that comes to one device is as `device`. A component that is given as an argument is
+    taken as it is, and other arguments are those of the `from_pretrained` of diffusers' pipelines.
+    Errors: InvalidReferenceError, NotFoundError (a component or the variant is missing), FormatError, CapacityError,
     DaemonUnreachableError, DeviceMismatchError, DeviceError, and whatever diffusers raises.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
+    reference = files.at_revision(reference, kwargs.pop("revision", None))
     folder = folder_of(reference) / subfolder
-    for name in ("torch_dtype", "device_map", "quantization_config", "variant"):
-        if kwargs.get(name) is not None:
-            said = {"torch_dtype": "; say dtype=", "device_map": "; say device="}.get(name, "")
-            raise InvalidReferenceError(f"{name} is not supported on attached tensors{said}")
+    place = device_of(device, kwargs.pop("device_map", None))
+    dtype = asked_dtype(dtype, kwargs)
+    _refuse(kwargs)
     is_pipeline = (folder / _INDEX).exists()
-    if kwargs and not is_pipeline:
-        raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(sorted(kwargs))}")
-    classes = _components(folder, kwargs) if is_pipeline else {"": _class_of(folder)}
-    paths = [path for name, cls in classes.items() for path in _files_of(cls)(folder / name, name)]
-    chosen = files.named(reference, subfolder, tuple(paths))
-    if not classes:
+    if is_pipeline:
+        parts = _components(folder, kwargs, variant)
+    elif unknown := sorted(set(kwargs).difference(_OF_NO_MATTER)):
+        raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(unknown)}")
+    else:
+        parts = {"": _single(folder, variant)}
+    chosen = files.named(reference, subfolder, tuple(path for part in parts.values() for path in part.files), variant)
+    if not parts:
         raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
     made: dict[str, Any] = {}
-    with (client or shared_client()).attach(chosen, device=device_name(device)) as attachment:
-        for name, cls in classes.items():
-            make = _model if issubclass(cls, diffusers.ModelMixin) else load_with_transformers
-            place = folder / name if name else folder
-            called = str(place) if name else os.fspath(reference)
-            made[name] = make(cls, attachment, place, name=called, component=name, dtype=dtype, allow_copy=allow_copy)
+    with (client or shared_client()).attach(chosen, device=place) as attachment:
+        for name, part in parts.items():
+            make = _model if issubclass(part.cls, diffusers.ModelMixin) else load_with_transformers
+            made[name] = make(
+                part.cls,
+                attachment,
+                folder / name if name else folder,
+                name=str(folder / name) if name else os.fspath(reference),
+                component=name,
+                dtype=dtype.get(name, dtype.get("default", torch.float32)) if isinstance(dtype, Mapping) else dtype,
+                allow_copy=allow_copy,
+            )
     if not is_pipeline:
         return made[""]
     load: Any = diffusers.DiffusionPipeline.from_pretrained  # Any: it has no types
-    return load(folder, **{"local_files_only": True, **made, **kwargs})
+    with loading():
+        return load(folder, **{"local_files_only": True, "variant": variant, **made, **kwargs})
 
 
 def report(loaded: Any) -> SharingReport:
-    """What a model, or all components of a pipeline, share. Errors: InvalidReferenceError (it came from elsewhere)."""
+    """What a model, or all components of a pipeline, share now. Errors: InvalidReferenceError (it came from elsewhere).
+
+    A component of a pipeline that has been left to diffusers, replaced or made private counts as private.
+    """
     if isinstance(loaded, torch.nn.Module):
-        return modules.report(loaded)
-    found = {name: modules.report(part) for name, part in _parts(loaded).items() if is_shared(part)}
-    if not found:
+        return sharing.report(loaded)
+    parts = _parts(loaded)
+    if not any(sharing.is_loaded(part) or sharing.is_shared(part) for part in parts.values()):
         raise InvalidReferenceError(f"{type(loaded).__name__} was not loaded through weightd, or is private now")
+    found = {name: sharing.look(part) for name, part in parts.items()}
 
     def all_of(kind: str) -> tuple[CopiedTensor, ...]:
         return tuple(one._replace(name=f"{name}.{one.name}") for name in found for one in getattr(found[name], kind))
 
-    return SharingReport(sum(part.shared_bytes for part in found.values()), all_of("copied"), all_of("buffers"))
+    return SharingReport(
+        sum(part.shared_bytes for part in found.values()),
+        all_of("copied"),
+        all_of("buffers"),
+        tuple(f"{name}.{one}" for name in found for one in found[name].missing),
+        all(part.writes_seen for part in found.values()),
+    )
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _components(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The classes of a pipeline's components that come from shared memory: those with weights, and not `given`.
+class _Part(NamedTuple):
+    """A component that comes from shared memory: its class, and the files of its weights."""
 
-    Errors: NotFoundError (its folder is missing), FormatError.
+    cls: Any
+    files: tuple[SourcePath, ...]
+
+
+class _NotOursError(Exception):
+    """Why a component is left to diffusers."""
+
+
+def _refuse(kwargs: dict[str, Any]) -> None:
+    """Errors: InvalidReferenceError (an argument asks for what attached tensors cannot be)."""
+    if asked := [name for name in _UNSUPPORTED if kwargs.get(name)]:
+        raise InvalidReferenceError(f"{asked[0]} is not supported on attached tensors")
+    if kwargs.get("use_safetensors") is False:
+        raise InvalidReferenceError("use_safetensors=False asks for pickles, which are not loaded")
+    if kwargs.get("cache_dir") is not None or kwargs.get("force_download"):
+        raise InvalidReferenceError("only the local Hugging Face cache is read: set HF_HUB_CACHE, or download first")
+
+
+def _components(folder: Path, given: dict[str, Any], variant: str | None) -> dict[str, _Part]:
+    """A pipeline's components that come from shared memory: those with weights, and not `given`.
+
+    Errors: NotFoundError (its folder is missing, or no component has the variant), FormatError, InvalidReferenceError.
     """
-    found: dict[str, Any] = {}
-    for name, value in _read_json(folder / _INDEX).items():
-        if name in given or not isinstance(value, list) or len(value) != 2 or value[0] is None:
+    index = _read_json(folder / _INDEX)
+    variants = _variants(folder, variant, index)
+    found: dict[str, _Part] = {}
+    for name, value in index.items():
+        if name.startswith("_") or name in given or not isinstance(value, list) or len(value) != 2 or value[0] is None:
             continue
-        if not (folder / name).is_dir():
-            raise NotFoundError(f"{folder / _INDEX}: lists component {name!r}, but there is no such folder beside it")
-        cls = _class_named(*value)
-        if not issubclass(cls, torch.nn.Module):
+        try:
+            part = _component(folder, name, value, variants.get(name))
+        except _NotOursError as error:
+            why = str(error)  # a record that kept the error would keep frames, and what is loaded in them
+            log.warning("%s: component %s is left to diffusers and shares no memory: %s", folder, name, why)
             continue
-        if issubclass(cls, transformers.PreTrainedModel | diffusers.ModelMixin) and any((folder / name).glob(_WEIGHTS)):
-            found[name] = cls
-        else:
-            log.warning("%s: component %s (%s) is left to diffusers: it shares no memory", folder, name, cls.__name__)
+        if part is not None:
+            found[name] = part
+    return found
+
+
+def _component(folder: Path, name: str, value: list[Any], variant: str | None) -> _Part | None:
+    """One component; None where it has no weights. Errors: _NotOursError, and those of `_components`."""
+    place = folder / name
+    cls = _class_named(place, *value)
+    if not issubclass(cls, torch.nn.Module):
+        if any(place.glob(_WEIGHTS)):
+            raise _NotOursError(f"{cls.__name__} is no module of torch")
+        return None
+    if not place.is_dir():
+        raise NotFoundError(f"{folder / _INDEX}: lists component {name!r}, but there is no such folder beside it")
+    if not issubclass(cls, transformers.PreTrainedModel | diffusers.ModelMixin):
+        raise _NotOursError(f"{cls.__name__} is a model of neither transformers nor diffusers")
+    if not any(place.glob(_WEIGHTS)):
+        raise _NotOursError(f"{place} holds no {_WEIGHTS}")
+    if (place / _CONFIG).exists() and _read_json(place / _CONFIG).get("quantization_config"):
+        raise _NotOursError("it is quantised")
+    return _Part(cls, _files_of(cls)(place, name, variant))
+
+
+def _variants(folder: Path, variant: str | None, index: dict[str, Any]) -> dict[str, str]:
+    """The variant of each component that has it, as diffusers tells. Errors: NotFoundError."""
+    if variant is None:
+        return {}
+    found: dict[str, str] = _rules._identify_model_variants(folder, variant, index)
+    if not found:
+        raise NotFoundError(f"{folder}: no component has weights of variant {variant!r}")
     return found
 
 
@@ -140,12 +232,25 @@ def _files_of(cls: Any) -> Any:
     return files.of_transformers if issubclass(cls, transformers.PreTrainedModel) else files.of_diffusers
 
 
-def _class_of(folder: Path) -> Any:
-    """The class of a single model. Errors: FormatError."""
-    cls = _class_named("diffusers", _read_json(folder / "config.json").get("_class_name"))
+def _single(folder: Path, variant: str | None) -> _Part:
+    """A single model. Errors: NotFoundError, FormatError, InvalidReferenceError."""
+    if not (folder / _CONFIG).exists():
+        raise NotFoundError(f"{folder}: has neither {_INDEX} nor {_CONFIG}; give the folder of a pipeline or a model")
+    config = _read_json(folder / _CONFIG)
+    name = config.get("_class_name")
+    if name is None and "model_type" in config:
+        raise InvalidReferenceError(
+            f"{folder}: a model of transformers; load it with weightd.integrations.transformers"
+        )
+    try:
+        cls = _class_named(folder, "diffusers", name)
+    except _NotOursError as error:
+        raise FormatError(f"{folder / _CONFIG}: {error}") from error
     if not issubclass(cls, diffusers.ModelMixin):
-        raise FormatError(f"{folder}: config.json names {cls.__name__}, which is no model of diffusers")
-    return cls
+        raise FormatError(f"{folder / _CONFIG}: names {cls.__name__}, which is no model of diffusers")
+    if config.get("quantization_config"):
+        raise InvalidReferenceError(f"{folder}: it is quantised, which is not supported; load it with diffusers itself")
+    return _Part(cls, files.of_diffusers(folder, "", variant))
 
 
 def _parts(pipeline: Any) -> dict[str, torch.nn.Module]:
@@ -164,8 +269,32 @@ def _model(
 ) -> Any:
     """A model of diffusers with attached tensors for parameters."""
     wanted = checked_dtype(attachment, component, dtype, folder, allow_copy=allow_copy)
-    with init_empty_weights(include_buffers=False):  # buffers that no checkpoint has are computed
-        model = cls.from_config(cls.load_config(folder, local_files_only=True))
+    with loading():
+        config = cls.load_config(folder, local_files_only=True)
+        # Buffers that no checkpoint has are computed, in the dtype that diffusers would compute them in.
+        with _default_dtype(cls, wanted), init_empty_weights(include_buffers=False):
+            model = cls.from_config(config)
+        return _filled(model, attachment, folder, name, component, wanted, cast=dtype is not None)
+
+
+@contextlib.contextmanager
+def _default_dtype(cls: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let torch make tensors of a dtype, as diffusers does while it makes a model."""
+    if dtype.itemsize < 2:  # torch computes in none of these
+        yield
+        return
+    before = cls._set_default_torch_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _filled(
+    model: Any, attachment: Attachment, folder: Path, name: str, component: str, dtype: torch.dtype, *, cast: bool
+) -> Any:
+    """The model with attached tensors for parameters; with `cast` all are of that dtype, else as they are stored."""
+    cls = type(model)
     state = attachment.state_dict(component)
     model._fix_state_dict_keys_on_load(state)  # names of old attention blocks; there is no public way to ask for it
     computed = {buffer for buffer, _ in model.named_buffers()}
@@ -175,12 +304,13 @@ def _model(
     ignored = cls._keys_to_ignore_on_load_unexpected or ()
     if unexpected := [key for key in found.unexpected_keys if not any(re.search(one, key) for one in ignored)]:
         log.warning("%s: %s has no use for %d tensors, as %s", folder, cls.__name__, len(unexpected), unexpected[0])
-    reasons = _cast(model, None if dtype is None else wanted)
+    reasons = _cast(model, dtype if cast else None)
+    _cast_buffers(model, state, dtype)
     model.to(attachment.torch_device)  # buffers, and what has been cast; what is attached is there
     model.register_to_config(_name_or_path=name)
     model.eval()
     explain = reasons.get
-    modules.keep_report(model, modules.examine(model, attachment, lambda one, _: explain(one, "changed by diffusers")))
+    sharing.remember(model, attachment, lambda one, _: explain(one, "changed by diffusers"), found.missing_keys)
     return model
 
 
@@ -188,7 +318,7 @@ def _cast(model: Any, dtype: torch.dtype | None) -> dict[str, str]:
     """Cast what diffusers keeps in float32, and everything else to `dtype` where one is asked for: name -> why."""
     reasons: dict[str, str] = {}
     for name, parameter in model.named_parameters():
-        kept = any(part in name.split(".") for part in model._keep_in_fp32_modules or ())
+        kept = _is_kept(model, name)
         wanted = torch.float32 if kept else dtype
         if wanted is not None and parameter.is_floating_point() and parameter.dtype != wanted:
             reasons[name] = f"diffusers keeps it in {wanted}" if kept else f"{wanted} was asked for"
@@ -196,25 +326,44 @@ def _cast(model: Any, dtype: torch.dtype | None) -> dict[str, str]:
     return reasons
 
 
+def _cast_buffers(model: Any, stored: Collection[str], dtype: torch.dtype) -> None:
+    """Cast buffers that come from the checkpoint, as diffusers does: they are private copies anyway."""
+    for name, buffer in model.named_buffers():
+        if name in stored and buffer.is_floating_point():
+            buffer.data = buffer.data.to(torch.float32 if _is_kept(model, name) else dtype)
+
+
+def _is_kept(model: Any, name: str) -> bool:
+    """Whether diffusers keeps a tensor in float32."""
+    return any(part in name.split(".") for part in model._keep_in_fp32_modules or ())
+
+
 def _fused(pipeline: Any, components: Any = None, *_: Any, **__: Any) -> list[torch.nn.Module]:
     """What a pipeline's `fuse_lora` writes to."""
     return [part for name, part in _parts(pipeline).items() if name in (components or ())]
 
 
-modules.refuse_while_shared(diffusers.ModelMixin, "load_state_dict", modules.loaded_in_place)
-modules.refuse_while_shared(PeftAdapterMixin, "fuse_lora", lambda model, *_, **__: [model])
-modules.refuse_while_shared(LoraBaseMixin, "fuse_lora", _fused)
+refuse_while_shared(diffusers.ModelMixin, "load_state_dict", loaded_in_place)
+refuse_while_shared(PeftAdapterMixin, "fuse_lora", lambda model, *_, **__: [model])
+refuse_while_shared(LoraBaseMixin, "fuse_lora", _fused)
+explain_training(diffusers.ModelMixin)
 
 
-def _class_named(library: Any, name: Any) -> Any:
-    """A class of diffusers or transformers. Errors: FormatError (a pipeline's index may say anything)."""
-    places = {"diffusers": diffusers, "transformers": transformers}
-    place = places.get(library) or getattr(diffusers.pipelines, str(library), None)
-    found = getattr(place, str(name), None)
+def _class_named(folder: Path, library: Any, name: Any) -> Any:
+    """The class that a component in a folder has, as diffusers tells. Nothing is imported because an index names it.
+
+    Errors: _NotOursError (it is no class of diffusers or transformers).
+    """
+    known = isinstance(library, str) and isinstance(name, str)
+    in_pipelines = known and hasattr(diffusers.pipelines, library)
+    if known and not in_pipelines and (folder / f"{library}.py").exists():
+        raise _NotOursError(f"{library}.{name} is code of its own")
+    found = None
+    if in_pipelines or library in ("diffusers", "transformers"):
+        with contextlib.suppress(AttributeError):  # there is none of that name
+            found = _rules.simple_get_class_obj(library, name)
     if not isinstance(found, type):
-        raise FormatError(
-            f"{_INDEX} names class {name!r} of {library!r}, which diffusers {diffusers.__version__} lacks"
-        )
+        raise _NotOursError(f"class {name!r} of {library!r} is none that diffusers {diffusers.__version__} has")
     return found
 
 

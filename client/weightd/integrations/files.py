@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING
 
-from weightd._files import SourcePath
-from weightd.errors import NotFoundError
-from weightd.resolve import Resolved, indexed_files, is_path, reference_name
+from weightd import _folders
+from weightd._files import SourcePath, in_order
+from weightd._survey import checkpoints_below
+from weightd.errors import InvalidReferenceError
+from weightd.resolve import Resolved, is_path, reference_name
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-_TRANSFORMERS = "model.safetensors"
-_DIFFUSERS = "diffusion_pytorch_model.safetensors"
+log = logging.getLogger(__name__)
 
 
-def of_transformers(folder: Path, component: str = "") -> tuple[SourcePath, ...]:
-    """The one file, else the shards of the index. Errors: NotFoundError, FormatError (a damaged index)."""
-    if (folder / _TRANSFORMERS).exists():
-        return (SourcePath(component, _TRANSFORMERS, folder / _TRANSFORMERS),)
-    return _indexed(folder, component, _TRANSFORMERS)
+def of_transformers(
+    folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
+) -> tuple[SourcePath, ...]:
+    """What transformers loads: the one file, else the shards of the index, of a variant where one is given.
+
+    Without a variant, where the folder has weights of one variant only, that is taken, and a warning says so; with
+    `exact` it is not, as transformers does not.
+    Errors: NotFoundError, FormatError (a damaged index), InvalidReferenceError (there are only variants, and several).
+    """
+    return _of(_folders.TRANSFORMERS, folder, component, variant, exact=exact)
 
 
-def of_diffusers(folder: Path, component: str = "") -> tuple[SourcePath, ...]:
-    """The shards of the index, else the one file. Errors: as of_transformers."""
-    if (folder / f"{_DIFFUSERS}.index.json").exists() or not (folder / _DIFFUSERS).exists():
-        return _indexed(folder, component, _DIFFUSERS)
-    return (SourcePath(component, _DIFFUSERS, folder / _DIFFUSERS),)
+def of_diffusers(
+    folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
+) -> tuple[SourcePath, ...]:
+    """What diffusers loads: the shards of the index, else the one file. The rest is as in `of_transformers`."""
+    return _of(_folders.DIFFUSERS, folder, component, variant, exact=exact)
 
 
-def named(reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...]) -> Resolved:
-    """Files as a checkpoint that bears the name of a reference, as it would elsewhere."""
-    name = reference_name(reference) if is_path(reference) else os.fspath(reference)
-    return Resolved(f"{name}/{subfolder}" if subfolder else name, tuple(sorted(files)))
+def at_revision(reference: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
+    """A reference with the `revision=` that a framework was given, which means nothing for a folder.
+
+    Errors: InvalidReferenceError (it names another one itself).
+    """
+    if not revision or is_path(reference):
+        return reference
+    name, _, own = os.fspath(reference).partition("@")
+    if own not in ("", revision):
+        raise InvalidReferenceError(f"{os.fspath(reference)}: revision {revision!r} is asked for as well; say one")
+    return f"{name}@{revision}"
 
 
-def _indexed(folder: Path, component: str, weights: str) -> tuple[SourcePath, ...]:
-    index = f"{weights}.index.json"
-    if not (folder / index).exists():
-        raise NotFoundError(f"{folder}: has neither {weights} nor {index}, which is what is loaded of it")
-    return tuple(SourcePath(component, name, folder / name) for name in indexed_files(folder, index))
+def named(
+    reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...], variant: str | None = None
+) -> Resolved:
+    """Files as a checkpoint that bears the name of a reference, and of the variant asked for, as it would elsewhere."""
+    name = reference_name(reference, variant)
+    return Resolved(f"{name}/{subfolder}" if subfolder else name, in_order(files))
+
+
+def _of(
+    rule: _folders.Rule, folder: Path, component: str, variant: str | None, *, exact: bool
+) -> tuple[SourcePath, ...]:
+    chosen = _folders.weights_name(folder, rule, variant)
+    if chosen is None and variant is None and not exact:
+        only = _folders.only_variant(folder, rule)
+        chosen = _folders.weights_name(folder, rule, only) if only else None
+        if only and chosen:
+            log.warning("%s", _folders.variant_note(folder, only))
+    if chosen is None:
+        raise _folders.not_there(folder, rule, variant, "" if exact else checkpoints_below(folder))
+    return _folders.sources_of(folder, component, chosen)

@@ -1,68 +1,21 @@
-"""Modules of torch on attached tensors: assigning them, what must be private, and a report of what a module shares."""
+"""Modules of torch on attached tensors: assigning them, and what must be private."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from weightd.errors import InvalidReferenceError
+from .sharing import forget
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from weightd.attachment import Attachment
 
-    Explain = Callable[[str, torch.nn.Parameter], str]
-    """Why a parameter of that name is not on shared memory."""
-
-log = logging.getLogger(__name__)
-
-_SHOWN = 5
-"""Copies that a line of the log names."""
-
-
-class CopiedTensor(NamedTuple):
-    """A tensor of a module that is not on shared memory: its name there, its bytes, and why."""
-
-    name: str
-    nbytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SharingReport:
-    """What a module has on shared memory and what it had to copy. Sizes are bytes; each storage counts once.
-
-    `buffers` are private by rule, since frameworks write to them; they are in no other figure.
-    """
-
-    shared_bytes: int
-    copied: tuple[CopiedTensor, ...] = ()
-    buffers: tuple[CopiedTensor, ...] = field(default=(), repr=False)
-
-    @property
-    def copied_bytes(self) -> int:
-        """Bytes of parameters that are private."""
-        return sum(tensor.nbytes for tensor in self.copied)
-
-    @property
-    def shared_ratio(self) -> float:
-        """Shared bytes of all bytes of parameters; 1.0 for a module without parameters."""
-        total = self.shared_bytes + self.copied_bytes
-        return self.shared_bytes / total if total else 1.0
-
-    def __str__(self) -> str:
-        line = (
-            f"{self.shared_ratio:.2f} of the parameters shared: {self.shared_bytes} bytes, {self.copied_bytes} copied"
-        )
-        named = "; ".join(f"{tensor.name} ({tensor.reason})" for tensor in self.copied[:_SHOWN])
-        more = len(self.copied) - _SHOWN
-        return line + (f": {named}" if named else "") + (f"; and {more} more" if more > 0 else "")
+_frozen: Any = WeakTensorKeyDictionary()  # Any: it has no types
+"""Parameters that `freeze` has turned gradients off for."""
 
 
 def load_into(
@@ -95,8 +48,9 @@ def assign(
 def freeze(module: torch.nn.Module, attachment: Attachment) -> None:
     """Turn gradients off for what is shared: an optimiser's step writes in place."""
     for parameter in module.parameters():
-        if holds(attachment, parameter):
+        if parameter.requires_grad and holds(attachment, parameter):
             parameter.requires_grad_(False)
+            _frozen[parameter] = True
 
 
 def make_buffers_private(module: torch.nn.Module, attachment: Attachment) -> None:
@@ -110,88 +64,22 @@ def make_buffers_private(module: torch.nn.Module, attachment: Attachment) -> Non
 def make_private(module: torch.nn.Module) -> None:
     """Give a module memory of its own: every parameter and buffer becomes a copy, which may be written to.
 
-    Tied parameters stay tied. It takes the module's bytes once more, and ends what its report said.
+    Tied parameters stay tied, and those that have lost their gradient because they were shared have it again. It takes
+    the module's bytes once more, and ends its report.
     """
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
             tensor.data = tensor.data.clone()
-    for one in module.modules():
-        _reports.pop(one, None)
-
-
-def refuse_while_shared(cls: Any, method: str, concerned: Callable[..., Iterable[torch.nn.Module]]) -> None:
-    """Let a method that writes into weights refuse while they are shared.
-
-    They are those of the modules that `concerned`, which is called as the method is, names. On the class: what an
-    instance keeps would be pickled and copied with it.
-    """
-    original = getattr(cls, method)
-
-    @functools.wraps(original)
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for module in concerned(self, *args, **kwargs):
-            if is_shared(module):
-                raise InvalidReferenceError(
-                    f"{method} writes into weights, and those of {type(module).__name__} are shared with other "
-                    "processes: call make_private on that model first"
-                )
-        return original(self, *args, **kwargs)
-
-    setattr(cls, method, guarded)
-
-
-def loaded_in_place(
-    module: torch.nn.Module, state_dict: object = None, strict: bool = True, assign: bool = False
-) -> list[torch.nn.Module]:
-    """What `Module.load_state_dict` writes to, called with these arguments."""
-    return [] if assign else [module]
+    for parameter in module.parameters():
+        if _frozen.pop(parameter, False):
+            parameter.requires_grad_(True)
+    forget(module)
 
 
 def holds(attachment: Attachment, tensor: torch.Tensor) -> bool:
     """Whether a tensor's bytes lie in memory that is attached, all of them."""
     storage = tensor.untyped_storage()
     return bool(storage.nbytes()) and attachment.holds(storage.data_ptr(), storage.nbytes())
-
-
-def examine(module: torch.nn.Module, attachment: Attachment, explain: Explain) -> SharingReport:
-    """Look where each parameter and buffer of a module lies."""
-    shared, copied, seen = 0, [], set()
-    for name, parameter in module.named_parameters():
-        storage = parameter.untyped_storage()
-        if storage.data_ptr() in seen or not storage.nbytes():
-            continue
-        seen.add(storage.data_ptr())
-        if holds(attachment, parameter):
-            shared += parameter.nbytes
-        else:
-            copied.append(CopiedTensor(name, parameter.nbytes, explain(name, parameter)))
-    buffers = tuple(
-        CopiedTensor(name, buffer.nbytes, "a buffer, which frameworks write to")
-        for name, buffer in module.named_buffers()
-    )
-    return SharingReport(shared, tuple(copied), buffers)
-
-
-_reports: WeakKeyDictionary[torch.nn.Module, SharingReport] = WeakKeyDictionary()
-
-
-def keep_report(module: torch.nn.Module, found: SharingReport) -> None:
-    """Remember the report of a module, and log it: as a warning where something had to be copied."""
-    _reports[module] = found
-    log.log(logging.WARNING if found.copied else logging.INFO, "%s: %s", type(module).__name__, found)
-
-
-def is_shared(module: torch.nn.Module) -> bool:
-    """Whether an integration has loaded a module, and it was not made private since."""
-    return module in _reports
-
-
-def report(module: torch.nn.Module) -> SharingReport:
-    """What a module that an integration has loaded shares. Errors: InvalidReferenceError (it came from elsewhere)."""
-    found = _reports.get(module)
-    if found is None:
-        raise InvalidReferenceError(f"{type(module).__name__} was not loaded through weightd, or is private now")
-    return found
 
 
 def _tied(module: torch.nn.Module) -> Iterator[list[str]]:

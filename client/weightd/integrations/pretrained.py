@@ -8,7 +8,6 @@ do with them (`weightd.integrations.transformers.install`). See docs/decisions/0
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,18 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from weightd.errors import InvalidReferenceError
-from weightd.layouts import groups
 from weightd.torch import torch_dtype
 
-from .modules import (
-    examine,
-    freeze,
-    keep_report,
-    loaded_in_place,
-    make_buffers_private,
-    refuse_while_shared,
-    stored_dtypes,
-)
+from .fusing import Fusing
+from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
+from .modules import freeze, make_buffers_private, stored_dtypes
+from .sharing import remember
 from .versions import require_tested
 
 VERSION = require_tested("transformers")
@@ -41,18 +34,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightd.attachment import Attachment
-    from weightd.layouts import Layout
 
 UNSUPPORTED = (
     "adapter_kwargs", "device_mesh", "distributed_config", "from_flax", "from_tf", "gguf_file", "max_memory",
-    "offload_folder", "quantization_config", "state_dict", "tp_plan", "tp_size", "variant",
+    "quantization_config", "state_dict", "tp_plan", "tp_size",
 )  # fmt: skip
 """Arguments of transformers' `from_pretrained` that ask for what attached tensors cannot be."""
 
 _LOADING = (
     "_commit_hash", "_from_auto", "_from_pipeline", "adapter_name", "attn_implementation", "cache_dir",
     "experts_implementation", "force_download", "generation_config", "ignore_mismatched_sizes", "kernel_config",
-    "key_mapping", "local_files_only", "low_cpu_mem_usage", "output_loading_info", "proxies", "revision", "token",
+    "key_mapping", "local_files_only", "low_cpu_mem_usage", "offload_buffers", "offload_folder",
+    "offload_state_dict", "output_loading_info", "proxies", "revision", "token",
     "trust_remote_code", "use_kernels", "use_safetensors", "weights_only",
 )  # fmt: skip
 """Arguments of it that are not the configuration's."""
@@ -126,7 +119,13 @@ def _from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, *
         return load_request(cls, request, args, kwargs)
     if _diverted is not None:
         return _diverted(cls, pretrained_model_name_or_path, args, kwargs)
-    return original(cls, pretrained_model_name_or_path, *args, **kwargs)
+    return load_privately(cls, pretrained_model_name_or_path, args, kwargs)
+
+
+def load_privately(cls: Any, path: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """transformers' own loading, in one thread at a time."""
+    with loading():
+        return original(cls, path, *args, **kwargs)
 
 
 @functools.wraps(_original_warmup)
@@ -139,116 +138,138 @@ def _warm_up(*args: Any, **kwargs: Any) -> None:
 _transformers.PreTrainedModel.from_pretrained = classmethod(_from_pretrained)
 _transformers.caching_allocator_warmup = _warm_up
 refuse_while_shared(_transformers.PreTrainedModel, "load_state_dict", loaded_in_place)
+explain_training(_transformers.PreTrainedModel)
+
+
+def asked_dtype(dtype: Any, kwargs: dict[str, Any]) -> Any:
+    """The dtype of a call, by transformers' rule: `dtype`, else `torch_dtype`, which is taken out of `kwargs`."""
+    older = kwargs.pop("torch_dtype", None)
+    return older if dtype is None else dtype
+
+
+def weights_apart(config_class: Any, folder: Path) -> str:
+    """What transformers would load from files of other names, which a `state_dict` does not have; empty if nothing."""
+    for name in getattr(config_class, "extra_files", ()):
+        if (folder / name).exists():
+            return f"some of its weights are in {name}"
+    try:
+        from transformers.distributed.checkpoint import is_sharded_checkpoint
+    except ImportError:  # older versions know no such checkpoints
+        return ""
+    return "it has weights in shards of a distributed checkpoint" if is_sharded_checkpoint(folder) else ""
 
 
 def checked_dtype(
-    attachment: Attachment, component: str, asked: str | torch.dtype | None, folder: Path, *, allow_copy: bool
+    attachment: Attachment,
+    component: str,
+    asked: str | torch.dtype | None,
+    folder: Path,
+    *,
+    allow_copy: bool,
+    allow: str = "allow_copy=True",
 ) -> torch.dtype:
     """The dtype to load as: the one that most bytes are stored in. Errors: InvalidReferenceError (another is asked)."""
     stored = [dtype for dtype in map(torch_dtype, stored_dtypes(attachment, component)) if dtype in _COMPUTED]
     if asked in (None, "auto"):
         return stored[0] if stored else torch.get_default_dtype()
-    wanted = getattr(torch, asked, None) if isinstance(asked, str) else asked
+    wanted = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
     if not isinstance(wanted, torch.dtype):
         raise InvalidReferenceError(f"dtype {asked!r}: torch has no such dtype")
     if stored and wanted != stored[0] and not allow_copy:
         raise InvalidReferenceError(
             f"{folder}: dtype {wanted} is asked for, but {stored[0]} is stored; casting would copy every weight: leave "
-            f"dtype out, or say allow_copy=True"
+            f"dtype out, or say {allow}"
         )
     return wanted
 
 
 def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let transformers load a class from attached tensors; then make private what must be, and report."""
+    with loading():
+        return _load_request(cls, request, args, kwargs)
+
+
+def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     attachment = request.attachment
     config = kwargs.pop("config", None)
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
-    for name in ("dtype", "torch_dtype", *UNSUPPORTED):
+    for name in ("dtype", "torch_dtype", *UNSUPPORTED):  # the request has the dtype; callers refuse the others
         kwargs.pop(name, None)
     if not isinstance(config, transformers.PretrainedConfig):
         config, kwargs = cls.config_class.from_pretrained(
             request.folder if config is None else config, return_unused_kwargs=True, local_files_only=True, **kwargs
         )
+    if apart := weights_apart(type(config), request.folder):
+        raise InvalidReferenceError(f"{request.folder}: {apart}; load it with transformers itself")
     told = loading.pop("output_loading_info", False)
     for name in _FOR_THE_HUB:
         loading.pop(name, None)
     place = attachment.torch_device
-    layout: Layout = "transformers" if _fuses(cls, config, attachment, request.component) else "stored"
-    state = attachment.state_dict(request.component, layout=layout)
+    state = attachment.state_dict(request.component)
+    fusing = Fusing(attachment, _advice(request))
     warming_up = _warming_up.set(False)
     try:
-        model, found = original(
-            cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
-            device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
-            **loading, **kwargs,
-        )  # fmt: skip
+        with fusing:
+            model, found = original(
+                cls, None, *args, config=config, state_dict=state, dtype=request.dtype,
+                device_map=None if place == "cpu" else {"": place}, output_loading_info=True, local_files_only=True,
+                **loading, **kwargs,
+            )  # fmt: skip
     finally:
         _warming_up.reset(warming_up)
     model.config.name_or_path = model.name_or_path = request.name
-    if layout == "transformers":
-        _save_as_stored(model)
     if model.can_generate() and loading.get("generation_config") is None:
         with contextlib.suppress(OSError):  # then the model's configuration has made one
             model.generation_config = transformers.GenerationConfig.from_pretrained(request.folder)
+    fusing.settle(model)
     freeze(model, attachment)
     make_buffers_private(model, attachment)
-    reasons = _Reasons(model, attachment, request.component, found, layout)
-    keep_report(model, examine(model, attachment, reasons.of))
+    reasons = _Reasons(model, attachment, request.component, found, fusing)
+    remember(model, attachment, reasons.of, found["missing_keys"])
     return (model, found) if told else model
 
 
-def _fuses(cls: Any, config: Any, attachment: Attachment, component: str) -> bool:
-    """Whether the class has parameters that the checkpoint's tensors are to be fused into: experts, from 5.0 on."""
-    if VERSION < (5, 0):
-        return False
-    stored = [info for info in attachment.tensors.values() if info.component == component]
-    fused = tuple(f".{group.name}" for group in groups(stored) if group.parameter)
-    if not fused:
-        return False
-    with torch.device("meta"):
-        names = cls(copy.deepcopy(config)).state_dict()
-    # A class of the base model has names without the prefix of the checkpoint's, or the other way round.
-    return any(f".{name}".endswith(fused) or any(one.endswith(f".{name}") for one in fused) for name in names)
-
-
-def _save_as_stored(model: Any) -> None:
-    """Let `save_pretrained` name and take apart again what came named and fused.
-
-    transformers undoes the conversions that a load has used, and this one has used none for that. A prefix is another
-    matter: whether the checkpoint has it, only the load can know.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    def of_prefix(conversion: object) -> bool:
-        return type(conversion).__name__ == "PrefixChange"
-
-    has_prefix = any(of_prefix(used) for used in model._weight_conversions)
-    known = get_model_conversion_mapping(model, add_legacy=False)
-    model._weight_conversions = [one for one in known if has_prefix or not of_prefix(one)]
+def _advice(request: Request) -> str:
+    """What to do where parts of a parameter do not lie in a row: only what was resident can be had otherwise."""
+    loaded = request.attachment.loaded
+    if request.component:
+        return "for the components of a pipeline no order is asked for"
+    if loaded is not None and loaded.order not in ("joined", "resident"):
+        return f"the load did not heed all groups ({loaded.ignored_groups[0]})" if loaded.ignored_groups else ""
+    found = "another load has just placed them" if loaded and loaded.order == "joined" else "they were resident already"
+    return (
+        f"{found}, in an order of their own or shared with other checkpoints; to have them in a row, "
+        f"`weightd rm {request.attachment.content_digest[:19]}` and load it again through this integration"
+    )
 
 
 class _Reasons:
     """Why parameters of a model are private."""
 
     def __init__(
-        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], layout: Layout
+        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], fusing: Fusing
     ) -> None:
         self._stored = {info.name: info for info in attachment.tensors.values() if info.component == component}
-        self._copied = attachment.copied(component, layout=layout)
+        self._fusing = fusing
         self._prefix = f"{model.base_model_prefix}."
         self._missing = set(found["missing_keys"])
+        self._outputs = model.get_output_embeddings()
+
+    def _is_bias_of_tied_outputs(self, parameter: torch.nn.Parameter) -> bool:
+        return self._outputs is not None and getattr(self._outputs, "bias", None) is parameter
 
     def of(self, name: str, parameter: torch.nn.Parameter) -> str:
         """The reason for one."""
         if name in self._missing:
             return "not in the checkpoint: transformers has initialised it"
         for stored in (name, name.removeprefix(self._prefix), self._prefix + name):
-            if stored in self._copied:
-                return self._copied[stored]
             info = self._stored.get(stored)
             if info is not None and torch_dtype(info.dtype) != parameter.dtype:
                 return f"stored as {info.dtype}, used as {str(parameter.dtype).removeprefix('torch.')}"
+            if info is not None and self._is_bias_of_tied_outputs(parameter):
+                return "transformers pads the bias of tied output embeddings, which copies it"
+            if info is not None and tuple(parameter.shape) != info.shape:
+                return f"transformers has given it shape {tuple(parameter.shape)} while loading"
             if info is not None:
                 return "transformers has changed it while loading"
-        return "transformers has made it of other tensors while loading"
+        return self._fusing.reason(parameter) or "transformers has made it of other tensors while loading"

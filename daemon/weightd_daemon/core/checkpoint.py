@@ -65,6 +65,8 @@ class Checkpoint:
     """The users who keep it from eviction; each takes back only its own pin."""
     origin: tuple[SourceFile, ...] = ()
     """The files that it was loaded from first."""
+    reference: str = ""
+    """What these were found by, for people."""
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)

@@ -35,7 +35,10 @@ MAX_SOURCES = 10_000
 
 
 def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceFile, ...]:
-    """The files that a request names. Errors: InvalidReferenceError (too many, a bad name, one named twice)."""
+    """The files that a request names, the indexes after all others.
+
+    Errors: InvalidReferenceError (too many, a bad name, one named twice, an index in the wrong place).
+    """
     if len(messages) > MAX_SOURCES:
         raise InvalidReferenceError(f"the request names {len(messages)} files; a checkpoint may have {MAX_SOURCES}")
     seen: set[tuple[str, str]] = set()
@@ -49,7 +52,24 @@ def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceF
         if key in seen:
             raise InvalidReferenceError(f"file {'/'.join(filter(None, key))!r} is named twice; name each file once")
         seen.add(key)
+    _check_indexes(messages)
     return tuple(map(source_from, messages))
+
+
+def shown(reference: str) -> str:
+    """What files were found by, where it can be shown; else nothing, for it names nothing."""
+    return "" if CONTROL.search(reference) or len(reference.encode()) > NAME_BYTES else reference
+
+
+def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
+    places = [message.is_index for message in messages]
+    indexed = [message.component for message in messages if message.is_index]
+    if places != sorted(places):
+        raise InvalidReferenceError("a file comes after an index; name the indexes after all other files")
+    if len(set(indexed)) < len(indexed):
+        raise InvalidReferenceError("a component has two indexes; name the one that counts")
+    if lost := set(indexed) - {message.component for message in messages if not message.is_index}:
+        raise InvalidReferenceError(f"component {min(lost)[:80]!r} has an index and no other file; name its files, too")
 
 
 @dataclass(frozen=True, slots=True)

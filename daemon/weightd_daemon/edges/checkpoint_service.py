@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,12 +17,15 @@ from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
 
-from .attaching import sources_from
+from .attaching import shown, sources_from
 from .connections import Connection
 from .devices import meant, place
 from .interceptors import Context
 from .parts import Parts
 from .show import time_to, user_name
+
+MAX_GROUPED = 1_000_000
+"""Tensors in the groups of one load: no file that is loaded has as many."""
 
 _PHASES = {
     "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
@@ -56,7 +60,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             parts.store.leases.admit()
             name = parts.loads.answer(wish, resident)
             outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
-            yield _result(name, outcome, wish.device)
+            yield _result(name, outcome, wish, None)
             return
         try:
             while True:
@@ -73,7 +77,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                         async for progress in events:
                             yield _progress(progress)
                     checkpoint, outcome = load.done.result()
-                    yield _result(parts.loads.settle(wish, checkpoint), outcome, wish.device)
+                    yield _result(parts.loads.settle(wish, checkpoint), outcome, wish, load.request)
                     return
                 finally:
                     parts.loads.leave(load, waiter)
@@ -119,6 +123,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             kind=device.kind,
             note=device.note,
             sources=[source_to(source) for source in checkpoint.origin],
+            reference=checkpoint.reference,
         )
 
     async def Pin(  # noqa: N802
@@ -215,6 +220,8 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             pin=request.pin,
             detached=request.detached,
             verify=request.verify,
+            reference=shown(request.reference),
+            groups=_groups(request),
         )
 
     def _change(
@@ -281,7 +288,30 @@ def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:
     return checkpoint_pb2.LoadEvent(progress=report)
 
 
-def _result(name: str, outcome: Outcome, device: str) -> checkpoint_pb2.LoadEvent:
+def _groups(request: checkpoint_pb2.LoadRequest) -> tuple[tuple[int, ...], ...]:
+    """The groups of a request. Which of them are heeded, the loader finds out: only that sees the files' headers."""
+    sizes, numbers = request.group_sizes, request.group_tensors
+    if len(numbers) > MAX_GROUPED or len(sizes) > len(numbers) or sum(sizes) != len(numbers):
+        raise InvalidReferenceError(
+            f"the load has {len(sizes)} groups of {sum(sizes)} tensors and names {len(numbers)}; at most {MAX_GROUPED}"
+        )
+    ends = list(itertools.accumulate(sizes))
+    return tuple(tuple(numbers[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+
+
+def _order(outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadOrder:
+    """By whose groups a request's checkpoint lies now: its own, those of the load that it joined, or earlier ones."""
+    if not wish.groups:
+        return checkpoint_pb2.LOAD_ORDER_UNSPECIFIED
+    if load is None or (outcome.total_bytes and not outcome.unique_bytes):
+        return checkpoint_pb2.LOAD_ORDER_RESIDENT
+    return checkpoint_pb2.LOAD_ORDER_REQUESTED if load.groups == wish.groups else checkpoint_pb2.LOAD_ORDER_JOINED
+
+
+def _result(name: str, outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadEvent:
+    """The last event: for one wish, of the load that was begun with another or the same, if there was one."""
+    order = _order(outcome, wish, load)
+    own = order == checkpoint_pb2.LOAD_ORDER_REQUESTED
     result = checkpoint_pb2.LoadResult(
         name=name,
         content_digest=outcome.content_digest,
@@ -291,8 +321,11 @@ def _result(name: str, outcome: Outcome, device: str) -> checkpoint_pb2.LoadEven
         shared_bytes=outcome.total_bytes - outcome.unique_bytes,
         read_bytes=outcome.read_bytes,
         seconds=outcome.seconds,
-        device=device,
+        device=wish.device,
         evicted=outcome.evicted,
         evicted_others=outcome.evicted_others,
+        order=order,
+        groups=outcome.groups if own else 0,
+        ignored_groups=outcome.ignored_groups if own else (),
     )
     return checkpoint_pb2.LoadEvent(result=result)

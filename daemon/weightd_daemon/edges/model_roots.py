@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from weightd._files import OpenedSources, show
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
-from weightd.resolve import folder_of, open_sources, resolve
+from weightd.resolve import files_of, folder_of, is_path, open_sources, path_of
 
 from .attaching import MAX_SOURCES
 
@@ -37,9 +37,9 @@ def open_below(reference: str, roots: Sequence[str]) -> Opened:
     a symlink; InvalidReferenceError for more files than a checkpoint may have.
     """
     allowed = [os.path.realpath(os.path.expanduser(root)) for root in roots]
-    folder = folder_of(reference)
-    _require_below(allowed, str(folder), os.path.realpath(folder))
-    resolved = resolve(reference)
+    place = path_of(reference) if is_path(reference) else str(folder_of(reference))
+    _require_below(allowed, place, os.path.realpath(place))
+    resolved = files_of(reference)
     if len(resolved.sources) > MAX_SOURCES:
         raise InvalidReferenceError(
             f"{show(reference)}: has {len(resolved.sources)} files; a checkpoint may have {MAX_SOURCES}"

@@ -23,7 +23,7 @@ from weightd_daemon.config_file import ConfigError, TemporaryError
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.loader.request import LoadRequest
 
-from .attaching import sources_from
+from .attaching import shown, sources_from
 from .model_roots import on_thread, open_below
 
 if TYPE_CHECKING:
@@ -167,6 +167,7 @@ class Preloader:
             name_is_default=not entry.name,
             pin=entry.pin,
             detached=True,
+            reference=shown(opened.name),
         )
         if entry.name:
             self._catalog.check(self._who, entry.name)

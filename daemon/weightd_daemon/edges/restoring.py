@@ -127,13 +127,14 @@ class _Restore:
         used = _number(row.get("used", 0))  # a daemon before this one had the time only
         pins = {_uid(one) for one in row["pins"]}
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
+        reference = _text(row.get("reference", ""))
         sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
         restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
         checkpoint = restoration.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
         checkpoint.last_used, checkpoint.pins = last_used, pins
         self.uses[key] = used, last_used
-        checkpoint.origin, checkpoint.sources = origin, sources
+        checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor)
         self.kept[key] = number
@@ -312,6 +313,6 @@ def _seconds(value: object) -> float:
 
 def _files(rows: Any) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)))
-        for component, file, identity in rows
+        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)), bool(index and index[0]))
+        for component, file, identity, *index in rows  # a record without indexes has no column
     )

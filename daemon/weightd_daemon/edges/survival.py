@@ -331,6 +331,7 @@ class Survival:
             "last_used": checkpoint.last_used,
             "used": checkpoint.used,
             "pins": list(checkpoint.pins),
+            "reference": checkpoint.reference,
             "origin": checkpoint.origin if room.takes(checkpoint.origin) else (),
             "sources": [files for files in checkpoint.sources if room.takes(files)],
         }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 from weightd._limits import LOADER, limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError, WeightdError
-from weightd.layouts import groups
+from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
 from weightd_daemon.core.manifest import Entry
 from weightd_daemon.devices.opening import open_io
@@ -25,13 +25,26 @@ from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
+from .indexed import owned
 from .slots import Slot
 from .source import Source
 from .verifying import verify
-from .work import Lane, Tensor, Unit, arranged, lanes, most_lanes, on_threads, units
+from .work import (
+    Lane,
+    Tensor,
+    Unit,
+    arranged,
+    lanes,
+    lanes_in_file,
+    most_lanes,
+    on_threads,
+    parted,
+    repeated,
+    units,
+)  # fmt: skip
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from weightd_daemon.devices.segment_io import SegmentIO
 
@@ -101,6 +114,7 @@ class Load:
         self._new_hasher = new_hasher
         self._stack = contextlib.ExitStack()
         self._sources: list[Source] = []
+        self._in_headers: dict[int, int] = {}
         self._read = 0
         self._told = 0.0
 
@@ -119,17 +133,29 @@ class Load:
         self._channel.tell({"op": "files"})
         self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
         tensors = self._lay_out()
-        in_file: int = self._job["lanes"]
-        fused = self._groups(tensors)
-        answer = self._channel.call("laid_out", lanes=most_lanes(arranged(tensors, fused), in_file))
+        wanted, usual = self._arrangement(tensors, self._job["groups"]), self._arrangement(tensors)
+        fused = wanted.groups
+        in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"])
+        answer = self._channel.call(
+            "laid_out",
+            lanes=most_lanes(arranged(tensors, fused), in_file),
+            groups=wanted.asked,
+            ignored_groups=wanted.ignored,
+        )
         known = frozenset[int](answer["known"])
         new = [tensor for tensor in tensors if tensor.number not in known]
         work = lanes(units(arranged(new, fused)), in_file)
         chosen = frozenset[int](answer["sample"])
         shared = self._is_shared([tensor for tensor in tensors if tensor.number in chosen], in_file)
-        copier = self._hash_first(work) if answer["hash_first"] or shared else self._copier(work)
+        again: frozenset[int] = frozenset()
+        if answer["hash_first"] or shared:
+            copier, again = self._hash_first(work)
+        else:
+            copier = self._copier(work)
         total = sum(unit.length for lane in work for unit in lane)
-        self._on_threads("copying", work, total, copier.copy, copier.reserve)
+        progress = self._counting("copying", total)
+        for part in parted(work, again) if again else (work,):
+            on_threads(part, self._job["threads"], progress(copier.copy), copier.reserve)
         self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
@@ -176,27 +202,44 @@ class Load:
     def _lay_out(self) -> list[Tensor]:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
         tensors: list[Tensor] = []
-        index = 0
-        for number, source in enumerate(self._sources):
-            layout = source.layout()
-            self._channel.tell(
-                {"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": layout.metadata}
-            )
-            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in layout.tensors]
+        index = first = 0
+        files = list(zip(self._job["components"], self._job["files"], self._sources, strict=True))
+        weights = [(component, file, source) for component, (file, is_index), source in files if not is_index]
+        indexes = {component: source.weight_map() for component, (_, is_index), source in files if is_index}
+        layouts = [source.layout() for _, _, source in weights]
+        counted = owned(
+            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], indexes
+        )
+        for number, specs in enumerate(counted):
+            self._tell_file(self._sources[number], layouts[number].metadata)
+            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in specs]
             for start in range(0, len(rows), _LAYOUT_BATCH):
                 self._channel.tell({"op": "tensors", "file": number, "rows": rows[start : start + _LAYOUT_BATCH]})
-            for spec in layout.tensors:
+            in_header = {spec.name: first + at for at, spec in enumerate(layouts[number].tensors)}
+            first += len(in_header)
+            for spec in specs:
                 if spec.length:
                     tensors.append(Tensor(index, number, spec))
+                    self._in_headers[index] = in_header[spec.name]
                 index += 1
-        check_parts([(source.name, source.layout()) for source in self._sources])
+        for source in self._sources[len(counted) :]:
+            self._tell_file(source, None)
+        check_parts([(source.name, layout) for (_, _, source), layout in zip(weights, layouts, strict=True)])
         return tensors
 
-    def _groups(self, tensors: list[Tensor]) -> list[list[int]]:
-        """The numbers of tensors that frameworks fuse, and that can lie one behind the other."""
+    def _tell_file(self, source: Source, metadata: dict[str, str] | None) -> None:
+        self._channel.tell({"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": metadata})
+
+    def _arrangement(self, tensors: list[Tensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
+        """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names.
+
+        The client counts what the headers have; of tensors that two files have, only one is among these.
+        """
         components: list[str] = self._job["components"]
         named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
-        return [[tensors[index].number for index in group.members] for group in groups(named) if group.seamless]
+        numbers = {self._in_headers[tensor.number]: tensor.number for tensor in tensors}
+        found = arrangement(named, list(numbers), asked)
+        return found._replace(groups=tuple(tuple(numbers[one] for one in group) for group in found.groups))
 
     def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
         """Whether some tensors of a sample may be resident; then everything is to be hashed first."""
@@ -205,11 +248,17 @@ class Load:
         digests = self._hash(lanes(units(sample), in_file))
         return bool(self._channel.call("sampled", digests=_in_hexadecimal(digests))["hash_first"])
 
-    def _hash_first(self, work: list[Lane]) -> Copier:
-        """Hash everything, then ask which digests have a candidate; only the others need memory."""
+    def _hash_first(self, work: list[Lane]) -> tuple[Copier, frozenset[int]]:
+        """Hash everything, then ask which digests have a candidate; only the others need memory.
+
+        Nor do those that come again in this load: they are returned, to be compared when the first of them has its
+        blob. So none takes the place of an earlier one in a row.
+        """
         digests = self._hash(work)
         answer = self._channel.call("hashed", digests=_in_hexadecimal(digests), lanes=len(work))
-        return self._copier(work, digests, frozenset[int](answer["matched"]))
+        matched = frozenset[int](answer["matched"])
+        again = repeated(work, digests) - matched
+        return self._copier(work, digests, matched | again), again
 
     def _hash(self, work: list[Lane]) -> dict[int, bytes]:
         """The digest of each tensor, by its number."""
@@ -219,7 +268,8 @@ class Load:
         def step(unit: Unit) -> None:
             digests.update(hasher.hash(unit))
 
-        self._on_threads("hashing", work, sum(unit.length for lane in work for unit in lane), step, lambda _: None)
+        total = sum(unit.length for lane in work for unit in lane)
+        on_threads(work, self._job["threads"], self._counting("hashing", total)(step))
         return digests
 
     def _copier(
@@ -231,26 +281,23 @@ class Load:
         self._stack.callback(copier.close)
         return copier
 
-    def _on_threads(
-        self,
-        phase: str,
-        work: list[Lane],
-        total: int,
-        do: Callable[[Unit], object],
-        begin: Callable[[Unit], None],
-    ) -> None:
+    def _counting(self, phase: str, total: int) -> Callable[[Callable[[Unit], object]], Callable[[Unit], None]]:
+        """Makes of what is done with a unit the same with a report: the bytes of this phase that are done with."""
         done = 0
         counting = threading.Lock()
 
-        def step(unit: Unit) -> None:
-            nonlocal done
-            do(unit)
-            with counting:
-                done += unit.length
-                self._progress(phase, done, total)
+        def reporting(do: Callable[[Unit], object]) -> Callable[[Unit], None]:
+            def step(unit: Unit) -> None:
+                nonlocal done
+                do(unit)
+                with counting:
+                    done += unit.length
+                    self._progress(phase, done, total)
+
+            return step
 
         self._progress(phase, 0, total)
-        on_threads(work, self._job["threads"], step, begin)
+        return reporting
 
     def _progress(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()

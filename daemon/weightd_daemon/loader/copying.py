@@ -32,8 +32,14 @@ if TYPE_CHECKING:
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
+_ROW_TENSORS = 4096
+"""Tensors of a group that are settled at once: it is one message, which the daemon answers in one step."""
+
 Read = Callable[["Buffer", int, int], None]
 """Fills the first `size` bytes of a buffer from a position on; done when the thread's staging has settled."""
+
+Copied = tuple[Tensor, bytes, Slot]
+"""A tensor whose bytes, of that digest, lie in a slot."""
 
 
 def pieces(length: int) -> Iterator[tuple[int, int]]:
@@ -64,14 +70,18 @@ class Copier:
         self._matched = matched
         self._slots: dict[int, Slots] = {}
         self._together: dict[int, Together] = {}
+        self._rows: dict[int, _Row] = {}
         for lane in lanes:
             sizes: list[int] = []
             for batch in batches(lane):
                 tensors = [tensor for unit in batch for tensor in unit.tensors]
                 new = [tensor for tensor in tensors if tensor.number not in matched]
                 sizes.append(_slot_bytes(new))
-                if batch[0].group is not None and len(new) == len(tensors):
+                group = batch[0].group
+                if group is not None and len(new) == len(tensors):
                     self._together.update(dict.fromkeys((tensor.number for tensor in new), Together(sizes[-1])))
+                    if digests is None and len(new) <= _ROW_TENSORS:
+                        self._rows[group] = _Row(len(new))
             slots = Slots(channel, sizes, frugal=digests is not None)  # hashed before: only what is new was promised
             self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
         self._reserved: dict[int, Slot] = {}
@@ -129,7 +139,7 @@ class Copier:
             staging.write(buffer, size, slot.segment, slot.offset + offset)
         staging.settle()
         digest = self._checked(tensor, hasher.digest())
-        self._settle([(tensor, digest, slot)])
+        self._settle_in_rows(tensor.group, [(tensor, digest, slot)])
 
     # -- neighbours that fit into one piece: one read, one write, one question ---------------------------------------
 
@@ -139,7 +149,7 @@ class Copier:
         first, last = unit.tensors[0].spec, unit.tensors[-1].spec
         span = last.offset + last.length - first.offset
         source.read_into(whole.view[:span], first.offset)
-        found: list[tuple[Tensor, bytes, Slot]] = []
+        found: list[Copied] = []
         for run in _runs(unit.tensors):
             slot = self._slot(run)
             packed, position = staging.take(), 0
@@ -156,7 +166,7 @@ class Copier:
             staging.write(packed, position, slot.segment, slot.offset)
         staging.put_back(whole)
         staging.settle()
-        self._settle(found)
+        self._settle_in_rows(unit.group, found)
 
     def _slot(self, run: list[Tensor]) -> Slot:
         """The slot that was reserved for a run, or another where a comparison has changed what has to be copied."""
@@ -170,7 +180,18 @@ class Copier:
 
     # -- finding equal bytes -----------------------------------------------------------------------------------------
 
-    def _settle(self, found: list[tuple[Tensor, bytes, Slot]]) -> None:
+    def _settle_in_rows(self, group: int | None, found: list[Copied]) -> None:
+        """Settle what was copied; of a group, only when all of it is there, and then all at once.
+
+        Where a checkpoint has two rows of equal bytes, threads copy them side by side. If each tensor were settled by
+        itself, each row could give way to the other in part, and neither would be left in one piece.
+        """
+        row = self._rows.get(group) if group is not None else None
+        whole = found if row is None else row.add(found)
+        if whole:
+            self._settle(whole)
+
+    def _settle(self, found: list[Copied]) -> None:
         """Ask what lies there under these digests, compare, and share or keep, until each tensor has its blob."""
         differs: dict[int, list[int]] = {tensor.number: [] for tensor, _, _ in found}
         while found:
@@ -254,6 +275,21 @@ class Copier:
             self._stagings.append(self._local.staging)
         staging: Staging = self._local.staging
         return staging
+
+
+class _Row:
+    """What was copied of a group of `count` tensors and is not settled yet."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._found: list[Copied] = []
+        self._adding = threading.Lock()
+
+    def add(self, found: list[Copied]) -> list[Copied]:
+        """Take in what was copied. Returns all of the group with its last tensor, else nothing."""
+        with self._adding:
+            self._found += found
+            return self._found if len(self._found) == self._count else []
 
 
 def _slot_bytes(run: Iterable[Tensor]) -> int:

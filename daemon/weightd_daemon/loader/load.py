@@ -109,6 +109,7 @@ class LoadSteps:
         self._blobs: list[Blob | None] = []
         self._read = 0
         self._unique = 0
+        self._groups: tuple[int, tuple[str, ...]] = 0, ()
         self.checkpoint: Checkpoint | None = None
 
     @property
@@ -167,11 +168,12 @@ class LoadSteps:
     # -- the loader's messages -------------------------------------------------------------------------------------
 
     def _file(self, message: Message) -> None:
-        source = self._sources[len(self._files)]
+        source = self._sources[len(self._trusted)]
         identity = FileIdentity(*message["identity"])
         if identity != source.identity:
             raise InvalidReferenceError(f"{source.file}: is not the file that was announced; open it and load it again")
-        self._files.append(ManifestFile(source.component, source.file, message["metadata"]))
+        if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
+            self._files.append(ManifestFile(source.component, source.file, message["metadata"]))
         self._trusted.append(message["trusted"])
 
     def _tensors(self, message: Message) -> None:
@@ -190,6 +192,7 @@ class LoadSteps:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
     async def _laid_out(self, message: Message) -> _Answer:
+        self._groups = message["groups"], tuple(message["ignored_groups"])
         self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
@@ -205,7 +208,7 @@ class LoadSteps:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
         instances: dict[tuple[int, int, int], Instance] = {}
-        for file, trusted in enumerate(self._trusted):
+        for file, trusted in enumerate(self._trusted[: len(self._files)]):
             if trusted:
                 found = await self._index.get(self._sources[file].identity)
                 instances.update({(file, i.offset, i.length): i for i in found})
@@ -298,7 +301,7 @@ class LoadSteps:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
         self.checkpoint = self._store.seal(self._number, content, self._now(), draft)
-        self.checkpoint.origin = self.checkpoint.origin or self._sources
+        self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)
         self._on_sealed(self.checkpoint)
@@ -348,7 +351,7 @@ class LoadSteps:
         return list({b.number: b for b in self._blobs if b is not None and b.load == self._number}.values())
 
     async def _remember(self) -> None:
-        for file, trusted in enumerate(self._trusted):
+        for file, trusted in enumerate(self._trusted[: len(self._files)]):
             if trusted:
                 instances = [
                     Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
@@ -367,4 +370,5 @@ class LoadSteps:
             self._unique,
             self._read,
             asyncio.get_running_loop().time() - started,
+            *self._groups,
         )

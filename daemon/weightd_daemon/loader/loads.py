@@ -277,6 +277,7 @@ class Loads:
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
+            checkpoint.reference = checkpoint.reference or request.reference
             # Each waiter gets its lease in this very step: before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
@@ -302,7 +303,9 @@ class Loads:
                 lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                await loader.send({**job, "components": [source.component for source in request.sources]})
+                files = [(source.file, source.is_index) for source in request.sources]
+                components = [source.component for source in request.sources]
+                await loader.send({**job, "components": components, "files": files, "groups": request.groups})
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()

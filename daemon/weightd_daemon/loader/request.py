@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else."""
+    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else;
+    `reference` is for people.
+    """
 
     who: Who
     holder: Holder
@@ -24,6 +26,9 @@ class LoadRequest:
     pin: bool = False
     detached: bool = False
     verify: bool = False
+    reference: str = ""
+    groups: tuple[tuple[int, ...], ...] = ()
+    """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
 @dataclass(slots=True)
@@ -44,5 +49,9 @@ class Outcome(NamedTuple):
     unique_bytes: int
     read_bytes: int
     seconds: float
+    groups: int = 0
+    """How many of the request's groups were heeded."""
+    ignored_groups: tuple[str, ...] = ()
+    """Why others were not."""
     evicted: tuple[str, ...] = ()
     evicted_others: int = 0

@@ -8,6 +8,7 @@ import os
 import stat
 import time
 
+from weightd._index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
 from weightd_daemon.formats import gguf, safetensors
@@ -71,6 +72,10 @@ class Source:
             read_layout = (gguf if self._read(0, len(gguf.MAGIC)) == gguf.MAGIC else safetensors).read_layout
             self._layout = read_layout(self.name, self.identity.size, self._read)
         return self._layout
+
+    def weight_map(self) -> dict[str, str]:
+        """The file of each tensor, where this one is an index. Errors: FormatError, InvalidReferenceError."""
+        return weight_map(self.name, self._read(0, MAX_JSON_BYTES + 1))
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on. Errors: FormatError (it shrank, or cannot be read)."""

@@ -13,14 +13,19 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd_daemon.core.blob import OWN_COPY_BELOW
 from weightd_daemon.devices.segment_io import PIECE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from weightd.types import TensorSpec
+
+Groups = Sequence[Sequence[int]]
+"""Numbers of tensors, in the order in which they are to lie."""
 
 _LANE_BYTES = 64 << 20
 """A lane is at least this long, for a segment is a mapping and two descriptors."""
@@ -122,6 +127,32 @@ def lanes(work: Iterable[Unit], most: int) -> list[Lane]:
     return found
 
 
+def repeated(work: Iterable[Lane], digests: Mapping[int, bytes]) -> frozenset[int]:
+    """The tensors whose bytes, by their digests, an earlier one has, where both can have one blob."""
+    seen: set[tuple[bytes, int]] = set()
+    again: set[int] = set()
+    for tensor in (tensor for lane in work for unit in lane for tensor in unit.tensors):
+        content = digests[tensor.number], tensor.spec.length
+        if tensor.spec.length >= OWN_COPY_BELOW:
+            if content in seen:
+                again.add(tensor.number)
+            seen.add(content)
+    return frozenset(again)
+
+
+def parted(work: Sequence[Lane], later: frozenset[int]) -> tuple[list[Lane], list[Lane]]:
+    """The work without the tensors that are to come `later`, and those."""
+
+    def only(wanted: bool) -> list[Lane]:
+        kept = [
+            [unit._replace(tensors=tuple(t for t in unit.tensors if (t.number in later) is wanted)) for unit in lane]
+            for lane in work
+        ]
+        return [[unit for unit in lane if unit.tensors] for lane in kept]
+
+    return only(False), only(True)
+
+
 def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
     """The most lanes that these arranged tensors, or any part of them, are cut into.
 
@@ -135,6 +166,17 @@ def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
         for file in {home, tensor.file}:
             sizes[file] = sizes.get(file, 0) + tensor.spec.length
     return sum(min(most, size // _LANE_BYTES + 1) for size in sizes.values())
+
+
+def lanes_in_file(tensors: Sequence[Tensor], wanted: Groups, usual: Groups, most: int) -> int:
+    """Into how many lanes a file is cut at most, so that `wanted` groups make no more lanes than `usual` ones would.
+
+    A load is admitted by the number of its lanes, and groups that a client asks for must not change who is.
+    """
+    runs = most_lanes(arranged(tensors, usual), most)
+    placed = arranged(tensors, wanted)
+    # With one lane in each file there are as many as files, and fewer are never counted.
+    return next((count for count in range(most, 1, -1) if most_lanes(placed, count) <= runs), 1)
 
 
 def on_threads(

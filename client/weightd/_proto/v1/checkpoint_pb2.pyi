@@ -7,12 +7,23 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class LoadOrder(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LOAD_ORDER_UNSPECIFIED: _ClassVar[LoadOrder]
+    LOAD_ORDER_REQUESTED: _ClassVar[LoadOrder]
+    LOAD_ORDER_JOINED: _ClassVar[LoadOrder]
+    LOAD_ORDER_RESIDENT: _ClassVar[LoadOrder]
+
 class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CHECKPOINT_STATE_UNSPECIFIED: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOADING: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_RESIDENT: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOST: _ClassVar[CheckpointState]
+LOAD_ORDER_UNSPECIFIED: LoadOrder
+LOAD_ORDER_REQUESTED: LoadOrder
+LOAD_ORDER_JOINED: LoadOrder
+LOAD_ORDER_RESIDENT: LoadOrder
 CHECKPOINT_STATE_UNSPECIFIED: CheckpointState
 CHECKPOINT_STATE_LOADING: CheckpointState
 CHECKPOINT_STATE_RESIDENT: CheckpointState
@@ -33,17 +44,19 @@ class FileIdentity(_message.Message):
     def __init__(self, device: _Optional[int] = ..., inode: _Optional[int] = ..., size_bytes: _Optional[int] = ..., mtime_ns: _Optional[int] = ..., ctime_ns: _Optional[int] = ...) -> None: ...
 
 class SourceFile(_message.Message):
-    __slots__ = ("component", "file", "identity")
+    __slots__ = ("component", "file", "identity", "is_index")
     COMPONENT_FIELD_NUMBER: _ClassVar[int]
     FILE_FIELD_NUMBER: _ClassVar[int]
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    IS_INDEX_FIELD_NUMBER: _ClassVar[int]
     component: str
     file: str
     identity: FileIdentity
-    def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ...) -> None: ...
+    is_index: bool
+    def __init__(self, component: _Optional[str] = ..., file: _Optional[str] = ..., identity: _Optional[_Union[FileIdentity, _Mapping]] = ..., is_index: bool = ...) -> None: ...
 
 class LoadRequest(_message.Message):
-    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify")
+    __slots__ = ("offer_id", "sources", "name", "name_is_default", "device", "pin", "detached", "verify", "reference", "group_sizes", "group_tensors")
     OFFER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +65,9 @@ class LoadRequest(_message.Message):
     PIN_FIELD_NUMBER: _ClassVar[int]
     DETACHED_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_SIZES_FIELD_NUMBER: _ClassVar[int]
+    GROUP_TENSORS_FIELD_NUMBER: _ClassVar[int]
     offer_id: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
     name: str
@@ -60,7 +76,10 @@ class LoadRequest(_message.Message):
     pin: bool
     detached: bool
     verify: bool
-    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ...) -> None: ...
+    reference: str
+    group_sizes: _containers.RepeatedScalarFieldContainer[int]
+    group_tensors: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, offer_id: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., name: _Optional[str] = ..., name_is_default: bool = ..., device: _Optional[str] = ..., pin: bool = ..., detached: bool = ..., verify: bool = ..., reference: _Optional[str] = ..., group_sizes: _Optional[_Iterable[int]] = ..., group_tensors: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class LoadEvent(_message.Message):
     __slots__ = ("feed", "progress", "result")
@@ -97,7 +116,7 @@ class LoadProgress(_message.Message):
     def __init__(self, phase: _Optional[_Union[LoadProgress.Phase, str]] = ..., done_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
 
 class LoadResult(_message.Message):
-    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device", "evicted", "evicted_others")
+    __slots__ = ("name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds", "device", "evicted", "evicted_others", "order", "groups", "ignored_groups")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +128,9 @@ class LoadResult(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     EVICTED_FIELD_NUMBER: _ClassVar[int]
     EVICTED_OTHERS_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    IGNORED_GROUPS_FIELD_NUMBER: _ClassVar[int]
     name: str
     content_digest: str
     tensors: int
@@ -120,7 +142,10 @@ class LoadResult(_message.Message):
     device: str
     evicted: _containers.RepeatedScalarFieldContainer[str]
     evicted_others: int
-    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ..., evicted: _Optional[_Iterable[str]] = ..., evicted_others: _Optional[int] = ...) -> None: ...
+    order: LoadOrder
+    groups: int
+    ignored_groups: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., unique_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., read_bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., device: _Optional[str] = ..., evicted: _Optional[_Iterable[str]] = ..., evicted_others: _Optional[int] = ..., order: _Optional[_Union[LoadOrder, str]] = ..., groups: _Optional[int] = ..., ignored_groups: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Checkpoint(_message.Message):
     __slots__ = ("names", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned", "load_time", "last_use_time", "state", "owner_uid", "owner")
@@ -185,20 +210,22 @@ class Component(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class GetCheckpointResponse(_message.Message):
-    __slots__ = ("checkpoint", "components", "segments", "sources", "kind", "note")
+    __slots__ = ("checkpoint", "components", "segments", "sources", "kind", "note", "reference")
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NOTE_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     checkpoint: Checkpoint
     components: _containers.RepeatedCompositeFieldContainer[Component]
     segments: int
     sources: _containers.RepeatedCompositeFieldContainer[SourceFile]
     kind: str
     note: str
-    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., kind: _Optional[str] = ..., note: _Optional[str] = ...) -> None: ...
+    reference: str
+    def __init__(self, checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., components: _Optional[_Iterable[_Union[Component, _Mapping]]] = ..., segments: _Optional[int] = ..., sources: _Optional[_Iterable[_Union[SourceFile, _Mapping]]] = ..., kind: _Optional[str] = ..., note: _Optional[str] = ..., reference: _Optional[str] = ...) -> None: ...
 
 class PinCheckpointRequest(_message.Message):
     __slots__ = ("reference", "device")

@@ -1,0 +1,175 @@
+"""What can be seen of a daemon and changed in it: checkpoints, leases, books, pins, names, drains."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, TypeVar
+
+from ._devices import device_name
+from ._handles import fit
+from ._proto.v1 import handles_pb2
+from ._wire import source_to
+from .errors import NotFoundError
+from .resolve import Resolved, files_of, is_path, open_sources, reference_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ._rpc import ControlPlane
+    from .attachment import Attachment
+    from .types import (
+        CheckpointDetails,
+        CheckpointInfo,
+        DaemonEvent,
+        DrainResult,
+        LeaseInfo,
+        Stats,
+        TensorKey,
+        VerifyProgress,
+        VersionInfo,
+    )
+
+Reference = str | os.PathLike[str] | Resolved
+T = TypeVar("T")
+
+
+class Operations(ABC):
+    """The part of a client that neither loads nor attaches."""
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """Every checkpoint that is resident, lost with its device, or being loaded."""
+        return self._rpc().checkpoints()
+
+    def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
+        """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost)."""
+        return self._known(self._rpc().get, reference, device)
+
+    def leases(self) -> list[LeaseInfo]:
+        """Which process holds which checkpoint."""
+        return self._rpc().leases()
+
+    def stats(self) -> Stats:
+        """The daemon's books."""
+        return self._rpc().stats()
+
+    def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
+        """What has happened lately, oldest first, and with `follow` what happens, without end.
+
+        Errors: EventsLostError (read too slowly), InUseError (too many readers).
+        """
+        return self._rpc().events(follow=follow)
+
+    def version(self) -> VersionInfo:
+        """Who answers."""
+        return self._rpc().version()
+
+    def ping(self) -> float:
+        """Seconds that one call takes; the first one includes setting up the channel."""
+        rpc = self._rpc()
+        start = time.perf_counter()
+        rpc.version()
+        return time.perf_counter() - start
+
+    # -- changing ----------------------------------------------------------------------------------------------------
+
+    def pin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
+        """Keep a checkpoint from eviction.
+
+        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
+        """
+        return self._known(self._rpc().pin, reference, device)
+
+    def unpin(self, reference: Reference, device: str | None = None) -> CheckpointInfo:
+        """Take our pin back.
+
+        Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost), PermissionDeniedError.
+        """
+        return self._known(self._rpc().unpin, reference, device)
+
+    def remove(self, reference: Reference, device: str | None = None) -> int:
+        """Drop a name, and with the last one the checkpoint. Returns the bytes given up.
+
+        Errors: NotFoundError, PermissionDeniedError, InUseError.
+        """
+        return self._named(self._rpc().remove, reference, device)
+
+    def verify(
+        self,
+        reference: Reference | None = None,
+        device: str | None = None,
+        on_progress: Callable[[VerifyProgress], None] | None = None,
+    ) -> VerifyProgress:
+        """Hash resident blobs again, of one checkpoint or of all.
+
+        Errors: DigestMismatchError, NotFoundError, InvalidReferenceError, DeviceError (it was lost, or the driver
+        failed).
+        """
+        rpc = self._rpc()
+        if reference is None:
+            return rpc.verify("", device_name(device), on_progress)
+        return self._known(lambda name, where: rpc.verify(name, where, on_progress), reference, device)
+
+    def drain(
+        self, *, timeout: float | None = None, on_holders: Callable[[list[LeaseInfo]], None] | None = None
+    ) -> DrainResult:
+        """Empty the daemon: nothing new is lent or loaded, and when nobody holds anything any more, everything goes.
+
+        The drain goes on when this call ends early, until `undrain`. `timeout` is seconds; `on_holders` is called with
+        the leases that are waited for, at first and when they have changed. Errors: PermissionDeniedError (only admins
+        may), InUseError (leases are held after `timeout`), LeaseLostError (somebody took the drain back).
+        """
+        return self._rpc().drain(timeout, on_holders)
+
+    def undrain(self) -> None:
+        """Let attaches and loads in again. Errors: PermissionDeniedError."""
+        self._rpc().undrain()
+
+    @abstractmethod
+    def _rpc(self) -> ControlPlane:
+        """The control plane, connected anew where the daemon has gone. Errors: ForkedError, InvalidReferenceError."""
+
+    @abstractmethod
+    def _attach(
+        self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
+    ) -> Attachment:
+        """Attach as a request says."""
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
+        """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
+        try:
+            return self._named(call, reference, device)
+        except NotFoundError:
+            if not isinstance(reference, Resolved) and not is_path(reference):
+                raise
+            with open_sources(files_of(reference)) as opened:
+                sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
+            request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
+            if not fit(request):
+                raise
+            try:
+                with self._attach(request, frozenset(), frozenset()) as attachment:
+                    found = attachment.content_digest, attachment.device
+            except NotFoundError:
+                found = None
+            if found is None:
+                raise
+            return call(*found)
+
+    @staticmethod
+    def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
+        """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
+        if isinstance(reference, Resolved):
+            return call(reference.name, device_name(device))
+        try:
+            return call(os.fspath(reference), device_name(device))
+        except NotFoundError:
+            name = reference_name(reference)
+            if name == os.fspath(reference):
+                raise
+            return call(name, device_name(device))

@@ -1,0 +1,62 @@
+"""weightd_daemon.loader.indexed: whose tensor counts where files have one name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from weightd._index import MAX_JSON_BYTES, weight_map
+from weightd.errors import FormatError, WeightdError
+from weightd.types import TensorSpec
+from weightd_daemon.loader.indexed import owned
+
+
+def specs(*names: str) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, "U8", (1,), number, 1) for number, name in enumerate(names))
+
+
+def names(*files: tuple[str, str, str], **indexes: dict[str, str]) -> list[str]:
+    found = owned([(component, file, specs(*tensors)) for component, file, tensors in files], indexes)
+    return ["".join(spec.name for spec in tensors) for tensors in found]
+
+
+def test_all_count_that_are_in_one_file_only() -> None:
+    assert names(("", "f", "ab"), ("", "g", "cd"), ("u", "f", "ab")) == ["ab", "cd", "ab"]
+    # Not in the index, or said to be elsewhere: there is no doubt which it is.
+    assert names(("u", "f", "ab"), ("u", "g", "c"), u={"a": "g", "x": "f"}) == ["ab", "c"]
+
+
+def test_the_index_of_the_component_decides() -> None:
+    files = ("u", "f", "abc"), ("u", "g", "bcd"), ("u", "h", "ce"), ("v", "f", "b")
+    assert names(*files, u={"b": "g", "c": "h"}, v={"b": "x"}) == ["a", "bd", "ce", "b"]
+    assert names(*files, u={"b": "f", "c": "f"}) == ["abc", "d", "e", "b"]
+
+
+@pytest.mark.parametrize(
+    ("indexes", "why"),
+    [
+        ({}, "f2: tensor 'b' is in another file of component 'u' too (f1)"),
+        ({"v": {"b": "f1"}}, "is in another file of component 'u' too (f1)"),
+        ({"u": {"a": "f1"}}, "and the index does not say whose counts"),
+        ({"u": {"b": "f3"}}, "and the index says that it is in 'f3'"),
+    ],
+)
+def test_what_nobody_decides(indexes: dict[str, dict[str, str]], why: str) -> None:
+    with pytest.raises(FormatError) as caught:
+        names(("u", "f1", "ab"), ("u", "f2", "bc"), ("u", "f3", "d"), **indexes)
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff", b"[" * 100_000, b" " * 10]
+    + [json.dumps({"weight_map": {"a": file}}).encode() for file in ("", "/a.safetensors", "../a.safetensors", "a")]
+    + [json.dumps({"weight_map": {"a": file}}).encode() for file in ("a/./b.safetensors", "a.bin", "a\0.safetensors")]
+    + [b" " * (MAX_JSON_BYTES + 1)],
+    ids=lambda raw: repr(raw[:30]),
+)  # fmt: skip
+def test_hostile_indexes(raw: bytes) -> None:
+    with pytest.raises(WeightdError) as caught:
+        weight_map("the index", raw)
+    assert str(caught.value).startswith("the index: ")
