@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 PROTOCOL = 1
 MAX_FRAME = 64 << 10
 MAX_DESCRIPTORS = 253
+_FEED_BATCH = 32
+"""Files in one message of an intake: a loader with few descriptors must have room for it."""
 _IPC_HANDLE_BYTES = 64
 _BACKLOG_PAUSE_SECONDS = 0.01
 
@@ -228,7 +230,7 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
     sent = 0
     try:
         while sent < len(descriptors):
-            batch = descriptors[sent : sent + MAX_DESCRIPTORS]
+            batch = descriptors[sent : sent + _FEED_BATCH]
             frame = handles_pb2.IntakeBatch(first=sent, descriptors=len(batch))
             socket.send_fds(intake, [frame.SerializeToString()], batch)
             answer = intake.recv(MAX_FRAME)

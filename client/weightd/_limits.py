@@ -30,6 +30,7 @@ def limit_error(error: OSError, what: str, who: str = THIS_PROCESS) -> ResourceL
         errno.ETOOMANYREFS: _descriptors_on_their_way,
         errno.ENFILE: lambda _: ("fs.file-max", "the machine has no descriptor left", "raise `sysctl fs.file-max`"),
         errno.EAGAIN: _processes,
+        errno.EFBIG: _file_size,
         errno.ENOMEM: _memory,
     }
     if error.errno not in limits:
@@ -81,6 +82,12 @@ def _processes(who: str) -> tuple[str, str, str]:
     return "RLIMIT_NPROC", state, f"{_raise(who, 'u')}, or the cgroup's pids.max"
 
 
+def _file_size(who: str) -> tuple[str, str, str]:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    state = f"{{who}} may make no file as large as its memory is to be (RLIMIT_FSIZE is {most} bytes)"
+    return "RLIMIT_FSIZE", state, _raise(who, "f")
+
+
 def _memory(who: str) -> tuple[str, str, str]:
     """Of ENOMEM the kernel does not say what was short: mappings, addresses, or memory."""
     mappings, most = 0, _NEAR + 1
@@ -100,5 +107,5 @@ def _memory(who: str) -> tuple[str, str, str]:
 def _raise(who: str, flag: str) -> str:
     if who == THIS_PROCESS:
         return f"raise `ulimit -{flag}`"
-    setting = {"n": "LimitNOFILE", "u": "TasksMax", "v": "LimitAS"}[flag]
+    setting = {"n": "LimitNOFILE", "u": "TasksMax", "v": "LimitAS", "f": "LimitFSIZE"}[flag]
     return f"raise the daemon's `ulimit -{flag}` ({setting}= of its unit)"

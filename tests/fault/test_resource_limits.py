@@ -28,12 +28,21 @@ StartDaemon = Callable[..., Daemon]
 
 
 def shards(folder: Path, count: int, seed: int = 0) -> Path:
-    """A folder with a checkpoint in many files, each of which gets a segment of its own."""
+    """A folder with a checkpoint in many short files."""
     for number in range(count):
         name = f"model-{number + 1:05}-of-{count:05}.safetensors"
         checkpoints.write(folder / name, {f"t{number}": ("U8", (3000,), bytes([number % 256, seed]) * 1500)})
     weights = ",".join(f'"t{n}":"model-{n + 1:05}-of-{count:05}.safetensors"' for n in range(count))
     (folder / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{weights}}}}}')
+    return folder
+
+
+def parts(folder: Path, count: int, seed: int = 0) -> Path:
+    """A folder with a pipeline of many components, each of which gets a segment of its own."""
+    for number in range(count):
+        path = folder / f"part{number:03}" / "model.safetensors"
+        checkpoints.write(path, {f"t{number}": ("U8", (3000,), bytes([number % 256, seed]) * 1500)})
+    checkpoints.describe_pipeline(folder)
     return folder
 
 
@@ -80,9 +89,8 @@ def test_a_client_without_descriptors_for_files(room: int, daemon: Daemon, spawn
 def test_a_client_without_descriptors_for_segments_says_so_and_goes_on(
     daemon: Daemon, spawn: Spawn, tmp_path: Path
 ) -> None:
-    shards(tmp_path, 100)
     with weightd.connect(daemon.socket, timeout=20) as client:
-        client.load(tmp_path, name="many", pin=True)
+        client.load(parts(tmp_path, 100), name="many", pin=True)
     limit, code, text, after = spawn(daemon).run(ATTACH, path="many", room=40)
     assert (limit, code, after) == ("RLIMIT_NOFILE", errno.EMFILE, 100)
     assert "receiving descriptors" in text
@@ -167,20 +175,49 @@ def test_a_process_without_mappings() -> None:
 # -- the loader --------------------------------------------------------------------------------------------------------
 
 
+def test_short_files_need_descriptors_one_after_the_other(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """300 shards share their segments, and a loader that may not have them all open reads them as they come."""
+    client = short_daemon(start_daemon, 128).connect()
+    client.load(shards(tmp_path, 300), name="many")
+    assert client.inspect("many").segments == 1
+    with client.attach("many") as attachment:
+        assert [bytes(attachment.buffer(f"t{n}")) for n in range(300)] == [
+            bytes([n % 256, 0]) * 1500 for n in range(300)
+        ]
+
+
+def long_files(folder: Path, count: int) -> Path:
+    """As many files of more than 1 MiB, which take no room on the disk."""
+    for number in range(count):
+        path = folder / f"model-{number + 1:05}-of-{count:05}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = f'{{"t{number}":{{"dtype":"U8","shape":[{1 << 20}],"data_offsets":[0,{1 << 20}]}}}}'.encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + (1 << 20))
+    return folder
+
+
 @pytest.mark.parametrize(
-    ("files", "descriptors", "what"), [(200, 128, "receiving 200 files"), (90, 150, "receiving segments")]
+    ("make", "files", "descriptors", "what"),
+    [(long_files, 200, 128, "receiving 200 files"), (parts, 85, 150, "receiving segments")],
 )
 def test_a_loader_without_descriptors_says_so_and_nobody_else_is_blamed(
-    files: int, descriptors: int, what: str, start_daemon: StartDaemon, tmp_path: Path
+    make: Callable[[Path, int], Path],
+    files: int,
+    descriptors: int,
+    what: str,
+    start_daemon: StartDaemon,
+    tmp_path: Path,
 ) -> None:
     daemon = short_daemon(start_daemon, descriptors)
     client = daemon.connect()
     with pytest.raises(weightd.ResourceLimitError) as caught:
-        client.load(shards(tmp_path / "many", files))
+        client.load(make(tmp_path / "many", files))
     assert caught.value.limit == "RLIMIT_NOFILE"
     expected = f"{what}: {LOADER} has all the descriptors that it may have (RLIMIT_NOFILE is {descriptors}); "
     assert str(caught.value).startswith(expected)
     assert "LimitNOFILE=" in str(caught.value)
+    eventually(lambda: client.stats().devices[0].used_bytes == 0, what="what the failed load held is back")
     client.load(shards(tmp_path / "few", 10))
     assert len(client.checkpoints()) == 1
 
@@ -215,7 +252,7 @@ def test_however_far_a_daemon_gets_without_descriptors_a_load_says_why(
     client = daemon.connect()
     failures: list[weightd.ResourceLimitError] = []
     for room in range(12):
-        path = shards(tmp_path / f"{room}", 3, room)
+        path = parts(tmp_path / f"{room}", 3, room)
         for loader in daemon.loaders():
             os.kill(loader, signal.SIGKILL)
         eventually(lambda: not daemon.loaders())
@@ -232,6 +269,16 @@ def test_however_far_a_daemon_gets_without_descriptors_a_load_says_why(
     assert {str(error).partition(":")[0] for error in failures} == steps
 
 
+def test_a_daemon_that_may_make_no_file_of_that_size(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    script = f'ulimit -f 1024; exec "{sys.executable}" -m weightd_daemon "$@"'
+    client = start_daemon(argv=["bash", "-c", script, "weightd"], pool=0).connect()
+    path = checkpoints.write(tmp_path / "m.safetensors", {"a": ("U8", (2 << 20,), bytes(2 << 20))})
+    with pytest.raises(weightd.ResourceLimitError, match="RLIMIT_FSIZE is 1048576 bytes") as caught:
+        client.load(path)
+    assert caught.value.limit == "RLIMIT_FSIZE"
+    client.load(checkpoints.write(tmp_path / "s.safetensors", {"a": ("U8", (1000,), bytes(1000))}))
+
+
 # -- the words ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +290,7 @@ def test_however_far_a_daemon_gets_without_descriptors_a_load_says_why(
         (errno.ETOOMANYREFS, "RLIMIT_NOFILE", "one at a time"),
         (errno.EAGAIN, "RLIMIT_NPROC", "pids.max"),
         (errno.ENOMEM, "memory", "overcommit"),
+        (errno.EFBIG, "RLIMIT_FSIZE", "ulimit -f"),
     ],
 )
 @pytest.mark.parametrize("who", [THIS_PROCESS, DAEMON, LOADER])

@@ -27,7 +27,7 @@ def copier_of(count: int, group: list[int], matched: frozenset[int], monkeypatch
     """A copier of so many tensors in one lane, for which all bytes are equal."""
     specs = [TensorSpec(f"t{at}", "U8", (SIZE,), at * SIZE, SIZE) for at in range(count)]
     tensors = arranged([Tensor(at, 0, spec) for at, spec in enumerate(specs)], [group])
-    (lane,) = lanes(units(tensors), 1)
+    (lane,) = lanes(units(tensors), 1, [0])
     copier = Copier(Daemon(), None, [], None, lanes=[lane], matched=matched)  # type: ignore[arg-type]  # not needed here
     for asks_memory, answer in (("_resident", None), ("_equal", True)):
         monkeypatch.setattr(copier, asks_memory, lambda *_, answer=answer: answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import threading
@@ -34,6 +35,7 @@ from .work import (
     Tensor,
     Unit,
     arranged,
+    homes,
     lanes,
     lanes_in_file,
     most_lanes,
@@ -53,6 +55,10 @@ _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
 _INTAKE_SECONDS = 30.0
 """How long a client may take to send its files: it must not keep a loader for nothing."""
+_OWN_DESCRIPTORS = 64
+"""What a loader needs beside a load's files: its sockets, segments, the batch that it is receiving."""
+_HELD_BYTES = 64 << 20
+"""Of how many bytes files are read whole, where there are more files than descriptors."""
 
 
 def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
@@ -129,24 +135,28 @@ class Load:
         ResourceLimitError.
         """
         names: list[str] = self._job["sources"]
-        descriptors = self._receive_descriptors(intake, len(names))
+        files = self._receive_files(intake, names)
         self._channel.tell({"op": "files"})
-        self._sources = [Source(name, fd) for name, fd in zip(names, descriptors, strict=True)]
+        self._sources = [
+            file if isinstance(file, Source) else Source(name, file) for name, file in zip(names, files, strict=True)
+        ]
         tensors = self._lay_out()
         wanted, usual = self._arrangement(tensors, self._job["groups"]), self._arrangement(tensors)
         fused = wanted.groups
-        in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"])
+        home = homes(self._job["components"], [source.identity.size for source in self._sources])
+        in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"], home)
         answer = self._channel.call(
             "laid_out",
-            lanes=most_lanes(arranged(tensors, fused), in_file),
+            lanes=most_lanes(arranged(tensors, fused), in_file, home),
             groups=wanted.asked,
             ignored_groups=wanted.ignored,
         )
         known = frozenset[int](answer["known"])
         new = [tensor for tensor in tensors if tensor.number not in known]
-        work = lanes(units(arranged(new, fused)), in_file)
+        work = lanes(units(arranged(new, fused)), in_file, home)
         chosen = frozenset[int](answer["sample"])
-        shared = self._is_shared([tensor for tensor in tensors if tensor.number in chosen], in_file)
+        sampled = [tensor for tensor in tensors if tensor.number in chosen]
+        shared = self._is_shared(lanes(units(sampled), in_file, home))
         again: frozenset[int] = frozenset()
         if answer["hash_first"] or shared:
             copier, again = self._hash_first(work)
@@ -161,43 +171,54 @@ class Load:
             source.check_unchanged()
         self._finish(copier)
 
-    def _receive_descriptors(self, intake: socket.socket, count: int) -> list[int]:
-        """Take the files from the client's end of the intake, in confirmed batches."""
-        descriptors: list[int] = []
-        self._stack.callback(_close_all, descriptors)
+    def _receive_files(self, intake: socket.socket, names: list[str]) -> list[int | Source]:
+        """Take the files from the client's end of the intake, in confirmed batches.
+
+        Where this process may not have them all open, short ones are read at once and closed.
+        """
+        files: list[int | Source] = []
+        self._stack.callback(_close_all, files)
+        count, held = len(names), 0
+        scarce = count + _OWN_DESCRIPTORS > resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         deadline = time.monotonic() + _INTAKE_SECONDS
         with intake:
-            while len(descriptors) < count:
+            while len(files) < count:
                 try:
                     intake.settimeout(max(0.001, deadline - time.monotonic()))
                     data, received, flags = receive_fds(intake, 65536, 253)
                 except TimeoutError:
                     raise InvalidReferenceError(
-                        f"the client sent {len(descriptors)} of {count} files within {_INTAKE_SECONDS:.0f} s"
+                        f"the client sent {len(files)} of {count} files within {_INTAKE_SECONDS:.0f} s"
                     ) from None
                 except ConnectionError:
                     data, received, flags = b"", [], 0
-                descriptors += received
+                files += received
                 if not data:
-                    raise InvalidReferenceError(f"the client sent {len(descriptors)} of {count} files and left")
+                    raise InvalidReferenceError(f"the client sent {len(files)} of {count} files and left")
                 batch = handles_pb2.IntakeBatch()
                 try:
                     batch.ParseFromString(data)
                 except Exception as error:
                     raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
-                expected = len(descriptors) - len(received)
+                expected = len(files) - len(received)
                 if flags & socket.MSG_CTRUNC and (limit := out_of_descriptors(f"receiving {count} files", LOADER)):
                     raise limit
                 if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
                     raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
-                if batch.first != expected or len(descriptors) > count or not received:
+                if batch.first != expected or len(files) > count or not received:
                     raise InvalidReferenceError(
                         f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
                     )
+                for at, descriptor in enumerate(received, start=expected):
+                    size = os.fstat(descriptor).st_size
+                    if scarce and held + size <= _HELD_BYTES:
+                        files[at] = Source(names[at], descriptor, held=True)
+                        os.close(descriptor)
+                        held += size
                 # A client that has left is seen by the next receive; with its last file here it is not needed.
                 with contextlib.suppress(ConnectionError):
-                    intake.send(handles_pb2.IntakeAck(received=len(descriptors)).SerializeToString())
-        return descriptors
+                    intake.send(handles_pb2.IntakeAck(received=len(files)).SerializeToString())
+        return files
 
     def _lay_out(self) -> list[Tensor]:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
@@ -241,11 +262,11 @@ class Load:
         found = arrangement(named, list(numbers), asked)
         return found._replace(groups=tuple(tuple(numbers[one] for one in group) for group in found.groups))
 
-    def _is_shared(self, sample: list[Tensor], in_file: int) -> bool:
+    def _is_shared(self, sample: list[Lane]) -> bool:
         """Whether some tensors of a sample may be resident; then everything is to be hashed first."""
         if not sample:
             return False
-        digests = self._hash(lanes(units(sample), in_file))
+        digests = self._hash(sample)
         return bool(self._channel.call("sampled", digests=_in_hexadecimal(digests))["hash_first"])
 
     def _hash_first(self, work: list[Lane]) -> tuple[Copier, frozenset[int]]:
@@ -319,6 +340,7 @@ def _in_hexadecimal(digests: dict[int, bytes]) -> list[tuple[int, str]]:
     return [(index, digest.hex()) for index, digest in sorted(digests.items())]
 
 
-def _close_all(descriptors: list[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
+def _close_all(files: list[int | Source]) -> None:
+    for file in files:
+        if isinstance(file, int):
+            os.close(file)

@@ -51,9 +51,12 @@ def _is_local(descriptor: int) -> bool:
 
 
 class Source:
-    """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error."""
+    """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error.
 
-    def __init__(self, name: str, descriptor: int) -> None:
+    One that is `held` is read whole as it is made, and needs its descriptor no longer.
+    """
+
+    def __init__(self, name: str, descriptor: int, *, held: bool = False) -> None:
         self.name = name
         self.descriptor = descriptor
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -65,6 +68,11 @@ class Source:
         self.trusted = _is_local(descriptor) and rested(self.identity, time.time_ns())
         """Whether the identity stands for the content from now on (design: the digest index)."""
         self._layout: FileLayout | None = None
+        self._held: bytes | None = None
+        if held:
+            content = self._read(0, self.identity.size)
+            self.check_unchanged()
+            self._held, self.descriptor = content, -1
 
     def layout(self) -> FileLayout:
         """The checked tensor directory; the file's first bytes say its format. Errors: FormatError."""
@@ -79,6 +87,9 @@ class Source:
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` from `offset` on. Errors: FormatError (it shrank, or cannot be read)."""
+        if self._held is not None:
+            buffer[:] = self._held[offset : offset + len(buffer)]
+            return
         done = 0
         while done < len(buffer):
             try:
@@ -90,8 +101,8 @@ class Source:
             done += count
 
     def check_unchanged(self) -> None:
-        """Errors: FormatError when the file was changed since it was opened."""
-        if identity_of(self.descriptor) != self.identity:
+        """Errors: FormatError when the file was changed since it was opened, or while it was read if it is held."""
+        if self._held is None and identity_of(self.descriptor) != self.identity:
             raise FormatError(f"{self.name}: changed while it was read; load it again")
 
     def _read(self, offset: int, length: int) -> bytes:

@@ -2,7 +2,8 @@
 
 Writes to one memfd take turns on the lock of its inode: two threads fill one memfd at 3.0 GB/s, and two at 5.2
 (measured). So in host memory a long file is cut into *lanes*, one for each thread, and each lane gets segments of its
-own. On a GPU nothing takes turns: there a file is one lane, which all threads work off from the front.
+own. On a GPU nothing takes turns: there a file is one lane, which all threads work off from the front. Short files of
+one component share a lane: many small shards would else be as many segments.
 
 Tensors that frameworks fuse (weightd/layouts.py) are *grouped*: they follow each other in one lane, whatever files they
 are in, so that they come to lie one behind the other.
@@ -99,7 +100,7 @@ def units(tensors: Iterable[Tensor]) -> Iterator[Unit]:
 
 
 Lane = list[Unit]
-"""Neighbours in one file, and what is grouped with them, to be worked off by one thread."""
+"""Neighbours in one file or in short ones, and what is grouped with them, to be worked off by one thread."""
 
 
 def batches(work: Iterable[Unit]) -> Iterator[list[Unit]]:
@@ -111,10 +112,23 @@ def batches(work: Iterable[Unit]) -> Iterator[list[Unit]]:
             yield list(there)
 
 
-def lanes(work: Iterable[Unit], most: int) -> list[Lane]:
-    """Cut arranged units into lanes: each file, with what is grouped there, into `most` equal ones, if long enough."""
+def homes(components: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    """For each file the first of those that it shares lanes with: neighbours of one component, short all together."""
+    found: list[int] = []
+    filled = 0
+    for file, (component, size) in enumerate(zip(components, sizes, strict=True)):
+        joins = file > 0 and component == components[file - 1] and filled + size <= _LANE_BYTES
+        filled = filled + size if joins else size
+        found.append(found[-1] if joins else file)
+    return found
+
+
+def lanes(work: Iterable[Unit], most: int, home: Sequence[int]) -> list[Lane]:
+    """Cut arranged units into lanes: each file with its neighbours (`homes`) and what is grouped there, into `most`
+    equal ones, if long enough.
+    """
     found: list[Lane] = []
-    for _, there in itertools.groupby(batches(work), key=lambda batch: batch[0].file):
+    for _, there in itertools.groupby(batches(work), key=lambda batch: home[batch[0].file]):
         file = list(there)
         share = max(_LANE_BYTES, -(-sum(unit.length for batch in file for unit in batch) // most))
         position, last = 0, -1
@@ -153,30 +167,30 @@ def parted(work: Sequence[Lane], later: frozenset[int]) -> tuple[list[Lane], lis
     return only(False), only(True)
 
 
-def most_lanes(tensors: Iterable[Tensor], most: int) -> int:
+def most_lanes(tensors: Iterable[Tensor], most: int, home: Sequence[int]) -> int:
     """The most lanes that these arranged tensors, or any part of them, are cut into.
 
     A tensor that is grouped in another file counts in both: without all of its group it stays in its own.
     """
     sizes: dict[int, int] = {}
-    home = 0
+    first = 0
     for tensor in tensors:
         if tensor.group in (None, tensor.number):
-            home = tensor.file
-        for file in {home, tensor.file}:
+            first = tensor.file
+        for file in {home[first], home[tensor.file]}:
             sizes[file] = sizes.get(file, 0) + tensor.spec.length
     return sum(min(most, size // _LANE_BYTES + 1) for size in sizes.values())
 
 
-def lanes_in_file(tensors: Sequence[Tensor], wanted: Groups, usual: Groups, most: int) -> int:
+def lanes_in_file(tensors: Sequence[Tensor], wanted: Groups, usual: Groups, most: int, home: Sequence[int]) -> int:
     """Into how many lanes a file is cut at most, so that `wanted` groups make no more lanes than `usual` ones would.
 
     A load is admitted by the number of its lanes, and groups that a client asks for must not change who is.
     """
-    runs = most_lanes(arranged(tensors, usual), most)
+    runs = most_lanes(arranged(tensors, usual), most, home)
     placed = arranged(tensors, wanted)
     # With one lane in each file there are as many as files, and fewer are never counted.
-    return next((count for count in range(most, 1, -1) if most_lanes(placed, count) <= runs), 1)
+    return next((count for count in range(most, 1, -1) if most_lanes(placed, count, home) <= runs), 1)
 
 
 def on_threads(
