@@ -352,6 +352,7 @@ def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None
     assert main(arguments) == 0
     captured = capsys.readouterr()
     keys = "name content_digest tensors total_bytes unique_bytes shared_bytes read_bytes seconds device"
+    keys += " order groups ignored_groups"
     assert list(json.loads(captured.out)) == keys.split()
     assert captured.err == "", "no progress where stderr is no terminal"
     options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
