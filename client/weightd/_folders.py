@@ -115,7 +115,8 @@ def only_variant(folder: Path, rule: Rule) -> str | None:
     found = sorted(variant for variant in variants if not _SHARD.fullmatch(variant))
     if len(found) > 1:
         raise InvalidReferenceError(
-            f"{show(folder)}: has {rule.weights} only as variants ({_listed(found)}); say which with --variant"
+            f"{show(folder)}: has {rule.weights} only as variants ({_listed(found)}); say which with --variant, "
+            "or variant="
         )
     return found[0] if found else None
 

@@ -39,7 +39,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pipeline")
     for i in range(PARTS):
         checkpoints.write(folder / f"part{i:03}" / "model.safetensors", {"t": ("U8", (1000 + i,), part(i))})
-    return folder
+    return checkpoints.describe_pipeline(folder)
 
 
 def marked(folder: Path) -> Path:

@@ -251,7 +251,7 @@ def code(method: Any, request: Any, token: str | None) -> grpc.StatusCode | None
 def offered(client: weightd.Client, descriptor: int, name: str = "x") -> Any:
     """Load what a descriptor stands for, whatever it is."""
     opened = opened_as(descriptor, source_of(descriptor))
-    return client._load(opened, name=name, name_is_default=True, device=None)
+    return client._load(opened, checkpoint_pb2.LoadRequest(name=name, name_is_default=True), ())
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "directory", "O_PATH", "O_WRONLY", "zero", "null", "eventfd"])
@@ -295,7 +295,7 @@ def test_another_file_than_announced(client: weightd.Client, tmp_path: Path) -> 
     with announced.open("rb") as first, (tmp_path / "good.safetensors").open("rb") as second:
         opened = opened_as(second.fileno(), source_of(first.fileno()))
         with pytest.raises(weightd.InvalidReferenceError, match="not the file that was announced"):
-            client._load(opened, name="x", name_is_default=True, device=None)
+            client._load(opened, checkpoint_pb2.LoadRequest(name="x", name_is_default=True), ())
 
 
 Feed = Callable[[socket.socket, int], None]

@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 LOAD_KEYS = [
     "name", "content_digest", "tensors", "total_bytes", "unique_bytes", "shared_bytes", "read_bytes", "seconds",
-    "device", "evicted", "evicted_others",
+    "device", "evicted", "evicted_others", "order", "groups", "ignored_groups",
 ]  # fmt: skip
 LS_KEYS = [
     "name", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned",

@@ -396,6 +396,8 @@ def test_a_variant(
     for path, given, dtype in [(only, {}, "float16"), (llama, {}, "float32"), (llama, {"variant": "fp16"}, "float16")]:
         model = installed.from_pretrained(path, **given)
         assert (installed.report(model).shared_ratio, model.dtype) == (1.0, getattr(torch, dtype))
+    names = {name for checkpoint in daemon.connect().checkpoints() for name in checkpoint.names}
+    assert {str(llama), f"fp16:{llama}"} <= names, "neither takes the other's"
     assert "of the variant fp16 only" in caplog.text
     with pytest.raises(weightd.NotFoundError, match=r"model\.fp8\.safetensors"):
         installed.from_pretrained(llama, variant="fp8")

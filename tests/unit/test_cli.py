@@ -394,8 +394,9 @@ def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None
     assert main(arguments) == 0
     captured = capsys.readouterr()
     keys = "name content_digest tensors total_bytes unique_bytes shared_bytes read_bytes seconds device"
+    keys += " evicted evicted_others order groups ignored_groups"
     (loaded,) = json.loads(captured.out)
-    assert list(loaded) == [*keys.split(), "evicted", "evicted_others"]
+    assert list(loaded) == keys.split()
     assert captured.err == "", "no progress where stderr is no terminal"
     options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
     assert fake.calls == [("load", "./m", options)]
