@@ -17,7 +17,14 @@ import pytest
 from support.malformed import VALID
 from weightd import resolve as module
 from weightd._index import MAX_JSON_BYTES
-from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
+from weightd.errors import (
+    FormatError,
+    InvalidReferenceError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceLimitError,
+    WeightdError,
+)
 from weightd.resolve import Resolved, SourcePath, folder_of, is_path, open_sources, reference_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -814,9 +821,9 @@ class TestOpenSources:
             raise OSError(24, "Too many open files")
 
         monkeypatch.setattr(os, "open", refuse)
-        with pytest.raises(WeightdError, match="Too many open files") as caught:
+        with pytest.raises(ResourceLimitError, match="this process has all the descriptors") as caught:
             open_sources(self.one(tmp_path))
-        assert caught.value.exit_code == 1
+        assert caught.value.limit == "RLIMIT_NOFILE"
 
 
 def test_standard_library_only() -> None:
