@@ -14,6 +14,7 @@ import pytest
 from support import fakecuda
 from support.backends import HOST, Backend
 from support.daemon import Daemon
+from support.shared import SharedDaemons
 from support.users import user_of
 from support.worker import Worker
 
@@ -99,6 +100,14 @@ def start_daemon(request: pytest.FixtureRequest, backend: Backend) -> Iterator[S
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+@pytest.fixture(scope="module")
+def shared_daemons() -> Iterator[SharedDaemons]:
+    """Daemons that the tests of a module use one after the other."""
+    daemons = SharedDaemons()
+    yield daemons
+    daemons.close()
 
 
 @pytest.fixture

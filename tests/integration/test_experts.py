@@ -22,13 +22,6 @@ FAMILIES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def here(shared_daemons: SharedDaemons) -> Iterator[Daemon]:
     with shared_daemons.on(HOST) as daemon:

@@ -40,13 +40,6 @@ result = len(theirs)
 """
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def client(
     shared_daemons: SharedDaemons, backend: Backend, monkeypatch: pytest.MonkeyPatch

@@ -29,13 +29,6 @@ StartDaemon = Callable[..., Daemon]
 KIB, MIB, PAGE = 1 << 10, 1 << 20, 4096
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def here(shared_daemons: SharedDaemons) -> Iterator[Daemon]:
     with shared_daemons.on(HOST) as daemon:

@@ -26,13 +26,6 @@ WIDTH, INNER, EXPERTS = 128, 256, 4
 everywhere = pytest.mark.backends(*EVERY)
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def here(shared_daemons: SharedDaemons, tensors_on_the_double: None, backend: Backend) -> Iterator[Daemon]:
     with shared_daemons.on(backend) as daemon:

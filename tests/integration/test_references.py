@@ -24,13 +24,6 @@ A, B, C = (letter * 40 for letter in "abc")
 everywhere = pytest.mark.backends(*EVERY)
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def client(shared_daemons: SharedDaemons, backend: Backend) -> Iterator[weightd.Client]:
     """A client of a daemon that holds nothing."""

@@ -21,13 +21,6 @@ SHARDS = 24
 OTHERS = ("bert", "t5", "gpt2", "llama", "llava", "whisper", "clip", "mamba", "dinov3_vit", "vit", "wav2vec2")
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    daemons.close()
-
-
 @pytest.fixture
 def here(shared_daemons: SharedDaemons) -> Iterator[Daemon]:
     with shared_daemons.on(HOST) as daemon:
