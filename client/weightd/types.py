@@ -118,7 +118,8 @@ class LoadResult:
     apart, `evicted_others` counts those of other users.
     `order` says by whose groups it lies, where the load had some: "requested", "joined" (those of another load that was
     under way) or "resident" (it was there already, and nothing was moved; removed and loaded again, it would lie in the
-    order that is asked for). Of the load's own, `groups` were heeded; `ignored_groups` says why others were not.
+    order that is asked for). Of the load's own, `groups` were fit to be heeded, as far as their tensors were not
+    resident already; `ignored_groups` says why others were not.
     """
 
     name: str

@@ -23,6 +23,7 @@ from weightd_daemon.loader.work import (
     on_threads,
     parted,
     repeated,
+    split,
     units,
 )
 
@@ -67,6 +68,11 @@ def test_short_neighbours_of_one_component_share_a_lane() -> None:
     (lane,) = lanes(units(every), 4, home)
     assert len(lane) == 300
     assert most_lanes(every, 4, home) == 1
+
+
+def test_groups_come_in_one_row() -> None:
+    assert split([2, 0, 3], [5, 1, 4, 2, 3]) == [[5, 1], [], [4, 2, 3]]
+    assert split([], []) == []
 
 
 @st.composite

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+from array import array
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
-from weightd_daemon.loader.request import LoadRequest, Outcome, Progress
+from weightd_daemon.loader.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 
 from .attaching import shown, sources_from
 from .connections import Connection
@@ -24,8 +24,8 @@ from .interceptors import Context
 from .parts import Parts
 from .show import time_to, user_name
 
-MAX_GROUPED = 1_000_000
-"""Tensors in the groups of one load: no file that is loaded has as many."""
+MAX_GROUPED = 200_000
+"""Tensors in the groups of one load: the largest mixtures of experts have half as many."""
 
 _PHASES = {
     "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
@@ -288,20 +288,19 @@ def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:
     return checkpoint_pb2.LoadEvent(progress=report)
 
 
-def _groups(request: checkpoint_pb2.LoadRequest) -> tuple[tuple[int, ...], ...]:
+def _groups(request: checkpoint_pb2.LoadRequest) -> Groups:
     """The groups of a request. Which of them are heeded, the loader finds out: only that sees the files' headers."""
     sizes, numbers = request.group_sizes, request.group_tensors
     if len(numbers) > MAX_GROUPED or len(sizes) > len(numbers) or sum(sizes) != len(numbers):
         raise InvalidReferenceError(
             f"the load has {len(sizes)} groups of {sum(sizes)} tensors and names {len(numbers)}; at most {MAX_GROUPED}"
         )
-    ends = list(itertools.accumulate(sizes))
-    return tuple(tuple(numbers[end - size : end]) for size, end in zip(sizes, ends, strict=True))
+    return Groups(array("I", sizes), array("I", numbers)) if sizes else NO_GROUPS
 
 
 def _order(outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadOrder:
     """By whose groups a request's checkpoint lies now: its own, those of the load that it joined, or earlier ones."""
-    if not wish.groups:
+    if wish.groups is NO_GROUPS:
         return checkpoint_pb2.LOAD_ORDER_UNSPECIFIED
     if load is None or (outcome.total_bytes and not outcome.unique_bytes):
         return checkpoint_pb2.LOAD_ORDER_RESIDENT

@@ -42,6 +42,7 @@ from .work import (
     on_threads,
     parted,
     repeated,
+    split,
     units,
 )  # fmt: skip
 
@@ -141,7 +142,7 @@ class Load:
             file if isinstance(file, Source) else Source(name, file) for name, file in zip(names, files, strict=True)
         ]
         tensors = self._lay_out()
-        wanted, usual = self._arrangement(tensors, self._job["groups"]), self._arrangement(tensors)
+        wanted, usual = self._arrangement(tensors, split(*self._job["groups"])), self._arrangement(tensors)
         fused = wanted.groups
         home = homes(self._job["components"], [source.identity.size for source in self._sources])
         in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"], home)

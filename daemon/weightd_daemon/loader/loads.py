@@ -305,7 +305,8 @@ class Loads:
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
                 files = [(source.file, source.is_index) for source in request.sources]
                 components = [source.component for source in request.sources]
-                await loader.send({**job, "components": components, "files": files, "groups": request.groups})
+                groups = [list(column) for column in request.groups]
+                await loader.send({**job, "components": components, "files": files, "groups": groups})
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()

@@ -6,9 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Who
     from weightd_daemon.core.lease import Holder
+
+
+class Groups(NamedTuple):
+    """Groups of tensors as they came: how many each has, and the tensors of all. Packed, for a load may wait long."""
+
+    sizes: Sequence[int]
+    tensors: Sequence[int]
+
+
+NO_GROUPS = Groups((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +39,7 @@ class LoadRequest:
     detached: bool = False
     verify: bool = False
     reference: str = ""
-    groups: tuple[tuple[int, ...], ...] = ()
+    groups: Groups = NO_GROUPS
     """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
@@ -50,7 +62,7 @@ class Outcome(NamedTuple):
     read_bytes: int
     seconds: float
     groups: int = 0
-    """How many of the request's groups were heeded."""
+    """How many of the request's groups were fit to be heeded."""
     ignored_groups: tuple[str, ...] = ()
     """Why others were not."""
     evicted: tuple[str, ...] = ()

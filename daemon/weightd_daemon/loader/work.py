@@ -60,6 +60,12 @@ class Unit(NamedTuple):
         return self.tensors[0].group
 
 
+def split(sizes: Sequence[int], numbers: Sequence[int]) -> list[Sequence[int]]:
+    """Groups, of which the numbers came in one row: as many to each as its size says."""
+    ends = itertools.accumulate(sizes)
+    return [numbers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
 def arranged(tensors: Sequence[Tensor], groups: Iterable[Sequence[int]]) -> list[Tensor]:
     """Tensors (sorted by file and offset) in the order in which they are to be placed.
 
