@@ -68,7 +68,7 @@ def test_a_line_names_what_and_who(
     found = json.loads(JsonLines().format(record))
     assert (found["message"], found["level"], found["names"]) == (line, level, list(event.names))
     if event.user:
-        assert (found["user"], found["uid"], found["pid"]) == (event.user, event.uid, event.pid)
+        assert (found["user"], found["uid"], found["pid"]) == (event.user, event.uid, event.pid or None)
     assert found.get("evicted", []) == list(event.evicted)
     assert found["device"] == "host"
 
