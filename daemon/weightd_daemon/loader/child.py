@@ -85,7 +85,7 @@ def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
         _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
         channel.tell({"op": "failed", **error_to(error)})
-        return not isinstance(error, UNFIT)
+        return not isinstance(error, UNFIT) and not channel.broken  # another thread may have failed to receive, too
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
