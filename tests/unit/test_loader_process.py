@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -87,6 +88,27 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
     before = descriptors()
     asyncio.run(run())
     assert descriptors() == before
+
+
+def test_too_many_descriptors_on_their_way_is_a_limit_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Never:
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    async def run() -> None:
+        loader = await LoaderProcess.spawn(SLEEPER, [])
+        try:
+            for what, send in (
+                ("segments", loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])),
+                ("an intake", loader.send_descriptor(0)),
+            ):
+                with pytest.raises(ResourceLimitError, match=rf"^sending {what} to a loader process: the user of "):
+                    await send
+        finally:
+            loader.kill()
+            await loader.exited
+
+    monkeypatch.setattr(socket, "send_fds", fail)
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("part", ["Popen", "pidfd_open"])
