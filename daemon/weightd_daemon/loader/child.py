@@ -210,11 +210,13 @@ class Load:
                         f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
                     )
                 for at, descriptor in enumerate(received, start=expected):
-                    size = os.fstat(descriptor).st_size
-                    if scarce and held + size <= _HELD_BYTES:
-                        files[at] = Source(names[at], descriptor, held=True)
+                    if not scarce:
+                        continue
+                    source = Source(names[at], descriptor, hold=_HELD_BYTES - held)
+                    if source.held:
+                        files[at] = source
                         os.close(descriptor)
-                        held += size
+                        held += source.identity.size
                 # A client that has left is seen by the next receive; with its last file here it is not needed.
                 with contextlib.suppress(ConnectionError):
                     intake.send(handles_pb2.IntakeAck(received=len(files)).SerializeToString())
