@@ -1,4 +1,4 @@
-"""Files that a loader takes from a client: how many bytes of them it keeps in memory."""
+"""Files that a loader takes from a client: how many bytes of them it keeps in memory, and for how long it waits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from weightd._proto.v1 import handles_pb2
+from weightd.errors import InvalidReferenceError
 from weightd.types import FileIdentity
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.loader import child, source
@@ -45,8 +46,8 @@ class Intake:
         frame = handles_pb2.IntakeBatch(first=first, descriptors=len(sizes))
         socket.send_fds(self.client, [frame.SerializeToString()], descriptors)
 
-    def received(self) -> list[int | Source]:
-        return self._load._receive_files(self.loader, self._names)
+    def received(self, missing: int = 0) -> list[int | Source]:
+        return self._load._receive_files(self.loader, self._names + ["x"] * missing)
 
 
 @pytest.fixture
@@ -89,3 +90,30 @@ def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_rea
     intake.send(10, 11, 12)
     files = intake.received()
     assert held(files) == [False, True, False]  # of 101, 80 and 21 bytes
+
+
+def test_each_batch_has_its_own_time(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+    receive = child.receive_fds
+
+    def noted(end: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+        waits.append(end.gettimeout())
+        return receive(end, size, most)
+
+    monkeypatch.setattr(child, "receive_fds", noted)
+    for _ in range(3):
+        intake.send(1)
+    assert len(intake.received()) == 3
+    assert waits == [child._INTAKE_SECONDS] * 3
+
+
+@pytest.mark.parametrize("sent", [1, 100])
+def test_a_client_that_sends_no_more_or_takes_no_confirmation(
+    sent: int, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_INTAKE_SECONDS", 0.01)
+    intake.loader.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it a few frames
+    for _ in range(sent):
+        intake.send(1)
+    with pytest.raises(InvalidReferenceError, match=r"^the client sent \d+ of 101 files, and then did nothing for "):
+        intake.received(missing=101 - sent)
