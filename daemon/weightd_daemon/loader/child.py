@@ -26,7 +26,7 @@ from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
-from .indexed import owned
+from .indexed import indexes, owned
 from .slots import Slot
 from .source import Source
 from .verifying import verify
@@ -236,10 +236,10 @@ class Load:
         index = first = 0
         files = list(zip(self._job["components"], self._job["files"], self._sources, strict=True))
         weights = [(component, file, source) for component, (file, is_index), source in files if not is_index]
-        indexes = {component: source.weight_map() for component, (_, is_index), source in files if is_index}
+        read_index = indexes({component: source for component, (_, is_index), source in files if is_index})
         layouts = [source.layout() for _, _, source in weights]
         counted = owned(
-            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], indexes
+            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], read_index
         )
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)
