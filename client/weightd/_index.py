@@ -9,6 +9,8 @@ from .errors import FormatError, InvalidReferenceError
 
 MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 """Largest index that is read, in bytes."""
+MAX_VALUES: Final = 2_000_000
+"""Most JSON values in it: each takes tens of bytes of memory, however short it is written."""
 SUFFIX: Final = ".safetensors"
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -17,6 +19,10 @@ def parse_json(label: str, raw: bytes) -> object:
     """A JSON document that nobody vouches for; `label` names it in errors. Errors: FormatError."""
     if len(raw) > MAX_JSON_BYTES:
         raise FormatError(f"{label}: over the limit of {MAX_JSON_BYTES} bytes; not an index")
+    # Counted in strings too: an upper bound is enough to bound memory before anything is built.
+    values = raw.count(b",") + raw.count(b"[") + raw.count(b"{")
+    if values > MAX_VALUES:
+        raise FormatError(f"{label}: holds about {values} JSON values, more than the {MAX_VALUES} that are supported")
     try:
         document: object = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -33,7 +33,7 @@ from .core.digest import new_hasher
 from .core.plan import PlannedTensor, make_plan, recurring
 from .edges.digest_index import known_digests
 from .formats import workload
-from .loader.indexed import owned
+from .loader.indexed import indexes, owned
 from .loader.source import Source
 
 if TYPE_CHECKING:
@@ -140,8 +140,9 @@ def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: cont
             for where, descriptor in zip(resolved.sources, opened.fds, strict=True)
         ]
         weights = [(where, source) for where, source in files if not where.is_index]
-        indexes = {where.component: source.weight_map() for where, source in files if where.is_index}
-        counted = owned([(where.component, where.file, source.layout().tensors) for where, source in weights], indexes)
+        read_index = indexes({where.component: source for where, source in files if where.is_index})
+        tensors = [(where.component, where.file, source.layout().tensors) for where, source in weights]
+        counted = owned(tensors, read_index)
         for (where, source), specs in zip(weights, counted, strict=True):
             for spec in specs:
                 place = _Place(len(sources), spec.offset, spec.length)

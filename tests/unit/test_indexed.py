@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from pathlib import Path
 
 import pytest
 
-from weightd._index import MAX_JSON_BYTES, weight_map
+from weightd._index import MAX_JSON_BYTES, MAX_VALUES, weight_map
 from weightd.errors import FormatError, WeightdError
 from weightd.types import TensorSpec
-from weightd_daemon.loader.indexed import owned
+from weightd_daemon.loader.indexed import indexes, owned
+from weightd_daemon.loader.source import Source
 
 
 def specs(*names: str) -> tuple[TensorSpec, ...]:
@@ -17,7 +20,7 @@ def specs(*names: str) -> tuple[TensorSpec, ...]:
 
 
 def names(*files: tuple[str, str, str], **indexes: dict[str, str]) -> list[str]:
-    found = owned([(component, file, specs(*tensors)) for component, file, tensors in files], indexes)
+    found = owned([(component, file, specs(*tensors)) for component, file, tensors in files], indexes.get)
     return ["".join(spec.name for spec in tensors) for tensors in found]
 
 
@@ -46,6 +49,44 @@ def test_what_nobody_decides(indexes: dict[str, dict[str, str]], why: str) -> No
     with pytest.raises(FormatError) as caught:
         names(("u", "f1", "ab"), ("u", "f2", "bc"), ("u", "f3", "d"), **indexes)
     assert why in str(caught.value)
+
+
+def test_an_index_is_read_once_and_only_where_one_has_to_decide() -> None:
+    read: list[str] = []
+
+    def index(component: str) -> dict[str, str]:
+        read.append(component)
+        return {"a": "f", "b": "g"}
+
+    places = ("", "f", "ab"), ("", "g", "c"), ("v", "f", "ab"), ("u", "f", "ab"), ("u", "g", "ab"), ("v", "g", "b")
+    found = owned([(component, file, specs(*tensors)) for component, file, tensors in places], index)
+    assert [spec.name for tensors in found for spec in tensors] == [*"abcaabb"]
+    assert read == ["v", "u"]
+
+
+def test_the_indexes_of_a_load_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def source(name: str) -> Source:
+            path = tmp_path / name
+            path.write_bytes(b'{"weight_map": {"a": "f.safetensors"}}')  # 38 bytes
+            return Source(name, stack.enter_context(path.open("rb")).fileno())
+
+        monkeypatch.setattr("weightd_daemon.loader.indexed.MAX_INDEX_BYTES", 2 * 38)
+        read = indexes({name: source(name) for name in "abc"})
+        assert read("d") is None
+        assert read("a") == read("c") == {"a": "f.safetensors"}
+        with pytest.raises(FormatError, match=r"^b: over the limit of 76 bytes that the indexes of a load may have"):
+            read("b")
+
+
+@pytest.mark.parametrize("values", [b"{},", b"[],", b"0,"])
+def test_an_index_has_a_limit_of_values(values: bytes) -> None:
+    """Each may take tens of bytes of memory."""
+    raw = b'{"weight_map": {"a": "f.safetensors"}, "more": [' + values * MAX_VALUES + b"0]}"
+    assert len(raw) < MAX_JSON_BYTES
+    with pytest.raises(FormatError, match=r"^the index: holds about \d+ JSON values, more than the \d+"):
+        weight_map("the index", raw)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -15,7 +16,8 @@ from typing import Any, Never
 
 import pytest
 
-from weightd.errors import DeviceError, ResourceLimitError
+from support.limits import room_for
+from weightd.errors import DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
@@ -23,7 +25,7 @@ from weightd_daemon.core.reclaims import Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.loader import child
-from weightd_daemon.loader.channel import LENGTH, Channel, receive_fds
+from weightd_daemon.loader.channel import BATCH, LENGTH, Channel, Message, receive_fds
 from weightd_daemon.loader.process import LoaderDied, LoaderProcess
 from weightd_daemon.loader.work import Tensor, Unit, on_threads
 
@@ -86,6 +88,27 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
     before = descriptors()
     asyncio.run(run())
     assert descriptors() == before
+
+
+def test_too_many_descriptors_on_their_way_is_a_limit_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Never:
+        raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
+
+    async def run() -> None:
+        loader = await LoaderProcess.spawn(SLEEPER, [])
+        try:
+            for what, send in (
+                ("segments", loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])),
+                ("an intake", loader.send_descriptor(0)),
+            ):
+                with pytest.raises(ResourceLimitError, match=rf"^sending {what} to a loader process: the user of "):
+                    await send
+        finally:
+            loader.kill()
+            await loader.exited
+
+    monkeypatch.setattr(socket, "send_fds", fail)
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("part", ["Popen", "pidfd_open"])
@@ -199,6 +222,77 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
         with pytest.raises(BlockingIOError):
             descriptors[1].recv(1)
         assert intake[0].recv(1) == b""  # which the client sees at once
+
+
+class DaemonEnd:
+    """The daemon's ends of a loader's channel, and that channel."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.control, control = socket.socketpair()
+        self.descriptors, descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (self.control, control, self.descriptors, descriptors):
+            stack.enter_context(end)
+        self.channel = Channel(control, descriptors)
+        stack.callback(self.channel.forget_segments)
+
+    def send(self, first: int, count: int) -> None:
+        """A message with that many fresh segments, as LoaderProcess sends it."""
+        body = json.dumps({"segments": [(first + at, 4096, None) for at in range(count)]}).encode()
+        self.control.sendall(LENGTH.pack(len(body)) + body)
+        for start in range(0, count, BATCH):
+            socket.send_fds(self.descriptors, [b"d"], [0] * min(BATCH, count - start))
+
+    def break_channel(self) -> None:
+        """Leave a descriptor on its way to the channel, which had no room for those before it."""
+        self.send(1, BATCH + 1)
+        with room_for(os.getpid(), 10), pytest.raises(ResourceLimitError):
+            self.channel.receive()
+
+
+def test_after_descriptors_were_lost_no_thread_takes_those_of_another_message() -> None:
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        before = descriptors()
+        daemon.break_channel()
+        assert descriptors() == before
+        daemon.send(1000, 1)
+        for go_on in (lambda: daemon.channel.call("grant"), daemon.channel.receive, daemon.channel.receive_descriptor):
+            with pytest.raises(ResourceLimitError, match=r"^receiving segments: the daemon's loader process has all"):
+                go_on()
+        assert daemon.channel.segments == {}
+        daemon.control.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nothing was asked either
+            daemon.control.recv(1)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_another_number_of_descriptors_than_belong_to_a_message(count: int) -> None:
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        before = descriptors()
+        socket.send_fds(daemon.descriptors, [b"d"], [0] * count)
+        socket.send_fds(daemon.descriptors, [b"d"], [0])
+        for _ in range(2):
+            with pytest.raises(ServerError, match=r"^receiving an intake: "):
+                daemon.channel.receive_descriptor()
+        assert descriptors() == before
+
+
+def test_a_loader_that_lost_descriptors_does_no_other_job_whatever_it_failed_of(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread's error may come first, one after which a loader goes on."""
+
+    def work(_: Channel, __: Message, ___: object) -> Never:
+        daemon.break_channel()
+        raise FormatError("broken file")
+
+    monkeypatch.setattr(child, "_work", work)
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        daemon.send(0, 0)
+        assert not child._do(daemon.channel, new_hasher)
+        assert b"broken file" in daemon.control.recv(4096)
 
 
 def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -> None:

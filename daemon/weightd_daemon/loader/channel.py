@@ -8,16 +8,20 @@ handle is hexadecimal, or null for a segment whose descriptor comes on the other
 from __future__ import annotations
 
 import array
+import contextlib
 import json
 import os
 import socket
 import struct
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightd._limits import LOADER, out_of_descriptors
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
 from weightd_daemon.devices.device import SegmentHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 LENGTH = struct.Struct("<I")
 BATCH = 250
@@ -37,7 +41,12 @@ class Gone(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
 
 
 class Channel:
-    """Blocking calls to the daemon, from any thread: one call at a time, answered in order."""
+    """Blocking calls to the daemon, from any thread: one call at a time, answered in order.
+
+    Once something could not be received, nothing is received any more: a descriptor that is still on its way would be
+    taken for one of a later message, and its memory written to. `receive` and `call` raise the first error from then
+    on, in every thread.
+    """
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
         self._control = control
@@ -45,11 +54,44 @@ class Channel:
         self._descriptors = descriptors
         self._sending = threading.Lock()
         self._calling = threading.Lock()
+        self._failure: Message | None = None
         self.segments: dict[int, SegmentHandle] = {}
         """The segments that this job has seen, by number."""
 
+    @property
+    def broken(self) -> bool:
+        """Whether something could not be received, so that this channel is of no use any more."""
+        return self._failure is not None
+
     def receive(self) -> Message:
-        """The next message. Errors: Gone, ResourceLimitError (this process cannot take its segments)."""
+        """The next message. Errors: Gone, ResourceLimitError (this process cannot take its segments), ServerError."""
+        with self._breaking():
+            return self._receive()
+
+    def receive_descriptor(self) -> int:
+        """A descriptor that came with a message of another kind. Errors: as for `receive`."""
+        with self._breaking():
+            return self._receive_descriptors(1, "receiving an intake")[0]
+
+    @contextlib.contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """The channel is broken after an error in here. Errors: the one that broke it."""
+        self._check()
+        try:
+            yield
+        except Gone:  # nothing is on its way any more
+            raise
+        except Exception as error:
+            # As a message, for the error itself keeps what its traceback reaches: a step's buffers and maps.
+            unknown = ServerError(f"the channel to the daemon broke: {type(error).__name__}: {error}")
+            self._failure = error_to(error if isinstance(error, WeightdError) else unknown)
+            raise
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise error_from(self._failure)
+
+    def _receive(self) -> Message:
         head = self._reader.read(LENGTH.size)
         if len(head) < LENGTH.size:
             raise Gone
@@ -67,18 +109,17 @@ class Channel:
                 self.segments[number] = SegmentHandle(number, size, descriptor)
         return message
 
-    def receive_descriptor(self) -> int:
-        """A descriptor that came with a message of another kind. Errors: Gone, ResourceLimitError."""
-        return self._receive_descriptors(1, "receiving an intake")[0]
-
     def _receive_descriptors(self, count: int, what: str) -> list[int]:
-        _, received, _ = receive_fds(self._descriptors, 1, count)
-        if len(received) != count:
-            error = out_of_descriptors(what, LOADER)  # asked before any is closed
-            for descriptor in received:
-                os.close(descriptor)
-            raise error or Gone
-        return received
+        data, received, flags = receive_fds(self._descriptors, 1, count)
+        if len(received) == count and not flags & socket.MSG_CTRUNC:
+            return received
+        limit = out_of_descriptors(what, LOADER)  # asked before any is closed
+        for descriptor in received:
+            os.close(descriptor)
+        if not data:
+            raise Gone
+        more = " and more" if flags & socket.MSG_CTRUNC else ""
+        raise limit or ServerError(f"{what}: {len(received)} descriptors{more} came where {count} were said to come")
 
     def tell(self, message: Message) -> None:
         """Send a message that has no answer."""
@@ -89,6 +130,7 @@ class Channel:
     def call(self, op: str, **arguments: Any) -> Message:
         """Ask the daemon and return its answer; an error in the answer is raised."""
         with self._calling:
+            self._check()
             self.tell({"op": op, **arguments})
             answer = self.receive()
         if "error" in answer:

@@ -26,7 +26,7 @@ from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
-from .indexed import owned
+from .indexed import indexes, owned
 from .slots import Slot
 from .source import Source
 from .verifying import verify
@@ -55,7 +55,8 @@ _PR_SET_PDEATHSIG = 1
 _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
 _INTAKE_SECONDS = 30.0
-"""How long a client may take to send its files: it must not keep a loader for nothing."""
+"""How long a client may take to send a batch of files, and to have room for its confirmation: it must not keep a loader
+for nothing."""
 _OWN_DESCRIPTORS = 64
 """What a loader needs beside a load's files: its sockets, segments, the batch that it is receiving."""
 _HELD_BYTES = 64 << 20
@@ -86,7 +87,7 @@ def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
         _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
         channel.tell({"op": "failed", **error_to(error)})
-        return not isinstance(error, UNFIT)
+        return not isinstance(error, UNFIT) and not channel.broken  # another thread may have failed to receive, too
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
@@ -181,45 +182,54 @@ class Load:
         self._stack.callback(_close_all, files)
         count, held = len(names), 0
         scarce = count + _OWN_DESCRIPTORS > resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        deadline = time.monotonic() + _INTAKE_SECONDS
-        with intake:
-            while len(files) < count:
-                try:
-                    intake.settimeout(max(0.001, deadline - time.monotonic()))
-                    data, received, flags = receive_fds(intake, 65536, 253)
-                except TimeoutError:
-                    raise InvalidReferenceError(
-                        f"the client sent {len(files)} of {count} files within {_INTAKE_SECONDS:.0f} s"
-                    ) from None
-                except ConnectionError:
-                    data, received, flags = b"", [], 0
-                files += received
-                if not data:
-                    raise InvalidReferenceError(f"the client sent {len(files)} of {count} files and left")
-                batch = handles_pb2.IntakeBatch()
-                try:
-                    batch.ParseFromString(data)
-                except Exception as error:
-                    raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
-                expected = len(files) - len(received)
-                if flags & socket.MSG_CTRUNC and (limit := out_of_descriptors(f"receiving {count} files", LOADER)):
-                    raise limit
-                if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
-                    raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
-                if batch.first != expected or len(files) > count or not received:
-                    raise InvalidReferenceError(
-                        f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
-                    )
-                for at, descriptor in enumerate(received, start=expected):
-                    size = os.fstat(descriptor).st_size
-                    if scarce and held + size <= _HELD_BYTES:
-                        files[at] = Source(names[at], descriptor, held=True)
-                        os.close(descriptor)
-                        held += size
-                # A client that has left is seen by the next receive; with its last file here it is not needed.
-                with contextlib.suppress(ConnectionError):
-                    intake.send(handles_pb2.IntakeAck(received=len(files)).SerializeToString())
+        try:
+            with intake:
+                intake.settimeout(_INTAKE_SECONDS)
+                while len(files) < count:
+                    held += self._receive_batch(intake, names, files, _HELD_BYTES - held if scarce else None)
+        except TimeoutError:
+            raise InvalidReferenceError(
+                f"the client sent {len(files)} of {count} files, and then did nothing for {_INTAKE_SECONDS:.0f} s"
+            ) from None
         return files
+
+    def _receive_batch(
+        self, intake: socket.socket, names: list[str], files: list[int | Source], hold: int | None
+    ) -> int:
+        """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
+        count = len(names)
+        try:
+            data, received, flags = receive_fds(intake, 65536, 253)
+        except ConnectionError:
+            data, received, flags = b"", [], 0
+        files += received
+        if not data:
+            raise InvalidReferenceError(f"the client sent {len(files)} of {count} files and left")
+        batch = handles_pb2.IntakeBatch()
+        try:
+            batch.ParseFromString(data)
+        except Exception as error:
+            raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
+        expected = len(files) - len(received)
+        if flags & socket.MSG_CTRUNC and (limit := out_of_descriptors(f"receiving {count} files", LOADER)):
+            raise limit
+        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
+            raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
+        if batch.first != expected or len(files) > count or not received:
+            raise InvalidReferenceError(
+                f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
+            )
+        held = 0
+        for at, descriptor in enumerate(received, start=expected):
+            source = None if hold is None else Source(names[at], descriptor, hold=hold - held)
+            if source is not None and source.held:
+                files[at] = source
+                os.close(descriptor)
+                held += source.identity.size
+        # A client that has left is seen by the next receive; with its last file here it is not needed.
+        with contextlib.suppress(ConnectionError):
+            intake.send(handles_pb2.IntakeAck(received=len(files)).SerializeToString())
+        return held
 
     def _lay_out(self) -> list[Tensor]:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
@@ -227,10 +237,10 @@ class Load:
         index = first = 0
         files = list(zip(self._job["components"], self._job["files"], self._sources, strict=True))
         weights = [(component, file, source) for component, (file, is_index), source in files if not is_index]
-        indexes = {component: source.weight_map() for component, (_, is_index), source in files if is_index}
+        read_index = indexes({component: source for component, (_, is_index), source in files if is_index})
         layouts = [source.layout() for _, _, source in weights]
         counted = owned(
-            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], indexes
+            [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], read_index
         )
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from weightd._index import MAX_JSON_BYTES
 from weightd.errors import FormatError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightd.types import TensorSpec
 
+    from .source import Source
 
-def owned(
-    files: Sequence[tuple[str, str, Sequence[TensorSpec]]], indexes: Mapping[str, Mapping[str, str]]
-) -> list[Sequence[TensorSpec]]:
+    ReadIndex = Callable[[str], Mapping[str, str] | None]
+    """Reads the index of a component: the file of each tensor. None where there is no index."""
+
+MAX_INDEX_BYTES: Final = MAX_JSON_BYTES
+"""How many bytes the indexes of a load that are read may have together."""
+
+
+def indexes(sources: Mapping[str, Source]) -> ReadIndex:
+    """What reads the indexes of a load, given by component. It raises FormatError and InvalidReferenceError."""
+    size = 0
+
+    def read(component: str) -> Mapping[str, str] | None:
+        nonlocal size
+        source = sources.get(component)
+        if source is None:
+            return None
+        size += source.identity.size
+        if size > MAX_INDEX_BYTES:
+            limit = f"over the limit of {MAX_INDEX_BYTES} bytes that the indexes of a load may have together"
+            raise FormatError(f"{source.name}: {limit}; download it again, or load fewer components at a time")
+        return source.weight_map()
+
+    return read
+
+
+def owned(files: Sequence[tuple[str, str, Sequence[TensorSpec]]], read_index: ReadIndex) -> list[Sequence[TensorSpec]]:
     """The tensors of each file that count, given as (component, name of the file, tensors), by the components' indexes.
 
     All of a file's do, but those whose name another file of its component has, too. For these the index says whose it
-    is. Errors: FormatError (it does not say, or names a file that has no such tensor).
+    is; only there it is read, and no two are in memory at a time. Errors: FormatError (it does not say, or names a file
+    that has no such tensor), and those of reading an index.
     """
-    holders: dict[tuple[str, str], list[str]] = {}
+    holders: dict[str, dict[str, list[str]]] = {}
     for component, file, tensors in files:
+        names = holders.setdefault(component, {})
         for tensor in tensors:
-            holders.setdefault((component, tensor.name), []).append(file)
-    owners = {key: _owner(*key, there, indexes.get(key[0])) for key, there in holders.items() if len(there) > 1}
+            names.setdefault(tensor.name, []).append(file)
+    owners: dict[tuple[str, str], str] = {}
+    for component, names in holders.items():
+        if shared := {name: there for name, there in names.items() if len(there) > 1}:
+            owners |= _owners(component, shared, read_index(component))
     if not owners:
         return [tensors for _, _, tensors in files]
     return [
         tuple(tensor for tensor in tensors if owners.get((component, tensor.name), file) == file)
         for component, file, tensors in files
     ]
+
+
+def _owners(
+    component: str, shared: Mapping[str, Sequence[str]], index: Mapping[str, str] | None
+) -> dict[tuple[str, str], str]:
+    return {(component, name): _owner(component, name, there, index) for name, there in shared.items()}
 
 
 def _owner(component: str, name: str, there: Sequence[str], index: Mapping[str, str] | None) -> str:

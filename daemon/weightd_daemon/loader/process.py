@@ -17,7 +17,7 @@ from weightd._limits import DAEMON, limit_error
 from .channel import BATCH, LENGTH, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from weightd_daemon.devices.device import SegmentHandle
 
@@ -119,24 +119,16 @@ class LoaderProcess:
         descriptors = [segment.handle for segment in fresh if isinstance(segment.handle, int)]
         body = json.dumps(message, separators=(",", ":")).encode()
         assert self._writer is not None  # spawn returns when it is there
-        try:
+        with _errors("sending segments to a loader process"):
             self._writer.write(LENGTH.pack(len(body)) + body)
             for start in range(0, len(descriptors), BATCH):
                 await self._send_descriptors(descriptors[start : start + BATCH])
             await self._writer.drain()
-        except ConnectionError as error:
-            raise LoaderDied from error
-        except OSError as error:
-            if limit := limit_error(error, "sending segments to a loader process", DAEMON):
-                raise limit from error
-            raise
 
     async def send_descriptor(self, descriptor: int) -> None:
-        """Send one descriptor that belongs to the message sent last."""
-        try:
+        """Send one descriptor that belongs to the message sent last: an intake. Errors: as for `send`."""
+        with _errors("sending an intake to a loader process"):
             await self._send_descriptors([descriptor])
-        except ConnectionError as error:
-            raise LoaderDied from error
 
     def forget_segments(self) -> None:
         """The job is over and the loader has closed the segments it saw."""
@@ -178,3 +170,16 @@ class LoaderProcess:
             self._writer.close()
         if not self.exited.done():
             self.exited.set_result(None)
+
+
+@contextlib.contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """What fails in here, as LoaderDied or ResourceLimitError where it is one of these."""
+    try:
+        yield
+    except ConnectionError as error:
+        raise LoaderDied from error
+    except OSError as error:
+        if limit := limit_error(error, what, DAEMON):
+            raise limit from error
+        raise

@@ -53,10 +53,10 @@ def _is_local(descriptor: int) -> bool:
 class Source:
     """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error.
 
-    One that is `held` is read whole as it is made, and needs its descriptor no longer.
+    One of at most `hold` bytes is read whole as it is made: it is `held`, and needs its descriptor no longer.
     """
 
-    def __init__(self, name: str, descriptor: int, *, held: bool = False) -> None:
+    def __init__(self, name: str, descriptor: int, *, hold: int | None = None) -> None:
         self.name = name
         self.descriptor = descriptor
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -69,10 +69,14 @@ class Source:
         """Whether the identity stands for the content from now on (design: the digest index)."""
         self._layout: FileLayout | None = None
         self._held: bytes | None = None
-        if held:
+        if hold is not None and self.identity.size <= hold:
             content = self._read(0, self.identity.size)
             self.check_unchanged()
             self._held, self.descriptor = content, -1
+
+    @property
+    def held(self) -> bool:
+        return self._held is not None
 
     def layout(self) -> FileLayout:
         """The checked tensor directory; the file's first bytes say its format. Errors: FormatError."""

@@ -1,0 +1,119 @@
+"""Files that a loader takes from a client: how many bytes of them it keeps in memory, and for how long it waits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import InvalidReferenceError
+from weightd.types import FileIdentity
+from weightd_daemon.core.digest import new_hasher
+from weightd_daemon.loader import child, source
+from weightd_daemon.loader.source import Source
+
+
+class Intake:
+    """Both ends of an intake, the client's files, and a load that takes them."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        self._folder = folder
+        self._stack = stack
+        self._names: list[str] = []
+        self.client, self.loader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        stack.enter_context(self.client)
+        stack.enter_context(self.loader)
+        nothing: Any = None  # neither its channel nor its device is asked
+        self._load = stack.enter_context(child.Load(nothing, nothing, {}, new_hasher))
+
+    def send(self, *sizes: int) -> None:
+        """A batch of files of these sizes."""
+        first = len(self._names)
+        self._names += [f"{first + at}" for at in range(len(sizes))]
+        descriptors = []
+        for name, size in zip(self._names[first:], sizes, strict=True):
+            file = self._stack.enter_context((self._folder / name).open("wb+"))
+            file.truncate(size)
+            descriptors.append(os.open(file.name, os.O_RDONLY))
+            self._stack.callback(os.close, descriptors[-1])
+        frame = handles_pb2.IntakeBatch(first=first, descriptors=len(sizes))
+        socket.send_fds(self.client, [frame.SerializeToString()], descriptors)
+
+    def received(self, missing: int = 0) -> list[int | Source]:
+        return self._load._receive_files(self.loader, self._names + ["x"] * missing)
+
+
+@pytest.fixture
+def intake(tmp_path: Path) -> Iterator[Intake]:
+    with contextlib.ExitStack() as stack:
+        yield Intake(tmp_path, stack)
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More files than descriptors, and 100 bytes to hold files in."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
+    monkeypatch.setattr(child, "_HELD_BYTES", 100)
+
+
+def held(files: list[int | Source]) -> list[bool]:
+    return [isinstance(file, Source) for file in files]
+
+
+@pytest.mark.usefixtures("scarce")
+def test_files_are_held_while_there_is_room_for_them(intake: Intake) -> None:
+    intake.send(60, 60, 0)
+    intake.send(41, 40, 1)
+    assert held(intake.received()) == [True, False, True, False, True, False]
+
+
+@pytest.mark.usefixtures("scarce")
+def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_read(
+    intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = source.identity_of
+
+    def grown(descriptor: int) -> FileIdentity:
+        """As if it had grown a moment before."""
+        if more := {10: 101, 11: 80, 12: 21}.get(os.fstat(descriptor).st_size):
+            os.truncate(f"/proc/self/fd/{descriptor}", more)
+        return looked(descriptor)
+
+    monkeypatch.setattr(source, "identity_of", grown)
+    intake.send(10, 11, 12)
+    files = intake.received()
+    assert held(files) == [False, True, False]  # of 101, 80 and 21 bytes
+
+
+def test_each_batch_has_its_own_time(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+    receive = child.receive_fds
+
+    def noted(end: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+        waits.append(end.gettimeout())
+        return receive(end, size, most)
+
+    monkeypatch.setattr(child, "receive_fds", noted)
+    for _ in range(3):
+        intake.send(1)
+    assert len(intake.received()) == 3
+    assert waits == [child._INTAKE_SECONDS] * 3
+
+
+@pytest.mark.parametrize("sent", [1, 100])
+def test_a_client_that_sends_no_more_or_takes_no_confirmation(
+    sent: int, intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "_INTAKE_SECONDS", 0.01)
+    intake.loader.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it a few frames
+    for _ in range(sent):
+        intake.send(1)
+    with pytest.raises(InvalidReferenceError, match=r"^the client sent \d+ of 101 files, and then did nothing for "):
+        intake.received(missing=101 - sent)
