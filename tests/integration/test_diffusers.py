@@ -339,15 +339,76 @@ def test_a_component_that_cannot_be_resolved_is_left_to_diffusers(
     daemon: Daemon, altered: Callable[..., Path], value: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And nothing is imported because an index names it: what comes of it is diffusers' own answer."""
+    from weightd.integrations import components
     from weightd.integrations import diffusers as integration
 
     path = altered(unet=value)
     (path / "unet" / "mine.py").write_text("raise ValueError('imported')")
-    parts = integration._components(path, models.WITHOUT, None)
+    parts = components.of_pipeline(path, models.WITHOUT, None)
     assert sorted(parts) == ["text_encoder", "vae"]
     assert "component unet is left to diffusers and shares no memory" in caplog.text
     with pytest.raises((AttributeError, TypeError, ValueError)):  # by version
         integration.from_pretrained(path, **models.WITHOUT)
+
+
+def test_an_index_does_not_consent_to_code(daemon: Daemon, altered: Callable[..., Path], tmp_path: Path) -> None:
+    """Components are arguments of diffusers' `from_pretrained`, and so is the consent."""
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = altered(trust_remote_code=["diffusers", "AutoencoderKL"], scheduler=["sched", "Scheduler"])
+    shutil.copytree(path / "vae", path / "trust_remote_code")
+    ran = tmp_path / "ran"
+    (path / "scheduler" / "sched.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('imported')\n")
+    has_run = []
+    for load in (DiffusionPipeline.from_pretrained, from_pretrained):
+        with pytest.raises(ValueError, match=r"trust_remote_code|imported"):
+            load(path, **models.WITHOUT)
+        has_run.append(ran.exists())
+        ran.unlink(missing_ok=True)
+    assert has_run[0] == has_run[1]
+
+
+@pytest.mark.parametrize("name", ["variant", "custom_pipeline", "use_safetensors", "load_connected_pipeline", "more"])
+def test_what_the_class_of_the_pipeline_does_not_take_is_no_component(
+    daemon: Daemon, altered: Callable[..., Path], name: str
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = altered(**{name: ["diffusers", "AutoencoderKL"]})
+    shutil.copytree(path / "vae", path / name)
+    assert report(from_pretrained(path, **models.WITHOUT)).shared_ratio == 1.0
+    (checkpoint,) = daemon.connect().checkpoints()
+    assert checkpoint.total_bytes == sum(
+        tensor.nbytes
+        for part in ("unet", "vae", "text_encoder")
+        for file in (path / part).glob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NoSuchPipeline", "UNet2DModel", "", 7, None, [], ["mine", "Pipeline"]],
+    ids=str,
+)
+def test_an_index_that_names_no_pipeline(daemon: Daemon, altered: Callable[..., Path], name: object) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    with pytest.raises(weightd.FormatError, match=r"model_index\.json: names .*, which is no pipeline of diffusers"):
+        from_pretrained(altered(_class_name=name), **models.WITHOUT)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "unet/../../outside", ""])
+def test_a_component_outside_the_folder_is_refused(daemon: Daemon, altered: Callable[..., Path], name: str) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = altered(**{name: ["diffusers", "AutoencoderKL"]})
+    shutil.copytree(path / "vae", path.parent / "outside")
+    with pytest.raises(weightd.FormatError, match=r"leads out of the folder; the file is not trusted"):
+        from_pretrained(path, **models.WITHOUT)
+    assert daemon.connect().checkpoints() == []
 
 
 def test_a_component_that_is_left_to_diffusers_is_in_the_report(
