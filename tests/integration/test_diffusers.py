@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -460,6 +461,25 @@ def test_a_variant(daemon: Daemon, pipelines: list[Path], tmp_path: Path, caplog
         from_pretrained(both, subfolder="vae", variant="fp16")
 
 
+def test_another_variant_is_never_taken_for_the_one_that_is_asked_for(
+    daemon: Daemon, pipelines: list[Path], tmp_path: Path
+) -> None:
+    """As diffusers, which takes a component's plain weights or none."""
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = shutil.copytree(pipelines[0], tmp_path / "mixed")
+    for part, variant in (("unet", "bf16"), ("vae", "fp16")):
+        weights = path / part / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        DiffusionPipeline.from_pretrained(path, variant="bf16", **models.WITHOUT)
+    with pytest.raises(weightd.NotFoundError, match=r"vae: has neither diffusion_pytorch_model\.safetensors"):
+        from_pretrained(path, variant="bf16", **models.WITHOUT)
+    assert daemon.connect().checkpoints() == []
+
+
 def test_buffers_have_the_dtype_that_diffusers_gives_them(daemon: Daemon, tmp_path: Path) -> None:
     """Those of the checkpoint, whatever they are stored in, and those that are computed."""
     import torch
@@ -499,6 +519,41 @@ def test_one_thread_loads_at_a_time(daemon: Daemon, tmp_path: Path) -> None:
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", "unet/config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 200_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+        (65 << 20, "over the limit"),
+    ],
+    ids=["deep", "no text", "list", "huge"],
+)
+def test_json_that_nobody_vouches_for(
+    pipelines: list[Path], tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = tmp_path / "copy"
+    path.mkdir()
+    if name == "unet/config.json":
+        shutil.copytree(pipelines[0], path, dirs_exist_ok=True)
+    with open(path / name, "wb") as file:
+        file.truncate(content) if isinstance(content, int) else file.write(content)
+    with pytest.raises(weightd.FormatError, match=rf"{name}: .*{message}"):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(weightd.NotFoundError, match=r"has neither model_index\.json nor config\.json"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

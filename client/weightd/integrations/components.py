@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import logging
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 import transformers
 from diffusers.pipelines import pipeline_loading_utils
 
+from weightd._folders import read_json
 from weightd._index import is_below
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 
@@ -49,7 +49,7 @@ class _NotOursError(Exception):
 
 def is_pipeline(folder: Path) -> bool:
     """Whether a folder is a pipeline's."""
-    return (folder / _INDEX).exists()
+    return (folder / _INDEX).is_file()
 
 
 def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dict[str, Part]:
@@ -73,7 +73,7 @@ def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dic
             log.info("%s: %r is no component of this pipeline, and is not loaded", folder, name[:200])
             continue
         try:
-            part = _component(folder, name, value, variants.get(name))
+            part = _component(folder, name, value, variants.get(name), exact=variant is not None)
         except _NotOursError as error:
             why = str(error)  # a record that kept the error would keep frames, and what is loaded in them
             log.warning("%s: component %s is left to diffusers and shares no memory: %s", folder, name, why)
@@ -85,7 +85,7 @@ def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dic
 
 def of_model(folder: Path, variant: str | None) -> Part:
     """A single model. Errors: NotFoundError, FormatError, InvalidReferenceError."""
-    if not (folder / _CONFIG).exists():
+    if not (folder / _CONFIG).is_file():
         raise NotFoundError(f"{folder}: has neither {_INDEX} nor {_CONFIG}; give the folder of a pipeline or a model")
     config = _read_json(folder / _CONFIG)
     name = config.get("_class_name")
@@ -133,8 +133,11 @@ def _pipeline_class(folder: Path, index: dict[str, Any], given: dict[str, Any]) 
     return found
 
 
-def _component(folder: Path, name: str, value: list[Any], variant: str | None) -> Part | None:
-    """One component; None where it has no weights. Errors: _NotOursError, and those of `of_pipeline`."""
+def _component(folder: Path, name: str, value: list[Any], variant: str | None, *, exact: bool) -> Part | None:
+    """One component; None where it has no weights. With `exact` no variant is taken that nobody has asked for.
+
+    Errors: _NotOursError, and those of `of_pipeline`.
+    """
     place = folder / name
     cls = _class_named(place, *value)
     if not issubclass(cls, torch.nn.Module):
@@ -147,9 +150,9 @@ def _component(folder: Path, name: str, value: list[Any], variant: str | None) -
         raise _NotOursError(f"{cls.__name__} is a model of neither transformers nor diffusers")
     if not any(place.glob(_WEIGHTS)):
         raise _NotOursError(f"{place} holds no {_WEIGHTS}")
-    if (place / _CONFIG).exists() and _read_json(place / _CONFIG).get("quantization_config"):
+    if (place / _CONFIG).is_file() and _read_json(place / _CONFIG).get("quantization_config"):
         raise _NotOursError("it is quantised")
-    return Part(cls, _files_of(cls)(place, name, variant))
+    return Part(cls, _files_of(cls)(place, name, variant, exact=exact))
 
 
 def _variants(folder: Path, variant: str | None, index: dict[str, Any]) -> dict[str, str]:
@@ -186,10 +189,8 @@ def _class_named(folder: Path, library: Any, name: Any) -> Any:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
+    """A JSON object that nobody vouches for. Errors: FormatError, NotFoundError, PermissionDeniedError."""
+    document = read_json(path)
     if not isinstance(document, dict):
         raise FormatError(f"{path}: not a JSON object; download it again")
     return document
