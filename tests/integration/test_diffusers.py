@@ -480,6 +480,43 @@ def test_another_variant_is_never_taken_for_the_one_that_is_asked_for(
     assert daemon.connect().checkpoints() == []
 
 
+@pytest.mark.parametrize("asked", [{}, {"dtype": "float16"}, {"torch_dtype": {"vae": "float16", "default": "float16"}}])
+def test_a_component_that_is_left_to_diffusers_has_the_dtype_of_the_others(
+    daemon: Daemon, pipelines: list[Path], tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    """The one that is asked for, else the one that most is stored in."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    half = DiffusionPipeline.from_pretrained(pipelines[0], **models.WITHOUT).to(dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(weightd.InvalidReferenceError, match="torch has no such dtype"):
+        from_pretrained(tmp_path, dtype={"vae": "float7", "default": "float16"}, **models.WITHOUT)
+    pipeline = from_pretrained(tmp_path, **asked, **models.WITHOUT)
+    assert {pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype} == {torch.float16}
+
+
+def test_a_component_that_is_left_to_diffusers_goes_to_the_device() -> None:
+    """But not one that diffusers, or who gave it, has put on another."""
+    from torch import nn
+
+    from weightd.integrations import diffusers as integration
+
+    parts = {"ours": nn.Linear(2, 2), "left": nn.Linear(2, 2), "bare": nn.Identity()}
+    integration._move_left(parts, {"ours"}, "meta")
+    assert {name: part.weight.is_meta for name, part in parts.items() if name != "bare"} == {
+        "ours": False,
+        "left": True,
+    }
+    integration._move_left(parts, (), "cpu")
+    assert parts["left"].weight.is_meta
+
+
 def test_buffers_have_the_dtype_that_diffusers_gives_them(daemon: Daemon, tmp_path: Path) -> None:
     """Those of the checkpoint, whatever they are stored in, and those that are computed."""
     import torch

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ from . import files, modules, sharing
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
 from .modules import make_private
 from .placement import device_of
-from .pretrained import asked_dtype, checked_dtype
+from .pretrained import asked_dtype, checked_dtype, named_dtype
 from .pretrained import load as load_with_transformers
 from .sharing import CopiedTensor, SharingReport
 from .versions import require_tested
@@ -55,6 +56,9 @@ log = logging.getLogger(__name__)
 
 _UNSUPPORTED = ("max_memory", "parallel_config", "quantization_config", "use_flashpack", "use_onnx")
 """Arguments of diffusers' `from_pretrained` that ask for what attached tensors cannot be."""
+
+_DTYPE = "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"
+"""The argument of it that says the dtype: newer versions warn of the other name."""
 
 _OF_NO_MATTER = (
     "cache_dir", "disable_mmap", "force_download", "local_files_only", "low_cpu_mem_usage", "offload_folder",
@@ -102,6 +106,7 @@ def from_pretrained(
         raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
     made: dict[str, Any] = {}
     with (client or shared_client()).attach(chosen, device=place) as attachment:
+        on = attachment.torch_device
         for name, part in parts.items():
             make = _model if issubclass(part.cls, diffusers.ModelMixin) else load_with_transformers
             made[name] = make(
@@ -116,8 +121,12 @@ def from_pretrained(
     if not is_pipeline:
         return made[""]
     load: Any = diffusers.DiffusionPipeline.from_pretrained  # Any: it has no types
+    own = {"local_files_only": True, "variant": variant, _DTYPE: _dtype_of_left(dtype, made)}
     with loading():
-        return load(folder, **{**made, "local_files_only": True, "variant": variant, **kwargs})
+        pipeline = load(folder, **{**made, **own, **kwargs})
+    if on != "cpu":
+        _move_left(_parts(pipeline), {*made, *kwargs}, on)
+    return pipeline
 
 
 def report(loaded: Any) -> SharingReport:
@@ -159,6 +168,30 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 
 def _parts(pipeline: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _dtype_of_left(asked: Any, made: Mapping[str, Any]) -> Any:
+    """The dtype of components that diffusers loads: what is asked for, else what most bytes of the others have.
+
+    Errors: InvalidReferenceError (torch has no such dtype).
+    """
+    if isinstance(asked, Mapping):
+        return {name: _dtype_of_left(one, made) for name, one in asked.items()}
+    if asked not in (None, "auto"):
+        return named_dtype(asked)
+    sizes: Counter[torch.dtype] = Counter()
+    for model in made.values():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.itemsize > 1:  # torch computes in none that is smaller
+                sizes[parameter.dtype] += parameter.nbytes
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _move_left(parts: Mapping[str, torch.nn.Module], others: Collection[str], place: str) -> None:
+    """Move components that diffusers has loaded, and are in host memory, to a device; `others` stay where they are."""
+    for name, part in parts.items():
+        if name not in others and all(tensor.device.type == "cpu" for tensor in part.parameters()):
+            part.to(place)
 
 
 def _model(
