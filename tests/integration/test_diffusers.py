@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -339,15 +340,76 @@ def test_a_component_that_cannot_be_resolved_is_left_to_diffusers(
     daemon: Daemon, altered: Callable[..., Path], value: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """And nothing is imported because an index names it: what comes of it is diffusers' own answer."""
+    from weightd.integrations import components
     from weightd.integrations import diffusers as integration
 
     path = altered(unet=value)
     (path / "unet" / "mine.py").write_text("raise ValueError('imported')")
-    parts = integration._components(path, models.WITHOUT, None)
+    parts = components.of_pipeline(path, models.WITHOUT, None)
     assert sorted(parts) == ["text_encoder", "vae"]
     assert "component unet is left to diffusers and shares no memory" in caplog.text
     with pytest.raises((AttributeError, TypeError, ValueError)):  # by version
         integration.from_pretrained(path, **models.WITHOUT)
+
+
+def test_an_index_does_not_consent_to_code(daemon: Daemon, altered: Callable[..., Path], tmp_path: Path) -> None:
+    """Components are arguments of diffusers' `from_pretrained`, and so is the consent."""
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = altered(trust_remote_code=["diffusers", "AutoencoderKL"], scheduler=["sched", "Scheduler"])
+    shutil.copytree(path / "vae", path / "trust_remote_code")
+    ran = tmp_path / "ran"
+    (path / "scheduler" / "sched.py").write_text(f"open({str(ran)!r}, 'w').close()\nraise ValueError('imported')\n")
+    has_run = []
+    for load in (DiffusionPipeline.from_pretrained, from_pretrained):
+        with pytest.raises(ValueError, match=r"trust_remote_code|imported"):
+            load(path, **models.WITHOUT)
+        has_run.append(ran.exists())
+        ran.unlink(missing_ok=True)
+    assert has_run[0] == has_run[1]
+
+
+@pytest.mark.parametrize("name", ["variant", "custom_pipeline", "use_safetensors", "load_connected_pipeline", "more"])
+def test_what_the_class_of_the_pipeline_does_not_take_is_no_component(
+    daemon: Daemon, altered: Callable[..., Path], name: str
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained, report
+
+    path = altered(**{name: ["diffusers", "AutoencoderKL"]})
+    shutil.copytree(path / "vae", path / name)
+    assert report(from_pretrained(path, **models.WITHOUT)).shared_ratio == 1.0
+    (checkpoint,) = daemon.connect().checkpoints()
+    assert checkpoint.total_bytes == sum(
+        tensor.nbytes
+        for part in ("unet", "vae", "text_encoder")
+        for file in (path / part).glob("*.safetensors")
+        for tensor in load_file(file).values()
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["NoSuchPipeline", "UNet2DModel", "", 7, None, [], ["mine", "Pipeline"]],
+    ids=str,
+)
+def test_an_index_that_names_no_pipeline(daemon: Daemon, altered: Callable[..., Path], name: object) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    with pytest.raises(weightd.FormatError, match=r"model_index\.json: names .*, which is no pipeline of diffusers"):
+        from_pretrained(altered(_class_name=name), **models.WITHOUT)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "unet/../../outside", ""])
+def test_a_component_outside_the_folder_is_refused(daemon: Daemon, altered: Callable[..., Path], name: str) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = altered(**{name: ["diffusers", "AutoencoderKL"]})
+    shutil.copytree(path / "vae", path.parent / "outside")
+    with pytest.raises(weightd.FormatError, match=r"leads out of the folder; the file is not trusted"):
+        from_pretrained(path, **models.WITHOUT)
+    assert daemon.connect().checkpoints() == []
 
 
 def test_a_component_that_is_left_to_diffusers_is_in_the_report(
@@ -399,6 +461,62 @@ def test_a_variant(daemon: Daemon, pipelines: list[Path], tmp_path: Path, caplog
         from_pretrained(both, subfolder="vae", variant="fp16")
 
 
+def test_another_variant_is_never_taken_for_the_one_that_is_asked_for(
+    daemon: Daemon, pipelines: list[Path], tmp_path: Path
+) -> None:
+    """As diffusers, which takes a component's plain weights or none."""
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = shutil.copytree(pipelines[0], tmp_path / "mixed")
+    for part, variant in (("unet", "bf16"), ("vae", "fp16")):
+        weights = path / part / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(f".{variant}.safetensors"))
+    with pytest.raises(OSError, match="diffusion_pytorch_model"):
+        DiffusionPipeline.from_pretrained(path, variant="bf16", **models.WITHOUT)
+    with pytest.raises(weightd.NotFoundError, match=r"vae: has neither diffusion_pytorch_model\.safetensors"):
+        from_pretrained(path, variant="bf16", **models.WITHOUT)
+    assert daemon.connect().checkpoints() == []
+
+
+@pytest.mark.parametrize("asked", [{}, {"dtype": "float16"}, {"torch_dtype": {"vae": "float16", "default": "float16"}}])
+def test_a_component_that_is_left_to_diffusers_has_the_dtype_of_the_others(
+    daemon: Daemon, pipelines: list[Path], tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    """The one that is asked for, else the one that most is stored in."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from weightd.integrations.diffusers import from_pretrained
+
+    half = DiffusionPipeline.from_pretrained(pipelines[0], **models.WITHOUT).to(dtype=torch.float16)
+    half.save_pretrained(tmp_path)
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(weightd.InvalidReferenceError, match="torch has no such dtype"):
+        from_pretrained(tmp_path, dtype={"vae": "float7", "default": "float16"}, **models.WITHOUT)
+    pipeline = from_pretrained(tmp_path, **asked, **models.WITHOUT)
+    assert {pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype} == {torch.float16}
+
+
+def test_a_component_that_is_left_to_diffusers_goes_to_the_device() -> None:
+    """But not one that diffusers, or who gave it, has put on another."""
+    from torch import nn
+
+    from weightd.integrations import diffusers as integration
+
+    parts = {"ours": nn.Linear(2, 2), "left": nn.Linear(2, 2), "bare": nn.Identity()}
+    integration._move_left(parts, {"ours"}, "meta")
+    assert {name: part.weight.is_meta for name, part in parts.items() if name != "bare"} == {
+        "ours": False,
+        "left": True,
+    }
+    integration._move_left(parts, (), "cpu")
+    assert parts["left"].weight.is_meta
+
+
 def test_buffers_have_the_dtype_that_diffusers_gives_them(daemon: Daemon, tmp_path: Path) -> None:
     """Those of the checkpoint, whatever they are stored in, and those that are computed."""
     import torch
@@ -438,6 +556,41 @@ def test_one_thread_loads_at_a_time(daemon: Daemon, tmp_path: Path) -> None:
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json", "unet/config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 200_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[1]", "not a JSON object"),
+        (65 << 20, "over the limit"),
+    ],
+    ids=["deep", "no text", "list", "huge"],
+)
+def test_json_that_nobody_vouches_for(
+    pipelines: list[Path], tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    path = tmp_path / "copy"
+    path.mkdir()
+    if name == "unet/config.json":
+        shutil.copytree(pipelines[0], path, dirs_exist_ok=True)
+    with open(path / name, "wb") as file:
+        file.truncate(content) if isinstance(content, int) else file.write(content)
+    with pytest.raises(weightd.FormatError, match=rf"{name}: .*{message}"):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "config.json"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    from weightd.integrations.diffusers import from_pretrained
+
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(weightd.NotFoundError, match=r"has neither model_index\.json nor config\.json"):
+        from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

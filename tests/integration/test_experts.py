@@ -85,3 +85,24 @@ def test_what_is_resident_in_another_order_is_copied_and_says_what_to_do(here: D
     with weightd.connect(here.socket) as client:
         client.remove(str(tmp_path))
         assert report(from_pretrained(tmp_path, client=client)).copied == ()
+
+
+def test_a_rank_that_only_a_header_can_have_makes_no_group() -> None:
+    """It would be asked about with 2 elements in each dimension."""
+    from weightd._groups import StoredTensor
+    from weightd.integrations.conversion import groups_of
+
+    cls = shrunk.classes("mixtral")[0]
+    model = shrunk.build(cls, "mixtral", torch.bfloat16)
+    assert model is not None
+    names = [
+        f"model.layers.0.block_sparse_moe.experts.{expert}.{part}.weight"
+        for expert in range(model.config.num_local_experts)
+        for part in ("w1", "w2", "w3")
+    ]
+
+    def groups(rank: int) -> int:
+        return len(groups_of(cls, model.config, [StoredTensor("", name, "BF16", (1,) * rank, 2) for name in names]))
+
+    assert groups(2) == 2
+    assert [groups(rank) for rank in (9, 60, 1000)] == [0, 0, 0]

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 _PROBE = 2
 """Size of each dimension of the tensors that stand for stored ones: enough to tell any two elements apart."""
 
+_MOST_DIMENSIONS = 8
+"""Of a stored tensor that is asked about: a file may say any number, and each doubles what stands for the tensor."""
+
 
 def groups_of(
     cls: Any, config: Any, stored: Sequence[StoredTensor], *, component: str = "", key_mapping: Any = None
@@ -80,17 +83,19 @@ def _orders(converter: Any, target: str, sources: _Sources, model: Any) -> list[
 
     It is tried on small tensors that stand for the stored ones, each with elements of its own.
     """
-    probe = copy.deepcopy(converter)
+    if any(rank > _MOST_DIMENSIONS for tensors in sources.values() for _, rank in tensors):
+        return []
     names: dict[int, tuple[str, int]] = {}
     position = 0
-    for pattern, tensors in sources.items():
-        for name, rank in tensors:
-            size = _PROBE**rank
-            names[position] = name, size
-            elements = torch.arange(position, position + size).reshape([_PROBE] * rank)
-            probe.add_tensor(target, name, pattern, elements)
-            position += size
     try:
+        probe = copy.deepcopy(converter)
+        for pattern, tensors in sources.items():
+            for name, rank in tensors:
+                size = _PROBE**rank
+                names[position] = name, size
+                elements = torch.arange(position, position + size).reshape([_PROBE] * rank)
+                probe.add_tensor(target, name, pattern, elements)
+                position += size
         made = probe.convert(target, model=model, config=model.config)
         made = made[0] if isinstance(made, tuple) else made  # 5.0 returns errors, too
     except Exception as error:  # noqa: BLE001  # it wants the real shapes, or the real dtype: transformers' business

@@ -13,16 +13,16 @@ Weights keep the dtype they are stored in. Buffers are private copies. What writ
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
+from weightd.errors import FormatError, InvalidReferenceError
 from weightd.resolve import folder_of
 from weightd.torch import shared_client
 
@@ -30,7 +30,7 @@ from . import files, modules, sharing
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
 from .modules import make_private
 from .placement import device_of
-from .pretrained import asked_dtype, checked_dtype
+from .pretrained import asked_dtype, checked_dtype, named_dtype
 from .pretrained import load as load_with_transformers
 from .sharing import CopiedTensor, SharingReport
 from .versions import require_tested
@@ -38,16 +38,15 @@ from .versions import require_tested
 VERSION = require_tested("diffusers")
 
 import diffusers  # noqa: E402  # only a version that is known to be safe
-import transformers  # noqa: E402
 from accelerate import init_empty_weights  # noqa: E402
 from diffusers.loaders.lora_base import LoraBaseMixin  # noqa: E402
 from diffusers.loaders.peft import PeftAdapterMixin  # noqa: E402
-from diffusers.pipelines import pipeline_loading_utils  # noqa: E402
+
+from . import components  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weightd._files import SourcePath
     from weightd.attachment import Attachment
     from weightd.client import Client
 
@@ -55,14 +54,11 @@ __all__ = ["from_pretrained", "make_private", "report"]
 
 log = logging.getLogger(__name__)
 
-_rules: Any = pipeline_loading_utils  # Any: it has no types
-
-_INDEX = "model_index.json"
-_CONFIG = "config.json"
-_WEIGHTS = "*.safetensors"
-
 _UNSUPPORTED = ("max_memory", "parallel_config", "quantization_config", "use_flashpack", "use_onnx")
 """Arguments of diffusers' `from_pretrained` that ask for what attached tensors cannot be."""
+
+_DTYPE = "dtype" if hasattr(diffusers.utils, "_resolve_dtype") else "torch_dtype"
+"""The argument of it that says the dtype: newer versions warn of the other name."""
 
 _OF_NO_MATTER = (
     "cache_dir", "disable_mmap", "force_download", "local_files_only", "low_cpu_mem_usage", "offload_folder",
@@ -98,18 +94,19 @@ def from_pretrained(
     place = device_of(device, kwargs.pop("device_map", None))
     dtype = asked_dtype(dtype, kwargs)
     _refuse(kwargs)
-    is_pipeline = (folder / _INDEX).exists()
+    is_pipeline = components.is_pipeline(folder)
     if is_pipeline:
-        parts = _components(folder, kwargs, variant)
+        parts = components.of_pipeline(folder, kwargs, variant)
     elif unknown := sorted(set(kwargs).difference(_OF_NO_MATTER)):
         raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(unknown)}")
     else:
-        parts = {"": _single(folder, variant)}
+        parts = {"": components.of_model(folder, variant)}
     chosen = files.named(reference, subfolder, tuple(path for part in parts.values() for path in part.files), variant)
     if not parts:
         raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
     made: dict[str, Any] = {}
     with (client or shared_client()).attach(chosen, device=place) as attachment:
+        on = attachment.torch_device
         for name, part in parts.items():
             make = _model if issubclass(part.cls, diffusers.ModelMixin) else load_with_transformers
             made[name] = make(
@@ -124,8 +121,12 @@ def from_pretrained(
     if not is_pipeline:
         return made[""]
     load: Any = diffusers.DiffusionPipeline.from_pretrained  # Any: it has no types
+    own = {"local_files_only": True, "variant": variant, _DTYPE: _dtype_of_left(dtype, made)}
     with loading():
-        return load(folder, **{"local_files_only": True, "variant": variant, **made, **kwargs})
+        pipeline = load(folder, **{**made, **own, **kwargs})
+    if on != "cpu":
+        _move_left(_parts(pipeline), {*made, *kwargs}, on)
+    return pipeline
 
 
 def report(loaded: Any) -> SharingReport:
@@ -155,17 +156,6 @@ def report(loaded: Any) -> SharingReport:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """A component that comes from shared memory: its class, and the files of its weights."""
-
-    cls: Any
-    files: tuple[SourcePath, ...]
-
-
-class _NotOursError(Exception):
-    """Why a component is left to diffusers."""
-
-
 def _refuse(kwargs: dict[str, Any]) -> None:
     """Errors: InvalidReferenceError (an argument asks for what attached tensors cannot be)."""
     if asked := [name for name in _UNSUPPORTED if kwargs.get(name)]:
@@ -176,85 +166,32 @@ def _refuse(kwargs: dict[str, Any]) -> None:
         raise InvalidReferenceError("only the local Hugging Face cache is read: set HF_HUB_CACHE, or download first")
 
 
-def _components(folder: Path, given: dict[str, Any], variant: str | None) -> dict[str, _Part]:
-    """A pipeline's components that come from shared memory: those with weights, and not `given`.
-
-    Errors: NotFoundError (its folder is missing, or no component has the variant), FormatError, InvalidReferenceError.
-    """
-    index = _read_json(folder / _INDEX)
-    variants = _variants(folder, variant, index)
-    found: dict[str, _Part] = {}
-    for name, value in index.items():
-        if name.startswith("_") or name in given or not isinstance(value, list) or len(value) != 2 or value[0] is None:
-            continue
-        try:
-            part = _component(folder, name, value, variants.get(name))
-        except _NotOursError as error:
-            why = str(error)  # a record that kept the error would keep frames, and what is loaded in them
-            log.warning("%s: component %s is left to diffusers and shares no memory: %s", folder, name, why)
-            continue
-        if part is not None:
-            found[name] = part
-    return found
-
-
-def _component(folder: Path, name: str, value: list[Any], variant: str | None) -> _Part | None:
-    """One component; None where it has no weights. Errors: _NotOursError, and those of `_components`."""
-    place = folder / name
-    cls = _class_named(place, *value)
-    if not issubclass(cls, torch.nn.Module):
-        if any(place.glob(_WEIGHTS)):
-            raise _NotOursError(f"{cls.__name__} is no module of torch")
-        return None
-    if not place.is_dir():
-        raise NotFoundError(f"{folder / _INDEX}: lists component {name!r}, but there is no such folder beside it")
-    if not issubclass(cls, transformers.PreTrainedModel | diffusers.ModelMixin):
-        raise _NotOursError(f"{cls.__name__} is a model of neither transformers nor diffusers")
-    if not any(place.glob(_WEIGHTS)):
-        raise _NotOursError(f"{place} holds no {_WEIGHTS}")
-    if (place / _CONFIG).exists() and _read_json(place / _CONFIG).get("quantization_config"):
-        raise _NotOursError("it is quantised")
-    return _Part(cls, _files_of(cls)(place, name, variant))
-
-
-def _variants(folder: Path, variant: str | None, index: dict[str, Any]) -> dict[str, str]:
-    """The variant of each component that has it, as diffusers tells. Errors: NotFoundError."""
-    if variant is None:
-        return {}
-    found: dict[str, str] = _rules._identify_model_variants(folder, variant, index)
-    if not found:
-        raise NotFoundError(f"{folder}: no component has weights of variant {variant!r}")
-    return found
-
-
-def _files_of(cls: Any) -> Any:
-    """The rule by which a component's files are chosen."""
-    return files.of_transformers if issubclass(cls, transformers.PreTrainedModel) else files.of_diffusers
-
-
-def _single(folder: Path, variant: str | None) -> _Part:
-    """A single model. Errors: NotFoundError, FormatError, InvalidReferenceError."""
-    if not (folder / _CONFIG).exists():
-        raise NotFoundError(f"{folder}: has neither {_INDEX} nor {_CONFIG}; give the folder of a pipeline or a model")
-    config = _read_json(folder / _CONFIG)
-    name = config.get("_class_name")
-    if name is None and "model_type" in config:
-        raise InvalidReferenceError(
-            f"{folder}: a model of transformers; load it with weightd.integrations.transformers"
-        )
-    try:
-        cls = _class_named(folder, "diffusers", name)
-    except _NotOursError as error:
-        raise FormatError(f"{folder / _CONFIG}: {error}") from error
-    if not issubclass(cls, diffusers.ModelMixin):
-        raise FormatError(f"{folder / _CONFIG}: names {cls.__name__}, which is no model of diffusers")
-    if config.get("quantization_config"):
-        raise InvalidReferenceError(f"{folder}: it is quantised, which is not supported; load it with diffusers itself")
-    return _Part(cls, files.of_diffusers(folder, "", variant))
-
-
 def _parts(pipeline: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _dtype_of_left(asked: Any, made: Mapping[str, Any]) -> Any:
+    """The dtype of components that diffusers loads: what is asked for, else what most bytes of the others have.
+
+    Errors: InvalidReferenceError (torch has no such dtype).
+    """
+    if isinstance(asked, Mapping):
+        return {name: _dtype_of_left(one, made) for name, one in asked.items()}
+    if asked not in (None, "auto"):
+        return named_dtype(asked)
+    sizes: Counter[torch.dtype] = Counter()
+    for model in made.values():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.itemsize > 1:  # torch computes in none that is smaller
+                sizes[parameter.dtype] += parameter.nbytes
+    return max(sizes, key=sizes.__getitem__, default=None)
+
+
+def _move_left(parts: Mapping[str, torch.nn.Module], others: Collection[str], place: str) -> None:
+    """Move components that diffusers has loaded, and are in host memory, to a device; `others` stay where they are."""
+    for name, part in parts.items():
+        if name not in others and all(tensor.device.type == "cpu" for tensor in part.parameters()):
+            part.to(place)
 
 
 def _model(
@@ -347,31 +284,3 @@ refuse_while_shared(diffusers.ModelMixin, "load_state_dict", loaded_in_place)
 refuse_while_shared(PeftAdapterMixin, "fuse_lora", lambda model, *_, **__: [model])
 refuse_while_shared(LoraBaseMixin, "fuse_lora", _fused)
 explain_training(diffusers.ModelMixin)
-
-
-def _class_named(folder: Path, library: Any, name: Any) -> Any:
-    """The class that a component in a folder has, as diffusers tells. Nothing is imported because an index names it.
-
-    Errors: _NotOursError (it is no class of diffusers or transformers).
-    """
-    known = isinstance(library, str) and isinstance(name, str)
-    in_pipelines = known and hasattr(diffusers.pipelines, library)
-    if known and not in_pipelines and (folder / f"{library}.py").exists():
-        raise _NotOursError(f"{library}.{name} is code of its own")
-    found = None
-    if in_pipelines or library in ("diffusers", "transformers"):
-        with contextlib.suppress(AttributeError):  # there is none of that name
-            found = _rules.simple_get_class_obj(library, name)
-    if not isinstance(found, type):
-        raise _NotOursError(f"class {name!r} of {library!r} is none that diffusers {diffusers.__version__} has")
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: not a JSON object; download it again")
-    return document

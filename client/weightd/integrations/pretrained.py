@@ -172,15 +172,21 @@ def checked_dtype(
     stored = [dtype for dtype in map(torch_dtype, stored_dtypes(attachment, component)) if dtype in _COMPUTED]
     if asked in (None, "auto"):
         return stored[0] if stored else torch.get_default_dtype()
-    wanted = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
-    if not isinstance(wanted, torch.dtype):
-        raise InvalidReferenceError(f"dtype {asked!r}: torch has no such dtype")
+    wanted = named_dtype(asked)
     if stored and wanted != stored[0] and not allow_copy:
         raise InvalidReferenceError(
             f"{folder}: dtype {wanted} is asked for, but {stored[0]} is stored; casting would copy every weight: leave "
             f"dtype out, or say {allow}"
         )
     return wanted
+
+
+def named_dtype(asked: Any) -> torch.dtype:
+    """A dtype that is asked for, which may be a name. Errors: InvalidReferenceError (torch has none of that name)."""
+    found = getattr(torch, asked.removeprefix("torch."), None) if isinstance(asked, str) else asked
+    if not isinstance(found, torch.dtype):
+        raise InvalidReferenceError(f"dtype {asked!r}: torch has no such dtype")
+    return found
 
 
 def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
