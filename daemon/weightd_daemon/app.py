@@ -31,6 +31,7 @@ from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.draining import Drain
+from .edges.event_log import EventLog
 from .edges.handle_server import HandleServer
 from .edges.journal import Journal
 from .edges.leases import Manifests
@@ -142,6 +143,7 @@ class Daemon:
         catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
+        listeners.add(EventLog(journal.encode))
         survival = Survival(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
             manifests=manifests, now=time.time,
