@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _DESCRIPTORS = 24
-"""A daemon without a GPU takes 20 to start (measured)."""
+"""To be free at the start: without a GPU, and with monitors, a daemon came up with 20 in all (measured)."""
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
