@@ -17,7 +17,7 @@ _MAPS = "vm.max_map_count"
 _NEAR = 16
 """A call may need a few mappings more than it makes: it splits others."""
 _GRPC_DESCRIPTORS = 16
-"""To start, gRPC 1.85 takes 6 and ends the process where it gets none (measured)."""
+"""To start, gRPC 1.85 takes 6, a server 10, and ends the process where it gets none (measured)."""
 
 
 def limit_error(error: OSError, what: str, who: str = THIS_PROCESS) -> ResourceLimitError | None:
@@ -58,9 +58,9 @@ def out_of_descriptors(what: str, who: str = THIS_PROCESS, *, needed: int = 1) -
     return None
 
 
-def check_grpc_can_start() -> None:
-    """To be called before grpc is imported and its first channel made. Errors: ResourceLimitError."""
-    if limit := out_of_descriptors("starting gRPC", needed=_GRPC_DESCRIPTORS):
+def check_grpc_can_start(who: str = THIS_PROCESS) -> None:
+    """To be called before grpc is imported and its first channel or server made. Errors: ResourceLimitError."""
+    if limit := out_of_descriptors("starting gRPC", who, needed=_GRPC_DESCRIPTORS):
         raise limit
 
 

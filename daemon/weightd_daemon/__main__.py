@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
+import contextlib
 import json
 import os
+import resource
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from weightd._limits import DAEMON, out_of_descriptors
 
 from . import logs
 from .app import AlreadyServedError, Daemon
@@ -21,7 +24,8 @@ from .preloads import Preload
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC}
+_DESCRIPTORS = 24
+"""To be free at the start: without a GPU, and with monitors, a daemon came up with 20 in all (measured)."""
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
@@ -40,17 +44,20 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     def read() -> Loaded:
         return load(options.config, vars(options), os.environ)
 
+    _raise_descriptor_limit()
     try:
+        if limit := out_of_descriptors("starting", DAEMON, needed=_DESCRIPTORS):
+            raise limit
         return asyncio.run(_serve(loaded.settings, read, loader_argv))
     except ConfigError as error:
         where = f"{loaded.origins[error.key]}: " if error.key else ""
         sys.stderr.write(f"weightd: {where}{error}\n")
         return error.exit_code
     except OSError as error:
-        if error.errno not in _EXHAUSTED:
+        if (temporary := TemporaryError.of(error, "starting")) is None:
             raise
-        sys.stderr.write(f"weightd: the system has not what the daemon needs now: {error}\n")
-        return TemporaryError.exit_code
+        sys.stderr.write(f"weightd: {temporary}\n")
+        return temporary.exit_code
     except AlreadyServedError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1
@@ -58,6 +65,13 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
 
 async def _serve(settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str]) -> int:
     return await Daemon(settings, read, loader_argv).run()
+
+
+def _raise_descriptor_limit() -> None:
+    """Every segment is two descriptors; take all that the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _parser() -> argparse.ArgumentParser:

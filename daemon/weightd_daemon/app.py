@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import time
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weightd._address import handles_path
+from weightd._limits import DAEMON, check_grpc_can_start
 from weightd.errors import DeviceError
 
 from . import logs
@@ -31,6 +31,7 @@ from .edges.attaching import Attacher
 from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.draining import Drain
+from .edges.event_log import EventLog
 from .edges.handle_server import HandleServer
 from .edges.journal import Journal
 from .edges.leases import Manifests
@@ -83,12 +84,11 @@ class Daemon:
         self._up = False
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: AlreadyServedError."""
+        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: ConfigError, AlreadyServedError, OSError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
-        _raise_descriptor_limit()
         self._announcer.start()
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
@@ -142,6 +142,7 @@ class Daemon:
         catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
+        listeners.add(EventLog(journal.encode))
         survival = Survival(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
             manifests=manifests, now=time.time,
@@ -193,18 +194,20 @@ class Daemon:
             connections=connections, attacher=attacher, max_connections=settings.max_connections,
             on_attach=metrics.attached if metrics else _uncounted,
         )  # fmt: skip
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
-        mode = int(settings.socket_mode, 8)
-        with umask(0o177):  # until its mode is set, only this user may connect
-            try:
-                await control.start(self._socket)
-            except OSError as error:
-                raise TemporaryError(f"socket {self._socket}: {error.strerror}") from error
-        self._socket.chmod(mode)
-        # After it: a client connects to this one first, and may call as soon as it has.
-        handles.start(stack.enter_context(listen(handles_path(self._socket), mode)))
         stack.callback(handles.stop)
+        check_grpc_can_start(DAEMON)
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
         stack.push_async_callback(control.stop, _STOP_GRACE)
+        mode = int(settings.socket_mode, 8)
+        try:
+            with umask(0o177):  # until its mode is set, only this user may connect
+                await control.start(self._socket)
+            self._socket.chmod(mode)
+            # After it: a client connects to this one first, and may call as soon as it has.
+            handles.start(listen(handles_path(self._socket), mode))
+        except OSError as error:
+            what = f"socket {self._socket}"
+            raise TemporaryError.of(error, what) or TemporaryError(f"{what}: {error.strerror}") from error
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         stack.push_async_callback(preloader.close)
         preloader.check(settings.preload)
@@ -265,7 +268,7 @@ class Daemon:
         stack.callback(task.cancel)
 
     async def _monitor(self, stack: contextlib.AsyncExitStack, parts: Parts) -> Metrics | None:
-        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, AlreadyServedError."""
+        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, TemporaryError, AlreadyServedError."""
         settings, address = self._settings, self._settings.metrics_address
         if address is None:
             return None
@@ -284,7 +287,7 @@ class Daemon:
         try:
             listener = listen(address, int(settings.socket_mode, 8))
         except OSError as error:
-            raise AlreadyServedError(
+            raise TemporaryError.of(error, f"metrics {settings.metrics}") or AlreadyServedError(
                 f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
             ) from error
         if isinstance(address, Path):
@@ -301,10 +304,3 @@ class Daemon:
 
 def _uncounted(*_: object) -> None:
     """Where nobody counts."""
-
-
-def _raise_descriptor_limit() -> None:
-    """Every segment is two descriptors; take all that the system allows."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

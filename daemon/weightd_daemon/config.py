@@ -264,7 +264,7 @@ def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -
 
 
 def _check(settings: Settings, origins: dict[str, str]) -> None:
-    """Refuse values that cannot be. Errors: ConfigError naming the origin."""
+    """Refuse values that cannot be. Errors: ConfigError naming the origin; TemporaryError, where all else is good."""
 
     def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
         raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
@@ -302,15 +302,15 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
             parse()
         except ValueError as error:
             refuse(key, str(error))
-    try:
-        _ = settings.admin_uids
-    except KeyError as error:
-        refuse("admins", f"no user {error.args[0]}", TemporaryError)  # a directory service may not be up yet
     for root in settings.model_roots:
         if not root.startswith(("/", "~")) or "\0" in root:
             refuse("model_roots", f"{root!r} is no absolute path")
     if settings.preload and not settings.model_roots:
         raise ConfigError(f"{origins['preload']}: preload: may look nowhere; say below which folders with model_roots")
+    try:  # last: it may come right by itself, and must not hide what will not
+        _ = settings.admin_uids
+    except KeyError as error:
+        refuse("admins", f"no user {error.args[0]}", TemporaryError)
 
 
 def _uid(name: str) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import tomllib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from weightd._limits import DAEMON, limit_error
+from weightd.errors import ResourceLimitError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +35,14 @@ class TemporaryError(ConfigError):
     """What a setting asks for is not there now: a driver, a mount, a file, memory. The next start may find it."""
 
     exit_code = 75
+
+    @classmethod
+    def of(cls, error: OSError, what: str) -> Self | None:
+        """The error, where the system lacks something that `what` needs; None where it is another failure."""
+        limit = error if isinstance(error, ResourceLimitError) else limit_error(error, what, DAEMON)
+        if limit:
+            return cls(limit.message)
+        return cls(f"{what}: {error.strerror}") if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
 
 
 class ConfigFile:

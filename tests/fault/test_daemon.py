@@ -7,7 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,9 +153,9 @@ def test_a_file_in_the_way_stays(daemon: Daemon, suffix: str) -> None:
     daemon.start()
 
 
-def serve(socket: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def serve(socket: Path, *flags: str, through: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Run a daemon that is not expected to come up."""
-    command = [sys.executable, "-m", "weightd_daemon", "serve", f"--socket={socket}", *flags]
+    command = [*through, sys.executable, "-m", "weightd_daemon", "serve", f"--socket={socket}", *flags]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -190,6 +190,63 @@ def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "cannot be made" in refused.stderr
     assert len(refused.stderr.splitlines()) == 1
+
+
+def test_a_start_without_descriptors_is_to_be_tried_again(tmp_path: Path) -> None:
+    """Whatever the start is at when it finds none: one line, and the exit code at which systemd tries again."""
+    for most in (5, 6, 8, 12, 18):
+        limited = ("sh", "-c", f'ulimit -n {most} && exec "$@"', "sh")
+        refused = serve(tmp_path / "w.sock", f"--state-dir={tmp_path}", through=limited)
+        assert (refused.returncode, refused.stdout) == (75, ""), refused.stderr
+        assert f"(RLIMIT_NOFILE is {most}); raise the daemon's `ulimit -n`" in refused.stderr
+        assert len(refused.stderr.splitlines()) == 1
+
+
+STARVED = """
+import contextlib, importlib, os, resource, sys
+from weightd_daemon import __main__ as command
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+place, room, *rest = sys.argv[1:]
+owner, name = importlib.import_module(place.rpartition(".")[0]), place.rpartition(".")[2]
+call = getattr(owner, name)
+def starved(*arguments, **more):
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.dup(2))
+    for number in held[len(held) - int(room):]:
+        os.close(number)
+    return call(*arguments, **more)
+setattr(owner, name, starved)
+sys.exit(command.main(rest))
+"""
+"""Starts a daemon to which something, as a driver, leaves `room` descriptors when it comes to `place`.
+
+It has no state folder: the thread of the digest index would open and close files meanwhile.
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "room", "what"),
+    [
+        ("app.locked", 0, "socket"),
+        ("edges.monitoring.listen", 0, "metrics"),
+        ("app.HandleServer", 0, "starting gRPC"),
+        ("app.HandleServer", 4, "starting gRPC"),
+        ("app.listen", 0, "socket"),
+    ],
+)
+def test_a_start_that_runs_out_of_descriptors_on_its_way(place: str, room: int, what: str, short_path: Path) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-c", STARVED, f"weightd_daemon.{place}", str(room), "serve", "--device=host",
+         f"--socket={short_path / 'w.sock'}", "--state-dir=/dev/null/none", f"--metrics={short_path / 'm.sock'}",
+         "--log-level=error"],
+        capture_output=True, text=True, timeout=60, env=environment(), check=False,
+    )  # fmt: skip
+    assert (refused.returncode, refused.stdout) == (75, ""), refused.stderr
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith(f"weightd: {what}")
+    assert line.endswith("(RLIMIT_NOFILE is 64); raise the daemon's `ulimit -n` (LimitNOFILE= of its unit)")
 
 
 def test_next_daemon_does_not_use_the_index(daemon: Daemon, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A daemon whose journal and metrics fail at an event serves on, and says so to whoever asks them."""
+"""A daemon whose journal and metrics fail at an event serves on, logs on, and says so to whoever asks them."""
 
 from __future__ import annotations
 
@@ -36,4 +36,7 @@ def test_the_daemon_serves_on(start_daemon: StartDaemon, short_path: Path, tmp_p
     with pytest.raises(weightd.ServerError, match="events are no longer recorded"):
         list(client.events())
     assert http.get(page, "/metrics") == (500, "counting has failed; the daemon's log says why\n")
-    assert daemon.logged().count(f"failed at {kind}") == 2
+    logged = daemon.logged()
+    assert logged.count(f"failed at {kind}") == 2
+    for line in ("loaded a by", "loaded b by", "attached a by", "evicted a by", "evicted b content"):
+        assert f" {line}" in logged, "the log does not hang on the journal"

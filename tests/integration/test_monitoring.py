@@ -17,6 +17,9 @@ from support import checkpoints
 from support.backends import EVERY, Backend
 from support.daemon import Daemon, environment, eventually
 from support.http import ask, get, samples
+from support.limits import room_for
+from support.wire import Peer
+from weightd._proto.v1 import handles_pb2
 
 StartDaemon = Callable[..., Daemon]
 KIB = 1 << 10
@@ -105,6 +108,16 @@ def test_what_fails_and_what_goes_is_counted(start_daemon: StartDaemon, short_pa
     assert now['weightd_evictions_total{reason="lost"}'] == 0
     assert now['weightd_rpcs_total{code="RESOURCE_EXHAUSTED",method="CheckpointService/Load"}'] == 1
     assert now['weightd_rpcs_total{code="NOT_FOUND",method="CheckpointService/Get"}'] == 1
+
+
+def test_an_attach_without_descriptors_is_no_bug(start_daemon: StartDaemon, short_path: Path, tmp_path: Path) -> None:
+    daemon, page = monitored(start_daemon, short_path)
+    daemon.connect().load(checkpoints.write_random(tmp_path / "model", 1, KIB), name="model")
+    with Peer(daemon.socket) as peer, room_for(daemon.pid, 0):
+        assert peer.ask(attach=handles_pb2.AttachRequest(reference="model")).error.reason == "RESOURCE_LIMIT"
+    now = figures(page)
+    assert now['weightd_attach_duration_seconds_count{code="RESOURCE_EXHAUSTED"}'] == 1
+    assert now['weightd_attach_duration_seconds_count{code="INTERNAL"}'] == 0
 
 
 def test_labels_tell_nothing_of_users_and_their_files(

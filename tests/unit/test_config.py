@@ -429,6 +429,14 @@ def test_what_may_be_there_at_the_next_start_exits_75(tmp_path: Path) -> None:
     assert done.stderr == "weightd: --admins: admins = 'nobody-of-that-name': no user nobody-of-that-name\n"
 
 
+@pytest.mark.parametrize("setting", ["--model-roots=weights", "--preload=/x/a"])
+def test_a_user_who_may_be_known_later_hides_no_mistake(setting: str) -> None:
+    """Trying again mends only one of them."""
+    done = run("config", "--admins", "nobody-of-that-name", setting)
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.startswith(f"weightd: {setting.partition('=')[0]}: ")
+
+
 @pytest.mark.parametrize("budget", ["100TiB", "12"])
 def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_path: Path) -> None:
     finished = subprocess.run(

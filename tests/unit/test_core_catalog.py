@@ -7,7 +7,7 @@ import pytest
 from weightd.errors import DeviceError, InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
-from weightd_daemon.core.events import Event, Evicted
+from weightd_daemon.core.events import Event, Evicted, Named
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.memory import DeviceMemory
@@ -272,6 +272,20 @@ def test_removing_a_lost_checkpoint_drops_its_record_and_name_for_its_owner(shel
     assert (shelf.store.lost, shelf.catalog.names(there)) == ({}, [])
     with pytest.raises(NotFoundError):
         shelf.catalog.find(ALICE, "two")
+
+
+def test_names_that_go_with_a_lost_checkpoint_are_told_of(shelf: Shelf) -> None:
+    """No eviction implies it, as where a checkpoint that is resident is removed."""
+    shelf.add(A, "one", "two")
+    told: list[Event] = []
+    catalog = Catalog(shelf.store, Limits(), on_event=told.append)
+    for (domain, name), tag in shelf.catalog.tags.items():
+        catalog.restore(domain, name, tag)
+    shelf.store.lose("host", "gone")
+    holder = Holder(1, 12, 1000, "weightd rm")
+    catalog.remove(ALICE, A, by=holder)
+    assert told == [Named("all", name, "", A, holder) for name in ("one", "two")]
+    assert catalog.tags == {}
 
 
 def test_a_name_stays_while_its_content_is_resident_or_lost_on_any_device(shelf: Shelf) -> None:

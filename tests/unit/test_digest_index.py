@@ -148,19 +148,30 @@ def test_one_line_at_the_start_and_one_for_each_change(tmp_path: Path, caplog: p
         for _ in range(5):
             await remember(index)
             await is_unknown(index)
-        assert (index.problem, index.failures) == ("File exists", 11)
+        assert (index.problem, index.failures) == ("File exists", 10)
         folder.unlink()
         await is_unknown(index)  # that it can be read is not enough
         assert index.problem == "File exists"
         await remember(index)
         await is_known(index)
-        assert (index.problem, index.failures) == ("", 11)
+        assert (index.problem, index.failures) == ("", 10)
 
     using(folder, steps)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("WARNING", f"digest index {folder}/{FILE_NAME} cannot be used: File exists; loads go on, and read more"),
         ("INFO", f"digest index {folder}/{FILE_NAME} can be used again"),
     ]
+
+
+def test_each_file_that_is_not_remembered_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+
+    async def steps(index: DigestIndex) -> None:
+        for _ in range(200):  # now and then, old files are forgotten, too
+            await remember(index)
+        assert index.failures == 200
+
+    using(tmp_path / "file", steps)
 
 
 def test_one_that_can_only_be_read_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

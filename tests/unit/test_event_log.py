@@ -8,7 +8,10 @@ import logging
 import pytest
 
 from weightd._proto.v1 import daemon_pb2
+from weightd_daemon.core.events import DrainChanged, Event
 from weightd_daemon.edges import event_log
+from weightd_daemon.edges.event_log import EventLog
+from weightd_daemon.edges.listeners import Listeners
 from weightd_daemon.logs import JsonLines
 
 DIGEST = "sha256:" + "ab" * 32
@@ -68,7 +71,8 @@ def test_a_line_names_what_and_who(
     found = json.loads(JsonLines().format(record))
     assert (found["message"], found["level"], found["names"]) == (line, level, list(event.names))
     if event.user:
-        assert (found["user"], found["uid"], found["pid"]) == (event.user, event.uid, event.pid or None)
+        pid = event.pid if event.HasField("pid") else None
+        assert (found["user"], found["uid"], found["pid"]) == (event.user, event.uid, pid)
     assert found.get("evicted", []) == list(event.evicted)
     assert found["device"] == "host"
 
@@ -78,3 +82,21 @@ def test_what_has_a_line_elsewhere_has_no_second(kind: str, caplog: pytest.LogCa
     with caplog.at_level(logging.DEBUG):
         event_log.write(daemon_pb2.Event(kind=f"EVENT_KIND_{kind}"))
     assert caplog.records == []
+
+
+def test_an_event_that_cannot_be_a_line_costs_this_line_only(caplog: pytest.LogCaptureFixture) -> None:
+    def encode(event: Event) -> tuple[str | None, daemon_pb2.Event]:
+        if event == DrainChanged("draining"):
+            raise ValueError("Value out of range: -1294967296")
+        return None, daemon_pb2.Event(kind="EVENT_KIND_NAMED", names=["a"], content_digest=DIGEST)
+
+    listeners = Listeners()
+    listeners.add(EventLog(encode))
+    with caplog.at_level(logging.INFO):
+        for state in ("draining", "drained"):
+            listeners.tell(DrainChanged(state))
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("ERROR", "no line for DrainChanged, by a bug"),
+        ("INFO", "gave name a content=sha256:abababababab"),
+    ]
+    assert caplog.records[0].exc_info is not None

@@ -138,7 +138,7 @@ def test_who_reads_events_hears_that_no_more_come() -> None:
             books.load("a")
             wait = asyncio.ensure_future(_drained(waiting.next))
             await asyncio.sleep(0)
-            journal._encode = fail  # type: ignore[method-assign]
+            journal.encode = fail  # type: ignore[method-assign]
             books.load("b")
             kinds = await _drained(follower.next)
             assert len(kinds) == 4, "what came before is still read"

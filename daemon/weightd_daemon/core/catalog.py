@@ -79,8 +79,9 @@ class Catalog:
         self._named.setdefault((domain, tag.content_digest), set()).add(name)
 
     def check(self, who: Who, name: str, content_digest: str = "") -> None:
-        """Whether `who` may give this name; to the content that has it already, everybody may.
+        """Whether `who` may give this name to a content; to the one that has it already, everybody may.
 
+        Without a digest, while the content is not known yet: whether `who` may give it to whatever comes.
         Errors: InvalidReferenceError, PermissionDeniedError, CapacityError.
         """
         tag = self._tags.get((who.domain, name))
@@ -156,14 +157,10 @@ class Catalog:
         self.check_owner(who, checkpoint, "pin", name)
         self.keep(who, checkpoint)
 
-    def check_pin(self, who: Who, checkpoint: Checkpoint) -> None:
-        """Whether `who` may pin what it owns or has loaded. Errors: CapacityError (the user has too much already)."""
+    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
+        """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if who.uid not in {*checkpoint.pins, checkpoint.owner}:
             self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
-
-    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
-        """Pin a checkpoint that `who` owns or has loaded. Errors: as in `check_pin`."""
-        self.check_pin(who, checkpoint)
         checkpoint.pins.add(who.uid)
         self.changed()
 
@@ -202,18 +199,23 @@ class Catalog:
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
-            self.forget(checkpoint)
+            for name in self._pointless(checkpoint):  # no eviction tells of them
+                self._drop(checkpoint.key.domain, name, by)
             self.changed()
             return 0
         return self._store.remove(checkpoint, reference, by=by)
 
     def forget(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is gone: drop the names that point to nothing now."""
+        for name in self._pointless(checkpoint):
+            self._untag(checkpoint.key.domain, name)
+
+    def _pointless(self, checkpoint: Checkpoint) -> list[str]:
+        """The names of a checkpoint that is gone, unless its content is resident or lost elsewhere."""
         domain, digest = checkpoint.key.domain, checkpoint.key.content_digest
         known = (*self._store.checkpoints, *self._store.lost)
-        if not any((key.domain, key.content_digest) == (domain, digest) for key in known):
-            for name in self.names(checkpoint):
-                self._untag(domain, name)
+        elsewhere = any((key.domain, key.content_digest) == (domain, digest) for key in known)
+        return [] if elsewhere else self.names(checkpoint)
 
     def _drop(self, domain: str, name: str, by: Holder | None) -> None:
         previous = self._tags[domain, name].content_digest

@@ -85,6 +85,7 @@ class DigestIndex:
             "AND ctime_ns = ?",
             (self._epoch, *_signed(identity)),
         )
+        self.failures += row is None
         packed = row[0][0] if row else b""
         if len(packed) % _ROW.size:
             return []  # a damaged row: what cannot be read is not known
@@ -93,8 +94,9 @@ class DigestIndex:
     def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
         self._clock += 1
         packed = b"".join(_ROW.pack(*instance) for instance in instances)
-        self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True)
-        if self._clock % 100 == 0:
+        if self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True) is None:
+            self.failures += 1
+        elif self._clock % 100 == 0:
             self._execute(
                 "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
                 "mtime_ns, ctime_ns FROM files ORDER BY used DESC LIMIT -1 OFFSET ?)",
@@ -105,8 +107,10 @@ class DigestIndex:
     def _try(self) -> None:
         self._execute("PRAGMA user_version = 1", (), writes=True)
 
-    def _execute(self, statement: str, parameters: tuple[object, ...], *, writes: bool = False) -> list[tuple[bytes]]:
-        """Run a statement. The index is a cache: whatever is wrong with it costs speed, never a load."""
+    def _execute(
+        self, statement: str, parameters: tuple[object, ...], *, writes: bool = False
+    ) -> list[tuple[bytes]] | None:
+        """Run a statement. None where it failed: whatever is wrong with a cache costs speed, never a load."""
         reason = ""
         for _ in range(2):
             try:
@@ -120,7 +124,7 @@ class DigestIndex:
                     self._works()
                 return found
         self._fails(reason)
-        return []
+        return None
 
     def _works(self) -> None:
         if self.problem:
@@ -128,7 +132,6 @@ class DigestIndex:
         self.problem = ""
 
     def _fails(self, reason: str) -> None:
-        self.failures += 1
         if not self.problem:
             log.warning("digest index %s cannot be used: %s; loads go on, and read more", self.path, reason)
         self.problem = reason

@@ -7,13 +7,36 @@ and `evicted`.
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import daemon_pb2
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightd_daemon.core.events import Event
 
 log = logging.getLogger(__name__)
 
 _SHORT = 19
 """Characters of a digest in a line: "sha256:" and 12 digits."""
+
+
+class EventLog:
+    """Listens to everything, and logs it. `encode` makes the message of an event."""
+
+    def __init__(self, encode: Callable[[Event], tuple[str | None, daemon_pb2.Event]]) -> None:
+        self._encode = encode
+
+    def tell(self, event: Event) -> None:
+        """Something has happened. Never raises: unlike a stream of events, a log shows where a line is missing."""
+        try:
+            write(self._encode(event)[1])
+        except Exception:  # whatever it is, the lines of later events do not hang on it
+            log.exception("no line for %s, by a bug", type(event).__name__)
+
+    def cut_off(self) -> None:
+        """Nobody asks it anything."""
 
 
 def write(event: daemon_pb2.Event) -> None:

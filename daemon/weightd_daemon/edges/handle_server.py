@@ -213,6 +213,10 @@ class _Peer:
         except (ConnectionError, ProtocolError):  # it has left, or takes no answer
             code = "CANCELLED"
             raise
+        except OSError as error:  # `_handle` answers it so
+            if limit := limit_error(error, "answering attach", DAEMON):
+                code = limit.grpc_code
+            raise
         finally:
             self._server._on_attach(code, time.perf_counter() - start)
 

@@ -24,7 +24,6 @@ from weightd_daemon.core.events import (
     Sealed,
 )
 
-from . import event_log
 from .show import time_to, user_name
 
 if TYPE_CHECKING:
@@ -115,11 +114,10 @@ class Journal:
 
     def tell(self, event: Event) -> None:
         """Something has happened."""
-        domain, message = self._encode(event)
+        domain, message = self.encode(event)
         message.event_time.CopyFrom(time_to(self._now()))
         entry = Entry(domain, message)
         self._remembered.append(entry)
-        event_log.write(message)
         for reader in self._readers:
             reader.put(entry)
 
@@ -143,7 +141,8 @@ class Journal:
         finally:
             self._readers.discard(reader)
 
-    def _encode(self, event: Event) -> tuple[str | None, daemon_pb2.Event]:
+    def encode(self, event: Event) -> tuple[str | None, daemon_pb2.Event]:
+        """The sharing domain that may see an event, None for everybody, and the message of it, without a time."""
         match event:
             case Sealed(checkpoint, load=load, by=by, name=name):
                 message = self._of(daemon_pb2.EVENT_KIND_SEALED, checkpoint, name)

@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-"""Who holds a lease of an earlier daemon, until the process has said so (docs/protocol.md)."""
-
 MANIFEST_BYTES = 1 << 30
 """Longest manifest that is read."""
 

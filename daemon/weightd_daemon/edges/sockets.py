@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from weightd._address import check_folder, handles_path, is_own
 from weightd.errors import PermissionDeniedError
+from weightd_daemon.config_file import TemporaryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,7 @@ class AlreadyServedError(Exception):
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a socket path; loaders and holders inherit it. Errors: AlreadyServedError."""
+    """Hold the lock of a socket path; loaders and holders inherit it. Errors: AlreadyServedError, TemporaryError."""
     with contextlib.ExitStack() as stack:
         try:
             if is_own(path):
@@ -37,7 +38,7 @@ def locked(path: Path) -> Iterator[int]:
         except PermissionDeniedError as error:
             raise AlreadyServedError(f"socket {path}: {error}") from error
         except OSError as error:
-            raise AlreadyServedError(
+            raise TemporaryError.of(error, f"socket {path}") or AlreadyServedError(
                 f"socket {path}: cannot be made: {error.strerror}; choose another with --socket"
             ) from error
         stack.callback(os.close, lock)
