@@ -51,9 +51,12 @@ class Chosen(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def weights(folder: Path, component: str, variant: str | None, rules: Sequence[Rule]) -> Chosen:
+def weights(
+    folder: Path, component: str, variant: str | None, rules: Sequence[Rule], *, plain: bool = False
+) -> Chosen:
     """The weights of one folder, by the first of the rules that finds any, else by other names; empty where none are.
 
+    `plain` is for who has asked for a variant that is not there: then nothing counts that may be another variant.
     Errors: InvalidReferenceError (several checkpoints), NotFoundError (a shard is missing, or the folder), FormatError
     (a damaged index), PermissionDeniedError.
     """
@@ -64,6 +67,9 @@ def weights(folder: Path, component: str, variant: str | None, rules: Sequence[R
     groups = _groups(files)
     if variant is not None:
         return Chosen(_picked(folder, component, [group for group in groups if group.stem.endswith(f".{variant}")]))
+    if plain:
+        files = [name for name in files if "." not in name.removesuffix(".index.json").removesuffix(SUFFIX)]
+        groups = [group for group in groups if "." not in group.stem]
     indexes = [name for name in files if _OTHER_INDEX.fullmatch(name)]
     if len(indexes) > 1:
         raise _several(folder, "indexes", indexes)
@@ -73,7 +79,7 @@ def weights(folder: Path, component: str, variant: str | None, rules: Sequence[R
     sets = [group for group in groups if group.total and not group.stem.startswith(of_frameworks)]
     if sets:
         return Chosen(_picked(folder, component, sets))
-    for rule in rules:
+    for rule in () if plain else rules:
         only = only_variant(folder, rule)
         if only and (name := weights_name(folder, rule, only)):
             return Chosen(sources_of(folder, component, name), (variant_note(folder, only),))

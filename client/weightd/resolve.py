@@ -26,7 +26,7 @@ from ._folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, sh
 from ._huggingface import find_snapshot
 from ._index import PICKLES, SUFFIX, is_below
 from ._survey import checkpoints_below
-from .errors import FormatError, InvalidReferenceError, NotFoundError
+from .errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -227,8 +227,10 @@ def _refuse_pickle(path: Path) -> None:
 
 def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
     """The weights of a directory; `nothing` is the message where there are none."""
-    if os.path.isfile(root / _PIPELINE) and (chosen := _components(root, _listed_components(root), variant)).sources:
-        return chosen
+    if os.path.isfile(root / _PIPELINE) and (listed := _listed_components(root)):
+        if (chosen := _components(root, listed, variant)).sources:
+            return chosen
+        raise _no_component(root, variant, chosen.notes)  # what lies in the folder itself is not what was asked for
     if (chosen := weights(root, "", variant, (TRANSFORMERS, DIFFUSERS))).sources:
         return chosen
     if os.path.isfile(root / _MODULES) and (chosen := _components(root, _listed_modules(root), variant)).sources:
@@ -248,7 +250,7 @@ def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
 
 def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | None) -> Chosen:
     """The weights of a directory's components: (name, whether diffusers' own). Of those that lack a variant, the plain
-    ones, as diffusers does, but one must have it.
+    ones, as diffusers does, but one must have it. Errors: NotFoundError (a component has other variants only).
     """
     sources: list[SourcePath] = []
     notes: list[str] = []
@@ -258,7 +260,12 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
         chosen = weights(root / name, name, variant, rules) if variant else Chosen()
         has_variant = has_variant or bool(chosen.sources)
         if not chosen.sources:
-            chosen = weights(root / name, name, None, rules)
+            chosen = weights(root / name, name, None, rules, plain=variant is not None)
+            if variant and not chosen.sources and any(file.endswith(SUFFIX) for file in list_files(root / name)):
+                raise NotFoundError(
+                    f"{show(root / name)}: has no weights of variant {variant}, and no plain ones; download them, or "
+                    "ask for another variant"
+                )
             if variant and chosen.sources:
                 notes.append(f"{show(root / name)}: has no weights of variant {variant}; its plain ones are taken")
         sources += chosen.sources
@@ -266,6 +273,17 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
         if not chosen.sources and any(_is_pickle(file) for file in list_files(root / name)):
             notes.append(f"{show(root / name)}: is left out, for its weights are pickles; convert them to safetensors")
     return Chosen(tuple(sources), tuple(notes)) if has_variant or not variant else Chosen()
+
+
+def _no_component(root: Path, variant: str | None, notes: tuple[str, ...]) -> WeightdError:
+    """The error where no component of a pipeline has weights, or none of a variant."""
+    if variant is not None:
+        return NotFoundError(f"{show(root)}: has no weights of variant {variant}; leave it out, or download it")
+    if notes:
+        return InvalidReferenceError(f"{show(root)}: has no weights that can be loaded: {'; '.join(notes)}")
+    if below := checkpoints_below(root):
+        return InvalidReferenceError(f"{show(root)}: no component of {_PIPELINE} has weights; {below}")
+    return NotFoundError(f"{show(root)}: no component of {_PIPELINE} has weights; download them")
 
 
 def _listed_components(root: Path) -> list[tuple[str, bool]]:

@@ -557,6 +557,44 @@ class TestPipeline:
         with pytest.raises(NotFoundError, match="no weights of variant bf16"):
             resolve(tmp_path, "bf16")
 
+    @pytest.mark.parametrize(
+        "other",
+        [
+            "diffusion_pytorch_model.fp16.safetensors",
+            "diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+            "model.fp16.safetensors",
+            "own.fp16.safetensors",
+            "own-00001-of-00001.fp16.safetensors",
+        ],
+    )
+    def test_another_variant_never_stands_for_the_one_asked_for(self, tmp_path: Path, other: str) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("a", "b")})
+        put(tmp_path / "a/diffusion_pytorch_model.bf16.safetensors")
+        put(tmp_path / "b" / other)
+        with pytest.raises(NotFoundError, match="/b: has no weights of variant bf16, and no plain ones"):
+            resolve(tmp_path, "bf16")
+        put(tmp_path / "b/own.safetensors")
+        expected = ["a:diffusion_pytorch_model.bf16.safetensors", "b:own.safetensors"]
+        assert found(tmp_path, "bf16") == expected
+
+    @pytest.mark.parametrize("beside", ["sd.fp16.safetensors", "model.fp16.safetensors", "own.safetensors", "m.gguf"])
+    def test_files_of_the_root_stand_for_no_component(self, tmp_path: Path, beside: str) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "vae")})
+        put(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+        put(tmp_path / "vae/config.json", "{}")
+        put(tmp_path / beside)
+        with pytest.raises(NotFoundError, match="has no weights of variant fp16; leave it out"):
+            resolve(tmp_path, "fp16")
+        (tmp_path / "unet/diffusion_pytorch_model.safetensors").rename(tmp_path / "unet/pytorch_model.bin")
+        with pytest.raises(InvalidReferenceError, match="unet: is left out, for its weights are pickles; convert"):
+            resolve(tmp_path)
+        (tmp_path / "unet/pytorch_model.bin").unlink()
+        with pytest.raises(NotFoundError, match=r"no component of model_index\.json has weights; download them"):
+            resolve(tmp_path)
+        put(tmp_path / "unet/Q4/m.gguf")
+        with pytest.raises(InvalidReferenceError, match="one checkpoint lies below it; give it, as .*/unet/Q4"):
+            resolve(tmp_path)
+
     def test_component_of_pickles(self, tmp_path: Path) -> None:
         put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "safety")})
         put(tmp_path / "unet/diffusion_pytorch_model.safetensors")
