@@ -8,8 +8,10 @@ not installed nobody can catch its error, and they are weightd's own only.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
+from ._files import open_regular, show
 from .errors import (
     DeviceMismatchError,
     FormatError,
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
     from ._mapping.segments import Memory
     from .types import TensorInfo
+
+_GGUF: Final = b"GGUF"
+"""How a GGUF file begins."""
 
 
 class MissingFileError(NotFoundError, FileNotFoundError):
@@ -103,6 +108,23 @@ class Errors:
 
 opening = Errors(_OPENING)
 reading = Errors(_READING)
+
+
+def refuse_gguf(path: str) -> None:
+    """Refuse a file that begins as a GGUF file does; what cannot be read is left to who opens it next.
+
+    Errors: BadArgumentError.
+    """
+    try:
+        descriptor, _ = open_regular(Path(path))
+        with open(descriptor, "rb", buffering=0) as file:
+            begin = file.read(len(_GGUF))
+    except (WeightdError, OSError):
+        return
+    if begin == _GGUF:
+        raise BadArgumentError(
+            f"{show(path)}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
+        )
 
 
 # -- numpy -----------------------------------------------------------------------------------------------------------

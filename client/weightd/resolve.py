@@ -137,6 +137,16 @@ def folder_of(reference: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def single_file(path: str) -> Resolved:
+    """The file at a path, whatever it is called: neither other parts nor an index count. It is not looked at yet.
+
+    Errors: InvalidReferenceError (no path), NotFoundError (it is relative to a folder that is gone).
+    """
+    place = path_of(path)
+    name = _require_utf8(_tidied(place))
+    return Resolved(name, (SourcePath("", os.path.basename(name), Path(place)),))
+
+
 def open_sources(resolved: Resolved) -> OpenedSources:
     """Open the files of a resolved reference; use the result in a `with` statement."""
     return OpenedSources(resolved.sources, resolved.name)

@@ -40,6 +40,7 @@ from ._safetensors import (
     opening,
     planned,
     reading,
+    refuse_gguf,
 )
 from ._unreachable import when_reachable
 from .client import Client, connect
@@ -51,6 +52,7 @@ from .errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from .resolve import single_file
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ def load_file(
 
     Errors are weightd's own, and at the same time those that safetensors raises: NotFoundError, PermissionDeniedError
     and InvalidReferenceError (it is no file) are FileNotFoundError; FormatError, DeviceMismatchError and
-    InvalidReferenceError (an argument; a `.gguf` file: see `Attachment.state_dict`) are SafetensorError. Besides them:
+    InvalidReferenceError (an argument; a GGUF file: see `Attachment.state_dict`) are SafetensorError. Besides them:
     CapacityError, ResourceLimitError, DaemonUnreachableError, and, whatever `fallback` says, PermissionDeniedError
     and ProtocolMismatchError (a daemon that this user may not reach, or of another protocol).
     """
@@ -184,10 +186,6 @@ class safe_open:  # noqa: N801  # safetensors' name
         if backend not in ("mmap", "pread"):
             raise BadArgumentError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
         self._name = os.fspath(filename)
-        if self._name.lower().endswith(".gguf"):
-            raise BadArgumentError(
-                f"{self._name}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
-            )
         self._numpy = framework in _NUMPY
         self._attachment: Attachment | None = None
         self._local: Any = None
@@ -313,8 +311,10 @@ class safe_open:  # noqa: N801  # safetensors' name
                 f"{self._name}: a directory, and this function is for files; use weightd.connect().attach"
             )
         with opening:
+            chosen = single_file(self._path)
+            refuse_gguf(chosen.name)
             try:
-                return when_reachable(lambda: shared_client().attach(self._path, device=place), wait=wait)
+                return when_reachable(lambda: shared_client().attach(chosen, device=place), wait=wait)
             except NotFoundError as error:
                 if os.path.exists(self._path):  # what was not found is something else, such as the device
                     raise
