@@ -352,7 +352,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         return self._attachment
 
 
-_shared: dict[tuple[int, str | None], Client] = {}
+_shared: dict[str | None, Client] = {}
 _shared_lock = threading.Lock()
 
 
@@ -361,12 +361,21 @@ def shared_client() -> Client:
 
     Errors: DaemonUnreachableError.
     """
-    key = os.getpid(), os.environ.get("WEIGHTD_SOCKET")
+    key = os.environ.get("WEIGHTD_SOCKET")
     with _shared_lock:
         if key not in _shared:
             _shared[key] = connect()
             atexit.register(_shared[key].close)
         return _shared[key]
+
+
+def _after_fork() -> None:
+    """In a forked child: clients are the parent's, and the thread that held the lock, as it connected, is not there."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def device_name(device: str | int | torch.device) -> str:
