@@ -16,9 +16,7 @@ import functools
 import itertools
 import math
 import os
-import sys
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -37,10 +35,12 @@ from ._safetensors import (
     UnusableFileError,
     index_array,
     make_array,
+    open_locally,
     opening,
     planned,
     reading,
     refuse_gguf,
+    require_numpy,
 )
 from ._unreachable import when_reachable
 from .client import Client, connect
@@ -187,6 +187,8 @@ class safe_open:  # noqa: N801  # safetensors' name
             raise BadArgumentError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
         self._name = os.fspath(filename)
         self._numpy = framework in _NUMPY
+        if self._numpy:
+            require_numpy()
         self._attachment: Attachment | None = None
         self._local: Any = None
         self._path = os.path.join(os.curdir, self._name) if not os.path.isabs(self._name) else self._name
@@ -198,7 +200,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         except (DaemonUnreachableError, CapacityError) as error:
             if fallback != "local":
                 raise
-            self._local = _open_locally(self._name, framework, place, backend, error)
+            self._local = open_locally(self._name, framework, place, backend, error)
 
     def __enter__(self) -> Self:
         return self
@@ -383,13 +385,3 @@ def device_name(device: str | int | torch.device) -> str:
     if isinstance(device, int):
         return f"cuda:{device}"
     return str(device)
-
-
-def _open_locally(name: str, framework: str, device: str, backend: str, error: Exception) -> Any:
-    import safetensors
-
-    level, frame = 2, sys._getframe(1)
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:  # whoever called into this module
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=level)
-    return safetensors.safe_open(name, framework=framework, device=device, backend=backend)

@@ -254,6 +254,40 @@ def test_a_file_is_what_its_header_says_whatever_it_is_called(name: str, here: D
     assert weightd.torch.load_file(path)["a"].tolist() == [0, 1, 2, 3]
 
 
+WITHOUT = """
+import sys
+package, path, framework = sys.argv[1:]
+sys.modules[package] = None
+import pickle, warnings, weightd, weightd.torch
+warnings.simplefilter("error")
+try:
+    weightd.torch.safe_open(path, framework, fallback="local")
+except weightd.WeightdError as error:
+    again = pickle.loads(pickle.dumps(error))
+    print(*(kind.__name__ for kind in type(again).__mro__[:3]), str(again), sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "framework", "kinds"),
+    [
+        ("safetensors", "pt", ["DaemonUnreachableError", "WeightdError", "ConnectionError"]),
+        ("numpy", "np", ["MissingPackageError", "InvalidReferenceError"]),
+    ],
+)
+def test_what_a_missing_package_is_needed_for_is_said(
+    package: str, framework: str, kinds: list[str], path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, str(path), framework],
+        capture_output=True, text=True, timeout=60, env=environment(path.parent / "nobody.sock"), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *found, message = done.stdout.strip().split("|")
+    assert found[: len(kinds)] == kinds
+    assert message.endswith(f"not installed: pip install {package}")
+
+
 # -- files, devices ---------------------------------------------------------------------------------------------------
 
 
