@@ -72,7 +72,7 @@ def weights(
         groups = [group for group in groups if "." not in group.stem]
     indexes = [name for name in files if _OTHER_INDEX.fullmatch(name)]
     if len(indexes) > 1:
-        raise _several(folder, "indexes", indexes)
+        raise _several(folder, "indexes", indexes, "keep one of them")
     if indexes:
         return Chosen(sources_of(folder, component, indexes[0]))
     of_frameworks = tuple(rule.weights.removesuffix(SUFFIX) + "." for rule in rules)
@@ -209,7 +209,11 @@ def _picked(folder: Path, component: str, groups: list[_Group]) -> tuple[SourceP
         sets = [group for group in sets if group.stem == stem] or sets
     whole = [group for group in sets if _missing(folder, group) is None] if sets else groups
     if len(whole) > 1:
-        raise _several(folder, "checkpoints", [group.parts[min(group.parts)] for group in whole])
+        names = [group.parts[min(group.parts)] for group in whole]
+        advice = f"give one of them, as {show(folder / names[0])}"
+        if any(group.total > 1 for group in whole):  # one shard would be loaded alone
+            advice = "move each set of shards to a folder of its own, or add the index of the one that you mean"
+        raise _several(folder, "checkpoints", names, advice)
     if sets and not whole:
         group = sets[0]
         raise NotFoundError(
@@ -233,9 +237,8 @@ def _is_variant(stem: str, stems: set[str]) -> bool:
     return any(".".join(parts[:count]) in stems for count in range(1, len(parts)))
 
 
-def _several(folder: Path, what: str, names: Sequence[str]) -> InvalidReferenceError:
-    one = f"; give one of them, as {show(folder / names[0])}" if what == "checkpoints" else "; keep one of them"
-    return InvalidReferenceError(f"{show(folder)}: has several {what} ({_listed(names)}){one}")
+def _several(folder: Path, what: str, names: Sequence[str], advice: str) -> InvalidReferenceError:
+    return InvalidReferenceError(f"{show(folder)}: has several {what} ({_listed(names)}); {advice}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -207,20 +207,25 @@ def _from_path(given: str, variant: str | None) -> Chosen:
     path = Path(given)
     parts = _gguf_parts(path.name)
     if len(parts) > 1:
+        _refuse_variant(path, variant)
         return Chosen(_all_there(path.parent, parts))
     mode = _mode(given)
     if stat.S_ISDIR(mode):
         return _from_directory(path, variant, f"{show(path)}: neither safetensors nor GGUF files in this directory")
     if not stat.S_ISREG(mode):
         raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors or GGUF file or a directory")
-    if variant is not None:
-        raise InvalidReferenceError(
-            f"{show(path)}: is a file, which has no variant {variant}; give it without, or its folder"
-        )
+    _refuse_variant(path, variant)
     _refuse_pickle(path)
     if _INDEX.fullmatch(path.name):
         raise InvalidReferenceError(f"{show(path)}: an index, not a checkpoint; give its directory")
     return Chosen((SourcePath("", path.name, path),))
+
+
+def _refuse_variant(path: Path, variant: str | None) -> None:
+    if variant is not None:
+        raise InvalidReferenceError(
+            f"{show(path)}: is a file, which has no variant {variant}; give it without, or its folder"
+        )
 
 
 def _is_pickle(name: str) -> bool:
