@@ -51,9 +51,7 @@ class Chosen(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def weights(
-    folder: Path, component: str, variant: str | None, rules: Sequence[Rule], *, plain: bool = False
-) -> Chosen:
+def weights(folder: Path, component: str, variant: str | None, rules: Sequence[Rule], *, plain: bool = False) -> Chosen:
     """The weights of one folder, by the first of the rules that finds any, else by other names; empty where none are.
 
     `plain` is for who has asked for a variant that is not there: then nothing counts that may be another variant.

@@ -70,8 +70,8 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
     if snapshot is None or not snapshot.is_dir():
         if is_file_name:
             raise NotFoundError(
-                f"{show(reference)}: no such file, and no repository in the cache {show(cache)}; check the path, or run "
-                f"`{download}`"
+                f"{show(reference)}: no such file, and no repository in the cache {show(cache)}; check the path, or "
+                f"run `{download}`"
             )
         raise NotFoundError(f"{reference} is no existing path and not in the cache {show(cache)}; run `{download}`")
     return snapshot, download

@@ -177,7 +177,7 @@ class Operations(ABC):
 
 
 def is_ambiguous(reference: str | os.PathLike[str]) -> bool:
-    """Whether a reference that exists as a path could be the name of a checkpoint as well, as `prod` and `org/m` can."""
+    """Whether a reference that exists as a path could name a checkpoint as well, as `prod` and `org/m` can."""
     return isinstance(reference, str) and not reference.startswith(("/", "./", "../", "~")) and is_path(reference)
 
 

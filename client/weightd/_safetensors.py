@@ -141,8 +141,8 @@ def open_locally(name: str, framework: str, device: str, backend: str, error: We
     try:
         import safetensors
     except ImportError:
-        message = f"{error.message}; fallback='local' needs safetensors, which is not installed: pip install safetensors"
-        raise type(error)(message, error.metadata) from error
+        why = f"{error.message}; fallback='local' needs safetensors, which is not installed: pip install safetensors"
+        raise type(error)(why, error.metadata) from error
     level, frame = 2, sys._getframe(1)
     module = frame.f_code.co_filename
     while frame.f_code.co_filename == module and frame.f_back is not None:
@@ -179,7 +179,7 @@ _NUMPY = {
 def require_numpy() -> None:
     """Import numpy, which no extra of weightd brings. Errors: MissingPackageError."""
     try:
-        import numpy  # noqa: F401, ICN001  # only whether it is there
+        import numpy  # noqa: F401  # only whether it is there
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             "framework 'np': makes numpy arrays, and numpy is not installed: pip install numpy"

@@ -141,7 +141,9 @@ def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: cont
         ]
         weights = [(where, source) for where, source in files if not where.is_index]
         indexes = {where.component: source.weight_map() for where, source in files if where.is_index}
-        counted = owned([(where.component, where.file, source.layout().tensors) for where, source in weights], indexes)
+        found = [(where.component, where.file, source.layout().tensors) for where, source in weights]
+        with opened.errors_by_path():
+            counted = owned(found, indexes)
         for (where, source), specs in zip(weights, counted, strict=True):
             for spec in specs:
                 place = _Place(len(sources), spec.offset, spec.length)

@@ -96,7 +96,7 @@ def test_what_is_both_a_name_and_a_path_is_refused(
         assert attachment.content_digest == named.content_digest
     monkeypatch.chdir(tmp_path)
     for call in (client.attach, client.inspect, client.pin, client.unpin, client.verify, client.remove):
-        with pytest.raises(weightd.InvalidReferenceError, match=rf"give \./{name} for the path, or the checkpoint's dig"):
+        with pytest.raises(weightd.InvalidReferenceError, match=rf"give \./{name} for the path, or the check"):
             call(name)
     for reference in (f"./{name}", Path(name)):
         with pytest.raises(weightd.NotFoundError):

@@ -610,7 +610,7 @@ class TestPipeline:
         with pytest.raises(NotFoundError, match=r"no component of model_index\.json has weights; download them"):
             resolve(tmp_path)
         put(tmp_path / "unet/Q4/m.gguf")
-        with pytest.raises(InvalidReferenceError, match="one checkpoint lies below it; give it, as .*/unet/Q4"):
+        with pytest.raises(InvalidReferenceError, match=r"one checkpoint lies below it; give it, as .*/unet/Q4"):
             resolve(tmp_path)
 
     def test_component_of_pickles(self, tmp_path: Path) -> None:
