@@ -117,6 +117,8 @@ def translated(path: Path, error: OSError) -> WeightdError:
         )
     if error.errno == errno.ENAMETOOLONG:
         return InvalidReferenceError(f"{show(path)}: longer than a path can be; check the reference")
+    if error.errno == errno.EAGAIN:  # it has to be waited for: another process holds a lease on it (F_SETLEASE)
+        return WeightdError(f"{show(path)}: is in use by another process, which has to give it up first; try again")
     if limit := limit_error(error, f"opening {show(path)}"):
         return limit
     return WeightdError(f"{show(path)}: cannot be opened: {error.strerror}")

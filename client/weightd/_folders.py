@@ -51,9 +51,10 @@ class Chosen(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def weights(folder: Path, component: str, variant: str | None, rules: Sequence[Rule]) -> Chosen:
+def weights(folder: Path, component: str, variant: str | None, rules: Sequence[Rule], *, plain: bool = False) -> Chosen:
     """The weights of one folder, by the first of the rules that finds any, else by other names; empty where none are.
 
+    `plain` is for who has asked for a variant that is not there: then nothing counts that may be another variant.
     Errors: InvalidReferenceError (several checkpoints), NotFoundError (a shard is missing, or the folder), FormatError
     (a damaged index), PermissionDeniedError.
     """
@@ -64,16 +65,19 @@ def weights(folder: Path, component: str, variant: str | None, rules: Sequence[R
     groups = _groups(files)
     if variant is not None:
         return Chosen(_picked(folder, component, [group for group in groups if group.stem.endswith(f".{variant}")]))
+    if plain:
+        files = [name for name in files if "." not in name.removesuffix(".index.json").removesuffix(SUFFIX)]
+        groups = [group for group in groups if "." not in group.stem]
     indexes = [name for name in files if _OTHER_INDEX.fullmatch(name)]
     if len(indexes) > 1:
-        raise _several(folder, "indexes", indexes)
+        raise _several(folder, "indexes", indexes, "keep one of them")
     if indexes:
         return Chosen(sources_of(folder, component, indexes[0]))
     of_frameworks = tuple(rule.weights.removesuffix(SUFFIX) + "." for rule in rules)
     sets = [group for group in groups if group.total and not group.stem.startswith(of_frameworks)]
     if sets:
         return Chosen(_picked(folder, component, sets))
-    for rule in rules:
+    for rule in () if plain else rules:
         only = only_variant(folder, rule)
         if only and (name := weights_name(folder, rule, only)):
             return Chosen(sources_of(folder, component, name), (variant_note(folder, only),))
@@ -203,7 +207,11 @@ def _picked(folder: Path, component: str, groups: list[_Group]) -> tuple[SourceP
         sets = [group for group in sets if group.stem == stem] or sets
     whole = [group for group in sets if _missing(folder, group) is None] if sets else groups
     if len(whole) > 1:
-        raise _several(folder, "checkpoints", [group.parts[min(group.parts)] for group in whole])
+        names = [group.parts[min(group.parts)] for group in whole]
+        advice = f"give one of them, as {show(folder / names[0])}"
+        if any(group.total > 1 for group in whole):  # one shard would be loaded alone
+            advice = "move each set of shards to a folder of its own, or add the index of the one that you mean"
+        raise _several(folder, "checkpoints", names, advice)
     if sets and not whole:
         group = sets[0]
         raise NotFoundError(
@@ -227,9 +235,8 @@ def _is_variant(stem: str, stems: set[str]) -> bool:
     return any(".".join(parts[:count]) in stems for count in range(1, len(parts)))
 
 
-def _several(folder: Path, what: str, names: Sequence[str]) -> InvalidReferenceError:
-    one = f"; give one of them, as {show(folder / names[0])}" if what == "checkpoints" else "; keep one of them"
-    return InvalidReferenceError(f"{show(folder)}: has several {what} ({_listed(names)}){one}")
+def _several(folder: Path, what: str, names: Sequence[str], advice: str) -> InvalidReferenceError:
+    return InvalidReferenceError(f"{show(folder)}: has several {what} ({_listed(names)}); {advice}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -45,8 +45,7 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
     """
     repository, marked, revision = reference.partition("@")
     parts = repository.split("/")
-    if repository.endswith((".safetensors", ".gguf")):
-        raise NotFoundError(f"{show(reference)}: no such file; check the path")
+    is_file_name = repository.endswith((".safetensors", ".gguf"))  # as a repository's may, too
     # "--" stands for "/" in the cache's folder names, so that hubs forbid it; ".." is forbidden with it.
     if (
         not _REPOSITORY.fullmatch(repository)
@@ -55,6 +54,8 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
         or repository.endswith(".git")
         or any(part[0] in ".-" or part[-1] in ".-" for part in parts)
     ):
+        if is_file_name:
+            raise NotFoundError(f"{show(reference)}: no such file; check the path")
         raise InvalidReferenceError(
             f"{reference[:200]!r} is neither an existing path nor a repository id; give a path or org/name[@revision]"
         )
@@ -67,6 +68,11 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
     commit = _commit(cache / (_FOLDER + "--".join(parts)), revision if marked else "main")
     snapshot = cache / (_FOLDER + "--".join(parts)) / "snapshots" / commit if commit else None
     if snapshot is None or not snapshot.is_dir():
+        if is_file_name:
+            raise NotFoundError(
+                f"{show(reference)}: no such file, and no repository in the cache {show(cache)}; check the path, or "
+                f"run `{download}`"
+            )
         raise NotFoundError(f"{reference} is no existing path and not in the cache {show(cache)}; run `{download}`")
     return snapshot, download
 

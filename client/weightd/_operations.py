@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -11,7 +12,7 @@ from ._devices import device_name
 from ._handles import fit
 from ._proto.v1 import handles_pb2
 from ._wire import source_to
-from .errors import NotFoundError
+from .errors import InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 
 if TYPE_CHECKING:
@@ -161,15 +162,28 @@ class Operations(ABC):
                 raise
             return call(*found)
 
-    @staticmethod
-    def _named(call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
-        """Call with a reference as it stands, and if that names nothing, with the path that it may be short for."""
+    def _named(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
+        """Call with the name that a reference stands for: of a path that of its files, of anything else itself."""
         if isinstance(reference, Resolved):
             return call(reference.name, device_name(device))
-        try:
-            return call(os.fspath(reference), device_name(device))
-        except NotFoundError:
-            name = reference_name(reference)
-            if name == os.fspath(reference):
-                raise
-            return call(name, device_name(device))
+        if not is_path(reference):
+            return call(str(reference), device_name(device))
+        name = reference_name(reference)
+        if is_ambiguous(reference):
+            with contextlib.suppress(NotFoundError):
+                self._rpc().get(str(reference), device_name(device))
+                raise ambiguous(reference)
+        return call(name, device_name(device))
+
+
+def is_ambiguous(reference: str | os.PathLike[str]) -> bool:
+    """Whether a reference that exists as a path could name a checkpoint as well, as `prod` and `org/m` can."""
+    return isinstance(reference, str) and not reference.startswith(("/", "./", "../", "~")) and is_path(reference)
+
+
+def ambiguous(reference: str | os.PathLike[str]) -> InvalidReferenceError:
+    """The error for a reference that is both."""
+    return InvalidReferenceError(
+        f"{reference}: is a path here, and the name of a checkpoint that is resident; give ./{reference} for the path, "
+        "or the checkpoint's digest"
+    )

@@ -8,8 +8,12 @@ not installed nobody can catch its error, and they are weightd's own only.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
+from ._files import open_regular, show
 from .errors import (
     DeviceMismatchError,
     FormatError,
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
 
     from ._mapping.segments import Memory
     from .types import TensorInfo
+
+_GGUF: Final = b"GGUF"
+"""How a GGUF file begins."""
 
 
 class MissingFileError(NotFoundError, FileNotFoundError):
@@ -62,6 +69,10 @@ class ClosedFileError(InvalidReferenceError, SafetensorError):
 
 class BadArgumentError(InvalidReferenceError, SafetensorError):
     """A framework, backend or plan that cannot be."""
+
+
+class MissingPackageError(InvalidReferenceError, ModuleNotFoundError):
+    """numpy arrays are asked for, and numpy is not installed."""
 
 
 class BadIndexError(InvalidReferenceError, SafetensorError, IndexError):
@@ -105,6 +116,41 @@ opening = Errors(_OPENING)
 reading = Errors(_READING)
 
 
+def refuse_gguf(path: str) -> None:
+    """Refuse a file that begins as a GGUF file does; what cannot be read is left to who opens it next.
+
+    Errors: BadArgumentError.
+    """
+    try:
+        descriptor, _ = open_regular(Path(path))
+        with open(descriptor, "rb", buffering=0) as file:
+            begin = file.read(len(_GGUF))
+    except (WeightdError, OSError):
+        return
+    if begin == _GGUF:
+        raise BadArgumentError(
+            f"{show(path)}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
+        )
+
+
+def open_locally(name: str, framework: str, device: str, backend: str, error: WeightdError) -> Any:
+    """safetensors' own `safe_open`, with a warning for whoever called into the caller's module.
+
+    Errors: `error`, the daemon's, where safetensors is not installed.
+    """
+    try:
+        import safetensors
+    except ImportError:
+        why = f"{error.message}; fallback='local' needs safetensors, which is not installed: pip install safetensors"
+        raise type(error)(why, error.metadata) from error
+    level, frame = 2, sys._getframe(1)
+    module = frame.f_code.co_filename
+    while frame.f_code.co_filename == module and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=level)
+    return safetensors.safe_open(name, framework=framework, device=device, backend=backend)
+
+
 # -- numpy -----------------------------------------------------------------------------------------------------------
 
 _NUMPY = {
@@ -128,6 +174,16 @@ _NUMPY = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",
 }
+
+
+def require_numpy() -> None:
+    """Import numpy, which no extra of weightd brings. Errors: MissingPackageError."""
+    try:
+        import numpy  # noqa: F401  # only whether it is there
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            "framework 'np': makes numpy arrays, and numpy is not installed: pip install numpy"
+        ) from error
 
 
 def make_array(memory: Memory | None, info: TensorInfo) -> Any:

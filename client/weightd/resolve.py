@@ -26,7 +26,7 @@ from ._folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, sh
 from ._huggingface import find_snapshot
 from ._index import PICKLES, SUFFIX, is_below
 from ._survey import checkpoints_below
-from .errors import FormatError, InvalidReferenceError, NotFoundError
+from .errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -137,6 +137,16 @@ def folder_of(reference: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def single_file(path: str) -> Resolved:
+    """The file at a path, whatever it is called: neither other parts nor an index count. It is not looked at yet.
+
+    Errors: InvalidReferenceError (no path), NotFoundError (it is relative to a folder that is gone).
+    """
+    place = path_of(path)
+    name = _require_utf8(_tidied(place))
+    return Resolved(name, (SourcePath("", os.path.basename(name), Path(place)),))
+
+
 def open_sources(resolved: Resolved) -> OpenedSources:
     """Open the files of a resolved reference; use the result in a `with` statement."""
     return OpenedSources(resolved.sources, resolved.name)
@@ -197,20 +207,25 @@ def _from_path(given: str, variant: str | None) -> Chosen:
     path = Path(given)
     parts = _gguf_parts(path.name)
     if len(parts) > 1:
+        _refuse_variant(path, variant)
         return Chosen(_all_there(path.parent, parts))
     mode = _mode(given)
     if stat.S_ISDIR(mode):
         return _from_directory(path, variant, f"{show(path)}: neither safetensors nor GGUF files in this directory")
     if not stat.S_ISREG(mode):
         raise InvalidReferenceError(f"{show(path)}: not a regular file; give a safetensors or GGUF file or a directory")
-    if variant is not None:
-        raise InvalidReferenceError(
-            f"{show(path)}: is a file, which has no variant {variant}; give it without, or its folder"
-        )
+    _refuse_variant(path, variant)
     _refuse_pickle(path)
     if _INDEX.fullmatch(path.name):
         raise InvalidReferenceError(f"{show(path)}: an index, not a checkpoint; give its directory")
     return Chosen((SourcePath("", path.name, path),))
+
+
+def _refuse_variant(path: Path, variant: str | None) -> None:
+    if variant is not None:
+        raise InvalidReferenceError(
+            f"{show(path)}: is a file, which has no variant {variant}; give it without, or its folder"
+        )
 
 
 def _is_pickle(name: str) -> bool:
@@ -227,8 +242,10 @@ def _refuse_pickle(path: Path) -> None:
 
 def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
     """The weights of a directory; `nothing` is the message where there are none."""
-    if os.path.isfile(root / _PIPELINE) and (chosen := _components(root, _listed_components(root), variant)).sources:
-        return chosen
+    if os.path.isfile(root / _PIPELINE) and (listed := _listed_components(root)):
+        if (chosen := _components(root, listed, variant)).sources:
+            return chosen
+        raise _no_component(root, variant, chosen.notes)  # what lies in the folder itself is not what was asked for
     if (chosen := weights(root, "", variant, (TRANSFORMERS, DIFFUSERS))).sources:
         return chosen
     if os.path.isfile(root / _MODULES) and (chosen := _components(root, _listed_modules(root), variant)).sources:
@@ -248,7 +265,7 @@ def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
 
 def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | None) -> Chosen:
     """The weights of a directory's components: (name, whether diffusers' own). Of those that lack a variant, the plain
-    ones, as diffusers does, but one must have it.
+    ones, as diffusers does, but one must have it. Errors: NotFoundError (a component has other variants only).
     """
     sources: list[SourcePath] = []
     notes: list[str] = []
@@ -258,7 +275,12 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
         chosen = weights(root / name, name, variant, rules) if variant else Chosen()
         has_variant = has_variant or bool(chosen.sources)
         if not chosen.sources:
-            chosen = weights(root / name, name, None, rules)
+            chosen = weights(root / name, name, None, rules, plain=variant is not None)
+            if variant and not chosen.sources and any(file.endswith(SUFFIX) for file in list_files(root / name)):
+                raise NotFoundError(
+                    f"{show(root / name)}: has no weights of variant {variant}, and no plain ones; download them, or "
+                    "ask for another variant"
+                )
             if variant and chosen.sources:
                 notes.append(f"{show(root / name)}: has no weights of variant {variant}; its plain ones are taken")
         sources += chosen.sources
@@ -266,6 +288,17 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
         if not chosen.sources and any(_is_pickle(file) for file in list_files(root / name)):
             notes.append(f"{show(root / name)}: is left out, for its weights are pickles; convert them to safetensors")
     return Chosen(tuple(sources), tuple(notes)) if has_variant or not variant else Chosen()
+
+
+def _no_component(root: Path, variant: str | None, notes: tuple[str, ...]) -> WeightdError:
+    """The error where no component of a pipeline has weights, or none of a variant."""
+    if variant is not None:
+        return NotFoundError(f"{show(root)}: has no weights of variant {variant}; leave it out, or download it")
+    if notes:
+        return InvalidReferenceError(f"{show(root)}: has no weights that can be loaded: {'; '.join(notes)}")
+    if below := checkpoints_below(root):
+        return InvalidReferenceError(f"{show(root)}: no component of {_PIPELINE} has weights; {below}")
+    return NotFoundError(f"{show(root)}: no component of {_PIPELINE} has weights; download them")
 
 
 def _listed_components(root: Path) -> list[tuple[str, bool]]:

@@ -16,9 +16,7 @@ import functools
 import itertools
 import math
 import os
-import sys
 import threading
-import warnings
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -37,9 +35,12 @@ from ._safetensors import (
     UnusableFileError,
     index_array,
     make_array,
+    open_locally,
     opening,
     planned,
     reading,
+    refuse_gguf,
+    require_numpy,
 )
 from ._unreachable import when_reachable
 from .client import Client, connect
@@ -51,6 +52,7 @@ from .errors import (
     NotFoundError,
     PermissionDeniedError,
 )
+from .resolve import single_file
 from .types import TensorInfo, TensorKey
 
 if TYPE_CHECKING:
@@ -149,7 +151,7 @@ def load_file(
 
     Errors are weightd's own, and at the same time those that safetensors raises: NotFoundError, PermissionDeniedError
     and InvalidReferenceError (it is no file) are FileNotFoundError; FormatError, DeviceMismatchError and
-    InvalidReferenceError (an argument; a `.gguf` file: see `Attachment.state_dict`) are SafetensorError. Besides them:
+    InvalidReferenceError (an argument; a GGUF file: see `Attachment.state_dict`) are SafetensorError. Besides them:
     CapacityError, ResourceLimitError, DaemonUnreachableError, and, whatever `fallback` says, PermissionDeniedError
     and ProtocolMismatchError (a daemon that this user may not reach, or of another protocol).
     """
@@ -184,11 +186,9 @@ class safe_open:  # noqa: N801  # safetensors' name
         if backend not in ("mmap", "pread"):
             raise BadArgumentError(f"backend {backend!r}: must be 'mmap' or 'pread', as in safetensors")
         self._name = os.fspath(filename)
-        if self._name.lower().endswith(".gguf"):
-            raise BadArgumentError(
-                f"{self._name}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
-            )
         self._numpy = framework in _NUMPY
+        if self._numpy:
+            require_numpy()
         self._attachment: Attachment | None = None
         self._local: Any = None
         self._path = os.path.join(os.curdir, self._name) if not os.path.isabs(self._name) else self._name
@@ -200,7 +200,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         except (DaemonUnreachableError, CapacityError) as error:
             if fallback != "local":
                 raise
-            self._local = _open_locally(self._name, framework, place, backend, error)
+            self._local = open_locally(self._name, framework, place, backend, error)
 
     def __enter__(self) -> Self:
         return self
@@ -313,8 +313,10 @@ class safe_open:  # noqa: N801  # safetensors' name
                 f"{self._name}: a directory, and this function is for files; use weightd.connect().attach"
             )
         with opening:
+            chosen = single_file(self._path)
+            refuse_gguf(chosen.name)
             try:
-                return when_reachable(lambda: shared_client().attach(self._path, device=place), wait=wait)
+                return when_reachable(lambda: shared_client().attach(chosen, device=place), wait=wait)
             except NotFoundError as error:
                 if os.path.exists(self._path):  # what was not found is something else, such as the device
                     raise
@@ -352,7 +354,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         return self._attachment
 
 
-_shared: dict[tuple[int, str | None], Client] = {}
+_shared: dict[str | None, Client] = {}
 _shared_lock = threading.Lock()
 
 
@@ -361,7 +363,7 @@ def shared_client() -> Client:
 
     Errors: DaemonUnreachableError.
     """
-    key = os.getpid(), os.environ.get("WEIGHTD_SOCKET")
+    key = os.environ.get("WEIGHTD_SOCKET")
     with _shared_lock:
         if key not in _shared:
             _shared[key] = connect()
@@ -369,18 +371,17 @@ def shared_client() -> Client:
         return _shared[key]
 
 
+def _after_fork() -> None:
+    """In a forked child: clients are the parent's, and the thread that held the lock, as it connected, is not there."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = {}, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def device_name(device: str | int | torch.device) -> str:
     """What the client calls a device of torch."""
     if isinstance(device, int):
         return f"cuda:{device}"
     return str(device)
-
-
-def _open_locally(name: str, framework: str, device: str, backend: str, error: Exception) -> Any:
-    import safetensors
-
-    level, frame = 2, sys._getframe(1)
-    while frame.f_code.co_filename == __file__ and frame.f_back is not None:  # whoever called into this module
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"{name}: loaded privately, it shares no memory: {error}", RuntimeWarning, stacklevel=level)
-    return safetensors.safe_open(name, framework=framework, device=device, backend=backend)

@@ -142,7 +142,8 @@ def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: cont
         weights = [(where, source) for where, source in files if not where.is_index]
         read_index = indexes({where.component: source for where, source in files if where.is_index})
         tensors = [(where.component, where.file, source.layout().tensors) for where, source in weights]
-        counted = owned(tensors, read_index)
+        with opened.errors_by_path():
+            counted = owned(tensors, read_index)
         for (where, source), specs in zip(weights, counted, strict=True):
             for spec in specs:
                 place = _Place(len(sources), spec.offset, spec.length)

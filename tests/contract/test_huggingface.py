@@ -130,7 +130,8 @@ def test_every_variable_says_where_the_cache_is(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "org/name", "a/b/c", "org/", "/x", "a--b/c", "org/..", "a..b/c", "-a/b", "a/b.", "m\u00fc/x", "a.git",
-     "_a/b_", "a" * 97, "a" * 96, "a b/c", "a/b\n", "o.r.g/n_a-m.e", "org/name.git", "x" * 96 + "/" + "y" * 96],
+     "_a/b_", "a" * 97, "a" * 96, "a b/c", "a/b\n", "o.r.g/n_a-m.e", "org/name.git", "x" * 96 + "/" + "y" * 96,
+     "org/m.gguf", "m.safetensors", "org/m--n"],
 )  # fmt: skip
 def test_every_name_of_a_repository(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

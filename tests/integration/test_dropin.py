@@ -96,6 +96,11 @@ FAILURES: dict[str, Case] = {
     "folder": lambda _, m, path: m.load_file(path.parent),
     "device file": lambda _, m, path: m.load_file("/dev/null"),
     "bad file": lambda _, m, path: m.load_file(path.parent / "bad"),
+    "pickle": lambda _, m, path: m.load_file(path.parent / "x.bin"),
+    "pickle as checkpoint": lambda _, m, path: m.load_file(path.parent / "x.ckpt"),
+    "index": lambda _, m, path: m.load_file(path.parent / "m.safetensors.index.json"),
+    "GGUF file": lambda _, m, path: m.load_file(path.parent / "x.gguf"),
+    "missing GGUF file": lambda _, m, path: m.load_file(path.parent / "none.gguf"),
     "empty file": lambda _, m, path: m.load_file(path.parent / "nothing"),
     "framework": lambda lib, _, path: lib.safe_open(path, framework="bogus"),
     "backend": lambda lib, _, path: lib.safe_open(path, framework="pt", backend="gpu"),
@@ -130,6 +135,10 @@ FAILURES: dict[str, Case] = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_catches_safetensors_error_catches_ours(name: str, here: Daemon, path: Path) -> None:
     (path.parent / "bad").write_bytes(b"x" * 30)
+    torch.save({"a": torch.zeros(2)}, path.parent / "x.bin")
+    (path.parent / "x.ckpt").write_bytes(pickle.dumps({}))
+    (path.parent / "m.safetensors.index.json").write_text('{"weight_map": {"a": "m.safetensors"}}')
+    (path.parent / "x.gguf").write_bytes(b"GGUF" + bytes(40))
     (path.parent / "nothing").touch()
     (path.parent / "dangling").symlink_to("none")
     checkpoints.write(path.parent / "plain", {"a": np.ones(2, np.float32)})
@@ -234,6 +243,49 @@ def test_without_safetensors_all_works(here: Daemon, path: Path) -> None:
         command, capture_output=True, text=True, timeout=60, env=environment(here.socket), check=False
     )
     assert (done.stdout, done.returncode) == ("ok\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["m.bin", "m.ckpt", "m", "m.gguf", "m-00001-of-00002.gguf", "m.safetensors.index.json", "m.SAFETENSORS"]
+)
+def test_a_file_is_what_its_header_says_whatever_it_is_called(name: str, here: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write(tmp_path / "own" / name, {"a": np.arange(4, dtype=np.float32)})
+    assert safetensors.torch.load_file(path)["a"].tolist() == [0, 1, 2, 3]
+    assert weightd.torch.load_file(path)["a"].tolist() == [0, 1, 2, 3]
+
+
+WITHOUT = """
+import sys
+package, path, framework = sys.argv[1:]
+sys.modules[package] = None
+import pickle, warnings, weightd, weightd.torch
+warnings.simplefilter("error")
+try:
+    weightd.torch.safe_open(path, framework, fallback="local")
+except weightd.WeightdError as error:
+    again = pickle.loads(pickle.dumps(error))
+    print(*(kind.__name__ for kind in type(again).__mro__[:3]), str(again), sep="|")
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "framework", "kinds"),
+    [
+        ("safetensors", "pt", ["DaemonUnreachableError", "WeightdError", "ConnectionError"]),
+        ("numpy", "np", ["MissingPackageError", "InvalidReferenceError"]),
+    ],
+)
+def test_what_a_missing_package_is_needed_for_is_said(
+    package: str, framework: str, kinds: list[str], path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, package, str(path), framework],
+        capture_output=True, text=True, timeout=60, env=environment(path.parent / "nobody.sock"), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *found, message = done.stdout.strip().split("|")
+    assert found[: len(kinds)] == kinds
+    assert message.endswith(f"not installed: pip install {package}")
 
 
 # -- files, devices ---------------------------------------------------------------------------------------------------

@@ -85,6 +85,32 @@ def test_single_file(client: weightd.Client, tmp_path: Path, monkeypatch: pytest
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [(str(path),)]
 
 
+@pytest.mark.parametrize("name", ["prod", "org/prod"])
+def test_what_is_both_a_name_and_a_path_is_refused(
+    name: str, client: weightd.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoints.write(tmp_path / "one.safetensors", {"a": filled(1)})
+    checkpoints.write(tmp_path / name / "model.safetensors", {"a": filled(2)})
+    named = client.load(path, name=name)
+    with client.attach(name) as attachment:
+        assert attachment.content_digest == named.content_digest
+    monkeypatch.chdir(tmp_path)
+    for call in (client.attach, client.inspect, client.pin, client.unpin, client.verify, client.remove):
+        with pytest.raises(weightd.InvalidReferenceError, match=rf"give \./{name} for the path, or the check"):
+            call(name)
+    for reference in (f"./{name}", Path(name)):
+        with pytest.raises(weightd.NotFoundError):
+            client.inspect(reference)
+        with client.attach(reference) as attachment:
+            assert values(attachment) == {("", "a"): [2]}
+        assert client.inspect(reference).checkpoint.names == (str(tmp_path / name),)
+        client.remove(reference)
+    assert client.inspect(named.content_digest).checkpoint.names == (name,)
+    client.remove(named.content_digest)
+    with client.attach(name) as attachment:
+        assert values(attachment) == {("", "a"): [2]}
+
+
 def test_where_a_checkpoint_with_a_name_came_from(client: weightd.Client, tmp_path: Path) -> None:
     path = checkpoints.write(tmp_path / "m.safetensors", {"a": filled(1)})
     client.load(path, name="base")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -485,6 +488,39 @@ def test_local_where_the_file_does_not_fit(
         state = weightd.torch.load_file(path, fallback="local")
     assert raw(state["t3"]) == checkpoints.random_bytes((0, 3), 1 << 20)
     forget_client()
+
+
+def test_a_child_forked_while_another_thread_connects_has_a_client(
+    here: Daemon, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget_client()
+    connecting, go_on = threading.Event(), threading.Event()
+
+    def connect() -> weightd.Client:
+        connecting.set()
+        assert go_on.wait(60)
+        return weightd.connect()
+
+    monkeypatch.setattr(weightd.torch, "connect", connect)
+    thread = threading.Thread(target=weightd.torch.shared_client)
+    thread.start()
+    try:
+        assert connecting.wait(60)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+            child = os.fork()
+        if child == 0:
+            signal.alarm(30)  # ends a child that hangs
+            try:
+                weightd.torch.connect = weightd.connect
+                os._exit(0 if weightd.torch.load_file(saved)["a"].shape == (2, 3) else 1)
+            finally:
+                os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        go_on.set()
+        thread.join(60)
+        forget_client()
 
 
 def test_wait_waits_for_the_daemon(tmp_path: Path, saved: Path) -> None:

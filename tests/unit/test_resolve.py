@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -307,6 +308,18 @@ class TestDirectory:
             resolve(tmp_path)
         assert f"has several checkpoints ({listed}); give one of them, as {tmp_path}/" in str(caught.value)
 
+    def test_several_sets_of_shards(self, tmp_path: Path) -> None:
+        """A shard that is given is loaded alone, so that is no advice."""
+        for name in ("a-1-of-2", "a-2-of-2", "b-1-of-1"):
+            put(tmp_path / f"{name}.safetensors")
+        with pytest.raises(InvalidReferenceError) as caught:
+            resolve(tmp_path)
+        advice = "move each set of shards to a folder of its own, or add the index of the one that you mean"
+        expected = f"{tmp_path}: has several checkpoints (a-1-of-2.safetensors, b-1-of-1.safetensors); {advice}"
+        assert str(caught.value) == expected
+        put(tmp_path / "a.safetensors.index.json", index("a-1-of-2.safetensors", "a-2-of-2.safetensors"))
+        assert found(tmp_path)[:2] == [":a-1-of-2.safetensors", ":a-2-of-2.safetensors"]
+
     @pytest.mark.parametrize(("there", "missing"), [((1,), 2), ((2,), 1), ((1, 3), 2)])
     def test_incomplete_set(self, tmp_path: Path, there: tuple[int, ...], missing: int) -> None:
         for number in there:
@@ -446,6 +459,11 @@ class TestGguf:
         monkeypatch.chdir(tmp_path)
         assert resolve(self.PARTS[1]) == expected
 
+    def test_a_file_has_no_variant(self, tmp_path: Path) -> None:
+        for path in (*self.put_parts(tmp_path), put(tmp_path / "m.gguf")):
+            with pytest.raises(InvalidReferenceError, match="is a file, which has no variant fp16"):
+                resolve(path, "fp16")
+
     @pytest.mark.parametrize("missing", [0, 1, 2])
     @pytest.mark.parametrize("given", [0, 2])
     def test_missing_part(self, tmp_path: Path, missing: int, given: int) -> None:
@@ -557,6 +575,44 @@ class TestPipeline:
         with pytest.raises(NotFoundError, match="no weights of variant bf16"):
             resolve(tmp_path, "bf16")
 
+    @pytest.mark.parametrize(
+        "other",
+        [
+            "diffusion_pytorch_model.fp16.safetensors",
+            "diffusion_pytorch_model.fp16-00001-of-00001.safetensors",
+            "model.fp16.safetensors",
+            "own.fp16.safetensors",
+            "own-00001-of-00001.fp16.safetensors",
+        ],
+    )
+    def test_another_variant_never_stands_for_the_one_asked_for(self, tmp_path: Path, other: str) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("a", "b")})
+        put(tmp_path / "a/diffusion_pytorch_model.bf16.safetensors")
+        put(tmp_path / "b" / other)
+        with pytest.raises(NotFoundError, match="/b: has no weights of variant bf16, and no plain ones"):
+            resolve(tmp_path, "bf16")
+        put(tmp_path / "b/own.safetensors")
+        expected = ["a:diffusion_pytorch_model.bf16.safetensors", "b:own.safetensors"]
+        assert found(tmp_path, "bf16") == expected
+
+    @pytest.mark.parametrize("beside", ["sd.fp16.safetensors", "model.fp16.safetensors", "own.safetensors", "m.gguf"])
+    def test_files_of_the_root_stand_for_no_component(self, tmp_path: Path, beside: str) -> None:
+        put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "vae")})
+        put(tmp_path / "unet/diffusion_pytorch_model.safetensors")
+        put(tmp_path / "vae/config.json", "{}")
+        put(tmp_path / beside)
+        with pytest.raises(NotFoundError, match="has no weights of variant fp16; leave it out"):
+            resolve(tmp_path, "fp16")
+        (tmp_path / "unet/diffusion_pytorch_model.safetensors").rename(tmp_path / "unet/pytorch_model.bin")
+        with pytest.raises(InvalidReferenceError, match="unet: is left out, for its weights are pickles; convert"):
+            resolve(tmp_path)
+        (tmp_path / "unet/pytorch_model.bin").unlink()
+        with pytest.raises(NotFoundError, match=r"no component of model_index\.json has weights; download them"):
+            resolve(tmp_path)
+        put(tmp_path / "unet/Q4/m.gguf")
+        with pytest.raises(InvalidReferenceError, match=r"one checkpoint lies below it; give it, as .*/unet/Q4"):
+            resolve(tmp_path)
+
     def test_component_of_pickles(self, tmp_path: Path) -> None:
         put(tmp_path / "model_index.json", {name: ["diffusers", "X"] for name in ("unet", "safety")})
         put(tmp_path / "unet/diffusion_pytorch_model.safetensors")
@@ -658,6 +714,13 @@ class TestCache:
         for reference in ("org/name", "org/name@main"):
             with pytest.raises(NotFoundError):
                 resolve(reference)
+
+    @pytest.mark.parametrize("name", ["org/model.gguf", "org/model.safetensors", "model.gguf"])
+    def test_repository_that_is_called_as_a_file_is(self, cache: Path, name: str) -> None:
+        with pytest.raises(NotFoundError, match=f"no such file, and no repository in the cache .*hf download {name}"):
+            resolve(name)
+        snapshot = self.add(cache, name, COMMIT, "main")
+        assert [source.path for source in resolve(name).sources] == [snapshot / "model.safetensors"]
 
     def test_not_cached(self, cache: Path) -> None:
         with pytest.raises(NotFoundError) as caught:
@@ -815,6 +878,18 @@ class TestOpenSources:
         monkeypatch.setattr(os, "open", refuse)
         with pytest.raises(PermissionDeniedError, match=r"a\.safetensors"):
             open_sources(self.one(path))
+
+    def test_a_file_that_another_process_holds(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A lease (F_SETLEASE): the kernel would have us wait until it is given up."""
+        path = put(tmp_path / "m.safetensors")
+
+        def held(*_: object) -> int:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+        monkeypatch.setattr(os, "open", held)
+        with pytest.raises(WeightdError, match=r"m\.safetensors: is in use by another process.*; try again") as caught:
+            open_sources(resolve(path))
+        assert type(caught.value) is WeightdError
 
     def test_too_many_open_files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(path: Path, flags: int) -> int:
