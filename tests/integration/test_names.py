@@ -290,8 +290,12 @@ def test_a_name_is_not_mistaken_for_a_path_that_happens_to_exist(
     client = daemon.connect()
     client.load(path, name="base")
     client.load(path)
-    assert client.pin("base").pinned
     assert client.unpin("m.safetensors").names == ("base", str(path))
+    for call in (client.pin, client.verify, client.remove, client.attach):
+        with pytest.raises(weightd.InvalidReferenceError, match=r"base: is a path here, and the name of a checkpoint"):
+            call("base")
+    (tmp_path / "base").rmdir()
+    assert client.pin("base").pinned
     assert client.verify("base").total_blobs == 2
     client.remove("base")
     assert client.inspect(path).checkpoint.names == (str(path),)
