@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from abc import ABC, abstractmethod
@@ -12,7 +11,7 @@ from ._devices import device_name
 from ._handles import fit
 from ._proto.v1 import handles_pb2
 from ._wire import source_to
-from .errors import InvalidReferenceError, NotFoundError
+from .errors import FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 
 if TYPE_CHECKING:
@@ -148,16 +147,7 @@ class Operations(ABC):
         except NotFoundError:
             if not isinstance(reference, Resolved) and not is_path(reference):
                 raise
-            with open_sources(files_of(reference)) as opened:
-                sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
-            request = handles_pb2.AttachRequest(sources=sources, device=device_name(device), manifest_only=True)
-            if not fit(request):
-                raise
-            try:
-                with self._attach(request, frozenset(), frozenset()) as attachment:
-                    found = attachment.content_digest, attachment.device
-            except NotFoundError:
-                found = None
+            found = self._resident(reference, device_name(device))
             if found is None:
                 raise
             return call(*found)
@@ -166,24 +156,52 @@ class Operations(ABC):
         """Call with the name that a reference stands for: of a path that of its files, of anything else itself."""
         if isinstance(reference, Resolved):
             return call(reference.name, device_name(device))
-        if not is_path(reference):
-            return call(str(reference), device_name(device))
-        name = reference_name(reference)
-        if is_ambiguous(reference):
-            with contextlib.suppress(NotFoundError):
-                self._rpc().get(str(reference), device_name(device))
-                raise ambiguous(reference)
-        return call(name, device_name(device))
+        by_path = is_path(reference) and not self._means_name(reference, device_name(device))
+        return call(reference_name(reference) if by_path else str(reference), device_name(device))
+
+    def _means_name(self, reference: str | os.PathLike[str], device: str, *, to_load: bool = False) -> bool:
+        """Whether a path is rather a resident checkpoint's name, because no other resident checkpoint stands there.
+
+        Errors: InvalidReferenceError (it is the name of one content, and the path of another).
+        """
+        request = handles_pb2.AttachRequest(reference=str(reference), device=device, manifest_only=True)
+        if not _may_be_a_name(reference) or not fit(request):
+            return False
+        try:
+            with self._attach(request, frozenset(), frozenset()) as attachment:
+                named = attachment.content_digest
+        except NotFoundError:
+            return False
+        try:
+            found = self._resident(reference, device)
+        except (NotFoundError, FormatError, InvalidReferenceError):  # what stands there is no checkpoint
+            return True
+        if found is None and not to_load:  # nothing resident is called by that path
+            return True
+        if found is None or found[0] != named:
+            raise InvalidReferenceError(
+                f"{reference}: is a path here, and the name of a checkpoint that is resident; give ./{reference} for "
+                "the path, or the checkpoint's digest"
+            )
+        return True
+
+    def _resident(self, reference: Reference, device: str) -> tuple[str, str] | None:
+        """Digest and device of the content of the files that stand there; None where it is not known to be resident.
+
+        Errors: those of `resolve.resolve`.
+        """
+        with open_sources(files_of(reference)) as opened:
+            sources = handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources])
+        request = handles_pb2.AttachRequest(sources=sources, device=device, manifest_only=True)
+        if not fit(request):
+            return None
+        try:
+            with self._attach(request, frozenset(), frozenset()) as attachment:
+                return attachment.content_digest, attachment.device
+        except NotFoundError:
+            return None
 
 
-def is_ambiguous(reference: str | os.PathLike[str]) -> bool:
-    """Whether a reference that exists as a path could name a checkpoint as well, as `prod` and `org/m` can."""
-    return isinstance(reference, str) and not reference.startswith(("/", "./", "../", "~")) and is_path(reference)
-
-
-def ambiguous(reference: str | os.PathLike[str]) -> InvalidReferenceError:
-    """The error for a reference that is both."""
-    return InvalidReferenceError(
-        f"{reference}: is a path here, and the name of a checkpoint that is resident; give ./{reference} for the path, "
-        "or the checkpoint's digest"
-    )
+def _may_be_a_name(reference: str | os.PathLike[str]) -> bool:
+    """Whether a path could name a checkpoint as well, as `prod` and `org/m` can."""
+    return isinstance(reference, str) and not reference.startswith(("/", "./", "../", "~"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from typing import TYPE_CHECKING, Literal, Self
@@ -13,7 +12,7 @@ from ._groups import Groups, add_groups
 from ._handles import feed, fit
 from ._limits import check_grpc_can_start
 from ._line import Line
-from ._operations import Operations, Reference, ambiguous, is_ambiguous
+from ._operations import Operations, Reference
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._unreachable import when_reachable
 from ._wire import check_name, source_to
@@ -171,8 +170,7 @@ class Client(Operations):
         )
         if isinstance(reference, Resolved):
             return self._attach_resolved(reference, request, parts, keys, groups)
-        if is_path(reference):
-            self._refuse_ambiguous(reference, request.device)
+        if is_path(reference) and not self._means_name(reference, request.device, to_load=True):
             return self._attach_resolved(files_of(reference), request, parts, keys, groups)
         request.reference = str(reference)
         if not fit(request):
@@ -198,13 +196,6 @@ class Client(Operations):
         with intake, opened.errors_by_path():
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
-
-    def _refuse_ambiguous(self, reference: str | os.PathLike[str], device: str) -> None:
-        """Refuse a path that is the name of something else that is resident. This asks without gRPC."""
-        request = handles_pb2.AttachRequest(reference=str(reference), device=device, manifest_only=True)
-        if is_ambiguous(reference) and fit(request):
-            with contextlib.suppress(NotFoundError), self._attach(request, frozenset(), frozenset()):
-                raise ambiguous(reference)
 
     def _attach_resolved(
         self,

@@ -290,15 +290,33 @@ def test_a_name_is_not_mistaken_for_a_path_that_happens_to_exist(
     client = daemon.connect()
     client.load(path, name="base")
     client.load(path)
-    assert client.unpin("m.safetensors").names == ("base", str(path))
-    for call in (client.pin, client.verify, client.remove, client.attach):
-        with pytest.raises(weightd.InvalidReferenceError, match=r"base: is a path here, and the name of a checkpoint"):
-            call("base")
-    (tmp_path / "base").rmdir()
     assert client.pin("base").pinned
+    assert client.unpin("m.safetensors").names == ("base", str(path))
     assert client.verify("base").total_blobs == 2
     client.remove("base")
     assert client.inspect(path).checkpoint.names == (str(path),)
+
+
+def test_a_path_that_is_also_the_name_of_another_content_is_refused(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = checkpoints.write_random(tmp_path / "m.safetensors", 2, 1000, seed="named")
+    folder = checkpoints.write_random(tmp_path / "prod" / "model.safetensors", 2, 1000, seed="folder").parent
+    checkpoints.rest(folder / "model.safetensors")  # else nobody knows the file again
+    client = daemon.connect()
+    digest = client.load(folder, name="prod").content_digest
+    with client.attach("prod") as attachment:
+        assert attachment.content_digest == digest, "both are the same content"
+    assert client.pin("prod").pinned
+    client.unpin("prod")
+    client.load(named, name="prod")
+    for call in (client.attach, client.inspect, client.pin, client.verify, client.remove):
+        with pytest.raises(weightd.InvalidReferenceError, match=r"prod: is a path here, and the name of a checkpoint"):
+            call("prod")
+    with client.attach("./prod") as attachment:
+        assert attachment.content_digest == digest
+    assert not [lease for lease in client.leases() if not lease.waiting]
 
 
 def test_a_name_outlives_the_eviction_of_its_content(start_daemon: StartDaemon, tmp_path: Path) -> None:

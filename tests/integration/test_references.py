@@ -95,9 +95,17 @@ def test_what_is_both_a_name_and_a_path_is_refused(
     with client.attach(name) as attachment:
         assert attachment.content_digest == named.content_digest
     monkeypatch.chdir(tmp_path)
+    both = rf"give \./{name} for the path, or the checkpoint's digest"
+    with pytest.raises(weightd.InvalidReferenceError, match=both):
+        client.attach(name)
+    assert client.inspect(name).checkpoint.content_digest == named.content_digest, "nothing else is resident"
+    checkpoints.rest(tmp_path / name / "model.safetensors")
+    client.load(f"./{name}", name="other")
     for call in (client.attach, client.inspect, client.pin, client.unpin, client.verify, client.remove):
-        with pytest.raises(weightd.InvalidReferenceError, match=rf"give \./{name} for the path, or the check"):
+        with pytest.raises(weightd.InvalidReferenceError, match=both):
             call(name)
+    client.attach("other").close()  # it waited for that
+    client.remove("other")
     for reference in (f"./{name}", Path(name)):
         with pytest.raises(weightd.NotFoundError):
             client.inspect(reference)
