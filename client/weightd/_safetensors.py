@@ -177,7 +177,7 @@ _NUMPY = {
 
 
 def require_numpy() -> None:
-    """Import numpy, which no extra of weightd brings. Errors: MissingPackageError."""
+    """Import numpy, which the extra `torch` does not bring. Errors: MissingPackageError."""
     try:
         import numpy  # noqa: F401  # only whether it is there
     except ModuleNotFoundError as error:
