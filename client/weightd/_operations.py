@@ -11,7 +11,7 @@ from ._devices import device_name
 from ._handles import fit
 from ._proto.v1 import handles_pb2
 from ._wire import source_to
-from .errors import FormatError, InvalidReferenceError, NotFoundError
+from .errors import DeviceError, FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 
 if TYPE_CHECKING:
@@ -172,6 +172,8 @@ class Operations(ABC):
                 named = attachment.content_digest
         except NotFoundError:
             return False
+        except DeviceError:  # lost with its device: what stands at the path can be loaded again
+            return not to_load
         try:
             found = self._resident(reference, device)
         except (NotFoundError, FormatError, InvalidReferenceError):  # what stands there is no checkpoint
