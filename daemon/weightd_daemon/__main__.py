@@ -17,9 +17,9 @@ from weightd._limits import DAEMON, out_of_descriptors
 
 from . import logs
 from .app import AlreadyServedError, Daemon
-from .config import ConfigError, Loaded, Settings, TemporaryError, load
+from .config.preload_entry import Preload
+from .config.settings import ConfigError, Loaded, Settings, TemporaryError, load
 from .loader.process import DEFAULT_ARGV
-from .preloads import Preload
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from weightd._limits import DAEMON, check_grpc_can_start
 from weightd.errors import DeviceError
 
 from . import logs
-from .config_file import ConfigError, TemporaryError
+from .config.toml_file import ConfigError, TemporaryError
 from .core.catalog import Catalog
 from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
@@ -50,7 +50,7 @@ from .loader.turns import Turns
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .config import Loaded, Settings
+    from .config.settings import Loaded, Settings
     from .devices.device import Device
     from .edges.metrics import Metrics
     from .edges.reloading import Change

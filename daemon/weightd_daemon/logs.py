@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .config import Settings
+    from .config.settings import Settings
 
 _PLACE = re.compile(r"(?:(\w+)=)?%[-#0-9.]*([a-z%])")
 """A place for an argument in the format of a message, with its key where it is written as KEY=%s."""

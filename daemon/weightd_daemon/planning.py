@@ -28,7 +28,7 @@ from weightd._files import open_regular, show
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.resolve import open_sources, resolve
 
-from .config import ConfigError, load
+from .config.settings import ConfigError, load
 from .core.digest import new_hasher
 from .core.plan import PlannedTensor, make_plan, recurring
 from .edges.digest_index import known_digests

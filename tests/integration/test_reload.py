@@ -19,7 +19,7 @@ from support.gated import gated_argv
 from support.manager import Manager
 from support.users import ALICE, needs_root, user_of
 from support.worker import Worker
-from weightd_daemon.config import Settings
+from weightd_daemon.config.settings import Settings
 
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]

@@ -20,7 +20,7 @@ import pytest
 from support.daemon import ROOT, environment
 from weightd.cli import main
 from weightd.cli import unit as unit_command
-from weightd_daemon.config import Settings, load
+from weightd_daemon.config.settings import Settings, load
 
 UNITS = ROOT / "systemd"
 SYSTEM, USER = "weightd.service", "weightd-user.service"

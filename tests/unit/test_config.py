@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from support.daemon import environment
-from weightd_daemon import config
-from weightd_daemon.config import ConfigError, Settings, TemporaryError, load
+from weightd_daemon.config import settings
+from weightd_daemon.config.notation import means, parse_size
+from weightd_daemon.config.preload_entry import Preload
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError, load
 from weightd_daemon.core.limits import Limits
-from weightd_daemon.notation import means, parse_size
-from weightd_daemon.preloads import Preload
 
 NAMES = [setting.name for setting in fields(Settings)]
 UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"
@@ -25,7 +25,7 @@ UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"
 
 @pytest.fixture(autouse=True)
 def no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "default_config_path", lambda: None)
+    monkeypatch.setattr(settings, "default_config_path", lambda: None)
 
 
 def toml(folder: Path, text: str) -> Path:

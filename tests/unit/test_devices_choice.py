@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from weightd.errors import DeviceError, DeviceMismatchError
-from weightd_daemon.config import ConfigError, Settings, TemporaryError
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.served import budget_of, default_device, device_meant, open_served
 

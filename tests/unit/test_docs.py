@@ -22,7 +22,7 @@ from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
-from weightd_daemon.config import ConfigError, Settings, TemporaryError
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.edges import handle_server, journal, pages
 from weightd_daemon.edges.leases import LOCK_BASE
 from weightd_daemon.edges.metrics import Metrics

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from weightd_daemon import logs
-from weightd_daemon.config import Settings
+from weightd_daemon.config.settings import Settings
 
 
 def record(message: str, *arguments: object, level: int = logging.INFO, error: bool = False) -> logging.LogRecord:

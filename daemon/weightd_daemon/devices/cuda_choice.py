@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
-from weightd_daemon.config import ConfigError, TemporaryError
-from weightd_daemon.notation import means
+from weightd_daemon.config.notation import means
+from weightd_daemon.config.settings import ConfigError, TemporaryError
 
 from .cuda_ipc import CudaIpcDevice
 from .cuda_vmm import CudaVmmDevice

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from weightd_daemon.config import ConfigError, TemporaryError
-from weightd_daemon.notation import means, parse_size
+from weightd_daemon.config.notation import means, parse_size
+from weightd_daemon.config.settings import ConfigError, TemporaryError
 
 from .cuda_choice import open_gpus
 from .host import HostDevice
@@ -14,7 +14,7 @@ from .host import HostDevice
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from weightd_daemon.config import Settings
+    from weightd_daemon.config.settings import Settings
     from weightd_daemon.core.memory import DeviceMemory
 
     from .cuda_ipc import Holding

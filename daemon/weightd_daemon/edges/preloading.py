@@ -19,7 +19,7 @@ from weightd._handles import feed
 from weightd._wire import source_to
 from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
-from weightd_daemon.config_file import ConfigError, TemporaryError
+from weightd_daemon.config.toml_file import ConfigError, TemporaryError
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.loader.request import LoadRequest
 
@@ -29,9 +29,9 @@ from .model_roots import on_thread, open_below
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from weightd_daemon.config.preload_entry import Preload
     from weightd_daemon.core.catalog import Catalog, Who
     from weightd_daemon.loader.loads import Loads
-    from weightd_daemon.preloads import Preload
 
     from .model_roots import Opened
 

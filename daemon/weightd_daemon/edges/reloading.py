@@ -6,7 +6,7 @@ import logging
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from weightd_daemon.config_file import ConfigError
+from weightd_daemon.config.toml_file import ConfigError
 
 from .model_roots import on_thread
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config import Loaded, Settings
+    from weightd_daemon.config.settings import Loaded, Settings
 
     Change = Callable[[Settings], None]
 

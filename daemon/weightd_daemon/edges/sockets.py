@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from weightd._address import check_folder, handles_path, is_own
 from weightd.errors import PermissionDeniedError
-from weightd_daemon.config_file import TemporaryError
+from weightd_daemon.config.toml_file import TemporaryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._address import check_path, handles_path, serving_socket
 from weightd.errors import InvalidReferenceError
+from weightd_daemon.core.limits import Limits
 
-from .config_file import ConfigError, ConfigFile, TemporaryError
-from .core.limits import Limits
 from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
-from .preloads import Preload, preloads_from
+from .preload_entry import Preload, preloads_from
+from .toml_file import ConfigError, ConfigFile, TemporaryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

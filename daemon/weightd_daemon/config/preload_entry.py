@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from .config_file import ConfigError
 from .notation import parse_device
+from .toml_file import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
