@@ -23,9 +23,9 @@ from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
+from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .devices.served import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .edges.announcing import Announcer, status_line
 from .edges.attaching import Attacher
 from .edges.connections import Connections

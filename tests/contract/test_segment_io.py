@@ -23,8 +23,8 @@ from support.backends import CUDA, EVERY, Backend
 from support.daemon import environment
 from support.worker import Worker
 from weightd.errors import DeviceError
+from weightd_daemon.devices.access import open_io
 from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.devices.opening import open_io
 from weightd_daemon.devices.segment_io import PIECE, SegmentIO, Staging
 
 if TYPE_CHECKING:

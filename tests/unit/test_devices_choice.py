@@ -11,7 +11,7 @@ import pytest
 from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.served import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
 
 GIB = 1 << 30
 UUIDS = [

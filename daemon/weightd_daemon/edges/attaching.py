@@ -10,9 +10,8 @@ from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.lease import NOBODY
+from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.loader.request import LoadRequest
-
-from .devices import meant, place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,13 +13,13 @@ from weightd._wire import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
+from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loader.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 
 from .attaching import shown, sources_from
 from .connections import Connection
-from .devices import meant, place
 from .interceptors import Context
 from .parts import Parts
 from .show import time_to, user_name

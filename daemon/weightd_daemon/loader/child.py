@@ -21,7 +21,7 @@ from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
 from weightd_daemon.core.manifest import Entry
-from weightd_daemon.devices.opening import open_io
+from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
 
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds

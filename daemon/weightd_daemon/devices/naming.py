@@ -9,7 +9,7 @@ from weightd.errors import InvalidReferenceError, NotFoundError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from weightd_daemon.devices.device import Device
+    from .device import Device
 
 _LEAST = len("GPU-") + 8
 """Shortest beginning of a UUID that may stand for it."""
