@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core import store as store_module
+from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
@@ -27,7 +28,6 @@ from weightd_daemon.core.making_room import fit
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:

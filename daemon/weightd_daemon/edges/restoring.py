@@ -20,12 +20,12 @@ from google.protobuf.message import DecodeError
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DeviceError
 from weightd.types import FileIdentity, SourceFile
+from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import Entry, ManifestFile
-from weightd_daemon.core.restoring import Described, Place, Restoration, number_uses
 
 from .connections import NO_UID
 from .leases import Manifests, is_manifest
