@@ -13,7 +13,7 @@ if __name__ == "__main__":
     memory.SEGMENT_BYTES = int(sys.argv[1])
     # Imported after that: they take the size over.
     from weightd_daemon.__main__ import main as serve
-    from weightd_daemon.loader.child import main as load
+    from weightd_daemon.loader.job import main as load
 
     if sys.argv[2] == "--loader":
         sys.exit(load(sys.argv[3:]))

@@ -10,7 +10,7 @@ import sys
 from itertools import count
 
 from weightd_daemon.__main__ import main as serve
-from weightd_daemon.loader.child import main as load
+from weightd_daemon.loader.job import main as load
 
 _numbers = count(int.from_bytes(os.urandom(8), "little") << 60)
 

@@ -169,8 +169,8 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.core.store", "from weightd import client"),
         ("weightd_daemon.core.store", "from ..devices import device"),
         ("weightd_daemon.core", "from ..formats import safetensors"),
-        ("weightd_daemon.loader.child", "from weightd_daemon.devices import host"),
-        ("weightd_daemon.loader.child", "from weightd_daemon.edges.digest_index import DigestIndex"),
+        ("weightd_daemon.loader.job", "from weightd_daemon.devices import host"),
+        ("weightd_daemon.loader.job", "from weightd_daemon.edges.digest_index import DigestIndex"),
         ("weightd_daemon.edges.service", "from weightd_daemon.app import Daemon"),
         ("weightd_daemon.edges.pages", "from prometheus_client import Counter"),
     ],
@@ -190,7 +190,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
         ("weightd_daemon.core.arena", "import bisect\nfrom . import ranges\nfrom weightd.types import ALIGNMENT"),
         ("weightd_daemon.core", "from . import ranges"),
         ("weightd_daemon.app", "from weightd_daemon.devices import host\nimport weightd_daemon.edges.service"),
-        ("weightd_daemon.loader.child", "from weightd_daemon.devices.device import Device\nimport torchlike"),
+        ("weightd_daemon.loader.job", "from weightd_daemon.devices.device import Device\nimport torchlike"),
     ],
 )
 def test_walk_lets_the_rest_pass(module: str, source: str) -> None:

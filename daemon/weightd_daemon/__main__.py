@@ -19,7 +19,7 @@ from . import logs
 from .app import AlreadyServedError, Daemon
 from .config.preload_entry import Preload
 from .config.settings import ConfigError, Loaded, Settings, TemporaryError, load
-from .loader.process import DEFAULT_ARGV
+from .loads.loader_process import DEFAULT_ARGV
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -43,9 +43,9 @@ from .edges.service import ControlPlane
 from .edges.sockets import AlreadyServedError, listen, locked, umask
 from .edges.survival import Survival
 from .edges.systemd import ServiceManager, kept_descriptors
-from .loader.loads import Loads
-from .loader.process import DEFAULT_ARGV
-from .loader.turns import Turns
+from .loads.fair_queue import Turns
+from .loads.loader_process import DEFAULT_ARGV
+from .loads.loads import Loads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,7 +21,7 @@ from support.limits import room_for
 from support.worker import Worker
 from weightd import _limits, errors
 from weightd._limits import DAEMON, LOADER, THIS_PROCESS, limit_error
-from weightd_daemon.loader.work import Unit, on_threads
+from weightd_daemon.loader.schedule import Unit, on_threads
 
 Spawn = Callable[[Daemon], Worker]
 StartDaemon = Callable[..., Daemon]

@@ -20,7 +20,7 @@ from support.loader import STOP, resume, wait_stopped
 from weightd._proto.v1 import checkpoint_pb2
 from weightd._wire import source_to
 from weightd.resolve import open_sources, resolve
-from weightd_daemon.loader.loads import MAX_UNFINISHED
+from weightd_daemon.loads.loads import MAX_UNFINISHED
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20

@@ -19,8 +19,8 @@ from support import points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.edges import handle_server, journal, pages, service
-from weightd_daemon.loader.loads import Loads
-from weightd_daemon.loader.process import DEFAULT_ARGV
+from weightd_daemon.loads.loader_process import DEFAULT_ARGV
+from weightd_daemon.loads.loads import Loads
 
 _WAITS = "support.launch: a load has the waiter"
 

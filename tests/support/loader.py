@@ -72,11 +72,11 @@ class _Hasher:
 
 def main() -> int:
     """Be a loader."""
-    from weightd_daemon.loader import child
+    from weightd_daemon.loader import job
 
     kinds = sys.argv[1].split(",")
     if "lingering" in kinds:
-        open_io = child.open_io
+        open_io = job.open_io
 
         def open_lingering(*arguments: Any) -> Any:
             io = open_io(*arguments)
@@ -89,12 +89,12 @@ def main() -> int:
             io.close = linger  # type: ignore[method-assign]
             return io
 
-        child.open_io = open_lingering
+        job.open_io = open_lingering
 
     def new_hasher() -> Any:
         return _Hasher(weak="weak" in kinds, stopping="stopping" in kinds)
 
-    return child.main(sys.argv[2:], new_hasher)
+    return job.main(sys.argv[2:], new_hasher)
 
 
 if __name__ == "__main__":

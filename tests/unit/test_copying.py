@@ -8,8 +8,8 @@ import pytest
 
 from weightd.types import TensorSpec
 from weightd_daemon.loader.copying import Copier
+from weightd_daemon.loader.schedule import Tensor, Unit, arranged, lanes, units
 from weightd_daemon.loader.slots import Slot
-from weightd_daemon.loader.work import Tensor, Unit, arranged, lanes, units
 
 SIZE = 2 << 20
 

@@ -15,7 +15,7 @@ import pytest
 from weightd.types import FileIdentity
 from weightd_daemon.edges import digest_index
 from weightd_daemon.edges.digest_index import FILE_NAME, DigestIndex, known_digests
-from weightd_daemon.loader.load import Instance
+from weightd_daemon.loads.dialogue import Instance
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

@@ -27,7 +27,7 @@ from weightd_daemon.edges import handle_server, journal, pages
 from weightd_daemon.edges.leases import LOCK_BASE
 from weightd_daemon.edges.metrics import Metrics
 from weightd_daemon.edges.parts import TOKEN
-from weightd_daemon.loader import child
+from weightd_daemon.loader import job
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -284,7 +284,7 @@ def test_protocol_states_the_limits_of_the_code() -> None:
     assert f"within {handle_server.HELLO_SECONDS:.0f} s, and once" in text
     assert f"has arrived, within {handle_server.ACK_SECONDS:.0f} s" in text
     assert f"{handle_server.MAX_OFFERS} intakes" in text
-    assert f"each batch within {child._INTAKE_SECONDS:.0f} s" in text
+    assert f"each batch within {job._INTAKE_SECONDS:.0f} s" in text
     assert f"`hello {{protocol: {handle_server.PROTOCOL}}}`" in text
     assert LOCK_BASE == 1 << 40
     assert "2^40 + `lease`" in text

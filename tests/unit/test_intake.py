@@ -16,7 +16,7 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError
 from weightd.types import FileIdentity
 from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.loader import child, source
+from weightd_daemon.loader import job, source
 from weightd_daemon.loader.source import Source
 
 
@@ -31,7 +31,7 @@ class Intake:
         stack.enter_context(self.client)
         stack.enter_context(self.loader)
         nothing: Any = None  # neither its channel nor its device is asked
-        self._load = stack.enter_context(child.Load(nothing, nothing, {}, new_hasher))
+        self._load = stack.enter_context(job.Load(nothing, nothing, {}, new_hasher))
 
     def send(self, *sizes: int) -> None:
         """A batch of files of these sizes."""
@@ -60,7 +60,7 @@ def intake(tmp_path: Path) -> Iterator[Intake]:
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """More files than descriptors, and 100 bytes to hold files in."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
-    monkeypatch.setattr(child, "_HELD_BYTES", 100)
+    monkeypatch.setattr(job, "_HELD_BYTES", 100)
 
 
 def held(files: list[int | Source]) -> list[bool]:
@@ -94,24 +94,24 @@ def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_rea
 
 def test_each_batch_has_its_own_time(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float | None] = []
-    receive = child.receive_fds
+    receive = job.receive_fds
 
     def noted(end: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
         waits.append(end.gettimeout())
         return receive(end, size, most)
 
-    monkeypatch.setattr(child, "receive_fds", noted)
+    monkeypatch.setattr(job, "receive_fds", noted)
     for _ in range(3):
         intake.send(1)
     assert len(intake.received()) == 3
-    assert waits == [child._INTAKE_SECONDS] * 3
+    assert waits == [job._INTAKE_SECONDS] * 3
 
 
 @pytest.mark.parametrize("sent", [1, 100])
 def test_a_client_that_sends_no_more_or_takes_no_confirmation(
     sent: int, intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(child, "_INTAKE_SECONDS", 0.01)
+    monkeypatch.setattr(job, "_INTAKE_SECONDS", 0.01)
     intake.loader.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it a few frames
     for _ in range(sent):
         intake.send(1)

@@ -24,10 +24,10 @@ from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
-from weightd_daemon.loader import child
+from weightd_daemon.loader import job
 from weightd_daemon.loader.channel import BATCH, LENGTH, Channel, Message, receive_fds
-from weightd_daemon.loader.process import LoaderDied, LoaderProcess
-from weightd_daemon.loader.work import Tensor, Unit, on_threads
+from weightd_daemon.loader.schedule import Tensor, Unit, on_threads
+from weightd_daemon.loads.loader_process import LoaderDied, LoaderProcess
 
 SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
@@ -206,7 +206,7 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
     def broken(*_: object) -> Never:
         raise DeviceError("cuInit failed")
 
-    monkeypatch.setattr(child, "open_io", broken)
+    monkeypatch.setattr(job, "open_io", broken)
     with contextlib.ExitStack() as stack:
         control, descriptors = socket.socketpair(), socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         intake = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -216,7 +216,7 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
         intake[1].close()
         job = json.dumps({"job": "load", "kind": "cuda_vmm", "device": "GPU-0", "sources": ["a"]}).encode()
         control[0].sendall(LENGTH.pack(len(job)) + job)
-        assert not child._do(Channel(control[1], descriptors[1]), new_hasher)
+        assert not job._do(Channel(control[1], descriptors[1]), new_hasher)
         assert b"cuInit failed" in control[0].recv(4096)
         descriptors[1].setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -287,11 +287,11 @@ def test_a_loader_that_lost_descriptors_does_no_other_job_whatever_it_failed_of(
         daemon.break_channel()
         raise FormatError("broken file")
 
-    monkeypatch.setattr(child, "_work", work)
+    monkeypatch.setattr(job, "_work", work)
     with contextlib.ExitStack() as stack:
         daemon = DaemonEnd(stack)
         daemon.send(0, 0)
-        assert not child._do(daemon.channel, new_hasher)
+        assert not job._do(daemon.channel, new_hasher)
         assert b"broken file" in daemon.control.recv(4096)
 
 

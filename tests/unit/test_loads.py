@@ -28,11 +28,11 @@ from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.limits import Limits
-from weightd_daemon.loader.loads import Loads
-from weightd_daemon.loader.request import LoadRequest
 from weightd_daemon.loader.source import Source, rested
-from weightd_daemon.loader.turns import Turns
-from weightd_daemon.loader.waiters import Load
+from weightd_daemon.loads.fair_queue import Turns
+from weightd_daemon.loads.flight import Load
+from weightd_daemon.loads.loads import Loads
+from weightd_daemon.loads.request import LoadRequest
 
 
 class Desk:

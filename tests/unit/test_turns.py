@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from weightd_daemon.loader.turns import ANYBODY, Turns
+from weightd_daemon.loads.fair_queue import ANYBODY, Turns
 
 
 class Crowd:

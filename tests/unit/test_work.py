@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightd.types import TensorSpec
-from weightd_daemon.loader.work import (
+from weightd_daemon.loader.schedule import (
     PIECE,
     Tensor,
     Unit,

@@ -11,7 +11,7 @@ from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.devices.naming import meant, place
-from weightd_daemon.loader.request import LoadRequest
+from weightd_daemon.loads.request import LoadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device, Handle
-    from weightd_daemon.loader.loads import Loads
+    from weightd_daemon.loads.loads import Loads
 
     from .connections import Connection, Connections
     from .leases import Manifests

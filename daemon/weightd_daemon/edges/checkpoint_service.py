@@ -14,9 +14,9 @@ from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceErr
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.devices.naming import meant, place
-from weightd_daemon.loader import waiters
 from weightd_daemon.loader.channel import error_from
-from weightd_daemon.loader.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
+from weightd_daemon.loads import flight
+from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 
 from .attaching import shown, sources_from
 from .connections import Connection
@@ -268,7 +268,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         message.exclusive_bytes = message.shared_bytes = message.leases = 0
         return message
 
-    def _loading(self, load: waiters.Load) -> checkpoint_pb2.Checkpoint:
+    def _loading(self, load: flight.Load) -> checkpoint_pb2.Checkpoint:
         request = load.request
         return checkpoint_pb2.Checkpoint(
             names=[request.name] if request.name else [],

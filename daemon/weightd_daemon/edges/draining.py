@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.events import Event
     from weightd_daemon.core.lease import Lease
     from weightd_daemon.core.store import Store
-    from weightd_daemon.loader.loads import Loads
+    from weightd_daemon.loads.loads import Loads
 
 log = logging.getLogger(__name__)
 

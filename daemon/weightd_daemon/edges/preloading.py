@@ -21,7 +21,7 @@ from weightd.errors import DrainingError, InvalidReferenceError, ServerError, We
 from weightd.resolve import reference_name
 from weightd_daemon.config.toml_file import ConfigError, TemporaryError
 from weightd_daemon.core.lease import Holder
-from weightd_daemon.loader.request import LoadRequest
+from weightd_daemon.loads.request import LoadRequest
 
 from .attaching import shown, sources_from
 from .model_roots import on_thread, open_below
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.preload_entry import Preload
     from weightd_daemon.core.catalog import Catalog, Who
-    from weightd_daemon.loader.loads import Loads
+    from weightd_daemon.loads.loads import Loads
 
     from .model_roots import Opened
 

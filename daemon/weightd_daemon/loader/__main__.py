@@ -2,7 +2,7 @@
 
 import sys
 
-from .child import main
+from .job import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,8 +16,8 @@ from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
 
+from .schedule import Tensor, Unit, batches
 from .slots import Slot, Slots, Together
-from .work import Tensor, Unit, batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.segment_io import Buffer, SegmentIO, Staging
 
     from .channel import Channel
+    from .schedule import Lane
     from .source import Source
-    from .work import Lane
 
 _libc = ctypes.CDLL(None)
 _libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)

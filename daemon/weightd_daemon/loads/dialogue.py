@@ -15,8 +15,8 @@ from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.loader.channel import Message, error_from, error_to
 
-from .channel import Message, error_from, error_to
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
 
-    from .process import LoaderProcess
+    from .loader_process import LoaderProcess
 
 _Answer = tuple[Message, list[SegmentHandle]]
 KNOWN_SOURCES = 8

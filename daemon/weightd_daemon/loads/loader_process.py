@@ -13,8 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from weightd._limits import DAEMON, limit_error
-
-from .channel import BATCH, LENGTH, Message
+from weightd_daemon.loader.channel import BATCH, LENGTH, Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

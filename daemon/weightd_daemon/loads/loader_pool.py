@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from .process import LoaderDied, LoaderProcess
+from .loader_process import LoaderDied, LoaderProcess
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

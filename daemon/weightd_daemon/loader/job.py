@@ -27,10 +27,7 @@ from weightd_daemon.formats.split import check_parts
 from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
 from .copying import Copier
 from .indexed import indexes, owned
-from .slots import Slot
-from .source import Source
-from .verifying import verify
-from .work import (
+from .schedule import (  # fmt: skip
     Lane,
     Tensor,
     Unit,
@@ -44,7 +41,10 @@ from .work import (
     repeated,
     split,
     units,
-)  # fmt: skip
+)
+from .slots import Slot
+from .source import Source
+from .verifying import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

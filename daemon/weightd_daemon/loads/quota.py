@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
 
-    from .waiters import Load
+    from .flight import Load
 
 
 class Quota:

@@ -12,16 +12,16 @@ from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError,
 from weightd.types import SourceFile
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.loader.channel import UNFIT, Message
+from weightd_daemon.loader.source import rested
 
-from .channel import UNFIT, Message
-from .load import InstanceIndex, LoadSteps, Prepare
-from .pool import LEAVE_SECONDS, LoaderPool
-from .process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .dialogue import InstanceIndex, LoadSteps, Prepare
+from .fair_queue import ANYBODY, Turns
+from .flight import Load
+from .loader_pool import LEAVE_SECONDS, LoaderPool
+from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
-from .source import rested
-from .turns import ANYBODY, Turns
-from .waiters import Load
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
