@@ -27,14 +27,10 @@ from .devices.budgets import budget_of, called, check_budgets, default_device, d
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .edges.announcing import Announcer, status_line
-from .edges.attaching import Attacher
-from .edges.connections import Connections
 from .edges.digest_index import DigestIndex
 from .edges.draining import Drain
 from .edges.event_log import EventLog
-from .edges.handle_server import HandleServer
 from .edges.journal import Journal
-from .edges.leases import Manifests
 from .edges.listeners import Listeners
 from .edges.parts import Parts
 from .edges.preloading import Preloader
@@ -43,6 +39,10 @@ from .edges.service import ControlPlane
 from .edges.sockets import AlreadyServedError, listen, locked, umask
 from .edges.survival import Survival
 from .edges.systemd import ServiceManager, kept_descriptors
+from .handles.attach import Attacher
+from .handles.handle_server import HandleServer
+from .handles.lease_locks import Manifests
+from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads

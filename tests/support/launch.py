@@ -18,7 +18,8 @@ from typing import Any
 from support import points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import handle_server, journal, pages, service
+from weightd_daemon.edges import journal, pages, service
+from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from weightd_daemon.edges.connections import Connections
+from weightd_daemon.handles.peers import Connections
 
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 

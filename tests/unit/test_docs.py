@@ -23,10 +23,11 @@ from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
-from weightd_daemon.edges import handle_server, journal, pages
-from weightd_daemon.edges.leases import LOCK_BASE
+from weightd_daemon.edges import journal, pages
 from weightd_daemon.edges.metrics import Metrics
 from weightd_daemon.edges.parts import TOKEN
+from weightd_daemon.handles import handle_server
+from weightd_daemon.handles.lease_locks import LOCK_BASE
 from weightd_daemon.loader import job
 
 ROOT = Path(__file__).resolve().parents[2]

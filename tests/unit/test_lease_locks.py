@@ -13,8 +13,8 @@ import pytest
 
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Holder, Lease
-from weightd_daemon.edges import leases
-from weightd_daemon.edges.leases import LOCK_BASE, Manifests, encode_manifest, is_manifest, make_manifest
+from weightd_daemon.handles import lease_locks
+from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests, encode_manifest, is_manifest, make_manifest
 
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)
 OTHER = KEY._replace(content_digest="sha256:" + "cd" * 32)
@@ -212,5 +212,5 @@ def test_very_many_do_not_hold_up_the_start(
 ) -> None:
     for number in range(1, 9, 2):
         hold(number)
-    monkeypatch.setattr(leases, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(lease_locks, "LOOK_SECONDS", -1.0)
     assert manifests.inherited(KEY, 9) is None

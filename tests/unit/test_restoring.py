@@ -27,9 +27,9 @@ from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.edges.leases import Manifests, make_manifest
 from weightd_daemon.edges.snapshot import RootRecord, read_root
 from weightd_daemon.edges.survival import Survival
+from weightd_daemon.handles.lease_locks import Manifests, make_manifest
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -297,7 +297,7 @@ def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, mo
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
         locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
-    monkeypatch.setattr("weightd_daemon.edges.leases.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("weightd_daemon.handles.lease_locks.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1
         for lock in locks:

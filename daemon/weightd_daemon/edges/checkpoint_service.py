@@ -14,12 +14,12 @@ from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceErr
 from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.devices.naming import meant, place
+from weightd_daemon.handles.attach import shown, sources_from
+from weightd_daemon.handles.peers import Connection
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 
-from .attaching import shown, sources_from
-from .connections import Connection
 from .interceptors import Context
 from .parts import Parts
 from .show import time_to, user_name

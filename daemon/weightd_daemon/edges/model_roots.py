@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from weightd._files import OpenedSources, show
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd.resolve import files_of, folder_of, is_path, open_sources, path_of
-
-from .attaching import MAX_SOURCES
+from weightd_daemon.handles.attach import MAX_SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from weightd_daemon.core.catalog import Catalog, Who
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.device import Device
+from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads
 
-from .connections import Connection, Connections
 from .digest_index import DigestIndex
 from .draining import Drain
 from .interceptors import Context

@@ -21,9 +21,9 @@ from weightd.errors import DrainingError, InvalidReferenceError, ServerError, We
 from weightd.resolve import reference_name
 from weightd_daemon.config.toml_file import ConfigError, TemporaryError
 from weightd_daemon.core.lease import Holder
+from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.loads.request import LoadRequest
 
-from .attaching import shown, sources_from
 from .model_roots import on_thread, open_below
 
 if TYPE_CHECKING:

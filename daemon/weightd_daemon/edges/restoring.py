@@ -26,9 +26,9 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.handles.lease_locks import Manifests, is_manifest
+from weightd_daemon.handles.peers import NO_UID
 
-from .connections import NO_UID
-from .leases import Manifests, is_manifest
 from .snapshot import SCHEMA
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.core.making_room import fit
+from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
 
-from .leases import encode_manifest, make_manifest
 from .restoring import Left, restore
 from .snapshot import Record, RootRecord, read_root
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
+    from weightd_daemon.handles.lease_locks import Manifests
 
-    from .leases import Manifests
     from .systemd import ServiceManager
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loads.loads import Loads
 
-    from .connections import Connection, Connections
-    from .leases import Manifests
+    from .lease_locks import Manifests
+    from .peers import Connection, Connections
 
 
 MAX_SOURCES = 10_000

@@ -22,16 +22,15 @@ from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
-
-from .show import clip
+from weightd_daemon.edges.show import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd_daemon.devices.device import Handle
 
-    from .attaching import Attached, Attacher
-    from .connections import Connections
+    from .attach import Attached, Attacher
+    from .peers import Connections
 
 log = logging.getLogger(__name__)
 
