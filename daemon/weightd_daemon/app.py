@@ -27,7 +27,6 @@ from .devices.budgets import budget_of, called, check_budgets, default_device, d
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .edges.announcing import Announcer, status_line
-from .edges.digest_index import DigestIndex
 from .edges.draining import Drain
 from .edges.event_log import EventLog
 from .edges.journal import Journal
@@ -37,8 +36,6 @@ from .edges.preloading import Preloader
 from .edges.reloading import Reloading
 from .edges.service import ControlPlane
 from .edges.sockets import AlreadyServedError, listen, locked, umask
-from .edges.survival import Survival
-from .edges.systemd import ServiceManager, kept_descriptors
 from .handles.attach import Attacher
 from .handles.handle_server import HandleServer
 from .handles.lease_locks import Manifests
@@ -46,6 +43,9 @@ from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
+from .persistence.descriptor_store import Survival
+from .persistence.digest_index import DigestIndex
+from .persistence.service_manager import ServiceManager, kept_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -31,10 +31,10 @@ from weightd.resolve import open_sources, resolve
 from .config.settings import ConfigError, load
 from .core.digest import new_hasher
 from .core.plan import PlannedTensor, make_plan, recurring
-from .edges.digest_index import known_digests
 from .formats import workload
 from .loader.indexed import indexes, owned
 from .loader.source import Source
+from .persistence.digest_index import known_digests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence

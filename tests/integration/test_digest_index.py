@@ -17,8 +17,8 @@ from support import checkpoints
 from support.backends import EVERY
 from support.content import content
 from support.daemon import Daemon, eventually
-from weightd_daemon.edges.digest_index import FILE_NAME
 from weightd_daemon.loader.source import Source
+from weightd_daemon.persistence.digest_index import FILE_NAME
 
 MIB = 1 << 20
 

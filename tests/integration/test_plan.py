@@ -20,8 +20,8 @@ from support import checkpoints, gguf_files, workloads
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
 from weightd_daemon import planning
-from weightd_daemon.edges.digest_index import FILE_NAME
 from weightd_daemon.loader.source import Source
+from weightd_daemon.persistence.digest_index import FILE_NAME
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -10,9 +10,9 @@ from typing import Any
 
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.reclaimer import Reclaimer
-from weightd_daemon.edges import snapshot
-from weightd_daemon.edges.survival import Survival
-from weightd_daemon.edges.systemd import ServiceManager
+from weightd_daemon.persistence import root_record
+from weightd_daemon.persistence.descriptor_store import Survival
+from weightd_daemon.persistence.service_manager import ServiceManager
 
 POINTS = ("reserve", "copy", "segment", "manifest", "barrier", "torn", "flip", "evict", "return", "release")
 """In the order of a seal, then of an eviction; "torn" is in the middle of writing the root record."""
@@ -60,11 +60,11 @@ def install(armed: Path) -> None:
     before(Survival, "_drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
     before(Survival, "_drop", "release", lambda _, name: name.startswith("seg."))
-    write = snapshot._write
+    write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:
         write(descriptor, data[: len(data) // 2], offset)
         reached("torn")
         write(descriptor, data, offset)
 
-    snapshot._write = torn
+    root_record._write = torn

@@ -20,7 +20,7 @@ from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
 from weightd_daemon.edges.announcing import Announcer
-from weightd_daemon.edges.systemd import ServiceManager
+from weightd_daemon.persistence.service_manager import ServiceManager
 
 DAEMON = [sys.executable, "-m", "weightd_daemon"]
 Under = Callable[..., Daemon]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.manager import Manager
-from weightd_daemon.edges.systemd import ServiceManager, kept_descriptors
+from weightd_daemon.persistence.service_manager import ServiceManager, kept_descriptors
 
 MOST = 4
 

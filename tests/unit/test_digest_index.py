@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from weightd.types import FileIdentity
-from weightd_daemon.edges import digest_index
-from weightd_daemon.edges.digest_index import FILE_NAME, DigestIndex, known_digests
 from weightd_daemon.loads.dialogue import Instance
+from weightd_daemon.persistence import digest_index
+from weightd_daemon.persistence.digest_index import FILE_NAME, DigestIndex, known_digests
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator

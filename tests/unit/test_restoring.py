@@ -27,9 +27,9 @@ from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.edges.snapshot import RootRecord, read_root
-from weightd_daemon.edges.survival import Survival
 from weightd_daemon.handles.lease_locks import Manifests, make_manifest
+from weightd_daemon.persistence.descriptor_store import Survival
+from weightd_daemon.persistence.root_record import RootRecord, read_root
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -202,7 +202,7 @@ def change(keeper: Keeper, to: Callable[[dict[str, Any]], None], schema: int | N
     root = RootRecord(os.dup(keeper.kept["root"]), record.sequence)
     with pytest.MonkeyPatch.context() as patch:
         if schema is not None:
-            patch.setattr("weightd_daemon.edges.snapshot.SCHEMA", schema)
+            patch.setattr("weightd_daemon.persistence.root_record.SCHEMA", schema)
         root.write(body)
     root.close()
 

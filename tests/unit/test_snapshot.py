@@ -11,11 +11,11 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from weightd_daemon.edges import snapshot
-from weightd_daemon.edges.snapshot import SLOT_BYTES, RootRecord, read_root
+from weightd_daemon.persistence import root_record
+from weightd_daemon.persistence.root_record import SLOT_BYTES, RootRecord, read_root
 
 BODIES = st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=50), max_size=4)
-HEADER = snapshot._HEADER.size
+HEADER = root_record._HEADER.size
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: 
         assert body_of(root) == {"number": number}
     record = read_root(root.descriptor)
     assert record is not None
-    assert (record.schema, record.sequence) == (snapshot.SCHEMA, 5)
+    assert (record.schema, record.sequence) == (root_record.SCHEMA, 5)
     assert os.fstat(root.descriptor).st_blocks * 512 <= 2 * 2 << 20  # a huge page for each slot at most
     again = RootRecord(os.dup(root.descriptor), record.sequence)
     again.write({"number": "by the next daemon"})
@@ -96,7 +96,7 @@ def test_a_slot_counts_in_its_own_place_only(root: RootRecord) -> None:
 def test_where_it_cannot_be_written_none_counts(root: RootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     root.write({"a": 1})
     root.write({"b": 2})
-    write = snapshot._write
+    write = root_record._write
 
     def full(descriptor: int, data: bytes, offset: int) -> None:
         if len(data) > HEADER:
@@ -114,7 +114,7 @@ def test_where_it_cannot_be_written_none_counts(root: RootRecord, monkeypatch: p
 
 @pytest.mark.parametrize("payload", [b"[1]", b"{", b"\xff", b"[" * 100_000, b"1e999"])
 def test_a_payload_that_is_no_object_is_none(root: RootRecord, payload: bytes) -> None:
-    data = snapshot._header(1, 2, payload) + payload
+    data = root_record._header(1, 2, payload) + payload
     os.pwrite(root.descriptor, data, 0)
     assert body_of(root) is None
 

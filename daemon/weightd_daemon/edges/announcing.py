@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from weightd_daemon.core.store import Store
-
-    from .systemd import ServiceManager
+    from weightd_daemon.persistence.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.handles.lease_locks import Manifests, is_manifest
 from weightd_daemon.handles.peers import NO_UID
 
-from .snapshot import SCHEMA
+from .root_record import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from weightd_daemon.core.making_room import fit
 from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
 
-from .restoring import Left, restore
-from .snapshot import Record, RootRecord, read_root
+from .restore import Left, restore
+from .root_record import Record, RootRecord, read_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device
     from weightd_daemon.handles.lease_locks import Manifests
 
-    from .systemd import ServiceManager
+    from .service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
 
