@@ -26,16 +26,11 @@ from .core.store import Store
 from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .edges.announcing import Announcer, status_line
-from .edges.draining import Drain
 from .edges.event_log import EventLog
 from .edges.journal import Journal
 from .edges.listeners import Listeners
 from .edges.parts import Parts
-from .edges.preloading import Preloader
-from .edges.reloading import Reloading
 from .edges.service import ControlPlane
-from .edges.sockets import AlreadyServedError, listen, locked, umask
 from .handles.attach import Attacher
 from .handles.handle_server import HandleServer
 from .handles.lease_locks import Manifests
@@ -43,6 +38,11 @@ from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
+from .operations.drain import Drain
+from .operations.notify import Announcer, status_line
+from .operations.preload import Preloader
+from .operations.reload import Reloading
+from .operations.sockets import AlreadyServedError, listen, locked, umask
 from .persistence.descriptor_store import Survival
 from .persistence.digest_index import DigestIndex
 from .persistence.service_manager import ServiceManager, kept_descriptors
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from .config.settings import Loaded, Settings
     from .devices.device import Device
     from .edges.metrics import Metrics
-    from .edges.reloading import Change
+    from .operations.reload import Change
 
 __all__ = ["AlreadyServedError", "Daemon"]
 

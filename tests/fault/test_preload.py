@@ -14,8 +14,8 @@ import pytest
 from support import checkpoints, malformed
 from support.daemon import Daemon, eventually
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
-from weightd_daemon.edges import model_roots
-from weightd_daemon.edges.model_roots import on_thread, open_below
+from weightd_daemon.operations import model_roots
+from weightd_daemon.operations.model_roots import on_thread, open_below
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20

@@ -49,7 +49,7 @@ def test_what_can_change_changes_and_the_rest_is_named(start_daemon: StartDaemon
     served = Configured(start_daemon, tmp_path / "w.toml", 'isolation = "shared"\nmax_loads = 2\n')
     said = served.change('isolation = "uid"\nmax_loads = 3\nstate_dir = "/x"\nadmins = [54321]\nmax_connections = 7\n')
     assert "changed: admins, max_loads, max_connections\n" in said
-    assert "WARNING weightd_daemon.edges.reloading needs a restart: isolation\n" in said  # --state-dir counts more
+    assert "WARNING weightd_daemon.operations.reload needs a restart: isolation\n" in said  # --state-dir counts more
     said = served.change('isolation = "uid"\nmax_loads = 3\nadmins = [54321]\nmax_connections = 7\n')
     assert "changed: nothing" in said
     assert "needs a restart: isolation\n" in said
@@ -75,7 +75,7 @@ def test_every_setting_does_what_its_documentation_says(start_daemon: StartDaemo
 
 def test_nothing_of_a_file_that_cannot_be_is_taken_up(start_daemon: StartDaemon, tmp_path: Path) -> None:
     served = Configured(start_daemon, tmp_path / "w.toml", "max_connections = 10\n")
-    refused = r"ERROR weightd_daemon.edges.reloading settings are not taken up, those of before stay: (.*)"
+    refused = r"ERROR weightd_daemon.operations.reload settings are not taken up, those of before stay: (.*)"
     for text, why in (
         ("max_connections = 1\nbugdet = 1\n", r"w\.toml: line 2: bugdet: no such setting \(did you mean budget\?\)"),
         ("max_connections = 1\nmax_loads = 0\n", r"w\.toml: line 2: max_loads = 0: must be at least 1"),

@@ -14,7 +14,7 @@ from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
-from weightd_daemon.edges.draining import Drain
+from weightd_daemon.operations.drain import Drain
 
 WHO = Who(1000, admin=False, domain="")
 BLOBS = 10

@@ -19,7 +19,7 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
-from weightd_daemon.edges.announcing import Announcer
+from weightd_daemon.operations.notify import Announcer
 from weightd_daemon.persistence.service_manager import ServiceManager
 
 DAEMON = [sys.executable, "-m", "weightd_daemon"]

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from support.filled import Filled
-from weightd_daemon.edges.draining import Drain
+from weightd_daemon.operations.drain import Drain
 
 
 class NoLoads:

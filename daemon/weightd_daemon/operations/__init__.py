@@ -1,0 +1,1 @@
+"""Running the daemon: its sockets, preloads, reloads, drains, and what the service manager is told."""
