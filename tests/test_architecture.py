@@ -36,7 +36,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("pickle", "marshal", "shelve", "dill", "cloudpickle"), ()),
     "sqlite3": ("weightd_daemon.persistence.digest_index",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
-    "prometheus_client": ("weightd_daemon.edges.metrics",),
+    "prometheus_client": ("weightd_daemon.monitoring.metrics",),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     # `weightd plan` runs without a daemon: planning is a composition root too, for it reads the digest index.
     "weightd_daemon.edges": ("weightd_daemon.app", "weightd_daemon.planning"),
@@ -172,7 +172,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.loader.job", "from weightd_daemon.devices import host"),
         ("weightd_daemon.loader.job", "from weightd_daemon.persistence.digest_index import DigestIndex"),
         ("weightd_daemon.edges.service", "from weightd_daemon.app import Daemon"),
-        ("weightd_daemon.edges.pages", "from prometheus_client import Counter"),
+        ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
     ],
 )
 def test_walk_finds_a_violation(module: str, source: str) -> None:

@@ -26,9 +26,6 @@ from .core.store import Store
 from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .edges.event_log import EventLog
-from .edges.journal import Journal
-from .edges.listeners import Listeners
 from .edges.parts import Parts
 from .edges.service import ControlPlane
 from .handles.attach import Attacher
@@ -38,6 +35,9 @@ from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
+from .monitoring.event_log import EventLog
+from .monitoring.event_stream import Journal
+from .monitoring.listeners import Listeners
 from .operations.drain import Drain
 from .operations.notify import Announcer, status_line
 from .operations.preload import Preloader
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from .config.settings import Loaded, Settings
     from .devices.device import Device
-    from .edges.metrics import Metrics
+    from .monitoring.metrics import Metrics
     from .operations.reload import Change
 
 __all__ = ["AlreadyServedError", "Daemon"]
@@ -273,8 +273,8 @@ class Daemon:
         if address is None:
             return None
         try:
-            from .edges.metrics import Metrics
-            from .edges.monitoring import listen, pages
+            from .monitoring.endpoints import listen, pages
+            from .monitoring.metrics import Metrics
         except ModuleNotFoundError as error:
             if error.name != "prometheus_client":
                 raise

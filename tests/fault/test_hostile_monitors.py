@@ -12,7 +12,7 @@ import pytest
 from support.daemon import Daemon, eventually
 from support.http import ask, dial, everything, get
 from support.launch import launcher
-from weightd_daemon.edges import pages
+from weightd_daemon.monitoring import http
 
 StartDaemon = Callable[..., Daemon]
 
@@ -37,8 +37,8 @@ def page(start_daemon: StartDaemon, short_path: Path) -> Path:
         (b"GET /metrics HTTP/2\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00 is TLS\r\n\r\n", 400),
         (b"\r\n\r\n", 400),
-        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * pages.MAX_REQUEST + b"\r\n\r\n", 431),
-        (b"x" * (pages.MAX_REQUEST + 5), 431),
+        (b"GET /metrics HTTP/1.1\r\nX: " + b"x" * http.MAX_REQUEST + b"\r\n\r\n", 431),
+        (b"x" * (http.MAX_REQUEST + 5), 431),
         (b"GET /healthz?verbose=1 HTTP/1.0\r\n\r\nbody that nobody reads", 200),
     ],
 )
@@ -75,7 +75,7 @@ def test_those_who_only_hold_the_line_make_way(start_daemon: StartDaemon, short_
     page = short_path / "m.sock"
     start_daemon(argv=launcher(page=4.0), metrics=page)
     with ExitStack() as stack:
-        held = [stack.enter_context(dial(page)) for _ in range(pages.MOST_CONNECTIONS)]
+        held = [stack.enter_context(dial(page)) for _ in range(http.MOST_CONNECTIONS)]
         with dial(page) as another:
             assert everything(another) == b"", "it is hung up on at once"
         for connection in held:

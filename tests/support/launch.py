@@ -18,10 +18,11 @@ from typing import Any
 from support import points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import journal, pages, service
+from weightd_daemon.edges import service
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
+from weightd_daemon.monitoring import event_stream, http
 
 _WAITS = "support.launch: a load has the waiter"
 
@@ -67,17 +68,17 @@ def main() -> int:
     if options.ack is not None:
         handle_server.ACK_SECONDS = options.ack
     if options.page is not None:
-        pages.SECONDS = options.page
+        http.SECONDS = options.page
     if options.backlog is not None:
-        journal.BACKLOG = options.backlog
+        event_stream.BACKLOG = options.backlog
     if options.bug:
         service.DaemonService.GetVersion = _bug
     if options.stuck:
         service.DaemonService.GetVersion = _stuck
     if options.deaf is not None:
-        from weightd_daemon.edges.metrics import Metrics  # needs a package that no other test of this file does
+        from weightd_daemon.monitoring.metrics import Metrics  # needs a package that no other test of this file does
 
-        _deafen(journal.Journal, options.deaf)
+        _deafen(event_stream.Journal, options.deaf)
         _deafen(Metrics, options.deaf)
     if options.points is not None:
         points.install(options.points)

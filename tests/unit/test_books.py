@@ -11,7 +11,7 @@ from support.filled import BLOBS, Filled
 from weightd._proto.v1 import checkpoint_pb2
 from weightd_daemon.edges.books import snapshot
 from weightd_daemon.edges.checkpoint_service import CheckpointService
-from weightd_daemon.edges.metrics import Metrics
+from weightd_daemon.monitoring.metrics import Metrics
 
 
 def cost(checkpoints: int, what: str) -> int:

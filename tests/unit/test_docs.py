@@ -23,12 +23,12 @@ from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
-from weightd_daemon.edges import journal, pages
-from weightd_daemon.edges.metrics import Metrics
 from weightd_daemon.edges.parts import TOKEN
 from weightd_daemon.handles import handle_server
 from weightd_daemon.handles.lease_locks import LOCK_BASE
 from weightd_daemon.loader import job
+from weightd_daemon.monitoring import event_stream, http
+from weightd_daemon.monitoring.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -140,12 +140,12 @@ def test_events_are_documented() -> None:
 
 def test_limits_of_events_and_pages_are_documented() -> None:
     events, monitoring = section(OPERATIONS, "Events"), section(OPERATIONS, "Monitoring")
-    assert f"the last {journal.REMEMBERED:,} events" in events
-    assert f"{journal.BACKLOG:,} events wait" in events
-    assert f"No more than {journal.MOST_READERS} read" in events
-    assert f"at most {journal.MOST_NAMES}." in events
-    assert f"may have {pages.MAX_REQUEST >> 10} KiB and take {pages.SECONDS:.0f} s" in monitoring
-    assert f"there may be {pages.MOST_CONNECTIONS} at a time" in monitoring
+    assert f"the last {event_stream.REMEMBERED:,} events" in events
+    assert f"{event_stream.BACKLOG:,} events wait" in events
+    assert f"No more than {event_stream.MOST_READERS} read" in events
+    assert f"at most {event_stream.MOST_NAMES}." in events
+    assert f"may have {http.MAX_REQUEST >> 10} KiB and take {http.SECONDS:.0f} s" in monitoring
+    assert f"there may be {http.MOST_CONNECTIONS} at a time" in monitoring
 
 
 def test_commands_are_documented() -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from weightd._proto.v1 import daemon_pb2
 from weightd_daemon.core.events import DrainChanged, Event
-from weightd_daemon.edges import event_log
-from weightd_daemon.edges.event_log import EventLog
-from weightd_daemon.edges.listeners import Listeners
 from weightd_daemon.logs import JsonLines
+from weightd_daemon.monitoring import event_log
+from weightd_daemon.monitoring.event_log import EventLog
+from weightd_daemon.monitoring.listeners import Listeners
 
 DIGEST = "sha256:" + "ab" * 32
 WHO = {"pid": 7, "uid": 1000, "user": "alice"}

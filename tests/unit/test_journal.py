@@ -16,8 +16,8 @@ from weightd_daemon.core.events import Attached, Detached, DeviceLost, DrainChan
 from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
-from weightd_daemon.edges import journal as journal_module
-from weightd_daemon.edges.journal import Journal, Reader
+from weightd_daemon.monitoring import event_stream as journal_module
+from weightd_daemon.monitoring.event_stream import Journal, Reader
 
 ALICE, BOB, ADMIN = (
     Who(1000, admin=False, domain="a"),

@@ -19,8 +19,8 @@ from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
-from weightd_daemon.edges.journal import Journal
-from weightd_daemon.edges.listeners import Listeners
+from weightd_daemon.monitoring.event_stream import Journal
+from weightd_daemon.monitoring.listeners import Listeners
 
 EVENTS = get_args(Event)
 HOLDER = Holder(1, 12, 1000, "python serve.py")

@@ -10,11 +10,11 @@ from weightd_daemon.core.store import Store
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads
+from weightd_daemon.monitoring.event_stream import Journal
 from weightd_daemon.operations.drain import Drain
 from weightd_daemon.persistence.digest_index import DigestIndex
 
 from .interceptors import Context
-from .journal import Journal
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 

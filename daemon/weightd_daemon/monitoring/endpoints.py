@@ -9,14 +9,15 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .http import Page, Pages
 from .metrics import CONTENT_TYPE
-from .pages import Page, Pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from weightd_daemon.edges.parts import Parts
+
     from .metrics import Metrics
-    from .parts import Parts
 
 
 def pages(metrics: Metrics, parts: Parts, is_up: Callable[[], bool]) -> Pages:
