@@ -29,7 +29,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
-        ("weightd.client", "weightd._rpc", "weightd_daemon.edges.service", "weightd_daemon.edges.interceptors"),
+        ("weightd.client", "weightd._rpc", "weightd_daemon.api.grpc_server", "weightd_daemon.api.error_mapping"),
     ),
     **dict.fromkeys(("typer", "click", "rich"), ("weightd.cli*",)),
     **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
@@ -171,7 +171,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.core", "from ..formats import safetensors"),
         ("weightd_daemon.loader.job", "from weightd_daemon.devices import host"),
         ("weightd_daemon.loader.job", "from weightd_daemon.persistence.digest_index import DigestIndex"),
-        ("weightd_daemon.edges.service", "from weightd_daemon.app import Daemon"),
+        ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
     ],
 )
@@ -186,10 +186,10 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
         ("weightd.attachment", "def state_dict():\n    import torch"),
         ("weightd._rpc", "import grpc"),
         ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
-        ("weightd_daemon.edges.service", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
+        ("weightd_daemon.api.grpc_server", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
         ("weightd_daemon.core.arena", "import bisect\nfrom . import ranges\nfrom weightd.types import ALIGNMENT"),
         ("weightd_daemon.core", "from . import ranges"),
-        ("weightd_daemon.app", "from weightd_daemon.devices import host\nimport weightd_daemon.edges.service"),
+        ("weightd_daemon.app", "from weightd_daemon.devices import host\nimport weightd_daemon.api.grpc_server"),
         ("weightd_daemon.loader.job", "from weightd_daemon.devices.device import Device\nimport torchlike"),
     ],
 )

@@ -17,6 +17,8 @@ from weightd._limits import DAEMON, check_grpc_can_start
 from weightd.errors import DeviceError
 
 from . import logs
+from .api.context import Parts
+from .api.grpc_server import ControlPlane
 from .config.toml_file import ConfigError, TemporaryError
 from .core.catalog import Catalog
 from .core.events import DeviceLost, Event, Evicted, Sealed
@@ -26,8 +28,6 @@ from .core.store import Store
 from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .edges.parts import Parts
-from .edges.service import ControlPlane
 from .handles.attach import Attacher
 from .handles.handle_server import HandleServer
 from .handles.lease_locks import Manifests

@@ -18,7 +18,7 @@ from typing import Any
 from support import points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.edges import service
+from weightd_daemon.api import grpc_server
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -72,9 +72,9 @@ def main() -> int:
     if options.backlog is not None:
         event_stream.BACKLOG = options.backlog
     if options.bug:
-        service.DaemonService.GetVersion = _bug
+        grpc_server.DaemonService.GetVersion = _bug
     if options.stuck:
-        service.DaemonService.GetVersion = _stuck
+        grpc_server.DaemonService.GetVersion = _stuck
     if options.deaf is not None:
         from weightd_daemon.monitoring.metrics import Metrics  # needs a package that no other test of this file does
 

@@ -9,8 +9,8 @@ import pytest
 from support.counting import operations
 from support.filled import BLOBS, Filled
 from weightd._proto.v1 import checkpoint_pb2
-from weightd_daemon.edges.books import snapshot
-from weightd_daemon.edges.checkpoint_service import CheckpointService
+from weightd_daemon.api.checkpoint_service import CheckpointService
+from weightd_daemon.api.stats import snapshot
 from weightd_daemon.monitoring.metrics import Metrics
 
 

@@ -22,8 +22,8 @@ from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
+from weightd_daemon.api.context import TOKEN
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
-from weightd_daemon.edges.parts import TOKEN
 from weightd_daemon.handles import handle_server
 from weightd_daemon.handles.lease_locks import LOCK_BASE
 from weightd_daemon.loader import job

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 
-from weightd_daemon.edges.show import clip
+from weightd_daemon.wire import clip
 
 
 @pytest.mark.parametrize("piece", ["x", "ä", "😀", " ", "\\x00"])

@@ -22,7 +22,7 @@ from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
-from weightd_daemon.edges.show import clip
+from weightd_daemon.wire import clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -15,7 +15,7 @@ from .metrics import CONTENT_TYPE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightd_daemon.edges.parts import Parts
+    from weightd_daemon.api.context import Parts
 
     from .metrics import Metrics
 

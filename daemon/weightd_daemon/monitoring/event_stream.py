@@ -23,7 +23,7 @@ from weightd_daemon.core.events import (
     Named,
     Sealed,
 )
-from weightd_daemon.edges.show import time_to, user_name
+from weightd_daemon.wire import time_to, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

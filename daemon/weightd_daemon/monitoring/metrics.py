@@ -24,9 +24,9 @@ from prometheus_client.registry import Collector
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import GRPC_CODES, REASONS
 from weightd_daemon import __version__
+from weightd_daemon.api.context import Parts
+from weightd_daemon.api.stats import snapshot
 from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadAnswered, LoadEnded
-from weightd_daemon.edges.books import snapshot
-from weightd_daemon.edges.parts import Parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

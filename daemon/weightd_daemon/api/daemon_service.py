@@ -11,11 +11,11 @@ from collections.abc import AsyncIterator
 from weightd._proto.v1 import daemon_pb2, daemon_pb2_grpc
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd_daemon import __version__
+from weightd_daemon.wire import leases_to
 
-from .books import snapshot
-from .interceptors import Context
-from .parts import Parts
-from .show import leases_to
+from .context import Parts
+from .error_mapping import Context
+from .stats import snapshot
 
 LOOK_SECONDS = 1.0
 """How often leases are looked at while somebody follows: the kernel tells nobody that a lock has gone."""

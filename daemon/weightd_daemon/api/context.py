@@ -14,7 +14,7 @@ from weightd_daemon.monitoring.event_stream import Journal
 from weightd_daemon.operations.drain import Drain
 from weightd_daemon.persistence.digest_index import DigestIndex
 
-from .interceptors import Context
+from .error_mapping import Context
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 

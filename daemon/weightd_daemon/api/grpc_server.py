@@ -19,12 +19,12 @@ from weightd._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
+from weightd_daemon.wire import leases_to
 
 from .checkpoint_service import CheckpointService
+from .context import Parts
 from .daemon_service import DaemonService
-from .interceptors import Context, ErrorMapping
-from .parts import Parts
-from .show import leases_to
+from .error_mapping import Context, ErrorMapping
 
 MAX_MESSAGE = 64 << 20
 _SERVICES = tuple(

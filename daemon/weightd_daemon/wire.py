@@ -11,9 +11,10 @@ from urllib.parse import quote
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from weightd._proto.v1 import lease_pb2
-from weightd_daemon.core.catalog import Catalog
-from weightd_daemon.core.checkpoint import Checkpoint
-from weightd_daemon.core.lease import Lease
+
+from .core.catalog import Catalog
+from .core.checkpoint import Checkpoint
+from .core.lease import Lease
 
 _MESSAGE_BYTES = 6000
 

@@ -18,8 +18,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
 from weightd.errors import ServerError, WeightdError
-
-from .show import clip
+from weightd_daemon.wire import clip
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

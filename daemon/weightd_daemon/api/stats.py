@@ -6,7 +6,7 @@ import os
 
 from weightd._proto.v1 import daemon_pb2
 
-from .parts import Parts
+from .context import Parts
 
 _STATES = {
     "serving": daemon_pb2.DAEMON_STATE_SERVING,

@@ -19,10 +19,10 @@ from weightd_daemon.handles.peers import Connection
 from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
+from weightd_daemon.wire import time_to, user_name
 
-from .interceptors import Context
-from .parts import Parts
-from .show import time_to, user_name
+from .context import Parts
+from .error_mapping import Context
 
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
