@@ -18,9 +18,10 @@ import torch
 
 import weightd
 import weightd.torch
-from weightd import _handles, attachment
+from weightd import attachment
 from weightd._mapping import host
 from weightd._proto.v1 import handles_pb2
+from weightd._transport import handle_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,8 +36,8 @@ class Clocks:
 
     def __enter__(self) -> Self:
         places: list[tuple[Any, str, str]] = [
-            (_handles.HandleConnection, "__init__", "connect and hello"),
-            (_handles.HandleConnection, "attach", "attach request and answer"),
+            (handle_socket.HandleConnection, "__init__", "connect and hello"),
+            (handle_socket.HandleConnection, "attach", "attach request and answer"),
             (host, "map_lease", "map the manifest"),
             (host, "map_segment", "map the segments"),
             (attachment, "_tensors", "manifest: columns to rows"),

@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 
 import weightd
 import weightd.torch
-from weightd import _handles, attachment
+from weightd import attachment
 from weightd._mapping import cuda_driver
+from weightd._transport import handle_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 DEVICE = "cuda:0"
 COPY_PIECE = 64 << 20
 STEPS: list[tuple[Any, str, str]] = [
-    (_handles.HandleConnection, "__init__", "connect and hello"),
-    (_handles.HandleConnection, "attach", "request, answer and descriptors"),
+    (handle_socket.HandleConnection, "__init__", "connect and hello"),
+    (handle_socket.HandleConnection, "attach", "request, answer and descriptors"),
     (cuda_driver, "import_descriptor", "import"),
     (cuda_driver.AddressRange, "__init__", "reserve addresses"),
     (cuda_driver.AddressRange, "map", "map"),

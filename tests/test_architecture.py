@@ -29,7 +29,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
-        ("weightd.client", "weightd._rpc", "weightd_daemon.api.grpc_server", "weightd_daemon.api.error_mapping"),
+        (
+            "weightd.client",
+            "weightd._transport.rpc",
+            "weightd_daemon.api.grpc_server",
+            "weightd_daemon.api.error_mapping",
+        ),
     ),
     **dict.fromkeys(("typer", "click", "rich"), ("weightd.cli*",)),
     **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
@@ -38,14 +43,31 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "prometheus_client": ("weightd_daemon.monitoring.metrics",),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
-    # `weightd plan` runs without a daemon: planning is a composition root too, for it reads the digest index.
-    "weightd_daemon.edges": ("weightd_daemon.app", "weightd_daemon.planning"),
     "weightd_daemon.planning": (),
     **dict.fromkeys(
         (f"weightd_daemon.devices.{name}" for name in ("host", "host_io", "cuda_vmm", "cuda_ipc", "cuda_io")),
         ("weightd_daemon.app", "weightd_daemon.devices*"),
     ),
 }
+# Which rooms of the daemon a room may import: those below it. The composition roots may import all: app.py, and
+# planning.py, which is what `weightd plan` runs without a daemon.
+DAEMON = "weightd_daemon"
+ROOMS: dict[str, tuple[str, ...]] = {
+    "core": (),
+    "config": ("core",),
+    "wire": ("core",),
+    "logs": ("config",),
+    "devices": ("core", "config"),
+    "formats": ("core",),
+    "loader": ("core", "devices", "formats"),
+    "loads": ("core", "devices", "loader"),
+    "handles": ("core", "devices", "loads", "wire"),
+    "persistence": ("core", "devices", "handles", "loads"),
+    "operations": ("core", "config", "handles", "loads", "persistence"),
+    "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
+    "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
+}
+ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
 LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
 
@@ -122,7 +144,17 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             top = name.split(".")[0]
             if top in IMPURE or top not in sys.stdlib_module_names:
                 found.append(f"{module}:{line} imports {name}; the core is pure")
+        room, other = room_of(module), room_of(name)
+        if room and other and room != other and room not in ROOTS and other not in ROOMS.get(room, ()):
+            found.append(f"{module}:{line} imports {name}; {room} may import {', '.join(ROOMS.get(room, ()))}")
     return found
+
+
+def room_of(name: str) -> str:
+    """The room of a module of the daemon, or of a name in it; "" for the package's own names and all others."""
+    package, _, rest = name.partition(".")
+    room = rest.partition(".")[0]
+    return room if package == DAEMON and room in (*ROOMS, *ROOTS) else ""
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -137,6 +169,13 @@ def modules() -> Iterator[tuple[str, Path]]:
 def test_walk_sees_both_trees() -> None:
     names = {name for name, _ in modules()}
     assert {"weightd", "weightd.errors", "weightd_daemon.app", "weightd_daemon.core.store"} <= names
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.name for path in (ROOT / "daemon" / DAEMON).iterdir() if (path / "__init__.py").is_file()}
+    assert rooms <= set(ROOMS)
+    later = list(ROOMS)
+    assert all(later.index(below) < later.index(room) for room, allowed in ROOMS.items() for below in allowed)
 
 
 def test_imports_run_one_way() -> None:
@@ -159,10 +198,10 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.loader.copy", "from torch.utils import dlpack"),
         ("weightd_daemon.loader.copy", "import weightd.torch"),
         ("weightd_daemon.app", "import grpc.aio"),
-        ("weightd._handles", "try:\n    import grpc\nexcept ImportError:\n    pass"),
+        ("weightd._transport.handle_socket", "try:\n    import grpc\nexcept ImportError:\n    pass"),
         ("weightd.types", "from rich.table import Table"),
         ("weightd_daemon.devices.host", "from cuda.bindings import driver"),
-        ("weightd._wire", "import pickle"),
+        ("weightd._transport.convert", "import pickle"),
         ("weightd_daemon.core.store", "import sqlite3"),
         ("weightd_daemon.formats.split", "def check():\n    import gguf"),
         ("weightd_daemon.core.store", "import time"),
@@ -171,6 +210,8 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.core", "from ..formats import safetensors"),
         ("weightd_daemon.loader.job", "from weightd_daemon.devices import host"),
         ("weightd_daemon.loader.job", "from weightd_daemon.persistence.digest_index import DigestIndex"),
+        ("weightd_daemon.loader.job", "if TYPE_CHECKING:\n    from weightd_daemon.loads import flight"),
+        ("weightd_daemon.persistence.restore", "from weightd_daemon.api.context import Parts"),
         ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
     ],
@@ -184,7 +225,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
     [
         ("weightd.torch", "import torch"),
         ("weightd.attachment", "def state_dict():\n    import torch"),
-        ("weightd._rpc", "import grpc"),
+        ("weightd._transport.rpc", "import grpc"),
         ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
         ("weightd_daemon.api.grpc_server", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
         ("weightd_daemon.core.arena", "import bisect\nfrom . import ranges\nfrom weightd.types import ALIGNMENT"),

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._index import MAX_JSON_BYTES, weight_map
+from ._references.index import MAX_JSON_BYTES, weight_map
 from .errors import InvalidReferenceError, WeightdError
 from .types import TensorKey
 
 if TYPE_CHECKING:
-    from ._files import OpenedSources
     from ._proto.v1 import checkpoint_pb2
+    from ._references.files import OpenedSources
 
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors' own bound."""

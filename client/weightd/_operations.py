@@ -8,16 +8,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeVar
 
 from ._devices import device_name
-from ._handles import fit
 from ._proto.v1 import handles_pb2
-from ._wire import source_to
+from ._transport.convert import source_to
+from ._transport.handle_socket import fit
 from .errors import DeviceError, FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._rpc import ControlPlane
+    from ._transport.rpc import ControlPlane
     from .attachment import Attachment
     from .types import (
         CheckpointDetails,

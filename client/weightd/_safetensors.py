@@ -13,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
-from ._files import open_regular, show
+from ._references.files import open_regular, show
 from .errors import (
     DeviceMismatchError,
     FormatError,

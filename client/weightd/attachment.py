@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._handles import Received
-    from ._line import Line
     from ._mapping.ranges import Range
     from ._mapping.segments import Memory, Segments
+    from ._transport.connection import Line
+    from ._transport.handle_socket import Received
     from .types import LoadResult
 
 Writable = Literal["copy"] | None

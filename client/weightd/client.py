@@ -6,16 +6,16 @@ import os
 import threading
 from typing import TYPE_CHECKING, Literal, Self
 
-from ._address import find_socket
 from ._devices import device_name
 from ._groups import Groups, add_groups
-from ._handles import feed, fit
 from ._limits import check_grpc_can_start
-from ._line import Line
 from ._operations import Operations, Reference
 from ._proto.v1 import checkpoint_pb2, handles_pb2
-from ._unreachable import when_reachable
-from ._wire import check_name, source_to
+from ._transport.address import find_socket
+from ._transport.connection import Line
+from ._transport.convert import check_name, source_to
+from ._transport.handle_socket import feed, fit
+from ._transport.unreachable import when_reachable
 from .attachment import Attachment
 from .errors import ForkedError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from ._files import OpenedSources
-    from ._handles import HandleConnection
-    from ._rpc import ControlPlane
+    from ._references.files import OpenedSources
+    from ._transport.handle_socket import HandleConnection
+    from ._transport.rpc import ControlPlane
 
 _FEED_SECONDS = 60.0
 _LOADS = 3
@@ -260,7 +260,7 @@ class Client(Operations):
         with self._lock:
             if self._control is None:
                 check_grpc_can_start()
-                from ._rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
+                from ._transport.rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
 
                 self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)
             return self._control

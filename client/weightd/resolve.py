@@ -6,7 +6,7 @@ only the name that is shown for it is tidied. Any part of a split GGUF file (`NA
 of its parts, which lie beside it, by the name of the first.
 
 A directory that `model_index.json` makes a pipeline is what its components hold. Any other directory with weights is
-those weights, whatever lies below it (_folders.py says which files), and one without is what `modules.json` lists.
+those weights, whatever lies below it (which files: _references/folders.py), and one without is what `modules.json` lists.
 Where no safetensors files are, there must be one GGUF file, or the parts of one: several are mostly the same weights,
 quantised differently. Anything else is no checkpoint, and the error says which ones lie below it.
 """
@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from ._files import OpenedSources, SourcePath, in_order, show, translated
-from ._folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, shard_of, weights
-from ._huggingface import find_snapshot
-from ._index import PICKLES, SUFFIX, is_below
-from ._survey import checkpoints_below
+from ._references.files import OpenedSources, SourcePath, in_order, show, translated
+from ._references.folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, shard_of, weights
+from ._references.huggingface import find_snapshot
+from ._references.index import PICKLES, SUFFIX, is_below
+from ._references.survey import checkpoints_below
 from .errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 
 if TYPE_CHECKING:

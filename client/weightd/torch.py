@@ -42,7 +42,7 @@ from ._safetensors import (
     refuse_gguf,
     require_numpy,
 )
-from ._unreachable import when_reachable
+from ._transport.unreachable import when_reachable
 from .client import Client, connect
 from .errors import (
     CapacityError,

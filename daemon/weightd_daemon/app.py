@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightd._address import handles_path
 from weightd._limits import DAEMON, check_grpc_can_start
+from weightd._transport.address import handles_path
 from weightd.errors import DeviceError
 
 from . import logs
@@ -38,6 +38,7 @@ from .loads.loads import Loads
 from .monitoring.event_log import EventLog
 from .monitoring.event_stream import Journal
 from .monitoring.listeners import Listeners
+from .monitoring.statistics import Statistics
 from .operations.drain import Drain
 from .operations.notify import Announcer, status_line
 from .operations.preload import Preloader
@@ -183,11 +184,12 @@ class Daemon:
             store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
             devices=devices, default_device=default, limits=limits, now=time.time,
         )  # fmt: skip
+        statistics = Statistics(store, loads, connections, devices, drain, index)
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, journal=journal, drain=drain, digests=index,
+            now=time.time, journal=journal, drain=drain, statistics=statistics,
         )  # fmt: skip
-        metrics = await self._monitor(stack, parts)
+        metrics = await self._monitor(stack, statistics)
         if metrics is not None:
             listeners.add(metrics)
         handles = HandleServer(
@@ -267,7 +269,7 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
         stack.callback(task.cancel)
 
-    async def _monitor(self, stack: contextlib.AsyncExitStack, parts: Parts) -> Metrics | None:
+    async def _monitor(self, stack: contextlib.AsyncExitStack, statistics: Statistics) -> Metrics | None:
         """Serve the pages for monitors, if they are wanted. Errors: ConfigError, TemporaryError, AlreadyServedError."""
         settings, address = self._settings, self._settings.metrics_address
         if address is None:
@@ -282,8 +284,8 @@ class Daemon:
                 f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
                 "pip install '.[metrics]' in weightd's checkout"
             ) from error
-        metrics = Metrics(parts)
-        server = pages(metrics, parts, lambda: self._up)
+        metrics = Metrics(statistics)
+        server = pages(metrics, statistics, lambda: self._up)
         try:
             listener = listen(address, int(settings.socket_mode, 8))
         except OSError as error:

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightd._files import open_regular, show
+from weightd._references.files import open_regular, show
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.resolve import open_sources, resolve
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from weightd._huggingface import _cache_of_environment
+from weightd._references.huggingface import _cache_of_environment
 from weightd.errors import WeightdError
 from weightd.resolve import folder_of
 

@@ -20,7 +20,7 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, wait_stopped
 from support.malformed import build, entry
-from weightd._files import SourcePath
+from weightd._references.files import SourcePath
 from weightd.resolve import Resolved
 
 StartDaemon = Callable[..., Daemon]

@@ -31,7 +31,7 @@ from weightd._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
-from weightd._wire import source_to
+from weightd._transport.convert import source_to
 
 StartDaemon = Callable[..., Daemon]
 Request = handles_pb2.HandleRequest

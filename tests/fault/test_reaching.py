@@ -235,7 +235,7 @@ def test_something_that_is_no_daemon(folder: Path, answer: bytes, words: str) ->
 
 
 def test_another_protocol_is_76(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("weightd._handles.PROTOCOL", 2)
+    monkeypatch.setattr("weightd._transport.handle_socket.PROTOCOL", 2)
     code, message = failure(daemon.socket)
     assert code == 76
     assert "this client speaks protocol 2, the daemon 1" in message
@@ -253,7 +253,7 @@ uid, gid, arguments = json.loads(sys.argv[1])
 weightd.cli.app.run(["ls", "--socket", "/nonexistent/w.sock"])
 os.setgroups([]); os.setgid(gid); os.setuid(uid)
 os.environ.update({"XDG_RUNTIME_DIR": arguments["runtime"]} if "runtime" in arguments else {})
-weightd._address.SYSTEM_SOCKET = Path(arguments["system"])
+weightd._transport.address.SYSTEM_SOCKET = Path(arguments["system"])
 def attempt(call):
     try:
         call()

@@ -23,8 +23,8 @@ from support.background import background
 from support.content import content
 from support.daemon import Daemon, eventually
 from support.worker import Worker
-from weightd._handles import HandleConnection, feed
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.handle_socket import HandleConnection, feed
 from weightd.client import Client
 
 Spawn = Callable[[Daemon], Worker]

@@ -24,7 +24,7 @@ from support.loader import STOP, wait_stopped
 from support.users import needs_root, open_to_all
 from support.wire import Peer
 from support.worker import Worker
-from weightd._rpc import ControlPlane
+from weightd._transport.rpc import ControlPlane
 from weightd.client import Client
 
 Spawn = Callable[[Daemon], Worker]

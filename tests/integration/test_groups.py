@@ -19,7 +19,7 @@ from support.gated import gated_argv
 from support.shared import SharedDaemons
 from weightd import _groups
 from weightd._proto.v1 import checkpoint_pb2
-from weightd._wire import source_to
+from weightd._transport.convert import source_to
 from weightd.attachment import Attachment
 from weightd.layouts import adjacent
 from weightd.resolve import open_sources, resolve

@@ -18,7 +18,7 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher, waiters_of
 from support.loader import STOP, resume, wait_stopped
 from weightd._proto.v1 import checkpoint_pb2
-from weightd._wire import source_to
+from weightd._transport.convert import source_to
 from weightd.resolve import open_sources, resolve
 from weightd_daemon.loads.loads import MAX_UNFINISHED
 

@@ -548,12 +548,12 @@ def test_where_a_strategy_meets_no_room_transformers_places_the_model(
 
 
 def test_a_revision_names_the_one_that_is_loaded(installed: Any) -> None:
-    from weightd.integrations import files
+    from weightd.integrations import weight_files
 
-    assert files.at_revision("org/name", "v2") == files.at_revision("org/name@v2", "v2") == "org/name@v2"
-    assert files.at_revision("./folder", "v2") == "./folder"
+    assert weight_files.at_revision("org/name", "v2") == weight_files.at_revision("org/name@v2", "v2") == "org/name@v2"
+    assert weight_files.at_revision("./folder", "v2") == "./folder"
     with pytest.raises(weightd.InvalidReferenceError, match="say one"):
-        files.at_revision("org/name@v1", "v2")
+        weight_files.at_revision("org/name@v1", "v2")
     with pytest.raises(weightd.NotFoundError, match="v2"):
         installed.from_pretrained("org/no-such-name-in-the-cache", revision="v2")
 

@@ -14,6 +14,7 @@ from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 
 WHO = Who(1000, admin=False, domain="")
@@ -39,8 +40,11 @@ class Filled:
         self.loads: Any = self
         self.under_way: list[Any] = []
         self.connections: list[Any] = []
-        self.digests = SimpleNamespace(path=Path("/state/index"), problem="", failures=0)
-        self.drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
+        digests: Any = SimpleNamespace(path=Path("/state/index"), problem="", failures=0)
+        connections: Any = self.connections
+        drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
+        devices: Any = self.devices
+        self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests)
         numbers = count()
         for uuid in DEVICES:
             self.store.memories[uuid] = DeviceMemory(

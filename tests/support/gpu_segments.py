@@ -14,11 +14,11 @@ from typing import Any
 import weightd
 from support import fakecuda
 from support.daemon import environment
-from weightd._handles import Received
 from weightd._mapping import cuda_driver
 from weightd._mapping.cuda_driver import call
 from weightd._mapping.segments import Segments, Wanted, open_segments
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.handle_socket import Received
 
 SIZE = 2 << 20
 Places = dict[str, tuple[str, tuple[int, ...], int, int]]

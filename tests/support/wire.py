@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from weightd._files import OpenedSources
 from weightd._proto.v1 import handles_pb2
+from weightd._references.files import OpenedSources
 from weightd.types import FileIdentity, SourceFile
 
 

@@ -14,8 +14,8 @@ from support import checkpoints
 from support.daemon import Daemon, eventually
 from support.manager import Manager
 from support.worker import Worker
-from weightd._line import Line
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.connection import Line
 
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]

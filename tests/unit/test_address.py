@@ -8,8 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from weightd import _address
-from weightd._address import candidates, check_path, check_peer, find_socket, grpc_target, handles_path, serving_socket
+from weightd._transport import address
+from weightd._transport.address import (
+    candidates,
+    check_path,
+    check_peer,
+    find_socket,
+    grpc_target,
+    handles_path,
+    serving_socket,
+)
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 
 UID = os.geteuid()
@@ -35,7 +43,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
     for name, value in (
         ("SYSTEM_SOCKET", found.system), ("RUNTIME_FOLDERS", found.runtime.parent), ("TEMPORARY", found.folder.parent),
     ):  # fmt: skip
-        monkeypatch.setattr(_address, name, value)
+        monkeypatch.setattr(address, name, value)
     for name in ("XDG_RUNTIME_DIR", "WEIGHTD_SOCKET"):
         monkeypatch.delenv(name, raising=False)
     return found

@@ -10,14 +10,13 @@ from support.counting import operations
 from support.filled import BLOBS, Filled
 from weightd._proto.v1 import checkpoint_pb2
 from weightd_daemon.api.checkpoint_service import CheckpointService
-from weightd_daemon.api.stats import snapshot
 from weightd_daemon.monitoring.metrics import Metrics
 
 
 def cost(checkpoints: int, what: str) -> int:
     """Instructions of an answer."""
     parts: Any = Filled(checkpoints)
-    service, metrics = CheckpointService(parts), Metrics(parts)
+    service, metrics = CheckpointService(parts), Metrics(parts.statistics)
 
     def listed() -> None:
         with pytest.raises(StopIteration) as ended:
@@ -27,7 +26,7 @@ def cost(checkpoints: int, what: str) -> int:
     def counted() -> None:
         assert f'weightd_checkpoints{{state="resident"}} {checkpoints}.0\n' in metrics.page().decode()
 
-    return operations({"ls": listed, "stats": lambda: snapshot(parts), "metrics": counted}[what])
+    return operations({"ls": listed, "stats": lambda: parts.statistics.read(), "metrics": counted}[what])
 
 
 @pytest.mark.parametrize("what", ["ls", "stats", "metrics"])
@@ -38,6 +37,6 @@ def test_cost_grows_with_what_there_is(what: str) -> None:
 
 def test_figures_are_per_device() -> None:
     parts: Any = Filled(9)
-    books = snapshot(parts)
+    books = parts.statistics.read()
     assert [device.live_bytes for device in books.devices] == [2 * BLOBS * 4096] + [BLOBS * 4096] * 7
     assert (books.blobs, books.resident_bytes, books.leases) == (9 * BLOBS, 9 * BLOBS * 4096, 9)

@@ -1,4 +1,4 @@
-"""Which files of a folder transformers and diffusers load (weightd.integrations.files)."""
+"""Which files of a folder transformers and diffusers load (weightd.integrations.weight_files)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from weightd.errors import InvalidReferenceError, NotFoundError
-from weightd.integrations.files import named, of_diffusers, of_transformers
+from weightd.integrations.weight_files import named, of_diffusers, of_transformers
 from weightd.resolve import resolve
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from weightd._index import MAX_JSON_BYTES, MAX_VALUES, weight_map
+from weightd._references.index import MAX_JSON_BYTES, MAX_VALUES, weight_map
 from weightd.errors import FormatError, WeightdError
 from weightd.types import TensorSpec
 from weightd_daemon.loader.indexed import indexes, owned

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from weightd._proto.v1 import daemon_pb2
-from weightd._wire import event_from
+from weightd._transport.convert import event_from
 from weightd.errors import EventsLostError, InUseError
 from weightd_daemon.core.catalog import Catalog, Who
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost

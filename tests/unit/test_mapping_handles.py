@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from weightd._handles import MAX_FRAME, HandleConnection, Received, _receive
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.handle_socket import MAX_FRAME, HandleConnection, Received, _receive
 from weightd.errors import (
     CapacityError,
     DrainingError,

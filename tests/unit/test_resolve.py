@@ -17,7 +17,7 @@ import pytest
 
 from support.malformed import VALID
 from weightd import resolve as module
-from weightd._index import MAX_JSON_BYTES
+from weightd._references.index import MAX_JSON_BYTES
 from weightd.errors import (
     FormatError,
     InvalidReferenceError,

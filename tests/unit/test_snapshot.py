@@ -104,7 +104,7 @@ def test_where_it_cannot_be_written_none_counts(root: RootRecord, monkeypatch: p
         write(descriptor, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_write", full)
+        patch.setattr(root_record, "_write", full)
         with pytest.raises(OSError, match="No space left"):
             root.write({"c": 3})
     assert body_of(root) is None

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 import weightd
-from weightd._address import find_socket
+from weightd._transport.address import find_socket
 from weightd.cli.context import Format, FormatOption, Settings, SocketOption, open_client, say
 from weightd.cli.output import emit, emit_json, flush, printable
 from weightd.errors import WeightdError

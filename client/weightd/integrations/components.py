@@ -16,16 +16,16 @@ import torch
 import transformers
 from diffusers.pipelines import pipeline_loading_utils
 
-from weightd._folders import read_json
-from weightd._index import is_below
+from weightd._references.folders import read_json
+from weightd._references.index import is_below
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 
-from . import files
+from . import weight_files
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weightd._files import SourcePath
+    from weightd._references.files import SourcePath
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ def of_model(folder: Path, variant: str | None) -> Part:
         raise FormatError(f"{folder / _CONFIG}: names {cls.__name__}, which is no model of diffusers")
     if config.get("quantization_config"):
         raise InvalidReferenceError(f"{folder}: it is quantised, which is not supported; load it with diffusers itself")
-    return Part(cls, files.of_diffusers(folder, "", variant))
+    return Part(cls, weight_files.of_diffusers(folder, "", variant))
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -167,7 +167,7 @@ def _variants(folder: Path, variant: str | None, index: dict[str, Any]) -> dict[
 
 def _files_of(cls: Any) -> Any:
     """The rule by which a component's files are chosen."""
-    return files.of_transformers if issubclass(cls, transformers.PreTrainedModel) else files.of_diffusers
+    return weight_files.of_transformers if issubclass(cls, transformers.PreTrainedModel) else weight_files.of_diffusers
 
 
 def _class_named(folder: Path, library: Any, name: Any) -> Any:

@@ -26,7 +26,7 @@ from weightd.errors import FormatError, InvalidReferenceError
 from weightd.resolve import folder_of
 from weightd.torch import shared_client
 
-from . import files, modules, sharing
+from . import modules, sharing, weight_files
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
 from .modules import make_private
 from .placement import device_of
@@ -89,7 +89,7 @@ def from_pretrained(
     DaemonUnreachableError, DeviceMismatchError, DeviceError, and whatever diffusers raises.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
-    reference = files.at_revision(reference, kwargs.pop("revision", None))
+    reference = weight_files.at_revision(reference, kwargs.pop("revision", None))
     folder = folder_of(reference) / subfolder
     place = device_of(device, kwargs.pop("device_map", None))
     dtype = asked_dtype(dtype, kwargs)
@@ -101,7 +101,9 @@ def from_pretrained(
         raise InvalidReferenceError(f"{folder}: is a single model, which takes no {', '.join(unknown)}")
     else:
         parts = {"": components.of_model(folder, variant)}
-    chosen = files.named(reference, subfolder, tuple(path for part in parts.values() for path in part.files), variant)
+    chosen = weight_files.named(
+        reference, subfolder, tuple(path for part in parts.values() for path in part.files), variant
+    )
     if not parts:
         raise InvalidReferenceError(f"{folder}: no component has weights that could be shared; load it with diffusers")
     made: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from weightd._unreachable import when_reachable
+from weightd._transport.unreachable import when_reachable
 from weightd.errors import (
     CapacityError,
     DaemonUnreachableError,
@@ -33,7 +33,7 @@ from weightd.errors import (
 from weightd.resolve import folder_of, is_path
 from weightd.torch import shared_client
 
-from . import files
+from . import weight_files
 from .conversion import groups_of
 from .modules import make_private
 from .placement import STRATEGIES, device_of, one_device
@@ -96,7 +96,7 @@ def from_pretrained(
     DeviceMismatchError, DeviceError, and whatever transformers raises.
     """
     subfolder = kwargs.pop("subfolder", None) or ""
-    reference = files.at_revision(reference, kwargs.pop("revision", None))
+    reference = weight_files.at_revision(reference, kwargs.pop("revision", None))
     folder = folder_of(reference) / subfolder
     place = device_of(device, kwargs.pop("device_map", None))
     dtype = asked_dtype(dtype, kwargs)
@@ -105,7 +105,7 @@ def from_pretrained(
         raise InvalidReferenceError(f"{os.fspath(reference)}: {why}; load it with transformers itself")
     if model_class is None:
         model_class = _named_class(folder)
-    chosen = files.named(reference, subfolder, files.of_transformers(folder, variant=variant), variant)
+    chosen = weight_files.named(reference, subfolder, weight_files.of_transformers(folder, variant=variant), variant)
     wanted = functools.partial(_groups, model_class, folder, kwargs)
     with (client or shared_client()).attach(chosen, device=place, groups=wanted) as attachment:
         name = os.fspath(reference)
@@ -191,8 +191,8 @@ def _store_source(cls: Any, path: Any, kwargs: dict[str, Any]) -> tuple[Resolved
         reference = _as_transformers_reads(path, kwargs.get("revision"))
         folder = folder_of(reference) / subfolder
         variant = kwargs.get("variant")
-        weights = files.of_transformers(folder, variant=variant, exact=True)
-        chosen = files.named(reference, subfolder, weights, variant)
+        weights = weight_files.of_transformers(folder, variant=variant, exact=True)
+        chosen = weight_files.named(reference, subfolder, weights, variant)
         _require_config(folder, kwargs)
         why = _unfit(folder, kwargs) or weights_apart(cls.config_class, folder)
     except (InvalidReferenceError, NotFoundError, FormatError, PermissionDeniedError) as error:
@@ -212,7 +212,7 @@ def _as_transformers_reads(path: Any, revision: str | None) -> str | os.PathLike
     name = str(path)
     if isinstance(path, os.PathLike) or is_path(name) or "@" in name:
         raise InvalidReferenceError(f"{name}: neither a folder that is there nor org/name in the Hugging Face cache")
-    return files.at_revision(name, revision)
+    return weight_files.at_revision(name, revision)
 
 
 def _require_config(folder: Path, kwargs: dict[str, Any]) -> None:

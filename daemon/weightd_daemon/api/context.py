@@ -11,8 +11,8 @@ from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import Journal
+from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
-from weightd_daemon.persistence.digest_index import DigestIndex
 
 from .error_mapping import Context
 
@@ -31,7 +31,7 @@ class Parts(NamedTuple):
     now: Callable[[], float]
     journal: Journal
     drain: Drain
-    digests: DigestIndex
+    statistics: Statistics
 
     def caller(self, context: Context) -> tuple[Connection, Who]:
         """Whose call it is. Errors: PermissionDeniedError."""

@@ -15,7 +15,6 @@ from weightd_daemon.wire import leases_to
 
 from .context import Parts
 from .error_mapping import Context
-from .stats import snapshot
 
 LOOK_SECONDS = 1.0
 """How often leases are looked at while somebody follows: the kernel tells nobody that a lock has gone."""
@@ -40,7 +39,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
     ) -> daemon_pb2.GetStatsResponse:
         """The books of every device at one moment."""
         self._parts.caller(context)
-        return snapshot(self._parts)
+        return self._parts.statistics.read()
 
     async def WatchEvents(  # noqa: N802
         self, request: daemon_pb2.WatchEventsRequest, context: Context

@@ -10,7 +10,6 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from weightd._address import grpc_target
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -19,6 +18,7 @@ from weightd._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
+from weightd._transport.address import grpc_target
 from weightd_daemon.wire import leases_to
 
 from .checkpoint_service import CheckpointService

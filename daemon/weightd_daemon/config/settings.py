@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightd._address import check_path, handles_path, serving_socket
+from weightd._transport.address import check_path, handles_path, serving_socket
 from weightd.errors import InvalidReferenceError
 from weightd_daemon.core.limits import Limits
 

@@ -1,6 +1,6 @@
 """The store: blobs by content, the loads that bring them, the checkpoints that keep them.
 
-Every state of the books changes here, but for restoring.py, which fills empty ones. The store touches no memory: it
+Every state of the books changes here, but for adoption.py, which fills empty ones. The store touches no memory: it
 grants extents, says where equal bytes may lie, and queues memory that can go (see memory.py). Events tell of changes.
 """
 

@@ -1,1 +1,1 @@
-"""Loading: the child process that moves bytes (child, copying, …) and the daemon's side of it (process, load, …)."""
+"""The loader: the child process that reads checkpoint files and moves their bytes. The daemon's side is in loads/."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from weightd._index import MAX_JSON_BYTES
+from weightd._references.index import MAX_JSON_BYTES
 from weightd.errors import FormatError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import os
 import stat
 import time
 
-from weightd._index import MAX_JSON_BYTES, weight_map
+from weightd._references.index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
 from weightd_daemon.formats import gguf, safetensors

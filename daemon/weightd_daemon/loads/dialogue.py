@@ -48,7 +48,7 @@ class Instance(NamedTuple):
 
 
 class Draft(Protocol):
-    """The manifest of a content that is not sealed yet (edges/survival.py)."""
+    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
 
     def discard(self) -> None:
         """Give it up; nothing happens where the seal has taken it."""

@@ -299,7 +299,7 @@ class Loads:
                 )  # fmt: skip
                 loader = await self._pool.take()
                 labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
-                # Writes to one memfd take turns, so there each thread gets segments of its own (work.py).
+                # Writes to one memfd take turns, so there each thread gets segments of its own (loader/schedule.py).
                 lanes = self.threads if device.kind == "host" else 1
                 place = {"kind": device.kind, "device": device.uuid}
                 job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}

@@ -15,20 +15,19 @@ from .metrics import CONTENT_TYPE
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightd_daemon.api.context import Parts
-
     from .metrics import Metrics
+    from .statistics import Statistics
 
 
-def pages(metrics: Metrics, parts: Parts, is_up: Callable[[], bool]) -> Pages:
+def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -> Pages:
     """The three pages. `is_up` says whether the daemon has started and does not stop."""
 
     def ready() -> Page:
         if not is_up():
             return Page(HTTPStatus.SERVICE_UNAVAILABLE, b"starting or stopping\n")
-        if parts.drain.state != "serving":
-            held = len(parts.store.leases.refresh())
-            return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{parts.drain.state}, leases held: {held}\n".encode())
+        if statistics.drain.state != "serving":
+            held = len(statistics.store.leases.refresh())
+            return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{statistics.drain.state}, leases held: {held}\n".encode())
         return Page(HTTPStatus.OK, b"ready\n")
 
     def counted() -> Page:

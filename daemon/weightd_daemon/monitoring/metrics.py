@@ -24,14 +24,14 @@ from prometheus_client.registry import Collector
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import GRPC_CODES, REASONS
 from weightd_daemon import __version__
-from weightd_daemon.api.context import Parts
-from weightd_daemon.api.stats import snapshot
 from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadAnswered, LoadEnded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from prometheus_client.metrics_core import Metric
+
+    from .statistics import Statistics
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _ATTACH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
@@ -49,14 +49,14 @@ _METHODS = [
 class Metrics:
     """Counts what happens, and makes the page."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, statistics: Statistics) -> None:
         # Or each counter would have a second series, which says when it began.
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the package types its public classes only
         registry = CollectorRegistry(auto_describe=False)
         self._registry = registry
         self.is_cut_off = False
         """Whether it hears nothing more, so that its figures are out of date."""
-        self._kinds = {uuid: device.kind for uuid, device in parts.devices.items()}
+        self._kinds = {uuid: device.kind for uuid, device in statistics.devices.items()}
         self._loads = Counter("weightd_loads", "Loads that have ended, by outcome.", ["outcome"], registry=registry)
         self._answered = Counter(
             "weightd_loads_from_memory", "Loads that were answered with what was resident.", _DEVICE, registry=registry
@@ -101,7 +101,7 @@ class Metrics:
             self._losses.labels(*place)
             self._load_seconds.labels(*place)
         ProcessCollector(registry=registry)
-        registry.register(_Books(parts))
+        registry.register(_Books(statistics))
 
     def tell(self, event: Event) -> None:
         """Something has happened."""
@@ -142,13 +142,13 @@ class Metrics:
 class _Books(Collector):
     """What is there at the moment of asking."""
 
-    def __init__(self, parts: Parts) -> None:
-        self._parts = parts
+    def __init__(self, statistics: Statistics) -> None:
+        self._statistics = statistics
 
     def collect(self) -> Iterator[Metric]:
         """Read the books, once for all figures."""
-        parts = self._parts
-        books = snapshot(parts)
+        statistics = self._statistics
+        books = statistics.read()
         build = {"version": __version__, "python": platform.python_version()}
         yield InfoMetricFamily("weightd_build", "What runs.", value=build)
 
@@ -186,17 +186,17 @@ class _Books(Collector):
         yield _gauge("weightd_saved_bytes", "Bytes that sharing saves.", books.saved_bytes)
         checkpoints = GaugeMetricFamily("weightd_checkpoints", "Checkpoints, by state.", labels=["state"])
         checkpoints.add_metric(["resident"], books.checkpoints)
-        checkpoints.add_metric(["loading"], len(parts.loads.under_way))
-        checkpoints.add_metric(["lost"], len(parts.store.lost))
+        checkpoints.add_metric(["loading"], len(statistics.loads.under_way))
+        checkpoints.add_metric(["lost"], len(statistics.store.lost))
         yield checkpoints
-        waiting = sum(lease.waiting for lease in parts.store.leases)
+        waiting = sum(lease.waiting for lease in statistics.store.leases)
         leases = GaugeMetricFamily("weightd_leases", "Leases, by state.", labels=["state"])
         leases.add_metric(["held"], books.leases - waiting)
         leases.add_metric(["waiting"], waiting)
         yield leases
         yield _gauge("weightd_blobs", "Blobs.", books.blobs)
-        yield _gauge("weightd_connections", "Connections on the handle socket.", len(parts.connections))
-        yield _gauge("weightd_draining", "1 while nothing new is lent or loaded.", parts.drain.state != "serving")
+        yield _gauge("weightd_connections", "Connections on the handle socket.", len(statistics.connections))
+        yield _gauge("weightd_draining", "1 while nothing new is lent or loaded.", statistics.drain.state != "serving")
         yield CounterMetricFamily(
             "weightd_digest_variants", "Digest matches whose bytes turned out to differ.", value=books.digest_collisions
         )

@@ -11,7 +11,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from weightd._files import OpenedSources, show
+from weightd._references.files import OpenedSources, show
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd.resolve import files_of, folder_of, is_path, open_sources, path_of
 from weightd_daemon.handles.attach import MAX_SOURCES

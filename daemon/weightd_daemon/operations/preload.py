@@ -15,8 +15,8 @@ import socket
 from itertools import count
 from typing import TYPE_CHECKING
 
-from weightd._handles import feed
-from weightd._wire import source_to
+from weightd._transport.convert import source_to
+from weightd._transport.handle_socket import feed
 from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
 from weightd_daemon.config.toml_file import ConfigError, TemporaryError

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightd._address import check_folder, handles_path, is_own
+from weightd._transport.address import check_folder, handles_path, is_own
 from weightd.errors import PermissionDeniedError
 from weightd_daemon.config.toml_file import TemporaryError
 

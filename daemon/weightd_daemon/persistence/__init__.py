@@ -1,1 +1,1 @@
-"""What survives the daemon: segments, manifests and the root record in the service manager's descriptor store, and the digest index on disk."""
+"""What survives the daemon: memory, manifests and the root record in the descriptor store; the digest index on disk."""

@@ -2,7 +2,7 @@
 
 It has two slots, written in turn and in place. A slot is a header (magic, schema, sequence number, length, SHA-256 over
 all of that and the payload) and the payload, which is JSON. The valid slot with the greater sequence number counts: a
-write that a kill has torn leaves the one before. What is in it is checked by whoever reads it (restoring.py).
+write that a kill has torn leaves the one before. What is in it is checked by whoever reads it (restore.py).
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ import os
 import stat
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._limits import limit_error
-from .errors import InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
-from .types import FileIdentity, SourceFile
+from weightd._limits import limit_error
+from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
+from weightd.types import FileIdentity, SourceFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -9,7 +9,7 @@ import struct
 from pathlib import Path
 from urllib.parse import quote
 
-from .errors import InvalidReferenceError, PermissionDeniedError
+from weightd.errors import InvalidReferenceError, PermissionDeniedError
 
 SYSTEM_SOCKET = Path("/run/weightd/weightd.sock")
 RUNTIME_FOLDERS = Path("/run/user")

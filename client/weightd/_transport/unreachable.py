@@ -15,9 +15,10 @@ import stat
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from ._address import handles_path
-from ._limits import limit_error
-from .errors import DaemonBusyError, DaemonUnreachableError, PermissionDeniedError, WeightdError
+from weightd._limits import limit_error
+from weightd.errors import DaemonBusyError, DaemonUnreachableError, PermissionDeniedError, WeightdError
+
+from .address import handles_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable

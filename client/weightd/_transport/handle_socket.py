@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
 
-from ._address import check_peer, handles_path
-from ._limits import limit_error, out_of_descriptors
-from ._proto.v1 import handles_pb2
-from ._unreachable import unreachable
-from .errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
+from weightd._limits import limit_error, out_of_descriptors
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
+
+from .address import check_peer, handles_path
+from .unreachable import unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Final
 
-from .errors import FormatError, InvalidReferenceError
+from weightd.errors import FormatError, InvalidReferenceError
 
 MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 """Largest index that is read, in bytes."""

@@ -10,8 +10,8 @@ import shlex
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._files import show
-from ._huggingface import cache_folder, repository_of, snapshots_of
+from .files import show
+from .huggingface import cache_folder, repository_of, snapshots_of
 
 if TYPE_CHECKING:
     from pathlib import Path

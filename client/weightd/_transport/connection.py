@@ -16,9 +16,10 @@ import time
 import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
-from ._handles import HandleConnection
-from ._proto.v1 import handles_pb2
-from .errors import LeaseLostError, WeightdError
+from weightd._proto.v1 import handles_pb2
+from weightd.errors import LeaseLostError, WeightdError
+
+from .handle_socket import HandleConnection
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,9 +11,10 @@ import os
 import re
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._files import SourcePath, open_regular, show, translated
-from ._index import MAX_JSON_BYTES, SUFFIX, parse_json, weight_map
-from .errors import FormatError, InvalidReferenceError, NotFoundError
+from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
+
+from .files import SourcePath, open_regular, show, translated
+from .index import MAX_JSON_BYTES, SUFFIX, parse_json, weight_map
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from ._address import grpc_target
-from ._limits import out_of_descriptors
-from ._proto.v1 import (
+from weightd._limits import out_of_descriptors
+from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
     daemon_pb2,
@@ -18,10 +17,8 @@ from ._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
-from ._unreachable import probe, unreachable
-from ._wire import checkpoint_from, event_from, lease_from, result_from, source_from
-from .errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
-from .types import (
+from weightd.errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
+from weightd.types import (
     CheckpointDetails,
     CheckpointInfo,
     ComponentInfo,
@@ -36,6 +33,10 @@ from .types import (
     VerifyProgress,
     VersionInfo,
 )
+
+from .address import grpc_target
+from .convert import checkpoint_from, event_from, lease_from, result_from, source_from
+from .unreachable import probe, unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,9 +5,9 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from ._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
-from .errors import InvalidReferenceError
-from .types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, SourceFile
+from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
+from weightd.errors import InvalidReferenceError
+from weightd.types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, SourceFile
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp

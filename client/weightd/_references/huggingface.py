@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from ._files import open_regular, show
-from .errors import FormatError, InvalidReferenceError, NotFoundError
+from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
+
+from .files import open_regular, show
 
 _REPOSITORY: Final = re.compile(r"(?:[A-Za-z0-9._-]{1,96}/)?[A-Za-z0-9._-]{1,96}")
 _REVISION: Final = re.compile(r"[^\s\\\x00-\x1f\x7f]+")

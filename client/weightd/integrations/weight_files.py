@@ -6,9 +6,9 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from weightd import _folders
-from weightd._files import SourcePath, in_order
-from weightd._survey import checkpoints_below
+from weightd._references import folders
+from weightd._references.files import SourcePath, in_order
+from weightd._references.survey import checkpoints_below
 from weightd.errors import InvalidReferenceError
 from weightd.resolve import Resolved, is_path, reference_name
 
@@ -27,14 +27,14 @@ def of_transformers(
     `exact` it is not, as transformers does not.
     Errors: NotFoundError, FormatError (a damaged index), InvalidReferenceError (there are only variants, and several).
     """
-    return _of(_folders.TRANSFORMERS, folder, component, variant, exact=exact)
+    return _of(folders.TRANSFORMERS, folder, component, variant, exact=exact)
 
 
 def of_diffusers(
     folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
 ) -> tuple[SourcePath, ...]:
     """What diffusers loads: the shards of the index, else the one file. The rest is as in `of_transformers`."""
-    return _of(_folders.DIFFUSERS, folder, component, variant, exact=exact)
+    return _of(folders.DIFFUSERS, folder, component, variant, exact=exact)
 
 
 def at_revision(reference: str | os.PathLike[str], revision: str | None) -> str | os.PathLike[str]:
@@ -59,14 +59,14 @@ def named(
 
 
 def _of(
-    rule: _folders.Rule, folder: Path, component: str, variant: str | None, *, exact: bool
+    rule: folders.Rule, folder: Path, component: str, variant: str | None, *, exact: bool
 ) -> tuple[SourcePath, ...]:
-    chosen = _folders.weights_name(folder, rule, variant)
+    chosen = folders.weights_name(folder, rule, variant)
     if chosen is None and variant is None and not exact:
-        only = _folders.only_variant(folder, rule)
-        chosen = _folders.weights_name(folder, rule, only) if only else None
+        only = folders.only_variant(folder, rule)
+        chosen = folders.weights_name(folder, rule, only) if only else None
         if only and chosen:
-            log.warning("%s", _folders.variant_note(folder, only))
+            log.warning("%s", folders.variant_note(folder, only))
     if chosen is None:
-        raise _folders.not_there(folder, rule, variant, "" if exact else checkpoints_below(folder))
-    return _folders.sources_of(folder, component, chosen)
+        raise folders.not_there(folder, rule, variant, "" if exact else checkpoints_below(folder))
+    return folders.sources_of(folder, component, chosen)

@@ -1,1 +1,0 @@
-"""The edges: sockets, kernel locks, files. They translate; they do not decide."""

@@ -1,0 +1,75 @@
+"""The figures of the whole daemon at one moment, as `weightd stats` and the metrics show them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from weightd._proto.v1 import daemon_pb2
+from weightd_daemon.core.store import Store
+from weightd_daemon.devices.device import Device
+from weightd_daemon.handles.peers import Connections
+from weightd_daemon.loads.loads import Loads
+from weightd_daemon.operations.drain import Drain
+from weightd_daemon.persistence.digest_index import DigestIndex
+
+_STATES = {
+    "serving": daemon_pb2.DAEMON_STATE_SERVING,
+    "draining": daemon_pb2.DAEMON_STATE_DRAINING,
+    "drained": daemon_pb2.DAEMON_STATE_DRAINED,
+}
+
+
+class Statistics(NamedTuple):
+    """What the figures are read from."""
+
+    store: Store
+    loads: Loads
+    connections: Connections
+    devices: Mapping[str, Device]
+    drain: Drain
+    digests: DigestIndex
+
+    def read(self) -> daemon_pb2.GetStatsResponse:
+        """Every figure, in one step of the loop. It takes time in proportion to devices, checkpoints and blobs."""
+        store = self.store
+        devices = []
+        for uuid, memory in store.memories.items():
+            used, live, in_flight = memory.used, store.live_bytes(uuid), store.in_flight_bytes(uuid)
+            device = self.devices[uuid]
+            devices.append(
+                daemon_pb2.Device(
+                    uuid=uuid,
+                    kind=device.kind,
+                    name=device.name,
+                    budget_bytes=memory.budget,
+                    used_bytes=used,
+                    live_bytes=live,
+                    in_flight_bytes=in_flight,
+                    reusable_bytes=used - live - in_flight,
+                    free_bytes=memory.budget - used,
+                    segments=memory.segments,
+                    device_free_bytes=device.available(),
+                )
+            )
+        logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())
+        resident = sum(device.live_bytes for device in devices)
+        return daemon_pb2.GetStatsResponse(
+            devices=devices,
+            logical_bytes=logical,
+            resident_bytes=resident,
+            saved_bytes=logical - resident,
+            saved_ratio=(logical - resident) / logical if logical else 0.0,
+            checkpoints=len(store.checkpoints),
+            blobs=len(store.blobs()),
+            leases=len(store.leases.refresh()),
+            digest_collisions=store.collisions,
+            evictions=store.evictions,
+            state=_STATES[self.drain.state],
+            digest_index=daemon_pb2.DigestIndex(
+                path=os.fsencode(self.digests.path).decode(errors="replace"),
+                problem=self.digests.problem,
+                failures=self.digests.failures,
+            ),
+        )
