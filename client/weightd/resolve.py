@@ -6,7 +6,7 @@ only the name that is shown for it is tidied. Any part of a split GGUF file (`NA
 of its parts, which lie beside it, by the name of the first.
 
 A directory that `model_index.json` makes a pipeline is what its components hold. Any other directory with weights is
-those weights, whatever lies below it (which files: _references/folders.py), and one without is what `modules.json` lists.
+those weights, whatever lies below it (see _references/folders.py); one without is what `modules.json` lists.
 Where no safetensors files are, there must be one GGUF file, or the parts of one: several are mostly the same weights,
 quantised differently. Anything else is no checkpoint, and the error says which ones lie below it.
 """
