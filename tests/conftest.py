@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from support import fakecuda
 from support.backends import HOST, Backend
@@ -22,6 +23,10 @@ StartDaemon = Callable[..., Daemon]
 
 # A shell that runs the tests in the background has it ignored, and so would every process that gets a Ctrl-C here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No example is too slow: how long one takes is the machine's business.
+settings.register_profile("weightd", deadline=None)
+settings.load_profile("weightd")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -66,7 +66,7 @@ def ours(revision: str | None) -> str | None:
     return (folder / FILE).read_text()
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     snapshots=st.sets(st.sampled_from(COMMITS)),
     refs=st.dictionaries(st.sampled_from(REFS), st.sampled_from(CONTENTS)),

@@ -133,7 +133,7 @@ def test_mutated_files(start_daemon: StartDaemon, tmp_path: Path) -> None:
     outcomes: list[bool] = []
     path = tmp_path / "m.safetensors"
 
-    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=40, database=None, suppress_health_check=list(HealthCheck))
     @given(
         st.lists(
             st.tuples(st.integers(0, len(whole)), st.integers(0, 3), st.binary(max_size=3)), min_size=0, max_size=3

@@ -346,10 +346,10 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 TestRanges = RangesMachine.TestCase
-TestRanges.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestRanges.settings = settings(max_examples=60, stateful_step_count=40)
 
 TestMemory = MemoryMachine.TestCase
-TestMemory.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestMemory.settings = settings(max_examples=300, stateful_step_count=40)
 
 
 def test_an_extent_that_is_not_page_aligned_is_refused() -> None:

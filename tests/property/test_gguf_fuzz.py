@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from weightd.errors import FormatError
 from weightd.types import FileLayout
 from weightd_daemon.formats.gguf import read_layout
 
-QUICK = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 
 names = st.text(max_size=8)
 keys_of = st.one_of(
@@ -76,7 +77,12 @@ def check(file: bytes, path: Path) -> FileLayout | None:
     assert layout.metadata is not None
     for name, field in theirs.fields.items():
         if not name.startswith("GGUF."):
-            text, content = layout.metadata[name], field.contents()
+            text = layout.metadata[name]
+            try:
+                content = field.contents()
+            except UnicodeDecodeError:  # strings in arrays are not decoded here
+                assert re.match(r"\[\d+ string\] xxh3_128:", text)
+                continue
             if isinstance(content, list):
                 assert text.startswith(f"[{len(content)} {field.types[-1].name.lower()}] xxh3_128:") or not content
             else:

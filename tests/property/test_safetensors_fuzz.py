@@ -15,7 +15,7 @@ from weightd.errors import FormatError
 from weightd.types import DTYPE_BITS, FileLayout
 from weightd_daemon.formats.safetensors import read_layout
 
-QUICK = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 scalars = st.one_of(
     st.none(),

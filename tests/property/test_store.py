@@ -746,4 +746,4 @@ def test_who_maps_a_segment_keeps_it_when_the_next_daemon_releases_it() -> None:
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+TestStore.settings = settings(max_examples=300, stateful_step_count=50)

@@ -49,7 +49,7 @@ def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: 
     assert body_of(root) == {"number": "by the next daemon"}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(before=st.lists(BODIES, max_size=3), after=BODIES, at=st.data())
 def test_a_torn_write_leaves_the_one_before(
     root: RootRecord, before: list[dict[str, Any]], after: dict[str, Any], at: st.DataObject
