@@ -16,6 +16,7 @@ from typing import Any, Never
 
 import pytest
 
+from support.descriptors import open_descriptors
 from support.limits import room_for
 from weightd.errors import DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
@@ -34,7 +35,7 @@ SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
 def descriptors() -> set[str]:
     gc.collect()
-    return set(os.listdir("/proc/self/fd"))
+    return open_descriptors()
 
 
 def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
