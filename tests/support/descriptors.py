@@ -7,6 +7,6 @@ import os
 
 
 def open_descriptors() -> set[str]:
-    """The numbers of all open descriptors, after a collection: garbage of earlier tests closes its own at any moment."""
+    """Collect garbage, whose finalizers close descriptors at any moment; return the numbers of all open ones."""
     gc.collect()
     return set(os.listdir("/proc/self/fd"))
