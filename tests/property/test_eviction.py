@@ -15,7 +15,7 @@ from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.making_room import evict_for
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.prospect import Prospect
+from weightd_daemon.core.prospect import Prospect, prospect
 from weightd_daemon.core.store import Store
 
 PAGE = 1024
@@ -87,7 +87,7 @@ class Books:
             for number in checkpoint.unique:
                 uses[number] = uses.get(number, 0) + 1
         slots = [b.slot for b in self.store.blobs() if uses.get(b.number) == b.references and not b.holds]
-        return self.memory.prospect(domain, load, slots)
+        return prospect(self.memory, domain, load, slots)
 
 
 @given(

@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 

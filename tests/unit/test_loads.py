@@ -24,10 +24,10 @@ from weightd.errors import (
     WeightdError,
 )
 from weightd.types import FileIdentity
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
 from weightd_daemon.loads.fair_queue import Turns
 from weightd_daemon.loads.flight import Load

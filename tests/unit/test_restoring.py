@@ -18,7 +18,7 @@ import xxhash
 
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.catalog import Catalog, Tag, Who
+from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, Sealed
 from weightd_daemon.core.lease import Holder, Leases
@@ -26,6 +26,7 @@ from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
 from weightd_daemon.handles.lease_locks import Manifests, make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival

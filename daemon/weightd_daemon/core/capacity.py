@@ -8,6 +8,7 @@ from weightd.errors import CapacityError, WeightdError
 
 from .arena import round_up
 from .making_room import could_fit
+from .prospect import prospect
 
 if TYPE_CHECKING:
     from .blob import Blob
@@ -69,9 +70,9 @@ def room(store: Store, books: LoadBooks, full: MemoryError | None = None) -> Roo
             kept = leased if store.holders(checkpoint) else pinned if checkpoint.pinned else rest
             kept.update(checkpoint.unique)
     evictable = [b for number, b in rest.items() if number not in leased and number not in pinned and not b.holds]
-    now = memory.prospect(books.domain, books.number)
+    now = prospect(memory, books.domain, books.number)
     slots = [blob.slot for blob in evictable]
-    then = memory.prospect(books.domain, books.number, slots, None if full is None else available)
+    then = prospect(memory, books.domain, books.number, slots, None if full is None else available)
     return Room(
         books.device,
         budget_bytes=memory.budget,
@@ -91,7 +92,7 @@ def check_room(store: Store, books: LoadBooks, needed: int, piece: int, full: Me
     """
     memory = store.memories[books.device]
     piece = round_up(piece, memory.page)
-    now = memory.prospect(books.domain, books.number)
+    now = prospect(memory, books.domain, books.number)
     if memory.reclaiming or (full is None and needed <= now.total and piece <= now.largest):
         return
     if could_fit(store, books, needed, piece, full):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .eviction import Departures, choose, least_recently_used
+from .prospect import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .checkpoint import Checkpoint
     from .load_books import LoadBooks
-    from .prospect import Trial
     from .store import Store
 
 
@@ -45,7 +45,7 @@ def fit(store: Store, device: str) -> int:
     excess = memory.excess()
     if not excess:
         return 0
-    trial = memory.trial("", None)
+    trial = Trial(memory, "", None)
     before = trial.common
     departures, there = Departures(trial), list(_evictable(store, device))
     for checkpoint in there:
@@ -59,7 +59,7 @@ def fit(store: Store, device: str) -> int:
 
 def _trial(store: Store, books: LoadBooks, full: MemoryError | None) -> Trial:
     memory = store.memories[books.device]
-    return memory.trial(books.domain, books.number, None if full is None else memory.available())
+    return Trial(memory, books.domain, books.number, None if full is None else memory.available())
 
 
 def _fits(trial: Trial, needed: int, piece: int) -> bool:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Arena, Extent, round_up
-from .prospect import Holes, Prospect, Trial
 from .reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
@@ -25,6 +24,16 @@ SEGMENT_BYTES = 1 << 30
 
 _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
+
+
+class Holes(NamedTuple):
+    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+
+    The latter can go back to the system: whole segments, and single pages where segments are sparse.
+    """
+
+    own: int
+    common: int
 
 
 class DeviceMemory:
@@ -133,17 +142,6 @@ class DeviceMemory:
         common = sum(holes.common for holes in self.holes().values())
         others = sum(size for number, (_, size) in self._promised.items() if number != load)
         return self.budget - self.used + common - others
-
-    def prospect(self, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None) -> Prospect:
-        """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
-        trial = self.trial(domain, load, room)
-        for extent in without:
-            trial.free(extent)
-        return trial.outcome()
-
-    def trial(self, domain: str, load: int | None, room: int | None = None) -> Trial:
-        """A trial that begins with the books as they are; for `room` see there."""
-        return Trial(self, domain, load, room)
 
     def holes(self) -> dict[str, Holes]:
         """The populated holes of each domain."""
