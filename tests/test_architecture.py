@@ -77,6 +77,9 @@ KNOWN_CIRCLES = {
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
 LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
 
+# What is public though it begins with an underscore, so that it cannot be a field.
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+
 DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
@@ -289,6 +292,43 @@ def test_a_circle_is_found() -> None:
     source = "if TYPE_CHECKING:\n    from ..core.store import Store\ndef f():\n    from . import loads"
     names = {name for name, *_ in imports("weightd_daemon.loads.flight", ast.parse(source), is_package=False)}
     assert {owner(name, graph()) for name in names} == {"weightd_daemon.core.store", "weightd_daemon.loads.loads"}
+
+
+def reaches(source: str) -> list[str]:
+    """Where a module uses an underscore name of what it has not defined itself, such as `store._blobs`."""
+    tree = ast.parse(source)
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            own.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if not is_self(node.value) and node.attr not in own | OF_NAMED_TUPLES
+    ]
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in {"self", "cls"}
+
+
+def test_nobody_in_the_daemon_reaches_into_anothers_underscore() -> None:
+    found = [
+        f"{module}:{line}" for module, path in modules() if within(module, DAEMON) for line in reaches(path.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_reach_is_found() -> None:
+    own = "class Loads:\n    def __init__(self):\n        self._all = {}\n    def like(self, other):\n        "
+    assert reaches(own + "return other._all == self._all and other.key._replace(device='')") == []
+    assert reaches(own + "return self._store._blobs") == ["5: self._store._blobs"]
+    assert reaches("def fit(store):\n    store._evict_one()") == ["2: store._evict_one"]
 
 
 def test_modules_are_small() -> None:
