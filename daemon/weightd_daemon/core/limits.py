@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
-    from .catalog import Who
+    from .who import Who
 
 _ADVICE = {
     "leases": "end a process that holds one (`weightd ps`)",
