@@ -22,7 +22,8 @@ MOST_LINES = 400
 # Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
 # modules always may.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("weightd.torch", "weightd.integrations*"),
+    "torch": ("weightd.torch", "weightd._tensors", "weightd._assign", "weightd.integrations*"),
+    **dict.fromkeys(("weightd._tensors", "weightd._assign"), ("weightd.torch", "weightd.integrations*")),
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
@@ -69,7 +70,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
-LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
+LAZILY_IN = dict.fromkeys(("torch", "weightd._tensors", "weightd._assign"), ("weightd.attachment",))
 
 DYNAMIC = {"import_module", "__import__"}
 
@@ -194,6 +195,8 @@ def test_imports_run_one_way() -> None:
         ("weightd.cli.serve", "def serve():\n    importlib.import_module('weightd_daemon.app')"),
         ("weightd.attachment", "import torch"),
         ("weightd.client", "def state():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from .integrations import sharing"),
+        ("weightd.attachment", "def tensor():\n    from .torch import make_tensor"),
         ("weightd._mapping.host", "if TYPE_CHECKING:\n    from torch import Tensor"),
         ("weightd_daemon.loader.copy", "from torch.utils import dlpack"),
         ("weightd_daemon.loader.copy", "import weightd.torch"),
@@ -225,6 +228,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
     [
         ("weightd.torch", "import torch"),
         ("weightd.attachment", "def state_dict():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from ._assign import assign"),
         ("weightd._transport.rpc", "import grpc"),
         ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
         ("weightd_daemon.api.grpc_server", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
@@ -236,6 +240,45 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
 )
 def test_walk_lets_the_rest_pass(module: str, source: str) -> None:
     assert violations(module, source, is_package=module == CORE) == []
+
+
+def graph(package: str) -> dict[str, set[str]]:
+    """Which modules of a package each of its modules imports; inside functions and for types counts as well."""
+    known = {module: path for module, path in modules() if within(module, package)}
+    found = {}
+    for module, path in known.items():
+        names = [name for name, *_ in imports(module, ast.parse(path.read_text()), path.name == "__init__.py")]
+        ours = (full for full in names if "_proto" not in full.split("."))
+        owners = (next((name for name in lineage(full) if name in known), module) for full in ours)
+        found[module] = {*owners} - {module}
+    return found
+
+
+def lineage(name: str) -> list[str]:
+    """A dotted name, and what it lies in, the nearest first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+
+
+def circles(imported: dict[str, set[str]]) -> set[str]:
+    """The modules that import themselves by way of others: those that are left when all others are taken off."""
+    left = {module: set(names) for module, names in imported.items()}
+    while free := {module for module, names in left.items() if not names & left.keys()}:
+        left = {module: names for module, names in left.items() if module not in free}
+    while free := left.keys() - set().union(*left.values()):
+        left = {module: names for module, names in left.items() if module not in free}
+    return set(left)
+
+
+def test_no_module_of_the_client_imports_itself_by_way_of_others() -> None:
+    assert circles(graph("weightd")) == set()
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"d"}}) == {"b", "c"}
+    assert {"weightd.attachment", "weightd._mapping.opening"} <= graph("weightd").keys()
+    assert "weightd._assign" in graph("weightd")["weightd.attachment"]  # inside a function
+    assert "weightd._transport.connection" in graph("weightd")["weightd.attachment"]  # for its type
 
 
 def test_modules_are_small() -> None:
