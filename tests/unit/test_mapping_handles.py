@@ -12,7 +12,8 @@ import pytest
 
 from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import MAX_FRAME, HandleConnection, Received, _receive
+from weightd._transport.handle_socket import HandleConnection, Received, _receive
+from weightd._transport.protocol import MAX_FRAME
 from weightd.errors import (
     CapacityError,
     DrainingError,

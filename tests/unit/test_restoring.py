@@ -29,7 +29,8 @@ from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_locks import Manifests, make_manifest
+from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
 

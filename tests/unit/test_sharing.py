@@ -16,7 +16,7 @@ from torch import nn
 import weightd
 from support.daemon import Daemon
 from weightd._mapping import ranges
-from weightd.integrations import modules, sharing
+from weightd.integrations import sharing
 
 WIDE = 64 * 1024
 """Bytes of each weight below: whole pages, whatever a page is."""
@@ -131,7 +131,7 @@ def test_a_private_module_may_be_trained_and_keeps_no_lease(load: Load, daemon: 
     module = load(Pair())
     module.other.requires_grad_(False)
     assert sharing.is_shared(module)
-    modules.make_private(module)
+    sharing.make_private(module)
     assert module.one.requires_grad
     assert not sharing.is_shared(module)
     with pytest.raises(weightd.InvalidReferenceError, match="was not loaded through weightd, or is private now"):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+from weightd import _assign
 from weightd._mapping.ranges import Range, written
 from weightd.errors import InvalidReferenceError
 
@@ -93,6 +94,16 @@ def remember(module: torch.nn.Module, attachment: Attachment, explain: Explain, 
 def note_left(module: torch.nn.Module, why: str) -> None:
     """Let `report` say why a module was left to its framework."""
     _left[module] = why
+
+
+def make_private(module: torch.nn.Module) -> None:
+    """Give a module memory of its own: every parameter and buffer becomes a copy, which may be written to.
+
+    Tied parameters stay tied, and those that have lost their gradient because they were shared have it again. It takes
+    the module's bytes once more, and ends its report.
+    """
+    _assign.make_private(module)
+    forget(module)
 
 
 def forget(module: torch.nn.Module) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 
 from weightd._limits import LOADER, limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, receive_fds
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
@@ -24,7 +25,7 @@ from weightd_daemon.core.manifest import Entry
 from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
 
-from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
+from .channel import UNFIT, Channel, Gone, Message, error_to
 from .copying import Copier
 from .indexed import indexes, owned
 from .schedule import (  # fmt: skip
@@ -199,7 +200,7 @@ class Load:
         """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
         count = len(names)
         try:
-            data, received, flags = receive_fds(intake, 65536, 253)
+            data, received, flags = receive_fds(intake, MAX_FRAME, MAX_DESCRIPTORS)
         except ConnectionError:
             data, received, flags = b"", [], 0
         files += received

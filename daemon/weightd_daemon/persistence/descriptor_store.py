@@ -15,7 +15,7 @@ import re
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
+from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 
 from .restore import Left, restore
 from .root_record import Record, RootRecord, read_root
