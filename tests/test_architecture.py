@@ -43,6 +43,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "sqlite3": ("weightd_daemon.persistence.digest_index",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "prometheus_client": ("weightd_daemon.monitoring.metrics",),
+    "ctypes": ("weightd._libc", "weightd._mapping.cuda_driver", "weightd_daemon.libc"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     "weightd_daemon.planning": (),
     **dict.fromkeys(
@@ -56,11 +57,12 @@ DAEMON = "weightd_daemon"
 ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
     "config": ("core",),
+    "libc": (),
     "wire": ("core",),
     "logs": ("config",),
-    "devices": ("core", "config"),
+    "devices": ("core", "config", "libc"),
     "formats": ("core",),
-    "loader": ("core", "devices", "formats"),
+    "loader": ("core", "devices", "formats", "libc"),
     "loads": ("core", "devices", "loader"),
     "handles": ("core", "devices", "loads", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
@@ -79,7 +81,7 @@ DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", CORE)
+CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE)
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {
@@ -219,6 +221,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.loader.job", "if TYPE_CHECKING:\n    from weightd_daemon.loads import flight"),
         ("weightd_daemon.persistence.restore", "from weightd_daemon.api.context import Parts"),
         ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
+        ("weightd_daemon.devices.cuda_io", "def view():\n    import ctypes"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
     ],
 )

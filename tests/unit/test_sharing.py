@@ -158,7 +158,7 @@ def test_reasons_and_what_the_checkpoint_lacks(daemon: Daemon, tmp_path: Path) -
 
 def test_hundred_percent_is_all_of_it() -> None:
     almost = sharing.SharingReport((1 << 30) - 1, (sharing.CopiedTensor("bias", 1, "why"),))
-    assert str(almost) == "99.9 % of the parameters shared: 1024.0 MiB, 1 B private: bias (why)"
+    assert str(almost) == "99.9 % of the parameters shared: 1.00 GiB, 1 B private: bias (why)"
     assert sharing.SharingReport(0).shared_ratio == 1.0
 
 

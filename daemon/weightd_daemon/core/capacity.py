@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd._sizes import size
 from weightd.errors import CapacityError, WeightdError
 
 from .prospect import prospect
@@ -37,7 +38,7 @@ class Room(NamedTuple):
         if isinstance(full, WeightdError):  # it was not for want of bytes
             return full
         figures = {key: value for key, value in self._asdict().items() if key != "device" and value is not None}
-        budget, free, evictable, pinned, leased, largest = (_size(figures[key]) for key in self._fields[1:7])
+        budget, free, evictable, pinned, leased, largest = (size(figures[key]) for key in self._fields[1:7])
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"
         reason = ""
         if requested > self.budget_bytes:
@@ -48,14 +49,10 @@ class Room(NamedTuple):
         elif self.largest_bytes < requested <= self.free_bytes + self.evictable_bytes:
             reason = f"; what is free or evictable lies in pieces, the largest of {largest}"
         return CapacityError(
-            f"{_size(requested)} do not fit on {self.device}: {free} free, {evictable} evictable, "
+            f"{size(requested)} do not fit on {self.device}: {free} free, {evictable} evictable, "
             f"{pinned} pinned, {leased} leased, of a budget of {budget}{reason}; {advice}",
             {"requested_bytes": str(requested), **{key: str(value) for key, value in figures.items()}},
         )
-
-
-def _size(value: int) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 // 10 else f"{value / 2**20:.1f} MiB"
 
 
 def room(
