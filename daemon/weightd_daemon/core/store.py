@@ -35,6 +35,10 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
+        self.changed: set[CheckpointKey] = set()
+        """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
+        self.touched: set[CheckpointKey] = set()
+        """As `changed`: those that were used, pinned or unpinned."""
         self.collisions = self.evictions = self.uses = 0
         self._on_event = on_event
         self._blobs = Blobs()
@@ -287,6 +291,7 @@ class Store:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.touched.add(checkpoint.key)
 
     def remove(
         self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Holder | None = None
