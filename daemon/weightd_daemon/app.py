@@ -132,15 +132,14 @@ class Daemon:
             if isinstance(event, Evicted):
                 key = event.checkpoint.key
                 manifests.remove(key)
-                if event.reason == "removed":
-                    catalog.forget(event.checkpoint)
-                survival.evicted(key)
                 if event.load:
-                    loads.evicted(event)
+                    loads.evicted(event)  # which says what it was called
+                catalog.forget(event.checkpoint, chosen=event.reason == "removed")
+                survival.evicted(key)
 
         store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
         limits = settings.limits
-        catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
+        catalog = Catalog(store, limits, changed=lambda: survival.changed(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
         listeners.add(EventLog(journal.encode))
@@ -157,6 +156,7 @@ class Daemon:
                 budget=budgets[uuid], page=device.page, sparse=device.sparse,
                 pool_limit=pool_of(settings, device, budgets[uuid]),
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
+                before_use=survival.flip,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         await survival.begin()
@@ -198,7 +198,7 @@ class Daemon:
         )  # fmt: skip
         stack.callback(handles.stop)
         check_grpc_can_start(DAEMON)
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted, before_answer=survival.flip)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         mode = int(settings.socket_mode, 8)
         try:

@@ -54,11 +54,11 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
 
 
 class ControlPlane:
-    """The gRPC server with its services, health and reflection. For `on_call` see ErrorMapping."""
+    """The gRPC server with its services, health and reflection. For `on_call` and `before_answer` see ErrorMapping."""
 
-    def __init__(self, parts: Parts, on_call: Callable[[str, str], None]) -> None:
+    def __init__(self, parts: Parts, on_call: Callable[[str, str], None], before_answer: Callable[[], None]) -> None:
         options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
-        self._server = grpc.aio.server(interceptors=[ErrorMapping(on_call)], options=options)
+        self._server = grpc.aio.server(interceptors=[ErrorMapping(on_call, before_answer)], options=options)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointService(parts), self._server)
         lease_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(parts), self._server)

@@ -36,6 +36,10 @@ class Store:
         self.memories: dict[str, DeviceMemory] = {}
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
+        self.changed: set[CheckpointKey] = set()
+        """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
+        self.touched: set[CheckpointKey] = set()
+        """As `changed`: those that were used, pinned or unpinned."""
         self.collisions = self.evictions = self.uses = 0
         self._on_event = on_event
         self._last_load = 0
@@ -100,6 +104,7 @@ class Store:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.touched.add(checkpoint.key)
 
     # -- what goes -------------------------------------------------------------------------------------------------
 

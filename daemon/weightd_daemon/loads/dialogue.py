@@ -303,6 +303,7 @@ class LoadSteps:
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)
+        self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
@@ -328,6 +329,7 @@ class LoadSteps:
         for other in self._store.checkpoints.values():
             if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
                 other.sources.remove(self._sources)
+                self._store.changed.add(other.key)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
             del checkpoint.sources[:-KNOWN_SOURCES]

@@ -118,7 +118,7 @@ class Loads:
         if request.pin:
             self._catalog.keep(who, checkpoint)
         if name:
-            self._catalog.set(who, name, digest, request.holder)
+            self._catalog.set(who, name, digest, request.holder, is_default=request.name_is_default)
         self._store.use(checkpoint, self._now())
         return name
 

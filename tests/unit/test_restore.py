@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import xxhash
 
+from support.root_forms import rows_of, write_first_form
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
@@ -84,9 +85,10 @@ class Books:
         self.manifests = Manifests(lambda number: self.survival.reserve(number))
         self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
         self.store.memories["host"] = DeviceMemory(
-            budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create
-        )
-        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.flip())
+            budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
+            before_use=lambda: self.survival.flip(),
+        )  # fmt: skip
+        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.changed())
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
@@ -100,8 +102,7 @@ class Books:
             self.survival.sealed(event.checkpoint.key, event.manifest)
         else:
             self.manifests.remove(event.checkpoint.key)
-            if event.reason == "removed":
-                self.catalog.forget(event.checkpoint)
+            self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
             self.survival.evicted(event.checkpoint.key)
 
     def reclaim(self) -> None:
@@ -142,10 +143,12 @@ class Books:
         checkpoint = load.seal(content, 5.0, draft)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
+        self.store.changed.add(checkpoint.key)
         self.survival.flip()
         load.end()
         self.reclaim()
         self.catalog.set(WHO, name, digest_of)
+        self.survival.flip()
         return checkpoint
 
     def bytes_of(self, name: str) -> list[bytes]:
@@ -158,8 +161,8 @@ class Books:
 
     def end(self) -> None:
         """The end of the process by a kill: nothing more is written."""
-        if self.survival._root is not None:
-            self.survival._root.close()
+        if self.survival._record.root is not None:
+            self.survival._record.root.close()
         self.manifests.close()
         self.device.close()
 
@@ -206,7 +209,7 @@ def change(keeper: Keeper, to: Callable[[dict[str, Any]], None], schema: int | N
     with pytest.MonkeyPatch.context() as patch:
         if schema is not None:
             patch.setattr("weightd_daemon.persistence.root_record.SCHEMA", schema)
-        root.write(body)
+        root.write(*rows_of(body))
     root.close()
 
 
@@ -270,7 +273,7 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
         checkpoint = first.load("a", DATA["a"])
         assert len(keeper.root["checkpoints"]) == 1
         with monkeypatch.context() as patch:
-            patch.setattr(first.survival, "_checkpoint", lambda *_: 1 / 0)
+            patch.setattr(first.survival._record, "_checkpoint", lambda *_: 1 / 0)
             first.load("b", DATA["b"])
             first.store.remove(checkpoint, "a", "capacity")
         assert keeper.root == {}
@@ -318,8 +321,8 @@ def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keep
         one.origin, one.sources = long, [long, SOURCES]
         two = first.load("b", DATA["b"])
         two.sources = [half] * 200
+        first.store.changed |= {one.key, two.key}
         first.survival.flip()
-        assert first.survival._root is not None
     assert len(json.dumps(keeper.root)) < 8 * MIB
     with books(keeper) as again:
         restored = again.catalog.find(WHO, "a")
@@ -519,7 +522,11 @@ def test_a_root_record_of_nonsense_leaves_everything(kept: Keeper, body: dict[st
         there.clear()
         there.update(body)
 
-    change(kept, to)
+    record = read_root(kept.kept["root"])
+    assert record is not None
+    content = dict(record.body)
+    to(content)
+    write_first_form(kept.kept["root"], record.sequence + 1, content)
     with books(kept) as again:
         assert again.store.checkpoints == {}
         assert kept.kept.keys() == {"root"}
@@ -542,8 +549,10 @@ def test_without_a_root_record_everything_is_let_go(kept: Keeper, caplog: pytest
 
 
 def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
+    with books(kept):  # each start writes a base, and so the next generation
+        pass
     older = RootRecord.create()
-    older.write({"last_id": 1})
+    older.write(*rows_of({"last_id": 1}))
     first = dict(kept.kept)
     kept.kept = {"root ": older.descriptor, **first}  # the name comes twice
     given = [(name.strip(), os.dup(descriptor)) for name, descriptor in kept.kept.items()]
