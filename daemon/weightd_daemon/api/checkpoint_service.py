@@ -11,8 +11,8 @@ from typing import Any
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._transport.convert import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.handles.peers import Connection

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
 
-from .events import Attached, Detached
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
 
@@ -48,6 +46,20 @@ class Lease:
     holder: Holder
     since: float
     waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
+
+    lease: Lease
 
 
 class Leases:

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 from weightd_daemon.wire import clip
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
-MAX_FRAME = 64 << 10
-MAX_DESCRIPTORS = 253
 HELLO_SECONDS = 5.0
 ACK_SECONDS = 10.0
 ACCEPT_PAUSE_SECONDS = 0.2
@@ -144,7 +142,7 @@ class _Peer:
 
     def _readable(self) -> None:
         try:
-            data, _, flags, _ = self._socket.recvmsg(MAX_FRAME + 1)
+            data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
             if not data:
                 self.close("the peer left")
                 return

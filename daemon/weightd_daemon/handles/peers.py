@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 
 from weightd.errors import LeaseLostError, PermissionDeniedError
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.who import Who
 
 NO_UID = 0xFFFFFFFF
 """(uid_t) -1, which is nobody's. All below it are uids: they are unsigned."""

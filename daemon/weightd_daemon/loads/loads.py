@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader.channel import UNFIT, Message
 from weightd_daemon.loader.source import rested
@@ -269,6 +270,7 @@ class Loads:
 
     async def _run(self, load: Load) -> None:
         request = load.request
+        loading: Loading | None = None
         begun: LoadBegun | None = None
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
@@ -285,16 +287,17 @@ class Loads:
 
         try:
             device = self._devices[request.device]
-            number = load.number = self._store.open_load(
-                request.device, request.who.domain, request.who.uid, request.holder, request.name
+            loading = Loading(
+                self._store, request.device, request.who.domain, request.who.uid, request.holder, request.name
             )
-            begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
+            load.number = loading.number
+            begun = LoadBegun(loading.number, request.holder, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    prepare=self._prepare, number=number, sources=request.sources, verify=request.verify, now=self._now,
-                    admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+                    prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
+                    now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._pool.take()
@@ -328,8 +331,8 @@ class Loads:
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
-            if begun is not None:
-                tidy = self._tidy(loader, begun.load, request.device, usable=usable)
+            if loading is not None and begun is not None:
+                tidy = self._tidy(loader, loading, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
@@ -346,13 +349,13 @@ class Loads:
             outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
-    async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:
+    async def _tidy(self, loader: LoaderProcess | None, loading: Loading, *, usable: bool) -> None:
         """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
         if loader is not None and not (usable and await self._pool.put_back(loader)):
             loader.kill()
             await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
                 log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
-                self._store.memories[device].withdraw(number)  # nobody is to wait for that
+                loading.quarantine()
             await asyncio.shield(loader.exited)
-        self._store.end_load(number)
+        loading.end()

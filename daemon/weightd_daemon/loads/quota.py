@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
 
     from .flight import Load
 

@@ -15,8 +15,7 @@ import re
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd_daemon.core.making_room import fit
-from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
+from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 
 from .restore import Left, restore
 from .root_record import Record, RootRecord, read_root
@@ -135,7 +134,7 @@ class Survival:
         self.flip()
         self._let_go(left)
         for uuid in self._devices:
-            excess = fit(self._store, uuid)
+            excess = self._store.fit(uuid)
             if excess:
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         if self._given:
