@@ -62,6 +62,8 @@ class DeviceMemory:
         self.page = page
         self.available = available
         self.sparse = sparse
+        self.quarantine = False
+        """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
         self._create = create
         self._on_reclaim = on_reclaim
@@ -253,12 +255,28 @@ class DeviceMemory:
     def adopt(
         self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
     ) -> None:
-        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back."""
+        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back.
+
+        During a `quarantine` they stay, unused, until `thaw`.
+        """
         arena = self.arena(domain)
-        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen)
+        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen, quarantine=self.quarantine)
         self._domain_of[segment] = domain
-        for leaving in arena.start_leaving(segment) if self.sparse else ():
-            self._queue(Punch(domain, leaving, self.losses))
+        self._return_pages(segment)
+
+    def quarantined(self) -> list[int]:
+        """The segments of which bytes are set aside until `thaw`."""
+        return [segment for segment, domain in self._domain_of.items() if self._arenas[domain].is_quarantined(segment)]
+
+    def thaw(self, segment: int, hollow: Iterable[tuple[int, int]]) -> None:
+        """Free what was set aside of a segment; `hollow` are its ranges without memory. Unused pages go back."""
+        if (domain := self._domain_of.get(segment)) is None:
+            return
+        self._arenas[domain].thaw(segment, hollow)
+        if self._arenas[domain].is_empty(segment):
+            self._release(self._arenas[domain], segment)
+        else:
+            self._return_pages(segment)
 
     def is_frozen(self, segment: int) -> bool:
         """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
@@ -340,6 +358,12 @@ class DeviceMemory:
             for leaving in self._arenas[domain].start_leaving(segment):
                 wanted -= leaving.length
                 self._queue(Punch(domain, leaving, self.losses))
+
+    def _return_pages(self, segment: int) -> None:
+        """Queue the unused pages of a segment, on a device where they can be punched."""
+        domain = self._domain_of[segment]
+        for leaving in self._arenas[domain].start_leaving(segment) if self.sparse else ():
+            self._queue(Punch(domain, leaving, self.losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)

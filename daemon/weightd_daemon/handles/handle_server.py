@@ -70,18 +70,25 @@ class HandleServer:
         self._listener: socket.socket | None = None
 
     def start(self, listener: socket.socket) -> None:
-        """Serve a listening, non-blocking SOCK_SEQPACKET socket, which this object closes in the end."""
+        """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
+
+        It is closed in the end, and the one before now; connections that were made there go on.
+        """
+        self._close_listener()
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     def stop(self) -> None:
         """Close the listener and every connection."""
+        self._close_listener()
+        for peer in list(self._peers):
+            peer.close("the daemon stops")
+
+    def _close_listener(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        for peer in list(self._peers):
-            peer.close("the daemon stops")
 
     def _accept(self, listener: socket.socket) -> None:
         try:
