@@ -203,6 +203,7 @@ class _Peer:
             raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
+        self._server._connections.greeted(self._connection)
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
 

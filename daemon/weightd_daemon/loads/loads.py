@@ -12,20 +12,19 @@ from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError,
 from weightd.types import SourceFile
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader.channel import UNFIT, Message
+from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 
 from .dialogue import InstanceIndex, LoadSteps, Prepare
-from .fair_queue import ANYBODY, Turns
 from .flight import Load
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .quota import Quota
 from .request import LoadRequest, Outcome
+from .verification import Verifications
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
+
+    from .fair_queue import Turns
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,9 @@ class Loads:
         self._numbers = count(1)
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
-        self._verifying: dict[LoaderProcess, str] = {}
+        self.verifications = Verifications(
+            store=store, devices=devices, pool=self._pool, turns=turns, quota=self._quota, now=now
+        )
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -191,43 +194,9 @@ class Loads:
             if not load.waiters[waiter].detached:
                 self.leave(load, waiter)
 
-    async def verify(
-        self, rows: list[tuple[int, int, int, int, str]], device: Device, check: Callable[[], None]
-    ) -> AsyncGenerator[Message, None]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages.
-
-        `check` raises where the blobs are lost, which may happen at any moment.
-        """
-        async with self._turns.turn(ANYBODY):
-            loader = await self._pool.take()
-            usable = False
-            self._verifying[loader] = device.uuid
-            try:
-                check()
-                size = self._store.memories[device.uuid].size
-                segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {row[1] for row in rows}]
-                job = {"job": "verify", "kind": device.kind, "device": device.uuid, "blobs": rows}
-                await loader.send(job, segments)
-                while True:
-                    message = await loader.receive()
-                    check()
-                    yield message
-                    if message["op"] in ("verified", "failed"):
-                        break
-                usable = message["op"] == "verified" and await self._pool.put_back(loader)
-            except LoaderDied:
-                check()
-                raise LeaseLostError("the loader process died while it verified; try again") from None
-            finally:
-                del self._verifying[loader]
-                if not usable:
-                    loader.kill()
-
     def lose(self, device: str, error: DeviceError) -> None:
         """The memory of a device is gone: every load on it ends with this error, and nothing there is verified."""
-        for loader, where in self._verifying.items():
-            if where == device:
-                loader.kill()
+        self.verifications.lose(device)
         for load in self.under_way:
             if load.request.device == device:
                 load.cancel(error)
@@ -246,6 +215,7 @@ class Loads:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
         self.cancel_all()
         await self._pool.close()
+        await self.verifications.close()
         for task in [*self._background, *(load.task for load in self._all if load.task)]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):

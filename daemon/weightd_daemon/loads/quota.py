@@ -28,6 +28,11 @@ class Quota:
         most = self._limits.most(who, "leases")
         return not most or self._store.leases.held_by(who.uid, most) < most
 
+    def check_leases(self, who: Who, more: int) -> None:
+        """Whether a user may hold so many more leases. Errors: CapacityError."""
+        if most := self._limits.most(who, "leases"):
+            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, max(0, most - more + 1)), more)
+
     def admit(self, load: Load, under_way: Iterable[Load], total: int, tensors: int, content: str) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.
 
