@@ -35,15 +35,14 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
+        # Since the root record was written, which empties both: what came, went or got other sources, and what was used,
+        # pinned or unpinned.
         self.changed: set[CheckpointKey] = set()
-        """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
         self.touched: set[CheckpointKey] = set()
-        """As `changed`: those that were used, pinned or unpinned."""
-        self.collisions = self.evictions = self.uses = 0
+        self.collisions = self.evictions = self.uses = self._last_load = 0
         self._on_event = on_event
         self._blobs = Blobs()
         self._loads: dict[int, LoadBooks] = {}
-        self._last_load = 0
 
     # -- loads -----------------------------------------------------------------------------------------------------
 
