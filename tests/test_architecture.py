@@ -57,15 +57,16 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "config": ("core",),
     "wire": ("core",),
     "logs": ("config",),
+    "heap": (),
     "devices": ("core", "config"),
     "formats": ("core",),
     "loader": ("core", "devices", "formats"),
-    "loads": ("core", "devices", "loader"),
+    "loads": ("core", "devices", "heap", "loader"),
     "handles": ("core", "devices", "loads", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
     "operations": ("core", "config", "handles", "loads", "persistence"),
     "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
+    "api": ("core", "devices", "handles", "heap", "loader", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.

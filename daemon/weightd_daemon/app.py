@@ -198,7 +198,7 @@ class Daemon:
         )  # fmt: skip
         stack.callback(handles.stop)
         check_grpc_can_start(DAEMON)
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
+        control = ControlPlane(parts, settings.max_connections, metrics.called if metrics else _uncounted)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         mode = int(settings.socket_mode, 8)
         try:

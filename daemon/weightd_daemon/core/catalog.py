@@ -26,6 +26,18 @@ _LIKE_DIGEST = re.compile(r"sha256:[0-9a-f]*|[0-9a-f]{12,64}")
 """What `weightd ls` prints of a digest must not be another checkpoint's name."""
 NAME_BYTES = 1024
 """Longest name."""
+_SHOWN = 80
+"""Characters that are shown of what is too long to be anything."""
+
+
+def check_reference(reference: str) -> None:
+    """Refuse a reference that is longer than any name, before it is looked for. Errors: InvalidReferenceError."""
+    if len(reference) > NAME_BYTES or len(reference.encode(errors="replace")) > NAME_BYTES:
+        size = len(reference.encode(errors="replace"))
+        raise InvalidReferenceError(
+            f"reference {reference[:_SHOWN] + '…'!r}: has {size} bytes, and may have {NAME_BYTES}; "
+            "give a name or a digest"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +147,9 @@ class Catalog:
     def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
         """The checkpoint that a name or digest means.
 
-        Errors: NotFoundError, InvalidReferenceError (ambiguous), DeviceError (it was lost).
+        Errors: NotFoundError, InvalidReferenceError (ambiguous, too long), DeviceError (it was lost).
         """
+        check_reference(reference)
         checkpoint = self._find(who, reference, device)
         lost = self._lost(checkpoint)
         if lost is not None:
@@ -182,6 +195,7 @@ class Catalog:
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
         PermissionDeniedError, InUseError (then nothing has changed).
         """
+        check_reference(reference)
         try:
             checkpoint = self._find(who, reference, device)
         except NotFoundError:
