@@ -40,12 +40,16 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 
     Every call is served as a stream in both directions, which looks the same on the wire: so a request is received only
     when `admission` has let the call in, and decoded only when its size is known. When a call has ended, `on_call`
-    hears its method ("DaemonService/GetStats") and gRPC code.
+    hears its method ("DaemonService/GetStats") and gRPC code. `before_answer` is called before a message is sent: what
+    it tells of must outlive the daemon.
     """
 
-    def __init__(self, admission: Admission, on_call: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, admission: Admission, on_call: Callable[[str, str], None], before_answer: Callable[[], None]
+    ) -> None:
         self._admission = admission
         self._on_call = on_call
+        self._before_answer = before_answer
 
     async def intercept_service(
         self,
@@ -65,9 +69,9 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             try:
                 with self._admission.enter(method, token) as call:
                     if handler.request_streaming:  # reflection's
-                        await _answer(handler, _requests(handler, call, context), context)
+                        await self._answer(handler, _requests(handler, call, context), context)
                     elif (request := await _receive(handler, call, context)) is not None:
-                        await _answer(handler, request, context)
+                        await self._answer(handler, request, context)
                 code = "OK"
             except grpc.aio.AbortError:  # health's, which has set its own code
                 code = context.code().name
@@ -82,6 +86,22 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 await context.abort(grpc.StatusCode[code], failure.message, failure.trailers)
 
         return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
+
+    async def _answer(self, handler: Any, request: Any, context: Context) -> None:
+        """Run a handler, and send what it returns or yields."""
+        inner = handler.unary_unary or handler.unary_stream or handler.stream_stream
+        if inspect.isasyncgenfunction(inner):
+            # Closed with the call, not when the collector comes: what it holds ends with it.
+            async with contextlib.aclosing(inner(request, context)) as responses:
+                async for response in responses:
+                    self._before_answer()
+                    await context.write(response)
+        elif handler.response_streaming:  # writes its responses to the context itself (health's Watch)
+            await inner(request, context)
+        else:
+            response = await inner(request, context)
+            self._before_answer()
+            await context.write(response)
 
 
 async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
@@ -101,20 +121,6 @@ async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
 async def _requests(handler: Any, call: Call, context: Context) -> AsyncIterator[Any]:
     while (request := await _receive(handler, call, context)) is not None:
         yield request
-
-
-async def _answer(handler: Any, request: Any, context: Context) -> None:
-    """Run a handler, and send what it returns or yields."""
-    inner = handler.unary_unary or handler.unary_stream or handler.stream_stream
-    if inspect.isasyncgenfunction(inner):
-        # Closed with the call, not when the collector comes: what it holds ends with it.
-        async with contextlib.aclosing(inner(request, context)) as responses:
-            async for response in responses:
-                await context.write(response)
-    elif handler.response_streaming:  # writes its responses to the context itself (health's Watch)
-        await inner(request, context)
-    else:
-        await context.write(await inner(request, context))
 
 
 def _known(method: str, error: Exception) -> WeightdError:
