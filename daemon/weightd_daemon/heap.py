@@ -24,4 +24,4 @@ def freed(size: int) -> None:
 def _trim() -> None:
     global _waiting
     _waiting = None
-    asyncio.get_running_loop().run_in_executor(None, libc.trim)
+    _ = asyncio.get_running_loop().run_in_executor(None, libc.trim)  # nobody waits for it

@@ -371,10 +371,14 @@ def test_offers_of_somebody_else(client: weightd.Client, daemon: Daemon, tmp_pat
             request = checkpoint_pb2.LoadRequest(offer_id=number, sources=[source])
             with pytest.raises(weightd.LeaseLostError, match="an offer is not there"):  # nobody reads which
                 client._rpc().load(request, lambda: None, None)
-            own, intake = client._handles.offer()
-            assert own != number
-            with intake, pytest.raises(weightd.LeaseLostError, match=f"offer {number} is not there"):
-                client._rpc().load(request, lambda: None, None)
+        with weightd.connect(daemon.socket, timeout=60) as other:
+            own, intake = other._handles.offer()
+            with intake:
+                for number in (foreign, 0, 2**64 - 1):
+                    assert number != own
+                    request = checkpoint_pb2.LoadRequest(offer_id=number, sources=[source])
+                    with pytest.raises(weightd.LeaseLostError, match=f"offer {number} is not there"):
+                        other._rpc().load(request, lambda: None, None)
 
 
 def test_a_load_of_nothing(client: weightd.Client) -> None:

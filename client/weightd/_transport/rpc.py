@@ -26,6 +26,7 @@ from weightd.errors import (
     from_wire,
 )
 from weightd.types import (
+    BooksStats,
     CheckpointDetails,
     CheckpointInfo,
     ComponentInfo,
@@ -200,6 +201,9 @@ class ControlPlane:
             state=_STATES.get(response.state, "serving"),
             digest_index=DigestIndexStats(index.path, index.problem, index.failures)
             if response.HasField("digest_index")
+            else None,
+            books=BooksStats(response.books.limit_bytes, response.books.used_bytes)
+            if response.HasField("books")
             else None,
         )
 

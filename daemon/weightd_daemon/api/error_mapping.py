@@ -108,7 +108,7 @@ async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
     """The next request of a call; None where the peer has sent all, has left, or gRPC has refused the rest."""
     async with call.reading():
         raw = await context.read()
-    if raw is grpc.aio.EOF:
+    if raw is grpc.aio.EOF:  # type: ignore[attr-defined]  # public, but not in its types
         return None
     heap.freed(len(raw))
     call.check(len(raw))

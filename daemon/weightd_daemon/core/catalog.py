@@ -198,14 +198,20 @@ class Catalog:
     def keep(self, who: Who, checkpoint: Checkpoint) -> None:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
-            self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
+            more = checkpoint.total_bytes + checkpoint.books_bytes
+            self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
         checkpoint.pins.add(who.uid)
         self._store.touched.add(checkpoint.key)
         self.changed()
 
     def bytes_of(self, uid: int | None) -> int:
-        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
-        return sum(c.total_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins)
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
+
+        Their books count, too: a tensor without bytes takes memory of the daemon.
+        """
+        return sum(
+            c.total_bytes + c.books_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins
+        )
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""

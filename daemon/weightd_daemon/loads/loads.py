@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
+from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.loader.channel import UNFIT
@@ -247,6 +248,7 @@ class Loads:
         began = clock()
         loader: LoaderProcess | None = None
         usable = False
+        steps: LoadSteps | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -304,6 +306,8 @@ class Loads:
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
+            if steps is not None:
+                heap.freed(steps.books)
             if loading is not None and begun is not None:
                 tidy = self._tidy(loader, loading, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -20,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.loads.dialogue import Instance
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def _unpack(row: object, epoch: object, identity: FileIdentity) -> list[Instance
 
 
 def _checksum(packed: bytes, epoch: object, identity: FileIdentity) -> bytes:
-    hasher = new_hasher(f"{epoch} {tuple(identity)} ".encode())
+    hasher = hashlib.blake2b(f"{epoch} {tuple(identity)} ".encode(), digest_size=_CHECKSUM_BYTES)
     hasher.update(packed)
     return hasher.digest()
 
