@@ -57,6 +57,11 @@ class Draft:
         """It is on its way into the store."""
         self.number, self._on_discard = number, on_discard
 
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
+        return os.fstat(self.descriptor).st_size
+
     def take(self) -> int:
         """The descriptor, which is the caller's now."""
         descriptor, self.descriptor = self.descriptor, -1
