@@ -63,8 +63,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "loader"),
     "handles": ("core", "devices", "loads", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
+    "residency": ("core", "handles", "loads", "persistence"),
     "operations": ("core", "config", "handles", "loads", "persistence"),
-    "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
+    "monitoring": ("core", "config", "devices", "handles", "loads", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
