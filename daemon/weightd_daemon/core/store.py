@@ -35,10 +35,8 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
-        # Since the root record was written, which empties both: what came, went or got other sources, and what was used,
-        # pinned or unpinned.
-        self.changed: set[CheckpointKey] = set()
-        self.touched: set[CheckpointKey] = set()
+        # Since the root record was written: what came, went or got other sources; what was used, pinned or unpinned.
+        self.changed, self.touched = set[CheckpointKey](), set[CheckpointKey]()
         self.collisions = self.evictions = self.uses = self._last_load = 0
         self._on_event = on_event
         self._blobs = Blobs()
