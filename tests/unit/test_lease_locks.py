@@ -14,7 +14,8 @@ import pytest
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Holder, Lease
 from weightd_daemon.handles import lease_locks
-from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests, encode_manifest, is_manifest, make_manifest
+from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests
+from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
 
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)
 OTHER = KEY._replace(content_digest="sha256:" + "cd" * 32)

@@ -19,16 +19,19 @@ import xxhash
 from support.root_forms import rows_of, write_first_form
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.catalog import Catalog, Tag, Who
+from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, Sealed
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_locks import Manifests, make_manifest
+from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
 
@@ -115,21 +118,21 @@ class Books:
 
     def load(self, name: str, tensors: dict[str, bytes]) -> Checkpoint:
         """Load as a loader does, new tensors one behind the other in one extent, and name it."""
-        load = self.store.open_load("host", "", 1000)
+        load = Loading(self.store, "host", "", 1000)
         blobs = []
         segment, offset = 0, 0
         for data in tensors.values():
             digest = xxhash.xxh3_128(data).digest()
-            blob = self.store.candidate(load, digest, len(data))
+            blob = load.candidate(digest, len(data))
             if blob is not None:
-                blob = self.store.share(load, blob.number, None, 0)
+                blob = load.share(blob.number, None, 0)
             if blob is None:
                 if not segment:
-                    extent = self.store.grant(load, sum(map(len, tensors.values())), len(data))
+                    extent = load.grant(sum(map(len, tensors.values())), len(data))
                     assert extent is not None
                     segment, offset = extent.segment, extent.offset
                 os.pwrite(self.device.writable(segment), data, offset)
-                placed, blob = self.store.settle(load, digest, len(data), segment, offset)
+                placed, blob = load.settle(digest, len(data), segment, offset)
                 assert placed
                 offset += len(data)
             blobs.append(blob)
@@ -137,12 +140,12 @@ class Books:
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.survival.prepare(content, "host"))
-        checkpoint = self.store.seal(load, content, 5.0, draft)
+        checkpoint = load.seal(content, 5.0, draft)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
         self.store.changed.add(checkpoint.key)
         self.survival.flip()
-        self.store.end_load(load)
+        load.end()
         self.reclaim()
         self.catalog.set(WHO, name, digest_of)
         self.survival.flip()
@@ -233,7 +236,7 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
             assert (checkpoint.origin, checkpoint.sources, checkpoint.reference) == (SOURCES, [INDEXED], "/m")
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
-        segments = {blob.segment for blob in again.store.blobs()}
+        segments = {blob.segment for blob in again.store.sealed_blobs()}
         assert memory.used == sum(again.device.allocated(segment) for segment in segments) == 5 * MIB
         shared = again.catalog.find(WHO, "b").components[""][2]
         assert shared.references == 2
@@ -510,7 +513,7 @@ def test_of_another_schema_is_taken_up_what_is_understood(
         assert again.names() == {"a"}
         assert f"has schema {schema}, not 1: left are caches" in caplog.text
         memory = again.store.memories["host"]
-        assert all(memory.is_frozen(blob.segment) for blob in again.store.blobs())
+        assert all(memory.is_frozen(blob.segment) for blob in again.store.sealed_blobs())
 
 
 @pytest.mark.parametrize("body", [{}, {"segments": 7, "checkpoints": {}, "names": [1, None]}, {"last_id": -1}])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .lease import Holder
     from .limits import Limits
     from .store import Store
+    from .who import Who
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -28,15 +29,6 @@ _LIKE_DIGEST = re.compile(r"sha256:[0-9a-f]*|[0-9a-f]{12,64}")
 """What `weightd ls` prints of a digest must not be another checkpoint's name."""
 NAME_BYTES = 1024
 """Longest name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Who:
-    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
-
-    uid: int | None
-    admin: bool
-    domain: str
 
 
 @dataclass(frozen=True, slots=True)

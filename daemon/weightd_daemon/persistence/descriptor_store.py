@@ -17,8 +17,7 @@ import re
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd_daemon.core.making_room import fit
-from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
+from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 
 from .record_writer import RecordWriter
 from .restore import Left, restore
@@ -134,7 +133,7 @@ class Survival:
         self.flip()
         self._let_go(left)
         for uuid in self._devices:
-            excess = fit(self._store, uuid)
+            excess = self._store.fit(uuid)
             if excess:
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()

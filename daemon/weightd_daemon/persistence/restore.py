@@ -26,7 +26,8 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import Entry, ManifestFile
-from weightd_daemon.handles.lease_locks import Manifests, is_manifest
+from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.manifest_file import is_manifest
 from weightd_daemon.handles.peers import NO_UID
 
 from .root_record import SCHEMA
