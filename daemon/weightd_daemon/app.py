@@ -23,7 +23,16 @@ from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
-from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
+from .devices.budgets import (
+    books_of,
+    budget_of,
+    called,
+    check_budgets,
+    default_device,
+    device_meant,
+    open_served,
+    pool_of,
+)
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .handles.attach import Attacher
@@ -167,6 +176,7 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
             store.memories[uuid].quarantine = aside
+        store.books.limit = books_of(settings, budgets)
         await survival.begin()
         if aside:
             thawing = asyncio.get_running_loop().create_task(thaw_when_unwritten(sockets.lock, store.memories, devices))
@@ -208,7 +218,8 @@ class Daemon:
             on_attach=metrics.attached if metrics else _uncounted,
         )  # fmt: skip
         stack.callback(handles.stop)
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted, before_answer=survival.flip)
+        on_call = metrics.called if metrics else _uncounted
+        control = ControlPlane(parts, settings.max_connections, on_call, before_answer=survival.flip)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         try:
             await sockets.open(int(settings.socket_mode, 8), control, handles.start)
@@ -238,6 +249,8 @@ class Daemon:
             for uuid, memory in store.memories.items():
                 budget = budget_of(new, devices[uuid], names[uuid])
                 memory.resize(budget, pool_of(new, devices[uuid], budget))
+            store.books.limit = books_of(new, {uuid: memory.budget for uuid, memory in store.memories.items()})
+            store.fit_books()
 
         def change_loads(new: Settings) -> None:
             turns.resize(new.max_loads, new.loads_of_one)
@@ -256,7 +269,7 @@ class Daemon:
             handles.max_connections = new.max_connections
 
         changes: dict[Change, str] = {
-            change_budgets: "budget pool",
+            change_budgets: "budget pool books",
             change_loads: "max_loads max_user_loads reader_threads",
             change_roots: "model_roots preload",
             change_sockets: "socket_mode",

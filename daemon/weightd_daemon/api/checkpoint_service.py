@@ -93,7 +93,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """Everything resident or lost that the caller may see, then the loads under way; names where asked for."""
+        """Everything resident or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
         there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
         there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
