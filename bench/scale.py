@@ -3,8 +3,8 @@
     python bench/scale.py [--checkpoints 125,250,500,1000] [--tensors 100]
                           [--large 5,10,20,40] [--large-tensors 10000] [--rounds 5] [--format human|json]
 
-A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step, and
-at each size it is timed: one more load, naming what is resident, a pin, an attach, `ls`, `stats`, reading all events,
+A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
+At each size it is timed: one more load, naming what is resident, a pin, an attach, `ls`, `stats`, reading all events,
 and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time) over log(size),
 from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
 
@@ -40,11 +40,7 @@ AIM, AIM_FLAT = 1.15, 0.3
 def write(path: Path, tensors: int, seed: int) -> None:
     """A safetensors file of tensors of 8 bytes that occur in no other file."""
     header = {
-        f"model.layers.{at}.self_attn.q_proj.weight": {
-            "dtype": "U8",
-            "shape": [8],
-            "data_offsets": [at * 8, at * 8 + 8],
-        }
+        f"model.layers.{at // 8}.{at % 8}.weight": {"dtype": "U8", "shape": [8], "data_offsets": [at * 8, at * 8 + 8]}
         for at in range(tensors)
     }
     text = json.dumps(header).encode()
@@ -163,7 +159,8 @@ def main() -> int:
         for size, row in there["found"].items():
             cells = [f"{row[k] / 2**20:.0f}" if k == "rss_bytes" else f"{row[k] * 1000:.1f}" for k in keys]
             print(f"| {size} | {' | '.join(cells)} |")
-        print(f"| exponent | {' | '.join(f'{there["exponents"][key]:.2f}' for key in keys)} |")
+        slopes = [f"{there['exponents'][key]:.2f}" for key in keys]
+        print(f"| exponent | {' | '.join(slopes)} |")
     print("\naims met" if not missed else f"\nMISSED: {'; '.join(missed)}")
     return bool(missed)
 
