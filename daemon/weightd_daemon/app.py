@@ -169,7 +169,11 @@ class Daemon:
             store.memories[uuid].quarantine = aside
         await survival.begin()
         if aside:
-            thawing = asyncio.get_running_loop().create_task(thaw_when_unwritten(sockets.lock, store.memories, devices))
+            thawing = asyncio.get_running_loop().create_task(
+                thaw_when_unwritten(
+                    sockets.lock, store.memories, {uuid: device.hollow for uuid, device in devices.items()}
+                )
+            )
             stack.callback(thawing.cancel)
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
