@@ -231,7 +231,8 @@ class Daemon:
             memory.quarantine = quarantined
         await books.survival.begin()
         if quarantined:
-            thawing = thaw_when_unwritten(sockets.lock, memories, served.devices)
+            hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
+            thawing = thaw_when_unwritten(sockets.lock, memories, hollow)
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(
