@@ -67,7 +67,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "persistence": ("core", "devices", "handles", "loads"),
     "operations": ("core", "config", "handles", "loads", "persistence"),
     "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
+    "api": ("core", "devices", "handles", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.

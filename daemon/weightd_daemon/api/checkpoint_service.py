@@ -16,7 +16,6 @@ from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.handles.peers import Connection
-from weightd_daemon.loader.channel import error_from
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 from weightd_daemon.wire import time_to, user_name
@@ -177,18 +176,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 here = [blob for blob in blobs.values() if blob.key.device == uuid]
                 if not here:
                     continue
-                rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in here]
+                rows = [(b.number, b.segment, b.offset, b.length, b.key.digest) for b in here]
                 blobs_before, bytes_before = event.done_blobs, event.done_bytes
                 # Closed with this call, not when the collector comes: it holds a turn and a loader.
                 async with contextlib.aclosing(parts.loads.verify(rows, device, check)) as messages:
                     async for message in messages:
-                        if message["op"] == "failed":
-                            raise error_from(message)
-                        if message["op"] == "verified":
-                            bad += message["bad"]
-                        else:
-                            event.done_blobs = blobs_before + message["done"]
-                            event.done_bytes = bytes_before + message["done_bytes"]
+                        bad += message.bad
+                        if not message.all:
+                            event.done_blobs = blobs_before + message.blobs
+                            event.done_bytes = bytes_before + message.bytes
                             yield event
                 event.done_blobs = blobs_before + len(rows)
                 event.done_bytes = bytes_before + sum(blob.length for blob in here)

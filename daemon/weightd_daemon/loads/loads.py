@@ -12,14 +12,17 @@ from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError,
 from weightd.types import SourceFile
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader.channel import UNFIT, Message
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import UNFIT, error_of
 from weightd_daemon.loader.source import rested
 
-from .dialogue import InstanceIndex, LoadSteps, Prepare
+from .dialogue import LoadSteps, Prepare
 from .fair_queue import ANYBODY, Turns
 from .flight import Load
+from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .messages import BlobRow, load_job, verify_job
 from .quota import Quota
 from .request import LoadRequest, Outcome
 
@@ -191,11 +194,11 @@ class Loads:
                 self.leave(load, waiter)
 
     async def verify(
-        self, rows: list[tuple[int, int, int, int, str]], device: Device, check: Callable[[], None]
-    ) -> AsyncGenerator[Message, None]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages.
+        self, rows: list[BlobRow], device: Device, check: Callable[[], None]
+    ) -> AsyncGenerator[wire.Verified, None]:
+        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields how far it is.
 
-        `check` raises where the blobs are lost, which may happen at any moment.
+        `check` raises where the blobs are lost, which may happen at any moment. Errors: those of the loader, too.
         """
         async with self._turns.turn(ANYBODY):
             loader = await self._pool.take()
@@ -205,15 +208,16 @@ class Loads:
                 check()
                 size = self._store.memories[device.uuid].size
                 segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {row[1] for row in rows}]
-                job = {"job": "verify", "kind": device.kind, "device": device.uuid, "blobs": rows}
-                await loader.send(job, segments)
-                while True:
+                await loader.send(verify_job(rows, device), segments)
+                found = wire.Verified()
+                while not found.all:
                     message = await loader.receive()
                     check()
-                    yield message
-                    if message["op"] in ("verified", "failed"):
-                        break
-                usable = message["op"] == "verified" and await self._pool.put_back(loader)
+                    if message.HasField("failed"):
+                        raise error_of(message.failed)
+                    found = message.verified
+                    yield found
+                usable = await self._pool.put_back(loader)
             except LoaderDied:
                 check()
                 raise LeaseLostError("the loader process died while it verified; try again") from None
@@ -298,15 +302,7 @@ class Loads:
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._pool.take()
-                labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
-                # Writes to one memfd take turns, so there each thread gets segments of its own (loader/schedule.py).
-                lanes = self.threads if device.kind == "host" else 1
-                place = {"kind": device.kind, "device": device.uuid}
-                job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                files = [(source.file, source.is_index) for source in request.sources]
-                components = [source.component for source in request.sources]
-                groups = [list(column) for column in request.groups]
-                await loader.send({**job, "components": components, "files": files, "groups": groups})
+                await loader.send(load_job(request, device, self.threads))
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()
