@@ -35,6 +35,7 @@ from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
+from .log_line import Line
 from .monitoring.event_log import EventLog
 from .monitoring.event_stream import Journal
 from .monitoring.listeners import Listeners
@@ -100,7 +101,7 @@ class Daemon:
             await self._stop.wait()
             self._announcer.stop()
             self._up = False
-            log.info("stopping signal=%s", self._signal.name)
+            log.info(Line("stopping", {"signal": self._signal.name}))
         return 130 if self._signal is signal.SIGINT else 0
 
     async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
@@ -109,7 +110,7 @@ class Daemon:
         tell = listeners.tell
 
         def on_lost(uuid: str, reason: str) -> None:
-            log.warning("device lost device=%s: %s", uuid, reason)
+            log.warning(Line("device lost", {"device": uuid}, because=reason))
             tell(DeviceLost(uuid, reason))
             store.lose(uuid, reason)
             loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
@@ -220,11 +221,12 @@ class Daemon:
         await control.ready()
         served = [f"{called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
         for device in devices.values():
-            log.info("serving device=%s kind=%s budget=%d", device.uuid, device.kind, budgets[device.uuid])
+            served_as = {"device": device.uuid, "kind": device.kind, "budget": budgets[device.uuid]}
+            log.info(Line("serving", served_as))
             if device.note:
                 log.warning("device %s is %s", device.uuid, device.note)
         self._announcer.ready(lambda: status_line(store))
-        log.info("ready socket=%s pid=%d", self._socket, os.getpid())
+        log.info(Line("ready", {"socket": self._socket, "pid": os.getpid()}))
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
         preloader.begin()
 

@@ -18,6 +18,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
 from weightd.errors import ServerError, WeightdError
+from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
 
 if TYPE_CHECKING:
@@ -94,11 +95,11 @@ def _known(method: str, error: Exception) -> WeightdError:
     if isinstance(error, OSError) and not isinstance(error, WeightdError):
         limit = limit_error(error, f"answering {method.rpartition('/')[2]}", DAEMON)
         if limit is not None:
-            log.warning("request failed method=%s: %s", method, limit.message)
+            log.warning(Line("request failed", {"method": method}, because=limit.message))
             return limit
     if not isinstance(error, WeightdError):
         number = secrets.token_hex(4)
-        log.error("bug id=%s method=%s", number, method, exc_info=error)
+        log.error(Line("bug", {"id": number, "method": method}), exc_info=error)
         return ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
     return error
 

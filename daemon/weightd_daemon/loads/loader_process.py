@@ -18,6 +18,7 @@ from weightd._limits import DAEMON, limit_error
 from weightd.errors import ServerError
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import BATCH, LENGTH, framed, length_of
+from weightd_daemon.log_line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -110,7 +111,7 @@ class LoaderProcess:
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise LoaderDied from error
         except (DecodeError, ServerError) as error:
-            log.error("loader pid=%d sent what is no message: %s", self.pid, error)  # noqa: TRY400  # it says all
+            log.error(Line("loader", {"pid": self.pid}, "sent what is no message", because=error))  # noqa: TRY400  # it says all
             self.kill()
             raise LoaderDied from error
 

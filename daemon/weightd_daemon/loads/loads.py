@@ -15,6 +15,7 @@ from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import UNFIT, error_of
 from weightd_daemon.loader.source import rested
+from weightd_daemon.log_line import Line
 
 from .dialogue import LoadSteps, Prepare
 from .fair_queue import ANYBODY, Turns
@@ -315,7 +316,7 @@ class Loads:
             load.fail(error)
         except LoaderDied:
             load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
-            log.warning("loader died pid=%s", loader.pid if loader else None)
+            log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
         except Exception:  # a bug must fail its load, not hang its waiters
@@ -348,7 +349,7 @@ class Loads:
             loader.kill()
             await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
-                log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
+                log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
                 self._store.memories[device].withdraw(number)  # nobody is to wait for that
             await asyncio.shield(loader.exited)
         self._store.end_load(number)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.core.making_room import fit
 from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
+from weightd_daemon.log_line import Line
 
 from .restore import Left, restore
 from .root_record import Record, RootRecord, read_root
@@ -139,8 +140,12 @@ class Survival:
             if excess:
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         if self._given:
-            log.info("taken up checkpoints=%d segments=%d leases=%d", len(self._kept), len(self._segments),
-                     len(self._store.leases))  # fmt: skip
+            counts = {
+                "checkpoints": len(self._kept),
+                "segments": len(self._segments),
+                "leases": len(self._store.leases),
+            }
+            log.info(Line("taken up", counts))
 
     def _find_root(self) -> dict[str, Any]:
         """The last content of the root records that were given; the one that has it is written to from now on."""
@@ -203,8 +208,9 @@ class Survival:
             await self._keep(draft, device, content.segments)
         except (OSError, TimeoutError) as error:
             draft.forget()
-            log.warning("checkpoint content=%s device=%s ends with this daemon: %s", content.content_digest[:19], uuid,
-                        str(error) or "the service manager does not answer")  # fmt: skip
+            what = {"content": content.content_digest[:19], "device": uuid}
+            why = str(error) or "the service manager does not answer"
+            log.warning(Line("checkpoint", what, "ends with this daemon", because=why))
         except BaseException:
             draft.discard()
             raise
