@@ -658,7 +658,7 @@ def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"a", "b"}
         again.store.use(again.catalog.find(WHO, "a"), 0.0)
-        again.survival.flip()
+        again.survival.flip(uses=True)
     with books(keeper, budget=3 * MIB) as again:
         assert again.names() == {"a"}, "the count goes on"
 
@@ -669,7 +669,7 @@ def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper
             first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
         for now, name in enumerate(("c3", "c2", "c1", "c0")):
             first.store.use(first.catalog.find(WHO, name), float(9 - now))  # a clock that is stepped back all the time
-        first.survival.flip()
+        first.survival.flip(uses=True)
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"c0", "c1"}
         assert again.store.memories["host"].used == 4 * MIB
@@ -736,6 +736,28 @@ def test_bytes_that_an_eviction_frees_are_granted_and_returned_only_when_it_is_w
         load.end()
 
 
+def test_a_use_is_written_with_the_next_change_and_at_the_end(keeper: Keeper) -> None:
+    """Else each attach would write."""
+    with books(keeper) as first:
+        one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
+
+        def used() -> list[int]:
+            return [row["used"] for row in keeper.root["checkpoints"]]
+
+        before = used()
+        first.store.use(one, 9.0)
+        first.survival.flip()
+        assert used() == before
+        first.catalog.pin(WHO, two)
+        first.survival.flip()
+        assert used() == [one.used, two.used] != before
+        first.store.use(two, 9.0)
+        first.survival.flip()
+        assert used() != [one.used, two.used]
+        first.survival.close()
+        assert used() == [one.used, two.used]
+
+
 def test_before_a_lease_is_locked_everything_is_written(keeper: Keeper) -> None:
     """What a client has attached must be there for the next daemon, however early in the step it was sealed."""
     with books(keeper) as first:
@@ -760,7 +782,7 @@ def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
             def cost(change: Callable[[], object]) -> int:
                 def write() -> None:
                     change()
-                    first.survival.flip()
+                    first.survival.flip(uses=True)
 
                 root = first.survival._record.root
                 assert root is not None
