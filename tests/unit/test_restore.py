@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -21,8 +21,7 @@ from support.root_forms import rows_of, write_first_form
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
-from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.events import Event, Sealed
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
@@ -35,6 +34,7 @@ from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
+from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -89,28 +89,22 @@ class Books:
 
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
-        self.manifests = Manifests(lambda number: self.survival.reserve(number))
-        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
+        residency = Residency(lambda _: None)
+        self.manifests = Manifests(residency.before_lock)
+        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=residency.on_event)
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
-            before_use=lambda: self.survival.flip(),
+            before_use=residency.before_use,
         )  # fmt: skip
-        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.changed())
+        self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, now=lambda: 7.0,
         )  # fmt: skip
+        residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
         asyncio.run(self.survival.begin())
         self.reclaim()
-
-    def _happened(self, event: Event) -> None:
-        if isinstance(event, Sealed):
-            self.survival.sealed(event.checkpoint.key, event.manifest)
-        else:
-            self.manifests.remove(event.checkpoint.key)
-            self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
-            self.survival.evicted(event.checkpoint.key)
 
     def reclaim(self) -> None:
         memory = self.store.memories["host"]
@@ -147,7 +141,7 @@ class Books:
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.survival.prepare(content, "host"))
-        checkpoint = load.seal(content, 5.0, draft)
+        checkpoint = load.seal(content, 5.0, draft, draft.size)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
         self.store.changed.add(checkpoint.key)
@@ -241,6 +235,8 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
             checkpoint = again.catalog.find(WHO, name)
             assert (checkpoint.owner, checkpoint.loaded, checkpoint.pinned) == (1000, 5.0, name == "a")
             assert (checkpoint.origin, checkpoint.sources, checkpoint.reference) == (SOURCES, [INDEXED], "/m")
+            assert checkpoint.books_bytes == again.manifests.size(checkpoint.key) + 3 * BYTES_OF_TENSOR
+        assert again.store.books.used == sum(c.books_bytes for c in again.store.checkpoints.values())
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
         segments = {blob.segment for blob in again.store.sealed_blobs()}
