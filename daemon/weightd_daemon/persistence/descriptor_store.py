@@ -294,9 +294,9 @@ class Survival:
         loop.call_soon(self._on_step)
         self._scheduled = True
 
-    def flip(self) -> None:
-        """Write what has changed to the root record, if anything has: it holds from now on."""
-        self._record.write()
+    def flip(self, *, uses: bool = False) -> None:
+        """Write what has changed to the root record, if anything has: it holds from now on. For `uses` see there."""
+        self._record.write(uses=uses)
         if self._going:
             going, self._going = self._going, []
             for name in going:
@@ -304,7 +304,7 @@ class Survival:
 
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
-        self.flip()
+        self.flip(uses=True)
         if self._record.root is not None:
             self._record.root.close()
             self._record.root = None
