@@ -1,6 +1,7 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--unread` that of
+answers. `--backlog` is how
 many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
 what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events
 that no listener can take. `--points` is the file that names
@@ -18,7 +19,7 @@ from typing import Any
 from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.api import grpc_server
+from weightd_daemon.api import error_mapping, grpc_server
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -32,6 +33,7 @@ def launcher(
     hello: float | None = None,
     ack: float | None = None,
     page: float | None = None,
+    unread: float | None = None,
     backlog: int | None = None,
     loader: str = "",
     bug: bool = False,
@@ -41,7 +43,8 @@ def launcher(
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
-        "hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None, "points": points,
+        "hello": hello, "ack": ack, "page": page, "unread": unread,
+        "backlog": backlog, "loader": loader or None, "points": points,
         "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
@@ -55,6 +58,7 @@ def main() -> int:
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
     parser.add_argument("--page", type=float)
+    parser.add_argument("--unread", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
@@ -70,6 +74,8 @@ def main() -> int:
         handle_server.ACK_SECONDS = options.ack
     if options.page is not None:
         http.SECONDS = options.page
+    if options.unread is not None:
+        error_mapping.UNREAD_SECONDS = options.unread
     if options.backlog is not None:
         event_stream.BACKLOG = options.backlog
     if options.bug:

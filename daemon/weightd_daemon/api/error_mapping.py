@@ -102,7 +102,8 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 def _unread(method: str) -> asyncio.TimerHandle:
     """End the call of this task unless the handle is cancelled in time. Its reader does not hear why: it reads nothing.
 
-    What a call holds (its answer, a reader of events, a connection) is held for as long as its reader likes otherwise.
+    What a handler holds, such as a place among the readers of events, would be held for as long as its reader likes. An
+    answer that gRPC has already stays with its stream until the connection ends: a stream cannot be reset from here.
     """
     task = _task()
 
