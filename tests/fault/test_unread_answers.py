@@ -1,4 +1,4 @@
-"""Peers that read no answer: they keep no turn, no loader and no lease, and in the end not their call either."""
+"""Peers that read no answer: they keep no turn, no loader and no lease, and in the end no place among readers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 import weightd
 from support import checkpoints
 from support.daemon import Daemon, eventually
 from support.http2 import Unreading
 from support.launch import launcher
 from support.wire import Peer
-from weightd._proto.v1.checkpoint_pb2 import GetCheckpointRequest, VerifyCheckpointRequest
+from weightd._proto.v1.checkpoint_pb2 import VerifyCheckpointRequest
 from weightd._proto.v1.daemon_pb2 import WatchEventsRequest
 from weightd_daemon.monitoring.event_stream import MOST_READERS
 
@@ -44,30 +42,6 @@ def test_verifications_end_without_a_reader(start_daemon: StartDaemon, tmp_path:
         client.remove("victim")
 
 
-@pytest.mark.parametrize(
-    ("method", "request_"),
-    [
-        (VERIFY, VICTIM),
-        ("/weightd.v1.CheckpointService/List", b""),
-        ("/weightd.v1.DaemonService/GetStats", b""),
-        (WATCH, FOLLOW),
-        ("/weightd.v1.CheckpointService/Get", GetCheckpointRequest(reference="victim").SerializeToString()),
-    ],
-)
-def test_a_call_ends_whose_answer_nobody_reads(
-    start_daemon: StartDaemon, tmp_path: Path, method: str, request_: bytes
-) -> None:
-    daemon = start_daemon(argv=launcher(unread=0.5))
-    client = loaded(daemon, tmp_path)
-    with Peer(daemon.socket) as peer, Unreading(daemon.socket) as unreading:
-        for _ in range(3):
-            unreading.call(method, request_, peer.token)
-        eventually(lambda: daemon.logged().count(ENDED) == 3, what="the deadline of each")
-        client.verify("victim")
-    client.verify("victim")
-    assert daemon.logged().count(ENDED) == 3
-
-
 def test_readers_of_events_that_read_none_make_room(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(argv=launcher(unread=2.0))
     client = loaded(daemon, tmp_path)
@@ -76,6 +50,17 @@ def test_readers_of_events_that_read_none_make_room(start_daemon: StartDaemon, t
             unreading.call(WATCH, FOLLOW, peer.token)
         eventually(lambda: not follows(client), what="nobody else may follow")
         eventually(lambda: follows(client), what="room for those who read")
+
+
+def test_a_reader_that_was_away_for_too_long_is_told_so(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    daemon = start_daemon(argv=launcher(unread=0.5))
+    client = loaded(daemon, tmp_path)
+    with Peer(daemon.socket) as peer, Unreading(daemon.socket) as unreading:
+        watch = unreading.call(WATCH, FOLLOW, peer.token)
+        eventually(lambda: ENDED in daemon.logged(), what="the deadline")
+        status = unreading.read(watch)
+        assert b"was not read in 0.5 s; call again" in status, status
+    client.verify("victim")
 
 
 def follows(client: weightd.Client) -> bool:

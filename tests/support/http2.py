@@ -24,7 +24,7 @@ class Unreading:
         self._received = b""
         window_setting = struct.pack(">HI", _INITIAL_WINDOW_SIZE, window)
         self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + _frame(_SETTINGS, 0, 0, window_setting))
-        while self._next() != _SETTINGS:
+        while self._next()[0] != _SETTINGS:
             pass
         self.socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
 
@@ -48,11 +48,18 @@ class Unreading:
         self.socket.sendall(_frame(_HEADERS, _END_HEADERS, stream, block) + _frame(_DATA, _END_STREAM, stream, body))
         return stream
 
-    def _next(self) -> int:
-        """Read a frame. Returns its type. Errors: ConnectionError, TimeoutError."""
+    def read(self, stream: int) -> bytes:
+        """Let answers come from now on. Returns the headers at the end of a stream, as they are on the wire."""
+        self.socket.sendall(_frame(_SETTINGS, 0, 0, struct.pack(">HI", _INITIAL_WINDOW_SIZE, 1 << 20)))
+        while True:
+            kind, flags, number, body = self._next()
+            if (kind, number) == (_HEADERS, stream) and flags & _END_STREAM:
+                return body
+
+    def _next(self) -> tuple[int, int, int, bytes]:
+        """The next frame: type, flags, stream, body. Errors: ConnectionError, TimeoutError."""
         head = self._take(9)
-        self._take(int.from_bytes(head[:3]))
-        return head[3]
+        return head[3], head[4], int.from_bytes(head[5:]) & 0x7FFFFFFF, self._take(int.from_bytes(head[:3]))
 
     def _take(self, size: int) -> bytes:
         while len(self._received) < size:

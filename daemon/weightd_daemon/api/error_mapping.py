@@ -1,6 +1,6 @@
 """One interceptor: errors of the domain become gRPC codes with details; a bug becomes INTERNAL with an id.
 
-It also says how each call has ended, and ends those whose answers nobody reads.
+It also says how each call has ended, and ends handlers whose answers nobody reads.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
-from weightd.errors import ServerError, WeightdError
+from weightd.errors import LeaseLostError, ServerError, WeightdError
 from weightd_daemon.wire import clip
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +63,8 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 # Closed with this one, not when the collector comes: what it holds ends with the call.
                 async with self._ending(context, method), contextlib.aclosing(inner(request, context)) as responses:
                     async for response in responses:
-                        deadline = _unread(method)
-                        try:
+                        async with _read_in_time(responses, method):
                             yield response
-                        finally:
-                            deadline.cancel()
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
 
@@ -95,29 +92,32 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             await _abort(context, known)
         finally:
             self._on_call(method.rpartition(".")[2], code)
-            deadline = _unread(method)  # of the last answer, and of the status behind it
-            _task().add_done_callback(lambda _: deadline.cancel())
 
 
-def _unread(method: str) -> asyncio.TimerHandle:
-    """End the call of this task unless the handle is cancelled in time. Its reader does not hear why: it reads nothing.
+@contextlib.asynccontextmanager
+async def _read_in_time(responses: AsyncGenerator[Any, None], method: str) -> AsyncIterator[None]:
+    """Around the moment in which a reader takes an answer. Errors: LeaseLostError (it took it too late).
 
-    What a handler holds, such as a place among the readers of events, would be held for as long as its reader likes. An
-    answer that gRPC has already stays with its stream until the connection ends: a stream cannot be reset from here.
+    What the handler holds, such as a place among the readers of events, would be held as long as its reader likes. So
+    the handler is ended from outside while the call waits. The call itself cannot be: gRPC keeps it until its answer is
+    read, or the connection ends.
     """
-    task = _task()
+    ended: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
 
     def end() -> None:
-        log.warning("call ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
-        task.cancel()
+        log.warning("handler ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
+        ended.append(loop.create_task(responses.aclose()))
 
-    return asyncio.get_running_loop().call_later(UNREAD_SECONDS, end)
-
-
-def _task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None  # gRPC runs each call in a task of its own
-    return task
+    deadline = loop.call_later(UNREAD_SECONDS, end)
+    try:
+        yield
+    finally:
+        deadline.cancel()
+        for task in ended:
+            await task
+    if ended:
+        raise LeaseLostError(f"an answer of the call was not read in {UNREAD_SECONDS:g} s; call again")
 
 
 def _known(method: str, error: Exception) -> WeightdError:
