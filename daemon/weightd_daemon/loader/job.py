@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.devices.segment_io import SegmentIO
 
-_LAYOUT_BATCH = 2000
+_LAYOUT_BATCH = 500
 _PROGRESS_SECONDS = 0.1
 _INTAKE_SECONDS = 30.0
 """How long a client may take to send a batch of files, and to have room for its confirmation: it must not keep a loader

@@ -20,7 +20,7 @@ from weightd_daemon.loader.channel import Message, error_from, error_to
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.loading import Loading
@@ -116,6 +116,7 @@ class LoadSteps:
         """What the checkpoint will take of the daemon's books; about that, as long as its manifest is not made."""
         self._read = 0
         self._unique = 0
+        self._failure: WeightdError | None = None
         self._groups: tuple[int, tuple[str, ...]] = 0, ()
         self.checkpoint: Checkpoint | None = None
 
@@ -143,34 +144,44 @@ class LoadSteps:
             "progress": self._progress,
         }
         started = asyncio.get_running_loop().time()
-        failure: WeightdError | None = None
-        while True:
-            message = await loader.receive()
-            op = message["op"]
-            if op == "failed":
-                raise failure or error_from(message)
-            if op in tells:
-                if failure is None:
-                    try:
-                        tells[op](message)
-                    except WeightdError as error:
-                        failure = error  # told at the loader's next call: a message without an answer cannot fail
-                continue
-            try:
-                if failure is not None:
-                    raise failure
-                answer, segments = await calls[op](message)
-            except WeightdError as error:
-                await loader.send(error_to(error))
-                continue
-            except OSError as error:
-                if (limit := limit_error(error, "loading", DAEMON)) is None:
-                    raise
-                await loader.send(error_to(limit))
-                continue
+        try:
+            while self.checkpoint is None:
+                await self._answer(loader, await loader.receive(), calls, tells)
+        finally:
+            self._failure = None  # whose traceback has frames of ours: it would keep the list of tensors
+        return self._outcome(started)
+
+    async def _answer(
+        self,
+        loader: LoaderProcess,
+        message: Message,
+        calls: Mapping[str, Callable[[Message], Awaitable[_Answer]]],
+        tells: Mapping[str, Callable[[Message], None]],
+    ) -> None:
+        """Take one message of the loader, and answer it if it is a call."""
+        op = message["op"]
+        if op == "failed":
+            raise self._failure or error_from(message)
+        if op in tells:
+            if self._failure is None:
+                try:
+                    tells[op](message)
+                except WeightdError as error:
+                    self._failure = error  # told at the loader's next call: a message without an answer cannot fail
+            await asyncio.sleep(0)  # the next may be here already, and others are to have their turn on the loop
+            return
+        try:
+            if self._failure is not None:
+                raise self._failure
+            answer, segments = await calls[op](message)
+        except WeightdError as error:
+            await loader.send(error_to(error))
+        except OSError as error:
+            if (limit := limit_error(error, "loading", DAEMON)) is None:
+                raise
+            await loader.send(error_to(limit))
+        else:
             await loader.send(answer, segments)
-            if self.checkpoint is not None:
-                return self._outcome(started)
 
     # -- the loader's messages -------------------------------------------------------------------------------------
 
