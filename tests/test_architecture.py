@@ -68,8 +68,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader"),
     "handles": ("core", "devices", "loads", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
+    "residency": ("core", "handles", "loads", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "persistence"),
-    "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
+    "monitoring": ("core", "config", "devices", "handles", "loads", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "heap", "loader", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")

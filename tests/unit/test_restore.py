@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -21,7 +21,6 @@ from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.events import Event, Sealed
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
@@ -34,6 +33,7 @@ from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
+from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -52,10 +52,16 @@ class Keeper:
         self.kept: dict[str, int] = {}
         self.told: list[tuple[str, str, dict[str, Any]]] = []
         self.broken = False
+        self.deaf = ""
+        """What begins with this is taken, and given up later."""
 
-    def keep(self, name: str, descriptor: int) -> None:
+    def keep(self, name: str, descriptor: int, failed: Callable[[], object]) -> None:
         if self.broken:
             raise OSError("nobody is there")
+        if self.deaf and name.startswith(self.deaf):
+            self.told.append(("lost", name, self.root))
+            failed()  # some time after it was told
+            return
         self.told.append(("keep", name, self.root))
         self.kept[name] = os.dup(descriptor)
 
@@ -82,28 +88,22 @@ class Books:
 
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
-        self.manifests = Manifests(lambda number: self.survival.reserve(number))
-        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
+        residency = Residency(lambda _: None)
+        self.manifests = Manifests(residency.before_lock)
+        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=residency.on_event)
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
-            before_use=lambda: self.survival.flip(),
+            before_use=residency.before_use,
         )  # fmt: skip
-        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.changed())
+        self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, now=lambda: 7.0,
         )  # fmt: skip
+        residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
         asyncio.run(self.survival.begin())
         self.reclaim()
-
-    def _happened(self, event: Event) -> None:
-        if isinstance(event, Sealed):
-            self.survival.sealed(event.checkpoint.key, event.manifest)
-        else:
-            self.manifests.remove(event.checkpoint.key)
-            self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
-            self.survival.evicted(event.checkpoint.key)
 
     def reclaim(self) -> None:
         memory = self.store.memories["host"]
@@ -588,6 +588,22 @@ def test_a_manager_that_refuses_costs_a_warning_and_not_the_load(
         keeper.broken = False
         first.load("b", DATA["b"])
         assert [row["frozen"] for row in keeper.root["segments"]].count(True) == 1, "the tensor that both have"
+    with books(keeper) as again:
+        assert again.names() == {"b"}
+
+
+@pytest.mark.parametrize("deaf", ["seg.", "man."])
+def test_what_a_manager_gives_up_later_is_not_taken_for_kept(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture, deaf: str
+) -> None:
+    with books(keeper) as first:
+        keeper.deaf = deaf
+        with caplog.at_level(logging.WARNING):
+            first.load("a", DATA["a"])
+        assert "ends with this daemon: the service manager did not take all" in caplog.text
+        keeper.deaf = ""
+        first.load("b", DATA["b"])
+        assert {"seg.", "man."} == {name[:4] for kind, name, _ in keeper.told if kind == "keep" and name != "root"}
     with books(keeper) as again:
         assert again.names() == {"b"}
 

@@ -1,10 +1,11 @@
 """One interceptor: lets calls in, and turns errors of the domain into gRPC codes with details.
 
-A bug becomes INTERNAL with an id. It also says how each call has ended.
+A bug becomes INTERNAL with an id. It also says how each call has ended, and ends calls whose answers nobody reads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 _TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
 Context = grpc.aio.ServicerContext[Any, Any]
+
+UNREAD_SECONDS = 60.0
+"""How long an answer may wait for its reader to take it, where what HTTP/2 lets the server send is used up."""
 
 
 class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
@@ -69,9 +73,9 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             try:
                 with self._admission.enter(method, token) as call:
                     if handler.request_streaming:  # reflection's
-                        await self._answer(handler, _requests(handler, call, context), context)
+                        await self._answer(method, handler, _requests(handler, call, context), context)
                     elif (request := await _receive(handler, call, context)) is not None:
-                        await self._answer(handler, request, context)
+                        await self._answer(method, handler, request, context)
                 code = "OK"
             except grpc.aio.AbortError:  # health's, which has set its own code
                 code = context.code().name
@@ -81,27 +85,34 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 code = failure.code
             finally:
                 self._on_call(method.rpartition(".")[2], code)
+                deadline = _unread(method)  # of the last answer, and of the status behind it
+                _task().add_done_callback(lambda _: deadline.cancel())
             if failure is not None:
                 # Out of the handler above: what is raised here would keep the error, and with it a request's frames.
                 await context.abort(grpc.StatusCode[code], failure.message, failure.trailers)
 
         return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
 
-    async def _answer(self, handler: Any, request: Any, context: Context) -> None:
+    async def _answer(self, method: str, handler: Any, request: Any, context: Context) -> None:
         """Run a handler, and send what it returns or yields."""
         inner = handler.unary_unary or handler.unary_stream or handler.stream_stream
         if inspect.isasyncgenfunction(inner):
             # Closed with the call, not when the collector comes: what it holds ends with it.
             async with contextlib.aclosing(inner(request, context)) as responses:
                 async for response in responses:
-                    self._before_answer()
-                    await context.write(response)
+                    await self._send(method, response, context)
         elif handler.response_streaming:  # writes its responses to the context itself (health's Watch)
             await inner(request, context)
         else:
-            response = await inner(request, context)
-            self._before_answer()
+            await self._send(method, await inner(request, context), context)
+
+    async def _send(self, method: str, response: Any, context: Context) -> None:
+        self._before_answer()
+        deadline = _unread(method)
+        try:
             await context.write(response)
+        finally:
+            deadline.cancel()
 
 
 async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
@@ -121,6 +132,26 @@ async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
 async def _requests(handler: Any, call: Call, context: Context) -> AsyncIterator[Any]:
     while (request := await _receive(handler, call, context)) is not None:
         yield request
+
+
+def _unread(method: str) -> asyncio.TimerHandle:
+    """End the call of this task unless the handle is cancelled in time. Its reader does not hear why: it reads nothing.
+
+    What a call holds (its answer, a reader of events, a connection) is held for as long as its reader likes otherwise.
+    """
+    task = _task()
+
+    def end() -> None:
+        log.warning("call ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
+        task.cancel()
+
+    return asyncio.get_running_loop().call_later(UNREAD_SECONDS, end)
+
+
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # gRPC runs each call in a task of its own
+    return task
 
 
 def _known(method: str, error: Exception) -> WeightdError:
