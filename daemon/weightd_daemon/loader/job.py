@@ -240,11 +240,17 @@ class Load:
         counted = owned(
             [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], read_index
         )
+        # Before any is sent: a list that the daemon has no room for is not to be there at all.
+        count = sum(map(len, counted))
+        names = sum(len(spec.name.encode(errors="replace")) for specs in counted for spec in specs)
+        total = sum(spec.length for specs in counted for spec in specs)
+        self._channel.call("counted", tensors=count, name_bytes=names, total=total)
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)
-            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in specs]
-            for start in range(0, len(rows), _LAYOUT_BATCH):
-                self._channel.tell({"op": "tensors", "file": number, "rows": rows[start : start + _LAYOUT_BATCH]})
+            for start in range(0, len(specs), _LAYOUT_BATCH):
+                batch = specs[start : start + _LAYOUT_BATCH]
+                rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in batch]
+                self._channel.tell({"op": "tensors", "file": number, "rows": rows})
             in_header = {spec.name: first + at for at, spec in enumerate(layouts[number].tensors)}
             first += len(in_header)
             for spec in specs:

@@ -20,7 +20,7 @@ from weightd_daemon.loader.channel import Message, error_from, error_to
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.loading import Loading
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .loader_process import LoaderProcess
 
 _Answer = tuple[Message, list[SegmentHandle]]
+_Calls = dict[str, Callable[[Message], Awaitable[_Answer]]]
+_Tells = dict[str, Callable[[Message], None]]
 KNOWN_SOURCES = 8
 """Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
 
@@ -127,7 +129,8 @@ class LoadSteps:
 
     async def serve(self, loader: LoaderProcess) -> Outcome:
         """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
-        calls: dict[str, Callable[[Message], Awaitable[_Answer]]] = {
+        calls: _Calls = {
+            "counted": self._counted,
             "laid_out": self._laid_out,
             "sampled": self._sampled,
             "hashed": self._hashed,
@@ -137,7 +140,7 @@ class LoadSteps:
             "share": self._share,
             "finish": self._finish,
         }
-        tells: dict[str, Callable[[Message], None]] = {
+        tells: _Tells = {
             "files": lambda _: self._on_files(),
             "file": self._file,
             "tensors": self._tensors,
@@ -151,13 +154,7 @@ class LoadSteps:
             self._failure = None  # whose traceback has frames of ours: it would keep the list of tensors
         return self._outcome(started)
 
-    async def _answer(
-        self,
-        loader: LoaderProcess,
-        message: Message,
-        calls: Mapping[str, Callable[[Message], Awaitable[_Answer]]],
-        tells: Mapping[str, Callable[[Message], None]],
-    ) -> None:
+    async def _answer(self, loader: LoaderProcess, message: Message, calls: _Calls, tells: _Tells) -> None:
         """Take one message of the loader, and answer it if it is a call."""
         op = message["op"]
         if op == "failed":
@@ -205,18 +202,21 @@ class LoadSteps:
             self._entries.append(Entry(component, name, dtype, tuple(shape), file, length))
             self._offsets.append(offset)
             self._blobs.append(None)
-            self.books += BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR + len(name)
-        self._loading.expect_books(self.books)
 
     def _progress(self, message: Message) -> None:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
-    async def _laid_out(self, message: Message) -> _Answer:
-        self._groups = message["groups"], tuple(message["ignored_groups"])
-        total, tensors = sum(entry.length for entry in self._entries), len(self._entries)
+    async def _counted(self, message: Message) -> _Answer:
+        """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
+        total, tensors = message["total"], message["tensors"]
+        self.books = message["name_bytes"] + tensors * (BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR)
         self._loading.expect_books(self.books)
         self._loading.check_books(total, tensors)
         self._admit(total, self.books, tensors, "")
+        return {}, []
+
+    async def _laid_out(self, message: Message) -> _Answer:
+        self._groups = message["groups"], tuple(message["ignored_groups"])
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._loading.admit([length for length in missing if length], message["lanes"])
