@@ -3,8 +3,8 @@
     python bench/paths.py [--paths 50000] [--size 64KiB] [--budget 1MiB] [--format human|json]
 
 Files of other content, each under a path of its own, are attached one after the other through a small budget and
-deleted, under a stand-in for the service manager (tests/support/manager.py). At a fifth, half and all of the paths are taken:
-the names that the daemon has, the memory of its root record, and its resident size.
+deleted, under a stand-in for the service manager (tests/support/manager.py). At a fifth, half and all of the paths are
+taken: the names that the daemon has, the memory of its root record, and its resident size.
 
 Aim: the same at each of the three; 2 MiB more of either memory is too much.
 """

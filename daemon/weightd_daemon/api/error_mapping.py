@@ -21,6 +21,7 @@ from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_daemon import heap
+from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
 
 from .admission import TOKEN
@@ -142,7 +143,8 @@ def _unread(method: str) -> asyncio.TimerHandle:
     task = _task()
 
     def end() -> None:
-        log.warning("call ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
+        why = f"its answer was not read in {UNREAD_SECONDS:g} s"
+        log.warning(Line("call ended", {"method": method}, because=why))
         task.cancel()
 
     return asyncio.get_running_loop().call_later(UNREAD_SECONDS, end)
@@ -159,11 +161,11 @@ def _known(method: str, error: Exception) -> WeightdError:
     if isinstance(error, OSError) and not isinstance(error, WeightdError):
         limit = limit_error(error, f"answering {method.rpartition('/')[2]}", DAEMON)
         if limit is not None:
-            log.warning("request failed method=%s: %s", method, limit.message)
+            log.warning(Line("request failed", {"method": method}, because=limit.message))
             return limit
     if not isinstance(error, WeightdError):
         number = secrets.token_hex(4)
-        log.error("bug id=%s method=%s", number, method, exc_info=error)
+        log.error(Line("bug", {"id": number, "method": method}), exc_info=error)
         return ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
     return error
 
