@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
@@ -22,7 +22,7 @@ from weightd_daemon.loader.indexed import called
 
 from .instances import Instance, InstanceIndex
 from .messages import candidates, pairs_of, places_of
-from .request import Outcome, Progress
+from .request import Draft, Outcome, Prepare, Progress
 
 if TYPE_CHECKING:
     from weightd_daemon.core.blob import Blob
@@ -42,21 +42,6 @@ KNOWN_SOURCES = 8
 
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
-
-
-class Draft(Protocol):
-    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the manifest."""
-
-    def discard(self) -> None:
-        """Give it up; nothing happens where the seal has taken it."""
-
-
-Prepare = Callable[[Content, str], Awaitable[Draft]]
-"""Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""
 
 
 class LoadSteps:
@@ -99,9 +84,10 @@ class LoadSteps:
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
         self.books = 0
-        """What the checkpoint will take of the daemon's books; about that, as long as its manifest is not made."""
+        """What the checkpoint will take of the daemon's books, or about that."""
         self._read = 0
         self._unique = 0
+        self._failure: WeightdError | None = None
         self._groups: tuple[int, tuple[str, ...]] = 0, ()
         self.checkpoint: Checkpoint | None = None
 
@@ -113,33 +99,36 @@ class LoadSteps:
     async def serve(self, loader: LoaderProcess) -> Outcome:
         """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
         started = asyncio.get_running_loop().time()
-        failure: WeightdError | None = None
-        while True:
-            message = await loader.receive()
-            if message.HasField("failed"):
-                raise failure or error_of(message.failed)
-            if message.WhichOneof("body") in _TOLD:
-                if failure is None:
-                    try:
-                        self._hear(message)
-                    except WeightdError as error:
-                        failure = error  # told at the loader's next call: a message without an answer cannot fail
-                continue
-            try:
-                if failure is not None:
-                    raise failure
-                answer, segments = await self._answer(message)
-            except WeightdError as error:
-                await loader.send(wire.ToLoader(failed=failure_of(error)))
-                continue
-            except OSError as error:
-                if (limit := limit_error(error, "loading", DAEMON)) is None:
-                    raise
-                await loader.send(wire.ToLoader(failed=failure_of(limit)))
-                continue
-            await loader.send(answer, segments)
-            if self.checkpoint is not None:
-                return self._outcome(started)
+        try:
+            while self.checkpoint is None:
+                await self._serve(loader, await loader.receive())
+        finally:
+            self._failure = None  # whose traceback has frames of ours: it would keep the list of tensors
+        return self._outcome(started)
+
+    async def _serve(self, loader: LoaderProcess, message: wire.ToDaemon) -> None:
+        """Take one message of the loader, and answer it if it is a question."""
+        if message.HasField("failed"):
+            raise self._failure or error_of(message.failed)
+        if message.WhichOneof("body") in _TOLD:
+            if self._failure is None:
+                try:
+                    self._hear(message)
+                except WeightdError as error:
+                    self._failure = error  # told at the loader's next call: a message without an answer cannot fail
+            await asyncio.sleep(0)  # the next may be here already, and others are to have their turn on the loop
+            return
+        try:
+            if self._failure is not None:
+                raise self._failure
+            answer, segments = await self._answer(message)
+        except WeightdError as error:
+            answer, segments = wire.ToLoader(failed=failure_of(error)), []
+        except OSError as error:
+            if (limit := limit_error(error, "loading", DAEMON)) is None:
+                raise
+            answer, segments = wire.ToLoader(failed=failure_of(limit)), []
+        await loader.send(answer, segments)
 
     # -- the loader's messages -------------------------------------------------------------------------------------
 
@@ -156,6 +145,8 @@ class LoadSteps:
 
     async def _answer(self, message: wire.ToDaemon) -> _Answer:
         match message.WhichOneof("body"):
+            case "counted":
+                return wire.ToLoader(counted=self._counted(message.counted)), []
             case "laid_out":
                 return wire.ToLoader(laid_out=await self._laid_out(message.laid_out)), []
             case "sampled":
@@ -202,15 +193,17 @@ class LoadSteps:
             self._entries.append(Entry(component, name, sys.intern(dtype), shape, file, length))
             self._offsets.append(offset)
             self._blobs.append(None)
-            self.books += BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR + len(name)
+
+    def _counted(self, count: wire.Counted) -> wire.Admitted:
+        """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
+        self.books = count.name_bytes + count.tensors * (BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR)
         self._loading.expect_books(self.books)
+        self._loading.check_books(count.total_bytes, count.tensors)
+        self._admit(count.total_bytes, self.books, count.tensors, "")
+        return wire.Admitted()
 
     async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
         self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
-        total, tensors = sum(entry.length for entry in self._entries), len(self._entries)
-        self._loading.expect_books(self.books)
-        self._loading.check_books(total, tensors)
-        self._admit(total, self.books, tensors, "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)

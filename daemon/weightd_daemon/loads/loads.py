@@ -18,14 +18,14 @@ from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
 
-from .dialogue import LoadSteps, Prepare
+from .dialogue import LoadSteps
 from .flight import Load
 from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
 from .messages import load_job
 from .quota import Quota
-from .request import LoadRequest, Outcome
+from .request import LoadRequest, Outcome, Prepare
 from .verification import Verifications
 
 if TYPE_CHECKING:
