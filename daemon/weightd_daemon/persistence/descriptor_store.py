@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.core.making_room import fit
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
+from weightd_daemon.handles.segment_table import SegmentTable
 
 from .restore import Left, restore
 from .root_record import Record, RootRecord, read_root
@@ -50,8 +51,9 @@ are. What is left out is read again when it is loaded the next time."""
 class Draft:
     """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, table: SegmentTable) -> None:
         self.descriptor = descriptor
+        self.table = table
         self.number: int | None = None
         self._on_discard: Callable[[], None] = lambda: None
 
@@ -196,7 +198,9 @@ class Survival:
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
-        draft = Draft(make_manifest(await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)))
+        encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
+        table = await asyncio.to_thread(SegmentTable.of, content)
+        draft = Draft(make_manifest(encoded), table)
         if self._root is None or not self._manager.listens or not device.lasting:
             return draft
         try:
@@ -230,7 +234,7 @@ class Survival:
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """A checkpoint is about to be there. When the step is over that makes it visible, `flip` must have been."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take())
+        self._manifests.add(key, draft.take(), draft.table)
         if draft.number is not None:
             self._kept[key] = draft.number
 
