@@ -15,8 +15,9 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from weightd._proto.v1 import handles_pb2
 from weightd_daemon.core.checkpoint import CheckpointKey
+
+from .segment_table import SegmentTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,16 +41,23 @@ class Manifests:
 
     def __init__(self, before_lock: Callable[[int], None] = lambda _: None) -> None:
         self._descriptors: dict[CheckpointKey, int] = {}
+        self._tables: dict[CheckpointKey, SegmentTable] = {}
         self._crowded: dict[CheckpointKey, tuple[int, int]] = {}
         self._before_lock = before_lock
 
-    def add(self, key: CheckpointKey, descriptor: int) -> None:
-        """Take over the descriptor of a manifest."""
+    def add(self, key: CheckpointKey, descriptor: int, table: SegmentTable | None = None) -> None:
+        """Take over the descriptor of a manifest; `table` says where the tensors lie that it names."""
         self._descriptors[key] = descriptor
+        self._tables[key] = table or SegmentTable(())
+
+    def table(self, key: CheckpointKey) -> SegmentTable:
+        """Where a checkpoint's tensors lie, by name."""
+        return self._tables[key]
 
     def remove(self, key: CheckpointKey) -> None:
         """Give a manifest up; those who map it keep it."""
         os.close(self._descriptors.pop(key))
+        del self._tables[key]
         self._crowded.pop(key, None)
 
     def inherited(self, key: CheckpointKey, last: int) -> list[int] | None:
@@ -80,11 +88,6 @@ class Manifests:
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""
         return os.fstat(self._descriptors[key]).st_size
-
-    def read(self, key: CheckpointKey) -> handles_pb2.Manifest:
-        """The manifest, decoded."""
-        encoded = os.pread(self._descriptors[key], self.size(key), 0)
-        return handles_pb2.Manifest.FromString(encoded)
 
     def lock(self, key: CheckpointKey, number: int) -> int:
         """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""

@@ -19,6 +19,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
+from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
 from .record_writer import RecordWriter
@@ -49,8 +50,9 @@ _LEASES_AHEAD = 4096
 class Draft:
     """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, table: SegmentTable) -> None:
         self.descriptor = descriptor
+        self.table = table
         self.number: int | None = None
         self._on_discard: Callable[[], None] = lambda: None
 
@@ -209,7 +211,9 @@ class Survival:
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
-        draft = Draft(make_manifest(await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)))
+        encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
+        table = await asyncio.to_thread(SegmentTable.of, content)
+        draft = Draft(make_manifest(encoded), table)
         if self._record.root is None or not self._manager.listens or not device.lasting:
             return draft
         try:
@@ -253,7 +257,7 @@ class Survival:
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take())
+        self._manifests.add(key, draft.take(), draft.table)
         if draft.number is not None:
             self._record.kept[key] = draft.number
         self._store.changed.add(key)
