@@ -57,7 +57,7 @@ class Attachment:
         reply = received.reply
         lease: host.Mapping | None = None
         try:
-            lease = host.map_lease(received.lease, reply.manifest_bytes)
+            lease = host.map_lease(received.lease, received.lease_bytes)
             self._segments: Segments | None = self._open(received, lease, components, keys)
         except BaseException:
             if lease is not None:
@@ -76,7 +76,7 @@ class Attachment:
     def _open(
         self, received: Received, lease: host.Mapping, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Segments:
-        manifest = handles_pb2.Manifest.FromString(bytes(lease.buffer()))
+        manifest = handles_pb2.Manifest.FromString(received.read_manifest())
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
         self.kind: str = manifest.kind or "host"  # an older daemon does not say, and has nothing else

@@ -30,7 +30,9 @@ from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .handles.attach import Attacher
 from .handles.handle_server import HandleServer
-from .handles.lease_locks import Manifests
+from .handles.lease_files import LeaseFiles
+from .handles.lease_locks import LeaseLocks, Manifests
+from .handles.lease_sweep import LeaseSweep
 from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
@@ -124,6 +126,12 @@ class Daemon:
             budgets[device.uuid] = budget_of(settings, device, called_so)
         manifests = Manifests(before_lock=lambda number: survival.reserve(number))
         stack.callback(manifests.close)
+        lease_files = LeaseFiles(
+            keeps=lambda: survival.keeps, keep=lambda name, descriptor: survival.keep(name, descriptor),
+            drop=lambda name: survival.drop(name),
+        )  # fmt: skip
+        stack.callback(lease_files.close)
+        locks = LeaseLocks(manifests, lease_files)
 
         def on_event(event: Event) -> None:
             if isinstance(event, Sealed):
@@ -138,7 +146,7 @@ class Daemon:
                 if event.load:
                     loads.evicted(event)
 
-        store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
+        store = Store(leases=Leases(locks.is_locked, tell, locks.forget), on_event=on_event)
         limits = settings.limits
         catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
@@ -146,7 +154,7 @@ class Daemon:
         listeners.add(EventLog(journal.encode))
         survival = Survival(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
-            manifests=manifests, now=time.time,
+            manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
         stack.callback(survival.close)
         reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
@@ -160,6 +168,9 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         await survival.begin()
+        sweep = LeaseSweep(store.leases, lease_files)
+        stack.push_async_callback(sweep.close)
+        sweep.begin()
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
@@ -181,7 +192,7 @@ class Daemon:
         drain = Drain(store=store, loads=loads, on_event=tell, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
         attacher = Attacher(
-            store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
+            store=store, catalog=catalog, loads=loads, manifests=manifests, locks=locks, connections=connections,
             devices=devices, default_device=default, limits=limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, index)

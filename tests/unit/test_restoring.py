@@ -27,7 +27,8 @@ from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.lease_files import LeaseFiles
+from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
@@ -80,7 +81,13 @@ class Books:
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
         self.manifests = Manifests(lambda number: self.survival.reserve(number))
-        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
+        self.files = LeaseFiles(
+            lambda: self.survival.keeps,
+            lambda name, descriptor: self.survival.keep(name, descriptor),
+            lambda name: self.survival.drop(name),
+        )
+        self.locks = LeaseLocks(self.manifests, self.files)
+        self.store = Store(leases=Leases(self.locks.is_locked, forget=self.locks.forget), on_event=self._happened)
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create
         )
@@ -88,7 +95,7 @@ class Books:
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
-            manifests=self.manifests, now=lambda: 7.0,
+            manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
         asyncio.run(self.survival.begin())
         self.reclaim()
@@ -159,6 +166,7 @@ class Books:
         if self.survival._root is not None:
             self.survival._root.close()
         self.manifests.close()
+        self.files.close()
         self.device.close()
 
 
@@ -298,7 +306,7 @@ def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, mo
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
         locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
-    monkeypatch.setattr("weightd_daemon.handles.lease_locks.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("weightd_daemon.handles.kernel_locks.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1
         for lock in locks:

@@ -55,7 +55,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
             while request.follow:
                 if loop.time() >= look:
                     parts.caller(context)
-                    parts.store.leases.refresh()
+                    parts.store.leases.held()
                     look = loop.time() + LOOK_SECONDS
                 happened = await reader.next(look - loop.time())
                 if happened is not None:

@@ -66,7 +66,7 @@ def room(store: Store, books: LoadBooks, full: MemoryError | None = None) -> Roo
     rest: dict[int, Blob] = {}
     for checkpoint in store.checkpoints.values():
         if checkpoint.key.device == books.device:
-            kept = leased if store.holders(checkpoint) else pinned if checkpoint.pinned else rest
+            kept = leased if store.leases.is_held(checkpoint.key) else pinned if checkpoint.pinned else rest
             kept.update(checkpoint.unique)
     evictable = [b for number, b in rest.items() if number not in leased and number not in pinned and not b.holds]
     now = memory.prospect(books.domain, books.number)

@@ -81,4 +81,4 @@ def _evict(store: Store, device: str, trial: Trial, enough: Callable[[], bool], 
 def _evictable(store: Store, device: str) -> Iterator[Checkpoint]:
     """Those that may go, least recently used first."""
     there = (checkpoint for checkpoint in store.checkpoints.values() if checkpoint.key.device == device)
-    return least_recently_used(there, lambda checkpoint: bool(store.holders(checkpoint)))
+    return least_recently_used(there, lambda checkpoint: store.leases.is_held(checkpoint.key))

@@ -295,7 +295,7 @@ class Store:
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
-        if holders := self.holders(checkpoint):
+        if self.leases.is_held(checkpoint.key) and (holders := self.holders(checkpoint)):
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
+    from weightd_daemon.handles.lease_files import LeaseFiles
     from weightd_daemon.handles.lease_locks import Manifests
 
     from .service_manager import ServiceManager
@@ -41,6 +42,9 @@ _MOST_KEPT = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
 """The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
+
+_LEASE_FILES_SHARE = 16
+"""One in so many of the descriptors that the service manager keeps is for lease files, each of 256 leases of a user."""
 
 _MOST_FILES, _MOST_FILES_OF_ONE = 1 << 22, 1 << 16
 """Characters of lists of files, in all and of one list, that the root record takes: whoever loads says how long they
@@ -92,6 +96,7 @@ class Survival:
         catalog: Catalog,
         devices: dict[str, Device],
         manifests: Manifests,
+        lease_files: LeaseFiles,
         now: Callable[[], float],
     ) -> None:
         self._manager = manager
@@ -100,6 +105,7 @@ class Survival:
         self._catalog = catalog
         self._devices = devices
         self._manifests = manifests
+        self._lease_files = lease_files
         self._now = now
         self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
         self._root: RootRecord | None = None
@@ -130,7 +136,12 @@ class Survival:
                 body, left, store=self._store, catalog=self._catalog, devices=self._devices,
                 manifests=self._manifests, last_lease=self._last_lease, now=self._now(),
             )  # fmt: skip
-        self._stored = {*map(_segment_name, self._segments.values()), *map(_manifest_name, self._kept.values()), ROOT}
+        lease_files = self._lease_files.take_up(
+            left.descriptors, self._kept, self._store.leases, self._last_lease, self._now()
+        )
+        left.taken |= {left.descriptors[name] for name in lease_files}
+        kept = {*map(_segment_name, self._segments.values()), *map(_manifest_name, self._kept.values())}
+        self._stored = {ROOT, *kept, *lease_files}
         await self._begin_root()
         self.flip()
         self._let_go(left)
@@ -184,7 +195,7 @@ class Survival:
         for name in sorted(names):
             log.info("descriptor %r is left: nothing needs it", name[:80])
             if name and name.isprintable():  # else no name of the descriptor store
-                self._drop(name)
+                self.drop(name)
         for descriptor in {descriptor for name, descriptor in self._given if name != ROOT} - left.taken:
             os.close(descriptor)
 
@@ -212,7 +223,7 @@ class Survival:
 
     async def _keep(self, draft: Draft, device: Device, segments: list[int]) -> None:
         fresh = [segment for segment in segments if (device.uuid, segment) not in self._segments]
-        if len(self._stored) + len(fresh) + 1 > self._most:
+        if len(self._stored) + len(fresh) + 1 > self._most - self._most // _LEASE_FILES_SHARE:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
         for segment in fresh:
             handle = device.writable(segment)
@@ -222,15 +233,40 @@ class Survival:
             self._stored.add(_segment_name(number))
             self._segments[device.uuid, segment] = number
         name = _manifest_name(self._next())
-        draft.keep_as(self._last_id, lambda: self._drop(name))
+        draft.keep_as(self._last_id, lambda: self.drop(name))
         self._stored.add(name)
         self._manager.keep(name, draft.descriptor)
         await self._manager.barrier(_BARRIER_SECONDS)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything outlives this daemon."""
+        return self._root is not None and self._manager.listens
+
+    async def keep(self, name: str, descriptor: int) -> None:
+        """Have a descriptor stored under a name. When this returns, it is. Errors: OSError, TimeoutError; then not."""
+        if len(self._stored) >= self._most:
+            raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
+        self._stored.add(name)
+        try:
+            self._manager.keep(name, descriptor)
+            await self._manager.barrier(_BARRIER_SECONDS)
+        except (OSError, TimeoutError):
+            self.drop(name)
+            raise
+
+    def drop(self, name: str) -> None:
+        """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
+        self._stored.discard(name)
+        try:
+            self._manager.drop(name)
+        except OSError as error:
+            log.warning("the service manager does not let go of %r: %s", name, error)
+
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """A checkpoint is about to be there. When the step is over that makes it visible, `flip` must have been."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take())
+        self._manifests.add(key, draft.take(), draft.number or 0)
         if draft.number is not None:
             self._kept[key] = draft.number
 
@@ -239,13 +275,13 @@ class Survival:
         number = self._kept.pop(key, None)
         self.flip()
         if number is not None:
-            self._drop(_manifest_name(number))
+            self.drop(_manifest_name(number))
 
     def released(self, uuid: str, segment: int) -> None:
         """A segment is about to be released; on any thread."""
         number = self._segments.pop((uuid, segment), None)
         if number is not None:
-            self._drop(_segment_name(number))
+            self.drop(_segment_name(number))
 
     def reserve(self, lease: int) -> None:
         """The lock of a lease is about to be put on a manifest: the next daemon must look for it."""
@@ -277,14 +313,6 @@ class Survival:
     def _next(self) -> int:
         self._last_id = next(self._ids)
         return self._last_id
-
-    def _drop(self, name: str) -> None:
-        """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
-        self._stored.discard(name)
-        try:
-            self._manager.drop(name)
-        except OSError as error:
-            log.warning("the service manager does not let go of %r: %s", name, error)
 
     def _body(self) -> dict[str, Any]:
         """What the books say, as JSON."""
