@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ MOST_LINES = 400
 # Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
 # modules always may.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("weightd.torch", "weightd.integrations*"),
+    "torch": ("weightd.torch", "weightd._tensors", "weightd._assign", "weightd.integrations*"),
+    **dict.fromkeys(("weightd._tensors", "weightd._assign"), ("weightd.torch", "weightd.integrations*")),
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
@@ -42,6 +43,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "sqlite3": ("weightd_daemon.persistence.digest_index",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "prometheus_client": ("weightd_daemon.monitoring.metrics",),
+    "ctypes": ("weightd._libc", "weightd._mapping.cuda_driver", "weightd_daemon.libc"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     "weightd_daemon.planning": (),
     **dict.fromkeys(
@@ -55,27 +57,32 @@ DAEMON = "weightd_daemon"
 ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
     "config": ("core",),
-    "wire": ("core",),
+    "libc": (),
+    "lookups": (),
+    "wire": ("core", "lookups"),
     "logs": ("config",),
-    "devices": ("core", "config"),
+    "devices": ("core", "config", "libc"),
     "formats": ("core",),
-    "loader": ("core", "devices", "formats"),
+    "loader": ("core", "devices", "formats", "libc"),
     "loads": ("core", "devices", "loader"),
-    "handles": ("core", "devices", "loads", "wire"),
+    "handles": ("core", "devices", "loads", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
-    "operations": ("core", "config", "handles", "loads", "persistence"),
+    "operations": ("core", "config", "devices", "handles", "loads", "persistence"),
     "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
-LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
+LAZILY_IN = dict.fromkeys(("torch", "weightd._tensors", "weightd._assign"), ("weightd.attachment",))
+
+# What is public though it begins with an underscore, so that it cannot be a field.
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
 DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", CORE)
+CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE)
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {
@@ -194,6 +201,8 @@ def test_imports_run_one_way() -> None:
         ("weightd.cli.serve", "def serve():\n    importlib.import_module('weightd_daemon.app')"),
         ("weightd.attachment", "import torch"),
         ("weightd.client", "def state():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from .integrations import sharing"),
+        ("weightd.attachment", "def tensor():\n    from .torch import make_tensor"),
         ("weightd._mapping.host", "if TYPE_CHECKING:\n    from torch import Tensor"),
         ("weightd_daemon.loader.copy", "from torch.utils import dlpack"),
         ("weightd_daemon.loader.copy", "import weightd.torch"),
@@ -213,6 +222,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.loader.job", "if TYPE_CHECKING:\n    from weightd_daemon.loads import flight"),
         ("weightd_daemon.persistence.restore", "from weightd_daemon.api.context import Parts"),
         ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
+        ("weightd_daemon.devices.cuda_io", "def view():\n    import ctypes"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
     ],
 )
@@ -225,6 +235,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
     [
         ("weightd.torch", "import torch"),
         ("weightd.attachment", "def state_dict():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from ._assign import assign"),
         ("weightd._transport.rpc", "import grpc"),
         ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
         ("weightd_daemon.api.grpc_server", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
@@ -236,6 +247,90 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
 )
 def test_walk_lets_the_rest_pass(module: str, source: str) -> None:
     assert violations(module, source, is_package=module == CORE) == []
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules a module imports, wherever it does so: in functions and for types as well."""
+    paths = dict(modules())
+    found: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text())
+        names = {name for name, *_ in imports(module, tree, path.name == "__init__.py")}
+        found[module] = {owner(name, paths) for name in names} - {"", module}
+    return found
+
+
+def owner(name: str, known: Container[str]) -> str:
+    """The module that an imported name belongs to; "" where it is none of ours, or a generated one."""
+    if "_proto" in name.split("."):
+        return ""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that can each be reached from one another, and from themselves."""
+    reached: dict[str, set[str]] = {}
+    for module in edges:
+        seen: set[str] = set()
+        ahead = [module]
+        while ahead:
+            fresh = edges.get(ahead.pop(), set()) - seen
+            seen |= fresh
+            ahead += fresh
+        reached[module] = seen
+    found = {frozenset(other for other in seen if module in reached[other]) for module, seen in reached.items()}
+    return sorted((set(circle) for circle in found if circle), key=sorted)
+
+
+def test_there_are_no_circles() -> None:
+    found = circles(graph())
+    assert not found, "\n".join(", ".join(sorted(circle)) for circle in found)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}) == [{"b", "c"}, {"e"}]
+    source = "if TYPE_CHECKING:\n    from ..core.store import Store\ndef f():\n    from . import loads"
+    names = {name for name, *_ in imports("weightd_daemon.loads.flight", ast.parse(source), is_package=False)}
+    assert {owner(name, graph()) for name in names} == {"weightd_daemon.core.store", "weightd_daemon.loads.loads"}
+
+
+def reaches(source: str) -> list[str]:
+    """Where a module uses an underscore name of what it has not defined itself, such as `store._blobs`."""
+    tree = ast.parse(source)
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            own.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if not is_self(node.value) and node.attr not in own | OF_NAMED_TUPLES
+    ]
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in {"self", "cls"}
+
+
+def test_nobody_in_the_daemon_reaches_into_anothers_underscore() -> None:
+    found = [
+        f"{module}:{line}" for module, path in modules() if within(module, DAEMON) for line in reaches(path.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_reach_is_found() -> None:
+    own = "class Loads:\n    def __init__(self):\n        self._all = {}\n    def like(self, other):\n        "
+    assert reaches(own + "return other._all == self._all and other.key._replace(device='')") == []
+    assert reaches(own + "return self._store._blobs") == ["5: self._store._blobs"]
+    assert reaches("def fit(store):\n    store._evict_one()") == ["2: store._evict_one"]
 
 
 def test_modules_are_small() -> None:

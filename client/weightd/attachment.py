@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import _fused
 from ._mapping import host
-from ._mapping.segments import Wanted, open_segments
+from ._mapping.opening import open_segments
+from ._mapping.segments import Wanted
 from ._proto.v1 import handles_pb2
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
@@ -274,9 +275,9 @@ class Attachment:
         torch's "meta" device, but buffers that a checkpoint does not have are then the caller's to make.
         Errors: as of `state_dict`; RuntimeError, as torch raises it (keys with `strict`, shapes).
         """
-        from .integrations.modules import load_into
+        from ._assign import assign
 
-        return load_into(module, self, component=component, strict=strict)
+        return assign(module, self.state_dict(component), self, strict=strict)
 
     def _find(self, name: str, component: str) -> TensorInfo:
         try:
@@ -295,7 +296,7 @@ class Attachment:
 
     @cached_property
     def _make_tensor(self) -> Callable[[Memory | None, TensorInfo, str], torch.Tensor]:
-        from .torch import make_tensor
+        from ._tensors import make_tensor
 
         return make_tensor
 

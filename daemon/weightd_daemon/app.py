@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightd._limits import DAEMON, check_grpc_can_start
-from weightd._transport.address import handles_path
 from weightd.errors import DeviceError
 
 from . import logs
@@ -44,8 +42,10 @@ from .monitoring.statistics import Statistics
 from .operations.drain import Drain
 from .operations.notify import Announcer, status_line
 from .operations.preload import Preloader
+from .operations.quarantine import thaw_when_unwritten
 from .operations.reload import Reloading
-from .operations.sockets import AlreadyServedError, listen, locked, umask
+from .operations.serving_lock import AlreadyServedError
+from .operations.sockets import Sockets, cannot_be_made, identity, locked, remove_own
 from .persistence.descriptor_store import Survival
 from .persistence.digest_index import DigestIndex
 from .persistence.service_manager import ServiceManager, kept_descriptors
@@ -84,6 +84,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM
+        self._lost: Exception | None = None
         self._up = False
 
     async def run(self) -> int:
@@ -96,16 +97,21 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
-            lock = stack.enter_context(locked(self._socket))
-            await self._serve(stack, lock)
+            sockets = stack.enter_context(locked(self._socket))
+            await self._serve(stack, sockets)
             self._up = True
             await self._stop.wait()
             self._announcer.stop()
             self._up = False
-            log.info("stopping signal=%s", self._signal.name)
+            if self._lost is None:
+                log.info("stopping signal=%s", self._signal.name)
+            else:
+                log.error("stopping: %s", self._lost)
+        if self._lost is not None:
+            raise self._lost
         return 130 if self._signal is signal.SIGINT else 0
 
-    async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
+    async def _serve(self, stack: contextlib.AsyncExitStack, sockets: Sockets) -> None:
         settings = self._settings
         listeners = Listeners()
         tell = listeners.tell
@@ -119,7 +125,7 @@ class Daemon:
         devices: dict[str, Device] = {}
         names: dict[str, Sequence[str]] = {}
         budgets: dict[str, int] = {}
-        holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
+        holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(sockets.lock.holders,))
         for device, called_so in open_served(settings, holding):
             stack.callback(device.close)
             devices[device.uuid], names[device.uuid] = device, called_so
@@ -140,15 +146,14 @@ class Daemon:
             if isinstance(event, Evicted):
                 key = event.checkpoint.key
                 manifests.remove(key)
-                if event.reason == "removed":
-                    catalog.forget(event.checkpoint)
-                survival.evicted(key)
                 if event.load:
-                    loads.evicted(event)
+                    loads.evicted(event)  # which says what it was called
+                catalog.forget(event.checkpoint, chosen=event.reason == "removed")
+                survival.evicted(key)
 
         store = Store(leases=Leases(locks.is_locked, tell, locks.forget), on_event=on_event)
         limits = settings.limits
-        catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
+        catalog = Catalog(store, limits, changed=lambda: survival.changed(), on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
         listeners.add(EventLog(journal.encode))
@@ -157,6 +162,7 @@ class Daemon:
             manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
         stack.callback(survival.close)
+        aside = sockets.lock.is_written_by_others()
         reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
         for uuid, device in devices.items():
             reclaimer = reclaimers[uuid]
@@ -165,12 +171,17 @@ class Daemon:
                 budget=budgets[uuid], page=device.page, sparse=device.sparse,
                 pool_limit=pool_of(settings, device, budgets[uuid]),
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
+                before_use=survival.flip,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
+            store.memories[uuid].quarantine = aside
         await survival.begin()
         sweep = LeaseSweep(store.leases, lease_files)
         stack.push_async_callback(sweep.close)
         sweep.begin()
+        if aside:
+            thawing = asyncio.get_running_loop().create_task(thaw_when_unwritten(sockets.lock, store.memories, devices))
+            stack.callback(thawing.cancel)
         default = default_device(devices)
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
@@ -179,7 +190,7 @@ class Daemon:
         turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
-            prepare=survival.prepare, now=time.time, on_event=tell, lock=lock, threads=settings.threads,
+            prepare=survival.prepare, now=time.time, on_event=tell, lock=sockets.lock.writers, threads=settings.threads,
             turns=turns, limits=limits,
             argv=self._loader_argv,
         )  # fmt: skip
@@ -208,19 +219,13 @@ class Daemon:
             on_attach=metrics.attached if metrics else _uncounted,
         )  # fmt: skip
         stack.callback(handles.stop)
-        check_grpc_can_start(DAEMON)
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
+        control = ControlPlane(parts, metrics.called if metrics else _uncounted, before_answer=survival.flip)
         stack.push_async_callback(control.stop, _STOP_GRACE)
-        mode = int(settings.socket_mode, 8)
         try:
-            with umask(0o177):  # until its mode is set, only this user may connect
-                await control.start(self._socket)
-            self._socket.chmod(mode)
-            # After it: a client connects to this one first, and may call as soon as it has.
-            handles.start(listen(handles_path(self._socket), mode))
+            await sockets.open(int(settings.socket_mode, 8), control, handles.start)
         except OSError as error:
-            what = f"socket {self._socket}"
-            raise TemporaryError.of(error, what) or TemporaryError(f"{what}: {error.strerror}") from error
+            raise cannot_be_made(self._socket, error) from error
+        stack.push_async_callback(sockets.stop_watching)
         stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         stack.push_async_callback(preloader.close)
         preloader.check(settings.preload)
@@ -235,6 +240,7 @@ class Daemon:
             if device.note:
                 log.warning("device %s is %s", device.uuid, device.note)
         self._announcer.ready(lambda: status_line(store))
+        sockets.watch(self._lost_socket)
         log.info("ready socket=%s pid=%d", self._socket, os.getpid())
         print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
         preloader.begin()
@@ -252,9 +258,9 @@ class Daemon:
             preloader.roots, preloader.listed = new.model_roots, new.preload
 
         def change_sockets(new: Settings) -> None:
-            for path in (self._socket, handles_path(self._socket), settings.metrics_address):
-                if isinstance(path, Path):  # else it is the port of the metrics
-                    path.chmod(int(new.socket_mode, 8))
+            sockets.change_mode(int(new.socket_mode, 8))
+            if isinstance(settings.metrics_address, Path):
+                settings.metrics_address.chmod(int(new.socket_mode, 8))
 
         def change_limits(new: Settings) -> None:
             limits.take_over(new.limits)
@@ -304,7 +310,7 @@ class Daemon:
                 f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
             ) from error
         if isinstance(address, Path):
-            stack.callback(address.unlink, missing_ok=True)
+            stack.callback(remove_own, address, identity(address))
         stack.push_async_callback(server.stop)
         await server.start(listener)
         log.info("monitors read at %s", settings.metrics)
@@ -312,6 +318,10 @@ class Daemon:
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
+        self._stop.set()
+
+    def _lost_socket(self, error: Exception) -> None:
+        self._lost = error
         self._stop.set()
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import resource
-import signal
 import sys
 import threading
 import time
@@ -32,6 +30,7 @@ from .config.settings import ConfigError, load
 from .core.digest import new_hasher
 from .core.plan import PlannedTensor, make_plan, recurring
 from .formats import workload
+from .libc import die_with
 from .loader.indexed import indexes, owned
 from .loader.source import Source
 from .persistence.digest_index import known_digests
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 MAX_CHECKPOINTS = 1000
 _PIECE = 1 << 20
 _PROGRESS_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
 
 
 class _Place(NamedTuple):
@@ -244,9 +242,7 @@ class _Answers:
 def main(arguments: list[str] | None = None) -> int:
     """Answer one question. Returns the exit code: 0 also where the answer is an error."""
     options = _parser().parse_args(arguments)
-    # Dies with whoever asked. The check catches one that has died before the call.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != options.parent:
+    if not die_with(options.parent):  # also by kill -9
         return 1
     answers = _Answers()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

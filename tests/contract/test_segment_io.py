@@ -334,7 +334,7 @@ from pathlib import Path
 from cuda.bindings import driver
 from weightd.errors import WeightdError
 from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.devices.opening import open_io
+from weightd_daemon.devices.access import open_io
 from weightd_daemon.devices.segment_io import PIECE
 
 kind, uuid, log, *handles = sys.argv[1:]

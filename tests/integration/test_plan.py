@@ -299,8 +299,9 @@ def test_a_name_in_two_files_of_a_component_is_refused_as_by_a_load(tmp_path: Pa
         checkpoints.write_random(tmp_path / "pipe" / "unet" / f"{name}.safetensors", 1, KIB)
     checkpoints.describe_pipeline(tmp_path / "pipe")
     code, line = failure(tmp_path / "pipe")
-    assert (code, "m-2-of-2.safetensors: tensor 't0' is in another file of component 'unet' too" in line) == (1, True)
     path = tmp_path / "pipe" / "unet" / "m-2-of-2.safetensors"
+    assert code == 1
+    assert line.startswith(f"weightd: {path}: tensor 't0' is in another file of component 'unet' too")
     assert failure(path.parent)[1].startswith(f"weightd: {path}: tensor 't0' is in another file too")
 
 

@@ -248,8 +248,9 @@ def test_one_name_in_two_files_of_a_component(component: str, client: weightd.Cl
     checkpoints.write(folder / "m-2-of-2.safetensors", {"b": filled(2), "c": filled(3)})
     if component:
         checkpoints.describe_pipeline(tmp_path / "m")
-    with pytest.raises(weightd.FormatError, match="tensor 'b' is in another file"):
+    with pytest.raises(weightd.FormatError, match="tensor 'b' is in another file") as caught:
         client.load(tmp_path / "m")
+    assert str(caught.value).startswith(f"{folder / 'm-2-of-2.safetensors'}: ")
     assert client.checkpoints() == []
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import points
+from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.api import grpc_server
@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--deaf")
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
+    loop_watch.install()
     tell_waiters()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello

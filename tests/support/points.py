@@ -56,7 +56,7 @@ def install(armed: Path) -> None:
     after(ServiceManager, "keep", "segment", lambda _, __, name, *___: name.startswith("seg."))
     after(ServiceManager, "keep", "manifest", lambda _, __, name, *___: name.startswith("man."))
     before(Store, "seal", "barrier")
-    after(Survival, "flip", "flip")
+    after(root_record.RootRecord, "append", "flip")
     before(Survival, "_drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
     before(Survival, "_drop", "release", lambda _, name: name.startswith("seg."))

@@ -6,7 +6,6 @@ Whatever is kept for the next daemon or sent to a client has a version, and a te
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 import weightd
 from support import checkpoints
 from support.content import content
-from support.daemon import Daemon, eventually
+from support.daemon import WATCHED, Daemon, eventually
 from support.manager import Manager
 from support.released import MissingHistoryError, Released
 from support.worker import Worker
@@ -25,7 +24,6 @@ StartDaemon = Callable[..., Daemon]
 OldClient = Callable[[Daemon], Worker]
 MIB = 1 << 20
 TENSORS = 4
-NEW = [sys.executable, "-m", "weightd_daemon"]
 
 lasting = pytest.mark.backends("host", "cuda_vmm")
 
@@ -77,7 +75,7 @@ def pids(client: Client) -> set[int | None]:
 def replaced(daemon: Daemon) -> Client:
     """Kill the earlier daemon, start this commit's in its place, and connect."""
     daemon.kill()
-    daemon.argv = NEW
+    daemon.argv = WATCHED
     daemon.start()
     return daemon.connect()
 

@@ -812,14 +812,6 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0.0 MiB"), (91 * MIB, "91.0 MiB"), (102 * MIB, "102.0 MiB"), (103 * MIB, "0.10 GiB"), (GIB, "1.00 GiB")],
-)
-def test_size(count: int, text: str) -> None:
-    assert output.size(count) == text
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (-5, "just now"),

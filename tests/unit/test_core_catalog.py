@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from weightd.errors import DeviceError, InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
-from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
+from weightd_daemon.core.catalog import NAME_BYTES, Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import Event, Evicted, Named
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 
 ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
 ROOT = Who(0, admin=True, domain="all")

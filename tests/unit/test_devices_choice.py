@@ -251,7 +251,7 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
-    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.0 GiB here"):
+    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.00 GiB here"):
         budget_of(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda"))
 
 

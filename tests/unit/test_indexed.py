@@ -39,10 +39,13 @@ def test_the_index_of_the_component_decides() -> None:
 @pytest.mark.parametrize(
     ("indexes", "why"),
     [
-        ({}, "f2: tensor 'b' is in another file of component 'u' too (f1)"),
-        ({"v": {"b": "f1"}}, "is in another file of component 'u' too (f1)"),
+        ({}, "u/f2: tensor 'b' is in another file of component 'u' too (u/f1)"),
+        ({"v": {"b": "f1"}}, "u/f2: tensor 'b' is in another file of component 'u' too (u/f1)"),
         ({"u": {"a": "f1"}}, "and the index does not say whose counts"),
-        ({"u": {"b": "f3"}}, "and the index says that it is in 'f3'"),
+        (
+            {"u": {"b": "f3"}},
+            "u/f2: tensor 'b' is in another file of component 'u' too, and the index says",
+        ),
     ],
 )
 def test_what_nobody_decides(indexes: dict[str, dict[str, str]], why: str) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import weightd
 from support.daemon import Daemon
 from weightd._mapping import ranges
-from weightd.integrations import modules, sharing
+from weightd.integrations import sharing
 
 WIDE = 64 * 1024
 """Bytes of each weight below: whole pages, whatever a page is."""
@@ -131,7 +131,7 @@ def test_a_private_module_may_be_trained_and_keeps_no_lease(load: Load, daemon: 
     module = load(Pair())
     module.other.requires_grad_(False)
     assert sharing.is_shared(module)
-    modules.make_private(module)
+    sharing.make_private(module)
     assert module.one.requires_grad
     assert not sharing.is_shared(module)
     with pytest.raises(weightd.InvalidReferenceError, match="was not loaded through weightd, or is private now"):
@@ -158,7 +158,7 @@ def test_reasons_and_what_the_checkpoint_lacks(daemon: Daemon, tmp_path: Path) -
 
 def test_hundred_percent_is_all_of_it() -> None:
     almost = sharing.SharingReport((1 << 30) - 1, (sharing.CopiedTensor("bias", 1, "why"),))
-    assert str(almost) == "99.9 % of the parameters shared: 1024.0 MiB, 1 B private: bias (why)"
+    assert str(almost) == "99.9 % of the parameters shared: 1.00 GiB, 1 B private: bias (why)"
     assert sharing.SharingReport(0).shared_ratio == 1.0
 
 

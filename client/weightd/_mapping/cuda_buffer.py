@@ -6,11 +6,11 @@ import that: a thread which imports it while another does sees half of it.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 from cuda.core import Buffer
 
+from weightd._libc import address_of
 from weightd.errors import DeviceError
 
 from . import cuda_driver
@@ -35,7 +35,6 @@ def make_buffer(ordinal: cuda_driver.Ordinal, address: int, length: int, owner: 
 def copy_to_host(buffer: Any) -> bytearray:
     """The bytes of a buffer that `make_buffer` made, copied. Errors: DeviceError, ForkedError."""
     found = bytearray(buffer.size)
-    target = ctypes.addressof(ctypes.c_char.from_buffer(found))
     with cuda_driver.on_device(buffer.device_id):
-        cuda_driver.call("cuMemcpyDtoH", target, int(buffer.handle), buffer.size)
+        cuda_driver.call("cuMemcpyDtoH", address_of(found), int(buffer.handle), buffer.size)
     return found

@@ -1,7 +1,7 @@
 """Host memory: maps the daemon's read-only descriptors with libc's mmap.
 
 Segments are mapped MAP_PRIVATE, so a write makes a private copy of its page, and MAP_NORESERVE, so the mapping is not
-counted as memory that might be needed. Python's own mmap would keep a descriptor per mapping.
+counted as memory that might be needed.
 
 Who keeps whom: a tensor keeps its segment's buffer, the buffer keeps the mapping, the mapping keeps the lease. Each
 goes when the last thing that needs it is gone, in whatever order things are dropped.
@@ -9,12 +9,10 @@ goes when the last thing that needs it is gone, in whatever order things are dro
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from weightd._libc import map_private, unmap, view_at
 from weightd._limits import limit_error
 
 from .ranges import Range
@@ -23,21 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .segments import Wanted
-
-_MAP_NORESERVE = 0x4000
-_FAILED = ctypes.c_void_p(-1).value
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = (
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-)
-_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 
 class Mapping:
@@ -51,14 +34,13 @@ class Mapping:
         self.size = size
         self._keeps = keeps
         # Bound here: at the interpreter's end module globals may be gone before the last tensor.
-        self._munmap = _libc.munmap
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, 0)
-        if address == _FAILED:
-            code = ctypes.get_errno()
-            error = OSError(code, f"mapping {size} bytes failed: {os.strerror(code)}")
-            raise limit_error(error, f"mapping {size} bytes") or error
-        self._address = address
+        self._unmap = unmap
+        try:
+            self._address = map_private(descriptor, size, writable=writable)
+        except OSError as error:
+            if limit := limit_error(error, f"mapping {size} bytes"):
+                raise limit from error
+            raise
 
     def __del__(self) -> None:
         self.close()
@@ -66,7 +48,7 @@ class Mapping:
     def close(self) -> None:
         """Unmap now; nobody may use a buffer of it any more."""
         if self._address is not None:
-            self._munmap(self._address, self.size)
+            self._unmap(self._address, self.size)
             self._address = None
 
     @property
@@ -76,9 +58,7 @@ class Mapping:
 
     def buffer(self) -> memoryview:
         """The mapped bytes. The view, and every slice of it, keeps the mapping."""
-        array: Any = (ctypes.c_ubyte * self.size).from_address(self.address)
-        array.mapping = self
-        return memoryview(array).cast("B")
+        return view_at(self.address, self.size, self)
 
 
 def map_lease(descriptor: int, size: int) -> Mapping:

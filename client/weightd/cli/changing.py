@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from weightd._sizes import size
 from weightd.cli.context import (
     DeviceOption,
     ReferenceArgument,
@@ -15,7 +16,7 @@ from weightd.cli.context import (
     meant,
     open_client,
 )
-from weightd.cli.output import emit, printable, size
+from weightd.cli.output import emit, printable
 
 
 def pin(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weightd._sizes import size
 from weightd.cli.context import (
     DeviceOption,
     Format,
@@ -21,7 +22,7 @@ from weightd.cli.context import (
     meant,
     open_client,
 )
-from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable, size
+from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable
 from weightd.cli.output import device as short_device
 from weightd.types import CheckpointDetails, TensorInfo
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weightd._sizes import size
 from weightd.cli.context import (
     DeviceOption,
     Format,
@@ -23,7 +24,7 @@ from weightd.cli.context import (
     saying_what_is_chosen,
 )
 from weightd.cli.output import device as short_device
-from weightd.cli.output import digest, emit, emit_json, plural, printable, size
+from weightd.cli.output import digest, emit, emit_json, plural, printable
 from weightd.cli.progress import byte_bar
 from weightd.resolve import files_of
 from weightd.types import LoadProgress, LoadResult, VerifyProgress

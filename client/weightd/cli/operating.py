@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from weightd._sizes import size
 from weightd.cli.context import (
     Format,
     FormatOption,
@@ -17,7 +18,7 @@ from weightd.cli.context import (
     open_client,
     say,
 )
-from weightd.cli.output import digest, emit, emit_json, emit_json_line, plural, size
+from weightd.cli.output import digest, emit, emit_json, emit_json_line, plural
 from weightd.types import LeaseInfo
 
 _CHECKPOINT = ("content_digest", "device", "names")

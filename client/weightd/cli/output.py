@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-_MIB = 1 << 20
-_GIB = 1 << 30
 _WIDTH = 1 << 14  # columns: wide enough that no cell is cut or folded; a terminal folds the line, as docker's does
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _GPU = re.compile(r"(GPU-[0-9a-f]{8})-[0-9a-f-]+")
@@ -28,11 +26,6 @@ class OutputClosedError(Exception):
 def printable(text: str) -> str:
     """`text` on one line, with every character that could steer a terminal or cannot be encoded escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-def size(count: int) -> str:
-    """Bytes as GiB with two decimals; below 0.1 GiB as MiB with one."""
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / _MIB:.1f} MiB"
 
 
 def plural(count: int, word: str) -> str:

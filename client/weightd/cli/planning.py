@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from weightd._sizes import size
 from weightd.cli.context import Format, FormatOption, Settings, VariantOption, say
 from weightd.cli.daemon import require_daemon
-from weightd.cli.output import emit, emit_json, emit_table, plural, size
+from weightd.cli.output import emit, emit_json, emit_table, plural
 from weightd.cli.progress import byte_bar
 from weightd.errors import WeightdError, from_wire
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
+from weightd import _assign
 from weightd._mapping.ranges import Range, written
+from weightd._sizes import size
 from weightd.errors import InvalidReferenceError
 
 if TYPE_CHECKING:
@@ -66,7 +68,8 @@ class SharingReport:
     def __str__(self) -> str:
         permille = int(self.shared_ratio * 1000)  # never 100 % where a byte is private
         percent = f"{permille // 10}" if permille % 10 == 0 else f"{permille / 10:.1f}"
-        line = f"{percent} % of the parameters shared: {_size(self.shared_bytes)}, {_size(self.copied_bytes)} private"
+        shared, copied = (size(count, fine=True) for count in (self.shared_bytes, self.copied_bytes))
+        line = f"{percent} % of the parameters shared: {shared}, {copied} private"
         if self.copied:
             line += ": " + _listed([f"{tensor.name} ({tensor.reason})" for tensor in self.copied])
         made = set(self.missing).difference(tensor.name for tensor in self.copied)
@@ -93,6 +96,16 @@ def remember(module: torch.nn.Module, attachment: Attachment, explain: Explain, 
 def note_left(module: torch.nn.Module, why: str) -> None:
     """Let `report` say why a module was left to its framework."""
     _left[module] = why
+
+
+def make_private(module: torch.nn.Module) -> None:
+    """Give a module memory of its own: every parameter and buffer becomes a copy, which may be written to.
+
+    Tied parameters stay tied, and those that have lost their gradient because they were shared have it again. It takes
+    the module's bytes once more, and ends its report.
+    """
+    _assign.make_private(module)
+    forget(module)
 
 
 def forget(module: torch.nn.Module) -> None:
@@ -237,11 +250,3 @@ def _reason(origins: dict[str, _Origin], name: str, parameter: torch.nn.Paramete
 def _listed(names: list[str]) -> str:
     more = len(names) - _SHOWN
     return "; ".join(names[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-
-
-def _size(count: int) -> str:
-    """Bytes for people: 512 B, 59.9 MiB."""
-    for unit, bytes_of_it in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= bytes_of_it:
-            return f"{count / bytes_of_it:.1f} {unit}"
-    return f"{count} B"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads

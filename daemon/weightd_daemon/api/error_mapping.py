@@ -32,11 +32,13 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
     """Wraps unary and streaming handlers alike, also for errors after the first streamed message.
 
-    When a call has ended, `on_call` hears its method ("DaemonService/GetStats") and gRPC code.
+    When a call has ended, `on_call` hears its method ("DaemonService/GetStats") and gRPC code. `before_answer` is
+    called before a message is sent: what it tells of must outlive the daemon.
     """
 
-    def __init__(self, on_call: Callable[[str, str], None]) -> None:
+    def __init__(self, on_call: Callable[[str, str], None], before_answer: Callable[[], None]) -> None:
         self._on_call = on_call
+        self._before_answer = before_answer
 
     async def intercept_service(
         self,
@@ -59,13 +61,16 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 # Closed with this one, not when the collector comes: what it holds ends with the call.
                 async with self._ending(context, method), contextlib.aclosing(inner(request, context)) as responses:
                     async for response in responses:
+                        self._before_answer()
                         yield response
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
 
         async def single(request: Any, context: Context) -> Any:
             async with self._ending(context, method):
-                return await inner(request, context)
+                response = await inner(request, context)
+                self._before_answer()
+                return response
 
         if handler.response_streaming:  # one that writes its responses to the context (health's Watch)
             return grpc.unary_stream_rpc_method_handler(single, **codec)

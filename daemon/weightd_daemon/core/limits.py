@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from weightd._sizes import size
 from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
-    from .catalog import Who
+    from .who import Who
 
 _ADVICE = {
     "leases": "end a process that holds one (`weightd ps`)",
@@ -44,13 +45,9 @@ class Limits:
         user = "who has no identity here" if who.uid is None else f"uid {who.uid}"
         counted, metadata = f"{held} of {most} {what}", {"limit": f"max_user_{what}"}
         if what == "bytes":
-            counted = f"{_size(held)} of {_size(most)}, and this takes {_size(more)}"
+            counted = f"{size(held)} of {size(most)}, and this takes {size(more)}"
             metadata |= {"requested_bytes": str(more), "free_bytes": str(max(0, most - held))}
         raise CapacityError(
             f"the limit max_user_{what} is reached: {user} has {counted}; {_ADVICE[what]}, or ask for a higher limit",
             metadata,
         )
-
-
-def _size(value: int) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 // 10 else f"{value / 2**20:.1f} MiB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
 from weightd_daemon.config.settings import ConfigError, TemporaryError
 
@@ -116,18 +117,18 @@ def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
     """
     said, capacity = settings.budget_for(names), device.capacity()
     share = device.default_share if said is None else said
-    size = int(capacity * share) if isinstance(share, float) else share
+    budget = int(capacity * share) if isinstance(share, float) else share
     found = "cuda" in names and "auto" in settings.devices
-    if size > capacity and found and not settings.budget_is_for(names):
-        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, size)
-        size = capacity
-    if not device.page <= size <= capacity:
+    if budget > capacity and found and not settings.budget_is_for(names):
+        log.info("budget of %s: %d bytes is all that it has, of the %d said", device.uuid, capacity, budget)
+        budget = capacity
+    if not device.page <= budget <= capacity:
         raise ConfigError(
             f"budget = {settings.budget!r}: that of {device.uuid} must be from {device.page} bytes "
-            f"to {capacity / 2**30:.1f} GiB here",
+            f"to {size(capacity)} here",
             "budget",
         )
-    return size // device.page * device.page
+    return budget // device.page * device.page
 
 
 def pool_of(settings: Settings, device: Device, budget: int) -> int:

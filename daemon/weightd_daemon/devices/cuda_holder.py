@@ -8,8 +8,6 @@ requests are done in order). Run as `python -m weightd_daemon.devices.cuda_holde
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import signal
 import socket
 import struct
@@ -18,6 +16,7 @@ from typing import Any
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, WeightdError
+from weightd_daemon.libc import die_with
 
 from .cuda_device import OUT_OF_MEMORY
 
@@ -29,15 +28,11 @@ MESSAGE_BYTES = 4096
 OK, FAILED = b"k", b"x"
 """First byte of an answer: after OK comes the handle; after FAILED the driver's code, the call and the message."""
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(arguments: list[str]) -> int:
     """Serve until the daemon hangs up or dies. Returns the exit code."""
     descriptor, parent, uuid = int(arguments[0]), int(arguments[1]), arguments[2]
-    # Dies with the daemon, also by kill -9. The check catches a daemon that died before the call.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not die_with(parent):  # also by kill -9
         return 1
     for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C or `systemctl stop`: it is the daemon's to end this process
         signal.signal(number, signal.SIG_IGN)

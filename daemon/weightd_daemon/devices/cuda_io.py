@@ -8,11 +8,11 @@ would make all streams wait for one another.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from weightd._libc import view_at
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
@@ -133,7 +133,7 @@ class PinnedBuffer:
     def __init__(self, address: int, event: Any) -> None:
         self.address = address
         self.event = event
-        self.view = memoryview((ctypes.c_char * PIECE).from_address(address)).cast("B")
+        self.view = view_at(address, PIECE)
 
 
 class CudaStaging:

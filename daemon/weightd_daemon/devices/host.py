@@ -7,7 +7,6 @@ MAP_PRIVATE, so a write makes a private copy.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, ResourceLimitError
+from weightd_daemon.libc import punch_hole
 
 from .cgroup import memory_limit
 
@@ -25,11 +25,6 @@ _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
 _EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, *_NO_DESCRIPTORS}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 
 
 class NoDescriptorsError(ResourceLimitError, MemoryError):
@@ -135,10 +130,11 @@ class HostDevice:
 
     def punch(self, segment: int, offset: int, length: int) -> None:
         """Punch a hole of whole pages. Errors: OSError."""
-        mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-        if _libc.fallocate(self._writable[segment], mode, offset, length):
-            error = ctypes.get_errno()
-            raise OSError(error, os.strerror(error), f"segment {segment}")
+        try:
+            punch_hole(self._writable[segment], offset, length)
+        except OSError as error:
+            error.filename = f"segment {segment}"
+            raise
 
     def release(self, segment: int) -> None:
         """Close both descriptors; the kernel frees the pages when nobody maps them."""

@@ -8,12 +8,14 @@ into one that carries MADV_HUGEPAGE: the first touch of 1 GiB by a client then t
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from weightd._libc import address_of
+from weightd_daemon.libc import copy
 
 from .segment_io import PIECE, Buffer
 
@@ -39,7 +41,7 @@ class HostBuffer:
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, PIECE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.view = memoryview(self._map)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.address = address_of(self._map)
 
 
 class HostIO:
@@ -59,7 +61,7 @@ class HostIO:
     def write(self, segment: int, view: memoryview, source: int, offset: int) -> None:
         """Write `view`, which lies at address `source`, to `offset` of a segment."""
         if self._by_mapping:
-            ctypes.memmove(self._address(segment) + offset, source, len(view))  # releases the GIL; slices do not
+            copy(self._address(segment) + offset, source, len(view))
             return
         done = 0
         while done < len(view):
@@ -86,7 +88,7 @@ class HostIO:
                 mapped = mmap.mmap(self._descriptor(segment), 0)
                 mapped.madvise(mmap.MADV_HUGEPAGE)
                 self._maps.append(mapped)
-                self._addresses[segment] = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+                self._addresses[segment] = address_of(mapped)
             return self._addresses[segment]
 
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from weightd._proto.v1 import checkpoint_pb2, handles_pb2
     from weightd.types import SourceFile
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loads.loads import Loads
 

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError
 
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 from weightd_daemon.wire import clip
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
-MAX_FRAME = 64 << 10
-MAX_DESCRIPTORS = 253
 HELLO_SECONDS = 5.0
 ACK_SECONDS = 10.0
 ACCEPT_PAUSE_SECONDS = 0.2
@@ -72,18 +70,25 @@ class HandleServer:
         self._listener: socket.socket | None = None
 
     def start(self, listener: socket.socket) -> None:
-        """Serve a listening, non-blocking SOCK_SEQPACKET socket, which this object closes in the end."""
+        """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
+
+        It is closed in the end, and the one before now; connections that were made there go on.
+        """
+        self._close_listener()
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     def stop(self) -> None:
         """Close the listener and every connection."""
+        self._close_listener()
+        for peer in list(self._peers):
+            peer.close("the daemon stops")
+
+    def _close_listener(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        for peer in list(self._peers):
-            peer.close("the daemon stops")
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -156,7 +161,7 @@ class _Peer:
 
     def _receive(self) -> handles_pb2.HandleRequest | None:
         """The next frame; None where the peer has left. Errors: ProtocolError, DecodeError, OSError."""
-        data, _, flags, _ = self._socket.recvmsg(MAX_FRAME + 1)
+        data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
         if not data:
             return None
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
@@ -231,6 +236,7 @@ class _Peer:
             raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
+        self._server._connections.greeted(self._connection)
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
 

@@ -7,7 +7,6 @@ handle is hexadecimal, or null for a segment whose descriptor comes on the other
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -17,6 +16,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from weightd._limits import LOADER, out_of_descriptors
+from weightd._transport.protocol import receive_fds
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
 from weightd_daemon.devices.device import SegmentHandle
 
@@ -143,20 +143,6 @@ class Channel:
             if isinstance(segment.handle, int):
                 os.close(segment.handle)
         self.segments.clear()
-
-
-def receive_fds(source: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
-    """Receive up to `size` bytes and `most` descriptors, which no exec inherits. Returns both and the flags.
-
-    `socket.recv_fds` cannot do that: before Python 3.14 it drops its `flags`.
-    """
-    found = array.array("i")
-    room = socket.CMSG_LEN(most * found.itemsize)
-    data, ancillary, flags, _ = source.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, body in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.frombytes(body[: len(body) - len(body) % found.itemsize])
-    return data, list(found), flags
 
 
 def error_to(error: WeightdError) -> Message:

@@ -7,7 +7,6 @@ next piece is read and hashed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
+from weightd_daemon.libc import equal
 
 from .schedule import Tensor, Unit, batches
 from .slots import Slot, Slots, Together
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from .channel import Channel
     from .schedule import Lane
     from .source import Source
-
-_libc = ctypes.CDLL(None)
-_libc.memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 _ROW_TENSORS = 4096
 """Tensors of a group that are settled at once: it is one message, which the daemon answers in one step."""
@@ -200,20 +197,20 @@ class Copier:
                 for tensor, digest, slot in found
             ]
             answers = self._channel.call("settle", items=items)["answers"]
-            again, equal = [], []
+            again, same = [], []
             for (tensor, digest, slot), answer in zip(found, answers, strict=True):
                 if answer is None:
                     continue  # placed: these bytes are a new blob
                 blob, segment, offset = answer
                 if self._equal(tensor.spec.length, self._resident(slot.segment, slot.offset), segment, offset):
-                    equal.append((tensor, slot, blob))
+                    same.append((tensor, slot, blob))
                 else:
                     differs[tensor.number].append(blob)
                     again.append((tensor, digest, slot))
-            if equal:
-                shares = [(tensor.number, blob, slot.segment, slot.offset) for tensor, slot, blob in equal]
+            if same:
+                shares = [(tensor.number, blob, slot.segment, slot.offset) for tensor, slot, blob in same]
                 kept = self._channel.call("share", items=shares)["kept"]
-                for (tensor, slot, _), stays in zip(equal, kept, strict=True):
+                for (tensor, slot, _), stays in zip(same, kept, strict=True):
                     if not stays:
                         self._slots[tensor.number].give_back(slot)
                         if (together := self._together.get(tensor.number)) is not None:
@@ -221,23 +218,23 @@ class Copier:
             found = again
 
     def _compare_first(self, tensor: Tensor) -> bool:
-        """Where the digest is known to have a candidate: compare with the file itself, so that no memory is needed."""
+        """Where the digest is known to have a candidate: compare with the file itself, so that no memory is needed.
+
+        Nothing is hashed again: bytes that equal a candidate's have its digest.
+        """
         if tensor.number not in self._matched:
             return False
         source, spec = self._sources[tensor.file], tensor.spec
         digest = self._digests[tensor.number]
-        hasher = self._new_hasher()
 
         def read(buffer: Buffer, size: int, position: int) -> None:
             source.read_into(buffer.view[:size], spec.offset + position)
-            hasher.update(buffer.view[:size])
 
         answer = self._channel.call("candidate", index=tensor.number, digest=digest.hex())
         if "blob" not in answer:
             return False
         if not self._equal(spec.length, read, answer["segment"], answer["offset"]):
             return False
-        self._checked(tensor, hasher.digest())
         share = (tensor.number, answer["blob"], None, 0)
         return bool(self._channel.call("share", items=[share])["kept"][0] is False)
 
@@ -245,17 +242,17 @@ class Copier:
         """Compare `length` bytes that `read` delivers with resident ones, piece by piece, with libc's memcmp."""
         staging, resident = self._staging(), self._resident(segment, offset)
         mine, theirs = staging.take(), staging.take()
-        equal = True
+        same = True
         for position, size in pieces(length):
             resident(theirs, size, position)
             read(mine, size, position)
             staging.settle()
-            if _libc.memcmp(mine.address, theirs.address, size):
-                equal = False
+            if not equal(mine.address, theirs.address, size):
+                same = False
                 break
         staging.put_back(mine)
         staging.put_back(theirs)
-        return equal
+        return same
 
     def _resident(self, segment: int, offset: int) -> Read:
         staging = self._staging()

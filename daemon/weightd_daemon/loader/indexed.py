@@ -21,6 +21,11 @@ MAX_INDEX_BYTES: Final = MAX_JSON_BYTES
 """How many bytes the indexes of a load that are read may have together."""
 
 
+def called(component: str, file: str) -> str:
+    """What messages call a file of a checkpoint: "component/file", or "file" where there is no component."""
+    return f"{component}/{file}" if component else file
+
+
 def indexes(sources: Mapping[str, Source]) -> ReadIndex:
     """What reads the indexes of a load, given by component. It raises FormatError and InvalidReferenceError."""
     size = 0
@@ -74,7 +79,8 @@ def _owner(component: str, name: str, there: Sequence[str], index: Mapping[str, 
     said = index.get(name) if index is not None else None
     if said is not None and said in there:
         return said
+    first, second = (called(component, file) for file in there[:2])
     if index is None:
-        raise FormatError(f"{there[1]}: tensor {name[:200]!r} is in another file{where} too ({there[0]})")
+        raise FormatError(f"{second}: tensor {name[:200]!r} is in another file{where} too ({first})")
     says = f"says that it is in {said[:200]!r}" if said is not None else "does not say whose counts"
-    raise FormatError(f"{there[1]}: tensor {name[:200]!r} is in another file{where} too, and the index {says}")
+    raise FormatError(f"{second}: tensor {name[:200]!r} is in another file{where} too, and the index {says}")

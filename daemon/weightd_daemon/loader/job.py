@@ -6,7 +6,6 @@ It is exec'ed by the daemon, so nothing of the daemon's memory is in it; a corru
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import resource
 import signal
@@ -17,14 +16,16 @@ from typing import TYPE_CHECKING, Self
 
 from weightd._limits import LOADER, limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, receive_fds
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
 from weightd_daemon.core.manifest import Entry
 from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
+from weightd_daemon.libc import die_with
 
-from .channel import UNFIT, Channel, Gone, Message, error_to, receive_fds
+from .channel import UNFIT, Channel, Gone, Message, error_to
 from .copying import Copier
 from .indexed import indexes, owned
 from .schedule import (  # fmt: skip
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
     from weightd_daemon.devices.segment_io import SegmentIO
 
-_PR_SET_PDEATHSIG = 1
 _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
 _INTAKE_SECONDS = 30.0
@@ -66,9 +66,7 @@ _HELD_BYTES = 64 << 20
 def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
     """Serve jobs until the daemon hangs up. Returns the exit code."""
     control, descriptors, parent = (int(argument) for argument in arguments)
-    # Dies with the daemon, also by kill -9. The check catches a daemon that died before the call.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if not die_with(parent):  # also by kill -9
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the daemon's terminal is the daemon's to handle
     channel = Channel(socket.socket(fileno=control), socket.socket(fileno=descriptors))
@@ -199,7 +197,7 @@ class Load:
         """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
         count = len(names)
         try:
-            data, received, flags = receive_fds(intake, 65536, 253)
+            data, received, flags = receive_fds(intake, MAX_FRAME, MAX_DESCRIPTORS)
         except ConnectionError:
             data, received, flags = b"", [], 0
         files += received

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
 import stat
@@ -12,6 +11,7 @@ from weightd._references.index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
 from weightd_daemon.formats import gguf, safetensors
+from weightd_daemon.libc import filesystem_type
 
 _LOCAL_FILESYSTEMS = {
     0xEF53,  # ext2, ext3, ext4
@@ -25,8 +25,6 @@ _LOCAL_FILESYSTEMS = {
 
 RESTED_SECONDS = 2
 """A file that is changed within this of its last change may get the same timestamps again, where ticks are long."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def identity_of(descriptor: int) -> FileIdentity:
@@ -46,8 +44,7 @@ def rested(identity: FileIdentity, now_ns: int) -> bool:
 
 
 def _is_local(descriptor: int) -> bool:
-    buffer = (ctypes.c_long * 64)()
-    return _libc.fstatfs(descriptor, buffer) == 0 and buffer[0] in _LOCAL_FILESYSTEMS
+    return filesystem_type(descriptor) in _LOCAL_FILESYSTEMS
 
 
 class Source:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd_daemon.core.blob import Blob
+    from weightd_daemon.core.loading import Loading
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
@@ -79,7 +80,7 @@ class LoadSteps:
         reclaimer: Reclaimer,
         index: InstanceIndex,
         prepare: Prepare,
-        number: int,
+        loading: Loading,
         sources: tuple[SourceFile, ...],
         verify: bool,
         now: Callable[[], float],
@@ -93,7 +94,7 @@ class LoadSteps:
         self._reclaimer = reclaimer
         self._index = index
         self._prepare = prepare
-        self._number = number
+        self._loading = loading
         self._sources = sources
         self._verify = verify
         self._now = now
@@ -196,11 +197,11 @@ class LoadSteps:
         self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._store.admit(self._number, [length for length in missing if length], message["lanes"])
+        one_pass = self._loading.admit([length for length in missing if length], message["lanes"])
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
             unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
-            resident = self._store.resident_lengths(self._number)
+            resident = self._loading.resident_lengths()
             chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
         return {"known": known, "hash_first": not one_pass, "sample": chosen}, []
 
@@ -216,7 +217,7 @@ class LoadSteps:
             instance = instances.get((entry.file, self._offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
-                self._blobs[index] = self._store.share_known(self._number, instance.blob, identity)
+                self._blobs[index] = self._loading.share_known(instance.blob, identity)
                 if self._blobs[index] is not None:
                     known.append(index)
         return known
@@ -224,7 +225,7 @@ class LoadSteps:
     async def _sampled(self, message: Message) -> _Answer:
         """Whether everything is to be hashed first, because some of the sample is resident."""
         found = (
-            self._store.candidate(self._number, bytes.fromhex(digest), self._entries[index].length)
+            self._loading.candidate(bytes.fromhex(digest), self._entries[index].length)
             for index, digest in message["digests"]
         )
         return {"hash_first": any(blob is not None for blob in found)}, []
@@ -232,19 +233,19 @@ class LoadSteps:
     async def _hashed(self, message: Message) -> _Answer:
         digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
         contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._store.make_room(self._number, contents, message["lanes"])) is None:
+        while (matched := self._loading.make_room(contents, message["lanes"])) is None:
             await self._reclaimer.wait()
         return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
 
     async def _grant(self, message: Message) -> _Answer:
         ends: list[int] = message["ends"]
-        while (extent := self._store.grant(self._number, ends[-1], message["need"], ends)) is None:
+        while (extent := self._loading.grant(ends[-1], message["need"], ends)) is None:
             await self._reclaimer.wait()
         return extent._asdict(), [self._segment(extent.segment)]
 
     async def _candidate(self, message: Message) -> _Answer:
         length = self._entries[message["index"]].length
-        blob = self._store.candidate(self._number, bytes.fromhex(message["digest"]), length)
+        blob = self._loading.candidate(bytes.fromhex(message["digest"]), length)
         if blob is None:
             return {}, []
         answer = {"blob": blob.number, "segment": blob.segment, "offset": blob.offset}
@@ -255,9 +256,7 @@ class LoadSteps:
         segments = []
         for index, digest, segment, offset, differs in message["items"]:
             length = self._entries[index].length
-            placed, blob = self._store.settle(
-                self._number, bytes.fromhex(digest), length, segment, offset, frozenset(differs)
-            )
+            placed, blob = self._loading.settle(bytes.fromhex(digest), length, segment, offset, frozenset(differs))
             if placed:
                 self._blobs[index] = blob
                 answers.append(None)
@@ -269,7 +268,7 @@ class LoadSteps:
     async def _share(self, message: Message) -> _Answer:
         kept: list[bool | None] = []
         for index, number, segment, offset in message["items"]:
-            blob = self._store.share(self._number, number, segment, offset)
+            blob = self._loading.share(number, segment, offset)
             self._blobs[index] = blob
             kept.append(None if blob is None else (blob.segment, blob.offset) == (segment, offset))
         return {"kept": kept}, []
@@ -278,7 +277,7 @@ class LoadSteps:
         self._read = message["read"]
         await self._merge(message["outcomes"])
         while True:
-            pairs = self._store.rechecks(self._number)
+            pairs = self._loading.rechecks()
             if pairs:
                 rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
                 return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
@@ -287,7 +286,7 @@ class LoadSteps:
             draft = await self._prepare(content, self._device.uuid)
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if not self._store.rechecks(self._number) and identities == self._identities():
+                if not self._loading.rechecks() and identities == self._identities():
                     total = sum(entry.length for entry in self._entries)
                     self._admit(total, len(self._entries), content.content_digest)
                     self._seal(content, draft)
@@ -300,17 +299,18 @@ class LoadSteps:
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._store.seal(self._number, content, self._now(), draft)
+        self.checkpoint = self._loading.seal(content, self._now(), draft)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)
+        self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
         """Enter what the loader's comparisons brought."""
         replaced: dict[int, Blob] = {}
         for done, (number, other, equal) in enumerate(outcomes, start=1):
-            replaced |= self._store.recheck(self._number, number, other, equal=equal)
+            replaced |= self._loading.recheck(number, other, equal=equal)
             if done % _OUTCOMES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if replaced:
@@ -329,6 +329,7 @@ class LoadSteps:
         for other in self._store.checkpoints.values():
             if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
                 other.sources.remove(self._sources)
+                self._store.changed.add(other.key)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
             del checkpoint.sources[:-KNOWN_SOURCES]
@@ -348,7 +349,7 @@ class LoadSteps:
 
     def _own_blobs(self) -> list[Blob]:
         """Blobs that this load has placed, each once."""
-        return list({b.number: b for b in self._blobs if b is not None and b.load == self._number}.values())
+        return list({b.number: b for b in self._blobs if b is not None and b.load == self._loading.number}.values())
 
     async def _remember(self) -> None:
         for file, trusted in enumerate(self._trusted[: len(self._files)]):

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
 
     from .flight import Load
 
@@ -26,6 +27,11 @@ class Quota:
         """Whether a user may hold one more lease."""
         most = self._limits.most(who, "leases")
         return not most or self._store.leases.held_by(who.uid, most) < most
+
+    def check_leases(self, who: Who, more: int) -> None:
+        """Whether a user may hold so many more leases. Errors: CapacityError."""
+        if most := self._limits.most(who, "leases"):
+            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, max(0, most - more + 1)), more)
 
     def admit(self, load: Load, under_way: Iterable[Load], total: int, tensors: int, content: str) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd.types import SourceFile
-    from weightd_daemon.core.catalog import Who
     from weightd_daemon.core.lease import Holder
+    from weightd_daemon.core.who import Who
 
 
 class Groups(NamedTuple):

@@ -44,6 +44,9 @@ MANIFEST_BYTES = 1 << 30
 """Longest manifest that is read."""
 
 _U64 = (1 << 64) - 1
+_I64 = 1 << 63
+_MOST_SECONDS = 253_402_300_800
+"""The year 10,000, which nothing can show."""
 _MOST_NAMES = 8
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
@@ -150,7 +153,9 @@ class _Restore:
         name, content = _text(row["name"]), _text(row["content"])
         if not 1 <= len(name.encode()) <= NAME_BYTES or CONTROL.search(name) or not _DIGEST.fullmatch(content):
             raise ValueError("it cannot be given")
-        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"])))
+        # Where the record does not say which names were only paths, those that look so are taken for that.
+        is_default = row["default"] is True if "default" in row else name.startswith("/")
+        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"]), is_default))
 
     def finish_segments(self) -> dict[tuple[str, int], int]:
         """Enter the segments that restored checkpoints need, release the rest. Returns what is kept as what."""
@@ -294,6 +299,7 @@ def _number(value: object) -> int:
 
 def _text(value: object) -> str:
     if isinstance(value, str):
+        value.encode()  # half a surrogate cannot be sent
         return value
     raise ValueError(f"{value!r:.40} is no text")
 
@@ -305,13 +311,20 @@ def _uid(value: object) -> int | None:
 
 
 def _seconds(value: object) -> float:
-    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value < 1 << 40:
+    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value < _MOST_SECONDS:
         return float(value)
     raise ValueError(f"{value!r:.40} is no time")
 
 
 def _files(rows: Any) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)), bool(index and index[0]))
+        SourceFile(_text(component), _text(file), _identity(*identity), bool(index and index[0]))
         for component, file, identity, *index in rows  # a record without indexes has no column
     )
+
+
+def _identity(device: object, inode: object, size: object, mtime: object, ctime: object) -> FileIdentity:
+    times = [value for value in (size, mtime, ctime) if isinstance(value, int) and -_I64 <= value < _I64]
+    if len(times) < 3:
+        raise ValueError("a file's size or time is none")
+    return FileIdentity(_number(device), _number(inode), *times)

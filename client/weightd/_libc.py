@@ -1,0 +1,55 @@
+"""What the library needs of libc and of raw memory: its only use of ctypes, but for CUDA's handles.
+
+Python's own mmap would keep a descriptor for each mapping, and unmaps when it likes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+_MAP_NORESERVE: Final = 0x4000
+_FAILED: Final = ctypes.c_void_p(-1).value
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+unmap: Final[Callable[[int, int], int]] = _libc.munmap
+"""Unmap `size` bytes at an address. Needs no other name of this module, so that it works at the interpreter's end."""
+
+
+def map_private(descriptor: int, size: int, *, writable: bool) -> int:
+    """Map `size` bytes of a file copy-on-write, without reserving memory for copies. Returns the address.
+
+    Errors: OSError.
+    """
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, 0)
+    if address == _FAILED:
+        code = ctypes.get_errno()
+        raise OSError(code, f"mapping {size} bytes failed: {os.strerror(code)}")
+    return int(address)
+
+
+def view_at(address: int, size: int, keeps: object = None) -> memoryview:
+    """Return a view of the `size` bytes at an address. It, and every slice of it, keeps `keeps`."""
+    array: Any = (ctypes.c_ubyte * size).from_address(address)
+    array.keeps = keeps
+    return memoryview(array).cast("B")
+
+
+def address_of(buffer: bytearray | memoryview | mmap.mmap) -> int:
+    """Return the address of a writable buffer's first byte. The caller keeps the buffer."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
