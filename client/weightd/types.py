@@ -167,6 +167,22 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class NameInfo:
+    """One name. `state` is that of its content: "resident", "lost" or "evicted".
+
+    `owner_uid` is None where its owner has no identity. A name that `is_default` was derived from a path, and goes when
+    its content is evicted.
+    """
+
+    name: str
+    content_digest: str
+    state: str
+    owner_uid: int | None
+    owner: str
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ComponentInfo:
     """One part of a checkpoint."""
 

@@ -32,7 +32,8 @@ FOUND = "loop watch: a step of"
 """What a finding begins with; support/daemon.py looks for it."""
 ALLOWED_STEP = "loop watch: allowed, a step of"
 ALLOWED: dict[str, str] = {
-    r"core/memory.py.*in _new_segment": "a new segment of a GPU is made by the driver, in the step that books it",
+    r"devices/cuda_\w+\.py.*in create": "a new segment of a GPU is made by its driver, in the step that books it",
+    r"in _execute_child": "starting a process: vfork lasts until the child, too, has got a core",
 }
 """Steps that may take longer, each with the reason: patterns of a line of the callback or of its stack."""
 _SAMPLE_SECONDS = 0.01
@@ -105,7 +106,7 @@ class Watch:
         if wall - waited <= MOST_SECONDS:
             return
         now = _waits(self._thread)
-        others = sum(spent - self._others.get(thread, spent) for thread, spent in now.items())
+        others = sum(spent - self._others.get(thread, 0.0) for thread, spent in now.items())
         if wall - waited - others <= MOST_SECONDS:
             return
         stack = stacks[len(stacks) // 2] if stacks else "  (no stack: nobody else could run meanwhile)\n"

@@ -53,10 +53,16 @@ class Keeper:
         self.kept: dict[str, int] = {}
         self.told: list[tuple[str, str, dict[str, Any]]] = []
         self.broken = False
+        self.deaf = ""
+        """What begins with this is taken, and given up later."""
 
-    def keep(self, name: str, descriptor: int) -> None:
+    def keep(self, name: str, descriptor: int, failed: Callable[[], object]) -> None:
         if self.broken:
             raise OSError("nobody is there")
+        if self.deaf and name.startswith(self.deaf):
+            self.told.append(("lost", name, self.root))
+            failed()  # some time after it was told
+            return
         self.told.append(("keep", name, self.root))
         self.kept[name] = os.dup(descriptor)
 
@@ -594,6 +600,22 @@ def test_a_manager_that_refuses_costs_a_warning_and_not_the_load(
         keeper.broken = False
         first.load("b", DATA["b"])
         assert [row["frozen"] for row in keeper.root["segments"]].count(True) == 1, "the tensor that both have"
+    with books(keeper) as again:
+        assert again.names() == {"b"}
+
+
+@pytest.mark.parametrize("deaf", ["seg.", "man."])
+def test_what_a_manager_gives_up_later_is_not_taken_for_kept(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture, deaf: str
+) -> None:
+    with books(keeper) as first:
+        keeper.deaf = deaf
+        with caplog.at_level(logging.WARNING):
+            first.load("a", DATA["a"])
+        assert "ends with this daemon: the service manager did not take all" in caplog.text
+        keeper.deaf = ""
+        first.load("b", DATA["b"])
+        assert {"seg.", "man."} == {name[:4] for kind, name, _ in keeper.told if kind == "keep" and name != "root"}
     with books(keeper) as again:
         assert again.names() == {"b"}
 

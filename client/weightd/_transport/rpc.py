@@ -29,13 +29,14 @@ from weightd.types import (
     LeaseInfo,
     LoadProgress,
     LoadResult,
+    NameInfo,
     Stats,
     VerifyProgress,
     VersionInfo,
 )
 
 from .address import grpc_target
-from .convert import checkpoint_from, event_from, lease_from, result_from, source_from
+from .convert import checkpoint_from, event_from, lease_from, name_from, result_from, source_from
 from .unreachable import probe, unreachable
 
 if TYPE_CHECKING:
@@ -109,6 +110,11 @@ class ControlPlane:
         """Every checkpoint."""
         response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest())
         return [checkpoint_from(checkpoint) for checkpoint in response.checkpoints]
+
+    def names(self) -> list[NameInfo]:
+        """Every name."""
+        response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest(names=True))
+        return [name_from(name) for name in response.names]
 
     def get(self, reference: str, device: str) -> CheckpointDetails:
         """One checkpoint."""

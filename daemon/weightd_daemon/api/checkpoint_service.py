@@ -27,6 +27,11 @@ from .error_mapping import Context
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
 
+_NAME_STATES = {
+    "resident": checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
+    "lost": checkpoint_pb2.CHECKPOINT_STATE_LOST,
+    "evicted": checkpoint_pb2.CHECKPOINT_STATE_EVICTED,
+}
 _PHASES = {
     "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
     "hashing": checkpoint_pb2.LoadProgress.PHASE_HASHING,
@@ -88,7 +93,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """Everything resident or lost that the caller may see, then the loads under way."""
+        """Everything resident or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
         there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
         there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
@@ -98,7 +103,19 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             for load in self._parts.loads.under_way
             if who.admin or load.request.who.domain == who.domain
         ]
-        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way)
+        listed = self._parts.catalog.listed(who) if request.names else []
+        names = [
+            checkpoint_pb2.Name(
+                name=name,
+                content_digest=tag.content_digest,
+                state=_NAME_STATES[state],
+                owner_uid=tag.owner,
+                owner=user_name(tag.owner),
+                is_default=tag.is_default,
+            )
+            for name, tag, state in listed
+        ]
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way, names=names)
 
     async def Get(  # noqa: N802
         self, request: checkpoint_pb2.GetCheckpointRequest, context: Context

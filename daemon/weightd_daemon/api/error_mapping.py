@@ -1,10 +1,11 @@
 """One interceptor: errors of the domain become gRPC codes with details; a bug becomes INTERNAL with an id.
 
-It also says how each call has ended.
+It also says how each call has ended, and ends those whose answers nobody reads.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -27,6 +28,9 @@ log = logging.getLogger(__name__)
 
 _TYPE_URL = "type.googleapis.com/google.rpc.ErrorInfo"
 Context = grpc.aio.ServicerContext[Any, Any]
+
+UNREAD_SECONDS = 60.0
+"""How long an answer may wait for its reader to take it, where what HTTP/2 lets the server send is used up."""
 
 
 class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
@@ -62,7 +66,11 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 async with self._ending(context, method), contextlib.aclosing(inner(request, context)) as responses:
                     async for response in responses:
                         self._before_answer()
-                        yield response
+                        deadline = _unread(method)
+                        try:
+                            yield response
+                        finally:
+                            deadline.cancel()
 
             return grpc.unary_stream_rpc_method_handler(stream, **codec)
 
@@ -92,6 +100,28 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             await _abort(context, known)
         finally:
             self._on_call(method.rpartition(".")[2], code)
+            deadline = _unread(method)  # of the last answer, and of the status behind it
+            _task().add_done_callback(lambda _: deadline.cancel())
+
+
+def _unread(method: str) -> asyncio.TimerHandle:
+    """End the call of this task unless the handle is cancelled in time. Its reader does not hear why: it reads nothing.
+
+    What a call holds (its answer, a reader of events, a connection) is held for as long as its reader likes otherwise.
+    """
+    task = _task()
+
+    def end() -> None:
+        log.warning("call ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
+        task.cancel()
+
+    return asyncio.get_running_loop().call_later(UNREAD_SECONDS, end)
+
+
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # gRPC runs each call in a task of its own
+    return task
 
 
 def _known(method: str, error: Exception) -> WeightdError:

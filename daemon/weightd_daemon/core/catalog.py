@@ -77,12 +77,12 @@ class Catalog:
         """What a name points to; None where there is no such name."""
         return self._tags.get((domain, name))
 
-    def without_content(self, who: Who) -> list[tuple[str, Tag]]:
-        """The names that `who` may see whose content is neither resident nor lost, sorted."""
+    def listed(self, who: Who) -> list[tuple[str, Tag, str]]:
+        """Every name that `who` may see, sorted, and whether its content is "resident", "lost" or "evicted"."""
         found = [
-            (name, tag)
+            (name, tag, self._state(domain, tag.content_digest))
             for (domain, name), tag in self._tags.items()
-            if (who.admin or domain == who.domain) and not self._is_known(domain, tag.content_digest)
+            if who.admin or domain == who.domain
         ]
         return sorted(found, key=lambda one: one[0])
 
@@ -246,8 +246,14 @@ class Catalog:
 
     def _is_known(self, domain: str, content_digest: str) -> bool:
         """Whether a content is resident or lost, on any device."""
+        return self._state(domain, content_digest) != "evicted"
+
+    def _state(self, domain: str, content_digest: str) -> str:
         keys = self._keys(domain, content_digest)
-        return any(key in self._store.checkpoints or key in self._store.lost for key in keys)
+        for state, there in (("resident", self._store.checkpoints), ("lost", self._store.lost)):
+            if any(key in there for key in keys):
+                return state
+        return "evicted"
 
     def _keys(self, domain: str, content_digest: str, device: str = "") -> list[CheckpointKey]:
         """Under which keys a content of a domain may stand."""

@@ -65,6 +65,7 @@ class DeviceMemory:
         self.quarantine = False
         """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
+        self._pooling = True
         self._create = create
         self._on_reclaim = on_reclaim
         self._before_use = before_use
@@ -244,7 +245,7 @@ class DeviceMemory:
             touched.setdefault(extent.segment, []).append(extent)
         for segment, parts in touched.items():
             if arena.is_empty(segment):
-                pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
+                pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self.sparse:
@@ -281,6 +282,15 @@ class DeviceMemory:
     def is_frozen(self, segment: int) -> bool:
         """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
         return self.arena(self._domain_of[segment]).is_frozen(segment)
+
+    def close_pool(self) -> None:
+        """Return what is unused to the system, and pool nothing more until `open_pool`."""
+        self._pooling = False
+        self._return_unused(self.used)
+
+    def open_pool(self) -> None:
+        """Pool empty segments again."""
+        self._pooling = True
 
     def excess(self) -> int:
         """Bytes beyond the budget when all has gone that is unused, or on its way already; that is now queued."""

@@ -39,10 +39,9 @@ class Store:
         self.changed: set[CheckpointKey] = set()
         """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
         self.touched: set[CheckpointKey] = set()
-        """As `changed`: those that were used, pinned or unpinned."""
-        self.collisions = self.evictions = self.uses = 0
+        """Checkpoints that were used, pinned or unpinned since then."""
+        self.collisions = self.evictions = self.uses = self._last_load = 0
         self._on_event = on_event
-        self._last_load = 0
 
     # -- what there is ---------------------------------------------------------------------------------------------
 

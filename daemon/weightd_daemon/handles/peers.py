@@ -75,6 +75,7 @@ class Connections:
         self._by_token: dict[str, Connection] = {}
         self._numbers = count(1)
         self._lookups = Lookups("commands", _COMMAND_THREADS)
+        self._lookups.ask(None, lambda: None)  # has its first thread, before anybody is served
         for uid in (0, os.geteuid()):
             user_name(uid)  # asks: whoever connects first is mostly one of these
 

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 import re
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -179,8 +180,11 @@ class Survival:
         root = RootRecord.create()
         try:
             self._manager.drop(ROOT)
-            self._manager.keep(ROOT, root.descriptor)
+            refused: list[str] = []
+            self._manager.keep(ROOT, root.descriptor, partial(refused.append, ROOT))
             await self._manager.barrier(_BARRIER_SECONDS)
+            if refused:
+                raise OSError("it does not read")
         except (OSError, TimeoutError) as error:
             root.close()
             log.warning("nothing outlives this daemon: the service manager takes no descriptors: %s", error)
@@ -227,14 +231,23 @@ class Survival:
             handle = device.writable(segment)
             assert isinstance(handle, int)  # a lasting segment is a descriptor
             number = self._next()
-            self._manager.keep(_segment_name(number), handle)
+            place = device.uuid, segment
+            self._record.segments[place] = number
+            give_up = partial(self._record.segments.pop, place, None)
+            try:
+                self._manager.keep(_segment_name(number), handle, give_up)
+            except OSError:
+                give_up()
+                raise
             self._stored.add(_segment_name(number))
-            self._record.segments[device.uuid, segment] = number
         name = _manifest_name(self._next())
         draft.keep_as(self._record.last_id, lambda: self.drop(name))
         self._stored.add(name)
-        self._manager.keep(name, draft.descriptor)
+        refused: list[str] = []
+        self._manager.keep(name, draft.descriptor, partial(refused.append, name))
         await self._manager.barrier(_BARRIER_SECONDS)
+        if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
+            raise OSError("the service manager did not take all that was to be kept")
 
     @property
     def keeps(self) -> bool:
