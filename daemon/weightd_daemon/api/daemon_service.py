@@ -73,7 +73,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         parts.drain.begin()
         async with contextlib.aclosing(parts.drain.watch(seconds)) as changes:
             async for leases in changes:
-                held = leases_to(leases, parts.store.checkpoints.values(), parts.catalog)
+                held = await leases_to(leases, parts.store.checkpoints.values(), parts.catalog)
                 yield daemon_pb2.DrainEvent(holders=daemon_pb2.DrainHolders(leases=held))
         result = daemon_pb2.DrainResult(checkpoints=parts.drain.checkpoints, freed_bytes=parts.drain.freed_bytes)
         yield daemon_pb2.DrainEvent(result=result)

@@ -50,7 +50,7 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
         """The leases that are held now, of checkpoints that the caller may see."""
         parts = self._parts
         _, who = parts.caller(context)
-        leases = leases_to(parts.store.leases.refresh(), parts.catalog.visible(who), parts.catalog)
+        leases = await leases_to(parts.store.leases.refresh(), parts.catalog.visible(who), parts.catalog)
         return lease_pb2.ListLeasesResponse(leases=leases)
 
 
