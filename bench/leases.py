@@ -42,7 +42,7 @@ _HOLD = """
 import sys
 import weightd
 client = weightd.connect(timeout=60.0)
-held = [client.attach("held", manifest_only=True) for _ in range(int(sys.argv[1]))]
+held = [client.attach("held") for _ in range(int(sys.argv[1]))]
 print("held", flush=True)
 sys.stdin.read()
 """

@@ -261,12 +261,13 @@ class _Peer:
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
         attached: Attached = self._server._attacher.attach(self._connection, request)
         try:
-            first, later = attached.handles[: MAX_DESCRIPTORS - 2], attached.handles[MAX_DESCRIPTORS - 2 :]
+            lent = [one for one in attached.locked if one is not None]
+            room = MAX_DESCRIPTORS - len(lent)
+            first, later = attached.handles[:room], attached.handles[room:]
             # Duplicates: were the lease given up between two batches, a number could mean another file by then.
             for handle in later:  # one by one: what there is when this fails gets closed
                 self._unsent.append(os.dup(handle) if isinstance(handle, int) else handle)
             descriptors = [handle for handle in first if isinstance(handle, int)]
-            lent = [one for one in attached.locked if one is not None]
             reply = handles_pb2.AttachReply(
                 lease=attached.lease,
                 lease_file=attached.locked.lease is not None,

@@ -65,14 +65,6 @@ class _File:
         return self.open and self.leases < FILE_LEASES
 
 
-class _Place(NamedTuple):
-    """The bytes that are locked as long as a lease is held: any of them."""
-
-    file: _File
-    start: int
-    end: int
-
-
 class LeaseFiles:
     """The lease files of all users.
 
@@ -87,7 +79,12 @@ class LeaseFiles:
         self._keep = keep
         self._drop = drop
         self._files: dict[Owner, dict[_File, None]] = {}
-        self._places: dict[int, _Place] = {}
+        # Nothing but numbers and what is there already: the loop stands still while Python collects garbage, and that
+        # takes the longer, the more objects there are.
+        self._file_of: dict[int, _File] = {}
+        self._byte_of: dict[int, int] = {}
+        self._bytes_of: dict[int, tuple[int, int]] = {}
+        """First byte and the one after the last, of leases that any of these bytes stands for."""
         self._empty: dict[_File, bool] = {}
         self._making: dict[Owner, asyncio.Lock] = {}
         self._paused_until = 0.0
@@ -118,24 +115,31 @@ class LeaseFiles:
             return None
         start = _first_byte(checkpoint) + lease
         descriptor = lock_byte(file.descriptor, start)
-        self._enter(lease, _Place(file, start, start + 1))
+        self._enter(lease, file)
+        self._byte_of[lease] = start
         return descriptor
 
     def is_locked(self, lease: int) -> bool | None:
         """Whether a lease is held; None where it has no place in a file."""
-        place = self._places.get(lease)
-        return None if place is None else first_lock(place.file.descriptor, place.start, place.end) is not None
+        file = self._file_of.get(lease)
+        if file is None:
+            return None
+        at = self._byte_of.get(lease)
+        start, end = self._bytes_of[lease] if at is None else (at, at + 1)
+        return first_lock(file.descriptor, start, end) is not None
 
     def forget(self, lease: int) -> None:
         """A lease is struck from the books; that it has no file is no error."""
-        place = self._places.pop(lease, None)
-        if place is None:
+        file = self._file_of.pop(lease, None)
+        if file is None:
             return
-        place.file.leases -= 1
-        if not place.file.leases:
-            self._empty[place.file] = False
+        self._byte_of.pop(lease, None)
+        self._bytes_of.pop(lease, None)
+        file.leases -= 1
+        if not file.leases:
+            self._empty[file] = False
             if not self._keeps():
-                self._remove(place.file)
+                self._remove(file)
 
     def tidy(self) -> None:
         """Remove the files that have had no lease since the last call. A new one costs its user some time."""
@@ -184,7 +188,8 @@ class LeaseFiles:
             file.open = False
             for number, key in there.items():
                 lease = leases.inherit_some(key, holder, now)
-                self._enter(lease, _Place(file, _first_byte(number), _first_byte(number + 1)))
+                self._enter(lease, file)
+                self._bytes_of[lease] = _first_byte(number), _first_byte(number + 1)
             log.warning("leases of user %s cannot be told apart: one line a checkpoint stands for all", file.owner.uid)
             return
         for byte in found:
@@ -195,7 +200,8 @@ class LeaseFiles:
                 leases.inherit(lease, there[number], holder, now)
             else:  # somebody has locked the byte of another's lease: that is to hold neither more nor less
                 lease = leases.inherit_some(there[number], holder, now)
-            self._enter(lease, _Place(file, byte, byte + 1))
+            self._enter(lease, file)
+            self._byte_of[lease] = byte
 
     async def _make_kept(self, owner: Owner) -> None:
         making = self._making.setdefault(owner, asyncio.Lock())
@@ -243,10 +249,10 @@ class LeaseFiles:
         os.close(file.descriptor)
         self._drop(file.name)
 
-    def _enter(self, lease: int, place: _Place) -> None:
-        self._places[lease] = place
-        place.file.leases += 1
-        self._empty.pop(place.file, None)
+    def _enter(self, lease: int, file: _File) -> None:
+        self._file_of[lease] = file
+        file.leases += 1
+        self._empty.pop(file, None)
 
     def _with_room(self, owner: Owner) -> _File | None:
         return next((file for file in self._files.get(owner, ()) if file.has_room), None)
