@@ -61,15 +61,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "lookups": (),
     "wire": ("core", "lookups"),
     "logs": ("config",),
+    "heap": ("libc",),
     "devices": ("core", "config", "libc"),
     "formats": ("core",),
     "loader": ("core", "devices", "formats", "libc"),
-    "loads": ("core", "devices", "loader"),
+    "loads": ("core", "devices", "heap", "loader"),
     "handles": ("core", "devices", "loads", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads"),
+    "residency": ("core", "handles", "loads", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "persistence"),
-    "monitoring": ("core", "devices", "handles", "loads", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "loader", "loads", "monitoring", "operations", "wire"),
+    "monitoring": ("core", "config", "devices", "handles", "loads", "operations", "persistence", "wire"),
+    "api": ("core", "devices", "handles", "heap", "loader", "loads", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.

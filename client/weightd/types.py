@@ -259,10 +259,18 @@ class DigestIndexStats:
 
 
 @dataclass(frozen=True, slots=True)
+class BooksStats:
+    """The daemon's own memory for its lists of tensors. `limit_bytes` 0 is no limit."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained".
 
-    `digest_index` is None from a daemon that does not say.
+    `digest_index` and `books` are None from a daemon that does not say.
     """
 
     devices: tuple[DeviceStats, ...]
@@ -277,6 +285,7 @@ class Stats:
     evictions: int
     state: str = "serving"
     digest_index: DigestIndexStats | None = None
+    books: BooksStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

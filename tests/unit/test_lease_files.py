@@ -40,7 +40,12 @@ class Kept:
         self.listens = True
         self.broken = False
         self.asked = 0
-        self.files = LeaseFiles(lambda: self.listens, self.keep, self.drop)
+        self.files = LeaseFiles()
+        self.files.keep_in(self)
+
+    @property
+    def keeps(self) -> bool:
+        return self.listens
 
     async def keep(self, name: str, descriptor: int) -> None:
         self.asked += 1

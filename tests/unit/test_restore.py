@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import xxhash
@@ -21,7 +21,6 @@ from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.events import Event, Sealed
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
@@ -35,6 +34,7 @@ from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
+from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -89,34 +89,25 @@ class Books:
 
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
-        self.manifests = Manifests(lambda number: self.survival.reserve(number))
-        self.files = LeaseFiles(
-            lambda: self.survival.keeps,
-            lambda name, descriptor: self.survival.keep(name, descriptor),
-            lambda name: self.survival.drop(name),
-        )
+        residency = Residency(lambda _: None)
+        self.manifests = Manifests(residency.before_lock)
+        self.files = LeaseFiles()
         self.locks = LeaseLocks(self.manifests, self.files)
-        self.store = Store(leases=Leases(self.locks.is_locked, forget=self.locks.forget), on_event=self._happened)
+        leases = Leases(self.locks.is_locked, forget=self.locks.forget)
+        self.store = Store(leases=leases, on_event=residency.on_event)
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
-            before_use=lambda: self.survival.flip(),
+            before_use=residency.before_use,
         )  # fmt: skip
-        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.changed())
+        self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
+        residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
         asyncio.run(self.survival.begin())
         self.reclaim()
-
-    def _happened(self, event: Event) -> None:
-        if isinstance(event, Sealed):
-            self.survival.sealed(event.checkpoint.key, event.manifest)
-        else:
-            self.manifests.remove(event.checkpoint.key)
-            self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
-            self.survival.evicted(event.checkpoint.key)
 
     def reclaim(self) -> None:
         memory = self.store.memories["host"]

@@ -181,6 +181,10 @@ def stats(
         f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
         f"{plural(found.digest_collisions, 'digest collision')}"
     )
+    books = found.books
+    if books is not None:
+        most = f" of {size(books.limit_bytes)}" if books.limit_bytes else ""
+        emit(f"books {size(books.used_bytes)}{most}: the daemon's own memory for lists of tensors")
     index = found.digest_index
     if index is not None and (index.problem or index.failures):
         now = f"cannot be used: {index.problem}; loads read more" if index.problem else "can be used again"

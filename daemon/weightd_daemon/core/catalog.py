@@ -29,6 +29,18 @@ _LIKE_DIGEST = re.compile(r"sha256:[0-9a-f]*|[0-9a-f]{12,64}")
 """What `weightd ls` prints of a digest must not be another checkpoint's name."""
 NAME_BYTES = 1024
 """Longest name."""
+_SHOWN = 80
+"""Characters that are shown of what is too long to be anything."""
+
+
+def check_reference(reference: str) -> None:
+    """Refuse a reference that is longer than any name, before it is looked for. Errors: InvalidReferenceError."""
+    if len(reference) > NAME_BYTES or len(reference.encode(errors="replace")) > NAME_BYTES:
+        size = len(reference.encode(errors="replace"))
+        raise InvalidReferenceError(
+            f"reference {reference[:_SHOWN] + '…'!r}: has {size} bytes, and may have {NAME_BYTES}; "
+            "give a name or a digest"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +172,9 @@ class Catalog:
     def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
         """The checkpoint that a name or digest means.
 
-        Errors: NotFoundError, InvalidReferenceError (ambiguous), DeviceError (it was lost).
+        Errors: NotFoundError, InvalidReferenceError (ambiguous, too long), DeviceError (it was lost).
         """
+        check_reference(reference)
         checkpoint = self._find(who, reference, device)
         lost = self._lost(checkpoint)
         if lost is not None:
@@ -185,14 +198,20 @@ class Catalog:
     def keep(self, who: Who, checkpoint: Checkpoint) -> None:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
-            self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
+            more = checkpoint.total_bytes + checkpoint.books_bytes
+            self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
         checkpoint.pins.add(who.uid)
         self._store.touched.add(checkpoint.key)
         self.changed()
 
     def bytes_of(self, uid: int | None) -> int:
-        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
-        return sum(c.total_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins)
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
+
+        Their books count, too: a tensor without bytes takes memory of the daemon.
+        """
+        return sum(
+            c.total_bytes + c.books_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins
+        )
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
@@ -209,6 +228,7 @@ class Catalog:
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
         PermissionDeniedError, InUseError (then nothing has changed).
         """
+        check_reference(reference)
         try:
             checkpoint = self._find(who, reference, device)
         except NotFoundError:

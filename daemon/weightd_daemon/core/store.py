@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import NotFoundError
 
 from .blob import Blob, Blobs, BlobState
+from .books import Books
 from .checkpoint import Checkpoint, CheckpointKey, Lost
 from .events import Event, Evicted, Sealed
 from .eviction import chosen_beyond, least_recently_used
@@ -31,6 +32,7 @@ class Store:
     def __init__(self, *, leases: Leases, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
         self.blobs = Blobs()
+        self.books = Books()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
@@ -65,9 +67,17 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
+    def is_leased(self, checkpoint: Checkpoint) -> bool:
+        """Whether anybody holds a checkpoint at this moment."""
+        return self.leases.is_held(checkpoint.key)
+
+    def kept_books(self) -> int:
+        """Bytes of the books that pins and leases keep."""
+        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
+
     def evictable(self, device: str) -> Iterator[Checkpoint]:
         """The checkpoints on a device that may be evicted, least recently used first."""
-        return least_recently_used(self.on_device(device), lambda checkpoint: self.leases.is_held(checkpoint.key))
+        return least_recently_used(self.on_device(device), self.is_leased)
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
@@ -96,6 +106,7 @@ class Store:
                 self.blobs.seal(blob)
                 fresh.append(blob)
         self.checkpoints[checkpoint.key] = checkpoint
+        self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
         return fresh
 
@@ -121,6 +132,7 @@ class Store:
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Holder | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
+        self.books.strike(checkpoint)
         for blob in checkpoint.unique.values():
             blob.references -= 1
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]
@@ -138,6 +150,11 @@ class Store:
         for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
             self.evict(checkpoint, "capacity")
         return memory.excess()
+
+    def fit_books(self) -> None:
+        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
+        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
+            self.evict(checkpoint, "capacity")
 
     def free(self, blobs: Iterable[Blob]) -> None:
         """Give up those of some sealed blobs to which no checkpoint refers, and on which no load relies."""
@@ -160,6 +177,7 @@ class Store:
         lost = self.on_device(device)
         for checkpoint in lost:
             del self.checkpoints[checkpoint.key]
+            self.books.strike(checkpoint)
             checkpoint.forget_blobs()
             self.lost[checkpoint.key] = Lost(checkpoint, reason)
             for lease in self.holders(checkpoint):

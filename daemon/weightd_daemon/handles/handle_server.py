@@ -25,6 +25,8 @@ from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, 
 from weightd_daemon import __version__
 from weightd_daemon.wire import clip
 
+from .log_rate import LogRate
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
@@ -68,6 +70,8 @@ class HandleServer:
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
         self._listener: socket.socket | None = None
+        self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
+        self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
 
     def start(self, listener: socket.socket) -> None:
         """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
@@ -103,7 +107,8 @@ class HandleServer:
             return
         accepted.setblocking(False)
         if len(self._peers) >= self.max_connections:
-            log.warning("connection refused: %d are open", len(self._peers))
+            if self._refusals.may_log():
+                log.warning("connection refused: %d are open", len(self._peers))
             _refuse(accepted, self.max_connections)
             return
         self._peers.add(_Peer(self, accepted))
@@ -179,7 +184,8 @@ class _Peer:
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
-            log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
+            if self._server._nonsense.may_log():
+                log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from weightd_daemon.core.lease import Holder
 
@@ -25,7 +25,7 @@ from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
 from .manifest_file import is_manifest
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Mapping
 
     from weightd_daemon.core.checkpoint import CheckpointKey
     from weightd_daemon.core.lease import Leases
@@ -65,19 +65,25 @@ class _File:
         return self.open and self.leases < FILE_LEASES
 
 
+class Keeper(Protocol):
+    """What keeps descriptors for the next daemon."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything outlives this daemon."""
+
+    async def keep(self, name: str, descriptor: int) -> None:
+        """Have a descriptor kept under a name. When this returns, it is. Errors: OSError, TimeoutError; then not."""
+
+    def drop(self, name: str) -> None:
+        """Do not keep it any longer."""
+
+
 class LeaseFiles:
-    """The lease files of all users.
+    """The lease files of all users, which outlive the daemon from `keep_in` on."""
 
-    `keep` has the service manager keep a descriptor under a name, and returns when it does; it raises OSError or
-    TimeoutError where that fails. `drop` ends that. While `keeps` says no, nothing outlives this daemon anyway.
-    """
-
-    def __init__(
-        self, keeps: Callable[[], bool], keep: Callable[[str, int], Awaitable[None]], drop: Callable[[str], None]
-    ) -> None:
-        self._keeps = keeps
-        self._keep = keep
-        self._drop = drop
+    def __init__(self) -> None:
+        self._keeper: Keeper | None = None
         self._files: dict[Owner, dict[_File, None]] = {}
         # Nothing but numbers and what is there already: the loop stands still while Python collects garbage, and that
         # takes the longer, the more objects there are.
@@ -93,6 +99,10 @@ class LeaseFiles:
     def __len__(self) -> int:
         return sum(map(len, self._files.values()))
 
+    def keep_in(self, keeper: Keeper) -> None:
+        """Have every file kept before a lease is taken on it."""
+        self._keeper = keeper
+
     def room(self, owner: Owner) -> Awaitable[None] | None:
         """Have a file with room for one more lease of a user; what has to be awaited for that, if anything.
 
@@ -100,8 +110,8 @@ class LeaseFiles:
         """
         if self._with_room(owner) is not None or time.monotonic() < self._paused_until:
             return None
-        if self._keeps():
-            return self._make_kept(owner)
+        if self._keeper is not None and self._keeper.keeps:
+            return self._make_kept(owner, self._keeper)
         self._add(self._make(owner))
         return None
 
@@ -138,7 +148,7 @@ class LeaseFiles:
         file.leases -= 1
         if not file.leases:
             self._empty[file] = False
-            if not self._keeps():
+            if self._keeper is None or not self._keeper.keeps:
                 self._remove(file)
 
     def tidy(self) -> None:
@@ -203,14 +213,14 @@ class LeaseFiles:
             self._enter(lease, file)
             self._byte_of[lease] = byte
 
-    async def _make_kept(self, owner: Owner) -> None:
+    async def _make_kept(self, owner: Owner, keeper: Keeper) -> None:
         making = self._making.setdefault(owner, asyncio.Lock())
         async with making:
             if self._with_room(owner) is not None or time.monotonic() < self._paused_until:
                 return
             file = self._make(owner)
             try:
-                await self._keep(file.name, file.descriptor)
+                await keeper.keep(file.name, file.descriptor)
             except (OSError, TimeoutError) as error:
                 os.close(file.descriptor)
                 self._paused_until = time.monotonic() + _PAUSE_SECONDS
@@ -218,7 +228,7 @@ class LeaseFiles:
                             _PAUSE_SECONDS, str(error) or "the service manager does not answer")  # fmt: skip
             except BaseException:
                 os.close(file.descriptor)
-                self._drop(file.name)
+                keeper.drop(file.name)
                 raise
             else:
                 self._add(file)
@@ -247,7 +257,8 @@ class LeaseFiles:
         if not files:
             del self._files[file.owner]
         os.close(file.descriptor)
-        self._drop(file.name)
+        if self._keeper is not None:
+            self._keeper.drop(file.name)
 
     def _enter(self, lease: int, file: _File) -> None:
         self._file_of[lease] = file

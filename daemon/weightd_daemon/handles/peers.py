@@ -115,11 +115,17 @@ class Connections:
         connection.close()
 
     def by_token(self, token: str) -> Connection:
-        """The connection of a token. Errors: PermissionDeniedError."""
+        """The connection of a token. Errors: PermissionDeniedError, which says so if the token is of no connection.
+
+        It may have been good before: a client that had it from an earlier daemon, or has hung up, can connect anew.
+        """
         try:
             return self._by_token[token]
         except KeyError:
-            raise PermissionDeniedError("the call carries no token of an open handle-socket connection") from None
+            raise PermissionDeniedError(
+                "the call carries no token of an open handle-socket connection",
+                {"refused": "token"} if token else None,
+            ) from None
 
     def who(self, connection: Connection) -> Who:
         """What the store needs to know of a peer. Errors: PermissionDeniedError (isolated, and without an identity)."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import FormatError, InvalidReferenceError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
@@ -51,6 +51,10 @@ class Instance(NamedTuple):
 class Draft(Protocol):
     """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
+
     def discard(self) -> None:
         """Give it up; nothing happens where the seal has taken it."""
 
@@ -85,7 +89,7 @@ class LoadSteps:
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
-        admit: Callable[[int, int, str], None],
+        admit: Callable[[int, int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -108,6 +112,8 @@ class LoadSteps:
         self._offsets: list[int] = []
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
+        self.books = 0
+        """What the checkpoint will take of the daemon's books; about that, as long as its manifest is not made."""
         self._read = 0
         self._unique = 0
         self._groups: tuple[int, tuple[str, ...]] = 0, ()
@@ -188,13 +194,18 @@ class LoadSteps:
             self._entries.append(Entry(component, name, dtype, tuple(shape), file, length))
             self._offsets.append(offset)
             self._blobs.append(None)
+            self.books += BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR + len(name)
+        self._loading.expect_books(self.books)
 
     def _progress(self, message: Message) -> None:
         self._on_progress(Progress(message["phase"], message["done"], message["total"]))
 
     async def _laid_out(self, message: Message) -> _Answer:
         self._groups = message["groups"], tuple(message["ignored_groups"])
-        self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
+        total, tensors = sum(entry.length for entry in self._entries), len(self._entries)
+        self._loading.expect_books(self.books)
+        self._loading.check_books(total, tensors)
+        self._admit(total, self.books, tensors, "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
         one_pass = self._loading.admit([length for length in missing if length], message["lanes"])
@@ -288,7 +299,8 @@ class LoadSteps:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
                 if not self._loading.rechecks() and identities == self._identities():
                     total = sum(entry.length for entry in self._entries)
-                    self._admit(total, len(self._entries), content.content_digest)
+                    self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
+                    self._admit(total, self.books, len(self._entries), content.content_digest)
                     self._seal(content, draft)
                     break
             finally:
@@ -299,7 +311,7 @@ class LoadSteps:
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._loading.seal(content, self._now(), draft)
+        self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)

@@ -8,8 +8,10 @@ import logging
 from itertools import count
 from typing import TYPE_CHECKING
 
+from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
+from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.loader.channel import UNFIT
@@ -246,6 +248,7 @@ class Loads:
         began = clock()
         loader: LoaderProcess | None = None
         usable = False
+        steps: LoadSteps | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -295,12 +298,16 @@ class Loads:
             log.warning("loader died pid=%s", loader.pid if loader else None)
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
-        except Exception:  # a bug must fail its load, not hang its waiters
-            log.exception("load failed by a bug")
-            load.fail(ServerError("the load failed by a bug in the daemon; its log has the details"))
+        except Exception as error:  # a bug must fail its load, not hang its waiters
+            limit = limit_error(error, "loading", DAEMON) if isinstance(error, OSError) else None
+            if limit is None:
+                log.exception("load failed by a bug")
+            load.fail(limit or ServerError("the load failed by a bug in the daemon; its log has the details"))
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
+            if steps is not None:
+                heap.freed(steps.books)
             if loading is not None and begun is not None:
                 tidy = self._tidy(loader, loading, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)

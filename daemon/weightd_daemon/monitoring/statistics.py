@@ -72,4 +72,5 @@ class Statistics(NamedTuple):
                 problem=self.digests.problem,
                 failures=self.digests.failures,
             ),
+            books=daemon_pb2.Books(limit_bytes=store.books.limit, used_bytes=store.books.used),
         )

@@ -61,6 +61,11 @@ class Draft:
         """It is on its way into the store."""
         self.number, self._on_discard = number, on_discard
 
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
+        return os.fstat(self.descriptor).st_size
+
     def take(self) -> int:
         """The descriptor, which is the caller's now."""
         descriptor, self.descriptor = self.descriptor, -1
@@ -104,6 +109,7 @@ class Survival:
         self._devices = devices
         self._manifests = manifests
         self._lease_files = lease_files
+        lease_files.keep_in(self)
         self._now = now
         self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
         self._record = RecordWriter(store=store, catalog=catalog, devices=devices)

@@ -262,7 +262,7 @@ def _read_manifest(descriptor: int, key: CheckpointKey, kind: str, segments: lis
         digest = digests[DIGEST_BYTES * row : DIGEST_BYTES * (row + 1)]
         identities.append(BlobIdentity(digest, length, variant))
         places.append(Place(segments[segment].number, offset) if length else None)
-    return Described(files, entries, identities, places)
+    return Described(files, entries, identities, places, size)
 
 
 def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
