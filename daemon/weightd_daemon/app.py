@@ -179,7 +179,7 @@ class Daemon:
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
-        # The loop stands still while Python collects garbage: what the start has made stays, and is not looked at again.
+        # The loop stands still while Python collects garbage: what the start has made stays, so nobody looks at it again.
         gc.collect()
         gc.freeze()
         await control.ready()
