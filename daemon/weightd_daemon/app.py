@@ -179,7 +179,7 @@ class Daemon:
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
-        # The loop stands still while Python collects garbage: what the start has made stays, so nobody looks at it again.
+        # The loop stands still while Python collects garbage: what the start has made stays, and is left out.
         gc.collect()
         gc.freeze()
         await control.ready()
@@ -245,7 +245,8 @@ class Daemon:
         await books.survival.begin()
         books.sweep.begin()
         if quarantined:
-            thawing = thaw_when_unwritten(sockets.lock, memories, served.devices)
+            hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
+            thawing = thaw_when_unwritten(sockets.lock, memories, hollow)
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(

@@ -1,10 +1,10 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` that of gRPC
-requests. `--backlog` is how many events may wait for a reader. `--loader` names hash functions of support/loader.py.
-`--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a
-class of events that no listener can take. `--points` is the file that names the point at which it kills itself
-(support/points.py).
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` that of
+gRPC requests; `--look` is the pause between two looks at the sockets. `--backlog` is how many events may wait for a
+reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise what no handler may
+raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events that no listener can take.
+`--points` is the file that names the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring import event_stream, http
+from weightd_daemon.operations import sockets
 
 _WAITS = "support.launch: a load has the waiter"
 
@@ -33,6 +34,7 @@ def launcher(
     ack: float | None = None,
     page: float | None = None,
     read: float | None = None,
+    look: float | None = None,
     backlog: int | None = None,
     loader: str = "",
     bug: bool = False,
@@ -42,8 +44,8 @@ def launcher(
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
-        "hello": hello, "ack": ack, "page": page, "read": read, "backlog": backlog, "loader": loader or None,
-        "points": points, "deaf": deaf or None,
+        "hello": hello, "ack": ack, "page": page, "read": read, "look": look, "backlog": backlog,
+        "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
@@ -57,6 +59,7 @@ def main() -> int:
     parser.add_argument("--ack", type=float)
     parser.add_argument("--page", type=float)
     parser.add_argument("--read", type=float)
+    parser.add_argument("--look", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
@@ -74,6 +77,8 @@ def main() -> int:
         http.SECONDS = options.page
     if options.read is not None:
         admission.READ_SECONDS = options.read
+    if options.look is not None:
+        sockets.LOOK_SECONDS = options.look
     if options.backlog is not None:
         event_stream.BACKLOG = options.backlog
     if options.bug:

@@ -20,12 +20,12 @@ from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 
 PAGE = 4096
-K = 1000
+K = 444
 FILE = (ManifestFile("", "f", None),)
 
 
 class Daemon:
-    """A store of two devices, whose checkpoints have tensors without bytes: `limit` is in thousands of tensors."""
+    """A store of two devices, whose checkpoints have tensors without bytes: `limit` is in K tensors."""
 
     def __init__(self, limit: int) -> None:
         self.events: list[Event] = []
@@ -45,7 +45,7 @@ class Daemon:
         return Loading(self.store, device, domain, 1000, Holder(7, 7, 1000, "loader"))
 
     def load(self, name: str, tensors: int = 1, device: str = "host", domain: str = "all") -> Checkpoint:
-        """Load a checkpoint of so many thousand tensors, whose manifest takes nothing."""
+        """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
         load = self.begin(device, domain)
         try:
             load.expect_books(tensors * K * BYTES_OF_TENSOR)

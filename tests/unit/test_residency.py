@@ -130,7 +130,6 @@ def test_an_eviction_is_told_while_names_are_known_and_kept_no_longer_at_its_end
     assert desk.steps == [
         ("tell Evicted", "a", ("mine",)),
         ("close manifest", "a", ("mine",)),
-        *([("changed", "", ())] if removed else []),
         ("no longer kept", "a", () if removed else ("mine",)),
     ]
     assert desk.resident == [False, False], "it is gone when this begins"

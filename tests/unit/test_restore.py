@@ -20,7 +20,7 @@ from support.root_forms import rows_of, write_first_form
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
-from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
@@ -144,7 +144,7 @@ class Books:
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.survival.prepare(content, "host"))
-        checkpoint = load.seal(content, 5.0, draft)
+        checkpoint = load.seal(content, 5.0, draft, draft.size)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
         self.store.changed.add(checkpoint.key)
@@ -239,6 +239,8 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
             checkpoint = again.catalog.find(WHO, name)
             assert (checkpoint.owner, checkpoint.loaded, checkpoint.pinned) == (1000, 5.0, name == "a")
             assert (checkpoint.origin, checkpoint.sources, checkpoint.reference) == (SOURCES, [INDEXED], "/m")
+            assert checkpoint.books_bytes == again.manifests.size(checkpoint.key) + 3 * BYTES_OF_TENSOR
+        assert again.store.books.used == sum(c.books_bytes for c in again.store.checkpoints.values())
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
         segments = {blob.segment for blob in again.store.sealed_blobs()}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .manifest import Entry, ManifestFile
 
 
-BYTES_OF_TENSOR = 1024
+BYTES_OF_TENSOR = 2304
 """Memory of the daemon for one tensor of a resident checkpoint, beside its manifest (bench/books.py measures it)."""
 MANIFEST_BYTES_OF_TENSOR = 48
 """About what a tensor takes in a manifest beside its name: what is reckoned with before that is made."""

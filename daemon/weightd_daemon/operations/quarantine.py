@@ -7,10 +7,9 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from weightd_daemon.core.memory import DeviceMemory
-    from weightd_daemon.devices.device import Device
 
     from .serving_lock import ServingLock
 
@@ -21,9 +20,14 @@ _LOOK_SECONDS = 1.0
 
 
 async def thaw_when_unwritten(
-    lock: ServingLock, memories: Mapping[str, DeviceMemory], devices: Mapping[str, Device]
+    lock: ServingLock,
+    memories: Mapping[str, DeviceMemory],
+    hollow: Mapping[str, Callable[[int], Iterable[tuple[int, int]]]],
 ) -> None:
-    """Wait until no process of a daemon before may write to memory, and let all of it be used again."""
+    """Wait until no process of a daemon before may write to memory, and let all of it be used again.
+
+    `hollow` tells of each device which ranges of a segment have no memory.
+    """
     while lock.is_written_by_others():  # noqa: ASYNC110  # nobody would set an event
         await asyncio.sleep(_LOOK_SECONDS)
     thawed = 0
@@ -31,7 +35,6 @@ async def thaw_when_unwritten(
         memory.quarantine = False
         for segment in memory.quarantined():
             # It is not released meanwhile: what is set aside keeps it. A loss takes it from the books, though.
-            hollow = await asyncio.to_thread(devices[uuid].hollow, segment)
-            memory.thaw(segment, hollow)
+            memory.thaw(segment, await asyncio.to_thread(hollow[uuid], segment))
             thawed += 1
     log.info("the loader of the daemon before has ended: memory is used again segments=%d", thawed)

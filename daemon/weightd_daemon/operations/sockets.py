@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 5.0
 """Between two looks whether the sockets still are there."""
 
+_MOST_FAILURES = 12
+"""So many looks in a row that could not mend what was removed; then the daemon ends."""
 _PROBES = 10
 _PROBE_PAUSE_SECONDS = 0.1
 
@@ -70,7 +72,7 @@ class Sockets:
         """Look every few seconds whether the sockets are there, and make those anew that were removed.
 
         `on_lost` hears AlreadyServedError if another process has their place, and TemporaryError if they cannot be
-        made; then nobody looks any more.
+        made for a minute; then nobody looks any more.
         """
         self._watching = asyncio.get_running_loop().create_task(self._watch(on_lost))
 
@@ -94,14 +96,19 @@ class Sockets:
             log.warning("socket %s was removed; it is made anew", path)
 
     async def _watch(self, on_lost: Callable[[Exception], None]) -> None:
+        failures = 0
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 await self.look()
+                failures = 0
             except AlreadyServedError as error:
                 return on_lost(error)
-            except OSError as error:
-                return on_lost(cannot_be_made(self._path, error))
+            except OSError as error:  # want of descriptors, for example: that is no reason to end at once
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    return on_lost(cannot_be_made(self._path, error))
+                log.warning("socket %s or its lock was removed and cannot be made: %s; trying again", self._path, error)
 
     async def _open_control(self) -> None:
         # gRPC removes what lies at the path that it bound to, when it begins and again when it ends, whosever that is.
