@@ -69,6 +69,9 @@ MOST_ASKED = 512
 _ASKED_BETWEEN_SWEEPS = 8 * MOST_ASKED
 """Probes for all who ask, between two steps of the sweep."""
 
+_AT_ONCE = 256
+"""Probes for leases that may have ended, in the step that says so."""
+
 _COST_OF_END = 8
 """What striking a lease out and telling of it costs, in probes."""
 
@@ -100,7 +103,7 @@ class Leases:
         self._waiting: dict[Hashable, dict[int, None]] = {}
         self._by_user: dict[Hashable, dict[int, None]] = {}
         self._round: deque[int] = deque()
-        self._soon: deque[int] = deque()
+        self._soon: dict[int, None] = {}
         self._may_ask = _ASKED_BETWEEN_SWEEPS
         self._last = 0
 
@@ -207,8 +210,11 @@ class Leases:
         return False
 
     def look_soon(self, numbers: Iterable[int]) -> None:
-        """Have the sweep look at leases before all others: their holder may have ended."""
-        self._soon.extend(numbers)
+        """Look at leases that may have ended: at some now, and have the sweep look at the others before all else."""
+        self._soon.update((number, None) for number in numbers if number in self._leases)
+        left = _AT_ONCE
+        while self._soon and left > 0:
+            left -= self._cost(self._next_soon())
 
     def sweep(self, most: int) -> bool:
         """Ask the kernel about at most `most` leases: those of `look_soon`, then the next ones, all of them in turn.
@@ -219,16 +225,24 @@ class Leases:
         left, again = most, len(self._round)
         while left > 0 and (self._soon or again):
             if self._soon:
-                number = self._soon.popleft()
-            else:
-                again -= 1
-                number = self._round.popleft()
-                if number not in self._leases:
-                    left -= 1
-                    continue
+                left -= self._cost(self._next_soon())
+                continue
+            again -= 1
+            number = self._round.popleft()
+            left -= self._cost(number)
+            if number in self._leases:
                 self._round.append(number)
-            left -= 1 if self.look(number) else _COST_OF_END
         return bool(self._soon) or len(self._round) > most
+
+    def _next_soon(self) -> int:
+        number = next(iter(self._soon))
+        del self._soon[number]
+        return number
+
+    def _cost(self, number: int) -> int:
+        """Look at a lease. Returns what that has cost, in probes."""
+        ended = number in self._leases and not self.look(number)
+        return _COST_OF_END if ended else 1
 
     def _enter(self, lease: Lease) -> None:
         if not lease.waiting:
@@ -265,10 +279,13 @@ class Leases:
 
     def _ask(self, numbers: Collection[int]) -> None:
         """Strike out which have ended, unless that takes too many probes: then the sweep has, or soon will."""
-        if len(numbers) <= min(MOST_ASKED, self._may_ask):
+        left = MOST_ASKED
+        if len(numbers) <= min(left, self._may_ask):
             self._may_ask -= len(numbers)
             for number in list(numbers):
-                self.look(number)
+                left -= self._cost(number)
+                if left <= 0:
+                    break
 
 
 def named(leases: Iterable[Lease]) -> str:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 MOST_ENDED = 256
-"""Leases that are looked at in one step when their connection ends, or of those that a frame says have ended."""
+"""Leases that one frame may say have ended."""
 
 MAX_SOURCES = 10_000
 """Most files of one checkpoint."""
@@ -194,19 +194,17 @@ class Attacher:
 
     def ended(self, connection: Connection, numbers: Sequence[int]) -> None:
         """The client says that leases of this connection may have ended."""
-        for number in numbers[:MOST_ENDED]:
-            self.detach(connection, number)
+        leases = self._store.leases
+        named = (leases.get(number) for number in numbers[:MOST_ENDED])
+        leases.look_soon(one.number for one in named if one and one.holder.connection == connection.number)
 
     def disconnected(self, connection: Connection) -> None:
-        """A connection is gone: what waited for it is let go, what it mapped is looked at, if it is much then soon."""
+        """A connection is gone: what waited for it is let go, what it mapped is looked at, now or soon."""
         leases = self._store.leases
         self._loads.disconnected(connection.number)
         for lease in leases.waiting_of(connection.number):
             leases.end(lease.number)
-        mapped = [lease.number for lease in leases.of_connection(connection.number)]
-        for number in mapped[:MOST_ENDED]:
-            leases.look(number)
-        leases.look_soon(mapped[MOST_ENDED:])
+        leases.look_soon(lease.number for lease in leases.of_connection(connection.number))
 
     def check_offer(self, connection: Connection) -> None:
         """Whether a connection's user may have one more intake open. Errors: CapacityError, PermissionDeniedError."""
