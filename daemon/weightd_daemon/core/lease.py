@@ -216,6 +216,11 @@ class Leases:
         while self._soon and left > 0:
             left -= self._cost(self._next_soon())
 
+    @property
+    def hurries(self) -> bool:
+        """Whether leases of `look_soon` are still to be looked at."""
+        return bool(self._soon)
+
     def sweep(self, most: int) -> bool:
         """Ask the kernel about at most `most` leases: those of `look_soon`, then the next ones, all of them in turn.
 

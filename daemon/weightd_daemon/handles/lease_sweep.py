@@ -19,6 +19,9 @@ PAUSE_SECONDS = 1.0
 SHORT_PAUSE_SECONDS = 0.05
 """Between two steps where there are more."""
 
+SHORTEST_PAUSE_SECONDS = 0.01
+"""Between two steps while there are leases whose connection has ended."""
+
 
 class LeaseSweep:
     """Looks at all leases in turn, a step at a time, and removes lease files that nobody needs any more."""
@@ -46,4 +49,5 @@ class LeaseSweep:
             if loop.time() - tidied >= PAUSE_SECONDS:
                 self._files.tidy()
                 tidied = loop.time()
-            await asyncio.sleep(SHORT_PAUSE_SECONDS if more else PAUSE_SECONDS)
+            pause = SHORT_PAUSE_SECONDS if more else PAUSE_SECONDS
+            await asyncio.sleep(SHORTEST_PAUSE_SECONDS if self._leases.hurries else pause)
