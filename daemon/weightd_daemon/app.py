@@ -41,6 +41,7 @@ from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
+from .log_line import Line
 from .monitoring.event_log import EventLog
 from .monitoring.event_stream import Journal
 from .monitoring.listeners import Listeners
@@ -151,9 +152,9 @@ class Daemon:
             self._announcer.stop()
             self._up = False
             if self._lost is None:
-                log.info("stopping signal=%s", self._signal.name)
+                log.info(Line("stopping", {"signal": self._signal.name}))
             else:
-                log.error("stopping: %s", self._lost)
+                log.error(Line("stopping", because=self._lost))
         if self._lost is not None:
             raise self._lost
         return 130 if self._signal is signal.SIGINT else 0
@@ -321,11 +322,11 @@ class Daemon:
         for uuid, device in served.devices.items():
             budget = served.budgets[uuid]
             shown.append(f"{called(device)}, budget {budget / 2**30:.2f} GiB")
-            log.info("serving device=%s kind=%s budget=%d", uuid, device.kind, budget)
+            log.info(Line("serving", {"device": uuid, "kind": device.kind, "budget": budget}))
             if device.note:
                 log.warning("device %s is %s", uuid, device.note)
         self._announcer.ready(lambda: status_line(store))
-        log.info("ready socket=%s pid=%d", self._socket, os.getpid())
+        log.info(Line("ready", {"socket": self._socket, "pid": os.getpid()}))
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(

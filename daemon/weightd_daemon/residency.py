@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DeviceError
 
 from .core.events import DeviceLost, Evicted, Sealed
+from .log_line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +92,7 @@ class Residency:
 
     def on_lost(self, device: str, reason: str) -> None:
         """The memory of a device, given by its UUID, is gone: so are its checkpoints, and then the loads to it."""
-        log.warning("device lost device=%s: %s", device, reason)
+        log.warning(Line("device lost", {"device": device}, because=reason))
         self._tell(DeviceLost(device, reason))
         self._parts.store.lose(device, reason)
         self._parts.loads.lose(device, DeviceError(f"device {device}: {reason}; load it again"))

@@ -69,6 +69,18 @@ def test_a_load_that_can_never_fit_is_refused_and_nobody_goes(start_daemon: Star
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [("m",)]
 
 
+def test_a_list_that_is_refused_does_not_come_at_all(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """What a daemon has taken in once it does not give back: Python keeps what lies between other things."""
+    daemon = start_daemon(books="16MiB")
+    client = daemon.connect()
+    load(daemon, empty(tmp_path, "m"))
+    before = daemon.rss()
+    long = {f"{number:06}".ljust(300, "n"): ("F32", (0,), b"") for number in range(60_000)}
+    with pytest.raises(weightd.CapacityError, match="the limit books is reached"):
+        client.load(checkpoints.write(tmp_path / "long.safetensors", long))
+    assert daemon.rss() < before + 10 * MIB
+
+
 def test_what_is_attached_stays_and_the_next_load_is_refused(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(books="3MiB")
     client = daemon.connect()

@@ -127,6 +127,7 @@ BAD = [
     ("budget", "cuda=150%", "at most 100%"),
     ("budget", "50%,cuda=1GiB,cuda=2GiB", "cuda and cuda do not name two devices"),
     ("budget", f"{UUID}=1GiB,GPU-1a2b3c4d=2GiB", "do not name two devices"),
+    ("books", "some", "size"),
     ("pool", "some", "size"),
     ("pool", "9" * 400, "size"),
     ("pool", "cuda=1GiB", "size"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from weightd.types import FileIdentity
-from weightd_daemon.loads.dialogue import Instance
+from weightd_daemon.loads.instances import Instance
 from weightd_daemon.persistence import digest_index
 from weightd_daemon.persistence.digest_index import FILE_NAME, DigestIndex, known_digests
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import pytest
 import xxhash
 
+from support.counting import operations
 from support.root_forms import rows_of, write_first_form
 from weightd._proto.v1 import handles_pb2
 from weightd.types import FileIdentity, SourceFile
@@ -658,7 +659,7 @@ def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"a", "b"}
         again.store.use(again.catalog.find(WHO, "a"), 0.0)
-        again.survival.flip()
+        again.survival.flip(uses=True)
     with books(keeper, budget=3 * MIB) as again:
         assert again.names() == {"a"}, "the count goes on"
 
@@ -669,8 +670,253 @@ def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper
             first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
         for now, name in enumerate(("c3", "c2", "c1", "c0")):
             first.store.use(first.catalog.find(WHO, name), float(9 - now))  # a clock that is stepped back all the time
-        first.survival.flip()
+        first.survival.flip(uses=True)
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"c0", "c1"}
         assert again.store.memories["host"].used == 4 * MIB
         assert len(keeper.root["checkpoints"]) == 2
+
+
+# -- what is written, and when -----------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_loop_writes_once_and_before_what_it_has_woken(keeper: Keeper) -> None:
+    """Loads, names, pins and evictions of one step are one frame; what a step wakes finds them written."""
+    with books(keeper) as first:
+        there = [first.load(name, {"t": name.encode() * MIB}) for name in "abc"]
+        written: list[int] = []
+        record = first.survival._record
+        write, root = record.write, record.root
+        assert root is not None
+        append = root.append
+
+        def counted(*arguments: Any) -> int:
+            written.append(1)
+            return append(*arguments)
+
+        root.append = counted  # type: ignore[method-assign]  # counts
+
+        async def run() -> None:
+            woken = asyncio.Event()
+
+            async def wait() -> list[str]:
+                await woken.wait()
+                return sorted(row["name"] for row in keeper.root["names"])
+
+            waiting = asyncio.create_task(wait())
+            await asyncio.sleep(0)
+            for checkpoint in there:
+                first.catalog.set(WHO, f"also {checkpoint.key.content_digest[-4:]}", checkpoint.key.content_digest)
+                first.catalog.pin(WHO, checkpoint)
+            first.store.evict(there[0], "capacity")
+            woken.set()
+            assert not written, "in the midst of a step"
+            names = await waiting
+            assert len(names) == 6
+            assert len(written) == 1
+            await asyncio.sleep(0)
+
+        asyncio.run(run())
+        assert len(written) == 1
+        assert write == record.write
+        assert len(keeper.root["checkpoints"]) == 2
+
+
+def test_bytes_that_an_eviction_frees_are_granted_and_returned_only_when_it_is_written(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        memory = first.store.memories["host"]
+        checkpoint, other = first.load("a", DATA["a"]), first.load("c", {"t": b"c" * (2 * MIB)})
+        first.store.evict(checkpoint, "capacity")
+        assert len(keeper.root["checkpoints"]) == 2
+        assert memory.take_reclaims()
+        assert len(keeper.root["checkpoints"]) == 1
+        first.store.evict(other, "capacity")
+        load = Loading(first.store, "host", "", 1000)
+        assert load.grant(MIB, MIB) is not None
+        assert keeper.root["checkpoints"] == []
+        load.end()
+
+
+def test_a_use_is_written_with_the_next_change_and_at_the_end(keeper: Keeper) -> None:
+    """Else each attach would write."""
+    with books(keeper) as first:
+        one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
+
+        def used() -> list[int]:
+            return [row["used"] for row in keeper.root["checkpoints"]]
+
+        before = used()
+        first.store.use(one, 9.0)
+        first.survival.flip()
+        assert used() == before
+        first.catalog.pin(WHO, two)
+        first.survival.flip()
+        assert used() == [one.used, two.used] != before
+        first.store.use(two, 9.0)
+        first.survival.flip()
+        assert used() != [one.used, two.used]
+        first.survival.close()
+        assert used() == [one.used, two.used]
+
+
+def test_before_a_lease_is_locked_everything_is_written(keeper: Keeper) -> None:
+    """What a client has attached must be there for the next daemon, however early in the step it was sealed."""
+    with books(keeper) as first:
+        checkpoint = first.load("a", DATA["a"])
+        first.catalog.set(WHO, "late", checkpoint.key.content_digest)
+        assert [row["name"] for row in keeper.root["names"]] == ["a"]
+        os.close(first.manifests.lock(checkpoint.key, 1))
+        assert [row["name"] for row in keeper.root["names"]] == ["a", "late"]
+
+
+def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
+    """Naming, pinning, using and evicting one of n, and the n-th load, cost what they change."""
+    with books(keeper, budget=512 * MIB) as first:
+        costs: list[list[int]] = []
+        there = [first.load(f"n{number}", {"t": number.to_bytes(4, "little") * 1024}) for number in range(10)]
+        for more in (0, 50):
+            there += [
+                first.load(f"n{number}", {"t": number.to_bytes(4, "little") * 1024}) for number in range(10, 10 + more)
+            ]
+            one = there[3 if more else 2]
+
+            def cost(change: Callable[[], object]) -> int:
+                def write() -> None:
+                    change()
+                    first.survival.flip(uses=True)
+
+                root = first.survival._record.root
+                assert root is not None
+                root.write(first.survival._record._everything(), {})  # no new base is under way
+                first.survival._record._copied = None
+                return operations(write)
+
+            digest = one.key.content_digest
+            costs.append(
+                [
+                    cost(lambda: first.catalog.set(WHO, f"also {digest[-4:]}", digest)),  # noqa: B023  # called here
+                    cost(lambda: first.catalog.pin(WHO, one)),  # noqa: B023
+                    cost(lambda: first.store.use(one, 9.0)),  # noqa: B023
+                    cost(lambda: first.catalog.unpin(WHO, one)),  # noqa: B023
+                ]
+            )
+        assert len(first.store.checkpoints) == 60
+    for few, many in zip(*costs, strict=True):
+        assert many <= few * 1.05
+
+
+def test_bases_are_begun_while_it_serves_and_say_the_same(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        first.load("a", DATA["a"])
+        root = first.survival._record.root
+        assert root is not None
+        begun = root.sequence
+        for number in range(200):
+            checkpoint = first.load(f"b{number % 7}", {"t": bytes([number % 7 + 1]) * MIB, "u": b"x" * 4096})
+            first.catalog.set(WHO, f"{'long' * 200} {number}", checkpoint.key.content_digest)
+            first.survival.flip()
+            if number % 3 == 0:
+                first.store.remove(checkpoint, "", "removed")
+                first.survival.flip()
+                first.reclaim()
+        assert root.sequence > begun + 1
+        names, contents = first.catalog.tags, [*first.store.checkpoints]
+        marks = {key: (c.used, c.last_used, c.pins, c.sources) for key, c in first.store.checkpoints.items()}
+    with books(keeper) as again:
+        assert again.catalog.tags == names
+        assert sorted(again.store.checkpoints) == sorted(contents)
+        found = {key: (c.last_used, c.pins, c.sources) for key, c in again.store.checkpoints.items()}
+        assert found == {key: mark[1:] for key, mark in marks.items()}
+        by_use = sorted(marks, key=lambda key: marks[key][0])
+        assert sorted(found, key=lambda key: again.store.checkpoints[key].used) == by_use
+
+
+def test_files_that_mean_another_content_now_mean_it_to_the_next_daemon(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
+        two.sources = []
+        first.store.changed.add(two.key)
+        first.survival.flip()
+        one.sources, two.sources = [], [SOURCES]
+        first.store.changed |= {one.key, two.key}
+        first.survival.flip()
+    with books(keeper) as again:
+        assert again.catalog.find(WHO, "a").sources == []
+        assert again.catalog.find(WHO, "b").sources == [SOURCES]
+
+
+# -- names that were only a path ---------------------------------------------------------------------------------------
+
+
+def test_default_names_go_with_their_content_and_no_next_daemon_knows_them(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        for number in range(40):
+            checkpoint = first.load("kept", {"t": bytes([number]) * MIB})
+            first.catalog.set(WHO, f"/models/{number}", checkpoint.key.content_digest, is_default=True)
+            first.store.evict(checkpoint, "capacity")
+            first.survival.flip()
+        assert [row["name"] for row in keeper.root["names"]] == ["kept"]
+        last = first.load("kept", DATA["a"])
+        first.catalog.set(WHO, "/models/last", last.key.content_digest, is_default=True)
+        first.survival.flip()
+    with books(keeper) as again:
+        assert again.catalog.tags["", "/models/last"] == Tag(last.key.content_digest, 1000, is_default=True)
+        again.store.evict(again.catalog.find(WHO, "kept"), "capacity")
+        again.survival.flip()
+    with books(keeper) as third:
+        assert [name for _, name in third.catalog.tags] == ["kept"]
+
+
+def test_a_record_of_the_first_form_is_taken_up_and_its_dead_paths_are_not(kept: Keeper) -> None:
+    """As commit cf42aab has left it: no count of uses, no reference, and a name for every path that ever came."""
+    record = read_root(kept.kept["root"])
+    assert record is not None
+    body = copy.deepcopy(record.body)
+    for row in body["checkpoints"]:
+        del row["used"], row["reference"]
+    for row in body["names"]:
+        del row["default"]
+    gone = {"domain": "", "content": "sha256:" + "1" * 64, "owner": 1000}
+    body["names"] += [{**gone, "name": f"/gone/{number}"} for number in range(9)]
+    body["names"].append({**gone, "name": "/there", "content": body["checkpoints"][0]["content"]})
+    for slot in (0, 1):
+        os.pwrite(kept.kept["root"], bytes(64), slot << 28)
+    write_first_form(kept.kept["root"], 77, body)
+    for _ in range(2):
+        with books(kept) as again:
+            assert again.names() == {"a", "b", "/there"}
+            assert {name for _, name in again.catalog.tags} == {"a", "b", "/there", "dangling"}
+            for name, tensors in DATA.items():
+                assert again.bytes_of(name) == list(tensors.values())
+            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+    found = read_root(kept.kept["root"])
+    assert found is not None
+    assert found.sequence == 79
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"owner": 2**32},
+        {"owner": 2**64 - 1},
+        {"pins": [2**63]},
+        {"loaded": 1e12},
+        {"reference": "\ud800"},
+        {"sources": [[["", "\ud800", [1, 2, 3, 4, 5]]]]},
+        {"sources": [[["", "f", [1 << 64, 2, 3, 4, 5]]]]},
+        {"sources": [[["", "f", [1, 2, 1 << 63, 4, 5]]]]},
+        {"origin": [["", "f", [1, 2, 3, "4", 5]]]},
+        {"origin": [["", "f", [1, 2, 3, 4]]]},
+    ],
+)
+def test_what_could_not_be_sent_is_left(kept: Keeper, values: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    first_row("checkpoints", **values)(kept)
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert again.names() == {"b"}
+        assert "is left" in caplog.text
+
+
+def test_a_name_whose_owner_cannot_be_is_left(kept: Keeper) -> None:
+    first_row("names", owner=2**32)(kept)
+    with books(kept) as again:
+        assert again.names() == {"b"}

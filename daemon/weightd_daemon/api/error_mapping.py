@@ -1,6 +1,7 @@
 """One interceptor: lets calls in, and turns errors of the domain into gRPC codes with details.
 
-A bug becomes INTERNAL with an id. It also says how each call has ended, and ends calls whose answers nobody reads.
+A bug becomes INTERNAL with an id. It also says how each call has ended, and ends handlers whose
+answers nobody reads.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from google.protobuf.message import DecodeError
 
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import errors_pb2
-from weightd.errors import InvalidReferenceError, ServerError, WeightdError
+from weightd.errors import InvalidReferenceError, LeaseLostError, ServerError, WeightdError
 from weightd_daemon import heap
+from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
 
 from .admission import TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     from .admission import Admission, Call
 
@@ -69,14 +71,17 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
 
         async def serve(_: object, context: Context) -> None:
             code = "CANCELLED"  # unless it comes to an end of its own
+            answer: Any = None
             failure: _Answer | None = None
             try:
                 with self._admission.enter(method, token) as call:
                     if handler.request_streaming:  # reflection's
                         await self._answer(method, handler, _requests(handler, call, context), context)
                     elif (request := await _receive(handler, call, context)) is not None:
-                        await self._answer(method, handler, request, context)
+                        answer = await self._answer(method, handler, request, context)
                 code = "OK"
+            except _PeerLeftError:
+                return
             except grpc.aio.AbortError:  # health's, which has set its own code
                 code = context.code().name
                 raise
@@ -85,34 +90,30 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
                 code = failure.code
             finally:
                 self._on_call(method.rpartition(".")[2], code)
-                deadline = _unread(method)  # of the last answer, and of the status behind it
-                _task().add_done_callback(lambda _: deadline.cancel())
+            # From here on the call holds nothing but its bytes, however long its reader takes.
             if failure is not None:
                 # Out of the handler above: what is raised here would keep the error, and with it a request's frames.
                 await context.abort(grpc.StatusCode[code], failure.message, failure.trailers)
+            elif answer is not None:
+                with contextlib.suppress(_PeerLeftError):
+                    await _write(context, answer)
 
         return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
 
-    async def _answer(self, method: str, handler: Any, request: Any, context: Context) -> None:
-        """Run a handler, and send what it returns or yields."""
+    async def _answer(self, method: str, handler: Any, request: Any, context: Context) -> Any | None:
+        """Run a handler. Returns its only answer; sends those that it yields, and returns None."""
         inner = handler.unary_unary or handler.unary_stream or handler.stream_stream
         if inspect.isasyncgenfunction(inner):
             # Closed with the call, not when the collector comes: what it holds ends with it.
             async with contextlib.aclosing(inner(request, context)) as responses:
                 async for response in responses:
-                    await self._send(method, response, context)
-        elif handler.response_streaming:  # writes its responses to the context itself (health's Watch)
-            await inner(request, context)
-        else:
-            await self._send(method, await inner(request, context), context)
-
-    async def _send(self, method: str, response: Any, context: Context) -> None:
+                    self._before_answer()
+                    async with _read_in_time(responses, method):
+                        await _write(context, response)
+            return None
+        answer = await inner(request, context)  # None of one that writes its responses itself (health's Watch)
         self._before_answer()
-        deadline = _unread(method)
-        try:
-            await context.write(response)
-        finally:
-            deadline.cancel()
+        return answer
 
 
 async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
@@ -134,24 +135,42 @@ async def _requests(handler: Any, call: Call, context: Context) -> AsyncIterator
         yield request
 
 
-def _unread(method: str) -> asyncio.TimerHandle:
-    """End the call of this task unless the handle is cancelled in time. Its reader does not hear why: it reads nothing.
+class _PeerLeftError(Exception):
+    """An answer could not be sent: the connection has ended."""
 
-    What a call holds (its answer, a reader of events, a connection) is held for as long as its reader likes otherwise.
+
+async def _write(context: Context, answer: Any) -> None:
+    try:
+        await context.write(answer)
+    except Exception as error:  # of a class that is not public
+        raise _PeerLeftError from error
+
+
+@contextlib.asynccontextmanager
+async def _read_in_time(responses: AsyncGenerator[Any, None], method: str) -> AsyncIterator[None]:
+    """Around the moment in which a reader takes an answer. Errors: LeaseLostError (it took it too late).
+
+    What the handler holds, such as a place among the readers of events, would be held as long as its reader likes. So
+    the handler is ended from outside while the call waits. The call itself cannot be: gRPC keeps it until its answer is
+    read, or the connection ends.
     """
-    task = _task()
+    ended: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
 
     def end() -> None:
-        log.warning("call ended method=%s: its answer was not read in %g s", method, UNREAD_SECONDS)
-        task.cancel()
+        why = f"its answer was not read in {UNREAD_SECONDS:g} s"
+        log.warning(Line("handler ended", {"method": method}, because=why))
+        ended.append(loop.create_task(responses.aclose()))
 
-    return asyncio.get_running_loop().call_later(UNREAD_SECONDS, end)
-
-
-def _task() -> asyncio.Task[Any]:
-    task = asyncio.current_task()
-    assert task is not None  # gRPC runs each call in a task of its own
-    return task
+    deadline = loop.call_later(UNREAD_SECONDS, end)
+    try:
+        yield
+    finally:
+        deadline.cancel()
+        for task in ended:
+            await task
+    if ended:
+        raise LeaseLostError(f"an answer of the call was not read in {UNREAD_SECONDS:g} s; call again")
 
 
 def _known(method: str, error: Exception) -> WeightdError:
@@ -159,11 +178,11 @@ def _known(method: str, error: Exception) -> WeightdError:
     if isinstance(error, OSError) and not isinstance(error, WeightdError):
         limit = limit_error(error, f"answering {method.rpartition('/')[2]}", DAEMON)
         if limit is not None:
-            log.warning("request failed method=%s: %s", method, limit.message)
+            log.warning(Line("request failed", {"method": method}, because=limit.message))
             return limit
     if not isinstance(error, WeightdError):
         number = secrets.token_hex(4)
-        log.error("bug id=%s method=%s", number, method, exc_info=error)
+        log.error(Line("bug", {"id": number, "method": method}), exc_info=error)
         return ServerError(f"the daemon failed ({type(error).__name__}); its log has it under id {number}")
     return error
 

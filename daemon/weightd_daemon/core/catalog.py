@@ -77,6 +77,8 @@ class Catalog:
         """How many names a user has."""
         self.renamed: set[tuple[str, str]] = set()
         """The (domain, name) that have changed since the root record was written, which empties this."""
+        self.repinned: set[CheckpointKey] = set()
+        """Likewise the checkpoints that were pinned or unpinned."""
         self.changed = changed
         self._on_event = on_event
 
@@ -201,7 +203,7 @@ class Catalog:
             more = checkpoint.total_bytes + checkpoint.books_bytes
             self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
         checkpoint.pins.add(who.uid)
-        self._store.touched.add(checkpoint.key)
+        self.repinned.add(checkpoint.key)
         self.changed()
 
     def bytes_of(self, uid: int | None) -> int:
@@ -219,7 +221,7 @@ class Catalog:
         if who.admin:
             checkpoint.pins.clear()
         checkpoint.pins.discard(who.uid)
-        self._store.touched.add(checkpoint.key)
+        self.repinned.add(checkpoint.key)
         self.changed()
 
     def remove(self, who: Who, reference: str, device: str = "", by: Holder | None = None) -> int:

@@ -41,7 +41,7 @@ class Store:
         self.changed: set[CheckpointKey] = set()
         """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
         self.touched: set[CheckpointKey] = set()
-        """Checkpoints that were used, pinned or unpinned since then."""
+        """Checkpoints that were used since then."""
         self.collisions = self.evictions = self.uses = self._last_load = 0
         self._on_event = on_event
 

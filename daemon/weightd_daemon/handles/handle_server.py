@@ -23,6 +23,7 @@ from weightd._proto.v1 import handles_pb2
 from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
+from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
 
 from .log_rate import LogRate
@@ -146,7 +147,8 @@ class _Peer:
         connection = self._connection
         self._server._connections.remove(connection)
         self._server._attacher.disconnected(connection)
-        log.debug("connection closed number=%d pid=%s: %s", connection.number, connection.pid, reason)
+        who = {"number": connection.number, "pid": connection.pid}
+        log.debug(Line("connection closed", who, because=reason))
 
     def _readable(self) -> None:
         self._answer(self._receive)
@@ -185,7 +187,8 @@ class _Peer:
             return
         except (ProtocolError, DecodeError) as error:
             if self._server._nonsense.may_log():
-                log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
+                who = {"pid": self._connection.pid, "uid": self._connection.uid}
+                log.warning(Line("protocol error", who, because=error))
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))
@@ -224,13 +227,13 @@ class _Peer:
         except (ProtocolError, ConnectionError):
             raise
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
-            log.warning("request failed kind=%s pid=%s: %s", kind, self._connection.pid, error)
+            log.warning(Line("request failed", {"kind": kind, "pid": self._connection.pid}, because=error))
             self._drop_unsent()
             limit = limit_error(error, f"answering {kind}", DAEMON)
             why = error.strerror or type(error).__name__
             self._send_error(limit or ServerError(f"the daemon could not do it: {why}; its log has the details"))
         except Exception:  # a bug in answering one frame must not take the server down
-            log.exception("request failed by a bug kind=%s", kind)
+            log.exception(Line("request failed by a bug", {"kind": kind}))
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
 
     def _hello(self, hello: handles_pb2.HelloRequest) -> None:

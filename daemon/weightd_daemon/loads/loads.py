@@ -16,13 +16,16 @@ from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
+from weightd_daemon.log_line import Line
 
-from .dialogue import InstanceIndex, LoadSteps, Prepare
+from .dialogue import LoadSteps
 from .flight import Load
+from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .messages import load_job
 from .quota import Quota
-from .request import LoadRequest, Outcome
+from .request import LoadRequest, Outcome, Prepare
 from .verification import Verifications
 
 if TYPE_CHECKING:
@@ -274,15 +277,7 @@ class Loads:
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._pool.take()
-                labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
-                # Writes to one memfd take turns, so there each thread gets segments of its own (loader/schedule.py).
-                lanes = self.threads if device.kind == "host" else 1
-                place = {"kind": device.kind, "device": device.uuid}
-                job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                files = [(source.file, source.is_index) for source in request.sources]
-                components = [source.component for source in request.sources]
-                groups = [list(column) for column in request.groups]
-                await loader.send({**job, "components": components, "files": files, "groups": groups})
+                await loader.send(load_job(request, device, self.threads))
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()
@@ -295,7 +290,7 @@ class Loads:
             load.fail(error)
         except LoaderDied:
             load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
-            log.warning("loader died pid=%s", loader.pid if loader else None)
+            log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
         except Exception as error:  # a bug must fail its load, not hang its waiters
@@ -332,7 +327,7 @@ class Loads:
             loader.kill()
             await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
-                log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
+                log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
                 loading.quarantine()
             await asyncio.shield(loader.exited)
         loading.end()

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from weightd.errors import LeaseLostError, WeightdError
 from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader.channel import error_from
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import error_of
 
 from .loader_process import LoaderDied, LoaderProcess
+from .messages import verify_job
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -179,21 +181,23 @@ class Verifications:
         blobs_before, bytes_before = verification.done_blobs, verification.done_bytes
         try:
             check()
-            rows = [(b.number, b.segment, b.offset, b.length, b.key.digest.hex()) for b in blobs]
+            rows = [(b.number, b.segment, b.offset, b.length, b.key.digest) for b in blobs]
             size = self._store.memories[device.uuid].size
             segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {blob.segment for blob in blobs}]
-            await loader.send({"job": "verify", "kind": device.kind, "device": device.uuid, "blobs": rows}, segments)
-            while True:
+            await loader.send(verify_job(rows, device), segments)
+            bad: list[int] = []
+            found = wire.Verified()
+            while not found.all:
                 message = await loader.receive()
                 check()
-                if message["op"] == "failed":
-                    raise error_from(message)
-                if message["op"] == "verified":
-                    break
-                verification.report(blobs_before + message["done"], bytes_before + message["done_bytes"])
+                if message.HasField("failed"):
+                    raise error_of(message.failed)
+                found = message.verified
+                bad += found.bad
+                if not found.all:
+                    verification.report(blobs_before + found.blobs, bytes_before + found.bytes)
             verification.report(blobs_before + len(rows), bytes_before + sum(blob.length for blob in blobs))
             usable = await self._pool.put_back(loader)
-            bad: list[int] = message["bad"]
             return bad
         except LoaderDied:
             check()

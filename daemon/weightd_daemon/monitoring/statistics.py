@@ -62,7 +62,7 @@ class Statistics(NamedTuple):
             saved_bytes=logical - resident,
             saved_ratio=(logical - resident) / logical if logical else 0.0,
             checkpoints=len(store.checkpoints),
-            blobs=len(store.sealed_blobs()),
+            blobs=store.blobs.sealed,
             leases=store.leases.held(),
             digest_collisions=store.collisions,
             evictions=store.evictions,

@@ -19,6 +19,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
+from weightd_daemon.log_line import Line
 
 from .record_writer import RecordWriter
 from .restore import Left, restore
@@ -155,8 +156,12 @@ class Survival:
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
         if self._given:
-            log.info("taken up checkpoints=%d segments=%d leases=%d", len(record.kept), len(record.segments),
-                     len(self._store.leases))  # fmt: skip
+            counts = {
+                "checkpoints": len(record.kept),
+                "segments": len(record.segments),
+                "leases": len(self._store.leases),
+            }
+            log.info(Line("taken up", counts))
 
     def _find_root(self) -> dict[str, Any]:
         """The last content of the root records that were given; the one that has it is written to from now on."""
@@ -222,8 +227,9 @@ class Survival:
             await self._keep(draft, device, content.segments)
         except (OSError, TimeoutError) as error:
             draft.forget()
-            log.warning("checkpoint content=%s device=%s ends with this daemon: %s", content.content_digest[:19], uuid,
-                        str(error) or "the service manager does not answer")  # fmt: skip
+            what = {"content": content.content_digest[:19], "device": uuid}
+            why = str(error) or "the service manager does not answer"
+            log.warning(Line("checkpoint", what, "ends with this daemon", because=why))
         except BaseException:
             draft.discard()
             raise
@@ -324,9 +330,9 @@ class Survival:
         loop.call_soon(self._on_step)
         self._scheduled = True
 
-    def flip(self) -> None:
-        """Write what has changed to the root record, if anything has: it holds from now on."""
-        self._record.write()
+    def flip(self, *, uses: bool = False) -> None:
+        """Write what has changed to the root record, if anything has: it holds from now on. For `uses` see there."""
+        self._record.write(uses=uses)
         if self._going:
             going, self._going = self._going, []
             for name in going:
@@ -334,7 +340,7 @@ class Survival:
 
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
-        self.flip()
+        self.flip(uses=True)
         if self._record.root is not None:
             self._record.root.close()
             self._record.root = None

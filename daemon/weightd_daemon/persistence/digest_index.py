@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from weightd_daemon.loads.dialogue import Instance
+from weightd_daemon.loads.instances import Instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

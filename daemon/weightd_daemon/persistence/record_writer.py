@@ -1,11 +1,12 @@
 """Writes what has changed in the books to the root record: rows of segments, checkpoints and names.
 
-The books say what has changed (`Store.changed`, `Store.touched`, `Catalog.renamed`); the rows are made of the books as
-they are at the moment of the write. So a write costs its changes, and nothing is kept twice.
+The books say what has changed: `changed` and `touched` of the store, `renamed` and `repinned` of the catalog. The rows
+are made of the books as they are at the moment of the write. So a write costs its changes, and nothing is kept twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -57,12 +58,19 @@ class RecordWriter:
         self._copied: Iterator[Change] | None = None
         self._whole = True
 
-    def write(self) -> None:
-        """Write what has changed since the last write, if anything has: it holds from now on."""
+    def write(self, *, uses: bool = False) -> None:
+        """Write what has changed since the last write, if anything has: it holds from now on.
+
+        That checkpoints were used is no change by itself, unless `uses` says so; it is written with the next one.
+        """
+        store, catalog, counters = self._store, self._catalog, {"last_id": self.last_id, "last_lease": self.last_lease}
+        changed = store.changed or catalog.renamed or catalog.repinned or (uses and store.touched)
+        if not changed and counters == self._counters:
+            return
+        self._counters = counters
         if self.root is None:
-            self._store.changed.clear()
-            self._store.touched.clear()
-            self._catalog.renamed.clear()
+            for noted in (store.changed, store.touched, catalog.renamed, catalog.repinned):
+                noted.clear()
             return
         try:
             if self._whole:
@@ -74,7 +82,8 @@ class RecordWriter:
             log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
         except Exception:  # the books have changed all the same: what was written last may be untrue from now on
             self._whole = True
-            self.root.clear()
+            with contextlib.suppress(OSError):
+                self.root.clear()
             log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -88,34 +97,26 @@ class RecordWriter:
         self._store.changed |= self._store.checkpoints.keys()
         for _ in self._changes():
             pass  # what they would say, the base does
-        self._counters = self._counted()
         root.write(self._everything(), self._counters)
         self._copied, self._whole = None, False
 
     def _write_changes(self, root: RootRecord) -> None:
-        changes, counters = list(self._changes()), self._counted()
-        if not changes and counters == self._counters:
-            return
-        self._counters = counters
-        most = root.append(changes, counters)
+        most = root.append(list(self._changes()), self._counters)
         if self._copied is not None:
-            if root.copy(self._copied, counters, most):
+            if root.copy(self._copied, self._counters, most):
                 self._copied = None
-                root.end_base(counters)
+                root.end_base(self._counters)
         elif root.outgrown:
             root.begin_base()
             self._copied = self._everything()
 
-    def _counted(self) -> dict[str, int]:
-        return {"last_id": self.last_id, "last_lease": self.last_lease}
-
     def _changes(self) -> Iterator[Change]:
         """What has changed since the last write, which these are of then."""
         store, catalog = self._store, self._catalog
-        changed, touched, renamed = set(store.changed), store.touched - store.changed, set(catalog.renamed)
-        store.changed.clear()
-        store.touched.clear()
-        catalog.renamed.clear()
+        changed, renamed = set(store.changed), set(catalog.renamed)
+        marked = (store.touched | catalog.repinned) - changed
+        for noted in (store.changed, store.touched, catalog.renamed, catalog.repinned):
+            noted.clear()
         places: set[_Where] = set()
         for key in changed:
             before, now = self._rows.get(key), store.checkpoints.get(key)
@@ -136,7 +137,7 @@ class RecordWriter:
             elif written is None or written[1] != self._is_frozen(where):
                 self._written[where] = self.segments[where], self._is_frozen(where)
                 yield self._segment(where)
-        for key in touched:
+        for key in marked:
             checkpoint, row = store.checkpoints.get(key), self._rows.get(key)
             if checkpoint is not None and row is not None and row[0] is not None:
                 yield Change("checkpoints", row[0], _marks(checkpoint), merge=True)

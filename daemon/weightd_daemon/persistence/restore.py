@@ -29,6 +29,7 @@ from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import is_manifest
 from weightd_daemon.handles.peers import NO_UID
+from weightd_daemon.log_line import Line
 
 from .root_record import SCHEMA
 
@@ -205,8 +206,9 @@ def restore(
         try:
             state.checkpoint(row)
         except _CANNOT_BE as error:
-            log.warning("checkpoint %scontent=%s device=%s is left: %s; load it again", _names(body, row),
-                        str(row.get("content"))[:19], row.get("device"), _why(error))  # fmt: skip
+            what = {"content": str(row.get("content"))[:19], "device": row.get("device")}
+            why = f"is left: {_why(error)}; load it again"
+            log.warning(Line("checkpoint", _names(body, row).strip(), what, why))
             state.frozen |= state.listed(row)
     number_uses(store, state.uses)
     if foreign:
@@ -223,8 +225,9 @@ def restore(
             # The second: somebody has locked a byte of one manifest that is a lease on another. Which one is not to be
             # told, and both may be read: each counts as held.
             manifests.hold_as_one(key, store.leases.inherit_some(key, NOBODY, now), last_lease)
-            log.warning("leases of %scontent=%s cannot be told apart: one line stands for all",
-                        _listed(catalog.names(store.checkpoints[key])), key.content_digest[:19])  # fmt: skip
+            what = {"content": key.content_digest[:19]}
+            names = _listed(catalog.names(store.checkpoints[key])).strip()
+            log.warning(Line("leases of", names, what, "cannot be told apart: one line stands for all"))
             continue
         for number in numbers:
             store.leases.inherit(number, key, NOBODY, now)
