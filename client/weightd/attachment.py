@@ -57,7 +57,7 @@ class Attachment:
         reply = received.reply
         lease: host.Mapping | None = None
         try:
-            lease = host.map_lease(received.lease, reply.manifest_bytes)
+            lease = host.map_lease(received.lease, received.lease_bytes)
             self._segments: Segments | None = self._open(received, lease, components, keys)
         except BaseException:
             if lease is not None:
@@ -77,7 +77,7 @@ class Attachment:
     def _open(
         self, received: Received, lease: host.Mapping, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Segments:
-        self._manifest = manifest = Manifest(bytes(lease.buffer()))
+        self._manifest = manifest = Manifest(received.read_manifest())
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
         self.kind: str = manifest.kind

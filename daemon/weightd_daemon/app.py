@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -33,7 +34,9 @@ from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .handles.attach import Attacher
 from .handles.handle_server import HandleServer
-from .handles.lease_locks import Manifests
+from .handles.lease_files import LeaseFiles
+from .handles.lease_locks import LeaseLocks, Manifests
+from .handles.lease_sweep import LeaseSweep
 from .handles.peers import Connections
 from .loads.fair_queue import Turns
 from .loads.loader_process import DEFAULT_ARGV
@@ -88,6 +91,8 @@ class _Books(NamedTuple):
     limits: Limits
     journal: Journal
     manifests: Manifests
+    locks: LeaseLocks
+    sweep: LeaseSweep
     survival: Survival
     reclaimers: dict[str, Reclaimer]
 
@@ -175,6 +180,9 @@ class Daemon:
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
+        # The loop stands still while Python collects garbage: what the start has made stays, and is left out.
+        gc.collect()
+        gc.freeze()
         await control.ready()
         self._say_ready(served, books.store)
         sockets.watch(self._lost_socket)
@@ -200,16 +208,21 @@ class Daemon:
         settings, limits, tell = self._settings, self._settings.limits, listeners.tell
         manifests = Manifests(residency.before_lock)
         stack.callback(manifests.close)
-        store = Store(leases=Leases(manifests.is_locked, tell), on_event=residency.on_event)
+        lease_files = LeaseFiles()
+        stack.callback(lease_files.close)
+        locks = LeaseLocks(manifests, lease_files)
+        store = Store(leases=Leases(locks.is_locked, tell, locks.forget), on_event=residency.on_event)
         catalog = Catalog(store, limits, changed=residency.on_changed, on_event=tell)
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
         listeners.add(EventLog(journal.encode))
         survival = Survival(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
-            manifests=manifests, now=time.time,
+            manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
         stack.callback(survival.close)
+        sweep = LeaseSweep(store.leases, lease_files)
+        stack.push_async_callback(sweep.close)
         reclaimers: dict[str, Reclaimer] = {}
         for uuid, device in served.devices.items():
             budget = served.budgets[uuid]
@@ -222,7 +235,7 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        return _Books(store, catalog, limits, journal, manifests, survival, reclaimers)
+        return _Books(store, catalog, limits, journal, manifests, locks, sweep, survival, reclaimers)
 
     async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: _Served, books: _Books) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
@@ -231,6 +244,7 @@ class Daemon:
         for memory in memories.values():
             memory.quarantine = quarantined
         await books.survival.begin()
+        books.sweep.begin()
         if quarantined:
             hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
             thawing = thaw_when_unwritten(sockets.lock, memories, hollow)
@@ -268,8 +282,8 @@ class Daemon:
         drain = Drain(store=store, loads=loads, on_event=listeners.tell, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
         attacher = Attacher(
-            store=store, catalog=catalog, loads=loads, manifests=books.manifests, connections=connections,
-            devices=devices, default_device=default, limits=books.limits, now=time.time,
+            store=store, catalog=catalog, loads=loads, manifests=books.manifests, locks=books.locks,
+            connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
         parts = Parts(

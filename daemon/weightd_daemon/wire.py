@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import pwd
 from datetime import UTC, datetime
 from functools import partial
@@ -10,12 +11,14 @@ from urllib.parse import quote
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from weightd._proto.v1 import lease_pb2
-
 from .lookups import Lookups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
+
+    from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
+
+    from weightd._proto.v1 import lease_pb2
 
     from .core.catalog import Catalog
     from .core.checkpoint import Checkpoint
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_NAMES = 4096
 _NAME_THREADS = 2
+_LEASES_IN_A_STEP = 256
 
 _MESSAGE_BYTES = 6000
 
@@ -86,22 +90,31 @@ class UserNames:
 user_name = UserNames().of
 
 
-def leases_to(leases: Iterable[Lease], checkpoints: Iterable[Checkpoint], catalog: Catalog) -> list[lease_pb2.Lease]:
-    """Leases as messages, without those that are on none of these checkpoints."""
-    there: dict[Hashable, Checkpoint] = {checkpoint.key: checkpoint for checkpoint in checkpoints}
-    return [
-        lease_pb2.Lease(
-            lease=lease.number,
-            pid=lease.holder.pid,
-            uid=lease.holder.uid,
-            user=user_name(lease.holder.uid),
-            command=lease.holder.command,
-            checkpoint=(catalog.names(checkpoint) or [checkpoint.key.content_digest])[0],
-            device=checkpoint.key.device,
-            bytes=checkpoint.total_bytes,
-            since_time=time_to(lease.since),
-            waiting=lease.waiting,
-        )
-        for lease in leases
-        if (checkpoint := there.get(lease.checkpoint))
-    ]
+async def add_leases(
+    to: RepeatedCompositeFieldContainer[lease_pb2.Lease],
+    leases: Iterable[Lease],
+    checkpoints: Iterable[Checkpoint],
+    catalog: Catalog,
+) -> None:
+    """Add leases to a message, but those that are on none of these checkpoints. Every now and then the loop goes on."""
+    there: dict[Hashable, tuple[Checkpoint, str]] = {
+        checkpoint.key: (checkpoint, (catalog.names(checkpoint) or [checkpoint.key.content_digest])[0])
+        for checkpoint in checkpoints
+    }
+    for number, lease in enumerate(leases, 1):
+        if lease.checkpoint in there:
+            checkpoint, called = there[lease.checkpoint]
+            to.add(
+                lease=lease.number,
+                pid=lease.holder.pid,
+                uid=lease.holder.uid,
+                user=user_name(lease.holder.uid),
+                command=lease.holder.command,
+                checkpoint=called,
+                device=checkpoint.key.device,
+                bytes=checkpoint.total_bytes,
+                since_time=time_to(lease.since),
+                waiting=lease.waiting,
+            )
+        if number % _LEASES_IN_A_STEP == 0:
+            await asyncio.sleep(0)

@@ -416,7 +416,7 @@ def test_lease_lives_while_the_daemon_does_not(small: Daemon, kept: Path, spawn:
     worker = attached_worker(small, kept, spawn, ATTACH)
     assert leases(small) == [worker.pid]
     small.kill()
-    # A lock on the mapped manifest is the lease; it is the kernel's, and still there.
+    # A lock on the mapped file is the lease; it is the kernel's, and still there.
     assert [kind for kind, _ in ofd_locks(small, worker.pid)] == ["READ"]
     worker.run("attachment.close(); del attachment; gc.collect()")
     assert ofd_locks(small, worker.pid) == []
@@ -428,7 +428,7 @@ def ofd_locks(daemon: Daemon, pid: int) -> list[tuple[str, int]]:
     mapped = {
         int(line.split()[4])
         for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
-        if "/memfd:weightd-manifest" in line
+        if "/memfd:weightd-lease" in line
     }
     found = []
     for line in Path("/proc/locks").read_text().splitlines():

@@ -68,6 +68,27 @@ def test_leases(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     assert alice.run(attach) is None
 
 
+def test_nobody_keeps_the_leases_of_another_from_ending(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
+    """Alice locks all bytes of everything that she was lent; Bob attaches and closes more often than his limit."""
+    daemon = open_to_all(start_daemon, max_user_leases=2)
+    daemon.command("load", write(folder, "m"), "--name", "m")
+    alice, bob = (user_of(spawn(daemon), uid) for uid in (ALICE, BOB))
+    alice.run(
+        """
+import fcntl, struct
+from weightd._proto.v1 import handles_pb2
+received = client._handles.attach(handles_pb2.AttachRequest(reference="m"))
+for descriptor in (received.manifest, received.lease):
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0))
+"""
+    )
+    for _ in range(5):
+        assert bob.run("a = attempt(client.attach, 'm'); result = a if isinstance(a, list) else a.close()") is None
+    with daemon.connect() as root:
+        assert [lease.uid for lease in root.leases() if not lease.waiting] == [ALICE]
+    alice.close()
+
+
 def test_leases_that_wait_count_and_make_no_load_fail(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     daemon = open_to_all(start_daemon, max_user_leases=2)
     paths = [write(folder, name) for name in ("m", "n", "o")]

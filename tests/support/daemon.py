@@ -66,7 +66,7 @@ class Daemon:
         self.folder = Path(tempfile.mkdtemp(prefix="weightd-"))
         self.socket = self.folder / "w.sock"
         self.log = self.folder / "log"
-        self._argv = argv or WATCHED
+        self.argv = argv or WATCHED
         usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
         self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
         self.process: subprocess.Popen[str] | None = None
@@ -76,7 +76,7 @@ class Daemon:
     def start(self) -> None:
         """Start, or start again on the same socket, and wait for the line that says ready."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self._settings.items()]
-        argv = [*self._argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags]
+        argv = [*self.argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags]
         given: list[int] = []
         variables = environment() | self.backend.environment
         if self.manager is not None:

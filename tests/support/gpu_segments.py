@@ -77,7 +77,8 @@ def received(kind: str, device: str, places: Places, *, says: str | None = None,
     data = manifest.SerializeToString()
     reply = handles_pb2.AttachReply(lease=1, manifest_bytes=len(data), segments=[0] if attach else [])
     handles = [segment.handle for segment in wanted(kind)] if attach else []
-    return Received(reply, _memfd("manifest", data), handles)
+    manifest = _memfd("manifest", data)
+    return Received(reply, manifest, manifest, handles)
 
 
 class _Nobody:

@@ -120,8 +120,8 @@ def test_a_lease_whose_holder_is_silent_is_held_and_ends_with_its_lock(
     client = daemon.connect()
     listed = client.leases()
     assert [lease.lease for lease in listed] == [received.reply.lease for received in leases[::2]]
-    assert {(lease.pid, lease.command, lease.user) for lease in listed} == {(None, "", "?")}
-    with pytest.raises(weightd.InUseError, match="in use by pid unknown;"):
+    assert {(lease.pid, lease.command, lease.uid) for lease in listed} == {(None, "", os.getuid())}
+    with pytest.raises(weightd.InUseError, match=rf"in use by pid unknown \(uid {os.getuid()}\);"):
         client.remove("a")
     with client.attach("a"):
         numbers = [lease.lease for lease in client.leases()]
@@ -198,7 +198,7 @@ def test_a_lock_on_the_number_of_another_lease_takes_it_from_nobody(
         name: client._handles.attach(handles_pb2.AttachRequest(reference=name, manifest_only=True))
         for name in ("a", "b")
     }
-    manifests = {name: os.open(f"/proc/self/fd/{of.lease}", os.O_RDONLY) for name, of in received.items()}
+    manifests = {name: os.open(f"/proc/self/fd/{of.manifest}", os.O_RDONLY) for name, of in received.items()}
     for mine, others in (("a", "b"), ("b", "a")):  # whichever is looked at first
         at = LOCK_BASE + received[others].reply.lease
         fcntl.fcntl(manifests[mine], fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, at, 1, 0))

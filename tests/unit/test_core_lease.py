@@ -8,7 +8,7 @@ import pytest
 
 from weightd.errors import DrainingError
 from weightd_daemon.core.eviction import least_recently_used
-from weightd_daemon.core.lease import Attached, Detached, Holder, Lease, Leases, named
+from weightd_daemon.core.lease import MOST_ASKED, Attached, Detached, Holder, Lease, Leases, named
 
 HOLDER = Holder(connection=7, pid=100, uid=1000, command="python serve.py")
 
@@ -167,3 +167,132 @@ def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     assert (lease.number, lease.holder, leases.of_connection(HOLDER.connection)) == (5, HOLDER, [lease])
     assert told == []
     assert leases.take("a", HOLDER, 2.0).number == 6
+
+
+# -- many leases -----------------------------------------------------------------------------------------------------
+
+
+def many(kernel: Kernel, leases: Leases, number: int) -> list[Lease]:
+    taken = [kernel.take(leases, "a") for _ in range(number)]
+    kernel.asked = 0
+    return taken
+
+
+def test_a_sweep_looks_at_few_at_a_time_and_at_all_in_turn() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    taken = many(kernel, leases, 25)
+    assert leases.sweep(10), "there are more"
+    assert kernel.asked == 10
+    kernel.locks -= {taken[3].number, taken[20].number}
+    assert leases.sweep(10)
+    assert kernel.asked == 20
+    leases.sweep(10)
+    assert leases.get(taken[20].number) is None
+    assert leases.get(taken[3].number) is not None, "it has its turn in the next round"
+    for _ in range(3):
+        leases.sweep(10)
+    assert len(leases) == 23
+    assert not leases.sweep(30)
+
+
+def test_ended_leases_make_a_step_of_the_sweep_shorter() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    many(kernel, leases, 100)
+    kernel.locks.clear()
+    leases.sweep(40)
+    assert kernel.asked == 5
+    while len(leases):
+        leases.sweep(40)
+    assert kernel.asked == 100
+
+
+def test_leases_of_whom_has_gone_are_looked_at_first() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    taken = many(kernel, leases, 50)
+    kernel.locks -= {lease.number for lease in taken[-2:]}
+    leases.look_soon([taken[-1].number, taken[-1].number, 999])
+    assert (len(leases), kernel.asked) == (49, 1)
+    kernel.locks.clear()
+    leases.look_soon(lease.number for lease in taken)
+    assert len(leases) == 49 - 32, "not all in one step: to tell of an end takes longer than to find it"
+    leases.sweep(3 * 8)
+    assert len(leases) == 49 - 35
+    assert leases.get(taken[35].number) is not None
+
+
+def test_waiting_leases_are_not_swept_and_attributed_ones_are_once() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    waiting = leases.take("a", HOLDER, 1.0, waiting=True)
+    lease = kernel.take(leases, "a")
+    leases.attribute(lease.number, Holder(9, 9, 9, "other"))
+    kernel.asked = 0
+    assert not leases.sweep(10)
+    assert kernel.asked == 1
+    assert (leases.waiting_of(7), leases.of_connection(9)) == ([waiting], [leases.get(lease.number)])
+
+
+def test_who_asks_about_many_relies_on_the_sweep() -> None:
+    """A look at all by each who asks would be as many steps of the loop as there are askers."""
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    taken = many(kernel, leases, MOST_ASKED + 1)
+    kernel.locks.discard(taken[0].number)
+    assert (leases.held(), len(leases.refresh()), len(leases.of("a"))) == (MOST_ASKED + 1,) * 3
+    assert leases.held_by(1000, 3) == MOST_ASKED + 1
+    assert kernel.asked == 0
+    leases.sweep(MOST_ASKED + 1)
+    assert leases.held() == MOST_ASKED
+
+
+def test_who_asks_again_and_again_gets_what_the_sweep_finds() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    many(kernel, leases, 100)
+    for _ in range(1000):
+        leases.held()
+    assert kernel.asked <= 8 * MOST_ASKED
+    kernel.locks.clear()
+    leases.sweep(8 * 100)
+    assert leases.held() == 0
+
+
+def test_whether_a_checkpoint_is_held_is_exact_for_any_number_and_asks_for_no_more_than_one_that_is() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    taken = many(kernel, leases, 3 * MOST_ASKED)
+    assert leases.is_held("a")
+    assert kernel.asked == 1
+    kernel.locks = {taken[-1].number}
+    assert leases.is_held("a")
+    kernel.locks.clear()
+    assert not leases.is_held("a")
+    assert len(leases) == 0
+
+
+def test_the_limit_of_a_user_is_looked_up_by_user() -> None:
+    kernel = Kernel()
+    leases = Leases(kernel.probe)
+    for uid in (1, 2, 2, None):
+        kernel.locks.add(leases.take("a", Holder(1, 1, uid, ""), 1.0).number)
+    assert [leases.held_by(uid, 9) for uid in (1, 2, 3, None)] == [1, 2, 0, 1]
+    assert kernel.asked == 0, "it is not asked below the limit"
+    kernel.locks.clear()
+    assert [leases.held_by(uid, 1) for uid in (1, 2, 3, None)] == [0, 0, 0, 0]
+    assert (len(leases), leases._by_user, leases._by_checkpoint) == (0, {}, {})
+
+
+def test_who_keeps_the_lock_hears_of_each_end_once() -> None:
+    kernel = Kernel()
+    forgotten: list[int] = []
+    leases = Leases(kernel.probe, forget=forgotten.append)
+    first, second = kernel.take(leases, "a"), kernel.take(leases, "a")
+    leases.attribute(first.number, Holder(9, 9, 9, "other"))
+    assert forgotten == []
+    kernel.locks.clear()
+    leases.refresh()
+    leases.end(second.number)
+    assert forgotten == [first.number, second.number]

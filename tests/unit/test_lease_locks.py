@@ -13,7 +13,7 @@ import pytest
 
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Holder, Lease
-from weightd_daemon.handles import lease_locks
+from weightd_daemon.handles import kernel_locks
 from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
 
@@ -213,5 +213,5 @@ def test_very_many_do_not_hold_up_the_start(
 ) -> None:
     for number in range(1, 9, 2):
         hold(number)
-    monkeypatch.setattr(lease_locks, "LOOK_SECONDS", -1.0)
+    monkeypatch.setattr(kernel_locks, "LOOK_SECONDS", -1.0)
     assert manifests.inherited(KEY, 9) is None

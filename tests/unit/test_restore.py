@@ -32,7 +32,8 @@ from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.lease_files import LeaseFiles
+from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
@@ -93,7 +94,10 @@ class Books:
         self.device = HostDevice()
         residency = Residency(lambda _: None)
         self.manifests = Manifests(residency.before_lock)
-        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=residency.on_event)
+        self.files = LeaseFiles()
+        self.locks = LeaseLocks(self.manifests, self.files)
+        leases = Leases(self.locks.is_locked, forget=self.locks.forget)
+        self.store = Store(leases=leases, on_event=residency.on_event)
         self.store.memories["host"] = DeviceMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
             before_use=residency.before_use,
@@ -102,7 +106,7 @@ class Books:
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
-            manifests=self.manifests, now=lambda: 7.0,
+            manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
         residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
         asyncio.run(self.survival.begin())
@@ -167,6 +171,7 @@ class Books:
         if self.survival._record.root is not None:
             self.survival._record.root.close()
         self.manifests.close()
+        self.files.close()
         self.device.close()
 
 
@@ -308,7 +313,7 @@ def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, mo
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
         locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
-    monkeypatch.setattr("weightd_daemon.handles.lease_locks.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("weightd_daemon.handles.kernel_locks.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1
         for lock in locks:

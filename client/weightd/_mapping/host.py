@@ -62,7 +62,7 @@ class Mapping:
 
 
 def map_lease(descriptor: int, size: int) -> Mapping:
-    """Map a manifest: as long as the mapping lives, so does the kernel lock that is this process's lease."""
+    """Map what is locked: as long as the mapping lives, so does the kernel lock that is this process's lease."""
     return Mapping(descriptor, size, writable=False)
 
 

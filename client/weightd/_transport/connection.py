@@ -14,6 +14,7 @@ import select
 import threading
 import time
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._proto.v1 import handles_pb2
@@ -23,6 +24,9 @@ from .handle_socket import HandleConnection
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+_MOST_ENDED = 4096
+"""Leases whose end is to be told; the daemon finds the others itself."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -45,12 +49,20 @@ class Line:
         self.handles = HandleConnection(path, timeout)
         self._lock = threading.RLock()
         self._held: dict[int, _Held] = {}
+        self._ended: deque[int] = deque(maxlen=_MOST_ENDED)
+        self.handles.ended = self._ended
         self._watched: HandleConnection | None = None
         self.closed = False
 
     def hold(self, lease: int, content_digest: str, device: str, mapping: object) -> None:
-        """A lease was taken; it lasts as long as the mapping does."""
-        self._held[lease] = _Held(content_digest, device, weakref.ref(mapping))
+        """A lease was taken; it lasts as long as the mapping does. The daemon hears of its end with the next frame."""
+        held, ended = self._held, self._ended
+
+        def end(_: object) -> None:  # wherever the last tensor goes: no lock may be taken, and nothing be sent
+            held.pop(lease, None)
+            ended.append(lease)
+
+        held[lease] = _Held(content_digest, device, weakref.ref(mapping, end))
         if self._watched is not self.handles and not self.closed:
             self._watched = self.handles
             _watch(self)
@@ -91,6 +103,7 @@ class Line:
         except BaseException:
             handles.close()
             raise
+        handles.ended = self._ended
         return handles
 
     def _claim(self, handles: HandleConnection) -> None:
@@ -101,10 +114,7 @@ class Line:
 
     def live(self) -> dict[int, _Held]:
         """The leases whose mapping is there."""
-        for number, held in list(self._held.items()):
-            if held.mapping() is None:
-                self._held.pop(number, None)
-        return dict(self._held)
+        return {number: held for number, held in self._held.copy().items() if held.mapping() is not None}
 
     def close(self) -> None:
         """Hang up for good. Leases that are still mapped stay."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import select
 import socket
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,20 +28,41 @@ if TYPE_CHECKING:
 
 _FEED_BATCH = 32
 """Files in one message of an intake: a loader with few descriptors must have room for it."""
+_ENDED, _ENDED_BYTES = 256, 4096
+"""Leases that one frame says have ended, and room for them."""
 _BACKLOG_PAUSE_SECONDS = 0.01
 
 
 class Received(NamedTuple):
-    """The answer to an attach: the lease's descriptor, and a descriptor or CUDA IPC handle for each of its segments."""
+    """The answer to an attach: descriptors of manifest and lease, and for each segment one or a CUDA IPC handle.
+
+    The lease is the manifest's descriptor where the daemon or its user has no lease file.
+    """
 
     reply: handles_pb2.AttachReply
+    manifest: int
     lease: int
     handles: list[int | bytes]
 
     @property
     def descriptors(self) -> list[int]:
-        """All that are the caller's to close, the lease's first."""
-        return [self.lease, *(handle for handle in self.handles if isinstance(handle, int))]
+        """All that are the caller's to close."""
+        return [*{self.manifest, self.lease}, *(handle for handle in self.handles if isinstance(handle, int))]
+
+    def read_manifest(self) -> bytes:
+        """The encoded manifest. Errors: OSError, ServerError (it is shorter than the daemon says)."""
+        size, parts = self.reply.manifest_bytes, bytearray()
+        while len(parts) < size:
+            part = os.pread(self.manifest, size - len(parts), len(parts))
+            if not part:
+                raise ServerError(f"the daemon sent a manifest of {len(parts)} bytes, and said {size}")
+            parts += part
+        return bytes(parts)
+
+    @property
+    def lease_bytes(self) -> int:
+        """Length of the mapping that is to hold the lease; nobody reads it where that is a file of its own."""
+        return mmap.PAGESIZE if self.reply.lease_file else self.reply.manifest_bytes
 
 
 class HandleConnection:
@@ -50,6 +73,8 @@ class HandleConnection:
         self._timeout = timeout
         self.on_broken: Callable[[], None] = lambda: None
         """Told when a question finds that the connection has ended."""
+        self.ended: deque[int] = deque()
+        """Leases whose end is told with the next frames."""
         self._pid = os.getpid()
         self._lock = threading.Lock()
         try:
@@ -112,16 +137,18 @@ class HandleConnection:
         handles: list[bytes] = []  # in their stead where memory is shared by CUDA IPC
         with self._lock:
             try:
+                request.lease_file = True
                 frame = handles_pb2.HandleRequest(attach=request)
                 reply = self._ask(frame, "attach", descriptors).attach
                 handles.extend(reply.handles)
-                while len(descriptors) + len(handles) < 1 + len(reply.segments):
+                lent = 2 if reply.lease_file else 1
+                while len(descriptors) + len(handles) < lent + len(reply.segments):
                     ack = handles_pb2.HandleRequest(ack=handles_pb2.BatchAck())
                     batch = self._ask(ack, "batch", descriptors).batch
                     handles.extend(batch.handles)
                     if not batch.descriptors and not batch.handles:
                         raise ServerError("the daemon sent a batch without descriptors or handles")
-                if not descriptors or any(len(handle) != IPC_HANDLE_BYTES for handle in handles):
+                if len(descriptors) < lent or any(len(handle) != IPC_HANDLE_BYTES for handle in handles):
                     raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
             except BaseException:
                 if descriptors:
@@ -129,7 +156,7 @@ class HandleConnection:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise
-        return Received(reply, descriptors[0], [*descriptors[1:], *handles])
+        return Received(reply, descriptors[0], descriptors[lent - 1], [*descriptors[lent:], *handles])
 
     def offer(self) -> tuple[int, socket.socket]:
         """An intake to send file descriptors through, and its number."""
@@ -172,6 +199,9 @@ class HandleConnection:
 
         Whatever comes between the two ends the connection: the next question would get this one's answer.
         """
+        if request.ByteSize() < MAX_FRAME - _ENDED_BYTES:
+            while self.ended and len(request.ended) < _ENDED:
+                request.ended.append(self.ended.popleft())
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has hung up, and may have said why
                 self._socket.sendall(request.SerializeToString())
@@ -241,6 +271,7 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
 
 def fit(request: handles_pb2.AttachRequest) -> bool:
     """Whether a request goes into one frame. One that is too long names nothing: then every segment is mapped."""
+    request.lease_file = True
     if _frame_bytes(request) > MAX_FRAME:
         request.ClearField("tensors")
         request.ClearField("components")

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from weightd._proto.v1 import daemon_pb2, daemon_pb2_grpc
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd_daemon import __version__
-from weightd_daemon.wire import leases_to
+from weightd_daemon.wire import add_leases
 
 from .context import Parts
 from .error_mapping import Context
@@ -55,7 +55,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
             while request.follow:
                 if loop.time() >= look:
                     parts.caller(context)
-                    parts.store.leases.refresh()
+                    parts.store.leases.held()
                     look = loop.time() + LOOK_SECONDS
                 happened = await reader.next(look - loop.time())
                 if happened is not None:
@@ -73,8 +73,10 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         parts.drain.begin()
         async with contextlib.aclosing(parts.drain.watch(seconds)) as changes:
             async for leases in changes:
-                held = leases_to(leases, parts.store.checkpoints.values(), parts.catalog)
-                yield daemon_pb2.DrainEvent(holders=daemon_pb2.DrainHolders(leases=held))
+                event = daemon_pb2.DrainEvent(holders=daemon_pb2.DrainHolders())
+                checkpoints = parts.store.checkpoints.values()
+                await add_leases(event.holders.leases, leases, checkpoints, parts.catalog)
+                yield event
         result = daemon_pb2.DrainResult(checkpoints=parts.drain.checkpoints, freed_bytes=parts.drain.freed_bytes)
         yield daemon_pb2.DrainEvent(result=result)
 

@@ -20,7 +20,7 @@ from weightd._proto.v1 import (
     lease_pb2_grpc,
 )
 from weightd._transport.address import grpc_target
-from weightd_daemon.wire import leases_to
+from weightd_daemon.wire import add_leases
 
 from .admission import MAX_CALLS_OF_CONNECTION, Admission
 from .checkpoint_service import CheckpointService
@@ -57,8 +57,9 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
         """The leases that are held now, of checkpoints that the caller may see."""
         parts = self._parts
         _, who = parts.caller(context)
-        leases = leases_to(parts.store.leases.refresh(), parts.catalog.visible(who), parts.catalog)
-        return lease_pb2.ListLeasesResponse(leases=leases)
+        response = lease_pb2.ListLeasesResponse()
+        await add_leases(response.leases, parts.store.leases.refresh(), parts.catalog.visible(who), parts.catalog)
+        return response
 
 
 class ControlPlane:

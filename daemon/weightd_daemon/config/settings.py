@@ -97,10 +97,10 @@ class Settings:
     reader_threads: int = _setting(0, "threads a load reads with; 0: one per core, 4 at most")
     max_loads: int = _setting(4, "loads at a time; others wait their turn")
     max_connections: int = _setting(1024, "connections on the handle socket")
-    max_user_leases: int = _setting(0, "leases that one user may hold; 0: no limit")
+    max_user_leases: int = _setting(4096, "leases that one user may hold; 0: no limit")
     max_user_bytes: str = _setting("0", "size of the checkpoints that one user has brought or pinned; 0: no limit")
     max_user_loads: int = _setting(0, "loads of one user at a time; others wait; 0: one less than max_loads")
-    max_user_offers: int = _setting(0, "loads that one user may have announced that wait to begin; 0: no limit")
+    max_user_offers: int = _setting(64, "loads that one user may have announced that wait to begin; 0: no limit")
     max_user_names: int = _setting(0, "names that one user may own; 0: no limit")
     metrics: str = _setting(
         "",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -62,21 +63,48 @@ class Detached:
     lease: Lease
 
 
+MOST_ASKED = 512
+"""Leases up to which who asks gets an answer from the kernel. Where there are more, it is what the sweep has found."""
+
+_ASKED_BETWEEN_SWEEPS = 8 * MOST_ASKED
+"""Probes for all who ask, between two steps of the sweep."""
+
+_AT_ONCE = 256
+"""Probes for leases that may have ended, in the step that says so."""
+
+_COST_OF_END = 8
+"""What striking a lease out and telling of it costs, in probes."""
+
+
 class Leases:
     """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
 
-    What is taken and struck out, but for waiting leases, is told to `on_event`. While `draining` none is taken.
+    What is taken and struck out, but for waiting leases, is told to `on_event`; `forget` gets the number of each lease
+    that is struck out. While `draining` none is taken.
+
+    The kernel tells nobody that a lock has gone. `sweep` looks for that, some leases at a time, and who asks relies on
+    it where there are many: a lease may be listed for some seconds after its end, never the other way round. Only
+    `is_held` is exact for any number.
     """
 
     def __init__(
-        self, probe: Callable[[Lease], bool], on_event: Callable[[Attached | Detached], None] = lambda _: None
+        self,
+        probe: Callable[[Lease], bool],
+        on_event: Callable[[Attached | Detached], None] = lambda _: None,
+        forget: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.draining = False
         self._probe = probe
         self._on_event = on_event
+        self._forget = forget
         self._leases: dict[int, Lease] = {}
-        self._by_checkpoint: dict[Hashable, set[int]] = {}
-        self._by_connection: dict[Hashable, set[int]] = {}
+        self._by_checkpoint: dict[Hashable, dict[int, None]] = {}
+        self._by_connection: dict[Hashable, dict[int, None]] = {}
+        self._waiting: dict[Hashable, dict[int, None]] = {}
+        self._by_user: dict[Hashable, dict[int, None]] = {}
+        self._round: deque[int] = deque()
+        self._soon: dict[int, None] = {}
+        self._may_ask = _ASKED_BETWEEN_SWEEPS
         self._last = 0
 
     def __len__(self) -> int:
@@ -122,66 +150,147 @@ class Leases:
         self._last = max(self._last, number)
 
     def attribute(self, number: int, holder: Holder) -> None:
-        """Say who holds a lease that is in the books. It is no new one, and none has ended."""
-        lease = self._strike(number)
-        if lease is None:
-            raise KeyError(number)
-        self._enter(replace(lease, holder=holder))
+        """Say who holds a lease that is in the books. It is no new one, and none has ended. Errors: KeyError."""
+        lease = self._leases[number]
+        self._drop(lease)
+        self._index(replace(lease, holder=holder))
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
-        lease = self._strike(number)
-        if lease is not None and not lease.waiting:
+        lease = self._leases.get(number)
+        if lease is None:
+            return
+        self._drop(lease)
+        del self._leases[number]
+        self._forget(number)
+        if not lease.waiting:
             self._on_event(Detached(lease))
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""
         return len(self._by_checkpoint.get(checkpoint, ()))
 
+    def is_held(self, checkpoint: Hashable) -> bool:
+        """Whether any lease holds the checkpoint now: asks the kernel until one does."""
+        return any(self.look(number) for number in list(self._by_checkpoint.get(checkpoint, ())))
+
     def of(self, checkpoint: Hashable) -> list[Lease]:
-        """The leases that hold the checkpoint now; those whose lock has gone are struck out."""
-        return self._refresh(sorted(self._by_checkpoint.get(checkpoint, ())))
+        """The leases that hold the checkpoint, oldest first; those whose lock has gone are struck out."""
+        return self._refresh(self._by_checkpoint.get(checkpoint, ()))
 
     def refresh(self) -> list[Lease]:
-        """All leases that are held now, oldest first."""
-        return self._refresh(sorted(self._leases))
+        """All leases that are held, oldest first."""
+        return self._refresh(self._leases)
+
+    def held(self) -> int:
+        """How many leases are held."""
+        return self._count(self._leases)
 
     def of_connection(self, connection: int) -> list[Lease]:
         """Leases in the books that were taken on a connection."""
         return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
+    def waiting_of(self, connection: int) -> list[Lease]:
+        """Leases in the books that wait for a connection to attach."""
+        return [self._leases[number] for number in self._waiting.get(connection, ())]
+
     def held_by(self, uid: int | None, most: int) -> int:
         """Leases of a user's processes, also of those that wait; the kernel is asked where the books have `most`."""
-        theirs = [number for number, lease in self._leases.items() if lease.holder.uid == uid]
-        return len(theirs) if len(theirs) < most else len(self._refresh(theirs))
+        theirs = self._by_user.get(uid, {})
+        return len(theirs) if len(theirs) < most else self._count(theirs)
 
     def look(self, number: int) -> bool:
         """Whether a lease is held now."""
-        return bool(self._refresh([number]))
+        lease = self._leases.get(number)
+        if lease is None:
+            return False
+        if lease.waiting or self._probe(lease):
+            return True
+        self.end(number)
+        return False
 
-    def _strike(self, number: int) -> Lease | None:
-        lease = self._leases.pop(number, None)
-        if lease is not None:
-            _drop(self._by_checkpoint, lease.checkpoint, number)
-            _drop(self._by_connection, lease.holder.connection, number)
-        return lease
+    def look_soon(self, numbers: Iterable[int]) -> None:
+        """Look at leases that may have ended: at some now, and have the sweep look at the others before all else."""
+        self._soon.update((number, None) for number in numbers if number in self._leases)
+        left = _AT_ONCE
+        while self._soon and left > 0:
+            left -= self._cost(self._next_soon())
+
+    @property
+    def hurries(self) -> bool:
+        """Whether leases of `look_soon` are still to be looked at."""
+        return bool(self._soon)
+
+    def sweep(self, most: int) -> bool:
+        """Ask the kernel about at most `most` leases: those of `look_soon`, then the next ones, all of them in turn.
+
+        Returns whether there are more than one such step looks at.
+        """
+        self._may_ask = _ASKED_BETWEEN_SWEEPS
+        left, again = most, len(self._round)
+        while left > 0 and (self._soon or again):
+            if self._soon:
+                left -= self._cost(self._next_soon())
+                continue
+            again -= 1
+            number = self._round.popleft()
+            left -= self._cost(number)
+            if number in self._leases:
+                self._round.append(number)
+        return bool(self._soon) or len(self._round) > most
+
+    def _next_soon(self) -> int:
+        number = next(iter(self._soon))
+        del self._soon[number]
+        return number
+
+    def _cost(self, number: int) -> int:
+        """Look at a lease. Returns what that has cost, in probes."""
+        ended = number in self._leases and not self.look(number)
+        return _COST_OF_END if ended else 1
 
     def _enter(self, lease: Lease) -> None:
-        self._leases[lease.number] = lease
-        self._by_checkpoint.setdefault(lease.checkpoint, set()).add(lease.number)
-        self._by_connection.setdefault(lease.holder.connection, set()).add(lease.number)
+        if not lease.waiting:
+            self._round.append(lease.number)
+        self._index(lease)
 
-    def _refresh(self, numbers: list[int]) -> list[Lease]:
-        held = []
-        for number in numbers:
-            lease = self._leases.get(number)
-            if lease is None:
-                continue
-            if lease.waiting or self._probe(lease):
-                held.append(lease)
-            else:
-                self.end(number)
-        return held
+    def _index(self, lease: Lease) -> None:
+        self._leases[lease.number] = lease
+        for index, key in self._indexes(lease):
+            index.setdefault(key, {})[lease.number] = None
+
+    def _drop(self, lease: Lease) -> None:
+        for index, key in self._indexes(lease):
+            numbers = index[key]
+            del numbers[lease.number]
+            if not numbers:
+                del index[key]
+
+    def _indexes(self, lease: Lease) -> list[tuple[dict[Hashable, dict[int, None]], Hashable]]:
+        found = [
+            (self._by_checkpoint, lease.checkpoint),
+            (self._by_connection, lease.holder.connection),
+            (self._by_user, lease.holder.uid),
+        ]
+        return [*found, (self._waiting, lease.holder.connection)] if lease.waiting else found
+
+    def _refresh(self, numbers: Collection[int]) -> list[Lease]:
+        self._ask(numbers)
+        return [self._leases[number] for number in sorted(numbers) if number in self._leases]
+
+    def _count(self, numbers: Collection[int]) -> int:
+        self._ask(numbers)
+        return len(numbers)
+
+    def _ask(self, numbers: Collection[int]) -> None:
+        """Strike out which have ended, unless that takes too many probes: then the sweep has, or soon will."""
+        left = MOST_ASKED
+        if len(numbers) <= min(left, self._may_ask):
+            self._may_ask -= len(numbers)
+            for number in list(numbers):
+                left -= self._cost(number)
+                if left <= 0:
+                    break
 
 
 def named(leases: Iterable[Lease]) -> str:
@@ -189,10 +298,3 @@ def named(leases: Iterable[Lease]) -> str:
     holders = list(dict.fromkeys(str(lease.holder) for lease in leases))
     more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
     return ", ".join(holders[:5]) + more
-
-
-def _drop(index: dict[Hashable, set[int]], key: Hashable, number: int) -> None:
-    numbers = index[key]
-    numbers.discard(number)
-    if not numbers:
-        del index[key]

@@ -73,7 +73,7 @@ class MakingRoom:
             self._store.evict(checkpoint, "capacity", self._load, by)
 
     def _room(self, full: MemoryError | None) -> Room:
-        there = ((c, bool(self._store.holders(c))) for c in self._store.on_device(self._device))
+        there = ((c, self._store.leases.is_held(c.key)) for c in self._store.on_device(self._device))
         return room(self._memory, self._place, self._load, there, full)
 
     def _trial(self, full: MemoryError | None) -> Trial:

@@ -69,7 +69,7 @@ class Store:
 
     def is_leased(self, checkpoint: Checkpoint) -> bool:
         """Whether anybody holds a checkpoint at this moment."""
-        return bool(self.holders(checkpoint))
+        return self.leases.is_held(checkpoint.key)
 
     def kept_books(self) -> int:
         """Bytes of the books that pins and leases keep."""
@@ -125,7 +125,7 @@ class Store:
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
-        if holders := self.holders(checkpoint):
+        if self.leases.is_held(checkpoint.key) and (holders := self.holders(checkpoint)):
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 

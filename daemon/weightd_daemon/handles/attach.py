@@ -13,8 +13,10 @@ from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.loads.request import LoadRequest
 
+from .lease_files import Owner
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from weightd._proto.v1 import checkpoint_pb2, handles_pb2
     from weightd.types import SourceFile
@@ -26,9 +28,12 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loads.loads import Loads
 
-    from .lease_locks import Manifests
+    from .lease_locks import LeaseLocks, Locked, Manifests
     from .peers import Connection, Connections
 
+
+MOST_ENDED = 256
+"""Leases that one frame may say have ended."""
 
 MAX_SOURCES = 10_000
 """Most files of one checkpoint."""
@@ -74,11 +79,11 @@ def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Attached:
-    """What goes to the client. `manifest` is a descriptor that is to be closed when it has been sent."""
+    """What goes to the client. The descriptors of `locked` are to be closed when they have been sent."""
 
     lease: int
     checkpoint: Checkpoint
-    manifest: int
+    locked: Locked
     manifest_bytes: int
     segments: list[int]
     handles: list[Handle]
@@ -94,6 +99,7 @@ class Attacher:
         catalog: Catalog,
         loads: Loads,
         manifests: Manifests,
+        locks: LeaseLocks,
         connections: Connections,
         devices: dict[str, Device],
         default_device: str,
@@ -104,11 +110,20 @@ class Attacher:
         self._catalog = catalog
         self._loads = loads
         self._manifests = manifests
+        self._locks = locks
         self._connections = connections
         self._devices = devices
         self._default_device = default_device
         self._limits = limits
         self._now = now
+
+    def room(self, connection: Connection, request: handles_pb2.AttachRequest) -> Awaitable[None] | None:
+        """What has to be awaited before `attach`, if anything: its lease must outlive this daemon.
+
+        Errors: PermissionDeniedError, OSError.
+        """
+        who = self._connections.who(connection)
+        return self._locks.room(Owner(who.uid, who.domain)) if request.lease_file else None
 
     def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> Attached:
         """Take a lease and say what to send.
@@ -119,8 +134,8 @@ class Attacher:
         checkpoint = self._find(connection, who, request)
         waiting = [
             lease.number
-            for lease in self._store.leases.of_connection(connection.number)
-            if lease.waiting and lease.checkpoint == checkpoint.key
+            for lease in self._store.leases.waiting_of(connection.number)
+            if lease.checkpoint == checkpoint.key
         ]
         if most := self._limits.most(who, "leases"):
             held = self._store.leases.held_by(who.uid, most)
@@ -128,8 +143,9 @@ class Attacher:
         segments = self._segments(checkpoint, request)
         now = self._now()
         lease = self._store.leases.take(checkpoint.key, connection.holder, now)
+        owner = Owner(who.uid, who.domain) if request.lease_file else None
         try:
-            manifest = self._manifests.lock(checkpoint.key, lease.number)
+            locked = self._locks.lock(checkpoint.key, lease.number, owner)
         except OSError:
             self._store.leases.end(lease.number)
             raise
@@ -142,7 +158,7 @@ class Attacher:
         return Attached(
             lease.number,
             checkpoint,
-            manifest,
+            locked,
             self._manifests.size(checkpoint.key),
             segments,
             [device.shared(everything[index]) for index in segments],
@@ -176,14 +192,19 @@ class Attacher:
         self._store.leases.attribute(lease.number, connection.holder)
         return True
 
+    def ended(self, connection: Connection, numbers: Sequence[int]) -> None:
+        """The client says that leases of this connection may have ended."""
+        leases = self._store.leases
+        named = (leases.get(number) for number in numbers[:MOST_ENDED])
+        leases.look_soon(one.number for one in named if one and one.holder.connection == connection.number)
+
     def disconnected(self, connection: Connection) -> None:
-        """A connection is gone: what waited for it is let go, what it mapped is looked at."""
+        """A connection is gone: what waited for it is let go, what it mapped is looked at, now or soon."""
+        leases = self._store.leases
         self._loads.disconnected(connection.number)
-        for lease in self._store.leases.of_connection(connection.number):
-            if lease.waiting:
-                self._store.leases.end(lease.number)
-            else:
-                self._store.leases.look(lease.number)
+        for lease in leases.waiting_of(connection.number):
+            leases.end(lease.number)
+        leases.look_soon(lease.number for lease in leases.of_connection(connection.number))
 
     def check_offer(self, connection: Connection) -> None:
         """Whether a connection's user may have one more intake open. Errors: CapacityError, PermissionDeniedError."""

@@ -29,7 +29,7 @@ from weightd_daemon.wire import clip
 from .log_rate import LogRate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from weightd_daemon.devices.device import Handle
 
@@ -128,6 +128,7 @@ class _Peer:
         self._connection = server._connections.add(accepted)
         self._greeted = False
         self._unsent: list[Handle] = []
+        self._waiting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.call_later(HELLO_SECONDS, self.close, "no hello in time")
         self._loop.add_reader(accepted.fileno(), self._readable)
@@ -138,6 +139,8 @@ class _Peer:
             return
         self._server._peers.discard(self)
         self._deadline.cancel()
+        if self._waiting is not None:
+            self._waiting.cancel()
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close()
         self._drop_unsent()
@@ -148,14 +151,38 @@ class _Peer:
         log.debug(Line("connection closed", who, because=reason))
 
     def _readable(self) -> None:
+        self._answer(self._receive)
+
+    async def _answer_after(self, waiting: Awaitable[None], request: handles_pb2.HandleRequest) -> None:
+        """Answer an attach when there is a file for its lease, and listen again."""
         try:
-            data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
-            if not data:
+            await waiting
+        except Exception:  # what can be foreseen has been told, and then the manifest is locked
+            log.exception("a lease file cannot be made by a bug")
+            self._waiting = None
+            self.close("a bug")
+            return
+        self._waiting = None
+        self._loop.add_reader(self._socket.fileno(), self._readable)
+        self._answer(lambda: request)
+
+    def _receive(self) -> handles_pb2.HandleRequest | None:
+        """The next frame; None where the peer has left. Errors: ProtocolError, DecodeError, OSError."""
+        data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
+        if not data:
+            return None
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
+            raise ProtocolError("a frame is too long or carries descriptors")
+        return handles_pb2.HandleRequest.FromString(data)
+
+    def _answer(self, receive: Callable[[], handles_pb2.HandleRequest | None]) -> None:
+        """Handle a request; what its peer does wrong ends the connection."""
+        try:
+            request = receive()
+            if request is None:
                 self.close("the peer left")
-                return
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
-                raise ProtocolError("a frame is too long or carries descriptors")
-            self._handle(handles_pb2.HandleRequest.FromString(data))
+            else:
+                self._handle(request)
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
@@ -172,11 +199,17 @@ class _Peer:
             raise ProtocolError(f"{kind} before the batch was acknowledged")
         if not self._greeted and kind != "hello":
             raise ProtocolError(f"{kind} before hello")
+        self._server._attacher.ended(self._connection, request.ended)
         try:
             if kind == "hello":
                 self._hello(request.hello)
             elif kind == "attach":
-                self._timed_attach(request.attach)
+                waiting = self._server._attacher.room(self._connection, request.attach)
+                if waiting is None:
+                    self._timed_attach(request.attach)
+                else:  # until then it is not heard
+                    self._loop.remove_reader(self._socket.fileno())
+                    self._waiting = self._loop.create_task(self._answer_after(waiting, request))
             elif kind == "ack":
                 self._send_batch()
             elif kind == "offer":
@@ -237,25 +270,28 @@ class _Peer:
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
         attached: Attached = self._server._attacher.attach(self._connection, request)
         try:
-            first, later = attached.handles[: MAX_DESCRIPTORS - 1], attached.handles[MAX_DESCRIPTORS - 1 :]
+            lent = [one for one in attached.locked if one is not None]
+            room = MAX_DESCRIPTORS - len(lent)
+            first, later = attached.handles[:room], attached.handles[room:]
             # Duplicates: were the lease given up between two batches, a number could mean another file by then.
             for handle in later:  # one by one: what there is when this fails gets closed
                 self._unsent.append(os.dup(handle) if isinstance(handle, int) else handle)
             descriptors = [handle for handle in first if isinstance(handle, int)]
             reply = handles_pb2.AttachReply(
                 lease=attached.lease,
+                lease_file=attached.locked.lease is not None,
                 content_digest=attached.checkpoint.key.content_digest,
                 manifest_bytes=attached.manifest_bytes,
                 segments=attached.segments,
-                descriptors=1 + len(descriptors),
+                descriptors=len(lent) + len(descriptors),
                 handles=[handle for handle in first if isinstance(handle, bytes)],
             )
-            self._send(handles_pb2.HandleReply(attach=reply), [attached.manifest, *descriptors])
+            self._send(handles_pb2.HandleReply(attach=reply), [*lent, *descriptors])
         except BaseException:
-            os.close(attached.manifest)
+            attached.locked.close()
             self._server._attacher.detach(self._connection, attached.lease)  # it did not go out, so it ends here
             raise
-        os.close(attached.manifest)
+        attached.locked.close()
         self._expect_ack()
 
     def _send_batch(self) -> None:

@@ -151,8 +151,8 @@ class Loads:
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left; not for who may not attach, at its limit."""
-        waiting = self._store.leases.of_connection(request.holder.connection)
-        kept = any(lease.waiting and lease.checkpoint == checkpoint.key for lease in waiting)
+        waiting = self._store.leases.waiting_of(request.holder.connection)
+        kept = any(lease.checkpoint == checkpoint.key for lease in waiting)
         if not request.detached and not kept and self._quota.may_lease(request.who):
             self._store.leases.take(checkpoint.key, request.holder, self._now(), waiting=True)
 

@@ -26,7 +26,7 @@ def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -
         if not is_up():
             return Page(HTTPStatus.SERVICE_UNAVAILABLE, b"starting or stopping\n")
         if statistics.drain.state != "serving":
-            held = len(statistics.store.leases.refresh())
+            held = statistics.store.leases.held()
             return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{statistics.drain.state}, leases held: {held}\n".encode())
         return Page(HTTPStatus.OK, b"ready\n")
 

@@ -63,7 +63,7 @@ class Statistics(NamedTuple):
             saved_ratio=(logical - resident) / logical if logical else 0.0,
             checkpoints=len(store.checkpoints),
             blobs=store.blobs.sealed,
-            leases=len(store.leases.refresh()),
+            leases=store.leases.held(),
             digest_collisions=store.collisions,
             evictions=store.evictions,
             state=_STATES[self.drain.state],

@@ -100,7 +100,7 @@ class Drain:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
-        while self._store.leases.refresh():  # noqa: ASYNC110  # the kernel sets no event
+        while self._store.leases.held():  # noqa: ASYNC110  # the kernel sets no event
             await asyncio.sleep(LOOK_SECONDS)
         for checkpoint in list(self._store.checkpoints.values()):
             if self._store.checkpoints.get(checkpoint.key) is checkpoint:  # else it went by `rm`, or with its device

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import CheckpointKey, Content
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
+    from weightd_daemon.handles.lease_files import LeaseFiles
     from weightd_daemon.handles.lease_locks import Manifests
 
     from .service_manager import ServiceManager
@@ -45,6 +46,9 @@ _MOST_KEPT = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
 """The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
+
+_LEASE_FILES_SHARE = 16
+"""One in so many of the descriptors that the service manager keeps is for lease files, each of 256 leases of a user."""
 
 
 class Draft:
@@ -98,6 +102,7 @@ class Survival:
         catalog: Catalog,
         devices: dict[str, Device],
         manifests: Manifests,
+        lease_files: LeaseFiles,
         now: Callable[[], float],
     ) -> None:
         self._manager = manager
@@ -106,6 +111,8 @@ class Survival:
         self._catalog = catalog
         self._devices = devices
         self._manifests = manifests
+        self._lease_files = lease_files
+        lease_files.keep_in(self)
         self._now = now
         self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
         self._record = RecordWriter(store=store, catalog=catalog, devices=devices)
@@ -136,8 +143,12 @@ class Survival:
                 body, left, store=self._store, catalog=self._catalog, devices=self._devices,
                 manifests=self._manifests, last_lease=record.last_lease, now=self._now(),
             )  # fmt: skip
+        lease_files = self._lease_files.take_up(
+            left.descriptors, record.kept, self._store.leases, record.last_lease, self._now()
+        )
+        left.taken |= {left.descriptors[name] for name in lease_files}
         kept = *map(_segment_name, record.segments.values()), *map(_manifest_name, record.kept.values())
-        self._stored = {*kept, ROOT}
+        self._stored = {*kept, *lease_files, ROOT}
         await self._begin_root()
         self.flip()
         self._let_go(left)
@@ -199,7 +210,7 @@ class Survival:
         for name in sorted(names):
             log.info("descriptor %r is left: nothing needs it", name[:80])
             if name and name.isprintable():  # else no name of the descriptor store
-                self._drop(name)
+                self.drop(name)
         for descriptor in {descriptor for name, descriptor in self._given if name != ROOT} - left.taken:
             os.close(descriptor)
 
@@ -214,7 +225,7 @@ class Survival:
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
         table = await asyncio.to_thread(SegmentTable.of, content)
         draft = Draft(make_manifest(encoded), table)
-        if self._record.root is None or not self._manager.listens or not device.lasting:
+        if not self.keeps or not device.lasting:
             return draft
         try:
             await self._keep(draft, device, content.segments)
@@ -230,7 +241,7 @@ class Survival:
 
     async def _keep(self, draft: Draft, device: Device, segments: list[int]) -> None:
         fresh = [segment for segment in segments if (device.uuid, segment) not in self._record.segments]
-        if len(self._stored) + len(fresh) + 1 > self._most:
+        if len(self._stored) + len(fresh) + 1 > self._most - self._most // _LEASE_FILES_SHARE:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
         for segment in fresh:
             handle = device.writable(segment)
@@ -246,7 +257,7 @@ class Survival:
                 raise
             self._stored.add(_segment_name(number))
         name = _manifest_name(self._next())
-        draft.keep_as(self._record.last_id, lambda: self._drop(name))
+        draft.keep_as(self._record.last_id, lambda: self.drop(name))
         self._stored.add(name)
         refused: list[str] = []
         self._manager.keep(name, draft.descriptor, partial(refused.append, name))
@@ -254,10 +265,35 @@ class Survival:
         if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
             raise OSError("the service manager did not take all that was to be kept")
 
+    @property
+    def keeps(self) -> bool:
+        """Whether anything outlives this daemon."""
+        return self._record.root is not None and self._manager.listens
+
+    async def keep(self, name: str, descriptor: int) -> None:
+        """Have a descriptor stored under a name. When this returns, it is. Errors: OSError, TimeoutError; then not."""
+        if len(self._stored) >= self._most:
+            raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
+        self._stored.add(name)
+        try:
+            self._manager.keep(name, descriptor)
+            await self._manager.barrier(_BARRIER_SECONDS)
+        except (OSError, TimeoutError):
+            self.drop(name)
+            raise
+
+    def drop(self, name: str) -> None:
+        """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
+        self._stored.discard(name)
+        try:
+            self._manager.drop(name)
+        except OSError as error:
+            log.warning("the service manager does not let go of %r: %s", name, error)
+
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take(), draft.table)
+        self._manifests.add(key, draft.take(), draft.table, number=draft.number or 0)
         if draft.number is not None:
             self._record.kept[key] = draft.number
         self._store.changed.add(key)
@@ -275,7 +311,7 @@ class Survival:
         """Have a segment that is about to be released leave the store; on any thread."""
         number = self._record.segments.pop((uuid, segment), None)
         if number is not None:
-            self._drop(_segment_name(number))
+            self.drop(_segment_name(number))
 
     def reserve(self, lease: int) -> None:
         """Have everything written before the lock of a lease is put on a manifest: the next daemon looks for it."""
@@ -304,7 +340,7 @@ class Survival:
         if self._going:
             going, self._going = self._going, []
             for name in going:
-                self._drop(name)
+                self.drop(name)
 
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
@@ -322,14 +358,6 @@ class Survival:
     def _on_step(self) -> None:
         self._scheduled = False
         self.flip()
-
-    def _drop(self, name: str) -> None:
-        """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
-        self._stored.discard(name)
-        try:
-            self._manager.drop(name)
-        except OSError as error:
-            log.warning("the service manager does not let go of %r: %s", name, error)
 
 
 def _segment_name(number: int) -> str:

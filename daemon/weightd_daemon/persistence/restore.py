@@ -138,7 +138,7 @@ class _Restore:
         self.uses[key] = used, last_used
         checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
         self.left.taken.add(descriptor)
-        self.manifests.add(key, descriptor, table)
+        self.manifests.add(key, descriptor, table, number=number)
         self.kept[key] = number
 
     def listed(self, row: Mapping[str, Any]) -> set[int]:

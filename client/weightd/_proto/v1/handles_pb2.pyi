@@ -109,20 +109,22 @@ DTYPE_GGML_NVFP4: DType
 DTYPE_GGML_Q1_0: DType
 
 class HandleRequest(_message.Message):
-    __slots__ = ("hello", "attach", "ack", "offer", "detach", "reclaim")
+    __slots__ = ("hello", "attach", "ack", "offer", "detach", "reclaim", "ended")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     DETACH_FIELD_NUMBER: _ClassVar[int]
     RECLAIM_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     hello: HelloRequest
     attach: AttachRequest
     ack: BatchAck
     offer: OfferRequest
     detach: DetachRequest
     reclaim: ReclaimRequest
-    def __init__(self, hello: _Optional[_Union[HelloRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., ack: _Optional[_Union[BatchAck, _Mapping]] = ..., offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., reclaim: _Optional[_Union[ReclaimRequest, _Mapping]] = ...) -> None: ...
+    ended: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hello: _Optional[_Union[HelloRequest, _Mapping]] = ..., attach: _Optional[_Union[AttachRequest, _Mapping]] = ..., ack: _Optional[_Union[BatchAck, _Mapping]] = ..., offer: _Optional[_Union[OfferRequest, _Mapping]] = ..., detach: _Optional[_Union[DetachRequest, _Mapping]] = ..., reclaim: _Optional[_Union[ReclaimRequest, _Mapping]] = ..., ended: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HandleReply(_message.Message):
     __slots__ = ("hello", "attach", "batch", "offer", "detach", "error", "reclaim")
@@ -159,20 +161,22 @@ class HelloReply(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., token: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
 
 class AttachRequest(_message.Message):
-    __slots__ = ("reference", "sources", "device", "components", "tensors", "manifest_only")
+    __slots__ = ("reference", "sources", "device", "components", "tensors", "manifest_only", "lease_file")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     SOURCES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_ONLY_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FILE_FIELD_NUMBER: _ClassVar[int]
     reference: str
     sources: SourceSet
     device: str
     components: _containers.RepeatedScalarFieldContainer[str]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorKey]
     manifest_only: bool
-    def __init__(self, reference: _Optional[str] = ..., sources: _Optional[_Union[SourceSet, _Mapping]] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., tensors: _Optional[_Iterable[_Union[TensorKey, _Mapping]]] = ..., manifest_only: bool = ...) -> None: ...
+    lease_file: bool
+    def __init__(self, reference: _Optional[str] = ..., sources: _Optional[_Union[SourceSet, _Mapping]] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., tensors: _Optional[_Iterable[_Union[TensorKey, _Mapping]]] = ..., manifest_only: bool = ..., lease_file: bool = ...) -> None: ...
 
 class SourceSet(_message.Message):
     __slots__ = ("sources",)
@@ -189,20 +193,22 @@ class TensorKey(_message.Message):
     def __init__(self, component: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class AttachReply(_message.Message):
-    __slots__ = ("lease", "content_digest", "manifest_bytes", "segments", "descriptors", "handles")
+    __slots__ = ("lease", "content_digest", "manifest_bytes", "segments", "descriptors", "handles", "lease_file")
     LEASE_FIELD_NUMBER: _ClassVar[int]
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTORS_FIELD_NUMBER: _ClassVar[int]
     HANDLES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FILE_FIELD_NUMBER: _ClassVar[int]
     lease: int
     content_digest: str
     manifest_bytes: int
     segments: _containers.RepeatedScalarFieldContainer[int]
     descriptors: int
     handles: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, lease: _Optional[int] = ..., content_digest: _Optional[str] = ..., manifest_bytes: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., descriptors: _Optional[int] = ..., handles: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    lease_file: bool
+    def __init__(self, lease: _Optional[int] = ..., content_digest: _Optional[str] = ..., manifest_bytes: _Optional[int] = ..., segments: _Optional[_Iterable[int]] = ..., descriptors: _Optional[int] = ..., handles: _Optional[_Iterable[bytes]] = ..., lease_file: bool = ...) -> None: ...
 
 class DescriptorBatch(_message.Message):
     __slots__ = ("descriptors", "handles")
