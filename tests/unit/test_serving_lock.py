@@ -239,6 +239,15 @@ def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: ServingLock
         lock.renew()
 
 
+def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
+    lock.take()
+    files = [others.socket.with_name(f"w.sock{end}") for end in (".serving", ".lock")]
+    for file in files:
+        os.utime(file, (1, 1))
+    lock.touch()
+    assert all(file.stat().st_mtime > 1 for file in files)
+
+
 def test_a_process_that_is_found_is_one_that_has_the_lock(others: Others, lock: ServingLock) -> None:
     lock.take()
     name = lock_holders.kernel_name(lock.writers)

@@ -10,6 +10,7 @@ loaders inherit the lock: so neither starts beside the other.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -108,7 +109,8 @@ class ServingLock:
     def touch(self) -> None:
         """Keep the files young: what cleans folders up goes by their age."""
         for descriptor in (self.writers, self._older):
-            os.utime(descriptor)
+            with contextlib.suppress(OSError):  # on a file system that has become read-only nobody cleans up either
+                os.utime(descriptor)
 
     def _open(self) -> int:
         """The lock file, with the lock that says who serves. Errors: AlreadyServedError, OSError."""
@@ -144,11 +146,9 @@ class ServingLock:
     def _take_older(self) -> bool:
         """Have the lock that daemons before this one ask for, unless a process of one of them still has it."""
         if not self._has_older:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._older, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._has_older = True
-            except BlockingIOError:
-                pass
         return self._has_older
 
     def _sign(self) -> None:
