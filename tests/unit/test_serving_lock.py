@@ -194,6 +194,20 @@ def test_a_loader_that_does_not_die_is_waited_for_a_second_and_then_only_watched
     until(lambda: not lock.is_written_by_others())
 
 
+def test_who_is_not_found_in_time_is_killed_later(
+    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
+    child = others.left_by(WRITER)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving_lock, "holders", lambda *_: [])
+        lock.take()
+    assert lock.is_written_by_others()
+    assert not has_ended(child)
+    lock.end_others()
+    until(lambda: not lock.is_written_by_others())
+
+
 @pytest.mark.usefixtures("nobody_dies")
 def test_a_holder_that_does_not_die_refuses_the_start(
     others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch

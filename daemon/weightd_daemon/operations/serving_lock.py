@@ -29,7 +29,8 @@ _HOLDERS_SECONDS = 5.0
 """How long the start waits for holders of its memory, and for locks of which nobody can tell whose they are."""
 _PAUSE_SECONDS = 0.02
 _KILL_SECONDS = 0.2
-"""Between two looks for whom to kill."""
+_SCAN_SECONDS = 0.3
+"""Between two looks for whom to kill, and the longest that one takes: there may be very many processes."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _SERVES, _WRITES, _HOLDS = 0, 1, 2
@@ -80,6 +81,12 @@ class ServingLock:
     def is_written_by_others(self) -> bool:
         """Whether a process of a daemon before may still write to memory. Once it is False, it stays that."""
         return _is_held(self.writers, _WRITES) or not self._take_older()
+
+    def end_others(self) -> None:
+        """Kill the processes of a daemon before that may still write, however long it takes to find them."""
+        files = self._files()
+        for pid in holders(files):
+            end(pid, files)
 
     def is_whole(self) -> bool:
         """Whether both files still are those that are locked."""
@@ -172,7 +179,7 @@ class ServingLock:
                 raise self._served(daemon)
             elif time.monotonic() > look_at:  # most have ended by then: the kernel kills children of a dead daemon
                 files = self._files()
-                left = holders(files)
+                left = holders(files, _SCAN_SECONDS)
                 for pid in left:
                     end(pid, files)
                 look_at = time.monotonic() + _KILL_SECONDS
