@@ -15,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("WEIGHTD_PROTOS_VENV", ROOT / ".venv-protos")).absolute()
-STUBS = ROOT / "client" / "weightd" / "_proto" / "v1"
+STUBS = {  # where the stubs of each folder of protos are
+    "v1": ROOT / "client" / "weightd" / "_proto" / "v1",
+    "internal": ROOT / "daemon" / "weightd_daemon" / "loader" / "_proto",
+}
 
 needs_venv = pytest.mark.skipif(
     not (VENV / ".installed").exists(),
@@ -25,10 +28,10 @@ needs_venv = pytest.mark.skipif(
 USE = """
 import importlib, sys
 import google.protobuf
-major, *modules = sys.argv[1:]
+major, *modules = sys.argv[1:]  # of modules their full names
 assert google.protobuf.__version__.split(".")[0] == major, (google.protobuf.__version__, google.protobuf.__file__)
 for module in modules:
-    importlib.import_module("weightd._proto.v1." + module)
+    importlib.import_module(module)
 from weightd._proto.v1 import handles_pb2
 manifest = handles_pb2.Manifest(
     content_digest="sha256:00", components=["vae"], names=["a", "b"], ranks=[2, 0], dimensions=[3, 4],
@@ -38,6 +41,14 @@ manifest = handles_pb2.Manifest(
 again = handles_pb2.Manifest.FromString(manifest.SerializeToString())
 assert again == manifest
 assert list(again.offsets) == [0, 1 << 40] and again.files[0].metadata["format"] == "pt"
+from weightd_daemon.loader._proto import loader_pb2
+message = loader_pb2.ToLoader(
+    candidate=loader_pb2.Candidates(found=[True, False], blobs=[1 << 40, 0], segments=[1, 0], offsets=[256, 0]),
+    segments=[loader_pb2.Segment(number=1, size=4096), loader_pb2.Segment(number=2, size=4096, handle=bytes(64))],
+)
+again = loader_pb2.ToLoader.FromString(message.SerializeToString())
+assert (again, again.WhichOneof("body")) == (message, "candidate")
+assert [segment.HasField("handle") for segment in again.segments] == [False, True]
 print("ok", len(modules))
 """
 
@@ -54,9 +65,12 @@ def test_stubs_are_what_the_protos_generate() -> None:
 
 
 def test_every_proto_has_its_stub() -> None:
-    protos = {path.stem for path in (ROOT / "protos" / "weightd" / "v1").glob("*.proto")}
-    assert protos
-    assert protos == {path.stem.removesuffix("_pb2") for path in STUBS.glob("*_pb2.py")}
+    folders = {path.name: path for path in (ROOT / "protos" / "weightd").iterdir()}
+    assert folders.keys() == STUBS.keys()
+    for name, stubs in STUBS.items():
+        protos = {path.stem for path in folders[name].glob("*.proto")}
+        assert protos
+        assert protos == {path.stem.removesuffix("_pb2") for path in stubs.glob("*_pb2.py")}
 
 
 @needs_venv
@@ -64,10 +78,14 @@ def test_every_proto_has_its_stub() -> None:
 def test_stubs_import_under_protobuf(major: int) -> None:
     runtime = VENV / "runtimes" / f"protobuf-{major}"
     assert runtime.is_dir(), f"{runtime} is absent: remove {VENV.name}/.installed and run `make test` again"
-    modules = sorted(path.stem for path in STUBS.glob("*_pb2.py"))
+    modules = sorted(
+        ".".join(path.relative_to(ROOT).with_suffix("").parts[1:])
+        for stubs in STUBS.values()
+        for path in stubs.glob("*_pb2.py")
+    )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", USE, str(major), *modules],
-        env={"PYTHONPATH": f"{runtime}:{ROOT / 'client'}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{runtime}:{ROOT / 'client'}:{ROOT / 'daemon'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,

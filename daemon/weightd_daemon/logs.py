@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
-import re
 import sys
 import time
 from typing import TYPE_CHECKING
+
+from .log_line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .config.settings import Settings
 
-_PLACE = re.compile(r"(?:(\w+)=)?%[-#0-9.]*([a-z%])")
-"""A place for an argument in the format of a message, with its key where it is written as KEY=%s."""
 _PRIORITIES = ((logging.ERROR, 3), (logging.WARNING, 4), (logging.INFO, 6))
 _DEBUG_PRIORITY = 7
 _CHATTY = ("grpc", "asyncio")
@@ -25,10 +23,7 @@ _CHATTY = ("grpc", "asyncio")
 
 
 class JsonLines(logging.Formatter):
-    """One object a line: time (UTC), level, logger, message, each `key=value` of the message, exception.
-
-    A record may have more of them in `fields` (logging's `extra`).
-    """
+    """One object a line: time (UTC), level, logger, message, the fields of a `Line`, exception."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
@@ -37,25 +32,15 @@ class JsonLines(logging.Formatter):
             "time": f"{stamp}.{int(record.created % 1 * 1000):03}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": _message(record),
+            "message": record.getMessage(),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        more: dict[str, object] = getattr(record, "fields", {})
-        return json.dumps(line | _fields(record, line) | more)
+        fields = record.msg.fields if isinstance(record.msg, Line) else {}
+        return json.dumps(line | {key: value for key, value in fields.items() if key not in line})
 
 
-class TextLines(logging.Formatter):
-    """Lines for people: what is not known is "unknown"."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The lines, without the last one's end."""
-        shown = copy.copy(record)
-        shown.msg, shown.args = _message(record), None
-        return super().format(shown)
-
-
-class JournalLines(TextLines):
+class JournalLines(logging.Formatter):
     """Each line with its priority, as sd-daemon(3) says; the journal has the date itself."""
 
     def __init__(self) -> None:
@@ -88,28 +73,10 @@ def _formatter(settings: Settings, environment: Mapping[str, str]) -> logging.Fo
         return JsonLines()
     if _is_journal(environment.get("JOURNAL_STREAM", "")):
         return JournalLines()
-    return TextLines("%(asctime)s %(levelname)s %(name)s %(message)s")
+    return logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
 
 
 def _is_journal(stream: str) -> bool:
     """Whether standard error is the journal: $JOURNAL_STREAM is inherited by those who have another one, too."""
     status = os.fstat(2)
     return stream == f"{status.st_dev}:{status.st_ino}"
-
-
-def _message(record: logging.LogRecord) -> str:
-    if not isinstance(record.args, tuple) or None not in record.args:
-        return record.getMessage()
-    return str(record.msg) % tuple("unknown" if value is None else value for value in record.args)
-
-
-def _fields(record: logging.LogRecord, taken: Mapping[str, object]) -> dict[str, object]:
-    """The arguments that have a key in the message; what JSON has no number or text for becomes text."""
-    if not isinstance(record.args, tuple):
-        return {}
-    keys = [match[1] for match in _PLACE.finditer(str(record.msg)) if match[2] != "%"]
-    return {
-        key: value if isinstance(value, str | int | float | None) else str(value)
-        for key, value in zip(keys, record.args, strict=False)
-        if key and key not in taken
-    }

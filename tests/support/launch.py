@@ -1,10 +1,10 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors; `--look` is the pause
-between two looks after the sockets. `--backlog` is how many events may wait for a reader. `--loader` names hash
-functions of support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the
-loop for good. `--deaf` names a class of events that no listener can take. `--points` is the file that names the point
-at which it kills itself (support/points.py).
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` that of
+gRPC requests; `--look` is the pause between two looks at the sockets. `--backlog` is how many events may wait for a
+reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise what no handler may
+raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events that no listener can take.
+`--points` is the file that names the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import points
+from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.api import grpc_server
+from weightd_daemon.api import admission, grpc_server
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -33,6 +33,7 @@ def launcher(
     hello: float | None = None,
     ack: float | None = None,
     page: float | None = None,
+    read: float | None = None,
     look: float | None = None,
     backlog: int | None = None,
     loader: str = "",
@@ -43,8 +44,8 @@ def launcher(
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
-        "hello": hello, "ack": ack, "page": page, "look": look, "backlog": backlog, "loader": loader or None,
-        "points": points, "deaf": deaf or None,
+        "hello": hello, "ack": ack, "page": page, "read": read, "look": look, "backlog": backlog,
+        "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
     parser.add_argument("--page", type=float)
+    parser.add_argument("--read", type=float)
     parser.add_argument("--look", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
@@ -65,6 +67,7 @@ def main() -> int:
     parser.add_argument("--deaf")
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
+    loop_watch.install()
     tell_waiters()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
@@ -72,6 +75,8 @@ def main() -> int:
         handle_server.ACK_SECONDS = options.ack
     if options.page is not None:
         http.SECONDS = options.page
+    if options.read is not None:
+        admission.READ_SECONDS = options.read
     if options.look is not None:
         sockets.LOOK_SECONDS = options.look
     if options.backlog is not None:

@@ -362,7 +362,17 @@ def test_the_example_has_every_setting_and_each_can_be_uncommented(tmp_path: Pat
     assert [name for name, origin in origins.items() if origin == "default"] == []
     values = {name for name in NAMES if getattr(settings, name) != getattr(Settings(), name)}
     # Where the file cannot say the default, or the default depends on the user.
-    assert values <= {"socket", "socket_mode", "budget", "pool", "state_dir", "metrics", "model_roots", "preload"}
+    assert values <= {
+        "socket",
+        "socket_mode",
+        "budget",
+        "pool",
+        "books",
+        "state_dir",
+        "metrics",
+        "model_roots",
+        "preload",
+    }
     assert settings.preload == (Preload("/srv/models/base", "base", "host"),)
 
 

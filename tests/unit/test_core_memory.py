@@ -450,3 +450,38 @@ def test_a_segment_in_which_nothing_lies_any_more_goes_when_it_is_thawed(*, froz
     device.reclaim()
     assert device.memory.used == 0
     device.memory.thaw(7, [])  # it has gone
+
+
+def test_a_closed_pool_returns_what_it_has_and_keeps_nothing_until_it_is_opened() -> None:
+    fixture = Fixture()
+    first, second, third = (fixture.grant(4) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    fixture.give_back(first)
+    assert fixture.memory.pooled_bytes() == 4 * PAGE
+    fixture.memory.close_pool()
+    assert [reclaim.segment for reclaim in fixture.reclaim() if isinstance(reclaim, Release)] == [first.segment]
+    fixture.give_back(second)
+    assert fixture.memory.pooled_bytes() == 0
+    fixture.reclaim()
+    fixture.memory.open_pool()
+    fixture.give_back(third)
+    assert fixture.memory.pooled_bytes() == fixture.memory.used == 4 * PAGE
+
+
+def test_what_frees_bytes_is_settled_before_they_are_granted_or_returned() -> None:
+    fixture = Fixture(pool_pages=0)
+    calls: list[int] = []
+    fixture.memory._before_use = lambda: calls.append(fixture.memory.used)
+    extent = fixture.grant(4)
+    assert extent is not None
+    assert len(calls) == 1
+    assert fixture.memory.take_reclaims() == []
+    assert len(calls) == 1, "nothing leaves"
+    fixture.give_back(extent)
+    assert len(calls) == 1
+    assert fixture.reclaim()
+    assert len(calls) == 2
+    assert fixture.grant(64) is None
+    assert len(calls) == 2

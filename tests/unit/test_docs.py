@@ -26,7 +26,7 @@ from weightd_daemon.api.context import TOKEN
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.handles import handle_server
 from weightd_daemon.handles.lease_locks import LOCK_BASE
-from weightd_daemon.loader import job
+from weightd_daemon.loader import intake
 from weightd_daemon.monitoring import event_stream, http
 from weightd_daemon.monitoring.metrics import Metrics
 
@@ -289,7 +289,7 @@ def test_protocol_states_the_limits_of_the_code() -> None:
     assert f"within {handle_server.HELLO_SECONDS:.0f} s, and once" in text
     assert f"has arrived, within {handle_server.ACK_SECONDS:.0f} s" in text
     assert f"{handle_server.MAX_OFFERS} intakes" in text
-    assert f"each batch within {job._INTAKE_SECONDS:.0f} s" in text
+    assert f"each batch within {intake.INTAKE_SECONDS:.0f} s" in text
     assert f"`hello {{protocol: {protocol.PROTOCOL}}}`" in text
     assert LOCK_BASE == 1 << 40
     assert "2^40 + `lease`" in text

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError
-from weightd.types import FileIdentity
-from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.loader import job, source
+from weightd_daemon.loader import intake as intakes
 from weightd_daemon.loader.source import Source
 
 
 class Intake:
-    """Both ends of an intake, the client's files, and a load that takes them."""
+    """Both ends of an intake, the client's files, and a loader that takes them."""
 
     def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder = folder
@@ -30,8 +28,8 @@ class Intake:
         self.client, self.loader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.enter_context(self.client)
         stack.enter_context(self.loader)
-        nothing: Any = None  # neither its channel nor its device is asked
-        self._load = stack.enter_context(job.Load(nothing, nothing, {}, new_hasher))
+        self._files: list[int | Source] = []
+        stack.callback(intakes.close_all, self._files)
 
     def send(self, *sizes: int) -> None:
         """A batch of files of these sizes."""
@@ -47,7 +45,8 @@ class Intake:
         socket.send_fds(self.client, [frame.SerializeToString()], descriptors)
 
     def received(self, missing: int = 0) -> list[int | Source]:
-        return self._load._receive_files(self.loader, self._names + ["x"] * missing)
+        intakes.receive_files(self.loader, self._names + ["x"] * missing, self._files)
+        return self._files
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def intake(tmp_path: Path) -> Iterator[Intake]:
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """More files than descriptors, and 100 bytes to hold files in."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1, 1))
-    monkeypatch.setattr(job, "_HELD_BYTES", 100)
+    monkeypatch.setattr(intakes, "_HELD_BYTES", 100)
 
 
 def held(files: list[int | Source]) -> list[bool]:
@@ -78,15 +77,15 @@ def test_files_are_held_while_there_is_room_for_them(intake: Intake) -> None:
 def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_read(
     intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked = source.identity_of
+    flags = fcntl.fcntl
 
-    def grown(descriptor: int) -> FileIdentity:
-        """As if it had grown a moment before."""
+    def grown(descriptor: int, *command: int) -> int:
+        """As if it had grown a moment before it is looked at."""
         if more := {10: 101, 11: 80, 12: 21}.get(os.fstat(descriptor).st_size):
             os.truncate(f"/proc/self/fd/{descriptor}", more)
-        return looked(descriptor)
+        return flags(descriptor, *command)
 
-    monkeypatch.setattr(source, "identity_of", grown)
+    monkeypatch.setattr("weightd_daemon.loader.source.fcntl.fcntl", grown)
     intake.send(10, 11, 12)
     files = intake.received()
     assert held(files) == [False, True, False]  # of 101, 80 and 21 bytes
@@ -94,24 +93,24 @@ def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_rea
 
 def test_each_batch_has_its_own_time(intake: Intake, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float | None] = []
-    receive = job.receive_fds
+    receive = intakes.receive_fds
 
     def noted(end: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
         waits.append(end.gettimeout())
         return receive(end, size, most)
 
-    monkeypatch.setattr(job, "receive_fds", noted)
+    monkeypatch.setattr(intakes, "receive_fds", noted)
     for _ in range(3):
         intake.send(1)
     assert len(intake.received()) == 3
-    assert waits == [job._INTAKE_SECONDS] * 3
+    assert waits == [intakes.INTAKE_SECONDS] * 3
 
 
 @pytest.mark.parametrize("sent", [1, 100])
 def test_a_client_that_sends_no_more_or_takes_no_confirmation(
     sent: int, intake: Intake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "_INTAKE_SECONDS", 0.01)
+    monkeypatch.setattr(intakes, "INTAKE_SECONDS", 0.01)
     intake.loader.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the kernel makes it a few frames
     for _ in range(sent):
         intake.send(1)

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import errno
 import gc
-import json
+import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,18 +19,33 @@ import pytest
 
 from support.descriptors import open_descriptors
 from support.limits import room_for
-from weightd.errors import DeviceError, FormatError, ResourceLimitError, ServerError
+from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.loader import channel as channel_module
 from weightd_daemon.loader import job
-from weightd_daemon.loader.channel import BATCH, LENGTH, Channel, Message, receive_fds
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import (
+    BATCH,
+    LENGTH,
+    MAX_MESSAGE,
+    Channel,
+    Gone,
+    error_of,
+    failure_of,
+    framed,
+    receive_fds,
+)
 from weightd_daemon.loader.schedule import Tensor, Unit, on_threads
+from weightd_daemon.loads import dialogue
+from weightd_daemon.loads.dialogue import LoadSteps
 from weightd_daemon.loads.loader_process import LoaderDied, LoaderProcess
 
+GRANT = wire.ToDaemon(grant=wire.Grant(ends=[256], need=256))
 SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
 
@@ -76,7 +92,7 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
         async with asyncio.timeout(60):
             await loader.exited
         with pytest.raises(LoaderDied):
-            await loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])
+            await loader.send(wire.ToLoader(), [SegmentHandle(1, 4096, 0)])
         with pytest.raises(LoaderDied):
             await loader.receive()
 
@@ -94,7 +110,7 @@ def test_too_many_descriptors_on_their_way_is_a_limit_whatever_is_sent(monkeypat
         loader = await LoaderProcess.spawn(SLEEPER, [])
         try:
             for what, send in (
-                ("segments", loader.send({"job": "load"}, [SegmentHandle(1, 4096, 0)])),
+                ("segments", loader.send(wire.ToLoader(), [SegmentHandle(1, 4096, 0)])),
                 ("an intake", loader.send_descriptor(0)),
             ):
                 with pytest.raises(ResourceLimitError, match=rf"^sending {what} to a loader process: the user of "):
@@ -210,8 +226,8 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
             stack.enter_context(end)
         socket.send_fds(descriptors[0], [b"d"], [intake[1].fileno()])
         intake[1].close()
-        asked = json.dumps({"job": "load", "kind": "cuda_vmm", "device": "GPU-0", "sources": ["a"]}).encode()
-        control[0].sendall(LENGTH.pack(len(asked)) + asked)
+        asked = wire.Load(kind="cuda_vmm", device="GPU-0", sources=[wire.Source(file="a")])
+        control[0].sendall(framed(wire.ToLoader(load=asked)))
         assert not job._do(Channel(control[1], descriptors[1]), new_hasher)
         assert b"cuInit failed" in control[0].recv(4096)
         descriptors[1].setblocking(False)
@@ -229,12 +245,13 @@ class DaemonEnd:
         for end in (self.control, control, self.descriptors, descriptors):
             stack.enter_context(end)
         self.channel = Channel(control, descriptors)
+        stack.callback(self.channel._reader.close)  # not when the collector comes, which may take the socket first
         stack.callback(self.channel.forget_segments)
 
     def send(self, first: int, count: int) -> None:
         """A message with that many fresh segments, as LoaderProcess sends it."""
-        body = json.dumps({"segments": [(first + at, 4096, None) for at in range(count)]}).encode()
-        self.control.sendall(LENGTH.pack(len(body)) + body)
+        segments = [wire.Segment(number=first + at, size=4096) for at in range(count)]
+        self.control.sendall(framed(wire.ToLoader(segments=segments)))
         for start in range(0, count, BATCH):
             socket.send_fds(self.descriptors, [b"d"], [0] * min(BATCH, count - start))
 
@@ -252,7 +269,7 @@ def test_after_descriptors_were_lost_no_thread_takes_those_of_another_message() 
         daemon.break_channel()
         assert open_descriptors() == before
         daemon.send(1000, 1)
-        for go_on in (lambda: daemon.channel.call("grant"), daemon.channel.receive, daemon.channel.receive_descriptor):
+        for go_on in (lambda: daemon.channel.call(GRANT), daemon.channel.receive, daemon.channel.receive_descriptor):
             with pytest.raises(ResourceLimitError, match=r"^receiving segments: the daemon's loader process has all"):
                 go_on()
         assert daemon.channel.segments == {}
@@ -274,12 +291,100 @@ def test_another_number_of_descriptors_than_belong_to_a_message(count: int) -> N
         assert open_descriptors() == before
 
 
+def test_nothing_is_sent_after_a_message_that_was_sent_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The daemon would take the rest of it for the begin of the next, and wait for what never comes."""
+
+    class Half:
+        """A socket for which the kernel runs out of memory half-way."""
+
+        def __init__(self, control: socket.socket) -> None:
+            self._control = control
+
+        def sendall(self, frame: bytes) -> None:
+            self._control.sendall(frame[: len(frame) // 2])
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        monkeypatch.setattr(daemon.channel, "_control", Half(daemon.channel._control))
+        for go_on in (lambda: daemon.channel.tell(GRANT), lambda: daemon.channel.call(GRANT)):
+            with pytest.raises(Gone):
+                go_on()
+        frame = framed(GRANT)
+        assert daemon.control.recv(4096) == frame[: len(frame) // 2]
+        daemon.control.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            daemon.control.recv(1)
+        daemon.send(0, 0)
+        with pytest.raises(Gone):  # so the process ends, and the daemon reads the end of the stream
+            job._do(daemon.channel, new_hasher)
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (framed(wire.ToLoader(settle=wire.Candidates())), "grant was asked, and settle came"),
+        (framed(wire.ToLoader()), "grant was asked, and None came"),
+        (LENGTH.pack(MAX_MESSAGE + 1), f"a message of {MAX_MESSAGE + 1} bytes came"),
+        (LENGTH.pack(2) + b"\xff\xff", "DecodeError"),
+    ],
+)
+def test_an_answer_that_is_none_breaks_the_channel(sent: bytes, why: str) -> None:
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        daemon.control.sendall(sent)
+        with pytest.raises(Exception, match=re.escape(why) if why != "DecodeError" else "parsing"):
+            daemon.channel.call(GRANT)
+        assert daemon.channel.broken
+        with pytest.raises(ServerError, match=re.escape(why)):
+            daemon.channel.call(GRANT)
+
+
+@pytest.mark.parametrize("sent", [LENGTH.pack(MAX_MESSAGE + 1), LENGTH.pack(2) + b"\xff\xff"])
+def test_a_loader_that_sends_what_is_no_message_is_killed(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        writes = f"import os; os.write(int(__import__('sys').argv[1]), {sent!r}); __import__('time').sleep(600)"
+        loader = await LoaderProcess.spawn((sys.executable, "-S", "-c", writes), [])
+        async with asyncio.timeout(60):
+            with pytest.raises(LoaderDied):
+                await loader.receive()
+            await loader.exited
+
+    asyncio.run(run())
+    assert "sent what is no message" in caplog.text
+
+
+def test_a_message_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "MAX_MESSAGE", 3)
+    with contextlib.ExitStack() as stack:
+        daemon = DaemonEnd(stack)
+        with pytest.raises(ServerError, match=r"^grant has \d+ bytes; a message has at most 3$"):
+            daemon.channel.tell(GRANT)
+        daemon.channel.tell(wire.ToDaemon(idle=wire.Idle()))  # the stream is in step
+
+
+def test_every_question_has_an_answer_of_its_name() -> None:
+    """`Channel.call` goes by the names, and the daemon answers what it does not only hear."""
+    asked = {field.name for field in wire.ToDaemon.DESCRIPTOR.oneofs_by_name["body"].fields}
+    answered = {field.name for field in wire.ToLoader.DESCRIPTOR.oneofs_by_name["body"].fields}
+    told = dialogue._TOLD | {"verified", "failed", "idle"}
+    assert asked - told == answered - {"failed", "load", "verify"}
+    source = inspect.getsource(LoadSteps._answer) + inspect.getsource(LoadSteps._hear)
+    assert set(re.findall(r'case "(\w+)"', source)) == (asked - told) | dialogue._TOLD
+
+
+def test_an_error_travels_with_all_that_it_says() -> None:
+    error = CapacityError("a\udcff does not fit", {"requested_bytes": "1"})
+    again = error_of(failure_of(error))
+    assert (type(again), again.message, again.metadata) == (CapacityError, "a\\udcff does not fit", error.metadata)
+
+
 def test_a_loader_that_lost_descriptors_does_no_other_job_whatever_it_failed_of(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Another thread's error may come first, one after which a loader goes on."""
 
-    def work(_: Channel, __: Message, ___: object) -> Never:
+    def work(_: Channel, __: wire.ToLoader, ___: object) -> Never:
         daemon.break_channel()
         raise FormatError("broken file")
 

@@ -13,16 +13,19 @@ import pytest
 
 from weightd_daemon import logs
 from weightd_daemon.config.settings import Settings
+from weightd_daemon.log_line import Line
 
 
-def record(message: str, *arguments: object, level: int = logging.INFO, error: bool = False) -> logging.LogRecord:
+def record(
+    message: str | Line, *arguments: object, level: int = logging.INFO, error: bool = False
+) -> logging.LogRecord:
     info = None
     if error:
         try:
             raise ZeroDivisionError("by zero")
         except ZeroDivisionError:
             info = sys.exc_info()
-    made = logging.LogRecord("weightd_daemon.x", level, "x.py", 1, message, arguments, info)
+    made = logging.LogRecord("weightd_daemon.x", level, "x.py", 1, message, arguments, info)  # type: ignore[arg-type]  # a Line
     made.created = 1_700_000_000.25
     return made
 
@@ -43,16 +46,20 @@ def test_json_has_what_every_line_has() -> None:
     }
 
 
-def test_json_has_the_fields_of_a_message() -> None:
-    line = as_json("loaded 100%% content=%s total_bytes=%d of %s seconds=%.3f uid=%s", "sha256:ab", 5, "x", 1.25, None)
-    assert line["message"] == "loaded 100% content=sha256:ab total_bytes=5 of x seconds=1.250 uid=unknown"
-    assert {key: line[key] for key in list(line)[4:]} == {
-        "content": "sha256:ab", "total_bytes": 5, "seconds": 1.25, "uid": None,
-    }  # fmt: skip
+def test_json_has_the_fields_of_a_line() -> None:
+    shown = {"content": "sha256:ab", "total_bytes": 5, "seconds": 1.25, "uid": None}
+    line = as_json(Line("loaded 100% of x", shown, "at last", more={"names": ["a"]}, because="it was asked for"))
+    text = "loaded 100% of x content=sha256:ab total_bytes=5 seconds=1.250 uid=unknown at last: it was asked for"
+    assert line["message"] == text
+    assert {key: line[key] for key in line if key not in as_json("x")} == shown | {"names": ["a"]}
+
+
+def test_nothing_is_read_back_from_the_text_of_a_line() -> None:
+    assert as_json("a name=b of %s", "c=d").keys() == as_json("x").keys()
 
 
 def test_json_fields_do_not_take_the_place_of_what_every_line_has() -> None:
-    line = as_json("level=%s message=%s socket=%s", "x", "y", os)
+    line = as_json(Line({"level": "x", "message": "y", "socket": os}))
     assert (line["level"], line["message"]) == ("info", f"level=x message=y socket={os}")
     assert line["socket"] == str(os)
 
@@ -68,16 +75,15 @@ def test_json_has_a_traceback_in_one_line() -> None:
     [(logging.DEBUG, 7), (logging.INFO, 6), (logging.WARNING, 4), (logging.ERROR, 3), (logging.CRITICAL, 3)],
 )
 def test_the_journal_gets_a_priority_on_every_line_and_no_date(level: int, priority: int) -> None:
-    assert logs.JournalLines().format(record("a=%d", 1, level=level)) == f"<{priority}>weightd_daemon.x a=1"
+    assert logs.JournalLines().format(record(Line({"a": 1}), level=level)) == f"<{priority}>weightd_daemon.x a=1"
     lines = logs.JournalLines().format(record("failed", level=level, error=True)).splitlines()
     assert len(lines) > 3
     assert all(line.startswith(f"<{priority}>") for line in lines)
 
 
 def test_people_read_that_something_is_unknown() -> None:
-    line = logs.TextLines("%(message)s").format(record("attached pid=%s uid=%s 100%%", None, 5))
-    assert line == "attached pid=unknown uid=5 100%"
-    assert logs.JournalLines().format(record("pid=%s", None)) == "<6>weightd_daemon.x pid=unknown"
+    assert str(Line("attached", "", {"pid": None, "uid": 5}, "100%")) == "attached pid=unknown uid=5 100%"
+    assert logs.JournalLines().format(record(Line({"pid": None}))) == "<6>weightd_daemon.x pid=unknown"
     assert logs.JournalLines().format(record("100%")) == "<6>weightd_daemon.x 100%"
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from weightd_daemon.loader import slots as slots_module
+from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.slots import Slot, Slots, Together
 
 KIB = 1 << 10
@@ -24,10 +23,12 @@ class Daemon:
         self._lengths = list(lengths)
         self.asked: list[tuple[list[int], int]] = []
 
-    def call(self, op: str, *, ends: list[int], need: int) -> dict[str, Any]:
-        assert op == "grant"
-        self.asked.append((ends, need))
-        return {"segment": len(self.asked), "offset": 0, "length": self._lengths.pop(0) if self._lengths else ends[-1]}
+    def call(self, question: wire.ToDaemon) -> wire.ToLoader:
+        assert question.WhichOneof("body") == "grant"
+        ends = list(question.grant.ends)
+        self.asked.append((ends, question.grant.need))
+        length = self._lengths.pop(0) if self._lengths else ends[-1]
+        return wire.ToLoader(grant=wire.Extent(segment=len(self.asked), offset=0, length=length))
 
 
 def slots(daemon: Daemon, *sizes: int, frugal: bool = False) -> Slots:

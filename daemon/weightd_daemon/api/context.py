@@ -15,9 +15,8 @@ from weightd_daemon.monitoring.event_stream import Journal
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 
+from .admission import TOKEN
 from .error_mapping import Context
-
-TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 
 
 class Parts(NamedTuple):

@@ -38,6 +38,7 @@ class Described(NamedTuple):
     entries: Sequence[Entry]
     identities: Sequence[BlobIdentity]
     places: Sequence[Place | None]
+    manifest_bytes: int = 0
 
 
 class Restoration:
@@ -59,7 +60,7 @@ class Restoration:
         self._check(key, described)
         blobs = [None if place is None else self._blob(key, blob, place) for blob, place in _rows(described)]
         content = Content(key.content_digest, tuple(described.files), tuple(described.entries), tuple(blobs))
-        checkpoint = Checkpoint.of(key, content, owner, loaded)
+        checkpoint = Checkpoint.of(key, content, owner, loaded, described.manifest_bytes)
         self._store.enter(checkpoint)
         return checkpoint
 

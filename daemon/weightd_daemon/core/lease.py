@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Holder:
     """Who took a lease: connection number, process (None where it cannot be known), user, command line.
 
-    `uid` is None for a peer without an identity.
+    `uid` is None for a peer without an identity. `command` alone may change: to read it can take a while.
     """
 
     connection: int
     pid: int | None
     uid: int | None
-    command: str
+    command: str = field(compare=False)
 
     def __str__(self) -> str:
         """For people: "pid 12 (python serve.py)", "pid unknown (uid 1000)"."""

@@ -131,6 +131,21 @@ class Loading:
             if not self._room.evict_for(need, need, full):
                 raise self._room.refusal(need, full) from full
 
+    def expect_books(self, needed: int) -> None:
+        """Reckon with `needed` bytes of the daemon's books for what the load brings. Errors: CapacityError."""
+        self._check()
+        self._store.books.expect(self.number, needed)
+
+    def check_books(self, total_bytes: int, tensors: int) -> None:
+        """Refuse the load if its books would not fit even after every eviction. Errors: CapacityError.
+
+        What is resident needs none; as long as its content is not known, equal figures may mean that.
+        """
+        self._check()
+        there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
+        if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
+            self._store.books.check(self.number, self._store.kept_books)
+
     # -- tensors ---------------------------------------------------------------------------------------------------
 
     def resident_lengths(self) -> set[int]:
@@ -246,22 +261,25 @@ class Loading:
         twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
         return replaced
 
-    def seal(self, content: Content, now: float, manifest: object = None) -> Checkpoint:
+    def seal(self, content: Content, now: float, manifest: object = None, manifest_bytes: int = 0) -> Checkpoint:
         """The load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end` is still to come.
 
-        When that content is resident already, the checkpoint that is there is returned. What the listener of events
-        raises fails the seal, and nothing has changed.
+        When that content is resident already, the checkpoint that is there is returned. Otherwise others may go for its
+        books. Errors: CapacityError (they do not fit). What the listener of events raises fails the seal, too, and then
+        the checkpoint is not there.
         """
         self._check()
         key = CheckpointKey(*self.place, content.content_digest)
         checkpoint = self._store.checkpoints.get(key)
         if checkpoint is None:
-            checkpoint = Checkpoint.of(key, content, self._owner, now)
+            checkpoint = Checkpoint.of(key, content, self._owner, now, manifest_bytes)
+            self._room.evict_for_books(checkpoint.books_bytes)
             fresh = self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
             for blob in fresh:
                 del self._placed[blob.number]
                 self._hold(blob)
             self._memory.leave(self.number, [blob.slot for blob in fresh])
+        self._store.books.forget(self.number)
         self._store.use(checkpoint, now)
         self._memory.expect(self.number)
         return checkpoint
@@ -273,6 +291,7 @@ class Loading:
     def end(self) -> None:
         """The loader has nothing open any more: what was granted and not sealed goes back, and holds end."""
         self._store.open_loads.remove(self.number)
+        self._store.books.forget(self.number)
         if not self._lost:
             for blob in self._placed.values():
                 self._blobs.drop(blob, BlobState.ABORTED)

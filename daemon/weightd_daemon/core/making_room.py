@@ -10,8 +10,11 @@ from .eviction import chosen_for, could_fit
 from .prospect import Trial, prospect
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from weightd.errors import WeightdError
 
+    from .checkpoint import Checkpoint
     from .lease import Holder
     from .store import Store
 
@@ -51,15 +54,23 @@ class MakingRoom:
         """Evict for `needed` bytes with an extent of `piece` bytes, as `chosen_for` says. Whether anybody went."""
         piece = round_up(piece, self._memory.page)
         chosen = chosen_for(self._trial(full), self._store.evictable(self._device), needed, piece)
-        for checkpoint in chosen:
-            # Users who are kept apart are not told of each other.
-            by = self._by if checkpoint.key.domain == self._domain else None
-            self._store.evict(checkpoint, "capacity", self._load, by)
+        self._evict(chosen)
         return bool(chosen)
+
+    def evict_for_books(self, needed: int) -> None:
+        """Evict for `needed` bytes of the daemon's books, on whatever device. Errors: CapacityError."""
+        store = self._store
+        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.is_leased))
 
     def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
         """The error that says why `requested` bytes do not fit."""
         return self._room(full).error(requested, full)
+
+    def _evict(self, chosen: Iterable[Checkpoint]) -> None:
+        for checkpoint in chosen:
+            # Users who are kept apart are not told of each other.
+            by = self._by if checkpoint.key.domain == self._domain else None
+            self._store.evict(checkpoint, "capacity", self._load, by)
 
     def _room(self, full: MemoryError | None) -> Room:
         there = ((c, bool(self._store.holders(c))) for c in self._store.on_device(self._device))

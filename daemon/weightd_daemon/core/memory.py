@@ -41,7 +41,8 @@ class DeviceMemory:
 
     `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
-    what the device itself has free, whoever uses it, or None where nobody knows. On a device that is not `sparse` a
+    what the device itself has free, whoever uses it, or None where nobody knows. `before_use` is called before bytes
+    that may have been given back are granted, or returned to the system. On a device that is not `sparse` a
     segment is all or nothing.
     """
 
@@ -55,6 +56,7 @@ class DeviceMemory:
         create: Callable[[int], int],
         on_reclaim: Callable[[], None] = lambda: None,
         available: Callable[[], int | None] = lambda: None,
+        before_use: Callable[[], None] = lambda: None,
     ) -> None:
         self.budget = budget
         self.page = page
@@ -63,8 +65,10 @@ class DeviceMemory:
         self.quarantine = False
         """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
+        self._pooling = True
         self._create = create
         self._on_reclaim = on_reclaim
+        self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
         self._promised: dict[int, tuple[str, int]] = {}
@@ -216,6 +220,7 @@ class DeviceMemory:
                 self._return_unused(need - free)
             return None
         extent = extent._replace(length=_cut(extent.length, fits))
+        self._before_use()
         arena.take(extent)
         self._granted.setdefault(load, []).append(extent)
         if load in self._promised:
@@ -240,7 +245,7 @@ class DeviceMemory:
             touched.setdefault(extent.segment, []).append(extent)
         for segment, parts in touched.items():
             if arena.is_empty(segment):
-                pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
+                pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self.sparse:
@@ -278,6 +283,15 @@ class DeviceMemory:
         """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
         return self.arena(self._domain_of[segment]).is_frozen(segment)
 
+    def close_pool(self) -> None:
+        """Return what is unused to the system, and pool nothing more until `open_pool`."""
+        self._pooling = False
+        self._return_unused(self.used)
+
+    def open_pool(self) -> None:
+        """Pool empty segments again."""
+        self._pooling = True
+
     def excess(self) -> int:
         """Bytes beyond the budget when all has gone that is unused, or on its way already; that is now queued."""
         self._return_unused(self._excess())
@@ -293,6 +307,8 @@ class DeviceMemory:
 
     def take_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
+        if self._reclaims:
+            self._before_use()
         reclaims = list(self._reclaims)
         self._reclaims.clear()
         return reclaims

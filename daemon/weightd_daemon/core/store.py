@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import NotFoundError
 
 from .blob import Blob, Blobs, BlobState
+from .books import Books
 from .checkpoint import Checkpoint, CheckpointKey, Lost
 from .events import Event, Evicted, Sealed
 from .eviction import chosen_beyond, least_recently_used
@@ -31,14 +32,18 @@ class Store:
     def __init__(self, *, leases: Leases, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
         self.blobs = Blobs()
+        self.books = Books()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
-        self.collisions = self.evictions = self.uses = 0
+        self.changed: set[CheckpointKey] = set()
+        """Checkpoints that came, went or got other sources since the root record was written, which empties this."""
+        self.touched: set[CheckpointKey] = set()
+        """Checkpoints that were used since then."""
+        self.collisions = self.evictions = self.uses = self._last_load = 0
         self._on_event = on_event
-        self._last_load = 0
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -62,9 +67,17 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
+    def is_leased(self, checkpoint: Checkpoint) -> bool:
+        """Whether anybody holds a checkpoint at this moment."""
+        return bool(self.holders(checkpoint))
+
+    def kept_books(self) -> int:
+        """Bytes of the books that pins and leases keep."""
+        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
+
     def evictable(self, device: str) -> Iterator[Checkpoint]:
         """The checkpoints on a device that may be evicted, least recently used first."""
-        return least_recently_used(self.on_device(device), lambda checkpoint: bool(self.holders(checkpoint)))
+        return least_recently_used(self.on_device(device), self.is_leased)
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
@@ -93,6 +106,7 @@ class Store:
                 self.blobs.seal(blob)
                 fresh.append(blob)
         self.checkpoints[checkpoint.key] = checkpoint
+        self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
         return fresh
 
@@ -100,6 +114,7 @@ class Store:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.touched.add(checkpoint.key)
 
     # -- what goes -------------------------------------------------------------------------------------------------
 
@@ -117,6 +132,7 @@ class Store:
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Holder | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
+        self.books.strike(checkpoint)
         for blob in checkpoint.unique.values():
             blob.references -= 1
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]
@@ -134,6 +150,11 @@ class Store:
         for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
             self.evict(checkpoint, "capacity")
         return memory.excess()
+
+    def fit_books(self) -> None:
+        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
+        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
+            self.evict(checkpoint, "capacity")
 
     def free(self, blobs: Iterable[Blob]) -> None:
         """Give up those of some sealed blobs to which no checkpoint refers, and on which no load relies."""
@@ -156,6 +177,7 @@ class Store:
         lost = self.on_device(device)
         for checkpoint in lost:
             del self.checkpoints[checkpoint.key]
+            self.books.strike(checkpoint)
             checkpoint.forget_blobs()
             self.lost[checkpoint.key] = Lost(checkpoint, reason)
             for lease in self.holders(checkpoint):

@@ -23,7 +23,10 @@ from weightd._proto.v1 import handles_pb2
 from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
+from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
+
+from .log_rate import LogRate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,6 +71,8 @@ class HandleServer:
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
         self._listener: socket.socket | None = None
+        self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
+        self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
 
     def start(self, listener: socket.socket) -> None:
         """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
@@ -103,7 +108,8 @@ class HandleServer:
             return
         accepted.setblocking(False)
         if len(self._peers) >= self.max_connections:
-            log.warning("connection refused: %d are open", len(self._peers))
+            if self._refusals.may_log():
+                log.warning("connection refused: %d are open", len(self._peers))
             _refuse(accepted, self.max_connections)
             return
         self._peers.add(_Peer(self, accepted))
@@ -138,7 +144,8 @@ class _Peer:
         connection = self._connection
         self._server._connections.remove(connection)
         self._server._attacher.disconnected(connection)
-        log.debug("connection closed number=%d pid=%s: %s", connection.number, connection.pid, reason)
+        who = {"number": connection.number, "pid": connection.pid}
+        log.debug(Line("connection closed", who, because=reason))
 
     def _readable(self) -> None:
         try:
@@ -152,7 +159,9 @@ class _Peer:
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
-            log.warning("protocol error pid=%s uid=%s: %s", self._connection.pid, self._connection.uid, error)
+            if self._server._nonsense.may_log():
+                who = {"pid": self._connection.pid, "uid": self._connection.uid}
+                log.warning(Line("protocol error", who, because=error))
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))
@@ -185,13 +194,13 @@ class _Peer:
         except (ProtocolError, ConnectionError):
             raise
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
-            log.warning("request failed kind=%s pid=%s: %s", kind, self._connection.pid, error)
+            log.warning(Line("request failed", {"kind": kind, "pid": self._connection.pid}, because=error))
             self._drop_unsent()
             limit = limit_error(error, f"answering {kind}", DAEMON)
             why = error.strerror or type(error).__name__
             self._send_error(limit or ServerError(f"the daemon could not do it: {why}; its log has the details"))
         except Exception:  # a bug in answering one frame must not take the server down
-            log.exception("request failed by a bug kind=%s", kind)
+            log.exception(Line("request failed by a bug", {"kind": kind}))
             self._send_error(ServerError("the request failed by a bug in the daemon; its log has the details"))
 
     def _hello(self, hello: handles_pb2.HelloRequest) -> None:
@@ -203,6 +212,7 @@ class _Peer:
             raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
+        self._server._connections.greeted(self._connection)
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
 

@@ -1,33 +1,35 @@
 """The loader's end of its channel to the daemon.
 
-Two socket pairs: a byte stream with length-prefixed JSON messages in both directions, and a SOCK_SEQPACKET on which
-the daemon sends descriptors. A message that brings segments lists them in "segments" as [number, bytes, handle]: the
-handle is hexadecimal, or null for a segment whose descriptor comes on the other socket.
+Two socket pairs: a byte stream with length-prefixed messages (protos/weightd/internal/loader.proto) in both directions,
+and a SOCK_SEQPACKET on which the daemon sends descriptors: of the segments that a message lists without a handle, and
+of an intake.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import struct
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd._limits import LOADER, out_of_descriptors
 from weightd._transport.protocol import receive_fds
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
+from weightd_daemon.core.digest import DIGEST_BYTES
 from weightd_daemon.devices.device import SegmentHandle
+
+from ._proto import loader_pb2 as wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LENGTH = struct.Struct("<I")
+MAX_MESSAGE = 256 << 20
+"""The longest message in bytes: more than the metadata of any file, or the digests of ten million tensors."""
 BATCH = 250
 """Descriptors in one message; the kernel takes 253."""
-
-Message = dict[str, Any]
 
 UNFIT = (DeviceError, ServerError, ResourceLimitError)
 """After these a loader does no other job: what the driver holds against a process may stay, and so may a bug.
@@ -45,7 +47,8 @@ class Channel:
 
     Once something could not be received, nothing is received any more: a descriptor that is still on its way would be
     taken for one of a later message, and its memory written to. `receive` and `call` raise the first error from then
-    on, in every thread.
+    on, in every thread. Once a message was sent in part, nothing is sent any more: the daemon would read the next one
+    from the middle of it. `tell` and `call` raise Gone from then on.
     """
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
@@ -54,7 +57,8 @@ class Channel:
         self._descriptors = descriptors
         self._sending = threading.Lock()
         self._calling = threading.Lock()
-        self._failure: Message | None = None
+        self._failure: wire.Failure | None = None
+        self._cut = False
         self.segments: dict[int, SegmentHandle] = {}
         """The segments that this job has seen, by number."""
 
@@ -63,10 +67,17 @@ class Channel:
         """Whether something could not be received, so that this channel is of no use any more."""
         return self._failure is not None
 
-    def receive(self) -> Message:
-        """The next message. Errors: Gone, ResourceLimitError (this process cannot take its segments), ServerError."""
+    def receive(self, asked: str | None = None) -> wire.ToLoader:
+        """Return the next message: the answer to what was `asked`, or an error, if that is said.
+
+        Errors: Gone, ResourceLimitError (this process cannot take its segments), ServerError.
+        """
         with self._breaking():
-            return self._receive()
+            message = self._receive()
+            body = message.WhichOneof("body")
+            if asked is not None and body not in (asked, "failed"):
+                raise ServerError(f"{asked} was asked, and {body} came")
+            return message
 
     def receive_descriptor(self) -> int:
         """A descriptor that came with a message of another kind. Errors: as for `receive`."""
@@ -84,29 +95,33 @@ class Channel:
         except Exception as error:
             # As a message, for the error itself keeps what its traceback reaches: a step's buffers and maps.
             unknown = ServerError(f"the channel to the daemon broke: {type(error).__name__}: {error}")
-            self._failure = error_to(error if isinstance(error, WeightdError) else unknown)
+            self._failure = failure_of(error if isinstance(error, WeightdError) else unknown)
             raise
 
     def _check(self) -> None:
         if self._failure is not None:
-            raise error_from(self._failure)
+            raise error_of(self._failure)
 
-    def _receive(self) -> Message:
+    def _receive(self) -> wire.ToLoader:
         head = self._reader.read(LENGTH.size)
         if len(head) < LENGTH.size:
             raise Gone
-        body = self._reader.read(LENGTH.unpack(head)[0])
-        message: Message = json.loads(body)
-        rows = message.get("segments", ())
-        for number, size, handle in rows:
-            if handle is not None:
-                self.segments[number] = SegmentHandle(number, size, bytes.fromhex(handle))
-        described = [(number, size) for number, size, handle in rows if handle is None]
+        length = length_of(head)
+        body = self._reader.read(length)
+        if len(body) < length:
+            raise Gone
+        message = wire.ToLoader.FromString(body)
+        described = []
+        for segment in message.segments:
+            if segment.HasField("handle"):
+                self.segments[segment.number] = SegmentHandle(segment.number, segment.size, segment.handle)
+            else:
+                described.append(segment)
         for start in range(0, len(described), BATCH):
             part = described[start : start + BATCH]
             received = self._receive_descriptors(len(part), "receiving segments")
-            for (number, size), descriptor in zip(part, received, strict=True):
-                self.segments[number] = SegmentHandle(number, size, descriptor)
+            for segment, descriptor in zip(part, received, strict=True):
+                self.segments[segment.number] = SegmentHandle(segment.number, segment.size, descriptor)
         return message
 
     def _receive_descriptors(self, count: int, what: str) -> list[int]:
@@ -121,20 +136,26 @@ class Channel:
         more = " and more" if flags & socket.MSG_CTRUNC else ""
         raise limit or ServerError(f"{what}: {len(received)} descriptors{more} came where {count} were said to come")
 
-    def tell(self, message: Message) -> None:
-        """Send a message that has no answer."""
-        body = json.dumps(message, separators=(",", ":")).encode()
+    def tell(self, message: wire.ToDaemon) -> None:
+        """Send a message that has no answer. Errors: Gone, ServerError (it is too long; nothing was sent)."""
+        frame = framed(message)
         with self._sending:
-            self._control.sendall(LENGTH.pack(len(body)) + body)
+            if self._cut:
+                raise Gone
+            try:
+                self._control.sendall(frame)
+            except OSError as error:
+                self._cut = True  # nobody knows how much of it was sent
+                raise Gone from error
 
-    def call(self, op: str, **arguments: Any) -> Message:
-        """Ask the daemon and return its answer; an error in the answer is raised."""
+    def call(self, question: wire.ToDaemon) -> wire.ToLoader:
+        """Ask the daemon. Returns the answer, whose body has the name of the question's; an error in it is raised."""
         with self._calling:
             self._check()
-            self.tell({"op": op, **arguments})
-            answer = self.receive()
-        if "error" in answer:
-            raise error_from(answer)
+            self.tell(question)
+            answer = self.receive(question.WhichOneof("body"))
+        if answer.HasField("failed"):
+            raise error_of(answer.failed)
         return answer
 
     def forget_segments(self) -> None:
@@ -145,11 +166,33 @@ class Channel:
         self.segments.clear()
 
 
-def error_to(error: WeightdError) -> Message:
-    """An error as a message."""
-    return {"error": error.reason, "message": error.message, "metadata": error.metadata}
+def framed(message: wire.ToDaemon | wire.ToLoader) -> bytes:
+    """Return a message behind its length. Errors: ServerError (too long)."""
+    body = message.SerializeToString()
+    if len(body) > MAX_MESSAGE:
+        raise ServerError(f"{message.WhichOneof('body')} has {len(body)} bytes; a message has at most {MAX_MESSAGE}")
+    return LENGTH.pack(len(body)) + body
 
 
-def error_from(message: Message) -> WeightdError:
-    """The error that a message carries."""
-    return from_wire(message["error"], message["message"], message.get("metadata"))
+def length_of(head: bytes) -> int:
+    """Return the length of the message behind these LENGTH.size bytes. Errors: ServerError (too long for any)."""
+    length = int(LENGTH.unpack(head)[0])
+    if length > MAX_MESSAGE:
+        raise ServerError(f"a message of {length} bytes came; one has at most {MAX_MESSAGE}")
+    return length
+
+
+def failure_of(error: WeightdError) -> wire.Failure:
+    """Return an error as a message."""
+    text = error.message.encode(errors="backslashreplace").decode()  # a path may hold bytes that are no text
+    return wire.Failure(reason=error.reason, message=text, metadata=error.metadata)
+
+
+def error_of(failure: wire.Failure) -> WeightdError:
+    """Return the error that a message carries."""
+    return from_wire(failure.reason, failure.message, dict(failure.metadata))
+
+
+def split_digests(digests: bytes) -> list[bytes]:
+    """Return the digests of a column."""
+    return [digests[at : at + DIGEST_BYTES] for at in range(0, len(digests), DIGEST_BYTES)]

@@ -7,6 +7,7 @@ next piece is read and hashed.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
 from weightd_daemon.libc import equal
 
+from ._proto import loader_pb2 as wire
 from .schedule import Tensor, Unit, batches
 from .slots import Slot, Slots, Together
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 _ROW_TENSORS = 4096
 """Tensors of a group that are settled at once: it is one message, which the daemon answers in one step."""
+
+_SETTLED_TENSORS = 1000
+"""Other tensors that are settled at once: a piece may hold a million."""
 
 Read = Callable[["Buffer", int, int], None]
 """Fills the first `size` bytes of a buffer from a position on; done when the thread's staging has settled."""
@@ -184,34 +189,48 @@ class Copier:
         itself, each row could give way to the other in part, and neither would be left in one piece.
         """
         row = self._rows.get(group) if group is not None else None
-        whole = found if row is None else row.add(found)
-        if whole:
-            self._settle(whole)
+        if row is not None:
+            if whole := row.add(found):
+                self._settle(whole)
+            return
+        for start in range(0, len(found), _SETTLED_TENSORS):
+            self._settle(found[start : start + _SETTLED_TENSORS])
 
     def _settle(self, found: list[Copied]) -> None:
         """Ask what lies there under these digests, compare, and share or keep, until each tensor has its blob."""
         differs: dict[int, list[int]] = {tensor.number: [] for tensor, _, _ in found}
         while found:
-            items = [
-                (tensor.number, digest.hex(), slot.segment, slot.offset, differs[tensor.number])
-                for tensor, digest, slot in found
-            ]
-            answers = self._channel.call("settle", items=items)["answers"]
-            again, same = [], []
-            for (tensor, digest, slot), answer in zip(found, answers, strict=True):
-                if answer is None:
+            others = [differs[tensor.number] for tensor, _, _ in found]
+            question = wire.Settle(
+                tensors=[tensor.number for tensor, _, _ in found],
+                digests=b"".join(digest for _, digest, _ in found),
+                segments=[slot.segment for _, _, slot in found],
+                offsets=[slot.offset for _, _, slot in found],
+                differences=[len(blobs) for blobs in others],
+                differing=itertools.chain(*others),
+            )
+            answer = self._channel.call(wire.ToDaemon(settle=question)).settle
+            candidates = zip(answer.found, answer.blobs, answer.segments, answer.offsets, strict=True)
+            again: list[Copied] = []
+            same: list[tuple[Tensor, Slot, int]] = []
+            for (tensor, digest, slot), (there, blob, segment, offset) in zip(found, candidates, strict=True):
+                if not there:
                     continue  # placed: these bytes are a new blob
-                blob, segment, offset = answer
                 if self._equal(tensor.spec.length, self._resident(slot.segment, slot.offset), segment, offset):
                     same.append((tensor, slot, blob))
                 else:
                     differs[tensor.number].append(blob)
                     again.append((tensor, digest, slot))
             if same:
-                shares = [(tensor.number, blob, slot.segment, slot.offset) for tensor, slot, blob in same]
-                kept = self._channel.call("share", items=shares)["kept"]
-                for (tensor, slot, _), stays in zip(same, kept, strict=True):
-                    if not stays:
+                shares = wire.Share(
+                    tensors=[tensor.number for tensor, _, _ in same],
+                    blobs=[blob for _, _, blob in same],
+                    segments=[slot.segment for _, slot, _ in same],
+                    offsets=[slot.offset for _, slot, _ in same],
+                )
+                uses = self._channel.call(wire.ToDaemon(share=shares)).share.uses
+                for (tensor, slot, _), use in zip(same, uses, strict=True):
+                    if use != wire.USE_SLOT:
                         self._slots[tensor.number].give_back(slot)
                         if (together := self._together.get(tensor.number)) is not None:
                             together.apart = True
@@ -230,13 +249,16 @@ class Copier:
         def read(buffer: Buffer, size: int, position: int) -> None:
             source.read_into(buffer.view[:size], spec.offset + position)
 
-        answer = self._channel.call("candidate", index=tensor.number, digest=digest.hex())
-        if "blob" not in answer:
+        question = wire.Candidate(tensor=tensor.number, digest=digest)
+        answer = self._channel.call(wire.ToDaemon(candidate=question)).candidate
+        ((there, blob, segment, offset),) = zip(
+            answer.found, answer.blobs, answer.segments, answer.offsets, strict=True
+        )
+        if not there or not self._equal(spec.length, read, segment, offset):
             return False
-        if not self._equal(spec.length, read, answer["segment"], answer["offset"]):
-            return False
-        share = (tensor.number, answer["blob"], None, 0)
-        return bool(self._channel.call("share", items=[share])["kept"][0] is False)
+        share = wire.Share(tensors=[tensor.number], blobs=[blob])
+        (use,) = self._channel.call(wire.ToDaemon(share=share)).share.uses
+        return use == wire.USE_BLOB
 
     def _equal(self, length: int, read: Read, segment: int, offset: int) -> bool:
         """Compare `length` bytes that `read` delivers with resident ones, piece by piece, with libc's memcmp."""

@@ -6,18 +6,15 @@ It is exec'ed by the daemon, so nothing of the daemon's memory is in it; a corru
 from __future__ import annotations
 
 import contextlib
-import os
-import resource
+import itertools
 import signal
 import socket
 import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from weightd._limits import LOADER, limit_error, out_of_descriptors
-from weightd._proto.v1 import handles_pb2
-from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, receive_fds
-from weightd.errors import InvalidReferenceError, WeightdError
+from weightd._limits import LOADER, limit_error
+from weightd.errors import ServerError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
 from weightd_daemon.core.manifest import Entry
@@ -25,9 +22,11 @@ from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
 from weightd_daemon.libc import die_with
 
-from .channel import UNFIT, Channel, Gone, Message, error_to
+from ._proto import loader_pb2 as wire
+from .channel import UNFIT, Channel, Gone, failure_of
 from .copying import Copier
-from .indexed import indexes, owned
+from .indexed import called, indexes, owned
+from .intake import close_all, receive_files
 from .schedule import (  # fmt: skip
     Lane,
     Tensor,
@@ -50,17 +49,11 @@ from .verifying import verify
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from weightd.types import TensorSpec
     from weightd_daemon.devices.segment_io import SegmentIO
 
 _LAYOUT_BATCH = 2000
 _PROGRESS_SECONDS = 0.1
-_INTAKE_SECONDS = 30.0
-"""How long a client may take to send a batch of files, and to have room for its confirmation: it must not keep a loader
-for nothing."""
-_OWN_DESCRIPTORS = 64
-"""What a loader needs beside a load's files: its sockets, segments, the batch that it is receiving."""
-_HELD_BYTES = 64 << 20
-"""Of how many bytes files are read whole, where there are more files than descriptors."""
 
 
 def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher) -> int:
@@ -75,7 +68,7 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
             if not _do(channel, new_hasher):
                 signal.pause()  # the daemon kills; if we went first, it could fail to send and never read what we said
             channel.forget_segments()
-            channel.tell({"op": "idle"})
+            channel.tell(wire.ToDaemon(idle=wire.Idle()))
     return 0
 
 
@@ -84,36 +77,41 @@ def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
     try:
         _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
-        channel.tell({"op": "failed", **error_to(error)})
+        channel.tell(wire.ToDaemon(failed=failure_of(error)))
         return not isinstance(error, UNFIT) and not channel.broken  # another thread may have failed to receive, too
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
         limit = limit_error(error, "loading", LOADER) if isinstance(error, OSError) else None
         if limit is not None:
-            channel.tell({"op": "failed", **error_to(limit)})
+            channel.tell(wire.ToDaemon(failed=failure_of(limit)))
             return False
-        channel.tell({"op": "failed", "error": "INTERNAL", "message": f"loader: {type(error).__name__}: {error}"})
+        bug = ServerError(f"loader: {type(error).__name__}: {error}")
+        channel.tell(wire.ToDaemon(failed=failure_of(bug)))
         return False
     return True
 
 
-def _work(channel: Channel, job: Message, new_hasher: digest.NewHasher) -> None:
+def _work(channel: Channel, message: wire.ToLoader, new_hasher: digest.NewHasher) -> None:
     with contextlib.ExitStack() as stack:
-        intake = None
-        if job["job"] == "load":  # taken before anything can fail: the next job would take it for its own
+        if message.HasField("load"):
+            load = message.load
+            # Taken before anything can fail: the next job would take it for its own.
             intake = stack.enter_context(socket.socket(fileno=channel.receive_descriptor()))
-        io = stack.enter_context(contextlib.closing(open_io(job["kind"], job["device"], channel.segments)))
-        if intake is None:
+            io = stack.enter_context(contextlib.closing(open_io(load.kind, load.device, channel.segments)))
+            stack.enter_context(Load(channel, io, load, new_hasher)).run(intake)
+        elif message.HasField("verify"):
+            job = message.verify
+            io = stack.enter_context(contextlib.closing(open_io(job.kind, job.device, channel.segments)))
             verify(channel, io, job, new_hasher)
         else:
-            stack.enter_context(Load(channel, io, job, new_hasher)).run(intake)
+            raise ServerError(f"the daemon sent {message.WhichOneof('body')} where a job was due")
 
 
 class Load:
     """One load: receive descriptors, read the headers, copy, recheck."""
 
-    def __init__(self, channel: Channel, io: SegmentIO, job: Message, new_hasher: digest.NewHasher) -> None:
+    def __init__(self, channel: Channel, io: SegmentIO, job: wire.Load, new_hasher: digest.NewHasher) -> None:
         self._channel = channel
         self._io = io
         self._job = job
@@ -134,117 +132,65 @@ class Load:
         """Do it; closes `intake` as soon as it can. Errors: FormatError, InvalidReferenceError, CapacityError,
         ResourceLimitError.
         """
-        names: list[str] = self._job["sources"]
-        files = self._receive_files(intake, names)
-        self._channel.tell({"op": "files"})
+        names = [called(source.component, source.file) for source in self._job.sources]
+        files: list[int | Source] = []
+        self._stack.callback(close_all, files)
+        receive_files(intake, names, files)
+        self._channel.tell(wire.ToDaemon(received=wire.Received()))
         self._sources = [
             file if isinstance(file, Source) else Source(name, file) for name, file in zip(names, files, strict=True)
         ]
         tensors = self._lay_out()
-        wanted, usual = self._arrangement(tensors, split(*self._job["groups"])), self._arrangement(tensors)
+        wanted, usual = (
+            self._arrangement(tensors, split(self._job.group_sizes, self._job.group_tensors)),
+            self._arrangement(tensors),
+        )
         fused = wanted.groups
-        home = homes(self._job["components"], [source.identity.size for source in self._sources])
-        in_file = lanes_in_file(tensors, fused, usual.groups, self._job["lanes"], home)
-        answer = self._channel.call(
-            "laid_out",
+        components = [source.component for source in self._job.sources]
+        home = homes(components, [source.identity.size for source in self._sources])
+        in_file = lanes_in_file(tensors, fused, usual.groups, self._job.lanes, home)
+        laid_out = wire.LaidOut(
             lanes=most_lanes(arranged(tensors, fused), in_file, home),
             groups=wanted.asked,
             ignored_groups=wanted.ignored,
         )
-        known = frozenset[int](answer["known"])
+        answer = self._channel.call(wire.ToDaemon(laid_out=laid_out)).laid_out
+        known = frozenset(answer.known)
         new = [tensor for tensor in tensors if tensor.number not in known]
         work = lanes(units(arranged(new, fused)), in_file, home)
-        chosen = frozenset[int](answer["sample"])
+        chosen = frozenset(answer.sample)
         sampled = [tensor for tensor in tensors if tensor.number in chosen]
         shared = self._is_shared(lanes(units(sampled), in_file, home))
         again: frozenset[int] = frozenset()
-        if answer["hash_first"] or shared:
+        if answer.hash_first or shared:
             copier, again = self._hash_first(work)
         else:
             copier = self._copier(work)
         total = sum(unit.length for lane in work for unit in lane)
         progress = self._counting("copying", total)
         for part in parted(work, again) if again else (work,):
-            on_threads(part, self._job["threads"], progress(copier.copy), copier.reserve)
+            on_threads(part, self._job.threads, progress(copier.copy), copier.reserve)
         self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
         self._finish(copier)
 
-    def _receive_files(self, intake: socket.socket, names: list[str]) -> list[int | Source]:
-        """Take the files from the client's end of the intake, in confirmed batches.
-
-        Where this process may not have them all open, short ones are read at once and closed.
-        """
-        files: list[int | Source] = []
-        self._stack.callback(_close_all, files)
-        count, held = len(names), 0
-        scarce = count + _OWN_DESCRIPTORS > resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        try:
-            with intake:
-                intake.settimeout(_INTAKE_SECONDS)
-                while len(files) < count:
-                    held += self._receive_batch(intake, names, files, _HELD_BYTES - held if scarce else None)
-        except TimeoutError:
-            raise InvalidReferenceError(
-                f"the client sent {len(files)} of {count} files, and then did nothing for {_INTAKE_SECONDS:.0f} s"
-            ) from None
-        return files
-
-    def _receive_batch(
-        self, intake: socket.socket, names: list[str], files: list[int | Source], hold: int | None
-    ) -> int:
-        """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
-        count = len(names)
-        try:
-            data, received, flags = receive_fds(intake, MAX_FRAME, MAX_DESCRIPTORS)
-        except ConnectionError:
-            data, received, flags = b"", [], 0
-        files += received
-        if not data:
-            raise InvalidReferenceError(f"the client sent {len(files)} of {count} files and left")
-        batch = handles_pb2.IntakeBatch()
-        try:
-            batch.ParseFromString(data)
-        except Exception as error:
-            raise InvalidReferenceError("the intake got a frame that is no IntakeBatch") from error
-        expected = len(files) - len(received)
-        if flags & socket.MSG_CTRUNC and (limit := out_of_descriptors(f"receiving {count} files", LOADER)):
-            raise limit
-        if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC) or batch.descriptors != len(received):
-            raise InvalidReferenceError("descriptors were lost on the way; the frame says how many it carries")
-        if batch.first != expected or len(files) > count or not received:
-            raise InvalidReferenceError(
-                f"the intake got {len(received)} files from {batch.first} on; {expected} of {count} had come"
-            )
-        held = 0
-        for at, descriptor in enumerate(received, start=expected):
-            source = None if hold is None else Source(names[at], descriptor, hold=hold - held)
-            if source is not None and source.held:
-                files[at] = source
-                os.close(descriptor)
-                held += source.identity.size
-        # A client that has left is seen by the next receive; with its last file here it is not needed.
-        with contextlib.suppress(ConnectionError):
-            intake.send(handles_pb2.IntakeAck(received=len(files)).SerializeToString())
-        return held
-
     def _lay_out(self) -> list[Tensor]:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
         tensors: list[Tensor] = []
         index = first = 0
-        files = list(zip(self._job["components"], self._job["files"], self._sources, strict=True))
-        weights = [(component, file, source) for component, (file, is_index), source in files if not is_index]
-        read_index = indexes({component: source for component, (_, is_index), source in files if is_index})
+        files = list(zip(self._job.sources, self._sources, strict=True))
+        weights = [(said.component, said.file, source) for said, source in files if not said.is_index]
+        read_index = indexes({said.component: source for said, source in files if said.is_index})
         layouts = [source.layout() for _, _, source in weights]
         counted = owned(
             [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], read_index
         )
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)
-            rows = [(t.name, t.dtype, t.shape, t.offset, t.length) for t in specs]
-            for start in range(0, len(rows), _LAYOUT_BATCH):
-                self._channel.tell({"op": "tensors", "file": number, "rows": rows[start : start + _LAYOUT_BATCH]})
+            for start in range(0, len(specs), _LAYOUT_BATCH):
+                batch = _columns(number, specs[start : start + _LAYOUT_BATCH])
+                self._channel.tell(wire.ToDaemon(tensors=batch))
             in_header = {spec.name: first + at for at, spec in enumerate(layouts[number].tensors)}
             first += len(in_header)
             for spec in specs:
@@ -258,14 +204,20 @@ class Load:
         return tensors
 
     def _tell_file(self, source: Source, metadata: dict[str, str] | None) -> None:
-        self._channel.tell({"op": "file", "identity": source.identity, "trusted": source.trusted, "metadata": metadata})
+        file = wire.File(
+            **source.identity._asdict(),
+            trusted=source.trusted,
+            metadata=metadata or {},
+            has_metadata=metadata is not None,
+        )
+        self._channel.tell(wire.ToDaemon(file=file))
 
     def _arrangement(self, tensors: list[Tensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
         """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names.
 
         The client counts what the headers have; of tensors that two files have, only one is among these.
         """
-        components: list[str] = self._job["components"]
+        components = [source.component for source in self._job.sources]
         named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         numbers = {self._in_headers[tensor.number]: tensor.number for tensor in tensors}
         found = arrangement(named, list(numbers), asked)
@@ -276,7 +228,7 @@ class Load:
         if not sample:
             return False
         digests = self._hash(sample)
-        return bool(self._channel.call("sampled", digests=_in_hexadecimal(digests))["hash_first"])
+        return self._channel.call(wire.ToDaemon(sampled=_digests(digests))).sampled.hash_first
 
     def _hash_first(self, work: list[Lane]) -> tuple[Copier, frozenset[int]]:
         """Hash everything, then ask which digests have a candidate; only the others need memory.
@@ -285,8 +237,8 @@ class Load:
         blob. So none takes the place of an earlier one in a row.
         """
         digests = self._hash(work)
-        answer = self._channel.call("hashed", digests=_in_hexadecimal(digests), lanes=len(work))
-        matched = frozenset[int](answer["matched"])
+        hashed = wire.Hashed(digests=_digests(digests), lanes=len(work))
+        matched = frozenset(self._channel.call(wire.ToDaemon(hashed=hashed)).hashed.matched)
         again = repeated(work, digests) - matched
         return self._copier(work, digests, matched | again), again
 
@@ -299,7 +251,7 @@ class Load:
             digests.update(hasher.hash(unit))
 
         total = sum(unit.length for lane in work for unit in lane)
-        on_threads(work, self._job["threads"], self._counting("hashing", total)(step))
+        on_threads(work, self._job.threads, self._counting("hashing", total)(step))
         return digests
 
     def _copier(
@@ -333,23 +285,31 @@ class Load:
         now = time.monotonic()
         if now - self._told >= _PROGRESS_SECONDS:
             self._told = now
-            self._channel.tell({"op": "progress", "phase": phase, "done": done, "total": total})
+            self._channel.tell(wire.ToDaemon(progress=wire.Progress(phase=phase, done=done, total=total)))
 
     def _finish(self, copier: Copier) -> None:
         """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""
-        outcomes: list[tuple[int, int, bool]] = []
-        while pairs := self._channel.call("finish", read=self._read, outcomes=outcomes)["pairs"]:
-            outcomes = [
-                (blob, other, copier.recheck(length, Slot(segment, offset, length), Slot(there, at, length)))
-                for blob, segment, offset, other, there, at, length in pairs
-            ]
+        done = wire.Finish(read=self._read)
+        while (pairs := self._channel.call(wire.ToDaemon(finish=done)).finish).placed:
+            done = wire.Finish(read=self._read, placed=pairs.placed, sealed=pairs.sealed)
+            first = zip(pairs.placed_segments, pairs.placed_offsets, pairs.lengths, strict=True)
+            second = zip(pairs.sealed_segments, pairs.sealed_offsets, pairs.lengths, strict=True)
+            for one, other in zip(itertools.starmap(Slot, first), itertools.starmap(Slot, second), strict=True):
+                done.equal.append(copier.recheck(one.size, one, other))
 
 
-def _in_hexadecimal(digests: dict[int, bytes]) -> list[tuple[int, str]]:
-    return [(index, digest.hex()) for index, digest in sorted(digests.items())]
+def _columns(file: int, specs: Sequence[TensorSpec]) -> wire.Tensors:
+    return wire.Tensors(
+        file=file,
+        names=[spec.name for spec in specs],
+        dtypes=[spec.dtype for spec in specs],
+        ranks=[len(spec.shape) for spec in specs],
+        dimensions=[dimension for spec in specs for dimension in spec.shape],
+        offsets=[spec.offset for spec in specs],
+        lengths=[spec.length for spec in specs],
+    )
 
 
-def _close_all(files: list[int | Source]) -> None:
-    for file in files:
-        if isinstance(file, int):
-            os.close(file)
+def _digests(digests: dict[int, bytes]) -> wire.Digests:
+    tensors = sorted(digests)
+    return wire.Digests(tensors=tensors, digests=b"".join(digests[tensor] for tensor in tensors))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.memory import SEGMENT_BYTES
 
+from ._proto import loader_pb2 as wire
+
 if TYPE_CHECKING:
     from .channel import Channel
 
@@ -97,8 +99,8 @@ class Slots:
     def _granted(self, size: int, start: int) -> Slot:
         """A new extent, among the places now."""
         ends = self._ahead(size, start)
-        answer = self._channel.call("grant", ends=ends, need=size)
-        place = Slot(answer["segment"], answer["offset"], answer["length"])
+        extent = self._channel.call(wire.ToDaemon(grant=wire.Grant(ends=ends, need=size))).grant
+        place = Slot(extent.segment, extent.offset, extent.length)
         self._frugal |= place.size < ends[0]
         self._places.append(place)
         return place

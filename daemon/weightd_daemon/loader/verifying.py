@@ -6,35 +6,42 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
+from ._proto import loader_pb2 as wire
+from .channel import split_digests
 from .copying import pieces
 
 if TYPE_CHECKING:
     from weightd_daemon.core.digest import NewHasher
     from weightd_daemon.devices.segment_io import SegmentIO
 
-    from .channel import Channel, Message
+    from .channel import Channel
 
 _PROGRESS_SECONDS = 0.1
 
 
-def verify(channel: Channel, io: SegmentIO, job: Message, new_hasher: NewHasher) -> None:
-    """Hash each blob of the job: rows of (number, segment, offset, length, digest). Reports the numbers that differ."""
-    rows: list[tuple[int, int, int, int, str]] = job["blobs"]
-    bad: list[int] = []
-    done_bytes, told = 0, 0.0
+def verify(channel: Channel, io: SegmentIO, job: wire.Verify, new_hasher: NewHasher) -> None:
+    """Hash each blob of the job. Reports how far it is, and the numbers of blobs that do not have their digest."""
+    digests = split_digests(job.digests)
+    found = wire.Verified()
+    told = 0.0
     with contextlib.closing(io.staging()) as staging:
         buffer = staging.take()
-        for done, (number, segment, offset, length, digest) in enumerate(rows, start=1):
+        for number, segment, offset, length, digest in zip(
+            job.blobs, job.segments, job.offsets, job.lengths, digests, strict=True
+        ):
             hasher = new_hasher()
             for position, size in pieces(length):
                 staging.read(buffer, size, segment, offset + position)
                 staging.settle()
                 hasher.update(buffer.view[:size])
-            if hasher.digest().hex() != digest:
-                bad.append(number)
-            done_bytes += length
+            if hasher.digest() != digest:
+                found.bad.append(number)
+            found.blobs += 1
+            found.bytes += length
             now = time.monotonic()
             if now - told >= _PROGRESS_SECONDS:
                 told = now
-                channel.tell({"op": "progress", "done": done, "done_bytes": done_bytes})
-    channel.tell({"op": "verified", "bad": bad})
+                channel.tell(wire.ToDaemon(verified=found))
+                del found.bad[:]
+    found.all = True
+    channel.tell(wire.ToDaemon(verified=found))

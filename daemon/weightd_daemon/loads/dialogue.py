@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import sys
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from weightd._limits import DAEMON, limit_error
-from weightd.errors import FormatError, InvalidReferenceError, WeightdError
+from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader.channel import Message, error_from, error_to
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import error_of, failure_of, split_digests
+from weightd_daemon.loader.indexed import called
 
+from .instances import Instance, InstanceIndex
+from .messages import candidates, pairs_of, places_of
 from .request import Outcome, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.loading import Loading
     from weightd_daemon.core.store import Store
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
 
     from .loader_process import LoaderProcess
 
-_Answer = tuple[Message, list[SegmentHandle]]
+_Answer = tuple[wire.ToLoader, list[SegmentHandle]]
+_TOLD = frozenset({"received", "file", "tensors", "progress"})
+"""Messages that have no answer, of those that belong to a load."""
+
 KNOWN_SOURCES = 8
 """Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
 
@@ -38,18 +44,12 @@ _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
 
-class Instance(NamedTuple):
-    """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
-
-    offset: int
-    length: int
-    digest: bytes
-    variant: int
-    blob: int
-
-
 class Draft(Protocol):
     """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
 
     def discard(self) -> None:
         """Give it up; nothing happens where the seal has taken it."""
@@ -57,16 +57,6 @@ class Draft(Protocol):
 
 Prepare = Callable[[Content, str], Awaitable[Draft]]
 """Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""
-
-
-class InstanceIndex(Protocol):
-    """What the digest index remembers: which blobs a file's tensors are (edges/digest_index.py)."""
-
-    async def get(self, identity: FileIdentity) -> list[Instance]:
-        """What is known of a file; empty when nothing is."""
-
-    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
-        """Remember a file."""
 
 
 class LoadSteps:
@@ -85,7 +75,7 @@ class LoadSteps:
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
-        admit: Callable[[int, int, str], None],
+        admit: Callable[[int, int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -108,6 +98,8 @@ class LoadSteps:
         self._offsets: list[int] = []
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
+        self.books = 0
+        """What the checkpoint will take of the daemon's books; about that, as long as its manifest is not made."""
         self._read = 0
         self._unique = 0
         self._groups: tuple[int, tuple[str, ...]] = 0, ()
@@ -120,47 +112,30 @@ class LoadSteps:
 
     async def serve(self, loader: LoaderProcess) -> Outcome:
         """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
-        calls: dict[str, Callable[[Message], Awaitable[_Answer]]] = {
-            "laid_out": self._laid_out,
-            "sampled": self._sampled,
-            "hashed": self._hashed,
-            "grant": self._grant,
-            "candidate": self._candidate,
-            "settle": self._settle,
-            "share": self._share,
-            "finish": self._finish,
-        }
-        tells: dict[str, Callable[[Message], None]] = {
-            "files": lambda _: self._on_files(),
-            "file": self._file,
-            "tensors": self._tensors,
-            "progress": self._progress,
-        }
         started = asyncio.get_running_loop().time()
         failure: WeightdError | None = None
         while True:
             message = await loader.receive()
-            op = message["op"]
-            if op == "failed":
-                raise failure or error_from(message)
-            if op in tells:
+            if message.HasField("failed"):
+                raise failure or error_of(message.failed)
+            if message.WhichOneof("body") in _TOLD:
                 if failure is None:
                     try:
-                        tells[op](message)
+                        self._hear(message)
                     except WeightdError as error:
                         failure = error  # told at the loader's next call: a message without an answer cannot fail
                 continue
             try:
                 if failure is not None:
                     raise failure
-                answer, segments = await calls[op](message)
+                answer, segments = await self._answer(message)
             except WeightdError as error:
-                await loader.send(error_to(error))
+                await loader.send(wire.ToLoader(failed=failure_of(error)))
                 continue
             except OSError as error:
                 if (limit := limit_error(error, "loading", DAEMON)) is None:
                     raise
-                await loader.send(error_to(limit))
+                await loader.send(wire.ToLoader(failed=failure_of(limit)))
                 continue
             await loader.send(answer, segments)
             if self.checkpoint is not None:
@@ -168,42 +143,83 @@ class LoadSteps:
 
     # -- the loader's messages -------------------------------------------------------------------------------------
 
-    def _file(self, message: Message) -> None:
-        source = self._sources[len(self._trusted)]
-        identity = FileIdentity(*message["identity"])
-        if identity != source.identity:
-            raise InvalidReferenceError(f"{source.file}: is not the file that was announced; open it and load it again")
-        if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
-            self._files.append(ManifestFile(source.component, source.file, message["metadata"]))
-        self._trusted.append(message["trusted"])
+    def _hear(self, message: wire.ToDaemon) -> None:
+        match message.WhichOneof("body"):
+            case "received":
+                self._on_files()
+            case "file":
+                self._file(message.file)
+            case "tensors":
+                self._tensors(message.tensors)
+            case "progress":
+                self._on_progress(Progress(message.progress.phase, message.progress.done, message.progress.total))
 
-    def _tensors(self, message: Message) -> None:
-        file = message["file"]
+    async def _answer(self, message: wire.ToDaemon) -> _Answer:
+        match message.WhichOneof("body"):
+            case "laid_out":
+                return wire.ToLoader(laid_out=await self._laid_out(message.laid_out)), []
+            case "sampled":
+                return wire.ToLoader(sampled=self._sampled(message.sampled)), []
+            case "hashed":
+                return wire.ToLoader(hashed=await self._hashed(message.hashed)), []
+            case "grant":
+                return await self._grant(message.grant)
+            case "candidate":
+                return self._candidate(message.candidate)
+            case "settle":
+                return self._settle(message.settle)
+            case "share":
+                return wire.ToLoader(share=self._share(message.share)), []
+            case "finish":
+                return await self._finish(message.finish)
+            case body:
+                raise ServerError(f"the loader sent {body}, which no load answers")
+
+    def _file(self, file: wire.File) -> None:
+        source = self._sources[len(self._trusted)]
+        identity = FileIdentity(file.device, file.inode, file.size, file.mtime_ns, file.ctime_ns)
+        if identity != source.identity:
+            name = called(source.component, source.file)
+            raise InvalidReferenceError(f"{name}: is not the file that was announced; open it and load it again")
+        if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
+            metadata = dict(file.metadata) if file.has_metadata else None
+            self._files.append(ManifestFile(source.component, source.file, metadata))
+        self._trusted.append(file.trusted)
+
+    def _tensors(self, rows: wire.Tensors) -> None:
+        file = rows.file
         component = self._files[file].component
-        for name, dtype, shape, offset, length in message["rows"]:
+        dimensions = iter(rows.dimensions)
+        for name, dtype, rank, offset, length in zip(
+            rows.names, rows.dtypes, rows.ranks, rows.offsets, rows.lengths, strict=True
+        ):
             if (component, name) in self._names:
                 where = f" of component {component!r}" if component else ""
-                raise FormatError(f"{self._files[file].file}: tensor {name[:200]!r} is in another file{where} too")
+                label = called(component, self._files[file].file)
+                raise FormatError(f"{label}: tensor {name[:200]!r} is in another file{where} too")
             self._names.add((component, name))
-            self._entries.append(Entry(component, name, dtype, tuple(shape), file, length))
+            shape = tuple(itertools.islice(dimensions, rank))
+            self._entries.append(Entry(component, name, sys.intern(dtype), shape, file, length))
             self._offsets.append(offset)
             self._blobs.append(None)
+            self.books += BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR + len(name)
+        self._loading.expect_books(self.books)
 
-    def _progress(self, message: Message) -> None:
-        self._on_progress(Progress(message["phase"], message["done"], message["total"]))
-
-    async def _laid_out(self, message: Message) -> _Answer:
-        self._groups = message["groups"], tuple(message["ignored_groups"])
-        self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
+    async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
+        self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
+        total, tensors = sum(entry.length for entry in self._entries), len(self._entries)
+        self._loading.expect_books(self.books)
+        self._loading.check_books(total, tensors)
+        self._admit(total, self.books, tensors, "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._loading.admit([length for length in missing if length], message["lanes"])
+        one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
             unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
             resident = self._loading.resident_lengths()
             chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
-        return {"known": known, "hash_first": not one_pass, "sample": chosen}, []
+        return wire.Known(known=known, hash_first=not one_pass, sample=chosen)
 
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
@@ -222,65 +238,66 @@ class LoadSteps:
                     known.append(index)
         return known
 
-    async def _sampled(self, message: Message) -> _Answer:
+    def _sampled(self, asked: wire.Digests) -> wire.Verdict:
         """Whether everything is to be hashed first, because some of the sample is resident."""
         found = (
-            self._loading.candidate(bytes.fromhex(digest), self._entries[index].length)
-            for index, digest in message["digests"]
+            self._loading.candidate(digest, self._entries[index].length)
+            for index, digest in zip(asked.tensors, split_digests(asked.digests), strict=True)
         )
-        return {"hash_first": any(blob is not None for blob in found)}, []
+        return wire.Verdict(hash_first=any(blob is not None for blob in found))
 
-    async def _hashed(self, message: Message) -> _Answer:
-        digests = [(index, bytes.fromhex(digest)) for index, digest in message["digests"]]
+    async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
+        digests = list(zip(asked.digests.tensors, split_digests(asked.digests.digests), strict=True))
         contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._loading.make_room(contents, message["lanes"])) is None:
+        while (matched := self._loading.make_room(contents, asked.lanes)) is None:
             await self._reclaimer.wait()
-        return {"matched": [i for i, digest in digests if (digest, self._entries[i].length) in matched]}, []
+        return wire.Matched(matched=[i for i, digest in digests if (digest, self._entries[i].length) in matched])
 
-    async def _grant(self, message: Message) -> _Answer:
-        ends: list[int] = message["ends"]
-        while (extent := self._loading.grant(ends[-1], message["need"], ends)) is None:
+    async def _grant(self, asked: wire.Grant) -> _Answer:
+        ends = list(asked.ends)
+        while (extent := self._loading.grant(ends[-1], asked.need, ends)) is None:
             await self._reclaimer.wait()
-        return extent._asdict(), [self._segment(extent.segment)]
+        return wire.ToLoader(grant=wire.Extent(**extent._asdict())), [self._segment(extent.segment)]
 
-    async def _candidate(self, message: Message) -> _Answer:
-        length = self._entries[message["index"]].length
-        blob = self._loading.candidate(bytes.fromhex(message["digest"]), length)
-        if blob is None:
-            return {}, []
-        answer = {"blob": blob.number, "segment": blob.segment, "offset": blob.offset}
-        return answer, [self._segment(blob.segment)]
+    def _candidate(self, asked: wire.Candidate) -> _Answer:
+        blob = self._loading.candidate(asked.digest, self._entries[asked.tensor].length)
+        return wire.ToLoader(candidate=candidates([blob])), [self._segment(blob.segment)] if blob else []
 
-    async def _settle(self, message: Message) -> _Answer:
-        answers: list[tuple[int, int, int] | None] = []
-        segments = []
-        for index, digest, segment, offset, differs in message["items"]:
+    def _settle(self, asked: wire.Settle) -> _Answer:
+        found: list[Blob | None] = []
+        differing = iter(asked.differing)
+        for index, digest, segment, offset, differences in zip(
+            asked.tensors, split_digests(asked.digests), asked.segments, asked.offsets, asked.differences, strict=True
+        ):
             length = self._entries[index].length
-            placed, blob = self._loading.settle(bytes.fromhex(digest), length, segment, offset, frozenset(differs))
+            differs = frozenset(itertools.islice(differing, differences))
+            placed, blob = self._loading.settle(digest, length, segment, offset, differs)
             if placed:
                 self._blobs[index] = blob
-                answers.append(None)
-            else:
-                answers.append((blob.number, blob.segment, blob.offset))
-                segments.append(self._segment(blob.segment))
-        return {"answers": answers}, segments
+            found.append(None if placed else blob)
+        segments = [self._segment(number) for number in {blob.segment for blob in found if blob is not None}]
+        return wire.ToLoader(settle=candidates(found)), segments
 
-    async def _share(self, message: Message) -> _Answer:
-        kept: list[bool | None] = []
-        for index, number, segment, offset in message["items"]:
+    def _share(self, asked: wire.Share) -> wire.Shared:
+        uses = []
+        for index, number, (segment, offset) in zip(asked.tensors, asked.blobs, places_of(asked), strict=True):
             blob = self._loading.share(number, segment, offset)
             self._blobs[index] = blob
-            kept.append(None if blob is None else (blob.segment, blob.offset) == (segment, offset))
-        return {"kept": kept}, []
+            if blob is None:
+                uses.append(wire.USE_COPY)
+            else:
+                uses.append(wire.USE_SLOT if (blob.segment, blob.offset) == (segment, offset) else wire.USE_BLOB)
+        return wire.Shared(uses=uses)
 
-    async def _finish(self, message: Message) -> _Answer:
-        self._read = message["read"]
-        await self._merge(message["outcomes"])
+    async def _finish(self, done: wire.Finish) -> _Answer:
+        self._read = done.read
+        await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
         while True:
             pairs = self._loading.rechecks()
             if pairs:
-                rows = [(b.number, b.segment, b.offset, o.number, o.segment, o.offset, b.length) for b, o in pairs]
-                return {"pairs": rows}, [self._segment(blob.segment) for blob in itertools.chain(*pairs)]
+                return wire.ToLoader(finish=pairs_of(pairs)), [
+                    self._segment(blob.segment) for blob in itertools.chain(*pairs)
+                ]
             identities = self._identities()
             content = await asyncio.to_thread(self._describe, identities)
             draft = await self._prepare(content, self._device.uuid)
@@ -288,21 +305,23 @@ class LoadSteps:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
                 if not self._loading.rechecks() and identities == self._identities():
                     total = sum(entry.length for entry in self._entries)
-                    self._admit(total, len(self._entries), content.content_digest)
+                    self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
+                    self._admit(total, self.books, len(self._entries), content.content_digest)
                     self._seal(content, draft)
                     break
             finally:
                 draft.discard()
         await self._remember()
-        return {"pairs": []}, []
+        return wire.ToLoader(finish=wire.Pairs()), []
 
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._loading.seal(content, self._now(), draft)
+        self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)
+        self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
@@ -328,6 +347,7 @@ class LoadSteps:
         for other in self._store.checkpoints.values():
             if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
                 other.sources.remove(self._sources)
+                self._store.changed.add(other.key)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
             del checkpoint.sources[:-KNOWN_SOURCES]

@@ -43,8 +43,8 @@ class LoaderPool:
         """Wait until a loader has closed its files, and keep it for the next job. Returns False if it is unfit."""
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
-                while (op := (await loader.receive())["op"]) != "idle":
-                    if op == "failed":  # while it closed what is done with
+                while not (message := await loader.receive()).HasField("idle"):
+                    if message.HasField("failed"):  # while it closed what is done with
                         return False
         except (LoaderDied, TimeoutError):
             return False

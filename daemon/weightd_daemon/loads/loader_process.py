@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
 
 from weightd._limits import DAEMON, limit_error
-from weightd_daemon.loader.channel import BATCH, LENGTH, Message
+from weightd.errors import ServerError
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import BATCH, LENGTH, framed, length_of
+from weightd_daemon.log_line import Line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from weightd_daemon.devices.device import SegmentHandle
+
+log = logging.getLogger(__name__)
 
 DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
 
@@ -96,30 +103,34 @@ class LoaderProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    async def receive(self) -> Message:
-        """The next message. Errors: LoaderDied."""
+    async def receive(self) -> wire.ToDaemon:
+        """Return the next message. Errors: LoaderDied; one that sends what is no message is killed."""
         try:
-            (length,) = LENGTH.unpack(await self._reader.readexactly(LENGTH.size))
-            message: Message = json.loads(await self._reader.readexactly(length))
+            length = length_of(await self._reader.readexactly(LENGTH.size))
+            return wire.ToDaemon.FromString(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise LoaderDied from error
-        return message
+        except (DecodeError, ServerError) as error:
+            log.error(Line("loader", {"pid": self.pid}, "sent what is no message", because=error))  # noqa: TRY400  # it says all
+            self.kill()
+            raise LoaderDied from error
 
-    async def send(self, message: dict[str, Any], segments: Iterable[SegmentHandle] = ()) -> None:
-        """Send a message, and with it those of the segments that the loader has not seen yet.
+    async def send(self, message: wire.ToLoader, segments: Iterable[SegmentHandle] = ()) -> None:
+        """Send a message, and list in it those of the segments that the loader has not seen yet.
 
-        Errors: LoaderDied, ResourceLimitError (too many descriptors are on their way); it is to be killed then.
+        Errors: LoaderDied, ResourceLimitError (too many descriptors are on their way), ServerError (the message is too
+        long); it is to be killed then.
         """
         fresh = {segment.number: segment for segment in segments if segment.number not in self._seen}.values()
         self._seen.update(segment.number for segment in fresh)
-        if fresh:
-            rows = [(s.number, s.size, s.handle.hex() if isinstance(s.handle, bytes) else None) for s in fresh]
-            message = {**message, "segments": rows}
+        for segment in fresh:
+            handle = segment.handle if isinstance(segment.handle, bytes) else None
+            message.segments.add(number=segment.number, size=segment.size, handle=handle)
         descriptors = [segment.handle for segment in fresh if isinstance(segment.handle, int)]
-        body = json.dumps(message, separators=(",", ":")).encode()
+        frame = framed(message)
         assert self._writer is not None  # spawn returns when it is there
         with _errors("sending segments to a loader process"):
-            self._writer.write(LENGTH.pack(len(body)) + body)
+            self._writer.write(frame)
             for start in range(0, len(descriptors), BATCH):
                 await self._send_descriptors(descriptors[start : start + BATCH])
             await self._writer.drain()

@@ -8,24 +8,28 @@ import logging
 from itertools import count
 from typing import TYPE_CHECKING
 
+from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
+from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader.channel import UNFIT, Message
+from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
+from weightd_daemon.log_line import Line
 
-from .dialogue import InstanceIndex, LoadSteps, Prepare
-from .fair_queue import ANYBODY, Turns
+from .dialogue import LoadSteps, Prepare
 from .flight import Load
+from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .messages import load_job
 from .quota import Quota
 from .request import LoadRequest, Outcome
+from .verification import Verifications
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
+
+    from .fair_queue import Turns
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +89,9 @@ class Loads:
         self._numbers = count(1)
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
-        self._verifying: dict[LoaderProcess, str] = {}
+        self.verifications = Verifications(
+            store=store, devices=devices, pool=self._pool, turns=turns, quota=self._quota, now=now
+        )
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -118,7 +126,7 @@ class Loads:
         if request.pin:
             self._catalog.keep(who, checkpoint)
         if name:
-            self._catalog.set(who, name, digest, request.holder)
+            self._catalog.set(who, name, digest, request.holder, is_default=request.name_is_default)
         self._store.use(checkpoint, self._now())
         return name
 
@@ -191,43 +199,9 @@ class Loads:
             if not load.waiters[waiter].detached:
                 self.leave(load, waiter)
 
-    async def verify(
-        self, rows: list[tuple[int, int, int, int, str]], device: Device, check: Callable[[], None]
-    ) -> AsyncGenerator[Message, None]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields the messages.
-
-        `check` raises where the blobs are lost, which may happen at any moment.
-        """
-        async with self._turns.turn(ANYBODY):
-            loader = await self._pool.take()
-            usable = False
-            self._verifying[loader] = device.uuid
-            try:
-                check()
-                size = self._store.memories[device.uuid].size
-                segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {row[1] for row in rows}]
-                job = {"job": "verify", "kind": device.kind, "device": device.uuid, "blobs": rows}
-                await loader.send(job, segments)
-                while True:
-                    message = await loader.receive()
-                    check()
-                    yield message
-                    if message["op"] in ("verified", "failed"):
-                        break
-                usable = message["op"] == "verified" and await self._pool.put_back(loader)
-            except LoaderDied:
-                check()
-                raise LeaseLostError("the loader process died while it verified; try again") from None
-            finally:
-                del self._verifying[loader]
-                if not usable:
-                    loader.kill()
-
     def lose(self, device: str, error: DeviceError) -> None:
         """The memory of a device is gone: every load on it ends with this error, and nothing there is verified."""
-        for loader, where in self._verifying.items():
-            if where == device:
-                loader.kill()
+        self.verifications.lose(device)
         for load in self.under_way:
             if load.request.device == device:
                 load.cancel(error)
@@ -246,6 +220,7 @@ class Loads:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
         self.cancel_all()
         await self._pool.close()
+        await self.verifications.close()
         for task in [*self._background, *(load.task for load in self._all if load.task)]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -276,6 +251,7 @@ class Loads:
         began = clock()
         loader: LoaderProcess | None = None
         usable = False
+        steps: LoadSteps | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -301,15 +277,7 @@ class Loads:
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._pool.take()
-                labels = ["/".join(filter(None, (s.component, s.file))) for s in request.sources]
-                # Writes to one memfd take turns, so there each thread gets segments of its own (loader/schedule.py).
-                lanes = self.threads if device.kind == "host" else 1
-                place = {"kind": device.kind, "device": device.uuid}
-                job = {"job": "load", **place, "threads": self.threads, "lanes": lanes, "sources": labels}
-                files = [(source.file, source.is_index) for source in request.sources]
-                components = [source.component for source in request.sources]
-                groups = [list(column) for column in request.groups]
-                await loader.send({**job, "components": components, "files": files, "groups": groups})
+                await loader.send(load_job(request, device, self.threads))
                 await loader.send_descriptor(load.intake)
                 load.close_intake()
                 load.loader_there.set()
@@ -322,15 +290,19 @@ class Loads:
             load.fail(error)
         except LoaderDied:
             load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
-            log.warning("loader died pid=%s", loader.pid if loader else None)
+            log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
-        except Exception:  # a bug must fail its load, not hang its waiters
-            log.exception("load failed by a bug")
-            load.fail(ServerError("the load failed by a bug in the daemon; its log has the details"))
+        except Exception as error:  # a bug must fail its load, not hang its waiters
+            limit = limit_error(error, "loading", DAEMON) if isinstance(error, OSError) else None
+            if limit is None:
+                log.exception("load failed by a bug")
+            load.fail(limit or ServerError("the load failed by a bug in the daemon; its log has the details"))
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
+            if steps is not None:
+                heap.freed(steps.books)
             if loading is not None and begun is not None:
                 tidy = self._tidy(loader, loading, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)
@@ -355,7 +327,7 @@ class Loads:
             loader.kill()
             await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
-                log.warning("loader pid=%d does not die; its memory stays in quarantine", loader.pid)
+                log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
                 loading.quarantine()
             await asyncio.shield(loader.exited)
         loading.end()

@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import daemon_pb2
+from weightd_daemon.log_line import Fields, Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,42 +49,40 @@ def write(event: daemon_pb2.Event) -> None:
     others = f"{event.evicted_others} of other users" if event.evicted_others else ""
     evicted = ", ".join(filter(None, (*(_short(name) for name in event.evicted), others)))
     evicted = f", evicted {evicted}" if evicted else ""
-    fields: dict[str, object] = {"names": list(event.names)}
+    more: dict[str, object] = {"names": list(event.names)}
     if event.user:
-        fields |= {"user": event.user, "uid": uid, "pid": pid}
+        more |= {"user": event.user, "uid": uid, "pid": pid}
     if event.kind == kinds.EVENT_KIND_LOAD_ENDED:
-        fields["evicted"] = list(event.evicted)
-    extra = {"fields": fields}
+        more["evicted"] = list(event.evicted)
+    where = {"content": content, "device": event.device}
+
+    def line(*parts: str | Fields, because: str | None = None) -> Line:
+        return Line(*parts, because=because, more=more)
+
     match event.kind:
         case kinds.EVENT_KIND_LOAD_ENDED if event.reason == "OK":
-            log.info(
-                "loaded %s%s%s content=%s device=%s total_bytes=%d unique_bytes=%d read_bytes=%d seconds=%.3f",
-                what, by, evicted, content, event.device, event.total_bytes, event.unique_bytes, event.read_bytes,
-                event.seconds, extra=extra,
-            )  # fmt: skip
+            figures = {key: getattr(event, key) for key in ("total_bytes", "unique_bytes", "read_bytes", "seconds")}
+            log.info(line(f"loaded {what}{by}{evicted}", where, figures))
         case kinds.EVENT_KIND_LOAD_ENDED if event.reason == "CANCELLED":
-            log.info("load of %s%s cancelled%s device=%s seconds=%.3f",
-                     what, by, evicted, event.device, event.seconds, extra=extra)  # fmt: skip
+            took = {"device": event.device, "seconds": event.seconds}
+            log.info(line(f"load of {what}{by} cancelled{evicted}", took))
         case kinds.EVENT_KIND_LOAD_ENDED:
-            log.warning("load of %s%s failed%s reason=%s device=%s: %s",
-                        what, by, evicted, event.reason, event.device, event.message, extra=extra)  # fmt: skip
+            failed = {"reason": event.reason, "device": event.device}
+            log.warning(line(f"load of {what}{by} failed{evicted}", failed, because=event.message))
         case kinds.EVENT_KIND_LOAD_ANSWERED:
-            log.info("loaded %s%s from memory content=%s device=%s total_bytes=%d",
-                     what, by, content, event.device, event.total_bytes, extra=extra)  # fmt: skip
+            log.info(line(f"loaded {what}{by} from memory", where, {"total_bytes": event.total_bytes}))
         case kinds.EVENT_KIND_EVICTED:
             cause = f" for load {event.load}" if event.load else ""
-            log.info("evicted %s%s%s content=%s device=%s reason=%s",
-                     what, cause, by, content, event.device, event.reason, extra=extra)  # fmt: skip
+            log.info(line(f"evicted {what}{cause}{by}", where, {"reason": event.reason}))
         case kinds.EVENT_KIND_NAMED if event.previous_digest:
-            log.info("moved name %s%s content=%s previous=%s",
-                     what, by, content, event.previous_digest[:_SHORT], extra=extra)  # fmt: skip
+            moved = {"content": content, "previous": event.previous_digest[:_SHORT]}
+            log.info(line(f"moved name {what}{by}", moved))
         case kinds.EVENT_KIND_NAMED:
-            log.info("gave name %s%s content=%s", what, by, content, extra=extra)
+            log.info(line(f"gave name {what}{by}", {"content": content}))
         case kinds.EVENT_KIND_UNNAMED:
-            log.info("dropped name %s%s content=%s", what, by, content, extra=extra)
+            log.info(line(f"dropped name {what}{by}", {"content": content}))
         case kinds.EVENT_KIND_ATTACHED:
-            log.info("attached %s%s lease=%d content=%s device=%s",
-                     what, by, event.lease, content, event.device, extra=extra)  # fmt: skip
+            log.info(line(f"attached {what}{by}", {"lease": event.lease}, where))
 
 
 def _short(called: str) -> str:

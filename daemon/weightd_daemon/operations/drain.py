@@ -1,4 +1,4 @@
-"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes."""
+"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes, the pool included."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DrainingError, InUseError, LeaseLostError
 from weightd_daemon.core.events import DrainChanged
 from weightd_daemon.core.lease import named
+from weightd_daemon.log_line import Line
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
@@ -54,7 +55,7 @@ class Drain:
         self._store.leases.draining = True
         self.checkpoints = self.freed_bytes = 0
         self._task = asyncio.get_running_loop().create_task(self._run())
-        log.info("draining leases=%d loads=%d", len(self._store.leases), len(self._loads.under_way))
+        log.info(Line("draining", {"leases": len(self._store.leases), "loads": len(self._loads.under_way)}))
         self._on_event(DrainChanged("draining"))
         self._loads.end_all(DrainingError("the load was ended: the daemon is draining; load again when it is back"))
 
@@ -65,6 +66,8 @@ class Drain:
         self._task.cancel()
         self._task = None
         self._store.leases.draining = False
+        for memory in self._store.memories.values():
+            memory.open_pool()
         log.info("the drain was taken back")
         self._on_event(DrainChanged("undrained"))
         self._resumed()
@@ -104,5 +107,7 @@ class Drain:
                 self.freed_bytes += self._store.remove(checkpoint, reason="drained")
                 self.checkpoints += 1
             await asyncio.sleep(0)  # the loop answers in between
-        log.info("drained checkpoints=%d bytes=%d", self.checkpoints, self.freed_bytes)
+        for memory in self._store.memories.values():
+            memory.close_pool()  # nothing is loaded that could use it
+        log.info(Line("drained", {"checkpoints": self.checkpoints, "bytes": self.freed_bytes}))
         self._on_event(DrainChanged("drained"))

@@ -6,6 +6,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from weightd_daemon.log_line import Line
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -38,4 +40,5 @@ async def thaw_when_unwritten(
             # It is not released meanwhile: what is set aside keeps it. A loss takes it from the books, though.
             memory.thaw(segment, await asyncio.to_thread(hollow[uuid], segment))
             thawed += 1
-    log.info("the loader of the daemon before has ended: memory is used again segments=%d", thawed)
+    words = "the loader of the daemon before has ended: memory is used again"
+    log.info(Line(words, {"segments": thawed}))

@@ -29,6 +29,7 @@ from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import is_manifest
 from weightd_daemon.handles.peers import NO_UID
+from weightd_daemon.log_line import Line
 
 from .root_record import SCHEMA
 
@@ -44,6 +45,9 @@ MANIFEST_BYTES = 1 << 30
 """Longest manifest that is read."""
 
 _U64 = (1 << 64) - 1
+_I64 = 1 << 63
+_MOST_SECONDS = 253_402_300_800
+"""The year 10,000, which nothing can show."""
 _MOST_NAMES = 8
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
@@ -150,7 +154,9 @@ class _Restore:
         name, content = _text(row["name"]), _text(row["content"])
         if not 1 <= len(name.encode()) <= NAME_BYTES or CONTROL.search(name) or not _DIGEST.fullmatch(content):
             raise ValueError("it cannot be given")
-        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"])))
+        # Where the record does not say which names were only paths, those that look so are taken for that.
+        is_default = row["default"] is True if "default" in row else name.startswith("/")
+        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"]), is_default))
 
     def finish_segments(self) -> dict[tuple[str, int], int]:
         """Enter the segments that restored checkpoints need, release the rest. Returns what is kept as what."""
@@ -200,8 +206,9 @@ def restore(
         try:
             state.checkpoint(row)
         except _CANNOT_BE as error:
-            log.warning("checkpoint %scontent=%s device=%s is left: %s; load it again", _names(body, row),
-                        str(row.get("content"))[:19], row.get("device"), _why(error))  # fmt: skip
+            what = {"content": str(row.get("content"))[:19], "device": row.get("device")}
+            why = f"is left: {_why(error)}; load it again"
+            log.warning(Line("checkpoint", _names(body, row).strip(), what, why))
             state.frozen |= state.listed(row)
     number_uses(store, state.uses)
     if foreign:
@@ -218,8 +225,9 @@ def restore(
             # The second: somebody has locked a byte of one manifest that is a lease on another. Which one is not to be
             # told, and both may be read: each counts as held.
             manifests.hold_as_one(key, store.leases.inherit_some(key, NOBODY, now), last_lease)
-            log.warning("leases of %scontent=%s cannot be told apart: one line stands for all",
-                        _listed(catalog.names(store.checkpoints[key])), key.content_digest[:19])  # fmt: skip
+            what = {"content": key.content_digest[:19]}
+            names = _listed(catalog.names(store.checkpoints[key])).strip()
+            log.warning(Line("leases of", names, what, "cannot be told apart: one line stands for all"))
             continue
         for number in numbers:
             store.leases.inherit(number, key, NOBODY, now)
@@ -257,7 +265,7 @@ def _read_manifest(descriptor: int, key: CheckpointKey, kind: str, segments: lis
         digest = digests[DIGEST_BYTES * row : DIGEST_BYTES * (row + 1)]
         identities.append(BlobIdentity(digest, length, variant))
         places.append(Place(segments[segment].number, offset) if length else None)
-    return Described(files, entries, identities, places)
+    return Described(files, entries, identities, places, size)
 
 
 def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:
@@ -294,6 +302,7 @@ def _number(value: object) -> int:
 
 def _text(value: object) -> str:
     if isinstance(value, str):
+        value.encode()  # half a surrogate cannot be sent
         return value
     raise ValueError(f"{value!r:.40} is no text")
 
@@ -305,13 +314,20 @@ def _uid(value: object) -> int | None:
 
 
 def _seconds(value: object) -> float:
-    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value < 1 << 40:
+    if isinstance(value, int | float) and math.isfinite(value) and 0 <= value < _MOST_SECONDS:
         return float(value)
     raise ValueError(f"{value!r:.40} is no time")
 
 
 def _files(rows: Any) -> tuple[SourceFile, ...]:
     return tuple(
-        SourceFile(_text(component), _text(file), FileIdentity(*map(int, identity)), bool(index and index[0]))
+        SourceFile(_text(component), _text(file), _identity(*identity), bool(index and index[0]))
         for component, file, identity, *index in rows  # a record without indexes has no column
     )
+
+
+def _identity(device: object, inode: object, size: object, mtime: object, ctime: object) -> FileIdentity:
+    times = [value for value in (size, mtime, ctime) if isinstance(value, int) and -_I64 <= value < _I64]
+    if len(times) < 3:
+        raise ValueError("a file's size or time is none")
+    return FileIdentity(_number(device), _number(inode), *times)

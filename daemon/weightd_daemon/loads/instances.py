@@ -1,0 +1,30 @@
+"""What the digest index remembers of files: which blobs their tensors are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightd.types import FileIdentity
+
+
+class Instance(NamedTuple):
+    """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
+
+    offset: int
+    length: int
+    digest: bytes
+    variant: int
+    blob: int
+
+
+class InstanceIndex(Protocol):
+    """The digest index (persistence/digest_index.py)."""
+
+    async def get(self, identity: FileIdentity) -> list[Instance]:
+        """What is known of a file; empty when nothing is."""
+
+    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+        """Remember a file."""
