@@ -1,7 +1,7 @@
 """Nonsense on either socket and descriptors of the wrong kind: that connection ends, the daemon serves on.
 
-FUSE files, which may hang every call on them, cannot be made where these tests run; what keeps them from the daemon is
-that it never receives a client's descriptor (the intake's other end goes to the loader), which is tested here.
+A FUSE file may hang every call on it (tests/fault/test_restarts.py). What keeps such files from the daemon is that it
+never receives a client's descriptor (the intake's other end goes to the loader), which is tested here.
 """
 
 from __future__ import annotations

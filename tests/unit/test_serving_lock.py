@@ -194,6 +194,20 @@ def test_a_loader_that_does_not_die_is_waited_for_a_second_and_then_only_watched
     until(lambda: not lock.is_written_by_others())
 
 
+def test_who_is_not_found_in_time_is_killed_later(
+    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
+    child = others.left_by(WRITER)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving_lock, "holders", lambda *_: [])
+        lock.take()
+    assert lock.is_written_by_others()
+    assert not has_ended(child)
+    lock.end_others()
+    until(lambda: not lock.is_written_by_others())
+
+
 @pytest.mark.usefixtures("nobody_dies")
 def test_a_holder_that_does_not_die_refuses_the_start(
     others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +251,15 @@ def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: ServingLock
     other, _ = others.run("lock = take(); found = 0")
     with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {other.pid}\) serves it"):
         lock.renew()
+
+
+def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
+    lock.take()
+    files = [others.socket.with_name(f"w.sock{end}") for end in (".serving", ".lock")]
+    for file in files:
+        os.utime(file, (1, 1))
+    lock.touch()
+    assert all(file.stat().st_mtime > 1 for file in files)
 
 
 def test_a_process_that_is_found_is_one_that_has_the_lock(others: Others, lock: ServingLock) -> None:

@@ -45,7 +45,7 @@ _END_SECONDS = 10.0
 class Holding:
     """What holders need of the daemon: its loop; whom to tell (UUID, reason) of a loss; descriptors to inherit.
 
-    A holder inherits the daemon's lock, so that no daemon starts while the memory of the one before is still taken.
+    A holder inherits a lock, so that no daemon starts while the memory of the one before is still taken.
     """
 
     loop: asyncio.AbstractEventLoop

@@ -50,7 +50,7 @@ class LoaderProcess:
 
     @classmethod
     async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
-        """Start a loader that inherits the `inherited` descriptors (the daemon's lock) beside its own two sockets.
+        """Start a loader that inherits `inherited` (a lock that says "may still write") beside its own two sockets.
 
         Errors: ResourceLimitError (no descriptor, process or memory for it), OSError.
         """

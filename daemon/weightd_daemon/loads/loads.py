@@ -53,7 +53,7 @@ _Key = tuple[str, str, int | None, tuple[SourceFile, ...]]
 
 
 class Loads:
-    """Starts, joins and cancels loads. `lock` is the daemon's lock, which every loader inherits."""
+    """Starts, joins and cancels loads. Every loader inherits `lock`, which says that it may still write."""
 
     def __init__(
         self,

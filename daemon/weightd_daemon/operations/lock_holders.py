@@ -7,9 +7,11 @@ No file is opened or looked at for that, so a file system that hangs cannot hold
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +33,19 @@ def kernel_name(descriptor: int) -> str | None:
     return None
 
 
-def holders(files: dict[str, str]) -> list[int]:
-    """Processes other than this one that have a lock on one of `files`: names in their folder, by `kernel_name`."""
-    pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-    return [pid for pid in pids if pid != os.getpid() and holds(pid, files)]
+def holders(files: dict[str, str], seconds: float = math.inf) -> list[int]:
+    """Processes other than this one that have a lock on one of `files`: names in their folder, by `kernel_name`.
+
+    A process takes about 0.2 ms. The youngest come first, and after `seconds` the others are left out.
+    """
+    deadline = time.monotonic() + seconds
+    found = []
+    for pid in sorted((int(entry) for entry in os.listdir("/proc") if entry.isdigit()), reverse=True):
+        if pid != os.getpid() and holds(pid, files):
+            found.append(pid)
+        if time.monotonic() > deadline:
+            break
+    return found
 
 
 def holds(pid: int, files: dict[str, str]) -> bool:
@@ -42,7 +53,7 @@ def holds(pid: int, files: dict[str, str]) -> bool:
     return any(
         lock in files
         for fdinfo, link in _descriptors(pid)
-        if Path(link.removesuffix(" (deleted)")).name in files.values()
+        if link.removesuffix(" (deleted)").rpartition("/")[2] in files.values()
         for lock in _locks(fdinfo)
     )
 

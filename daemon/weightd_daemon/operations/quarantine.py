@@ -30,6 +30,7 @@ async def thaw_when_unwritten(
 
     `hollow` tells of each device which ranges of a segment have no memory.
     """
+    await asyncio.to_thread(lock.end_others)
     while lock.is_written_by_others():  # noqa: ASYNC110  # nobody would set an event
         await asyncio.sleep(_LOOK_SECONDS)
     thawed = 0

@@ -10,6 +10,7 @@ loaders inherit the lock: so neither starts beside the other.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -28,7 +29,8 @@ _HOLDERS_SECONDS = 5.0
 """How long the start waits for holders of its memory, and for locks of which nobody can tell whose they are."""
 _PAUSE_SECONDS = 0.02
 _KILL_SECONDS = 0.2
-"""Between two looks for whom to kill."""
+_SCAN_SECONDS = 0.3
+"""Between two looks for whom to kill, and the longest that one takes: there may be very many processes."""
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _SERVES, _WRITES, _HOLDS = 0, 1, 2
@@ -80,6 +82,12 @@ class ServingLock:
         """Whether a process of a daemon before may still write to memory. Once it is False, it stays that."""
         return _is_held(self.writers, _WRITES) or not self._take_older()
 
+    def end_others(self) -> None:
+        """Kill the processes of a daemon before that may still write, however long it takes to find them."""
+        files = self._files()
+        for pid in holders(files):
+            end(pid, files)
+
     def is_whole(self) -> bool:
         """Whether both files still are those that are locked."""
         return _is_at(self._file, self.writers) and _is_at(self._older_file, self._older)
@@ -108,7 +116,8 @@ class ServingLock:
     def touch(self) -> None:
         """Keep the files young: what cleans folders up goes by their age."""
         for descriptor in (self.writers, self._older):
-            os.utime(descriptor)
+            with contextlib.suppress(OSError):  # on a file system that has become read-only nobody cleans up either
+                os.utime(descriptor)
 
     def _open(self) -> int:
         """The lock file, with the lock that says who serves. Errors: AlreadyServedError, OSError."""
@@ -144,11 +153,9 @@ class ServingLock:
     def _take_older(self) -> bool:
         """Have the lock that daemons before this one ask for, unless a process of one of them still has it."""
         if not self._has_older:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(self._older, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._has_older = True
-            except BlockingIOError:
-                pass
         return self._has_older
 
     def _sign(self) -> None:
@@ -172,7 +179,7 @@ class ServingLock:
                 raise self._served(daemon)
             elif time.monotonic() > look_at:  # most have ended by then: the kernel kills children of a dead daemon
                 files = self._files()
-                left = holders(files)
+                left = holders(files, _SCAN_SECONDS)
                 for pid in left:
                     end(pid, files)
                 look_at = time.monotonic() + _KILL_SECONDS
