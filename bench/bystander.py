@@ -22,9 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("client", "daemon", "tests", ".")]
 
-from tests.fault.test_command_lines import CONNECT, HUGE, HUGE_LINE  # noqa: E402
-
 from support import checkpoints  # noqa: E402  # after the path
+from support.command_lines import CONNECT, HUGE, HUGE_LINE  # noqa: E402
 from support.daemon import Daemon, environment  # noqa: E402
 from support.users import ALICE, user_of  # noqa: E402
 from support.worker import Worker  # noqa: E402
@@ -48,6 +47,21 @@ with weightd.connect(sys.argv[1], timeout=60.0) as client:
         time.sleep(0.01)
 p99 = lambda values: 1e3 * sorted(values)[int(len(values) * 0.99)]
 print(json.dumps([p99(pings), p99(attaches)]))
+"""
+_CONNECT_ON = """
+import threading, time
+def go():
+    while True:
+        exec(connect, {"path": path, "times": 1})
+        time.sleep(0.05)
+threading.Thread(target=go, daemon=True).start()
+"""
+_UNREAD = """
+from support.http2 import Unreading
+from support.wire import Peer
+peer, unreading = Peer(path), Unreading(path)
+for _ in range(6):
+    unreading.call("/weightd.v1.CheckpointService/Verify", message.encode(), peer.token)
 """
 
 
@@ -73,19 +87,13 @@ def command_lines(worker: Worker, daemon: Daemon) -> None:
     """Twenty connections a second of a process with a command line of 256 MiB."""
     refused = worker.run(HUGE_LINE, size=HUGE)
     assert not refused, refused
-    source = (
-        f"import threading, time\ndef go():\n    while True:\n        exec({CONNECT!r}, dict(path=path, times=1))\n"
-    )
-    source += "        time.sleep(0.05)\nthreading.Thread(target=go, daemon=True).start()"
-    worker.run(source, path=str(daemon.socket))
+    worker.run(_CONNECT_ON, path=str(daemon.socket), connect=CONNECT)
 
 
 def unread(worker: Worker, daemon: Daemon) -> None:
     """Six verifications, of which no byte is read."""
     message = VerifyCheckpointRequest(reference="victim").SerializeToString()
-    source = "from support.http2 import Unreading\nfrom support.wire import Peer\npeer, unreading = Peer(path), Unreading(path)\n"
-    source += f"for _ in range(6): unreading.call('/weightd.v1.CheckpointService/Verify', {message!r}, peer.token)"
-    worker.run(source, path=str(daemon.socket))
+    worker.run(_UNREAD, path=str(daemon.socket), message=message.decode())
 
 
 ATTACKS: dict[str, Callable[[Worker, Daemon], None]] = {"huge command lines": command_lines, "unread answers": unread}
@@ -118,19 +126,15 @@ def main() -> None:
     ping, attach = (statistics.median(row[place] for row in found["idle"]) for place in (0, 1))
     for name, rows in found.items():
         medians = [statistics.median(row[place] for row in rows) for place in range(3)]
-        line = dict(
-            zip(("ping_p99_ms", "attach_p99_ms", "grown_mib"), (round(value, 2) for value in medians), strict=True)
-        )
-        print(
-            json.dumps(
-                {
-                    "beside": name,
-                    **line,
-                    "ping_factor": round(medians[0] / ping, 2),
-                    "attach_factor": round(medians[1] / attach, 2),
-                }
-            )
-        )
+        line = {
+            "beside": name,
+            "ping_p99_ms": round(medians[0], 2),
+            "attach_p99_ms": round(medians[1], 2),
+            "grown_mib": round(medians[2], 2),
+            "ping_factor": round(medians[0] / ping, 2),
+            "attach_factor": round(medians[1] / attach, 2),
+        }
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":
