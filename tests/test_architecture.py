@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ MOST_LINES = 400
 # Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
 # modules always may.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("weightd.torch", "weightd.integrations*"),
+    "torch": ("weightd.torch", "weightd._tensors", "weightd._assign", "weightd.integrations*"),
+    **dict.fromkeys(("weightd._tensors", "weightd._assign"), ("weightd.torch", "weightd.integrations*")),
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
@@ -57,22 +58,28 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
     "config": ("core",),
     "libc": (),
+    "lookups": (),
     "log_line": (),
-    "wire": ("core",),
+    "wire": ("core", "lookups"),
     "logs": ("config", "log_line"),
+    "heap": ("libc",),
     "devices": ("core", "config", "libc"),
     "formats": ("core",),
     "loader": ("core", "devices", "formats", "libc"),
-    "loads": ("core", "devices", "loader", "log_line"),
-    "handles": ("core", "devices", "loads", "log_line", "wire"),
+    "loads": ("core", "devices", "heap", "loader", "log_line"),
+    "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
-    "operations": ("core", "config", "handles", "loads", "log_line", "persistence"),
-    "monitoring": ("core", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "loads", "log_line", "monitoring", "operations", "wire"),
+    "residency": ("core", "handles", "loads", "log_line", "persistence"),
+    "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
+    "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
+    "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "wire"),
 }
 ROOTS = ("app", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
-LAZILY_IN = dict.fromkeys(("torch", "weightd.torch", "weightd.integrations"), ("weightd.attachment",))
+LAZILY_IN = dict.fromkeys(("torch", "weightd._tensors", "weightd._assign"), ("weightd.attachment",))
+
+# What is public though it begins with an underscore, so that it cannot be a field.
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 
 DYNAMIC = {"import_module", "__import__"}
 
@@ -197,6 +204,8 @@ def test_imports_run_one_way() -> None:
         ("weightd.cli.serve", "def serve():\n    importlib.import_module('weightd_daemon.app')"),
         ("weightd.attachment", "import torch"),
         ("weightd.client", "def state():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from .integrations import sharing"),
+        ("weightd.attachment", "def tensor():\n    from .torch import make_tensor"),
         ("weightd._mapping.host", "if TYPE_CHECKING:\n    from torch import Tensor"),
         ("weightd_daemon.loader.copy", "from torch.utils import dlpack"),
         ("weightd_daemon.loader.copy", "import weightd.torch"),
@@ -229,6 +238,7 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
     [
         ("weightd.torch", "import torch"),
         ("weightd.attachment", "def state_dict():\n    import torch"),
+        ("weightd.attachment", "def load_into():\n    from ._assign import assign"),
         ("weightd._transport.rpc", "import grpc"),
         ("weightd.attachment", "from .gguf import GgufTensor\nfrom . import gguf"),
         ("weightd_daemon.api.grpc_server", "import grpc.aio\nfrom weightd._proto.v1 import daemon_pb2_grpc"),
@@ -240,6 +250,90 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
 )
 def test_walk_lets_the_rest_pass(module: str, source: str) -> None:
     assert violations(module, source, is_package=module == CORE) == []
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules a module imports, wherever it does so: in functions and for types as well."""
+    paths = dict(modules())
+    found: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        tree = ast.parse(path.read_text())
+        names = {name for name, *_ in imports(module, tree, path.name == "__init__.py")}
+        found[module] = {owner(name, paths) for name in names} - {"", module}
+    return found
+
+
+def owner(name: str, known: Container[str]) -> str:
+    """The module that an imported name belongs to; "" where it is none of ours, or a generated one."""
+    if "_proto" in name.split("."):
+        return ""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def circles(edges: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that can each be reached from one another, and from themselves."""
+    reached: dict[str, set[str]] = {}
+    for module in edges:
+        seen: set[str] = set()
+        ahead = [module]
+        while ahead:
+            fresh = edges.get(ahead.pop(), set()) - seen
+            seen |= fresh
+            ahead += fresh
+        reached[module] = seen
+    found = {frozenset(other for other in seen if module in reached[other]) for module, seen in reached.items()}
+    return sorted((set(circle) for circle in found if circle), key=sorted)
+
+
+def test_there_are_no_circles() -> None:
+    found = circles(graph())
+    assert not found, "\n".join(", ".join(sorted(circle)) for circle in found)
+
+
+def test_a_circle_is_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"e"}}) == [{"b", "c"}, {"e"}]
+    source = "if TYPE_CHECKING:\n    from ..core.store import Store\ndef f():\n    from . import loads"
+    names = {name for name, *_ in imports("weightd_daemon.loads.flight", ast.parse(source), is_package=False)}
+    assert {owner(name, graph()) for name in names} == {"weightd_daemon.core.store", "weightd_daemon.loads.loads"}
+
+
+def reaches(source: str) -> list[str]:
+    """Where a module uses an underscore name of what it has not defined itself, such as `store._blobs`."""
+    tree = ast.parse(source)
+    own: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            own.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            own.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            own.add(node.id)
+    return [
+        f"{node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if not is_self(node.value) and node.attr not in own | OF_NAMED_TUPLES
+    ]
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id in {"self", "cls"}
+
+
+def test_nobody_in_the_daemon_reaches_into_anothers_underscore() -> None:
+    found = [
+        f"{module}:{line}" for module, path in modules() if within(module, DAEMON) for line in reaches(path.read_text())
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_a_reach_is_found() -> None:
+    own = "class Loads:\n    def __init__(self):\n        self._all = {}\n    def like(self, other):\n        "
+    assert reaches(own + "return other._all == self._all and other.key._replace(device='')") == []
+    assert reaches(own + "return self._store._blobs") == ["5: self._store._blobs"]
+    assert reaches("def fit(store):\n    store._evict_one()") == ["2: store._evict_one"]
 
 
 def test_modules_are_small() -> None:

@@ -21,7 +21,7 @@ from support import shrunk  # noqa: E402
 from support.daemon import Daemon  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "integrations.md"
-HEAD = "| `model_type` | class | of the experts' bytes are views |\n|---|---|---|\n"
+HEAD = "| `model_type` | class | expert bytes that are views |\n|---|---|---|\n"
 
 
 def measure(daemon: Daemon, kind: str) -> str:

@@ -13,6 +13,8 @@ from .errors import ResourceLimitError
 THIS_PROCESS = "this process"
 DAEMON = "the weightd daemon"
 LOADER = "the daemon's loader process"
+MAX_LOAD_REQUEST = 8 << 20
+"""Bytes of a load's request: 10,000 files with names of 600 bytes, and 200,000 tensors in groups, fit into it."""
 _MAPS = "vm.max_map_count"
 _NEAR = 16
 """A call may need a few mappings more than it makes: it splits others."""

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         DaemonEvent,
         DrainResult,
         LeaseInfo,
+        NameInfo,
         Stats,
         TensorKey,
         VerifyProgress,
@@ -43,6 +44,10 @@ class Operations(ABC):
     def checkpoints(self) -> list[CheckpointInfo]:
         """Every checkpoint that is resident, lost with its device, or being loaded."""
         return self._rpc().checkpoints()
+
+    def names(self) -> list[NameInfo]:
+        """Every name, sorted, also those whose content was evicted: they stay their owners'."""
+        return self._rpc().names()
 
     def inspect(self, reference: Reference, device: str | None = None) -> CheckpointDetails:
         """One checkpoint more closely. Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost)."""

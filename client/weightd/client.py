@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._devices import device_name
 from ._groups import Groups, add_groups
 from ._limits import check_grpc_can_start
 from ._operations import Operations, Reference
 from ._proto.v1 import checkpoint_pb2, handles_pb2
+from ._references.files import inodes
 from ._transport.address import find_socket
 from ._transport.connection import Line
 from ._transport.convert import check_name, source_to
 from ._transport.handle_socket import feed, fit
 from ._transport.unreachable import when_reachable
 from .attachment import Attachment
-from .errors import ForkedError, InvalidReferenceError, NotFoundError
+from .errors import DaemonUnreachableError, ForkedError, FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Resolved, files_of, is_path, open_sources
 from .types import CheckpointInfo, LoadProgress, LoadResult, TensorKey
 
@@ -29,9 +30,25 @@ if TYPE_CHECKING:
     from ._transport.handle_socket import HandleConnection
     from ._transport.rpc import ControlPlane
 
+T = TypeVar("T")
 _FEED_SECONDS = 60.0
 _LOADS = 3
 """How often an attach loads files whose checkpoint is evicted before it can be attached."""
+
+
+def again_if_replaced(reference: Reference, use: Callable[[Resolved], T]) -> T:
+    """Call `use` with the files of a reference, and once more if it fails and others stand there by then.
+
+    A file that is replaced by rename while it is loaded was not written to: what stands there now is as good as it was.
+    """
+    chosen = files_of(reference)
+    before = inodes(chosen.sources)
+    try:
+        return use(chosen)
+    except (InvalidReferenceError, FormatError):  # "is not the file that was announced", "changed while it was read"
+        if inodes(chosen.sources) == before:
+            raise
+    return use(files_of(reference))
 
 
 def connect(
@@ -129,8 +146,8 @@ class Client(Operations):
         """Like `load`, and say what the load brought. A detached load goes on without us; then this returns None."""
         if name is not None:
             check_name(name)
-        resolved = files_of(reference)
-        with open_sources(resolved) as opened:
+
+        def load(resolved: Resolved) -> LoadResult | None:
             request = checkpoint_pb2.LoadRequest(
                 name=name if name is not None else resolved.name,
                 name_is_default=name is None,
@@ -139,7 +156,10 @@ class Client(Operations):
                 detached=detached,
                 verify=verify,
             )
-            return self._load(opened, request, groups, on_progress)
+            with open_sources(resolved) as opened:
+                return self._load(opened, request, groups, on_progress)
+
+        return again_if_replaced(reference, load)
 
     def attach(
         self,
@@ -168,10 +188,12 @@ class Client(Operations):
             tensors=[handles_pb2.TensorKey(component=key.component, name=key.name) for key in sorted(keys)],
             manifest_only=manifest_only,
         )
-        if isinstance(reference, Resolved):
-            return self._attach_resolved(reference, request, parts, keys, groups)
-        if is_path(reference) and not self._means_name(reference, request.device, to_load=True):
-            return self._attach_resolved(files_of(reference), request, parts, keys, groups)
+        if isinstance(reference, Resolved) or (
+            is_path(reference) and not self._means_name(reference, request.device, to_load=True)
+        ):
+            return again_if_replaced(
+                reference, lambda files: self._attach_resolved(files, request, parts, keys, groups)
+            )
         request.reference = str(reference)
         if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
@@ -187,13 +209,28 @@ class Client(Operations):
         on_progress: Callable[[LoadProgress], None] | None = None,
     ) -> LoadResult | None:
         """Load what is opened, as a request says that lacks only the files and their groups."""
-        rpc = self._rpc()
+        self._check()
         request.sources.extend(source_to(source) for source in opened.sources)
         request.reference = opened.reference
         if groups != ():
             add_groups(request, groups, opened)
+        with opened.errors_by_path():
+            try:
+                return self._load_offered(opened, request, on_progress)
+            except DaemonUnreachableError as error:
+                if error.metadata.get("refused") != "token":
+                    raise
+            return self._load_offered(opened, request, on_progress)  # the daemon restarted after it had our offer
+
+    def _load_offered(
+        self,
+        opened: OpenedSources,
+        request: checkpoint_pb2.LoadRequest,
+        on_progress: Callable[[LoadProgress], None] | None,
+    ) -> LoadResult | None:
+        rpc = self._rpc()
         offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
-        with intake, opened.errors_by_path():
+        with intake:
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)
 

@@ -167,6 +167,22 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class NameInfo:
+    """One name. `state` is that of its content: "resident", "lost" or "evicted".
+
+    `owner_uid` is None where its owner has no identity. A name that `is_default` was derived from a path, and goes when
+    its content is evicted.
+    """
+
+    name: str
+    content_digest: str
+    state: str
+    owner_uid: int | None
+    owner: str
+    is_default: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ComponentInfo:
     """One part of a checkpoint."""
 
@@ -243,10 +259,18 @@ class DigestIndexStats:
 
 
 @dataclass(frozen=True, slots=True)
+class BooksStats:
+    """The daemon's own memory for its lists of tensors. `limit_bytes` 0 is no limit."""
+
+    limit_bytes: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained".
 
-    `digest_index` is None from a daemon that does not say.
+    `digest_index` and `books` are None from a daemon that does not say.
     """
 
     devices: tuple[DeviceStats, ...]
@@ -261,6 +285,7 @@ class Stats:
     evictions: int
     state: str = "serving"
     digest_index: DigestIndexStats | None = None
+    books: BooksStats | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,22 +10,25 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from weightd._limits import DAEMON, check_grpc_can_start
-from weightd._transport.address import handles_path
-from weightd.errors import DeviceError
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import logs
 from .api.context import Parts
 from .api.grpc_server import ControlPlane
-from .config.toml_file import ConfigError, TemporaryError
 from .core.catalog import Catalog
-from .core.events import DeviceLost, Event, Evicted, Sealed
 from .core.lease import Leases
 from .core.memory import DeviceMemory
 from .core.store import Store
-from .devices.budgets import budget_of, called, check_budgets, default_device, device_meant, open_served, pool_of
+from .devices.budgets import (
+    books_of,
+    budget_of,
+    called,
+    check_budgets,
+    default_device,
+    device_meant,
+    open_served,
+    pool_of,
+)
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .handles.attach import Attacher
@@ -39,20 +42,25 @@ from .log_line import Line
 from .monitoring.event_log import EventLog
 from .monitoring.event_stream import Journal
 from .monitoring.listeners import Listeners
+from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
 from .operations.drain import Drain
 from .operations.notify import Announcer, status_line
 from .operations.preload import Preloader
+from .operations.quarantine import thaw_when_unwritten
 from .operations.reload import Reloading
-from .operations.sockets import AlreadyServedError, listen, locked, umask
+from .operations.serving_lock import AlreadyServedError
+from .operations.sockets import Sockets, cannot_be_made, locked
 from .persistence.descriptor_store import Survival
 from .persistence.digest_index import DigestIndex
 from .persistence.service_manager import ServiceManager, kept_descriptors
+from .residency import Residency
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from .config.settings import Loaded, Settings
+    from .core.limits import Limits
     from .devices.device import Device
     from .monitoring.metrics import Metrics
     from .operations.reload import Change
@@ -62,6 +70,42 @@ __all__ = ["AlreadyServedError", "Daemon"]
 log = logging.getLogger(__name__)
 
 _STOP_GRACE = 1.0
+
+
+class _Served(NamedTuple):
+    """The devices that are served, by UUID: what settings may call each, and what it may use in bytes."""
+
+    devices: dict[str, Device]
+    names: dict[str, Sequence[str]]
+    budgets: dict[str, int]
+
+
+class _Books(NamedTuple):
+    """What the daemon holds, what is kept of it for the next one, and by device what returns its memory."""
+
+    store: Store
+    catalog: Catalog
+    limits: Limits
+    journal: Journal
+    manifests: Manifests
+    survival: Survival
+    reclaimers: dict[str, Reclaimer]
+
+
+class _Work(NamedTuple):
+    """What loads, and how many at once."""
+
+    loads: Loads
+    turns: Turns
+    digests: DigestIndex
+
+
+class _Services(NamedTuple):
+    """What answers calls, what attaches, and what loads by itself."""
+
+    parts: Parts
+    attacher: Attacher
+    preloader: Preloader
 
 
 class Daemon:
@@ -83,6 +127,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM
+        self._lost: Exception | None = None
         self._up = False
 
     async def run(self) -> int:
@@ -95,214 +140,237 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
-            lock = stack.enter_context(locked(self._socket))
-            await self._serve(stack, lock)
+            sockets = stack.enter_context(locked(self._socket))
+            await self._serve(stack, sockets)
             self._up = True
             await self._stop.wait()
             self._announcer.stop()
             self._up = False
-            log.info(Line("stopping", {"signal": self._signal.name}))
+            if self._lost is None:
+                log.info(Line("stopping", {"signal": self._signal.name}))
+            else:
+                log.error(Line("stopping", because=self._lost))
+        if self._lost is not None:
+            raise self._lost
         return 130 if self._signal is signal.SIGINT else 0
 
-    async def _serve(self, stack: contextlib.AsyncExitStack, lock: int) -> None:
-        settings = self._settings
+    async def _serve(self, stack: contextlib.AsyncExitStack, sockets: Sockets) -> None:
         listeners = Listeners()
-        tell = listeners.tell
-
-        def on_lost(uuid: str, reason: str) -> None:
-            log.warning(Line("device lost", {"device": uuid}, because=reason))
-            tell(DeviceLost(uuid, reason))
-            store.lose(uuid, reason)
-            loads.lose(uuid, DeviceError(f"device {uuid}: {reason}; load it again"))
-
-        devices: dict[str, Device] = {}
-        names: dict[str, Sequence[str]] = {}
-        budgets: dict[str, int] = {}
-        holding = Holding(asyncio.get_running_loop(), on_lost, inherited=(lock,))
-        for device, called_so in open_served(settings, holding):
-            stack.callback(device.close)
-            devices[device.uuid], names[device.uuid] = device, called_so
-            budgets[device.uuid] = budget_of(settings, device, called_so)
-        manifests = Manifests(before_lock=lambda number: survival.reserve(number))
-        stack.callback(manifests.close)
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, Sealed):
-                survival.sealed(event.checkpoint.key, event.manifest)
-            tell(event)
-            if isinstance(event, Evicted):
-                key = event.checkpoint.key
-                manifests.remove(key)
-                if event.reason == "removed":
-                    catalog.forget(event.checkpoint)
-                survival.evicted(key)
-                if event.load:
-                    loads.evicted(event)
-
-        store = Store(leases=Leases(manifests.is_locked, tell), on_event=on_event)
-        limits = settings.limits
-        catalog = Catalog(store, limits, changed=lambda: survival.flip(), on_event=tell)
-        journal = Journal(store=store, catalog=catalog, now=time.time)
-        listeners.add(journal)
-        listeners.add(EventLog(journal.encode))
-        survival = Survival(
-            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=devices,
-            manifests=manifests, now=time.time,
-        )  # fmt: skip
-        stack.callback(survival.close)
-        reclaimers = {uuid: Reclaimer(device, partial(survival.released, uuid)) for uuid, device in devices.items()}
-        for uuid, device in devices.items():
-            reclaimer = reclaimers[uuid]
-            stack.push_async_callback(reclaimer.finish)
-            store.memories[uuid] = DeviceMemory(
-                budget=budgets[uuid], page=device.page, sparse=device.sparse,
-                pool_limit=pool_of(settings, device, budgets[uuid]),
-                create=device.create, on_reclaim=reclaimer.kick, available=device.available,
-            )  # fmt: skip
-            reclaimer.watch(store.memories[uuid])
-        await survival.begin()
-        default = default_device(devices)
-        index = DigestIndex(Path(settings.state_dir))
-        stack.push_async_callback(index.close)
-        index.begin()
-        connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
-        turns = Turns(settings.max_loads, settings.loads_of_one)
-        loads = Loads(
-            store=store, catalog=catalog, devices=devices, reclaimers=reclaimers, index=index,
-            prepare=survival.prepare, now=time.time, on_event=tell, lock=lock, threads=settings.threads,
-            turns=turns, limits=limits,
-            argv=self._loader_argv,
-        )  # fmt: skip
-        stack.push_async_callback(loads.close)
-        preloader = Preloader(
-            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
-            place=lambda said: device_meant(said, names, default, settings.devices), tell=self._manager.tell,
-            listed=settings.preload,
-        )  # fmt: skip
-        drain = Drain(store=store, loads=loads, on_event=tell, resumed=preloader.begin)
-        stack.push_async_callback(drain.close)
-        attacher = Attacher(
-            store=store, catalog=catalog, loads=loads, manifests=manifests, connections=connections,
-            devices=devices, default_device=default, limits=limits, now=time.time,
-        )  # fmt: skip
-        statistics = Statistics(store, loads, connections, devices, drain, index)
-        parts = Parts(
-            store, catalog, loads, connections, devices, default,
-            now=time.time, journal=journal, drain=drain, statistics=statistics,
-        )  # fmt: skip
-        metrics = await self._monitor(stack, statistics)
+        residency = Residency(listeners.tell)
+        served = self._open_devices(stack, residency, sockets.lock.holders)
+        books = self._open_books(stack, served, residency, listeners)
+        work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
+        residency.join(books.store, books.catalog, books.manifests, books.survival, work.loads)
+        await self._adopt(stack, sockets, served, books)
+        services = self._make_services(stack, served, books, work, listeners)
+        metrics = await serve_pages(stack, self._settings, services.parts.statistics, lambda: self._up)
         if metrics is not None:
             listeners.add(metrics)
-        handles = HandleServer(
-            connections=connections, attacher=attacher, max_connections=settings.max_connections,
-            on_attach=metrics.attached if metrics else _uncounted,
-        )  # fmt: skip
-        stack.callback(handles.stop)
-        check_grpc_can_start(DAEMON)
-        control = ControlPlane(parts, metrics.called if metrics else _uncounted)
-        stack.push_async_callback(control.stop, _STOP_GRACE)
-        mode = int(settings.socket_mode, 8)
-        try:
-            with umask(0o177):  # until its mode is set, only this user may connect
-                await control.start(self._socket)
-            self._socket.chmod(mode)
-            # After it: a client connects to this one first, and may call as soon as it has.
-            handles.start(listen(handles_path(self._socket), mode))
-        except OSError as error:
-            what = f"socket {self._socket}"
-            raise TemporaryError.of(error, what) or TemporaryError(f"{what}: {error.strerror}") from error
-        stack.callback(loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
+        control, handles = await self._open_sockets(stack, sockets, services, residency, metrics)
+        stack.callback(work.loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
+        preloader = services.preloader
         stack.push_async_callback(preloader.close)
-        preloader.check(settings.preload)
+        preloader.check(self._settings.preload)
         preloader.begin(only_awaited=True)
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
         await control.ready()
-        served = [f"{called(device)}, budget {budgets[uuid] / 2**30:.2f} GiB" for uuid, device in devices.items()]
-        for device in devices.values():
-            served_as = {"device": device.uuid, "kind": device.kind, "budget": budgets[device.uuid]}
-            log.info(Line("serving", served_as))
+        self._say_ready(served, books.store)
+        sockets.watch(self._lost_socket)
+        preloader.begin()
+        reloading = self._reloading(sockets, served, books, work, services, handles)
+        task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
+        stack.callback(task.cancel)
+
+    def _open_devices(self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int) -> _Served:
+        """Open the devices. Errors: ConfigError."""
+        served = _Served({}, {}, {})
+        holding = Holding(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
+        for device, called_so in open_served(self._settings, holding):
+            stack.callback(device.close)
+            served.devices[device.uuid], served.names[device.uuid] = device, called_so
+            served.budgets[device.uuid] = budget_of(self._settings, device, called_so)
+        return served
+
+    def _open_books(
+        self, stack: contextlib.AsyncExitStack, served: _Served, residency: Residency, listeners: Listeners
+    ) -> _Books:
+        """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
+        settings, limits, tell = self._settings, self._settings.limits, listeners.tell
+        manifests = Manifests(residency.before_lock)
+        stack.callback(manifests.close)
+        store = Store(leases=Leases(manifests.is_locked, tell), on_event=residency.on_event)
+        catalog = Catalog(store, limits, changed=residency.on_changed, on_event=tell)
+        journal = Journal(store=store, catalog=catalog, now=time.time)
+        listeners.add(journal)
+        listeners.add(EventLog(journal.encode))
+        survival = Survival(
+            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
+            manifests=manifests, now=time.time,
+        )  # fmt: skip
+        stack.callback(survival.close)
+        reclaimers: dict[str, Reclaimer] = {}
+        for uuid, device in served.devices.items():
+            budget = served.budgets[uuid]
+            reclaimer = reclaimers[uuid] = Reclaimer(device, partial(survival.released, uuid))
+            stack.push_async_callback(reclaimer.finish)
+            store.memories[uuid] = DeviceMemory(
+                budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
+                create=device.create, on_reclaim=reclaimer.kick, available=device.available,
+                before_use=residency.before_use,
+            )  # fmt: skip
+            reclaimer.watch(store.memories[uuid])
+        store.books.limit = books_of(settings, served.budgets)
+        return _Books(store, catalog, limits, journal, manifests, survival, reclaimers)
+
+    async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: _Served, books: _Books) -> None:
+        """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
+        memories = books.store.memories
+        quarantined = sockets.lock.is_written_by_others()
+        for memory in memories.values():
+            memory.quarantine = quarantined
+        await books.survival.begin()
+        if quarantined:
+            hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
+            thawing = thaw_when_unwritten(sockets.lock, memories, hollow)
+            stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
+
+    def _prepare_loads(
+        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, listeners: Listeners, lock: int
+    ) -> _Work:
+        """Make what loads: nothing does so yet."""
+        settings = self._settings
+        index = DigestIndex(Path(settings.state_dir))
+        stack.push_async_callback(index.close)
+        index.begin()
+        turns = Turns(settings.max_loads, settings.loads_of_one)
+        loads = Loads(
+            store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
+            prepare=books.survival.prepare, now=time.time, on_event=listeners.tell, lock=lock,
+            threads=settings.threads, turns=turns, limits=books.limits, argv=self._loader_argv,
+        )  # fmt: skip
+        stack.push_async_callback(loads.close)
+        return _Work(loads, turns, index)
+
+    def _make_services(
+        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, work: _Work, listeners: Listeners
+    ) -> _Services:
+        """Make what answers calls and attaches: nobody can reach it yet."""
+        settings, devices, default = self._settings, served.devices, default_device(served.devices)
+        store, catalog, loads = books.store, books.catalog, work.loads
+        connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
+        preloader = Preloader(
+            loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
+            place=lambda said: device_meant(said, served.names, default, settings.devices), tell=self._manager.tell,
+            listed=settings.preload,
+        )  # fmt: skip
+        drain = Drain(store=store, loads=loads, on_event=listeners.tell, resumed=preloader.begin)
+        stack.push_async_callback(drain.close)
+        attacher = Attacher(
+            store=store, catalog=catalog, loads=loads, manifests=books.manifests, connections=connections,
+            devices=devices, default_device=default, limits=books.limits, now=time.time,
+        )  # fmt: skip
+        statistics = Statistics(store, loads, connections, devices, drain, work.digests)
+        parts = Parts(
+            store, catalog, loads, connections, devices, default,
+            now=time.time, journal=books.journal, drain=drain, statistics=statistics,
+        )  # fmt: skip
+        return _Services(parts, attacher, preloader)
+
+    async def _open_sockets(
+        self,
+        stack: contextlib.AsyncExitStack,
+        sockets: Sockets,
+        services: _Services,
+        residency: Residency,
+        metrics: Metrics | None,
+    ) -> tuple[ControlPlane, HandleServer]:
+        """Serve both sockets. Errors: TemporaryError."""
+        settings, parts = self._settings, services.parts
+        handles = HandleServer(
+            connections=parts.connections, attacher=services.attacher, max_connections=settings.max_connections,
+            on_attach=metrics.attached if metrics else _uncounted,
+        )  # fmt: skip
+        stack.callback(handles.stop)
+        on_call = metrics.called if metrics else _uncounted
+        control = ControlPlane(parts, settings.max_connections, on_call, before_answer=residency.before_answer)
+        stack.push_async_callback(control.stop, _STOP_GRACE)
+        try:
+            await sockets.open(int(settings.socket_mode, 8), control, handles.start)
+        except OSError as error:
+            raise cannot_be_made(self._socket, error) from error
+        stack.push_async_callback(sockets.stop_watching)
+        return control, handles
+
+    def _say_ready(self, served: _Served, store: Store) -> None:
+        shown = []
+        for uuid, device in served.devices.items():
+            budget = served.budgets[uuid]
+            shown.append(f"{called(device)}, budget {budget / 2**30:.2f} GiB")
+            log.info(Line("serving", {"device": uuid, "kind": device.kind, "budget": budget}))
             if device.note:
-                log.warning("device %s is %s", device.uuid, device.note)
+                log.warning("device %s is %s", uuid, device.note)
         self._announcer.ready(lambda: status_line(store))
         log.info(Line("ready", {"socket": self._socket, "pid": os.getpid()}))
-        print(f"weightd is ready on {self._socket}: {'; '.join(served)}", flush=True)  # noqa: T201  # the contract
-        preloader.begin()
+        print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
+
+    def _reloading(
+        self, sockets: Sockets, served: _Served, books: _Books, work: _Work, services: _Services, handles: HandleServer
+    ) -> Reloading:
+        """What takes up the settings that can change while the daemon runs."""
+        settings, store, preloader = self._settings, books.store, services.preloader
 
         def change_budgets(new: Settings) -> None:
             for uuid, memory in store.memories.items():
-                budget = budget_of(new, devices[uuid], names[uuid])
-                memory.resize(budget, pool_of(new, devices[uuid], budget))
+                budget = budget_of(new, served.devices[uuid], served.names[uuid])
+                memory.resize(budget, pool_of(new, served.devices[uuid], budget))
+            store.books.limit = books_of(new, {uuid: memory.budget for uuid, memory in store.memories.items()})
+            store.fit_books()
 
         def change_loads(new: Settings) -> None:
-            turns.resize(new.max_loads, new.loads_of_one)
-            loads.threads = new.threads
+            work.turns.resize(new.max_loads, new.loads_of_one)
+            work.loads.threads = new.threads
 
         def change_roots(new: Settings) -> None:
             preloader.roots, preloader.listed = new.model_roots, new.preload
 
         def change_sockets(new: Settings) -> None:
-            for path in (self._socket, handles_path(self._socket), settings.metrics_address):
-                if isinstance(path, Path):  # else it is the port of the metrics
-                    path.chmod(int(new.socket_mode, 8))
+            sockets.change_mode(int(new.socket_mode, 8))
+            if isinstance(settings.metrics_address, Path):
+                settings.metrics_address.chmod(int(new.socket_mode, 8))
 
         def change_limits(new: Settings) -> None:
-            limits.take_over(new.limits)
+            books.limits.take_over(new.limits)
             handles.max_connections = new.max_connections
 
         changes: dict[Change, str] = {
-            change_budgets: "budget pool",
+            change_budgets: "budget pool books",
             change_loads: "max_loads max_user_loads reader_threads",
             change_roots: "model_roots preload",
             change_sockets: "socket_mode",
             change_limits: "max_connections max_user_leases max_user_bytes max_user_offers max_user_names",
             logs.change: "log_level log_format",
-            lambda new: connections.change_admins(new.admin_uids): "admins",
+            lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
         }
-        reloading = Reloading(
+        return Reloading(
             settings,
             self._read,
-            [lambda new: check_budgets(new, devices, names, store.memories), lambda new: preloader.check(new.preload)],
+            [
+                lambda new: check_budgets(new, served.devices, served.names, store.memories),
+                lambda new: preloader.check(new.preload),
+            ],
             {name: change for change, keys in changes.items() for name in keys.split()},
             lambda _: preloader.begin(),
             self._announcer.reloading,
         )
-        task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
-        stack.callback(task.cancel)
-
-    async def _monitor(self, stack: contextlib.AsyncExitStack, statistics: Statistics) -> Metrics | None:
-        """Serve the pages for monitors, if they are wanted. Errors: ConfigError, TemporaryError, AlreadyServedError."""
-        settings, address = self._settings, self._settings.metrics_address
-        if address is None:
-            return None
-        try:
-            from .monitoring.endpoints import listen, pages
-            from .monitoring.metrics import Metrics
-        except ModuleNotFoundError as error:
-            if error.name != "prometheus_client":
-                raise
-            raise ConfigError(
-                f"metrics = {settings.metrics!r}: needs prometheus-client, which is not installed: "
-                "pip install '.[metrics]' in weightd's checkout"
-            ) from error
-        metrics = Metrics(statistics)
-        server = pages(metrics, statistics, lambda: self._up)
-        try:
-            listener = listen(address, int(settings.socket_mode, 8))
-        except OSError as error:
-            raise TemporaryError.of(error, f"metrics {settings.metrics}") or AlreadyServedError(
-                f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
-            ) from error
-        if isinstance(address, Path):
-            stack.callback(address.unlink, missing_ok=True)
-        stack.push_async_callback(server.stop)
-        await server.start(listener)
-        log.info("monitors read at %s", settings.metrics)
-        return metrics
 
     def _told_to_stop(self, number: signal.Signals) -> None:
         self._signal = number
+        self._stop.set()
+
+    def _lost_socket(self, error: Exception) -> None:
+        self._lost = error
         self._stop.set()
 
 

@@ -42,3 +42,9 @@ def equal(address: int, other: int, size: int) -> bool:
 def copy(target: int, source: int, size: int) -> None:
     """Copy bytes from one address to another, without the interpreter's lock: slices of views hold it."""
     ctypes.memmove(target, source, size)
+
+
+def trim() -> None:
+    """Give freed memory of this process back to the system, where libc can: glibc keeps what lies between others."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)

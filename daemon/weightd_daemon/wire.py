@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import pwd
-from collections.abc import Hashable, Iterable
 from datetime import UTC, datetime
-from functools import cache
+from functools import partial
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from weightd._proto.v1 import lease_pb2
 
-from .core.catalog import Catalog
-from .core.checkpoint import Checkpoint
-from .core.lease import Lease
+from .lookups import Lookups
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from .core.catalog import Catalog
+    from .core.checkpoint import Checkpoint
+    from .core.lease import Lease
+
+MOST_NAMES = 4096
+_NAME_THREADS = 2
 
 _MESSAGE_BYTES = 6000
 
@@ -40,18 +48,42 @@ def time_to(seconds: float) -> Timestamp:
     return stamp
 
 
-@cache
-def user_name(uid: int | None) -> str:
-    """A user's name, or its number as text; "?" without an identity.
+class UserNames:
+    """Names of users, as far as they are known: a name service may take for ever to answer, so a thread asks it.
 
-    Each is looked up once: every attach tells of its user, and a directory service may be slow.
+    `look_up` returns the name of a uid. Errors: KeyError, OSError (it has none that anybody knows).
     """
-    if uid is None:
-        return "?"
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+
+    def __init__(self, look_up: Callable[[int], str] = lambda uid: pwd.getpwuid(uid).pw_name) -> None:
+        self._look_up = look_up
+        self._known: dict[int, str] = {}
+        self._asked: set[int] = set()
+        self._lookups = Lookups("names", _NAME_THREADS)
+
+    def of(self, uid: int | None) -> str:
+        """A user's name, or its number as text, also until the name is known; "?" without an identity."""
+        if uid is None:
+            return "?"
+        name = self._known.get(uid)
+        if name is None and uid not in self._asked:
+            self._asked.add(uid)
+            if not self._lookups.ask(uid, partial(self._find, uid)):
+                self._asked.discard(uid)
+        return str(uid) if name is None else name
+
+    def _find(self, uid: int) -> None:
+        """Runs on a thread; single steps on dicts and sets need no lock."""
+        try:
+            name = self._look_up(uid)
+        except (KeyError, OSError):
+            name = str(uid)
+        self._known[uid] = name
+        self._asked.discard(uid)
+        while len(self._known) > MOST_NAMES:
+            self._known.pop(next(iter(self._known)), None)
+
+
+user_name = UserNames().of
 
 
 def leases_to(leases: Iterable[Lease], checkpoints: Iterable[Checkpoint], catalog: Catalog) -> list[lease_pb2.Lease]:

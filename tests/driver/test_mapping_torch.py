@@ -21,11 +21,12 @@ def test_every_dtype_in_many_shapes(kind: str, fake_driver: Path) -> None:
     check(
         fake_driver,
         f"""
-import torch, weightd.torch
+import torch
+from weightd import _tensors
 from support import fake_torch
 fake_torch.install()
 places, offset = {{}}, 256
-for dtype, made in weightd.torch._DTYPES.items():
+for dtype, made in _tensors._DTYPES.items():
     for shape in [(), (8,), (3, 4), (2, 30, 70), (0,), (3, 0, 2)]:
         if dtype == "F4" and not shape:
             continue  # torch counts pairs, so there is no scalar
@@ -42,7 +43,7 @@ assert list(state) == list(places)
 pointers = set()
 for name, (dtype, shape, offset, length) in places.items():
     tensor = state[name]
-    assert tensor.dtype == weightd.torch._DTYPES[dtype], name
+    assert tensor.dtype == _tensors._DTYPES[dtype], name
     assert tuple(tensor.shape) == ((*shape[:-1], shape[-1] // 2) if dtype == "F4" else shape), name
     assert tensor.is_contiguous() and tensor.storage_offset() == 0, name
     assert tensor.untyped_storage().nbytes() == tensor.nbytes == length, name

@@ -230,10 +230,10 @@ It has no state folder: the thread of the digest index would open and close file
     ("place", "room", "what"),
     [
         ("app.locked", 0, "socket"),
-        ("edges.monitoring.listen", 0, "metrics"),
+        ("monitoring.endpoints.listen", 0, "metrics"),
         ("app.HandleServer", 0, "starting gRPC"),
         ("app.HandleServer", 4, "starting gRPC"),
-        ("app.listen", 0, "socket"),
+        ("operations.sockets.listen", 0, "socket"),
     ],
 )
 def test_a_start_that_runs_out_of_descriptors_on_its_way(place: str, room: int, what: str, short_path: Path) -> None:

@@ -242,12 +242,12 @@ def end_loaders(daemon: Daemon) -> None:
 
 ATTACH = """
 import gc, os, weightd
-from weightd import _line
+from weightd._transport import connection
 from support.content import content
 def look():
     gc.collect()
     maps = open("/proc/self/maps").read()
-    of_line = 0 if _line._watcher is None else 2  # its thread has them, from the first attach on
+    of_line = 0 if connection._watcher is None else 2  # its thread has them, from the first attach on
     return [len(os.listdir("/proc/self/fd")) - of_line, maps.count("memfd:fakecuda"), maps.count("weightd-manifest")]
 def attach(client):
     with client.attach("tuned", device="cuda:0") as attachment:

@@ -17,6 +17,8 @@ from support.content import content
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, state, wait_stopped
+from support.users import ALICE, needs_root, open_to_all
+from support.worker import Worker
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -182,3 +184,32 @@ def test_verify_is_given_up_when_its_caller_leaves(stopping: Daemon, marked: Pat
     eventually(lambda: state(pid) in ("", "Z"), what="the loader is killed")
     eventually(lambda: not [lease for lease in client.leases() if lease.waiting and lease.pid == 0])
     client.remove("marked")
+
+
+@needs_root
+@pytest.mark.backends("host")
+def test_a_user_verifies_in_its_own_turns(
+    start_daemon: StartDaemon, marked: Path, tmp_path: Path, user: Callable[[Daemon, int], Worker]
+) -> None:
+    """One who asks for many verifications leaves others their turn."""
+    daemon = open_to_all(
+        start_daemon, argv=launcher(loader="stopping"), reader_threads=1, max_loads=2, max_user_loads=1
+    )
+    future = background(daemon.connect().load, marked, name="marked")
+    resume(*wait_stopped(daemon))
+    future.result(60)
+    alice = user(daemon, ALICE)
+    alice.run(
+        "import threading\n"
+        "asked = [threading.Thread(target=client.verify, args=('marked',), daemon=True) for _ in range(3)]\n"
+        "for thread in asked: thread.start()"
+    )
+    wait_stopped(daemon)
+    daemon.command("load", checkpoints.write_random(tmp_path / "other.safetensors", 1, 1000, seed="other"))
+    assert sum(state(pid) == "T" for pid in daemon.loaders()) == 1, "one of hers at a time"
+
+    def over() -> bool:
+        resume(*(pid for pid in daemon.loaders() if state(pid) == "T"))
+        return bool(alice.run("result = not any(thread.is_alive() for thread in asked)"))
+
+    eventually(over, what="all of hers")

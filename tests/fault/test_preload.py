@@ -13,6 +13,7 @@ import pytest
 
 from support import checkpoints, malformed
 from support.daemon import Daemon, eventually
+from support.descriptors import open_descriptors
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
 from weightd_daemon.operations import model_roots
 from weightd_daemon.operations.model_roots import on_thread, open_below
@@ -66,10 +67,10 @@ def test_a_symlink_that_is_turned_after_it_was_looked_at(
 
     opening = model_roots.open_sources
     monkeypatch.setattr(model_roots, "open_sources", turned)
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(PermissionDeniedError, match="lies below none of model_roots"):
         open_below(str(link), [str(root)])
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_what_lies_outside_is_not_even_opened(root: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:

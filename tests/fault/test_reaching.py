@@ -245,7 +245,7 @@ def test_another_protocol_is_76(daemon: Daemon, monkeypatch: pytest.MonkeyPatch)
 
 AS_USER = """
 import json, os, sys
-import grpc, weightd, weightd._rpc, weightd.torch, weightd.cli.app, safetensors
+import grpc, weightd, weightd._transport.rpc, weightd.torch, weightd.cli.app, safetensors
 from pathlib import Path
 # Imported before the step down: others may perhaps not read this interpreter or these sources.
 grpc.insecure_channel("unix:/nowhere").close()

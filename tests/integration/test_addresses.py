@@ -22,10 +22,10 @@ UID = os.geteuid()
 _MOVED = """
 import sys
 from pathlib import Path
-from weightd import _address
+from weightd._transport import address
 root = Path(sys.argv.pop(1))
-_address.SYSTEM_SOCKET = root / "system" / "missing" / "weightd.sock"
-_address.RUNTIME_FOLDERS, _address.TEMPORARY = root / "user", root / "tmp"
+address.SYSTEM_SOCKET = root / "system" / "missing" / "weightd.sock"
+address.RUNTIME_FOLDERS, address.TEMPORARY = root / "user", root / "tmp"
 if sys.argv[1] == "serve":
     from weightd_daemon.__main__ import main
     sys.exit(main(sys.argv[1:]))

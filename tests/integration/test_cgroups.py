@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from support import checkpoints
-from support.daemon import Daemon, eventually
+from support.daemon import WATCHED, Daemon, eventually
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -47,7 +46,7 @@ def group() -> Iterator[Path]:
 def test_the_default_budget_is_half_of_the_groups_limit(group: Path, start_daemon: StartDaemon, tmp_path: Path) -> None:
     """Else the kernel kills the daemon over a load that it has let in."""
     enter = f'echo $$ >{group}/cgroup.procs && exec "$0" "$@"'
-    daemon = start_daemon(argv=["/bin/sh", "-c", enter, sys.executable, "-m", "weightd_daemon"], unset=("budget",))
+    daemon = start_daemon(argv=["/bin/sh", "-c", enter, *WATCHED], unset=("budget",))
     assert str(daemon.pid) in (group / "cgroup.procs").read_text().split()
     stats = daemon.connect().stats()
     assert [(device.uuid, device.budget_bytes) for device in stats.devices] == [("host", LIMIT // 2)]

@@ -245,3 +245,37 @@ def test_a_state_folder_that_cannot_be_used_is_said_once(start_daemon: Callable[
     (line,) = [line for line in daemon.logged().splitlines() if "digest index" in line]
     assert line.endswith(f"{index.path} cannot be used: Not a directory; loads go on, and read more")
     assert f"digest index {index.path} cannot be used: Not a directory;" in daemon.command("stats").stdout
+
+
+@pytest.mark.parametrize("how", ["cut", "emptied", "written over", "removed"])
+def test_whatever_happens_to_its_files_the_daemon_serves_on(
+    how: str, start_daemon: Callable[..., Daemon], rested: tuple[Path, Path]
+) -> None:
+    """It is a cache: each of its files, those that sqlite puts beside it too, costs speed at most."""
+    daemon = start_daemon()
+    client = daemon.connect()
+    a, b = rested
+    state = daemon.folder / "state"
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path = state / f"{FILE_NAME}{suffix}"
+        for file in (a, b):
+            read(client, file)
+            if how == "removed":
+                path.unlink(missing_ok=True)
+            else:
+                path.touch()
+                with path.open("r+b") as damaged:
+                    size = os.fstat(damaged.fileno()).st_size
+                    if how == "written over":
+                        damaged.write(os.urandom(max(size, 4096)))
+                    else:
+                        damaged.truncate(size // 2 if how == "cut" else 0)
+        for file in (a, b):
+            check(client, file)
+            drop(daemon, client, file.stem)
+        eventually(lambda: client.stats().blobs == 0, what="the bytes are gone")
+        assert read(client, a) == 6 * MIB
+        check(client, a)
+        drop(daemon, client, a.stem)
+    assert daemon.process is not None
+    assert daemon.process.poll() is None

@@ -53,7 +53,7 @@ def forget_client() -> None:
 def here(shared_daemons: SharedDaemons, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """A daemon that weightd.torch finds; it makes tensors also of what lies on the double."""
     if backend.library is not None:
-        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+        monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
     with shared_daemons.on(backend) as daemon:
         monkeypatch.setenv("WEIGHTD_SOCKET", str(daemon.socket))
         yield daemon
@@ -439,7 +439,7 @@ def test_prefetch_to_another_device(
     start_daemon: Callable[..., Daemon], fake_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     daemon = start_daemon(Backend("double", "cuda_vmm", fake_driver), device="host,cuda:0")
-    monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+    monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
     monkeypatch.setenv("WEIGHTD_SOCKET", str(daemon.socket))
     path = checkpoints.write(tmp_path / "m.safetensors", {"a": np.arange(4, dtype=np.float32)})
     with weightd.torch.safe_open(path, "pt", "cpu") as file, file.prefetch(device="cuda:0") as loader:

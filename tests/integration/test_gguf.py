@@ -46,7 +46,7 @@ def client(
 ) -> Iterator[weightd.Client]:
     """A client of a daemon that holds nothing."""
     if backend.library is not None:
-        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+        monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
     with shared_daemons.on(backend) as daemon, weightd.connect(daemon.socket, timeout=20.0) as client:
         yield client
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import weightd
-import weightd.torch
 from support import checkpoints, fake_torch
 from support.backends import CUDA, EVERY, Backend
 from support.daemon import Daemon, eventually
@@ -35,7 +34,7 @@ def here(shared_daemons: SharedDaemons, tensors_on_the_double: None, backend: Ba
 @pytest.fixture
 def tensors_on_the_double(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend.library is not None:
-        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+        monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
 
 
 def random(seed: object, *shape: int) -> np.ndarray:

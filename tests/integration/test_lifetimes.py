@@ -105,7 +105,7 @@ class Pressure:
 def tensors(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let weightd.torch make tensors here also of what lies on the double."""
     if backend.library is not None:
-        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+        monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
 
 
 @pytest.fixture

@@ -85,6 +85,19 @@ def test_leases_that_wait_count_and_make_no_load_fail(start_daemon: StartDaemon,
         root.remove("o")
 
 
+def test_leases_of_a_verification_count(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
+    daemon = open_to_all(start_daemon, max_user_leases=2)
+    for name in ("m", "n", "o"):
+        daemon.command("load", write(folder, name), "--name", name)
+    alice = user_of(spawn(daemon), ALICE)
+    kind, message = alice.run("result = attempt(client.verify)")
+    refused = f"the limit max_user_leases is reached: uid {ALICE} has 0 of 2 leases"
+    assert (kind, message.startswith(refused)) == ("CapacityError", True), message
+    assert alice.run("result = attempt(client.verify, 'm').done_blobs") > 0
+    with daemon.connect() as root:
+        assert root.verify().done_blobs > 0, "an admin has no limit"
+
+
 def test_bytes(start_daemon: StartDaemon, spawn: Spawn, folder: Path) -> None:
     daemon = open_to_all(start_daemon, max_user_bytes="5MiB")
     mine, other, same, large = (write(folder, name) for name in ("mine", "other", "same", "large"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -284,11 +287,16 @@ def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: 
         while len(calls) < MAX_UNFINISHED:
             calls.append(background(hang))
             eventually(lambda: loading(other) == len(calls), what=f"{len(calls)} are under way")
+            for loader in stopping.loaders():  # or they give up after 30 s without files, before a busy machine is here
+                os.kill(loader, signal.SIGSTOP)
         with pytest.raises(weightd.InUseError, match="32 loads under way"):
             hang()
         idle.close()
     finally:
         release.set()
+        for loader in stopping.loaders():
+            with contextlib.suppress(ProcessLookupError):
+                resume(loader)
     for call in calls:
         with pytest.raises(weightd.WeightdError):
             call.result(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -337,6 +338,41 @@ def test_a_name_outlives_the_eviction_of_its_content(start_daemon: StartDaemon, 
     assert client.remove("prod") == 0  # the path is a name of it, too
     with pytest.raises(weightd.NotFoundError):
         client.remove("prod")
+
+
+def test_paths_that_came_and_went_leave_no_names_and_chosen_names_are_listed(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(budget="2MiB", pool="0")
+    for number in range(9):
+        path = checkpoints.write_random(tmp_path / f"{number}.safetensors", 1, MIB, seed=number)
+        with daemon.connect() as client:
+            client.load(path)
+            if number == 3:
+                client.load(path, name="chosen")
+                chosen = client.load(path, name=str(path)).content_digest  # chosen, too, by who says so
+                old = str(path)
+    client = daemon.connect()
+    there = {name for checkpoint in client.checkpoints() for name in checkpoint.names}
+    assert there <= {str(tmp_path / f"{number}.safetensors") for number in range(9)}
+    assert 1 <= len(there) <= 2
+    listed = client.names()
+    assert {name.name: name.state for name in listed} == {
+        "chosen": "evicted",
+        old: "evicted",
+        **dict.fromkeys(there, "resident"),
+    }
+    assert {name.content_digest for name in listed if name.state == "evicted"} == {chosen}
+    assert {name.name for name in listed if name.is_default} == there
+    rows = json.loads(daemon.command("ls", "--names", "--format", "json").stdout)
+    assert [row["name"] for row in rows] == [name.name for name in listed] == sorted({"chosen", old, *there})
+    assert rows[-1].keys() == {"name", "content_digest", "state", "owner", "owner_uid", "is_default"}
+    assert daemon.command("ls", "--names", "-q").stdout.splitlines() == [name.name for name in listed]
+    lines = daemon.command("ls", "--names").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "DIGEST", "STATE", "OWNER"]
+    assert any(line.startswith("chosen ") and " evicted " in line for line in lines)
+    client.remove("chosen")
+    assert "chosen" not in {name.name for name in client.names()}
 
 
 def test_a_path_means_the_files_whatever_their_checkpoint_is_called(daemon: Daemon, tmp_path: Path) -> None:

@@ -158,5 +158,13 @@ def test_version_needs_no_token(daemon: Daemon, channel: grpc.Channel) -> None:
 def test_an_error_about_a_very_long_reference_is_that_error(daemon: Daemon, reference: str) -> None:
     client = daemon.connect()
     for call in (client.inspect, client.pin, client.attach):
-        with pytest.raises(weightd.NotFoundError, match=r"^checkpoint '.* \[…\] .*' is not resident"):
+        with pytest.raises(weightd.InvalidReferenceError, match=rf"^reference '{reference[:80]}…': has \d+ bytes"):
+            call(reference)
+
+
+@pytest.mark.parametrize("reference", ["x" * 1024, "ä" * 512])
+def test_an_error_about_the_longest_reference_fits_into_grpcs_trailers(daemon: Daemon, reference: str) -> None:
+    client = daemon.connect()
+    for call in (client.inspect, client.pin, client.attach):
+        with pytest.raises(weightd.NotFoundError, match=rf"^checkpoint '{reference}' is not resident"):
             call(reference)

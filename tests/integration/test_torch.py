@@ -64,7 +64,7 @@ def shared_daemons() -> Iterator[SharedDaemons]:
 def here(shared_daemons: SharedDaemons, backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """A daemon that weightd.torch finds; it makes tensors also of what lies on the double."""
     if backend.library is not None:
-        monkeypatch.setattr(weightd.torch, "_raw", fake_torch._raw)
+        monkeypatch.setattr("weightd._tensors._raw", fake_torch._raw)
     with shared_daemons.on(backend) as daemon:
         monkeypatch.setenv("WEIGHTD_SOCKET", str(daemon.socket))
         yield daemon

@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from weightd.types import ALIGNMENT
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Arena, Extent
-from weightd_daemon.core.memory import DeviceMemory, Prospect
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.prospect import Prospect, prospect
 from weightd_daemon.core.ranges import Ranges
 from weightd_daemon.core.reclaims import Punch, Reclaim, Release
 
@@ -199,7 +200,7 @@ class MemoryMachine(RuleBasedStateMachine):
         if any(size for number, (_, size) in self.promised.items() if number != load):
             return
         extents = [extent for _, extent in without]
-        assert self.memory.prospect(domain, load, extents) == self.could_have(domain, extents)
+        assert prospect(self.memory, domain, load, extents) == self.could_have(domain, extents)
         assert self.memory.obtainable(domain, load) == self.could_have(domain).total
 
     @rule(most=st.none() | st.integers(0, 4))

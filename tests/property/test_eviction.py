@@ -12,10 +12,11 @@ from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.eviction import choose
 from weightd_daemon.core.lease import Holder, Leases
-from weightd_daemon.core.making_room import evict_for
+from weightd_daemon.core.loading import Loading
+from weightd_daemon.core.making_room import MakingRoom
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.prospect import Prospect
+from weightd_daemon.core.prospect import Prospect, prospect
 from weightd_daemon.core.store import Store
 
 PAGE = 1024
@@ -43,35 +44,34 @@ class Books:
 
     def load(self, domain: str, contents: list[tuple[int, int]]) -> Checkpoint | None:
         """Tensors side by side in one extent, those that are there already shared; None where they do not fit."""
-        store, number = self.store, self.store.open_load("host", domain, 0)
+        load = Loading(self.store, "host", domain, 0)
         fresh, blobs = [], {}
         for content in dict.fromkeys(contents):
-            blob = store.candidate(number, bytes([content[0]]) * 16, content[1])
+            blob = load.candidate(bytes([content[0]]) * 16, content[1])
             if blob is not None:
-                blobs[content] = store.share(number, blob.number, None, 0)
+                blobs[content] = load.share(blob.number, None, 0)
             if blobs.get(content) is None:
                 fresh.append(content)
         want = sum(-(-length // 256) * 256 for _, length in fresh)
-        if want > self.memory.obtainable(domain, number):
-            store.end_load(number)
+        if want > self.memory.obtainable(domain, load.number):
+            load.end()
             return None
         if fresh:
-            extent = self.memory.grant(number, domain, want, want)
+            extent = self.memory.grant(load.number, domain, want, want)
             if extent is None:
-                store.end_load(number)
+                load.end()
                 self.reclaim()
                 return None
-            store._loads[number].granted.append(extent)
             at = extent.offset
             for content in fresh:
-                _, blobs[content] = store.settle(number, bytes([content[0]]) * 16, content[1], extent.segment, at)
+                _, blobs[content] = load.settle(bytes([content[0]]) * 16, content[1], extent.segment, at)
                 at += -(-content[1] // 256) * 256
         found = tuple(blobs[content] for content in contents)
         entries = [Entry("", f"t{at}", "U8", (c[1],), 0, c[1]) for at, c in enumerate(contents)]
         identities = [BlobIdentity(b.key.digest, b.length, b.variant) for b in found if b is not None]
         digest = content_digest(entries, identities, FILES)
-        checkpoint = store.seal(number, Content(digest, FILES, tuple(entries), found), 0.0)
-        store.end_load(number)
+        checkpoint = load.seal(Content(digest, FILES, tuple(entries), found), 0.0)
+        load.end()
         self.reclaim()
         return checkpoint
 
@@ -86,8 +86,8 @@ class Books:
         for checkpoint in gone:
             for number in checkpoint.unique:
                 uses[number] = uses.get(number, 0) + 1
-        slots = [b.slot for b in self.store.blobs() if uses.get(b.number) == b.references and not b.holds]
-        return self.memory.prospect(domain, load, slots)
+        slots = [b.slot for b in self.store.sealed_blobs() if uses.get(b.number) == b.references and not b.holds]
+        return prospect(self.memory, domain, load, slots)
 
 
 @given(
@@ -119,24 +119,24 @@ def test_those_go_without_whom_it_would_not_be_enough(
     for at in order:
         if at < len(there):
             store.use(there[at], -1.0)
-    number = store.open_load("host", domain, 0)
+    load = Loading(store, "host", domain, 0)
     for content, length in held:
-        store.candidate(number, bytes([content]) * 16, length)
+        load.candidate(bytes([content]) * 16, length)
     may_go = sorted((c for c in there if c not in kept), key=lambda c: c.used)
-    before = books.without(domain, number, set())
+    before = books.without(domain, load.number, set())
 
     def enough(gone: set[Checkpoint]) -> bool:
-        then = books.without(domain, number, gone)
+        then = books.without(domain, load.number, gone)
         return then.total >= needed * PAGE and then.largest >= piece * PAGE
 
     def gives(gone: set[Checkpoint]) -> bool:
-        return books.without(domain, number, gone).total > before.total
+        return books.without(domain, load.number, gone).total > before.total
 
     wanted = gives if enough(set()) else enough
     expected = wanted(set(may_go))
     tried = {*may_go}  # asked now: afterwards the books are others
     useful = {subset: wanted(set(subset)) for subset in _subsets(may_go)}
-    went = evict_for(store, store._loads[number], needed * PAGE, piece * PAGE)
+    went = MakingRoom(store, load.place, load.number, None).evict_for(needed * PAGE, piece * PAGE)
 
     gone = [event.checkpoint for event in books.events if isinstance(event, Evicted)]
     assert {*gone} <= tried

@@ -16,15 +16,15 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from weightd.errors import CapacityError, DeviceError, InUseError
+from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
-from weightd_daemon.core import store as store_module
 from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import NOBODY, Holder, Lease, Leases
-from weightd_daemon.core.making_room import fit
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Punch, Reclaim
@@ -87,7 +87,7 @@ class Load:
     `opened` are the segments that its loader has open until the load has ended.
     """
 
-    number: int
+    loading: Loading
     domain: str
     tensors: list[Work]
     hash_first: bool = False
@@ -118,7 +118,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(memory_module, "SEGMENT_BYTES", 8 * PAGE)
         self.patch.setattr(memory_module, "_SMALLEST_PIECE", 2 * PAGE)
-        self.patch.setattr(store_module, "OWN_COPY_BELOW", SMALL)
+        self.patch.setattr(loading_module, "OWN_COPY_BELOW", SMALL)
         self.segments: dict[int, bytearray] = {}
         self.loads: list[Load] = []
         self.sealed_loads: list[Load] = []
@@ -228,13 +228,13 @@ class StoreMachine(RuleBasedStateMachine):
     def begin_load(self, domain: str, contents: list[tuple[int, int, int]]) -> None:
         if len(self.loads) == LOADS:
             return
-        number = self.store.open_load(DEVICE, domain, 0)
-        load = Load(number, domain, [Work(tensor_bytes(*content)) for content in contents])
+        loading = Loading(self.store, DEVICE, domain, 0)
+        load = Load(loading, domain, [Work(tensor_bytes(*content)) for content in contents])
         for tensor in load.tensors:
             self.seen.setdefault((domain, tensor.digest, len(tensor.data)), set()).add(tensor.data)
         self.loads.append(load)
         try:
-            load.hash_first = not self.store.admit(number, [len(tensor.data) for tensor in load.tensors])
+            load.hash_first = not loading.admit([len(tensor.data) for tensor in load.tensors])
         except CapacityError as error:
             self.refused(load, error)
 
@@ -253,15 +253,15 @@ class StoreMachine(RuleBasedStateMachine):
         key = one_of(sorted(self.contents), pick)
         if key is None or len(self.loads) == LOADS:
             return
-        number = self.store.open_load(DEVICE, key.domain, 1)
-        load = Load(number, key.domain, [Work(tensor) for tensor in self.sources[key]])
+        loading = Loading(self.store, DEVICE, key.domain, 1)
+        load = Load(loading, key.domain, [Work(tensor) for tensor in self.sources[key]])
         self.loads.append(load)
         if indexed:
             for tensor, blob in zip(load.tensors, self.contents[key].blobs, strict=True):
                 assert blob is not None
-                tensor.blob = self.store.share_known(number, blob.number, blob.identity)
+                tensor.blob = loading.share_known(blob.number, blob.identity)
         try:
-            load.hash_first = not self.store.admit(number, [len(tensor.data) for tensor in load.unsettled])
+            load.hash_first = not loading.admit([len(tensor.data) for tensor in load.unsettled])
         except CapacityError as error:
             self.refused(load, error)
 
@@ -290,7 +290,7 @@ class StoreMachine(RuleBasedStateMachine):
     def attainable(self, load: Load) -> tuple[int, int, int]:
         """What a load could get after evicting all that may go: all, in one new segment, and in one hole."""
         kept = [c for c in self.store.checkpoints.values() if self.held(c) or c.pinned]
-        taken = [b.slot for b in self.store.blobs() if b.holds or any(b.number in c.unique for c in kept)]
+        taken = [b.slot for b in self.store.sealed_blobs() if b.holds or any(b.number in c.unique for c in kept)]
         taken += [extent for other in self.loads if not other.lost for extent in other.granted]
         common, own, longest = self.memory.budget, 0, 0
         for segment, data in self.segments.items():
@@ -311,7 +311,7 @@ class StoreMachine(RuleBasedStateMachine):
         return common + own, common, longest
 
     def abort(self, load: Load) -> None:
-        self.store.end_load(load.number)
+        load.loading.end()
         self.loads.remove(load)
 
     @rule(pick=PICK)
@@ -320,7 +320,7 @@ class StoreMachine(RuleBasedStateMachine):
         load = one_of(self.sealed_loads, pick)
         if load is not None:
             self.sealed_loads.remove(load)
-            self.store.end_load(load.number)
+            load.loading.end()
 
     @rule(pick=PICK)
     def abort_one(self, pick: int) -> None:
@@ -368,23 +368,23 @@ class StoreMachine(RuleBasedStateMachine):
                 self.refused(load, error)
 
     def every_call_fails(self, load: Load) -> None:
-        calls: list[Callable[[int], object]] = [
-            lambda number: self.store.admit(number, [1]),
-            lambda number: self.store.make_room(number, []),
-            lambda number: self.store.grant(number, 1, 1),
-            lambda number: self.store.candidate(number, bytes(16), 1),
-            lambda number: self.store.settle(number, bytes(16), 1, 1, 0),
-            self.store.rechecks,
+        calls: list[Callable[[Loading], object]] = [
+            lambda loading: loading.admit([1]),
+            lambda loading: loading.make_room([]),
+            lambda loading: loading.grant(1, 1),
+            lambda loading: loading.candidate(bytes(16), 1),
+            lambda loading: loading.settle(bytes(16), 1, 1, 0),
+            lambda loading: loading.rechecks(),
         ]
         for call in calls:
             with pytest.raises(DeviceError, match="fell off the bus; load it again"):
-                call(load.number)
+                call(load.loading)
         self.abort(load)
 
     def step(self, load: Load, chance: random.Random) -> None:
         if load.hash_first:
             contents = [(tensor.digest, len(tensor.data)) for tensor in load.unsettled]
-            matched = self.store.make_room(load.number, contents)
+            matched = load.loading.make_room(contents)
             if matched is None:
                 self.must_wait()
                 return
@@ -399,10 +399,10 @@ class StoreMachine(RuleBasedStateMachine):
     def advance(self, load: Load, tensor: Work) -> None:
         if tensor.matched:
             tensor.matched = False
-            blob = self.store.candidate(load.number, tensor.digest, len(tensor.data))
+            blob = load.loading.candidate(tensor.digest, len(tensor.data))
             load.opened |= {blob.segment} if blob is not None else set()
             if blob is not None and self.read_blob(blob) == tensor.data:
-                tensor.blob = self.store.share(load.number, blob.number, None, 0)
+                tensor.blob = load.loading.share(blob.number, None, 0)
         elif tensor.slot is None:
             tensor.slot = self.slot(load, len(tensor.data))
             if tensor.slot is not None:
@@ -410,8 +410,8 @@ class StoreMachine(RuleBasedStateMachine):
                 self.segments[segment][offset : offset + len(tensor.data)] = tensor.data
         elif tensor.candidate is None:
             segment, offset = tensor.slot
-            placed, blob = self.store.settle(
-                load.number, tensor.digest, len(tensor.data), segment, offset, frozenset(tensor.differs)
+            placed, blob = load.loading.settle(
+                tensor.digest, len(tensor.data), segment, offset, frozenset(tensor.differs)
             )
             if placed:
                 tensor.blob = blob
@@ -421,7 +421,7 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             segment, offset = tensor.slot
             if self.read_blob(tensor.candidate) == tensor.data:
-                tensor.blob = self.store.share(load.number, tensor.candidate.number, segment, offset)
+                tensor.blob = load.loading.share(tensor.candidate.number, segment, offset)
                 if (tensor.blob.segment, tensor.blob.offset) != tensor.slot:
                     self.segments[segment][offset : offset + len(tensor.data)] = b"\xdd" * len(tensor.data)
                     load.open_slots.append((segment, offset, slot_bytes(len(tensor.data))))
@@ -436,7 +436,7 @@ class StoreMachine(RuleBasedStateMachine):
                 load.open_slots[at] = (segment, offset + size, room - size)
                 return segment, offset
         rest = sum(slot_bytes(len(tensor.data)) for tensor in load.unsettled if tensor.slot is None)
-        extent = self.store.grant(load.number, max(size, rest), size)
+        extent = load.loading.grant(max(size, rest), size)
         if extent is None:
             self.must_wait()
             return None
@@ -455,13 +455,13 @@ class StoreMachine(RuleBasedStateMachine):
         if load.pairs:
             for blob, other in load.pairs:
                 equal = self.read_blob(blob) == self.read_blob(other)
-                replaced = self.store.recheck(load.number, blob.number, other.number, equal=equal)
+                replaced = load.loading.recheck(blob.number, other.number, equal=equal)
                 for tensor in load.tensors:
                     if tensor.blob is not None:
                         tensor.blob = replaced.get(tensor.blob.number, tensor.blob)
             load.pairs = []
             return
-        load.pairs = self.store.rechecks(load.number)
+        load.pairs = load.loading.rechecks()
         load.opened |= {blob.segment for pair in load.pairs for blob in pair}
         if load.pairs:
             load.ready = False
@@ -477,8 +477,9 @@ class StoreMachine(RuleBasedStateMachine):
         self.now += 1
         self.current = tuple(tensor.data for tensor in load.tensors)
         self.loads.remove(load)
-        checkpoint = self.store.seal(load.number, Content(digest, FILES, tuple(names), tuple(blobs)), self.now)
-        load.granted = without(load.granted, [b.slot for b in checkpoint.unique.values() if b.load == load.number])
+        checkpoint = load.loading.seal(Content(digest, FILES, tuple(names), tuple(blobs)), self.now)
+        own = [blob.slot for blob in checkpoint.unique.values() if blob.load == load.loading.number]
+        load.granted = without(load.granted, own)
         self.sealed_loads.append(load)
         assert self.sources[checkpoint.key] == self.current, "a content digest stands for other bytes"
 
@@ -590,14 +591,14 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in before.leases:
             if lease.number in self.locked and lease.checkpoint in self.store.checkpoints:
                 self.store.leases.inherit(lease.number, lease.checkpoint, NOBODY, self.now)
-        self.sealed = {blob.number: self.read_blob(blob) for blob in self.store.blobs()}
+        self.sealed = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
         assert self.store.checkpoints.keys() == {checkpoint.key for checkpoint in chosen}
         for checkpoint in chosen:
             new = self.store.checkpoints[checkpoint.key]
             assert (new.total_bytes, new.tensors) == (checkpoint.total_bytes, checkpoint.tensors)
             numbers = {lease.number for lease in before.holders(checkpoint) if not lease.waiting}
             assert {lease.number for lease in self.store.holders(new)} == numbers
-        fit(self.store, DEVICE)
+        self.store.fit(DEVICE)
 
     def populated(self, segment: int) -> int:
         return self.memory.arena(self.memory.domain_of(segment)).populated(segment)
@@ -627,7 +628,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_overlaps(self) -> None:
-        taken = [blob.slot for blob in self.store.blobs()]
+        taken = [blob.slot for blob in self.store.sealed_blobs()]
         taken += [extent for load in self.there for extent in load.granted]
         taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, Punch)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
@@ -635,7 +636,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_counted_is_there(self) -> None:
-        for blob in self.store.blobs():
+        for blob in self.store.sealed_blobs():
             users = [c for c in self.store.checkpoints.values() if blob.number in c.unique]
             assert blob.references == len(users)
             assert users or blob.holds, "nobody needs it"
@@ -645,7 +646,7 @@ class StoreMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         used, live = self.memory.used, self.store.live_bytes(DEVICE)
         in_flight = self.store.in_flight_bytes(DEVICE)
-        assert live == sum(len(self.read_blob(blob)) for blob in self.store.blobs())
+        assert live == sum(len(self.read_blob(blob)) for blob in self.store.sealed_blobs())
         assert in_flight == sum(extent.length for load in self.there for extent in load.granted)
         assert used - live - in_flight >= 0
         assert used <= self.memory.budget
@@ -663,7 +664,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def sealed_bytes_stay(self) -> None:
-        now = {blob.number: self.read_blob(blob) for blob in self.store.blobs()}
+        now = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
         for number in now.keys() & self.sealed.keys():
             assert now[number] == self.sealed[number]
         self.sealed = now
@@ -682,7 +683,7 @@ class StoreMachine(RuleBasedStateMachine):
         found: dict[tuple[object, bytes], set[int]] = {}
         variants: dict[tuple[object, int], set[bytes]] = {}
         copies: dict[tuple[object, bytes], int] = {}
-        for blob in self.store.blobs():
+        for blob in self.store.sealed_blobs():
             data = self.read_blob(blob)
             found.setdefault((blob.key, data), set()).add(blob.variant)
             variants.setdefault((blob.key, blob.variant), set()).add(data)
@@ -694,7 +695,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def without_collision_no_variant(self) -> None:
         """The content digest of a file does not depend on what else was being loaded."""
-        for blob in self.store.blobs():
+        for blob in self.store.sealed_blobs():
             assert blob.variant == 0 or len(self.seen[blob.key[1:]]) > 1
 
     @invariant()
@@ -707,7 +708,7 @@ class StoreMachine(RuleBasedStateMachine):
             if not hasattr(self, "store"):
                 return
             for load in (*self.loads, *self.sealed_loads):
-                self.store.end_load(load.number)
+                load.loading.end()
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)
@@ -715,7 +716,7 @@ class StoreMachine(RuleBasedStateMachine):
             while self.pending:
                 self.carry_out(self.pending.pop())
                 self.pending += self.memory.take_reclaims()
-            assert self.store.blobs() == []
+            assert self.store.sealed_blobs() == []
             assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
             assert self.memory.used == self.memory.pooled_bytes() <= self.pool
             assert self.memory.segments == len(self.segments)

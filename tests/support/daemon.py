@@ -21,6 +21,8 @@ from support.manager import Manager
 from weightd.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
+WATCHED = [sys.executable, "-m", "support.watched_weightd_daemon"]
+"""A daemon that says in its log what its loop stood still for (support/loop_watch.py)."""
 PATIENCE = 60.0
 """Seconds to wait for what takes a moment on a quiet machine. A test that passes never waits that long."""
 
@@ -64,7 +66,7 @@ class Daemon:
         self.folder = Path(tempfile.mkdtemp(prefix="weightd-"))
         self.socket = self.folder / "w.sock"
         self.log = self.folder / "log"
-        self._argv = argv or [sys.executable, "-m", "weightd_daemon"]
+        self._argv = argv or WATCHED
         usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
         self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
         self.process: subprocess.Popen[str] | None = None
@@ -244,6 +246,8 @@ class Daemon:
             self._close_pipe()
             if check and re.search(r"\bbug\b", self.logged()):  # no part of a folder's random name
                 raise AssertionError(f"the daemon's log speaks of a bug:\n{self.logged()}")
+            if check and "loop watch: a step of" in self.logged():
+                raise AssertionError(f"the daemon's loop stood still:\n{self.logged()}")
             shutil.rmtree(self.folder)
 
     def _close_pipe(self) -> None:

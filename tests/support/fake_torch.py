@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-import weightd.torch
+from weightd import _tensors
 
-_real = weightd.torch._raw
+_real = _tensors._raw
 
 
 def install() -> None:
     """Let weightd make CPU tensors of what it maps from the fake GPU; only the last step differs."""
-    weightd.torch._raw = _raw
+    _tensors._raw = _raw
 
 
 def _raw(memory: Any, device: str, dtype: torch.dtype) -> torch.Tensor:

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 
@@ -54,21 +56,17 @@ class Filled:
             self.add(DEVICES[number % len(DEVICES)], number)
 
     def add(self, device: str, number: int) -> None:
-        load = self.store.open_load(device, "", 1000)
-        extent = self.store.grant(load, BLOBS * 4096, BLOBS * 4096)
+        load = Loading(self.store, device, "", 1000)
+        extent = load.grant(BLOBS * 4096, BLOBS * 4096)
         assert extent is not None
         blobs = [
-            self.store.settle(load, f"{number}-{i}".encode().ljust(16), 4096, extent.segment, extent.offset + i * 4096)[
-                1
-            ]
+            load.settle(f"{number}-{i}".encode().ljust(16), 4096, extent.segment, extent.offset + i * 4096)[1]
             for i in range(BLOBS)
         ]
         entries = tuple(Entry("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
         content_digest = f"sha256:{number:064x}"
-        checkpoint = self.store.seal(
-            load, Content(content_digest, (ManifestFile("", "f", None),), entries, tuple(blobs)), 0.0
-        )
-        self.store.end_load(load)
+        checkpoint = load.seal(Content(content_digest, (ManifestFile("", "f", None),), entries, tuple(blobs)), 0.0)
+        load.end()
         self.catalog.set(WHO, f"n{number}", content_digest)
         if self.held:
             self.store.leases.take(checkpoint.key, Holder(number, number, 1000, ""), 0.0)

@@ -9,7 +9,7 @@ _LOADER = """
 import sys, time
 from pathlib import Path
 from weightd_daemon.core import digest
-from weightd_daemon.loader.child import main
+from weightd_daemon.loader.job import main
 
 class Gated:
     def __init__(self):
@@ -42,7 +42,7 @@ def gated_argv(gate: Path) -> list[str]:
 
 _STALLING = """
 import sys, threading
-from weightd_daemon.loader.child import main
+from weightd_daemon.loader.job import main
 from weightd_daemon.loader.copying import Copier
 
 settled = threading.Event()

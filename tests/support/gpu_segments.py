@@ -16,7 +16,8 @@ from support import fakecuda
 from support.daemon import environment
 from weightd._mapping import cuda_driver
 from weightd._mapping.cuda_driver import call
-from weightd._mapping.segments import Segments, Wanted, open_segments
+from weightd._mapping.opening import open_segments
+from weightd._mapping.segments import Segments, Wanted
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.handle_socket import Received
 

@@ -1,10 +1,10 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
-`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors. `--backlog` is how
-many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion raise
-what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events
-that no listener can take. `--points` is the file that names
-the point at which it kills itself (support/points.py).
+`--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` and
+`--unread` those of gRPC requests and answers; `--look` is the pause between two looks at the sockets. `--backlog` is
+how many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion
+raise what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events that no
+listener can take. `--points` is the file that names the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import points
+from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
-from weightd_daemon.api import grpc_server
+from weightd_daemon.api import admission, error_mapping, grpc_server
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring import event_stream, http
+from weightd_daemon.operations import sockets
 
 _WAITS = "support.launch: a load has the waiter"
 
@@ -32,6 +33,9 @@ def launcher(
     hello: float | None = None,
     ack: float | None = None,
     page: float | None = None,
+    read: float | None = None,
+    unread: float | None = None,
+    look: float | None = None,
     backlog: int | None = None,
     loader: str = "",
     bug: bool = False,
@@ -41,8 +45,8 @@ def launcher(
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
-        "hello": hello, "ack": ack, "page": page, "backlog": backlog, "loader": loader or None, "points": points,
-        "deaf": deaf or None,
+        "hello": hello, "ack": ack, "page": page, "read": read, "unread": unread, "look": look, "backlog": backlog,
+        "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
     flags += [name for name, wanted in (("--bug", bug), ("--stuck", stuck)) if wanted]
@@ -55,6 +59,9 @@ def main() -> int:
     parser.add_argument("--hello", type=float)
     parser.add_argument("--ack", type=float)
     parser.add_argument("--page", type=float)
+    parser.add_argument("--read", type=float)
+    parser.add_argument("--look", type=float)
+    parser.add_argument("--unread", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
@@ -62,6 +69,7 @@ def main() -> int:
     parser.add_argument("--deaf")
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
+    loop_watch.install()
     tell_waiters()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
@@ -69,6 +77,12 @@ def main() -> int:
         handle_server.ACK_SECONDS = options.ack
     if options.page is not None:
         http.SECONDS = options.page
+    if options.read is not None:
+        admission.READ_SECONDS = options.read
+    if options.look is not None:
+        sockets.LOOK_SECONDS = options.look
+    if options.unread is not None:
+        error_mapping.UNREAD_SECONDS = options.unread
     if options.backlog is not None:
         event_stream.BACKLOG = options.backlog
     if options.bug:

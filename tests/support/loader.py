@@ -2,7 +2,8 @@
 
 KINDS, separated by commas: "weak" makes digests of the first two bytes only, so that contents collide; "stopping" stops
 the process (SIGSTOP) where the bytes at hand begin with STOP, so that a test can act at an exact moment of a load;
-"lingering" stops it before it closes the segments of a job. Any other word stands for the usual one.
+"lingering" stops it before it closes the segments of a job; "unborn" stops it before anything else. Any other word
+stands for the usual one.
 """
 
 from __future__ import annotations
@@ -75,6 +76,8 @@ def main() -> int:
     from weightd_daemon.loader import job
 
     kinds = sys.argv[1].split(",")
+    if "unborn" in kinds:
+        stop()
     if "lingering" in kinds:
         open_io = job.open_io
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.persistence import root_record
 from weightd_daemon.persistence.descriptor_store import Survival
@@ -51,12 +51,12 @@ def install(armed: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    after(Store, "grant", "reserve", lambda extent, *_: extent is not None)
-    after(Store, "settle", "copy")
+    after(Loading, "grant", "reserve", lambda extent, *_: extent is not None)
+    after(Loading, "settle", "copy")
     after(ServiceManager, "keep", "segment", lambda _, __, name, *___: name.startswith("seg."))
     after(ServiceManager, "keep", "manifest", lambda _, __, name, *___: name.startswith("man."))
-    before(Store, "seal", "barrier")
-    after(Survival, "flip", "flip")
+    before(Loading, "seal", "barrier")
+    after(root_record.RootRecord, "append", "flip")
     before(Survival, "_drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
     before(Survival, "_drop", "release", lambda _, name: name.startswith("seg."))

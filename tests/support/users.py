@@ -20,7 +20,7 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 _BECOME = """
 import os
 from support import leash
-import grpc, weightd, weightd._rpc
+import grpc, weightd, weightd._transport.rpc
 grpc.insecure_channel("unix:/nowhere").close()  # imports what a first channel needs
 os.setgroups([]); os.setgid(uid); os.setuid(uid)
 leash.hold()

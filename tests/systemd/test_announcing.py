@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +14,14 @@ import pytest
 
 from conftest import StartDaemon
 from support import checkpoints
-from support.daemon import Daemon, eventually
+from support.daemon import WATCHED, Daemon, eventually
 from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
 from weightd_daemon.operations.notify import Announcer
 from weightd_daemon.persistence.service_manager import ServiceManager
 
-DAEMON = [sys.executable, "-m", "weightd_daemon"]
+DAEMON = WATCHED
 Under = Callable[..., Daemon]
 
 

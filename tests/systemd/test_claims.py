@@ -88,10 +88,10 @@ def test_a_forked_child_has_no_such_thread_and_its_parent_goes_on(served: Daemon
     source = (
         "pid = os.fork()\n"
         "if pid == 0:\n"
-        "    from weightd import _line\n"
-        "    alone = threading.active_count() == 1 and _line._watcher is None\n"
+        "    from weightd._transport import connection\n"
+        "    alone = threading.active_count() == 1 and connection._watcher is None\n"
         "    mine = weightd.connect(timeout=60).attach('a')\n"
-        "    os._exit(0 if alone and _line._watcher is not None else 1)\n"
+        "    os._exit(0 if alone and connection._watcher is not None else 1)\n"
         "result = os.waitpid(pid, 0)[1]"
     )
     assert worker.run(source) == 0

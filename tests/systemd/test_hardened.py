@@ -14,7 +14,7 @@ import pytest
 from conftest import StartDaemon
 from support import checkpoints, gguf_files
 from support.backends import EVERY, Backend
-from support.daemon import ROOT, environment
+from support.daemon import ROOT, WATCHED, environment
 from support.hardened import CANNOT
 
 HARDENED = [sys.executable, "-m", "support.hardened", str(ROOT / "systemd" / "weightd.service")]
@@ -54,7 +54,7 @@ def test_the_restrictions_bite() -> None:
 
 @pytest.mark.backends(*EVERY, double_only=True)
 def test_everything_works_under_them(start_daemon: StartDaemon, backend: Backend, tmp_path: Path) -> None:
-    daemon = start_daemon(argv=[*HARDENED, sys.executable, "-m", "weightd_daemon"])
+    daemon = start_daemon(argv=[*HARDENED, *WATCHED])
     client = daemon.connect()
     path = checkpoints.write_random(tmp_path / "m.safetensors", 3, MIB)
     client.load(path, name="mine")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
+import struct
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from support.manager import Manager
+from weightd_daemon.persistence import service_manager
 from weightd_daemon.persistence.service_manager import ServiceManager, kept_descriptors
 
 MOST = 4
@@ -114,6 +118,63 @@ def test_a_barrier_waits_for_a_manager_that_reads(short_path: Path) -> None:
     finally:
         silent.kill()
         silent.communicate()
+
+
+class Sleeper:
+    """A manager that reads only what it is told to."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._socket.settimeout(60)
+
+    def read(self) -> tuple[str, int]:
+        """The next message, and how many descriptors came with it."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 4096, 253)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        return data.decode(), len(descriptors)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture
+def sleeper(short_path: Path) -> Iterator[Sleeper]:
+    sleeper = Sleeper(short_path / "asleep")
+    yield sleeper
+    sleeper.close()
+
+
+def test_nobody_waits_for_a_manager_that_is_behind(sleeper: Sleeper, short_path: Path, memory: list[int]) -> None:
+    """The kernel queues few datagrams (net.unix.max_dgram_qlen); the rest waits here, in order, and is bounded."""
+    service = ServiceManager({"NOTIFY_SOCKET": str(short_path / "asleep")})
+    failed: list[int] = []
+    for number in range(600):  # each would wait 5 s, and fail
+        service.keep(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
+    with pytest.raises(OSError, match="does not read"):
+        deque(service.tell("STATUS=x") for _ in range(service_manager._MOST_WAITING + 1000))
+    for number in range(600):
+        text, descriptors = sleeper.read()
+        assert (f"FDNAME={number}" in text.split("\n"), descriptors) == (True, 1)
+    assert failed == []
+    while sleeper.read() != ("STATUS=x", 0):
+        raise AssertionError("what came behind is next")
+
+
+def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
+    sleeper: Sleeper, short_path: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_manager, "_SEND_TIMEOUT", struct.pack("@ll", 0, 200_000))
+    service = ServiceManager({"NOTIFY_SOCKET": str(short_path / "asleep")})
+    before = len(os.listdir("/proc/self/fd"))
+    failed: list[int] = []
+    for number in range(600):
+        service.keep(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
+    with pytest.raises(OSError, match="takes no more"):
+        asyncio.run(service.barrier(60.0))
+    assert failed == list(range(failed[0], 600)), "all but what the kernel has queued, in order"
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_without_a_manager_nothing_happens(memory: list[int]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from support.backends import EVERY
 from weightd import types
 from weightd._formats import FORMATS, Format, format_of
-from weightd._mapping import segments
+from weightd._mapping import opening
 from weightd._proto.v1 import handles_pb2
 from weightd_daemon.devices import access
 from weightd_daemon.formats.registry import READERS
@@ -48,7 +48,7 @@ def defines(path: Path, name: str) -> bool:
     return name in found
 
 
-ROWS = [("To add a format", row.name) for row in FORMATS] + [("To add a device", kind) for kind in segments.KINDS]
+ROWS = [("To add a format", row.name) for row in FORMATS] + [("To add a device", kind) for kind in opening.KINDS]
 
 
 @pytest.mark.parametrize(("title", "row"), ROWS)
@@ -108,15 +108,15 @@ def test_element_types_are_on_the_wire() -> None:
 
 
 def test_every_kind_of_device_is_known_to_all() -> None:
-    assert set(segments.KINDS) == set(access.KINDS) == set(EVERY)
+    assert set(opening.KINDS) == set(access.KINDS) == set(EVERY)
     sources = "\n".join(path.read_text() for path in DEVICES.glob("*.py"))
     made = set(re.findall(r'^    kind = "(\w+)"$', sources, re.MULTILINE))
-    assert made == set(segments.KINDS)
+    assert made == set(opening.KINDS)
     table = re.findall(r"^\| `(\w+)` \|", ARCHITECTURE.partition("## Devices")[2].partition("\n## ")[0], re.MULTILINE)
-    assert set(table) == set(segments.KINDS)
+    assert set(table) == set(opening.KINDS)
     proto = (ROOT / "protos/weightd/v1/handles.proto").read_text()
     (comment,) = re.findall(r"// (How the segments are shared: .*)\n  string kind = ", proto)
-    assert set(re.findall(r'"(\w+)"', comment)) == set(segments.KINDS)
+    assert set(re.findall(r'"(\w+)"', comment)) == set(opening.KINDS)
 
 
 def test_the_contract_runs_on_every_kind() -> None:

@@ -127,6 +127,7 @@ BAD = [
     ("budget", "cuda=150%", "at most 100%"),
     ("budget", "50%,cuda=1GiB,cuda=2GiB", "cuda and cuda do not name two devices"),
     ("budget", f"{UUID}=1GiB,GPU-1a2b3c4d=2GiB", "do not name two devices"),
+    ("books", "some", "size"),
     ("pool", "some", "size"),
     ("pool", "9" * 400, "size"),
     ("pool", "cuda=1GiB", "size"),
@@ -362,7 +363,17 @@ def test_the_example_has_every_setting_and_each_can_be_uncommented(tmp_path: Pat
     assert [name for name, origin in origins.items() if origin == "default"] == []
     values = {name for name in NAMES if getattr(settings, name) != getattr(Settings(), name)}
     # Where the file cannot say the default, or the default depends on the user.
-    assert values <= {"socket", "socket_mode", "budget", "pool", "state_dir", "metrics", "model_roots", "preload"}
+    assert values <= {
+        "socket",
+        "socket_mode",
+        "budget",
+        "pool",
+        "books",
+        "state_dir",
+        "metrics",
+        "model_roots",
+        "preload",
+    }
     assert settings.preload == (Preload("/srv/models/base", "base", "host"),)
 
 

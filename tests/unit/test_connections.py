@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from support.daemon import eventually
+from weightd_daemon.handles import peers
 from weightd_daemon.handles.peers import Connections
 
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
@@ -44,3 +50,45 @@ def test_uids_are_unsigned(uid: int, known: int | None) -> None:
     assert connection.uid == known
     assert connection.holder.uid == known
     assert connections.who(connection).admin == (known in (0, 3_000_000_000))
+
+
+def test_the_command_line_is_read_after_hello_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read it may take for ever; a peer is called by its process's name until then."""
+    gate = threading.Event()
+
+    def hang(pid: int) -> str:
+        gate.wait(60)
+        return f"command of {pid}"
+
+    monkeypatch.setattr(peers, "command_of", hang)
+    connections = Connections(isolated=False, admins=frozenset())
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection = connections.add(ours)
+        named = peers.comm_of(os.getpid())
+        assert named
+        connections.greeted(connection)
+        holder = connection.holder
+        assert (connection.pid, holder.command) == (os.getpid(), named)
+        gate.set()
+        eventually(lambda: holder.command == f"command of {os.getpid()}", what="the command line")
+    finally:
+        gate.set()
+        ours.close()
+        theirs.close()
+
+
+def test_a_command_line_of_any_length_is_read_in_part() -> None:
+    words = [sys.executable, "-c", "input()", "\x1b[31m", *["x" * 100_000] * 15]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE)
+    try:
+        eventually(lambda: peers.command_of(process.pid).startswith(sys.executable))
+        shown = peers.command_of(process.pid)
+        assert (len(shown), shown.isprintable()) == (120, True)
+        assert f"-c input() ?[31m {'x' * 20}" in shown
+        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+            assert len(file.read()) > 1_000_000
+        assert len(peers._read(f"/proc/{process.pid}/cmdline")) == 4096
+    finally:
+        process.communicate(b"\n", 60)
+    assert peers.command_of(process.pid) == "", "it has gone"

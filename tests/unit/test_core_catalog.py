@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
+from collections import Counter
 
-from weightd.errors import DeviceError, InUseError, InvalidReferenceError, NotFoundError, PermissionDeniedError
-from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Who
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from support.counting import operations
+from weightd.errors import (
+    CapacityError,
+    DeviceError,
+    InUseError,
+    InvalidReferenceError,
+    NotFoundError,
+    PermissionDeniedError,
+)
+from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import Event, Evicted, Named
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 
 ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
 ROOT = Who(0, admin=True, domain="all")
@@ -31,8 +44,8 @@ class Shelf:
             )
 
     def happened(self, event: Event) -> None:
-        if isinstance(event, Evicted) and event.reason == "removed":
-            self.catalog.forget(event.checkpoint)
+        if isinstance(event, Evicted):
+            self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
 
     def add(
         self, digest: str, *names: str, who: Who = ALICE, device: str = "host", domain: str | None = None
@@ -296,3 +309,114 @@ def test_a_name_stays_while_its_content_is_resident_or_lost_on_any_device(shelf:
     assert shelf.catalog.names(gpu) == ["name"]
     shelf.catalog.remove(ALICE, A)
     assert shelf.catalog.names(gpu) == []
+
+
+# -- names that were only a path ---------------------------------------------------------------------------------------
+
+
+def test_a_default_name_goes_with_its_content_and_a_chosen_one_stays(shelf: Shelf) -> None:
+    there = shelf.add(A, "chosen")
+    shelf.catalog.set(ALICE, "/m", A, is_default=True)
+    shelf.store.evict(there, "capacity")
+    assert shelf.catalog.listed(ALICE) == [("chosen", Tag(A, 1000), "evicted")]
+    with pytest.raises(PermissionDeniedError, match="belongs to uid 1000"):
+        shelf.catalog.set(BOB, "chosen", B)
+    shelf.catalog.set(BOB, "/m", B, is_default=True)  # nobody's any more
+    assert shelf.catalog.tag("all", "/m") == Tag(B, 1001, is_default=True)
+
+
+def test_a_default_name_stays_while_its_content_is_resident_or_lost_elsewhere(shelf: Shelf) -> None:
+    there, gpu = shelf.add(A), shelf.add(A, device="GPU-1")
+    shelf.catalog.set(ALICE, "/m", A, is_default=True)
+    shelf.store.evict(there, "capacity")
+    assert shelf.catalog.listed(ALICE) == [("/m", Tag(A, 1000, is_default=True), "resident")]
+    shelf.store.lose("GPU-1", "broken")
+    assert shelf.catalog.listed(ALICE) == [("/m", Tag(A, 1000, is_default=True), "lost")]
+    assert shelf.catalog.remove(ALICE, "/m") == 0
+    assert gpu.key not in shelf.store.lost
+    assert shelf.catalog.listed(ALICE) == []
+
+
+def test_a_default_name_that_its_owner_chooses_is_chosen_and_stays_so(shelf: Shelf) -> None:
+    there = shelf.add(A)
+    shelf.catalog.set(ALICE, "/m", A, is_default=True)
+    shelf.catalog.set(BOB, "/m", A)  # not his to choose
+    assert shelf.catalog.tag("all", "/m") == Tag(A, 1000, is_default=True)
+    shelf.catalog.set(ALICE, "/m", A)
+    assert shelf.catalog.tag("all", "/m") == Tag(A, 1000)
+    shelf.add(B)
+    shelf.catalog.set(ALICE, "/m", B, is_default=True)
+    shelf.store.evict(there, "capacity")
+    assert shelf.catalog.listed(ALICE) == [("/m", Tag(B, 1000), "resident")]
+
+
+def test_a_default_name_that_moves_stays_one(shelf: Shelf) -> None:
+    shelf.add(A)
+    shelf.catalog.set(ALICE, "/m", A, is_default=True)
+    there = shelf.add(B)
+    shelf.catalog.set(ALICE, "/m", B, is_default=True)
+    shelf.store.evict(there, "drained")
+    assert shelf.catalog.listed(ALICE) == []
+
+
+def test_names_are_listed_by_domain_and_admins_see_all(shelf: Shelf) -> None:
+    other = Who(1002, admin=False, domain="other")
+    shelf.add(A, "mine")
+    shelf.add(A, "mine", who=other)
+    assert [name for name, _, _ in shelf.catalog.listed(other)] == ["mine"]
+    assert [tag.owner for _, tag, _ in shelf.catalog.listed(ROOT)] == [1000, 1002]
+
+
+def test_names_are_counted_by_owner_wherever_they_go(shelf: Shelf) -> None:
+    shelf.catalog._limits.names = 2
+    there = shelf.add(A, "one")
+    shelf.catalog.set(ALICE, "/m", A, is_default=True)
+    shelf.add(B)
+    with pytest.raises(CapacityError, match="2 of 2 names"):
+        shelf.catalog.set(ALICE, "two", B)
+    shelf.catalog.set(ROOT, "/m", B)  # moved, it stays hers
+    with pytest.raises(CapacityError, match="2 of 2 names"):
+        shelf.catalog.set(ALICE, "two", B)
+    shelf.catalog.set(BOB, "his", B)
+    shelf.store.remove(there)
+    shelf.catalog.set(ALICE, "two", B)
+    assert shelf.catalog.names(shelf.catalog.find(ALICE, B)) == ["his", "two", "/m"]
+
+
+def test_what_a_catalog_does_costs_the_same_however_much_is_there(shelf: Shelf) -> None:
+    """A name, an attach by name or whole digest, a pin and an eviction are not looked for among all others."""
+    costs = []
+    for size in (50, 500):
+        for number in range(size):
+            digest = f"sha256:{size:032x}{number:032x}"
+            shelf.add(digest, f"name {size} {number}")
+
+        def use(digest: str = f"sha256:{size:032x}{7:032x}", name: str = f"name {size} 7") -> None:
+            there = shelf.catalog.find(BOB, name)
+            assert shelf.catalog.find(BOB, digest) is there
+            shelf.catalog.keep(ALICE, there)
+            shelf.catalog.unpin(ALICE, there)
+            shelf.catalog.set(ALICE, "/m", digest, is_default=True)
+            with pytest.raises(NotFoundError):
+                shelf.catalog.find(BOB, "no such name")
+            shelf.store.evict(there, "capacity")
+
+        costs.append(operations(use))
+    assert costs[1] <= costs[0] * 1.1
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans()), max_size=20))
+def test_the_counts_of_names_are_what_they_count(steps: list[tuple[int, int, bool, bool]]) -> None:
+    shelf = Shelf()
+    for name, content, is_default, evict in steps:
+        digest = f"sha256:{content:064x}"
+        key = CheckpointKey("host", "all", digest)
+        if key not in shelf.store.checkpoints:
+            shelf.add(digest)
+        shelf.catalog.set((ALICE, ROOT)[name % 2], f"name {name}", digest, is_default=is_default)
+        if evict:
+            shelf.store.evict(shelf.store.checkpoints[key], "capacity")
+        tags = shelf.catalog.tags
+        assert shelf.catalog._owned == Counter(tag.owner for tag in tags.values())
+        assert {(d, n) for (d, _), names in shelf.catalog._named.items() for n in names} == tags.keys()
+        assert all(not tag.is_default or shelf.catalog._is_known(d, tag.content_digest) for (d, _), tag in tags.items())

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from weightd.errors import DrainingError
-from weightd_daemon.core.events import Attached, Detached
 from weightd_daemon.core.eviction import least_recently_used
-from weightd_daemon.core.lease import Holder, Lease, Leases, named
+from weightd_daemon.core.lease import Attached, Detached, Holder, Lease, Leases, named
 
 HOLDER = Holder(connection=7, pid=100, uid=1000, command="python serve.py")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from weightd.errors import CapacityError
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.who import Who
 
 USER = Who(1000, False, "")
 MIB = 1 << 20

@@ -7,6 +7,7 @@ import pytest
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
 from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.ranges import Ranges
 from weightd_daemon.core.reclaims import Punch, Release
 
 PAGE = 4096
@@ -397,3 +398,90 @@ def test_another_budget_and_pool_hold_from_then_on() -> None:
         device.give_back(extent)
     device.reclaim()
     assert device.memory.pooled_bytes() == device.memory.used == 16 * PAGE
+
+
+def adopted(device: Fixture, *, frozen: bool = False) -> None:
+    """Adopt segment 7 of 8 pages in quarantine: page 0 is a blob's, pages 1 to 5 are unused, pages 6 and 7 hollow."""
+    taken = Ranges()
+    taken.add(0, PAGE)
+    device.memory.quarantine = True
+    device.memory.adopt("all", 7, 8 * PAGE, taken, [(6 * PAGE, 8 * PAGE)], frozen=frozen)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_may_still_be_written_to_is_neither_granted_nor_punched_nor_counted_on(*, sparse: bool) -> None:
+    device = Fixture(sparse=sparse)
+    adopted(device)
+    assert device.memory.quarantined() == [7]
+    assert device.reclaim() == []
+    assert device.memory.used == 6 * PAGE
+    assert device.memory.obtainable("all") == 26 * PAGE
+    assert device.grant(2) == pages(1, 0, 2), "a new segment"
+    device.give_back(pages(7, 0, 1))
+    assert device.reclaim() == ([Punch("all", pages(7, 0, 1), 0)] if sparse else []), "no process writes to a blob"
+    assert 7 in device.memory.arena("all"), "it is not released before the process has ended"
+
+
+def test_thawed_memory_is_used_again() -> None:
+    device = Fixture(sparse=False)
+    adopted(device)
+    device.memory.thaw(7, [])
+    assert device.memory.quarantined() == []
+    assert device.grant(7) == pages(7, 1, 7)
+
+
+def test_thawed_pages_go_back_also_those_that_were_written_to_meanwhile() -> None:
+    device = Fixture()
+    adopted(device)
+    device.memory.thaw(7, [(7 * PAGE, 8 * PAGE)])
+    assert device.memory.used == 7 * PAGE
+    assert device.reclaim() == [Punch("all", pages(7, 1, 6), 0)]
+    assert device.memory.used == PAGE
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_segment_in_which_nothing_lies_any_more_goes_when_it_is_thawed(*, frozen: bool) -> None:
+    device = Fixture()
+    adopted(device, frozen=frozen)
+    device.give_back(pages(7, 0, 1))
+    device.reclaim()
+    device.memory.thaw(7, [])
+    assert [type(reclaim) for reclaim in device.reclaim()] == [Release]
+    device.reclaim()
+    assert device.memory.used == 0
+    device.memory.thaw(7, [])  # it has gone
+
+
+def test_a_closed_pool_returns_what_it_has_and_keeps_nothing_until_it_is_opened() -> None:
+    fixture = Fixture()
+    first, second, third = (fixture.grant(4) for _ in range(3))
+    assert first is not None
+    assert second is not None
+    assert third is not None
+    fixture.give_back(first)
+    assert fixture.memory.pooled_bytes() == 4 * PAGE
+    fixture.memory.close_pool()
+    assert [reclaim.segment for reclaim in fixture.reclaim() if isinstance(reclaim, Release)] == [first.segment]
+    fixture.give_back(second)
+    assert fixture.memory.pooled_bytes() == 0
+    fixture.reclaim()
+    fixture.memory.open_pool()
+    fixture.give_back(third)
+    assert fixture.memory.pooled_bytes() == fixture.memory.used == 4 * PAGE
+
+
+def test_what_frees_bytes_is_settled_before_they_are_granted_or_returned() -> None:
+    fixture = Fixture(pool_pages=0)
+    calls: list[int] = []
+    fixture.memory._before_use = lambda: calls.append(fixture.memory.used)
+    extent = fixture.grant(4)
+    assert extent is not None
+    assert len(calls) == 1
+    assert fixture.memory.take_reclaims() == []
+    assert len(calls) == 1, "nothing leaves"
+    fixture.give_back(extent)
+    assert len(calls) == 1
+    assert fixture.reclaim()
+    assert len(calls) == 2
+    assert fixture.grant(64) is None
+    assert len(calls) == 2

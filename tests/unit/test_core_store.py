@@ -15,6 +15,7 @@ from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
@@ -46,69 +47,69 @@ class Books:
         self.segments += 1
         return self.segments
 
-    def open(self, domain: str = "all") -> int:
-        return self.store.open_load("host", domain, 1000)
+    def open(self, domain: str = "all") -> Loading:
+        return Loading(self.store, "host", domain, 1000)
 
     def reclaim(self) -> None:
         while reclaims := self.memory.take_reclaims():
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
-    def place(self, load: int, letter: str, length: int = LARGE) -> Blob:
+    def place(self, load: Loading, letter: str, length: int = LARGE) -> Blob:
         """A tensor whose bytes equal those of any other with its letter, as a loader brings it."""
-        while (extent := self.store.grant(load, length, length)) is None:
+        while (extent := load.grant(length, length)) is None:
             self.reclaim()
-        placed, blob = self.store.settle(load, digest(letter), length, extent.segment, extent.offset)
+        placed, blob = load.settle(digest(letter), length, extent.segment, extent.offset)
         if placed:
             return blob
-        used = self.store.share(load, blob.number, extent.segment, extent.offset)
+        used = load.share(blob.number, extent.segment, extent.offset)
         assert used is not None
         return used
 
-    def seal(self, load: int, blobs: list[Blob]) -> Checkpoint:
+    def seal(self, load: Loading, blobs: list[Blob]) -> Checkpoint:
         """Seal and end a load."""
         checkpoint = self.seal_only(load, blobs)
-        self.store.end_load(load)
+        load.end()
         self.reclaim()
         return checkpoint
 
-    def seal_only(self, load: int, blobs: list[Blob]) -> Checkpoint:
+    def seal_only(self, load: Loading, blobs: list[Blob]) -> Checkpoint:
         """The loader has not put its segments down yet."""
-        while pairs := self.store.rechecks(load):
+        while pairs := load.rechecks():
             for blob, other in pairs:
-                replaced = self.store.recheck(load, blob.number, other.number, equal=True)
+                replaced = load.recheck(blob.number, other.number, equal=True)
                 blobs = [replaced.get(b.number, b) for b in blobs]
         entries = [Entry("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
         name = content_digest(entries, [b.identity for b in blobs], FILE)
         self.now += 1
-        return self.store.seal(load, Content(name, FILE, tuple(entries), tuple(blobs)), self.now)
+        return load.seal(Content(name, FILE, tuple(entries), tuple(blobs)), self.now)
 
     def load(self, letters: str, length: int = LARGE, domain: str = "all") -> Checkpoint:
-        number = self.open(domain)
-        return self.seal(number, [self.place(number, letter, length) for letter in letters])
+        load = self.open(domain)
+        return self.seal(load, [self.place(load, letter, length) for letter in letters])
 
     def load_into_one_segment(self, letters: str, domain: str = "all") -> Checkpoint:
-        number = self.open(domain)
-        extent = self.store.grant(number, len(letters) * LARGE, len(letters) * LARGE)
+        load = self.open(domain)
+        extent = load.grant(len(letters) * LARGE, len(letters) * LARGE)
         assert extent is not None
         offsets = range(extent.offset, extent.end, LARGE)
         placed = [
-            self.store.settle(number, digest(letter), LARGE, extent.segment, offset)
+            load.settle(digest(letter), LARGE, extent.segment, offset)
             for letter, offset in zip(letters, offsets, strict=True)
         ]
-        return self.seal(number, [blob for _, blob in placed])
+        return self.seal(load, [blob for _, blob in placed])
 
     def load_known(self, known: str, new: str = "", domain: str = "all") -> Checkpoint:
         """A checkpoint of tensors that are resident, which takes no memory for them, and others."""
-        number = self.open(domain)
+        load = self.open(domain)
         blobs = []
         for letter in known:
-            candidate = self.store.candidate(number, digest(letter), LARGE)
+            candidate = load.candidate(digest(letter), LARGE)
             assert candidate is not None
-            blob = self.store.share(number, candidate.number, None, 0)
+            blob = load.share(candidate.number, None, 0)
             assert blob is not None
             blobs.append(blob)
-        return self.seal(number, blobs + [self.place(number, letter) for letter in new])
+        return self.seal(load, blobs + [self.place(load, letter) for letter in new])
 
     def lease(self, checkpoint: Checkpoint) -> Lease:
         lease = self.store.leases.take(checkpoint.key, Holder(1, 4711, 1000, "python serve.py"), self.now)
@@ -130,7 +131,7 @@ def digest(letter: str) -> bytes:
 def test_equal_bytes_of_two_checkpoints_are_held_once() -> None:
     books = Books()
     first, second = books.load("abc"), books.load("abd")
-    assert len(books.store.blobs()) == 4
+    assert len(books.store.sealed_blobs()) == 4
     assert (first.exclusive_bytes, first.shared_bytes) == (LARGE, 2 * LARGE)
     assert second.total_bytes == 3 * LARGE
     assert books.memory.used == 4 * LARGE
@@ -174,24 +175,24 @@ def test_known_blobs_are_shared_without_bytes_but_a_small_one_once() -> None:
     (small_number,), (large_number,) = small.unique, large.unique
     tiny, huge = small.unique[small_number], large.unique[large_number]
     load = books.open()
-    assert books.store.share_known(load, small_number, tiny.identity) is tiny
-    assert books.store.share_known(load, small_number, tiny.identity) is None
-    assert books.store.share_known(load, large_number, huge.identity) is huge
-    assert books.store.share_known(load, large_number, huge.identity) is huge
-    assert books.store.share_known(load, large_number, tiny.identity) is None
-    assert books.store.share_known(load, 999, huge.identity) is None
-    assert books.store.share_known(books.open("uid:7"), large_number, huge.identity) is None
+    assert load.share_known(small_number, tiny.identity) is tiny
+    assert load.share_known(small_number, tiny.identity) is None
+    assert load.share_known(large_number, huge.identity) is huge
+    assert load.share_known(large_number, huge.identity) is huge
+    assert load.share_known(large_number, tiny.identity) is None
+    assert load.share_known(999, huge.identity) is None
+    assert books.open("uid:7").share_known(large_number, huge.identity) is None
 
 
 def test_different_bytes_of_one_digest_get_variants() -> None:
     books = Books()
     (there,) = books.load("a").unique.values()
     load = books.open()
-    extent = books.store.grant(load, LARGE, LARGE)
+    extent = load.grant(LARGE, LARGE)
     assert extent is not None
-    placed, candidate = books.store.settle(load, digest("a"), LARGE, extent.segment, extent.offset)
+    placed, candidate = load.settle(digest("a"), LARGE, extent.segment, extent.offset)
     assert (placed, candidate) == (False, there)
-    placed, blob = books.store.settle(load, digest("a"), LARGE, extent.segment, extent.offset, {there.number})
+    placed, blob = load.settle(digest("a"), LARGE, extent.segment, extent.offset, {there.number})
     assert (placed, blob.variant, books.store.collisions) == (True, 1, 1)
     assert {b.variant for b in books.seal(load, [blob]).unique.values()} == {1}
 
@@ -202,7 +203,7 @@ def test_what_else_is_being_loaded_does_not_change_a_content_digest(length: int)
     books = Books()
     first, second, third = books.open(), books.open(), books.open()
     blobs = {load: [books.place(load, letter, length) for letter in "aab"] for load in (first, second, third)}
-    books.store.end_load(first)
+    first.end()
     sealed = books.seal(third, blobs[third])
     assert sealed.key == alone
     assert books.seal(second, blobs[second]) is sealed
@@ -216,12 +217,12 @@ def test_a_tensor_that_another_load_seals_meanwhile_is_compared_with_it(equal: b
     mine, other = books.open(), books.open()
     copies = [books.place(mine, "a", SMALL) for _ in range(2)]
     (there,) = books.seal(other, [books.place(other, "a", SMALL)]).unique.values()
-    assert books.store.rechecks(mine) == [(copies[0], there)]
-    replaced = books.store.recheck(mine, copies[0].number, there.number, equal=equal)
+    assert mine.rechecks() == [(copies[0], there)]
+    replaced = mine.recheck(copies[0].number, there.number, equal=equal)
     assert replaced == ({copies[0].number: there} if equal else {})
     assert copies[1].variant == (0 if equal else 1)
     assert books.store.collisions == (not equal)
-    assert books.store.rechecks(mine) == []
+    assert mine.rechecks() == []
 
 
 def test_all_copies_of_a_small_tensor_move_to_the_new_variant_together() -> None:
@@ -229,11 +230,11 @@ def test_all_copies_of_a_small_tensor_move_to_the_new_variant_together() -> None
     mine, other = books.open(), books.open()
     copies = [books.place(mine, "a", SMALL) for _ in range(3)]
     (there,) = books.seal(other, [books.place(other, "a", SMALL)]).unique.values()
-    for blob, sealed in books.store.rechecks(mine):
-        assert books.store.recheck(mine, blob.number, sealed.number, equal=False) == {}
+    for blob, sealed in mine.rechecks():
+        assert mine.recheck(blob.number, sealed.number, equal=False) == {}
     assert len({blob.number for blob in copies}) == 3
     assert (there.variant, [blob.variant for blob in copies]) == (0, [1, 1, 1])
-    assert (books.store.collisions, books.store.rechecks(mine)) == (1, [])
+    assert (books.store.collisions, mine.rechecks()) == (1, [])
 
 
 # -- room --------------------------------------------------------------------------------------------------------------
@@ -241,38 +242,38 @@ def test_all_copies_of_a_small_tensor_move_to_the_new_variant_together() -> None
 
 def test_an_unknown_device_is_not_found() -> None:
     with pytest.raises(NotFoundError, match="host"):
-        Books().store.open_load("cuda:0", "all", 0)
+        Loading(Books().store, "cuda:0", "all", 0)
 
 
 def test_what_fits_is_admitted_and_promised() -> None:
     books = Books()
     first, second = books.open(), books.open()
-    assert books.store.admit(first, [LARGE] * 40)
-    assert not books.store.admit(second, [LARGE] * 40), "may fit if much of it is shared: hash first"
-    books.store.end_load(first)
-    assert books.store.admit(second, [LARGE] * 40)
+    assert first.admit([LARGE] * 40)
+    assert not second.admit([LARGE] * 40), "may fit if much of it is shared: hash first"
+    first.end()
+    assert second.admit([LARGE] * 40)
 
 
 def test_a_tensor_larger_than_everything_is_refused_before_reading() -> None:
     books = Books()
     with pytest.raises(CapacityError, match="do not fit on host"):
-        books.store.admit(books.open(), [65 * LARGE])
+        books.open().admit([65 * LARGE])
 
 
 def test_what_matches_is_protected_and_only_the_rest_makes_room() -> None:
     books = Books(budget=8 * LARGE)
     old, shared = books.load("abcd"), books.load("efgh")
     load = books.open()
-    assert not books.store.admit(load, [LARGE] * 6)
+    assert not load.admit([LARGE] * 6)
     contents = [(digest(letter), LARGE) for letter in "efghijkl"]
-    while (matched := books.store.make_room(load, contents)) is None:
+    while (matched := load.make_room(contents)) is None:
         books.reclaim()
     assert matched == {(digest(letter), LARGE) for letter in "efgh"}
     assert books.evicted == [(old, "capacity")]
     for letter in "efgh":
-        blob = books.store.candidate(load, digest(letter), LARGE)
+        blob = load.candidate(digest(letter), LARGE)
         assert blob is not None
-        assert books.store.share(load, blob.number, None, 0) is blob
+        assert load.share(blob.number, None, 0) is blob
     assert shared.key in books.store.checkpoints
 
 
@@ -280,11 +281,11 @@ def test_blobs_that_a_load_relies_on_outlive_their_checkpoint() -> None:
     books = Books()
     (blob,) = books.load("a").unique.values()
     load = books.open()
-    assert books.store.share_known(load, blob.number, blob.identity) is blob
+    assert load.share_known(blob.number, blob.identity) is blob
     books.store.remove(next(iter(books.store.checkpoints.values())))
-    assert books.store.blobs() == [blob]
-    books.store.end_load(load)
-    assert books.store.blobs() == []
+    assert books.store.sealed_blobs() == [blob]
+    load.end()
+    assert books.store.sealed_blobs() == []
 
 
 def test_nothing_is_evicted_for_a_load_that_cannot_fit() -> None:
@@ -292,7 +293,7 @@ def test_nothing_is_evicted_for_a_load_that_cannot_fit() -> None:
     books.load("abcd")
     contents = [(digest(letter), LARGE) for letter in "ijklmnopq"]
     with pytest.raises(CapacityError):
-        books.store.make_room(books.open(), contents)
+        books.open().make_room(contents)
     assert books.evicted == []
 
 
@@ -302,7 +303,7 @@ def test_a_refusal_states_the_figures() -> None:
     pinned.pins.add(1000)
     books.lease(leased)
     with pytest.raises(CapacityError) as caught:
-        books.store.make_room(books.open(), [(digest(letter), LARGE) for letter in "stuvwxyz"])
+        books.open().make_room([(digest(letter), LARGE) for letter in "stuvwxyz"])
     error = caught.value
     assert (error.requested_bytes, error.free_bytes) == (8 * LARGE, 3 * LARGE)
     assert error.leased_bytes == 2 * LARGE, "a and b"
@@ -318,11 +319,11 @@ def test_a_grant_evicts_the_least_recently_used_that_nobody_keeps() -> None:
     pinned.pins.add(1000)
     books.store.use(old, 0.0)  # at a time before all others: a clock was stepped
     load = books.open()
-    assert books.store.grant(load, LARGE, LARGE) is None
+    assert load.grant(LARGE, LARGE) is None
     assert books.memory.reclaiming
     assert books.evicted == [(new, "capacity")]
     books.reclaim()
-    assert books.store.grant(load, LARGE, LARGE) is not None
+    assert load.grant(LARGE, LARGE) is not None
     assert books.store.evictions == 1
 
 
@@ -337,7 +338,7 @@ def test_a_device_that_is_out_of_memory_makes_the_store_evict() -> None:
         return working(size)
 
     books.memory._create = create
-    assert books.store.grant(books.open(), LARGE, LARGE) is not None
+    assert books.open().grant(LARGE, LARGE) is not None
     assert books.evicted == [(there, "capacity")]
 
 
@@ -351,11 +352,11 @@ def test_a_full_device_is_named_in_the_refusal_once_nothing_can_be_evicted() -> 
 
     books.memory._create = create
     load = books.open()
-    assert books.store.grant(load, LARGE, LARGE) is None
+    assert load.grant(LARGE, LARGE) is None
     assert books.evicted == [(there, "capacity")]
     books.reclaim()
     with pytest.raises(CapacityError, match="the device itself has no room: 4 KiB free on the device") as caught:
-        books.store.grant(load, LARGE, LARGE)
+        load.grant(LARGE, LARGE)
     assert caught.value.metadata["device_free_bytes"] == "4096"
     assert caught.value.free_bytes == 64 * LARGE
 
@@ -370,9 +371,9 @@ def test_nothing_is_evicted_for_a_device_that_others_have_filled() -> None:
 
     books.memory._create = create
     with pytest.raises(CapacityError, match="the device itself has no room; stop what else uses the device"):
-        books.store.grant(books.open(), 3 * LARGE, 3 * LARGE)
+        books.open().grant(3 * LARGE, 3 * LARGE)
     assert books.evicted == []
-    assert books.store.grant(books.open(), 2 * LARGE, 2 * LARGE) is None
+    assert books.open().grant(2 * LARGE, 2 * LARGE) is None
     assert len(books.evicted) == 1, "that may do"
 
 
@@ -381,7 +382,7 @@ def test_a_checkpoint_whose_bytes_are_all_shared_is_not_evicted_while_another_br
     shared, part = books.load("ab"), books.load_known("ab", "c")
     books.load("d")
     load = books.open()
-    assert books.store.grant(load, LARGE, LARGE) is None
+    assert load.grant(LARGE, LARGE) is None
     assert books.evicted == [(part, "capacity")]
     assert shared.key in books.store.checkpoints
 
@@ -392,7 +393,7 @@ def test_whoever_gives_nothing_back_stays() -> None:
     idle, pinned = books.load("ab"), books.load_known("ab", "c")
     pinned.pins.add(1000)
     last = books.load("d")
-    assert books.store.grant(books.open(), LARGE, LARGE) is None
+    assert books.open().grant(LARGE, LARGE) is None
     assert books.evicted == [(last, "capacity")]
     assert idle.key in books.store.checkpoints
 
@@ -408,7 +409,7 @@ def test_nobody_goes_for_nothing_once_a_later_one_has_to(wanted: int, gone: str)
     there = {name: books.load(letters) for name, letters in zip("abcd", ("p", "qr", "s", "tuvw"), strict=True)}
     contents = [(digest(letter), LARGE) for letter in "ABCDEFGH"[:wanted]]
     load = books.open()
-    while books.store.make_room(load, contents) is None:
+    while load.make_room(contents) is None:
         books.reclaim()
     assert {name for name, checkpoint in there.items() if (checkpoint, "capacity") in books.evicted} == {*gone}
 
@@ -417,7 +418,7 @@ def test_checkpoints_that_share_all_with_each_other_are_evicted_together() -> No
     books = Books(budget=3 * LARGE)
     first, second, third = books.load("ab"), books.load_known("b", "c"), books.load_known("ca")
     load = books.open()
-    while books.store.grant(load, 3 * LARGE, 3 * LARGE) is None:
+    while load.grant(3 * LARGE, 3 * LARGE) is None:
         books.reclaim()
     assert {checkpoint for checkpoint, _ in books.evicted} == {first, second, third}
 
@@ -436,12 +437,12 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
     memory = store.memories["GPU"] = DeviceMemory(
         budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
     )
-    load = store.open_load("GPU", "all", 1000)
+    load = Loading(store, "GPU", "all", 1000)
     contents = [(bytes([at]) * 16, length) for at, length in enumerate(lengths)]
 
     def has_room() -> bool:
         try:
-            return store.make_room(load, contents, runs) == set() if hash_first else store.admit(load, lengths, runs)
+            return load.make_room(contents, runs) == set() if hash_first else load.admit(lengths, runs)
         except CapacityError:
             return False
 
@@ -451,7 +452,7 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
         part = lengths[run::runs]
         groups = [part[at : at + grouped] for at in range(0, len(part), grouped)]
         sizes = [sum(map(slot_bytes, group)) for group in groups]
-        slots = Slots(Granting(store, load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
+        slots = Slots(Granting(load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
         for group, size in zip(groups, sizes, strict=True):
             together = Together(size)
             taken = [slots.take(length, together) for length in group]
@@ -461,13 +462,12 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
 class Granting:
     """The daemon's end of a loader's channel, as far as slots need it."""
 
-    def __init__(self, store: Store, load: int) -> None:
-        self._store = store
+    def __init__(self, load: Loading) -> None:
         self._load = load
 
     def call(self, op: str, *, ends: list[int], need: int) -> dict[str, int]:
         assert op == "grant"
-        extent = self._store.grant(self._load, ends[-1], need, ends)
+        extent = self._load.grant(ends[-1], need, ends)
         assert extent is not None
         return extent._asdict()
 
@@ -478,10 +478,10 @@ class Granting:
 def test_one_tensor_may_need_a_segment_beyond_the_limit_of_segments() -> None:
     books = Books(budget=4 << 30, sparse=False)
     load = books.open()
-    extent = books.store.grant(load, 3 << 30, 3 << 30)
+    extent = load.grant(3 << 30, 3 << 30)
     assert extent is not None
     assert extent.length == 3 << 30
-    books.store.end_load(load)
+    load.end()
     books.reclaim()
     assert books.memory.used == 0
 
@@ -492,10 +492,10 @@ def test_scattered_holes_make_a_grant_evict_on() -> None:
     books.store.remove(first)
     load = books.open()
     assert books.memory.obtainable("all", load) == 3 * LARGE
-    assert books.store.grant(load, 2 * LARGE, 2 * LARGE) is None
+    assert load.grant(2 * LARGE, 2 * LARGE) is None
     assert books.evicted[1:] == [(keeper, "capacity")]
     books.reclaim()
-    assert books.store.grant(load, 2 * LARGE, 2 * LARGE) is not None
+    assert load.grant(2 * LARGE, 2 * LARGE) is not None
 
 
 def test_a_refusal_says_that_what_is_free_lies_in_pieces_and_evicts_nothing() -> None:
@@ -505,7 +505,7 @@ def test_a_refusal_says_that_what_is_free_lies_in_pieces_and_evicts_nothing() ->
     books.lease(keeper)
     bystander = books.load("g")
     with pytest.raises(CapacityError, match=r"in pieces, the largest of 0\.1 MiB") as caught:
-        books.store.grant(books.open(), 2 * LARGE, 2 * LARGE)
+        books.open().grant(2 * LARGE, 2 * LARGE)
     error = caught.value
     assert (error.free_bytes, error.evictable_bytes) == (3 * LARGE, LARGE)
     assert error.metadata["largest_bytes"] == str(LARGE)
@@ -518,10 +518,10 @@ def test_one_pass_is_not_promised_on_scattered_holes() -> None:
     books.store.remove(first)
     load = books.open()
     assert books.memory.obtainable("all", load) == 3 * LARGE
-    assert not books.store.admit(load, [LARGE])
-    while books.store.make_room(load, [(digest("x"), LARGE)]) is None:
+    assert not load.admit([LARGE])
+    while load.make_room([(digest("x"), LARGE)]) is None:
         books.reclaim()
-    assert books.store.grant(load, LARGE, LARGE) is not None
+    assert load.grant(LARGE, LARGE) is not None
     assert len(books.evicted) == 1, "it fits into a hole"
 
 
@@ -532,13 +532,13 @@ def test_only_whole_segments_of_another_domain_are_evictable() -> None:
     books.lease(part)
     other = books.open("uid:2")
     with pytest.raises(CapacityError) as caught:
-        books.store.grant(other, 4 * LARGE, 4 * LARGE)
+        other.grant(4 * LARGE, 4 * LARGE)
     assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 2 * LARGE)
     assert books.evicted == []
     with pytest.raises(CapacityError) as caught:
-        books.store.make_room(books.open("uid:1"), [(digest(letter), LARGE) for letter in "pqrstu"])
+        books.open("uid:1").make_room([(digest(letter), LARGE) for letter in "pqrstu"])
     assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 4 * LARGE)
-    while books.store.grant(other, 3 * LARGE, 3 * LARGE) is None:
+    while other.grant(3 * LARGE, 3 * LARGE) is None:
         books.reclaim()
     assert [checkpoint for checkpoint, _ in books.evicted] == [whole], "the other gives another domain nothing"
 
@@ -552,7 +552,7 @@ def test_a_load_that_ends_without_a_checkpoint_leaves_nothing() -> None:
     books.place(load, "a")
     books.place(load, "b", SMALL)
     assert books.store.in_flight_bytes("host") == LARGE + SMALL
-    books.store.end_load(load)
+    load.end()
     books.reclaim()
     assert (books.memory.used, books.memory.segments, books.store.in_flight_bytes("host")) == (0, 0, 0)
 
@@ -561,13 +561,13 @@ def test_a_load_that_ends_without_a_checkpoint_leaves_nothing() -> None:
 def test_nothing_that_a_loader_may_have_open_goes_before_its_load_has_ended(sparse: bool) -> None:
     books = Books(sparse=sparse)
     load = books.open()
-    spare = books.store.grant(load, 4 * LARGE, 4 * LARGE)
+    spare = load.grant(4 * LARGE, 4 * LARGE)
     assert spare is not None
     checkpoint = books.seal_only(load, [books.place(load, "a")])
     assert (books.memory.take_reclaims(), books.store.in_flight_bytes("host")) == ([], 4 * LARGE)
     assert books.store.remove(checkpoint) == LARGE
     assert (books.memory.take_reclaims(), books.store.live_bytes("host")) == ([], LARGE)
-    books.store.end_load(load)
+    load.end()
     assert books.memory.segments == 0
     books.reclaim()
     assert (books.memory.used, books.store.live_bytes("host"), books.store.in_flight_bytes("host")) == (0, 0, 0)
@@ -581,7 +581,7 @@ def test_copies_of_what_is_resident_already_go_when_their_load_has_ended() -> No
     assert books.seal_only(second, blobs[second]) is there
     books.reclaim()
     assert books.memory.used == 4 * LARGE
-    books.store.end_load(second)
+    second.end()
     books.reclaim()
     assert books.memory.used == books.store.live_bytes("host") == 2 * LARGE
 
@@ -593,14 +593,14 @@ def test_memory_of_a_sealed_load_is_waited_for() -> None:
     books.memory._on_reclaim = lambda: woken.append(True)
     kept, load, other = books.load("k"), books.open(), books.open()
     checkpoint = books.seal_only(load, [books.place(load, letter) for letter in "abcd"])
-    assert books.store.grant(other, 8 * LARGE, 8 * LARGE) is None
-    assert not books.store.admit(other, [8 * LARGE])
-    assert books.store.make_room(other, [(digest("x"), 8 * LARGE)]) is None
+    assert other.grant(8 * LARGE, 8 * LARGE) is None
+    assert not other.admit([8 * LARGE])
+    assert other.make_room([(digest("x"), 8 * LARGE)]) is None
     assert books.evicted == []
     woken.clear()
-    books.store.end_load(load)
+    load.end()
     assert woken
-    while books.store.make_room(other, [(digest("x"), 8 * LARGE)]) is None:
+    while other.make_room([(digest("x"), 8 * LARGE)]) is None:
         books.reclaim()
     assert {evicted for evicted, _ in books.evicted} == {kept, checkpoint}
 
@@ -609,9 +609,9 @@ def test_nobody_waits_for_a_loader_that_does_not_die() -> None:
     books = Books(budget=4 * LARGE)
     load = books.open()
     books.seal_only(load, [books.place(load, letter) for letter in "abcd"])
-    books.memory.withdraw(load)
+    load.quarantine()
     with pytest.raises(CapacityError):
-        books.store.grant(books.open(), LARGE, LARGE)
+        books.open().grant(LARGE, LARGE)
 
 
 def test_a_device_may_be_lost_between_the_seal_and_the_end_of_a_load() -> None:
@@ -621,7 +621,7 @@ def test_a_device_may_be_lost_between_the_seal_and_the_end_of_a_load() -> None:
     assert books.store.lose("host", "gone") == [checkpoint]
     assert not books.memory.reclaiming
     again = books.load("a")
-    books.store.end_load(load)
+    load.end()
     books.reclaim()
     assert books.memory.used == again.total_bytes == books.store.live_bytes("host")
 
@@ -632,7 +632,7 @@ def test_removing_what_is_held_names_the_holders_and_changes_nothing() -> None:
     lease = books.lease(checkpoint)
     with pytest.raises(InUseError, match=r"pid 4711 \(python serve.py\)"):
         books.store.remove(checkpoint)
-    assert len(books.store.blobs()) == 2
+    assert len(books.store.sealed_blobs()) == 2
     books.locked.discard(lease.number)
     assert books.store.remove(checkpoint) == 2 * LARGE
     assert books.evicted == [(checkpoint, "removed")]
@@ -652,13 +652,13 @@ def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_device
     other = books.store.memories["GPU-2"] = DeviceMemory(
         budget=LARGE, page=PAGE, sparse=False, pool_limit=0, create=books.create
     )
-    elsewhere = books.store.open_load("GPU-2", "all", 1000)
+    elsewhere = Loading(books.store, "GPU-2", "all", 1000)
     first, second = books.load("ab"), books.load("bc")
     books.lease(first)
     second.pins.add(1000)
     assert books.store.lose("host", "the GPU was reset") == [first, second]
     assert books.store.checkpoints == {}
-    assert books.store.blobs() == []
+    assert books.store.sealed_blobs() == []
     assert books.evicted == [(first, "lost"), (second, "lost")]
     assert {key: lost.checkpoint for key, lost in books.store.lost.items()} == {first.key: first, second.key: second}
     assert str(books.store.lost[first.key].error("name")) == (
@@ -667,7 +667,7 @@ def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_device
     assert list(books.store.leases) == []
     assert (books.memory.used, books.memory.take_reclaims()) == (0, [])
     assert (books.store.evictions, first.exclusive_bytes) == (0, 0)
-    assert books.store.grant(elsewhere, LARGE, LARGE) is not None
+    assert elsewhere.grant(LARGE, LARGE) is not None
     assert other.used == LARGE
 
 
@@ -676,15 +676,15 @@ def test_a_load_on_a_lost_device_can_only_be_ended_and_gives_nothing_to_the_new_
     (there,) = books.load("a").unique.values()
     load = books.open()
     books.place(load, "b")
-    assert books.store.candidate(load, digest("a"), LARGE) is there
-    assert books.store.admit(load, [LARGE])
+    assert load.candidate(digest("a"), LARGE) is there
+    assert load.admit([LARGE])
     books.store.lose("host", "its holder died")
     assert books.store.in_flight_bytes("host") == 0
     with pytest.raises(DeviceError, match="device host: its holder died; load it again"):
-        books.store.grant(load, LARGE, LARGE)
+        load.grant(LARGE, LARGE)
     again = books.load("ab")
     used = books.memory.used
-    books.store.end_load(load)
+    load.end()
     books.reclaim()
     assert (books.memory.used, books.store.live_bytes("host")) == (used, 2 * LARGE)
     assert len(again.unique) == 2
@@ -704,10 +704,10 @@ def test_what_may_be_shared_is_what_is_sealed_in_the_same_domain() -> None:
     books = Books()
     first, second = books.open(), books.open()
     blob = books.place(first, "a", 2 * LARGE)
-    assert books.store.resident_lengths(second) == set()
+    assert second.resident_lengths() == set()
     books.seal(first, [blob])
-    assert books.store.resident_lengths(second) == {2 * LARGE}
-    assert books.store.resident_lengths(books.open("other")) == set()
+    assert second.resident_lengths() == {2 * LARGE}
+    assert books.open("other").resident_lengths() == set()
 
 
 def test_many_equal_small_tensors_are_not_quadratic() -> None:
@@ -721,12 +721,12 @@ def load_copies(count: int, size: int = 256) -> None:
     books = Books(budget=16 << 20)
 
     def copies(load: int) -> list[Blob]:
-        extent = books.store.grant(load, count * size, count * size)
+        extent = load.grant(count * size, count * size)
         assert extent is not None
         blobs = []
         for offset in range(extent.offset, extent.offset + count * size, size):
-            placed, blob = books.store.settle(load, digest("a"), size, extent.segment, offset)
-            own = blob if placed else books.store.share(load, blob.number, extent.segment, offset)
+            placed, blob = load.settle(digest("a"), size, extent.segment, offset)
+            own = blob if placed else load.share(blob.number, extent.segment, offset)
             assert own is not None
             blobs.append(own)
         return blobs
@@ -735,8 +735,8 @@ def load_copies(count: int, size: int = 256) -> None:
     first, second = copies(one), copies(two)
     assert len({blob.number for blob in first}) == count
     sealed = books.seal(one, first)
-    ((mine, theirs),) = books.store.rechecks(two)
-    replaced = books.store.recheck(two, mine.number, theirs.number, equal=True)
+    ((mine, theirs),) = two.rechecks()
+    replaced = two.recheck(mine.number, theirs.number, equal=True)
     assert {blob.number for blob in replaced.values()} == set(sealed.unique)
     assert {blob.number for blob in second} == set(replaced)
-    assert books.store.rechecks(two) == []
+    assert two.rechecks() == []

@@ -17,6 +17,7 @@ from support.filled import Filled
 from support.readme import blocks, steps, words
 from weightd import errors
 from weightd._proto.v1 import daemon_pb2
+from weightd._transport import protocol
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
@@ -282,14 +283,14 @@ def test_python_in_the_readme_compiles() -> None:
 
 def test_protocol_states_the_limits_of_the_code() -> None:
     text = PROTOCOL.read_text()
-    assert handle_server.MAX_FRAME == 64 << 10
+    assert protocol.MAX_FRAME == 64 << 10
     assert "at most 64 KiB" in text
-    assert f"room for {handle_server.MAX_DESCRIPTORS} descriptors" in text
+    assert f"room for {protocol.MAX_DESCRIPTORS} descriptors" in text
     assert f"within {handle_server.HELLO_SECONDS:.0f} s, and once" in text
     assert f"has arrived, within {handle_server.ACK_SECONDS:.0f} s" in text
     assert f"{handle_server.MAX_OFFERS} intakes" in text
     assert f"each batch within {intake.INTAKE_SECONDS:.0f} s" in text
-    assert f"`hello {{protocol: {handle_server.PROTOCOL}}}`" in text
+    assert f"`hello {{protocol: {protocol.PROTOCOL}}}`" in text
     assert LOCK_BASE == 1 << 40
     assert "2^40 + `lease`" in text
     assert f"metadata key `{TOKEN}`" in text

@@ -14,9 +14,9 @@ import torch
 
 from support.checkpoints import random_bytes
 from support.gpu_segments import check
+from weightd._tensors import make_tensor
 from weightd.errors import FormatError
 from weightd.gguf import GgufTensor
-from weightd.torch import make_tensor
 from weightd.types import TensorInfo
 
 KINDS = [kind for kind in gguf.GGML_QUANT_SIZES if not kind.name.startswith("I") or kind.name.startswith("IQ")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import socket
@@ -13,9 +14,7 @@ import pytest
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError
-from weightd.types import FileIdentity
 from weightd_daemon.loader import intake as intakes
-from weightd_daemon.loader import source
 from weightd_daemon.loader.source import Source
 
 
@@ -78,15 +77,15 @@ def test_files_are_held_while_there_is_room_for_them(intake: Intake) -> None:
 def test_a_file_that_grows_while_it_is_looked_at_is_held_by_the_size_that_is_read(
     intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked = source.identity_of
+    flags = fcntl.fcntl
 
-    def grown(descriptor: int) -> FileIdentity:
-        """As if it had grown a moment before."""
+    def grown(descriptor: int, *command: int) -> int:
+        """As if it had grown a moment before it is looked at."""
         if more := {10: 101, 11: 80, 12: 21}.get(os.fstat(descriptor).st_size):
             os.truncate(f"/proc/self/fd/{descriptor}", more)
-        return looked(descriptor)
+        return flags(descriptor, *command)
 
-    monkeypatch.setattr(source, "identity_of", grown)
+    monkeypatch.setattr("weightd_daemon.loader.source.fcntl.fcntl", grown)
     intake.send(10, 11, 12)
     files = intake.received()
     assert held(files) == [False, True, False]  # of 101, 80 and 21 bytes

@@ -10,12 +10,13 @@ import pytest
 from weightd._proto.v1 import daemon_pb2
 from weightd._transport.convert import event_from
 from weightd.errors import EventsLostError, InUseError
-from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
-from weightd_daemon.core.events import Attached, Detached, DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.events import DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
+from weightd_daemon.core.lease import Attached, Detached, Holder, Lease, Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.monitoring import event_stream as journal_module
 from weightd_daemon.monitoring.event_stream import Journal, Reader
 

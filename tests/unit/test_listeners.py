@@ -16,6 +16,7 @@ from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnswered, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder, Lease, Leases
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
@@ -61,18 +62,18 @@ class Books:
         self.catalog = Catalog(self.store, Limits(), on_event=tell)
 
     def load(self, name: str) -> None:
-        number = self.store.open_load("host", "", 1000)
-        begun = LoadBegun(number, HOLDER, "host", "", name)
+        load = Loading(self.store, "host", "", 1000)
+        begun = LoadBegun(load.number, HOLDER, "host", "", name)
         self.listeners.tell(begun)
-        extent = self.store.grant(number, 4096, 4096)
+        extent = load.grant(4096, 4096)
         assert extent is not None
-        blob = self.store.settle(number, name.encode().ljust(16), 4096, extent.segment, extent.offset)[1]
+        blob = load.settle(name.encode().ljust(16), 4096, extent.segment, extent.offset)[1]
         content = Content(
             f"sha256:{ord(name):064x}", (ManifestFile("", "f", None),),
             (Entry("", "t", "U8", (4096,), 0, 4096),), (blob,),
         )  # fmt: skip
-        self.store.seal(number, content, 0.0)
-        self.store.end_load(number)
+        load.seal(content, 0.0)
+        load.end()
         self.catalog.set(WHO, name, content.content_digest)
         self.listeners.tell(LoadEnded(begun, "OK", "", 1.0, content.content_digest, 4096, 4096, 4096))
 
@@ -100,7 +101,7 @@ class Books:
         """What can be seen of the books."""
         store, memory = self.store, self.store.memories["host"]
         return (
-            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(store.blobs()),
+            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(store.sealed_blobs()),
             [(lease.number, lease.checkpoint) for lease in store.leases], memory.used, store.live_bytes("host"),
             store.in_flight_bytes("host"),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any, Never
 
 import pytest
 
+from support.descriptors import open_descriptors
 from support.limits import room_for
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
@@ -48,11 +49,6 @@ GRANT = wire.ToDaemon(grant=wire.Grant(ends=[256], need=256))
 SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
 
-def descriptors() -> set[str]:
-    gc.collect()
-    return set(os.listdir("/proc/self/fd"))
-
-
 def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[LoaderProcess] = []
     opening = asyncio.Event()
@@ -77,9 +73,9 @@ def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(LoaderProcess, "__init__", remember)
     monkeypatch.setattr(asyncio, "open_connection", hang)
-    before = descriptors()
+    before = open_descriptors()
     asyncio.run(run())
-    assert descriptors() == before
+    assert open_descriptors() == before
     with pytest.raises(ProcessLookupError):
         os.kill(made[0].pid, 0)
 
@@ -101,9 +97,9 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
             await loader.receive()
 
     monkeypatch.setattr(asyncio, "open_connection", late)
-    before = descriptors()
+    before = open_descriptors()
     asyncio.run(run())
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_too_many_descriptors_on_their_way_is_a_limit_whatever_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +129,10 @@ def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch, part: str) -> Non
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(subprocess if part == "Popen" else os, part, fail)
-    before = descriptors()
+    before = open_descriptors()
     with pytest.raises(ResourceLimitError, match=r"^starting a loader process: the weightd daemon has all"):
         asyncio.run(LoaderProcess.spawn(SLEEPER, []))
-    assert descriptors() == before
+    assert open_descriptors() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
 
@@ -269,9 +265,9 @@ class DaemonEnd:
 def test_after_descriptors_were_lost_no_thread_takes_those_of_another_message() -> None:
     with contextlib.ExitStack() as stack:
         daemon = DaemonEnd(stack)
-        before = descriptors()
+        before = open_descriptors()
         daemon.break_channel()
-        assert descriptors() == before
+        assert open_descriptors() == before
         daemon.send(1000, 1)
         for go_on in (lambda: daemon.channel.call(GRANT), daemon.channel.receive, daemon.channel.receive_descriptor):
             with pytest.raises(ResourceLimitError, match=r"^receiving segments: the daemon's loader process has all"):
@@ -286,13 +282,13 @@ def test_after_descriptors_were_lost_no_thread_takes_those_of_another_message() 
 def test_another_number_of_descriptors_than_belong_to_a_message(count: int) -> None:
     with contextlib.ExitStack() as stack:
         daemon = DaemonEnd(stack)
-        before = descriptors()
+        before = open_descriptors()
         socket.send_fds(daemon.descriptors, [b"d"], [0] * count)
         socket.send_fds(daemon.descriptors, [b"d"], [0])
         for _ in range(2):
             with pytest.raises(ServerError, match=r"^receiving an intake: "):
                 daemon.channel.receive_descriptor()
-        assert descriptors() == before
+        assert open_descriptors() == before
 
 
 def test_nothing_is_sent_after_a_message_that_was_sent_in_part(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ from weightd.errors import (
     WeightdError,
 )
 from weightd.types import FileIdentity
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
 from weightd_daemon.loads.fair_queue import Turns
 from weightd_daemon.loads.flight import Load
@@ -62,7 +62,7 @@ class Desk:
         assert self.loads.under_way == []
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(self.intake)
-        assert not self.books.store._loads
+        assert not self.books.store.open_loads
         begun = [event.load for event in self.told if isinstance(event, LoadBegun)]
         assert [event.begun.load for event in self.told if isinstance(event, LoadEnded)] == begun
 
@@ -131,7 +131,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 BUG = ZeroDivisionError("a bug")
 FAULTS: dict[str, tuple[Callable[[Desk, pytest.MonkeyPatch], None], type[WeightdError]]] = {
     "no such device": (lambda desk, patch: desk.loads._devices.clear(), ServerError),
-    "the books refuse": (lambda desk, patch: patch.setattr(desk.books.store, "open_load", raising(BUG)), ServerError),
+    "the books refuse": (lambda desk, patch: patch.setattr(desk.books.store, "begin_load", raising(BUG)), ServerError),
     "the books know no such device": (lambda desk, patch: desk.books.store.memories.clear(), NotFoundError),
     "telling that it begins": (lambda desk, patch: patch.setattr(desk.loads, "_on_event", raising(BUG)), ServerError),
     "its turn": (lambda desk, patch: patch.setattr(desk.loads._turns, "turn", raising(BUG)), ServerError),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import MAX_FRAME, HandleConnection, Received, _receive
+from weightd._transport.handle_socket import HandleConnection, Received, _receive
+from weightd._transport.protocol import MAX_FRAME
 from weightd.errors import (
     CapacityError,
     DrainingError,
@@ -71,9 +73,9 @@ def answers(tmp_path: Path) -> Iterator[Answers]:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_is_left() -> Iterator[None]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def attach(segments: int, descriptors: int = 1, handles: list[bytes] | None = None) -> Frame:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import pytest
 
+from support.descriptors import open_descriptors
 from support.malformed import VALID
 from weightd import resolve as module
 from weightd._references.index import MAX_JSON_BYTES
@@ -857,10 +858,10 @@ class TestOpenSources:
 
     def test_nothing_stays_open_after_a_failure(self, tmp_path: Path) -> None:
         path = put(tmp_path / "a.safetensors")
-        before = set(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         with pytest.raises(NotFoundError, match=r"gone\.safetensors: no such file"):
             open_sources(Resolved("x", (SourcePath("", "a", path), SourcePath("", "b", tmp_path / "gone.safetensors"))))
-        assert set(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
     def test_not_regular(self, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "fifo")

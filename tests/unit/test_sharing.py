@@ -16,7 +16,7 @@ from torch import nn
 import weightd
 from support.daemon import Daemon
 from weightd._mapping import ranges
-from weightd.integrations import modules, sharing
+from weightd.integrations import sharing
 
 WIDE = 64 * 1024
 """Bytes of each weight below: whole pages, whatever a page is."""
@@ -111,12 +111,12 @@ def test_memory_that_is_gone_makes_nothing_shared_that_comes_to_lie_there(load: 
     module = load(Pair())
     place = sharing._place(module.one)
     assert place is not None
-    (before,) = [one for one in sharing._alive() if sharing._inside([one], place)]
+    (before,) = [one for one in sharing._alive() if sharing._inside(ranges.Extents([one]), place)]
     module.float()
     module.half()
     gc.collect()
     assert before.owner() is None
-    assert not sharing._inside(sharing._alive(), place)
+    assert not sharing._inside(ranges.Extents(sharing._alive()), place)
     assert not sharing.is_shared(module)
 
 
@@ -131,7 +131,7 @@ def test_a_private_module_may_be_trained_and_keeps_no_lease(load: Load, daemon: 
     module = load(Pair())
     module.other.requires_grad_(False)
     assert sharing.is_shared(module)
-    modules.make_private(module)
+    sharing.make_private(module)
     assert module.one.requires_grad
     assert not sharing.is_shared(module)
     with pytest.raises(weightd.InvalidReferenceError, match="was not loaded through weightd, or is private now"):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from weightd_daemon.loads.fair_queue import ANYBODY, Turns
+from weightd_daemon.loads.fair_queue import Turns
 
 
 class Crowd:
@@ -80,17 +80,6 @@ def test_who_has_all_it_may_have_holds_up_nobody_else() -> None:
         await crowd.go("a1")
         assert crowd.inside == ["a2", "b2", "a3"]
         for name in ("a2", "b2", "a3"):
-            await crowd.go(name)
-
-    run(test)
-
-
-def test_anybody_is_bound_by_the_number_in_all_only() -> None:
-    async def test() -> None:
-        crowd = Crowd(3, 1)
-        await crowd.come("x1", "x2", "x3", "x4", user=ANYBODY)
-        assert crowd.inside == ["x1", "x2", "x3"]
-        for name in ("x1", "x2", "x3", "x4"):
             await crowd.go(name)
 
     run(test)

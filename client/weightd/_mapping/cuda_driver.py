@@ -49,6 +49,15 @@ _NOT_NOW = {
 """Errors by which a context lives on, and its kernels with it."""
 
 
+def _new_lock() -> None:
+    """In a forked child, for the thread that had the lock is not there, and finalizers run there too."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
 def call(name: str, *arguments: Any) -> Any:
     """Call a driver function; returns its result, a tuple where there are several. Errors: DeviceError."""
     status, *results = getattr(_driver(), name)(*arguments)

@@ -9,6 +9,7 @@ Lifetimes are those of `cuda_vmm`. A handle is opened once in a process, whoever
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import weakref
@@ -105,6 +106,15 @@ def _give_up(ordinal: cuda_driver.Ordinal, undo: str, address: int) -> None:
 # Re-entrant: a finalizer of this module may run while this very thread opens a handle.
 _lock = threading.RLock()
 _all_opened: weakref.WeakValueDictionary[tuple[cuda_driver.Ordinal, bytes], _Memory] = weakref.WeakValueDictionary()
+
+
+def _new_lock() -> None:
+    """In a forked child, for the thread that had the lock is not there, and finalizers run there too."""
+    global _lock
+    _lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 
 
 def _open(ordinal: cuda_driver.Ordinal, handle: bytes) -> _Memory:

@@ -91,6 +91,19 @@ class OpenedSources:
         self.close()
 
 
+def inodes(sources: Iterable[SourcePath]) -> list[tuple[int, int] | None]:
+    """Device and inode of what stands at each path now; None where nothing can be seen there."""
+
+    def inode(path: Path) -> tuple[int, int] | None:
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    return [inode(source.path) for source in sources]
+
+
 def open_regular(path: Path) -> tuple[int, os.stat_result]:
     """Open a regular file for reading, without ever waiting for a writer or taking a terminal."""
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import InvalidReferenceError
-from weightd.types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, SourceFile
+from weightd.types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, NameInfo, SourceFile
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -16,6 +16,7 @@ _STATES = {
     checkpoint_pb2.CHECKPOINT_STATE_LOADING: "loading",
     checkpoint_pb2.CHECKPOINT_STATE_RESIDENT: "resident",
     checkpoint_pb2.CHECKPOINT_STATE_LOST: "lost",
+    checkpoint_pb2.CHECKPOINT_STATE_EVICTED: "evicted",
 }
 
 
@@ -100,6 +101,13 @@ def checkpoint_from(message: checkpoint_pb2.Checkpoint) -> CheckpointInfo:
         owner_uid=message.owner_uid if message.HasField("owner_uid") else None,
         owner=message.owner,
     )
+
+
+def name_from(message: checkpoint_pb2.Name) -> NameInfo:
+    """A name from its message."""
+    owner_uid = message.owner_uid if message.HasField("owner_uid") else None
+    state = _STATES.get(message.state, "unknown")
+    return NameInfo(message.name, message.content_digest, state, owner_uid, message.owner, message.is_default)
 
 
 def _process(message: lease_pb2.Lease | daemon_pb2.Event) -> tuple[int | None, int | None]:

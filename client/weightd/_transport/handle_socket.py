@@ -7,7 +7,6 @@ import select
 import socket
 import threading
 import time
-from array import array
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,18 +17,15 @@ from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
 
 from .address import check_peer, handles_path
+from .protocol import IPC_HANDLE_BYTES, MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from .unreachable import unreachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-PROTOCOL = 1
-MAX_FRAME = 64 << 10
-MAX_DESCRIPTORS = 253
 _FEED_BATCH = 32
 """Files in one message of an intake: a loader with few descriptors must have room for it."""
-_IPC_HANDLE_BYTES = 64
 _BACKLOG_PAUSE_SECONDS = 0.01
 
 
@@ -125,7 +121,7 @@ class HandleConnection:
                     handles.extend(batch.handles)
                     if not batch.descriptors and not batch.handles:
                         raise ServerError("the daemon sent a batch without descriptors or handles")
-                if not descriptors or any(len(handle) != _IPC_HANDLE_BYTES for handle in handles):
+                if not descriptors or any(len(handle) != IPC_HANDLE_BYTES for handle in handles):
                     raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
             except BaseException:
                 if descriptors:
@@ -208,17 +204,11 @@ class HandleConnection:
 
 
 def _receive(source: socket.socket, most: int) -> tuple[bytes, list[int], int]:
-    """A frame, its descriptors and the flags. `socket.recv_fds` drops MSG_CMSG_CLOEXEC: children would inherit."""
-    numbers = array("i")
-    space = socket.CMSG_LEN(most * numbers.itemsize)
+    """A frame, its descriptors and the flags."""
     try:
-        data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
+        return receive_fds(source, MAX_FRAME, most)
     except ConnectionResetError:  # it hung up with our question unread; then comes what it had said before that
-        data, ancillary, flags, _ = source.recvmsg(MAX_FRAME, space, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            numbers.frombytes(content[: len(content) - len(content) % numbers.itemsize])
-    return data, numbers.tolist(), flags
+        return receive_fds(source, MAX_FRAME, most)
 
 
 def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> None:

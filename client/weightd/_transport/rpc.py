@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from weightd._limits import out_of_descriptors
+from weightd._limits import MAX_LOAD_REQUEST, out_of_descriptors
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -17,8 +17,16 @@ from weightd._proto.v1 import (
     lease_pb2,
     lease_pb2_grpc,
 )
-from weightd.errors import DaemonUnreachableError, LeaseLostError, ServerError, WeightdError, from_wire
+from weightd.errors import (
+    DaemonUnreachableError,
+    InvalidReferenceError,
+    LeaseLostError,
+    ServerError,
+    WeightdError,
+    from_wire,
+)
 from weightd.types import (
+    BooksStats,
     CheckpointDetails,
     CheckpointInfo,
     ComponentInfo,
@@ -29,13 +37,14 @@ from weightd.types import (
     LeaseInfo,
     LoadProgress,
     LoadResult,
+    NameInfo,
     Stats,
     VerifyProgress,
     VersionInfo,
 )
 
 from .address import grpc_target
-from .convert import checkpoint_from, event_from, lease_from, result_from, source_from
+from .convert import checkpoint_from, event_from, lease_from, name_from, result_from, source_from
 from .unreachable import probe, unreachable
 
 if TYPE_CHECKING:
@@ -82,7 +91,15 @@ class ControlPlane:
         on_feed: Callable[[], None],
         on_progress: Callable[[LoadProgress], None] | None,
     ) -> LoadResult | None:
-        """Run a load to its end; of a detached one, return None when its files have been fed."""
+        """Run a load to its end; of a detached one, return None when its files have been fed.
+
+        Errors: InvalidReferenceError (the list of files is too long), and those of the daemon.
+        """
+        if (size := request.ByteSize()) > MAX_LOAD_REQUEST:
+            raise InvalidReferenceError(
+                f"the list of {len(request.sources)} files and the groups take {size} bytes, and a load may have "
+                f"{MAX_LOAD_REQUEST}; shorten the names, or load without groups"
+            )
         result: LoadResult | None = None
         with self._errors():
             call = self._checkpoints.Load(request, metadata=self._metadata)
@@ -109,6 +126,11 @@ class ControlPlane:
         """Every checkpoint."""
         response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest())
         return [checkpoint_from(checkpoint) for checkpoint in response.checkpoints]
+
+    def names(self) -> list[NameInfo]:
+        """Every name."""
+        response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest(names=True))
+        return [name_from(name) for name in response.names]
 
     def get(self, reference: str, device: str) -> CheckpointDetails:
         """One checkpoint."""
@@ -186,6 +208,9 @@ class ControlPlane:
             digest_index=DigestIndexStats(index.path, index.problem, index.failures)
             if response.HasField("digest_index")
             else None,
+            books=BooksStats(response.books.limit_bytes, response.books.used_bytes)
+            if response.HasField("books")
+            else None,
         )
 
     def events(self, *, follow: bool) -> Iterator[DaemonEvent]:
@@ -245,7 +270,11 @@ def _error_from(error: grpc.RpcError, path: Path, timeout: float) -> WeightdErro
         if key == "grpc-status-details-bin":
             status = errors_pb2.Status.FromString(value)
             info = errors_pb2.ErrorInfo.FromString(status.details[0].value)
-            return from_wire(info.reason, status.message, dict(info.metadata))
+            metadata = dict(info.metadata)
+            if metadata.get("refused") == "token":  # of the connection that we had: another daemon is there by now
+                text = f"the weightd daemon at {path} has restarted, or closed our connection; call again"
+                return DaemonUnreachableError(text, metadata)
+            return from_wire(info.reason, status.message, metadata)
     code, details = call.code(), call.details()
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         if limit := out_of_descriptors("calling the weightd daemon"):  # and gRPC lays it on the daemon

@@ -43,6 +43,7 @@ _LS_KEYS = (
     "owner",
     "owner_uid",
 )
+_NAME_KEYS = ("name", "content_digest", "state", "owner", "owner_uid", "is_default")
 _PS_KEYS = ("lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since", "waiting")
 
 
@@ -55,9 +56,15 @@ def ls(
     output: FormatOption = Format.TABLE,
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
+    names: Annotated[
+        bool, typer.Option("--names", help="List names instead, also those whose checkpoint was evicted.")
+    ] = False,
     socket: SocketOption = None,
 ) -> None:
     """List checkpoints."""
+    if names:
+        _names(context, output, socket, quiet=quiet, no_trunc=no_trunc)
+        return
     with open_client(context, socket) as client:
         found = client.checkpoints()
         state = client.stats().state if output is Format.TABLE and not quiet else "serving"
@@ -86,6 +93,19 @@ def ls(
         ]
         emit_table(columns, rows)
         _say_state(state)
+
+
+def _names(context: typer.Context, output: Format, socket: str | None, *, quiet: bool, no_trunc: bool) -> None:
+    with open_client(context, socket) as client:
+        found = client.names()
+    if output is Format.JSON:
+        emit_json([_pick(info, _NAME_KEYS) for info in found])
+    elif quiet:
+        for info in found:
+            emit(printable(info.name))
+    else:
+        rows = [(info.name, digest(info.content_digest, full=no_trunc), info.state, info.owner) for info in found]
+        emit_table(("NAME", "DIGEST", "STATE", "OWNER"), rows)
 
 
 def ps(
@@ -161,6 +181,10 @@ def stats(
         f"{plural(found.blobs, 'blob')}, {plural(found.leases, 'lease')}, {plural(found.evictions, 'eviction')}, "
         f"{plural(found.digest_collisions, 'digest collision')}"
     )
+    books = found.books
+    if books is not None:
+        most = f" of {size(books.limit_bytes)}" if books.limit_bytes else ""
+        emit(f"books {size(books.used_bytes)}{most}: the daemon's own memory for lists of tensors")
     index = found.digest_index
     if index is not None and (index.problem or index.failures):
         now = f"cannot be used: {index.problem}; loads read more" if index.problem else "can be used again"

@@ -22,17 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightd._assign import assign
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.resolve import folder_of
 from weightd.torch import shared_client
 
-from . import modules, sharing, weight_files
+from . import sharing, weight_files
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
-from .modules import make_private
 from .placement import device_of
 from .pretrained import asked_dtype, checked_dtype, named_dtype
 from .pretrained import load as load_with_transformers
-from .sharing import CopiedTensor, SharingReport
+from .sharing import CopiedTensor, SharingReport, make_private
 from .versions import require_tested
 
 VERSION = require_tested("diffusers")
@@ -237,7 +237,7 @@ def _filled(
     state = attachment.state_dict(component)
     model._fix_state_dict_keys_on_load(state)  # names of old attention blocks; there is no public way to ask for it
     computed = {buffer for buffer, _ in model.named_buffers()}
-    found = modules.assign(model, state, attachment, strict=False)
+    found = assign(model, state, attachment, strict=False)
     if missing := [key for key in found.missing_keys if key not in computed]:
         raise FormatError(f"{folder}: the checkpoint lacks {missing[0]!r}, which {cls.__name__} has")
     ignored = cls._keys_to_ignore_on_load_unexpected or ()

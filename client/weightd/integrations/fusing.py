@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.overrides import TorchFunctionMode
 
-from weightd.torch import strided
+from weightd._tensors import strided
 from weightd.types import ALIGNMENT
 
 if TYPE_CHECKING:

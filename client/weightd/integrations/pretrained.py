@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from weightd._assign import freeze, make_buffers_private
+from weightd._tensors import torch_dtype
 from weightd.errors import InvalidReferenceError
-from weightd.torch import torch_dtype
 
 from .fusing import Fusing
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
-from .modules import freeze, make_buffers_private, stored_dtypes
 from .sharing import remember
 from .versions import require_tested
 
@@ -31,7 +31,7 @@ import transformers as transformers  # noqa: E402  # only a safe version; export
 from transformers import modeling_utils  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from weightd.attachment import Attachment
 
@@ -159,6 +159,15 @@ def weights_apart(config_class: Any, folder: Path) -> str:
     return "it has weights in shards of a distributed checkpoint" if is_sharded_checkpoint(folder) else ""
 
 
+def _stored_dtypes(attachment: Attachment, component: str) -> Mapping[str, int]:
+    """Bytes of each floating dtype that a component stores, by safetensors' name, most bytes first."""
+    sizes: dict[str, int] = {}
+    for info in attachment.tensors.values():
+        if info.component == component and info.dtype.startswith(("F", "BF")):
+            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.length
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
 def checked_dtype(
     attachment: Attachment,
     component: str,
@@ -169,7 +178,7 @@ def checked_dtype(
     allow: str = "allow_copy=True",
 ) -> torch.dtype:
     """The dtype to load as: the one that most bytes are stored in. Errors: InvalidReferenceError (another is asked)."""
-    stored = [dtype for dtype in map(torch_dtype, stored_dtypes(attachment, component)) if dtype in _COMPUTED]
+    stored = [dtype for dtype in map(torch_dtype, _stored_dtypes(attachment, component)) if dtype in _COMPUTED]
     if asked in (None, "auto"):
         return stored[0] if stored else torch.get_default_dtype()
     wanted = named_dtype(asked)

@@ -35,7 +35,6 @@ from weightd.torch import shared_client
 
 from . import weight_files
 from .conversion import groups_of
-from .modules import make_private
 from .placement import STRATEGIES, device_of, one_device
 from .pretrained import (
     UNSUPPORTED,
@@ -49,7 +48,7 @@ from .pretrained import (
     transformers,
     weights_apart,
 )
-from .sharing import note_left, report
+from .sharing import make_private, note_left, report
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

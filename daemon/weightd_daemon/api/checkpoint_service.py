@@ -11,13 +11,14 @@ from typing import Any
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._transport.convert import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.checkpoint import Checkpoint
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.handles.peers import Connection
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
+from weightd_daemon.loads.verification import Verification
 from weightd_daemon.wire import time_to, user_name
 
 from .context import Parts
@@ -26,6 +27,11 @@ from .error_mapping import Context
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
 
+_NAME_STATES = {
+    "resident": checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
+    "lost": checkpoint_pb2.CHECKPOINT_STATE_LOST,
+    "evicted": checkpoint_pb2.CHECKPOINT_STATE_EVICTED,
+}
 _PHASES = {
     "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
     "hashing": checkpoint_pb2.LoadProgress.PHASE_HASHING,
@@ -87,7 +93,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """Everything resident or lost that the caller may see, then the loads under way."""
+        """Everything resident or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
         there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
         there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
@@ -97,7 +103,19 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             for load in self._parts.loads.under_way
             if who.admin or load.request.who.domain == who.domain
         ]
-        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way)
+        listed = self._parts.catalog.listed(who) if request.names else []
+        names = [
+            checkpoint_pb2.Name(
+                name=name,
+                content_digest=tag.content_digest,
+                state=_NAME_STATES[state],
+                owner_uid=tag.owner,
+                owner=user_name(tag.owner),
+                is_default=tag.is_default,
+            )
+            for name, tag, state in listed
+        ]
+        return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way, names=names)
 
     async def Get(  # noqa: N802
         self, request: checkpoint_pb2.GetCheckpointRequest, context: Context
@@ -151,54 +169,32 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def Verify(  # noqa: N802
         self, request: checkpoint_pb2.VerifyCheckpointRequest, context: Context
     ) -> AsyncIterator[checkpoint_pb2.VerifyEvent]:
-        """Hash blobs again, device by device, while waiting leases keep them in place."""
+        """Hash blobs again, device by device, while waiting leases keep them in place; whoever asked only looks on."""
         parts = self._parts
         connection, who = parts.caller(context)
         device_meant = meant(parts.devices, request.device)
-        if request.reference:
-            chosen = [parts.catalog.find(who, request.reference, device_meant)]
-        else:
-            chosen = [c for c in parts.catalog.visible(who) if device_meant in ("", c.key.device)]
-        leases = [parts.store.leases.take(c.key, connection.holder, parts.now(), waiting=True) for c in chosen]
 
-        def check() -> None:
-            for checkpoint in chosen:  # a lease keeps it resident, but not from a loss
-                if parts.store.checkpoints.get(checkpoint.key) is not checkpoint:
-                    raise self._loss(checkpoint)
+        def choose() -> list[Checkpoint]:
+            if request.reference:
+                return [parts.catalog.find(who, request.reference, device_meant)]
+            return [c for c in parts.catalog.visible(who) if device_meant in ("", c.key.device)]
 
+        verification = parts.loads.verifications.begin(who, connection.holder, choose, self._loss)
         try:
-            blobs = {number: blob for checkpoint in chosen for number, blob in checkpoint.unique.items()}
-            event = checkpoint_pb2.VerifyEvent(
-                total_blobs=len(blobs), total_bytes=sum(blob.length for blob in blobs.values())
+            async with contextlib.aclosing(verification.changes()) as changes:
+                async for _ in changes:
+                    yield _verified(verification)
+            bad = verification.done.result()
+        finally:  # with this call, not when the collector comes
+            verification.cancel()
+        if bad:
+            named = [c for c in verification.chosen if any(number in c.unique for number in bad)]
+            names = ", ".join(self._called(checkpoint) for checkpoint in named[:5])
+            raise DigestMismatchError(
+                f"{len(bad)} of {verification.total_blobs} blobs no longer match their digest, in {names};"
+                " remove and load again"
             )
-            bad: list[int] = []
-            for uuid, device in parts.devices.items():
-                here = [blob for blob in blobs.values() if blob.key.device == uuid]
-                if not here:
-                    continue
-                rows = [(b.number, b.segment, b.offset, b.length, b.key.digest) for b in here]
-                blobs_before, bytes_before = event.done_blobs, event.done_bytes
-                # Closed with this call, not when the collector comes: it holds a turn and a loader.
-                async with contextlib.aclosing(parts.loads.verify(rows, device, check)) as messages:
-                    async for message in messages:
-                        bad += message.bad
-                        if not message.all:
-                            event.done_blobs = blobs_before + message.blobs
-                            event.done_bytes = bytes_before + message.bytes
-                            yield event
-                event.done_blobs = blobs_before + len(rows)
-                event.done_bytes = bytes_before + sum(blob.length for blob in here)
-            check()
-            if bad:
-                named = [c for c in chosen if any(number in c.unique for number in bad)]
-                names = ", ".join(self._called(checkpoint) for checkpoint in named[:5])
-                raise DigestMismatchError(
-                    f"{len(bad)} of {len(blobs)} blobs no longer match their digest, in {names}; remove and load again"
-                )
-            yield event
-        finally:
-            for lease in leases:
-                parts.store.leases.end(lease.number)
+        yield _verified(verification)
 
     def _wish(self, connection: Connection, who: Who, request: checkpoint_pb2.LoadRequest) -> LoadRequest:
         device = place(self._parts.devices, self._parts.default_device, request.device)
@@ -282,6 +278,15 @@ def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:
         phase=_PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
     )
     return checkpoint_pb2.LoadEvent(progress=report)
+
+
+def _verified(verification: Verification) -> checkpoint_pb2.VerifyEvent:
+    return checkpoint_pb2.VerifyEvent(
+        done_blobs=verification.done_blobs,
+        total_blobs=verification.total_blobs,
+        done_bytes=verification.done_bytes,
+        total_bytes=verification.total_bytes,
+    )
 
 
 def _groups(request: checkpoint_pb2.LoadRequest) -> Groups:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from weightd_daemon.core.catalog import Catalog, Who
+from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads
@@ -14,9 +15,8 @@ from weightd_daemon.monitoring.event_stream import Journal
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 
+from .admission import TOKEN
 from .error_mapping import Context
-
-TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 
 
 class Parts(NamedTuple):

@@ -10,6 +10,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from weightd._limits import DAEMON, MAX_LOAD_REQUEST, check_grpc_can_start
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
@@ -21,12 +22,19 @@ from weightd._proto.v1 import (
 from weightd._transport.address import grpc_target
 from weightd_daemon.wire import leases_to
 
+from .admission import MAX_CALLS_OF_CONNECTION, Admission
 from .checkpoint_service import CheckpointService
 from .context import Parts
 from .daemon_service import DaemonService
 from .error_mapping import Context, ErrorMapping
 
-MAX_MESSAGE = 64 << 20
+MAX_ANSWER = 64 << 20
+"""Bytes of an answer: lists are as long as the books."""
+CONNECTIONS_OF_OTHERS = 32
+"""Connections on the control socket beside one for each on the handle socket: of those who ask for health."""
+HANDSHAKE_SECONDS = 5
+IDLE_SECONDS = 120
+"""How long a connection may have no call; gRPC's channels connect anew by themselves."""
 _SERVICES = tuple(
     proto.DESCRIPTOR.services_by_name[name].full_name
     for proto, name in (
@@ -54,29 +62,60 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
 
 
 class ControlPlane:
-    """The gRPC server with its services, health and reflection. For `on_call` see ErrorMapping."""
+    """The gRPC server with its services, health and reflection. For `on_call` and `before_answer` see ErrorMapping.
 
-    def __init__(self, parts: Parts, on_call: Callable[[str, str], None]) -> None:
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
-        self._server = grpc.aio.server(interceptors=[ErrorMapping(on_call)], options=options)
+    `max_connections` is how many clients there may be, each with one connection.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        max_connections: int,
+        on_call: Callable[[str, str], None],
+        before_answer: Callable[[], None],
+    ) -> None:
+        self._options = [
+            ("grpc.max_receive_message_length", MAX_LOAD_REQUEST),
+            ("grpc.max_send_message_length", MAX_ANSWER),
+            ("grpc.max_allowed_incoming_connections", max_connections + CONNECTIONS_OF_OTHERS),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
+            ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
+            ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
+            ("grpc.http2.bdp_probe", 0),  # or what nobody has asked for yet would be let in by the megabyte
+        ]
+        self._interceptors = [ErrorMapping(Admission(parts.connections), on_call, before_answer)]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
-        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(CheckpointService(parts), self._server)
-        lease_pb2_grpc.add_LeaseServiceServicer_to_server(LeaseService(parts), self._server)
-        daemon_pb2_grpc.add_DaemonServiceServicer_to_server(DaemonService(parts), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server
+        self._checkpoints, self._leases, self._daemon = (
+            CheckpointService(parts),
+            LeaseService(parts),
+            DaemonService(parts),
         )
+        self._servers: list[grpc.aio.Server] = []
+        self._serving = 0
 
-    async def start(self, path: Path) -> None:
-        """Bind to a Unix socket whose place must be free. Errors: OSError."""
-        for service in ("", *_SERVICES):
-            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+    def bind(self, path: Path) -> None:
+        """Bind to a Unix socket, at first or beside those before. What lies at `path` is removed. Errors: OSError."""
+        check_grpc_can_start(DAEMON)
+        server = grpc.aio.server(interceptors=self._interceptors, options=self._options)
+        checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(self._checkpoints, server)
+        lease_pb2_grpc.add_LeaseServiceServicer_to_server(self._leases, server)
+        daemon_pb2_grpc.add_DaemonServiceServicer_to_server(self._daemon, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:
-            self._server.add_insecure_port(grpc_target(path))
+            server.add_insecure_port(grpc_target(path))
         except RuntimeError as error:  # why, gRPC does not say
             raise OSError(0, "gRPC cannot listen there", str(path)) from error
-        await self._server.start()
+        self._servers.append(server)
+
+    async def serve(self) -> None:
+        """Serve where `bind` has bound. gRPC cannot listen at another place later: each has a server of its own."""
+        if not self._serving:
+            for service in ("", *_SERVICES):
+                await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        while self._serving < len(self._servers):
+            await self._servers[self._serving].start()
+            self._serving += 1
 
     async def ready(self) -> None:
         """Everything is up: say so to whoever asks for health."""
@@ -86,4 +125,4 @@ class ControlPlane:
     async def stop(self, grace: float) -> None:
         """Tell watchers of health, refuse new calls, give those under way `grace` seconds, then end."""
         await self._health.enter_graceful_shutdown()
-        await asyncio.shield(self._server.stop(grace))
+        await asyncio.shield(asyncio.gather(*(server.stop(grace) for server in self._servers)))

@@ -75,6 +75,11 @@ class Settings:
         "freed host memory kept populated for the next load (GPU memory is given back); "
         "empty: an eighth of its budget, 2GiB at most",
     )
+    books: str = _setting(
+        "",
+        "memory for the daemon's own books, its lists of tensors; 0: no limit; "
+        "empty: a tenth of the budget of host memory, 256MiB at least",
+    )
     state_dir: str = _setting(_default_state_dir, "directory of the digest index")
     model_roots: tuple[str, ...] = _setting(
         (),
@@ -294,6 +299,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,
         "pool": lambda: parse_size(settings.pool or "0"),
+        "books": lambda: parse_size(settings.books or "0"),
         "max_user_bytes": lambda: settings.limits,
         "metrics": lambda: settings.metrics_address,
     }

@@ -38,6 +38,7 @@ class Described(NamedTuple):
     entries: Sequence[Entry]
     identities: Sequence[BlobIdentity]
     places: Sequence[Place | None]
+    manifest_bytes: int = 0
 
 
 class Restoration:
@@ -59,10 +60,8 @@ class Restoration:
         self._check(key, described)
         blobs = [None if place is None else self._blob(key, blob, place) for blob, place in _rows(described)]
         content = Content(key.content_digest, tuple(described.files), tuple(described.entries), tuple(blobs))
-        checkpoint = Checkpoint.of(key, content, owner, loaded)
-        for blob in checkpoint.unique.values():
-            blob.references += 1
-        self._store.checkpoints[key] = checkpoint
+        checkpoint = Checkpoint.of(key, content, owner, loaded, described.manifest_bytes)
+        self._store.enter(checkpoint)
         return checkpoint
 
     def _check(self, key: CheckpointKey, described: Described) -> None:
@@ -95,8 +94,7 @@ class Restoration:
         blob = self._blobs.get(place)
         if blob is None:
             where = BlobKey(key.device, key.domain, identity.digest, identity.length)
-            blob = self._store._blobs.place(where, identity.variant, place.segment, place.offset, load=0)
-            self._store._blobs.seal(blob)
+            blob = self._store.blobs.place(where, identity.variant, place.segment, place.offset, load=0)
             self._blobs[place] = blob
             self.taken.setdefault(place.segment, Ranges()).add(place.offset, blob.slot.end)
         return blob

@@ -50,9 +50,12 @@ def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
 
 
 class _Segment:
-    """Books of one segment: free bytes; those of them without memory; and those on their way back to the system."""
+    """Books of one segment: free bytes; those of them without memory; and those on their way back to the system.
 
-    __slots__ = ("free", "frozen", "leaving", "size", "sparse")
+    Bytes in `quarantined` are neither free nor taken: a process that nobody could end may still write to them.
+    """
+
+    __slots__ = ("free", "frozen", "leaving", "quarantined", "size", "sparse")
 
     def __init__(self, size: int, *, sparse: bool) -> None:
         self.size = size
@@ -62,6 +65,7 @@ class _Segment:
         if sparse:
             self.sparse.add(0, size)
         self.leaving = Ranges()
+        self.quarantined = Ranges()
         self.frozen = False
 
 
@@ -102,20 +106,47 @@ class Arena:
         self._segments[segment] = _Segment(size, sparse=sparse)
 
     def adopt_segment(
-        self, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+        self,
+        segment: int,
+        size: int,
+        taken: Ranges,
+        hollow: Iterable[tuple[int, int]],
+        *,
+        frozen: bool,
+        quarantine: bool = False,
     ) -> None:
         """Take in a segment that an earlier daemon has filled: the bytes that are `taken`, the ranges without memory.
 
         A *frozen* one has other bytes as well, which somebody may still read: it is neither filled nor punched, and
-        goes as a whole when nothing that the books know lies in it.
+        goes as a whole when nothing that the books know lies in it. With `quarantine` the bytes that are not taken are
+        set aside until `thaw`.
         """
         self.add_segment(segment, size, sparse=False)
         books = self._segments[segment]
         books.frozen = frozen
         for start, end in taken:
             books.free.remove(start, end)
+        self._note_hollow(books, books.free, hollow)
+        if quarantine:
+            books.quarantined, books.free = books.free, books.quarantined
+
+    def is_quarantined(self, segment: int) -> bool:
+        """Whether bytes of the segment are set aside until `thaw`."""
+        return self._segments[segment].quarantined.total > 0
+
+    def thaw(self, segment: int, hollow: Iterable[tuple[int, int]]) -> None:
+        """Free the bytes that were set aside. `hollow` are the ranges of the segment without memory by now."""
+        books = self._segments[segment]
+        back, books.quarantined = books.quarantined, Ranges()
+        for start, end in back:
+            books.free.add(start, end)
+            books.sparse.discard(start, end)
+        self._note_hollow(books, back, hollow)
+
+    def _note_hollow(self, books: _Segment, within: Ranges, hollow: Iterable[tuple[int, int]]) -> None:
+        """Enter the whole pages of `within` that have no memory behind them."""
         for start, end in hollow:
-            for low, high in books.free.within(start, end):
+            for low, high in within.within(start, end):
                 first, last = round_up(low, self.page), high // self.page * self.page
                 if first < last:
                     books.sparse.add(first, last)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, slot_bytes
@@ -96,6 +97,11 @@ class Blobs:
         self._by_number: dict[int, Blob] = {}
         self._by_key: dict[BlobKey, dict[int, Blob]] = {}
         self._sealed_bytes: dict[str, int] = {}
+        self._lengths: dict[tuple[str, str], Counter[int]] = {}
+        self._sealed_lengths: dict[tuple[str, str], Counter[int]] = {}
+        """How many blobs of each length a device has in a sharing domain: every load asks which lengths there are."""
+        self.sealed = 0
+        """How many are sealed."""
         self._last = 0
 
     def __iter__(self) -> Iterator[Blob]:
@@ -111,11 +117,7 @@ class Blobs:
 
     def lengths(self, device: str, domain: str, *, sealed: bool = False) -> set[int]:
         """Lengths of the blobs on a device in a sharing domain, all or the sealed ones."""
-        return {
-            key.length
-            for key, blobs in self._by_key.items()
-            if key[:2] == (device, domain) and (not sealed or any(blob.sealed for blob in blobs.values()))
-        }
+        return {*(self._sealed_lengths if sealed else self._lengths).get((device, domain), ())}
 
     def place(self, key: BlobKey, variant: int, segment: int, offset: int, load: int) -> Blob:
         """Enter a new blob, RESERVED by a load."""
@@ -123,6 +125,7 @@ class Blobs:
         blob = Blob(self._last, key, variant, segment, offset, load)
         self._by_number[blob.number] = blob
         self._by_key.setdefault(key, {})[blob.number] = blob
+        self._lengths.setdefault(key[:2], Counter())[key.length] += 1
         return blob
 
     def sealed_bytes(self, device: str) -> int:
@@ -133,14 +136,29 @@ class Blobs:
         """A checkpoint refers to the blob."""
         blob.move(BlobState.SEALED)
         self._sealed_bytes[blob.key.device] = self.sealed_bytes(blob.key.device) + blob.length
+        self._sealed_lengths.setdefault(blob.key[:2], Counter())[blob.length] += 1
+        self.sealed += 1
 
     def drop(self, blob: Blob, state: BlobState) -> None:
         """Strike a blob out; `state` says how it ended."""
         if blob.sealed:
             self._sealed_bytes[blob.key.device] -= blob.length
+            _strike(self._sealed_lengths, blob.key)
+            self.sealed -= 1
         blob.move(state)
+        _strike(self._lengths, blob.key)
         del self._by_number[blob.number]
         others = self._by_key[blob.key]
         del others[blob.number]
         if not others:
             del self._by_key[blob.key]
+
+
+def _strike(lengths: dict[tuple[str, str], Counter[int]], key: BlobKey) -> None:
+    """Count one blob less of a key's length."""
+    counted = lengths[key[:2]]
+    counted[key.length] -= 1
+    if not counted[key.length]:
+        del counted[key.length]
+    if not counted:
+        del lengths[key[:2]]

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd._sizes import size
 from weightd.errors import CapacityError, WeightdError
 
-from .arena import round_up
-from .making_room import could_fit
+from .prospect import prospect
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from .blob import Blob
-    from .load_books import LoadBooks
-    from .store import Store
+    from .checkpoint import Checkpoint
+    from .memory import DeviceMemory
 
 
 class Room(NamedTuple):
@@ -54,23 +55,31 @@ class Room(NamedTuple):
         )
 
 
-def room(store: Store, books: LoadBooks, full: MemoryError | None = None) -> Room:
-    """The room on the device of a load, as that load sees it; `full` if the device itself has refused memory."""
-    memory = store.memories[books.device]
+def room(
+    memory: DeviceMemory,
+    place: tuple[str, str],
+    load: int,
+    checkpoints: Iterable[tuple[Checkpoint, bool]],
+    full: MemoryError | None = None,
+) -> Room:
+    """The room that a load sees at its place, a device and a sharing domain.
+
+    `checkpoints` are all of the device, each with whether it is leased; `full` if the device has refused memory.
+    """
+    device, domain = place
     available = memory.available()
     leased: dict[int, Blob] = {}
     pinned: dict[int, Blob] = {}
     rest: dict[int, Blob] = {}
-    for checkpoint in store.checkpoints.values():
-        if checkpoint.key.device == books.device:
-            kept = leased if store.holders(checkpoint) else pinned if checkpoint.pinned else rest
-            kept.update(checkpoint.unique)
+    for checkpoint, is_leased in checkpoints:
+        kept = leased if is_leased else pinned if checkpoint.pinned else rest
+        kept.update(checkpoint.unique)
     evictable = [b for number, b in rest.items() if number not in leased and number not in pinned and not b.holds]
-    now = memory.prospect(books.domain, books.number)
+    now = prospect(memory, domain, load)
     slots = [blob.slot for blob in evictable]
-    then = memory.prospect(books.domain, books.number, slots, None if full is None else available)
+    then = prospect(memory, domain, load, slots, None if full is None else available)
     return Room(
-        books.device,
+        device,
         budget_bytes=memory.budget,
         free_bytes=max(0, now.total),
         evictable_bytes=then.total - now.total,
@@ -79,22 +88,3 @@ def room(store: Store, books: LoadBooks, full: MemoryError | None = None) -> Roo
         largest_bytes=max(0, then.largest),
         device_free_bytes=available,
     )
-
-
-def check_room(store: Store, books: LoadBooks, needed: int, piece: int, full: MemoryError | None = None) -> None:
-    """Refuse a load whose `needed` bytes, or one extent of `piece` bytes, would not fit even after every eviction.
-
-    Not while memory is on its way back, for nobody knows yet what that will make room for. Errors: CapacityError.
-    """
-    memory = store.memories[books.device]
-    piece = round_up(piece, memory.page)
-    now = memory.prospect(books.domain, books.number)
-    if memory.reclaiming or (full is None and needed <= now.total and piece <= now.largest):
-        return
-    if could_fit(store, books, needed, piece, full):
-        return  # seen without a look at everything
-    found = room(store, books, full)
-    if piece > found.largest_bytes:
-        raise found.error(piece, full)
-    if needed > found.free_bytes + found.evictable_bytes:
-        raise found.error(needed, full)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
 
+from .checkpoint import CheckpointKey
 from .events import Named
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from .lease import Holder
     from .limits import Limits
     from .store import Store
+    from .who import Who
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -26,15 +29,18 @@ _LIKE_DIGEST = re.compile(r"sha256:[0-9a-f]*|[0-9a-f]{12,64}")
 """What `weightd ls` prints of a digest must not be another checkpoint's name."""
 NAME_BYTES = 1024
 """Longest name."""
+_SHOWN = 80
+"""Characters that are shown of what is too long to be anything."""
 
 
-@dataclass(frozen=True, slots=True)
-class Who:
-    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
-
-    uid: int | None
-    admin: bool
-    domain: str
+def check_reference(reference: str) -> None:
+    """Refuse a reference that is longer than any name, before it is looked for. Errors: InvalidReferenceError."""
+    if len(reference) > NAME_BYTES or len(reference.encode(errors="replace")) > NAME_BYTES:
+        size = len(reference.encode(errors="replace"))
+        raise InvalidReferenceError(
+            f"reference {reference[:_SHOWN] + '…'!r}: has {size} bytes, and may have {NAME_BYTES}; "
+            "give a name or a digest"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +49,16 @@ class Tag:
 
     content_digest: str
     owner: int | None
+    is_default: bool = False
+    """Whether nobody has chosen it: it was only the path that was loaded, and goes when its content does."""
 
 
 class Catalog:
     """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
 
-    It outlives an eviction or a loss: nobody else can take it then, and loading the content again brings it back.
-    `changed` is told after every change of a name, a pin or another mark of a checkpoint, `on_event` of names that are
-    given, moved and dropped.
+    One that was chosen outlives an eviction or a loss: nobody else can take it then, and loading the content again
+    brings it back. `changed` is told after every change of a name, a pin or another mark of a checkpoint, `on_event` of
+    names that are given, moved and dropped.
     """
 
     def __init__(
@@ -65,6 +73,12 @@ class Catalog:
         self._tags: dict[tuple[str, str], Tag] = {}
         self._named: dict[tuple[str, str], set[str]] = {}
         """The names of each (domain, content): a list of checkpoints asks for those of every one."""
+        self._owned: Counter[int | None] = Counter()
+        """How many names a user has."""
+        self.renamed: set[tuple[str, str]] = set()
+        """The (domain, name) that have changed since the root record was written, which empties this."""
+        self.repinned: set[CheckpointKey] = set()
+        """Likewise the checkpoints that were pinned or unpinned."""
         self.changed = changed
         self._on_event = on_event
 
@@ -73,10 +87,26 @@ class Catalog:
         """Every name, by sharing domain and name."""
         return dict(self._tags)
 
+    def tag(self, domain: str, name: str) -> Tag | None:
+        """What a name points to; None where there is no such name."""
+        return self._tags.get((domain, name))
+
+    def listed(self, who: Who) -> list[tuple[str, Tag, str]]:
+        """Every name that `who` may see, sorted, and whether its content is "resident", "lost" or "evicted"."""
+        found = [
+            (name, tag, self._state(domain, tag.content_digest))
+            for (domain, name), tag in self._tags.items()
+            if who.admin or domain == who.domain
+        ]
+        return sorted(found, key=lambda one: one[0])
+
     def restore(self, domain: str, name: str, tag: Tag) -> None:
-        """Enter a name that an earlier daemon knew."""
-        self._tags[domain, name] = tag
-        self._named.setdefault((domain, tag.content_digest), set()).add(name)
+        """Enter a name that an earlier daemon knew; a default one only if its content is resident."""
+        if tag.is_default and not self._is_known(domain, tag.content_digest):
+            return
+        if (domain, name) in self._tags:
+            self._untag(domain, name)
+        self._tag(domain, name, tag)
 
     def check(self, who: Who, name: str, content_digest: str = "") -> None:
         """Whether `who` may give this name to a content; to the one that has it already, everybody may.
@@ -98,18 +128,27 @@ class Catalog:
         if tag is not None and tag.owner != who.uid and not who.admin:
             raise PermissionDeniedError(f"name {name!r} belongs to uid {tag.owner}; choose another with --name")
         if tag is None and self._limits.most(who, "names"):
-            self._limits.check(who, "names", sum(tag.owner == who.uid for tag in self._tags.values()))
+            self._limits.check(who, "names", self._owned[who.uid])
 
-    def set(self, who: Who, name: str, content_digest: str, by: Holder | None = None) -> None:
-        """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`."""
+    def set(
+        self, who: Who, name: str, content_digest: str, by: Holder | None = None, *, is_default: bool = False
+    ) -> None:
+        """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`.
+
+        A name that somebody has chosen stays chosen; a default one becomes so when its owner chooses it.
+        """
         self.check(who, name, content_digest)
         tag = self._tags.get((who.domain, name))
         if tag is not None and tag.content_digest == content_digest:
+            if tag.is_default and not is_default and (who.admin or who.uid == tag.owner):
+                self._untag(who.domain, name)
+                self._tag(who.domain, name, Tag(content_digest, tag.owner))
+                self.changed()
             return
         if tag is not None:
             self._untag(who.domain, name)
-        self._tags[who.domain, name] = Tag(content_digest, tag.owner if tag else who.uid)
-        self._named.setdefault((who.domain, content_digest), set()).add(name)
+            is_default = is_default and tag.is_default
+        self._tag(who.domain, name, Tag(content_digest, tag.owner if tag else who.uid, is_default))
         self.changed()
         self._on_event(Named(who.domain, name, content_digest, tag.content_digest if tag else "", by))
 
@@ -135,8 +174,9 @@ class Catalog:
     def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
         """The checkpoint that a name or digest means.
 
-        Errors: NotFoundError, InvalidReferenceError (ambiguous), DeviceError (it was lost).
+        Errors: NotFoundError, InvalidReferenceError (ambiguous, too long), DeviceError (it was lost).
         """
+        check_reference(reference)
         checkpoint = self._find(who, reference, device)
         lost = self._lost(checkpoint)
         if lost is not None:
@@ -159,14 +199,21 @@ class Catalog:
 
     def keep(self, who: Who, checkpoint: Checkpoint) -> None:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
-        if who.uid not in {*checkpoint.pins, checkpoint.owner}:
-            self._limits.check(who, "bytes", self.bytes_of(who.uid), checkpoint.total_bytes)
+        if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
+            more = checkpoint.total_bytes + checkpoint.books_bytes
+            self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
         checkpoint.pins.add(who.uid)
+        self.repinned.add(checkpoint.key)
         self.changed()
 
     def bytes_of(self, uid: int | None) -> int:
-        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full."""
-        return sum(c.total_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins)
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
+
+        Their books count, too: a tensor without bytes takes memory of the daemon.
+        """
+        return sum(
+            c.total_bytes + c.books_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins
+        )
 
     def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
@@ -174,6 +221,7 @@ class Catalog:
         if who.admin:
             checkpoint.pins.clear()
         checkpoint.pins.discard(who.uid)
+        self.repinned.add(checkpoint.key)
         self.changed()
 
     def remove(self, who: Who, reference: str, device: str = "", by: Holder | None = None) -> int:
@@ -182,6 +230,7 @@ class Catalog:
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
         PermissionDeniedError, InUseError (then nothing has changed).
         """
+        check_reference(reference)
         try:
             checkpoint = self._find(who, reference, device)
         except NotFoundError:
@@ -205,17 +254,32 @@ class Catalog:
             return 0
         return self._store.remove(checkpoint, reference, by=by)
 
-    def forget(self, checkpoint: Checkpoint) -> None:
-        """A checkpoint is gone: drop the names that point to nothing now."""
+    def forget(self, checkpoint: Checkpoint, *, chosen: bool = True) -> None:
+        """Drop the names of a checkpoint that is gone, if they point to nothing now: all, or only those by default."""
+        domain = checkpoint.key.domain
         for name in self._pointless(checkpoint):
-            self._untag(checkpoint.key.domain, name)
+            if chosen or self._tags[domain, name].is_default:
+                self._untag(domain, name)
 
     def _pointless(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint that is gone, unless its content is resident or lost elsewhere."""
-        domain, digest = checkpoint.key.domain, checkpoint.key.content_digest
-        known = (*self._store.checkpoints, *self._store.lost)
-        elsewhere = any((key.domain, key.content_digest) == (domain, digest) for key in known)
+        elsewhere = self._is_known(checkpoint.key.domain, checkpoint.key.content_digest)
         return [] if elsewhere else self.names(checkpoint)
+
+    def _is_known(self, domain: str, content_digest: str) -> bool:
+        """Whether a content is resident or lost, on any device."""
+        return self._state(domain, content_digest) != "evicted"
+
+    def _state(self, domain: str, content_digest: str) -> str:
+        keys = self._keys(domain, content_digest)
+        for state, there in (("resident", self._store.checkpoints), ("lost", self._store.lost)):
+            if any(key in there for key in keys):
+                return state
+        return "evicted"
+
+    def _keys(self, domain: str, content_digest: str, device: str = "") -> list[CheckpointKey]:
+        """Under which keys a content of a domain may stand."""
+        return [CheckpointKey(uuid, domain, content_digest) for uuid in self._store.memories if device in ("", uuid)]
 
     def _drop(self, domain: str, name: str, by: Holder | None) -> None:
         previous = self._tags[domain, name].content_digest
@@ -223,21 +287,34 @@ class Catalog:
         self.changed()
         self._on_event(Named(domain, name, "", previous, by))
 
+    def _tag(self, domain: str, name: str, tag: Tag) -> None:
+        self._tags[domain, name] = tag
+        self._named.setdefault((domain, tag.content_digest), set()).add(name)
+        self._owned[tag.owner] += 1
+        self.renamed.add((domain, name))
+
     def _untag(self, domain: str, name: str) -> None:
-        content = domain, self._tags.pop((domain, name)).content_digest
+        tag = self._tags.pop((domain, name))
+        content = domain, tag.content_digest
         self._named[content].discard(name)
         if not self._named[content]:
             del self._named[content]
+        self._owned[tag.owner] -= 1
+        if not self._owned[tag.owner]:
+            del self._owned[tag.owner]
+        self.renamed.add((domain, name))
 
     def _find(self, who: Who, reference: str, device: str) -> Checkpoint:
         """As `find`, with the lost checkpoints."""
-        found = self._fitting(who, device, lambda c: self._is_named(c, reference))
-        own = [c for c in found if c.key.domain == who.domain]
-        found = own or found
         match = _DIGEST.fullmatch(reference)
+        found = self._find_in_domain(who.domain, reference, device)
+        if not found and who.admin:
+            found = self._fitting(who, device, lambda c: self._is_named(c, reference))
+            found = [c for c in found if c.key.domain == who.domain] or found
         if not found and match:
             digest = f"sha256:{match[2]}"
-            found = self._fitting(who, device, lambda c: c.key.content_digest.startswith(digest))
+            found = [c for key in self._keys(who.domain, digest, device) if (c := self._store.checkpoints.get(key))]
+            found = found or self._fitting(who, device, lambda c: c.key.content_digest.startswith(digest))
         if not found:
             where = f" on {device}" if device else ""
             raise NotFoundError(
@@ -249,6 +326,15 @@ class Catalog:
                 f"{reference!r} means more than one checkpoint ({places}); say --device or more digits"
             )
         return found[0]
+
+    def _find_in_domain(self, domain: str, name: str, device: str) -> list[Checkpoint]:
+        """What a name of a domain points to: resident checkpoints, or lost ones where none is resident."""
+        tag = self._tags.get((domain, name))
+        if tag is None:
+            return []
+        keys = self._keys(domain, tag.content_digest, device)
+        resident = [c for key in keys if (c := self._store.checkpoints.get(key)) is not None]
+        return resident or [lost.checkpoint for key in keys if (lost := self._store.lost.get(key)) is not None]
 
     def _fitting(self, who: Who, device: str, fits: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
         """Resident checkpoints that fit, or lost ones where none is resident."""

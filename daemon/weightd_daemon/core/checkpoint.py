@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from .manifest import Entry, ManifestFile
 
 
+BYTES_OF_TENSOR = 2304
+"""Memory of the daemon for one tensor of a resident checkpoint, beside its manifest (bench/books.py measures it)."""
+MANIFEST_BYTES_OF_TENSOR = 48
+"""About what a tensor takes in a manifest beside its name: what is reckoned with before that is made."""
+
+
 class CheckpointKey(NamedTuple):
     """A content is resident once per device and sharing domain."""
 
@@ -70,10 +76,13 @@ class Checkpoint:
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
+    manifest_bytes: int = 0
 
     @classmethod
-    def of(cls, key: CheckpointKey, content: Content, owner: int | None, now: float) -> Checkpoint:
-        """The record of `content`; per-tensor columns stay in the manifest."""
+    def of(
+        cls, key: CheckpointKey, content: Content, owner: int | None, now: float, manifest_bytes: int = 0
+    ) -> Checkpoint:
+        """The record of `content`; per-tensor columns stay in the manifest, which has `manifest_bytes`."""
         components: dict[str, list[Blob]] = {}
         tensors: dict[str, int] = {}
         for entry, blob in zip(content.entries, content.blobs, strict=True):
@@ -83,11 +92,19 @@ class Checkpoint:
                 part.append(blob)
         total = sum(blob.length for part in components.values() for blob in part)
         unique = {blob.number: blob for part in components.values() for blob in part}
-        return cls(key, components, tensors, total, owner, now, now, segments=content.segments, unique=unique)
+        return cls(
+            key, components, tensors, total, owner, now, now, segments=content.segments, unique=unique,
+            manifest_bytes=manifest_bytes,
+        )  # fmt: skip
 
     @property
     def tensor_count(self) -> int:
         return sum(self.tensors.values())
+
+    @property
+    def books_bytes(self) -> int:
+        """What it takes of the daemon's own books (books.py), whatever it takes of its device."""
+        return self.manifest_bytes + BYTES_OF_TENSOR * self.tensor_count
 
     @property
     def exclusive_bytes(self) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .lease import Attached, Detached
+
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Content
-    from .lease import Holder, Lease
+    from .lease import Holder
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,6 @@ class Evicted:
     reason: str
     load: int = 0
     by: Holder | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Attached:
-    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
-
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class Detached:
-    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
-
-    lease: Lease
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,3 +83,46 @@ class Departures:
             if not self._left[number] and not blob.holds:
                 self._trial.keep(blob.slot)
             self._left[number] += 1
+
+
+def could_fit(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> bool:
+    """Whether evicting gives a load `needed` bytes, with an extent of `piece` whole pages.
+
+    Looks at no more checkpoints, least recently used first, than would go.
+    """
+    departures = Departures(trial)
+    for checkpoint in evictable:
+        if _fits(trial, needed, piece):
+            return True
+        departures.free(checkpoint)
+    return _fits(trial, needed, piece)
+
+
+def chosen_for(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> list[Checkpoint]:
+    """Which checkpoints to evict so that a load gets what `could_fit` asks about; empty where that cannot be had.
+
+    If the load could have it already, the device has refused what the books promise, without saying what it has free.
+    Then the least recently used is chosen that gives anything back.
+    """
+    departures = Departures(trial)
+    now = trial.outcome()
+    if _fits(trial, needed, piece):
+        return choose(evictable, departures.free, departures.keep, lambda: trial.outcome().total > now.total)
+    return choose(evictable, departures.free, departures.keep, lambda: _fits(trial, needed, piece))
+
+
+def chosen_beyond(trial: Trial, evictable: Iterable[Checkpoint], excess: int) -> list[Checkpoint]:
+    """Which checkpoints to evict so that `excess` bytes go back to the system, or as many as can."""
+    before = trial.common
+    departures, there = Departures(trial), list(evictable)
+    for checkpoint in there:
+        departures.free(checkpoint)
+    most = min(excess, trial.common - before)
+    for checkpoint in there:
+        departures.keep(checkpoint)
+    return choose(there, departures.free, departures.keep, lambda: trial.common - before >= most)
+
+
+def _fits(trial: Trial, needed: int, piece: int) -> bool:
+    total, largest = trial.outcome()
+    return total >= needed and largest >= piece

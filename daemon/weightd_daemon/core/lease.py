@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
-
-from .events import Attached, Detached
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Holder:
     """Who took a lease: connection number, process (None where it cannot be known), user, command line.
 
-    `uid` is None for a peer without an identity.
+    `uid` is None for a peer without an identity. `command` alone may change: to read it can take a while.
     """
 
     connection: int
     pid: int | None
     uid: int | None
-    command: str
+    command: str = field(compare=False)
 
     def __str__(self) -> str:
         """For people: "pid 12 (python serve.py)", "pid unknown (uid 1000)"."""
@@ -48,6 +46,20 @@ class Lease:
     holder: Holder
     since: float
     waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Detached:
+    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
+
+    lease: Lease
 
 
 class Leases:

@@ -9,7 +9,7 @@ from weightd._sizes import size
 from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
-    from .catalog import Who
+    from .who import Who
 
 _ADVICE = {
     "leases": "end a process that holds one (`weightd ps`)",

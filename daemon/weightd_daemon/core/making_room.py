@@ -1,84 +1,80 @@
-"""Evicts to make room: for a load, or because the budget has become smaller. Whom, eviction.py chooses."""
+"""Makes room for a load: evicts, or refuses it and says why. Which checkpoints go, eviction.py chooses."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .eviction import Departures, choose, least_recently_used
+from .arena import round_up
+from .capacity import Room, room
+from .eviction import chosen_for, could_fit
+from .prospect import Trial, prospect
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterable
+
+    from weightd.errors import WeightdError
 
     from .checkpoint import Checkpoint
-    from .load_books import LoadBooks
-    from .prospect import Trial
+    from .lease import Holder
     from .store import Store
 
 
-def could_fit(store: Store, books: LoadBooks, needed: int, piece: int, full: MemoryError | None = None) -> bool:
-    """Whether `evict_for` would do. It looks at no more checkpoints than would go."""
-    trial = _trial(store, books, full)
-    departures = Departures(trial)
-    for checkpoint in _evictable(store, books.device):
-        if _fits(trial, needed, piece):
-            return True
-        departures.free(checkpoint)
-    return _fits(trial, needed, piece)
+class MakingRoom:
+    """Makes room for the load of that number at its place, a device and a sharing domain. `by` asked for the load.
 
-
-def evict_for(store: Store, books: LoadBooks, needed: int, piece: int, full: MemoryError | None = None) -> bool:
-    """Evict so that a load can get `needed` bytes, with an extent of `piece` whole pages. Whether anybody went.
-
-    `full` is what the device said, if it has refused memory. Where the books cannot say whom that takes, because the
-    device does not tell what it has free, the least recently used goes that gives anything back; call again then.
+    `full` is everywhere what the device said, if it has refused memory.
     """
-    trial = _trial(store, books, full)
-    now = trial.outcome()
-    if _fits(trial, needed, piece):
-        return _evict(store, books.device, trial, lambda: trial.outcome().total > now.total, books)
-    return _evict(store, books.device, trial, lambda: _fits(trial, needed, piece), books)
 
+    def __init__(self, store: Store, place: tuple[str, str], load: int, by: Holder | None) -> None:
+        self._store = store
+        self._place = place
+        self._device, self._domain = place
+        self._memory = store.memories[self._device]
+        self._load = load
+        self._by = by
 
-def fit(store: Store, device: str) -> int:
-    """Evict what the budget does not hold any more. Returns the bytes still beyond it, which are leased or pinned."""
-    memory = store.memories[device]
-    excess = memory.excess()
-    if not excess:
-        return 0
-    trial = memory.trial("", None)
-    before = trial.common
-    departures, there = Departures(trial), list(_evictable(store, device))
-    for checkpoint in there:
-        departures.free(checkpoint)
-    most = min(excess, trial.common - before)
-    for checkpoint in there:
-        departures.keep(checkpoint)
-    _evict(store, device, trial, lambda: trial.common - before >= most)
-    return memory.excess()
+    def check(self, needed: int, piece: int, full: MemoryError | None = None) -> None:
+        """Refuse the load if `needed` bytes, or one extent of `piece` bytes, would not fit even after every eviction.
 
+        Not while memory is on its way back, for nobody knows yet what that will make room for. Errors: CapacityError.
+        """
+        piece = round_up(piece, self._memory.page)
+        now = prospect(self._memory, self._domain, self._load)
+        if self._memory.reclaiming or (full is None and needed <= now.total and piece <= now.largest):
+            return
+        if could_fit(self._trial(full), self._store.evictable(self._device), needed, piece):
+            return  # seen without a look at everything
+        found = self._room(full)
+        if piece > found.largest_bytes:
+            raise found.error(piece, full)
+        if needed > found.free_bytes + found.evictable_bytes:
+            raise found.error(needed, full)
 
-def _trial(store: Store, books: LoadBooks, full: MemoryError | None) -> Trial:
-    memory = store.memories[books.device]
-    return memory.trial(books.domain, books.number, None if full is None else memory.available())
+    def evict_for(self, needed: int, piece: int, full: MemoryError | None = None) -> bool:
+        """Evict for `needed` bytes with an extent of `piece` bytes, as `chosen_for` says. Whether anybody went."""
+        piece = round_up(piece, self._memory.page)
+        chosen = chosen_for(self._trial(full), self._store.evictable(self._device), needed, piece)
+        self._evict(chosen)
+        return bool(chosen)
 
+    def evict_for_books(self, needed: int) -> None:
+        """Evict for `needed` bytes of the daemon's books, on whatever device. Errors: CapacityError."""
+        store = self._store
+        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.is_leased))
 
-def _fits(trial: Trial, needed: int, piece: int) -> bool:
-    total, largest = trial.outcome()
-    return total >= needed and largest >= piece
+    def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
+        """The error that says why `requested` bytes do not fit."""
+        return self._room(full).error(requested, full)
 
+    def _evict(self, chosen: Iterable[Checkpoint]) -> None:
+        for checkpoint in chosen:
+            # Users who are kept apart are not told of each other.
+            by = self._by if checkpoint.key.domain == self._domain else None
+            self._store.evict(checkpoint, "capacity", self._load, by)
 
-def _evict(store: Store, device: str, trial: Trial, enough: Callable[[], bool], books: LoadBooks | None = None) -> bool:
-    departures = Departures(trial)
-    chosen = choose(_evictable(store, device), departures.free, departures.keep, enough)
-    for checkpoint in chosen:
-        load, by = (books.number, books.by) if books else (0, None)
-        if books and books.domain != checkpoint.key.domain:
-            by = None  # users who are kept apart are not told of each other
-        store.evict(checkpoint, "capacity", load, by)
-    return bool(chosen)
+    def _room(self, full: MemoryError | None) -> Room:
+        there = ((c, bool(self._store.holders(c))) for c in self._store.on_device(self._device))
+        return room(self._memory, self._place, self._load, there, full)
 
-
-def _evictable(store: Store, device: str) -> Iterator[Checkpoint]:
-    """Those that may go, least recently used first."""
-    there = (checkpoint for checkpoint in store.checkpoints.values() if checkpoint.key.device == device)
-    return least_recently_used(there, lambda checkpoint: bool(store.holders(checkpoint)))
+    def _trial(self, full: MemoryError | None) -> Trial:
+        return Trial(self._memory, self._domain, self._load, None if full is None else self._memory.available())

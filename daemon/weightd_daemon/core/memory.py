@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from .arena import Arena, Extent, round_up
-from .prospect import Holes, Prospect, Trial
+from .arena import Arena, Extent, round_up, without
 from .reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
@@ -27,12 +26,23 @@ _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
 
 
+class Holes(NamedTuple):
+    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+
+    The latter can go back to the system: whole segments, and single pages where segments are sparse.
+    """
+
+    own: int
+    common: int
+
+
 class DeviceMemory:
     """Books of one device.
 
     `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
-    what the device itself has free, whoever uses it, or None where nobody knows. On a device that is not `sparse` a
+    what the device itself has free, whoever uses it, or None where nobody knows. `before_use` is called before bytes
+    that may have been given back are granted, or returned to the system. On a device that is not `sparse` a
     segment is all or nothing.
     """
 
@@ -46,27 +56,41 @@ class DeviceMemory:
         create: Callable[[int], int],
         on_reclaim: Callable[[], None] = lambda: None,
         available: Callable[[], int | None] = lambda: None,
+        before_use: Callable[[], None] = lambda: None,
     ) -> None:
         self.budget = budget
         self.page = page
         self.available = available
         self.sparse = sparse
+        self.quarantine = False
+        """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
+        self._pooling = True
         self._create = create
         self._on_reclaim = on_reclaim
+        self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
         self._promised: dict[int, tuple[str, int]] = {}
         self._ending: set[int] = set()
+        self._granted: dict[int, list[Extent]] = {}
         self._reclaims: deque[Reclaim] = deque()
         self._releasing = 0
         self._outstanding = 0
-        self._losses = 0
+        self.losses = 0
+        """How often the memory was lost."""
+        self.lost_by = ""
+        """Why it was lost last."""
 
     @property
     def used(self) -> int:
         """Physical bytes, those promised to a load or on their way out included."""
         return sum(arena.used for arena in self._arenas.values()) + self._releasing
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes granted to loads that have not ended, but for those that are to stay."""
+        return sum(extent.length for extents in self._granted.values() for extent in extents)
 
     @property
     def segments(self) -> int:
@@ -134,17 +158,6 @@ class DeviceMemory:
         others = sum(size for number, (_, size) in self._promised.items() if number != load)
         return self.budget - self.used + common - others
 
-    def prospect(self, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None) -> Prospect:
-        """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
-        trial = self.trial(domain, load, room)
-        for extent in without:
-            trial.free(extent)
-        return trial.outcome()
-
-    def trial(self, domain: str, load: int | None, room: int | None = None) -> Trial:
-        """A trial that begins with the books as they are; for `room` see there."""
-        return Trial(self, domain, load, room)
-
     def holes(self) -> dict[str, Holes]:
         """The populated holes of each domain."""
         holes = {}
@@ -207,10 +220,21 @@ class DeviceMemory:
                 self._return_unused(need - free)
             return None
         extent = extent._replace(length=_cut(extent.length, fits))
+        self._before_use()
         arena.take(extent)
+        self._granted.setdefault(load, []).append(extent)
         if load in self._promised:
             self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
         return extent
+
+    def leave(self, load: int, extents: Iterable[Extent]) -> None:
+        """Of what a load was granted, these extents are to stay when it ends: blobs that were sealed lie there."""
+        self._granted[load] = without(self._granted.get(load, ()), extents)
+
+    def take_back(self, load: int) -> None:
+        """Nothing has open any more what a load was granted: what is not to stay goes back to the system."""
+        if extents := self._granted.pop(load, None):
+            self.give_back(self._domain_of[extents[0].segment], extents, pool=False)
 
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
         """Return bytes. Segments that become empty stay in the pool if `pool` and the limit allow; other pages go."""
@@ -221,27 +245,52 @@ class DeviceMemory:
             touched.setdefault(extent.segment, []).append(extent)
         for segment, parts in touched.items():
             if arena.is_empty(segment):
-                pooled = pool and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
+                pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self.sparse:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
-                        self._queue(Punch(domain, leaving, self._losses))
+                        self._queue(Punch(domain, leaving, self.losses))
 
     def adopt(
         self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
     ) -> None:
-        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back."""
+        """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back.
+
+        During a `quarantine` they stay, unused, until `thaw`.
+        """
         arena = self.arena(domain)
-        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen)
+        arena.adopt_segment(segment, size, taken, hollow, frozen=frozen, quarantine=self.quarantine)
         self._domain_of[segment] = domain
-        for leaving in arena.start_leaving(segment) if self.sparse else ():
-            self._queue(Punch(domain, leaving, self._losses))
+        self._return_pages(segment)
+
+    def quarantined(self) -> list[int]:
+        """The segments of which bytes are set aside until `thaw`."""
+        return [segment for segment, domain in self._domain_of.items() if self._arenas[domain].is_quarantined(segment)]
+
+    def thaw(self, segment: int, hollow: Iterable[tuple[int, int]]) -> None:
+        """Free what was set aside of a segment; `hollow` are its ranges without memory. Unused pages go back."""
+        if (domain := self._domain_of.get(segment)) is None:
+            return
+        self._arenas[domain].thaw(segment, hollow)
+        if self._arenas[domain].is_empty(segment):
+            self._release(self._arenas[domain], segment)
+        else:
+            self._return_pages(segment)
 
     def is_frozen(self, segment: int) -> bool:
         """Whether a segment has bytes that the books do not know (Arena.adopt_segment)."""
         return self.arena(self._domain_of[segment]).is_frozen(segment)
+
+    def close_pool(self) -> None:
+        """Return what is unused to the system, and pool nothing more until `open_pool`."""
+        self._pooling = False
+        self._return_unused(self.used)
+
+    def open_pool(self) -> None:
+        """Pool empty segments again."""
+        self._pooling = True
 
     def excess(self) -> int:
         """Bytes beyond the budget when all has gone that is unused, or on its way already; that is now queued."""
@@ -258,13 +307,15 @@ class DeviceMemory:
 
     def take_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
+        if self._reclaims:
+            self._before_use()
         reclaims = list(self._reclaims)
         self._reclaims.clear()
         return reclaims
 
     def reclaimed(self, reclaim: Reclaim) -> None:
         """A reclaim has been carried out: its memory is gone. One from before a loss tells nothing new."""
-        if reclaim.losses != self._losses:
+        if reclaim.losses != self.losses:
             return
         self._outstanding -= 1
         if isinstance(reclaim, Release):
@@ -275,12 +326,14 @@ class DeviceMemory:
         if arena.is_empty(reclaim.extent.segment):
             self._release(arena, reclaim.extent.segment)
 
-    def lose(self) -> None:
+    def lose(self, reason: str = "") -> None:
         """The memory is gone, all of it: begin again with nothing, and with nothing to return."""
-        self._losses += 1
+        self.losses += 1
+        self.lost_by = reason
         self._arenas.clear()
         self._domain_of.clear()
         self._promised.clear()
+        self._granted.clear()
         self._ending.clear()
         self._reclaims.clear()
         self._releasing = self._outstanding = 0
@@ -314,14 +367,20 @@ class DeviceMemory:
                 return
             for leaving in self._arenas[domain].start_leaving(segment):
                 wanted -= leaving.length
-                self._queue(Punch(domain, leaving, self._losses))
+                self._queue(Punch(domain, leaving, self.losses))
+
+    def _return_pages(self, segment: int) -> None:
+        """Queue the unused pages of a segment, on a device where they can be punched."""
+        domain = self._domain_of[segment]
+        for leaving in self._arenas[domain].start_leaving(segment) if self.sparse else ():
+            self._queue(Punch(domain, leaving, self.losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)
         arena.remove_segment(segment)
         del self._domain_of[segment]
         self._releasing += size
-        self._queue(Release(segment, size, self._losses))
+        self._queue(Release(segment, size, self.losses))
 
     def _queue(self, reclaim: Reclaim) -> None:
         self._outstanding += 1

@@ -1,6 +1,6 @@
 """What sharing would save among some checkpoints: arithmetic on what their tensors are, before anything is loaded.
 
-The figures are those that the books show once these checkpoints are resident (store.py): equal bytes are held once,
+The figures are those that the books show once these checkpoints are resident (loading.py): equal bytes are held once,
 below OWN_COPY_BELOW once for each name that a checkpoint has for them. Copies are shared between checkpoints one to
 one, so of these there are as many as the checkpoint with the most names has.
 """

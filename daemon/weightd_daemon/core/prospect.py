@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, round_up
+from .memory import Holes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from .memory import DeviceMemory
     from .ranges import Ranges
-
-
-class Holes(NamedTuple):
-    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
-
-    The latter can go back to the system: whole segments, and single pages where segments are sparse.
-    """
-
-    own: int
-    common: int
 
 
 class Prospect(NamedTuple):
@@ -137,6 +128,16 @@ class Trial:
     def _pages(self, start: int, end: int) -> int:
         page = self._memory.page
         return max(0, end // page * page - round_up(start, page))
+
+
+def prospect(
+    memory: DeviceMemory, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None
+) -> Prospect:
+    """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
+    trial = Trial(memory, domain, load, room)
+    for extent in without:
+        trial.free(extent)
+    return trial.outcome()
 
 
 def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _POOL_SHARE = 8
 _POOL_LIMIT = 2 << 30
+_BOOKS_SHARE = 10
+_BOOKS_LEAST = 256 << 20
 
 
 def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
@@ -136,3 +138,15 @@ def pool_of(settings: Settings, device: Device, budget: int) -> int:
     if not device.sparse:
         return 0
     return min(budget, parse_size(settings.pool)) if settings.pool else min(budget // _POOL_SHARE, _POOL_LIMIT)
+
+
+def books_of(settings: Settings, budgets: Mapping[str, int]) -> int:
+    """Bytes that the daemon's own books may take; 0 for no limit. `budgets` are those of the devices served.
+
+    Books are host memory also where only GPUs are served.
+    """
+    if settings.books:
+        return parse_size(settings.books)
+    host = HostDevice()
+    budget = budgets.get(host.uuid) or int(host.capacity() * host.default_share)
+    return max(_BOOKS_LEAST, budget // _BOOKS_SHARE)

@@ -20,10 +20,13 @@ from google.protobuf.message import DecodeError
 
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
 from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 from weightd_daemon.log_line import Line
 from weightd_daemon.wire import clip
+
+from .log_rate import LogRate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,9 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
-MAX_FRAME = 64 << 10
-MAX_DESCRIPTORS = 253
 HELLO_SECONDS = 5.0
 ACK_SECONDS = 10.0
 ACCEPT_PAUSE_SECONDS = 0.2
@@ -71,20 +71,29 @@ class HandleServer:
         self._offer_numbers = count(1)
         self._peers: set[_Peer] = set()
         self._listener: socket.socket | None = None
+        self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
+        self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
 
     def start(self, listener: socket.socket) -> None:
-        """Serve a listening, non-blocking SOCK_SEQPACKET socket, which this object closes in the end."""
+        """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
+
+        It is closed in the end, and the one before now; connections that were made there go on.
+        """
+        self._close_listener()
         self._listener = listener
         asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
 
     def stop(self) -> None:
         """Close the listener and every connection."""
+        self._close_listener()
+        for peer in list(self._peers):
+            peer.close("the daemon stops")
+
+    def _close_listener(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener.fileno())
             self._listener.close()
             self._listener = None
-        for peer in list(self._peers):
-            peer.close("the daemon stops")
 
     def _accept(self, listener: socket.socket) -> None:
         try:
@@ -99,7 +108,8 @@ class HandleServer:
             return
         accepted.setblocking(False)
         if len(self._peers) >= self.max_connections:
-            log.warning("connection refused: %d are open", len(self._peers))
+            if self._refusals.may_log():
+                log.warning("connection refused: %d are open", len(self._peers))
             _refuse(accepted, self.max_connections)
             return
         self._peers.add(_Peer(self, accepted))
@@ -139,7 +149,7 @@ class _Peer:
 
     def _readable(self) -> None:
         try:
-            data, _, flags, _ = self._socket.recvmsg(MAX_FRAME + 1)
+            data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
             if not data:
                 self.close("the peer left")
                 return
@@ -149,8 +159,9 @@ class _Peer:
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
-            who = {"pid": self._connection.pid, "uid": self._connection.uid}
-            log.warning(Line("protocol error", who, because=error))
+            if self._server._nonsense.may_log():
+                who = {"pid": self._connection.pid, "uid": self._connection.uid}
+                log.warning(Line("protocol error", who, because=error))
             self.close("protocol error")
         except OSError as error:
             self.close(str(error))
@@ -201,6 +212,7 @@ class _Peer:
             raise ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
+        self._server._connections.greeted(self._connection)
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
 

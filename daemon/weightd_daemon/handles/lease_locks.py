@@ -1,4 +1,4 @@
-"""Manifests as sealed memfds, and leases as kernel locks on them.
+"""Leases: kernel locks on the manifests of resident checkpoints.
 
 For each lease the manifest is opened afresh and a read lock (F_OFD_SETLK) is put on one byte that stands for it. The
 descriptor goes to the client, which maps it and closes it: the lock lives exactly as long as that open file, that is as
@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import struct
 import time
 from typing import TYPE_CHECKING
 
-from weightd._proto.v1 import handles_pb2
-from weightd_daemon.core.checkpoint import CheckpointKey, Content
-from weightd_daemon.core.digest import EMPTY_DIGEST
+from weightd_daemon.core.checkpoint import CheckpointKey
+
+from .segment_table import SegmentTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,73 +30,7 @@ LOCK_BASE = 1 << 40
 LOOK_SECONDS = 0.2
 """How long the leases of an earlier daemon are looked for on one manifest; each takes longer, the more there are."""
 
-DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
 _FLOCK = struct.Struct("hhqqi4x")
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Callable[[int], int]) -> bytes:
-    """The manifest of a content (protos/weightd/v1/handles.proto), in columns."""
-    components = sorted({entry.component for entry in content.entries} | {file.component for file in content.files})
-    component_index = {name: number for number, name in enumerate(components)}
-    segment_index = {segment: number for number, segment in enumerate(content.segments)}
-    files = [
-        handles_pb2.ManifestFile(
-            component=component_index[file.component],
-            file=file.file,
-            metadata=file.metadata or {},
-            has_metadata=file.metadata is not None,
-        )
-        for file in content.files
-    ]
-    entries, blobs = content.entries, content.blobs
-    return handles_pb2.Manifest(
-        content_digest=content.content_digest,
-        device=device,
-        kind=kind,
-        components=components,
-        files=files,
-        segment_bytes=[segment_bytes(segment) for segment in content.segments],
-        names=[entry.name for entry in entries],
-        file_indices=[entry.file for entry in entries],
-        dtypes=[DTYPES[entry.dtype] for entry in entries],
-        ranks=[len(entry.shape) for entry in entries],
-        dimensions=[size for entry in entries for size in entry.shape],
-        segments=[segment_index[blob.segment] if blob is not None else 0 for blob in blobs],
-        offsets=[blob.offset if blob is not None else 0 for blob in blobs],
-        lengths=[entry.length for entry in entries],
-        digests=b"".join(blob.key.digest if blob is not None else EMPTY_DIGEST for blob in blobs),
-        variants=[blob.variant if blob is not None else 0 for blob in blobs],
-        views=[
-            handles_pb2.DerivedView(
-                name=view.name, component=component_index[view.component], members=view.members, shape=view.shape
-            )
-            for view in content.views
-        ],
-    ).SerializeToString()
-
-
-def make_manifest(encoded: bytes) -> int:
-    """The descriptor of a sealed memfd with an encoded manifest. Errors: OSError."""
-    descriptor = os.memfd_create("weightd-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(encoded)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-        os.fchmod(descriptor, 0o400)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def is_manifest(descriptor: int) -> bool:
-    """Whether a descriptor is of a memfd as `make_manifest` makes them: nobody can write to it or resize it."""
-    try:
-        sealed = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS == _SEALS
-        return sealed and stat.S_IMODE(os.fstat(descriptor).st_mode) == 0o400
-    except OSError:
-        return False
 
 
 class Manifests:
@@ -108,16 +41,23 @@ class Manifests:
 
     def __init__(self, before_lock: Callable[[int], None] = lambda _: None) -> None:
         self._descriptors: dict[CheckpointKey, int] = {}
+        self._tables: dict[CheckpointKey, SegmentTable] = {}
         self._crowded: dict[CheckpointKey, tuple[int, int]] = {}
         self._before_lock = before_lock
 
-    def add(self, key: CheckpointKey, descriptor: int) -> None:
-        """Take over the descriptor of a manifest."""
+    def add(self, key: CheckpointKey, descriptor: int, table: SegmentTable | None = None) -> None:
+        """Take over the descriptor of a manifest; `table` says where the tensors lie that it names."""
         self._descriptors[key] = descriptor
+        self._tables[key] = table or SegmentTable(())
+
+    def table(self, key: CheckpointKey) -> SegmentTable:
+        """Where a checkpoint's tensors lie, by name."""
+        return self._tables[key]
 
     def remove(self, key: CheckpointKey) -> None:
         """Give a manifest up; those who map it keep it."""
         os.close(self._descriptors.pop(key))
+        del self._tables[key]
         self._crowded.pop(key, None)
 
     def inherited(self, key: CheckpointKey, last: int) -> list[int] | None:
@@ -148,11 +88,6 @@ class Manifests:
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""
         return os.fstat(self._descriptors[key]).st_size
-
-    def read(self, key: CheckpointKey) -> handles_pb2.Manifest:
-        """The manifest, decoded."""
-        encoded = os.pread(self._descriptors[key], self.size(key), 0)
-        return handles_pb2.Manifest.FromString(encoded)
 
     def lock(self, key: CheckpointKey, number: int) -> int:
         """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""

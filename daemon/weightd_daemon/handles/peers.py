@@ -7,18 +7,24 @@ import secrets
 import socket
 import struct
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from weightd.errors import LeaseLostError, PermissionDeniedError
-from weightd_daemon.core.catalog import Who
 from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.who import Who
+from weightd_daemon.lookups import Lookups
+from weightd_daemon.wire import user_name
 
 NO_UID = 0xFFFFFFFF
 """(uid_t) -1, which is nobody's. All below it are uids: they are unsigned."""
 
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid_t, uid_t, gid_t
+_COMMAND_BYTES = 4096
+"""Of a command line that are read: a process says itself how long its own is, be it gigabytes."""
 _COMMAND_CHARACTERS = 120
+_COMMAND_THREADS = 4
 
 
 @dataclass(eq=False, slots=True)
@@ -28,18 +34,23 @@ class Connection:
     `uid` is None where the peer has no identity here, `pid` where its process is outside of our PID namespace.
     """
 
-    number: int
-    pid: int | None
-    uid: int | None
-    command: str
+    holder: Holder
+    """As the books name it."""
     token: str
     offers: dict[int, int] = field(default_factory=dict)
     """The daemon's ends of intakes that no load has taken yet, by offer number."""
 
     @property
-    def holder(self) -> Holder:
-        """As the books name it."""
-        return Holder(self.number, self.pid, self.uid, self.command)
+    def number(self) -> int:
+        return self.holder.connection
+
+    @property
+    def pid(self) -> int | None:
+        return self.holder.pid
+
+    @property
+    def uid(self) -> int | None:
+        return self.holder.uid
 
     def take_offer(self, number: int) -> int:
         """Hand over an intake's descriptor. Errors: LeaseLostError."""
@@ -63,6 +74,10 @@ class Connections:
         self._overflow = _overflow_uid()
         self._by_token: dict[str, Connection] = {}
         self._numbers = count(1)
+        self._lookups = Lookups("commands", _COMMAND_THREADS)
+        self._lookups.ask(None, lambda: None)  # has its first thread, before anybody is served
+        for uid in (0, os.geteuid()):
+            user_name(uid)  # asks: whoever connects first is mostly one of these
 
     def __len__(self) -> int:
         return len(self._by_token)
@@ -80,10 +95,19 @@ class Connections:
         credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
         known = None if uid in (self._overflow, NO_UID) else uid
-        command = command_of(pid) if pid else ""
-        connection = Connection(next(self._numbers), pid or None, known, command, secrets.token_urlsafe(24))
+        holder = Holder(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
+        connection = Connection(holder, secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection
+
+    def greeted(self, connection: Connection) -> None:
+        """A peer has said hello: find out its command line and its user's name, which may take for ever.
+
+        Until these are known, and if they never are, it is called by the name of its process, and by its uid.
+        """
+        user_name(connection.uid)
+        if connection.pid is not None:
+            self._lookups.ask(connection.uid, partial(_read_command, connection.holder))
 
     def remove(self, connection: Connection) -> None:
         """The connection is closed: its token means nothing from now on."""
@@ -91,11 +115,17 @@ class Connections:
         connection.close()
 
     def by_token(self, token: str) -> Connection:
-        """The connection of a token. Errors: PermissionDeniedError."""
+        """The connection of a token. Errors: PermissionDeniedError, which says so if the token is of no connection.
+
+        It may have been good before: a client that had it from an earlier daemon, or has hung up, can connect anew.
+        """
         try:
             return self._by_token[token]
         except KeyError:
-            raise PermissionDeniedError("the call carries no token of an open handle-socket connection") from None
+            raise PermissionDeniedError(
+                "the call carries no token of an open handle-socket connection",
+                {"refused": "token"} if token else None,
+            ) from None
 
     def who(self, connection: Connection) -> Who:
         """What the store needs to know of a peer. Errors: PermissionDeniedError (isolated, and without an identity)."""
@@ -108,14 +138,36 @@ class Connections:
         return Who(uid, uid in self._admins, f"uid-{uid}" if self._isolated else "")
 
 
+def comm_of(pid: int) -> str:
+    """The name of a process, at most 15 bytes that it chose; empty if it cannot be seen.
+
+    The kernel has it itself. A read of it waits for nothing, unlike one of the command line, which is in the memory of
+    the process: that takes a lock that the process may hold as long as it likes.
+    """
+    return _shown(_read(f"/proc/{pid}/comm").rstrip(b"\n"))
+
+
 def command_of(pid: int) -> str:
-    """A process's command line, shortened; empty where it cannot be seen."""
+    """The command line of a process, shortened; empty if it cannot be seen. It may take for ever."""
+    return _shown(b" ".join(filter(None, _read(f"/proc/{pid}/cmdline").split(b"\0"))))
+
+
+def _read_command(holder: Holder) -> None:
+    if holder.pid is not None and (command := command_of(holder.pid)):
+        holder.command = command
+
+
+def _read(path: str) -> bytes:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        with open(path, "rb", buffering=0) as file:
+            return file.read(_COMMAND_BYTES)
     except OSError:
-        return ""
-    text = " ".join(word.decode(errors="replace") for word in words if word)
-    return "".join(char if char.isprintable() else "?" for char in text)[:_COMMAND_CHARACTERS]
+        return b""
+
+
+def _shown(text: bytes) -> str:
+    decoded = text.decode(errors="replace")[:_COMMAND_CHARACTERS]
+    return "".join(char if char.isprintable() else "?" for char in decoded)
 
 
 def _overflow_uid() -> int:

@@ -7,7 +7,6 @@ of an intake.
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import socket
@@ -16,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from weightd._limits import LOADER, out_of_descriptors
+from weightd._transport.protocol import receive_fds
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
 from weightd_daemon.core.digest import DIGEST_BYTES
 from weightd_daemon.devices.device import SegmentHandle
@@ -164,20 +164,6 @@ class Channel:
             if isinstance(segment.handle, int):
                 os.close(segment.handle)
         self.segments.clear()
-
-
-def receive_fds(source: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
-    """Receive up to `size` bytes and `most` descriptors, which no exec inherits. Returns both and the flags.
-
-    `socket.recv_fds` cannot do that: before Python 3.14 it drops its `flags`.
-    """
-    found = array.array("i")
-    room = socket.CMSG_LEN(most * found.itemsize)
-    data, ancillary, flags, _ = source.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
-    for level, kind, body in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            found.frombytes(body[: len(body) - len(body) % found.itemsize])
-    return data, list(found), flags
 
 
 def framed(message: wire.ToDaemon | wire.ToLoader) -> bytes:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 from weightd._limits import LOADER, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
+from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, receive_fds
 from weightd.errors import InvalidReferenceError
 
-from .channel import receive_fds
 from .source import Source
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _receive_batch(intake: socket.socket, names: Sequence[str], files: list[int 
     """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
     count = len(names)
     try:
-        data, received, flags = receive_fds(intake, 65536, 253)
+        data, received, flags = receive_fds(intake, MAX_FRAME, MAX_DESCRIPTORS)
     except ConnectionError:
         data, received, flags = b"", [], 0
     files += received

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from weightd.types import TensorSpec
     from weightd_daemon.devices.segment_io import SegmentIO
 
-_LAYOUT_BATCH = 2000
+_LAYOUT_BATCH = 500
 _PROGRESS_SECONDS = 0.1
 
 
@@ -186,6 +186,13 @@ class Load:
         counted = owned(
             [(c, file, found.tensors) for (c, file, _), found in zip(weights, layouts, strict=True)], read_index
         )
+        # Before any is sent: a list that the daemon has no room for is not to be there at all.
+        count = wire.Counted(
+            tensors=sum(map(len, counted)),
+            name_bytes=sum(len(spec.name.encode(errors="replace")) for specs in counted for spec in specs),
+            total_bytes=sum(spec.length for specs in counted for spec in specs),
+        )
+        self._channel.call(wire.ToDaemon(counted=count))
         for number, specs in enumerate(counted):
             self._tell_file(self._sources[number], layouts[number].metadata)
             for start in range(0, len(specs), _LAYOUT_BATCH):

@@ -29,7 +29,10 @@ RESTED_SECONDS = 2
 
 def identity_of(descriptor: int) -> FileIdentity:
     """What fstat says of a descriptor."""
-    status = os.fstat(descriptor)
+    return _identity(os.fstat(descriptor))
+
+
+def _identity(status: os.stat_result) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
@@ -59,9 +62,11 @@ class Source:
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
             raise InvalidReferenceError(f"{name}: its descriptor is not open for reading")
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise InvalidReferenceError(f"{name}: is not a regular file")
-        self.identity = identity_of(descriptor)
+        self.identity = _identity(status)
+        self._links = status.st_nlink
         self.trusted = _is_local(descriptor) and rested(self.identity, time.time_ns())
         """Whether the identity stands for the content from now on (design: the digest index)."""
         self._layout: FileLayout | None = None
@@ -101,8 +106,18 @@ class Source:
             done += count
 
     def check_unchanged(self) -> None:
-        """Errors: FormatError when the file was changed since it was opened, or while it was read if it is held."""
-        if self._held is None and identity_of(self.descriptor) != self.identity:
+        """Errors: FormatError when the file was changed since it was opened, or while it was read if it is held.
+
+        A file that has lost a name meanwhile, because it was removed or another was renamed over it, has another ctime
+        and the content that it had.
+        """
+        if self._held is not None:
+            return
+        status = os.fstat(self.descriptor)
+        now = _identity(status)
+        if status.st_nlink < self._links:
+            now = now._replace(ctime_ns=self.identity.ctime_ns)
+        if now != self.identity:
             raise FormatError(f"{self.name}: changed while it was read; load it again")
 
     def _read(self, offset: int, length: int) -> bytes:

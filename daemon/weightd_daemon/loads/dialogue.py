@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
@@ -22,10 +22,11 @@ from weightd_daemon.loader.indexed import called
 
 from .instances import Instance, InstanceIndex
 from .messages import candidates, pairs_of, places_of
-from .request import Outcome, Progress
+from .request import Draft, Outcome, Prepare, Progress
 
 if TYPE_CHECKING:
     from weightd_daemon.core.blob import Blob
+    from weightd_daemon.core.loading import Loading
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
@@ -43,17 +44,6 @@ _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
 
-class Draft(Protocol):
-    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
-
-    def discard(self) -> None:
-        """Give it up; nothing happens where the seal has taken it."""
-
-
-Prepare = Callable[[Content, str], Awaitable[Draft]]
-"""Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""
-
-
 class LoadSteps:
     """Serves one job of a loader from beginning to seal. Errors of the job are raised from `serve`."""
 
@@ -65,12 +55,12 @@ class LoadSteps:
         reclaimer: Reclaimer,
         index: InstanceIndex,
         prepare: Prepare,
-        number: int,
+        loading: Loading,
         sources: tuple[SourceFile, ...],
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
-        admit: Callable[[int, int, str], None],
+        admit: Callable[[int, int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
     ) -> None:
@@ -79,7 +69,7 @@ class LoadSteps:
         self._reclaimer = reclaimer
         self._index = index
         self._prepare = prepare
-        self._number = number
+        self._loading = loading
         self._sources = sources
         self._verify = verify
         self._now = now
@@ -93,8 +83,11 @@ class LoadSteps:
         self._offsets: list[int] = []
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
+        self.books = 0
+        """What the checkpoint will take of the daemon's books, or about that."""
         self._read = 0
         self._unique = 0
+        self._failure: WeightdError | None = None
         self._groups: tuple[int, tuple[str, ...]] = 0, ()
         self.checkpoint: Checkpoint | None = None
 
@@ -106,33 +99,36 @@ class LoadSteps:
     async def serve(self, loader: LoaderProcess) -> Outcome:
         """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
         started = asyncio.get_running_loop().time()
-        failure: WeightdError | None = None
-        while True:
-            message = await loader.receive()
-            if message.HasField("failed"):
-                raise failure or error_of(message.failed)
-            if message.WhichOneof("body") in _TOLD:
-                if failure is None:
-                    try:
-                        self._hear(message)
-                    except WeightdError as error:
-                        failure = error  # told at the loader's next call: a message without an answer cannot fail
-                continue
-            try:
-                if failure is not None:
-                    raise failure
-                answer, segments = await self._answer(message)
-            except WeightdError as error:
-                await loader.send(wire.ToLoader(failed=failure_of(error)))
-                continue
-            except OSError as error:
-                if (limit := limit_error(error, "loading", DAEMON)) is None:
-                    raise
-                await loader.send(wire.ToLoader(failed=failure_of(limit)))
-                continue
-            await loader.send(answer, segments)
-            if self.checkpoint is not None:
-                return self._outcome(started)
+        try:
+            while self.checkpoint is None:
+                await self._serve(loader, await loader.receive())
+        finally:
+            self._failure = None  # whose traceback has frames of ours: it would keep the list of tensors
+        return self._outcome(started)
+
+    async def _serve(self, loader: LoaderProcess, message: wire.ToDaemon) -> None:
+        """Take one message of the loader, and answer it if it is a question."""
+        if message.HasField("failed"):
+            raise self._failure or error_of(message.failed)
+        if message.WhichOneof("body") in _TOLD:
+            if self._failure is None:
+                try:
+                    self._hear(message)
+                except WeightdError as error:
+                    self._failure = error  # told at the loader's next call: a message without an answer cannot fail
+            await asyncio.sleep(0)  # the next may be here already, and others are to have their turn on the loop
+            return
+        try:
+            if self._failure is not None:
+                raise self._failure
+            answer, segments = await self._answer(message)
+        except WeightdError as error:
+            answer, segments = wire.ToLoader(failed=failure_of(error)), []
+        except OSError as error:
+            if (limit := limit_error(error, "loading", DAEMON)) is None:
+                raise
+            answer, segments = wire.ToLoader(failed=failure_of(limit)), []
+        await loader.send(answer, segments)
 
     # -- the loader's messages -------------------------------------------------------------------------------------
 
@@ -149,6 +145,8 @@ class LoadSteps:
 
     async def _answer(self, message: wire.ToDaemon) -> _Answer:
         match message.WhichOneof("body"):
+            case "counted":
+                return wire.ToLoader(counted=self._counted(message.counted)), []
             case "laid_out":
                 return wire.ToLoader(laid_out=await self._laid_out(message.laid_out)), []
             case "sampled":
@@ -196,16 +194,23 @@ class LoadSteps:
             self._offsets.append(offset)
             self._blobs.append(None)
 
+    def _counted(self, count: wire.Counted) -> wire.Admitted:
+        """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
+        self.books = count.name_bytes + count.tensors * (BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR)
+        self._loading.expect_books(self.books)
+        self._loading.check_books(count.total_bytes, count.tensors)
+        self._admit(count.total_bytes, self.books, count.tensors, "")
+        return wire.Admitted()
+
     async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
         self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
-        self._admit(sum(entry.length for entry in self._entries), len(self._entries), "")
         known = [] if self._verify else await self._share_known()
         missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._store.admit(self._number, [length for length in missing if length], laid_out.lanes)
+        one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
             unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
-            resident = self._store.resident_lengths(self._number)
+            resident = self._loading.resident_lengths()
             chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
         return wire.Known(known=known, hash_first=not one_pass, sample=chosen)
 
@@ -221,7 +226,7 @@ class LoadSteps:
             instance = instances.get((entry.file, self._offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
-                self._blobs[index] = self._store.share_known(self._number, instance.blob, identity)
+                self._blobs[index] = self._loading.share_known(instance.blob, identity)
                 if self._blobs[index] is not None:
                     known.append(index)
         return known
@@ -229,7 +234,7 @@ class LoadSteps:
     def _sampled(self, asked: wire.Digests) -> wire.Verdict:
         """Whether everything is to be hashed first, because some of the sample is resident."""
         found = (
-            self._store.candidate(self._number, digest, self._entries[index].length)
+            self._loading.candidate(digest, self._entries[index].length)
             for index, digest in zip(asked.tensors, split_digests(asked.digests), strict=True)
         )
         return wire.Verdict(hash_first=any(blob is not None for blob in found))
@@ -237,18 +242,18 @@ class LoadSteps:
     async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
         digests = list(zip(asked.digests.tensors, split_digests(asked.digests.digests), strict=True))
         contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._store.make_room(self._number, contents, asked.lanes)) is None:
+        while (matched := self._loading.make_room(contents, asked.lanes)) is None:
             await self._reclaimer.wait()
         return wire.Matched(matched=[i for i, digest in digests if (digest, self._entries[i].length) in matched])
 
     async def _grant(self, asked: wire.Grant) -> _Answer:
         ends = list(asked.ends)
-        while (extent := self._store.grant(self._number, ends[-1], asked.need, ends)) is None:
+        while (extent := self._loading.grant(ends[-1], asked.need, ends)) is None:
             await self._reclaimer.wait()
         return wire.ToLoader(grant=wire.Extent(**extent._asdict())), [self._segment(extent.segment)]
 
     def _candidate(self, asked: wire.Candidate) -> _Answer:
-        blob = self._store.candidate(self._number, asked.digest, self._entries[asked.tensor].length)
+        blob = self._loading.candidate(asked.digest, self._entries[asked.tensor].length)
         return wire.ToLoader(candidate=candidates([blob])), [self._segment(blob.segment)] if blob else []
 
     def _settle(self, asked: wire.Settle) -> _Answer:
@@ -259,7 +264,7 @@ class LoadSteps:
         ):
             length = self._entries[index].length
             differs = frozenset(itertools.islice(differing, differences))
-            placed, blob = self._store.settle(self._number, digest, length, segment, offset, differs)
+            placed, blob = self._loading.settle(digest, length, segment, offset, differs)
             if placed:
                 self._blobs[index] = blob
             found.append(None if placed else blob)
@@ -269,7 +274,7 @@ class LoadSteps:
     def _share(self, asked: wire.Share) -> wire.Shared:
         uses = []
         for index, number, (segment, offset) in zip(asked.tensors, asked.blobs, places_of(asked), strict=True):
-            blob = self._store.share(self._number, number, segment, offset)
+            blob = self._loading.share(number, segment, offset)
             self._blobs[index] = blob
             if blob is None:
                 uses.append(wire.USE_COPY)
@@ -281,7 +286,7 @@ class LoadSteps:
         self._read = done.read
         await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
         while True:
-            pairs = self._store.rechecks(self._number)
+            pairs = self._loading.rechecks()
             if pairs:
                 return wire.ToLoader(finish=pairs_of(pairs)), [
                     self._segment(blob.segment) for blob in itertools.chain(*pairs)
@@ -291,9 +296,10 @@ class LoadSteps:
             draft = await self._prepare(content, self._device.uuid)
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if not self._store.rechecks(self._number) and identities == self._identities():
+                if not self._loading.rechecks() and identities == self._identities():
                     total = sum(entry.length for entry in self._entries)
-                    self._admit(total, len(self._entries), content.content_digest)
+                    self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
+                    self._admit(total, self.books, len(self._entries), content.content_digest)
                     self._seal(content, draft)
                     break
             finally:
@@ -304,17 +310,18 @@ class LoadSteps:
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self._unique = sum(blob.length for blob in self._own_blobs())
-        self.checkpoint = self._store.seal(self._number, content, self._now(), draft)
+        self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
             self._claim_sources(self.checkpoint)
+        self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
         """Enter what the loader's comparisons brought."""
         replaced: dict[int, Blob] = {}
         for done, (number, other, equal) in enumerate(outcomes, start=1):
-            replaced |= self._store.recheck(self._number, number, other, equal=equal)
+            replaced |= self._loading.recheck(number, other, equal=equal)
             if done % _OUTCOMES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if replaced:
@@ -333,6 +340,7 @@ class LoadSteps:
         for other in self._store.checkpoints.values():
             if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
                 other.sources.remove(self._sources)
+                self._store.changed.add(other.key)
         if self._sources not in checkpoint.sources:
             checkpoint.sources.append(self._sources)
             del checkpoint.sources[:-KNOWN_SOURCES]
@@ -352,7 +360,7 @@ class LoadSteps:
 
     def _own_blobs(self) -> list[Blob]:
         """Blobs that this load has placed, each once."""
-        return list({b.number: b for b in self._blobs if b is not None and b.load == self._number}.values())
+        return list({b.number: b for b in self._blobs if b is not None and b.load == self._loading.number}.values())
 
     async def _remember(self) -> None:
         for file, trusted in enumerate(self._trusted[: len(self._files)]):

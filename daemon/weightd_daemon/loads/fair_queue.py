@@ -5,13 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Hashable
-
-ANYBODY: Final = object()
-"""Whoever takes a turn in this name is bound only by how many there are in all."""
 
 
 class Turns:
@@ -52,7 +49,7 @@ class Turns:
             user, dealt = place
             if self._taken.total() >= self._most:
                 return
-            if not dealt.done() and (user is ANYBODY or self._taken[user] < self._of_one):
+            if not dealt.done() and self._taken[user] < self._of_one:
                 self._waiting.remove(place)
                 self._taken[user] += 1
                 dealt.set_result(None)

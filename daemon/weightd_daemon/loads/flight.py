@@ -48,7 +48,8 @@ class Load:
     def fail(self, error: WeightdError) -> None:
         """Tell those who wait that it has failed; nothing happens where they have been told how it went."""
         if not self.done.done():
-            self.done.set_exception(error)
+            # Without its traceback: that would keep the load's steps, and they a list of all its tensors.
+            self.done.set_exception(error.with_traceback(None))
             self.done.exception()  # seen: a load without waiters must not warn about it
 
     def cancel(self, error: WeightdError) -> None:

@@ -8,27 +8,28 @@ import logging
 from itertools import count
 from typing import TYPE_CHECKING
 
+from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
+from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.loader._proto import loader_pb2 as wire
-from weightd_daemon.loader.channel import UNFIT, error_of
+from weightd_daemon.core.loading import Loading
+from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
 
-from .dialogue import LoadSteps, Prepare
-from .fair_queue import ANYBODY, Turns
+from .dialogue import LoadSteps
 from .flight import Load
 from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
-from .messages import BlobRow, load_job, verify_job
+from .messages import load_job
 from .quota import Quota
-from .request import LoadRequest, Outcome
+from .request import LoadRequest, Outcome, Prepare
+from .verification import Verifications
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
+
+    from .fair_queue import Turns
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +89,9 @@ class Loads:
         self._numbers = count(1)
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
-        self._verifying: dict[LoaderProcess, str] = {}
+        self.verifications = Verifications(
+            store=store, devices=devices, pool=self._pool, turns=turns, quota=self._quota, now=now
+        )
         self._background: set[asyncio.Task[None]] = set()
 
     @property
@@ -121,7 +126,7 @@ class Loads:
         if request.pin:
             self._catalog.keep(who, checkpoint)
         if name:
-            self._catalog.set(who, name, digest, request.holder)
+            self._catalog.set(who, name, digest, request.holder, is_default=request.name_is_default)
         self._store.use(checkpoint, self._now())
         return name
 
@@ -194,44 +199,9 @@ class Loads:
             if not load.waiters[waiter].detached:
                 self.leave(load, waiter)
 
-    async def verify(
-        self, rows: list[BlobRow], device: Device, check: Callable[[], None]
-    ) -> AsyncGenerator[wire.Verified, None]:
-        """Hash resident blobs again: rows of (number, segment, offset, length, digest). Yields how far it is.
-
-        `check` raises where the blobs are lost, which may happen at any moment. Errors: those of the loader, too.
-        """
-        async with self._turns.turn(ANYBODY):
-            loader = await self._pool.take()
-            usable = False
-            self._verifying[loader] = device.uuid
-            try:
-                check()
-                size = self._store.memories[device.uuid].size
-                segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {row[1] for row in rows}]
-                await loader.send(verify_job(rows, device), segments)
-                found = wire.Verified()
-                while not found.all:
-                    message = await loader.receive()
-                    check()
-                    if message.HasField("failed"):
-                        raise error_of(message.failed)
-                    found = message.verified
-                    yield found
-                usable = await self._pool.put_back(loader)
-            except LoaderDied:
-                check()
-                raise LeaseLostError("the loader process died while it verified; try again") from None
-            finally:
-                del self._verifying[loader]
-                if not usable:
-                    loader.kill()
-
     def lose(self, device: str, error: DeviceError) -> None:
         """The memory of a device is gone: every load on it ends with this error, and nothing there is verified."""
-        for loader, where in self._verifying.items():
-            if where == device:
-                loader.kill()
+        self.verifications.lose(device)
         for load in self.under_way:
             if load.request.device == device:
                 load.cancel(error)
@@ -250,6 +220,7 @@ class Loads:
         """Cancel everything and wait for the loaders to be gone; a loader that cannot die is left to the kernel."""
         self.cancel_all()
         await self._pool.close()
+        await self.verifications.close()
         for task in [*self._background, *(load.task for load in self._all if load.task)]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -274,11 +245,13 @@ class Loads:
 
     async def _run(self, load: Load) -> None:
         request = load.request
+        loading: Loading | None = None
         begun: LoadBegun | None = None
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
         loader: LoaderProcess | None = None
         usable = False
+        steps: LoadSteps | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -290,16 +263,17 @@ class Loads:
 
         try:
             device = self._devices[request.device]
-            number = load.number = self._store.open_load(
-                request.device, request.who.domain, request.who.uid, request.holder, request.name
+            loading = Loading(
+                self._store, request.device, request.who.domain, request.who.uid, request.holder, request.name
             )
-            begun = LoadBegun(number, request.holder, request.device, request.who.domain, request.name)
+            load.number = loading.number
+            begun = LoadBegun(loading.number, request.holder, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    prepare=self._prepare, number=number, sources=request.sources, verify=request.verify, now=self._now,
-                    admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+                    prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
+                    now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
                 loader = await self._pool.take()
@@ -319,14 +293,18 @@ class Loads:
             log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
-        except Exception:  # a bug must fail its load, not hang its waiters
-            log.exception("load failed by a bug")
-            load.fail(ServerError("the load failed by a bug in the daemon; its log has the details"))
+        except Exception as error:  # a bug must fail its load, not hang its waiters
+            limit = limit_error(error, "loading", DAEMON) if isinstance(error, OSError) else None
+            if limit is None:
+                log.exception("load failed by a bug")
+            load.fail(limit or ServerError("the load failed by a bug in the daemon; its log has the details"))
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
-            if begun is not None:
-                tidy = self._tidy(loader, begun.load, request.device, usable=usable)
+            if steps is not None:
+                heap.freed(steps.books)
+            if loading is not None and begun is not None:
+                tidy = self._tidy(loader, loading, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
@@ -343,13 +321,13 @@ class Loads:
             outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
-    async def _tidy(self, loader: LoaderProcess | None, number: int, device: str, *, usable: bool) -> None:
+    async def _tidy(self, loader: LoaderProcess | None, loading: Loading, *, usable: bool) -> None:
         """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
         if loader is not None and not (usable and await self._pool.put_back(loader)):
             loader.kill()
             await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
             if not loader.exited.done():
                 log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
-                self._store.memories[device].withdraw(number)  # nobody is to wait for that
+                loading.quarantine()
             await asyncio.shield(loader.exited)
-        self._store.end_load(number)
+        loading.end()

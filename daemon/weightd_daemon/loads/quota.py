@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
 
     from .flight import Load
 
@@ -27,8 +28,15 @@ class Quota:
         most = self._limits.most(who, "leases")
         return not most or self._store.leases.held_by(who.uid, most) < most
 
-    def admit(self, load: Load, under_way: Iterable[Load], total: int, tensors: int, content: str) -> None:
+    def check_leases(self, who: Who, more: int) -> None:
+        """Whether a user may hold so many more leases. Errors: CapacityError."""
+        if most := self._limits.most(who, "leases"):
+            self._limits.check(who, "leases", self._store.leases.held_by(who.uid, max(0, most - more + 1)), more)
+
+    def admit(self, load: Load, under_way: Iterable[Load], total: int, books: int, tensors: int, content: str) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.
+
+        `books` is what it takes of the daemon's own books, which count as bytes do.
 
         What is resident already costs its user nothing; as long as the content is "", equal figures may mean that.
         """
@@ -41,5 +49,5 @@ class Quota:
         if not content and any((c.total_bytes, c.tensor_count) == (total, tensors) for c in there):
             return
         others = sum(o.announced for o in under_way if o is not load and o.request.who.uid == who.uid)
-        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total)
-        load.announced = total
+        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total + books)
+        load.announced = total + books

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from weightd_daemon.core.checkpoint import Content
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd.types import SourceFile
-    from weightd_daemon.core.catalog import Who
     from weightd_daemon.core.lease import Holder
+    from weightd_daemon.core.who import Who
 
 
 class Groups(NamedTuple):
@@ -67,3 +70,18 @@ class Outcome(NamedTuple):
     """Why others were not."""
     evicted: tuple[str, ...] = ()
     evicted_others: int = 0
+
+
+class Draft(Protocol):
+    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
+
+    def discard(self) -> None:
+        """Give it up; nothing happens where the seal has taken it."""
+
+
+Prepare = Callable[[Content, str], Awaitable[Draft]]
+"""Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""

@@ -11,8 +11,6 @@ from weightd._proto.v1 import daemon_pb2
 from weightd.errors import EventsLostError, InUseError, ServerError
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import (
-    Attached,
-    Detached,
     DeviceLost,
     DrainChanged,
     Event,
@@ -23,15 +21,17 @@ from weightd_daemon.core.events import (
     Named,
     Sealed,
 )
+from weightd_daemon.core.lease import Attached, Detached
 from weightd_daemon.wire import time_to, user_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
     from weightd_daemon.core.lease import Holder, Lease
     from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
 
 REMEMBERED = 1024
 """Events that are kept for who asks later."""

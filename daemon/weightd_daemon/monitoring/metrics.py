@@ -195,6 +195,9 @@ class _Books(Collector):
         leases.add_metric(["waiting"], waiting)
         yield leases
         yield _gauge("weightd_blobs", "Blobs.", books.blobs)
+        own = books.books
+        yield _gauge("weightd_books_bytes", "The daemon's own memory for its lists of tensors.", own.used_bytes)
+        yield _gauge("weightd_books_limit_bytes", "Bytes that may be used for them; 0 is no limit.", own.limit_bytes)
         yield _gauge("weightd_connections", "Connections on the handle socket.", len(statistics.connections))
         yield _gauge("weightd_draining", "1 while nothing new is lent or loaded.", statistics.drain.state != "serving")
         yield CounterMetricFamily(

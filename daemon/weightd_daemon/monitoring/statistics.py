@@ -62,7 +62,7 @@ class Statistics(NamedTuple):
             saved_bytes=logical - resident,
             saved_ratio=(logical - resident) / logical if logical else 0.0,
             checkpoints=len(store.checkpoints),
-            blobs=len(store.blobs()),
+            blobs=store.blobs.sealed,
             leases=len(store.leases.refresh()),
             digest_collisions=store.collisions,
             evictions=store.evictions,
@@ -72,4 +72,5 @@ class Statistics(NamedTuple):
                 problem=self.digests.problem,
                 failures=self.digests.failures,
             ),
+            books=daemon_pb2.Books(limit_bytes=store.books.limit, used_bytes=store.books.used),
         )

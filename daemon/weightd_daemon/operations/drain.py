@@ -1,4 +1,4 @@
-"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes."""
+"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes, the pool included."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class Drain:
         self._task.cancel()
         self._task = None
         self._store.leases.draining = False
+        for memory in self._store.memories.values():
+            memory.open_pool()
         log.info("the drain was taken back")
         self._on_event(DrainChanged("undrained"))
         self._resumed()
@@ -105,5 +107,7 @@ class Drain:
                 self.freed_bytes += self._store.remove(checkpoint, reason="drained")
                 self.checkpoints += 1
             await asyncio.sleep(0)  # the loop answers in between
+        for memory in self._store.memories.values():
+            memory.close_pool()  # nothing is loaded that could use it
         log.info(Line("drained", {"checkpoints": self.checkpoints, "bytes": self.freed_bytes}))
         self._on_event(DrainChanged("drained"))

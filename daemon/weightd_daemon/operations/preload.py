@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from weightd_daemon.config.preload_entry import Preload
-    from weightd_daemon.core.catalog import Catalog, Who
+    from weightd_daemon.core.catalog import Catalog
+    from weightd_daemon.core.who import Who
     from weightd_daemon.loads.loads import Loads
 
     from .model_roots import Opened

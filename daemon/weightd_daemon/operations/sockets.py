@@ -1,55 +1,185 @@
-"""The daemon's sockets: who has their path, the folder that they lie in, and how they are made."""
+"""The daemon's sockets: the folder that they lie in, how they are made, and whether they still are this daemon's."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import errno
 import fcntl
+import logging
 import os
 import socket
 import stat
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from weightd._transport.address import check_folder, handles_path, is_own
 from weightd.errors import PermissionDeniedError
 from weightd_daemon.config.toml_file import TemporaryError
 
+from .serving_lock import AlreadyServedError, ServingLock
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-_CHILD_END_SECONDS = 5.0
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 5.0
+"""Between two looks whether the sockets still are there."""
+
+_MOST_FAILURES = 12
+"""So many looks in a row that could not mend what was removed; then the daemon ends."""
+_PROBES = 10
+_PROBE_PAUSE_SECONDS = 0.1
+
+_Identity = tuple[int, int]
 
 
-class AlreadyServedError(Exception):
-    """The daemon cannot have its socket: another one has it, or it cannot be made."""
+class Control(Protocol):
+    """What serves calls: binds to a path, which must be free, and then serves there, too. Errors: OSError."""
+
+    def bind(self, path: Path) -> None: ...
+    async def serve(self) -> None: ...
+
+
+class Sockets:
+    """The control socket at a path, the handle socket beside it, and the locks that go with them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.lock = ServingLock(path)
+        self._folder = -1
+        self._mode = 0o600
+        self._control: Control
+        self._serve_handles: Callable[[socket.socket], None]
+        self._mine: dict[Path, _Identity] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def open(self, mode: int, control: Control, serve_handles: Callable[[socket.socket], None]) -> None:
+        """Make both sockets, of a mode, and serve at them. Errors: OSError."""
+        self._mode, self._control, self._serve_handles = mode, control, serve_handles
+        await self._open_control()
+        await self._open_handles()  # after it: a client connects to this one first, and may call as soon as it has
+
+    def change_mode(self, mode: int) -> None:
+        """Give both sockets another mode."""
+        self._mode = mode
+        for path in self._mine:
+            path.chmod(mode)
+
+    def watch(self, on_lost: Callable[[Exception], None]) -> None:
+        """Look every few seconds whether the sockets are there, and make those anew that were removed.
+
+        `on_lost` hears AlreadyServedError if another process has their place, and TemporaryError if they cannot be
+        made for a minute; then nobody looks any more.
+        """
+        self._watching = asyncio.get_running_loop().create_task(self._watch(on_lost))
+
+    async def stop_watching(self) -> None:
+        """Stop looking."""
+        if self._watching is not None:
+            self._watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watching
+
+    async def look(self) -> None:
+        """Look once, and mend what was removed. Errors: AlreadyServedError, OSError."""
+        if not self.lock.is_whole():
+            self._make_folder()
+            self.lock.renew()
+            log.warning("the lock of socket %s was removed; it is locked anew", self._path)
+        self.lock.touch()
+        missing = [path for path, mine in self._mine.items() if not _is_there(path, mine)]
+        for path in missing:
+            await (self._open_control() if path == self._path else self._open_handles())
+            log.warning("socket %s was removed; it is made anew", path)
+
+    async def _watch(self, on_lost: Callable[[Exception], None]) -> None:
+        failures = 0
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            try:
+                await self.look()
+                failures = 0
+            except AlreadyServedError as error:
+                return on_lost(error)
+            except OSError as error:  # want of descriptors, for example: that is no reason to end at once
+                failures += 1
+                if failures == _MOST_FAILURES:
+                    return on_lost(cannot_be_made(self._path, error))
+                log.warning("socket %s or its lock was removed and cannot be made: %s; trying again", self._path, error)
+
+    async def _open_control(self) -> None:
+        # gRPC removes what lies at the path that it bound to, when it begins and again when it ends, whosever that is.
+        # So it gets a path of its own, which is no longer than that of the handle socket; and nobody can connect before
+        # the mode is right.
+        made = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        with umask(0o177):
+            self._control.bind(made)
+        try:
+            await self._control.serve()
+            made.chmod(self._mode)
+            mine = _identity(made.lstat())
+            made.rename(self._path)
+        except BaseException:
+            made.unlink(missing_ok=True)
+            raise
+        self._mine[self._path] = mine
+
+    async def _open_handles(self) -> None:
+        path = handles_path(self._path)
+        self._serve_handles(listen(path, self._mode))
+        self._mine[path] = _identity(path.lstat())
+
+    def _take(self) -> None:
+        """Have the folder, the locks and a free place. Errors: AlreadyServedError, TemporaryError."""
+        try:
+            self._make_folder()
+            self.lock.take()
+            for path in (self._path, handles_path(self._path)):
+                _remove_stale(path)
+        except PermissionDeniedError as error:
+            raise AlreadyServedError(f"socket {self._path}: {error}") from error
+        except OSError as error:
+            raise TemporaryError.of(error, f"socket {self._path}") or AlreadyServedError(
+                f"socket {self._path}: cannot be made: {error.strerror}; choose another with --socket"
+            ) from error
+
+    def _give_up(self) -> None:
+        """Remove the sockets that still are this daemon's, and give the locks up."""
+        for path, mine in self._mine.items():
+            remove_own(path, mine)
+        self.lock.close()
+        if self._folder >= 0:
+            os.close(self._folder)
+
+    def _make_folder(self) -> None:
+        """Make the folder if it is missing, and lock the user's own in /tmp. Errors: PermissionDeniedError, OSError."""
+        if not is_own(self._path):
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return
+        folder = _own_folder(self._path)
+        if self._folder >= 0:
+            os.close(self._folder)
+        self._folder = folder
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold the lock of a socket path; loaders and holders inherit it. Errors: AlreadyServedError, TemporaryError."""
-    with contextlib.ExitStack() as stack:
-        try:
-            if is_own(path):
-                stack.callback(os.close, _own_folder(path))
-            else:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except PermissionDeniedError as error:
-            raise AlreadyServedError(f"socket {path}: {error}") from error
-        except OSError as error:
-            raise TemporaryError.of(error, f"socket {path}") or AlreadyServedError(
-                f"socket {path}: cannot be made: {error.strerror}; choose another with --socket"
-            ) from error
-        stack.callback(os.close, lock)
-        _take(lock, path)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()} {_namespace()}".encode(), 0)
-        for stale in (path, handles_path(path)):
-            _remove(stale)
-        yield lock
-        for stale in (path, handles_path(path)):
-            _remove(stale)
+def locked(path: Path) -> Iterator[Sockets]:
+    """Have a socket path until the end, when its sockets are removed. Errors: AlreadyServedError, TemporaryError."""
+    sockets = Sockets(path)
+    try:
+        sockets._take()
+        yield sockets
+    finally:
+        sockets._give_up()
+
+
+def cannot_be_made(path: Path, error: OSError) -> TemporaryError:
+    """The error for a socket that cannot be made now."""
+    what = f"socket {path}"
+    return TemporaryError.of(error, what) or TemporaryError(f"{what}: {error.strerror}")
 
 
 def listen(path: Path, mode: int) -> socket.socket:
@@ -77,6 +207,32 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(before)
 
 
+def identity(path: Path) -> _Identity:
+    """What tells the file at a path from others that may come to lie there. Errors: OSError."""
+    return _identity(path.lstat())
+
+
+def remove_own(path: Path, mine: _Identity) -> None:
+    """Remove a socket unless another lies there by now."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if identity(path) == mine:
+            path.unlink()
+
+
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino
+
+
+def _is_there(path: Path, mine: _Identity) -> bool:
+    """Whether a socket of ours is where it was made. Errors: AlreadyServedError (another is), OSError."""
+    try:
+        if identity(path) == mine:
+            return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    raise AlreadyServedError(f"socket {path}: another process has put its own in its place; this daemon ends")
+
+
 def _own_folder(path: Path) -> int:
     """Make the user's folder in /tmp, and lock it. Returns the descriptor that holds the lock.
 
@@ -95,45 +251,32 @@ def _own_folder(path: Path) -> int:
     return folder
 
 
-def _namespace() -> str:
-    """Our PID namespace; a process id means something only within one."""
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _take(lock: int, path: Path) -> None:
-    """Lock, waiting a little for the children of a daemon that has died: they hold its lock until they are gone."""
-    deadline = time.monotonic() + _CHILD_END_SECONDS
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder, _, namespace = os.pread(lock, 100, 0).decode(errors="replace").strip().partition(" ")
-            known = holder.isdigit() and namespace in ("", _namespace())
-            gone = known and not Path(f"/proc/{holder}").exists()
-            if (gone or not known) and time.monotonic() < deadline:
-                time.sleep(0.02)
-                continue
-            if gone:
-                raise AlreadyServedError(
-                    f"socket {path}: a process of the daemon that died (pid {holder}) does not end, "
-                    "it may hang in a read or in the driver; end it, or choose another socket with --socket"
-                ) from None
-            raise AlreadyServedError(
-                f"socket {path}: another daemon (pid {holder if known else 'unknown'}) serves it; "
-                "stop it, or choose another with --socket"
-            ) from None
-        return
-
-
-def _remove(path: Path) -> None:
+def _remove_stale(path: Path) -> None:
+    """Remove the socket that a daemon which died has left. Errors: AlreadyServedError (not that), OSError."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise AlreadyServedError(
                 f"{path} is there and is not a socket; move it away, or choose another with --socket"
             )
-        path.unlink()
     except FileNotFoundError:
-        pass
+        return
+    for _ in range(_PROBES):  # a process that is ending may give its lock up before its sockets
+        if not _is_listened(path):
+            break
+        time.sleep(_PROBE_PAUSE_SECONDS)
+    else:
+        raise AlreadyServedError(
+            f"socket {path}: a process listens there that does not have its lock: was the lock file removed? "
+            "Stop that process, or choose another with --socket"
+        )
+    path.unlink(missing_ok=True)
+
+
+def _is_listened(path: Path) -> bool:
+    """Whether somebody listens at a socket; also one that this process may not connect to counts."""
+    for kind in (socket.SOCK_STREAM, socket.SOCK_SEQPACKET):
+        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
+            code = probe.connect_ex(str(path))
+        if code != errno.EPROTOTYPE:
+            return code not in (errno.ECONNREFUSED, errno.ENOENT)
+    return True

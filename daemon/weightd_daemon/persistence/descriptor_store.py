@@ -1,9 +1,11 @@
 """What outlives the daemon: segments, manifests and the root record, kept in the service manager's descriptor store.
 
-Order is everything. Before a seal its segments are stored, then its manifest, then a barrier says that they are; in the
-step that makes the checkpoint visible the root record is written. An eviction goes the other way: the root record is
+Order is everything. Before a seal its segments are stored, then its manifest, then a barrier says that they are; before
+the seal is told, or leased to a client, the root record is written. An eviction goes the other way: the root record is
 written before a byte may be granted or punched, then the manifest leaves the store, and a segment before it is
 released. So whenever this process is killed, all that the root record names is stored, and lies where it says.
+
+The root record is written once in a step of the loop: at its end, or before the first thing that leaves the daemon.
 """
 
 from __future__ import annotations
@@ -12,22 +14,23 @@ import asyncio
 import logging
 import os
 import re
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from weightd_daemon.core.making_room import fit
-from weightd_daemon.handles.lease_locks import encode_manifest, make_manifest
+from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
+from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
+from .record_writer import RecordWriter
 from .restore import Left, restore
 from .root_record import Record, RootRecord, read_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+    from weightd_daemon.core.checkpoint import CheckpointKey, Content
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.handles.lease_locks import Manifests
@@ -43,22 +46,24 @@ _MOST_KEPT = 4096
 _LEASES_AHEAD = 4096
 """The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
 
-_MOST_FILES, _MOST_FILES_OF_ONE = 1 << 22, 1 << 16
-"""Characters of lists of files, in all and of one list, that the root record takes: whoever loads says how long they
-are. What is left out is read again when it is loaded the next time."""
-
 
 class Draft:
     """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, table: SegmentTable) -> None:
         self.descriptor = descriptor
+        self.table = table
         self.number: int | None = None
         self._on_discard: Callable[[], None] = lambda: None
 
     def keep_as(self, number: int, on_discard: Callable[[], None]) -> None:
         """It is on its way into the store."""
         self.number, self._on_discard = number, on_discard
+
+    @property
+    def size(self) -> int:
+        """Bytes of the manifest."""
+        return os.fstat(self.descriptor).st_size
 
     def take(self) -> int:
         """The descriptor, which is the caller's now."""
@@ -103,13 +108,12 @@ class Survival:
         self._manifests = manifests
         self._now = now
         self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
-        self._root: RootRecord | None = None
+        self._record = RecordWriter(store=store, catalog=catalog, devices=devices)
         self._ids = count(1)
-        self._last_id = 0
-        self._last_lease = 0
         self._stored: set[str] = set()
-        self._segments: dict[tuple[str, int], int] = {}
-        self._kept: dict[CheckpointKey, int] = {}
+        self._going: list[str] = []
+        """Names of manifests that leave the store when the root record says that they are gone."""
+        self._scheduled = False
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -122,27 +126,30 @@ class Survival:
             left.descriptors[name] = descriptor
         body = self._find_root()
         used = [int(match[1]) for name in left.descriptors if (match := re.fullmatch(r"\w{3}\.(\d{1,18})", name))]
-        self._last_id = max([left.number(body, "last_id"), *used])
-        self._ids = count(self._last_id + 1)
-        self._last_lease = left.number(body, "last_lease")
-        self._store.leases.begin_after(self._last_lease)
+        record = self._record
+        record.last_id = max([left.number(body, "last_id"), *used])
+        self._ids = count(record.last_id + 1)
+        record.last_lease = left.number(body, "last_lease")
+        self._store.leases.begin_after(record.last_lease)
         if body:
-            self._segments, self._kept = restore(
+            record.segments, record.kept = restore(
                 body, left, store=self._store, catalog=self._catalog, devices=self._devices,
-                manifests=self._manifests, last_lease=self._last_lease, now=self._now(),
+                manifests=self._manifests, last_lease=record.last_lease, now=self._now(),
             )  # fmt: skip
-        self._stored = {*map(_segment_name, self._segments.values()), *map(_manifest_name, self._kept.values()), ROOT}
+        kept = *map(_segment_name, record.segments.values()), *map(_manifest_name, record.kept.values())
+        self._stored = {*kept, ROOT}
         await self._begin_root()
         self.flip()
         self._let_go(left)
         for uuid in self._devices:
-            excess = fit(self._store, uuid)
+            excess = self._store.fit(uuid)
             if excess:
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
+        self.flip()
         if self._given:
             counts = {
-                "checkpoints": len(self._kept),
-                "segments": len(self._segments),
+                "checkpoints": len(record.kept),
+                "segments": len(record.segments),
                 "leases": len(self._store.leases),
             }
             log.info(Line("taken up", counts))
@@ -165,23 +172,26 @@ class Survival:
         for descriptor in found.keys() - {chosen}:
             os.close(descriptor)
             log.warning("a root record is left: another is newer")
-        self._root = RootRecord(chosen, found[chosen].sequence)
+        self._record.root = RootRecord(chosen, found[chosen].sequence)
         return {**found[chosen].body, "schema": found[chosen].schema}
 
     async def _begin_root(self) -> None:
         """Have a root record kept, unless there is one, or nobody to keep it."""
-        if self._root is not None or not self._manager.listens:
+        if self._record.root is not None or not self._manager.listens:
             return
         root = RootRecord.create()
         try:
             self._manager.drop(ROOT)
-            self._manager.keep(ROOT, root.descriptor)
+            refused: list[str] = []
+            self._manager.keep(ROOT, root.descriptor, partial(refused.append, ROOT))
             await self._manager.barrier(_BARRIER_SECONDS)
+            if refused:
+                raise OSError("it does not read")
         except (OSError, TimeoutError) as error:
             root.close()
             log.warning("nothing outlives this daemon: the service manager takes no descriptors: %s", error)
         else:
-            self._root = root
+            self._record.root = root
 
     def _let_go(self, left: Left) -> None:
         """What was not taken up leaves the store, and its memory the machine."""
@@ -201,8 +211,10 @@ class Survival:
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
-        draft = Draft(make_manifest(await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)))
-        if self._root is None or not self._manager.listens or not device.lasting:
+        encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
+        table = await asyncio.to_thread(SegmentTable.of, content)
+        draft = Draft(make_manifest(encoded), table)
+        if self._record.root is None or not self._manager.listens or not device.lasting:
             return draft
         try:
             await self._keep(draft, device, content.segments)
@@ -217,72 +229,99 @@ class Survival:
         return draft
 
     async def _keep(self, draft: Draft, device: Device, segments: list[int]) -> None:
-        fresh = [segment for segment in segments if (device.uuid, segment) not in self._segments]
+        fresh = [segment for segment in segments if (device.uuid, segment) not in self._record.segments]
         if len(self._stored) + len(fresh) + 1 > self._most:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
         for segment in fresh:
             handle = device.writable(segment)
             assert isinstance(handle, int)  # a lasting segment is a descriptor
             number = self._next()
-            self._manager.keep(_segment_name(number), handle)
+            place = device.uuid, segment
+            self._record.segments[place] = number
+            give_up = partial(self._record.segments.pop, place, None)
+            try:
+                self._manager.keep(_segment_name(number), handle, give_up)
+            except OSError:
+                give_up()
+                raise
             self._stored.add(_segment_name(number))
-            self._segments[device.uuid, segment] = number
         name = _manifest_name(self._next())
-        draft.keep_as(self._last_id, lambda: self._drop(name))
+        draft.keep_as(self._record.last_id, lambda: self._drop(name))
         self._stored.add(name)
-        self._manager.keep(name, draft.descriptor)
+        refused: list[str] = []
+        self._manager.keep(name, draft.descriptor, partial(refused.append, name))
         await self._manager.barrier(_BARRIER_SECONDS)
+        if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
+            raise OSError("the service manager did not take all that was to be kept")
 
     def sealed(self, key: CheckpointKey, draft: object) -> None:
-        """A checkpoint is about to be there. When the step is over that makes it visible, `flip` must have been."""
+        """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take())
+        self._manifests.add(key, draft.take(), draft.table)
         if draft.number is not None:
-            self._kept[key] = draft.number
+            self._record.kept[key] = draft.number
+        self._store.changed.add(key)
+        self.changed()
 
     def evicted(self, key: CheckpointKey) -> None:
-        """A checkpoint is gone. Its bytes may be used again as soon as this has returned."""
-        number = self._kept.pop(key, None)
-        self.flip()
+        """Note that a checkpoint is gone. `flip` must be called before its bytes are used again."""
+        number = self._record.kept.pop(key, None)
         if number is not None:
-            self._drop(_manifest_name(number))
+            self._going.append(_manifest_name(number))
+        self._store.changed.add(key)
+        self.changed()
 
     def released(self, uuid: str, segment: int) -> None:
-        """A segment is about to be released; on any thread."""
-        number = self._segments.pop((uuid, segment), None)
+        """Have a segment that is about to be released leave the store; on any thread."""
+        number = self._record.segments.pop((uuid, segment), None)
         if number is not None:
             self._drop(_segment_name(number))
 
     def reserve(self, lease: int) -> None:
-        """The lock of a lease is about to be put on a manifest: the next daemon must look for it."""
-        if lease > self._last_lease:
-            self._last_lease = lease + _LEASES_AHEAD
-            self.flip()
+        """Have everything written before the lock of a lease is put on a manifest: the next daemon looks for it."""
+        if lease > self._record.last_lease:
+            self._record.last_lease = lease + _LEASES_AHEAD
+        self.flip()
 
-    def flip(self) -> None:
-        """Write the root record anew, in one step: what it says holds from now on."""
-        if self._root is None:
+    def changed(self) -> None:
+        """Note that the books have changed: the root record is written at the end of this step of the loop.
+
+        That is before anything runs that this step has woken. Where something leaves the daemon earlier, such as the
+        answer to a call, or memory that was freed, `flip` is called before it.
+        """
+        if self._scheduled:
             return
         try:
-            self._root.write(self._body())
-        except OSError as error:
-            log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
-        except Exception:  # the books have changed all the same: what was written last may be untrue from now on
-            self._root.clear()
-            log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # before and after it runs `begin` and `close` write
+            return
+        loop.call_soon(self._on_step)
+        self._scheduled = True
+
+    def flip(self, *, uses: bool = False) -> None:
+        """Write what has changed to the root record, if anything has: it holds from now on. For `uses` see there."""
+        self._record.write(uses=uses)
+        if self._going:
+            going, self._going = self._going, []
+            for name in going:
+                self._drop(name)
 
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
-        self.flip()
-        if self._root is not None:
-            self._root.close()
-            self._root = None
+        self.flip(uses=True)
+        if self._record.root is not None:
+            self._record.root.close()
+            self._record.root = None
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _next(self) -> int:
-        self._last_id = next(self._ids)
-        return self._last_id
+        self._record.last_id = next(self._ids)
+        return self._record.last_id
+
+    def _on_step(self) -> None:
+        self._scheduled = False
+        self.flip()
 
     def _drop(self, name: str) -> None:
         """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
@@ -291,71 +330,6 @@ class Survival:
             self._manager.drop(name)
         except OSError as error:
             log.warning("the service manager does not let go of %r: %s", name, error)
-
-    def _body(self) -> dict[str, Any]:
-        """What the books say, as JSON."""
-        kept, others, room = [], set(), _Room()
-        for checkpoint in self._store.checkpoints.values():
-            if checkpoint.key in self._kept:
-                kept.append(checkpoint)
-            else:
-                others |= {(checkpoint.key.device, segment) for segment in checkpoint.segments}
-        needed = {(checkpoint.key.device, segment) for checkpoint in kept for segment in checkpoint.segments}
-        return {
-            "last_id": self._last_id,
-            "last_lease": self._last_lease,
-            "segments": [self._segment(*where, frozen=where in others) for where in sorted(needed)],
-            "checkpoints": [self._checkpoint(checkpoint, room) for checkpoint in kept],
-            "names": [
-                {"domain": domain, "name": name, "content": tag.content_digest, "owner": tag.owner}
-                for (domain, name), tag in self._catalog.tags.items()
-            ],
-        }
-
-    def _segment(self, uuid: str, segment: int, *, frozen: bool) -> dict[str, Any]:
-        memory = self._store.memories[uuid]
-        return {
-            "id": self._segments[uuid, segment],
-            "device": uuid,
-            "kind": self._devices[uuid].kind,
-            "domain": memory.domain_of(segment),
-            "size": memory.size(segment),
-            # Bytes of a checkpoint that is not kept, whose clients read on: the next daemon must not touch them.
-            "frozen": frozen or memory.is_frozen(segment),
-        }
-
-    def _checkpoint(self, checkpoint: Checkpoint, room: _Room) -> dict[str, Any]:
-        key = checkpoint.key
-        return {
-            "device": key.device,
-            "domain": key.domain,
-            "content": key.content_digest,
-            "manifest": self._kept[key],
-            "segments": [self._segments[key.device, segment] for segment in checkpoint.segments],
-            "owner": checkpoint.owner,
-            "loaded": checkpoint.loaded,
-            "last_used": checkpoint.last_used,
-            "used": checkpoint.used,
-            "pins": list(checkpoint.pins),
-            "reference": checkpoint.reference,
-            "origin": checkpoint.origin if room.takes(checkpoint.origin) else (),
-            "sources": [files for files in checkpoint.sources if room.takes(files)],
-        }
-
-
-class _Room:
-    """How much room for lists of files one root record has left."""
-
-    def __init__(self) -> None:
-        self._left = _MOST_FILES
-
-    def takes(self, files: tuple[SourceFile, ...]) -> bool:
-        """Whether a list has room, which then is taken."""
-        size = sum(100 + len(file.component) + len(file.file) for file in files)
-        if size > min(self._left, _MOST_FILES_OF_ONE):
-            return False
-        self._left -= size
-        return True
 
 
 def _segment_name(number: int) -> str:

@@ -2,12 +2,16 @@
 
 An entry names blob *instances*: it saves reading only while these very blobs are resident. It is kept by file identity
 and used only for files whose identity can be trusted (loader/source.py). A damaged index is renamed and begun anew.
+
+Nothing of it is mapped: a mapping of a file that is cut ends the process. So it has a rollback journal instead of a log
+with an index in shared memory, and each row has a checksum, for a wrong row could make a tensor another's.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import secrets
@@ -15,7 +19,7 @@ import sqlite3
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from weightd_daemon.loads.instances import Instance
 
@@ -29,6 +33,10 @@ T = TypeVar("T")
 
 FILE_NAME = "digests-v1.sqlite3"
 _ROW = struct.Struct("<QQ16sIQ")
+_CHECKSUM_BYTES = 16
+_HEADER = struct.Struct(">16sHBB")
+"""How sqlite's file begins: its name, the page size, and how it is written and read."""
+_ROLLBACK = 1
 _MAX_FILES = 20_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -80,20 +88,17 @@ class DigestIndex:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _get(self, identity: FileIdentity) -> list[Instance]:
-        row = self._execute(
+        rows = self._execute(
             "SELECT instances FROM files WHERE epoch = ? AND device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
             "AND ctime_ns = ?",
             (self._epoch, *_signed(identity)),
         )
-        self.failures += row is None
-        packed = row[0][0] if row else b""
-        if len(packed) % _ROW.size:
-            return []  # a damaged row: what cannot be read is not known
-        return [Instance(*fields) for fields in _ROW.iter_unpack(packed)]
+        self.failures += rows is None
+        return _unpack(rows[0][0], self._epoch, identity) if rows else []
 
     def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
         self._clock += 1
-        packed = b"".join(_ROW.pack(*instance) for instance in instances)
+        packed = _pack(instances, self._epoch, identity)
         if self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True) is None:
             self.failures += 1
         elif self._clock % 100 == 0:
@@ -142,19 +147,23 @@ class DigestIndex:
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))  # of why not, sqlite says less
             self._database = sqlite3.connect(self.path, timeout=2.0, check_same_thread=False)
             os.chmod(self.path, 0o600)
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = NORMAL")
+            # Exclusively until it has another journal: an index of weightd 0.1 would map its log's index.
+            for pragma in ("mmap_size = 0", "locking_mode = EXCLUSIVE", "journal_mode = TRUNCATE",
+                           "locking_mode = NORMAL", "synchronous = OFF"):  # fmt: skip
+                self._database.execute(f"PRAGMA {pragma}").fetchall()
             self._database.execute(_SCHEMA)
             self._database.execute(_BY_USE)
         return self._database
 
     def _set_aside(self, error: sqlite3.DatabaseError | OSError) -> None:
         self._close()
-        if isinstance(error, sqlite3.OperationalError | OSError):
+        # What we ask is always right, so an SQLITE_ERROR is of the file, too: a format or a table that is not ours.
+        strange = getattr(error, "sqlite_errorname", "") == "SQLITE_ERROR"
+        if isinstance(error, sqlite3.OperationalError | OSError) and not strange:
             return
         damaged = self.path.with_name(f"{FILE_NAME}.damaged")
         with contextlib.suppress(OSError):  # then it stays, and cannot be used
-            for suffix in ("-wal", "-shm"):
+            for suffix in ("-journal", "-wal", "-shm"):
                 Path(f"{self.path}{suffix}").unlink(missing_ok=True)
             self.path.replace(damaged)
             log.warning("digest index is damaged (%s); it is now %s, and begun anew", error, damaged)
@@ -170,42 +179,53 @@ def known_digests(folder: Path, files: Iterable[FileIdentity]) -> dict[FileIdent
 
     Of any epoch: what the bytes of an unchanged file are does not depend on which blobs held them. For readers beside
     the daemon: changes and makes nothing, does not wait, and whatever is wrong with the index, it then knows nothing.
+    An index of weightd 0.1 is left to its daemon, or to the next one, which gives it another journal.
     """
     path = folder / FILE_NAME
-    query = "SELECT instances FROM files WHERE device = ? AND inode = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ?"
+    query = (
+        "SELECT epoch, instances FROM files WHERE device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
+        "AND ctime_ns = ?"
+    )
     found: dict[FileIdentity, dict[tuple[int, int], bytes]] = {}
     try:
-        before = _on_disk(path)
-        if before.log != before.shared:
-            return {}  # its owner was cut off, and has to mend it
-        # Where no daemon has it open, even a reader would make these two files, unless it is told that nothing changes.
-        options = "mode=ro" if before.log else "mode=ro&immutable=1"
-        uri = f"{path.absolute().as_uri()}?{options}"
+        with path.open("rb") as file:
+            *_, written, read = _HEADER.unpack(file.read(_HEADER.size).ljust(_HEADER.size, b"\0"))
+        if (written, read) != (_ROLLBACK, _ROLLBACK) or os.path.exists(f"{path}-wal"):
+            return {}
+        # With a journal in it, the owner is in the midst of a change, or was cut off: sqlite refuses to read then.
+        uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=0)) as database:
+            database.execute("PRAGMA mmap_size = 0")
             for identity in files:
-                for (packed,) in database.execute(query, _signed(identity)):
-                    if isinstance(packed, bytes) and len(packed) % _ROW.size == 0:
-                        instances = map(Instance._make, _ROW.iter_unpack(packed))
+                for epoch, packed in database.execute(query, _signed(identity)):
+                    instances = _unpack(packed, epoch, identity)
+                    if instances:
                         found[identity] = {(each.offset, each.length): each.digest for each in instances}
-        return found if before.log or _on_disk(path) == before else {}
+        return found
     except (sqlite3.Error, OSError):
         return {}
 
 
-class _OnDisk(NamedTuple):
-    """The state of an index: whether sqlite's two files are beside it, as long as it is open, and when it changed."""
-
-    log: bool
-    shared: bool
-    inode: int
-    size: int
-    mtime_ns: int
+def _pack(instances: Sequence[Instance], epoch: str, identity: FileIdentity) -> bytes:
+    """A row: the instances, and a checksum over them and what they are of."""
+    packed = b"".join(_ROW.pack(*instance) for instance in instances)
+    return packed + _checksum(packed, epoch, identity)
 
 
-def _on_disk(path: Path) -> _OnDisk:
-    log, shared = (os.path.exists(f"{path}{suffix}") for suffix in ("-wal", "-shm"))
-    status = path.stat()
-    return _OnDisk(log, shared, status.st_ino, status.st_size, status.st_mtime_ns)
+def _unpack(row: object, epoch: object, identity: FileIdentity) -> list[Instance]:
+    """The instances of a row; none of one that is damaged, or was written by weightd 0.1."""
+    if not isinstance(row, bytes) or len(row) % _ROW.size != _CHECKSUM_BYTES:
+        return []
+    packed = row[:-_CHECKSUM_BYTES]
+    if row[-_CHECKSUM_BYTES:] != _checksum(packed, epoch, identity):
+        return []
+    return [Instance(*fields) for fields in _ROW.iter_unpack(packed)]
+
+
+def _checksum(packed: bytes, epoch: object, identity: FileIdentity) -> bytes:
+    hasher = hashlib.blake2b(f"{epoch} {tuple(identity)} ".encode(), digest_size=_CHECKSUM_BYTES)
+    hasher.update(packed)
+    return hasher.digest()
 
 
 def _signed(identity: FileIdentity) -> tuple[int, ...]:

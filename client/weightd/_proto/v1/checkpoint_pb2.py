@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd/_proto/v1/checkpoint.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"e\n\x0c\x46ileIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\r\n\x05inode\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x03\x12\x10\n\x08\x63time_ns\x18\x05 \x01(\x03\"k\n\nSourceFile\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12*\n\x08identity\x18\x03 \x01(\x0b\x32\x18.weightd.v1.FileIdentity\x12\x10\n\x08is_index\x18\x04 \x01(\x08\"\xed\x01\n\x0bLoadRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\x12\'\n\x07sources\x18\x02 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0fname_is_default\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pin\x18\x06 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x08\x12\x0e\n\x06verify\x18\x08 \x01(\x08\x12\x11\n\treference\x18\t \x01(\t\x12\x13\n\x0bgroup_sizes\x18\n \x03(\r\x12\x15\n\rgroup_tensors\x18\x0b \x03(\r\"\x92\x01\n\tLoadEvent\x12$\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x0b\x32\x14.weightd.v1.LoadFeedH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.weightd.v1.LoadProgressH\x00\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x16.weightd.v1.LoadResultH\x00\x42\x07\n\x05\x65vent\"\n\n\x08LoadFeed\"\xbf\x01\n\x0cLoadProgress\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.weightd.v1.LoadProgress.Phase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"W\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_OPENING\x10\x01\x12\x11\n\rPHASE_HASHING\x10\x02\x12\x11\n\rPHASE_COPYING\x10\x03\"\xb0\x02\n\nLoadResult\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cunique_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x03\x12\x12\n\nread_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x0f\n\x07\x65victed\x18\n \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x0b \x01(\x03\x12$\n\x05order\x18\x0e \x01(\x0e\x32\x15.weightd.v1.LoadOrder\x12\x0e\n\x06groups\x18\x0f \x01(\r\x12\x16\n\x0eignored_groups\x18\x10 \x03(\t\"\xfb\x02\n\nCheckpoint\x12\r\n\x05names\x18\x01 \x03(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07tensors\x18\x04 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x03\x12\x17\n\x0f\x65xclusive_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05state\x18\x0c \x01(\x0e\x32\x1b.weightd.v1.CheckpointState\x12\x16\n\towner_uid\x18\r \x01(\rH\x00\x88\x01\x01\x12\r\n\x05owner\x18\x0e \x01(\tB\x0c\n\n_owner_uid\"\x18\n\x16ListCheckpointsRequest\"F\n\x17ListCheckpointsResponse\x12+\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.weightd.v1.Checkpoint\"9\n\x14GetCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"U\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x03\"\xd8\x01\n\x15GetCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\x12)\n\ncomponents\x18\x02 \x03(\x0b\x32\x15.weightd.v1.Component\x12\x10\n\x08segments\x18\x03 \x01(\x03\x12\'\n\x07sources\x18\x04 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0c\n\x04note\x18\x06 \x01(\t\x12\x11\n\treference\x18\x07 \x01(\t\"9\n\x14PinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"C\n\x15PinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\";\n\x16UnpinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"E\n\x17UnpinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\"<\n\x17RemoveCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"/\n\x18RemoveCheckpointResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"<\n\x17VerifyCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"_\n\x0bVerifyEvent\x12\x12\n\ndone_blobs\x18\x01 \x01(\x03\x12\x13\n\x0btotal_blobs\x18\x02 \x01(\x03\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03*q\n\tLoadOrder\x12\x1a\n\x16LOAD_ORDER_UNSPECIFIED\x10\x00\x12\x18\n\x14LOAD_ORDER_REQUESTED\x10\x01\x12\x15\n\x11LOAD_ORDER_JOINED\x10\x02\x12\x17\n\x13LOAD_ORDER_RESIDENT\x10\x03*\x8b\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43HECKPOINT_STATE_LOADING\x10\x01\x12\x1d\n\x19\x43HECKPOINT_STATE_RESIDENT\x10\x02\x12\x19\n\x15\x43HECKPOINT_STATE_LOST\x10\x03\x32\xa7\x04\n\x11\x43heckpointService\x12\x38\n\x04Load\x12\x17.weightd.v1.LoadRequest\x1a\x15.weightd.v1.LoadEvent0\x01\x12O\n\x04List\x12\".weightd.v1.ListCheckpointsRequest\x1a#.weightd.v1.ListCheckpointsResponse\x12J\n\x03Get\x12 .weightd.v1.GetCheckpointRequest\x1a!.weightd.v1.GetCheckpointResponse\x12J\n\x03Pin\x12 .weightd.v1.PinCheckpointRequest\x1a!.weightd.v1.PinCheckpointResponse\x12P\n\x05Unpin\x12\".weightd.v1.UnpinCheckpointRequest\x1a#.weightd.v1.UnpinCheckpointResponse\x12S\n\x06Remove\x12#.weightd.v1.RemoveCheckpointRequest\x1a$.weightd.v1.RemoveCheckpointResponse\x12H\n\x06Verify\x12#.weightd.v1.VerifyCheckpointRequest\x1a\x17.weightd.v1.VerifyEvent0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd/_proto/v1/checkpoint.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"e\n\x0c\x46ileIdentity\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x04\x12\r\n\x05inode\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08mtime_ns\x18\x04 \x01(\x03\x12\x10\n\x08\x63time_ns\x18\x05 \x01(\x03\"k\n\nSourceFile\x12\x11\n\tcomponent\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12*\n\x08identity\x18\x03 \x01(\x0b\x32\x18.weightd.v1.FileIdentity\x12\x10\n\x08is_index\x18\x04 \x01(\x08\"\xed\x01\n\x0bLoadRequest\x12\x10\n\x08offer_id\x18\x01 \x01(\x04\x12\'\n\x07sources\x18\x02 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x17\n\x0fname_is_default\x18\x04 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x0b\n\x03pin\x18\x06 \x01(\x08\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x08\x12\x0e\n\x06verify\x18\x08 \x01(\x08\x12\x11\n\treference\x18\t \x01(\t\x12\x13\n\x0bgroup_sizes\x18\n \x03(\r\x12\x15\n\rgroup_tensors\x18\x0b \x03(\r\"\x92\x01\n\tLoadEvent\x12$\n\x04\x66\x65\x65\x64\x18\x01 \x01(\x0b\x32\x14.weightd.v1.LoadFeedH\x00\x12,\n\x08progress\x18\x02 \x01(\x0b\x32\x18.weightd.v1.LoadProgressH\x00\x12(\n\x06result\x18\x03 \x01(\x0b\x32\x16.weightd.v1.LoadResultH\x00\x42\x07\n\x05\x65vent\"\n\n\x08LoadFeed\"\xbf\x01\n\x0cLoadProgress\x12-\n\x05phase\x18\x01 \x01(\x0e\x32\x1e.weightd.v1.LoadProgress.Phase\x12\x12\n\ndone_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\"W\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x11\n\rPHASE_OPENING\x10\x01\x12\x11\n\rPHASE_HASHING\x10\x02\x12\x11\n\rPHASE_COPYING\x10\x03\"\xb0\x02\n\nLoadResult\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0f\n\x07tensors\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x14\n\x0cunique_bytes\x18\x05 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x06 \x01(\x03\x12\x12\n\nread_bytes\x18\x07 \x01(\x03\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65vice\x18\t \x01(\t\x12\x0f\n\x07\x65victed\x18\n \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x0b \x01(\x03\x12$\n\x05order\x18\x0e \x01(\x0e\x32\x15.weightd.v1.LoadOrder\x12\x0e\n\x06groups\x18\x0f \x01(\r\x12\x16\n\x0eignored_groups\x18\x10 \x03(\t\"\xfb\x02\n\nCheckpoint\x12\r\n\x05names\x18\x01 \x03(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07tensors\x18\x04 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x03\x12\x17\n\x0f\x65xclusive_bytes\x18\x06 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12-\n\tload_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rlast_use_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\x05state\x18\x0c \x01(\x0e\x32\x1b.weightd.v1.CheckpointState\x12\x16\n\towner_uid\x18\r \x01(\rH\x00\x88\x01\x01\x12\r\n\x05owner\x18\x0e \x01(\tB\x0c\n\n_owner_uid\"\'\n\x16ListCheckpointsRequest\x12\r\n\x05names\x18\x01 \x01(\x08\"\xa1\x01\n\x04Name\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontent_digest\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.weightd.v1.CheckpointState\x12\x16\n\towner_uid\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05owner\x18\x05 \x01(\t\x12\x12\n\nis_default\x18\x06 \x01(\x08\x42\x0c\n\n_owner_uid\"g\n\x17ListCheckpointsResponse\x12+\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x16.weightd.v1.Checkpoint\x12\x1f\n\x05names\x18\x02 \x03(\x0b\x32\x10.weightd.v1.Name\"9\n\x14GetCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"U\n\tComponent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07tensors\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x14\n\x0cshared_bytes\x18\x04 \x01(\x03\"\xd8\x01\n\x15GetCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\x12)\n\ncomponents\x18\x02 \x03(\x0b\x32\x15.weightd.v1.Component\x12\x10\n\x08segments\x18\x03 \x01(\x03\x12\'\n\x07sources\x18\x04 \x03(\x0b\x32\x16.weightd.v1.SourceFile\x12\x0c\n\x04kind\x18\x05 \x01(\t\x12\x0c\n\x04note\x18\x06 \x01(\t\x12\x11\n\treference\x18\x07 \x01(\t\"9\n\x14PinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"C\n\x15PinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\";\n\x16UnpinCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"E\n\x17UnpinCheckpointResponse\x12*\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x16.weightd.v1.Checkpoint\"<\n\x17RemoveCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"/\n\x18RemoveCheckpointResponse\x12\x13\n\x0b\x66reed_bytes\x18\x01 \x01(\x03\"<\n\x17VerifyCheckpointRequest\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\"_\n\x0bVerifyEvent\x12\x12\n\ndone_blobs\x18\x01 \x01(\x03\x12\x13\n\x0btotal_blobs\x18\x02 \x01(\x03\x12\x12\n\ndone_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03*q\n\tLoadOrder\x12\x1a\n\x16LOAD_ORDER_UNSPECIFIED\x10\x00\x12\x18\n\x14LOAD_ORDER_REQUESTED\x10\x01\x12\x15\n\x11LOAD_ORDER_JOINED\x10\x02\x12\x17\n\x13LOAD_ORDER_RESIDENT\x10\x03*\xa9\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43HECKPOINT_STATE_LOADING\x10\x01\x12\x1d\n\x19\x43HECKPOINT_STATE_RESIDENT\x10\x02\x12\x19\n\x15\x43HECKPOINT_STATE_LOST\x10\x03\x12\x1c\n\x18\x43HECKPOINT_STATE_EVICTED\x10\x04\x32\xa7\x04\n\x11\x43heckpointService\x12\x38\n\x04Load\x12\x17.weightd.v1.LoadRequest\x1a\x15.weightd.v1.LoadEvent0\x01\x12O\n\x04List\x12\".weightd.v1.ListCheckpointsRequest\x1a#.weightd.v1.ListCheckpointsResponse\x12J\n\x03Get\x12 .weightd.v1.GetCheckpointRequest\x1a!.weightd.v1.GetCheckpointResponse\x12J\n\x03Pin\x12 .weightd.v1.PinCheckpointRequest\x1a!.weightd.v1.PinCheckpointResponse\x12P\n\x05Unpin\x12\".weightd.v1.UnpinCheckpointRequest\x1a#.weightd.v1.UnpinCheckpointResponse\x12S\n\x06Remove\x12#.weightd.v1.RemoveCheckpointRequest\x1a$.weightd.v1.RemoveCheckpointResponse\x12H\n\x06Verify\x12#.weightd.v1.VerifyCheckpointRequest\x1a\x17.weightd.v1.VerifyEvent0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weightd._proto.v1.checkpoint_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOADORDER']._serialized_start=2572
-  _globals['_LOADORDER']._serialized_end=2685
-  _globals['_CHECKPOINTSTATE']._serialized_start=2688
-  _globals['_CHECKPOINTSTATE']._serialized_end=2827
+  _globals['_LOADORDER']._serialized_start=2784
+  _globals['_LOADORDER']._serialized_end=2897
+  _globals['_CHECKPOINTSTATE']._serialized_start=2900
+  _globals['_CHECKPOINTSTATE']._serialized_end=3069
   _globals['_FILEIDENTITY']._serialized_start=83
   _globals['_FILEIDENTITY']._serialized_end=184
   _globals['_SOURCEFILE']._serialized_start=186
@@ -55,31 +55,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINT']._serialized_start=1198
   _globals['_CHECKPOINT']._serialized_end=1577
   _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=1579
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1603
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1605
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1675
-  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1677
-  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1734
-  _globals['_COMPONENT']._serialized_start=1736
-  _globals['_COMPONENT']._serialized_end=1821
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=1824
-  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=2040
-  _globals['_PINCHECKPOINTREQUEST']._serialized_start=2042
-  _globals['_PINCHECKPOINTREQUEST']._serialized_end=2099
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=2101
-  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=2168
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=2170
-  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=2229
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=2231
-  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=2300
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=2302
-  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=2362
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=2364
-  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=2411
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2413
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2473
-  _globals['_VERIFYEVENT']._serialized_start=2475
-  _globals['_VERIFYEVENT']._serialized_end=2570
-  _globals['_CHECKPOINTSERVICE']._serialized_start=2830
-  _globals['_CHECKPOINTSERVICE']._serialized_end=3381
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=1618
+  _globals['_NAME']._serialized_start=1621
+  _globals['_NAME']._serialized_end=1782
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=1784
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=1887
+  _globals['_GETCHECKPOINTREQUEST']._serialized_start=1889
+  _globals['_GETCHECKPOINTREQUEST']._serialized_end=1946
+  _globals['_COMPONENT']._serialized_start=1948
+  _globals['_COMPONENT']._serialized_end=2033
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_start=2036
+  _globals['_GETCHECKPOINTRESPONSE']._serialized_end=2252
+  _globals['_PINCHECKPOINTREQUEST']._serialized_start=2254
+  _globals['_PINCHECKPOINTREQUEST']._serialized_end=2311
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_start=2313
+  _globals['_PINCHECKPOINTRESPONSE']._serialized_end=2380
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_start=2382
+  _globals['_UNPINCHECKPOINTREQUEST']._serialized_end=2441
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_start=2443
+  _globals['_UNPINCHECKPOINTRESPONSE']._serialized_end=2512
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_start=2514
+  _globals['_REMOVECHECKPOINTREQUEST']._serialized_end=2574
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_start=2576
+  _globals['_REMOVECHECKPOINTRESPONSE']._serialized_end=2623
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=2625
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=2685
+  _globals['_VERIFYEVENT']._serialized_start=2687
+  _globals['_VERIFYEVENT']._serialized_end=2782
+  _globals['_CHECKPOINTSERVICE']._serialized_start=3072
+  _globals['_CHECKPOINTSERVICE']._serialized_end=3623
 # @@protoc_insertion_point(module_scope)

@@ -20,6 +20,7 @@ class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKPOINT_STATE_LOADING: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_RESIDENT: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOST: _ClassVar[CheckpointState]
+    CHECKPOINT_STATE_EVICTED: _ClassVar[CheckpointState]
 LOAD_ORDER_UNSPECIFIED: LoadOrder
 LOAD_ORDER_REQUESTED: LoadOrder
 LOAD_ORDER_JOINED: LoadOrder
@@ -28,6 +29,7 @@ CHECKPOINT_STATE_UNSPECIFIED: CheckpointState
 CHECKPOINT_STATE_LOADING: CheckpointState
 CHECKPOINT_STATE_RESIDENT: CheckpointState
 CHECKPOINT_STATE_LOST: CheckpointState
+CHECKPOINT_STATE_EVICTED: CheckpointState
 
 class FileIdentity(_message.Message):
     __slots__ = ("device", "inode", "size_bytes", "mtime_ns", "ctime_ns")
@@ -180,14 +182,34 @@ class Checkpoint(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., content_digest: _Optional[str] = ..., device: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., exclusive_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., pinned: bool = ..., load_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_use_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., owner_uid: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("names",)
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    names: bool
+    def __init__(self, names: bool = ...) -> None: ...
+
+class Name(_message.Message):
+    __slots__ = ("name", "content_digest", "state", "owner_uid", "owner", "is_default")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    OWNER_UID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    content_digest: str
+    state: CheckpointState
+    owner_uid: int
+    owner: str
+    is_default: bool
+    def __init__(self, name: _Optional[str] = ..., content_digest: _Optional[str] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., owner_uid: _Optional[int] = ..., owner: _Optional[str] = ..., is_default: bool = ...) -> None: ...
 
 class ListCheckpointsResponse(_message.Message):
-    __slots__ = ("checkpoints",)
+    __slots__ = ("checkpoints", "names")
     CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     checkpoints: _containers.RepeatedCompositeFieldContainer[Checkpoint]
-    def __init__(self, checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ...) -> None: ...
+    names: _containers.RepeatedCompositeFieldContainer[Name]
+    def __init__(self, checkpoints: _Optional[_Iterable[_Union[Checkpoint, _Mapping]]] = ..., names: _Optional[_Iterable[_Union[Name, _Mapping]]] = ...) -> None: ...
 
 class GetCheckpointRequest(_message.Message):
     __slots__ = ("reference", "device")

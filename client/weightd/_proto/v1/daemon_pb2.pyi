@@ -95,7 +95,7 @@ class Device(_message.Message):
     def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index")
+    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index", "books")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class GetStatsResponse(_message.Message):
     EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_INDEX_FIELD_NUMBER: _ClassVar[int]
+    BOOKS_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedCompositeFieldContainer[Device]
     logical_bytes: int
     resident_bytes: int
@@ -120,7 +121,16 @@ class GetStatsResponse(_message.Message):
     evictions: int
     state: DaemonState
     digest_index: DigestIndex
-    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ..., digest_index: _Optional[_Union[DigestIndex, _Mapping]] = ...) -> None: ...
+    books: Books
+    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ..., digest_index: _Optional[_Union[DigestIndex, _Mapping]] = ..., books: _Optional[_Union[Books, _Mapping]] = ...) -> None: ...
+
+class Books(_message.Message):
+    __slots__ = ("limit_bytes", "used_bytes")
+    LIMIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    limit_bytes: int
+    used_bytes: int
+    def __init__(self, limit_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ...) -> None: ...
 
 class DigestIndex(_message.Message):
     __slots__ = ("path", "problem", "failures")

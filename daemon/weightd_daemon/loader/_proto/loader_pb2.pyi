@@ -18,7 +18,7 @@ USE_SLOT: Use
 USE_COPY: Use
 
 class ToDaemon(_message.Message):
-    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "received", "file", "tensors", "progress", "verified", "failed", "idle")
+    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "received", "file", "tensors", "progress", "verified", "failed", "idle", "counted")
     LAID_OUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     HASHED_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class ToDaemon(_message.Message):
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     laid_out: LaidOut
     sampled: Digests
     hashed: Hashed
@@ -49,10 +50,11 @@ class ToDaemon(_message.Message):
     verified: Verified
     failed: Failure
     idle: Idle
-    def __init__(self, laid_out: _Optional[_Union[LaidOut, _Mapping]] = ..., sampled: _Optional[_Union[Digests, _Mapping]] = ..., hashed: _Optional[_Union[Hashed, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., candidate: _Optional[_Union[Candidate, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., file: _Optional[_Union[File, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ...) -> None: ...
+    counted: Counted
+    def __init__(self, laid_out: _Optional[_Union[LaidOut, _Mapping]] = ..., sampled: _Optional[_Union[Digests, _Mapping]] = ..., hashed: _Optional[_Union[Hashed, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., candidate: _Optional[_Union[Candidate, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., file: _Optional[_Union[File, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
 
 class ToLoader(_message.Message):
-    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "failed", "load", "verify", "segments")
+    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "failed", "load", "verify", "counted", "segments")
     LAID_OUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     HASHED_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,7 @@ class ToLoader(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     laid_out: Known
     sampled: Verdict
@@ -76,8 +79,9 @@ class ToLoader(_message.Message):
     failed: Failure
     load: Load
     verify: Verify
+    counted: Admitted
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    def __init__(self, laid_out: _Optional[_Union[Known, _Mapping]] = ..., sampled: _Optional[_Union[Verdict, _Mapping]] = ..., hashed: _Optional[_Union[Matched, _Mapping]] = ..., grant: _Optional[_Union[Extent, _Mapping]] = ..., candidate: _Optional[_Union[Candidates, _Mapping]] = ..., settle: _Optional[_Union[Candidates, _Mapping]] = ..., share: _Optional[_Union[Shared, _Mapping]] = ..., finish: _Optional[_Union[Pairs, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., verify: _Optional[_Union[Verify, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+    def __init__(self, laid_out: _Optional[_Union[Known, _Mapping]] = ..., sampled: _Optional[_Union[Verdict, _Mapping]] = ..., hashed: _Optional[_Union[Matched, _Mapping]] = ..., grant: _Optional[_Union[Extent, _Mapping]] = ..., candidate: _Optional[_Union[Candidates, _Mapping]] = ..., settle: _Optional[_Union[Candidates, _Mapping]] = ..., share: _Optional[_Union[Shared, _Mapping]] = ..., finish: _Optional[_Union[Pairs, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., verify: _Optional[_Union[Verify, _Mapping]] = ..., counted: _Optional[_Union[Admitted, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("number", "size", "handle")
@@ -226,6 +230,20 @@ class Progress(_message.Message):
     done: int
     total: int
     def __init__(self, phase: _Optional[str] = ..., done: _Optional[int] = ..., total: _Optional[int] = ...) -> None: ...
+
+class Counted(_message.Message):
+    __slots__ = ("tensors", "name_bytes", "total_bytes")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    NAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    tensors: int
+    name_bytes: int
+    total_bytes: int
+    def __init__(self, tensors: _Optional[int] = ..., name_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ...) -> None: ...
+
+class Admitted(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class LaidOut(_message.Message):
     __slots__ = ("lanes", "groups", "ignored_groups")

@@ -1,4 +1,4 @@
-"""What an open load has: memory granted, blobs placed, blobs relied on, and what it knows of equal bytes."""
+"""What an open load knows of equal bytes: which blobs of one digest and length have been compared, and how."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from .arena import Extent
-    from .blob import Blob, BlobKey
-    from .lease import Holder
+    from .blob import Blob
 
 
 @dataclass(slots=True, eq=False)
@@ -67,36 +65,3 @@ class Alike:
     def add(self, blob: Blob) -> None:
         """The load has placed bytes that equal nothing known."""
         self._own.append(blob)
-
-
-@dataclass(slots=True, eq=False)
-class LoadBooks:
-    """The books of one load.
-
-    `by` asked for it, under a name that may be empty. `used` are the numbers of the blobs that its tensors have; `lost`
-    says why its device lost everything, if it did.
-    """
-
-    number: int
-    device: str
-    domain: str
-    owner: int | None
-    by: Holder | None = None
-    name: str = ""
-    lost: str = ""
-    granted: list[Extent] = field(default_factory=list)
-    placed: dict[int, Blob] = field(default_factory=dict)
-    held: dict[int, Blob] = field(default_factory=dict)
-    used: set[int] = field(default_factory=set)
-    alike: dict[BlobKey, Alike] = field(default_factory=dict)
-    twins: dict[int, Twins] = field(default_factory=dict)
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """Device and sharing domain."""
-        return self.device, self.domain
-
-    @property
-    def in_flight(self) -> int:
-        """Bytes granted to the load."""
-        return sum(extent.length for extent in self.granted)

@@ -1,34 +1,34 @@
-"""Modules of torch on attached tensors: assigning them, and what must be private."""
+"""Attached tensors in the place of a module's parameters: assigned, tied and frozen."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .sharing import forget
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from weightd.attachment import Attachment
+
+class AttachedMemory(Protocol):
+    """An attachment, as far as its memory is asked about."""
+
+    def holds(self, address: int, length: int) -> bool:
+        """Whether `length` bytes at an address of this process lie in memory that is attached."""
+
 
 _frozen: Any = WeakTensorKeyDictionary()  # Any: it has no types
 """Parameters that `freeze` has turned gradients off for."""
 
 
-def load_into(
-    module: torch.nn.Module, attachment: Attachment, *, component: str | None = None, strict: bool = True
-) -> Any:
-    """Assign attached tensors to parameters, and private copies to buffers; see `Attachment.load_into`."""
-    return assign(module, attachment.state_dict(component), attachment, strict=strict)
-
-
 def assign(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], attachment: Attachment, *, strict: bool
+    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], attachment: AttachedMemory, *, strict: bool
 ) -> Any:
-    """The same with tensors of an attachment by the module's own names."""
+    """Assign tensors of an attachment, by the module's own names, to parameters, and private copies to buffers.
+
+    See `Attachment.load_into`.
+    """
     tied = list(_tied(module))
     buffers = dict(module.named_buffers(remove_duplicate=False))
     state = {name: tensor.clone() if name in buffers else tensor for name, tensor in tensors.items()}
@@ -45,7 +45,7 @@ def assign(
     return found
 
 
-def freeze(module: torch.nn.Module, attachment: Attachment) -> None:
+def freeze(module: torch.nn.Module, attachment: AttachedMemory) -> None:
     """Turn gradients off for what is shared: an optimiser's step writes in place."""
     for parameter in module.parameters():
         if parameter.requires_grad and holds(attachment, parameter):
@@ -53,19 +53,10 @@ def freeze(module: torch.nn.Module, attachment: Attachment) -> None:
             _frozen[parameter] = True
 
 
-def make_buffers_private(module: torch.nn.Module, attachment: Attachment) -> None:
-    """Replace buffers on shared memory by copies: frameworks write to buffers in place."""
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():  # there is no public way to set one in place
-            if buffer is not None and holds(attachment, buffer):
-                owner._buffers[name] = buffer.clone()
-
-
 def make_private(module: torch.nn.Module) -> None:
-    """Give a module memory of its own: every parameter and buffer becomes a copy, which may be written to.
+    """Replace all that a module has by copies, and turn gradients on again where `freeze` has turned them off.
 
-    Tied parameters stay tied, and those that have lost their gradient because they were shared have it again. It takes
-    the module's bytes once more, and ends its report.
+    Tied parameters stay tied.
     """
     with torch.no_grad():
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -73,10 +64,17 @@ def make_private(module: torch.nn.Module) -> None:
     for parameter in module.parameters():
         if _frozen.pop(parameter, False):
             parameter.requires_grad_(True)
-    forget(module)
 
 
-def holds(attachment: Attachment, tensor: torch.Tensor) -> bool:
+def make_buffers_private(module: torch.nn.Module, attachment: AttachedMemory) -> None:
+    """Replace buffers on shared memory by copies: frameworks write to buffers in place."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():  # there is no public way to set one in place
+            if buffer is not None and holds(attachment, buffer):
+                owner._buffers[name] = buffer.clone()
+
+
+def holds(attachment: AttachedMemory, tensor: torch.Tensor) -> bool:
     """Whether a tensor's bytes lie in memory that is attached, all of them."""
     storage = tensor.untyped_storage()
     return bool(storage.nbytes()) and attachment.holds(storage.data_ptr(), storage.nbytes())
@@ -93,12 +91,3 @@ def _tied(module: torch.nn.Module) -> Iterator[list[str]]:
 def _set_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter) -> None:
     path, _, last = name.rpartition(".")
     setattr(module.get_submodule(path), last, parameter)
-
-
-def stored_dtypes(attachment: Attachment, component: str) -> Mapping[str, int]:
-    """Bytes of each floating dtype that a component stores, by safetensors' name, most bytes first."""
-    sizes: dict[str, int] = {}
-    for info in attachment.tensors.values():
-        if info.component == component and info.dtype.startswith(("F", "BF")):
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.length
-    return dict(sorted(sizes.items(), key=lambda item: -item[1]))

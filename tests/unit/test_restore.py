@@ -11,25 +11,32 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import xxhash
 
+from support.counting import operations
+from support.root_forms import rows_of, write_first_form
+from weightd._manifest import FORM
 from weightd._proto.v1 import handles_pb2
+from weightd.errors import NotFoundError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.catalog import Catalog, Tag, Who
-from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.events import Event, Sealed
+from weightd_daemon.core.catalog import Catalog, Tag
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.lease import Holder, Leases
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_locks import Manifests, make_manifest
+from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.persistence.descriptor_store import Survival
 from weightd_daemon.persistence.root_record import RootRecord, read_root
+from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
 WHO = Who(1000, False, "")
@@ -48,10 +55,16 @@ class Keeper:
         self.kept: dict[str, int] = {}
         self.told: list[tuple[str, str, dict[str, Any]]] = []
         self.broken = False
+        self.deaf = ""
+        """What begins with this is taken, and given up later."""
 
-    def keep(self, name: str, descriptor: int) -> None:
+    def keep(self, name: str, descriptor: int, failed: Callable[[], object]) -> None:
         if self.broken:
             raise OSError("nobody is there")
+        if self.deaf and name.startswith(self.deaf):
+            self.told.append(("lost", name, self.root))
+            failed()  # some time after it was told
+            return
         self.told.append(("keep", name, self.root))
         self.kept[name] = os.dup(descriptor)
 
@@ -78,28 +91,22 @@ class Books:
 
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
-        self.manifests = Manifests(lambda number: self.survival.reserve(number))
-        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=self._happened)
+        residency = Residency(lambda _: None)
+        self.manifests = Manifests(residency.before_lock)
+        self.store = Store(leases=Leases(self.manifests.is_locked), on_event=residency.on_event)
         self.store.memories["host"] = DeviceMemory(
-            budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create
-        )
-        self.catalog = Catalog(self.store, Limits(), changed=lambda: self.survival.flip())
+            budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
+            before_use=residency.before_use,
+        )  # fmt: skip
+        self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.survival = Survival(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, now=lambda: 7.0,
         )  # fmt: skip
+        residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
         asyncio.run(self.survival.begin())
         self.reclaim()
-
-    def _happened(self, event: Event) -> None:
-        if isinstance(event, Sealed):
-            self.survival.sealed(event.checkpoint.key, event.manifest)
-        else:
-            self.manifests.remove(event.checkpoint.key)
-            if event.reason == "removed":
-                self.catalog.forget(event.checkpoint)
-            self.survival.evicted(event.checkpoint.key)
 
     def reclaim(self) -> None:
         memory = self.store.memories["host"]
@@ -114,21 +121,21 @@ class Books:
 
     def load(self, name: str, tensors: dict[str, bytes]) -> Checkpoint:
         """Load as a loader does, new tensors one behind the other in one extent, and name it."""
-        load = self.store.open_load("host", "", 1000)
+        load = Loading(self.store, "host", "", 1000)
         blobs = []
         segment, offset = 0, 0
         for data in tensors.values():
             digest = xxhash.xxh3_128(data).digest()
-            blob = self.store.candidate(load, digest, len(data))
+            blob = load.candidate(digest, len(data))
             if blob is not None:
-                blob = self.store.share(load, blob.number, None, 0)
+                blob = load.share(blob.number, None, 0)
             if blob is None:
                 if not segment:
-                    extent = self.store.grant(load, sum(map(len, tensors.values())), len(data))
+                    extent = load.grant(sum(map(len, tensors.values())), len(data))
                     assert extent is not None
                     segment, offset = extent.segment, extent.offset
                 os.pwrite(self.device.writable(segment), data, offset)
-                placed, blob = self.store.settle(load, digest, len(data), segment, offset)
+                placed, blob = load.settle(digest, len(data), segment, offset)
                 assert placed
                 offset += len(data)
             blobs.append(blob)
@@ -136,13 +143,15 @@ class Books:
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.survival.prepare(content, "host"))
-        checkpoint = self.store.seal(load, content, 5.0, draft)
+        checkpoint = load.seal(content, 5.0, draft, draft.size)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
+        self.store.changed.add(checkpoint.key)
         self.survival.flip()
-        self.store.end_load(load)
+        load.end()
         self.reclaim()
         self.catalog.set(WHO, name, digest_of)
+        self.survival.flip()
         return checkpoint
 
     def bytes_of(self, name: str) -> list[bytes]:
@@ -155,8 +164,8 @@ class Books:
 
     def end(self) -> None:
         """The end of the process by a kill: nothing more is written."""
-        if self.survival._root is not None:
-            self.survival._root.close()
+        if self.survival._record.root is not None:
+            self.survival._record.root.close()
         self.manifests.close()
         self.device.close()
 
@@ -203,7 +212,7 @@ def change(keeper: Keeper, to: Callable[[dict[str, Any]], None], schema: int | N
     with pytest.MonkeyPatch.context() as patch:
         if schema is not None:
             patch.setattr("weightd_daemon.persistence.root_record.SCHEMA", schema)
-        root.write(body)
+        root.write(*rows_of(body))
     root.close()
 
 
@@ -228,9 +237,11 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
             checkpoint = again.catalog.find(WHO, name)
             assert (checkpoint.owner, checkpoint.loaded, checkpoint.pinned) == (1000, 5.0, name == "a")
             assert (checkpoint.origin, checkpoint.sources, checkpoint.reference) == (SOURCES, [INDEXED], "/m")
+            assert checkpoint.books_bytes == again.manifests.size(checkpoint.key) + 3 * BYTES_OF_TENSOR
+        assert again.store.books.used == sum(c.books_bytes for c in again.store.checkpoints.values())
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
-        segments = {blob.segment for blob in again.store.blobs()}
+        segments = {blob.segment for blob in again.store.sealed_blobs()}
         assert memory.used == sum(again.device.allocated(segment) for segment in segments) == 5 * MIB
         shared = again.catalog.find(WHO, "b").components[""][2]
         assert shared.references == 2
@@ -267,7 +278,7 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
         checkpoint = first.load("a", DATA["a"])
         assert len(keeper.root["checkpoints"]) == 1
         with monkeypatch.context() as patch:
-            patch.setattr(first.survival, "_checkpoint", lambda *_: 1 / 0)
+            patch.setattr(first.survival._record, "_checkpoint", lambda *_: 1 / 0)
             first.load("b", DATA["b"])
             first.store.remove(checkpoint, "a", "capacity")
         assert keeper.root == {}
@@ -315,8 +326,8 @@ def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keep
         one.origin, one.sources = long, [long, SOURCES]
         two = first.load("b", DATA["b"])
         two.sources = [half] * 200
+        first.store.changed |= {one.key, two.key}
         first.survival.flip()
-        assert first.survival._root is not None
     assert len(json.dumps(keeper.root)) < 8 * MIB
     with books(keeper) as again:
         restored = again.catalog.find(WHO, "a")
@@ -329,7 +340,13 @@ def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keep
 
 
 def first_manifest(keeper: Keeper) -> handles_pb2.Manifest:
-    descriptor = keeper.kept[f"man.{keeper.root['checkpoints'][0]['manifest']}"]
+    return manifest_of(keeper, keeper.root["checkpoints"][0]["content"])
+
+
+def manifest_of(keeper: Keeper, content_digest: str) -> handles_pb2.Manifest:
+    """What is kept as the manifest of a checkpoint."""
+    (row,) = (row for row in keeper.root["checkpoints"] if row["content"] == content_digest)
+    descriptor = keeper.kept[f"man.{row['manifest']}"]
     return handles_pb2.Manifest.FromString(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
 
 
@@ -408,14 +425,14 @@ TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
         "not what its digest",
     ),
     "another length": (other_manifest(lambda m: m.lengths.__setitem__(0, 5)), "not what its digest says"),
-    "fewer digests": (other_manifest(lambda m: setattr(m, "digests", b"")), "not what its digest says"),
-    "fewer rows": (other_manifest(lambda m: m.lengths.pop()), "is left"),
-    "no such dtype": (other_manifest(lambda m: m.dtypes.__setitem__(0, 999)), "is left"),
-    "no such file": (other_manifest(lambda m: m.file_indices.__setitem__(0, 9)), "is not there"),
+    "fewer digests": (other_manifest(lambda m: setattr(m, "digests", b"")), "columns of different lengths"),
+    "fewer rows": (other_manifest(lambda m: m.lengths.pop()), "columns of different lengths"),
+    "no such dtype": (other_manifest(lambda m: m.dtypes.__setitem__(0, 999)), "dtype that is not there"),
+    "no such file": (other_manifest(lambda m: m.file_indices.__setitem__(0, 9)), "a file that it does not have"),
     "no such segment": (other_manifest(lambda m: m.segments.__setitem__(0, 9)), "is not there"),
-    "negative shape": (other_manifest(lambda m: m.dimensions.__setitem__(0, -1)), "is left"),
-    "beyond the segment": (other_manifest(lambda m: m.offsets.__setitem__(0, 1 << 40)), "lies beyond its segment"),
-    "negative offset": (other_manifest(lambda m: m.offsets.__setitem__(0, -256)), "cannot be"),
+    "negative shape": (other_manifest(lambda m: m.dimensions.__setitem__(0, -1)), "shapes that cannot be"),
+    "beyond the segment": (other_manifest(lambda m: m.offsets.__setitem__(0, 1 << 40)), "beyond their segment"),
+    "negative offset": (other_manifest(lambda m: m.offsets.__setitem__(0, -256)), "beyond their segment"),
     "not aligned": (other_manifest(lambda m: m.offsets.__setitem__(0, 8)), "cannot be"),
     "one in another": (other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1] + 256)), "lies on another"),
     "one over another": (other_manifest(lambda m: m.offsets.__setitem__(1, m.offsets[2] - 256)), "lies on another"),
@@ -423,6 +440,7 @@ TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
         other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1])),
         "lie in one place",
     ),
+    "a later form": (other_manifest(lambda m: setattr(m, "form", 2)), "is of form 2; this version of weightd reads up"),
     "segment sizes": (other_manifest(lambda m: m.segment_bytes.__setitem__(0, 1)), "not those of its manifest"),
     "segment is plain": (first_segment(plain), "is no segment of|cannot be taken over"),
     "segment is shorter": (first_segment(shrunk), "is no segment of"),
@@ -478,6 +496,18 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
         assert third.names() >= {f"more{number}" for number in range(5)}
 
 
+def test_a_manifest_of_a_daemon_that_numbered_no_forms_is_taken_up(kept: Keeper) -> None:
+    assert first_manifest(kept).form == FORM
+    other_manifest(lambda manifest: manifest.ClearField("form"))(kept)
+    with books(kept) as again:
+        assert again.bytes_of("a") == list(DATA["a"].values())
+        checkpoint = again.catalog.find(WHO, "a")
+        table = again.manifests.table(checkpoint.key)
+        assert table.find([], [("", name) for name in DATA["a"]]) == list(range(len(checkpoint.segments)))
+        with pytest.raises(NotFoundError, match="tensor 'zz' is not in the checkpoint"):
+            table.find([], [("", "zz")])
+
+
 @pytest.mark.parametrize(("offset", "said"), [(0, "lies where another does"), (256, "lies on another")])
 def test_no_blob_is_put_where_another_checkpoint_has_one(
     kept: Keeper, offset: int, said: str, caplog: pytest.LogCaptureFixture
@@ -507,7 +537,7 @@ def test_of_another_schema_is_taken_up_what_is_understood(
         assert again.names() == {"a"}
         assert f"has schema {schema}, not 1: left are caches" in caplog.text
         memory = again.store.memories["host"]
-        assert all(memory.is_frozen(blob.segment) for blob in again.store.blobs())
+        assert all(memory.is_frozen(blob.segment) for blob in again.store.sealed_blobs())
 
 
 @pytest.mark.parametrize("body", [{}, {"segments": 7, "checkpoints": {}, "names": [1, None]}, {"last_id": -1}])
@@ -516,7 +546,11 @@ def test_a_root_record_of_nonsense_leaves_everything(kept: Keeper, body: dict[st
         there.clear()
         there.update(body)
 
-    change(kept, to)
+    record = read_root(kept.kept["root"])
+    assert record is not None
+    content = dict(record.body)
+    to(content)
+    write_first_form(kept.kept["root"], record.sequence + 1, content)
     with books(kept) as again:
         assert again.store.checkpoints == {}
         assert kept.kept.keys() == {"root"}
@@ -539,8 +573,10 @@ def test_without_a_root_record_everything_is_let_go(kept: Keeper, caplog: pytest
 
 
 def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
+    with books(kept):  # each start writes a base, and so the next generation
+        pass
     older = RootRecord.create()
-    older.write({"last_id": 1})
+    older.write(*rows_of({"last_id": 1}))
     first = dict(kept.kept)
     kept.kept = {"root ": older.descriptor, **first}  # the name comes twice
     given = [(name.strip(), os.dup(descriptor)) for name, descriptor in kept.kept.items()]
@@ -578,6 +614,22 @@ def test_a_manager_that_refuses_costs_a_warning_and_not_the_load(
         assert again.names() == {"b"}
 
 
+@pytest.mark.parametrize("deaf", ["seg.", "man."])
+def test_what_a_manager_gives_up_later_is_not_taken_for_kept(
+    keeper: Keeper, caplog: pytest.LogCaptureFixture, deaf: str
+) -> None:
+    with books(keeper) as first:
+        keeper.deaf = deaf
+        with caplog.at_level(logging.WARNING):
+            first.load("a", DATA["a"])
+        assert "ends with this daemon: the service manager did not take all" in caplog.text
+        keeper.deaf = ""
+        first.load("b", DATA["b"])
+        assert {"seg.", "man."} == {name[:4] for kind, name, _ in keeper.told if kind == "keep" and name != "root"}
+    with books(keeper) as again:
+        assert again.names() == {"b"}
+
+
 def test_where_no_manager_listens_nothing_is_made(keeper: Keeper) -> None:
     keeper.listens = False
     with books(keeper) as first:
@@ -600,7 +652,7 @@ def test_numbers_that_sort_otherwise_keep_the_order_of_the_manifest(kept: Keeper
     with books(kept) as again:
         for name, tensors in DATA.items():
             checkpoint = again.catalog.find(WHO, name)
-            manifest = again.manifests.read(checkpoint.key)
+            manifest = manifest_of(kept, checkpoint.key.content_digest)
             for row, data in enumerate(tensors.values()):
                 segment = checkpoint.segments[manifest.segments[row]]
                 found = os.pread(again.device.shared(segment), manifest.lengths[row], manifest.offsets[row])
@@ -623,7 +675,7 @@ def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"a", "b"}
         again.store.use(again.catalog.find(WHO, "a"), 0.0)
-        again.survival.flip()
+        again.survival.flip(uses=True)
     with books(keeper, budget=3 * MIB) as again:
         assert again.names() == {"a"}, "the count goes on"
 
@@ -634,8 +686,253 @@ def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper
             first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
         for now, name in enumerate(("c3", "c2", "c1", "c0")):
             first.store.use(first.catalog.find(WHO, name), float(9 - now))  # a clock that is stepped back all the time
-        first.survival.flip()
+        first.survival.flip(uses=True)
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"c0", "c1"}
         assert again.store.memories["host"].used == 4 * MIB
         assert len(keeper.root["checkpoints"]) == 2
+
+
+# -- what is written, and when -----------------------------------------------------------------------------------------
+
+
+def test_a_step_of_the_loop_writes_once_and_before_what_it_has_woken(keeper: Keeper) -> None:
+    """Loads, names, pins and evictions of one step are one frame; what a step wakes finds them written."""
+    with books(keeper) as first:
+        there = [first.load(name, {"t": name.encode() * MIB}) for name in "abc"]
+        written: list[int] = []
+        record = first.survival._record
+        write, root = record.write, record.root
+        assert root is not None
+        append = root.append
+
+        def counted(*arguments: Any) -> int:
+            written.append(1)
+            return append(*arguments)
+
+        root.append = counted  # type: ignore[method-assign]  # counts
+
+        async def run() -> None:
+            woken = asyncio.Event()
+
+            async def wait() -> list[str]:
+                await woken.wait()
+                return sorted(row["name"] for row in keeper.root["names"])
+
+            waiting = asyncio.create_task(wait())
+            await asyncio.sleep(0)
+            for checkpoint in there:
+                first.catalog.set(WHO, f"also {checkpoint.key.content_digest[-4:]}", checkpoint.key.content_digest)
+                first.catalog.pin(WHO, checkpoint)
+            first.store.evict(there[0], "capacity")
+            woken.set()
+            assert not written, "in the midst of a step"
+            names = await waiting
+            assert len(names) == 6
+            assert len(written) == 1
+            await asyncio.sleep(0)
+
+        asyncio.run(run())
+        assert len(written) == 1
+        assert write == record.write
+        assert len(keeper.root["checkpoints"]) == 2
+
+
+def test_bytes_that_an_eviction_frees_are_granted_and_returned_only_when_it_is_written(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        memory = first.store.memories["host"]
+        checkpoint, other = first.load("a", DATA["a"]), first.load("c", {"t": b"c" * (2 * MIB)})
+        first.store.evict(checkpoint, "capacity")
+        assert len(keeper.root["checkpoints"]) == 2
+        assert memory.take_reclaims()
+        assert len(keeper.root["checkpoints"]) == 1
+        first.store.evict(other, "capacity")
+        load = Loading(first.store, "host", "", 1000)
+        assert load.grant(MIB, MIB) is not None
+        assert keeper.root["checkpoints"] == []
+        load.end()
+
+
+def test_a_use_is_written_with_the_next_change_and_at_the_end(keeper: Keeper) -> None:
+    """Else each attach would write."""
+    with books(keeper) as first:
+        one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
+
+        def used() -> list[int]:
+            return [row["used"] for row in keeper.root["checkpoints"]]
+
+        before = used()
+        first.store.use(one, 9.0)
+        first.survival.flip()
+        assert used() == before
+        first.catalog.pin(WHO, two)
+        first.survival.flip()
+        assert used() == [one.used, two.used] != before
+        first.store.use(two, 9.0)
+        first.survival.flip()
+        assert used() != [one.used, two.used]
+        first.survival.close()
+        assert used() == [one.used, two.used]
+
+
+def test_before_a_lease_is_locked_everything_is_written(keeper: Keeper) -> None:
+    """What a client has attached must be there for the next daemon, however early in the step it was sealed."""
+    with books(keeper) as first:
+        checkpoint = first.load("a", DATA["a"])
+        first.catalog.set(WHO, "late", checkpoint.key.content_digest)
+        assert [row["name"] for row in keeper.root["names"]] == ["a"]
+        os.close(first.manifests.lock(checkpoint.key, 1))
+        assert [row["name"] for row in keeper.root["names"]] == ["a", "late"]
+
+
+def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
+    """Naming, pinning, using and evicting one of n, and the n-th load, cost what they change."""
+    with books(keeper, budget=512 * MIB) as first:
+        costs: list[list[int]] = []
+        there = [first.load(f"n{number}", {"t": number.to_bytes(4, "little") * 1024}) for number in range(10)]
+        for more in (0, 50):
+            there += [
+                first.load(f"n{number}", {"t": number.to_bytes(4, "little") * 1024}) for number in range(10, 10 + more)
+            ]
+            one = there[3 if more else 2]
+
+            def cost(change: Callable[[], object]) -> int:
+                def write() -> None:
+                    change()
+                    first.survival.flip(uses=True)
+
+                root = first.survival._record.root
+                assert root is not None
+                root.write(first.survival._record._everything(), {})  # no new base is under way
+                first.survival._record._copied = None
+                return operations(write)
+
+            digest = one.key.content_digest
+            costs.append(
+                [
+                    cost(lambda: first.catalog.set(WHO, f"also {digest[-4:]}", digest)),  # noqa: B023  # called here
+                    cost(lambda: first.catalog.pin(WHO, one)),  # noqa: B023
+                    cost(lambda: first.store.use(one, 9.0)),  # noqa: B023
+                    cost(lambda: first.catalog.unpin(WHO, one)),  # noqa: B023
+                ]
+            )
+        assert len(first.store.checkpoints) == 60
+    for few, many in zip(*costs, strict=True):
+        assert many <= few * 1.05
+
+
+def test_bases_are_begun_while_it_serves_and_say_the_same(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        first.load("a", DATA["a"])
+        root = first.survival._record.root
+        assert root is not None
+        begun = root.sequence
+        for number in range(200):
+            checkpoint = first.load(f"b{number % 7}", {"t": bytes([number % 7 + 1]) * MIB, "u": b"x" * 4096})
+            first.catalog.set(WHO, f"{'long' * 200} {number}", checkpoint.key.content_digest)
+            first.survival.flip()
+            if number % 3 == 0:
+                first.store.remove(checkpoint, "", "removed")
+                first.survival.flip()
+                first.reclaim()
+        assert root.sequence > begun + 1
+        names, contents = first.catalog.tags, [*first.store.checkpoints]
+        marks = {key: (c.used, c.last_used, c.pins, c.sources) for key, c in first.store.checkpoints.items()}
+    with books(keeper) as again:
+        assert again.catalog.tags == names
+        assert sorted(again.store.checkpoints) == sorted(contents)
+        found = {key: (c.last_used, c.pins, c.sources) for key, c in again.store.checkpoints.items()}
+        assert found == {key: mark[1:] for key, mark in marks.items()}
+        by_use = sorted(marks, key=lambda key: marks[key][0])
+        assert sorted(found, key=lambda key: again.store.checkpoints[key].used) == by_use
+
+
+def test_files_that_mean_another_content_now_mean_it_to_the_next_daemon(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
+        two.sources = []
+        first.store.changed.add(two.key)
+        first.survival.flip()
+        one.sources, two.sources = [], [SOURCES]
+        first.store.changed |= {one.key, two.key}
+        first.survival.flip()
+    with books(keeper) as again:
+        assert again.catalog.find(WHO, "a").sources == []
+        assert again.catalog.find(WHO, "b").sources == [SOURCES]
+
+
+# -- names that were only a path ---------------------------------------------------------------------------------------
+
+
+def test_default_names_go_with_their_content_and_no_next_daemon_knows_them(keeper: Keeper) -> None:
+    with books(keeper) as first:
+        for number in range(40):
+            checkpoint = first.load("kept", {"t": bytes([number]) * MIB})
+            first.catalog.set(WHO, f"/models/{number}", checkpoint.key.content_digest, is_default=True)
+            first.store.evict(checkpoint, "capacity")
+            first.survival.flip()
+        assert [row["name"] for row in keeper.root["names"]] == ["kept"]
+        last = first.load("kept", DATA["a"])
+        first.catalog.set(WHO, "/models/last", last.key.content_digest, is_default=True)
+        first.survival.flip()
+    with books(keeper) as again:
+        assert again.catalog.tags["", "/models/last"] == Tag(last.key.content_digest, 1000, is_default=True)
+        again.store.evict(again.catalog.find(WHO, "kept"), "capacity")
+        again.survival.flip()
+    with books(keeper) as third:
+        assert [name for _, name in third.catalog.tags] == ["kept"]
+
+
+def test_a_record_of_the_first_form_is_taken_up_and_its_dead_paths_are_not(kept: Keeper) -> None:
+    """As commit cf42aab has left it: no count of uses, no reference, and a name for every path that ever came."""
+    record = read_root(kept.kept["root"])
+    assert record is not None
+    body = copy.deepcopy(record.body)
+    for row in body["checkpoints"]:
+        del row["used"], row["reference"]
+    for row in body["names"]:
+        del row["default"]
+    gone = {"domain": "", "content": "sha256:" + "1" * 64, "owner": 1000}
+    body["names"] += [{**gone, "name": f"/gone/{number}"} for number in range(9)]
+    body["names"].append({**gone, "name": "/there", "content": body["checkpoints"][0]["content"]})
+    for slot in (0, 1):
+        os.pwrite(kept.kept["root"], bytes(64), slot << 28)
+    write_first_form(kept.kept["root"], 77, body)
+    for _ in range(2):
+        with books(kept) as again:
+            assert again.names() == {"a", "b", "/there"}
+            assert {name for _, name in again.catalog.tags} == {"a", "b", "/there", "dangling"}
+            for name, tensors in DATA.items():
+                assert again.bytes_of(name) == list(tensors.values())
+            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+    found = read_root(kept.kept["root"])
+    assert found is not None
+    assert found.sequence == 79
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"owner": 2**32},
+        {"owner": 2**64 - 1},
+        {"pins": [2**63]},
+        {"loaded": 1e12},
+        {"reference": "\ud800"},
+        {"sources": [[["", "\ud800", [1, 2, 3, 4, 5]]]]},
+        {"sources": [[["", "f", [1 << 64, 2, 3, 4, 5]]]]},
+        {"sources": [[["", "f", [1, 2, 1 << 63, 4, 5]]]]},
+        {"origin": [["", "f", [1, 2, 3, "4", 5]]]},
+        {"origin": [["", "f", [1, 2, 3, 4]]]},
+    ],
+)
+def test_what_could_not_be_sent_is_left(kept: Keeper, values: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    first_row("checkpoints", **values)(kept)
+    with caplog.at_level(logging.WARNING), books(kept) as again:
+        assert again.names() == {"b"}
+        assert "is left" in caplog.text
+
+
+def test_a_name_whose_owner_cannot_be_is_left(kept: Keeper) -> None:
+    first_row("names", owner=2**32)(kept)
+    with books(kept) as again:
+        assert again.names() == {"b"}

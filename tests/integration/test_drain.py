@@ -180,6 +180,30 @@ def test_the_command_reports(daemon: Daemon, tmp_path: Path) -> None:
     assert daemon.command("drain", "--timeout", "nan", check=False).returncode == 2
 
 
+def test_the_pool_goes_back_to_the_system_and_is_used_again_when_the_drain_is_undone(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    daemon = start_daemon(pool="64MiB")
+    client = daemon.connect()
+
+    def pooled() -> tuple[int, int]:
+        (device,) = client.stats().devices
+        return device.used_bytes, daemon.allocated()
+
+    for number in range(2):
+        load(daemon, tmp_path / f"a{number}", seed=number)
+    client.remove("a0")
+    client.remove("a1")
+    eventually(lambda: pooled()[0] > 0, what="the pool has kept what was removed")
+    load(daemon, tmp_path / "b", seed=2)
+    client.drain()
+    eventually(lambda: pooled() == (0, 0), what="nothing is kept after a drain")
+    client.undrain()
+    load(daemon, tmp_path / "b", seed=2)
+    client.remove("b")
+    assert pooled()[0] > 0
+
+
 def test_names_stay_their_owners(daemon: Daemon, tmp_path: Path) -> None:
     digest = load(daemon, tmp_path / "a")
     client = daemon.connect()

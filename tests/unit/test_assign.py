@@ -12,7 +12,7 @@ from torch import nn
 
 import weightd
 from support.daemon import Daemon
-from weightd.integrations import modules
+from weightd import _assign
 
 
 class Tied(nn.Module):
@@ -53,9 +53,9 @@ def test_parameters_are_assigned_tied_and_frozen_and_buffers_are_private(attach:
         found = attachment.load_into(module)
         assert (found.missing_keys, found.unexpected_keys) == ([], [])
         assert module.head.weight is module.embedding.weight
-        assert all(modules.holds(attachment, parameter) for parameter in module.parameters())
+        assert all(_assign.holds(attachment, parameter) for parameter in module.parameters())
         assert not any(parameter.requires_grad for parameter in module.parameters())
-        assert not any(modules.holds(attachment, buffer) for buffer in module.buffers())
+        assert not any(_assign.holds(attachment, buffer) for buffer in module.buffers())
     ids = torch.tensor([[0, 1], [5, 2]]).flatten()
     assert torch.equal(module.eval()(ids), source.eval()(ids))
     assert torch.equal(module.norm.running_mean, source.norm.running_mean)
@@ -90,9 +90,9 @@ def test_a_shape_that_does_not_fit_is_an_error(attach: Attach) -> None:
 def test_only_memory_that_is_attached_is_held(attach: Attach) -> None:
     with attach(a=torch.arange(10.0)) as attachment:
         tensor = attachment.tensor("a")
-        assert modules.holds(attachment, tensor)
-        assert modules.holds(attachment, tensor[3:])
-        assert not modules.holds(attachment, tensor.clone())
+        assert _assign.holds(attachment, tensor)
+        assert _assign.holds(attachment, tensor[3:])
+        assert not _assign.holds(attachment, tensor.clone())
         assert not attachment.holds(tensor.data_ptr(), 1 << 40)
     with pytest.raises(weightd.InvalidReferenceError, match="closed"):
         attachment.holds(0, 0)

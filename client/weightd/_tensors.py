@@ -1,0 +1,85 @@
+"""Tensors of torch on attached memory: dtypes by safetensors' names, whole tensors, and strided ones."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import DeviceMismatchError, FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._mapping.segments import Memory
+    from .types import TensorInfo
+
+_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F4": torch.float4_e2m1fn_x2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """torch's dtype for a safetensors dtype name. Errors: FormatError (torch has none, as for F6_E2M3)."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise FormatError(f"dtype {name}: torch has no such dtype; read the bytes with Attachment.buffer") from None
+
+
+def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.Tensor:
+    """A tensor on `memory`, which it keeps; None where it has no bytes. `device` is torch's name for where that is.
+
+    It has a storage of its own, exactly as long as its bytes. Errors: FormatError, DeviceMismatchError.
+    """
+    shape = info.shape
+    if info.dtype.startswith("GGML_"):  # blocks along the last dimension: their bytes, as the package gguf gives them
+        rows = math.prod(shape[:-1])
+        return _raw(memory, device, torch.uint8).view(*shape[:-1], info.length // rows if rows else 0)
+    dtype = torch_dtype(info.dtype)
+    if info.dtype == "F4":  # torch counts pairs
+        if not shape or shape[-1] % 2:
+            raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
+        shape = (*shape[:-1], shape[-1] // 2)
+    return _raw(memory, device, dtype).view(shape)
+
+
+def strided(
+    memory: Memory, dtype: torch.dtype, shape: Sequence[int], strides: Sequence[int], device: str
+) -> torch.Tensor:
+    """A tensor on `memory`, which it keeps: from its beginning on, with strides in elements."""
+    return _raw(memory, device, dtype).as_strided(tuple(shape), tuple(strides))
+
+
+def _raw(memory: Memory | None, device: str, dtype: torch.dtype) -> torch.Tensor:
+    """The last step, and the only one that depends on the device: memory as a tensor of one dimension."""
+    if isinstance(memory, memoryview):
+        return torch.frombuffer(memory, dtype=dtype)
+    if device != "cpu":
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types here
+        except (AssertionError, RuntimeError) as error:  # a build without CUDA, or a forked child
+            raise DeviceMismatchError(f"torch cannot use {device}: {error}") from error
+    if memory is None:
+        return torch.empty(0, dtype=dtype, device=device)
+    return torch.utils.dlpack.from_dlpack(memory).view(dtype)

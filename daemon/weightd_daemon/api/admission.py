@@ -1,0 +1,116 @@
+"""Which calls are let in, before anything that they bring is received: whose they are, how many, how large.
+
+gRPC bounds one message and the connections, and counts neither calls nor users. So every handler reads its request
+itself (error_mapping.py), after these checks: until then the kernel and HTTP/2's flow control hold the peer off, and a
+call that is refused costs the daemon no memory. See docs/decisions/0031-books-are-paid-for.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from weightd._limits import MAX_LOAD_REQUEST
+from weightd.errors import DaemonBusyError, InvalidReferenceError, LeaseLostError, PermissionDeniedError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from weightd_daemon.handles.peers import Connection, Connections
+
+TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
+MAX_REQUEST = 64 << 10
+"""Bytes of a request other than a load's: as of a frame on the handle socket."""
+MAX_CALLS_OF_CONNECTION = 128
+"""Calls under way with one token, streams included."""
+MAX_CALLS_OF_USER = 4096
+"""Calls under way on all connections of one user."""
+MAX_CALLS_WITHOUT_TOKEN = 64
+"""Calls under way that carry no token: of health, reflection and the version."""
+READERS = 2
+"""Requests of one user that are received at a time; the others wait."""
+READ_SECONDS = 5.0
+"""How long a request may take to arrive once it is its turn."""
+
+_LOAD = "/weightd.v1.CheckpointService/Load"
+_OPEN = ("/weightd.v1.DaemonService/GetVersion", "/grpc.health.", "/grpc.reflection.")
+"""What is answered without a token."""
+_NOBODY = "nobody"
+"""All who call without a token count as one."""
+
+
+class Call:
+    """One call that was let in. `most` is how many bytes its request may have."""
+
+    def __init__(self, method: str, most: int, readers: asyncio.Semaphore) -> None:
+        self._method = method
+        self._most = most
+        self._readers = readers
+
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Around receiving the request. Errors: DaemonBusyError (it does not come)."""
+        async with self._readers:
+            try:
+                async with asyncio.timeout(READ_SECONDS):
+                    yield
+            except TimeoutError:
+                raise DaemonBusyError(f"the request of {self._method} did not arrive within {READ_SECONDS} s") from None
+
+    def check(self, size: int) -> None:
+        """Refuse a request of `size` bytes that is too large to be decoded. Errors: InvalidReferenceError."""
+        if size > self._most:
+            called = self._method.rpartition("/")[2]
+            raise InvalidReferenceError(f"the request has {size} bytes; one of {called} may have {self._most}")
+
+
+class Admission:
+    """Counts the calls under way, by connection and by user."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._calls: Counter[object] = Counter()
+        self._readers: dict[object, asyncio.Semaphore] = {}
+
+    @contextlib.contextmanager
+    def enter(self, method: str, token: str) -> Iterator[Call]:
+        """Let a call in until the block ends.
+
+        Errors: PermissionDeniedError (no such token), DaemonBusyError (too many calls), LeaseLostError (a load without
+        an offer).
+        """
+        needs_token = not method.startswith(_OPEN)
+        connection: Connection | None = None
+        if needs_token or token:
+            try:
+                connection = self._connections.by_token(token)
+            except PermissionDeniedError:
+                if needs_token:
+                    raise
+        is_load = method == _LOAD
+        if connection is None:
+            bounds: dict[object, tuple[int, str]] = {_NOBODY: (MAX_CALLS_WITHOUT_TOKEN, "of callers without a token")}
+        else:
+            bounds = {
+                connection.number: (MAX_CALLS_OF_CONNECTION, "of this connection"),
+                ("uid", connection.uid): (MAX_CALLS_OF_USER, "of this user"),
+            }
+            if is_load and not connection.offers:
+                raise LeaseLostError("an offer is not there; a load needs one of its own connection")
+        for key, (most, whose) in bounds.items():
+            if self._calls[key] >= most:
+                raise DaemonBusyError(f"{most} calls {whose} are under way, and no more may be; wait until one ends")
+        self._calls.update(bounds.keys())
+        payer = next(reversed(bounds))
+        readers = self._readers.setdefault(payer, asyncio.Semaphore(READERS))
+        try:
+            yield Call(method, MAX_LOAD_REQUEST if is_load else MAX_REQUEST, readers)
+        finally:
+            self._calls.subtract(bounds.keys())
+            for key in bounds:
+                if not self._calls[key]:
+                    del self._calls[key]
+            if payer not in self._calls:
+                self._readers.pop(payer, None)

@@ -1,0 +1,111 @@
+"""What the daemon's own books take: for each checkpoint its manifest, and so much memory of the daemon for each tensor.
+
+Books are host memory, whatever device a checkpoint lies on, and there is one limit for all of them: a file of a million
+tensors without a byte costs a device nothing, and the daemon a gigabyte. Neither `used_bytes` nor the eviction of a
+device counts them. See docs/decisions/0031-books-are-paid-for.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightd._sizes import size
+from weightd.errors import CapacityError
+
+from .eviction import choose, least_recently_used
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from .checkpoint import Checkpoint
+
+
+class Books:
+    """The books of all devices: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.used = 0
+        """Bytes of the books of resident checkpoints."""
+        self._coming: dict[int, int] = {}
+
+    @property
+    def coming(self) -> int:
+        """Bytes that open loads will need, as far as they know by now."""
+        return sum(self._coming.values())
+
+    def enter(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is resident."""
+        self.used += checkpoint.books_bytes
+
+    def strike(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is no longer resident."""
+        self.used -= checkpoint.books_bytes
+
+    def expect(self, load: int, needed: int) -> None:
+        """Reckon with `needed` bytes for an open load from now on. Errors: CapacityError (more than the limit)."""
+        if self.limit and needed > self.limit:
+            raise self._refusal(needed, 0, 0)
+        self._coming[load] = needed
+
+    def check(self, load: int, kept: Callable[[], int]) -> None:
+        """Refuse an open load that would not fit even after every eviction. Nobody is evicted before it is sealed.
+
+        `kept` says what pins and leases keep of the books, and is asked only where it matters. Errors: CapacityError.
+        """
+        needed, coming = self._coming[load], self.coming
+        if self.limit and self.used + coming > self.limit and (there := kept()) + coming > self.limit:
+            raise self._refusal(needed, there, coming - needed)
+
+    def forget(self, load: int) -> None:
+        """A load is over, or sealed."""
+        self._coming.pop(load, None)
+
+    def chosen_for(
+        self, needed: int, checkpoints: Iterable[Checkpoint], is_leased: Callable[[Checkpoint], bool]
+    ) -> list[Checkpoint]:
+        """Which checkpoints, of any device, to evict so that a new one can have `needed` bytes; often none.
+
+        They are chosen as decision 0019 says, by what they give back of the books. Errors: CapacityError.
+        """
+        beyond = self.used + needed - self.limit
+        if not self.limit or beyond <= 0:
+            return []
+        freed = 0
+
+        def free(checkpoint: Checkpoint) -> None:
+            nonlocal freed
+            freed += checkpoint.books_bytes
+
+        def keep(checkpoint: Checkpoint) -> None:
+            nonlocal freed
+            freed -= checkpoint.books_bytes
+
+        evictable = list(least_recently_used(checkpoints, is_leased))
+        chosen = choose(evictable, free, keep, lambda: freed >= beyond)
+        if not chosen:
+            raise self._refusal(needed, self.used - sum(checkpoint.books_bytes for checkpoint in evictable), 0)
+        return chosen
+
+    def chosen_beyond(
+        self, checkpoints: Iterable[Checkpoint], is_leased: Callable[[Checkpoint], bool]
+    ) -> list[Checkpoint]:
+        """Which checkpoints to evict where the limit is below what is used; all that may go, where that is too few."""
+        evictable = list(least_recently_used(checkpoints, is_leased))
+        try:
+            return self.chosen_for(0, evictable, lambda _: False)
+        except CapacityError:
+            return evictable
+
+    def _refusal(self, needed: int, kept: int, others: int) -> CapacityError:
+        advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --books"
+        if needed > self.limit:
+            advice = "that is more than the whole limit; raise --books"
+        text = f"{size(kept)} are of checkpoints that are pinned or leased"
+        if others:
+            text += f", {size(others)} of loads under way"
+        return CapacityError(
+            f"the limit books is reached: the list of tensors needs {size(needed)} of the daemon's own memory, and of "
+            f"{size(self.limit)}, {text}; {advice}",
+            {"limit": "books", "requested_bytes": str(needed), "free_bytes": str(max(0, self.limit - kept - others))},
+        )

@@ -1,0 +1,349 @@
+"""An open load: the memory that it is granted, the blobs that it places and relies on, and how it ends in a checkpoint.
+
+A load says which bytes it has, and learns where equal bytes lie already. making_room.py evicts for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from weightd.errors import DeviceError
+
+from .alike import Alike, Twins
+from .arena import slot_bytes
+from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
+from .checkpoint import Checkpoint, CheckpointKey, Content
+from .events import Sealed
+from .making_room import MakingRoom
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Sequence
+
+    from .arena import Extent
+    from .digest import BlobIdentity
+    from .lease import Holder
+    from .store import Store
+
+
+class Loading:
+    """One open load, from its beginning to `end`. `by` asked for it, under a name that may be empty.
+
+    When its device loses its memory, each call but `end` raises DeviceError from then on. Sizes are bytes.
+    """
+
+    def __init__(
+        self, store: Store, device: str, domain: str, owner: int | None, by: Holder | None = None, name: str = ""
+    ) -> None:
+        """Begin a load on a device, in a sharing domain. Errors: NotFoundError (no such device)."""
+        self.number = store.begin_load(device)
+        self._store = store
+        self._blobs = store.blobs
+        self._memory = store.memories[device]
+        self._losses = self._memory.losses
+        self._device = device
+        self._domain = domain
+        self._owner = owner
+        self._by = by
+        self._name = name
+        self._room = MakingRoom(store, self.place, self.number, by)
+        self._placed: dict[int, Blob] = {}
+        self._held: dict[int, Blob] = {}
+        self._used: set[int] = set()
+        """Numbers of the blobs that its tensors have."""
+        self._alike: dict[BlobKey, Alike] = {}
+        self._twins: dict[int, Twins] = {}
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Device and sharing domain."""
+        return self._device, self._domain
+
+    # -- room ------------------------------------------------------------------------------------------------------
+
+    def admit(self, lengths: Sequence[int], runs: int = 1) -> bool:
+        """Whether tensors of these lengths can be copied in one pass without evicting; then their bytes are promised.
+
+        Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
+        """
+        self._check()
+        total = self._memory.in_segments(sum(map(slot_bytes, lengths)), runs)
+        if total <= self._memory.assured(self.number):
+            self._memory.promise(self.number, self._domain, total)
+            return True
+        surely_new = [slot_bytes(length) for length in {*lengths} - self._blobs.lengths(*self.place)]
+        self._room.check(sum(surely_new), max(surely_new, default=0))
+        return False
+
+    def make_room(self, contents: Iterable[tuple[bytes, int]], runs: int = 1) -> set[tuple[bytes, int]] | None:
+        """Protect what matches these (digest, length) pairs and evict for the rest, which is then promised.
+
+        Returns the pairs that have a candidate, or None while memory is on its way back (call again). Nothing is
+        evicted when the rest cannot fit. Errors: CapacityError.
+        """
+        self._check()
+        memory = self._memory
+        matched: set[tuple[bytes, int]] = set()
+        needed = largest = 0
+        for (digest, length), occurrences in Counter(contents).items():
+            candidates = self._candidates(digest, length)
+            for blob in candidates:
+                self._hold(blob)
+            if candidates:
+                matched.add((digest, length))
+            wanted = occurrences if length < OWN_COPY_BELOW else 1
+            if wanted > len(candidates):
+                needed += (wanted - len(candidates)) * slot_bytes(length)
+                largest = max(largest, slot_bytes(length))
+        memory.withdraw(self.number)  # what was promised before anything was hashed
+        if needed:
+            needed = memory.in_segments(needed, runs)
+            self._room.check(needed, largest)
+            while memory.obtainable(self._domain, self.number) < needed:
+                if memory.reclaiming:
+                    return None
+                if not self._room.evict_for(needed, largest):
+                    raise self._room.refusal(needed)
+            memory.promise(self.number, self._domain, needed)
+        return matched
+
+    def grant(self, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
+        """Memory for the load: up to `want`, at least `need` bytes; evicts if that is the only way and would do.
+
+        None while memory is on its way back: call again then. For `ends` see DeviceMemory.grant. Errors: CapacityError.
+        """
+        self._check()
+        memory = self._memory
+        checked = False
+        while True:
+            full: MemoryError | None = None
+            try:
+                extent = memory.grant(self.number, self._domain, want, need, ends)
+            except MemoryError as error:
+                extent, full = None, error
+            if extent is not None:
+                return extent
+            if memory.reclaiming:
+                return None
+            if full is not None or not checked:
+                self._room.check(need, need, full)
+                checked = True
+            if not self._room.evict_for(need, need, full):
+                raise self._room.refusal(need, full) from full
+
+    def expect_books(self, needed: int) -> None:
+        """Reckon with `needed` bytes of the daemon's books for what the load brings. Errors: CapacityError."""
+        self._check()
+        self._store.books.expect(self.number, needed)
+
+    def check_books(self, total_bytes: int, tensors: int) -> None:
+        """Refuse the load if its books would not fit even after every eviction. Errors: CapacityError.
+
+        What is resident needs none; as long as its content is not known, equal figures may mean that.
+        """
+        self._check()
+        there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
+        if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
+            self._store.books.check(self.number, self._store.kept_books)
+
+    # -- tensors ---------------------------------------------------------------------------------------------------
+
+    def resident_lengths(self) -> set[int]:
+        """Lengths of the sealed blobs that the load may share."""
+        self._check()
+        return self._blobs.lengths(*self.place, sealed=True)
+
+    def share_known(self, number: int, identity: BlobIdentity) -> Blob | None:
+        """Use the very blob of that number and identity, if it is resident where the load goes; otherwise None."""
+        self._check()
+        blob = self._blobs.get(number)
+        if blob is None or not blob.sealed or blob.identity != identity or blob.key[:2] != self.place:
+            return None
+        if blob.length < OWN_COPY_BELOW and number in self._used:
+            return None
+        self._hold(blob)
+        self._used.add(number)
+        return blob
+
+    def candidate(self, digest: bytes, length: int) -> Blob | None:
+        """A blob that bytes with this digest may equal; None when there is none."""
+        self._check()
+        face = next(self._alike_of(BlobKey(*self.place, digest, length)).faces(), None)
+        if face is not None:
+            self._hold(face)
+        return face
+
+    def settle(
+        self, digest: bytes, length: int, segment: int, offset: int, differs: Collection[int] = ()
+    ) -> tuple[bool, Blob]:
+        """Bytes with this digest lie at (segment, offset), and differ from the blobs numbered in `differs`.
+
+        Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
+        """
+        self._check()
+        key = BlobKey(*self.place, digest, length)
+        alike = self._alike_of(key)
+        face = next((blob for blob in alike.faces() if blob.number not in differs), None)
+        if face is not None:
+            self._hold(face)
+            return False, face
+        self._store.collisions += bool(differs)
+        blob = self._place(key, segment, offset, self._new_variant(key), Twins(set(alike.numbers)))
+        alike.add(blob)
+        return True, blob
+
+    def share(self, number: int, segment: int | None, offset: int) -> Blob | None:
+        """Bytes at (segment, offset) equal those of a candidate. Returns the blob to use.
+
+        That is the candidate itself, or a copy of its own at (segment, offset) for a small tensor whose candidate the
+        load uses already; None when it needs such a copy and has no bytes in a segment (segment None).
+        """
+        self._check()
+        blob = self._held.get(number) or self._placed[number]
+        if blob.length < OWN_COPY_BELOW and number in self._used:
+            alike = self._alike_of(blob.key)
+            spare = alike.spare(blob.variant, self._used) if blob.sealed else None
+            if spare is not None:
+                blob = spare
+                self._hold(blob)
+            elif segment is None:
+                return None
+            else:
+                twins = alike.twins(blob.variant) if blob.sealed else self._twins[number]
+                return self._place(blob.key, segment, offset, blob.variant, twins)
+        self._used.add(blob.number)
+        return blob
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def rechecks(self) -> list[tuple[Blob, Blob]]:
+        """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed."""
+        self._check()
+        pairs = []
+        for twins in {id(twins): twins for twins in self._twins.values()}.values():
+            if twins.blobs and (fresh := self._fresh(twins)):
+                self._hold(fresh[0])
+                pairs.append((twins.blobs[0], fresh[0]))
+        return pairs
+
+    def recheck(self, number: int, other: int, *, equal: bool) -> dict[int, Blob]:
+        """The outcome of a recheck. Returns which placed blobs, by number, give way to which sealed ones.
+
+        Equal bytes are dropped for the sealed blobs', or stay as small tensors' own copies under the same identity;
+        others become a variant apart.
+        """
+        self._check()
+        sealed, twins = self._held[other], self._twins[number]
+        fresh = self._fresh(twins)
+        if other not in twins.known:
+            self._store.collisions += not equal
+        # Sealed blobs agree among themselves: one comparison settles all of that variant, and equality settles all.
+        twins.known.update(blob.number for blob in fresh if equal or blob.variant == sealed.variant)
+        variant = twins.blobs[0].variant
+        if equal or variant == sealed.variant:
+            variant = sealed.variant if equal else self._new_variant(sealed.key)
+            for twin in twins.blobs:
+                twin.variant = variant
+        if not equal:
+            return {}
+        free = [blob for blob in fresh if blob.variant == sealed.variant and blob.number not in self._used]
+        replaced: dict[int, Blob] = {}
+        for twin in twins.blobs:
+            if twin.length >= OWN_COPY_BELOW:
+                replaced[twin.number] = sealed
+            elif free:
+                replaced[twin.number] = free.pop()
+        for old, new in replaced.items():
+            self._hold(new)
+            self._blobs.drop(self._placed.pop(old), BlobState.ABORTED)
+            self._used.discard(old)
+            self._used.add(new.number)
+        twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
+        return replaced
+
+    def seal(self, content: Content, now: float, manifest: object = None, manifest_bytes: int = 0) -> Checkpoint:
+        """The load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end` is still to come.
+
+        When that content is resident already, the checkpoint that is there is returned. Otherwise others may go for its
+        books. Errors: CapacityError (they do not fit). What the listener of events raises fails the seal, too, and then
+        the checkpoint is not there.
+        """
+        self._check()
+        key = CheckpointKey(*self.place, content.content_digest)
+        checkpoint = self._store.checkpoints.get(key)
+        if checkpoint is None:
+            checkpoint = Checkpoint.of(key, content, self._owner, now, manifest_bytes)
+            self._room.evict_for_books(checkpoint.books_bytes)
+            fresh = self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
+            for blob in fresh:
+                del self._placed[blob.number]
+                self._hold(blob)
+            self._memory.leave(self.number, [blob.slot for blob in fresh])
+        self._store.books.forget(self.number)
+        self._store.use(checkpoint, now)
+        self._memory.expect(self.number)
+        return checkpoint
+
+    def quarantine(self) -> None:
+        """Its loader does not let go of what it was granted: that stays where it is, and nobody is to wait for it."""
+        self._memory.withdraw(self.number)
+
+    def end(self) -> None:
+        """The loader has nothing open any more: what was granted and not sealed goes back, and holds end."""
+        self._store.open_loads.remove(self.number)
+        self._store.books.forget(self.number)
+        if not self._lost:
+            for blob in self._placed.values():
+                self._blobs.drop(blob, BlobState.ABORTED)
+            for blob in self._held.values():
+                blob.holds -= 1
+            self._memory.take_back(self.number)
+            self._store.free(self._held.values())
+        self._memory.withdraw(self.number)
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _lost(self) -> bool:
+        """Whether the device has lost its memory since the load began."""
+        return self._memory.losses != self._losses
+
+    def _check(self) -> None:
+        if self._lost:
+            raise DeviceError(f"device {self._device}: {self._memory.lost_by}; load it again")
+
+    def _candidates(self, digest: bytes, length: int) -> list[Blob]:
+        """Blobs whose bytes are complete and may equal: sealed ones, and those that the load itself has placed."""
+        blobs = self._blobs.of(BlobKey(*self.place, digest, length))
+        return [blob for blob in blobs if blob.sealed or blob.number in self._placed]
+
+    def _hold(self, blob: Blob) -> None:
+        if blob.number not in self._held and blob.number not in self._placed:
+            self._held[blob.number] = blob
+            blob.holds += 1
+
+    def _new_variant(self, key: BlobKey) -> int:
+        """A variant that no complete bytes have. Those of other open loads do not count until they are sealed.
+
+        Otherwise the content digest of a file would depend on what else was being loaded.
+        """
+        return max((blob.variant for blob in self._candidates(key.digest, key.length)), default=-1) + 1
+
+    def _alike_of(self, key: BlobKey) -> Alike:
+        """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
+        if key not in self._alike:
+            self._alike[key] = Alike(blob for blob in self._blobs.of(key) if blob.sealed)
+        return self._alike[key]
+
+    def _fresh(self, twins: Twins) -> list[Blob]:
+        """Sealed blobs that these placed ones have not been compared with."""
+        there = self._blobs.of(twins.blobs[0].key)
+        return [blob for blob in there if blob.sealed and blob.number not in twins.known]
+
+    def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
+        blob = self._blobs.place(key, variant, segment, offset, self.number)
+        self._placed[blob.number] = blob
+        self._twins[blob.number] = twins
+        twins.blobs.append(blob)
+        self._used.add(blob.number)
+        return blob

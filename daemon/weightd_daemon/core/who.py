@@ -1,0 +1,14 @@
+"""Who asks the daemon for something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
+
+    uid: int | None
+    admin: bool
+    domain: str

@@ -1,0 +1,214 @@
+"""Verifications: resident blobs are hashed again by a loader, in a task of its own that waits for no reader."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from weightd.errors import LeaseLostError, WeightdError
+from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import error_of
+
+from .loader_process import LoaderDied, LoaderProcess
+from .messages import verify_job
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+
+    from weightd_daemon.core.blob import Blob
+    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.lease import Holder
+    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.who import Who
+    from weightd_daemon.devices.device import Device
+
+    from .fair_queue import Turns
+    from .loader_pool import LoaderPool
+    from .quota import Quota
+
+BATCH = 10_000
+"""Blobs of one job. All of a checkpoint in one message would be a long step of the loop."""
+
+
+class Verification:
+    """How one verification gets on. A reader sees the newest figures when it looks, and may look as slowly as it likes.
+
+    `done` has the numbers of the blobs that differ, or the error. `chosen` is what is verified, once its turn has come.
+    """
+
+    def __init__(self) -> None:
+        self.chosen: list[Checkpoint] = []
+        self.total_blobs = self.total_bytes = 0
+        self.done_blobs = self.done_bytes = 0
+        self.done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
+        self.task: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+
+    async def changes(self) -> AsyncGenerator[None, None]:
+        """Whenever the figures have changed, until it is done; its error is not raised here."""
+        while not self.done.done():
+            waiting: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
+            try:
+                await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+            if not self.done.done():
+                self._changed.clear()
+                yield
+
+    def report(self, done_blobs: int, done_bytes: int) -> None:
+        """New figures; they take the place of those that nobody has read."""
+        self.done_blobs, self.done_bytes = done_blobs, done_bytes
+        self._changed.set()
+
+    def cancel(self) -> None:
+        """Nobody wants to know: end it, and give back what it has."""
+        if self.task is not None:
+            self.task.cancel()
+
+
+class Verifications:
+    """Begins verifications. Each has one of its user's turns, and with that leases, until its work is over."""
+
+    def __init__(
+        self, *, store: Store, devices: dict[str, Device], pool: LoaderPool, turns: Turns, quota: Quota,
+        now: Callable[[], float],
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._devices = devices
+        self._pool = pool
+        self._turns = turns
+        self._quota = quota
+        self._now = now
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loaders: dict[LoaderProcess, str] = {}
+
+    def begin(
+        self,
+        who: Who,
+        holder: Holder,
+        choose: Callable[[], list[Checkpoint]],
+        loss: Callable[[Checkpoint], WeightdError],
+    ) -> Verification:
+        """Verify what `choose` returns when the turn has come. `loss` says why a checkpoint is not resident any more.
+
+        Errors: DrainingError, and those of `choose`, which is called for them at once; later ones are `done`'s.
+        """
+        self._store.leases.admit()
+        choose()
+        verification = Verification()
+        task = asyncio.get_running_loop().create_task(self._run(verification, who, holder, choose, loss))
+        verification.task = task
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: self._end(task, verification))
+        return verification
+
+    def lose(self, device: str) -> None:
+        """The memory of a device is gone: nothing there is verified any more."""
+        for loader, where in self._loaders.items():
+            if where == device:
+                loader.kill()
+
+    async def close(self) -> None:
+        """End all of them."""
+        for task in list(self._tasks):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def _end(self, task: asyncio.Task[None], verification: Verification) -> None:
+        self._tasks.discard(task)
+        if not verification.done.done():  # a task that is cancelled before its first step never ran
+            verification.done.set_exception(LeaseLostError("the verification was ended; verify again"))
+            verification.done.exception()  # seen: nobody may have waited for it
+
+    async def _run(
+        self,
+        verification: Verification,
+        who: Who,
+        holder: Holder,
+        choose: Callable[[], list[Checkpoint]],
+        loss: Callable[[Checkpoint], WeightdError],
+    ) -> None:
+        try:
+            async with self._turns.turn(who.uid):
+                chosen = verification.chosen = choose()
+                self._quota.check_leases(who, len(chosen))
+                leases = [self._store.leases.take(c.key, holder, self._now(), waiting=True) for c in chosen]
+
+                def check() -> None:
+                    for checkpoint in chosen:  # a lease keeps it resident, but not from a loss
+                        if self._store.checkpoints.get(checkpoint.key) is not checkpoint:
+                            raise loss(checkpoint)
+
+                try:
+                    bad = await self._verify(verification, check)
+                    check()
+                finally:
+                    for lease in leases:
+                        self._store.leases.end(lease.number)
+            verification.done.set_result(bad)
+        except asyncio.CancelledError:
+            pass
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is the reader's
+            verification.done.set_exception(error)
+            verification.done.exception()
+
+    async def _verify(self, verification: Verification, check: Callable[[], None]) -> list[int]:
+        blobs: dict[str, dict[int, Blob]] = {uuid: {} for uuid in self._devices}
+        for checkpoint in verification.chosen:
+            blobs[checkpoint.key.device].update(checkpoint.unique)
+            await asyncio.sleep(0)
+        check()
+        verification.total_blobs = sum(map(len, blobs.values()))
+        verification.total_bytes = sum(blob.length for here in blobs.values() for blob in here.values())
+        bad: list[int] = []
+        for uuid, here in blobs.items():
+            for batch in _batches(here):
+                bad += await self._hash(verification, self._devices[uuid], batch, check)
+        return bad
+
+    async def _hash(
+        self, verification: Verification, device: Device, blobs: Sequence[Blob], check: Callable[[], None]
+    ) -> list[int]:
+        """Have a loader hash blobs. Returns the numbers of those that differ. Errors: LeaseLostError (it died)."""
+        loader = await self._pool.take()
+        usable = False
+        self._loaders[loader] = device.uuid
+        blobs_before, bytes_before = verification.done_blobs, verification.done_bytes
+        try:
+            check()
+            rows = [(b.number, b.segment, b.offset, b.length, b.key.digest) for b in blobs]
+            size = self._store.memories[device.uuid].size
+            segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {blob.segment for blob in blobs}]
+            await loader.send(verify_job(rows, device), segments)
+            bad: list[int] = []
+            found = wire.Verified()
+            while not found.all:
+                message = await loader.receive()
+                check()
+                if message.HasField("failed"):
+                    raise error_of(message.failed)
+                found = message.verified
+                bad += found.bad
+                if not found.all:
+                    verification.report(blobs_before + found.blobs, bytes_before + found.bytes)
+            verification.report(blobs_before + len(rows), bytes_before + sum(blob.length for blob in blobs))
+            usable = await self._pool.put_back(loader)
+            return bad
+        except LoaderDied:
+            check()
+            raise LeaseLostError("the loader process died while it verified; try again") from None
+        finally:
+            del self._loaders[loader]
+            if not usable:
+                loader.kill()
+
+
+def _batches(blobs: dict[int, Blob]) -> Iterator[list[Blob]]:
+    left = iter(blobs.values())
+    while batch := list(islice(left, BATCH)):
+        yield batch

@@ -1,0 +1,104 @@
+"""What happens, and in which order, when a checkpoint becomes resident, is evicted, or is lost with its device.
+
+The order is meaning: a daemon that is killed between any two steps must leave nothing that the next one would misread.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from weightd.errors import DeviceError
+
+from .core.events import DeviceLost, Evicted, Sealed
+from .log_line import Line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .core.catalog import Catalog
+    from .core.events import Event
+    from .core.store import Store
+    from .handles.lease_locks import Manifests
+    from .loads.loads import Loads
+    from .persistence.descriptor_store import Survival
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    store: Store
+    catalog: Catalog
+    manifests: Manifests
+    survival: Survival
+    loads: Loads
+
+
+class Residency:
+    """Made before the parts that report to it, which `join` brings. On the thread of the loop that serves.
+
+    `tell` publishes events to listeners, and raises nothing.
+    """
+
+    def __init__(self, tell: Callable[[Event], None]) -> None:
+        self._tell = tell
+        self._joined: _Parts | None = None
+
+    def join(self, store: Store, catalog: Catalog, manifests: Manifests, survival: Survival, loads: Loads) -> None:
+        """Act on these parts. Due before anything is sealed, leased or named, and before the loop runs."""
+        self._joined = _Parts(store, catalog, manifests, survival, loads)
+
+    def on_event(self, event: Event) -> None:
+        """What the store reports. Errors: of a `Sealed`, whatever keeps the checkpoint from surviving a restart."""
+        if isinstance(event, Sealed):
+            self._sealed(event)
+        elif isinstance(event, Evicted):
+            self._evicted(event)
+        else:
+            self._tell(event)
+
+    def _sealed(self, event: Sealed) -> None:
+        # May raise, and then the checkpoint is not sealed: so nobody has been told of it.
+        self._parts.survival.sealed(event.checkpoint.key, event.manifest)
+        self._tell(event)
+
+    def _evicted(self, event: Evicted) -> None:
+        parts, key = self._parts, event.checkpoint.key
+        self._tell(event)  # listeners look up the checkpoint's names, which may be forgotten below
+        parts.manifests.remove(key)
+        if event.load:
+            parts.loads.evicted(event)  # which looks the names up, too
+        # Before the next root record: it must not have names any more that went with the checkpoint.
+        parts.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
+        parts.survival.evicted(key)
+
+    def on_changed(self) -> None:
+        """A name, a pin or another mark of a checkpoint has changed: the root record is to say so."""
+        self._parts.survival.changed()
+
+    def before_use(self) -> None:
+        """Memory is about to be used again (law 7): the root record that no longer names it is written first."""
+        self._parts.survival.flip()
+
+    def before_answer(self) -> None:
+        """An answer is about to be sent: what it tells of outlives the daemon."""
+        self._parts.survival.flip()
+
+    def before_lock(self, lease: int) -> None:
+        """A lease of that number is about to get its lock: the root record covers its number first."""
+        self._parts.survival.reserve(lease)
+
+    def on_lost(self, device: str, reason: str) -> None:
+        """The memory of a device, given by its UUID, is gone: so are its checkpoints, and then the loads to it."""
+        log.warning(Line("device lost", {"device": device}, because=reason))
+        self._tell(DeviceLost(device, reason))
+        self._parts.store.lose(device, reason)
+        self._parts.loads.lose(device, DeviceError(f"device {device}: {reason}; load it again"))
+
+    @property
+    def _parts(self) -> _Parts:
+        if self._joined is None:
+            raise RuntimeError("something has happened to a checkpoint or a device before `join`")
+        return self._joined

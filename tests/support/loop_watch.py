@@ -1,0 +1,170 @@
+"""Watches the loop of a test's daemon: a step that takes too long is in the log, with its callback and its stack.
+
+A step is one callback of the loop, be it a task's until its next `await`. What counts is its wall time less the time
+in which its thread waited for a core (/proc/self/task/TID/schedstat), so waiting for a disk, a lock or a peer counts,
+and a busy machine does not. What the process's other threads waited is taken off as well: one of them may have had the
+interpreter's lock. Collections of garbage count: the loop stands still for them, too. Where the kernel does not say how
+long a thread waited, its CPU time counts alone, and the log says so.
+
+It watches from the moment in which the daemon is ready until it stops: before, nobody is served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from asyncio import events
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+from weightd_daemon.operations.notify import Announcer
+
+MOST_SECONDS = 0.05
+FOUND = "loop watch: a step of"
+"""What a finding begins with; support/daemon.py looks for it."""
+ALLOWED_STEP = "loop watch: allowed, a step of"
+ALLOWED: dict[str, str] = {
+    r"devices/cuda_\w+\.py.*in create": "a new segment of a GPU is made by its driver, in the step that books it",
+    r"in _execute_child": "starting a process: vfork lasts until the child, too, has got a core",
+}
+"""Steps that may take longer, each with the reason: patterns of a line of the callback or of its stack."""
+_SAMPLE_SECONDS = 0.01
+_FRAMES = 12
+
+
+def install() -> None:
+    """Watch the loop of the daemon that this process is going to be."""
+    ready, stop = Announcer.ready, Announcer.stop
+    watch = Watch()
+
+    def begin(announcer: Announcer, status: Callable[[], str]) -> None:
+        ready(announcer, status)
+        asyncio.get_running_loop().call_soon(watch.begin)  # not in the step that serves: that is all of the start
+
+    def end(announcer: Announcer) -> None:
+        watch.end()
+        stop(announcer)
+
+    Announcer.ready, Announcer.stop = begin, end  # type: ignore[method-assign]  # exchanged
+
+
+class Watch:
+    """Times each step of the loop of the thread that begins."""
+
+    def __init__(self) -> None:
+        self._run = events.Handle._run
+        self._began = 0.0
+        """When the step under way began; 0 when there is none."""
+        self._stacks: list[str] = []
+        self._collected = 0.0
+        self._collects = 0.0
+        self._waited: Callable[[], float] = time.perf_counter
+        self._on = False
+        self._thread = 0
+        self._others: dict[str, float] = {}
+        """What each other thread had waited, shortly before the step under way began."""
+
+    def begin(self) -> None:
+        """Time each step from now on."""
+        self._thread = threading.get_native_id()
+        source = _waited_of(self._thread)
+        if source is None:
+            _say("loop watch: the kernel has no schedstat: only CPU time counts")
+        self._waited = source or (lambda: time.perf_counter() - time.thread_time())
+        self._on = True
+        gc.callbacks.append(self._collect)
+        threading.Thread(target=self._sample, args=(threading.get_ident(),), name="loop-watch", daemon=True).start()
+        watch, run, clock = self, self._run, time.perf_counter
+
+        def timed(handle: events.Handle) -> None:
+            waited = watch._waited()
+            watch._collected, watch._began = 0.0, (began := clock())
+            try:
+                run(handle)
+            finally:
+                watch._began = 0.0
+                if clock() - began > MOST_SECONDS:
+                    watch._ended(handle, clock() - began, watch._waited() - waited)
+
+        events.Handle._run = timed  # type: ignore[method-assign]  # exchanged
+
+    def end(self) -> None:
+        """The daemon stops."""
+        self._on = False
+        events.Handle._run = self._run  # type: ignore[method-assign]  # as it was
+
+    def _ended(self, handle: events.Handle, wall: float, waited: float) -> None:
+        stacks, self._stacks = self._stacks, []
+        if wall - waited <= MOST_SECONDS:
+            return
+        now = _waits(self._thread)
+        others = sum(spent - self._others.get(thread, 0.0) for thread, spent in now.items())
+        if wall - waited - others <= MOST_SECONDS:
+            return
+        stack = stacks[len(stacks) // 2] if stacks else "  (no stack: nobody else could run meanwhile)\n"
+        what = f"{handle!r}\n{stack}"
+        reasons = [reason for pattern, reason in ALLOWED.items() if re.search(pattern, what)]
+        millis = ", ".join(
+            f"{name} {seconds * 1e3:.0f} ms"
+            for name, seconds in {
+                "wall": wall, "waited for a core": waited, "other threads did": others, "garbage": self._collected,
+            }.items()
+        )  # fmt: skip
+        took = (wall - waited - others) * 1e3
+        _say(f"{ALLOWED_STEP if reasons else FOUND} {took:.0f} ms ({millis}; {len(stacks)} samples): {what}")
+
+    def _sample(self, thread: int) -> None:
+        """Keep the stacks of a step from that moment on in which it takes long."""
+        while self._on:
+            time.sleep(_SAMPLE_SECONDS)
+            began = self._began
+            if not began or time.perf_counter() - began < _SAMPLE_SECONDS:
+                self._others = _waits(self._thread)
+            if began and time.perf_counter() - began > MOST_SECONDS / 2:
+                frame = sys._current_frames().get(thread)
+                if frame is not None and began == self._began and len(self._stacks) < 1000:
+                    self._stacks.append(_stack(frame))
+            elif self._stacks and not began:
+                self._stacks = []
+
+    def _collect(self, phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            self._collects = time.perf_counter()
+        else:
+            self._collected += time.perf_counter() - self._collects
+
+
+def _waited_of(thread: int) -> Callable[[], float] | None:
+    """How long a thread has waited for a core, in seconds, as a function; None if the kernel does not say."""
+    try:
+        descriptor = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        os.pread(descriptor, 64, 0).split()[1]
+    except (OSError, IndexError):
+        return None
+    return lambda: int(os.pread(descriptor, 64, 0).split()[1]) / 1e9
+
+
+def _waits(but: int) -> dict[str, float]:
+    """How long each thread of this process but one has waited for a core, in seconds."""
+    found = {}
+    for thread in set(os.listdir("/proc/self/task")) - {str(but)}:
+        with contextlib.suppress(OSError, IndexError):
+            found[thread] = int(Path(f"/proc/self/task/{thread}/schedstat").read_bytes().split()[1]) / 1e9
+    return found
+
+
+def _stack(frame: FrameType) -> str:
+    shown = traceback.format_list(traceback.extract_stack(frame)[-_FRAMES:])
+    return "".join(re.sub(str(Path(__file__).resolve().parents[2]), "", line) for line in shown)
+
+
+def _say(text: str) -> None:
+    os.write(2, f"{text}\n".encode(errors="replace"))

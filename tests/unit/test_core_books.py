@@ -1,0 +1,229 @@
+"""The daemon's own books have one limit: what a checkpoint takes of it, who goes for another, and who is refused."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+
+from weightd.errors import CapacityError
+from weightd_daemon.core.books import Books
+from weightd_daemon.core.catalog import Catalog
+from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
+from weightd_daemon.core.events import Event, Evicted
+from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
+from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.store import Store
+from weightd_daemon.core.who import Who
+
+PAGE = 4096
+K = 444
+FILE = (ManifestFile("", "f", None),)
+
+
+class Daemon:
+    """A store of two devices, whose checkpoints have tensors without bytes: `limit` is in K tensors."""
+
+    def __init__(self, limit: int) -> None:
+        self.events: list[Event] = []
+        self.held: set[str] = set()
+        self.store = Store(leases=Leases(self._is_held), on_event=self.events.append)
+        self.store.books.limit = limit * K * BYTES_OF_TENSOR
+        for device in ("host", "GPU-1"):
+            self.store.memories[device] = DeviceMemory(
+                budget=64 * PAGE, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, available=lambda: None
+            )
+        self._numbers = count(1)
+
+    def _is_held(self, lease: Lease) -> bool:
+        return lease.checkpoint[2] in self.held  # type: ignore[index]  # a CheckpointKey
+
+    def begin(self, device: str = "host", domain: str = "all") -> Loading:
+        return Loading(self.store, device, domain, 1000, Holder(7, 7, 1000, "loader"))
+
+    def load(self, name: str, tensors: int = 1, device: str = "host", domain: str = "all") -> Checkpoint:
+        """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
+        load = self.begin(device, domain)
+        try:
+            load.expect_books(tensors * K * BYTES_OF_TENSOR)
+            load.check_books(0, tensors * K)
+            entries = [Entry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
+            content = Content(name, FILE, tuple(entries), (None,) * len(entries))
+            return load.seal(content, next(self._numbers))
+        finally:
+            load.end()
+
+    def hold(self, checkpoint: Checkpoint) -> None:
+        self.held.add(checkpoint.key.content_digest)
+        self.store.leases.take(checkpoint.key, Holder(1, 1, 1000, "holder"), 0.0)
+
+    @property
+    def there(self) -> set[str]:
+        return {key.content_digest for key in self.store.checkpoints}
+
+    @property
+    def used(self) -> float:
+        return self.store.books.used / K / BYTES_OF_TENSOR
+
+
+def test_what_a_checkpoint_takes_is_its_manifest_and_so_much_a_tensor() -> None:
+    daemon = Daemon(limit=10)
+    load = daemon.begin()
+    entries = (Entry("", "t", "U8", (0,), 0, 0),)
+    checkpoint = load.seal(Content("a", FILE, entries, (None,)), 1.0, None, 777)
+    load.end()
+    assert checkpoint.books_bytes == daemon.store.books.used == 777 + BYTES_OF_TENSOR
+    daemon.store.remove(checkpoint)
+    assert daemon.store.books.used == 0
+
+
+def test_what_is_lost_with_its_device_takes_nothing() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("a", 3, device="GPU-1")
+    daemon.load("b", 2)
+    daemon.store.lose("GPU-1", "it fell off")
+    assert daemon.used == 2
+
+
+def test_without_a_limit_nobody_goes() -> None:
+    daemon = Daemon(limit=0)
+    for name in "abcdefgh":
+        daemon.load(name, 5)
+    assert len(daemon.there) == 8
+
+
+def test_the_least_recently_used_go_on_whatever_device() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("a", 3, device="GPU-1")
+    daemon.load("b", 3)
+    daemon.load("c", 3)
+    daemon.load("d", 3)
+    assert daemon.there == {"b", "c", "d"}
+    gone = [event for event in daemon.events if isinstance(event, Evicted)]
+    assert [(e.checkpoint.key.content_digest, e.reason, e.load) for e in gone] == [("a", "capacity", 4)]
+    assert gone[0].by is not None, "of one domain, so it is said who asked"
+    assert daemon.store.evictions == 1
+
+
+def test_nobody_goes_without_whom_the_others_would_do() -> None:
+    """As with a device's bytes (decision 0019), by what each gives back of the books."""
+    daemon = Daemon(limit=10)
+    for name, tensors in (("small", 1), ("large", 5), ("late", 4)):
+        daemon.load(name, tensors)
+    daemon.load("new", 5)
+    assert daemon.there == {"small", "late", "new"}
+
+
+def test_the_pinned_and_the_leased_stay() -> None:
+    daemon = Daemon(limit=10)
+    pinned, held, _ = daemon.load("pinned", 3), daemon.load("held", 3), daemon.load("free", 3)
+    pinned.pins.add(1000)
+    daemon.hold(held)
+    daemon.load("new", 4)
+    assert daemon.there == {"pinned", "held", "new"}
+
+
+def test_users_who_are_kept_apart_are_not_told_of_each_other() -> None:
+    daemon = Daemon(limit=5)
+    daemon.load("a", 3, domain="uid-1")
+    daemon.load("b", 3, domain="uid-2")
+    assert [event.by for event in daemon.events if isinstance(event, Evicted)] == [None]
+
+
+def test_what_can_never_fit_is_refused_before_it_is_read_and_nobody_goes() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("a", 3)
+    load = daemon.begin()
+    with pytest.raises(CapacityError) as caught:
+        load.expect_books(11 * K * BYTES_OF_TENSOR)
+    load.end()
+    assert caught.value.limit == "books"
+    assert str(caught.value) == (
+        "the limit books is reached: the list of tensors needs 10.7 MiB of the daemon's own memory, and of 9.8 MiB, "
+        "0.0 MiB are of checkpoints that are pinned or leased; that is more than the whole limit; raise --books"
+    )
+    assert daemon.there == {"a"}
+    assert daemon.store.books.coming == 0
+
+
+def test_what_pins_and_leases_leave_no_room_for_is_refused() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("pinned", 4).pins.add(1000)
+    daemon.hold(daemon.load("held", 4))
+    daemon.load("free", 2)
+    with pytest.raises(CapacityError, match=r"7.8 MiB are of checkpoints that are pinned or leased; remove") as caught:
+        daemon.load("new", 3)
+    assert (caught.value.requested_bytes, caught.value.free_bytes) == (3 * K * BYTES_OF_TENSOR, 2 * K * BYTES_OF_TENSOR)
+    assert daemon.there == {"pinned", "held", "free"}, "nobody goes for nothing"
+
+
+def test_loads_under_way_are_reckoned_with() -> None:
+    daemon = Daemon(limit=10)
+    first, second = daemon.begin(), daemon.begin("GPU-1")
+    for load in (first, second):
+        load.expect_books(6 * K * BYTES_OF_TENSOR)
+    with pytest.raises(CapacityError, match=r"5\.9 MiB of loads under way"):
+        second.check_books(0, 6 * K)
+    second.end()
+    first.check_books(0, 6 * K)
+    first.end()
+    assert daemon.store.books.coming == 0
+
+
+def test_what_is_resident_needs_none_of_it() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("a", 6).pins.add(1000)
+    assert daemon.load("a", 6).key.content_digest == "a"
+    assert daemon.used == 6
+
+
+def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() -> None:
+    """Pins and leases may come while a load is under way."""
+    daemon = Daemon(limit=10)
+    other = daemon.load("other", 6)
+    load = daemon.begin()
+    load.expect_books(5 * K * BYTES_OF_TENSOR)
+    load.check_books(0, 5 * K)
+    other.pins.add(1000)
+    entries = tuple(Entry("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
+    with pytest.raises(CapacityError, match="the limit books is reached"):
+        load.seal(Content("new", FILE, entries, (None,) * len(entries)), 9.0)
+    load.end()
+    assert (daemon.there, daemon.used) == ({"other"}, 6)
+
+
+def test_a_smaller_limit_evicts_what_it_can() -> None:
+    daemon = Daemon(limit=10)
+    daemon.load("a", 3)
+    daemon.load("b", 3).pins.add(1000)
+    daemon.load("c", 3)
+    daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
+    daemon.store.fit_books()
+    assert daemon.there == {"b", "c"}
+    daemon.store.books.limit = K
+    daemon.store.fit_books()
+    assert daemon.there == {"b"}, "the pinned stay, beyond the limit"
+    with pytest.raises(CapacityError):
+        daemon.load("d", 1)
+
+
+def test_books_count_in_what_a_user_may_have() -> None:
+    daemon = Daemon(limit=0)
+    checkpoint = daemon.load("a", 3)
+    catalog = Catalog(daemon.store, Limits(bytes=4 * K * BYTES_OF_TENSOR))
+    assert catalog.bytes_of(1000) == checkpoint.books_bytes == 3 * K * BYTES_OF_TENSOR
+    other = Who(1001, admin=False, domain="all")
+    daemon.load("b", 2).owner = 1001
+    with pytest.raises(CapacityError, match=r"uid 1001 has 2\.0 MiB of 3\.9 MiB"):
+        catalog.keep(other, checkpoint)
+
+
+def test_an_empty_list_of_candidates_is_a_refusal_only_where_something_is_needed() -> None:
+    books = Books(100)
+    assert books.chosen_for(100, [], lambda _: False) == []
+    with pytest.raises(CapacityError):
+        books.chosen_for(101, [], lambda _: False)
+    assert books.chosen_beyond([], lambda _: False) == []
