@@ -104,7 +104,7 @@ gpu-probe: $(GPU_VENV) ## ask a GPU what no document states; writes docs/gpu-fac
 	@echo "gpu-probe: tools/gpu_probe.py"
 	@$(ON_GPU) tools/gpu_probe.py --write docs/gpu-facts.md
 
-protos: $(PROTOS_VENV)/.installed ## generate client/weightd/_proto from protos
+protos: $(PROTOS_VENV)/.installed ## generate the stubs from protos
 	@echo "protos: tools/gen_protos.py"
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
 

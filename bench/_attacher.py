@@ -1,4 +1,5 @@
-"""Attach to checkpoints in turns, and time each step. For bench/attach.py: SOCKET ROUNDS NAME...
+"""Attach to checkpoints in turns, and time each step. For bench/attach.py: SOCKET ROUNDS NAME..., or
+SOCKET ROUNDS --few NAME TENSOR: all tensors of one checkpoint, and one of them.
 
 The whole is timed without the clocks inside it: every other attach runs as users run it, the ones between are taken
 apart.
@@ -11,14 +12,13 @@ import json
 import sys
 import time
 from collections import defaultdict
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 import weightd
 import weightd.torch
-from weightd import attachment
+from weightd import _manifest, attachment
 from weightd._mapping import host
 from weightd._proto.v1 import handles_pb2
 from weightd._transport import handle_socket
@@ -40,15 +40,13 @@ class Clocks:
             (handle_socket.HandleConnection, "attach", "attach request and answer"),
             (host, "map_lease", "map the manifest"),
             (host, "map_segment", "map the segments"),
-            (attachment, "_tensors", "manifest: columns to rows"),
+            (_manifest.Manifest, "__init__", "manifest: protobuf"),
+            (_manifest.Manifest, "_read", "manifest: columns to rows"),
             (attachment, "_copies", "manifest: equal addresses"),
             (attachment.Attachment, "state_dict", "make the tensors"),
         ]
         for owner, name, label in places:
             self._replace(owner, name, self._timed(getattr(owner, name), label))
-        # A message's class takes no attributes: the module that the attachment sees is replaced instead.
-        parse = self._timed(handles_pb2.Manifest.FromString, "manifest: protobuf")
-        self._replace(attachment, "handles_pb2", SimpleNamespace(Manifest=SimpleNamespace(FromString=parse)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,12 +68,12 @@ class Clocks:
         return timed
 
 
-def attach(socket: str, name: str) -> float:
-    """Connect, attach and make all tensors. Returns milliseconds; letting go of them is not counted."""
+def attach(socket: str, name: str, *tensors: str) -> float:
+    """Connect, attach and make all tensors, or those. Returns milliseconds; letting go of them is not counted."""
     gc.collect()
     start = time.perf_counter()
     client = weightd.connect(socket)
-    attached = client.attach(name)
+    attached = client.attach(name, tensors=tensors)
     state = attached.state_dict()
     seconds = time.perf_counter() - start
     assert sum(tensor.numel() for tensor in state.values())
@@ -99,6 +97,17 @@ def main(socket: str, rounds: int, names: list[str]) -> dict[str, Any]:
     return found | {"torch": torch.__version__, "grpc": "grpc" in sys.modules}
 
 
+def few(socket: str, rounds: int, name: str, tensor: str) -> dict[str, Any]:
+    """Times of each round, in milliseconds, for all tensors and for one, in turns."""
+    gc.disable()
+    times = [(attach(socket, name), attach(socket, name, tensor)) for _ in range(rounds)]
+    return {"all": [every for every, _ in times], "one": [one for _, one in times], "grpc": "grpc" in sys.modules}
+
+
 if __name__ == "__main__":
     assert handles_pb2.HandleRequest  # protobuf is imported before the clock starts
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])))
+    socket, rounds, *rest = sys.argv[1:]
+    if rest[0] == "--few":
+        print(json.dumps(few(socket, int(rounds), *rest[1:])))
+    else:
+        print(json.dumps(main(socket, int(rounds), rest)))

@@ -6,7 +6,10 @@ Two checkpoints of 300 tensors are loaded; the second is 64 times as large. One 
 connect, attach, make every tensor, let go. torch and protobuf are imported, grpc is not (checked). As a process that
 starts attaches only once, as many fresh processes as `--fresh` says do it once each.
 
-Aims: the large one takes at most 1.5 × the time of the small one; 300 tensors, connection included, under 5 ms.
+A third checkpoint has 20,000 tensors of 2 KiB and a little more: all are attached and made, and one of them, in turns.
+
+Aims: the large one takes at most 1.5 × the time of the small one; 300 tensors, connection included, under 5 ms; one of
+20,000 at most a quarter of all of them.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ import weightd
 HERE = Path(__file__).parent
 TENSORS = 300
 AIM_MS, AIM_RATIO = 5.0, 1.5
+MANY, AIM_FEW = 20_000, 0.25
+MANY_BYTES = MANY * 2048
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -33,7 +38,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine(), "tensors": TENSORS, "sizes": sizes, "segments": {}}
     with (
         scratch(options.folder) as folder,
-        serving(folder, "attached", "--budget", str((options.small + options.large) * 9 // 8)) as daemon,
+        serving(
+            folder, "attached", "--budget", str((options.small + options.large + 2 * MANY_BYTES) * 9 // 8)
+        ) as daemon,
     ):
         with weightd.connect(daemon.socket) as client:
             for seed, (name, size) in enumerate(sizes.items()):
@@ -42,12 +49,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 client.load(path, name=f"checkpoint-{name}", pin=True)
                 path.unlink()
                 results["segments"][name] = client.inspect(f"checkpoint-{name}").segments
+            path = folder / "many.safetensors"
+            write_checkpoint(path, MANY_BYTES, MANY, len(sizes))
+            client.load(path, name="many", pin=True)
+            path.unlink()
+            with client.attach("many", manifest_only=True) as attachment:
+                tensor = list(attachment.tensors)[MANY // 2].name
         names = [f"checkpoint-{name}" for name in sizes]
         rounds = run_attacher(daemon.socket, options.rounds, names)
         fresh = [run_attacher(daemon.socket, 1, names[:1]) for _ in range(options.fresh)]
-    if any(answer["grpc"] for answer in (rounds, *fresh)):
+        few = run_attacher(daemon.socket, options.few, ["--few", "many", tensor])
+    if any(answer["grpc"] for answer in (rounds, few, *fresh)):
         raise SystemExit("grpc was imported on the attach path")
     results["torch"] = rounds["torch"]
+    results["few_ms"] = {what: Spread.of(few[what])._asdict() for what in ("all", "one")}
+    results["few_ratio"] = results["few_ms"]["one"]["median"] / results["few_ms"]["all"]["median"]
     results["ms"] = {name: Spread.of([r["total"] for r in rounds[f"checkpoint-{name}"]])._asdict() for name in sizes}
     results["ratio"] = results["ms"]["large"]["median"] / results["ms"]["small"]["median"]
     first = [answer[names[0]][0] for answer in fresh]
@@ -79,6 +95,9 @@ def show(results: dict[str, Any]) -> None:
     print(f"  large / small: {results['ratio']:.2f}, aim ≤ {AIM_RATIO}")
     fresh = Spread(**results["fresh_process_ms"])
     print(f"  the one attach of a fresh process (small): {fresh.show('ms')}, aim < {AIM_MS:.0f} ms")
+    print(f"  all of {MANY:,} tensors: {Spread(**results['few_ms']['all']).show('ms')}")
+    print(f"  one of them: {Spread(**results['few_ms']['one']).show('ms')}")
+    print(f"  one / all: {results['few_ratio']:.3f}, aim ≤ {AIM_FEW}")
     print("  where it goes (ms, medians):      small   large")
     for step, row in results["steps_ms"].items():
         print(f"    {step:28} {row['small']:8.3f} {row['large']:7.3f}")
@@ -92,6 +111,7 @@ def main() -> None:
     parser.add_argument("--large", type=parse_size, default="4GiB", help="bytes of the large checkpoint")
     parser.add_argument("--rounds", type=int, default=200, help="attaches to each, in one process")
     parser.add_argument("--fresh", type=int, default=9, help="fresh processes that attach once")
+    parser.add_argument("--few", type=int, default=9, help="attaches to all and to one of 20,000 tensors, in turns")
     parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
     options = parser.parse_args()

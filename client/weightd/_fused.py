@@ -5,23 +5,14 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from .errors import ServerError
+from ._manifest import odd_view
 from .layouts import adjacent
 from .types import DTYPE_BITS, DerivedView, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ._proto.v1 import handles_pb2
-
-
-class Listed(NamedTuple):
-    """A view as the manifest lists it: component, name, rows of its members, shape."""
-
-    component: str
-    name: str
-    rows: tuple[int, ...]
-    shape: tuple[int, ...]
+    from ._manifest import ListedView
 
 
 class View(NamedTuple):
@@ -32,19 +23,8 @@ class View(NamedTuple):
     copy: int
 
 
-def listed(manifest: handles_pb2.Manifest) -> list[Listed]:
-    """What a manifest lists, unchecked but for the component. Errors: ServerError."""
-    components = list(manifest.components)
-    found = []
-    for view in manifest.views:
-        if view.component >= len(components):
-            raise _odd(view.name, f"is of component number {view.component} of {len(components)}")
-        found.append(Listed(components[view.component], view.name, tuple(view.members), tuple(view.shape)))
-    return found
-
-
 def views(
-    every: Iterable[Listed],
+    every: Iterable[ListedView],
     rows: Sequence[TensorInfo],
     attached: Mapping[TensorKey, TensorInfo],
     copies: Mapping[TensorKey, int],
@@ -58,19 +38,19 @@ def views(
     names = {TensorKey(info.component, info.name) for info in rows}
     for component, name, numbers, shape in every:
         if not numbers or max(numbers) >= len(rows):
-            raise _odd(name, f"has a member outside the {len(rows)} tensors")
+            raise odd_view(name, f"has a member outside the {len(rows)} tensors")
         members = [rows[number] for number in numbers]
         first = members[0]
         length = sum(info.length for info in members)
         if any((info.component, info.dtype) != (component, first.dtype) for info in members):
-            raise _odd(name, "has members of several components or dtypes")
+            raise odd_view(name, "has members of several components or dtypes")
         if not adjacent((info.segment, info.offset, info.length) for info in members):
-            raise _odd(name, "has members that do not lie one behind the other")
+            raise odd_view(name, "has members that do not lie one behind the other")
         if min(shape, default=0) < 0 or prod(shape) * DTYPE_BITS.get(first.dtype, 0) != length * 8:
-            raise _odd(name, f"has {length} bytes, which are no {first.dtype} of shape {list(shape)}")
+            raise odd_view(name, f"has {length} bytes, which are no {first.dtype} of shape {list(shape)}")
         key = TensorKey(component, name)
         if key in names:
-            raise _odd(name, "has a name that is taken")
+            raise odd_view(name, "has a name that is taken")
         names.add(key)
         keys = [TensorKey(component, info.name) for info in members]
         mappings = {copies.get(member, 0) for member in keys}
@@ -81,7 +61,3 @@ def views(
             view = DerivedView(component, name, tuple(member.name for member in keys), shape)
             found[key] = View(view, info, mappings.pop())
     return found
-
-
-def _odd(name: str, what: str) -> ServerError:
-    return ServerError(f"the manifest's view {name[:200]!r} {what}; attach again, and report it if it happens again")

@@ -11,8 +11,9 @@ import math
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+from ._formats import GGUF
 from ._references.files import open_regular, show
 from .errors import (
     DeviceMismatchError,
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
 
     from ._mapping.segments import Memory
     from .types import TensorInfo
-
-_GGUF: Final = b"GGUF"
-"""How a GGUF file begins."""
 
 
 class MissingFileError(NotFoundError, FileNotFoundError):
@@ -124,10 +122,10 @@ def refuse_gguf(path: str) -> None:
     try:
         descriptor, _ = open_regular(Path(path))
         with open(descriptor, "rb", buffering=0) as file:
-            begin = file.read(len(_GGUF))
+            begin = file.read(len(GGUF.magic))
     except (WeightdError, OSError):
         return
-    if begin == _GGUF:
+    if begin == GGUF.magic:
         raise BadArgumentError(
             f"{show(path)}: a GGUF file, and this function is for safetensors files; use weightd.connect().attach"
         )

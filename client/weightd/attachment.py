@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import _fused
+from ._manifest import Manifest
 from ._mapping import host
 from ._mapping.opening import open_segments
+from ._mapping.ranges import Extents
 from ._mapping.segments import Wanted
-from ._proto.v1 import handles_pb2
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
 from .types import DerivedView, TensorInfo, TensorKey
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from .types import LoadResult
 
 Writable = Literal["copy"] | None
-
-_DTYPES = {number: name.removeprefix("DTYPE_") for name, number in handles_pb2.DType.items()}
 
 
 class Attachment:
@@ -69,6 +68,7 @@ class Attachment:
                 os.close(descriptor)
         self.loaded: LoadResult | None = None
         """What the load brought, where the attach had to load the checkpoint; None where it was resident."""
+        self._extents: Extents | None = None
         self._line = line
         self._lease = reply.lease
         line.hold(reply.lease, self.content_digest, self.device, lease)
@@ -77,35 +77,21 @@ class Attachment:
     def _open(
         self, received: Received, lease: host.Mapping, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Segments:
-        manifest = handles_pb2.Manifest.FromString(received.read_manifest())
+        self._manifest = manifest = Manifest(received.read_manifest())
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
-        self.kind: str = manifest.kind or "host"  # an older daemon does not say, and has nothing else
-        self._files = list(manifest.files)
-        self._component_names = list(manifest.components)
-        self._tensors = _tensors(manifest)
-        self._copies = _copies(self._tensors.values())
-        self._rows = list(self._tensors.values())
-        self._listed = _fused.listed(manifest)
+        self.kind: str = manifest.kind
+        if components or keys:  # the daemon has looked as well, unless the request was too long to name them
+            self._tensors = _by_key(manifest.select(components, keys))
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
-        for key, copy in self._copies.items():
-            segment = self._tensors[key].segment
-            if segment in most:
-                most[segment] = max(most[segment], copy + 1)
-        if components or keys:
-            # The daemon has looked as well, unless the request was too long to name them.
-            for component in components.difference(self._component_names):
-                raise NotFoundError(f"component {component!r} is not in the checkpoint")
-            for key in keys.difference(self._tensors):
-                inside = f" of component {key.component!r}" if key.component else ""
-                raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint")
-            self._tensors = {
-                key: info for key, info in self._tensors.items() if key in keys or info.component in components
-            }
-        segment_bytes = list(manifest.segment_bytes)
+        if most:
+            for key, copy in self._copies.items():
+                segment = self._tensors[key].segment
+                if segment in most:
+                    most[segment] = max(most[segment], copy + 1)
         wanted = [
-            Wanted(segment, segment_bytes[segment], handle, most[segment])
+            Wanted(segment, manifest.segment_bytes[segment], handle, most[segment])
             for segment, handle in zip(received.reply.segments, received.handles, strict=True)
         ]
         return open_segments(self.kind, self.device, wanted, lease)
@@ -161,20 +147,21 @@ class Attachment:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the checkpoint's parts; ("",) for a plain checkpoint."""
-        return tuple(self._component_names)
+        return self._manifest.components
 
     def metadata(self, component: str = "", file: str | None = None) -> dict[str, str] | None:
         """A file's own metadata, None where it has none; `file` may be left out where the component has one file.
 
         Errors: NotFoundError, InvalidReferenceError (which file?).
         """
-        there = [f for f in self._files if self._component_names[f.component] == component and file in (None, f.file)]
+        there = [one for one in self._manifest.files if one.component == component and file in (None, one.file)]
         if not there:
             raise NotFoundError(f"file {file!r} of component {component!r} is not in the checkpoint")
         if len(there) > 1:
-            names = ", ".join(repr(f.file) for f in there[:5])
+            names = ", ".join(repr(one.file) for one in there[:5])
             raise InvalidReferenceError(f"component {component!r} has {len(there)} files; say which: {names}")
-        return dict(there[0].metadata) if there[0].has_metadata else None
+        metadata = there[0].metadata
+        return None if metadata is None else dict(metadata)
 
     def buffer(self, name: str, component: str = "") -> Memory:
         """The bytes of one tensor, which the buffer keeps; an empty tensor's are `memoryview(b"")`.
@@ -232,15 +219,27 @@ class Attachment:
         return [info for info in self._tensors.values() if info.component == component]
 
     @cached_property
+    def _tensors(self) -> dict[TensorKey, TensorInfo]:
+        """What is attached; of the manifest alone, when it is asked for."""
+        return _by_key(self._manifest.tensors)
+
+    @cached_property
+    def _copies(self) -> dict[TensorKey, int]:
+        return _copies(self._tensors.values())
+
+    @cached_property
     def _views(self) -> dict[TensorKey, _fused.View]:
-        return _fused.views(self._listed, self._rows, self._tensors, self._copies)
+        return _fused.views(self._manifest.views, self._manifest.tensors, self._tensors, self._copies)
 
     def holds(self, address: int, length: int) -> bool:
         """Whether `length` bytes at an address of this process lie in memory that is attached.
 
         Errors: InvalidReferenceError (closed).
         """
-        return any(start <= address and address + length <= start + size for start, size, _ in self._opened.ranges())
+        segments = self._opened
+        if self._extents is None:
+            self._extents = Extents(segments.ranges())
+        return self._extents.hold(address, length)
 
     def ranges(self) -> list[Range]:
         """At which addresses of this process the attached memory lies. Errors: InvalidReferenceError (closed)."""
@@ -318,31 +317,8 @@ class Attachment:
         return self._segments
 
 
-def _tensors(manifest: handles_pb2.Manifest) -> dict[TensorKey, TensorInfo]:
-    """The manifest's columns as rows."""
-    components = [manifest.components[file.component] for file in manifest.files]
-    dimensions, digests = list(manifest.dimensions), manifest.digests
-    tensors: dict[TensorKey, TensorInfo] = {}
-    position = 0
-    columns = zip(
-        manifest.names,
-        manifest.file_indices,
-        manifest.dtypes,
-        manifest.ranks,
-        manifest.segments,
-        manifest.offsets,
-        manifest.lengths,
-        manifest.variants,
-        strict=True,
-    )
-    for row, (name, file, dtype, rank, segment, offset, length, variant) in enumerate(columns):
-        shape = tuple(dimensions[position : position + rank])
-        position += rank
-        digest = digests[16 * row : 16 * row + 16]
-        tensors[TensorKey(components[file], name)] = TensorInfo(
-            components[file], name, _DTYPES[dtype], shape, segment, offset, length, digest, variant, file
-        )
-    return tensors
+def _by_key(tensors: Iterable[TensorInfo]) -> dict[TensorKey, TensorInfo]:
+    return {TensorKey(info.component, info.name): info for info in tensors}
 
 
 def _copies(tensors: Iterable[TensorInfo]) -> dict[TensorKey, int]:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from ._formats import GGUF
 from ._references.files import OpenedSources, SourcePath, in_order, show, translated
 from ._references.folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, shard_of, weights
 from ._references.huggingface import find_snapshot
@@ -36,7 +37,6 @@ log = logging.getLogger(__name__)
 _PIPELINE: Final = "model_index.json"
 _MODULES: Final = "modules.json"
 _INDEX: Final = re.compile(r".+\.safetensors\.index(?:\.[^.]+)?\.json")
-_GGUF: Final = ".gguf"
 _GGUF_PART: Final = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf")
 _NO_WEIGHTS: Final = re.compile(r"(?:training_args|optimizer|scheduler|rng_state|scaler)")
 """What a trainer leaves beside weights, as pickles."""
@@ -347,7 +347,8 @@ def _gguf_parts(name: str) -> list[str]:
     match = _GGUF_PART.fullmatch(name)
     if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
         return [name]
-    return [f"{match['stem']}-{number:05}-of-{match['count']}.gguf" for number in range(1, int(match["count"]) + 1)]
+    stem, count = match["stem"], match["count"]
+    return [f"{stem}-{number:05}-of-{count}{GGUF.suffix}" for number in range(1, int(count) + 1)]
 
 
 def _all_there(folder: Path, parts: list[str]) -> tuple[SourcePath, ...]:
@@ -360,7 +361,9 @@ def _all_there(folder: Path, parts: list[str]) -> tuple[SourcePath, ...]:
 
 def _only_gguf(root: Path, files: list[str]) -> tuple[SourcePath, ...]:
     """The one GGUF file of a directory, or its parts; empty where there is none."""
-    found = {parts[0]: parts for parts in (_gguf_parts(n) for n in files if n.endswith(_GGUF) and n != _GGUF)}
+    found = {
+        parts[0]: parts for parts in (_gguf_parts(n) for n in files if n.endswith(GGUF.suffix) and n != GGUF.suffix)
+    }
     if len(found) > 1:
         listed = ", ".join(map(show, list(found)[:10]))
         more = f" and {len(found) - 10} more" if len(found) > 10 else ""

@@ -256,4 +256,4 @@ CORPUS: Final[dict[str, tuple[bytes, str]]] = {
 }
 """Files by name: their bytes, and what the message of the FormatError must contain."""
 
-assert all(content.startswith(ours.MAGIC) for content, _ in CORPUS.values())
+assert all(content.startswith(ours.GGUF.magic) for content, _ in CORPUS.values())

@@ -8,6 +8,7 @@ import pytest
 
 import weightd
 from weightd import _fused
+from weightd._manifest import ListedView, Manifest
 from weightd._proto.v1 import handles_pb2
 from weightd.types import TensorInfo, TensorKey
 
@@ -23,11 +24,11 @@ def info(number: int, name: str, **changed: Any) -> TensorInfo:
 
 
 ROWS = [info(number, name) for number, name in enumerate(NAMES)]
-VIEW = _fused.Listed("", FUSED, (0, 1, 2), (6, 64))
+VIEW = ListedView("", FUSED, (0, 1, 2), (6, 64))
 
 
 def views(
-    *listed: _fused.Listed, rows: list[TensorInfo] = ROWS, attached: Any = None, copies: Any = ()
+    *listed: ListedView, rows: list[TensorInfo] = ROWS, attached: Any = None, copies: Any = ()
 ) -> dict[TensorKey, _fused.View]:
     there = {TensorKey(row.component, row.name): row for row in (rows if attached is None else attached)}
     return _fused.views(listed, rows, there, dict(copies))
@@ -68,7 +69,7 @@ def test_a_view_lies_in_the_mapping_of_its_members() -> None:
         (VIEW._replace(name=NAMES[0]), ROWS, "a name that is taken"),
     ],
 )
-def test_an_odd_view_is_an_error(listed: _fused.Listed, rows: list[TensorInfo], says: str) -> None:
+def test_an_odd_view_is_an_error(listed: ListedView, rows: list[TensorInfo], says: str) -> None:
     with pytest.raises(weightd.ServerError, match=says) as caught:
         views(listed, rows=rows)
     assert repr(listed.name) in str(caught.value)
@@ -83,6 +84,6 @@ def test_a_view_of_no_component_is_an_error() -> None:
     message = handles_pb2.DerivedView(name=FUSED, component=1, members=[0, 1, 2], shape=[6, 64])
     manifest = handles_pb2.Manifest(components=[""], views=[message])
     with pytest.raises(weightd.ServerError, match="component number 1 of 1"):
-        _fused.listed(manifest)
+        _ = Manifest(manifest.SerializeToString()).views
     manifest.views[0].component = 0
-    assert _fused.listed(manifest) == [VIEW]
+    assert Manifest(manifest.SerializeToString()).views == (VIEW,)

@@ -105,7 +105,7 @@ def locks(kept: Kept) -> Iterator[LeaseLocks]:
     """The locks of two checkpoints, kept as 7 and 8."""
     manifests = Manifests()
     for number, key in ((7, KEY), (8, OTHER)):
-        manifests.add(key, make_manifest(b"m"), number)
+        manifests.add(key, make_manifest(b"m"), number=number)
     yield LeaseLocks(manifests, kept.files)
     manifests.close()
 

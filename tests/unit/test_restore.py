@@ -18,7 +18,9 @@ import xxhash
 
 from support.counting import operations
 from support.root_forms import rows_of, write_first_form
+from weightd._manifest import FORM
 from weightd._proto.v1 import handles_pb2
+from weightd.errors import NotFoundError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
@@ -343,7 +345,13 @@ def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keep
 
 
 def first_manifest(keeper: Keeper) -> handles_pb2.Manifest:
-    descriptor = keeper.kept[f"man.{keeper.root['checkpoints'][0]['manifest']}"]
+    return manifest_of(keeper, keeper.root["checkpoints"][0]["content"])
+
+
+def manifest_of(keeper: Keeper, content_digest: str) -> handles_pb2.Manifest:
+    """What is kept as the manifest of a checkpoint."""
+    (row,) = (row for row in keeper.root["checkpoints"] if row["content"] == content_digest)
+    descriptor = keeper.kept[f"man.{row['manifest']}"]
     return handles_pb2.Manifest.FromString(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
 
 
@@ -422,14 +430,14 @@ TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
         "not what its digest",
     ),
     "another length": (other_manifest(lambda m: m.lengths.__setitem__(0, 5)), "not what its digest says"),
-    "fewer digests": (other_manifest(lambda m: setattr(m, "digests", b"")), "not what its digest says"),
-    "fewer rows": (other_manifest(lambda m: m.lengths.pop()), "is left"),
-    "no such dtype": (other_manifest(lambda m: m.dtypes.__setitem__(0, 999)), "is left"),
-    "no such file": (other_manifest(lambda m: m.file_indices.__setitem__(0, 9)), "is not there"),
+    "fewer digests": (other_manifest(lambda m: setattr(m, "digests", b"")), "columns of different lengths"),
+    "fewer rows": (other_manifest(lambda m: m.lengths.pop()), "columns of different lengths"),
+    "no such dtype": (other_manifest(lambda m: m.dtypes.__setitem__(0, 999)), "dtype that is not there"),
+    "no such file": (other_manifest(lambda m: m.file_indices.__setitem__(0, 9)), "a file that it does not have"),
     "no such segment": (other_manifest(lambda m: m.segments.__setitem__(0, 9)), "is not there"),
-    "negative shape": (other_manifest(lambda m: m.dimensions.__setitem__(0, -1)), "is left"),
-    "beyond the segment": (other_manifest(lambda m: m.offsets.__setitem__(0, 1 << 40)), "lies beyond its segment"),
-    "negative offset": (other_manifest(lambda m: m.offsets.__setitem__(0, -256)), "cannot be"),
+    "negative shape": (other_manifest(lambda m: m.dimensions.__setitem__(0, -1)), "shapes that cannot be"),
+    "beyond the segment": (other_manifest(lambda m: m.offsets.__setitem__(0, 1 << 40)), "beyond their segment"),
+    "negative offset": (other_manifest(lambda m: m.offsets.__setitem__(0, -256)), "beyond their segment"),
     "not aligned": (other_manifest(lambda m: m.offsets.__setitem__(0, 8)), "cannot be"),
     "one in another": (other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1] + 256)), "lies on another"),
     "one over another": (other_manifest(lambda m: m.offsets.__setitem__(1, m.offsets[2] - 256)), "lies on another"),
@@ -437,6 +445,7 @@ TAMPERED: dict[str, tuple[Callable[[Keeper], None], str]] = {
         other_manifest(lambda m: m.offsets.__setitem__(0, m.offsets[1])),
         "lie in one place",
     ),
+    "a later form": (other_manifest(lambda m: setattr(m, "form", 2)), "is of form 2; this version of weightd reads up"),
     "segment sizes": (other_manifest(lambda m: m.segment_bytes.__setitem__(0, 1)), "not those of its manifest"),
     "segment is plain": (first_segment(plain), "is no segment of|cannot be taken over"),
     "segment is shorter": (first_segment(shrunk), "is no segment of"),
@@ -490,6 +499,18 @@ def test_what_is_damaged_is_left_with_a_line_and_the_rest_is_taken_up(
         os.close(descriptor)
     with books(kept) as third:
         assert third.names() >= {f"more{number}" for number in range(5)}
+
+
+def test_a_manifest_of_a_daemon_that_numbered_no_forms_is_taken_up(kept: Keeper) -> None:
+    assert first_manifest(kept).form == FORM
+    other_manifest(lambda manifest: manifest.ClearField("form"))(kept)
+    with books(kept) as again:
+        assert again.bytes_of("a") == list(DATA["a"].values())
+        checkpoint = again.catalog.find(WHO, "a")
+        table = again.manifests.table(checkpoint.key)
+        assert table.find([], [("", name) for name in DATA["a"]]) == list(range(len(checkpoint.segments)))
+        with pytest.raises(NotFoundError, match="tensor 'zz' is not in the checkpoint"):
+            table.find([], [("", "zz")])
 
 
 @pytest.mark.parametrize(("offset", "said"), [(0, "lies where another does"), (256, "lies on another")])
@@ -636,7 +657,7 @@ def test_numbers_that_sort_otherwise_keep_the_order_of_the_manifest(kept: Keeper
     with books(kept) as again:
         for name, tensors in DATA.items():
             checkpoint = again.catalog.find(WHO, name)
-            manifest = again.manifests.read(checkpoint.key)
+            manifest = manifest_of(kept, checkpoint.key.content_digest)
             for row, data in enumerate(tensors.values()):
                 segment = checkpoint.segments[manifest.segments[row]]
                 found = os.pread(again.device.shared(segment), manifest.lengths[row], manifest.offsets[row])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from weightd.errors import DeviceMismatchError, ServerError
 
@@ -20,16 +20,28 @@ def open_segments(kind: str, uuid: str, wanted: Sequence[Wanted], lease: object)
     With nothing wanted no driver is needed. Errors: DeviceMismatchError (the device is not visible here, or of a kind
     that this version does not know), DeviceError, ForkedError, ResourceLimitError, OSError.
     """
-    if kind not in ("host", "cuda_vmm", "cuda_ipc"):
+    if kind not in KINDS:
         raise DeviceMismatchError(f"{uuid} shares its memory by {kind!r}, which this version of weightd does not know")
     if any(isinstance(one.handle, bytes) != (kind == "cuda_ipc") for one in wanted):
         raise ServerError(f"the daemon sent handles that are not those of {kind}")
-    if kind == "host":
-        return HostSegments(wanted, lease)
-    if kind == "cuda_vmm":
-        from .cuda_vmm import VmmSegments
+    return KINDS[kind](uuid, wanted, lease)
 
-        return VmmSegments(uuid, wanted, lease)
+
+def _host(_: str, wanted: Sequence[Wanted], lease: object) -> Segments:
+    return HostSegments(wanted, lease)
+
+
+def _cuda_vmm(uuid: str, wanted: Sequence[Wanted], lease: object) -> Segments:
+    from .cuda_vmm import VmmSegments  # these need the driver
+
+    return VmmSegments(uuid, wanted, lease)
+
+
+def _cuda_ipc(uuid: str, wanted: Sequence[Wanted], lease: object) -> Segments:
     from .cuda_ipc import IpcSegments
 
     return IpcSegments(uuid, wanted, lease)
+
+
+KINDS: Final = {"host": _host, "cuda_vmm": _cuda_vmm, "cuda_ipc": _cuda_ipc}
+"""How segments of each kind are mapped. "To add a device" in docs/architecture.md lists what else a kind needs."""

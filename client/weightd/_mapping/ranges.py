@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 if TYPE_CHECKING:
     import weakref
+    from collections.abc import Iterable
 
 _PAGE: Final = resource.getpagesize()
 _ENTRY: Final = 8
@@ -27,6 +29,25 @@ class Range(NamedTuple):
     address: int
     size: int
     owner: weakref.ref[Any]
+
+
+class Extents:
+    """The addresses of ranges, in order and joined: whether they hold some bytes is a lookup, however many they are."""
+
+    def __init__(self, ranges: Iterable[Range]) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in sorted((address, address + size) for address, size, _ in ranges):
+            if self._ends and start <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            else:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def hold(self, address: int, length: int) -> bool:
+        """Whether `length` bytes at an address lie in the ranges, all of them."""
+        at = bisect_right(self._starts, address) - 1
+        return at >= 0 and address + length <= self._ends[at]
 
 
 def written(address: int, length: int) -> int | None:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from weightd._formats import SUFFIXES
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 
 from .files import open_regular, show
@@ -46,7 +47,7 @@ def find_snapshot(reference: str) -> tuple[Path, str]:
     """
     repository, marked, revision = reference.partition("@")
     parts = repository.split("/")
-    is_file_name = repository.endswith((".safetensors", ".gguf"))  # as a repository's may, too
+    is_file_name = repository.endswith(SUFFIXES)  # as a repository's may, too
     # "--" stands for "/" in the cache's folder names, so that hubs forbid it; ".." is forbidden with it.
     if (
         not _REPOSITORY.fullmatch(repository)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Final
 
+from weightd._formats import SAFETENSORS
 from weightd.errors import FormatError, InvalidReferenceError
 
 MAX_JSON_BYTES: Final = 64 * 1024 * 1024
 """Largest index that is read, in bytes."""
 MAX_VALUES: Final = 2_000_000
 """Most JSON values in it: each takes tens of bytes of memory, however short it is written."""
-SUFFIX: Final = ".safetensors"
+SUFFIX: Final = SAFETENSORS.suffix
 PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

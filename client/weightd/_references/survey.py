@@ -10,8 +10,11 @@ import shlex
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from weightd._formats import SUFFIXES
+
 from .files import show
 from .huggingface import cache_folder, repository_of, snapshots_of
+from .index import SUFFIX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +23,7 @@ _DEPTH: Final = 4
 _FOLDERS: Final = 2000
 """Most folders that are looked into."""
 _LISTED: Final = 5
-_SIGNS: Final = (".safetensors", ".safetensors.index.json", ".gguf")
+_SIGNS: Final = (*SUFFIXES, f"{SUFFIX}.index.json")
 _LISTS: Final = ("model_index.json", "modules.json")
 
 

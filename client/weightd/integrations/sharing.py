@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from weightd import _assign
-from weightd._mapping.ranges import Range, written
+from weightd._mapping.ranges import Extents, Range, written
 from weightd._sizes import size
 from weightd.errors import InvalidReferenceError
 
@@ -85,8 +85,9 @@ def remember(module: torch.nn.Module, attachment: Attachment, explain: Explain, 
     """
     global _mapped
     _mapped = [*_alive(), *attachment.ranges()]
+    extents = Extents(_mapped)
     was = {name: _Was(one.dtype, one.device, one.shape) for name, one in module.named_parameters()}
-    reasons = {name: explain(name, one) for name, one in module.named_parameters() if not _holds(_mapped, one)}
+    reasons = {name: explain(name, one) for name, one in module.named_parameters() if not _holds(extents, one)}
     _origins[module] = _Origin(was, reasons, frozenset(missing))
     found = report(module)
     level = logging.WARNING if found.copied or found.missing else logging.INFO
@@ -121,8 +122,8 @@ def is_loaded(module: torch.nn.Module) -> bool:
 
 def is_shared(module: torch.nn.Module) -> bool:
     """Whether any parameter of a module lies on shared memory now."""
-    ranges = _alive()
-    return any(_holds(ranges, parameter) for parameter in module.parameters())
+    extents = Extents(_alive())
+    return any(_holds(extents, parameter) for parameter in module.parameters())
 
 
 def shared_modules() -> list[torch.nn.Module]:
@@ -145,7 +146,7 @@ def report(module: torch.nn.Module) -> SharingReport:
 def look(module: torch.nn.Module) -> SharingReport:
     """The same for any module."""
     origins = {prefix: _origins[one] for prefix, one in module.named_modules() if one in _origins}
-    ranges = _alive()
+    extents = Extents(_alive())
     shared, copied, seen, writes_seen = 0, [], set(), True
     for name, parameter in module.named_parameters():
         place = _place(parameter)
@@ -153,7 +154,7 @@ def look(module: torch.nn.Module) -> SharingReport:
             continue
         if place is not None and not parameter.is_meta:
             seen.add(place)
-        if not _inside(ranges, place):
+        if not _inside(extents, place):
             copied.append(CopiedTensor(name, parameter.nbytes, _reason(origins, name, parameter)))
             continue
         private = written(*place) if place is not None and parameter.device.type == "cpu" else 0
@@ -215,15 +216,12 @@ def _place(tensor: torch.Tensor) -> tuple[int, int] | None:
         return None
 
 
-def _holds(ranges: list[Range], tensor: torch.Tensor) -> bool:
-    return _inside(ranges, _place(tensor))
+def _holds(extents: Extents, tensor: torch.Tensor) -> bool:
+    return _inside(extents, _place(tensor))
 
 
-def _inside(ranges: list[Range], place: tuple[int, int] | None) -> bool:
-    if place is None or not place[1]:
-        return False
-    address, length = place
-    return any(start <= address and address + length <= start + size for start, size, _ in ranges)
+def _inside(extents: Extents, place: tuple[int, int] | None) -> bool:
+    return place is not None and place[1] > 0 and extents.hold(*place)
 
 
 def _reason(origins: dict[str, _Origin], name: str, parameter: torch.nn.Parameter) -> str:

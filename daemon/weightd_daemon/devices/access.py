@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from weightd.errors import DeviceError, DeviceMismatchError
 
@@ -17,11 +17,21 @@ if TYPE_CHECKING:
 
 def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
     """Access to a device's segments; `segments` may grow meanwhile. Errors: DeviceError."""
-    if kind == "host":
-        return HostIO(segments)
-    from .cuda_io import CudaIO  # it needs cuda-bindings, which a loader of host memory must not
-
     try:
-        return CudaIO(kind, uuid, segments)
+        return KINDS[kind](kind, uuid, segments)
     except DeviceMismatchError as error:  # clients would take that for their own process
         raise DeviceError(f"the loader cannot use the device: {error.message}") from error
+
+
+def _host(_: str, __: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+    return HostIO(segments)
+
+
+def _cuda(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+    from .cuda_io import CudaIO  # it needs cuda-bindings, which a loader of host memory must not
+
+    return CudaIO(kind, uuid, segments)
+
+
+KINDS: Final = {"host": _host, "cuda_vmm": _cuda, "cuda_ipc": _cuda}
+"""How a loader gets at segments of each kind."""

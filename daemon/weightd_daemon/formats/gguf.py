@@ -26,6 +26,7 @@ import math
 import struct
 from typing import TYPE_CHECKING, Final, NamedTuple, NoReturn
 
+from weightd._formats import GGUF
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import FormatError
 from weightd.types import FileLayout, FilePart, TensorSpec
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
 
     Read = Callable[[int, int], bytes]
 
-MAGIC: Final = b"GGUF"
-"""The first bytes of every GGUF file."""
 MAX_HEADER_BYTES: Final = 100_000_000
 """The most bytes before the data; the same as of a safetensors file."""
 MAX_KEYS: Final = 65_536
@@ -190,8 +189,8 @@ class _Reader:
     def _head(self) -> tuple[int, int]:
         """How many tensors and keys there are, once both are known to be plausible."""
         magic = self._take(4, "the magic number")
-        if magic != MAGIC:
-            self._fail(f"begins with {quote(magic)} instead of {MAGIC!r}; not a GGUF file")
+        if magic != GGUF.magic:
+            self._fail(f"begins with {quote(magic)} instead of {GGUF.magic!r}; not a GGUF file")
         version = self._u32("the version")
         if version and not version & 0xFFFF:
             self._fail("is big-endian; only little-endian GGUF files are supported: convert it")

@@ -247,36 +247,10 @@ class Attacher:
         return self._catalog.find(who, reference, device)
 
     def _segments(self, checkpoint: Checkpoint, request: handles_pb2.AttachRequest) -> list[int]:
-        """Indices into the manifest's segments that the request needs."""
-        index = {segment: number for number, segment in enumerate(checkpoint.segments)}
+        """Indices into the manifest's segments that the request needs. Errors: NotFoundError."""
         if request.manifest_only:
             return []
         if not request.components and not request.tensors:
-            return list(index.values())
-        wanted: set[int] = set()
-        for name in request.components:
-            if name not in checkpoint.tensors:
-                there = ", ".join(map(repr, sorted(checkpoint.tensors)))
-                raise NotFoundError(f"component {name!r} is not in the checkpoint; it has {there}")
-            wanted.update(index[blob.segment] for blob in checkpoint.components[name])
-        if request.tensors:
-            places = self._places(checkpoint)
-            for key in request.tensors:
-                try:
-                    place = places[key.component, key.name]
-                except KeyError:
-                    inside = f" of component {key.component!r}" if key.component else ""
-                    raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint") from None
-                if place is not None:
-                    wanted.add(place)
-        return sorted(wanted)
-
-    def _places(self, checkpoint: Checkpoint) -> dict[tuple[str, str], int | None]:
-        """Each tensor's segment; None for a tensor without bytes."""
-        manifest = self._manifests.read(checkpoint.key)
-        return {
-            (manifest.components[manifest.files[file].component], name): segment if length else None
-            for name, file, segment, length in zip(
-                manifest.names, manifest.file_indices, manifest.segments, manifest.lengths, strict=True
-            )
-        }
+            return list(range(len(checkpoint.segments)))
+        keys = {(key.component, key.name) for key in request.tensors}
+        return self._manifests.table(checkpoint.key).find(request.components, keys)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightd._proto.v1 import handles_pb2
 from weightd_daemon.core.checkpoint import CheckpointKey
 
 from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
+from .segment_table import SegmentTable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -34,22 +34,32 @@ class Manifests:
 
     def __init__(self, before_lock: Callable[[int], None] = lambda _: None) -> None:
         self._descriptors: dict[CheckpointKey, int] = {}
+        self._tables: dict[CheckpointKey, SegmentTable] = {}
         self._crowded: dict[CheckpointKey, tuple[int, int]] = {}
         self._numbers: dict[CheckpointKey, int] = {}
         self.before_lock = before_lock
 
-    def add(self, key: CheckpointKey, descriptor: int, number: int = 0) -> None:
-        """Take over the descriptor of a manifest, which is kept under a number; 0 is none."""
+    def add(self, key: CheckpointKey, descriptor: int, table: SegmentTable | None = None, number: int = 0) -> None:
+        """Take over the descriptor of a manifest, which is kept under a number; 0 is none.
+
+        `table` says where the tensors lie that it names.
+        """
         self._descriptors[key] = descriptor
         self._numbers[key] = number
+        self._tables[key] = table or SegmentTable(())
 
     def number(self, key: CheckpointKey) -> int:
         """Under which number a manifest is kept; 0 where it is not."""
         return self._numbers[key]
 
+    def table(self, key: CheckpointKey) -> SegmentTable:
+        """Where a checkpoint's tensors lie, by name."""
+        return self._tables[key]
+
     def remove(self, key: CheckpointKey) -> None:
         """Give a manifest up; those who map it keep it."""
         os.close(self._descriptors.pop(key))
+        del self._tables[key]
         self._crowded.pop(key, None)
         del self._numbers[key]
 
@@ -72,11 +82,6 @@ class Manifests:
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""
         return os.fstat(self._descriptors[key]).st_size
-
-    def read(self, key: CheckpointKey) -> handles_pb2.Manifest:
-        """The manifest, decoded."""
-        encoded = os.pread(self._descriptors[key], self.size(key), 0)
-        return handles_pb2.Manifest.FromString(encoded)
 
     def lock(self, key: CheckpointKey, number: int) -> int:
         """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""

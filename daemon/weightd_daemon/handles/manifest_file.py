@@ -7,6 +7,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from weightd._manifest import DTYPES, FORM
 from weightd._proto.v1 import handles_pb2
 from weightd_daemon.core.digest import EMPTY_DIGEST
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.checkpoint import Content
 
-DTYPES = {name.removeprefix("DTYPE_"): getattr(handles_pb2, name) for name, _ in handles_pb2.DType.items()}
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -35,6 +35,7 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
     ]
     entries, blobs = content.entries, content.blobs
     return handles_pb2.Manifest(
+        form=FORM,
         content_digest=content.content_digest,
         device=device,
         kind=kind,

@@ -10,7 +10,7 @@ import time
 from weightd._references.index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
-from weightd_daemon.formats import gguf, safetensors
+from weightd_daemon.formats import registry
 from weightd_daemon.libc import filesystem_type
 
 _LOCAL_FILESYSTEMS = {
@@ -83,8 +83,7 @@ class Source:
     def layout(self) -> FileLayout:
         """The checked tensor directory; the file's first bytes say its format. Errors: FormatError."""
         if self._layout is None:
-            read_layout = (gguf if self._read(0, len(gguf.MAGIC)) == gguf.MAGIC else safetensors).read_layout
-            self._layout = read_layout(self.name, self.identity.size, self._read)
+            self._layout = registry.read_layout(self.name, self.identity.size, self._read)
         return self._layout
 
     def weight_map(self) -> dict[str, str]:

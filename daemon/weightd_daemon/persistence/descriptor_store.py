@@ -19,6 +19,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
+from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
 from .record_writer import RecordWriter
@@ -53,8 +54,9 @@ _LEASE_FILES_SHARE = 16
 class Draft:
     """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, table: SegmentTable) -> None:
         self.descriptor = descriptor
+        self.table = table
         self.number: int | None = None
         self._on_discard: Callable[[], None] = lambda: None
 
@@ -220,7 +222,9 @@ class Survival:
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
-        draft = Draft(make_manifest(await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)))
+        encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
+        table = await asyncio.to_thread(SegmentTable.of, content)
+        draft = Draft(make_manifest(encoded), table)
         if not self.keeps or not device.lasting:
             return draft
         try:
@@ -289,7 +293,7 @@ class Survival:
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take(), draft.number or 0)
+        self._manifests.add(key, draft.take(), draft.table, draft.number or 0)
         if draft.number is not None:
             self._record.kept[key] = draft.number
         self._store.changed.add(key)

@@ -15,20 +15,19 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from google.protobuf.message import DecodeError
-
-from weightd._proto.v1 import handles_pb2
-from weightd.errors import DeviceError
+from weightd._manifest import Manifest
+from weightd.errors import DeviceError, ServerError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import CheckpointKey
-from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity
+from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import Entry, ManifestFile
 from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import is_manifest
 from weightd_daemon.handles.peers import NO_UID
+from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
 from .root_record import SCHEMA
@@ -51,7 +50,7 @@ _MOST_SECONDS = 253_402_300_800
 _MOST_NAMES = 8
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
-_CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, DecodeError)
+_CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, ServerError)
 """What checking something that is not what it should be may raise."""
 
 
@@ -125,7 +124,7 @@ class _Restore:
         if any((segment.device, segment.domain) != key[:2] for segment in segments):
             raise ValueError("a segment is of another device or domain")
         device = self.devices[key.device]
-        described = _read_manifest(descriptor, key, device.kind, segments)
+        described, table = _read_manifest(descriptor, key, device.kind, segments)
         owner, loaded, last_used = _uid(row["owner"]), _seconds(row["loaded"]), _seconds(row["last_used"])
         used = _number(row.get("used", 0))  # a daemon before this one had the time only
         pins = {_uid(one) for one in row["pins"]}
@@ -139,7 +138,7 @@ class _Restore:
         self.uses[key] = used, last_used
         checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
         self.left.taken.add(descriptor)
-        self.manifests.add(key, descriptor, number)
+        self.manifests.add(key, descriptor, table, number)
         self.kept[key] = number
 
     def listed(self, row: Mapping[str, Any]) -> set[int]:
@@ -234,38 +233,27 @@ def restore(
     return segments, state.kept
 
 
-def _read_manifest(descriptor: int, key: CheckpointKey, kind: str, segments: list[_Segment]) -> Described:
+def _read_manifest(
+    descriptor: int, key: CheckpointKey, kind: str, segments: list[_Segment]
+) -> tuple[Described, SegmentTable]:
     """What a manifest says, its places in the numbers of this daemon. Errors: of _CANNOT_BE."""
     size = os.fstat(descriptor).st_size
     if not is_manifest(descriptor) or size > MANIFEST_BYTES:
         raise ValueError("its manifest is not sealed")
-    manifest = handles_pb2.Manifest.FromString(os.pread(descriptor, size, 0))
-    if (manifest.content_digest, manifest.device, manifest.kind or "host") != (key.content_digest, key.device, kind):
+    manifest = Manifest(os.pread(descriptor, size, 0))
+    if (manifest.content_digest, manifest.device, manifest.kind) != (key.content_digest, key.device, kind):
         raise ValueError("its manifest is another's")
     if list(manifest.segment_bytes) != [segment.size for segment in segments]:
         raise ValueError("its segments are not those of its manifest")
-    components = list(manifest.components)
-    files = [
-        ManifestFile(components[file.component], file.file, dict(file.metadata) if file.has_metadata else None)
-        for file in manifest.files
-    ]
-    dimensions, digests, position = list(manifest.dimensions), manifest.digests, 0
-    entries: list[Entry] = []
-    identities: list[BlobIdentity] = []
-    places: list[Place | None] = []
-    columns = zip(
-        manifest.names, manifest.file_indices, manifest.dtypes, manifest.ranks, manifest.segments, manifest.offsets,
-        manifest.lengths, manifest.variants, strict=True,
-    )  # fmt: skip
-    for row, (name, file, dtype, rank, segment, offset, length, variant) in enumerate(columns):
-        shape = tuple(dimensions[position : position + rank])
-        position += rank
-        named = handles_pb2.DType.Name(dtype).removeprefix("DTYPE_")
-        entries.append(Entry(files[file].component, name, named, shape, file, length))
-        digest = digests[DIGEST_BYTES * row : DIGEST_BYTES * (row + 1)]
-        identities.append(BlobIdentity(digest, length, variant))
-        places.append(Place(segments[segment].number, offset) if length else None)
-    return Described(files, entries, identities, places, size)
+    tensors = manifest.tensors
+    described = Described(
+        [ManifestFile(*file) for file in manifest.files],
+        [Entry(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
+        [BlobIdentity(one.digest, one.length, one.variant) for one in tensors],
+        [Place(segments[one.segment].number, one.offset) if one.length else None for one in tensors],
+        size,
+    )
+    return described, SegmentTable((one.component, one.name, one.segment if one.length else None) for one in tensors)
 
 
 def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:

@@ -292,7 +292,7 @@ class IntakeAck(_message.Message):
     def __init__(self, received: _Optional[int] = ...) -> None: ...
 
 class Manifest(_message.Message):
-    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants", "kind", "views")
+    __slots__ = ("content_digest", "device", "components", "files", "segment_bytes", "names", "file_indices", "dtypes", "ranks", "dimensions", "segments", "offsets", "lengths", "digests", "variants", "kind", "views", "form")
     CONTENT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     COMPONENTS_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +310,7 @@ class Manifest(_message.Message):
     VARIANTS_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     VIEWS_FIELD_NUMBER: _ClassVar[int]
+    FORM_FIELD_NUMBER: _ClassVar[int]
     content_digest: str
     device: str
     components: _containers.RepeatedScalarFieldContainer[str]
@@ -327,7 +328,8 @@ class Manifest(_message.Message):
     variants: _containers.RepeatedScalarFieldContainer[int]
     kind: str
     views: _containers.RepeatedCompositeFieldContainer[DerivedView]
-    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ..., views: _Optional[_Iterable[_Union[DerivedView, _Mapping]]] = ...) -> None: ...
+    form: int
+    def __init__(self, content_digest: _Optional[str] = ..., device: _Optional[str] = ..., components: _Optional[_Iterable[str]] = ..., files: _Optional[_Iterable[_Union[ManifestFile, _Mapping]]] = ..., segment_bytes: _Optional[_Iterable[int]] = ..., names: _Optional[_Iterable[str]] = ..., file_indices: _Optional[_Iterable[int]] = ..., dtypes: _Optional[_Iterable[_Union[DType, str]]] = ..., ranks: _Optional[_Iterable[int]] = ..., dimensions: _Optional[_Iterable[int]] = ..., segments: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ..., digests: _Optional[bytes] = ..., variants: _Optional[_Iterable[int]] = ..., kind: _Optional[str] = ..., views: _Optional[_Iterable[_Union[DerivedView, _Mapping]]] = ..., form: _Optional[int] = ...) -> None: ...
 
 class DerivedView(_message.Message):
     __slots__ = ("name", "component", "members", "shape")
