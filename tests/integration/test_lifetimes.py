@@ -433,8 +433,10 @@ def ofd_locks(daemon: Daemon, pid: int) -> list[tuple[str, int]]:
     found = []
     for line in Path("/proc/locks").read_text().splitlines():
         words = line.split()
+        if words[1] != "OFDLCK":  # also those that wait, which have a column more
+            continue
         inode = int(words[5].split(":")[2])
-        if words[1] == "OFDLCK" and inode in mapped:
+        if inode in mapped:
             found.append((words[3], inode))
     return found
 
