@@ -59,7 +59,7 @@ class Residency:
             self._tell(event)
 
     def _sealed(self, event: Sealed) -> None:
-        # May raise, and then the checkpoint is not sealed: so nobody has been told of it.
+        # Law 11. May raise, and then the checkpoint is not sealed: so nobody has been told of it.
         self._parts.survival.sealed(event.checkpoint.key, event.manifest)
         self._tell(event)
 
@@ -69,7 +69,7 @@ class Residency:
         parts.manifests.remove(key)
         if event.reason == "removed":
             parts.catalog.forget(event.checkpoint)  # the root record, written next, has these names no more
-        parts.survival.evicted(key)  # law 7: from here on the memory may be used again
+        parts.survival.evicted(key)  # law 11: from here on the memory may be used again
         if event.load:
             parts.loads.evicted(event)
 
