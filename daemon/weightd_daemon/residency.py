@@ -60,7 +60,7 @@ class Residency:
             self._tell(event)
 
     def _sealed(self, event: Sealed) -> None:
-        # May raise, and then the checkpoint is not sealed: so nobody has been told of it.
+        # Law 11. May raise, and then the checkpoint is not sealed: so nobody has been told of it.
         self._parts.survival.sealed(event.checkpoint.key, event.manifest)
         self._tell(event)
 
@@ -79,7 +79,7 @@ class Residency:
         self._parts.survival.changed()
 
     def before_use(self) -> None:
-        """Memory is about to be used again (law 7): the root record that no longer names it is written first."""
+        """Memory is about to be used again (law 11): the root record that no longer names it is written first."""
         self._parts.survival.flip()
 
     def before_answer(self) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -17,6 +19,7 @@ from support.filled import WHO, Filled
 from weightd.errors import (
     CapacityError,
     DrainingError,
+    FormatError,
     LeaseLostError,
     NotFoundError,
     PermissionDeniedError,
@@ -24,15 +27,19 @@ from weightd.errors import (
     WeightdError,
 )
 from weightd.types import FileIdentity
+from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Holder
 from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.loading import Loading
+from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
 from weightd_daemon.loads.fair_queue import Turns
 from weightd_daemon.loads.flight import Load
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.loads.request import LoadRequest
+from weightd_daemon.loads.request import LoadRequest, Outcome
 
 
 class Desk:
@@ -169,6 +176,58 @@ def test_whatever_fails_nobody_waits_for_a_load_without_end(
     assert ("load failed by a bug" in caplog.text) == (expected is ServerError)
 
 
+class Sealing:
+    """Plays the steps of a load whose loader brings one tensor, and seals it; `found` is what it has found by then.
+
+    That is the connections of the leases on the checkpoint, and what may be evicted, in the very step of the seal.
+    """
+
+    found: tuple[list[int], list[Checkpoint]]
+
+    def __init__(self, *, store: Store, loading: Loading, on_sealed: Callable[[Checkpoint], None], **_: object) -> None:
+        self._store, self._loading, self._on_sealed = store, loading, on_sealed
+        self.checkpoint: Checkpoint | None = None
+
+    async def serve(self, _: object) -> Outcome:
+        extent = self._loading.grant(4096, 4096)
+        assert extent is not None
+        _, blob = self._loading.settle(b"a" * 16, 4096, extent.segment, extent.offset)
+        entries = (Entry("", "t", "U8", (4096,), 0, 4096),)
+        content = Content("sha256:aa", (ManifestFile("", "f", None),), entries, (blob,))
+        sealed = self.checkpoint = self._loading.seal(content, 0.0)
+        self._on_sealed(sealed)
+        holders = [lease.holder.connection for lease in self._store.holders(sealed) if lease.waiting]
+        type(self).found = holders, list(self._store.evictable("GPU-0"))
+        return Outcome("sha256:aa", 1, 4096, 4096, 4096, 0.0)
+
+
+def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another load might evict it before anybody has attached. Who waits for nothing (detached) gets none."""
+
+    async def run() -> set[int]:
+        desk = Desk()
+        desk.loads._reclaimers["GPU-0"] = cast("Any", None)
+        desk.loads._devices["GPU-0"] = cast("Any", SimpleNamespace(kind="cuda_vmm", uuid="GPU-0"))
+        monkeypatch.setattr("weightd_daemon.loads.loads.LoadSteps", Sealing)
+        monkeypatch.setattr(desk.loads, "_pool", AsyncMock())
+        load, _, begins = desk.loads.start(desk.wish, desk.intake)
+        assert begins
+        for connection, detached in ((2, False), (3, True)):
+            wish = replace(desk.wish, holder=Holder(connection, 1, 1000, ""), detached=detached)
+            assert desk.loads.start(wish, -1)[0] is load
+        async with asyncio.timeout(60):
+            await load.done
+            assert load.task is not None
+            await asyncio.wait([load.task])
+            if desk.loads._background:
+                await asyncio.wait(desk.loads._background)
+        desk.check_over(load)
+        return {lease.holder.connection for lease in desk.books.store.leases}
+
+    assert asyncio.run(run()) == {1, 2}
+    assert Sealing.found == ([1, 2], [])
+
+
 def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
     async def run() -> list[Event]:
         books, events = Filled(0), list[Event]()
@@ -230,3 +289,24 @@ def test_a_file_is_trusted_whichever_way_the_clock_was_stepped(
     monkeypatch.setattr("weightd_daemon.loader.source._is_local", lambda _: True)
     with path.open("rb") as file:
         assert Source("a", file.fileno()).trusted is expected
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "overwritten in place": lambda path: path.write_bytes(b"other"),
+    "longer": lambda path: path.write_bytes(b"bytes and more"),
+    "shorter": lambda path: os.truncate(path, 3),
+    "a time set back": lambda path: os.utime(path, ns=(5, 5)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_was_changed_since_it_was_opened_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"bytes")
+    os.utime(path, ns=(1, 1))  # so that no change has the same time, however long the clock's ticks are
+    with path.open("rb") as file:
+        source = Source("a", file.fileno())
+        source.check_unchanged()
+        CHANGES[change](path)
+        with pytest.raises(FormatError, match="a: changed while it was read; load it again"):
+            source.check_unchanged()

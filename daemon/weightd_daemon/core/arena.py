@@ -207,7 +207,7 @@ class Arena:
         books = self._segments[extent.segment]
         if extent.offset % self.page or extent.length % self.page:
             raise ValueError(f"{extent} is not page-aligned")
-        books.free.remove(extent.offset, extent.end)
+        books.free.remove(extent.offset, extent.end)  # law 1: ValueError where a byte is not free
         books.sparse.discard(extent.offset, extent.end)
 
     def give_back(self, extent: Extent) -> None:
@@ -221,7 +221,7 @@ class Arena:
         """
         books = self._segments[segment]
         leaving: list[Extent] = []
-        if books.frozen:
+        if books.frozen:  # law 10
             return leaving
         low = start // self.page * self.page
         high = round_up(books.size if end is None else end, self.page)

@@ -84,7 +84,7 @@ class Blob:
         return Extent(self.segment, self.offset, slot_bytes(self.length))
 
     def move(self, state: BlobState) -> None:
-        """Change state; a move that the table does not allow is a bug."""
+        """Change state (law 5); a move that the table does not allow is a bug."""
         if state not in _MOVES[self.state]:
             raise RuntimeError(f"{self!r} cannot become {state.value}")
         self.state = state

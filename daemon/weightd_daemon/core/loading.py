@@ -183,7 +183,7 @@ class Loading:
         self._check()
         key = BlobKey(*self.place, digest, length)
         alike = self._alike_of(key)
-        face = next((blob for blob in alike.faces() if blob.number not in differs), None)
+        face = next((blob for blob in alike.faces() if blob.number not in differs), None)  # law 6
         if face is not None:
             self._hold(face)
             return False, face
@@ -289,7 +289,7 @@ class Loading:
         self._memory.withdraw(self.number)
 
     def end(self) -> None:
-        """The loader has nothing open any more: what was granted and not sealed goes back, and holds end."""
+        """The loader has nothing open any more (law 7): what was granted and not sealed goes back, and holds end."""
         self._store.open_loads.remove(self.number)
         self._store.books.forget(self.number)
         if not self._lost:

@@ -317,7 +317,7 @@ class DeviceMemory:
         """A reclaim has been carried out: its memory is gone. One from before a loss tells nothing new."""
         if reclaim.losses != self.losses:
             return
-        self._outstanding -= 1
+        self._outstanding -= 1  # law 8: only now does it count no longer
         if isinstance(reclaim, Release):
             self._releasing -= reclaim.size
             return
@@ -349,7 +349,7 @@ class DeviceMemory:
                 size = max(need, round_up(size // 2, self.page))
                 continue
             self.arena(domain).add_segment(segment, size, sparse=self.sparse)
-            self._domain_of[segment] = domain
+            self._domain_of[segment] = domain  # law 9: until it is released
             return Extent(segment, 0, size)
 
     def _return_unused(self, wanted: int) -> None:

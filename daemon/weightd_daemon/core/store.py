@@ -76,7 +76,7 @@ class Store:
         return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
 
     def evictable(self, device: str) -> Iterator[Checkpoint]:
-        """The checkpoints on a device that may be evicted, least recently used first."""
+        """The checkpoints on a device that may be evicted (law 3), least recently used first."""
         return least_recently_used(self.on_device(device), self.is_leased)
 
     # -- what comes ------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ class Store:
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
-        if self.leases.is_held(checkpoint.key) and (holders := self.holders(checkpoint)):
+        if self.leases.is_held(checkpoint.key) and (holders := self.holders(checkpoint)):  # law 3
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 
@@ -160,7 +160,7 @@ class Store:
         """Give up those of some sealed blobs to which no checkpoint refers, and on which no load relies."""
         by_arena: dict[tuple[str, str], list[Extent]] = {}
         for blob in blobs:
-            if not blob.references and not blob.holds:
+            if not blob.references and not blob.holds:  # law 2
                 self.blobs.drop(blob, BlobState.EVICTED)
                 by_arena.setdefault((blob.key.device, blob.key.domain), []).append(blob.slot)
         for (device, domain), extents in by_arena.items():

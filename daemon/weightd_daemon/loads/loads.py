@@ -256,7 +256,7 @@ class Loads:
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
             checkpoint.reference = checkpoint.reference or request.reference
-            # Each waiter gets its lease in this very step: before anything else runs that might evict.
+            # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
             for waiting in load.waiters.values():
                 self.keep(waiting, checkpoint)
             self._catalog.changed()
