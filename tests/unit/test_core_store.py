@@ -19,6 +19,7 @@ from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
+from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.slots import Slots, Together
 
 PAGE = 4096
@@ -465,11 +466,11 @@ class Granting:
     def __init__(self, load: Loading) -> None:
         self._load = load
 
-    def call(self, op: str, *, ends: list[int], need: int) -> dict[str, int]:
-        assert op == "grant"
-        extent = self._load.grant(ends[-1], need, ends)
+    def call(self, question: wire.ToDaemon) -> wire.ToLoader:
+        ends = list(question.grant.ends)
+        extent = self._load.grant(ends[-1], question.grant.need, ends)
         assert extent is not None
-        return extent._asdict()
+        return wire.ToLoader(grant=wire.Extent(segment=extent.segment, offset=extent.offset, length=extent.length))
 
 
 # -- room where a segment is all or nothing ----------------------------------------------------------------------------
