@@ -106,10 +106,10 @@ async def add_leases(
             checkpoint, called = there[lease.checkpoint]
             to.add(
                 lease=lease.number,
-                pid=lease.holder.pid,
-                uid=lease.holder.uid,
-                user=user_name(lease.holder.uid),
-                command=lease.holder.command,
+                pid=lease.peer.pid,
+                uid=lease.peer.uid,
+                user=user_name(lease.peer.uid),
+                command=lease.peer.command,
                 checkpoint=called,
                 device=checkpoint.key.device,
                 bytes=checkpoint.total_bytes,

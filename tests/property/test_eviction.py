@@ -11,7 +11,7 @@ from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.eviction import choose
-from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.making_room import MakingRoom
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
@@ -112,7 +112,7 @@ def test_those_go_without_whom_it_would_not_be_enough(
         if mark == "pinned":
             checkpoint.pins.add(1000)
         elif mark == "leased":
-            store.leases.take(checkpoint.key, Holder(1, 2, 3, "python"), 0.0)
+            store.leases.take(checkpoint.key, Peer(1, 2, 3, "python"), 0.0)
         if mark:
             kept.add(checkpoint)
     there = list(store.checkpoints.values())

@@ -23,7 +23,7 @@ from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import NOBODY, Holder, Lease, Leases
+from weightd_daemon.core.lease import NOBODY, Lease, Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
@@ -507,7 +507,7 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
         if checkpoint is None:
             return
-        lease = self.store.leases.take(checkpoint.key, Holder(1, 2, 3, "python"), self.now)
+        lease = self.store.leases.take(checkpoint.key, Peer(1, 2, 3, "python"), self.now)
         self.locked.add(lease.number)
         self.now += 1
         self.store.use(checkpoint, self.now)
@@ -596,8 +596,8 @@ class StoreMachine(RuleBasedStateMachine):
         for checkpoint in chosen:
             new = self.store.checkpoints[checkpoint.key]
             assert (new.total_bytes, new.tensors) == (checkpoint.total_bytes, checkpoint.tensors)
-            numbers = {lease.number for lease in before.holders(checkpoint) if not lease.waiting}
-            assert {lease.number for lease in self.store.holders(new)} == numbers
+            numbers = {lease.number for lease in before.leases_of(checkpoint) if not lease.waiting}
+            assert {lease.number for lease in self.store.leases_of(new)} == numbers
         self.store.fit(DEVICE)
 
     def populated(self, segment: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
-from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
@@ -69,7 +69,7 @@ class Filled:
         load.end()
         self.catalog.set(WHO, f"n{number}", content_digest)
         if self.held:
-            self.store.leases.take(checkpoint.key, Holder(number, number, 1000, ""), 0.0)
+            self.store.leases.take(checkpoint.key, Peer(number, number, 1000, ""), 0.0)
 
     def caller(self, context: object) -> tuple[None, Who]:
         return None, WHO

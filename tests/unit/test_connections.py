@@ -48,7 +48,7 @@ def test_uids_are_unsigned(uid: int, known: int | None) -> None:
     connections = Connections(isolated=False, admins=frozenset({3_000_000_000}))
     connection = connections.add(cast("socket.socket", Peer(uid)))
     assert connection.uid == known
-    assert connection.holder.uid == known
+    assert connection.peer.uid == known
     assert connections.who(connection).admin == (known in (0, 3_000_000_000))
 
 
@@ -68,10 +68,10 @@ def test_the_command_line_is_read_after_hello_and_elsewhere(monkeypatch: pytest.
         named = peers.comm_of(os.getpid())
         assert named
         connections.greeted(connection)
-        holder = connection.holder
-        assert (connection.pid, holder.command) == (os.getpid(), named)
+        peer = connection.peer
+        assert (connection.pid, peer.command) == (os.getpid(), named)
         gate.set()
-        eventually(lambda: holder.command == f"command of {os.getpid()}", what="the command line")
+        eventually(lambda: peer.command == f"command of {os.getpid()}", what="the command line")
     finally:
         gate.set()
         ours.close()

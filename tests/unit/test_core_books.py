@@ -11,7 +11,7 @@ from weightd_daemon.core.books import Books
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.events import Event, Evicted
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
@@ -42,7 +42,7 @@ class Daemon:
         return lease.checkpoint[2] in self.held  # type: ignore[index]  # a CheckpointKey
 
     def begin(self, device: str = "host", domain: str = "all") -> Loading:
-        return Loading(self.store, device, domain, 1000, Holder(7, 7, 1000, "loader"))
+        return Loading(self.store, device, domain, 1000, Peer(7, 7, 1000, "loader"))
 
     def load(self, name: str, tensors: int = 1, device: str = "host", domain: str = "all") -> Checkpoint:
         """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
@@ -58,7 +58,7 @@ class Daemon:
 
     def hold(self, checkpoint: Checkpoint) -> None:
         self.held.add(checkpoint.key.content_digest)
-        self.store.leases.take(checkpoint.key, Holder(1, 1, 1000, "holder"), 0.0)
+        self.store.leases.take(checkpoint.key, Peer(1, 1, 1000, "holder"), 0.0)
 
     @property
     def there(self) -> set[str]:

@@ -20,7 +20,7 @@ from weightd.errors import (
 from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import Event, Evicted, Named
-from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
@@ -173,7 +173,7 @@ def test_a_foreign_name_cannot_be_removed_but_ones_own_on_it_can(shelf: Shelf) -
 
 def test_nothing_changes_when_it_is_in_use(shelf: Shelf) -> None:
     there = shelf.add(A, "name")
-    shelf.store.leases.take(there.key, Holder(1, 2, 3, "python"), 0.0)
+    shelf.store.leases.take(there.key, Peer(1, 2, 3, "python"), 0.0)
     with pytest.raises(InUseError):
         shelf.catalog.remove(ALICE, "name")
     assert shelf.catalog.find(ALICE, "name") is there
@@ -295,7 +295,7 @@ def test_names_that_go_with_a_lost_checkpoint_are_told_of(shelf: Shelf) -> None:
     for (domain, name), tag in shelf.catalog.tags.items():
         catalog.restore(domain, name, tag)
     shelf.store.lose("host", "gone")
-    holder = Holder(1, 12, 1000, "weightd rm")
+    holder = Peer(1, 12, 1000, "weightd rm")
     catalog.remove(ALICE, A, by=holder)
     assert told == [Named("all", name, "", A, holder) for name in ("one", "two")]
     assert catalog.tags == {}

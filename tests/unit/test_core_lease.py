@@ -8,9 +8,9 @@ import pytest
 
 from weightd.errors import DrainingError
 from weightd_daemon.core.eviction import least_recently_used
-from weightd_daemon.core.lease import MOST_ASKED, Attached, Detached, Holder, Lease, Leases, named
+from weightd_daemon.core.lease import MOST_ASKED, Attached, Detached, Lease, Leases, Peer, named
 
-HOLDER = Holder(connection=7, pid=100, uid=1000, command="python serve.py")
+PEER = Peer(connection=7, pid=100, uid=1000, command="python serve.py")
 
 
 class Kernel:
@@ -25,7 +25,7 @@ class Kernel:
         return lease.number in self.locks
 
     def take(self, leases: Leases, checkpoint: str) -> Lease:
-        lease = leases.take(checkpoint, HOLDER, 1.0)
+        lease = leases.take(checkpoint, PEER, 1.0)
         self.locks.add(lease.number)
         return lease
 
@@ -54,7 +54,7 @@ def test_it_stays_ended_even_if_a_lock_seems_to_come_back() -> None:
 def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
-    lease = leases.take("a", HOLDER, 1.0, waiting=True)
+    lease = leases.take("a", PEER, 1.0, waiting=True)
     assert leases.of("a") == [lease]
     assert kernel.asked == 0
     leases.end(lease.number)
@@ -65,9 +65,9 @@ def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
 
 def test_numbers_are_never_used_twice() -> None:
     leases = Leases(Kernel().probe)
-    first = leases.take("a", HOLDER, 1.0)
+    first = leases.take("a", PEER, 1.0)
     leases.end(first.number)
-    assert leases.take("a", HOLDER, 2.0).number != first.number
+    assert leases.take("a", PEER, 2.0).number != first.number
 
 
 def test_a_checkpoint_is_asked_for_its_own_leases_only() -> None:
@@ -83,7 +83,7 @@ def test_refresh_looks_at_all_and_connections_know_their_own() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
-    other = leases.take("b", Holder(8, 1, None, ""), 2.0, waiting=True)
+    other = leases.take("b", Peer(8, 1, None, ""), 2.0, waiting=True)
     assert leases.of_connection(7) == [first, second]
     kernel.locks.discard(first.number)
     assert leases.refresh() == [second, other]
@@ -94,7 +94,7 @@ def test_leases_that_are_mapped_are_told_of() -> None:
     kernel = Kernel()
     told: list[Attached | Detached] = []
     leases = Leases(kernel.probe, told.append)
-    leases.end(leases.take("a", HOLDER, 1.0, waiting=True).number)
+    leases.end(leases.take("a", PEER, 1.0, waiting=True).number)
     assert told == [], "nobody has mapped anything"
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
     leases.refresh()
@@ -114,20 +114,20 @@ def test_while_it_drains_no_lease_is_taken() -> None:
     leases.draining = True
     for waiting in (False, True):
         with pytest.raises(DrainingError, match="lends and loads nothing new"):
-            leases.take("a", HOLDER, 1.0, waiting=waiting)
+            leases.take("a", PEER, 1.0, waiting=waiting)
     assert leases.of("a") == [held]
     leases.draining = False
     assert kernel.take(leases, "a").number == held.number + 1
 
 
 def test_who_holds_in_words() -> None:
-    leases = [Lease(n, "a", Holder(n, n // 2, 0, f"c{n // 2}"), 0.0, waiting=False) for n in range(14)]
+    leases = [Lease(n, "a", Peer(n, n // 2, 0, f"c{n // 2}"), 0.0, waiting=False) for n in range(14)]
     assert named(leases[:4]) == "pid 0 (c0), pid 1 (c1)"
     assert named(leases) == "pid 0 (c0), pid 1 (c1), pid 2 (c2), pid 3 (c3), pid 4 (c4) and 2 more"
 
 
 def test_who_cannot_be_known_is_said_to_be_unknown() -> None:
-    holders = [Holder(1, None, 1000, ""), Holder(2, None, 1000, ""), Holder(3, None, None, ""), Holder(4, 9, 0, "")]
+    holders = [Peer(1, None, 1000, ""), Peer(2, None, 1000, ""), Peer(3, None, None, ""), Peer(4, 9, 0, "")]
     leases = [Lease(number, "a", holder, 0.0, waiting=False) for number, holder in enumerate(holders)]
     assert named(leases) == "pid unknown (uid 1000), pid unknown, pid 9"
 
@@ -161,12 +161,12 @@ def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
 def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     told: list[object] = []
     leases = Leases(lambda _: True, told.append)
-    leases.inherit(5, "a", Holder(connection=0, pid=None, uid=1000, command=""), 1.0)
-    leases.attribute(5, HOLDER)
+    leases.inherit(5, "a", Peer(connection=0, pid=None, uid=1000, command=""), 1.0)
+    leases.attribute(5, PEER)
     (lease,) = leases.of("a")
-    assert (lease.number, lease.holder, leases.of_connection(HOLDER.connection)) == (5, HOLDER, [lease])
+    assert (lease.number, lease.peer, leases.of_connection(PEER.connection)) == (5, PEER, [lease])
     assert told == []
-    assert leases.take("a", HOLDER, 2.0).number == 6
+    assert leases.take("a", PEER, 2.0).number == 6
 
 
 # -- many leases -----------------------------------------------------------------------------------------------------
@@ -226,9 +226,9 @@ def test_leases_of_whom_has_gone_are_looked_at_first() -> None:
 def test_waiting_leases_are_not_swept_and_attributed_ones_are_once() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
-    waiting = leases.take("a", HOLDER, 1.0, waiting=True)
+    waiting = leases.take("a", PEER, 1.0, waiting=True)
     lease = kernel.take(leases, "a")
-    leases.attribute(lease.number, Holder(9, 9, 9, "other"))
+    leases.attribute(lease.number, Peer(9, 9, 9, "other"))
     kernel.asked = 0
     assert not leases.sweep(10)
     assert kernel.asked == 1
@@ -277,7 +277,7 @@ def test_the_limit_of_a_user_is_looked_up_by_user() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
     for uid in (1, 2, 2, None):
-        kernel.locks.add(leases.take("a", Holder(1, 1, uid, ""), 1.0).number)
+        kernel.locks.add(leases.take("a", Peer(1, 1, uid, ""), 1.0).number)
     assert [leases.held_by(uid, 9) for uid in (1, 2, 3, None)] == [1, 2, 0, 1]
     assert kernel.asked == 0, "it is not asked below the limit"
     kernel.locks.clear()
@@ -290,7 +290,7 @@ def test_who_keeps_the_lock_hears_of_each_end_once() -> None:
     forgotten: list[int] = []
     leases = Leases(kernel.probe, forget=forgotten.append)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "a")
-    leases.attribute(first.number, Holder(9, 9, 9, "other"))
+    leases.attribute(first.number, Peer(9, 9, 9, "other"))
     assert forgotten == []
     kernel.locks.clear()
     leases.refresh()

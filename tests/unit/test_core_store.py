@@ -14,7 +14,7 @@ from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
@@ -113,7 +113,7 @@ class Books:
         return self.seal(load, blobs + [self.place(load, letter) for letter in new])
 
     def lease(self, checkpoint: Checkpoint) -> Lease:
-        lease = self.store.leases.take(checkpoint.key, Holder(1, 4711, 1000, "python serve.py"), self.now)
+        lease = self.store.leases.take(checkpoint.key, Peer(1, 4711, 1000, "python serve.py"), self.now)
         self.locked.add(lease.number)
         return lease
 

@@ -13,7 +13,7 @@ from weightd.errors import EventsLostError, InUseError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Attached, Detached, Holder, Lease, Leases
+from weightd_daemon.core.lease import Attached, Detached, Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
@@ -25,8 +25,8 @@ ALICE, BOB, ADMIN = (
     Who(1001, admin=False, domain="b"),
     Who(0, admin=True, domain=""),
 )
-HOLDER = Holder(1, 12, 1000, "python serve.py")
-BEGUN = LoadBegun(5, HOLDER, "host", "a", "name")
+PEER = Peer(1, 12, 1000, "python serve.py")
+BEGUN = LoadBegun(5, PEER, "host", "a", "name")
 
 
 class Desk:
@@ -39,7 +39,7 @@ class Desk:
         key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
         self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)
         self.store.checkpoints[key] = self.checkpoint
-        self.lease = Lease(9, key, HOLDER, 0.0, waiting=False)
+        self.lease = Lease(9, key, PEER, 0.0, waiting=False)
 
     def seen(self, who: Who) -> list[daemon_pb2.Event]:
         with self.journal.reader(who) as reader:
@@ -71,8 +71,8 @@ def test_what_events_say(desk: Desk) -> None:
 
 
 def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
-    stranger = replace(desk.lease, holder=Holder(2, None, None, ""))
-    root = replace(desk.lease, holder=Holder(3, 7, 0, "sh"))
+    stranger = replace(desk.lease, peer=Peer(2, None, None, ""))
+    root = replace(desk.lease, peer=Peer(3, 7, 0, "sh"))
     for lease in (stranger, root):
         desk.journal.tell(Attached(lease))
     found = [event_from(message) for message in desk.seen(ALICE)]
@@ -116,7 +116,7 @@ def test_an_event_has_an_end(desk: Desk) -> None:
 
 def test_only_so_many_are_remembered(desk: Desk) -> None:
     for number in range(journal_module.REMEMBERED + 10):
-        desk.journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+        desk.journal.tell(LoadBegun(number, PEER, "host", "a", ""))
     loads = [event.load for event in desk.seen(ALICE)]
     assert loads == list(range(10, journal_module.REMEMBERED + 10))
 
@@ -129,7 +129,7 @@ def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
     async def read() -> None:
         with desk.journal.reader(ALICE) as slow, desk.journal.reader(ALICE) as fast, desk.journal.reader(BOB) as other:
             for number in range(5):
-                desk.journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+                desk.journal.tell(LoadBegun(number, PEER, "host", "a", ""))
                 found = await fast.next(1.0)
                 assert found is not None
                 assert found.load == number

@@ -14,7 +14,7 @@ import pytest
 
 from weightd._mapping.host import map_lease
 from weightd_daemon.core.checkpoint import CheckpointKey
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.handles import kernel_locks
 from weightd_daemon.handles.lease_files import FILE_LEASES, LeaseFiles, Owner
 from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
@@ -111,7 +111,7 @@ def locks(kept: Kept) -> Iterator[LeaseLocks]:
 
 
 def lease(number: int, key: CheckpointKey = KEY) -> Lease:
-    return Lease(number, key, Holder(1, 2, 3, "python"), 0.0, waiting=False)
+    return Lease(number, key, Peer(1, 2, 3, "python"), 0.0, waiting=False)
 
 
 def test_a_lease_is_held_until_its_last_mapping_or_descriptor_is_gone(kept: Kept) -> None:
@@ -252,7 +252,7 @@ def test_a_file_that_the_kernel_refuses_costs_no_descriptor(kept: Kept, monkeypa
 
 
 def found(leases: Leases) -> set[tuple[int, CheckpointKey, int | None]]:
-    return {(one.number, one.checkpoint, one.holder.uid) for one in leases}  # type: ignore[misc]  # keys of this file
+    return {(one.number, one.checkpoint, one.peer.uid) for one in leases}  # type: ignore[misc]  # keys of this file
 
 
 def test_the_next_daemon_finds_each_lease_and_whose_it_is(kept: Kept) -> None:
@@ -263,7 +263,7 @@ def test_the_next_daemon_finds_each_lease_and_whose_it_is(kept: Kept) -> None:
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     assert len(after.take_up({KEY: 7, OTHER: 8}, leases)) == 2
     assert found(leases) == {(5, KEY, 1001), (6, KEY, 1002), (8, OTHER, 1002), (9, OTHER, 1001)}
-    assert {one.holder.pid for one in leases} == {None}
+    assert {one.peer.pid for one in leases} == {None}
     os.close(held.pop(0))
     assert [one.number for one in leases.refresh()] == [6, 8, 9]
     more = after.lock(11)
@@ -295,11 +295,11 @@ def test_what_a_user_hides_stays_held_until_none_is_left(kept: Kept, start: int)
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     leases.begin_after(1000)
     after.take_up({KEY: 7, OTHER: 8}, leases)
-    assert sorted((one.checkpoint, one.holder.uid) for one in leases.refresh()) == sorted(
+    assert sorted((one.checkpoint, one.peer.uid) for one in leases.refresh()) == sorted(
         [(KEY, 1001), (OTHER, 1001), (KEY, 1002)]  # type: ignore[list-item]  # keys are hashable only
     )
     os.close(his)
-    assert {one.holder.uid for one in leases.refresh()} == {1001}, "his own has ended"
+    assert {one.peer.uid for one in leases.refresh()} == {1001}, "his own has ended"
     new = after.lock(2000)
     os.close(wide)
     assert leases.is_held(KEY), "the one that it has hidden"
@@ -333,9 +333,9 @@ def test_a_number_on_two_files_takes_a_lease_from_nobody(kept: Kept) -> None:
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     leases.begin_after(1000)
     after.take_up({KEY: 7}, leases)
-    assert sorted(one.holder.uid or 0 for one in leases) == [1001, 1001, 1002]
+    assert sorted(one.peer.uid or 0 for one in leases) == [1001, 1001, 1002]
     os.close(hers)
-    assert [one.holder.uid for one in leases.refresh()] == [1002]
+    assert [one.peer.uid for one in leases.refresh()] == [1002]
     os.close(his)
     assert leases.refresh() == []
     after.files.close()
@@ -363,7 +363,7 @@ def test_the_sweep_finds_what_has_ended_and_removes_its_file(kept: Kept, monkeyp
 
     monkeypatch.setattr(lease_sweep, "PAUSE_SECONDS", 0.0)
     leases = Leases(lambda one: bool(kept.files.is_locked(one.number)), forget=kept.files.forget)
-    held = [kept.lock(leases.take(KEY, Holder(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
+    held = [kept.lock(leases.take(KEY, Peer(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
     os.close(held.pop(1))
 
     async def swept(until: Callable[[], bool]) -> None:

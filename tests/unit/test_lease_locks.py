@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
-from weightd_daemon.core.lease import Holder, Lease
+from weightd_daemon.core.lease import Lease, Peer
 from weightd_daemon.handles import kernel_locks
 from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
@@ -51,7 +51,7 @@ def hold(manifests: Manifests) -> Iterator[Callable[..., int]]:
 
 
 def lease(number: int, key: CheckpointKey = KEY) -> Lease:
-    return Lease(number, key, Holder(1, 2, 3, "python"), 0.0, waiting=False)
+    return Lease(number, key, Peer(1, 2, 3, "python"), 0.0, waiting=False)
 
 
 def lock_bytes(descriptor: int, start: int, length: int) -> None:

@@ -14,7 +14,7 @@ from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnswered, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Holder, Lease, Leases
+from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
@@ -24,7 +24,7 @@ from weightd_daemon.monitoring.event_stream import Journal
 from weightd_daemon.monitoring.listeners import Listeners
 
 EVENTS = get_args(Event)
-HOLDER = Holder(1, 12, 1000, "python serve.py")
+PEER = Peer(1, 12, 1000, "python serve.py")
 
 
 class Ear:
@@ -63,7 +63,7 @@ class Books:
 
     def load(self, name: str) -> None:
         load = Loading(self.store, "host", "", 1000)
-        begun = LoadBegun(load.number, HOLDER, "host", "", name)
+        begun = LoadBegun(load.number, PEER, "host", "", name)
         self.listeners.tell(begun)
         extent = load.grant(4096, 4096)
         assert extent is not None
@@ -83,14 +83,14 @@ class Books:
         for name in "abc":
             self.load(name)
             said.append(self.say())
-        self.listeners.tell(LoadAnswered(self.catalog.find(WHO, "a"), HOLDER, "a"))
-        leases = [self.store.leases.take(self.catalog.find(WHO, name).key, HOLDER, 0.0) for name in "abb"]
+        self.listeners.tell(LoadAnswered(self.catalog.find(WHO, "a"), PEER, "a"))
+        leases = [self.store.leases.take(self.catalog.find(WHO, name).key, PEER, 0.0) for name in "abb"]
         self.locked = {lease.number for lease in leases}
         said.append(self.say())
         self.locked.clear()
         said += [len(self.store.leases.refresh()), self.say()]
         said += [self.store.remove(self.catalog.find(WHO, "a")), self.say()]
-        self.locked = {self.store.leases.take(self.catalog.find(WHO, "b").key, HOLDER, 0.0).number}
+        self.locked = {self.store.leases.take(self.catalog.find(WHO, "b").key, PEER, 0.0).number}
         self.listeners.tell(DrainChanged("draining"))
         said += [self.store.remove(self.catalog.find(WHO, "c")), self.say()]
         self.listeners.tell(DeviceLost("host", "gone"))

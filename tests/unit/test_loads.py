@@ -29,7 +29,7 @@ from weightd.errors import (
 from weightd.types import FileIdentity
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.lease import Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile
@@ -54,9 +54,7 @@ class Desk:
             index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1, turns=Turns(1, 1),
             limits=Limits(),
         )  # fmt: skip
-        self.wish = LoadRequest(
-            who=WHO, holder=Holder(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True
-        )
+        self.wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True)
         self.intake, other = os.pipe()
         os.close(other)
 
@@ -84,7 +82,7 @@ def loads_of(books: Filled, limits: Limits) -> Loads:
 
 def wish_of(who: Who, name: str, *, pin: bool = False) -> LoadRequest:
     return LoadRequest(
-        who=who, holder=Holder(1, 1, who.uid, ""), sources=(), device="GPU-0", name=name, name_is_default=not name,
+        who=who, peer=Peer(1, 1, who.uid, ""), sources=(), device="GPU-0", name=name, name_is_default=not name,
         pin=pin, detached=False,
     )  # fmt: skip
 
@@ -196,7 +194,7 @@ class Sealing:
         content = Content("sha256:aa", (ManifestFile("", "f", None),), entries, (blob,))
         sealed = self.checkpoint = self._loading.seal(content, 0.0)
         self._on_sealed(sealed)
-        holders = [lease.holder.connection for lease in self._store.holders(sealed) if lease.waiting]
+        holders = [lease.peer.connection for lease in self._store.leases_of(sealed) if lease.waiting]
         type(self).found = holders, list(self._store.evictable("GPU-0"))
         return Outcome("sha256:aa", 1, 4096, 4096, 4096, 0.0)
 
@@ -213,7 +211,7 @@ def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypa
         load, _, begins = desk.loads.start(desk.wish, desk.intake)
         assert begins
         for connection, detached in ((2, False), (3, True)):
-            wish = replace(desk.wish, holder=Holder(connection, 1, 1000, ""), detached=detached)
+            wish = replace(desk.wish, peer=Peer(connection, 1, 1000, ""), detached=detached)
             assert desk.loads.start(wish, -1)[0] is load
         async with asyncio.timeout(60):
             await load.done
@@ -222,7 +220,7 @@ def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypa
             if desk.loads._background:
                 await asyncio.wait(desk.loads._background)
         desk.check_over(load)
-        return {lease.holder.connection for lease in desk.books.store.leases}
+        return {lease.peer.connection for lease in desk.books.store.leases}
 
     assert asyncio.run(run()) == {1, 2}
     assert Sealing.found == ([1, 2], [])
@@ -243,7 +241,7 @@ def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
         )  # fmt: skip
         intake, other = os.pipe()
         os.close(other)
-        wish = LoadRequest(who=WHO, holder=Holder(1, 1, 1000, ""), sources=(), device="GPU-0")
+        wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0")
         load, _, _ = loads.start(wish, intake)
         with pytest.raises(LeaseLostError, match="the loader process of this load died"):
             await load.done

@@ -24,7 +24,7 @@ from weightd.errors import NotFoundError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog, Tag
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.lease import Holder, Leases
+from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
@@ -44,7 +44,7 @@ WHO = Who(1000, False, "")
 FILES = (ManifestFile("", "f.safetensors", {"key": "value"}),)
 SOURCES = (SourceFile("", "f.safetensors", FileIdentity(1, 1 << 63, 3, 4, 5)),)
 INDEXED = (*SOURCES, SourceFile("", "f.safetensors.index.json", FileIdentity(1, 2, 3, 4, 5), is_index=True))
-HOLDER = Holder(1, 2, 1000, "python")
+PEER = Peer(1, 2, 1000, "python")
 
 
 class Keeper:
@@ -295,15 +295,15 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
 def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
-        leases = [first.store.leases.take(key, HOLDER, 6.0) for _ in range(9)]
+        leases = [first.store.leases.take(key, PEER, 6.0) for _ in range(9)]
         locks = [first.manifests.lock(key, lease.number) for lease in leases]
     for lock in locks[::2]:
         os.close(lock)
     with books(keeper) as again:
         found = again.store.leases.of(key)
         assert [lease.number for lease in found] == [lease.number for lease in leases[1::2]]
-        assert {(lease.holder.pid, lease.holder.command, lease.since) for lease in found} == {(None, "", 7.0)}
-        assert again.store.leases.take(key, HOLDER, 8.0).number > leases[-1].number
+        assert {(lease.peer.pid, lease.peer.command, lease.since) for lease in found} == {(None, "", 7.0)}
+        assert again.store.leases.take(key, PEER, 8.0).number > leases[-1].number
         for lock in locks[1::2]:
             os.close(lock)
         assert again.store.leases.of(key) == []
@@ -312,7 +312,7 @@ def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
 def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
-        locks = [first.manifests.lock(key, first.store.leases.take(key, HOLDER, 6.0).number) for _ in range(9)]
+        locks = [first.manifests.lock(key, first.store.leases.take(key, PEER, 6.0).number) for _ in range(9)]
     monkeypatch.setattr("weightd_daemon.handles.kernel_locks.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1

@@ -163,7 +163,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         """Drop a name, and with the last one the checkpoint."""
         connection, who = self._parts.caller(context)
         device = meant(self._parts.devices, request.device)
-        freed = self._parts.catalog.remove(who, request.reference, device, connection.holder)
+        freed = self._parts.catalog.remove(who, request.reference, device, connection.peer)
         return checkpoint_pb2.RemoveCheckpointResponse(freed_bytes=freed)
 
     async def Verify(  # noqa: N802
@@ -179,7 +179,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 return [parts.catalog.find(who, request.reference, device_meant)]
             return [c for c in parts.catalog.visible(who) if device_meant in ("", c.key.device)]
 
-        verification = parts.loads.verifications.begin(who, connection.holder, choose, self._loss)
+        verification = parts.loads.verifications.begin(who, connection.peer, choose, self._loss)
         try:
             async with contextlib.aclosing(verification.changes()) as changes:
                 async for _ in changes:
@@ -204,7 +204,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             raise InvalidReferenceError("the load names no files")
         return LoadRequest(
             who=who,
-            holder=connection.holder,
+            peer=connection.peer,
             sources=sources_from(request.sources),
             device=device,
             name=request.name,
@@ -235,7 +235,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             total_bytes=checkpoint.total_bytes,
             exclusive_bytes=checkpoint.exclusive_bytes,
             shared_bytes=checkpoint.shared_bytes,
-            leases=len(parts.store.holders(checkpoint)),
+            leases=len(parts.store.leases_of(checkpoint)),
             pinned=checkpoint.pinned,
             load_time=time_to(checkpoint.loaded),
             last_use_time=time_to(checkpoint.last_used),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint, Lost
     from .events import Event
-    from .lease import Holder
+    from .lease import Peer
     from .limits import Limits
     from .store import Store
     from .who import Who
@@ -131,7 +131,7 @@ class Catalog:
             self._limits.check(who, "names", self._owned[who.uid])
 
     def set(
-        self, who: Who, name: str, content_digest: str, by: Holder | None = None, *, is_default: bool = False
+        self, who: Who, name: str, content_digest: str, by: Peer | None = None, *, is_default: bool = False
     ) -> None:
         """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`.
 
@@ -224,7 +224,7 @@ class Catalog:
         self.repinned.add(checkpoint.key)
         self.changed()
 
-    def remove(self, who: Who, reference: str, device: str = "", by: Holder | None = None) -> int:
+    def remove(self, who: Who, reference: str, device: str = "", by: Peer | None = None) -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
 
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
@@ -281,7 +281,7 @@ class Catalog:
         """Under which keys a content of a domain may stand."""
         return [CheckpointKey(uuid, domain, content_digest) for uuid in self._store.memories if device in ("", uuid)]
 
-    def _drop(self, domain: str, name: str, by: Holder | None) -> None:
+    def _drop(self, domain: str, name: str, by: Peer | None) -> None:
         previous = self._tags[domain, name].content_digest
         self._untag(domain, name)
         self.changed()

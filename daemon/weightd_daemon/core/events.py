@@ -12,7 +12,7 @@ from .lease import Attached, Detached
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Content
-    from .lease import Holder
+    from .lease import Peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Sealed:
     content: Content
     manifest: object
     load: int = 0
-    by: Holder | None = None
+    by: Peer | None = None
     name: str = ""
 
 
@@ -41,7 +41,7 @@ class Evicted:
     checkpoint: Checkpoint
     reason: str
     load: int = 0
-    by: Holder | None = None
+    by: Peer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LoadBegun:
     """A load was asked for; `name` may be empty."""
 
     load: int
-    holder: Holder
+    peer: Peer
     device: str
     domain: str
     name: str
@@ -78,7 +78,7 @@ class LoadAnswered:
     """A load was answered from memory, for its files are resident; `name` is what it has given, and may be empty."""
 
     checkpoint: Checkpoint
-    holder: Holder
+    peer: Peer
     name: str
 
 
@@ -90,7 +90,7 @@ class Named:
     name: str
     content_digest: str
     previous: str
-    by: Holder | None
+    by: Peer | None
 
 
 @dataclass(frozen=True, slots=True)

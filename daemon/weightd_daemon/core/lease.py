@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Holder:
-    """Who took a lease: connection number, process (None where it cannot be known), user, command line.
+class Peer:
+    """A process at the other end of a connection: its number, process ID (None if unknown), user, command line.
 
     `uid` is None for a peer without an identity. `command` alone may change: to read it can take a while.
     """
@@ -31,8 +31,8 @@ class Holder:
         return "pid unknown" + (f" (uid {self.uid})" if self.uid is not None else "")
 
 
-NOBODY = Holder(connection=0, pid=None, uid=None, command="")
-"""Who holds a lease that an earlier daemon gave, until the holder says so."""
+NOBODY = Peer(connection=0, pid=None, uid=None, command="")
+"""The peer of a lease that an earlier daemon gave, until its process claims it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Lease:
 
     number: int
     checkpoint: Hashable
-    holder: Holder
+    peer: Peer
     since: float
     waiting: bool
 
@@ -122,38 +122,38 @@ class Leases:
         if self.draining:
             raise DrainingError("the daemon is draining: it lends and loads nothing new; try again when it is back")
 
-    def take(self, checkpoint: Hashable, holder: Holder, now: float, *, waiting: bool = False) -> Lease:
+    def take(self, checkpoint: Hashable, peer: Peer, now: float, *, waiting: bool = False) -> Lease:
         """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
         self.admit()
         self._last += 1
-        lease = Lease(self._last, checkpoint, holder, now, waiting)
+        lease = Lease(self._last, checkpoint, peer, now, waiting)
         self._enter(lease)
         if not waiting:
             self._on_event(Attached(lease))
         return lease
 
-    def inherit(self, number: int, checkpoint: Hashable, holder: Holder, now: float) -> None:
+    def inherit(self, number: int, checkpoint: Hashable, peer: Peer, now: float) -> None:
         """Enter a lease that an earlier daemon gave, and whose lock is there. Errors: ValueError (it is entered)."""
         if number in self._leases:
             raise ValueError(f"lease {number} is in the books")
-        self._enter(Lease(number, checkpoint, holder, now, waiting=False))
+        self._enter(Lease(number, checkpoint, peer, now, waiting=False))
         self._last = max(self._last, number)
 
-    def inherit_some(self, checkpoint: Hashable, holder: Holder, now: float) -> int:
+    def inherit_some(self, checkpoint: Hashable, peer: Peer, now: float) -> int:
         """Enter one lease for all of an earlier daemon's that cannot be told apart. Returns its number."""
         self._last += 1
-        self._enter(Lease(self._last, checkpoint, holder, now, waiting=False))
+        self._enter(Lease(self._last, checkpoint, peer, now, waiting=False))
         return self._last
 
     def begin_after(self, number: int) -> None:
         """Give only greater numbers from now on."""
         self._last = max(self._last, number)
 
-    def attribute(self, number: int, holder: Holder) -> None:
+    def attribute(self, number: int, peer: Peer) -> None:
         """Say who holds a lease that is in the books. It is no new one, and none has ended. Errors: KeyError."""
         lease = self._leases[number]
         self._drop(lease)
-        self._index(replace(lease, holder=holder))
+        self._index(replace(lease, peer=peer))
 
     def end(self, number: int) -> None:
         """Strike a lease out; a number that is not there is no error."""
@@ -269,10 +269,10 @@ class Leases:
     def _indexes(self, lease: Lease) -> list[tuple[dict[Hashable, dict[int, None]], Hashable]]:
         found = [
             (self._by_checkpoint, lease.checkpoint),
-            (self._by_connection, lease.holder.connection),
-            (self._by_user, lease.holder.uid),
+            (self._by_connection, lease.peer.connection),
+            (self._by_user, lease.peer.uid),
         ]
-        return [*found, (self._waiting, lease.holder.connection)] if lease.waiting else found
+        return [*found, (self._waiting, lease.peer.connection)] if lease.waiting else found
 
     def _refresh(self, numbers: Collection[int]) -> list[Lease]:
         self._ask(numbers)
@@ -295,6 +295,6 @@ class Leases:
 
 def named(leases: Iterable[Lease]) -> str:
     """Who holds leases, each process once and at most five: "pid 12 (python serve.py), pid 13 (…) and 4 more"."""
-    holders = list(dict.fromkeys(str(lease.holder) for lease in leases))
-    more = f" and {len(holders) - 5} more" if len(holders) > 5 else ""
-    return ", ".join(holders[:5]) + more
+    peers = list(dict.fromkeys(str(lease.peer) for lease in leases))
+    more = f" and {len(peers) - 5} more" if len(peers) > 5 else ""
+    return ", ".join(peers[:5]) + more

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from .arena import Extent
     from .digest import BlobIdentity
-    from .lease import Holder
+    from .lease import Peer
     from .store import Store
 
 
@@ -33,7 +33,7 @@ class Loading:
     """
 
     def __init__(
-        self, store: Store, device: str, domain: str, owner: int | None, by: Holder | None = None, name: str = ""
+        self, store: Store, device: str, domain: str, owner: int | None, by: Peer | None = None, name: str = ""
     ) -> None:
         """Begin a load on a device, in a sharing domain. Errors: NotFoundError (no such device)."""
         self.number = store.begin_load(device)

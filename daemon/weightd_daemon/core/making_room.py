@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from weightd.errors import WeightdError
 
     from .checkpoint import Checkpoint
-    from .lease import Holder
+    from .lease import Peer
     from .store import Store
 
 
@@ -25,7 +25,7 @@ class MakingRoom:
     `full` is everywhere what the device said, if it has refused memory.
     """
 
-    def __init__(self, store: Store, place: tuple[str, str], load: int, by: Holder | None) -> None:
+    def __init__(self, store: Store, place: tuple[str, str], load: int, by: Peer | None) -> None:
         self._store = store
         self._place = place
         self._device, self._domain = place

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from .arena import Extent
-    from .lease import Holder, Lease, Leases
+    from .lease import Lease, Leases, Peer
     from .memory import DeviceMemory
 
 
@@ -63,7 +63,7 @@ class Store:
         """The checkpoints that are resident on a device."""
         return [checkpoint for checkpoint in self.checkpoints.values() if checkpoint.key.device == device]
 
-    def holders(self, checkpoint: Checkpoint) -> list[Lease]:
+    def leases_of(self, checkpoint: Checkpoint) -> list[Lease]:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
@@ -118,18 +118,16 @@ class Store:
 
     # -- what goes -------------------------------------------------------------------------------------------------
 
-    def remove(
-        self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Holder | None = None
-    ) -> int:
+    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Peer | None = None) -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
         """
-        if self.leases.is_held(checkpoint.key) and (holders := self.holders(checkpoint)):  # law 3
+        if self.leases.is_held(checkpoint.key) and (holders := self.leases_of(checkpoint)):  # law 3
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 
-    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Holder | None = None) -> int:
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Peer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
         self.books.strike(checkpoint)
@@ -180,7 +178,7 @@ class Store:
             self.books.strike(checkpoint)
             checkpoint.forget_blobs()
             self.lost[checkpoint.key] = Lost(checkpoint, reason)
-            for lease in self.holders(checkpoint):
+            for lease in self.leases_of(checkpoint):
                 self.leases.end(lease.number)
             self._on_event(Evicted(checkpoint, "lost"))
         return lost

@@ -142,7 +142,7 @@ class Attacher:
             self._limits.check(who, "leases", held - len(waiting))  # which end with this
         segments = self._segments(checkpoint, request)
         now = self._now()
-        lease = self._store.leases.take(checkpoint.key, connection.holder, now)
+        lease = self._store.leases.take(checkpoint.key, connection.peer, now)
         owner = Owner(who.uid, who.domain) if request.lease_file else None
         try:
             locked = self._locks.lock(checkpoint.key, lease.number, owner)
@@ -169,7 +169,7 @@ class Attacher:
         lease = self._store.leases.get(number)
         if lease is None:
             return True
-        if lease.holder.connection != connection.number:
+        if lease.peer.connection != connection.number:
             return False
         return not self._store.leases.look(number)
 
@@ -184,19 +184,19 @@ class Attacher:
         key, claimed = lease.checkpoint, (request.device, request.content_digest)
         if not isinstance(key, CheckpointKey) or (key.device, key.content_digest) != claimed:
             return False
-        known = lease.holder != NOBODY
-        if (key.domain != who.domain and not who.admin) or (known and lease.holder.uid != connection.uid):
+        known = lease.peer != NOBODY
+        if (key.domain != who.domain and not who.admin) or (known and lease.peer.uid != connection.uid):
             return False
         if not self._store.leases.look(lease.number):
             return False
-        self._store.leases.attribute(lease.number, connection.holder)
+        self._store.leases.attribute(lease.number, connection.peer)
         return True
 
     def ended(self, connection: Connection, numbers: Sequence[int]) -> None:
         """The client says that leases of this connection may have ended."""
         leases = self._store.leases
         named = (leases.get(number) for number in numbers[:MOST_ENDED])
-        leases.look_soon(one.number for one in named if one and one.holder.connection == connection.number)
+        leases.look_soon(one.number for one in named if one and one.peer.connection == connection.number)
 
     def disconnected(self, connection: Connection) -> None:
         """A connection is gone: what waited for it is let go, what it mapped is looked at, now or soon."""
@@ -227,7 +227,7 @@ class Attacher:
         resident = {
             device: checkpoint
             for device in devices
-            if (checkpoint := self._loads.find_resident(LoadRequest(who, connection.holder, sources, device)))
+            if (checkpoint := self._loads.find_resident(LoadRequest(who, connection.peer, sources, device)))
         }
         if self._default_device in resident:
             return resident[self._default_device]

@@ -50,7 +50,7 @@ class ProtocolError(Exception):
 
 
 class HandleServer:
-    """Listens, and keeps one `_Peer` per connection. Everything runs on the loop's thread.
+    """Listens, and keeps one `_Conversation` per connection. Everything runs on the loop's thread.
 
     When an attach was answered, `on_attach` hears with what gRPC code, and the seconds that it took.
     """
@@ -69,7 +69,7 @@ class HandleServer:
         """One more is told so, and closed at once."""
         self._on_attach = on_attach
         self._offer_numbers = count(1)
-        self._peers: set[_Peer] = set()
+        self._peers: set[_Conversation] = set()
         self._listener: socket.socket | None = None
         self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
         self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
@@ -112,14 +112,14 @@ class HandleServer:
                 log.warning("connection refused: %d are open", len(self._peers))
             _refuse(accepted, self.max_connections)
             return
-        self._peers.add(_Peer(self, accepted))
+        self._peers.add(_Conversation(self, accepted))
 
     def _resume(self) -> None:
         if self._listener is not None:
             asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept, self._listener)
 
 
-class _Peer:
+class _Conversation:
     """One connection: a state machine that is fed frames."""
 
     def __init__(self, server: HandleServer, accepted: socket.socket) -> None:

@@ -19,7 +19,7 @@ import time
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.lease import Peer
 
 from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
 from .manifest_file import is_manifest
@@ -190,14 +190,14 @@ class LeaseFiles:
         self._empty.clear()
 
     def _inherit(self, file: _File, there: Mapping[int, CheckpointKey], leases: Leases, last: int, now: float) -> None:
-        holder = Holder(connection=0, pid=None, uid=file.owner.uid, command="")
+        peer = Peer(connection=0, pid=None, uid=file.owner.uid, command="")
         try:
             found = locked_bytes(file.descriptor, 0, _first_byte(1 << _CHECKPOINT_BITS))
         except LocksUnclearError:
             # Somebody has locked more than a byte, or very many: any lease of this user may lie under that.
             file.open = False
             for number, key in there.items():
-                lease = leases.inherit_some(key, holder, now)
+                lease = leases.inherit_some(key, peer, now)
                 self._enter(lease, file)
                 self._bytes_of[lease] = _first_byte(number), _first_byte(number + 1)
             log.warning("leases of user %s cannot be told apart: one line a checkpoint stands for all", file.owner.uid)
@@ -207,9 +207,9 @@ class LeaseFiles:
             if number not in there or not 0 < lease <= last:
                 continue  # on what is gone, or on what no daemon has lent
             if leases.get(lease) is None:
-                leases.inherit(lease, there[number], holder, now)
+                leases.inherit(lease, there[number], peer, now)
             else:  # somebody has locked the byte of another's lease: that is to hold neither more nor less
-                lease = leases.inherit_some(there[number], holder, now)
+                lease = leases.inherit_some(there[number], peer, now)
             self._enter(lease, file)
             self._byte_of[lease] = byte
 

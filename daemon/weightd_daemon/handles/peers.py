@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 
 from weightd.errors import LeaseLostError, PermissionDeniedError
-from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.lease import Peer
 from weightd_daemon.core.who import Who
 from weightd_daemon.lookups import Lookups
 from weightd_daemon.wire import user_name
@@ -34,7 +34,7 @@ class Connection:
     `uid` is None where the peer has no identity here, `pid` where its process is outside of our PID namespace.
     """
 
-    holder: Holder
+    peer: Peer
     """As the books name it."""
     token: str
     offers: dict[int, int] = field(default_factory=dict)
@@ -42,15 +42,15 @@ class Connection:
 
     @property
     def number(self) -> int:
-        return self.holder.connection
+        return self.peer.connection
 
     @property
     def pid(self) -> int | None:
-        return self.holder.pid
+        return self.peer.pid
 
     @property
     def uid(self) -> int | None:
-        return self.holder.uid
+        return self.peer.uid
 
     def take_offer(self, number: int) -> int:
         """Hand over an intake's descriptor. Errors: LeaseLostError."""
@@ -90,13 +90,13 @@ class Connections:
         """Intakes without a load on all connections of a user."""
         return sum(len(connection.offers) for connection in self._by_token.values() if connection.uid == uid)
 
-    def add(self, peer: socket.socket) -> Connection:
-        """Enter a peer that has just connected."""
-        credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    def add(self, connected: socket.socket) -> Connection:
+        """Enter the peer of a socket that has just been connected."""
+        credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, _ = _CREDENTIALS.unpack(credentials)
         known = None if uid in (self._overflow, NO_UID) else uid
-        holder = Holder(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
-        connection = Connection(holder, secrets.token_urlsafe(24))
+        peer = Peer(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
+        connection = Connection(peer, secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection
 
@@ -107,7 +107,7 @@ class Connections:
         """
         user_name(connection.uid)
         if connection.pid is not None:
-            self._lookups.ask(connection.uid, partial(_read_command, connection.holder))
+            self._lookups.ask(connection.uid, partial(_read_command, connection.peer))
 
     def remove(self, connection: Connection) -> None:
         """The connection is closed: its token means nothing from now on."""
@@ -152,9 +152,9 @@ def command_of(pid: int) -> str:
     return _shown(b" ".join(filter(None, _read(f"/proc/{pid}/cmdline").split(b"\0"))))
 
 
-def _read_command(holder: Holder) -> None:
-    if holder.pid is not None and (command := command_of(holder.pid)):
-        holder.command = command
+def _read_command(peer: Peer) -> None:
+    if peer.pid is not None and (command := command_of(peer.pid)):
+        peer.command = command
 
 
 def _read(path: str) -> bytes:

@@ -126,7 +126,7 @@ class Loads:
         if request.pin:
             self._catalog.keep(who, checkpoint)
         if name:
-            self._catalog.set(who, name, digest, request.holder, is_default=request.name_is_default)
+            self._catalog.set(who, name, digest, request.peer, is_default=request.name_is_default)
         self._store.use(checkpoint, self._now())
         return name
 
@@ -134,7 +134,7 @@ class Loads:
         """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `settle`."""
         name = self.settle(request, checkpoint)
         self.keep(request, checkpoint)
-        self._on_event(LoadAnswered(checkpoint, request.holder, name))
+        self._on_event(LoadAnswered(checkpoint, request.peer, name))
         return name
 
     def evicted(self, event: Evicted) -> None:
@@ -151,10 +151,10 @@ class Loads:
 
     def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left; not for who may not attach, at its limit."""
-        waiting = self._store.leases.waiting_of(request.holder.connection)
+        waiting = self._store.leases.waiting_of(request.peer.connection)
         kept = any(lease.checkpoint == checkpoint.key for lease in waiting)
         if not request.detached and not kept and self._quota.may_lease(request.who):
-            self._store.leases.take(checkpoint.key, request.holder, self._now(), waiting=True)
+            self._store.leases.take(checkpoint.key, request.peer, self._now(), waiting=True)
 
     def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
         """Begin a load or join one of the same files by the same owner.
@@ -166,7 +166,7 @@ class Loads:
         if self._closing:
             raise LeaseLostError(_STOPPING)
         self._store.leases.admit()
-        if len(self._waiters_of(request.holder.connection)) >= MAX_UNFINISHED:
+        if len(self._waiters_of(request.peer.connection)) >= MAX_UNFINISHED:
             raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
         key = (request.device, request.who.domain, request.who.uid, request.sources)
         load = self._flights.get(key)
@@ -233,7 +233,7 @@ class Loads:
             (load, waiter)
             for load in self.under_way
             for waiter, request in load.waiters.items()
-            if request.holder.connection == connection
+            if request.peer.connection == connection
         ]
 
     def _forget(self, key: _Key, load: Load) -> None:
@@ -264,10 +264,10 @@ class Loads:
         try:
             device = self._devices[request.device]
             loading = Loading(
-                self._store, request.device, request.who.domain, request.who.uid, request.holder, request.name
+                self._store, request.device, request.who.domain, request.who.uid, request.peer, request.name
             )
             load.number = loading.number
-            begun = LoadBegun(loading.number, request.holder, request.device, request.who.domain, request.name)
+            begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._turns.turn(request.who.uid):
                 steps = LoadSteps(

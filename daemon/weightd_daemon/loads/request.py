@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd.types import SourceFile
-    from weightd_daemon.core.lease import Holder
+    from weightd_daemon.core.lease import Peer
     from weightd_daemon.core.who import Who
 
 
@@ -33,7 +33,7 @@ class LoadRequest:
     """
 
     who: Who
-    holder: Holder
+    peer: Peer
     sources: tuple[SourceFile, ...]
     device: str
     name: str = ""

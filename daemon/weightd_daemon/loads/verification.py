@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.lease import Holder
+    from weightd_daemon.core.lease import Peer
     from weightd_daemon.core.store import Store
     from weightd_daemon.core.who import Who
     from weightd_daemon.devices.device import Device
@@ -89,7 +89,7 @@ class Verifications:
     def begin(
         self,
         who: Who,
-        holder: Holder,
+        peer: Peer,
         choose: Callable[[], list[Checkpoint]],
         loss: Callable[[Checkpoint], WeightdError],
     ) -> Verification:
@@ -100,7 +100,7 @@ class Verifications:
         self._store.leases.admit()
         choose()
         verification = Verification()
-        task = asyncio.get_running_loop().create_task(self._run(verification, who, holder, choose, loss))
+        task = asyncio.get_running_loop().create_task(self._run(verification, who, peer, choose, loss))
         verification.task = task
         self._tasks.add(task)
         task.add_done_callback(lambda _: self._end(task, verification))
@@ -129,7 +129,7 @@ class Verifications:
         self,
         verification: Verification,
         who: Who,
-        holder: Holder,
+        peer: Peer,
         choose: Callable[[], list[Checkpoint]],
         loss: Callable[[Checkpoint], WeightdError],
     ) -> None:
@@ -137,7 +137,7 @@ class Verifications:
             async with self._turns.turn(who.uid):
                 chosen = verification.chosen = choose()
                 self._quota.check_leases(who, len(chosen))
-                leases = [self._store.leases.take(c.key, holder, self._now(), waiting=True) for c in chosen]
+                leases = [self._store.leases.take(c.key, peer, self._now(), waiting=True) for c in chosen]
 
                 def check() -> None:
                     for checkpoint in chosen:  # a lease keeps it resident, but not from a loss

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.lease import Holder, Lease
+    from weightd_daemon.core.lease import Lease, Peer
     from weightd_daemon.core.store import Store
     from weightd_daemon.core.who import Who
 
@@ -154,9 +154,9 @@ class Journal:
                 message.load = load
                 _name(message, by)
                 return checkpoint.key.domain, message
-            case LoadAnswered(checkpoint, holder, name):
+            case LoadAnswered(checkpoint, peer, name):
                 message = self._of(daemon_pb2.EVENT_KIND_LOAD_ANSWERED, checkpoint, name)
-                _name(message, holder)
+                _name(message, peer)
                 return checkpoint.key.domain, message
             case Named(domain, name, content_digest, previous, by):
                 given = daemon_pb2.Event(
@@ -209,20 +209,20 @@ class Journal:
         checkpoint = lost.checkpoint if lost else self._store.checkpoints[key]
         message = self._of(kind, checkpoint)
         message.lease = lease.number
-        _name(message, lease.holder)
+        _name(message, lease.peer)
         return key.domain, message
 
 
 def _of_load(kind: daemon_pb2.EventKind, begun: LoadBegun) -> daemon_pb2.Event:
     names = [begun.name] if begun.name else []
     message = daemon_pb2.Event(kind=kind, load=begun.load, device=begun.device, names=names)
-    _name(message, begun.holder)
+    _name(message, begun.peer)
     return message
 
 
-def _name(message: daemon_pb2.Event, holder: Holder | None) -> None:
+def _name(message: daemon_pb2.Event, peer: Peer | None) -> None:
     """Say which process it was, where it was one."""
-    if holder is None:
+    if peer is None:
         return
-    who = daemon_pb2.Event(pid=holder.pid, uid=holder.uid, user=user_name(holder.uid), command=holder.command)
+    who = daemon_pb2.Event(pid=peer.pid, uid=peer.uid, user=user_name(peer.uid), command=peer.command)
     message.MergeFrom(who)

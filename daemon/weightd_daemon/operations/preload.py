@@ -20,7 +20,7 @@ from weightd._transport.handle_socket import feed
 from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
 from weightd_daemon.config.toml_file import ConfigError, TemporaryError
-from weightd_daemon.core.lease import Holder
+from weightd_daemon.core.lease import Peer
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.loads.request import LoadRequest
 
@@ -161,7 +161,7 @@ class Preloader:
         wish = LoadRequest(
             who=self._who,
             # A connection each, for how much one may have under way is limited; those of clients are positive.
-            holder=Holder(-next(self._numbers), os.getpid(), self._who.uid, "preload"),
+            peer=Peer(-next(self._numbers), os.getpid(), self._who.uid, "preload"),
             sources=sources_from([source_to(source) for source in opened.files.sources]),
             device=self._place(entry.device),
             name=entry.name or opened.name,
