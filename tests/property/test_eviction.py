@@ -14,7 +14,7 @@ from weightd_daemon.core.eviction import choose
 from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.making_room import MakingRoom
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.prospect import Prospect, prospect
 from weightd_daemon.core.store import Store
@@ -67,7 +67,7 @@ class Books:
                 _, blobs[content] = load.settle(bytes([content[0]]) * 16, content[1], extent.segment, at)
                 at += -(-content[1] // 256) * 256
         found = tuple(blobs[content] for content in contents)
-        entries = [Entry("", f"t{at}", "U8", (c[1],), 0, c[1]) for at, c in enumerate(contents)]
+        entries = [ManifestEntry("", f"t{at}", "U8", (c[1],), 0, c[1]) for at, c in enumerate(contents)]
         identities = [BlobIdentity(b.key.digest, b.length, b.variant) for b in found if b is not None]
         digest = content_digest(entries, identities, FILES)
         checkpoint = load.seal(Content(digest, FILES, tuple(entries), found), 0.0)

@@ -25,7 +25,7 @@ from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import NOBODY, Lease, Leases, Peer
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Punch, Reclaim
 from weightd_daemon.core.store import Store
@@ -472,7 +472,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def seal(self, load: Load) -> None:
         blobs = [tensor.blob for tensor in load.tensors]
-        names = [Entry("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
+        names = [ManifestEntry("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
         digest = content_digest(names, [blob.identity for blob in blobs if blob is not None], FILES)
         self.now += 1
         self.current = tuple(tensor.data for tensor in load.tensors)

@@ -12,7 +12,7 @@ from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
@@ -63,7 +63,7 @@ class Filled:
             load.settle(f"{number}-{i}".encode().ljust(16), 4096, extent.segment, extent.offset + i * 4096)[1]
             for i in range(BLOBS)
         ]
-        entries = tuple(Entry("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
+        entries = tuple(ManifestEntry("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
         content_digest = f"sha256:{number:064x}"
         checkpoint = load.seal(Content(content_digest, (ManifestFile("", "f", None),), entries, tuple(blobs)), 0.0)
         load.end()

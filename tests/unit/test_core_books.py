@@ -14,7 +14,7 @@ from weightd_daemon.core.events import Event, Evicted
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
@@ -50,7 +50,7 @@ class Daemon:
         try:
             load.expect_books(tensors * K * BYTES_OF_TENSOR)
             load.check_books(0, tensors * K)
-            entries = [Entry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
+            entries = [ManifestEntry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
             content = Content(name, FILE, tuple(entries), (None,) * len(entries))
             return load.seal(content, next(self._numbers))
         finally:
@@ -72,7 +72,7 @@ class Daemon:
 def test_what_a_checkpoint_takes_is_its_manifest_and_so_much_a_tensor() -> None:
     daemon = Daemon(limit=10)
     load = daemon.begin()
-    entries = (Entry("", "t", "U8", (0,), 0, 0),)
+    entries = (ManifestEntry("", "t", "U8", (0,), 0, 0),)
     checkpoint = load.seal(Content("a", FILE, entries, (None,)), 1.0, None, 777)
     load.end()
     assert checkpoint.books_bytes == daemon.store.books.used == 777 + BYTES_OF_TENSOR
@@ -188,7 +188,7 @@ def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() ->
     load.expect_books(5 * K * BYTES_OF_TENSOR)
     load.check_books(0, 5 * K)
     other.pins.add(1000)
-    entries = tuple(Entry("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
+    entries = tuple(ManifestEntry("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
     with pytest.raises(CapacityError, match="the limit books is reached"):
         load.seal(Content("new", FILE, entries, (None,) * len(entries)), 9.0)
     load.end()

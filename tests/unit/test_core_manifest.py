@@ -7,16 +7,16 @@ import hashlib
 import pytest
 
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
 
 FILE = ManifestFile("", "model.safetensors", None)
 ROWS = [
-    (Entry("", "a", "F32", (2, 2), 0, 16), BlobIdentity(b"a" * 16, 16, 0)),
-    (Entry("", "b", "F32", (4,), 0, 16), BlobIdentity(b"b" * 16, 16, 0)),
+    (ManifestEntry("", "a", "F32", (2, 2), 0, 16), BlobIdentity(b"a" * 16, 16, 0)),
+    (ManifestEntry("", "b", "F32", (4,), 0, 16), BlobIdentity(b"b" * 16, 16, 0)),
 ]
 
 
-def digest_of(rows: list[tuple[Entry, BlobIdentity]], *files: ManifestFile) -> str:
+def digest_of(rows: list[tuple[ManifestEntry, BlobIdentity]], *files: ManifestFile) -> str:
     return content_digest([entry for entry, _ in rows], [blob for _, blob in rows], files or (FILE,))
 
 
@@ -78,7 +78,7 @@ ENTRY, BLOB = ROWS[0]
     ],
     ids=["component", "name", "dtype", "shape", "rank", "bytes", "variant", "length"],
 )
-def test_everything_that_a_tensor_is_matters(entry: Entry, blob: BlobIdentity) -> None:
+def test_everything_that_a_tensor_is_matters(entry: ManifestEntry, blob: BlobIdentity) -> None:
     assert digest_of([(entry, blob), ROWS[1]]) != digest_of(ROWS)
 
 

@@ -16,7 +16,7 @@ from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -80,7 +80,7 @@ class Books:
             for blob, other in pairs:
                 replaced = load.recheck(blob.number, other.number, equal=True)
                 blobs = [replaced.get(b.number, b) for b in blobs]
-        entries = [Entry("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
+        entries = [ManifestEntry("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
         name = content_digest(entries, [b.identity for b in blobs], FILE)
         self.now += 1
         return load.seal(Content(name, FILE, tuple(entries), tuple(blobs)), self.now)

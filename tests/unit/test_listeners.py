@@ -17,7 +17,7 @@ from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnsw
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.monitoring.event_stream import Journal
@@ -70,7 +70,7 @@ class Books:
         blob = load.settle(name.encode().ljust(16), 4096, extent.segment, extent.offset)[1]
         content = Content(
             f"sha256:{ord(name):064x}", (ManifestFile("", "f", None),),
-            (Entry("", "t", "U8", (4096,), 0, 4096),), (blob,),
+            (ManifestEntry("", "t", "U8", (4096,), 0, 4096),), (blob,),
         )  # fmt: skip
         load.seal(content, 0.0)
         load.end()

@@ -32,7 +32,7 @@ from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
 from weightd_daemon.core.lease import Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
@@ -190,7 +190,7 @@ class Sealing:
         extent = self._loading.grant(4096, 4096)
         assert extent is not None
         _, blob = self._loading.settle(b"a" * 16, 4096, extent.segment, extent.offset)
-        entries = (Entry("", "t", "U8", (4096,), 0, 4096),)
+        entries = (ManifestEntry("", "t", "U8", (4096,), 0, 4096),)
         content = Content("sha256:aa", (ManifestFile("", "f", None),), entries, (blob,))
         sealed = self.checkpoint = self._loading.seal(content, 0.0)
         self._on_sealed(sealed)

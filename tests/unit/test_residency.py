@@ -14,7 +14,7 @@ from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, Evicted,
 from weightd_daemon.core.lease import Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
@@ -90,7 +90,7 @@ class Desk:
         extent = load.grant(length, length)
         assert extent is not None
         _, blob = load.settle(letter.encode() * 16, length, extent.segment, extent.offset)
-        content = Content(letter, FILES, (Entry("", "t", "U8", (length,), 0, length),), (blob,))
+        content = Content(letter, FILES, (ManifestEntry("", "t", "U8", (length,), 0, length),), (blob,))
         try:
             checkpoint = load.seal(content, 0.0, "its manifest")
         finally:

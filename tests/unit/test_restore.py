@@ -27,7 +27,7 @@ from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
@@ -143,7 +143,7 @@ class Books:
                 assert placed
                 offset += len(data)
             blobs.append(blob)
-        entries = [Entry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
+        entries = [ManifestEntry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.survival.prepare(content, "host"))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from .digest import BlobIdentity
-    from .manifest import Entry, ManifestFile
+    from .manifest import ManifestEntry, ManifestFile
     from .store import Store
 
 
@@ -35,7 +35,7 @@ class Described(NamedTuple):
     """What a manifest says: files, tensors, for each tensor its blob's identity and place (None without bytes)."""
 
     files: Sequence[ManifestFile]
-    entries: Sequence[Entry]
+    entries: Sequence[ManifestEntry]
     identities: Sequence[BlobIdentity]
     places: Sequence[Place | None]
     manifest_bytes: int = 0

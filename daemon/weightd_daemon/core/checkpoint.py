@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .blob import Blob
     from .lease import Lease
-    from .manifest import Entry, ManifestFile
+    from .manifest import ManifestEntry, ManifestFile
 
 
 BYTES_OF_TENSOR = 2304
@@ -40,7 +40,7 @@ class Content:
 
     content_digest: str
     files: tuple[ManifestFile, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[ManifestEntry, ...]
     blobs: tuple[Blob | None, ...]
     views: tuple[Group, ...] = ()
     """What frameworks fuse, where its tensors (members are rows) lie one behind the other."""

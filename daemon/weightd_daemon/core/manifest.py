@@ -23,7 +23,7 @@ class ManifestFile(NamedTuple):
     metadata: dict[str, str] | None
 
 
-class Entry(NamedTuple):
+class ManifestEntry(NamedTuple):
     """A tensor of a checkpoint: `file` indexes the manifest's files, `length` is bytes."""
 
     component: str
@@ -34,7 +34,7 @@ class Entry(NamedTuple):
     length: int
 
 
-def fused_views(entries: Sequence[Entry], blobs: Sequence[Blob | None]) -> tuple[Group, ...]:
+def fused_views(entries: Sequence[ManifestEntry], blobs: Sequence[Blob | None]) -> tuple[Group, ...]:
     """The groups of tensors, by their rows, whose blobs lie one behind the other, for whatever reason they do."""
     places = [(blob.segment, blob.offset, blob.length) if blob is not None else None for blob in blobs]
     return tuple(group for group in groups(entries) if adjacent(places[row] for row in group.members))
@@ -45,7 +45,9 @@ def _text(value: str) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def content_digest(entries: Sequence[Entry], identities: Sequence[BlobIdentity], files: Iterable[ManifestFile]) -> str:
+def content_digest(
+    entries: Sequence[ManifestEntry], identities: Sequence[BlobIdentity], files: Iterable[ManifestFile]
+) -> str:
     """SHA-256 over what the checkpoint *is*: names, dtypes, shapes, blob identities and file metadata.
 
     Every part is length-prefixed and sorted, so the digest depends neither on placement, paths, file boundaries nor

@@ -17,7 +17,7 @@ from weightd._limits import LOADER, limit_error
 from weightd.errors import ServerError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
-from weightd_daemon.core.manifest import Entry
+from weightd_daemon.core.manifest import ManifestEntry
 from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
 from weightd_daemon.libc import die_with
@@ -225,7 +225,7 @@ class Load:
         The client counts what the headers have; of tensors that two files have, only one is among these.
         """
         components = [source.component for source in self._job.sources]
-        named = [Entry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
+        named = [ManifestEntry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         numbers = {self._in_headers[tensor.number]: tensor.number for tensor in tensors}
         found = arrangement(named, list(numbers), asked)
         return found._replace(groups=tuple(tuple(numbers[one] for one in group) for group in found.groups))

@@ -13,7 +13,7 @@ from weightd.errors import FormatError, InvalidReferenceError, ServerError, Weig
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest, fused_views
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -79,7 +79,7 @@ class LoadSteps:
         self._on_sealed = on_sealed
         self._files: list[ManifestFile] = []
         self._trusted: list[bool] = []
-        self._entries: list[Entry] = []
+        self._entries: list[ManifestEntry] = []
         self._offsets: list[int] = []
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
@@ -190,7 +190,7 @@ class LoadSteps:
                 raise FormatError(f"{label}: tensor {name[:200]!r} is in another file{where} too")
             self._names.add((component, name))
             shape = tuple(itertools.islice(dimensions, rank))
-            self._entries.append(Entry(component, name, sys.intern(dtype), shape, file, length))
+            self._entries.append(ManifestEntry(component, name, sys.intern(dtype), shape, file, length))
             self._offsets.append(offset)
             self._blobs.append(None)
 

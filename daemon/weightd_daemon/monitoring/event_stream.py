@@ -44,7 +44,7 @@ MESSAGE_CHARACTERS = 2000
 _CUT_OFF = "events are no longer recorded, because one could not be; the daemon's log says why, a restart mends it"
 
 
-class Entry(NamedTuple):
+class StreamedEvent(NamedTuple):
     """An event as it goes out, and the sharing domain that may see it; None: everybody."""
 
     domain: str | None
@@ -58,23 +58,23 @@ class Entry(NamedTuple):
 class Reader:
     """One who follows. `recent` is what was remembered when it came."""
 
-    def __init__(self, who: Who, remembered: Iterable[Entry]) -> None:
-        self.recent = [entry.message for entry in remembered if entry.is_for(who)]
+    def __init__(self, who: Who, remembered: Iterable[StreamedEvent]) -> None:
+        self.recent = [streamed.message for streamed in remembered if streamed.is_for(who)]
         self._who = who
         self._queue: deque[daemon_pb2.Event] = deque()
         self._lost = 0
         self._over = False
         self._there = asyncio.Event()
 
-    def put(self, entry: Entry) -> None:
+    def put(self, streamed: StreamedEvent) -> None:
         """Let it have an event. One that is too far behind loses what waits, and all that comes, until it looks."""
-        if not entry.is_for(self._who):
+        if not streamed.is_for(self._who):
             return
         if self._lost or len(self._queue) >= BACKLOG:
             self._lost += len(self._queue) + 1
             self._queue.clear()
         else:
-            self._queue.append(entry.message)
+            self._queue.append(streamed.message)
         self._there.set()
 
     def end(self) -> None:
@@ -107,7 +107,7 @@ class Journal:
         self._store = store
         self._catalog = catalog
         self._now = now
-        self._remembered: deque[Entry] = deque(maxlen=REMEMBERED)
+        self._remembered: deque[StreamedEvent] = deque(maxlen=REMEMBERED)
         self._readers: set[Reader] = set()
         self._cut_off = False
 
@@ -115,10 +115,10 @@ class Journal:
         """Something has happened."""
         domain, message = self.encode(event)
         message.event_time.CopyFrom(time_to(self._now()))
-        entry = Entry(domain, message)
-        self._remembered.append(entry)
+        streamed = StreamedEvent(domain, message)
+        self._remembered.append(streamed)
         for reader in self._readers:
-            reader.put(entry)
+            reader.put(streamed)
 
     def cut_off(self) -> None:
         """It hears nothing more."""

@@ -23,7 +23,7 @@ from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.lease import NOBODY
-from weightd_daemon.core.manifest import Entry, ManifestFile
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.handles.lease_locks import Manifests
 from weightd_daemon.handles.manifest_file import is_manifest
 from weightd_daemon.handles.peers import NO_UID
@@ -248,7 +248,7 @@ def _read_manifest(
     tensors = manifest.tensors
     described = Described(
         [ManifestFile(*file) for file in manifest.files],
-        [Entry(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
+        [ManifestEntry(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
         [BlobIdentity(one.digest, one.length, one.variant) for one in tensors],
         [Place(segments[one.segment].number, one.offset) if one.length else None for one in tensors],
         size,
