@@ -355,7 +355,7 @@ class Daemon:
                 settings.metrics_address.chmod(int(new.socket_mode, 8))
 
         def change_limits(new: Settings) -> None:
-            books.limits.take_over(new.limits)
+            books.limits.copy_from(new.limits)
             handles.max_connections = new.max_connections
 
         changes: dict[Change, str] = {

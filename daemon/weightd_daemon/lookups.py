@@ -57,7 +57,7 @@ class Lookups:
         while True:
             with self._changed:
                 self._idle += 1
-                while (taken := self._take()) is None:
+                while (taken := self._next()) is None:
                     self._changed.wait()
                 self._idle -= 1
                 asker, question = taken
@@ -69,7 +69,7 @@ class Lookups:
             with self._changed:
                 self._asking.discard(asker)
 
-    def _take(self) -> tuple[Hashable, Callable[[], None]] | None:
+    def _next(self) -> tuple[Hashable, Callable[[], None]] | None:
         """The first question whose asker has none under way."""
         for place, (asker, question) in enumerate(self._waiting):
             if asker not in self._asking:

@@ -146,7 +146,7 @@ def write(staging: Staging, content: bytes, segment: int, offset: int) -> None:
     """Write in pieces; does not settle."""
     for at in range(0, len(content), PIECE):
         piece = content[at : at + PIECE]
-        buffer = staging.take()
+        buffer = staging.acquire()
         buffer.view[: len(piece)] = piece
         staging.write(buffer, len(piece), segment, offset + at)
 
@@ -156,7 +156,7 @@ def read(staging: Staging, size: int, segment: int, offset: int) -> bytes:
     found = b""
     while len(found) < size:
         piece = min(PIECE, size - len(found))
-        buffer = staging.take()
+        buffer = staging.acquire()
         buffer.view[:piece] = bytes(piece)
         staging.read(buffer, piece, segment, offset + len(found))
         staging.settle()
@@ -207,7 +207,7 @@ def test_a_write_takes_the_bytes_as_they_are_then(memory: Memory) -> None:
 @every_backend
 def test_three_buffers_can_be_held_while_others_are_written(memory: Memory) -> None:
     with opened(memory) as (_, staging):
-        held = [staging.take() for _ in range(3)]
+        held = [staging.acquire() for _ in range(3)]
         for number, buffer in enumerate(held):
             assert len(buffer.view) == PIECE
             assert buffer.address % 4096 == 0
@@ -223,7 +223,7 @@ def test_three_buffers_can_be_held_while_others_are_written(memory: Memory) -> N
 def test_buffers_put_back_or_settled_are_there_again(memory: Memory) -> None:
     with opened(memory) as (_, staging):
         for _ in range(3 * MORE_THAN_A_RING):
-            staging.put_back(staging.take())
+            staging.put_back(staging.acquire())
         for _ in range(MORE_THAN_A_RING):
             write(staging, b"one", 0, 0)
             staging.settle()
@@ -236,7 +236,7 @@ def test_two_reads_can_be_under_way_at_once(memory: Memory) -> None:
     with opened(memory) as (_, staging):
         write(staging, pattern(1, PIECE), 0, 3)
         write(staging, pattern(2, PIECE), 1, 5)
-        mine, theirs = staging.take(), staging.take()
+        mine, theirs = staging.acquire(), staging.acquire()
         staging.read(mine, PIECE, 0, 3)
         staging.read(theirs, PIECE, 1, 5)
         staging.settle()
@@ -291,7 +291,7 @@ def test_closing_finishes_what_is_under_way(memory: Memory) -> None:
 def test_closing_twice_and_with_buffers_taken_is_right(memory: Memory) -> None:
     """After an error a thread's buffers are wherever they were."""
     with opened(memory) as (io, staging):
-        staging.take()
+        staging.acquire()
         write(staging, b"x", 0, 0)
         staging.close()
         with contextlib.closing(io.staging()) as another:
@@ -347,9 +347,9 @@ def run():
         to_close.append(io := open_io(kind, uuid, segments))
         to_close.append(staging := io.staging())
         for number in range(8):
-            staging.write(staging.take(), PIECE, number // 4, number % 4 * PIECE)
+            staging.write(staging.acquire(), PIECE, number // 4, number % 4 * PIECE)
         staging.settle()
-        staging.read(staging.take(), PIECE, 1, 0)
+        staging.read(staging.acquire(), PIECE, 1, 0)
         staging.settle()
     except WeightdError as error:
         yield error

@@ -144,11 +144,11 @@ class MemoryMachine(RuleBasedStateMachine):
         try:
             extent = self.memory.grant(load, domain, want, need)
         except MemoryError:
-            self.pending += self.memory.take_reclaims()
+            self.pending += self.memory.next_reclaims()
             assert self.most is not None
             assert need > self.most
             return
-        self.pending += self.memory.take_reclaims()
+        self.pending += self.memory.next_reclaims()
         if extent is None:
             assert self.pending or not alone or need > possible.largest, "there was room"
             return
@@ -213,7 +213,7 @@ class MemoryMachine(RuleBasedStateMachine):
     def lose(self) -> None:
         """Everything is gone, and nothing is to be returned; what was being returned may still be reported."""
         self.memory.lose()
-        assert self.memory.take_reclaims() == []
+        assert self.memory.next_reclaims() == []
         assert (self.memory.used, self.memory.segments, self.memory.reclaiming) == (0, 0, False)
         self.stale += self.pending
         for books in (self.live, self.populated, self.promised, self.slices, self.pending):
@@ -259,7 +259,7 @@ class MemoryMachine(RuleBasedStateMachine):
         for extent in extents:
             self.live[extent.segment] -= set(range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT))
         self.memory.give_back(domain, extents, pool=pool)
-        self.pending += self.memory.take_reclaims()
+        self.pending += self.memory.next_reclaims()
 
     @precondition(lambda self: self.pending)
     @rule(data=st.data())
@@ -283,7 +283,7 @@ class MemoryMachine(RuleBasedStateMachine):
             assert pages <= self.populated[extent.segment], "punches what has no memory"
             self.populated[extent.segment] -= pages
         self.memory.reclaimed(reclaim)
-        self.pending += self.memory.take_reclaims()
+        self.pending += self.memory.next_reclaims()
 
     @rule(domain=st.sampled_from(DOMAINS), pages=st.integers(1, 8), budget=st.integers(0, 8))
     def best_fit_is_the_tightest(self, domain: str, pages: int, budget: int) -> None:
@@ -358,5 +358,5 @@ def test_an_extent_that_is_not_page_aligned_is_refused() -> None:
     arena.add_segment(1, SEGMENT, sparse=True)
     for extent in (Extent(1, ALIGNMENT, PAGE), Extent(1, 0, PAGE + ALIGNMENT)):
         with pytest.raises(ValueError, match="page-aligned"):
-            arena.take(extent)
+            arena.occupy(extent)
     assert arena.used == 0

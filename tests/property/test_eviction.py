@@ -76,7 +76,7 @@ class Books:
         return checkpoint
 
     def reclaim(self) -> None:
-        while reclaims := self.memory.take_reclaims():
+        while reclaims := self.memory.next_reclaims():
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
@@ -112,7 +112,7 @@ def test_those_go_without_whom_it_would_not_be_enough(
         if mark == "pinned":
             checkpoint.pins.add(1000)
         elif mark == "leased":
-            store.leases.take(checkpoint.key, Peer(1, 2, 3, "python"), 0.0)
+            store.leases.begin(checkpoint.key, Peer(1, 2, 3, "python"), 0.0)
         if mark:
             kept.add(checkpoint)
     there = list(store.checkpoints.values())

@@ -153,7 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
             create=self.create, available=lambda: self.most,
         )  # fmt: skip
         self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
-        self.store.leases.begin_after(last_lease)
+        self.store.leases.number_above(last_lease)
         self.store.memories[DEVICE] = self.memory
 
     # -- the device ------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class StoreMachine(RuleBasedStateMachine):
             return
         there = set(self.store.checkpoints.values())
         assert set(self.store.lose(DEVICE, "it fell off the bus")) == there
-        assert self.memory.take_reclaims() == []
+        assert self.memory.next_reclaims() == []
         self.gone |= {checkpoint.key for checkpoint in there}
         self.stale += self.pending
         for load in (*self.loads, *self.sealed_loads):
@@ -344,10 +344,10 @@ class StoreMachine(RuleBasedStateMachine):
         if pick < 30:
             while self.sealed_loads:
                 self.end_one(pick)
-            self.pending += self.memory.take_reclaims()
+            self.pending += self.memory.next_reclaims()
             while self.pending:
                 self.reclaim(pick)
-                self.pending += self.memory.take_reclaims()
+                self.pending += self.memory.next_reclaims()
             self.get_on(len(self.loads) - 1, seed, 60)
 
     def get_on(self, pick: int, seed: int, steps: int) -> None:
@@ -448,7 +448,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def must_wait(self) -> None:
         """ "Call again" is said only where memory is on its way."""
-        self.pending += self.memory.take_reclaims()
+        self.pending += self.memory.next_reclaims()
         assert self.pending or self.sealed_loads
 
     def finish(self, load: Load) -> None:
@@ -507,7 +507,7 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
         if checkpoint is None:
             return
-        lease = self.store.leases.take(checkpoint.key, Peer(1, 2, 3, "python"), self.now)
+        lease = self.store.leases.begin(checkpoint.key, Peer(1, 2, 3, "python"), self.now)
         self.locked.add(lease.number)
         self.now += 1
         self.store.use(checkpoint, self.now)
@@ -613,7 +613,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def take_what_is_queued(self) -> None:
-        self.pending += self.memory.take_reclaims()
+        self.pending += self.memory.next_reclaims()
 
     @property
     def there(self) -> list[Load]:
@@ -712,10 +712,10 @@ class StoreMachine(RuleBasedStateMachine):
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)
-            self.pending += self.memory.take_reclaims()
+            self.pending += self.memory.next_reclaims()
             while self.pending:
                 self.carry_out(self.pending.pop())
-                self.pending += self.memory.take_reclaims()
+                self.pending += self.memory.next_reclaims()
             assert self.store.sealed_blobs() == []
             assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
             assert self.memory.used == self.memory.pooled_bytes() <= self.pool

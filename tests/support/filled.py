@@ -69,7 +69,7 @@ class Filled:
         load.end()
         self.catalog.set(WHO, f"n{number}", content_digest)
         if self.held:
-            self.store.leases.take(checkpoint.key, Peer(number, number, 1000, ""), 0.0)
+            self.store.leases.begin(checkpoint.key, Peer(number, number, 1000, ""), 0.0)
 
     def caller(self, context: object) -> tuple[None, Who]:
         return None, WHO

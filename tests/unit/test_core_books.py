@@ -58,7 +58,7 @@ class Daemon:
 
     def hold(self, checkpoint: Checkpoint) -> None:
         self.held.add(checkpoint.key.content_digest)
-        self.store.leases.take(checkpoint.key, Peer(1, 1, 1000, "holder"), 0.0)
+        self.store.leases.begin(checkpoint.key, Peer(1, 1, 1000, "holder"), 0.0)
 
     @property
     def there(self) -> set[str]:

@@ -173,7 +173,7 @@ def test_a_foreign_name_cannot_be_removed_but_ones_own_on_it_can(shelf: Shelf) -
 
 def test_nothing_changes_when_it_is_in_use(shelf: Shelf) -> None:
     there = shelf.add(A, "name")
-    shelf.store.leases.take(there.key, Peer(1, 2, 3, "python"), 0.0)
+    shelf.store.leases.begin(there.key, Peer(1, 2, 3, "python"), 0.0)
     with pytest.raises(InUseError):
         shelf.catalog.remove(ALICE, "name")
     assert shelf.catalog.find(ALICE, "name") is there

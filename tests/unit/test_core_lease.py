@@ -25,7 +25,7 @@ class Kernel:
         return lease.number in self.locks
 
     def take(self, leases: Leases, checkpoint: str) -> Lease:
-        lease = leases.take(checkpoint, PEER, 1.0)
+        lease = leases.begin(checkpoint, PEER, 1.0)
         self.locks.add(lease.number)
         return lease
 
@@ -54,7 +54,7 @@ def test_it_stays_ended_even_if_a_lock_seems_to_come_back() -> None:
 def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
-    lease = leases.take("a", PEER, 1.0, waiting=True)
+    lease = leases.begin("a", PEER, 1.0, waiting=True)
     assert leases.of("a") == [lease]
     assert kernel.asked == 0
     leases.end(lease.number)
@@ -65,9 +65,9 @@ def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
 
 def test_numbers_are_never_used_twice() -> None:
     leases = Leases(Kernel().probe)
-    first = leases.take("a", PEER, 1.0)
+    first = leases.begin("a", PEER, 1.0)
     leases.end(first.number)
-    assert leases.take("a", PEER, 2.0).number != first.number
+    assert leases.begin("a", PEER, 2.0).number != first.number
 
 
 def test_a_checkpoint_is_asked_for_its_own_leases_only() -> None:
@@ -83,7 +83,7 @@ def test_refresh_looks_at_all_and_connections_know_their_own() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
-    other = leases.take("b", Peer(8, 1, None, ""), 2.0, waiting=True)
+    other = leases.begin("b", Peer(8, 1, None, ""), 2.0, waiting=True)
     assert leases.of_connection(7) == [first, second]
     kernel.locks.discard(first.number)
     assert leases.refresh() == [second, other]
@@ -94,7 +94,7 @@ def test_leases_that_are_mapped_are_told_of() -> None:
     kernel = Kernel()
     told: list[Attached | Detached] = []
     leases = Leases(kernel.probe, told.append)
-    leases.end(leases.take("a", PEER, 1.0, waiting=True).number)
+    leases.end(leases.begin("a", PEER, 1.0, waiting=True).number)
     assert told == [], "nobody has mapped anything"
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
     leases.refresh()
@@ -114,7 +114,7 @@ def test_while_it_drains_no_lease_is_taken() -> None:
     leases.draining = True
     for waiting in (False, True):
         with pytest.raises(DrainingError, match="lends and loads nothing new"):
-            leases.take("a", PEER, 1.0, waiting=waiting)
+            leases.begin("a", PEER, 1.0, waiting=waiting)
     assert leases.of("a") == [held]
     leases.draining = False
     assert kernel.take(leases, "a").number == held.number + 1
@@ -166,7 +166,7 @@ def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     (lease,) = leases.of("a")
     assert (lease.number, lease.peer, leases.of_connection(PEER.connection)) == (5, PEER, [lease])
     assert told == []
-    assert leases.take("a", PEER, 2.0).number == 6
+    assert leases.begin("a", PEER, 2.0).number == 6
 
 
 # -- many leases -----------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def test_leases_of_whom_has_gone_are_looked_at_first() -> None:
 def test_waiting_leases_are_not_swept_and_attributed_ones_are_once() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
-    waiting = leases.take("a", PEER, 1.0, waiting=True)
+    waiting = leases.begin("a", PEER, 1.0, waiting=True)
     lease = kernel.take(leases, "a")
     leases.attribute(lease.number, Peer(9, 9, 9, "other"))
     kernel.asked = 0
@@ -277,7 +277,7 @@ def test_the_limit_of_a_user_is_looked_up_by_user() -> None:
     kernel = Kernel()
     leases = Leases(kernel.probe)
     for uid in (1, 2, 2, None):
-        kernel.locks.add(leases.take("a", Peer(1, 1, uid, ""), 1.0).number)
+        kernel.locks.add(leases.begin("a", Peer(1, 1, uid, ""), 1.0).number)
     assert [leases.held_by(uid, 9) for uid in (1, 2, 3, None)] == [1, 2, 0, 1]
     assert kernel.asked == 0, "it is not asked below the limit"
     kernel.locks.clear()

@@ -46,5 +46,5 @@ def test_admins_have_no_limits_and_those_without_an_identity_have_one_together()
 
 def test_limits_are_taken_over_from_others() -> None:
     limits = Limits(leases=1, names=1)
-    limits.take_over(Limits(bytes=5))
+    limits.copy_from(Limits(bytes=5))
     assert limits == Limits(bytes=5)

@@ -48,7 +48,7 @@ class Fixture:
         self.memory.give_back(domain, extents, pool=pool)
 
     def reclaim(self) -> list[Punch | Release]:
-        reclaims = self.memory.take_reclaims()
+        reclaims = self.memory.next_reclaims()
         for reclaim in reclaims:
             self.memory.reclaimed(reclaim)
         return reclaims
@@ -187,9 +187,9 @@ def test_a_segment_whose_last_hole_was_being_punched_is_released_after_that() ->
     device = Fixture()
     device.grant(2)
     device.give_back(pages(1, 0, 1))
-    punches = device.memory.take_reclaims()
+    punches = device.memory.next_reclaims()
     device.give_back(pages(1, 1, 1))
-    punches += device.memory.take_reclaims()
+    punches += device.memory.next_reclaims()
     assert punches == [Punch("all", pages(1, 0, 1)), Punch("all", pages(1, 1, 1))]
     for punch in punches:
         device.memory.reclaimed(punch)
@@ -369,10 +369,10 @@ def test_a_lost_device_begins_again_with_nothing_and_returns_nothing() -> None:
     extents = [device.grant(8) for _ in range(3)]
     device.memory.promise(1, "all", 4 * PAGE)
     device.give_back(*filter(None, extents[:1]))
-    handed_out = device.memory.take_reclaims()
+    handed_out = device.memory.next_reclaims()
     device.give_back(*filter(None, extents[1:2]))
     device.memory.lose()
-    assert device.memory.take_reclaims() == []
+    assert device.memory.next_reclaims() == []
     assert (device.memory.used, device.memory.segments, device.memory.reclaiming) == (0, 0, False)
     assert device.memory.obtainable("all", 2) == 32 * PAGE
     new = device.grant(16)
@@ -477,7 +477,7 @@ def test_what_frees_bytes_is_settled_before_they_are_granted_or_returned() -> No
     extent = fixture.grant(4)
     assert extent is not None
     assert len(calls) == 1
-    assert fixture.memory.take_reclaims() == []
+    assert fixture.memory.next_reclaims() == []
     assert len(calls) == 1, "nothing leaves"
     fixture.give_back(extent)
     assert len(calls) == 1

@@ -52,7 +52,7 @@ class Books:
         return Loading(self.store, "host", domain, 1000)
 
     def reclaim(self) -> None:
-        while reclaims := self.memory.take_reclaims():
+        while reclaims := self.memory.next_reclaims():
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
@@ -113,7 +113,7 @@ class Books:
         return self.seal(load, blobs + [self.place(load, letter) for letter in new])
 
     def lease(self, checkpoint: Checkpoint) -> Lease:
-        lease = self.store.leases.take(checkpoint.key, Peer(1, 4711, 1000, "python serve.py"), self.now)
+        lease = self.store.leases.begin(checkpoint.key, Peer(1, 4711, 1000, "python serve.py"), self.now)
         self.locked.add(lease.number)
         return lease
 
@@ -456,7 +456,7 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
         slots = Slots(Granting(load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
         for group, size in zip(groups, sizes, strict=True):
             together = Together(size)
-            taken = [slots.take(length, together) for length in group]
+            taken = [slots.allocate(length, together) for length in group]
             assert all(before.end == slot[:2] for before, slot in pairwise(taken))
 
 
@@ -565,9 +565,9 @@ def test_nothing_that_a_loader_may_have_open_goes_before_its_load_has_ended(spar
     spare = load.grant(4 * LARGE, 4 * LARGE)
     assert spare is not None
     checkpoint = books.seal_only(load, [books.place(load, "a")])
-    assert (books.memory.take_reclaims(), books.store.in_flight_bytes("host")) == ([], 4 * LARGE)
+    assert (books.memory.next_reclaims(), books.store.in_flight_bytes("host")) == ([], 4 * LARGE)
     assert books.store.remove(checkpoint) == LARGE
-    assert (books.memory.take_reclaims(), books.store.live_bytes("host")) == ([], LARGE)
+    assert (books.memory.next_reclaims(), books.store.live_bytes("host")) == ([], LARGE)
     load.end()
     assert books.memory.segments == 0
     books.reclaim()
@@ -666,7 +666,7 @@ def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_device
         "checkpoint name was lost: the GPU was reset; load it again"
     )
     assert list(books.store.leases) == []
-    assert (books.memory.used, books.memory.take_reclaims()) == (0, [])
+    assert (books.memory.used, books.memory.next_reclaims()) == (0, [])
     assert (books.store.evictions, first.exclusive_bytes) == (0, 0)
     assert elsewhere.grant(LARGE, LARGE) is not None
     assert other.used == LARGE

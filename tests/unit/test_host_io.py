@@ -17,12 +17,12 @@ def test_bytes_arrive_where_they_should(by_mapping: bool) -> None:
     os.ftruncate(descriptor, 8 << 20)
     io = host_io.HostIO({7: SegmentHandle(7, 8 << 20, descriptor)}, by_mapping=by_mapping)
     staging = io.staging()
-    buffer = staging.take()
+    buffer = staging.acquire()
     buffer.view[:5000] = content = bytes(range(250)) * 20
     staging.write(buffer, 5000, 7, 12_345)
     staging.settle()
     assert os.pread(descriptor, 5002, 12_344) == b"\0" + content + b"\0"
-    back = staging.take()
+    back = staging.acquire()
     staging.read(back, 5002, 7, 12_344)
     assert back.view[:5002] == b"\0" + content + b"\0"
     staging.close()

@@ -76,9 +76,9 @@ class Kept:
         made.there = self.there
         return made
 
-    def take_up(self, kept: dict[CheckpointKey, int], leases: Leases, last: int = 1000) -> set[str]:
+    def adopt(self, kept: dict[CheckpointKey, int], leases: Leases, last: int = 1000) -> set[str]:
         given = {name: os.dup(descriptor) for name, descriptor in self.there.items()}
-        taken = self.files.take_up(given, kept, leases, last, 9.0)
+        taken = self.files.adopt(given, kept, leases, last, 9.0)
         for name in given.keys() - taken:
             os.close(given[name])
         return taken
@@ -261,7 +261,7 @@ def test_the_next_daemon_finds_each_lease_and_whose_it_is(kept: Kept) -> None:
     os.close(gone)
     after = kept.next()
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
-    assert len(after.take_up({KEY: 7, OTHER: 8}, leases)) == 2
+    assert len(after.adopt({KEY: 7, OTHER: 8}, leases)) == 2
     assert found(leases) == {(5, KEY, 1001), (6, KEY, 1002), (8, OTHER, 1002), (9, OTHER, 1001)}
     assert {one.peer.pid for one in leases} == {None}
     os.close(held.pop(0))
@@ -280,7 +280,7 @@ def test_a_user_holds_only_what_it_could_be_lent(kept: Kept) -> None:
     descriptors = [kept.lock(5, mine, 7), kept.lock(5000, shared, 7), kept.lock(6, shared, 7)]
     after = kept.next()
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)))
-    after.take_up({KEY: 7}, leases, last=1000)
+    after.adopt({KEY: 7}, leases, last=1000)
     assert found(leases) == {(6, KEY, 1001)}
     for descriptor in descriptors:
         os.close(descriptor)
@@ -293,8 +293,8 @@ def test_what_a_user_hides_stays_held_until_none_is_left(kept: Kept, start: int)
     lock_bytes(wide, start, 0)
     after = kept.next()
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
-    leases.begin_after(1000)
-    after.take_up({KEY: 7, OTHER: 8}, leases)
+    leases.number_above(1000)
+    after.adopt({KEY: 7, OTHER: 8}, leases)
     assert sorted((one.checkpoint, one.peer.uid) for one in leases.refresh()) == sorted(
         [(KEY, 1001), (OTHER, 1001), (KEY, 1002)]  # type: ignore[list-item]  # keys are hashable only
     )
@@ -318,7 +318,7 @@ def test_very_many_locks_do_not_hold_up_the_start(kept: Kept, monkeypatch: pytes
     monkeypatch.setattr(kernel_locks, "LOOK_SECONDS", -1.0)
     after = kept.next()
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)))
-    after.take_up({KEY: 7, OTHER: 8}, leases)
+    after.adopt({KEY: 7, OTHER: 8}, leases)
     assert {one.checkpoint for one in leases} == {KEY, OTHER}, "whatever it may hold counts as held"
     leases.refresh()
     assert {one.checkpoint for one in leases} == {KEY}, "and is looked at"
@@ -331,8 +331,8 @@ def test_a_number_on_two_files_takes_a_lease_from_nobody(kept: Kept) -> None:
     lock_bytes(hers, (7 << 36) + 8, 1)
     after = kept.next()
     leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
-    leases.begin_after(1000)
-    after.take_up({KEY: 7}, leases)
+    leases.number_above(1000)
+    after.adopt({KEY: 7}, leases)
     assert sorted(one.peer.uid or 0 for one in leases) == [1001, 1001, 1002]
     os.close(hers)
     assert [one.peer.uid for one in leases.refresh()] == [1002]
@@ -346,13 +346,13 @@ def test_what_is_no_lease_file_is_left(kept: Kept, name: str) -> None:
     os.close(kept.lock(5))
     after = kept.next()
     kept.there[name] = kept.there.pop(next(iter(kept.there)))
-    assert after.take_up({KEY: 7}, Leases(lambda _: True)) == set()
+    assert after.adopt({KEY: 7}, Leases(lambda _: True)) == set()
     after.files.close()
 
 
 def test_a_file_that_anybody_could_write_to_is_left(kept: Kept) -> None:
     kept.there["lck.1.1001."] = os.memfd_create("weightd-lease")
-    assert kept.take_up({KEY: 7}, Leases(lambda _: True)) == set()
+    assert kept.adopt({KEY: 7}, Leases(lambda _: True)) == set()
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_the_sweep_finds_what_has_ended_and_removes_its_file(kept: Kept, monkeyp
 
     monkeypatch.setattr(lease_sweep, "PAUSE_SECONDS", 0.0)
     leases = Leases(lambda one: bool(kept.files.is_locked(one.number)), forget=kept.files.forget)
-    held = [kept.lock(leases.take(KEY, Peer(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
+    held = [kept.lock(leases.begin(KEY, Peer(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
     os.close(held.pop(1))
 
     async def swept(until: Callable[[], bool]) -> None:

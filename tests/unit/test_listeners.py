@@ -84,13 +84,13 @@ class Books:
             self.load(name)
             said.append(self.say())
         self.listeners.tell(LoadAnswered(self.catalog.find(WHO, "a"), PEER, "a"))
-        leases = [self.store.leases.take(self.catalog.find(WHO, name).key, PEER, 0.0) for name in "abb"]
+        leases = [self.store.leases.begin(self.catalog.find(WHO, name).key, PEER, 0.0) for name in "abb"]
         self.locked = {lease.number for lease in leases}
         said.append(self.say())
         self.locked.clear()
         said += [len(self.store.leases.refresh()), self.say()]
         said += [self.store.remove(self.catalog.find(WHO, "a")), self.say()]
-        self.locked = {self.store.leases.take(self.catalog.find(WHO, "b").key, PEER, 0.0).number}
+        self.locked = {self.store.leases.begin(self.catalog.find(WHO, "b").key, PEER, 0.0).number}
         self.listeners.tell(DrainChanged("draining"))
         said += [self.store.remove(self.catalog.find(WHO, "c")), self.say()]
         self.listeners.tell(DeviceLost("host", "gone"))

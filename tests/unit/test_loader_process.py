@@ -189,7 +189,7 @@ class Books:
         self.queue = [Release(1, 4096), Release(2, 4096)]
         self.reported: list[int] = []
 
-    def take_reclaims(self) -> list[Release]:
+    def next_reclaims(self) -> list[Release]:
         taken, self.queue = self.queue, []
         return taken
 

@@ -140,9 +140,9 @@ FAULTS: dict[str, tuple[Callable[[Desk, pytest.MonkeyPatch], None], type[Weightd
     "the books know no such device": (lambda desk, patch: desk.books.store.memories.clear(), NotFoundError),
     "telling that it begins": (lambda desk, patch: patch.setattr(desk.loads, "_on_event", raising(BUG)), ServerError),
     "its turn": (lambda desk, patch: patch.setattr(desk.loads._turns, "turn", raising(BUG)), ServerError),
-    "starting a loader": (lambda desk, patch: patch.setattr(desk.loads._pool, "take", raising(BUG)), ServerError),
+    "starting a loader": (lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(BUG)), ServerError),
     "somebody else's cancellation": (
-        lambda desk, patch: patch.setattr(desk.loads._pool, "take", raising(asyncio.CancelledError())),
+        lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(asyncio.CancelledError())),
         LeaseLostError,
     ),
 }

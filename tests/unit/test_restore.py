@@ -114,7 +114,7 @@ class Books:
 
     def reclaim(self) -> None:
         memory = self.store.memories["host"]
-        while reclaims := memory.take_reclaims():
+        while reclaims := memory.next_reclaims():
             for reclaim in reclaims:
                 if hasattr(reclaim, "extent"):
                     self.device.punch(reclaim.extent.segment, reclaim.extent.offset, reclaim.extent.length)
@@ -295,7 +295,7 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
 def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
-        leases = [first.store.leases.take(key, PEER, 6.0) for _ in range(9)]
+        leases = [first.store.leases.begin(key, PEER, 6.0) for _ in range(9)]
         locks = [first.manifests.lock(key, lease.number) for lease in leases]
     for lock in locks[::2]:
         os.close(lock)
@@ -303,7 +303,7 @@ def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
         found = again.store.leases.of(key)
         assert [lease.number for lease in found] == [lease.number for lease in leases[1::2]]
         assert {(lease.peer.pid, lease.peer.command, lease.since) for lease in found} == {(None, "", 7.0)}
-        assert again.store.leases.take(key, PEER, 8.0).number > leases[-1].number
+        assert again.store.leases.begin(key, PEER, 8.0).number > leases[-1].number
         for lock in locks[1::2]:
             os.close(lock)
         assert again.store.leases.of(key) == []
@@ -312,7 +312,7 @@ def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:
 def test_locks_that_take_too_long_to_tell_apart_are_one_lease(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     with books(keeper) as first:
         key = first.load("a", DATA["a"]).key
-        locks = [first.manifests.lock(key, first.store.leases.take(key, PEER, 6.0).number) for _ in range(9)]
+        locks = [first.manifests.lock(key, first.store.leases.begin(key, PEER, 6.0).number) for _ in range(9)]
     monkeypatch.setattr("weightd_daemon.handles.kernel_locks.LOOK_SECONDS", 0.0)
     with books(keeper) as again:
         assert len(again.store.leases.of(key)) == 1
@@ -749,7 +749,7 @@ def test_bytes_that_an_eviction_frees_are_granted_and_returned_only_when_it_is_w
         checkpoint, other = first.load("a", DATA["a"]), first.load("c", {"t": b"c" * (2 * MIB)})
         first.store.evict(checkpoint, "capacity")
         assert len(keeper.root["checkpoints"]) == 2
-        assert memory.take_reclaims()
+        assert memory.next_reclaims()
         assert len(keeper.root["checkpoints"]) == 1
         first.store.evict(other, "capacity")
         load = Loading(first.store, "host", "", 1000)

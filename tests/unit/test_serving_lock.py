@@ -34,7 +34,7 @@ def child(*descriptors):
 def take():
     from weightd_daemon.operations.serving_lock import ServingLock
     lock = ServingLock(socket)
-    lock.take()
+    lock.acquire()
     return lock
 def take_as_before(said):
     lock = os.open(f"{socket}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -124,7 +124,7 @@ if not found:
 def test_what_a_daemon_that_died_has_left_is_killed(others: Others, lock: ServingLock, left: str) -> None:
     child = others.left_by(left)
     assert not has_ended(child), "the test's child lives on by itself"
-    lock.take()
+    lock.acquire()
     assert has_ended(child, PATIENCE)
     assert not lock.is_written_by_others()
 
@@ -137,7 +137,7 @@ def test_a_stranger_is_left_alone(others: Others, lock: ServingLock) -> None:
                             "found = child(*(file.fileno() for file in files))")  # fmt: skip
     namesake = others.left_by("socket = socket.parent / 'elsewhere' / socket.name\n" + WRITER)
     child = others.left_by(WRITER)
-    lock.take()
+    lock.acquire()
     assert has_ended(child, PATIENCE)
     assert not has_ended(reader)
     assert not has_ended(namesake)
@@ -147,7 +147,7 @@ def test_a_stranger_is_left_alone(others: Others, lock: ServingLock) -> None:
 def test_a_daemon_that_serves_refuses_every_start(others: Others, lock: ServingLock, source: str) -> None:
     daemon, _ = others.run(source)
     with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
-        lock.take()
+        lock.acquire()
     assert daemon.poll() is None
     with others.socket.with_name("w.sock.lock").open("a+") as older, pytest.raises(BlockingIOError):
         fcntl.flock(older, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a daemon before this one takes it
@@ -156,7 +156,7 @@ def test_a_daemon_that_serves_refuses_every_start(others: Others, lock: ServingL
 def test_a_daemon_of_an_older_version_that_serves_refuses_the_start(others: Others, lock: ServingLock) -> None:
     daemon, _ = others.run(OLDER)
     with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
-        lock.take()
+        lock.acquire()
     assert daemon.poll() is None
 
 
@@ -168,7 +168,7 @@ def test_one_that_cannot_be_known_is_not_killed(
     monkeypatch.setattr(serving_lock, "_HOLDERS_SECONDS", 0.5)
     daemon, _ = others.run(f"found = 0; lock = take_as_before({said!r})")
     with pytest.raises(AlreadyServedError, match=r"another daemon \(pid unknown\) serves it"):
-        lock.take()
+        lock.acquire()
     assert daemon.poll() is None
 
 
@@ -187,7 +187,7 @@ def test_a_loader_that_does_not_die_is_waited_for_a_second_and_then_only_watched
     process, pid = others.run(left)
     process.kill()
     process.wait(PATIENCE)
-    lock.take()
+    lock.acquire()
     assert f"a loader of the daemon before (pid {pid}) does not end" in caplog.text
     assert lock.is_written_by_others()
     os.kill(pid, signal.SIGKILL)
@@ -201,7 +201,7 @@ def test_who_is_not_found_in_time_is_killed_later(
     child = others.left_by(WRITER)
     with monkeypatch.context() as patch:
         patch.setattr(serving_lock, "holders", lambda *_: [])
-        lock.take()
+        lock.acquire()
     assert lock.is_written_by_others()
     assert not has_ended(child)
     lock.end_others()
@@ -217,11 +217,11 @@ def test_a_holder_that_does_not_die_refuses_the_start(
     process.kill()
     process.wait(PATIENCE)
     with pytest.raises(AlreadyServedError, match=rf"\(pid {pid}\) holds GPU memory and does not end"):
-        lock.take()
+        lock.acquire()
 
 
 def test_a_lock_that_was_removed_is_noticed_and_taken_anew(others: Others, lock: ServingLock) -> None:
-    lock.take()
+    lock.acquire()
     before = lock.writers, lock.holders
     for end in (".serving", ".lock"):
         assert lock.is_whole()
@@ -245,7 +245,7 @@ def refused(others: Others) -> None:
 
 
 def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: ServingLock) -> None:
-    lock.take()
+    lock.acquire()
     for end in (".serving", ".lock"):
         others.socket.with_name(f"w.sock{end}").unlink()
     other, _ = others.run("lock = take(); found = 0")
@@ -254,7 +254,7 @@ def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: ServingLock
 
 
 def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
-    lock.take()
+    lock.acquire()
     files = [others.socket.with_name(f"w.sock{end}") for end in (".serving", ".lock")]
     for file in files:
         os.utime(file, (1, 1))
@@ -263,7 +263,7 @@ def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
 
 
 def test_a_process_that_is_found_is_one_that_has_the_lock(others: Others, lock: ServingLock) -> None:
-    lock.take()
+    lock.acquire()
     name = lock_holders.kernel_name(lock.writers)
     assert name is not None
     files = {name: "w.sock.serving"}

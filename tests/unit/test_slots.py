@@ -38,10 +38,10 @@ def slots(daemon: Daemon, *sizes: int, frugal: bool = False) -> Slots:
 def test_what_is_asked_for_ends_where_something_ends() -> None:
     daemon = Daemon()
     places = slots(daemon, 30 * KIB, 20 * KIB, 20 * KIB, 100 * KIB, KIB)
-    assert [places.take(size)[:2] for size in (30 * KIB, 20 * KIB, 20 * KIB)] == [(1, 0), (1, 30 * KIB), (2, 0)]
-    assert places.take(50 * KIB, Together(100 * KIB))[:2] == (3, 0)
-    assert places.take(50 * KIB)[:2] == (3, 50 * KIB)
-    assert places.take(KIB)[:2] == (4, 0)
+    assert [places.allocate(size)[:2] for size in (30 * KIB, 20 * KIB, 20 * KIB)] == [(1, 0), (1, 30 * KIB), (2, 0)]
+    assert places.allocate(50 * KIB, Together(100 * KIB))[:2] == (3, 0)
+    assert places.allocate(50 * KIB)[:2] == (3, 50 * KIB)
+    assert places.allocate(KIB)[:2] == (4, 0)
     assert daemon.asked == [
         ([30 * KIB, 50 * KIB], 30 * KIB),
         ([20 * KIB], 20 * KIB),
@@ -53,56 +53,56 @@ def test_what_is_asked_for_ends_where_something_ends() -> None:
 def test_neighbours_that_are_given_back_are_one_place() -> None:
     daemon = Daemon()
     places = slots(daemon, 40 * KIB)
-    taken = [places.take(10 * KIB) for _ in range(4)]
+    taken = [places.allocate(10 * KIB) for _ in range(4)]
     for at in (0, 3, 2, 1):
         places.give_back(taken[at])
-    assert places.take(40 * KIB) == Slot(1, 0, 40 * KIB)
+    assert places.allocate(40 * KIB) == Slot(1, 0, 40 * KIB)
     assert len(daemon.asked) == 1
 
 
 def test_the_least_place_that_will_do_is_used_again() -> None:
     places = slots(Daemon(), 60 * KIB)
-    first, second, third, _ = (places.take(size * KIB) for size in (10, 5, 20, 5))
+    first, second, third, _ = (places.allocate(size * KIB) for size in (10, 5, 20, 5))
     places.give_back(first)
     places.give_back(third)
-    assert places.take(8 * KIB)[:2] == first[:2]
-    assert places.take(20 * KIB)[:2] == third[:2]
+    assert places.allocate(8 * KIB)[:2] == first[:2]
+    assert places.allocate(20 * KIB)[:2] == third[:2]
     assert second.size == 5 * KIB
 
 
 def test_what_is_together_lies_behind_each_other_and_not_in_what_was_given_back() -> None:
     daemon = Daemon()
     places = slots(daemon, 4 * KIB, 4 * KIB, 12 * KIB, 4 * KIB)
-    first, second = places.take(4 * KIB), places.take(4 * KIB)
+    first, second = places.allocate(4 * KIB), places.allocate(4 * KIB)
     places.give_back(first)
     together = Together(12 * KIB)
-    taken = [places.take(4 * KIB, together)]
+    taken = [places.allocate(4 * KIB, together)]
     places.give_back(second)  # now there is a place of 8 KiB that each of them fits
-    taken += [places.take(4 * KIB, together) for _ in range(2)]
+    taken += [places.allocate(4 * KIB, together) for _ in range(2)]
     assert [slot.offset for slot in taken] == [8 * KIB, 12 * KIB, 16 * KIB]
-    assert places.take(8 * KIB).offset == 0
+    assert places.allocate(8 * KIB).offset == 0
     assert len(daemon.asked) == 1
 
 
 def test_what_was_given_back_holds_a_group_where_it_is_large_enough() -> None:
     daemon = Daemon()
     places = slots(daemon, 4 * KIB, 8 * KIB, 8 * KIB)
-    places.take(4 * KIB)
+    places.allocate(4 * KIB)
     one, other = Together(8 * KIB), Together(8 * KIB)
-    for slot in [places.take(4 * KIB, one) for _ in range(2)]:
+    for slot in [places.allocate(4 * KIB, one) for _ in range(2)]:
         places.give_back(slot)
-    assert [places.take(4 * KIB, other).offset for _ in range(2)] == [4 * KIB, 8 * KIB]
+    assert [places.allocate(4 * KIB, other).offset for _ in range(2)] == [4 * KIB, 8 * KIB]
     assert len(daemon.asked) == 1
 
 
 def test_what_is_apart_is_placed_like_the_rest() -> None:
     places = slots(Daemon(), 16 * KIB)
     together = Together(16 * KIB)
-    first, second = places.take(4 * KIB, together), places.take(4 * KIB, together)
+    first, second = places.allocate(4 * KIB, together), places.allocate(4 * KIB, together)
     places.give_back(first)  # its bytes are shared
     together.apart = True
-    assert places.take(4 * KIB, together) == first
-    assert places.take(4 * KIB, together).offset == second.offset + 4 * KIB
+    assert places.allocate(4 * KIB, together) == first
+    assert places.allocate(4 * KIB, together).offset == second.offset + 4 * KIB
 
 
 @pytest.mark.parametrize("frugal", [False, True])
@@ -110,10 +110,10 @@ def test_a_group_asks_for_more_memory_where_that_was_promised(frugal: bool) -> N
     """The place for single tensors that is left over does not break it up."""
     daemon = Daemon()
     places = slots(daemon, 8 * KIB, 60 * KIB, frugal=frugal)
-    slot = places.take(8 * KIB)
+    slot = places.allocate(8 * KIB)
     places.give_back(slot)
     together = Together(60 * KIB)
-    taken = [places.take(6 * KIB, together)[:2] for _ in range(2)]
+    taken = [places.allocate(6 * KIB, together)[:2] for _ in range(2)]
     assert taken == ([(1, 0), (2, 0)] if frugal else [(2, 0), (2, 6 * KIB)])
 
 
@@ -122,16 +122,16 @@ def test_memory_in_pieces_is_used_to_the_end() -> None:
     daemon = Daemon(10 * KIB, 10 * KIB)
     places = slots(daemon, 12 * KIB, 12 * KIB)
     one, other = Together(12 * KIB), Together(12 * KIB)
-    assert [places.take(4 * KIB, one)[:2] for _ in range(3)] == [(1, 0), (1, 4 * KIB), (2, 0)]
-    assert [places.take(4 * KIB, other)[:2] for _ in range(2)] == [(2, 4 * KIB), (3, 0)]
+    assert [places.allocate(4 * KIB, one)[:2] for _ in range(3)] == [(1, 0), (1, 4 * KIB), (2, 0)]
+    assert [places.allocate(4 * KIB, other)[:2] for _ in range(2)] == [(2, 4 * KIB), (3, 0)]
     assert len(daemon.asked) == 3
 
 
 def test_only_so_many_places_are_remembered() -> None:
     daemon = Daemon()
     places = slots(daemon, *[KIB // 2] * 100)
-    taken = [places.take(KIB // 2) for _ in range(100)]
+    taken = [places.allocate(KIB // 2) for _ in range(100)]
     for slot in taken[::2]:
         places.give_back(slot)
-    again = [places.take(KIB // 2) for _ in range(50)]
+    again = [places.allocate(KIB // 2) for _ in range(50)]
     assert len(set(again) & set(taken)) == slots_module._KEPT

@@ -51,7 +51,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         """Answer at once when the files' checkpoint is resident; otherwise load, or join the load under way."""
         parts = self._parts
         connection, who = parts.caller(context)
-        intake = connection.take_offer(request.offer_id)
+        intake = connection.pop_offer(request.offer_id)
         try:
             wish = self._wish(connection, who, request)
             if wish.name and not wish.name_is_default:

@@ -202,7 +202,7 @@ class Arena:
         sparse = self._segments[extent.segment].sparse
         return sum(high - low for low, high in sparse.within(extent.offset, extent.end))
 
-    def take(self, extent: Extent) -> None:
+    def occupy(self, extent: Extent) -> None:
         """Hand out an extent that lies in a hole."""
         books = self._segments[extent.segment]
         if extent.offset % self.page or extent.length % self.page:

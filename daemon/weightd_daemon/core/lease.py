@@ -122,7 +122,7 @@ class Leases:
         if self.draining:
             raise DrainingError("the daemon is draining: it lends and loads nothing new; try again when it is back")
 
-    def take(self, checkpoint: Hashable, peer: Peer, now: float, *, waiting: bool = False) -> Lease:
+    def begin(self, checkpoint: Hashable, peer: Peer, now: float, *, waiting: bool = False) -> Lease:
         """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
         self.admit()
         self._last += 1
@@ -145,7 +145,7 @@ class Leases:
         self._enter(Lease(self._last, checkpoint, peer, now, waiting=False))
         return self._last
 
-    def begin_after(self, number: int) -> None:
+    def number_above(self, number: int) -> None:
         """Give only greater numbers from now on."""
         self._last = max(self._last, number)
 

@@ -28,7 +28,7 @@ class Limits:
     offers: int = 0
     names: int = 0
 
-    def take_over(self, other: Limits) -> None:
+    def copy_from(self, other: Limits) -> None:
         """Have the limits of another from now on. What somebody has beyond them stays."""
         for limit in fields(Limits):
             setattr(self, limit.name, getattr(other, limit.name))

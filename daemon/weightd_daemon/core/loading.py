@@ -297,7 +297,7 @@ class Loading:
                 self._blobs.drop(blob, BlobState.ABORTED)
             for blob in self._held.values():
                 blob.holds -= 1
-            self._memory.take_back(self.number)
+            self._memory.return_grants(self.number)
             self._store.free(self._held.values())
         self._memory.withdraw(self.number)
 

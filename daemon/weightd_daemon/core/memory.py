@@ -221,7 +221,7 @@ class DeviceMemory:
             return None
         extent = extent._replace(length=_cut(extent.length, fits))
         self._before_use()
-        arena.take(extent)
+        arena.occupy(extent)
         self._granted.setdefault(load, []).append(extent)
         if load in self._promised:
             self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
@@ -231,7 +231,7 @@ class DeviceMemory:
         """Of what a load was granted, these extents are to stay when it ends: blobs that were sealed lie there."""
         self._granted[load] = without(self._granted.get(load, ()), extents)
 
-    def take_back(self, load: int) -> None:
+    def return_grants(self, load: int) -> None:
         """Nothing has open any more what a load was granted: what is not to stay goes back to the system."""
         if extents := self._granted.pop(load, None):
             self.give_back(self._domain_of[extents[0].segment], extents, pool=False)
@@ -305,7 +305,7 @@ class DeviceMemory:
         """Memory in empty segments that wait for the next load."""
         return sum(arena.empty_bytes() for arena in self._arenas.values())
 
-    def take_reclaims(self) -> list[Reclaim]:
+    def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
         if self._reclaims:
             self._before_use()

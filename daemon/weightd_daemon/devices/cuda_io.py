@@ -156,7 +156,7 @@ class CudaStaging:
                 self.close()
             raise
 
-    def take(self) -> PinnedBuffer:
+    def acquire(self) -> PinnedBuffer:
         """A free buffer, or the one that was written first, when its copy is done. Errors: DeviceError."""
         if self._free:
             return self._free.pop()

@@ -99,7 +99,7 @@ class HostStaging:
         self._io = io
         self._free: list[Buffer] = []
 
-    def take(self) -> Buffer:
+    def acquire(self) -> Buffer:
         """A buffer."""
         return self._free.pop() if self._free else HostBuffer()
 

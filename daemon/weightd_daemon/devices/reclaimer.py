@@ -52,7 +52,7 @@ class Reclaimer:
 
     async def _run(self) -> None:
         assert self._memory is not None  # kicked by the memory that it watches
-        reclaims = self._memory.take_reclaims()
+        reclaims = self._memory.next_reclaims()
         while True:
             if reclaims:
                 await asyncio.to_thread(self._carry_out, reclaims)
@@ -60,7 +60,7 @@ class Reclaimer:
                 self._memory.reclaimed(reclaim)
             async with self._arrived:
                 self._arrived.notify_all()
-            reclaims = self._memory.take_reclaims()
+            reclaims = self._memory.next_reclaims()
             if not reclaims:
                 return
 

@@ -22,7 +22,7 @@ class Buffer(Protocol):
 class Staging(Protocol):
     """One thread's buffers and copies. After an error of a copy only `close` may be called."""
 
-    def take(self) -> Buffer:
+    def acquire(self) -> Buffer:
         """A buffer for the caller's use, until it is written or put back; waits for a copy where all are taken."""
 
     def put_back(self, buffer: Buffer) -> None:

@@ -147,7 +147,7 @@ class _Reader:
         if end > MAX_HEADER_BYTES:
             self._fail(f"{what} reaches past byte {MAX_HEADER_BYTES}, up to which keys and tensor directory may reach")
 
-    def _take(self, count: int, what: str) -> bytes:
+    def _consume(self, count: int, what: str) -> bytes:
         self._need(count, what)
         begin = self._position - self._start
         if begin + count > len(self._window):
@@ -167,18 +167,18 @@ class _Reader:
         self._position += count
 
     def _u32(self, what: str) -> int:
-        number: int = _U32.unpack(self._take(4, what))[0]
+        number: int = _U32.unpack(self._consume(4, what))[0]
         return number
 
     def _u64(self, what: str) -> int:
-        number: int = _U64.unpack(self._take(8, what))[0]
+        number: int = _U64.unpack(self._consume(8, what))[0]
         return number
 
     def _text(self, what: str, limit: int) -> str:
         length = self._u64(what)
         if length > limit:
             self._fail(f"{what} has {length} bytes, more than the {limit} that are supported")
-        raw = self._take(length, what)
+        raw = self._consume(length, what)
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
@@ -188,7 +188,7 @@ class _Reader:
 
     def _head(self) -> tuple[int, int]:
         """How many tensors and keys there are, once both are known to be plausible."""
-        magic = self._take(4, "the magic number")
+        magic = self._consume(4, "the magic number")
         if magic != GGUF.magic:
             self._fail(f"begins with {quote(magic)} instead of {GGUF.magic!r}; not a GGUF file")
         version = self._u32("the version")
@@ -233,7 +233,7 @@ class _Reader:
         if kind not in _SCALARS:
             self._fail(f"{what}: its value has type {kind}, which GGUF does not have")
         _, form = _SCALARS[kind]
-        value = form.unpack(self._take(form.size, f"the value of {what}"))[0]
+        value = form.unpack(self._consume(form.size, f"the value of {what}"))[0]
         return str(value).lower()  # "true", "nan"; float's text has the digits that it needs
 
     def _array(self, what: str) -> str:
@@ -298,7 +298,7 @@ class _Reader:
         rank = self._u32(what)
         if rank > MAX_DIMENSIONS:
             self._fail(f"{what}: has {rank} dimensions, more than {MAX_DIMENSIONS}")
-        dimensions = struct.unpack(f"<{rank}Q", self._take(8 * rank, what))
+        dimensions = struct.unpack(f"<{rank}Q", self._consume(8 * rank, what))
         number, offset = self._u32(what), self._u64(what)
         if number not in types:
             self._fail(

@@ -142,7 +142,7 @@ class Attacher:
             self._limits.check(who, "leases", held - len(waiting))  # which end with this
         segments = self._segments(checkpoint, request)
         now = self._now()
-        lease = self._store.leases.take(checkpoint.key, connection.peer, now)
+        lease = self._store.leases.begin(checkpoint.key, connection.peer, now)
         owner = Owner(who.uid, who.domain) if request.lease_file else None
         try:
             locked = self._locks.lock(checkpoint.key, lease.number, owner)

@@ -159,7 +159,7 @@ class LeaseFiles:
             else:
                 self._empty[file] = True
 
-    def take_up(
+    def adopt(
         self, given: Mapping[str, int], kept: Mapping[CheckpointKey, int], leases: Leases, last: int, now: float
     ) -> set[str]:
         """Enter the leases, up to number `last`, whose locks are on the files of an earlier daemon.

@@ -52,7 +52,7 @@ class Connection:
     def uid(self) -> int | None:
         return self.peer.uid
 
-    def take_offer(self, number: int) -> int:
+    def pop_offer(self, number: int) -> int:
         """Hand over an intake's descriptor. Errors: LeaseLostError."""
         try:
             return self.offers.pop(number)

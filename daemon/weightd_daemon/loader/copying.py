@@ -100,7 +100,7 @@ class Copier:
         """Take the slots of a unit. Called in the units' order, so that extents are filled without a rest."""
         for run in _runs(tuple(tensor for tensor in unit.tensors if tensor.number not in self._matched)):
             number = run[0].number
-            self._reserved[number] = self._slots[number].take(_slot_bytes(run), self._together.get(number))
+            self._reserved[number] = self._slots[number].allocate(_slot_bytes(run), self._together.get(number))
 
     def copy(self, unit: Unit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
@@ -113,7 +113,7 @@ class Copier:
     def hash(self, unit: Unit) -> list[tuple[int, bytes]]:
         """Only hash a unit. Returns (index, digest) of each tensor."""
         source, staging = self._sources[unit.file], self._staging()
-        buffer = staging.take()
+        buffer = staging.acquire()
         found = []
         for tensor in unit.tensors:
             hasher = self._new_hasher()
@@ -135,7 +135,7 @@ class Copier:
         slot = self._slot([tensor])
         hasher = self._new_hasher()
         for offset, size in pieces(tensor.spec.length):
-            buffer = staging.take()
+            buffer = staging.acquire()
             source.read_into(buffer.view[:size], tensor.spec.offset + offset)
             hasher.update(buffer.view[:size])
             staging.write(buffer, size, slot.segment, slot.offset + offset)
@@ -147,14 +147,14 @@ class Copier:
 
     def _copy_group(self, unit: Unit) -> None:
         source, staging = self._sources[unit.file], self._staging()
-        whole = staging.take()
+        whole = staging.acquire()
         first, last = unit.tensors[0].spec, unit.tensors[-1].spec
         span = last.offset + last.length - first.offset
         source.read_into(whole.view[:span], first.offset)
         found: list[Copied] = []
         for run in _runs(unit.tensors):
             slot = self._slot(run)
-            packed, position = staging.take(), 0
+            packed, position = staging.acquire(), 0
             for tensor in run:
                 start = tensor.spec.offset - first.offset
                 view = whole.view[start : start + tensor.spec.length]
@@ -178,7 +178,7 @@ class Copier:
             return reserved
         if reserved is not None:
             slots.give_back(reserved)
-        return slots.take(size)
+        return slots.allocate(size)
 
     # -- finding equal bytes -----------------------------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class Copier:
     def _equal(self, length: int, read: Read, segment: int, offset: int) -> bool:
         """Compare `length` bytes that `read` delivers with resident ones, piece by piece, with libc's memcmp."""
         staging, resident = self._staging(), self._resident(segment, offset)
-        mine, theirs = staging.take(), staging.take()
+        mine, theirs = staging.acquire(), staging.acquire()
         same = True
         for position, size in pieces(length):
             resident(theirs, size, position)

@@ -60,7 +60,7 @@ class Slots:
         self._places: list[Slot] = []
         self._frugal = frugal
 
-    def take(self, length: int, together: Together | None = None) -> Slot:
+    def allocate(self, length: int, together: Together | None = None) -> Slot:
         """A slot for `length` bytes, of what is to lie `together` if that is said, in the order of the calls.
 
         Asks the daemon for more memory when there is none. Errors: CapacityError.

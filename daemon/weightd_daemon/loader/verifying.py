@@ -25,7 +25,7 @@ def verify(channel: Channel, io: SegmentIO, job: wire.Verify, new_hasher: NewHas
     found = wire.Verified()
     told = 0.0
     with contextlib.closing(io.staging()) as staging:
-        buffer = staging.take()
+        buffer = staging.acquire()
         for number, segment, offset, length, digest in zip(
             job.blobs, job.segments, job.offsets, job.lengths, digests, strict=True
         ):

@@ -28,7 +28,7 @@ class LoaderPool:
         self._alive: set[LoaderProcess] = set()
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def take(self) -> LoaderProcess:
+    async def acquire(self) -> LoaderProcess:
         """A loader without a job: one that is idle, else a new one. Errors: those of `LoaderProcess.spawn`."""
         while self._idle:
             loader = self._idle.pop()

@@ -154,7 +154,7 @@ class Loads:
         waiting = self._store.leases.waiting_of(request.peer.connection)
         kept = any(lease.checkpoint == checkpoint.key for lease in waiting)
         if not request.detached and not kept and self._quota.may_lease(request.who):
-            self._store.leases.take(checkpoint.key, request.peer, self._now(), waiting=True)
+            self._store.leases.begin(checkpoint.key, request.peer, self._now(), waiting=True)
 
     def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
         """Begin a load or join one of the same files by the same owner.
@@ -276,7 +276,7 @@ class Loads:
                     now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
                 )  # fmt: skip
-                loader = await self._pool.take()
+                loader = await self._pool.acquire()
                 await loader.send(load_job(request, device, self.threads))
                 await loader.send_descriptor(load.intake)
                 load.close_intake()

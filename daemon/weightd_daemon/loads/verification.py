@@ -137,7 +137,7 @@ class Verifications:
             async with self._turns.turn(who.uid):
                 chosen = verification.chosen = choose()
                 self._quota.check_leases(who, len(chosen))
-                leases = [self._store.leases.take(c.key, peer, self._now(), waiting=True) for c in chosen]
+                leases = [self._store.leases.begin(c.key, peer, self._now(), waiting=True) for c in chosen]
 
                 def check() -> None:
                     for checkpoint in chosen:  # a lease keeps it resident, but not from a loss
@@ -175,7 +175,7 @@ class Verifications:
         self, verification: Verification, device: Device, blobs: Sequence[Blob], check: Callable[[], None]
     ) -> list[int]:
         """Have a loader hash blobs. Returns the numbers of those that differ. Errors: LeaseLostError (it died)."""
-        loader = await self._pool.take()
+        loader = await self._pool.acquire()
         usable = False
         self._loaders[loader] = device.uuid
         blobs_before, bytes_before = verification.done_blobs, verification.done_bytes

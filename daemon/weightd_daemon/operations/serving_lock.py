@@ -54,7 +54,7 @@ class ServingLock:
         self.writers = self.holders = self._older = -1
         self._has_older = False
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Take the locks; end what a daemon that died has left, and wait for it. Errors: AlreadyServedError, OSError.
 
         A process that does not end in time is no error, unless it holds memory: see `is_written_by_others`.
@@ -80,7 +80,7 @@ class ServingLock:
 
     def is_written_by_others(self) -> bool:
         """Whether a process of a daemon before may still write to memory. Once it is False, it stays that."""
-        return _is_held(self.writers, _WRITES) or not self._take_older()
+        return _is_held(self.writers, _WRITES) or not self._acquire_older()
 
     def end_others(self) -> None:
         """Kill the processes of a daemon before that may still write, however long it takes to find them."""
@@ -107,7 +107,7 @@ class ServingLock:
         if not _is_at(self._older_file, self._older):
             _replace(self._older, os.open(self._older_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._has_older = False
-            if not self._take_older():
+            if not self._acquire_older():
                 raise AlreadyServedError(f"socket {self._socket}: another process has locked {self._older_file}")
             self._sign()
         if not self.is_whole():
@@ -150,7 +150,7 @@ class ServingLock:
             "stop it, or choose another with --socket"
         )
 
-    def _take_older(self) -> bool:
+    def _acquire_older(self) -> bool:
         """Have the lock that daemons before this one ask for, unless a process of one of them still has it."""
         if not self._has_older:
             with contextlib.suppress(BlockingIOError):
@@ -171,7 +171,7 @@ class ServingLock:
         look_at, left = begun + 2 * _PAUSE_SECONDS, []
         while (holds_memory := _is_held(self.holders, _HOLDS)) or self.is_written_by_others():
             waited = time.monotonic() - begun
-            daemon = None if self._take_older() else self._older_daemon()
+            daemon = None if self._acquire_older() else self._older_daemon()
             if daemon == 0:
                 if waited > _HOLDERS_SECONDS:
                     raise self._served(None)

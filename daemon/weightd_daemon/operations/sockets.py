@@ -132,11 +132,11 @@ class Sockets:
         self._serve_handles(listen(path, self._mode))
         self._mine[path] = _identity(path.lstat())
 
-    def _take(self) -> None:
+    def _claim(self) -> None:
         """Have the folder, the locks and a free place. Errors: AlreadyServedError, TemporaryError."""
         try:
             self._make_folder()
-            self.lock.take()
+            self.lock.acquire()
             for path in (self._path, handles_path(self._path)):
                 _remove_stale(path)
         except PermissionDeniedError as error:
@@ -170,7 +170,7 @@ def locked(path: Path) -> Iterator[Sockets]:
     """Have a socket path until the end, when its sockets are removed. Errors: AlreadyServedError, TemporaryError."""
     sockets = Sockets(path)
     try:
-        sockets._take()
+        sockets._claim()
         yield sockets
     finally:
         sockets._give_up()

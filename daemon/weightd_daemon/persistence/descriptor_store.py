@@ -69,7 +69,7 @@ class Draft:
         """Bytes of the manifest."""
         return os.fstat(self.descriptor).st_size
 
-    def take(self) -> int:
+    def pop_descriptor(self) -> int:
         """The descriptor, which is the caller's now."""
         descriptor, self.descriptor = self.descriptor, -1
         return descriptor
@@ -77,7 +77,7 @@ class Draft:
     def discard(self) -> None:
         """Give it up; nothing happens where it was taken."""
         if self.descriptor >= 0:
-            os.close(self.take())
+            os.close(self.pop_descriptor())
             self.forget()
 
     def forget(self) -> None:
@@ -137,13 +137,13 @@ class Survival:
         record.last_id = max([left.number(body, "last_id"), *used])
         self._ids = count(record.last_id + 1)
         record.last_lease = left.number(body, "last_lease")
-        self._store.leases.begin_after(record.last_lease)
+        self._store.leases.number_above(record.last_lease)
         if body:
             record.segments, record.kept = restore(
                 body, left, store=self._store, catalog=self._catalog, devices=self._devices,
                 manifests=self._manifests, last_lease=record.last_lease, now=self._now(),
             )  # fmt: skip
-        lease_files = self._lease_files.take_up(
+        lease_files = self._lease_files.adopt(
             left.descriptors, record.kept, self._store.leases, record.last_lease, self._now()
         )
         left.taken |= {left.descriptors[name] for name in lease_files}
@@ -293,7 +293,7 @@ class Survival:
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
         assert isinstance(draft, Draft)  # of `prepare`
-        self._manifests.add(key, draft.take(), draft.table, number=draft.number or 0)
+        self._manifests.add(key, draft.pop_descriptor(), draft.table, number=draft.number or 0)
         if draft.number is not None:
             self._record.kept[key] = draft.number
         self._store.changed.add(key)
