@@ -65,7 +65,7 @@ def _granularity() -> str:
 
 @question(
     "create-without-context",
-    "Can a process without a context allocate and export, and what does that take on the device?",
+    "Can a process without a context allocate and export, and how much device memory does that use?",
     "NVML's used memory while another process calls cuInit, cuMemCreate of 128 MiB, export, release",
 )
 def _create_without_context() -> str:
@@ -100,7 +100,7 @@ def _own(connection: socket.socket) -> None:
 @question(
     "map-without-context",
     "Can a process without a context map memory?",
-    "cuMemMap and cuMemSetAccess where no context is current",
+    "cuMemMap and cuMemSetAccess while no context is current",
 )
 def _map_without_context() -> str:
     driver.initialise()
@@ -112,7 +112,7 @@ def _map_without_context() -> str:
 
 
 @question(
-    "context-cost", "What does a context take on the device?", "NVML's used memory around cuDevicePrimaryCtxRetain"
+    "context-cost", "How much device memory does a context use?", "NVML's used memory around cuDevicePrimaryCtxRetain"
 )
 def _context_cost() -> str:
     driver.initialise()
@@ -156,7 +156,7 @@ def _uuid() -> str:
 
 @question(
     "import-after-kill",
-    "Does an exported descriptor alone keep the memory, when its exporter was killed?",
+    "Does an exported descriptor alone keep the memory after its exporter was killed?",
     "SIGKILL of the exporter, 0.5 s, then import, map and read",
 )
 def _import_after_kill() -> str:
@@ -191,7 +191,7 @@ def _read_after_kill() -> str:
 @question(
     "reopened-descriptor",
     "Can an exported descriptor be opened again through /proc/self/fd?",
-    "open(/proc/self/fd/N), then import what was opened",
+    "open(/proc/self/fd/N), then import the new descriptor",
 )
 def _reopened_descriptor() -> str:
     driver.initialise()
@@ -226,7 +226,7 @@ def _ipc_after_kill() -> str:
 
 @question(
     "ipc-open-after-kill",
-    "CUDA IPC: can a handle be opened when its exporter was killed?",
+    "CUDA IPC: can a handle be opened after its exporter was killed?",
     "SIGKILL of the exporter, 0.5 s, cuIpcOpenMemHandle",
 )
 def _ipc_open_after_kill() -> str:
@@ -356,7 +356,7 @@ def _upgrade() -> str:
 @question(
     "two-mappings",
     "Can one process map one allocation twice, once to write and once to read?",
-    "two ranges over one allocation; a write through the one is read through the other",
+    "two ranges over one allocation; a write through one is read through the other",
 )
 def _two_mappings() -> str:
     with driver.on_device(ORDINAL):

@@ -53,7 +53,7 @@ def _register_costs() -> None:
         question(
             f"cost-{label.replace(' ', '').lower()}",
             f"What does each call cost for {label}?",
-            f"{number} allocations at once, a context current; median of each call, Python's part in it",
+            f"{number} allocations at once, a context current; median of each call, Python's share of it",
         )(lambda size=size, number=number: _cost_of_calls(size, number))  # type: ignore[misc]
 
 
@@ -62,7 +62,7 @@ _register_costs()
 
 @question(
     "scrubbing",
-    "What does cuMemCreate cost by size, and is memory zeroed that was used before?",
+    "What does cuMemCreate cost by size, and does it zero memory that was used before?",
     "cuMemCreate of 256 MiB, 1 GiB and 4 GiB, median of 5 each; 64 MiB filled, released, created again, read",
 )
 def _scrubbing() -> str:
@@ -91,7 +91,7 @@ def _scrubbing() -> str:
 
 @question(
     "copy-rate",
-    "How fast are copies from pinned memory, by how many are under way?",
+    "How fast are copies from pinned memory, by the number of copies under way?",
     "cuMemcpyHtoDAsync on one stream, an event for each buffer, into a cuMemCreate mapping; median of 3 × 0.2 s",
 )
 def _copy_rate() -> str:

@@ -117,9 +117,9 @@ def page(machine: list[str], answers: dict[str, str]) -> str:
         [
             "# What the GPU says",
             "",
-            "Facts about CUDA that no document states and that weightd's design uses. Written by `make gpu-probe`",
-            "(`tools/gpu_probe.py`); do not edit. MPS, MIG instances and pairs of containers need a setup of",
-            "their own, and are not asked about.",
+            "Facts about CUDA that weightd's design relies on and that no document states. `make gpu-probe`",
+            "(`tools/gpu_probe.py`) writes this page; do not edit it. MPS, MIG instances and pairs of containers",
+            "need a setup of their own; no question covers them.",
             "",
             *machine,
             "",

@@ -1,4 +1,4 @@
-"""Attached tensors in the place of a module's parameters: assigned, tied and frozen."""
+"""Put attached tensors in the place of a module's parameters: assign, tie and freeze them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the caller calls a device, as the daemon knows it: by UUID, since ordinals differ from process to process."""
+"""Translate the caller's name of a device into a UUID for the daemon, because ordinals differ between processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused tensors of an attachment: the views that a manifest lists."""
+"""The views that a manifest lists: fused tensors of an attachment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Groups of tensors that a load should place one behind the other: from names to what the wire has of them."""
+"""Encode groups for a load request: tensors that the loader should place one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the library needs of libc and of raw memory: its only use of ctypes, but for CUDA's handles.
+"""Calls of libc, and access to raw memory: the library's only use of ctypes, except for CUDA handles.
 
 Python's own mmap would keep a descriptor for each mapping, and unmaps when it likes.
 """

@@ -1,4 +1,4 @@
-"""Which limit of the operating system a failed call has come to, in words: for clients, daemon and loaders alike."""
+"""Name the operating system limit that a failed call has reached, for clients, daemon and loaders alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A manifest, read: its columns, checked, and its tensors as rows. For daemon and client alike: no torch, no grpc.
+"""Read a manifest: check its columns and return its tensors as rows. Used by daemon and client; no torch, no grpc.
 
 Columns are checked where they are turned into rows. What is right beyond one row, such as whether tensors overlap, only
 the daemon asks, when it takes a manifest up.

@@ -1,4 +1,4 @@
-"""What can be seen of a daemon and changed in it: checkpoints, leases, books, pins, names, drains."""
+"""List and change the state of a daemon: checkpoints, leases, statistics, pins, names, drains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How numbers of bytes are written for people, by the client and by the daemon. `config/notation.py` reads them."""
+"""Format numbers of bytes for people, in the client and in the daemon. `config/notation.py` parses them."""
 
 from __future__ import annotations
 

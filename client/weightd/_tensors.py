@@ -1,4 +1,4 @@
-"""Tensors of torch on attached memory: dtypes by safetensors' names, whole tensors, and strided ones."""
+"""Make torch tensors on attached memory: dtypes by safetensors' names, whole tensors, and strided tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client: one daemon, its checkpoints, and the memory it hands out."""
+"""The client: a connection to one daemon, which loads checkpoints and attaches to them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files: ggml's quantised blocks as they lie in shared memory, and their values.
+"""Tensors of GGUF files: ggml's quantised blocks in shared memory, and their values.
 
     tensor = attachment.gguf_tensor("blk.0.attn_q.weight")
     tensor.type, tensor.shape  # "Q4_K", (4096, 4096)

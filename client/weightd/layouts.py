@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint frameworks fuse into one, by the names that architectures give them.
+"""The groups of tensors that frameworks fuse into one, found by the names that architectures give them.
 
 A loader places the tensors of a group one behind the other, so that the fused tensor is a view of memory that is there
 already. These rows are the default of a load; who knows better says so with the load. Pure: the daemon's core uses it

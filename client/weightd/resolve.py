@@ -1,4 +1,4 @@
-"""References: what `weightd load REF` may name, turned into files. No daemon, no torch, no network.
+"""Resolve references, such as in `weightd load REF`, to files. No daemon, no torch, no network.
 
 A reference is the path of a safetensors or GGUF file, the path of a directory, or `org/name[@revision]` in the local
 Hugging Face cache. What exists as a path wins over the cache. A path is opened as it was given, as the kernel reads it;

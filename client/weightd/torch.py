@@ -1,4 +1,4 @@
-"""Tensors on shared memory, and safetensors.torch's functions with the same signatures and results.
+"""torch tensors on shared memory, and safetensors.torch's functions with the same signatures and results.
 
     import weightd.torch
     state = weightd.torch.load_file("model.safetensors")

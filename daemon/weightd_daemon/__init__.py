@@ -1,4 +1,4 @@
-"""The weightd daemon: books, sockets and handles. It moves no bytes itself; its loader children do."""
+"""The weightd daemon: state, sockets and handles. Its loader children move the bytes."""
 
 from weightd import __version__
 

@@ -1,4 +1,4 @@
-"""`python -m weightd_daemon serve|config`: what `weightd serve` and `weightd config` run."""
+"""`python -m weightd_daemon serve|config`: the program behind `weightd serve` and `weightd config`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The composition root: makes every part, starts them in order, stops them in reverse. Only here are they named."""
+"""The composition root: creates all parts, starts them in order, and stops them in reverse order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sees to it that much freed memory goes back to the system, and does not stay with the process for good."""
+"""Returns freed memory to the system after large amounts were freed, so that the process does not keep it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the daemon and its child processes need of libc and Python does not offer: their only use of ctypes."""
+"""The libc functions that the daemon and its children need and Python lacks. No other module here uses ctypes."""
 
 from __future__ import annotations
 

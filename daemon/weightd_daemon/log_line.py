@@ -1,4 +1,4 @@
-"""A line of the log, made of words for people and of fields for programs.
+"""A log line, made of words for people and fields for programs.
 
 `log.info(Line("attached", {"lease": 9, "device": "host"}))` reads "attached lease=9 device=host"; in JSON the line has
 the keys `lease` and `device`, too.

@@ -1,4 +1,4 @@
-"""The log: text or JSON lines on standard error, and lines with priorities where that is the journal."""
+"""The log: text or JSON lines on standard error, with priorities if standard error is the journal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions that may never be answered, asked on threads: a peer's memory and a name service can hang for ever.
+"""Lookups on threads, for sources that may hang for ever: the memory of a peer, and a name service.
 
 A thread that hangs stays behind and counts. When all hang, nothing more is asked, and the callers go on with what they
 had instead of an answer. The threads are daemon threads: none of them holds up the end of the process.

@@ -1,4 +1,4 @@
-"""What `weightd plan` runs, as `python -m weightd_daemon.planning`: what sharing would save, read from files alone.
+"""The program behind `weightd plan` (`python -m weightd_daemon.planning`): computes from files what sharing saves.
 
 A composition root beside app.py, without a daemon: it reads files as the loader does, and the digest index as a daemon
 left it. It answers in lines of JSON on standard output: {"note"} for a choice that nobody asked for, {"done", "total"}

@@ -1,4 +1,4 @@
-"""What happens, and in which order, when a checkpoint becomes resident, is evicted, or is lost with its device.
+"""Runs the steps for a checkpoint that becomes resident, is evicted, or is lost with its device, in their order.
 
 The order is meaning: a daemon that is killed between any two steps must leave nothing that the next one would misread.
 """

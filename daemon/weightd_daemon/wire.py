@@ -1,4 +1,4 @@
-"""Times, users and leases, as the services show them."""
+"""Encodes times, users and leases for the services."""
 
 from __future__ import annotations
 

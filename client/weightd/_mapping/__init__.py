@@ -1,1 +1,1 @@
-"""Mapping what the daemon hands out into this process, one module per kind of device."""
+"""Map the daemon's memory into this process, one module per kind of device."""

@@ -1,4 +1,4 @@
-"""Memory of a GPU as a `cuda.core.Buffer`, which any DLPack consumer takes.
+"""Wrap GPU memory in a `cuda.core.Buffer`, which every DLPack consumer accepts.
 
 To be imported when the first buffer is made, not before: cuda-core is not installed everywhere. Nobody else is to
 import that: a thread which imports it while another does sees half of it.

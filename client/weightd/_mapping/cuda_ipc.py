@@ -1,4 +1,4 @@
-"""GPU memory shared by CUDA IPC, where the driver cannot export memory otherwise: opens the daemon's 64-byte handles.
+"""GPU memory shared by CUDA IPC, for drivers that cannot export memory otherwise: opens the daemon's 64-byte handles.
 
 Such memory is always mapped as a whole and writable; nothing holds a client off but its own care. It cannot be mapped a
 second time either, so a further name for an address gets a copy of its bytes.

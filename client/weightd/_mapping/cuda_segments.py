@@ -1,4 +1,4 @@
-"""What attached segments of a GPU have in common, however its memory is shared; see `segments.Segments`."""
+"""The base of attached GPU segments, whichever way their memory is shared; see `segments.Segments`."""
 
 from __future__ import annotations
 

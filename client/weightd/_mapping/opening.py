@@ -1,4 +1,4 @@
-"""Map segments: which module maps which kind of device memory."""
+"""Map segments: select the module that maps a kind of device memory."""
 
 from __future__ import annotations
 

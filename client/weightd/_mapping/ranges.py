@@ -1,4 +1,4 @@
-"""Ranges of this process's addresses at which attached memory lies, and which pages of them it has written to."""
+"""The address ranges of attached memory in this process, and the pages of them that it has written to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every kind of device memory offers an attachment once it is mapped."""
+"""The interface of mapped segments, the same for every kind of device memory."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What a reference names: files, folders by the frameworks' rules, and the Hugging Face cache. See weightd.resolve."""
+"""Find the files of a reference: a file, a folder or a repository in the Hugging Face cache. See weightd.resolve."""

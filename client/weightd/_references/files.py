@@ -1,4 +1,4 @@
-"""Opening checkpoint files: regular ones only, never waiting, and with errors that name the path."""
+"""Open checkpoint files: only regular files, never blocking, and with errors that name the path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files of one folder are its weights, by the rules of the frameworks that wrote them.
+"""Select the weight files of one folder, by the rules of the frameworks that wrote them.
 
 transformers and diffusers each know a file by its name, or an index beside it. What they would pass over counts after
 that: the index, the whole set of shards or the single file of another name. Nothing below the folder counts, but the

@@ -1,4 +1,4 @@
-"""The Hugging Face cache, read offline and by huggingface_hub's own rules, without that package.
+"""Read the Hugging Face cache offline, by huggingface_hub's own rules but without that package.
 
 A contract test (tests/contract/test_huggingface.py) compares with what the package answers. Where a process has it in
 memory, its word on where the cache is counts: it reads the environment once, when it is imported.

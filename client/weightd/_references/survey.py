@@ -1,4 +1,4 @@
-"""What lies below a folder that is no checkpoint itself: for the error that says so, and what to type instead.
+"""List the checkpoints below a folder that is not a checkpoint itself, for the error message that suggests them.
 
 Whatever cannot be read is passed over, and the search ends after a while: it only helps.
 """

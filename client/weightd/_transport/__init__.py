@@ -1,1 +1,1 @@
-"""Between a client and its daemon: where it listens, the handle socket, gRPC, and messages as plain values."""
+"""The connection between a client and its daemon: address, handle socket, gRPC, and messages as plain values."""

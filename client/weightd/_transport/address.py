@@ -1,4 +1,4 @@
-"""Where the daemon listens, and where clients look for it: both sides take the rule from here."""
+"""The address of the daemon: the rule by which the daemon listens and clients look for it."""
 
 from __future__ import annotations
 

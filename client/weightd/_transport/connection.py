@@ -1,4 +1,4 @@
-"""A client's line to its daemon: the connection, and the leases that were taken on it. Both outlive a daemon.
+"""A client's connection to its daemon, and the leases taken on it. Both outlive a daemon.
 
 A lease is a kernel lock, so nothing is lost with a daemon. But the next one does not know who holds what. When a
 connection ends on which leases were taken that still live, a thread of this process waits for the next daemon and tells

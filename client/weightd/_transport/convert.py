@@ -1,4 +1,4 @@
-"""Between the values of types.py and the messages of the wire. No grpc: the handle socket uses these too."""
+"""Convert between the values of types.py and the messages of the wire. No grpc: the handle socket uses this, too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The client's end of the handle socket: identity, descriptors, offers. No grpc here: attaching must not pay for it."""
+"""The client's end of the handle socket: identity, descriptors, offers. No grpc: an attach must not import it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What both ends of the handle socket agree on, and how frames with descriptors are received. See docs/protocol.md."""
+"""Constants of the handle socket, and how to receive frames with descriptors, for both ends. See docs/protocol.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control plane: gRPC calls, their messages as plain values, their errors as ours. Imported when first needed."""
+"""The control plane: gRPC calls, messages as plain values, errors as weightd's own. Imported when first needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a daemon cannot be reached: from the kernel's answer, and what lies at the path, to an error that says it.
+"""Find out why a daemon cannot be reached, from the kernel's error and the files at the path, and make an error of it.
 
 Three causes want three remedies: no daemon is there (start one), one is there and busy (try again), or this user may
 not reach it (get permission). Only the first two may be got round, by waiting (`when_reachable`) or loading privately.

@@ -1,4 +1,4 @@
-"""The `weightd` command. typer and rich are imported below this package only, and may be missing."""
+"""The `weightd` command. Only this package imports typer and rich, which may be missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command as a whole: global options, the list of commands, and how each error becomes a line and an exit code."""
+"""The whole command: global options, the list of commands, and how each error becomes a line and an exit code."""
 
 from __future__ import annotations
 

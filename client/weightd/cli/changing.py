@@ -1,4 +1,4 @@
-"""The commands that change what is kept: `pin`, `unpin` and `rm`."""
+"""The commands that change what the daemon keeps: `pin`, `unpin` and `rm`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands have in common: settings of this run, options by the same names, a connection, one-line errors."""
+"""Shared parts of all commands: settings of this run, common options, a connection, one-line errors."""
 
 from __future__ import annotations
 

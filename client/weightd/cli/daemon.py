@@ -1,4 +1,4 @@
-"""The commands about the daemon itself: `serve` and `config` become it, `ping` and `version` ask it."""
+"""The commands about the daemon itself: `serve` and `config` exec its program, `ping` and `version` query it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands that show: `ls`, `ps`, `inspect` and `stats`. The keys of their JSON are a contract."""
+"""The commands that list: `ls`, `ps`, `inspect` and `stats`. The keys of their JSON are a contract."""
 
 from __future__ import annotations
 

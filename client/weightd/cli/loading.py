@@ -1,4 +1,4 @@
-"""The commands that take long: `load` and `verify`."""
+"""The long-running commands: `load` and `verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The commands of who runs the daemon: `events` and `drain`. The keys of their JSON are a contract."""
+"""The operator's commands: `events` and `drain`. The keys of their JSON are a contract."""
 
 from __future__ import annotations
 

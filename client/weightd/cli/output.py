@@ -1,4 +1,4 @@
-"""How values look: sizes, times and digests for people, JSON for programs, and tables without borders."""
+"""Format values: sizes, times and digests for people, JSON for programs, and tables without borders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `plan`: what sharing would save, read from files alone. It needs no daemon, and no GPU."""
+"""The command `plan`: computes from files alone how much sharing would save. It needs no daemon and no GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, where that is a terminal."""
+"""Progress bars on stderr, if stderr is a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `unit`: systemd's unit of the daemon, for the interpreter that runs this and the systemd at hand."""
+"""The command `unit`: prints a systemd unit for the daemon, for the current interpreter and the installed systemd."""
 
 from __future__ import annotations
 

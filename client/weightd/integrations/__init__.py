@@ -1,1 +1,1 @@
-"""Frameworks' own loading, on shared memory: a module for each framework."""
+"""Load models with frameworks' own code on shared memory: one module per framework."""

@@ -1,4 +1,4 @@
-"""Which components of a pipeline of diffusers come from shared memory: the class and the files of each.
+"""Select the components of a diffusers pipeline that come from shared memory: the class and the files of each.
 
 An index is not trusted: what it lists is a component only where the pipeline's class takes one of that name.
 diffusers.py imports this module once it has checked the version of diffusers.

@@ -1,4 +1,4 @@
-"""Which stored tensors transformers makes one parameter of: asked of its own conversion, for groups of a load.
+"""Ask transformers' own conversion which stored tensors it will fuse into one parameter: the groups of a load.
 
 Nothing here decides what a model's parameters are: transformers converts stored tensors by their stored names, as ever,
 and a parameter is a view where its parts lie in a row (fusing.py). This only says beforehand which should, and in which

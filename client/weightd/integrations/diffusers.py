@@ -1,4 +1,4 @@
-"""Diffusers on shared memory: pipelines and single models without a copy of their weights.
+"""diffusers on shared memory: pipelines and single models without a copy of their weights.
 
     from weightd.integrations.diffusers import from_pretrained, report
     pipeline = from_pretrained("org/name", device="cuda:0")

@@ -1,4 +1,4 @@
-"""Fused tensors that are views: what a framework stacks and joins of attached tensors, where these lie in a row.
+"""Return views instead of copies if a framework stacks or joins attached tensors that lie in a row.
 
 Frameworks make one parameter of several stored tensors by `torch.stack` and `torch.cat`. While a `Fusing` is active,
 these return a view of the store wherever the result's elements lie there at regular distances, in the result's order.

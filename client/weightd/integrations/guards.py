@@ -1,4 +1,4 @@
-"""What keeps shared weights and frameworks from each other: one load at a time, writers refused, training explained."""
+"""Protect shared weights and frameworks from each other: serialise loads, refuse writes, explain failed training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To which one device a framework's `device_map` comes."""
+"""Resolve a framework's `device_map` to one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""transformers' own `from_pretrained`, on attached tensors.
+"""Call transformers' own `from_pretrained` with attached tensors.
 
 `PreTrainedModel.from_pretrained` is replaced once, by a function that passes every call on but those that are meant for
 us: by `load`, which says so in a context variable, or by `divert`, which sends all calls to somebody who knows what to

@@ -1,6 +1,6 @@
-"""What of a module lies on shared memory.
+"""Report which tensors of a module lie in shared memory.
 
-It is looked at when it is asked for: code may cast, move, replace and write to what it was given.
+The report is made anew for each call: code may cast, move, replace and write to parameters after the load.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which versions of a framework an integration is known to be safe with.
+"""Check that an integration has been tested with the installed version of its framework.
 
 An integration goes through parts of a framework that may change, and where it goes wrong a framework writes into memory
 that others read. So a version that is not between two that were run is refused before anything is loaded.

@@ -1,4 +1,4 @@
-"""Which files of a folder a framework loads, by its own rule: there may be much else, such as other checkpoints."""
+"""Select the files that a framework loads from a folder, by the framework's own rule; the folder may contain others."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The gRPC API: the services, whose call it is, and how errors are sent."""
+"""The gRPC API: its services, the identity of callers, and the encoding of errors."""

@@ -1,4 +1,4 @@
-"""Which calls are let in, before anything that they bring is received: whose they are, how many, how large.
+"""Admits calls before their requests are received: checks the caller, the number of calls and the request's size.
 
 gRPC bounds one message and the connections, and counts neither calls nor users. So every handler reads its request
 itself (error_mapping.py), after these checks: until then the kernel and HTTP/2's flow control hold the peer off, and a

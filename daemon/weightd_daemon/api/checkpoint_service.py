@@ -1,4 +1,4 @@
-"""CheckpointService: decode, ask the books, encode."""
+"""CheckpointService: decodes requests, queries the core, encodes replies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gRPC services answer from, and whose call it is."""
+"""The parts that the gRPC services use, and the caller of a call."""
 
 from __future__ import annotations
 

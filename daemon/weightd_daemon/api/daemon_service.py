@@ -1,4 +1,4 @@
-"""DaemonService: version, books, events, drain."""
+"""DaemonService: version, statistics, events, drain."""
 
 from __future__ import annotations
 

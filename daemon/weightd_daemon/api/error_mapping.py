@@ -1,4 +1,4 @@
-"""One interceptor: lets calls in, and turns errors of the domain into gRPC codes with details.
+"""The one gRPC interceptor: admits calls, and turns domain errors into gRPC codes with details.
 
 A bug becomes INTERNAL with an id. It also says how each call has ended, and ends handlers whose
 answers nobody reads.

@@ -1,4 +1,4 @@
-"""The gRPC services: decode, ask the books, encode."""
+"""The gRPC server, which serves all services on the control socket."""
 
 from __future__ import annotations
 

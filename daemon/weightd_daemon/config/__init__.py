@@ -1,1 +1,1 @@
-"""Settings: their names and meaning, where they come from, and how people write sizes and shares."""
+"""Settings: their names and meanings, their sources, and the notation of sizes and shares."""

@@ -1,4 +1,4 @@
-"""How settings spell sizes, shares and devices."""
+"""The notation of sizes, shares and devices in settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The setting `preload`: what is loaded when the daemon starts, from references or tables."""
+"""The setting `preload`: the checkpoints to load when the daemon starts, given as references or tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: a TOML file, then WEIGHTD_* in the environment, then flags; the last word counts.
+"""Settings: a TOML file, then WEIGHTD_* in the environment, then flags; the last source wins.
 
 Every setting is one field of `Settings`; its key in the file, its variable and its flag follow from its name.
 """

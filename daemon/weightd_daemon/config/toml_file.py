@@ -1,4 +1,4 @@
-"""The configuration file: its values, and the line on which each stands, which tomllib does not say."""
+"""The configuration file: its values, and the line of each value, which tomllib does not report."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The pure core: what is held, by whom, where, and what may go. No I/O, no clock, no grpc, no device."""
+"""The pure core: resident content, its holders, its placement, and its eviction. No I/O, clock, grpc or device."""

@@ -1,4 +1,4 @@
-"""Fills empty books with what an earlier daemon has left: blobs where its manifests place them, and checkpoints.
+"""Fills an empty store with the blobs and checkpoints of an earlier daemon, at the places in their manifests.
 
 Nothing here believes anything: a checkpoint whose blobs cannot lie where they are said to lie is refused, and the books
 are as they were before.

@@ -1,4 +1,4 @@
-"""What an open load knows of equal bytes: which blobs of one digest and length have been compared, and how."""
+"""Comparisons made by an open load: which blobs of one digest and length were compared, with which result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arena: which bytes of which segments are free, and which of the free ones have memory behind them.
+"""The arena: tracks which bytes of which segments are free, and which free pages are backed by memory.
 
 Blobs lie at 256-byte alignment, but memory comes and goes in pages. So the arena keeps byte-exact books and hands out
 page-aligned *extents* only: a page that still holds a live byte is never part of one. On devices whose segments are

@@ -1,4 +1,4 @@
-"""Blobs and their states. A blob is a run of bytes in a segment, found by its content."""
+"""Blobs and their states. A blob is a run of bytes in a segment, identified by its content."""
 
 from __future__ import annotations
 

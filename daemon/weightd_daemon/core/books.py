@@ -1,4 +1,4 @@
-"""What the daemon's own books take: for each checkpoint its manifest, and so much memory of the daemon for each tensor.
+"""The daemon's own books: for each checkpoint, the size of its manifest plus a fixed amount for each tensor.
 
 Books are host memory, whatever device a checkpoint lies on, and there is one limit for all of them: a file of a million
 tensors without a byte costs a device nothing, and the daemon a gigabyte. Neither `used_bytes` nor the eviction of a

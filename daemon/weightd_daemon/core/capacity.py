@@ -1,4 +1,4 @@
-"""What a device could still take: the books by what keeps each byte, and the error that states them."""
+"""The capacity of a device: how much it can still take, what occupies the rest, and the error that reports both."""
 
 from __future__ import annotations
 

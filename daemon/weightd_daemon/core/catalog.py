@@ -1,4 +1,4 @@
-"""The catalog: names that point to contents, whose they are, and what a reference means."""
+"""The catalog: names that point to contents, the owners of names, and the resolution of references."""
 
 from __future__ import annotations
 

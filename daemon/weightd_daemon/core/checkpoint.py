@@ -1,4 +1,4 @@
-"""Checkpoints: what a user loads, resident on one device in one sharing domain."""
+"""Checkpoints: content that users load. Each is resident on one device, in one sharing domain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the books and the daemon tell of: manifests come and go with it, readers follow it, metrics count it.
+"""Events of the core and the daemon. Manifests, event readers and metrics follow them.
 
 What is of checkpoints and leases comes out of the core itself; the rest is told by whoever does these things.
 """

@@ -1,4 +1,4 @@
-"""The eviction policy: it chooses, the store evicts (decision 0019).
+"""The eviction policy. It chooses checkpoints; the store evicts them (decision 0019).
 
 Checkpoints are taken in the order of their last use until what goes with them is enough. Of those, the more recently
 used first, each is spared without which the others would do as well. So nobody goes who gives nothing back, and nobody

@@ -1,4 +1,4 @@
-"""Leases: which process holds which checkpoint. The kernel decides whether one is still held; these are the books."""
+"""Leases: which process holds which checkpoint. The kernel knows whether a lease is held; this module records it."""
 
 from __future__ import annotations
 

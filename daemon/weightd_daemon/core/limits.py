@@ -1,4 +1,4 @@
-"""What one user may hold, so that it cannot take everything from the others. Admins have no limits."""
+"""Limits per user, so that one user cannot take everything. Admins have no limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An open load: the memory that it is granted, the blobs that it places and relies on, and how it ends in a checkpoint.
+"""An open load: memory granted to it, blobs that it places or relies on, and its end as a checkpoint.
 
 A load says which bytes it has, and learns where equal bytes lie already. making_room.py evicts for it.
 """

@@ -1,4 +1,4 @@
-"""Makes room for a load: evicts, or refuses it and says why. Which checkpoints go, eviction.py chooses."""
+"""Makes room for a load by eviction, or refuses the load with a reason. eviction.py chooses the checkpoints."""
 
 from __future__ import annotations
 

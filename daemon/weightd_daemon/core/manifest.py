@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: its tensors by name, and the digest that names its content."""
+"""The manifest of a checkpoint: its tensors by name, and the digest that identifies its content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory of one device: a budget, the arenas of its sharing domains, and what is on its way back to the system.
+"""The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
 Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
 *reclaims* (`Punch`, `Release`), which somebody else carries out and reports done. Until then it counts as used,

@@ -1,4 +1,4 @@
-"""What sharing would save among some checkpoints: arithmetic on what their tensors are, before anything is loaded.
+"""Computes how much memory sharing would save among checkpoints, from their tensor lists, before any load.
 
 The figures are those that the books show once these checkpoints are resident (loading.py): equal bytes are held once,
 below OWN_COPY_BELOW once for each name that a checkpoint has for them. Copies are shared between checkpoints one to

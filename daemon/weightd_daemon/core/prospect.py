@@ -1,4 +1,4 @@
-"""What a load could get if bytes of resident blobs were free: the answer before anything is evicted."""
+"""Computes how much memory a load could get if given blobs were freed, before anything is evicted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory on its way back to the system: what the books queue, and somebody else carries out and reports done."""
+"""Memory that is being released: requests that the core queues, and that the reclaimer executes and reports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors tell whether a file shares anything with what is resident.
+"""Selects the tensors that show whether a file shares content with resident checkpoints.
 
 Where segments are all or nothing, bytes that were copied before they were found equal leave holes. So there a file that
 may share is hashed first, and copied with exactly the memory that it needs. Whether it does share, a few tensors tell:

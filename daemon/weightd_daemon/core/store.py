@@ -1,4 +1,4 @@
-"""The store: blobs by content, and the checkpoints that keep them. LAWS.md lists the laws of memory.
+"""The store: blobs by content, and the checkpoints that refer to them. LAWS.md lists the laws of memory.
 
 A checkpoint comes and goes in `Store` alone, and a blob changes its state in `Blobs` alone. Loads (loading.py) and
 adoption.py, which fills an empty store, call these two. The store touches no memory: memory that can go is queued

@@ -1,4 +1,4 @@
-"""Who asks the daemon for something."""
+"""The identity behind a request to the daemon."""
 
 from __future__ import annotations
 

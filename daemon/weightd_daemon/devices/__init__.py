@@ -1,1 +1,1 @@
-"""Devices: where segments come from and how they are handed out."""
+"""Devices: they create segments and export them."""

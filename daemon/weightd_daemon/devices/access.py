@@ -1,4 +1,4 @@
-"""Which access a loader uses for which kind of memory."""
+"""Selects how a loader accesses each kind of memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The devices that the settings say are served, and what each may use."""
+"""The devices that the settings select, and the budget of each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much memory the cgroups of this process let it have: version 1, version 2, and both side by side."""
+"""The memory limit that cgroups set for this process: version 1, version 2, or both side by side."""
 
 from __future__ import annotations
 

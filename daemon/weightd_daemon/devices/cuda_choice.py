@@ -1,4 +1,4 @@
-"""Which GPUs to serve, and how each one's memory is shared: what the settings say, and what proves to work."""
+"""Selects the GPUs to serve and how to share the memory of each, from the settings and from a trial."""
 
 from __future__ import annotations
 

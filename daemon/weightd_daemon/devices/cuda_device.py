@@ -1,4 +1,4 @@
-"""What GPUs have in common, however their memory is shared."""
+"""The part that all GPU devices have in common, whichever transport shares their memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The holder process: owns one GPU's memory where only CUDA IPC can share it, and dies with the daemon.
+"""The holder process: owns the memory of one GPU that only CUDA IPC can share, and dies with the daemon.
 
 Memory of cuMemAlloc belongs to the process that allocated it, and needs a context; so it is not the daemon that
 allocates. It asks over a SOCK_SEQPACKET pair, one message a request: ALLOCATE (answered) or FREE (not answered;

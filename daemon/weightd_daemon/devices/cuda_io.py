@@ -1,4 +1,4 @@
-"""A loader's access to GPU memory: pieces go through pinned buffers, and are copied while the next one is read.
+"""A loader's access to GPU memory: pinned buffers, with each copy running while the next piece is read.
 
 Each thread has a stream and a few buffers of its own, so threads never wait for each other's copies. A buffer that was
 written is free again when the event behind its copy has passed. Nothing goes through the legacy default stream, which

@@ -1,4 +1,4 @@
-"""GPU memory by CUDA IPC, where VMM memory cannot be exported: a holder process owns it, handles are 64 bytes.
+"""GPU memory shared by CUDA IPC, for GPUs that cannot export VMM memory: a holder owns it, handles are 64 bytes.
 
 Weaker than VMM memory in two ways that users are told of (`note`): clients map it writable, and it is lost when the
 holder ends. Then everything on the device is lost, and another holder is started in the background.

@@ -1,4 +1,4 @@
-"""How much of a GPU is free, whoever uses the rest. NVML knows without a context, unlike the driver."""
+"""The free memory of a GPU, whichever process uses the rest. Unlike the driver, NVML needs no context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPU memory by CUDA's virtual memory management: a segment is one allocation, shared as a descriptor.
+"""GPU memory shared by CUDA's virtual memory management: a segment is one allocation, shared as a descriptor.
 
 The daemon allocates and exports, and never has a context: that would take 100 to 600 MiB of the GPU and die with the
 first error that sticks. The driver counts who maps, imports or holds a descriptor of an allocation, across processes,

@@ -1,4 +1,4 @@
-"""The protocol of a device. Three implementations, one contract suite (tests/contract/test_device.py)."""
+"""The protocol of a device. One contract suite (tests/contract/test_device.py) tests its three implementations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host memory: segments are memfds, sealed against resizing, handed out read-only.
+"""Host memory: segments are memfds, sealed against resizing and exported read-only.
 
 Other users get a descriptor that they can neither write, re-open for writing nor chmod: the file has mode 0400 and the
 descriptor is a second one, opened O_RDONLY (docs/security.md says against whom that holds). A client maps it

@@ -1,4 +1,4 @@
-"""A loader's access to host memory: pieces go through a buffer that stays in the cache.
+"""A loader's access to host memory: pieces go through a buffer that stays in the CPU cache.
 
 `pwrite` is the fast way into a memfd: no page faults, no page tables; page allocation is what filling a fresh memfd
 costs, a copy that stays in the cache costs nothing beside it (measured). With shmem_enabled = always or within_size the

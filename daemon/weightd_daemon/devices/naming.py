@@ -1,4 +1,4 @@
-"""What a request means by a device: a UUID, an unambiguous beginning of one, or nothing."""
+"""Resolves the device of a request: a UUID, an unambiguous prefix of a UUID, or no value."""
 
 from __future__ import annotations
 

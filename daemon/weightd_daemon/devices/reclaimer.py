@@ -1,4 +1,4 @@
-"""Carries out what the books have queued, holes to punch and segments to release, on a thread: 0.15 s a GB."""
+"""Executes queued reclaims (holes to punch, segments to release) on a thread; 1 GB takes 0.15 s."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader's hands on segments: what it needs of a kind of memory to fill, read and compare them.
+"""How a loader reads, writes and compares segments, for each kind of memory.
 
 A copy between a buffer and a segment may be asynchronous: it counts as done after `settle`. So a thread reads and
 hashes its next piece while the piece before is on its way.

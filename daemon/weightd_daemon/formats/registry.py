@@ -1,4 +1,4 @@
-"""Which module reads which format (weightd/_formats.py); a file's first bytes say its format, not its name."""
+"""Selects the reader of a format (weightd/_formats.py) by the first bytes of a file, not by the file's name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes without a hole.
+"""The safetensors format: 8 bytes of header length, a JSON header, then the tensors' bytes without gaps.
 
 What is accepted is what the safetensors package 0.8 accepts, extra keys in a tensor's entry included (it ignores them),
 except for these, which are refused here and accepted there:

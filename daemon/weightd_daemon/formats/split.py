@@ -1,4 +1,4 @@
-"""Checkpoints that are split into files which say so themselves, as GGUF files do: are all parts there?"""
+"""Checks that all parts of a split checkpoint are present, if its files declare parts, as GGUF files do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workload manifests: checkpoints that are described, not there. JSON, as it is or gzipped:
+"""Workload manifests: descriptions of checkpoints without their bytes. JSON, plain or gzipped:
 
     {"PIPELINE/COMPONENT/model.safetensors": [{"name": …, "dtype": …, "shape": […], "content": …}, …], …}
 

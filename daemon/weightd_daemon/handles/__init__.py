@@ -1,1 +1,1 @@
-"""The handle socket: who is connected, what a client attaches, and the descriptors and leases that it gets."""
+"""The handle socket: peers, attaches, and the descriptors and leases that clients receive."""

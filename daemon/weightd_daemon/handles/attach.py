@@ -1,4 +1,4 @@
-"""Attach: find the checkpoint, choose the segments, take the lease."""
+"""Attach: finds the checkpoint, selects the segments, takes the lease."""
 
 from __future__ import annotations
 

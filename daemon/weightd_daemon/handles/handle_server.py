@@ -1,4 +1,4 @@
-"""The handle socket: descriptors and identity, over SOCK_SEQPACKET. See docs/protocol.md.
+"""The handle socket: sends descriptors and identifies peers, over SOCK_SEQPACKET. See docs/protocol.md.
 
 asyncio's streams know no packets and no descriptors, so this is `add_reader` and `recvmsg`. What a peer does wrong
 closes its connection and nothing else. A peer's descriptors are never received here: `recvmsg` is given no room for

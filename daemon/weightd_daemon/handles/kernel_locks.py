@@ -1,4 +1,4 @@
-"""Read locks of open files (F_OFD_SETLK): how a lease is locked, and how the kernel is asked about locks.
+"""Read locks of open files (F_OFD_SETLK): how the daemon locks a lease and queries locks.
 
 A lock lives exactly as long as the open file that it was put on, that is as long as any duplicate or mapping of it, in
 forked children too, and whether or not the daemon lives.

@@ -1,4 +1,4 @@
-"""Lease files: memfds without content whose locks are the leases of one user.
+"""Lease files: empty memfds whose locks are the leases of one user.
 
 Only processes of that user get descriptors of it. So whatever a process locks, it holds no lease but its own user's. A
 file takes FILE_LEASES leases, then the next one is made: the kernel looks at the locks of a file one after the other,

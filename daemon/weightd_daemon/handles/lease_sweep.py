@@ -1,4 +1,4 @@
-"""The sweep: finds leases that have ended without anybody asking. The kernel tells nobody that a lock has gone."""
+"""The sweep: periodically finds leases that have ended. The kernel does not notify the daemon of released locks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds how often what peers do is logged: a line at once, and then a count."""
+"""Limits how often actions of peers are logged: one line at once, then a count."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is connected: identity by SO_PEERCRED, a token for the control plane, and what an identity may do."""
+"""Connected peers: identity by SO_PEERCRED, a token for the control socket, and the rights of each identity."""
 
 from __future__ import annotations
 

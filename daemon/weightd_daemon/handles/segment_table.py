@@ -1,4 +1,4 @@
-"""Which segments of a manifest hold a component or a tensor: a table, for those who attach a few tensors of many.
+"""Maps components and tensors of a manifest to segments, for clients that attach a few tensors of many.
 
 A manifest is not decoded to answer that: it would take as long as the checkpoint has tensors, on the loop.
 """

@@ -1,4 +1,4 @@
-"""Entry of the loader process: `python -m weightd_daemon.loader CONTROL DESCRIPTORS PARENT`."""
+"""Entry point of the loader process: `python -m weightd_daemon.loader CONTROL DESCRIPTORS PARENT`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Copying: read a piece, hash it while it is in cache, write it, and find out whether the bytes are there already.
+"""Copying: reads a piece, hashes it while it is in the cache, writes it, and checks whether equal bytes exist.
 
 A piece is read into a buffer of the thread's staging and written from there (devices/segment_io.py): on a GPU while the
 next piece is read and hashed.

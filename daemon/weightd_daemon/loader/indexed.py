@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint's files count: an index maps names to files, and decides where two files have one."""
+"""Selects the tensors to load from a checkpoint's files. If two files have the same tensor, an index decides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader's end of an intake: the files that a client sends, as descriptors, from whoever it is."""
+"""The loader's end of an intake: receives files as descriptors from a client."""
 
 from __future__ import annotations
 

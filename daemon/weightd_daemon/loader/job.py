@@ -1,4 +1,4 @@
-"""The loader process: does one job at a time for the daemon, and dies with it.
+"""The loader process: executes one job at a time for the daemon, and dies with the daemon.
 
 It is exec'ed by the daemon, so nothing of the daemon's memory is in it; a corrupt file or a read that hangs ends here.
 """

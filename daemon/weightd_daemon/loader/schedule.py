@@ -1,6 +1,6 @@
-"""A load's work: tensors, cut into what a reader thread takes at a time, and shared out among the threads.
+"""The work of a load: divides tensors into units for reader threads, and distributes the units among threads.
 
-Writes to one memfd take turns on the lock of its inode: two threads fill one memfd at 3.0 GB/s, and two at 5.2
+Writes to one memfd take turns on the lock of its inode: two threads fill one memfd at 3.0 GB/s, and two memfds at 5.2
 (measured). So in host memory a long file is cut into *lanes*, one for each thread, and each lane gets segments of its
 own. On a GPU nothing takes turns: there a file is one lane, which all threads work off from the front. Short files of
 one component share a lane: many small shards would else be as many segments.

@@ -1,4 +1,4 @@
-"""Where a load puts its next bytes: slots inside the extents that the daemon granted for one lane."""
+"""Decides where a load puts its next bytes: slots inside the extents that the daemon granted for one lane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint file as the loader sees it: opened by somebody else, and not to be believed."""
+"""A checkpoint file as the loader sees it: opened by another process, and untrusted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifying: hash resident blobs again and say which do not match."""
+"""Verifying: hashes resident blobs again and reports mismatches."""
 
 from __future__ import annotations
 

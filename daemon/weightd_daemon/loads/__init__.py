@@ -1,1 +1,1 @@
-"""The daemon's side of loads: who waits for which load, in which order, and the loader processes that do them."""
+"""The daemon's side of loads: their waiters, their order, and the loader processes that execute them."""

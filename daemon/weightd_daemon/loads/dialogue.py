@@ -1,4 +1,4 @@
-"""One load, on the daemon's side: answers the loader's questions out of the books, and seals what it brings."""
+"""One load, on the daemon's side: answers the loader's questions from the store, and seals the loaded content."""
 
 from __future__ import annotations
 

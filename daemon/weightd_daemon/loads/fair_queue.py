@@ -1,4 +1,4 @@
-"""Turns: how many loads and verifications run at a time, in all and of one user; the others wait in order."""
+"""Turns: limits how many loads and verifications run at a time, in total and per user; the rest wait in order."""
 
 from __future__ import annotations
 

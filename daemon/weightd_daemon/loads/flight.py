@@ -1,4 +1,4 @@
-"""A load under way, and those who wait for it."""
+"""A load in progress, and its waiters."""
 
 from __future__ import annotations
 

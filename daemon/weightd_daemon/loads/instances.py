@@ -1,4 +1,4 @@
-"""What the digest index remembers of files: which blobs their tensors are."""
+"""Entries of the digest index: which blob held each tensor of a file when the file was read."""
 
 from __future__ import annotations
 

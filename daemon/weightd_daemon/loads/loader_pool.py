@@ -1,4 +1,4 @@
-"""Loader processes: started when one is needed, and kept for a while after their work."""
+"""Loader processes: started on demand, and kept for a while after their work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The daemon's side of a loader process: spawn it, talk to it, and know for certain when it is gone."""
+"""The daemon's side of a loader process: spawns it, talks to it, and detects its end reliably."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All loads: who waits for which, one flight for one content, loaders to do them, and what is left when one fails."""
+"""All loads: shares one flight among waiters for the same files, assigns loaders, and cleans up after failures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages to a loader, made of what the daemon knows (protos/weightd/internal/loader.proto)."""
+"""Builds messages to a loader from the daemon's state (protos/weightd/internal/loader.proto)."""
 
 from __future__ import annotations
 

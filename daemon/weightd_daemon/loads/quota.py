@@ -1,4 +1,4 @@
-"""Whether what a load brings, and the lease that waits for its attach, are within what its user may have."""
+"""Checks loads, and the leases that wait for their attach, against the limits of the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client asked to load, and what came of it: plain values between the edges and the loads."""
+"""The request and the result of a load: plain values, passed between the API and the loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verifications: resident blobs are hashed again by a loader, in a task of its own that waits for no reader."""
+"""Verifications: a loader hashes resident blobs again, in a task that never waits for the reader of its results."""
 
 from __future__ import annotations
 

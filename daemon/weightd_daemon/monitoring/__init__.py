@@ -1,1 +1,1 @@
-"""Who watches the daemon: events and their log lines, metrics, and the pages that monitors read."""
+"""Observation of the daemon: events and their log lines, metrics, and the pages that monitors read."""

@@ -1,4 +1,4 @@
-"""What monitors see of the daemon: the pages /metrics, /healthz and /readyz, on a loopback port or a Unix socket."""
+"""The pages for monitors: /metrics, /healthz and /readyz, on a loopback port or a Unix socket."""
 
 from __future__ import annotations
 

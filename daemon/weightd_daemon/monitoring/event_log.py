@@ -1,4 +1,4 @@
-"""The log lines of what happens to checkpoints: what became of which, and who did it.
+"""The log lines of checkpoint events: what happened to which checkpoint, and who caused it.
 
 People read the words; the figures follow as `key=value`. In JSON a line also has the keys `names`, `user`, `uid`, `pid`
 and `evicted`.

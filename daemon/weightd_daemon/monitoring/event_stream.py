@@ -1,4 +1,4 @@
-"""What has happened lately, and who follows it: a bounded memory, and a bounded queue for each reader."""
+"""The most recent events and their readers: a bounded history, and a bounded queue for each reader."""
 
 from __future__ import annotations
 

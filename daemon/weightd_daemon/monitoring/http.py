@@ -1,4 +1,4 @@
-"""A few pages over HTTP, for monitoring: one GET a connection, small, in time, and nothing else.
+"""Serves a few pages over HTTP, for monitoring: one small GET per connection, within a time limit.
 
 Everything runs on the daemon's loop, so a page sees the books at one moment, and an answer means that the loop turns.
 """

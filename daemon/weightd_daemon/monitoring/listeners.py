@@ -1,4 +1,4 @@
-"""Hands events to those who listen. Events tell of what has happened: no listener can undo or stop it."""
+"""Delivers events to listeners. An event reports a completed change: no listener can undo or stop it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serves the pages for monitors, if the settings want them. Without them prometheus-client need not be installed."""
+"""Serves the pages for monitors if the settings enable them. Otherwise prometheus-client need not be installed."""
 
 from __future__ import annotations
 

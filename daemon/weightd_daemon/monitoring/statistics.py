@@ -1,4 +1,4 @@
-"""The figures of the whole daemon at one moment, as `weightd stats` and the metrics show them."""
+"""The figures of the whole daemon at one moment, for `weightd stats` and the metrics."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Running the daemon: its sockets, preloads, reloads, drains, and what the service manager is told."""
+"""Operation of the daemon: sockets, preloads, reloads, drains, and notifications to the service manager."""

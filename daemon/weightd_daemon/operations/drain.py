@@ -1,4 +1,4 @@
-"""Drain: nothing new is lent or loaded; when nobody holds anything any more, everything goes, the pool included."""
+"""Drain: refuses new attaches and loads; when no lease is left, evicts everything and releases the pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the processes that have a lock open, and ends them. Nobody else is touched: the kernel says who has what.
+"""Finds the processes that have a lock open, and ends them. The kernel identifies them; no other process is ended.
 
 A process is taken for a holder if `/proc/PID/fdinfo` lists a lock of one of its open files on the very file.
 No file is opened or looked at for that, so a file system that hangs cannot hold this process up.

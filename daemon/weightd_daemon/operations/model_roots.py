@@ -1,4 +1,4 @@
-"""Files that the daemon opens itself: only below `model_roots`, by what they really are, and never on the loop.
+"""Opens files for the daemon itself: only files that really lie below `model_roots`, and never on the loop.
 
 The operator vouches for these folders: a file whose `close` hangs would keep a thread of the daemon (decision 0001).
 """

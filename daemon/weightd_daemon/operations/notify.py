@@ -1,4 +1,4 @@
-"""What the service manager hears from the loop that serves: signs of life, readiness, and a line for people."""
+"""Notifies the service manager from the serving loop: watchdog signals, readiness, and a status line."""
 
 from __future__ import annotations
 

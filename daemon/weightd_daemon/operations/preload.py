@@ -1,4 +1,4 @@
-"""Preloading: what the settings list is loaded as the daemon starts, in the name of its own user.
+"""Preloading: loads the checkpoints in the settings when the daemon starts, as the daemon's own user.
 
 A preload is a load like a client's: the daemon finds and opens the files below `model_roots`, on a thread, and feeds
 them to a loader through an intake. All begin at once, and take turns as loads do.

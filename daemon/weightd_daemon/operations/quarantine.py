@@ -1,4 +1,4 @@
-"""Frees memory that was set aside when the daemon started: a process of the one before could still write to it."""
+"""Ends the quarantine: frees memory set aside at the start, once no process of an earlier daemon can write to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGHUP: settings are read again; what can change while the daemon runs changes, and the rest is named in the log."""
+"""SIGHUP: rereads the settings, applies those that can change at run time, and logs the names of the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The locks of a socket path. They say two things: who serves it, and who may still write to what was shared out there.
+"""The locks of a socket path: which daemon serves it, and which processes may still write to memory shared there.
 
 "Serves" is a lock of the daemon's process alone: no child inherits it, and it is the only one that refuses a start.
 "May still write" and "holds memory" belong to open files that loaders and holders inherit (decision 0028). So a loader

@@ -1,4 +1,4 @@
-"""The daemon's sockets: the folder that they lie in, how they are made, and whether they still are this daemon's."""
+"""The daemon's sockets: their folder, their creation, and the check that they still belong to this daemon."""
 
 from __future__ import annotations
 

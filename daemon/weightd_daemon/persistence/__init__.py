@@ -1,1 +1,1 @@
-"""What survives the daemon: memory, manifests and the root record in the descriptor store; the digest index on disk."""
+"""State that survives the daemon: memory, manifests and root record in the descriptor store; digest index on disk."""

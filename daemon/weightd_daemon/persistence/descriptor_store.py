@@ -1,4 +1,4 @@
-"""What outlives the daemon: segments, manifests and the root record, kept in the service manager's descriptor store.
+"""Keeps segments, manifests and the root record in the service manager's descriptor store, across restarts.
 
 Order is everything. Before a seal its segments are stored, then its manifest, then a barrier says that they are; before
 the seal is told, or leased to a client, the root record is written. An eviction goes the other way: the root record is

@@ -1,4 +1,4 @@
-"""The digest index: which blobs the tensors of a file were when it was last read. sqlite, on a thread of its own.
+"""The digest index: which blobs held a file's tensors when the file was last read. sqlite, on its own thread.
 
 An entry names blob *instances*: it saves reading only while these very blobs are resident. It is kept by file identity
 and used only for files whose identity can be trusted (loader/source.py). A damaged index is renamed and begun anew.

@@ -1,4 +1,4 @@
-"""Writes what has changed in the books to the root record: rows of segments, checkpoints and names.
+"""Writes changes of segments, checkpoints and names to the root record, as rows.
 
 The books say what has changed: `changed` and `touched` of the store, `renamed` and `repinned` of the catalog. The rows
 are made of the books as they are at the moment of the write. So a write costs its changes, and nothing is kept twice.

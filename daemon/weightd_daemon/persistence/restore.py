@@ -1,4 +1,4 @@
-"""Takes up what an earlier daemon has left: reads its root record, adopts segments, checks manifests, fills the books.
+"""Restores the state of an earlier daemon: reads the root record, adopts segments, checks manifests, fills the store.
 
 Nothing is trusted. A row that is not understood, a descriptor that is missing or not what it should be, a manifest that
 does not fit: each is left, with a line in the log, and with it what depends on it. But processes may still read what is

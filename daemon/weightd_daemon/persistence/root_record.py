@@ -1,4 +1,4 @@
-"""The root record: what of the books outlives the daemon, as a log in a memfd that the service manager keeps.
+"""The root record: the part of the daemon's state that survives a restart, as a log in a kept memfd.
 
 The memfd has two slots, and one of them counts. A slot is a run of frames: a *base*, which sets every row, a frame that
 says that the base is whole, and then one frame for each change. A change costs its own bytes, however many rows there

@@ -1,4 +1,4 @@
-"""The service manager, as a service sees it: notifications, its watchdog, descriptors that it keeps for the next start.
+"""The service manager from a service's view: notifications, watchdog, and descriptors kept for the next start.
 
 The protocols are sd_notify(3) and sd_listen_fds(3): datagrams to $NOTIFY_SOCKET, and descriptors from number 3 on.
 Where nobody listens, as in a terminal, nothing is sent and nothing is kept.
