@@ -54,7 +54,7 @@ from .operations.quarantine import thaw_when_unwritten
 from .operations.reload import Reloading
 from .operations.serving_lock import AlreadyServedError
 from .operations.sockets import Sockets, cannot_be_made, locked
-from .persistence.descriptor_store import Survival
+from .persistence.descriptor_store import DescriptorStore
 from .persistence.digest_index import DigestIndex
 from .persistence.service_manager import ServiceManager, kept_descriptors
 from .residency import Residency
@@ -93,7 +93,7 @@ class _Books(NamedTuple):
     manifests: Manifests
     locks: LeaseLocks
     sweep: LeaseSweep
-    survival: Survival
+    descriptor_store: DescriptorStore
     reclaimers: dict[str, Reclaimer]
 
 
@@ -165,7 +165,7 @@ class Daemon:
         served = self._open_devices(stack, residency, sockets.lock.holders)
         books = self._open_books(stack, served, residency, listeners)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
-        residency.join(books.store, books.catalog, books.manifests, books.survival, work.loads)
+        residency.join(books.store, books.catalog, books.manifests, books.descriptor_store, work.loads)
         await self._adopt(stack, sockets, served, books)
         services = self._make_services(stack, served, books, work, listeners)
         metrics = await serve_pages(stack, self._settings, services.parts.statistics, lambda: self._up)
@@ -216,17 +216,17 @@ class Daemon:
         journal = Journal(store=store, catalog=catalog, now=time.time)
         listeners.add(journal)
         listeners.add(EventLog(journal.encode))
-        survival = Survival(
+        descriptor_store = DescriptorStore(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
             manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
-        stack.callback(survival.close)
+        stack.callback(descriptor_store.close)
         sweep = LeaseSweep(store.leases, lease_files)
         stack.push_async_callback(sweep.close)
         reclaimers: dict[str, Reclaimer] = {}
         for uuid, device in served.devices.items():
             budget = served.budgets[uuid]
-            reclaimer = reclaimers[uuid] = Reclaimer(device, partial(survival.released, uuid))
+            reclaimer = reclaimers[uuid] = Reclaimer(device, partial(descriptor_store.released, uuid))
             stack.push_async_callback(reclaimer.finish)
             store.memories[uuid] = DeviceMemory(
                 budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
@@ -235,7 +235,7 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        return _Books(store, catalog, limits, journal, manifests, locks, sweep, survival, reclaimers)
+        return _Books(store, catalog, limits, journal, manifests, locks, sweep, descriptor_store, reclaimers)
 
     async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: _Served, books: _Books) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
@@ -243,7 +243,7 @@ class Daemon:
         quarantined = sockets.lock.is_written_by_others()
         for memory in memories.values():
             memory.quarantine = quarantined
-        await books.survival.begin()
+        await books.descriptor_store.begin()
         books.sweep.begin()
         if quarantined:
             hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
@@ -261,7 +261,7 @@ class Daemon:
         turns = Turns(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
-            prepare=books.survival.prepare, now=time.time, on_event=listeners.tell, lock=lock,
+            prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.tell, lock=lock,
             threads=settings.threads, turns=turns, limits=books.limits, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)

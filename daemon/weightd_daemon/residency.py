@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .core.store import Store
     from .handles.lease_locks import Manifests
     from .loads.loads import Loads
-    from .persistence.descriptor_store import Survival
+    from .persistence.descriptor_store import DescriptorStore
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class _Parts:
     store: Store
     catalog: Catalog
     manifests: Manifests
-    survival: Survival
+    descriptor_store: DescriptorStore
     loads: Loads
 
 
@@ -46,9 +46,11 @@ class Residency:
         self._tell = tell
         self._joined: _Parts | None = None
 
-    def join(self, store: Store, catalog: Catalog, manifests: Manifests, survival: Survival, loads: Loads) -> None:
+    def join(
+        self, store: Store, catalog: Catalog, manifests: Manifests, descriptor_store: DescriptorStore, loads: Loads
+    ) -> None:
         """Act on these parts. Due before anything is sealed, leased or named, and before the loop runs."""
-        self._joined = _Parts(store, catalog, manifests, survival, loads)
+        self._joined = _Parts(store, catalog, manifests, descriptor_store, loads)
 
     def on_event(self, event: Event) -> None:
         """What the store reports. Errors: of a `Sealed`, whatever keeps the checkpoint from surviving a restart."""
@@ -61,7 +63,7 @@ class Residency:
 
     def _sealed(self, event: Sealed) -> None:
         # Law 11. May raise, and then the checkpoint is not sealed: so nobody has been told of it.
-        self._parts.survival.sealed(event.checkpoint.key, event.manifest)
+        self._parts.descriptor_store.sealed(event.checkpoint.key, event.manifest)
         self._tell(event)
 
     def _evicted(self, event: Evicted) -> None:
@@ -72,23 +74,23 @@ class Residency:
             parts.loads.evicted(event)  # which looks the names up, too
         # Before the next root record: it must not have names any more that went with the checkpoint.
         parts.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
-        parts.survival.evicted(key)
+        parts.descriptor_store.evicted(key)
 
     def on_changed(self) -> None:
         """A name, a pin or another mark of a checkpoint has changed: the root record is to say so."""
-        self._parts.survival.changed()
+        self._parts.descriptor_store.changed()
 
     def before_use(self) -> None:
         """Memory is about to be used again (law 11): the root record that no longer names it is written first."""
-        self._parts.survival.flip()
+        self._parts.descriptor_store.flip()
 
     def before_answer(self) -> None:
         """An answer is about to be sent: what it tells of outlives the daemon."""
-        self._parts.survival.flip()
+        self._parts.descriptor_store.flip()
 
     def before_lock(self, lease: int) -> None:
         """A lease of that number is about to get its lock: the root record covers its number first."""
-        self._parts.survival.reserve(lease)
+        self._parts.descriptor_store.reserve(lease)
 
     def on_lost(self, device: str, reason: str) -> None:
         """The memory of a device, given by its UUID, is gone: so are its checkpoints, and then the loads to it."""

@@ -11,7 +11,7 @@ from typing import Any
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.persistence import root_record
-from weightd_daemon.persistence.descriptor_store import Survival
+from weightd_daemon.persistence.descriptor_store import DescriptorStore
 from weightd_daemon.persistence.service_manager import ServiceManager
 
 POINTS = ("reserve", "copy", "segment", "manifest", "barrier", "torn", "flip", "evict", "return", "release")
@@ -57,9 +57,9 @@ def install(armed: Path) -> None:
     after(ServiceManager, "keep", "manifest", lambda _, __, name, *___: name.startswith("man."))
     before(Loading, "seal", "barrier")
     after(root_record.RootRecord, "append", "flip")
-    before(Survival, "_drop", "evict", lambda _, name: name.startswith("man."))
+    before(DescriptorStore, "_drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
-    before(Survival, "_drop", "release", lambda _, name: name.startswith("seg."))
+    before(DescriptorStore, "_drop", "release", lambda _, name: name.startswith("seg."))
     write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:

@@ -45,7 +45,7 @@ class Desk:
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         played = cast("Any", self)
-        self.residency.join(self.store, self.catalog, manifests=played, survival=played, loads=played)
+        self.residency.join(self.store, self.catalog, manifests=played, descriptor_store=played, loads=played)
 
     def note(self, what: str, key: CheckpointKey) -> None:
         names = {name for (_, name), tag in self.catalog.tags.items() if tag.content_digest == key.content_digest}

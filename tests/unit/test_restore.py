@@ -35,7 +35,7 @@ from weightd_daemon.devices.host import HostDevice
 from weightd_daemon.handles.lease_files import LeaseFiles
 from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
 from weightd_daemon.handles.manifest_file import make_manifest
-from weightd_daemon.persistence.descriptor_store import Survival
+from weightd_daemon.persistence.descriptor_store import DescriptorStore
 from weightd_daemon.persistence.root_record import RootRecord, read_root
 from weightd_daemon.residency import Residency
 
@@ -104,12 +104,12 @@ class Books:
         )  # fmt: skip
         self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
-        self.survival = Survival(
+        self.descriptor_store = DescriptorStore(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
-        residency.join(self.store, self.catalog, self.manifests, self.survival, loads=cast("Any", None))
-        asyncio.run(self.survival.begin())
+        residency.join(self.store, self.catalog, self.manifests, self.descriptor_store, loads=cast("Any", None))
+        asyncio.run(self.descriptor_store.begin())
         self.reclaim()
 
     def reclaim(self) -> None:
@@ -119,7 +119,7 @@ class Books:
                 if hasattr(reclaim, "extent"):
                     self.device.punch(reclaim.extent.segment, reclaim.extent.offset, reclaim.extent.length)
                 else:
-                    self.survival.released("host", reclaim.segment)
+                    self.descriptor_store.released("host", reclaim.segment)
                     self.device.release(reclaim.segment)
                 memory.reclaimed(reclaim)
 
@@ -146,16 +146,16 @@ class Books:
         entries = [ManifestEntry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
-        draft = asyncio.run(self.survival.prepare(content, "host"))
+        draft = asyncio.run(self.descriptor_store.prepare(content, "host"))
         checkpoint = load.seal(content, 5.0, draft, draft.size)
         draft.discard()
         checkpoint.origin, checkpoint.sources, checkpoint.reference = SOURCES, [INDEXED], "/m"
         self.store.changed.add(checkpoint.key)
-        self.survival.flip()
+        self.descriptor_store.flip()
         load.end()
         self.reclaim()
         self.catalog.set(WHO, name, digest_of)
-        self.survival.flip()
+        self.descriptor_store.flip()
         return checkpoint
 
     def bytes_of(self, name: str) -> list[bytes]:
@@ -168,8 +168,8 @@ class Books:
 
     def end(self) -> None:
         """The end of the process by a kill: nothing more is written."""
-        if self.survival._record.root is not None:
-            self.survival._record.root.close()
+        if self.descriptor_store._record.root is not None:
+            self.descriptor_store._record.root.close()
         self.manifests.close()
         self.files.close()
         self.device.close()
@@ -203,7 +203,7 @@ def kept(keeper: Keeper) -> Keeper:
             first.load(name, tensors)
         first.catalog.pin(WHO, first.catalog.find(WHO, "a"))
         first.catalog.restore("", "dangling", Tag("sha256:" + "0" * 64, 7))
-        first.survival.flip()
+        first.descriptor_store.flip()
     return keeper
 
 
@@ -283,12 +283,12 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
         checkpoint = first.load("a", DATA["a"])
         assert len(keeper.root["checkpoints"]) == 1
         with monkeypatch.context() as patch:
-            patch.setattr(first.survival._record, "_checkpoint", lambda *_: 1 / 0)
+            patch.setattr(first.descriptor_store._record, "_checkpoint", lambda *_: 1 / 0)
             first.load("b", DATA["b"])
             first.store.remove(checkpoint, "a", "capacity")
         assert keeper.root == {}
         assert "ZeroDivisionError" in caplog.text
-        first.survival.flip()
+        first.descriptor_store.flip()
         assert len(keeper.root["checkpoints"]) == 1
 
 
@@ -332,7 +332,7 @@ def test_lists_of_files_that_are_too_long_are_left_out_and_the_rest_is_kept(keep
         two = first.load("b", DATA["b"])
         two.sources = [half] * 200
         first.store.changed |= {one.key, two.key}
-        first.survival.flip()
+        first.descriptor_store.flip()
     assert len(json.dumps(keeper.root)) < 8 * MIB
     with books(keeper) as again:
         restored = again.catalog.find(WHO, "a")
@@ -587,13 +587,13 @@ def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
     given = [(name.strip(), os.dup(descriptor)) for name, descriptor in kept.kept.items()]
     os.close(kept.kept.pop("root "))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Survival, "__init__", _given(given, Survival.__init__))
+        patch.setattr(DescriptorStore, "__init__", _given(given, DescriptorStore.__init__))
         with books(kept) as again:
             assert again.names() == {"a", "b"}
 
 
 def _given(given: list[tuple[str, int]], original: Any) -> Any:
-    def init(self: Survival, **options: Any) -> None:
+    def init(self: DescriptorStore, **options: Any) -> None:
         for _, descriptor in options["given"]:
             os.close(descriptor)
         original(self, **{**options, "given": given})
@@ -669,7 +669,7 @@ def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(
     with books(keeper) as first:
         for number, name in enumerate("abc"):
             first.load(name, {"t": bytes([number]) * (2 * MIB)})
-        first.survival.flip()
+        first.descriptor_store.flip()
 
     def as_before(body: dict[str, Any]) -> None:
         for row, time in zip(body["checkpoints"], (5.0, 9.0, 1.0), strict=True):
@@ -680,7 +680,7 @@ def test_a_root_record_of_a_daemon_that_counted_no_uses_is_ordered_by_its_times(
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"a", "b"}
         again.store.use(again.catalog.find(WHO, "a"), 0.0)
-        again.survival.flip(uses=True)
+        again.descriptor_store.flip(uses=True)
     with books(keeper, budget=3 * MIB) as again:
         assert again.names() == {"a"}, "the count goes on"
 
@@ -691,7 +691,7 @@ def test_the_least_recently_used_goes_where_the_budget_is_smaller(keeper: Keeper
             first.load(f"c{number}", {"t": bytes([number]) * (2 * MIB)})
         for now, name in enumerate(("c3", "c2", "c1", "c0")):
             first.store.use(first.catalog.find(WHO, name), float(9 - now))  # a clock that is stepped back all the time
-        first.survival.flip(uses=True)
+        first.descriptor_store.flip(uses=True)
     with books(keeper, budget=5 * MIB) as again:
         assert again.names() == {"c0", "c1"}
         assert again.store.memories["host"].used == 4 * MIB
@@ -706,7 +706,7 @@ def test_a_step_of_the_loop_writes_once_and_before_what_it_has_woken(keeper: Kee
     with books(keeper) as first:
         there = [first.load(name, {"t": name.encode() * MIB}) for name in "abc"]
         written: list[int] = []
-        record = first.survival._record
+        record = first.descriptor_store._record
         write, root = record.write, record.root
         assert root is not None
         append = root.append
@@ -768,15 +768,15 @@ def test_a_use_is_written_with_the_next_change_and_at_the_end(keeper: Keeper) ->
 
         before = used()
         first.store.use(one, 9.0)
-        first.survival.flip()
+        first.descriptor_store.flip()
         assert used() == before
         first.catalog.pin(WHO, two)
-        first.survival.flip()
+        first.descriptor_store.flip()
         assert used() == [one.used, two.used] != before
         first.store.use(two, 9.0)
-        first.survival.flip()
+        first.descriptor_store.flip()
         assert used() != [one.used, two.used]
-        first.survival.close()
+        first.descriptor_store.close()
         assert used() == [one.used, two.used]
 
 
@@ -804,12 +804,12 @@ def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
             def cost(change: Callable[[], object]) -> int:
                 def write() -> None:
                     change()
-                    first.survival.flip(uses=True)
+                    first.descriptor_store.flip(uses=True)
 
-                root = first.survival._record.root
+                root = first.descriptor_store._record.root
                 assert root is not None
-                root.write(first.survival._record._everything(), {})  # no new base is under way
-                first.survival._record._copied = None
+                root.write(first.descriptor_store._record._everything(), {})  # no new base is under way
+                first.descriptor_store._record._copied = None
                 return operations(write)
 
             digest = one.key.content_digest
@@ -829,16 +829,16 @@ def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
 def test_bases_are_begun_while_it_serves_and_say_the_same(keeper: Keeper) -> None:
     with books(keeper) as first:
         first.load("a", DATA["a"])
-        root = first.survival._record.root
+        root = first.descriptor_store._record.root
         assert root is not None
         begun = root.sequence
         for number in range(200):
             checkpoint = first.load(f"b{number % 7}", {"t": bytes([number % 7 + 1]) * MIB, "u": b"x" * 4096})
             first.catalog.set(WHO, f"{'long' * 200} {number}", checkpoint.key.content_digest)
-            first.survival.flip()
+            first.descriptor_store.flip()
             if number % 3 == 0:
                 first.store.remove(checkpoint, "", "removed")
-                first.survival.flip()
+                first.descriptor_store.flip()
                 first.reclaim()
         assert root.sequence > begun + 1
         names, contents = first.catalog.tags, [*first.store.checkpoints]
@@ -857,10 +857,10 @@ def test_files_that_mean_another_content_now_mean_it_to_the_next_daemon(keeper: 
         one, two = first.load("a", DATA["a"]), first.load("b", DATA["b"])
         two.sources = []
         first.store.changed.add(two.key)
-        first.survival.flip()
+        first.descriptor_store.flip()
         one.sources, two.sources = [], [SOURCES]
         first.store.changed |= {one.key, two.key}
-        first.survival.flip()
+        first.descriptor_store.flip()
     with books(keeper) as again:
         assert again.catalog.find(WHO, "a").sources == []
         assert again.catalog.find(WHO, "b").sources == [SOURCES]
@@ -875,15 +875,15 @@ def test_default_names_go_with_their_content_and_no_next_daemon_knows_them(keepe
             checkpoint = first.load("kept", {"t": bytes([number]) * MIB})
             first.catalog.set(WHO, f"/models/{number}", checkpoint.key.content_digest, is_default=True)
             first.store.evict(checkpoint, "capacity")
-            first.survival.flip()
+            first.descriptor_store.flip()
         assert [row["name"] for row in keeper.root["names"]] == ["kept"]
         last = first.load("kept", DATA["a"])
         first.catalog.set(WHO, "/models/last", last.key.content_digest, is_default=True)
-        first.survival.flip()
+        first.descriptor_store.flip()
     with books(keeper) as again:
         assert again.catalog.tags["", "/models/last"] == Tag(last.key.content_digest, 1000, is_default=True)
         again.store.evict(again.catalog.find(WHO, "kept"), "capacity")
-        again.survival.flip()
+        again.descriptor_store.flip()
     with books(keeper) as third:
         assert [name for _, name in third.catalog.tags] == ["kept"]
 

@@ -87,7 +87,7 @@ class Draft:
             self._on_discard()
 
 
-class Survival:
+class DescriptorStore:
     """Keeps checkpoints for the next daemon, and takes up what the last one kept.
 
     Where no service manager listens and none has given anything, nothing is kept and nothing is written.
