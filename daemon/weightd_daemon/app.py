@@ -38,7 +38,7 @@ from .handles.lease_files import LeaseFiles
 from .handles.lease_locks import LeaseLocks, Manifests
 from .handles.lease_sweep import LeaseSweep
 from .handles.peers import Connections
-from .loads.fair_queue import Turns
+from .loads.fair_queue import FairQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
 from .log_line import Line
@@ -101,7 +101,7 @@ class _Work(NamedTuple):
     """What loads, and how many at once."""
 
     loads: Loads
-    turns: Turns
+    fair_queue: FairQueue
     digests: DigestIndex
 
 
@@ -258,14 +258,14 @@ class Daemon:
         index = DigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         index.begin()
-        turns = Turns(settings.max_loads, settings.loads_of_one)
+        fair_queue = FairQueue(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
             prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.tell, lock=lock,
-            threads=settings.threads, turns=turns, limits=books.limits, argv=self._loader_argv,
+            threads=settings.threads, fair_queue=fair_queue, limits=books.limits, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
-        return _Work(loads, turns, index)
+        return _Work(loads, fair_queue, index)
 
     def _make_services(
         self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, work: _Work, listeners: Listeners
@@ -343,7 +343,7 @@ class Daemon:
             store.fit_books()
 
         def change_loads(new: Settings) -> None:
-            work.turns.resize(new.max_loads, new.loads_of_one)
+            work.fair_queue.resize(new.max_loads, new.loads_of_one)
             work.loads.threads = new.threads
 
         def change_roots(new: Settings) -> None:

@@ -36,7 +36,7 @@ from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
-from weightd_daemon.loads.fair_queue import Turns
+from weightd_daemon.loads.fair_queue import FairQueue
 from weightd_daemon.loads.flight import Load
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.loads.request import LoadRequest, Outcome
@@ -51,7 +51,7 @@ class Desk:
         nothing, unused = dict[str, Any](), cast("Any", None)
         self.loads = Loads(
             store=self.books.store, catalog=self.books.catalog, devices={**self.books.devices}, reclaimers=nothing,
-            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1, turns=Turns(1, 1),
+            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1, fair_queue=FairQueue(1, 1),
             limits=Limits(),
         )  # fmt: skip
         self.wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True)
@@ -76,7 +76,7 @@ def loads_of(books: Filled, limits: Limits) -> Loads:
     nothing, unused = dict[str, Any](), cast("Any", None)
     return Loads(
         store=books.store, catalog=books.catalog, devices=nothing, reclaimers=nothing, index=unused,
-        prepare=unused, now=lambda: 5.0, on_event=unused, lock=-1, threads=1, turns=Turns(1, 1), limits=limits,
+        prepare=unused, now=lambda: 5.0, on_event=unused, lock=-1, threads=1, fair_queue=FairQueue(1, 1), limits=limits,
     )  # fmt: skip
 
 
@@ -139,7 +139,7 @@ FAULTS: dict[str, tuple[Callable[[Desk, pytest.MonkeyPatch], None], type[Weightd
     "the books refuse": (lambda desk, patch: patch.setattr(desk.books.store, "begin_load", raising(BUG)), ServerError),
     "the books know no such device": (lambda desk, patch: desk.books.store.memories.clear(), NotFoundError),
     "telling that it begins": (lambda desk, patch: patch.setattr(desk.loads, "_on_event", raising(BUG)), ServerError),
-    "its turn": (lambda desk, patch: patch.setattr(desk.loads._turns, "turn", raising(BUG)), ServerError),
+    "its turn": (lambda desk, patch: patch.setattr(desk.loads._fair_queue, "turn", raising(BUG)), ServerError),
     "starting a loader": (lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(BUG)), ServerError),
     "somebody else's cancellation": (
         lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(asyncio.CancelledError())),
@@ -236,7 +236,7 @@ def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
         loads = Loads(
             store=books.store, catalog=books.catalog, devices={"GPU-0": device}, reclaimers={"GPU-0": anything},
             index=anything, prepare=anything, now=lambda: float(next(backwards)), on_event=events.append,
-            lock=lock, threads=1, turns=Turns(1, 1), limits=Limits(),
+            lock=lock, threads=1, fair_queue=FairQueue(1, 1), limits=Limits(),
             argv=["/bin/false"],
         )  # fmt: skip
         intake, other = os.pipe()

@@ -1,4 +1,4 @@
-"""Turns: limits how many loads and verifications run at a time, in total and per user; the rest wait in order."""
+"""The fair queue limits how many loads and verifications run at a time, in total and per user; the rest wait in order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Hashable
 
 
-class Turns:
+class FairQueue:
     """At most `most` turns at a time, and `of_one` of one user. Both may change: what runs goes on."""
 
     def __init__(self, most: int, of_one: int) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
 
-    from .fair_queue import Turns
+    from .fair_queue import FairQueue
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Loads:
         on_event: Callable[[Event], None],
         lock: int,
         threads: int,
-        turns: Turns,
+        fair_queue: FairQueue,
         limits: Limits,
         argv: Sequence[str] = DEFAULT_ARGV,
     ) -> None:
@@ -82,7 +82,7 @@ class Loads:
         self._on_event = on_event
         self.threads = threads
         """With how many threads the next load reads."""
-        self._turns = turns
+        self._fair_queue = fair_queue
         self._quota = Quota(store, catalog, limits)
         self._pool = LoaderPool(argv, [lock])
         self._closing = False
@@ -90,7 +90,7 @@ class Loads:
         self._flights: dict[_Key, Load] = {}
         self._all: set[Load] = set()
         self.verifications = Verifications(
-            store=store, devices=devices, pool=self._pool, turns=turns, quota=self._quota, now=now
+            store=store, devices=devices, pool=self._pool, fair_queue=fair_queue, quota=self._quota, now=now
         )
         self._background: set[asyncio.Task[None]] = set()
 
@@ -269,7 +269,7 @@ class Loads:
             load.number = loading.number
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
-            async with self._turns.turn(request.who.uid):
+            async with self._fair_queue.turn(request.who.uid):
                 steps = LoadSteps(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
                     prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,

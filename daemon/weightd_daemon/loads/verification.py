@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.who import Who
     from weightd_daemon.devices.device import Device
 
-    from .fair_queue import Turns
+    from .fair_queue import FairQueue
     from .loader_pool import LoaderPool
     from .quota import Quota
 
@@ -74,13 +74,13 @@ class Verifications:
     """Begins verifications. Each has one of its user's turns, and with that leases, until its work is over."""
 
     def __init__(
-        self, *, store: Store, devices: dict[str, Device], pool: LoaderPool, turns: Turns, quota: Quota,
+        self, *, store: Store, devices: dict[str, Device], pool: LoaderPool, fair_queue: FairQueue, quota: Quota,
         now: Callable[[], float],
     ) -> None:  # fmt: skip
         self._store = store
         self._devices = devices
         self._pool = pool
-        self._turns = turns
+        self._fair_queue = fair_queue
         self._quota = quota
         self._now = now
         self._tasks: set[asyncio.Task[None]] = set()
@@ -134,7 +134,7 @@ class Verifications:
         loss: Callable[[Checkpoint], WeightdError],
     ) -> None:
         try:
-            async with self._turns.turn(who.uid):
+            async with self._fair_queue.turn(who.uid):
                 chosen = verification.chosen = choose()
                 self._quota.check_leases(who, len(chosen))
                 leases = [self._store.leases.begin(c.key, peer, self._now(), waiting=True) for c in chosen]

@@ -1,4 +1,4 @@
-"""Turns: how many run at a time, in all and of one user, who comes next, and what a cancelled wait leaves."""
+"""FairQueue: how many run at a time, in all and of one user, who comes next, and what a cancelled wait leaves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from weightd_daemon.loads.fair_queue import Turns
+from weightd_daemon.loads.fair_queue import FairQueue
 
 
 class Crowd:
     """Tasks that take a turn each and hold it until they are let go; `inside` are those that have one, in order."""
 
     def __init__(self, most: int, of_one: int) -> None:
-        self.turns = Turns(most, of_one)
+        self.fair_queue = FairQueue(most, of_one)
         self.inside: list[str] = []
         self._gates: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -41,7 +41,7 @@ class Crowd:
             await asyncio.sleep(0)
 
     async def _stay(self, name: str, user: object) -> None:
-        async with self.turns.turn(user):
+        async with self.fair_queue.turn(user):
             self.inside.append(name)
             await self._gates[name].wait()
         self.inside.remove(name)
@@ -108,13 +108,13 @@ def test_who_is_cancelled_in_the_moment_of_its_turn_gives_it_on() -> None:
         await crowd.come("a1", "b1", "c1")
         crowd._gates["a1"].set()
         for _ in range(100):  # b's turn is dealt as a leaves, before b runs again
-            if crowd.turns._waiting[0][0] != "b":
+            if crowd.fair_queue._waiting[0][0] != "b":
                 break
             await asyncio.sleep(0)
         await crowd.cancel("b1")
         assert crowd.inside == ["c1"]
         await crowd.go("c1")
-        assert crowd.turns._taken.total() == 0
+        assert crowd.fair_queue._taken.total() == 0
 
     run(test)
 
@@ -123,13 +123,13 @@ def test_more_turns_let_the_next_in_and_fewer_hold_them_up() -> None:
     async def test() -> None:
         crowd = Crowd(1, 1)
         await crowd.come("a1", "b1", "a2")
-        crowd.turns.resize(3, 1)
+        crowd.fair_queue.resize(3, 1)
         await crowd.settle()
         assert crowd.inside == ["a1", "b1"]
-        crowd.turns.resize(3, 2)
+        crowd.fair_queue.resize(3, 2)
         await crowd.settle()
         assert crowd.inside == ["a1", "b1", "a2"]
-        crowd.turns.resize(1, 1)
+        crowd.fair_queue.resize(1, 1)
         await crowd.come("c1")
         await crowd.go("a1")
         await crowd.go("b1")
