@@ -51,8 +51,8 @@ class Desk:
         nothing, unused = dict[str, Any](), cast("Any", None)
         self.loads = Loads(
             store=self.books.store, catalog=self.books.catalog, devices={**self.books.devices}, reclaimers=nothing,
-            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1, fair_queue=FairQueue(1, 1),
-            limits=Limits(),
+            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1,
+            fair_queue=FairQueue(1, 1), limits=Limits(),
         )  # fmt: skip
         self.wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True)
         self.intake, other = os.pipe()

@@ -1,4 +1,4 @@
-"""The fair queue limits how many loads and verifications run at a time, in total and per user; the rest wait in order."""
+"""The fair queue: how many loads and verifications run at a time, in total and per user; the rest wait in order."""
 
 from __future__ import annotations
 
