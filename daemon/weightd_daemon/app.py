@@ -43,7 +43,7 @@ from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
 from .log_line import Line
 from .monitoring.event_log import EventLog
-from .monitoring.event_stream import Journal
+from .monitoring.event_stream import EventStream
 from .monitoring.listeners import Listeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
@@ -89,7 +89,7 @@ class _Books(NamedTuple):
     store: Store
     catalog: Catalog
     limits: Limits
-    journal: Journal
+    event_stream: EventStream
     manifests: Manifests
     locks: LeaseLocks
     sweep: LeaseSweep
@@ -213,9 +213,9 @@ class Daemon:
         locks = LeaseLocks(manifests, lease_files)
         store = Store(leases=Leases(locks.is_locked, tell, locks.forget), on_event=residency.on_event)
         catalog = Catalog(store, limits, changed=residency.on_changed, on_event=tell)
-        journal = Journal(store=store, catalog=catalog, now=time.time)
-        listeners.add(journal)
-        listeners.add(EventLog(journal.encode))
+        event_stream = EventStream(store=store, catalog=catalog, now=time.time)
+        listeners.add(event_stream)
+        listeners.add(EventLog(event_stream.encode))
         descriptor_store = DescriptorStore(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
             manifests=manifests, lease_files=lease_files, now=time.time,
@@ -235,7 +235,7 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        return _Books(store, catalog, limits, journal, manifests, locks, sweep, descriptor_store, reclaimers)
+        return _Books(store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers)
 
     async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: _Served, books: _Books) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
@@ -288,7 +288,7 @@ class Daemon:
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
         parts = Parts(
             store, catalog, loads, connections, devices, default,
-            now=time.time, journal=books.journal, drain=drain, statistics=statistics,
+            now=time.time, event_stream=books.event_stream, drain=drain, statistics=statistics,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 

@@ -1,4 +1,4 @@
-"""A daemon whose journal and metrics fail at an event serves on, logs on, and says so to whoever asks them."""
+"""A daemon whose event stream and metrics fail at an event serves on, logs on, and says so to whoever asks them."""
 
 from __future__ import annotations
 
@@ -39,4 +39,4 @@ def test_the_daemon_serves_on(start_daemon: StartDaemon, short_path: Path, tmp_p
     logged = daemon.logged()
     assert logged.count(f"failed at {kind}") == 2
     for line in ("loaded a by", "loaded b by", "attached a by", "evicted a by", "evicted b content"):
-        assert f" {line}" in logged, "the log does not hang on the journal"
+        assert f" {line}" in logged, "the log does not hang on the event stream"

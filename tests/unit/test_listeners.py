@@ -20,7 +20,7 @@ from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
-from weightd_daemon.monitoring.event_stream import Journal
+from weightd_daemon.monitoring.event_stream import EventStream
 from weightd_daemon.monitoring.listeners import Listeners
 
 EVENTS = get_args(Event)
@@ -133,18 +133,18 @@ def test_who_reads_events_hears_that_no_more_come() -> None:
 
     async def read() -> None:
         books = Books()
-        journal = Journal(store=books.store, catalog=books.catalog, now=lambda: 0.0)
-        books.listeners.add(journal)
-        with journal.reader(WHO) as follower, journal.reader(WHO) as waiting:
+        event_stream = EventStream(store=books.store, catalog=books.catalog, now=lambda: 0.0)
+        books.listeners.add(event_stream)
+        with event_stream.reader(WHO) as follower, event_stream.reader(WHO) as waiting:
             books.load("a")
             wait = asyncio.ensure_future(_drained(waiting.next))
             await asyncio.sleep(0)
-            journal.encode = fail  # type: ignore[method-assign]
+            event_stream.encode = fail  # type: ignore[method-assign]
             books.load("b")
             kinds = await _drained(follower.next)
             assert len(kinds) == 4, "what came before is still read"
             assert await wait == kinds
-        with pytest.raises(ServerError, match="no longer recorded"), journal.reader(WHO):
+        with pytest.raises(ServerError, match="no longer recorded"), event_stream.reader(WHO):
             pass
 
     asyncio.run(read())

@@ -11,7 +11,7 @@ from weightd_daemon.core.who import Who
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.peers import Connection, Connections
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.monitoring.event_stream import Journal
+from weightd_daemon.monitoring.event_stream import EventStream
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import Drain
 
@@ -29,7 +29,7 @@ class Parts(NamedTuple):
     devices: dict[str, Device]
     default_device: str
     now: Callable[[], float]
-    journal: Journal
+    event_stream: EventStream
     drain: Drain
     statistics: Statistics
 

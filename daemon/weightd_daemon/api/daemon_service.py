@@ -47,7 +47,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         """What is remembered, then what happens, as long as the caller's connection is there."""
         parts = self._parts
         _, who = parts.caller(context)
-        with parts.journal.reader(who) as reader:
+        with parts.event_stream.reader(who) as reader:
             for event in reader.recent:
                 yield event
             loop = asyncio.get_running_loop()

@@ -55,7 +55,7 @@ class StreamedEvent(NamedTuple):
         return who.admin or self.domain in (None, who.domain)
 
 
-class Reader:
+class EventReader:
     """One who follows. `recent` is what was remembered when it came."""
 
     def __init__(self, who: Who, remembered: Iterable[StreamedEvent]) -> None:
@@ -100,7 +100,7 @@ class Reader:
         return self._queue.popleft()
 
 
-class Journal:
+class EventStream:
     """Listens to everything, and hands it to its readers."""
 
     def __init__(self, *, store: Store, catalog: Catalog, now: Callable[[], float]) -> None:
@@ -108,7 +108,7 @@ class Journal:
         self._catalog = catalog
         self._now = now
         self._remembered: deque[StreamedEvent] = deque(maxlen=REMEMBERED)
-        self._readers: set[Reader] = set()
+        self._readers: set[EventReader] = set()
         self._cut_off = False
 
     def tell(self, event: Event) -> None:
@@ -127,13 +127,13 @@ class Journal:
             reader.end()
 
     @contextmanager
-    def reader(self, who: Who) -> Iterator[Reader]:
+    def reader(self, who: Who) -> Iterator[EventReader]:
         """Read what `who` may see. Errors: InUseError (too many read), ServerError (events are no longer recorded)."""
         if self._cut_off:
             raise ServerError(_CUT_OFF)
         if len(self._readers) >= MOST_READERS:
             raise InUseError(f"{MOST_READERS} readers of events are there already; end one of them")
-        reader = Reader(who, self._remembered)
+        reader = EventReader(who, self._remembered)
         self._readers.add(reader)
         try:
             yield reader

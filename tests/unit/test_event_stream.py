@@ -1,4 +1,4 @@
-"""The journal: what events say, who may see them, and how much it keeps."""
+"""The event stream: what events say, who may see them, and how much it keeps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.monitoring import event_stream as journal_module
-from weightd_daemon.monitoring.event_stream import Journal, Reader
+from weightd_daemon.monitoring.event_stream import EventReader, EventStream
 
 ALICE, BOB, ADMIN = (
     Who(1000, admin=False, domain="a"),
@@ -30,19 +30,19 @@ BEGUN = LoadBegun(5, PEER, "host", "a", "name")
 
 
 class Desk:
-    """A journal over a store with one checkpoint of Alice."""
+    """An event stream over a store with one checkpoint of Alice."""
 
     def __init__(self) -> None:
         self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
         self.catalog = Catalog(self.store, Limits())
-        self.journal = Journal(store=self.store, catalog=self.catalog, now=lambda: 1.5)
+        self.event_stream = EventStream(store=self.store, catalog=self.catalog, now=lambda: 1.5)
         key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
         self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)
         self.store.checkpoints[key] = self.checkpoint
         self.lease = Lease(9, key, PEER, 0.0, waiting=False)
 
     def seen(self, who: Who) -> list[daemon_pb2.Event]:
-        with self.journal.reader(who) as reader:
+        with self.event_stream.reader(who) as reader:
             return reader.recent
 
 
@@ -57,7 +57,7 @@ def test_what_events_say(desk: Desk) -> None:
         BEGUN, LoadEnded(BEGUN, "CAPACITY", "too large", 2.0), LoadEnded(BEGUN, "OK", "", 3.0, "sha256:cd", 30, 20, 10),
         Attached(desk.lease), Detached(desk.lease), Evicted(desk.checkpoint, "capacity"),
     ):  # fmt: skip
-        desk.journal.tell(event)
+        desk.event_stream.tell(event)
     begun, failed, ended, attached, detached, evicted = desk.seen(ALICE)
     assert (begun.event_time.seconds, begun.event_time.nanos) == (1, 500_000_000)
     assert (begun.load, begun.names, begun.device, begun.pid, begun.uid) == (5, ["name"], "host", 12, 1000)
@@ -74,7 +74,7 @@ def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
     stranger = replace(desk.lease, peer=Peer(2, None, None, ""))
     root = replace(desk.lease, peer=Peer(3, 7, 0, "sh"))
     for lease in (stranger, root):
-        desk.journal.tell(Attached(lease))
+        desk.event_stream.tell(Attached(lease))
     found = [event_from(message) for message in desk.seen(ALICE)]
     assert [(event.pid, event.uid, event.command) for event in found] == [(None, None, ""), (7, 0, "sh")]
     assert found[0].user == "?"
@@ -83,15 +83,15 @@ def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
 def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:
     del desk.store.checkpoints[desk.checkpoint.key]
     desk.store.lost[desk.checkpoint.key] = Lost(desk.checkpoint, "gone")
-    desk.journal.tell(Detached(desk.lease))
+    desk.event_stream.tell(Detached(desk.lease))
     (event,) = desk.seen(ALICE)
     assert (event.lease, event.total_bytes) == (9, 300)
 
 
 @pytest.mark.parametrize("state", ["draining", "drained", "undrained"])
 def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
-    desk.journal.tell(DrainChanged(state))
-    desk.journal.tell(DeviceLost("GPU-1", "fell off the bus"))
+    desk.event_stream.tell(DrainChanged(state))
+    desk.event_stream.tell(DeviceLost("GPU-1", "fell off the bus"))
     for who in (ALICE, BOB, ADMIN):
         drain, lost = desk.seen(who)
         assert daemon_pb2.EventKind.Name(drain.kind) == f"EVENT_KIND_{state.upper()}"
@@ -100,15 +100,15 @@ def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
 
 def test_other_users_see_nothing_and_admins_everything(desk: Desk) -> None:
     for event in (BEGUN, LoadEnded(BEGUN, "OK", "", 1.0), Attached(desk.lease), Evicted(desk.checkpoint, "removed")):
-        desk.journal.tell(event)
+        desk.event_stream.tell(event)
     assert [len(desk.seen(who)) for who in (ALICE, BOB, ADMIN)] == [4, 0, 4]
 
 
 def test_an_event_has_an_end(desk: Desk) -> None:
     for number in range(20):
         desk.catalog.set(ALICE, f"n{number:02}", desk.checkpoint.key.content_digest)
-    desk.journal.tell(Attached(desk.lease))
-    desk.journal.tell(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
+    desk.event_stream.tell(Attached(desk.lease))
+    desk.event_stream.tell(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
     attached, ended = desk.seen(ALICE)
     assert attached.names == [f"n{number:02}" for number in range(8)]
     assert ended.ByteSize() < 3000
@@ -116,7 +116,7 @@ def test_an_event_has_an_end(desk: Desk) -> None:
 
 def test_only_so_many_are_remembered(desk: Desk) -> None:
     for number in range(journal_module.REMEMBERED + 10):
-        desk.journal.tell(LoadBegun(number, PEER, "host", "a", ""))
+        desk.event_stream.tell(LoadBegun(number, PEER, "host", "a", ""))
     loads = [event.load for event in desk.seen(ALICE)]
     assert loads == list(range(10, journal_module.REMEMBERED + 10))
 
@@ -127,9 +127,13 @@ def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
     monkeypatch.setattr(journal_module, "BACKLOG", 3)
 
     async def read() -> None:
-        with desk.journal.reader(ALICE) as slow, desk.journal.reader(ALICE) as fast, desk.journal.reader(BOB) as other:
+        with (
+            desk.event_stream.reader(ALICE) as slow,
+            desk.event_stream.reader(ALICE) as fast,
+            desk.event_stream.reader(BOB) as other,
+        ):
             for number in range(5):
-                desk.journal.tell(LoadBegun(number, PEER, "host", "a", ""))
+                desk.event_stream.tell(LoadBegun(number, PEER, "host", "a", ""))
                 found = await fast.next(1.0)
                 assert found is not None
                 assert found.load == number
@@ -143,10 +147,10 @@ def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
 
 def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
     async def read() -> None:
-        with desk.journal.reader(ALICE) as reader:
+        with desk.event_stream.reader(ALICE) as reader:
             waiting = asyncio.ensure_future(reader.next(20.0))
             await asyncio.sleep(0)
-            desk.journal.tell(BEGUN)
+            desk.event_stream.tell(BEGUN)
             found = await waiting
             assert found is not None
             assert found.load == 5
@@ -155,16 +159,16 @@ def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
 
 
 def test_who_has_left_gets_nothing(desk: Desk) -> None:
-    with desk.journal.reader(ALICE) as left:
+    with desk.event_stream.reader(ALICE) as left:
         pass
-    desk.journal.tell(BEGUN)
+    desk.event_stream.tell(BEGUN)
     assert asyncio.run(left.next(0.0)) is None
 
 
 def test_readers_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "MOST_READERS", 1)
-    with desk.journal.reader(ALICE) as reader:
-        assert isinstance(reader, Reader)
+    with desk.event_stream.reader(ALICE) as reader:
+        assert isinstance(reader, EventReader)
         with pytest.raises(InUseError, match="1 readers"):
             desk.seen(BOB)
     assert desk.seen(BOB) == []
