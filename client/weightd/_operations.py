@@ -17,7 +17,7 @@ from .resolve import Resolved, files_of, is_path, open_sources, reference_name
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._transport.rpc import ControlPlane
+    from ._transport.rpc import RpcClient
     from .attachment import Attachment
     from .types import (
         CheckpointDetails,
@@ -134,8 +134,8 @@ class Operations(ABC):
         self._rpc().undrain()
 
     @abstractmethod
-    def _rpc(self) -> ControlPlane:
-        """The control plane, connected anew where the daemon has gone. Errors: ForkedError, InvalidReferenceError."""
+    def _rpc(self) -> RpcClient:
+        """The gRPC client, connected anew where the daemon has gone. Errors: ForkedError, InvalidReferenceError."""
 
     @abstractmethod
     def _attach(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ._references.files import OpenedSources
     from ._transport.handle_socket import HandleConnection
-    from ._transport.rpc import ControlPlane
+    from ._transport.rpc import RpcClient
 
 T = TypeVar("T")
 _FEED_SECONDS = 60.0
@@ -75,7 +75,7 @@ class Client(Operations):
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
-        self._control: ControlPlane | None = None
+        self._control: RpcClient | None = None
         self._line = Line(path, timeout)
         self.socket = path
         """The daemon's control socket."""
@@ -292,12 +292,12 @@ class Client(Operations):
     def _handles(self) -> HandleConnection:
         return self._line.handles
 
-    def _rpc(self) -> ControlPlane:
+    def _rpc(self) -> RpcClient:
         self._check()
         with self._lock:
             if self._control is None:
                 check_grpc_can_start()
-                from ._transport.rpc import ControlPlane  # the attach path needs no grpc, and its import takes 0.1 s
+                from ._transport.rpc import RpcClient  # the attach path needs no grpc, and its import takes 0.1 s
 
-                self._control = ControlPlane(self._line.path, self._handles.token, self._line.timeout)
+                self._control = RpcClient(self._line.path, self._handles.token, self._line.timeout)
             return self._control

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from . import logs
 from .api.context import Parts
-from .api.grpc_server import ControlPlane
+from .api.grpc_server import GrpcServer
 from .core.catalog import Catalog
 from .core.lease import Leases
 from .core.memory import DeviceMemory
@@ -299,7 +299,7 @@ class Daemon:
         services: _Services,
         residency: Residency,
         metrics: Metrics | None,
-    ) -> tuple[ControlPlane, HandleServer]:
+    ) -> tuple[GrpcServer, HandleServer]:
         """Serve both sockets. Errors: TemporaryError."""
         settings, parts = self._settings, services.parts
         handles = HandleServer(
@@ -308,7 +308,7 @@ class Daemon:
         )  # fmt: skip
         stack.callback(handles.stop)
         on_call = metrics.called if metrics else _uncounted
-        control = ControlPlane(parts, settings.max_connections, on_call, before_answer=residency.before_answer)
+        control = GrpcServer(parts, settings.max_connections, on_call, before_answer=residency.before_answer)
         stack.push_async_callback(control.stop, _STOP_GRACE)
         try:
             await sockets.open(int(settings.socket_mode, 8), control, handles.start)

@@ -24,7 +24,7 @@ from support.loader import STOP, wait_stopped
 from support.users import needs_root, open_to_all
 from support.wire import Peer
 from support.worker import Worker
-from weightd._transport.rpc import ControlPlane
+from weightd._transport.rpc import RpcClient
 from weightd.client import Client
 
 Spawn = Callable[[Daemon], Worker]
@@ -207,7 +207,7 @@ def can_read(client: Client) -> bool:
 
 def test_a_reader_ends_with_its_connection(daemon: Daemon) -> None:
     with Peer(daemon.socket) as peer:
-        control = ControlPlane(daemon.socket, peer.token, 20.0)
+        control = RpcClient(daemon.socket, peer.token, 20.0)
         ended = background(lambda: list(control.events(follow=True)))
     with pytest.raises(weightd.DaemonUnreachableError, match="has restarted, or closed our connection; call again"):
         ended.result(60)

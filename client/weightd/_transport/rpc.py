@@ -1,4 +1,4 @@
-"""The control plane: gRPC calls, messages as plain values, errors as weightd's own. Imported when first needed."""
+"""The gRPC client: calls, messages as plain values, errors as weightd's own. Imported when first needed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _PHASES = {
 _STATES = {daemon_pb2.DAEMON_STATE_DRAINING: "draining", daemon_pb2.DAEMON_STATE_DRAINED: "drained"}
 
 
-class ControlPlane:
+class RpcClient:
     """Calls on behalf of one handle-socket connection.
 
     `timeout` (seconds) bounds every call that answers at once, so not load, verify, drain and following events.

@@ -62,7 +62,7 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
         return response
 
 
-class ControlPlane:
+class GrpcServer:
     """The gRPC server with its services, health and reflection. For `on_call` and `before_answer` see ErrorMapping.
 
     `max_connections` is how many clients there may be, each with one connection.
