@@ -78,7 +78,7 @@ def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
+class AttachAnswer:
     """What goes to the client. The descriptors of `locked` are to be closed when they have been sent."""
 
     lease: int
@@ -125,7 +125,7 @@ class Attacher:
         who = self._connections.who(connection)
         return self._locks.room(Owner(who.uid, who.domain)) if request.lease_file else None
 
-    def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> Attached:
+    def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> AttachAnswer:
         """Take a lease and say what to send.
 
         Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user).
@@ -155,7 +155,7 @@ class Attacher:
                 self._store.leases.end(number)
         device = self._devices[checkpoint.key.device]
         everything = checkpoint.segments
-        return Attached(
+        return AttachAnswer(
             lease.number,
             checkpoint,
             locked,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.devices.device import Handle
 
-    from .attach import Attached, Attacher
+    from .attach import AttachAnswer, Attacher
     from .peers import Connections
 
 log = logging.getLogger(__name__)
@@ -268,30 +268,30 @@ class _Conversation:
             self._server._on_attach(code, time.perf_counter() - start)
 
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
-        attached: Attached = self._server._attacher.attach(self._connection, request)
+        answer: AttachAnswer = self._server._attacher.attach(self._connection, request)
         try:
-            lent = [one for one in attached.locked if one is not None]
+            lent = [one for one in answer.locked if one is not None]
             room = MAX_DESCRIPTORS - len(lent)
-            first, later = attached.handles[:room], attached.handles[room:]
+            first, later = answer.handles[:room], answer.handles[room:]
             # Duplicates: were the lease given up between two batches, a number could mean another file by then.
             for handle in later:  # one by one: what there is when this fails gets closed
                 self._unsent.append(os.dup(handle) if isinstance(handle, int) else handle)
             descriptors = [handle for handle in first if isinstance(handle, int)]
             reply = handles_pb2.AttachReply(
-                lease=attached.lease,
-                lease_file=attached.locked.lease is not None,
-                content_digest=attached.checkpoint.key.content_digest,
-                manifest_bytes=attached.manifest_bytes,
-                segments=attached.segments,
+                lease=answer.lease,
+                lease_file=answer.locked.lease is not None,
+                content_digest=answer.checkpoint.key.content_digest,
+                manifest_bytes=answer.manifest_bytes,
+                segments=answer.segments,
                 descriptors=len(lent) + len(descriptors),
                 handles=[handle for handle in first if isinstance(handle, bytes)],
             )
             self._send(handles_pb2.HandleReply(attach=reply), [*lent, *descriptors])
         except BaseException:
-            attached.locked.close()
-            self._server._attacher.detach(self._connection, attached.lease)  # it did not go out, so it ends here
+            answer.locked.close()
+            self._server._attacher.detach(self._connection, answer.lease)  # it did not go out, so it ends here
             raise
-        attached.locked.close()
+        answer.locked.close()
         self._expect_ack()
 
     def _send_batch(self) -> None:
