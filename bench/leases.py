@@ -36,7 +36,7 @@ for number in range(1, cycles + 1):
     weightd.torch.load_file(path)
     if number in (cycles // 10, cycles):
         gc.collect()
-        print(rss(sys.argv[3]), rss("self"), len(weightd.torch.shared_client()._line._held), flush=True)
+        print(rss(sys.argv[3]), rss("self"), len(weightd.torch.shared_client()._connection._held), flush=True)
 """
 _HOLD = """
 import sys

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ._mapping.ranges import Range
     from ._mapping.segments import Memory, Segments
-    from ._transport.connection import Line
+    from ._transport.connection import DaemonConnection
     from ._transport.handle_socket import Received
     from .types import LoadResult
 
@@ -50,7 +50,7 @@ class Attachment:
     def __init__(
         self,
         received: Received,
-        line: Line,
+        connection: DaemonConnection,
         components: frozenset[str] = frozenset(),
         keys: frozenset[TensorKey] = frozenset(),
     ) -> None:
@@ -69,9 +69,9 @@ class Attachment:
         self.loaded: LoadResult | None = None
         """What the load brought, where the attach had to load the checkpoint; None where it was resident."""
         self._extents: Extents | None = None
-        self._line = line
+        self._connection = connection
         self._lease = reply.lease
-        line.hold(reply.lease, self.content_digest, self.device, lease)
+        connection.hold(reply.lease, self.content_digest, self.device, lease)
         self._closed = False
 
     def _open(
@@ -116,7 +116,7 @@ class Attachment:
             return
         self.drop()
         with contextlib.suppress(OSError, WeightdError):  # the daemon looks for itself when the connection ends
-            self._line.detach(self._lease)
+            self._connection.detach(self._lease)
 
     def drop(self) -> None:
         """Close without a word to the daemon, which looks for itself. For finalizers: they must not wait."""

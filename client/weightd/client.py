@@ -13,7 +13,7 @@ from ._operations import Operations, Reference
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._references.files import inodes
 from ._transport.address import find_socket
-from ._transport.connection import Line
+from ._transport.connection import DaemonConnection
 from ._transport.convert import check_name, source_to
 from ._transport.handle_socket import feed, fit
 from ._transport.unreachable import when_reachable
@@ -76,7 +76,7 @@ class Client(Operations):
         self._lock = threading.RLock()
         self._closed = False
         self._control: RpcClient | None = None
-        self._line = Line(path, timeout)
+        self._connection = DaemonConnection(path, timeout)
         self.socket = path
         """The daemon's control socket."""
 
@@ -99,7 +99,7 @@ class Client(Operations):
             if self._control is not None:
                 self._control.close()
                 self._control = None
-            self._line.close()
+            self._connection.close()
 
     # -- loading and attaching -------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class Client(Operations):
         self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
     ) -> Attachment:
         self._check()
-        return Attachment(self._handles.attach(request), self._line, components, keys)
+        return Attachment(self._handles.attach(request), self._connection, components, keys)
 
     def _check(self) -> None:
         """Refuse in a forked child, and connect anew where the daemon has gone."""
@@ -283,14 +283,14 @@ class Client(Operations):
         with self._lock:
             if self._closed:
                 raise InvalidReferenceError("this weightd client is closed")
-            self._line.renew()
+            self._connection.renew()
             if self._control is not None and self._control.token != self._handles.token:
                 self._control.close()
                 self._control = None
 
     @property
     def _handles(self) -> HandleConnection:
-        return self._line.handles
+        return self._connection.handles
 
     def _rpc(self) -> RpcClient:
         self._check()
@@ -299,5 +299,5 @@ class Client(Operations):
                 check_grpc_can_start()
                 from ._transport.rpc import RpcClient  # the attach path needs no grpc, and its import takes 0.1 s
 
-                self._control = RpcClient(self._line.path, self._handles.token, self._line.timeout)
+                self._control = RpcClient(self._connection.path, self._handles.token, self._connection.timeout)
             return self._control

@@ -68,7 +68,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one(daemon: Daemon, tmp_path: P
     try:
         with pytest.raises(weightd.DaemonUnreachableError, match="does not answer within"):
             client.attach("a")
-        client._line.timeout = 60.0
+        client._connection.timeout = 60.0
         attaching = background(client.attach, "b")
         time.sleep(0.1)  # so that it asks before the answer to the first question comes
     finally:

@@ -15,7 +15,7 @@ from support.daemon import Daemon, eventually
 from support.manager import Manager
 from support.worker import Worker
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.connection import Line
+from weightd._transport.connection import DaemonConnection
 
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]
@@ -120,15 +120,15 @@ def test_the_thread_lives_on_when_the_next_daemon_refuses(short_path: Path) -> N
     with listener:
         server = threading.Thread(target=serve, daemon=True)
         server.start()
-        line = Line(short_path / "w.sock", 5.0)
+        connection = DaemonConnection(short_path / "w.sock", 5.0)
         mapping = type("Mapping", (), {})()
-        line.hold(7, "sha256:0", "host", mapping)
+        connection.hold(7, "sha256:0", "host", mapping)
         eventually(lambda: peers, what="it is connected")
         peers[0].close()
         server.join(60)
-        eventually(lambda: len(peers) == 3 and line.handles.alive(), what="it has come back")
-        assert list(line.live()) == [7]
-        line.close()
+        eventually(lambda: len(peers) == 3 and connection.handles.alive(), what="it has come back")
+        assert list(connection.live()) == [7]
+        connection.close()
         for peer in peers:
             peer.close()
 
@@ -157,12 +157,15 @@ def test_a_daemon_that_does_not_know_claims_is_used_without(short_path: Path) ->
 
     with listener:
         threading.Thread(target=serve, daemon=True).start()
-        line = Line(short_path / "w.sock", 5.0)
+        connection = DaemonConnection(short_path / "w.sock", 5.0)
         mapping = type("Mapping", (), {})()
-        line.hold(7, "sha256:0", "host", mapping)
-        first = line.handles
+        connection.hold(7, "sha256:0", "host", mapping)
+        first = connection.handles
         first._socket.shutdown(socket.SHUT_RDWR)  # as when the daemon has ended
-        eventually(lambda: line.handles is not first and line.handles.alive(), what="the thread has renewed the line")
+        eventually(
+            lambda: connection.handles is not first and connection.handles.alive(),
+            what="the thread has renewed it",
+        )
         assert seen == ["hello", "hello", "reclaim", "hello"]
-        assert line.live() == {}
-        line.close()
+        assert connection.live() == {}
+        connection.close()

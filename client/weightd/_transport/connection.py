@@ -39,7 +39,7 @@ class _Held(NamedTuple):
     mapping: weakref.ref[object]
 
 
-class Line:
+class DaemonConnection:
     """A connection to the daemon at a path, renewed when it has ended. `timeout` is seconds for each answer."""
 
     def __init__(self, path: Path, timeout: float) -> None:
@@ -129,8 +129,8 @@ class _Watcher:
         self._epoll = select.epoll()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN)
-        self._lines: weakref.WeakValueDictionary[int, Line] = weakref.WeakValueDictionary()
-        self._ended: set[weakref.ref[Line]] = set()
+        self._connections: weakref.WeakValueDictionary[int, DaemonConnection] = weakref.WeakValueDictionary()
+        self._ended: set[weakref.ref[DaemonConnection]] = set()
         self._stopped = False
         try:
             threading.Thread(target=self._run, name="weightd-line", daemon=True).start()
@@ -138,14 +138,14 @@ class _Watcher:
             self.close()
             raise
 
-    def watch(self, line: Line) -> None:
-        """Wait for the end of a line's connection."""
-        handles, of_line = line.handles, weakref.ref(line)
-        hash(of_line)  # it remembers that, and can be looked for when the line is gone
+    def watch(self, connection: DaemonConnection) -> None:
+        """Wait for the end of a connection to the daemon."""
+        handles, of_connection = connection.handles, weakref.ref(connection)
+        hash(of_connection)  # it remembers that, and can be looked for when the connection is gone
         # The call that finds a connection ended closes it, and then the kernel has nothing more to tell.
-        handles.on_broken = lambda: self._broken(of_line)
+        handles.on_broken = lambda: self._broken(of_connection)
         number = handles.fileno()
-        self._lines[number] = line
+        self._connections[number] = connection
         # Once: where a forked child has the socket too, nobody can take it out again.
         once = select.EPOLLRDHUP | select.EPOLLONESHOT
         try:
@@ -154,7 +154,7 @@ class _Watcher:
             except FileExistsError:
                 self._epoll.modify(number, once)
         except (OSError, ValueError):  # another thread has closed it
-            self._broken(of_line)
+            self._broken(of_connection)
 
     def stop(self) -> None:
         """The interpreter ends."""
@@ -165,37 +165,39 @@ class _Watcher:
         self._epoll.close()
         os.close(self._wake)
 
-    def _broken(self, line: weakref.ref[Line]) -> None:
-        self._ended.add(line)
+    def _broken(self, connection: weakref.ref[DaemonConnection]) -> None:
+        self._ended.add(connection)
         os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
-        retries: dict[weakref.ref[Line], tuple[float, float]] = {}  # when, and how long the pause after that
+        retries: dict[
+            weakref.ref[DaemonConnection], tuple[float, float]
+        ] = {}  # when, and how long the pause after that
         while not self._stopped:
             due = min((when for when, _ in retries.values()), default=None)
             for number, _ in self._epoll.poll(None if due is None else max(0.0, due - time.monotonic())):
                 if number == self._wake:
                     os.eventfd_read(self._wake)
-                elif line := self._lines.get(number):
-                    self._ended.add(weakref.ref(line))
-                line = None  # keeps nothing while it sleeps
+                elif connection := self._connections.get(number):
+                    self._ended.add(weakref.ref(connection))
+                connection = None  # keeps nothing while it sleeps
             while self._ended:
                 retries.setdefault(self._ended.pop(), (0.0, _FIRST_PAUSE))
-            for of_line, (when, pause) in list(retries.items()):
+            for of_connection, (when, pause) in list(retries.items()):
                 if when > time.monotonic() or self._stopped:
                     continue
-                retries[of_line] = (time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE))
-                if _is_settled(of_line):
-                    del retries[of_line]
+                retries[of_connection] = (time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE))
+                if _is_settled(of_connection):
+                    del retries[of_connection]
 
 
-def _is_settled(of_line: weakref.ref[Line]) -> bool:
-    """Whether a line that had ended is there again, or needed by nobody."""
-    line = of_line()
-    if line is None or line.closed or not line.live():
+def _is_settled(of_connection: weakref.ref[DaemonConnection]) -> bool:
+    """Whether a connection that had ended is there again, or needed by nobody."""
+    connection = of_connection()
+    if connection is None or connection.closed or not connection.live():
         return True
     try:
-        line.renew()
+        connection.renew()
     except (WeightdError, OSError):  # it is away, or of another protocol, or this process is out of descriptors
         return False
     return True
@@ -205,7 +207,7 @@ _lock = threading.Lock()
 _watcher: _Watcher | None = None
 
 
-def _watch(line: Line) -> None:
+def _watch(connection: DaemonConnection) -> None:
     global _watcher
     with _lock:
         if _watcher is None:
@@ -214,7 +216,7 @@ def _watch(line: Line) -> None:
             except (RuntimeError, OSError):  # no more threads or descriptors: only `weightd ps` will miss a name
                 return
             atexit.register(_watcher.stop)
-    _watcher.watch(line)
+    _watcher.watch(connection)
 
 
 def _after_fork() -> None:
