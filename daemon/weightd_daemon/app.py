@@ -33,11 +33,12 @@ from .devices.budgets import (
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
 from .handles.attach import Attacher
+from .handles.connections import Connections
 from .handles.handle_server import HandleServer
 from .handles.lease_files import LeaseFiles
-from .handles.lease_locks import LeaseLocks, Manifests
+from .handles.lease_locks import LeaseLocks
 from .handles.lease_sweep import LeaseSweep
-from .handles.peers import Connections
+from .handles.manifests import Manifests
 from .loads.fair_queue import FairQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads

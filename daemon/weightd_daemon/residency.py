@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .core.catalog import Catalog
     from .core.events import Event
     from .core.store import Store
-    from .handles.lease_locks import Manifests
+    from .handles.manifests import Manifests
     from .loads.loads import Loads
     from .persistence.descriptor_store import DescriptorStore
 

@@ -22,7 +22,7 @@ from support.manager import Manager
 from support.worker import Worker
 from weightd._proto.v1 import handles_pb2
 from weightd.types import DeviceStats
-from weightd_daemon.handles.lease_locks import LOCK_BASE
+from weightd_daemon.handles.manifests import LOCK_BASE
 
 StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]

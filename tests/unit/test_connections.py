@@ -14,8 +14,8 @@ from typing import cast
 import pytest
 
 from support.daemon import eventually
-from weightd_daemon.handles import peers
-from weightd_daemon.handles.peers import Connections
+from weightd_daemon.handles import connections as module
+from weightd_daemon.handles.connections import Connections
 
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 
@@ -60,12 +60,12 @@ def test_the_command_line_is_read_after_hello_and_elsewhere(monkeypatch: pytest.
         gate.wait(60)
         return f"command of {pid}"
 
-    monkeypatch.setattr(peers, "command_of", hang)
+    monkeypatch.setattr(module, "command_of", hang)
     connections = Connections(isolated=False, admins=frozenset())
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection = connections.add(ours)
-        named = peers.comm_of(os.getpid())
+        named = module.comm_of(os.getpid())
         assert named
         connections.greeted(connection)
         peer = connection.peer
@@ -82,13 +82,13 @@ def test_a_command_line_of_any_length_is_read_in_part() -> None:
     words = [sys.executable, "-c", "input()", "\x1b[31m", *["x" * 100_000] * 15]
     process = subprocess.Popen(words, stdin=subprocess.PIPE)
     try:
-        eventually(lambda: peers.command_of(process.pid).startswith(sys.executable))
-        shown = peers.command_of(process.pid)
+        eventually(lambda: module.command_of(process.pid).startswith(sys.executable))
+        shown = module.command_of(process.pid)
         assert (len(shown), shown.isprintable()) == (120, True)
         assert f"-c input() ?[31m {'x' * 20}" in shown
         with open(f"/proc/{process.pid}/cmdline", "rb") as file:
             assert len(file.read()) > 1_000_000
-        assert len(peers._read(f"/proc/{process.pid}/cmdline")) == 4096
+        assert len(module._read(f"/proc/{process.pid}/cmdline")) == 4096
     finally:
         process.communicate(b"\n", 60)
-    assert peers.command_of(process.pid) == "", "it has gone"
+    assert module.command_of(process.pid) == "", "it has gone"

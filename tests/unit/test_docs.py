@@ -25,7 +25,7 @@ from weightd_daemon.__main__ import _parser
 from weightd_daemon.api.context import TOKEN
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.handles import handle_server
-from weightd_daemon.handles.lease_locks import LOCK_BASE
+from weightd_daemon.handles.manifests import LOCK_BASE
 from weightd_daemon.loader import intake
 from weightd_daemon.monitoring import event_stream, http
 from weightd_daemon.monitoring.metrics import Metrics

@@ -17,9 +17,10 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.handles import kernel_locks
 from weightd_daemon.handles.lease_files import FILE_LEASES, LeaseFiles, Owner
-from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
+from weightd_daemon.handles.lease_locks import LeaseLocks
 from weightd_daemon.handles.lease_sweep import LeaseSweep
 from weightd_daemon.handles.manifest_file import make_manifest
+from weightd_daemon.handles.manifests import Manifests
 
 ALICE, BOB = Owner(1001, ""), Owner(1002, "")
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)

@@ -14,8 +14,8 @@ import pytest
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Lease, Peer
 from weightd_daemon.handles import kernel_locks
-from weightd_daemon.handles.lease_locks import LOCK_BASE, Manifests
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
+from weightd_daemon.handles.manifests import LOCK_BASE, Manifests
 
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)
 OTHER = KEY._replace(content_digest="sha256:" + "cd" * 32)

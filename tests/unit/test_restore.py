@@ -33,8 +33,9 @@ from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
 from weightd_daemon.handles.lease_files import LeaseFiles
-from weightd_daemon.handles.lease_locks import LeaseLocks, Manifests
+from weightd_daemon.handles.lease_locks import LeaseLocks
 from weightd_daemon.handles.manifest_file import make_manifest
+from weightd_daemon.handles.manifests import Manifests
 from weightd_daemon.persistence.descriptor_store import DescriptorStore
 from weightd_daemon.persistence.root_record import RootRecord, read_root
 from weightd_daemon.residency import Residency

@@ -18,7 +18,7 @@ from weightd.errors import DaemonBusyError, InvalidReferenceError, LeaseLostErro
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from weightd_daemon.handles.peers import Connection, Connections
+    from weightd_daemon.handles.connections import Connection, Connections
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 MAX_REQUEST = 64 << 10

@@ -15,7 +15,7 @@ from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
-from weightd_daemon.handles.peers import Connection
+from weightd_daemon.handles.connections import Connection
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
 from weightd_daemon.loads.verification import Verification

@@ -9,7 +9,7 @@ from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.device import Device
-from weightd_daemon.handles.peers import Connection, Connections
+from weightd_daemon.handles.connections import Connection, Connections
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import EventStream
 from weightd_daemon.monitoring.statistics import Statistics

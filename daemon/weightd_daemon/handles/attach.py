@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loads.loads import Loads
 
-    from .lease_locks import LeaseLocks, Locked, Manifests
-    from .peers import Connection, Connections
+    from .connections import Connection, Connections
+    from .lease_locks import LeaseLocks, Locked
+    from .manifests import Manifests
 
 
 MOST_ENDED = 256

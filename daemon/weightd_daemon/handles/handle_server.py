@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Handle
 
     from .attach import AttachAnswer, Attacher
-    from .peers import Connections
+    from .connections import Connections
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from weightd._proto.v1 import daemon_pb2
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices.device import Device
-from weightd_daemon.handles.peers import Connections
+from weightd_daemon.handles.connections import Connections
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.operations.drain import Drain
 from weightd_daemon.persistence.digest_index import DigestIndex

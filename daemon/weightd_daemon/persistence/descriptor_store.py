@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
     from weightd_daemon.handles.lease_files import LeaseFiles
-    from weightd_daemon.handles.lease_locks import Manifests
+    from weightd_daemon.handles.manifests import Manifests
 
     from .service_manager import ServiceManager
 

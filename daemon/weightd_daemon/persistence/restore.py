@@ -24,9 +24,9 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.handles.lease_locks import Manifests
+from weightd_daemon.handles.connections import NO_UID
 from weightd_daemon.handles.manifest_file import is_manifest
-from weightd_daemon.handles.peers import NO_UID
+from weightd_daemon.handles.manifests import Manifests
 from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
