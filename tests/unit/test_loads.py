@@ -37,7 +37,7 @@ from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.loader.source import Source, rested
 from weightd_daemon.loads.fair_queue import FairQueue
-from weightd_daemon.loads.flight import Load
+from weightd_daemon.loads.flight import Flight
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.loads.request import LoadRequest, Outcome
 
@@ -61,7 +61,7 @@ class Desk:
     def hear(self, event: Event) -> None:
         self.told.append(event)
 
-    def check_over(self, load: Load) -> None:
+    def check_over(self, load: Flight) -> None:
         """Nothing is left of a load, and what was told of its beginning was told of its end."""
         assert load.done.done()
         assert self.loads.under_way == []

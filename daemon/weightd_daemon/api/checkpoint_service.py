@@ -260,7 +260,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         message.exclusive_bytes = message.shared_bytes = message.leases = 0
         return message
 
-    def _loading(self, load: flight.Load) -> checkpoint_pb2.Checkpoint:
+    def _loading(self, load: flight.Flight) -> checkpoint_pb2.Checkpoint:
         request = load.request
         return checkpoint_pb2.Checkpoint(
             names=[request.name] if request.name else [],

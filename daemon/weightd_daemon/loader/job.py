@@ -99,7 +99,7 @@ def _work(channel: Channel, message: wire.ToLoader, new_hasher: digest.NewHasher
             # Taken before anything can fail: the next job would take it for its own.
             intake = stack.enter_context(socket.socket(fileno=channel.receive_descriptor()))
             io = stack.enter_context(contextlib.closing(open_io(load.kind, load.device, channel.segments)))
-            stack.enter_context(Load(channel, io, load, new_hasher)).run(intake)
+            stack.enter_context(LoadJob(channel, io, load, new_hasher)).run(intake)
         elif message.HasField("verify"):
             job = message.verify
             io = stack.enter_context(contextlib.closing(open_io(job.kind, job.device, channel.segments)))
@@ -108,7 +108,7 @@ def _work(channel: Channel, message: wire.ToLoader, new_hasher: digest.NewHasher
             raise ServerError(f"the daemon sent {message.WhichOneof('body')} where a job was due")
 
 
-class Load:
+class LoadJob:
     """One load: receive descriptors, read the headers, copy, recheck."""
 
     def __init__(self, channel: Channel, io: SegmentIO, job: wire.Load, new_hasher: digest.NewHasher) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import Checkpoint
 
 
-class Load:
+class Flight:
     """A load under way, and those who wait for it."""
 
     def __init__(self, request: LoadRequest, intake: int) -> None:

@@ -19,7 +19,7 @@ from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
 
 from .dialogue import LoadSteps
-from .flight import Load
+from .flight import Flight
 from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
 from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
@@ -87,15 +87,15 @@ class Loads:
         self._pool = LoaderPool(argv, [lock])
         self._closing = False
         self._numbers = count(1)
-        self._flights: dict[_Key, Load] = {}
-        self._all: set[Load] = set()
+        self._flights: dict[_Key, Flight] = {}
+        self._all: set[Flight] = set()
         self.verifications = Verifications(
             store=store, devices=devices, pool=self._pool, fair_queue=fair_queue, quota=self._quota, now=now
         )
         self._background: set[asyncio.Task[None]] = set()
 
     @property
-    def under_way(self) -> list[Load]:
+    def under_way(self) -> list[Flight]:
         """Loads that have not ended."""
         return [load for load in self._all if not load.done.done()]
 
@@ -156,7 +156,7 @@ class Loads:
         if not request.detached and not kept and self._quota.may_lease(request.who):
             self._store.leases.begin(checkpoint.key, request.peer, self._now(), waiting=True)
 
-    def start(self, request: LoadRequest, intake: int) -> tuple[Load, int, bool]:
+    def start(self, request: LoadRequest, intake: int) -> tuple[Flight, int, bool]:
         """Begin a load or join one of the same files by the same owner.
 
         Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
@@ -172,7 +172,7 @@ class Loads:
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
         if load is None or not joins:
-            load = Load(request, intake)
+            load = Flight(request, intake)
             self._all.add(load)
             now_ns = int(self._now() * 1e9)
             if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
@@ -184,7 +184,7 @@ class Loads:
         load.detached = load.detached or request.detached
         return load, waiter, not joins
 
-    def leave(self, load: Load, waiter: int) -> None:
+    def leave(self, load: Flight, waiter: int) -> None:
         """A waiter is gone. The last one takes the load with it, unless the load is detached."""
         request = load.waiters.pop(waiter, None)
         if request is not None and request.detached:
@@ -228,7 +228,7 @@ class Loads:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _waiters_of(self, connection: int) -> list[tuple[Load, int]]:
+    def _waiters_of(self, connection: int) -> list[tuple[Flight, int]]:
         return [
             (load, waiter)
             for load in self.under_way
@@ -236,14 +236,14 @@ class Loads:
             if request.peer.connection == connection
         ]
 
-    def _forget(self, key: _Key, load: Load) -> None:
+    def _forget(self, key: _Key, load: Flight) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         load.fail(LeaseLostError(_UNFINISHED))
         self._all.discard(load)
         if self._flights.get(key) is load:
             del self._flights[key]
 
-    async def _run(self, load: Load) -> None:
+    async def _run(self, load: Flight) -> None:
         request = load.request
         loading: Loading | None = None
         begun: LoadBegun | None = None
@@ -310,7 +310,7 @@ class Loads:
                 task.add_done_callback(self._background.discard)
                 self._on_event(load.ended(begun, clock() - began))
 
-    def _finish(self, load: Load, checkpoint: Checkpoint, outcome: Outcome) -> None:
+    def _finish(self, load: Flight, checkpoint: Checkpoint, outcome: Outcome) -> None:
         for request in load.waiters.values():
             if request.detached:
                 try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.core.who import Who
 
-    from .flight import Load
+    from .flight import Flight
 
 
 class Quota:
@@ -33,7 +33,9 @@ class Quota:
         if most := self._limits.most(who, "leases"):
             self._limits.check(who, "leases", self._store.leases.held_by(who.uid, max(0, most - more + 1)), more)
 
-    def admit(self, load: Load, under_way: Iterable[Load], total: int, books: int, tensors: int, content: str) -> None:
+    def admit(
+        self, load: Flight, under_way: Iterable[Flight], total: int, books: int, tensors: int, content: str
+    ) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.
 
         `books` is what it takes of the daemon's own books, which count as bytes do.
