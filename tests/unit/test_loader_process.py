@@ -42,7 +42,7 @@ from weightd_daemon.loader.channel import (
 )
 from weightd_daemon.loader.schedule import Tensor, Unit, on_threads
 from weightd_daemon.loads import dialogue
-from weightd_daemon.loads.dialogue import LoadSteps
+from weightd_daemon.loads.dialogue import Dialogue
 from weightd_daemon.loads.loader_process import LoaderDied, LoaderProcess
 
 GRANT = wire.ToDaemon(grant=wire.Grant(ends=[256], need=256))
@@ -369,7 +369,7 @@ def test_every_question_has_an_answer_of_its_name() -> None:
     answered = {field.name for field in wire.ToLoader.DESCRIPTOR.oneofs_by_name["body"].fields}
     told = dialogue._TOLD | {"verified", "failed", "idle"}
     assert asked - told == answered - {"failed", "load", "verify"}
-    source = inspect.getsource(LoadSteps._answer) + inspect.getsource(LoadSteps._hear)
+    source = inspect.getsource(Dialogue._answer) + inspect.getsource(Dialogue._hear)
     assert set(re.findall(r'case "(\w+)"', source)) == (asked - told) | dialogue._TOLD
 
 

@@ -44,7 +44,7 @@ _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
 
-class LoadSteps:
+class Dialogue:
     """Serves one job of a loader from beginning to seal. Errors of the job are raised from `serve`."""
 
     def __init__(

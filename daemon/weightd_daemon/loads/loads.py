@@ -18,7 +18,7 @@ from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
 
-from .dialogue import LoadSteps
+from .dialogue import Dialogue
 from .flight import Flight
 from .instances import InstanceIndex
 from .loader_pool import LEAVE_SECONDS, LoaderPool
@@ -251,7 +251,7 @@ class Loads:
         began = clock()
         loader: LoaderProcess | None = None
         usable = False
-        steps: LoadSteps | None = None
+        steps: Dialogue | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -270,7 +270,7 @@ class Loads:
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._fair_queue.turn(request.who.uid):
-                steps = LoadSteps(
+                steps = Dialogue(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
                     prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
                     now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
