@@ -49,10 +49,10 @@ from .monitoring.listeners import Listeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
 from .operations.drain import Drain
-from .operations.notify import Announcer, status_line
+from .operations.notify import Notifier, status_line
 from .operations.preload import Preloader
 from .operations.quarantine import thaw_when_unwritten
-from .operations.reload import Reloading
+from .operations.reload import Reload
 from .operations.serving_lock import AlreadyServedError
 from .operations.sockets import Sockets, cannot_be_made, locked
 from .persistence.descriptor_store import DescriptorStore
@@ -128,7 +128,7 @@ class Daemon:
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
         self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
-        self._announcer = Announcer(self._manager)
+        self._notifier = Notifier(self._manager)
         self._given = kept_descriptors(os.environ)
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
@@ -142,7 +142,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
         loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
-        self._announcer.start()
+        self._notifier.start()
         async with contextlib.AsyncExitStack() as stack:
             # Taken before anything is bound and given up after everything has stopped: a second gRPC server would
             # take over a live socket without a word.
@@ -150,7 +150,7 @@ class Daemon:
             await self._serve(stack, sockets)
             self._up = True
             await self._stop.wait()
-            self._announcer.stop()
+            self._notifier.stop()
             self._up = False
             if self._lost is None:
                 log.info(Line("stopping", {"signal": self._signal.name}))
@@ -326,13 +326,13 @@ class Daemon:
             log.info(Line("serving", {"device": uuid, "kind": device.kind, "budget": budget}))
             if device.note:
                 log.warning("device %s is %s", uuid, device.note)
-        self._announcer.ready(lambda: status_line(store))
+        self._notifier.ready(lambda: status_line(store))
         log.info(Line("ready", {"socket": self._socket, "pid": os.getpid()}))
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
         self, sockets: Sockets, served: _Served, books: _Books, work: _Work, services: _Services, handles: HandleServer
-    ) -> Reloading:
+    ) -> Reload:
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
@@ -368,7 +368,7 @@ class Daemon:
             logs.change: "log_level log_format",
             lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
         }
-        return Reloading(
+        return Reload(
             settings,
             self._read,
             [
@@ -377,7 +377,7 @@ class Daemon:
             ],
             {name: change for change, keys in changes.items() for name in keys.split()},
             lambda _: preloader.begin(),
-            self._announcer.reloading,
+            self._notifier.reloading,
         )
 
     def _told_to_stop(self, number: signal.Signals) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from weightd_daemon.operations.notify import Announcer
+from weightd_daemon.operations.notify import Notifier
 
 MOST_SECONDS = 0.05
 FOUND = "loop watch: a step of"
@@ -42,18 +42,18 @@ _FRAMES = 12
 
 def install() -> None:
     """Watch the loop of the daemon that this process is going to be."""
-    ready, stop = Announcer.ready, Announcer.stop
+    ready, stop = Notifier.ready, Notifier.stop
     watch = Watch()
 
-    def begin(announcer: Announcer, status: Callable[[], str]) -> None:
-        ready(announcer, status)
+    def begin(notifier: Notifier, status: Callable[[], str]) -> None:
+        ready(notifier, status)
         asyncio.get_running_loop().call_soon(watch.begin)  # not in the step that serves: that is all of the start
 
-    def end(announcer: Announcer) -> None:
+    def end(notifier: Notifier) -> None:
         watch.end()
-        stop(announcer)
+        stop(notifier)
 
-    Announcer.ready, Announcer.stop = begin, end  # type: ignore[method-assign]  # exchanged
+    Notifier.ready, Notifier.stop = begin, end  # type: ignore[method-assign]  # exchanged
 
 
 class Watch:

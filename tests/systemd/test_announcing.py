@@ -18,7 +18,7 @@ from support.daemon import WATCHED, Daemon, eventually
 from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
-from weightd_daemon.operations.notify import Announcer
+from weightd_daemon.operations.notify import Notifier
 from weightd_daemon.persistence.service_manager import ServiceManager
 
 DAEMON = WATCHED
@@ -64,13 +64,13 @@ def test_a_life(under: Under, manager: Manager, tmp_path: Path) -> None:
 
 def test_reloading_and_the_end(manager: Manager) -> None:
     async def live() -> None:
-        announcer = Announcer(ServiceManager(manager.environment(WATCHDOG_USEC="20000")))
-        announcer.start()
-        announcer.ready(lambda: "up")
-        with contextlib.suppress(ZeroDivisionError), announcer.reloading():
+        notifier = Notifier(ServiceManager(manager.environment(WATCHDOG_USEC="20000")))
+        notifier.start()
+        notifier.ready(lambda: "up")
+        with contextlib.suppress(ZeroDivisionError), notifier.reloading():
             raise ZeroDivisionError
         await asyncio.sleep(0.2)
-        announcer.stop()
+        notifier.stop()
         await asyncio.sleep(0.2)
 
     asyncio.run(live())

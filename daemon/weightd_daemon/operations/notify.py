@@ -21,7 +21,7 @@ _START_SECONDS = 30
 """What a sign of life asks for before the daemon is ready: the time until the next one, generously."""
 
 
-class Announcer:
+class Notifier:
     """Signs of life are timers of the loop that serves, so a loop that is stuck sends none, and the watchdog bites.
 
     Where no manager listens nothing is done. Where it does not take what it is told, the log says so once, and the
@@ -46,39 +46,39 @@ class Announcer:
         """Say that everything is served; `status` is asked for the line for people from now on."""
         self._status = status
         self._shown = status()
-        self._tell("READY=1", f"STATUS={self._shown}")
+        self._notify("READY=1", f"STATUS={self._shown}")
 
     @contextlib.contextmanager
     def reloading(self) -> Iterator[None]:
         """Say that settings are read again, and at the end that this is done, however it went."""
-        self._tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        self._notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield
         finally:
-            self._tell("READY=1")
+            self._notify("READY=1")
 
     def stop(self) -> None:
         """Say that the daemon ends. No sign of life follows: from now on the manager's limit for stopping counts."""
         if self._timer is not None:
             self._timer.cancel()
-        self._tell("STOPPING=1", "STATUS=Stopping")
+        self._notify("STOPPING=1", "STATUS=Stopping")
 
     def _tick(self) -> None:
         # First the next one: were the line for people to fail, the loop would still be alive.
         self._timer = asyncio.get_running_loop().call_later(self._every, self._tick)
         if self._status is None:
-            self._tell(f"EXTEND_TIMEOUT_USEC={_START_SECONDS * 1_000_000}")
+            self._notify(f"EXTEND_TIMEOUT_USEC={_START_SECONDS * 1_000_000}")
             return
         if self._manager.watchdog_seconds is not None:
-            self._tell("WATCHDOG=1")
+            self._notify("WATCHDOG=1")
         status = self._status()
         if status != self._shown:
             self._shown = status
-            self._tell(f"STATUS={status}")
+            self._notify(f"STATUS={status}")
 
-    def _tell(self, *lines: str) -> None:
+    def _notify(self, *lines: str) -> None:
         try:
-            self._manager.tell(*lines)
+            self._manager.notify(*lines)
         except OSError as error:
             if not self._failed:
                 log.warning("service manager does not take notifications: %s", error.strerror or error)
