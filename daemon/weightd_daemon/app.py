@@ -162,7 +162,7 @@ class Daemon:
 
     async def _serve(self, stack: contextlib.AsyncExitStack, sockets: Sockets) -> None:
         listeners = Listeners()
-        residency = Residency(listeners.tell)
+        residency = Residency(listeners.publish)
         served = self._open_devices(stack, residency, sockets.lock.holders)
         books = self._open_books(stack, served, residency, listeners)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
@@ -206,14 +206,14 @@ class Daemon:
         self, stack: contextlib.AsyncExitStack, served: _Served, residency: Residency, listeners: Listeners
     ) -> _Books:
         """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
-        settings, limits, tell = self._settings, self._settings.limits, listeners.tell
+        settings, limits, publish = self._settings, self._settings.limits, listeners.publish
         manifests = Manifests(residency.before_lock)
         stack.callback(manifests.close)
         lease_files = LeaseFiles()
         stack.callback(lease_files.close)
         locks = LeaseLocks(manifests, lease_files)
-        store = Store(leases=Leases(locks.is_locked, tell, locks.forget), on_event=residency.on_event)
-        catalog = Catalog(store, limits, changed=residency.on_changed, on_event=tell)
+        store = Store(leases=Leases(locks.is_locked, publish, locks.forget), on_event=residency.on_event)
+        catalog = Catalog(store, limits, changed=residency.on_changed, on_event=publish)
         event_stream = EventStream(store=store, catalog=catalog, now=time.time)
         listeners.add(event_stream)
         listeners.add(EventLog(event_stream.encode))
@@ -262,7 +262,7 @@ class Daemon:
         fair_queue = FairQueue(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
-            prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.tell, lock=lock,
+            prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.publish, lock=lock,
             threads=settings.threads, fair_queue=fair_queue, limits=books.limits, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
@@ -277,10 +277,10 @@ class Daemon:
         connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         preloader = Preloader(
             loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
-            place=lambda said: device_meant(said, served.names, default, settings.devices), tell=self._manager.tell,
+            place=lambda said: device_meant(said, served.names, default, settings.devices), notify=self._manager.notify,
             listed=settings.preload,
         )  # fmt: skip
-        drain = Drain(store=store, loads=loads, on_event=listeners.tell, resumed=preloader.begin)
+        drain = Drain(store=store, loads=loads, on_event=listeners.publish, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
         attacher = Attacher(
             store=store, catalog=catalog, loads=loads, manifests=books.manifests, locks=books.locks,

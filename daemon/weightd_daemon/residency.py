@@ -42,8 +42,8 @@ class Residency:
     `tell` publishes events to listeners, and raises nothing.
     """
 
-    def __init__(self, tell: Callable[[Event], None]) -> None:
-        self._tell = tell
+    def __init__(self, publish: Callable[[Event], None]) -> None:
+        self._publish = publish
         self._joined: _Parts | None = None
 
     def join(
@@ -59,16 +59,16 @@ class Residency:
         elif isinstance(event, Evicted):
             self._evicted(event)
         else:
-            self._tell(event)
+            self._publish(event)
 
     def _sealed(self, event: Sealed) -> None:
         # Law 11. May raise, and then the checkpoint is not sealed: so nobody has been told of it.
         self._parts.descriptor_store.sealed(event.checkpoint.key, event.manifest)
-        self._tell(event)
+        self._publish(event)
 
     def _evicted(self, event: Evicted) -> None:
         parts, key = self._parts, event.checkpoint.key
-        self._tell(event)  # listeners look up the checkpoint's names, which may be forgotten below
+        self._publish(event)  # listeners look up the checkpoint's names, which may be forgotten below
         parts.manifests.remove(key)
         if event.load:
             parts.loads.evicted(event)  # which looks the names up, too
@@ -95,7 +95,7 @@ class Residency:
     def on_lost(self, device: str, reason: str) -> None:
         """The memory of a device, given by its UUID, is gone: so are its checkpoints, and then the loads to it."""
         log.warning(Line("device lost", {"device": device}, because=reason))
-        self._tell(DeviceLost(device, reason))
+        self._publish(DeviceLost(device, reason))
         self._parts.store.lose(device, reason)
         self._parts.loads.lose(device, DeviceError(f"device {device}: {reason}; load it again"))
 

@@ -101,14 +101,14 @@ def main() -> int:
 
 
 def _deafen(listener: Any, kind: str) -> None:
-    hear = listener.tell
+    hear = listener.on_event
 
-    def tell(self: Any, event: object) -> None:
+    def on_event(self: Any, event: object) -> None:
         if type(event).__name__ == kind:
             raise ValueError(f"{kind} is more than it can take")
         hear(self, event)
 
-    listener.tell = tell
+    listener.on_event = on_event
 
 
 def tell_waiters() -> None:

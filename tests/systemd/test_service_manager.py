@@ -96,9 +96,9 @@ def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManag
 
 
 def test_messages_that_are_passed_over(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
-    service.tell("FDSTORE=1", "FDNAME=a", "BARRIER=1", descriptors=[memory[0]])
-    service.tell("READY=1", "STATUS=" + "x" * 4096)
-    service.tell("STATUS=short")
+    service.notify("FDSTORE=1", "FDNAME=a", "BARRIER=1", descriptors=[memory[0]])
+    service.notify("READY=1", "STATUS=" + "x" * 4096)
+    service.notify("STATUS=short")
     settle(service)
     assert (manager.names(), len(manager.ignored)) == ([], 2)
     assert manager.said == ["STATUS=short"]
@@ -153,7 +153,7 @@ def test_nobody_waits_for_a_manager_that_is_behind(sleeper: Sleeper, short_path:
     for number in range(600):  # each would wait 5 s, and fail
         service.keep(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
     with pytest.raises(OSError, match="does not read"):
-        deque(service.tell("STATUS=x") for _ in range(service_manager._MOST_WAITING + 1000))
+        deque(service.notify("STATUS=x") for _ in range(service_manager._MOST_WAITING + 1000))
     for number in range(600):
         text, descriptors = sleeper.read()
         assert (f"FDNAME={number}" in text.split("\n"), descriptors) == (True, 1)

@@ -94,7 +94,7 @@ def test_an_event_that_cannot_be_a_line_costs_this_line_only(caplog: pytest.LogC
     listeners.add(EventLog(encode))
     with caplog.at_level(logging.INFO):
         for state in ("draining", "drained"):
-            listeners.tell(DrainChanged(state))
+            listeners.publish(DrainChanged(state))
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "no line for DrainChanged, by a bug"),
         ("INFO", "gave name a content=sha256:abababababab"),

@@ -57,7 +57,7 @@ def test_what_events_say(desk: Desk) -> None:
         BEGUN, LoadEnded(BEGUN, "CAPACITY", "too large", 2.0), LoadEnded(BEGUN, "OK", "", 3.0, "sha256:cd", 30, 20, 10),
         Attached(desk.lease), Detached(desk.lease), Evicted(desk.checkpoint, "capacity"),
     ):  # fmt: skip
-        desk.event_stream.tell(event)
+        desk.event_stream.on_event(event)
     begun, failed, ended, attached, detached, evicted = desk.seen(ALICE)
     assert (begun.event_time.seconds, begun.event_time.nanos) == (1, 500_000_000)
     assert (begun.load, begun.names, begun.device, begun.pid, begun.uid) == (5, ["name"], "host", 12, 1000)
@@ -74,7 +74,7 @@ def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
     stranger = replace(desk.lease, peer=Peer(2, None, None, ""))
     root = replace(desk.lease, peer=Peer(3, 7, 0, "sh"))
     for lease in (stranger, root):
-        desk.event_stream.tell(Attached(lease))
+        desk.event_stream.on_event(Attached(lease))
     found = [event_from(message) for message in desk.seen(ALICE)]
     assert [(event.pid, event.uid, event.command) for event in found] == [(None, None, ""), (7, 0, "sh")]
     assert found[0].user == "?"
@@ -83,15 +83,15 @@ def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
 def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:
     del desk.store.checkpoints[desk.checkpoint.key]
     desk.store.lost[desk.checkpoint.key] = Lost(desk.checkpoint, "gone")
-    desk.event_stream.tell(Detached(desk.lease))
+    desk.event_stream.on_event(Detached(desk.lease))
     (event,) = desk.seen(ALICE)
     assert (event.lease, event.total_bytes) == (9, 300)
 
 
 @pytest.mark.parametrize("state", ["draining", "drained", "undrained"])
 def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
-    desk.event_stream.tell(DrainChanged(state))
-    desk.event_stream.tell(DeviceLost("GPU-1", "fell off the bus"))
+    desk.event_stream.on_event(DrainChanged(state))
+    desk.event_stream.on_event(DeviceLost("GPU-1", "fell off the bus"))
     for who in (ALICE, BOB, ADMIN):
         drain, lost = desk.seen(who)
         assert daemon_pb2.EventKind.Name(drain.kind) == f"EVENT_KIND_{state.upper()}"
@@ -100,15 +100,15 @@ def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
 
 def test_other_users_see_nothing_and_admins_everything(desk: Desk) -> None:
     for event in (BEGUN, LoadEnded(BEGUN, "OK", "", 1.0), Attached(desk.lease), Evicted(desk.checkpoint, "removed")):
-        desk.event_stream.tell(event)
+        desk.event_stream.on_event(event)
     assert [len(desk.seen(who)) for who in (ALICE, BOB, ADMIN)] == [4, 0, 4]
 
 
 def test_an_event_has_an_end(desk: Desk) -> None:
     for number in range(20):
         desk.catalog.set(ALICE, f"n{number:02}", desk.checkpoint.key.content_digest)
-    desk.event_stream.tell(Attached(desk.lease))
-    desk.event_stream.tell(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
+    desk.event_stream.on_event(Attached(desk.lease))
+    desk.event_stream.on_event(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
     attached, ended = desk.seen(ALICE)
     assert attached.names == [f"n{number:02}" for number in range(8)]
     assert ended.ByteSize() < 3000
@@ -116,7 +116,7 @@ def test_an_event_has_an_end(desk: Desk) -> None:
 
 def test_only_so_many_are_remembered(desk: Desk) -> None:
     for number in range(journal_module.REMEMBERED + 10):
-        desk.event_stream.tell(LoadBegun(number, PEER, "host", "a", ""))
+        desk.event_stream.on_event(LoadBegun(number, PEER, "host", "a", ""))
     loads = [event.load for event in desk.seen(ALICE)]
     assert loads == list(range(10, journal_module.REMEMBERED + 10))
 
@@ -133,7 +133,7 @@ def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
             desk.event_stream.reader(BOB) as other,
         ):
             for number in range(5):
-                desk.event_stream.tell(LoadBegun(number, PEER, "host", "a", ""))
+                desk.event_stream.on_event(LoadBegun(number, PEER, "host", "a", ""))
                 found = await fast.next(1.0)
                 assert found is not None
                 assert found.load == number
@@ -150,7 +150,7 @@ def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
         with desk.event_stream.reader(ALICE) as reader:
             waiting = asyncio.ensure_future(reader.next(20.0))
             await asyncio.sleep(0)
-            desk.event_stream.tell(BEGUN)
+            desk.event_stream.on_event(BEGUN)
             found = await waiting
             assert found is not None
             assert found.load == 5
@@ -161,7 +161,7 @@ def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
 def test_who_has_left_gets_nothing(desk: Desk) -> None:
     with desk.event_stream.reader(ALICE) as left:
         pass
-    desk.event_stream.tell(BEGUN)
+    desk.event_stream.on_event(BEGUN)
     assert asyncio.run(left.next(0.0)) is None
 
 

@@ -35,7 +35,7 @@ class Ear:
         self.cut = False
         self._fatal = fatal
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         assert not self.cut, "it hears nothing more"
         if self._fatal is not None and isinstance(event, self._fatal):
             raise ValueError("Value out of range: -1294967296")
@@ -53,18 +53,18 @@ class Books:
         for ear in ears:
             self.listeners.add(ear)
         self.locked: set[int] = set()
-        tell = self.listeners.tell
-        self.store = Store(leases=Leases(self._is_locked, tell), on_event=tell)
+        publish = self.listeners.publish
+        self.store = Store(leases=Leases(self._is_locked, publish), on_event=publish)
         numbers = count()
         self.store.memories["host"] = DeviceMemory(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
-        self.catalog = Catalog(self.store, Limits(), on_event=tell)
+        self.catalog = Catalog(self.store, Limits(), on_event=publish)
 
     def load(self, name: str) -> None:
         load = Loading(self.store, "host", "", 1000)
         begun = LoadBegun(load.number, PEER, "host", "", name)
-        self.listeners.tell(begun)
+        self.listeners.publish(begun)
         extent = load.grant(4096, 4096)
         assert extent is not None
         blob = load.settle(name.encode().ljust(16), 4096, extent.segment, extent.offset)[1]
@@ -75,7 +75,7 @@ class Books:
         load.seal(content, 0.0)
         load.end()
         self.catalog.set(WHO, name, content.content_digest)
-        self.listeners.tell(LoadEnded(begun, "OK", "", 1.0, content.content_digest, 4096, 4096, 4096))
+        self.listeners.publish(LoadEnded(begun, "OK", "", 1.0, content.content_digest, 4096, 4096, 4096))
 
     def everything_happens(self) -> list[object]:
         """Every kind of event, twice where that can be; what the books say after each step."""
@@ -83,7 +83,7 @@ class Books:
         for name in "abc":
             self.load(name)
             said.append(self.say())
-        self.listeners.tell(LoadAnswered(self.catalog.find(WHO, "a"), PEER, "a"))
+        self.listeners.publish(LoadAnswered(self.catalog.find(WHO, "a"), PEER, "a"))
         leases = [self.store.leases.begin(self.catalog.find(WHO, name).key, PEER, 0.0) for name in "abb"]
         self.locked = {lease.number for lease in leases}
         said.append(self.say())
@@ -91,9 +91,9 @@ class Books:
         said += [len(self.store.leases.refresh()), self.say()]
         said += [self.store.remove(self.catalog.find(WHO, "a")), self.say()]
         self.locked = {self.store.leases.begin(self.catalog.find(WHO, "b").key, PEER, 0.0).number}
-        self.listeners.tell(DrainChanged("draining"))
+        self.listeners.publish(DrainChanged("draining"))
         said += [self.store.remove(self.catalog.find(WHO, "c")), self.say()]
-        self.listeners.tell(DeviceLost("host", "gone"))
+        self.listeners.publish(DeviceLost("host", "gone"))
         said += [len(self.store.lose("host", "gone")), self.say()]
         return said
 

@@ -307,7 +307,7 @@ def test_nothing_is_sent_after_a_message_that_was_sent_in_part(monkeypatch: pyte
     with contextlib.ExitStack() as stack:
         daemon = DaemonEnd(stack)
         monkeypatch.setattr(daemon.channel, "_control", Half(daemon.channel._control))
-        for go_on in (lambda: daemon.channel.tell(GRANT), lambda: daemon.channel.call(GRANT)):
+        for go_on in (lambda: daemon.channel.send(GRANT), lambda: daemon.channel.call(GRANT)):
             with pytest.raises(Gone):
                 go_on()
         frame = framed(GRANT)
@@ -359,8 +359,8 @@ def test_a_message_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch)
     with contextlib.ExitStack() as stack:
         daemon = DaemonEnd(stack)
         with pytest.raises(ServerError, match=r"^grant has \d+ bytes; a message has at most 3$"):
-            daemon.channel.tell(GRANT)
-        daemon.channel.tell(wire.ToDaemon(idle=wire.Idle()))  # the stream is in step
+            daemon.channel.send(GRANT)
+        daemon.channel.send(wire.ToDaemon(idle=wire.Idle()))  # the stream is in step
 
 
 def test_every_question_has_an_answer_of_its_name() -> None:

@@ -37,7 +37,7 @@ class Desk:
         self.resident: list[bool] = []
         """At each event, whether the store has its checkpoint."""
         self.veto = False
-        self.residency = Residency(self.tell)
+        self.residency = Residency(self.publish)
         self.store = Store(leases=Leases(lambda _: True), on_event=self.residency.on_event)
         self.catalog = Catalog(self.store, Limits(), changed=self.residency.on_changed)
         numbers = count()
@@ -51,7 +51,7 @@ class Desk:
         names = {name for (_, name), tag in self.catalog.tags.items() if tag.content_digest == key.content_digest}
         self.steps.append((what, key.content_digest, tuple(sorted(names))))
 
-    def tell(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         self.events.append(event)
         if isinstance(event, Sealed | Evicted):
             self.resident.append(event.checkpoint.key in self.store.checkpoints)

@@ -136,7 +136,7 @@ class Channel:
         more = " and more" if flags & socket.MSG_CTRUNC else ""
         raise limit or ServerError(f"{what}: {len(received)} descriptors{more} came where {count} were said to come")
 
-    def tell(self, message: wire.ToDaemon) -> None:
+    def send(self, message: wire.ToDaemon) -> None:
         """Send a message that has no answer. Errors: Gone, ServerError (it is too long; nothing was sent)."""
         frame = framed(message)
         with self._sending:
@@ -152,7 +152,7 @@ class Channel:
         """Ask the daemon. Returns the answer, whose body has the name of the question's; an error in it is raised."""
         with self._calling:
             self._check()
-            self.tell(question)
+            self.send(question)
             answer = self.receive(question.WhichOneof("body"))
         if answer.HasField("failed"):
             raise error_of(answer.failed)

@@ -68,7 +68,7 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
             if not _do(channel, new_hasher):
                 signal.pause()  # the daemon kills; if we went first, it could fail to send and never read what we said
             channel.forget_segments()
-            channel.tell(wire.ToDaemon(idle=wire.Idle()))
+            channel.send(wire.ToDaemon(idle=wire.Idle()))
     return 0
 
 
@@ -77,17 +77,17 @@ def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
     try:
         _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
-        channel.tell(wire.ToDaemon(failed=failure_of(error)))
+        channel.send(wire.ToDaemon(failed=failure_of(error)))
         return not isinstance(error, UNFIT) and not channel.broken  # another thread may have failed to receive, too
     except (Gone, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
         limit = limit_error(error, "loading", LOADER) if isinstance(error, OSError) else None
         if limit is not None:
-            channel.tell(wire.ToDaemon(failed=failure_of(limit)))
+            channel.send(wire.ToDaemon(failed=failure_of(limit)))
             return False
         bug = ServerError(f"loader: {type(error).__name__}: {error}")
-        channel.tell(wire.ToDaemon(failed=failure_of(bug)))
+        channel.send(wire.ToDaemon(failed=failure_of(bug)))
         return False
     return True
 
@@ -136,7 +136,7 @@ class LoadJob:
         files: list[int | Source] = []
         self._stack.callback(close_all, files)
         receive_files(intake, names, files)
-        self._channel.tell(wire.ToDaemon(received=wire.Received()))
+        self._channel.send(wire.ToDaemon(received=wire.Received()))
         self._sources = [
             file if isinstance(file, Source) else Source(name, file) for name, file in zip(names, files, strict=True)
         ]
@@ -194,10 +194,10 @@ class LoadJob:
         )
         self._channel.call(wire.ToDaemon(counted=count))
         for number, specs in enumerate(counted):
-            self._tell_file(self._sources[number], layouts[number].metadata)
+            self._send_file(self._sources[number], layouts[number].metadata)
             for start in range(0, len(specs), _LAYOUT_BATCH):
                 batch = _columns(number, specs[start : start + _LAYOUT_BATCH])
-                self._channel.tell(wire.ToDaemon(tensors=batch))
+                self._channel.send(wire.ToDaemon(tensors=batch))
             in_header = {spec.name: first + at for at, spec in enumerate(layouts[number].tensors)}
             first += len(in_header)
             for spec in specs:
@@ -206,18 +206,18 @@ class LoadJob:
                     self._in_headers[index] = in_header[spec.name]
                 index += 1
         for source in self._sources[len(counted) :]:
-            self._tell_file(source, None)
+            self._send_file(source, None)
         check_parts([(source.name, layout) for (_, _, source), layout in zip(weights, layouts, strict=True)])
         return tensors
 
-    def _tell_file(self, source: Source, metadata: dict[str, str] | None) -> None:
+    def _send_file(self, source: Source, metadata: dict[str, str] | None) -> None:
         file = wire.File(
             **source.identity._asdict(),
             trusted=source.trusted,
             metadata=metadata or {},
             has_metadata=metadata is not None,
         )
-        self._channel.tell(wire.ToDaemon(file=file))
+        self._channel.send(wire.ToDaemon(file=file))
 
     def _arrangement(self, tensors: list[Tensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
         """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names.
@@ -292,7 +292,7 @@ class LoadJob:
         now = time.monotonic()
         if now - self._told >= _PROGRESS_SECONDS:
             self._told = now
-            self._channel.tell(wire.ToDaemon(progress=wire.Progress(phase=phase, done=done, total=total)))
+            self._channel.send(wire.ToDaemon(progress=wire.Progress(phase=phase, done=done, total=total)))
 
     def _finish(self, copier: Copier) -> None:
         """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""

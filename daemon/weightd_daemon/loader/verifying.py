@@ -41,7 +41,7 @@ def verify(channel: Channel, io: SegmentIO, job: wire.Verify, new_hasher: NewHas
             now = time.monotonic()
             if now - told >= _PROGRESS_SECONDS:
                 told = now
-                channel.tell(wire.ToDaemon(verified=found))
+                channel.send(wire.ToDaemon(verified=found))
                 del found.bad[:]
     found.all = True
-    channel.tell(wire.ToDaemon(verified=found))
+    channel.send(wire.ToDaemon(verified=found))

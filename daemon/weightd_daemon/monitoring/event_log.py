@@ -29,7 +29,7 @@ class EventLog:
     def __init__(self, encode: Callable[[Event], tuple[str | None, daemon_pb2.Event]]) -> None:
         self._encode = encode
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something has happened. Never raises: unlike a stream of events, a log shows where a line is missing."""
         try:
             write(self._encode(event)[1])

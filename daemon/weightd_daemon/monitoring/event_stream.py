@@ -111,7 +111,7 @@ class EventStream:
         self._readers: set[EventReader] = set()
         self._cut_off = False
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something has happened."""
         domain, message = self.encode(event)
         message.event_time.CopyFrom(time_to(self._now()))

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 class Listener(Protocol):
     """One who wants to know."""
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something has happened."""
 
     def cut_off(self) -> None:
@@ -31,11 +31,11 @@ class Listeners:
         """Tell it of everything from now on."""
         self._listeners.append(listener)
 
-    def tell(self, event: Event) -> None:
+    def publish(self, event: Event) -> None:
         """Tell each. Whoever raises is cut off: events come from the midst of changes to the books, which go on."""
         for listener in list(self._listeners):
             try:
-                listener.tell(event)
+                listener.on_event(event)
             except Exception:  # whatever it is, it is the listener's fault, and no reason to fail the load or the lease
                 self._listeners.remove(listener)
                 log.exception(

@@ -103,7 +103,7 @@ class Metrics:
         ProcessCollector(registry=registry)
         registry.register(_Books(statistics))
 
-    def tell(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something has happened."""
         match event:
             case LoadEnded(begun, reason):

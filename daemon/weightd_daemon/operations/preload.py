@@ -46,7 +46,7 @@ _SIGN_SECONDS = 10.0
 class Preloader:
     """Loads what is listed. `begin` once more brings back what has failed, or has gone.
 
-    `place(device)` says where a load goes, or raises ConfigError; `tell` speaks to the service manager. What is below
+    `place(device)` says where a load goes, or raises ConfigError; `notify` speaks to the service manager. What is below
     `roots` may be opened.
     """
 
@@ -57,7 +57,7 @@ class Preloader:
         catalog: Catalog,
         who: Who,
         place: Callable[[str], str],
-        tell: Callable[..., None],
+        notify: Callable[..., None],
         roots: Sequence[str],
         listed: Sequence[Preload],
     ) -> None:
@@ -67,7 +67,7 @@ class Preloader:
         self._catalog = catalog
         self._who = who
         self._place = place
-        self._tell = tell
+        self._notify = notify
         self._numbers = count(1)
         self._closing = False
         self._tasks: dict[Preload, asyncio.Task[WeightdError | None]] = {}
@@ -106,7 +106,7 @@ class Preloader:
             for entry in [entry for entry in self._tasks if entry.wait]:
                 while not (task := self._tasks[entry]).done() and not stop.is_set():
                     with contextlib.suppress(OSError):  # a manager that does not listen holds nothing up
-                        self._tell(f"STATUS=Preloading {entry.ref}")
+                        self._notify(f"STATUS=Preloading {entry.ref}")
                     await asyncio.wait([task, stopped], timeout=_SIGN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if stop.is_set() or (error := task.result()) is None:
                     continue

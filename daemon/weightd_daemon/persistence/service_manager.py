@@ -46,7 +46,7 @@ class ServiceManager:
         """Whether there is a manager."""
         return bool(self._address)
 
-    def tell(self, *lines: str, descriptors: Sequence[int] = (), failed: Callable[[], object] = lambda: None) -> None:
+    def notify(self, *lines: str, descriptors: Sequence[int] = (), failed: Callable[[], object] = lambda: None) -> None:
         """Send one notification, at once or, if the manager is behind, in order as soon as it reads. On any thread.
 
         Errors: OSError (it does not take it, or so much waits already). If it does not take what has waited, `failed`
@@ -71,15 +71,15 @@ class ServiceManager:
                 threading.Thread(target=self._catch_up, name="weightd-notify", daemon=True).start()
 
     def keep(self, name: str, descriptor: int, failed: Callable[[], object] = lambda: None) -> None:
-        """Let it keep a duplicate until `drop`, and give it to the next start. Errors: as for `tell`.
+        """Let it keep a duplicate until `drop`, and give it to the next start. Errors: as for `notify`.
 
         It does so some time after this; see `barrier`. Without FDPOLL=0 it drops a descriptor that hangs up.
         """
-        self.tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=[descriptor], failed=failed)
+        self.notify("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=[descriptor], failed=failed)
 
     def drop(self, name: str) -> None:
-        """Let it close what it keeps under a name. Errors: as for `tell`."""
-        self.tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+        """Let it close what it keeps under a name. Errors: as for `notify`."""
+        self.notify("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     async def barrier(self, seconds: float) -> None:
         """Wait until everything that was told before has been done. Errors: OSError, TimeoutError."""
@@ -91,7 +91,7 @@ class ServiceManager:
         lost: list[bool] = []
         try:
             try:
-                self.tell("BARRIER=1", descriptors=[write], failed=lambda: lost.append(True))
+                self.notify("BARRIER=1", descriptors=[write], failed=lambda: lost.append(True))
             finally:
                 os.close(write)
             loop.add_reader(read, done.set)  # it closes its end when it comes to this message
