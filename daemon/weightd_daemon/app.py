@@ -57,7 +57,7 @@ from .operations.serving_lock import AlreadyServedError
 from .operations.sockets import Sockets, cannot_be_made, locked
 from .persistence.descriptor_store import DescriptorStore
 from .persistence.digest_index import DigestIndex
-from .persistence.service_manager import ServiceManager, kept_descriptors
+from .persistence.service_manager import ServiceManager, stored_descriptors
 from .residency import Residency
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Daemon:
         self._loader_argv = loader_argv
         self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
         self._notifier = Notifier(self._manager)
-        self._given = kept_descriptors(os.environ)
+        self._given = stored_descriptors(os.environ)
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
         self._signal = signal.SIGTERM

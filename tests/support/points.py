@@ -53,8 +53,8 @@ def install(armed: Path) -> None:
 
     after(Loading, "grant", "reserve", lambda extent, *_: extent is not None)
     after(Loading, "settle", "copy")
-    after(ServiceManager, "keep", "segment", lambda _, __, name, *___: name.startswith("seg."))
-    after(ServiceManager, "keep", "manifest", lambda _, __, name, *___: name.startswith("man."))
+    after(ServiceManager, "store", "segment", lambda _, __, name, *___: name.startswith("seg."))
+    after(ServiceManager, "store", "manifest", lambda _, __, name, *___: name.startswith("man."))
     before(Loading, "seal", "barrier")
     after(root_record.RootRecord, "append", "flip")
     before(DescriptorStore, "_drop", "evict", lambda _, name: name.startswith("man."))

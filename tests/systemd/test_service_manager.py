@@ -16,7 +16,7 @@ import pytest
 
 from support.manager import Manager
 from weightd_daemon.persistence import service_manager
-from weightd_daemon.persistence.service_manager import ServiceManager, kept_descriptors
+from weightd_daemon.persistence.service_manager import ServiceManager, stored_descriptors
 
 MOST = 4
 
@@ -56,8 +56,8 @@ def settle(service: ServiceManager) -> None:
 
 def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
     first, second = (inode(memory[number]) for number in (0, 1))
-    service.keep("a", memory[0])
-    service.keep("b", memory[1])
+    service.store("a", memory[0])
+    service.store("b", memory[1])
     settle(service)
     assert inodes(manager) == [("b", second), ("a", first)], "the newest first"
     service.drop("b")
@@ -67,11 +67,11 @@ def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceMana
 
 
 def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
-    service.keep("a", memory[0])
+    service.store("a", memory[0])
     copy = os.dup(memory[0])
     afresh = os.open(f"/proc/self/fd/{memory[0]}", os.O_RDONLY)
-    service.keep("b", copy)
-    service.keep("c", afresh)  # the same memory, but not the same opening of it
+    service.store("b", copy)
+    service.store("c", afresh)  # the same memory, but not the same opening of it
     settle(service)
     assert manager.names() == ["c", "a"]
     for descriptor in (copy, afresh):
@@ -80,14 +80,14 @@ def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManager
 
 def test_a_full_store_keeps_no_more(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
     for number, descriptor in enumerate(memory):
-        service.keep(str(number), descriptor)
+        service.store(str(number), descriptor)
     settle(service)
     assert manager.names() == ["3", "2", "1", "0"]
 
 
 @pytest.mark.parametrize("name", ["a:b", "ä", "x" * 256, "tab\t"])
 def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManager, memory: list[int]) -> None:
-    service.keep(name, memory[0])
+    service.store(name, memory[0])
     settle(service)
     assert manager.names() == ["stored"]
     service.drop(name)
@@ -151,7 +151,7 @@ def test_nobody_waits_for_a_manager_that_is_behind(sleeper: Sleeper, short_path:
     service = ServiceManager({"NOTIFY_SOCKET": str(short_path / "asleep")})
     failed: list[int] = []
     for number in range(600):  # each would wait 5 s, and fail
-        service.keep(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
+        service.store(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
     with pytest.raises(OSError, match="does not read"):
         deque(service.notify("STATUS=x") for _ in range(service_manager._MOST_WAITING + 1000))
     for number in range(600):
@@ -170,7 +170,7 @@ def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
     before = len(os.listdir("/proc/self/fd"))
     failed: list[int] = []
     for number in range(600):
-        service.keep(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
+        service.store(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
     with pytest.raises(OSError, match="takes no more"):
         asyncio.run(service.barrier(60.0))
     assert failed == list(range(failed[0], 600)), "all but what the kernel has queued, in order"
@@ -180,8 +180,8 @@ def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
 def test_without_a_manager_nothing_happens(memory: list[int]) -> None:
     environment: dict[str, str] = {"LISTEN_PID": "1", "LISTEN_FDS": "3", "WATCHDOG_USEC": "nonsense", "OTHER": "x"}
     service = ServiceManager(environment)
-    assert (service.listens, service.watchdog_seconds, service.most_kept) == (False, None, None)
-    service.keep("a", memory[0])
+    assert (service.listens, service.watchdog_seconds, service.most_stored) == (False, None, None)
+    service.store("a", memory[0])
     settle(service)
-    assert kept_descriptors(environment) == [], "they are for another process"
+    assert stored_descriptors(environment) == [], "they are for another process"
     assert environment == {"OTHER": "x"}

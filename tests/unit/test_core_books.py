@@ -218,7 +218,7 @@ def test_books_count_in_what_a_user_may_have() -> None:
     other = Who(1001, admin=False, domain="all")
     daemon.load("b", 2).owner = 1001
     with pytest.raises(CapacityError, match=r"uid 1001 has 2\.0 MiB of 3\.9 MiB"):
-        catalog.keep(other, checkpoint)
+        catalog.pin_loaded(other, checkpoint)
 
 
 def test_an_empty_list_of_candidates_is_a_refusal_only_where_something_is_needed() -> None:

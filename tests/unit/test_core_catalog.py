@@ -394,7 +394,7 @@ def test_what_a_catalog_does_costs_the_same_however_much_is_there(shelf: Shelf) 
         def use(digest: str = f"sha256:{size:032x}{7:032x}", name: str = f"name {size} 7") -> None:
             there = shelf.catalog.find(BOB, name)
             assert shelf.catalog.find(BOB, digest) is there
-            shelf.catalog.keep(ALICE, there)
+            shelf.catalog.pin_loaded(ALICE, there)
             shelf.catalog.unpin(ALICE, there)
             shelf.catalog.set(ALICE, "/m", digest, is_default=True)
             with pytest.raises(NotFoundError):

@@ -42,13 +42,13 @@ class Kept:
         self.broken = False
         self.asked = 0
         self.files = LeaseFiles()
-        self.files.keep_in(self)
+        self.files.store_in(self)
 
     @property
-    def keeps(self) -> bool:
+    def stores(self) -> bool:
         return self.listens
 
-    async def keep(self, name: str, descriptor: int) -> None:
+    async def store(self, name: str, descriptor: int) -> None:
         self.asked += 1
         await asyncio.sleep(0)
         if self.broken:

@@ -94,7 +94,7 @@ def test_a_pin_that_is_refused_leaves_no_name_and_moves_none(name: str) -> None:
     books = Filled(2, limits=limits)
     first, second = books.store.checkpoints.values()
     books.catalog.set(user, "mine", first.key.content_digest)
-    books.catalog.keep(user, first)
+    books.catalog.pin_loaded(user, first)
     limits.bytes = first.total_bytes
     tags = books.catalog.tags
     with pytest.raises(CapacityError, match="the limit max_user_bytes is reached"):

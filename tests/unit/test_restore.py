@@ -53,21 +53,21 @@ class Keeper:
 
     def __init__(self) -> None:
         self.listens = True
-        self.most_kept: int | None = None
+        self.most_stored: int | None = None
         self.kept: dict[str, int] = {}
         self.told: list[tuple[str, str, dict[str, Any]]] = []
         self.broken = False
         self.deaf = ""
         """What begins with this is taken, and given up later."""
 
-    def keep(self, name: str, descriptor: int, failed: Callable[[], object]) -> None:
+    def store(self, name: str, descriptor: int, failed: Callable[[], object]) -> None:
         if self.broken:
             raise OSError("nobody is there")
         if self.deaf and name.startswith(self.deaf):
             self.told.append(("lost", name, self.root))
             failed()  # some time after it was told
             return
-        self.told.append(("keep", name, self.root))
+        self.told.append(("store", name, self.root))
         self.kept[name] = os.dup(descriptor)
 
     def drop(self, name: str) -> None:
@@ -268,9 +268,9 @@ def test_what_the_root_record_names_is_always_stored_and_where_it_says(keeper: K
             stored.discard(name)
             dropped.append(name[:3])
         assert named <= stored, "it names what is not stored, or not any more"
-        if what == "keep":
+        if what == "store":
             stored.add(name)
-    assert [what for what, *_ in keeper.told] == ["drop", "keep", "barrier", *["keep"] * 2, "barrier", *["drop"] * 2]
+    assert [what for what, *_ in keeper.told] == ["drop", "store", "barrier", *["store"] * 2, "barrier", *["drop"] * 2]
     assert dropped == ["roo", "man", "seg"]
     assert keeper.root["checkpoints"] == []
     assert [row["name"] for row in keeper.root["names"]] == ([] if reason == "removed" else ["a"])
@@ -631,7 +631,7 @@ def test_what_a_manager_gives_up_later_is_not_taken_for_kept(
         assert "ends with this daemon: the service manager did not take all" in caplog.text
         keeper.deaf = ""
         first.load("b", DATA["b"])
-        assert {"seg.", "man."} == {name[:4] for kind, name, _ in keeper.told if kind == "keep" and name != "root"}
+        assert {"seg.", "man."} == {name[:4] for kind, name, _ in keeper.told if kind == "store" and name != "root"}
     with books(keeper) as again:
         assert again.names() == {"b"}
 

@@ -195,9 +195,9 @@ class Catalog:
     def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
         """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""
         self.check_owner(who, checkpoint, "pin", name)
-        self.keep(who, checkpoint)
+        self.pin_loaded(who, checkpoint)
 
-    def keep(self, who: Who, checkpoint: Checkpoint) -> None:
+    def pin_loaded(self, who: Who, checkpoint: Checkpoint) -> None:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
             more = checkpoint.total_bytes + checkpoint.books_bytes

@@ -65,25 +65,25 @@ class _File:
         return self.open and self.leases < FILE_LEASES
 
 
-class Keeper(Protocol):
-    """What keeps descriptors for the next daemon."""
+class Storage(Protocol):
+    """Stores descriptors for the next daemon."""
 
     @property
-    def keeps(self) -> bool:
+    def stores(self) -> bool:
         """Whether anything outlives this daemon."""
 
-    async def keep(self, name: str, descriptor: int) -> None:
-        """Have a descriptor kept under a name. When this returns, it is. Errors: OSError, TimeoutError; then not."""
+    async def store(self, name: str, descriptor: int) -> None:
+        """Store a descriptor under a name. When this returns, it is stored. Errors: OSError, TimeoutError; then not."""
 
     def drop(self, name: str) -> None:
-        """Do not keep it any longer."""
+        """Remove it from the store."""
 
 
 class LeaseFiles:
-    """The lease files of all users, which outlive the daemon from `keep_in` on."""
+    """The lease files of all users, which outlive the daemon from `store_in` on."""
 
     def __init__(self) -> None:
-        self._keeper: Keeper | None = None
+        self._storage: Storage | None = None
         self._files: dict[Owner, dict[_File, None]] = {}
         # Nothing but numbers and what is there already: the loop stands still while Python collects garbage, and that
         # takes the longer, the more objects there are.
@@ -99,9 +99,9 @@ class LeaseFiles:
     def __len__(self) -> int:
         return sum(map(len, self._files.values()))
 
-    def keep_in(self, keeper: Keeper) -> None:
+    def store_in(self, storage: Storage) -> None:
         """Have every file kept before a lease is taken on it."""
-        self._keeper = keeper
+        self._storage = storage
 
     def room(self, owner: Owner) -> Awaitable[None] | None:
         """Have a file with room for one more lease of a user; what has to be awaited for that, if anything.
@@ -110,8 +110,8 @@ class LeaseFiles:
         """
         if self._with_room(owner) is not None or time.monotonic() < self._paused_until:
             return None
-        if self._keeper is not None and self._keeper.keeps:
-            return self._make_kept(owner, self._keeper)
+        if self._storage is not None and self._storage.stores:
+            return self._make_stored(owner, self._storage)
         self._add(self._make(owner))
         return None
 
@@ -148,7 +148,7 @@ class LeaseFiles:
         file.leases -= 1
         if not file.leases:
             self._empty[file] = False
-            if self._keeper is None or not self._keeper.keeps:
+            if self._storage is None or not self._storage.stores:
                 self._remove(file)
 
     def tidy(self) -> None:
@@ -213,14 +213,14 @@ class LeaseFiles:
             self._enter(lease, file)
             self._byte_of[lease] = byte
 
-    async def _make_kept(self, owner: Owner, keeper: Keeper) -> None:
+    async def _make_stored(self, owner: Owner, storage: Storage) -> None:
         making = self._making.setdefault(owner, asyncio.Lock())
         async with making:
             if self._with_room(owner) is not None or time.monotonic() < self._paused_until:
                 return
             file = self._make(owner)
             try:
-                await keeper.keep(file.name, file.descriptor)
+                await storage.store(file.name, file.descriptor)
             except (OSError, TimeoutError) as error:
                 os.close(file.descriptor)
                 self._paused_until = time.monotonic() + _PAUSE_SECONDS
@@ -228,7 +228,7 @@ class LeaseFiles:
                             _PAUSE_SECONDS, str(error) or "the service manager does not answer")  # fmt: skip
             except BaseException:
                 os.close(file.descriptor)
-                keeper.drop(file.name)
+                storage.drop(file.name)
                 raise
             else:
                 self._add(file)
@@ -257,8 +257,8 @@ class LeaseFiles:
         if not files:
             del self._files[file.owner]
         os.close(file.descriptor)
-        if self._keeper is not None:
-            self._keeper.drop(file.name)
+        if self._storage is not None:
+            self._storage.drop(file.name)
 
     def _enter(self, lease: int, file: _File) -> None:
         self._file_of[lease] = file

@@ -124,7 +124,7 @@ class Loads:
                     raise
                 name = ""
         if request.pin:
-            self._catalog.keep(who, checkpoint)
+            self._catalog.pin_loaded(who, checkpoint)
         if name:
             self._catalog.set(who, name, digest, request.peer, is_default=request.name_is_default)
         self._store.use(checkpoint, self._now())
@@ -133,7 +133,7 @@ class Loads:
     def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `settle`."""
         name = self.settle(request, checkpoint)
-        self.keep(request, checkpoint)
+        self.lease_for(request, checkpoint)
         self._on_event(LoadAnswered(checkpoint, request.peer, name))
         return name
 
@@ -149,7 +149,7 @@ class Loads:
         mine = (load for load in self.under_way if load.request.who.uid == uid)
         return sum(not load.loader_there.is_set() for load in mine)
 
-    def keep(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
+    def lease_for(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
         """Lease a checkpoint for a waiter until it has attached or left; not for who may not attach, at its limit."""
         waiting = self._store.leases.waiting_of(request.peer.connection)
         kept = any(lease.checkpoint == checkpoint.key for lease in waiting)
@@ -258,7 +258,7 @@ class Loads:
             checkpoint.reference = checkpoint.reference or request.reference
             # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
             for waiting in load.waiters.values():
-                self.keep(waiting, checkpoint)
+                self.lease_for(waiting, checkpoint)
             self._catalog.changed()
 
         try:

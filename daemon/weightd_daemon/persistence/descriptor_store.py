@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 ROOT = "root"
 _BARRIER_SECONDS = 10.0
-_MOST_KEPT = 4096
+_MOST_STORED = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
 """The root record names a lease number that none exceeds. It is raised by this much, so that few attaches write."""
@@ -60,7 +60,7 @@ class Draft:
         self.number: int | None = None
         self._on_discard: Callable[[], None] = lambda: None
 
-    def keep_as(self, number: int, on_discard: Callable[[], None]) -> None:
+    def stored_as(self, number: int, on_discard: Callable[[], None]) -> None:
         """It is on its way into the store."""
         self.number, self._on_discard = number, on_discard
 
@@ -112,9 +112,9 @@ class DescriptorStore:
         self._devices = devices
         self._manifests = manifests
         self._lease_files = lease_files
-        lease_files.keep_in(self)
+        lease_files.store_in(self)
         self._now = now
-        self._most = _MOST_KEPT if manager.most_kept is None else manager.most_kept
+        self._most = _MOST_STORED if manager.most_stored is None else manager.most_stored
         self._record = RecordWriter(store=store, catalog=catalog, devices=devices)
         self._ids = count(1)
         self._stored: set[str] = set()
@@ -194,7 +194,7 @@ class DescriptorStore:
         try:
             self._manager.drop(ROOT)
             refused: list[str] = []
-            self._manager.keep(ROOT, root.descriptor, partial(refused.append, ROOT))
+            self._manager.store(ROOT, root.descriptor, partial(refused.append, ROOT))
             await self._manager.barrier(_BARRIER_SECONDS)
             if refused:
                 raise OSError("it does not read")
@@ -225,10 +225,10 @@ class DescriptorStore:
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
         table = await asyncio.to_thread(SegmentTable.of, content)
         draft = Draft(make_manifest(encoded), table)
-        if not self.keeps or not device.lasting:
+        if not self.stores or not device.lasting:
             return draft
         try:
-            await self._keep(draft, device, content.segments)
+            await self._store_draft(draft, device, content.segments)
         except (OSError, TimeoutError) as error:
             draft.forget()
             what = {"content": content.content_digest[:19], "device": uuid}
@@ -239,7 +239,7 @@ class DescriptorStore:
             raise
         return draft
 
-    async def _keep(self, draft: Draft, device: Device, segments: list[int]) -> None:
+    async def _store_draft(self, draft: Draft, device: Device, segments: list[int]) -> None:
         fresh = [segment for segment in segments if (device.uuid, segment) not in self._record.segments]
         if len(self._stored) + len(fresh) + 1 > self._most - self._most // _LEASE_FILES_SHARE:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
@@ -251,32 +251,32 @@ class DescriptorStore:
             self._record.segments[place] = number
             give_up = partial(self._record.segments.pop, place, None)
             try:
-                self._manager.keep(_segment_name(number), handle, give_up)
+                self._manager.store(_segment_name(number), handle, give_up)
             except OSError:
                 give_up()
                 raise
             self._stored.add(_segment_name(number))
         name = _manifest_name(self._next())
-        draft.keep_as(self._record.last_id, lambda: self.drop(name))
+        draft.stored_as(self._record.last_id, lambda: self.drop(name))
         self._stored.add(name)
         refused: list[str] = []
-        self._manager.keep(name, draft.descriptor, partial(refused.append, name))
+        self._manager.store(name, draft.descriptor, partial(refused.append, name))
         await self._manager.barrier(_BARRIER_SECONDS)
         if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
             raise OSError("the service manager did not take all that was to be kept")
 
     @property
-    def keeps(self) -> bool:
+    def stores(self) -> bool:
         """Whether anything outlives this daemon."""
         return self._record.root is not None and self._manager.listens
 
-    async def keep(self, name: str, descriptor: int) -> None:
-        """Have a descriptor stored under a name. When this returns, it is. Errors: OSError, TimeoutError; then not."""
+    async def store(self, name: str, descriptor: int) -> None:
+        """Store a descriptor under a name. When this returns, it is stored. Errors: OSError, TimeoutError; then not."""
         if len(self._stored) >= self._most:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
         self._stored.add(name)
         try:
-            self._manager.keep(name, descriptor)
+            self._manager.store(name, descriptor)
             await self._manager.barrier(_BARRIER_SECONDS)
         except (OSError, TimeoutError):
             self.drop(name)

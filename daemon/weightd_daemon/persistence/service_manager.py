@@ -35,7 +35,7 @@ class ServiceManager:
         self.watchdog_seconds: float | None = int(every) / 1e6 if watched and every.isdigit() and int(every) else None
         """How long it waits for a ping before it kills us; None where it does not."""
         most = environment.pop("FDSTORE", "")
-        self.most_kept: int | None = int(most) if most.isdigit() else None
+        self.most_stored: int | None = int(most) if most.isdigit() else None
         """How many descriptors it keeps; None where it does not say (systemd before 254)."""
         self._lock = threading.Lock()
         self._backlog: deque[tuple[bytes, list[int], Callable[[], object]]] = deque()
@@ -70,7 +70,7 @@ class ServiceManager:
             if len(self._backlog) == 1:
                 threading.Thread(target=self._catch_up, name="weightd-notify", daemon=True).start()
 
-    def keep(self, name: str, descriptor: int, failed: Callable[[], object] = lambda: None) -> None:
+    def store(self, name: str, descriptor: int, failed: Callable[[], object] = lambda: None) -> None:
         """Let it keep a duplicate until `drop`, and give it to the next start. Errors: as for `notify`.
 
         It does so some time after this; see `barrier`. Without FDPOLL=0 it drops a descriptor that hangs up.
@@ -144,7 +144,7 @@ def _close(descriptors: Sequence[int]) -> None:
         os.close(descriptor)
 
 
-def kept_descriptors(environment: MutableMapping[str, str]) -> list[tuple[str, int]]:
+def stored_descriptors(environment: MutableMapping[str, str]) -> list[tuple[str, int]]:
     """Name and number of each descriptor that the manager has given this start; the caller closes them."""
     pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
     names = environment.pop("LISTEN_FDNAMES", "").split(":")
