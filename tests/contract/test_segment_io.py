@@ -143,7 +143,7 @@ def pattern(seed: int, size: int) -> bytes:
 
 
 def write(staging: Staging, content: bytes, segment: int, offset: int) -> None:
-    """Write in pieces; does not settle."""
+    """Write in pieces; does not wait."""
     for at in range(0, len(content), PIECE):
         piece = content[at : at + PIECE]
         buffer = staging.acquire()
@@ -159,7 +159,7 @@ def read(staging: Staging, size: int, segment: int, offset: int) -> bytes:
         buffer = staging.acquire()
         buffer.view[:piece] = bytes(piece)
         staging.read(buffer, piece, segment, offset + len(found))
-        staging.settle()
+        staging.synchronize()
         found += bytes(buffer.view[:piece])
         staging.put_back(buffer)
     return found
@@ -177,7 +177,7 @@ def test_bytes_arrive_where_they_should_and_nowhere_else(memory: Memory, offset:
     content = pattern(1, size)
     with opened(memory) as (_, staging):
         write(staging, content, 1, offset)
-        staging.settle()
+        staging.synchronize()
         assert memory.content(1) == bytes(offset) + content + bytes(SIZE - offset - size)
         assert read(staging, size, 1, offset) == content
     assert memory.content(0) == memory.content(2) == bytes(SIZE)
@@ -185,12 +185,12 @@ def test_bytes_arrive_where_they_should_and_nowhere_else(memory: Memory, offset:
 
 @every_backend
 def test_a_buffer_is_not_given_out_again_before_its_copy_is_done(memory: Memory) -> None:
-    """Each write is of other bytes, there are more of them than buffers, and nobody settles: `take` has to wait."""
+    """Each write is of other bytes, there are more of them than buffers, and nobody synchronizes: `acquire` has to wait."""
     pieces = [pattern(number, PIECE) for number in range(MORE_THAN_A_RING)]
     with opened(memory) as (_, staging):
         for number, piece in enumerate(pieces):
             write(staging, piece, *divmod(number * PIECE, SIZE))
-        staging.settle()
+        staging.synchronize()
     found = b"".join(memory.content(number) for number in range(SEGMENTS))
     assert found == b"".join(pieces) + bytes(len(found) - len(pieces) * PIECE)
 
@@ -226,7 +226,7 @@ def test_buffers_put_back_or_settled_are_there_again(memory: Memory) -> None:
             staging.put_back(staging.acquire())
         for _ in range(MORE_THAN_A_RING):
             write(staging, b"one", 0, 0)
-            staging.settle()
+            staging.synchronize()
         assert read(staging, 4, 0, 0) == b"one\0"
 
 
@@ -239,7 +239,7 @@ def test_two_reads_can_be_under_way_at_once(memory: Memory) -> None:
         mine, theirs = staging.acquire(), staging.acquire()
         staging.read(mine, PIECE, 0, 3)
         staging.read(theirs, PIECE, 1, 5)
-        staging.settle()
+        staging.synchronize()
         assert (bytes(mine.view), bytes(theirs.view)) == (pattern(1, PIECE), pattern(2, PIECE))
 
 
@@ -348,9 +348,9 @@ def run():
         to_close.append(staging := io.staging())
         for number in range(8):
             staging.write(staging.acquire(), PIECE, number // 4, number % 4 * PIECE)
-        staging.settle()
+        staging.synchronize()
         staging.read(staging.acquire(), PIECE, 1, 0)
-        staging.settle()
+        staging.synchronize()
     except WeightdError as error:
         yield error
     for each in reversed(to_close):

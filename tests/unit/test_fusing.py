@@ -148,7 +148,7 @@ def test_parameters_in_strides_become_private(store: Store) -> None:
         module.weight = torch.nn.Parameter(made)
     assert shared(store, module.weight)
     expected = module.weight.detach().clone()
-    active.settle(module)
+    active.finish(module)
     assert not shared(store, module.weight)
     assert module.weight.is_contiguous()
     assert expected.view(torch.int32).equal(module.weight.detach().view(torch.int32))

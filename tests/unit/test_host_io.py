@@ -20,7 +20,7 @@ def test_bytes_arrive_where_they_should(by_mapping: bool) -> None:
     buffer = staging.acquire()
     buffer.view[:5000] = content = bytes(range(250)) * 20
     staging.write(buffer, 5000, 7, 12_345)
-    staging.settle()
+    staging.synchronize()
     assert os.pread(descriptor, 5002, 12_344) == b"\0" + content + b"\0"
     back = staging.acquire()
     staging.read(back, 5002, 7, 12_344)

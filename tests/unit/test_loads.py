@@ -98,7 +98,7 @@ def test_a_pin_that_is_refused_leaves_no_name_and_moves_none(name: str) -> None:
     limits.bytes = first.total_bytes
     tags = books.catalog.tags
     with pytest.raises(CapacityError, match="the limit max_user_bytes is reached"):
-        loads_of(books, limits).settle(wish_of(user, name, pin=True), second)
+        loads_of(books, limits).name_and_pin(wish_of(user, name, pin=True), second)
     assert (books.catalog.tags, second.pinned, second.last_used) == (tags, False, 0.0)
 
 
@@ -106,9 +106,9 @@ def test_a_name_that_is_refused_leaves_no_pin() -> None:
     books, user = Filled(2), Who(1001, admin=False, domain="")
     loads, second = loads_of(books, Limits()), list(books.store.checkpoints.values())[1]
     with pytest.raises(PermissionDeniedError, match="name 'n0' belongs to uid 1000"):
-        loads.settle(wish_of(user, "n0", pin=True), second)
+        loads.name_and_pin(wish_of(user, "n0", pin=True), second)
     assert (second.pinned, second.last_used) == (False, 0.0)
-    assert loads.settle(wish_of(user, "n1", pin=True), second) == "n1"  # it is that content's name already
+    assert loads.name_and_pin(wish_of(user, "n1", pin=True), second) == "n1"  # it is that content's name already
     assert second.pinned
 
 

@@ -187,11 +187,11 @@ class _Watcher:
                 if when > time.monotonic() or self._stopped:
                     continue
                 retries[of_connection] = (time.monotonic() + pause, min(2 * pause, _LONGEST_PAUSE))
-                if _is_settled(of_connection):
+                if _is_done(of_connection):
                     del retries[of_connection]
 
 
-def _is_settled(of_connection: weakref.ref[DaemonConnection]) -> bool:
+def _is_done(of_connection: weakref.ref[DaemonConnection]) -> bool:
     """Whether a connection that had ended is there again, or needed by nobody."""
     connection = of_connection()
     if connection is None or connection.closed or not connection.live():

@@ -70,7 +70,7 @@ class Fusing(TorchFunctionMode):
                 self._made[made.data_ptr()] = every
         return made
 
-    def settle(self, module: torch.nn.Module) -> None:
+    def finish(self, module: torch.nn.Module) -> None:
         """Give a module's parameters that lie in strides private memory: kernels expect theirs in one piece."""
         for parameter in module.parameters():
             if not parameter.is_contiguous() and self._attachment.holds(parameter.data_ptr(), 1):

@@ -22,10 +22,10 @@ def one_device(device_map: Any) -> str:
     Errors: InvalidReferenceError (several devices, one that memory cannot be attached on, or no device at all).
     """
     try:
-        settled = _settled(device_map)
-        if settled is None:
+        resolved = _resolved(device_map)
+        if resolved is None:
             return "cpu"
-        places: set[Any] = set(settled.values()) if isinstance(settled, dict) else _usable()
+        places: set[Any] = set(resolved.values()) if isinstance(resolved, dict) else _usable()
         devices = {torch.device("cuda", place) if isinstance(place, int) else torch.device(place) for place in places}
     except (RuntimeError, ValueError, TypeError) as error:
         raise InvalidReferenceError(f"device_map {device_map!r}: {error}") from error
@@ -57,7 +57,7 @@ def _usable() -> set[Any]:
     return {place for place in get_max_memory() if place not in ("cpu", "disk")} or {"cpu"}
 
 
-def _settled(device_map: Any) -> Any:
+def _resolved(device_map: Any) -> Any:
     """A map from modules to devices, a strategy or None, as transformers makes of it."""
     check = getattr(transformers.integrations.accelerate, "check_and_set_device_map", None)
     if check is not None:

@@ -236,7 +236,7 @@ def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dic
     if model.can_generate() and loading.get("generation_config") is None:
         with contextlib.suppress(OSError):  # then the model's configuration has made one
             model.generation_config = transformers.GenerationConfig.from_pretrained(request.folder)
-    fusing.settle(model)
+    fusing.finish(model)
     freeze(model, attachment)
     make_buffers_private(model, attachment)
     reasons = _Reasons(model, attachment, request.component, found, fusing)

@@ -82,7 +82,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                         async for progress in events:
                             yield _progress(progress)
                     checkpoint, outcome = load.done.result()
-                    yield _result(parts.loads.settle(wish, checkpoint), outcome, wish, load.request)
+                    yield _result(parts.loads.name_and_pin(wish, checkpoint), outcome, wish, load.request)
                     return
                 finally:
                     parts.loads.leave(load, waiter)

@@ -183,7 +183,7 @@ class CudaStaging:
         with self._io.errors:
             self._io.copy_out(buffer.address, self._io.address(segment) + offset, size, self._stream)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for the stream. Errors: DeviceError."""
         with self._io.errors:
             self._synchronise()

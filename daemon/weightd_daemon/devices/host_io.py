@@ -116,7 +116,7 @@ class HostStaging:
         """Read at once."""
         self._io.read(segment, buffer.view[:size], offset)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Nothing is under way."""
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """How a loader reads, writes and compares segments, for each kind of memory.
 
-A copy between a buffer and a segment may be asynchronous: it counts as done after `settle`. So a thread reads and
+A copy between a buffer and a segment may be asynchronous: it counts as done after `synchronize`. So a thread reads and
 hashes its next piece while the piece before is on its way.
 """
 
@@ -34,7 +34,7 @@ class Staging(Protocol):
     def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
         """Fill the first `size` bytes from `offset` of a segment. The buffer stays the caller's."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until everything written and read is where it belongs. Errors: DeviceError."""
 
     def close(self) -> None:

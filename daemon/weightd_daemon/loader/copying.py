@@ -38,7 +38,7 @@ _SETTLED_TENSORS = 1000
 """Other tensors that are settled at once: a piece may hold a million."""
 
 Read = Callable[["Buffer", int, int], None]
-"""Fills the first `size` bytes of a buffer from a position on; done when the thread's staging has settled."""
+"""Fills the first `size` bytes of a buffer from a position on; done when the thread's staging is synchronized."""
 
 Copied = tuple[Tensor, bytes, Slot]
 """A tensor whose bytes, of that digest, lie in a slot."""
@@ -139,7 +139,7 @@ class Copier:
             source.read_into(buffer.view[:size], tensor.spec.offset + offset)
             hasher.update(buffer.view[:size])
             staging.write(buffer, size, slot.segment, slot.offset + offset)
-        staging.settle()
+        staging.synchronize()
         digest = self._checked(tensor, hasher.digest())
         self._settle_in_rows(tensor.group, [(tensor, digest, slot)])
 
@@ -167,7 +167,7 @@ class Copier:
                 position += size
             staging.write(packed, position, slot.segment, slot.offset)
         staging.put_back(whole)
-        staging.settle()
+        staging.synchronize()
         self._settle_in_rows(unit.group, found)
 
     def _slot(self, run: list[Tensor]) -> Slot:
@@ -268,7 +268,7 @@ class Copier:
         for position, size in pieces(length):
             resident(theirs, size, position)
             read(mine, size, position)
-            staging.settle()
+            staging.synchronize()
             if not equal(mine.address, theirs.address, size):
                 same = False
                 break

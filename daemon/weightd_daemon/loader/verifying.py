@@ -32,7 +32,7 @@ def verify(channel: Channel, io: SegmentIO, job: wire.Verify, new_hasher: NewHas
             hasher = new_hasher()
             for position, size in pieces(length):
                 staging.read(buffer, size, segment, offset + position)
-                staging.settle()
+                staging.synchronize()
                 hasher.update(buffer.view[:size])
             if hasher.digest() != digest:
                 found.bad.append(number)

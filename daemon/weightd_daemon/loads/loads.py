@@ -109,7 +109,7 @@ class Loads:
                 return checkpoint
         return None
 
-    def settle(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
+    def name_and_pin(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
 
         Errors: PermissionDeniedError, InvalidReferenceError (name), CapacityError (a limit of the user); then it has
@@ -131,8 +131,8 @@ class Loads:
         return name
 
     def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
-        """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `settle`."""
-        name = self.settle(request, checkpoint)
+        """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `name_and_pin`."""
+        name = self.name_and_pin(request, checkpoint)
         self.lease_for(request, checkpoint)
         self._on_event(LoadAnswered(checkpoint, request.peer, name))
         return name
@@ -314,7 +314,7 @@ class Loads:
         for request in load.waiters.values():
             if request.detached:
                 try:
-                    self.settle(request, checkpoint)
+                    self.name_and_pin(request, checkpoint)
                 except WeightdError as error:
                     log.warning("detached load stays without its name %s: %s", request.name, error.message)
         if not load.done.done():

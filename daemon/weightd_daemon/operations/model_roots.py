@@ -70,7 +70,7 @@ async def on_thread(work: Callable[[], T]) -> T:
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
-    def settle(result: T | None, error: BaseException | None) -> None:
+    def deliver(result: T | None, error: BaseException | None) -> None:
         if done.done():  # nobody waits any more
             return
         if error is not None:
@@ -85,7 +85,7 @@ async def on_thread(work: Callable[[], T]) -> T:
         except BaseException as raised:  # noqa: BLE001  # carried to whoever waits
             error = raised
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, result, error)
+            loop.call_soon_threadsafe(deliver, result, error)
 
     threading.Thread(target=run, daemon=True, name="weightd-files").start()
     return await done
