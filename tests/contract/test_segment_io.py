@@ -185,7 +185,7 @@ def test_bytes_arrive_where_they_should_and_nowhere_else(memory: Memory, offset:
 
 @every_backend
 def test_a_buffer_is_not_given_out_again_before_its_copy_is_done(memory: Memory) -> None:
-    """Each write is of other bytes, there are more of them than buffers, and nobody synchronizes: `acquire` has to wait."""
+    """Each write is of other bytes, there are more of them than buffers, and no wait but that of `acquire`."""
     pieces = [pattern(number, PIECE) for number in range(MORE_THAN_A_RING)]
     with opened(memory) as (_, staging):
         for number, piece in enumerate(pieces):

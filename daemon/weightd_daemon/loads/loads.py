@@ -131,7 +131,7 @@ class Loads:
         return name
 
     def answer(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
-        """Answer a load from memory with a checkpoint that is resident. Returns the name given. Errors: as `name_and_pin`."""
+        """Answer a load from memory with a resident checkpoint. Returns the name given. Errors: as `name_and_pin`."""
         name = self.name_and_pin(request, checkpoint)
         self.lease_for(request, checkpoint)
         self._on_event(LoadAnswered(checkpoint, request.peer, name))
