@@ -8,9 +8,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import pytest
@@ -18,6 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE_ROOTS = (ROOT / "client", ROOT / "daemon")
 MOST_LINES = 400
+# No subject: everything would fit.
+VAGUE = {"common", "misc", "helper", "helpers", "util", "utils"}
 
 # Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
 # modules always may.
@@ -223,7 +225,7 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.loader.job", "from weightd_daemon.devices import host"),
         ("weightd_daemon.loader.job", "from weightd_daemon.persistence.digest_index import DigestIndex"),
         ("weightd_daemon.loader.job", "if TYPE_CHECKING:\n    from weightd_daemon.loads import flight"),
-        ("weightd_daemon.persistence.restore", "from weightd_daemon.api.context import Parts"),
+        ("weightd_daemon.persistence.restore", "from weightd_daemon.api.context import ServiceContext"),
         ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
         ("weightd_daemon.devices.cuda_io", "def view():\n    import ctypes"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
@@ -334,6 +336,36 @@ def test_a_reach_is_found() -> None:
     assert reaches(own + "return other._all == self._all and other.key._replace(device='')") == []
     assert reaches(own + "return self._store._blobs") == ["5: self._store._blobs"]
     assert reaches("def fit(store):\n    store._evict_one()") == ["2: store._evict_one"]
+
+
+def namesakes(paths: Iterable[PurePath]) -> list[str]:
+    """Modules and folders of one package that cannot be told apart by name, and names that say nothing.
+
+    A folder may hold a module of its own name, such as loads/loads.py.
+    """
+    where: dict[str, set[PurePath]] = {}
+    for path in paths:
+        for part in (path, *path.parents[:-1]):
+            if part.stem not in {"__init__", "__main__"} and part.stem != part.parent.name:
+                where.setdefault(part.stem.strip("_"), set()).add(part)
+    found = [", ".join(sorted(map(str, same))) for same in where.values() if len(same) > 1]
+    return found + sorted(str(part) for name in VAGUE & where.keys() for part in where[name])
+
+
+@pytest.mark.parametrize("package", ["client/weightd", "daemon/weightd_daemon"])
+def test_no_two_modules_have_one_name(package: str) -> None:
+    files = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py") if "_proto" not in path.parts)
+    assert namesakes(files) == []
+
+
+def test_namesakes_are_found() -> None:
+    paths = ["__init__.py", "api/__init__.py", "loads/__init__.py", "loads/loads.py", "loads/request.py", "app.py"]
+    assert namesakes(map(PurePath, paths)) == []
+    assert namesakes(map(PurePath, [*paths, "api/request.py"])) == ["api/request.py, loads/request.py"]
+    assert namesakes(map(PurePath, [*paths, "core/_app.py"])) == ["app.py, core/_app.py"]
+    assert namesakes(map(PurePath, [*paths, "core/api.py"])) == ["api, core/api.py"]
+    assert namesakes(map(PurePath, [*paths, "core/misc.py"])) == ["core/misc.py"]
+    assert namesakes(map(PurePath, [*paths, "common/x.py"])) == ["common"]
 
 
 def test_modules_are_small() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import logs
-from .api.context import Parts
+from .api.context import ServiceContext
 from .api.grpc_server import GrpcServer
 from .core.catalog import Catalog
 from .core.lease import Leases
@@ -109,7 +109,7 @@ class _Work(NamedTuple):
 class _Services(NamedTuple):
     """What answers calls, what attaches, and what loads by itself."""
 
-    parts: Parts
+    parts: ServiceContext
     attacher: Attacher
     preloader: Preloader
 
@@ -287,7 +287,7 @@ class Daemon:
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
-        parts = Parts(
+        parts = ServiceContext(
             store, catalog, loads, connections, devices, default,
             now=time.time, event_stream=books.event_stream, drain=drain, statistics=statistics,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
-from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
+from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
@@ -562,19 +562,19 @@ class StoreMachine(RuleBasedStateMachine):
             what.clear()
         self.gone.clear()
         self.begin_books(max((lease.number for lease in before.leases), default=0))
-        restoration = Restoration(self.store, {number: len(data) for number, data in self.segments.items()})
+        adoption = Adoption(self.store, {number: len(data) for number, data in self.segments.items()})
         domains: dict[int, str] = {}
         for checkpoint in chosen:
             key, content = checkpoint.key, self.contents[checkpoint.key]
             blobs = [blob for blob in content.blobs if blob is not None]
-            places = [Place(blob.segment, blob.offset) for blob in blobs]
-            described = Described(content.files, content.entries, [blob.identity for blob in blobs], places)
-            new = restoration.add(key, described, checkpoint.owner, checkpoint.loaded)
+            places = [BlobPlace(blob.segment, blob.offset) for blob in blobs]
+            described = DescribedCheckpoint(content.files, content.entries, [blob.identity for blob in blobs], places)
+            new = adoption.add(key, described, checkpoint.owner, checkpoint.loaded)
             new.segments, new.last_used, new.pins = checkpoint.segments, checkpoint.last_used, checkpoint.pins
-            self.contents[key] = replace(content, blobs=tuple(restoration._blobs[place] for place in places))
+            self.contents[key] = replace(content, blobs=tuple(adoption._blobs[place] for place in places))
             domains |= dict.fromkeys(new.segments, key.domain)
             with pytest.raises(ValueError, match="twice"):
-                restoration.add(key, described, 0, 0.0)
+                adoption.add(key, described, 0, 0.0)
         number_uses(self.store, {c.key: (c.used, c.last_used) for c in chosen})
         order = sorted(self.store.checkpoints.values(), key=lambda c: c.used)
         assert [c.key for c in order] == [c.key for c in sorted(chosen, key=lambda c: c.used)]
@@ -584,7 +584,7 @@ class StoreMachine(RuleBasedStateMachine):
         for number in [number for number in self.segments if number not in domains]:
             del self.segments[number]
         for number, domain in domains.items():
-            taken, data = restoration.taken[number], self.segments[number]
+            taken, data = adoption.taken[number], self.segments[number]
             hollow = list(arenas.arena(domain)._segments[number].sparse)
             self.memory.adopt(domain, number, len(data), taken, hollow, frozen=number in frozen)
         assert self.memory.used <= arenas.used

@@ -32,7 +32,7 @@ class Gpu:
 
 
 class Filled:
-    """What services answer from (see Parts), filled with checkpoints of a few blobs that all differ."""
+    """What services answer from (see ServiceContext), filled with checkpoints of a few blobs that all differ."""
 
     def __init__(self, checkpoints: int, *, held: bool = True, limits: Limits | None = None) -> None:
         self.held = held

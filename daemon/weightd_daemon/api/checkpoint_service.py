@@ -21,7 +21,7 @@ from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome
 from weightd_daemon.loads.verification import Verification
 from weightd_daemon.wire import time_to, user_name
 
-from .context import Parts
+from .context import ServiceContext
 from .error_mapping import Context
 
 MAX_GROUPED = 200_000
@@ -42,7 +42,7 @@ _PHASES = {
 class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     """Loads, names, lists and removes checkpoints."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ServiceContext) -> None:
         self._parts = parts
 
     async def Load(  # noqa: N802  # named by the proto

@@ -19,7 +19,7 @@ from .admission import TOKEN
 from .error_mapping import Context
 
 
-class Parts(NamedTuple):
+class ServiceContext(NamedTuple):
     """The parts of the daemon that calls reach."""
 
     store: Store

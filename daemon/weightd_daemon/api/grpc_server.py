@@ -24,7 +24,7 @@ from weightd_daemon.wire import add_leases
 
 from .admission import MAX_CALLS_OF_CONNECTION, Admission
 from .checkpoint_service import CheckpointService
-from .context import Parts
+from .context import ServiceContext
 from .daemon_service import DaemonService
 from .error_mapping import Context, ErrorMapping
 
@@ -48,7 +48,7 @@ _SERVICES = tuple(
 class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
     """Lists leases."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: ServiceContext) -> None:
         self._parts = parts
 
     async def List(  # noqa: N802
@@ -70,7 +70,7 @@ class GrpcServer:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: ServiceContext,
         max_connections: int,
         on_call: Callable[[str, str], None],
         before_answer: Callable[[], None],

@@ -24,34 +24,34 @@ if TYPE_CHECKING:
     from .store import Store
 
 
-class Place(NamedTuple):
+class BlobPlace(NamedTuple):
     """Where a blob lies: a segment of this daemon, and an offset in bytes."""
 
     segment: int
     offset: int
 
 
-class Described(NamedTuple):
+class DescribedCheckpoint(NamedTuple):
     """What a manifest says: files, tensors, for each tensor its blob's identity and place (None without bytes)."""
 
     files: Sequence[ManifestFile]
     entries: Sequence[ManifestEntry]
     identities: Sequence[BlobIdentity]
-    places: Sequence[Place | None]
+    places: Sequence[BlobPlace | None]
     manifest_bytes: int = 0
 
 
-class Restoration:
+class Adoption:
     """Restores the checkpoints of one device, one after the other. `sizes` are the bytes of its adopted segments."""
 
     def __init__(self, store: Store, sizes: Mapping[int, int]) -> None:
         self._store = store
         self._sizes = sizes
-        self._blobs: dict[Place, Blob] = {}
+        self._blobs: dict[BlobPlace, Blob] = {}
         self.taken: dict[int, Ranges] = {}
         """The bytes that restored blobs have, by segment."""
 
-    def add(self, key: CheckpointKey, described: Described, owner: int | None, loaded: float) -> Checkpoint:
+    def add(self, key: CheckpointKey, described: DescribedCheckpoint, owner: int | None, loaded: float) -> Checkpoint:
         """Enter a checkpoint; `loaded` is seconds since the epoch. Errors: ValueError, and nothing has changed."""
         if key in self._store.checkpoints:
             raise ValueError("it is there twice")
@@ -64,9 +64,9 @@ class Restoration:
         self._store.enter(checkpoint)
         return checkpoint
 
-    def _check(self, key: CheckpointKey, described: Described) -> None:
+    def _check(self, key: CheckpointKey, described: DescribedCheckpoint) -> None:
         """Whether every blob fits into its segment, and lies on no other. Errors: ValueError."""
-        fresh: dict[Place, BlobIdentity] = {}
+        fresh: dict[BlobPlace, BlobIdentity] = {}
         for identity, place in _rows(described):
             if place is None:
                 if identity.length:
@@ -89,7 +89,7 @@ class Restoration:
                 raise ValueError("a blob lies on another")
             ends[place.segment] = end
 
-    def _blob(self, key: CheckpointKey, identity: BlobIdentity, place: Place) -> Blob:
+    def _blob(self, key: CheckpointKey, identity: BlobIdentity, place: BlobPlace) -> Blob:
         """The blob of a place, which has been checked."""
         blob = self._blobs.get(place)
         if blob is None:
@@ -100,7 +100,7 @@ class Restoration:
         return blob
 
 
-def _rows(described: Described) -> Iterator[tuple[BlobIdentity, Place | None]]:
+def _rows(described: DescribedCheckpoint) -> Iterator[tuple[BlobIdentity, BlobPlace | None]]:
     return zip(described.identities, described.places, strict=True)
 
 

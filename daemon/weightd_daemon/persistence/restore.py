@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weightd._manifest import Manifest
 from weightd.errors import DeviceError, ServerError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.adoption import Described, Place, Restoration, number_uses
+from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import BlobIdentity
@@ -79,7 +79,7 @@ class _Segment(NamedTuple):
 
 
 class _Restore:
-    """One restoration: the books and devices, and what has been found so far."""
+    """One adoption: the books and devices, and what has been found so far."""
 
     def __init__(
         self, left: Left, store: Store, catalog: Catalog, devices: Mapping[str, Device], manifests: Manifests
@@ -93,7 +93,7 @@ class _Restore:
         self.frozen: set[int] = set()
         self.kept: dict[CheckpointKey, int] = {}
         self.uses: dict[CheckpointKey, tuple[int, float]] = {}
-        self.restorations: dict[str, Restoration] = {}
+        self.adoptions: dict[str, Adoption] = {}
 
     def adopt(self, row: Mapping[str, Any]) -> None:
         """Take over a segment. Errors: of _CANNOT_BE, DeviceError."""
@@ -131,8 +131,8 @@ class _Restore:
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
         reference = _text(row.get("reference", ""))
         sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
-        restoration = self.restorations.setdefault(key.device, Restoration(self.store, sizes))
-        checkpoint = restoration.add(key, described, owner, loaded)
+        adoption = self.adoptions.setdefault(key.device, Adoption(self.store, sizes))
+        checkpoint = adoption.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
         checkpoint.last_used, checkpoint.pins = last_used, pins
         self.uses[key] = used, last_used
@@ -161,8 +161,8 @@ class _Restore:
         """Enter the segments that restored checkpoints need, release the rest. Returns what is kept as what."""
         found: dict[tuple[str, int], int] = {}
         for number, segment in self.segments.items():
-            restoration, device = self.restorations.get(segment.device), self.devices[segment.device]
-            taken = restoration.taken.get(segment.number) if restoration else None
+            adoption, device = self.adoptions.get(segment.device), self.devices[segment.device]
+            taken = adoption.taken.get(segment.number) if adoption else None
             if taken is None:
                 device.release(segment.number)
                 continue
@@ -235,7 +235,7 @@ def restore(
 
 def _read_manifest(
     descriptor: int, key: CheckpointKey, kind: str, segments: list[_Segment]
-) -> tuple[Described, SegmentTable]:
+) -> tuple[DescribedCheckpoint, SegmentTable]:
     """What a manifest says, its places in the numbers of this daemon. Errors: of _CANNOT_BE."""
     size = os.fstat(descriptor).st_size
     if not is_manifest(descriptor) or size > MANIFEST_BYTES:
@@ -246,11 +246,11 @@ def _read_manifest(
     if list(manifest.segment_bytes) != [segment.size for segment in segments]:
         raise ValueError("its segments are not those of its manifest")
     tensors = manifest.tensors
-    described = Described(
+    described = DescribedCheckpoint(
         [ManifestFile(*file) for file in manifest.files],
         [ManifestEntry(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
         [BlobIdentity(one.digest, one.length, one.variant) for one in tensors],
-        [Place(segments[one.segment].number, one.offset) if one.length else None for one in tensors],
+        [BlobPlace(segments[one.segment].number, one.offset) if one.length else None for one in tensors],
         size,
     )
     return described, SegmentTable((one.component, one.name, one.segment if one.length else None) for one in tensors)
