@@ -1,4 +1,4 @@
-"""`python -m weightd_daemon serve|config`: the program behind `weightd serve` and `weightd config`."""
+"""`python -m weightd_daemon serve|config`, which `weightd serve` and `weightd config` execute."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _DESCRIPTORS = 24
-"""To be free at the start: without a GPU, and with monitors, a daemon came up with 20 in all (measured)."""
+"""Descriptors that must be free at the start. A daemon with monitoring and without a GPU needed 20 (measured)."""
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
-    """Run a command. Returns the exit code."""
+    """Run a command and return its exit code."""
     options = _parser().parse_args(arguments)
     try:
         loaded = load(options.config, vars(options), os.environ)
@@ -68,7 +68,7 @@ async def _serve(settings: Settings, read: Callable[[], Loaded], loader_argv: Se
 
 
 def _raise_descriptor_limit() -> None:
-    """Every segment is two descriptors; take all that the system allows."""
+    """Raise the soft limit of open files to the hard limit: every segment takes two descriptors."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weightd", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in (
-        ("serve", "run the daemon in the foreground; it prints one line when it is ready"),
-        ("config", "print every setting, and where its value comes from"),
+        ("serve", "run the daemon in the foreground, and print one line once it is ready"),
+        ("config", "print every setting with its origin"),
     ):
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         command.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
@@ -109,7 +109,7 @@ def _print_config(loaded: Loaded, *, as_json: bool) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it."""
+    """Convert a value for JSON."""
     if isinstance(value, Preload):
         return {key: said for key, said in asdict(value).items() if key != "where"}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value

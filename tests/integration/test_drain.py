@@ -67,7 +67,7 @@ def test_it_waits_for_two_holders_and_frees_what_is_pinned(daemon: Daemon, spawn
         client.load(tmp_path / "idle")
     done = daemon.command("load", tmp_path / "new", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (69, 1)
-    assert "it lends and loads nothing new; `weightd drain --undo`" in daemon.command("ls").stdout
+    assert "it accepts no attaches or loads; `weightd drain --undo`" in daemon.command("ls").stdout
     assert "the daemon is draining" in daemon.command("stats").stdout
 
     holders[0].kill()
@@ -118,7 +118,7 @@ def test_its_time_and_its_undoing(daemon: Daemon, spawn: Spawn, tmp_path: Path) 
     first, last = done.stderr.splitlines()
     assert first.startswith(f"weightd: waiting for pid {holder.pid} (")
     assert last.startswith(f"weightd: still held after 0.3 s by pid {holder.pid} (")
-    assert last.endswith("the daemon goes on draining")
+    assert last.endswith("the daemon continues to drain")
     client = daemon.connect()
     assert client.stats().state == "draining"
 
@@ -156,7 +156,7 @@ def test_it_goes_on_without_whoever_began_it(daemon: Daemon, spawn: Spawn, tmp_p
         command.send_signal(signal.SIGINT)
         assert command.wait(60) == 130
         assert command.stderr.read() == (
-            "weightd: interrupted: the daemon goes on draining; `weightd drain --undo` takes that back\n"
+            "weightd: interrupted: the daemon continues to drain; `weightd drain --undo` ends the drain\n"
         )
     finally:
         command.kill()

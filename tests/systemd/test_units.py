@@ -244,7 +244,7 @@ def test_a_path_that_systemd_cannot_start_is_1(
     assert main(["unit", "--user"]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("weightd: systemd starts no program from /opt/")
+    assert captured.err.startswith("weightd: systemd cannot start /opt/")
     assert captured.err.count("\n") == 1
 
 

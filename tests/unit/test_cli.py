@@ -692,17 +692,17 @@ def test_drain(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert (capsys.readouterr().out, fake.calls[-1]) == ("serving again\n", ("undrain",))
     fake.answers["drain"] = KeyboardInterrupt()
     assert main(["drain", "-q"]) == 130
-    assert "the daemon goes on draining; `weightd drain --undo`" in capsys.readouterr().err
+    assert "the daemon continues to drain; `weightd drain --undo`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["ls", "stats"])
 def test_a_drain_is_shown(command: str, fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command]) == 0
-    assert "lends and loads" not in capsys.readouterr().out
+    assert "attaches or loads" not in capsys.readouterr().out
     fake.answers["stats"] = replace(FakeClient().stats(), state="draining")
     assert main([command]) == 0
     assert capsys.readouterr().out.endswith(
-        "\nthe daemon is draining: it lends and loads nothing new; `weightd drain --undo` takes that back\n"
+        "\nthe daemon is draining: it accepts no attaches or loads; `weightd drain --undo` ends the drain\n"
     )
 
 
@@ -745,7 +745,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "unit",
         "config",
     ]
-    assert "69   no daemon, or one that drains\n" in printed
+    assert "69   no daemon, or the daemon is draining\n" in printed
     codes = {int(code) for code in re.findall(r"^\s*(\d+)  ", printed.split("Exit codes:")[1], re.MULTILINE)}
     assert {0, 1, 2, 3, 4, 5, 69, 75, 76, 77, 78, 130} == codes
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
@@ -756,7 +756,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("command", ["load", "inspect", "pin", "unpin", "rm", "verify"])
 def test_help_says_where_it_looks_without_a_device(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
-    default = "the daemon's only GPU, or host" if command == "load" else "wherever the checkpoint is"
+    default = "the daemon's only GPU, or host" if command == "load" else "the device that has the checkpoint"
     assert f"[default: {default}]" in " ".join(capsys.readouterr().out.split())
 
 

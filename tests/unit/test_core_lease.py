@@ -113,7 +113,7 @@ def test_while_it_drains_no_lease_is_taken() -> None:
     held = kernel.take(leases, "a")
     leases.draining = True
     for waiting in (False, True):
-        with pytest.raises(DrainingError, match="lends and loads nothing new"):
+        with pytest.raises(DrainingError, match="accepts no attaches or loads"):
             leases.begin("a", PEER, 1.0, waiting=waiting)
     assert leases.of("a") == [held]
     leases.draining = False

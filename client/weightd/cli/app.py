@@ -26,10 +26,10 @@ Exit codes:
   3    not found
   4    in use
   5    does not fit
-  69   no daemon, or one that drains
-  75   daemon full, or not answering; or a process is at a limit of the system
-  76   another protocol
-  77   not permitted, or a daemon that you may not reach
+  69   no daemon, or the daemon is draining
+  75   try again: daemon full or not answering, or a system limit reached
+  76   another protocol version
+  77   not permitted, or no access to the daemon
   78   bad configuration
   130  interrupted
 """

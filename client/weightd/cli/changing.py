@@ -1,4 +1,4 @@
-"""The commands that change what the daemon keeps: `pin`, `unpin` and `rm`."""
+"""The commands `pin`, `unpin` and `rm`, which change whether a checkpoint stays resident."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pin(
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Keep a checkpoint: it is not evicted until it is unpinned."""
+    """Protect a checkpoint from eviction until it is unpinned."""
     with open_client(context, socket) as client:
         client.pin(meant(reference, variant), device)
     if not quiet:
@@ -42,7 +42,7 @@ def unpin(
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Let a checkpoint be evicted again when room is needed."""
+    """Allow a checkpoint to be evicted again."""
     with open_client(context, socket) as client:
         info = client.unpin(meant(reference, variant), device)
     if not quiet:
@@ -60,7 +60,7 @@ def rm(
 ) -> None:
     """Remove checkpoints.
 
-    Goes on after an error, and exits with the code of the first.
+    Continues after an error, and exits with the code of the first error.
     """
     with open_client(context, socket) as client:
 

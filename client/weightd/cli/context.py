@@ -1,4 +1,4 @@
-"""Shared parts of all commands: settings of this run, common options, a connection, one-line errors."""
+"""Code that all commands share: settings of this run, common options, the connection, one-line errors."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ INTERRUPTED = 130
 
 
 class InterruptedWaitError(Exception):
-    """Ctrl-C while something was waited for that the daemon does; the message says what becomes of it."""
+    """Ctrl-C while the command waited for the daemon; the message states what the daemon does next."""
 
 
 class Format(StrEnum):
-    """How a listing is written."""
+    """Output format of a listing."""
 
     TABLE = "table"
     JSON = "json"
@@ -38,25 +38,29 @@ class Format(StrEnum):
 SocketOption = Annotated[
     str | None,
     typer.Option(
-        "--socket", metavar="PATH", help="The daemon's socket [default: $WEIGHTD_SOCKET, else its usual place]."
+        "--socket", metavar="PATH", help="Socket of the daemon [default: $WEIGHTD_SOCKET, else the standard paths]."
     ),
 ]
-FormatOption = Annotated[Format, typer.Option("--format", metavar="table|json", help="JSON sizes are bytes.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only what identifies each row.")]
-SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+FormatOption = Annotated[
+    Format, typer.Option("--format", metavar="table|json", help="Output format; JSON sizes are in bytes.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the identifier of each row.")]
+SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests and devices in full.")]
-_DEVICES = "host, cuda, cuda:N, or a GPU's UUID or its beginning"
+_DEVICES = "host, cuda, cuda:N, or a GPU's UUID or a prefix of it"
 LoadDeviceOption = Annotated[
     str | None,
     typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: the daemon's only GPU, or host]."),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: wherever the checkpoint is]."),
+    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: the device that has the checkpoint]."),
 ]
 VariantOption = Annotated[
     str | None,
-    typer.Option("--variant", metavar="NAME", help="Of a directory or repository the weights of a variant, as fp16."),
+    typer.Option(
+        "--variant", metavar="NAME", help="Select a variant's weights in a directory or repository, such as fp16."
+    ),
 ]
 ReferenceArgument = Annotated[
     str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")
@@ -68,7 +72,7 @@ ReferencesArgument = Annotated[
 
 
 def say(message: str) -> None:
-    """Write one line to stderr, whatever `message` contains."""
+    """Write `message` to stderr as one line, with control characters escaped."""
     sys.stderr.write(f"weightd: {printable(message)}\n")
 
 
@@ -81,7 +85,7 @@ class _Saying(logging.Handler):
 
 @contextlib.contextmanager
 def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
-    """Tell the person what of their files is taken that they have not asked for; with `quiet` nothing."""
+    """Report on stderr which files are selected that the user did not name; with `quiet`, report nothing."""
     log, handler = logging.getLogger("weightd.resolve"), logging.NullHandler() if quiet else _Saying()
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
@@ -97,7 +101,7 @@ def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Settings:
-    """Global options of this run; `report` and `trace` obey them."""
+    """Global options of this run; `report` and `trace` follow them."""
 
     socket: str | None = None
     debug: bool = False
@@ -114,7 +118,7 @@ class Settings:
 
 
 def connect(socket: str | None) -> Client:
-    """Reach the daemon at `socket` or its usual place; raises DaemonUnreachableError."""
+    """Connect to the daemon at `socket` or at the standard paths; raises DaemonUnreachableError."""
     # Imported here, so that `weightd serve` and `--help` do not pay for the client.
     from weightd import connect as connect_client
 
@@ -122,15 +126,15 @@ def connect(socket: str | None) -> Client:
 
 
 def open_client(context: typer.Context, socket: str | None) -> Client:
-    """Reach the daemon; a `--socket` after the command's name wins over one before it."""
+    """Connect to the daemon; a `--socket` after the command's name wins over one before it."""
     settings: Settings = context.obj
     return connect(socket or settings.socket)
 
 
 def meant(reference: str, variant: str | None) -> str | Resolved:
-    """What a command that looks for a resident checkpoint asks for: its files, where a variant of them is meant.
+    """Return the reference to look up: `reference` itself, or the files of a variant of it.
 
-    Errors: those of weightd.resolve, but where no such files are there (any more) its name may still be.
+    If the files do not exist (any more), return the name that the variant would have. Errors: as weightd.resolve.
     """
     if variant is None:
         return reference
@@ -141,9 +145,9 @@ def meant(reference: str, variant: str | None) -> str | Resolved:
 
 
 def for_each(context: typer.Context, references: Iterable[str], action: Callable[[str], None]) -> int:
-    """Do `action` for every reference, report each error as it comes, and return the first one's exit code, or 0.
+    """Call `action` for every reference, report each error at once, and return the first error's exit code, or 0.
 
-    An unreachable daemon ends it at once: the remaining references would say the same.
+    Stops at once if the daemon is unreachable: the remaining references would fail in the same way.
     """
     settings: Settings = context.obj
     code = 0

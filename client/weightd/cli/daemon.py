@@ -1,4 +1,4 @@
-"""The commands about the daemon itself: `serve` and `config` exec its program, `ping` and `version` query it."""
+"""The commands for the daemon itself: `serve` and `config` execute it, `ping` and `version` query it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def serve(context: typer.Context) -> None:
 
 
 def config(context: typer.Context) -> None:
-    """Print the settings that `serve` would use, and where from."""
+    """Print the settings that `serve` would use, with their origins."""
     _become_daemon("config", context)
 
 
@@ -40,14 +40,14 @@ def _become_daemon(command: str, context: typer.Context) -> NoReturn:
 
 
 def require_daemon(command: str) -> None:
-    """End with a line that says so where the daemon is not installed; xxhash is what the bare package leaves out."""
+    """Exit with an error if the daemon is not installed. Without the extra, xxhash is missing."""
     if any(importlib.util.find_spec(needed) is None for needed in ("weightd_daemon", "xxhash")):
         say(f"{command} needs the daemon, which is not installed: pip install '.[daemon]' in weightd's checkout")
         raise typer.Exit(1)
 
 
 def ping(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
-    """Ask the daemon for a sign of life; print the round trip."""
+    """Ping the daemon and print the round-trip time."""
     with open_client(context, socket) as client:
         client.ping()  # sets up the channel
         seconds = client.ping()
@@ -59,7 +59,7 @@ def ping(context: typer.Context, output: FormatOption = Format.TABLE, socket: So
 
 
 def version(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
-    """Print the versions of command and daemon."""
+    """Print the versions of the command and the daemon."""
     settings: Settings = context.obj
     daemon: VersionInfo | None = None
     failure: WeightdError | None = None

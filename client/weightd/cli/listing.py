@@ -57,7 +57,7 @@ def ls(
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
     names: Annotated[
-        bool, typer.Option("--names", help="List names instead, also those whose checkpoint was evicted.")
+        bool, typer.Option("--names", help="List names instead, including names of evicted checkpoints.")
     ] = False,
     socket: SocketOption = None,
 ) -> None:
@@ -147,7 +147,7 @@ def stats(
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Show what memory is used for, and what sharing saves."""
+    """Show memory use and savings."""
     with open_client(context, socket) as client:
         found = client.stats()
     if output is Format.JSON:
@@ -193,9 +193,9 @@ def stats(
 
 
 def _say_state(state: str) -> None:
-    """A line below what was asked for, where the daemon does not lend."""
+    """Print a line below the table if the daemon accepts no attaches and loads."""
     if state != "serving":
-        emit(f"\nthe daemon is {state}: it lends and loads nothing new; `weightd drain --undo` takes that back")
+        emit(f"\nthe daemon is {state}: it accepts no attaches or loads; `weightd drain --undo` ends the drain")
 
 
 def inspect(
@@ -209,7 +209,7 @@ def inspect(
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Show one checkpoint, its parts and its files."""
+    """Show one checkpoint with its components and files."""
     listed: list[TensorInfo] = []
     with open_client(context, socket) as client:
         details = client.inspect(meant(reference, variant), device)

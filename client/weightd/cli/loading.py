@@ -1,4 +1,4 @@
-"""The long-running commands: `load` and `verify`."""
+"""The long-running commands `load` and `verify`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ def load(
     references: Annotated[
         list[str], typer.Argument(metavar="REF...", help="Files, directories or org/name[@revision].")
     ],
-    name: Annotated[str | None, typer.Option("--name", "-n", metavar="NAME", help="Name it; one REF only.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", "-n", metavar="NAME", help="Name of the checkpoint; with one REF only.")
+    ] = None,
     variant: VariantOption = None,
     device: LoadDeviceOption = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Keep it until it is unpinned.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until it is resident.")] = True,
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, even of files known already.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Protect the checkpoint from eviction.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is resident.")] = True,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte, even of known, unchanged files.")] = False,
     output: FormatOption = Format.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the content digest.")] = False,
     socket: SocketOption = None,
@@ -48,10 +50,10 @@ def load(
     """Load checkpoints into the daemon's memory.
 
     REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
-    the local Hugging Face cache. A directory of models is none: name those that you mean.
+    the local Hugging Face cache. A directory that contains several models is refused: name each model.
     """
     if name is not None and len(references) > 1:
-        raise typer.BadParameter(f"it names one checkpoint, and {len(references)} are given", param_hint="--name")
+        raise typer.BadParameter(f"names one checkpoint, but {len(references)} are given", param_hint="--name")
     found: list[dict[str, Any]] = []
 
     with open_client(context, socket) as client:
@@ -76,7 +78,7 @@ def load(
             except KeyboardInterrupt:
                 # The client that closes on the way out is what cancels: the last waiter to leave ends a load.
                 raise InterruptedWaitError(
-                    f"interrupted: the load of {reference} is cancelled unless others wait for it"
+                    f"interrupted: the load of {reference} is cancelled unless other processes wait for it"
                 ) from None
             found.append({"name": name or reference, "state": "loading"} if result is None else asdict(result))
             if output is Format.TABLE:
@@ -91,7 +93,7 @@ def load(
 def _print(name: str, result: LoadResult | None, *, quiet: bool) -> None:
     if result is None:
         if not quiet:
-            emit(f"loading {printable(name)}; `weightd ls` shows it, and the daemon's log says so if it fails")
+            emit(f"loading {printable(name)}; `weightd ls` shows its state, and the daemon's log reports a failure")
     elif quiet:
         emit(result.content_digest)
     else:
@@ -109,7 +111,7 @@ def verify(
     context: typer.Context,
     reference: Annotated[
         str | None,
-        typer.Argument(metavar="[REF]", help="Name, content digest, file or directory [default: everything]."),
+        typer.Argument(metavar="[REF]", help="Name, content digest, file or directory [default: all checkpoints]."),
     ] = None,
     device: DeviceOption = None,
     variant: VariantOption = None,
@@ -118,7 +120,7 @@ def verify(
 ) -> None:
     """Check resident bytes against their digests.
 
-    Reads them all; exits with 1 if any differ.
+    Reads all resident bytes, and exits with 1 if any differ.
     """
     with open_client(context, socket) as client, byte_bar(quiet=quiet) as advance:
 

@@ -1,4 +1,4 @@
-"""The operator's commands: `events` and `drain`. The keys of their JSON are a contract."""
+"""The operator's commands `events` and `drain`. The keys of their JSON are a contract."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ EVENT_KEYS: dict[str, tuple[str, ...]] = {
     "unnamed": ("content_digest", "names", *_PROCESS),
     "device_lost": ("device", "message"),
 }
-"""What each kind of event says beside `time` and `event`; other kinds say nothing more."""
+"""Keys of each kind of event in addition to `time` and `event`; other kinds have no more keys."""
 
 
 def events(
     context: typer.Context,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens, until Ctrl-C.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also print new events, until Ctrl-C.")] = False,
     socket: SocketOption = None,
 ) -> None:
-    """Print what has happened lately, as JSON lines."""
+    """Print recent events as JSON lines."""
     with open_client(context, socket) as client:
         for event in client.events(follow=follow):
             line = {"time": event.time, "event": event.kind}
@@ -57,16 +57,19 @@ def drain(
     context: typer.Context,
     timeout: Annotated[
         float | None,
-        typer.Option("--timeout", metavar="SECONDS", min=0, help="How long to wait for holders [default: no end]."),
+        typer.Option(
+            "--timeout", metavar="SECONDS", min=0, help="How long to wait for leases to end [default: no limit]."
+        ),
     ] = None,
-    undo: Annotated[bool, typer.Option("--undo", help="Lend and load again.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Accept attaches and loads again.")] = False,
     output: FormatOption = Format.TABLE,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Empty the daemon: nothing new is lent or loaded.
+    """Empty the daemon: refuse new attaches and loads.
 
-    Waits until nobody holds a checkpoint, then frees all, pinned ones too. Until --undo the daemon stays as it is.
+    Waits until no process holds a checkpoint, then removes all checkpoints, including pinned ones. The daemon stays
+    drained until --undo.
     """
     start = time.monotonic()
 
@@ -86,7 +89,7 @@ def drain(
             result = client.drain(timeout=timeout, on_holders=show)
         except KeyboardInterrupt:
             raise InterruptedWaitError(
-                "interrupted: the daemon goes on draining; `weightd drain --undo` takes that back"
+                "interrupted: the daemon continues to drain; `weightd drain --undo` ends the drain"
             ) from None
     if output is Format.JSON:
         emit_json({"state": "drained", **asdict(result), "seconds": time.monotonic() - start})

@@ -20,7 +20,7 @@ _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "
 
 
 class OutputClosedError(Exception):
-    """Nobody reads standard output any more."""
+    """The reader of standard output went away."""
 
 
 def printable(text: str) -> str:

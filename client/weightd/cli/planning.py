@@ -1,4 +1,4 @@
-"""The command `plan`: computes from files alone how much sharing would save. It needs no daemon and no GPU."""
+"""The command `plan` computes savings from files alone. It needs neither a running daemon nor a GPU."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def plan(
     ] = None,
     manifest: Annotated[
         list[str] | None,
-        typer.Option("--manifest", metavar="FILE", help="Checkpoints described by a workload manifest; repeatable."),
+        typer.Option("--manifest", metavar="FILE", help="Plan the checkpoints of a workload manifest; repeatable."),
     ] = None,
     variant: VariantOption = None,
     state_dir: Annotated[
         str | None,
-        typer.Option("--state-dir", metavar="DIR", help="Where the digest index is [default: as for `serve`]."),
+        typer.Option("--state-dir", metavar="DIR", help="Directory of the digest index [default: as for `serve`]."),
     ] = None,
     output: FormatOption = Format.TABLE,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the sum.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the total.")] = False,
 ) -> None:
-    """Say what sharing would save, without a daemon.
+    """Report what sharing would save, without a daemon.
 
     REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
-    the local Hugging Face cache. A directory of models is none: name those that you mean.
+    the local Hugging Face cache. A directory that contains several models is refused: name each model.
     """
     if not references and not manifest:
-        raise typer.BadParameter("name at least one, or give --manifest", param_hint="REF")
+        raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
     require_daemon("plan")
     settings: Settings = context.obj
     arguments = [f"--manifest={file}" for file in manifest or ()]
@@ -72,9 +72,9 @@ def plan(
 
 
 def _ask(arguments: list[str], show: Callable[[int, int], None]) -> _Json:
-    """The answer of the process that reads the files, which ends with this call, however it ends.
+    """Run the process that reads the files and return its answer. The process ends with this call in any case.
 
-    The client may not import what reads files and hashes: it is the daemon's.
+    The code that reads and hashes files belongs to the daemon, which the client may not import.
     """
     # -P: a weightd_daemon that lies in the current directory must not be what starts. The group is the process's own,
     # so that Ctrl-C reaches this one only, which then says so.
@@ -138,7 +138,7 @@ def _print_pairs(pairs: list[_Json]) -> None:
 
 
 def _parts(parts: list[_Json]) -> str:
-    """`text_encoder 17.74 GiB, vae = unet/vae 0.31 GiB`, the biggest first; a dash where there are no components."""
+    """`text_encoder 17.74 GiB, vae = unet/vae 0.31 GiB`, the biggest first; a dash if there are no components."""
     if not any(name for part in parts for name in part["components"]):
         return "-"
     return ", ".join(f"{_named(*part['components'])} {size(part['shared_bytes'])}" for part in parts)

@@ -12,12 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from weightd.cli.output import printable
 
 Advance = Callable[[str, int, int], None]
-"""Called with what goes on, bytes done and bytes in all."""
+"""Called with the current phase, bytes done and total bytes."""
 
 
 @contextmanager
 def byte_bar(*, quiet: bool) -> Iterator[Advance | None]:
-    """Show a bar while the block runs, and wipe it afterwards; None where nobody would see it."""
+    """Show a bar while the block runs, and remove it afterwards; None if stderr is not a terminal, or with `quiet`."""
     console = Console(stderr=True, highlight=False)
     if quiet or not console.is_terminal:
         yield None

@@ -1,4 +1,4 @@
-"""The command `unit`: prints a systemd unit for the daemon, for the current interpreter and the installed systemd."""
+"""The command `unit` prints a systemd unit for the current interpreter and the installed version of systemd."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ _START = "ExecStart=weightd serve"
 _PRESERVE = "#FileDescriptorStorePreserve=yes"
 _PRESERVE_SINCE = 254
 OLDEST_SYSTEMD = 252
-"""The oldest that the units were checked with."""
+"""The oldest version that the units were checked with."""
 _HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - compared with, not written to
 
 
 def unit(
-    user: Annotated[bool, typer.Option("--user", help="The unit of a user's own daemon, not the system's.")] = False,
+    user: Annotated[
+        bool, typer.Option("--user", help="Print the unit of a user's own daemon instead of the system unit.")
+    ] = False,
 ) -> None:
     """Print a systemd unit for this installation of weightd.
 
-    Exit codes: 0; 1 where the daemon is not installed, or lies where systemd cannot start it; 2 wrong usage.
+    Exit codes: 0; 1 if the daemon is not installed, or systemd cannot start it from its path; 2 wrong usage.
     """
     require_daemon("unit")
     version = systemd_version()
     if version is None:
-        say(f"no systemd is installed here; this unit is for {OLDEST_SYSTEMD}, and newer ones take it, too")
+        say(f"no systemd is installed here; this unit is for systemd {OLDEST_SYSTEMD} and later")
     elif version < OLDEST_SYSTEMD:
-        say(f"systemd {version} is installed here; this unit was not checked with any before {OLDEST_SYSTEMD}")
+        say(f"systemd {version} is installed here; this unit was not checked with versions before {OLDEST_SYSTEMD}")
     hidden = None if user else hidden_path(sys.executable, sys.prefix, sys.base_prefix)
     if hidden is not None:
         say(f"{hidden} is hidden from the service by its unit; install weightd elsewhere, for example in /opt/weightd")
@@ -46,15 +48,15 @@ def unit(
 
 
 def shipped(name: str) -> str:
-    """The text of one of the files in the folder `systemd`."""
+    """Return the text of a file in the folder `systemd`."""
     folder = next(folder for folder in _FOLDERS if folder.is_dir())
     return (folder / name).read_text()
 
 
 def render(text: str, command: list[str], version: int | None) -> str:
-    """A shipped unit that starts `command`, for a version of systemd; None is the oldest.
+    """Return a shipped unit that starts `command`, for a version of systemd; None means the oldest.
 
-    Errors: WeightdError (a path that systemd cannot start).
+    Errors: WeightdError (systemd cannot start a program from this path).
     """
     text = _exchange(text, _START, f"ExecStart={' '.join(map(_quoted, command))}")
     if version is not None and version >= _PRESERVE_SINCE:
@@ -63,7 +65,7 @@ def render(text: str, command: list[str], version: int | None) -> str:
 
 
 def systemd_version() -> int | None:
-    """The number of the installed systemd; None where there is none."""
+    """Return the version of the installed systemd, or None without one."""
     for program in ("systemctl", "systemd-analyze"):
         try:
             command = [program, "--version"]  # from PATH: where it lies differs
@@ -76,7 +78,7 @@ def systemd_version() -> int | None:
 
 
 def hidden_path(*paths: str) -> str | None:
-    """The first of the paths, or of what they are links to, that the system's unit hides from the daemon."""
+    """Return the first path, or target of a symlink, that the system unit hides from the daemon."""
     for path in paths:
         for form in (Path(path), Path(path).resolve()):
             if any(form.is_relative_to(folder) for folder in _HIDDEN):
@@ -85,7 +87,7 @@ def hidden_path(*paths: str) -> str | None:
 
 
 def _exchange(text: str, line: str, by: str) -> str:
-    """The text with another line in the place of `line`, which it has once."""
+    """Return `text` with `line`, which occurs once, replaced by `by`."""
     lines = text.split("\n")
     assert lines.count(line) == 1, f"the unit has {lines.count(line)} lines {line!r}"
     lines[lines.index(line)] = by
@@ -93,8 +95,10 @@ def _exchange(text: str, line: str, by: str) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word of a command line as systemd reads it: quoted where it must be, and without specifiers."""
+    """Return a word of a command line in systemd's syntax: quoted if necessary, with specifiers escaped."""
     if re.search(r"[\x00-\x1f\x7f\"'\\]", word):
-        raise WeightdError(f"systemd starts no program from {word}: quotes and backslashes in a path are not for it")
+        raise WeightdError(
+            f"systemd cannot start {word}: the path contains a quote, a backslash or a control character"
+        )
     word = word.replace("%", "%%")
     return word if re.fullmatch(r"[\w%+=:,./-]+", word) else f'"{word}"'

@@ -31,7 +31,7 @@ def parse_budget(text: str) -> float | int:
     except ValueError:
         raise ValueError(f"{text!r} is not a size such as 12GiB, nor a share such as 80%") from None
     if amount <= 0 or (isinstance(amount, float) and amount > 1):
-        raise ValueError(f"{text!r}: must be more than nothing and at most 100%")
+        raise ValueError(f"{text!r}: must be more than 0 and at most 100%")
     return amount
 
 
@@ -45,7 +45,8 @@ def parse_device(text: str) -> str:
     if prefix == _UUID_PREFIX and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
         return prefix + digits
     raise ValueError(
-        f"{text!r} is no device; use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
+        f"{text!r} is not a device; "
+        f"use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
     )
 
 

@@ -1,6 +1,6 @@
-"""Settings: a TOML file, then WEIGHTD_* in the environment, then flags; the last source wins.
+"""Settings: a TOML file, then WEIGHTD_* in the environment, then flags; later sources override earlier ones.
 
-Every setting is one field of `Settings`; its key in the file, its variable and its flag follow from its name.
+Every setting is one field of `Settings`; the field's name determines the key, the variable and the flag.
 """
 
 from __future__ import annotations
@@ -55,99 +55,101 @@ def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
 class Settings:
     """All settings, as text, numbers or tuples; `load` has checked them."""
 
-    socket: str = _setting(_default_socket, "control socket; the handle socket lies beside it")
-    socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 lets the group in")
+    socket: str = _setting(_default_socket, "path of the control socket; the handle socket is in the same directory")
+    socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 gives the group access")
     device: str = _setting(
         "auto",
-        "what to serve: host, cuda (every GPU), cuda:N or GPU-UUID, separated by commas or the flag repeated; "
-        "auto: host memory and every GPU",
+        "devices to serve: host, cuda (every GPU), cuda:N or GPU-UUID; separate several with commas or repeat the "
+        "flag; auto: host memory and every GPU",
         repeatable=True,
     )
-    transport: str = _setting("auto", "how GPU memory is shared: cuda_vmm or cuda_ipc; auto tries")
+    transport: str = _setting("auto", "how GPU memory is shared: cuda_vmm or cuda_ipc; auto: tries cuda_vmm first")
     budget: str = _setting(
         "",
-        "memory each device may use, as 12GiB or 80%, or DEVICE=12GiB for one, separated by commas or the flag "
-        "repeated; empty: 80% of a GPU, half of host memory",
+        "memory that each device may use, such as 12GiB or 80%, or DEVICE=12GiB for one device; separate several with "
+        "commas or repeat the flag; empty: 80% of a GPU, half of host memory",
         repeatable=True,
     )
     pool: str = _setting(
         "",
-        "freed host memory kept populated for the next load (GPU memory is given back); "
-        "empty: an eighth of its budget, 2GiB at most",
+        "freed host memory to keep populated for the next load (freed GPU memory is returned); "
+        "empty: an eighth of the host budget, at most 2GiB",
     )
     books: str = _setting(
         "",
         "memory for the daemon's own books, its lists of tensors; 0: no limit; "
-        "empty: a tenth of the budget of host memory, 256MiB at least",
+        "empty: a tenth of the host budget, at least 256MiB",
     )
     state_dir: str = _setting(_default_state_dir, "directory of the digest index")
     model_roots: tuple[str, ...] = _setting(
         (),
-        "folders below which the daemon may open files itself; separated by commas or the flag repeated",
+        "directories in which the daemon itself may open files; separate several with commas or repeat the flag",
         repeatable=True,
     )
     preload: tuple[Preload, ...] = _setting(
         (),
-        "files, folders or org/name[@revision], below model_roots, that are loaded when it starts; separated by commas "
-        "or the flag repeated, in the file also tables",
+        "files, directories or org/name[@revision] below model_roots to load at the start; separate several with "
+        "commas or repeat the flag; the file also accepts tables",
         repeatable=True,
     )
-    isolation: str = _setting("shared", "shared: all users share; uid: each user apart")
-    admins: str = _setting("", "users, by name or uid, who may do what owners may, separated by commas")
-    reader_threads: int = _setting(0, "threads a load reads with; 0: one per core, 4 at most")
-    max_loads: int = _setting(4, "loads at a time; others wait their turn")
+    isolation: str = _setting("shared", "shared: all users share memory; uid: only processes of the same user do")
+    admins: str = _setting("", "users, by name or uid, with the rights of every owner; separate several with commas")
+    reader_threads: int = _setting(0, "reader threads of a load; 0: one per core, at most 4")
+    max_loads: int = _setting(4, "concurrent loads; further loads wait their turn")
     max_connections: int = _setting(1024, "connections on the handle socket")
     max_user_leases: int = _setting(4096, "leases that one user may hold; 0: no limit")
-    max_user_bytes: str = _setting("0", "size of the checkpoints that one user has brought or pinned; 0: no limit")
-    max_user_loads: int = _setting(0, "loads of one user at a time; others wait; 0: one less than max_loads")
-    max_user_offers: int = _setting(64, "loads that one user may have announced that wait to begin; 0: no limit")
+    max_user_bytes: str = _setting(
+        "0", "total size of the checkpoints that one user was first to load or has pinned; 0: no limit"
+    )
+    max_user_loads: int = _setting(0, "concurrent loads of one user; further loads wait; 0: one less than max_loads")
+    max_user_offers: int = _setting(64, "announced loads of one user that no loader has started; 0: no limit")
     max_user_names: int = _setting(0, "names that one user may own; 0: no limit")
     metrics: str = _setting(
         "",
-        "where monitors read /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
-        "empty: nowhere",
+        "address of /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
+        "empty: off",
     )
     log_level: str = _setting("info", "debug, info, warning or error")
     log_format: str = _setting("text", "text, or json: one object a line")
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """What to serve, as it was named: ("auto",), or "host", "cuda", "cuda:N", "GPU-…", each once.
+        """Devices to serve, by the names in the setting: ("auto",), or "host", "cuda", "cuda:N", "GPU-…", each once.
 
-        A UUID is in lower case, and may be only the beginning of one; `means` compares.
+        A UUID is in lower case and may be a prefix; `means` compares names.
         """
         items = [item.strip() for item in self.device.split(",")]
         if "auto" in items and len(items) > 1:
-            raise ValueError("auto is every device; it stands alone")
+            raise ValueError("auto is every device; do not combine it with others")
         if items == ["auto"]:
             return ("auto",)
         names = tuple(parse_device(item) for item in items)
         refuse_twice(names)
         if "cuda" in names and set(names) - {"cuda", "host"}:
-            raise ValueError("cuda is every GPU; name no other GPU beside it")
+            raise ValueError("cuda is every GPU; do not name other GPUs as well")
         return names
 
     @property
     def budget_devices(self) -> frozenset[str]:
-        """The devices that have a budget of their own, spelled as in `devices`; "cuda" is every GPU."""
+        """Devices with a separate budget, spelled as in `devices`; "cuda" means every GPU."""
         return frozenset(self._budgets) - {""}
 
     def budget_for(self, names: Sequence[str]) -> float | int | None:
-        """The budget of one device: an int is bytes, a float a share of the device, None that nothing is said.
+        """Return the budget of one device: bytes (int), a share of the device (float), or None if it is not set.
 
-        `names` is what the device is called, most telling first: ("GPU-…", "cuda:0", "cuda") or ("host",).
+        `names` are the device's names, most specific first: ("GPU-…", "cuda:0", "cuda") or ("host",).
         """
         budgets = self._budgets
         said = (budgets[key] for name in names for key in budgets if means(key, name))
         return next(said, budgets.get(""))
 
     def budget_is_for(self, names: Sequence[str]) -> bool:
-        """Whether a budget is said for this very device, not for all or for every GPU."""
+        """Return whether a budget names this device, rather than all devices or every GPU."""
         return any(means(said, name) for said in self.budget_devices - {"cuda"} for name in names)
 
     @property
     def _budgets(self) -> dict[str, float | int]:
-        """Budgets by device; under "" that of the devices that are not named."""
+        """Budgets by device; "" has the budget of all devices without an entry."""
         pairs: list[tuple[str, float | int]] = []
         for item in self.budget.split(",") if self.budget.strip() else ():
             device, named, amount = item.rpartition("=")
@@ -160,7 +162,7 @@ class Settings:
 
     @property
     def metrics_address(self) -> tuple[str, int] | Path | None:
-        """Where monitors read: host and port, or a path; None for nowhere."""
+        """Address of the monitoring pages: host and port, or a path; None if they are off."""
         if not self.metrics:
             return None
         if self.metrics.startswith("/"):
@@ -169,7 +171,9 @@ class Settings:
             return Path(self.metrics)
         found = re.fullmatch(r"(127\.0\.0\.1|\[::1\]):([1-9][0-9]{0,4})", self.metrics)
         if not found or int(found[2]) > _LAST_PORT:
-            raise ValueError("must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read it")
+            raise ValueError(
+                "must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read the pages"
+            )
         return found[1].strip("[]"), int(found[2])
 
     @property
@@ -179,30 +183,30 @@ class Settings:
 
     @property
     def limits(self) -> Limits:
-        """What one user may hold."""
+        """Limits of one user."""
         most = parse_size(self.max_user_bytes or "0")
         return Limits(self.max_user_leases, most, self.max_user_offers, self.max_user_names)
 
     @property
     def threads(self) -> int:
-        """Threads that a load reads with."""
+        """Reader threads of a load."""
         return self.reader_threads or min(4, os.cpu_count() or 1)
 
     @property
     def loads_of_one(self) -> int:
-        """Loads of one user at a time: where nothing is said, one turn is left for others."""
+        """Concurrent loads of one user; by default one turn stays free for other users."""
         return self.max_user_loads or max(1, self.max_loads - 1)
 
 
 class Loaded(NamedTuple):
-    """Settings, and where each value came from."""
+    """Settings, and the origin of each value."""
 
     settings: Settings
     origins: dict[str, str]
 
 
 def default_config_path() -> Path | None:
-    """The configuration file that is read when none is named; None where there is none."""
+    """Return the default configuration file, or None if it does not exist."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
     for path in (Path(home) / "weightd" / "weightd.toml", Path("/etc/weightd/weightd.toml")):
         if path.exists():
@@ -211,7 +215,7 @@ def default_config_path() -> Path | None:
 
 
 def load(config: Path | None, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]) -> Loaded:
-    """Put the settings together; a flag that was repeated is a list. Errors: ConfigError."""
+    """Combine the settings of all sources; a repeated flag is a list. Errors: ConfigError."""
     kinds = {f.name: str(f.type) for f in fields(Settings)}
     values: dict[str, Any] = {}
     origins = dict.fromkeys(kinds, "default")
@@ -238,7 +242,7 @@ def load(config: Path | None, flags: Mapping[str, str | list[str] | None], envir
 
 
 def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> object:
-    """A value of the type that the setting has; `find` says where an element stands. Errors: ConfigError."""
+    """Convert a value to the type of its setting; `find` locates an element in the file. Errors: ConfigError."""
     if kind.startswith("tuple"):
         return _convert_list(key, value, kind, where, find)
     if isinstance(value, list) and kind == "str" and all(isinstance(part, str | int) for part in value):
@@ -254,7 +258,7 @@ def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> obj
 
 
 def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -> tuple[object, ...]:
-    """As `_convert`: a list, or text with commas; nothing at all is an empty one."""
+    """Convert a list, or text with commas; empty text is an empty list. Errors: ConfigError."""
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list):
         raise ConfigError(f"{where}: {value!r} is not a list")
@@ -269,7 +273,7 @@ def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -
 
 
 def _check(settings: Settings, origins: dict[str, str]) -> None:
-    """Refuse values that cannot be. Errors: ConfigError naming the origin; TemporaryError, where all else is good."""
+    """Refuse invalid values. Errors: ConfigError naming the origin; TemporaryError if nothing else is wrong."""
 
     def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
         raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
@@ -290,7 +294,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     if not re.fullmatch(r"0?[0-7]{3}", settings.socket_mode):
         refuse("socket_mode", "must be an octal mode such as 0660")
     if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
-        refuse("socket", f"its handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
+        refuse("socket", f"the handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
     try:
         check_path(Path(settings.socket))
     except InvalidReferenceError as error:
@@ -310,10 +314,12 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
             refuse(key, str(error))
     for root in settings.model_roots:
         if not root.startswith(("/", "~")) or "\0" in root:
-            refuse("model_roots", f"{root!r} is no absolute path")
+            refuse("model_roots", f"{root!r} is not an absolute path")
     if settings.preload and not settings.model_roots:
-        raise ConfigError(f"{origins['preload']}: preload: may look nowhere; say below which folders with model_roots")
-    try:  # last: it may come right by itself, and must not hide what will not
+        raise ConfigError(
+            f"{origins['preload']}: preload: may not open any file; list the directories of its files in model_roots"
+        )
+    try:  # last: this error may resolve itself, and must not hide permanent errors
         _ = settings.admin_uids
     except KeyError as error:
         refuse("admins", f"no user {error.args[0]}", TemporaryError)

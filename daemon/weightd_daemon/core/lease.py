@@ -120,7 +120,7 @@ class Leases:
     def admit(self) -> None:
         """Whether a lease may be taken, or a load begin that is to end in one. Errors: DrainingError."""
         if self.draining:
-            raise DrainingError("the daemon is draining: it lends and loads nothing new; try again when it is back")
+            raise DrainingError("the daemon is draining: it accepts no attaches or loads; try again when it is back")
 
     def begin(self, checkpoint: Hashable, peer: Peer, now: float, *, waiting: bool = False) -> Lease:
         """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""

@@ -87,7 +87,7 @@ class Drain:
                 yield holders
                 seen = holders
             if holders and end is not None and loop.time() >= end:
-                raise InUseError(f"still held after {seconds:g} s by {named(holders)}; the daemon goes on draining")
+                raise InUseError(f"still held after {seconds:g} s by {named(holders)}; the daemon continues to drain")
             await asyncio.wait([task], timeout=LOOK_SECONDS)
         if task.cancelled():
             raise LeaseLostError("the drain was taken back; the daemon lends and loads again")
