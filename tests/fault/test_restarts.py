@@ -140,13 +140,13 @@ def test_a_loader_that_was_stopped_before_it_could_die_with_its_daemon_is_killed
     daemon = start_daemon(manager=manager)
     daemon.connect().load(saved(tmp_path, "kept"), name="kept")
     daemon.kill()
-    daemon._argv = launcher(loader="unborn")
+    usual, daemon.argv = daemon.argv, launcher(loader="unborn")
     daemon.start()
     background(daemon.connect().load_report, saved(tmp_path, "other"))
     (loader,) = wait_stopped(daemon)
     daemon.kill()
     assert state(loader) == "T", "the kernel does not kill it"
-    daemon._argv = [sys.executable, "-m", "weightd_daemon"]
+    daemon.argv = usual
     daemon.start()
     eventually(lambda: is_gone(loader), what="the next daemon kills it")
     assert "does not end" not in daemon.logged()

@@ -2,9 +2,10 @@
 
 A step is one callback of the loop, be it a task's until its next `await`. What counts is its wall time less the time
 in which its thread waited for a core (/proc/self/task/TID/schedstat), so waiting for a disk, a lock or a peer counts,
-and a busy machine does not. What the process's other threads waited is taken off as well: one of them may have had the
-interpreter's lock. Collections of garbage count: the loop stands still for them, too. Where the kernel does not say how
-long a thread waited, its CPU time counts alone, and the log says so.
+and a busy machine does not. What the process's other threads waited is taken off as well: one of them may have had
+the interpreter's lock. Collections of garbage count: the loop stands still for them, too. A step in which a test
+stopped the process (SIGSTOP) does not count. Where the kernel does not say how long a thread waited, its CPU time
+counts alone, and the log says so.
 
 It watches from the moment in which the daemon is ready until it stops: before, nobody is served.
 """
@@ -16,6 +17,7 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -69,6 +71,8 @@ class Watch:
         self._waited: Callable[[], float] = time.perf_counter
         self._on = False
         self._thread = 0
+        self._was_stopped = False
+        """Whether the process was stopped, and went on, in the step under way."""
         self._others: dict[str, float] = {}
         """What each other thread had waited, shortly before the step under way began."""
 
@@ -82,11 +86,12 @@ class Watch:
         self._on = True
         gc.callbacks.append(self._collect)
         threading.Thread(target=self._sample, args=(threading.get_ident(),), name="loop-watch", daemon=True).start()
+        signal.signal(signal.SIGCONT, self._continued)
         watch, run, clock = self, self._run, time.perf_counter
 
         def timed(handle: events.Handle) -> None:
             waited = watch._waited()
-            watch._collected, watch._began = 0.0, (began := clock())
+            watch._collected, watch._was_stopped, watch._began = 0.0, False, (began := clock())
             try:
                 run(handle)
             finally:
@@ -103,7 +108,7 @@ class Watch:
 
     def _ended(self, handle: events.Handle, wall: float, waited: float) -> None:
         stacks, self._stacks = self._stacks, []
-        if wall - waited <= MOST_SECONDS:
+        if wall - waited <= MOST_SECONDS or self._was_stopped:
             return
         now = _waits(self._thread)
         others = sum(spent - self._others.get(thread, 0.0) for thread, spent in now.items())
@@ -134,6 +139,9 @@ class Watch:
                     self._stacks.append(_stack(frame))
             elif self._stacks and not began:
                 self._stacks = []
+
+    def _continued(self, *_: object) -> None:
+        self._was_stopped = True
 
     def _collect(self, phase: str, _: dict[str, int]) -> None:
         if phase == "start":

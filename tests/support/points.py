@@ -57,9 +57,9 @@ def install(armed: Path) -> None:
     after(ServiceManager, "store", "manifest", lambda _, __, name, *___: name.startswith("man."))
     before(Loading, "seal", "barrier")
     after(root_record.RootRecord, "append", "flip")
-    before(DescriptorStore, "_drop", "evict", lambda _, name: name.startswith("man."))
+    before(DescriptorStore, "drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
-    before(DescriptorStore, "_drop", "release", lambda _, name: name.startswith("seg."))
+    before(DescriptorStore, "drop", "release", lambda _, name: name.startswith("seg."))
     write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:

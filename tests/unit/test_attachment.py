@@ -53,7 +53,8 @@ def answer(places: Places, sent: list[int] | None) -> Received:
     numbers = list(range(segments)) if sent is None else sent
     reply = handles_pb2.AttachReply(lease=1, manifest_bytes=len(message), segments=numbers)
     handles: list[int | bytes] = [memfd(bytes([number % 256]) * PAGE) for number in numbers]
-    return Received(reply, memfd(message), handles)
+    manifest = memfd(message)
+    return Received(reply, manifest, manifest, handles)  # without a lease file, the manifest has the lease
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ class Sealing:
     def __init__(self, *, store: Store, loading: Loading, on_sealed: Callable[[Checkpoint], None], **_: object) -> None:
         self._store, self._loading, self._on_sealed = store, loading, on_sealed
         self.checkpoint: Checkpoint | None = None
+        self.books = 0
 
     async def serve(self, _: object) -> Outcome:
         extent = self._loading.grant(4096, 4096)
