@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.errors import DeviceError, InUseError
@@ -34,7 +35,17 @@ class CheckpointKey(NamedTuple):
     content_digest: str
 
 
-@dataclass(frozen=True, slots=True)
+class Tally(NamedTuple):
+    """What a checkpoint's record has of its content: by component the blobs and the number of tensors, and the rest."""
+
+    components: dict[str, list[Blob]]
+    tensors: dict[str, int]
+    unique: dict[int, Blob]
+    total_bytes: int
+    segments: list[int]
+
+
+@dataclass(frozen=True)
 class Content:
     """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
@@ -48,7 +59,23 @@ class Content:
     @property
     def segments(self) -> list[int]:
         """Numbers of the segments that hold the blobs, sorted: in a manifest, a segment goes by its place here."""
-        return sorted({blob.segment for blob in self.blobs if blob is not None})
+        return self.tally.segments
+
+    @cached_property
+    def tally(self) -> Tally:
+        """What the record needs, counted at the first call: on a thread, where there are many tensors."""
+        components: dict[str, list[Blob]] = {}
+        tensors: dict[str, int] = {}
+        unique: dict[int, Blob] = {}
+        total = 0
+        for entry, blob in zip(self.entries, self.blobs, strict=True):
+            tensors[entry.component] = tensors.get(entry.component, 0) + 1
+            part = components.setdefault(entry.component, [])
+            if blob is not None:
+                part.append(blob)
+                unique[blob.number] = blob
+                total += blob.length
+        return Tally(components, tensors, unique, total, sorted({blob.segment for blob in unique.values()}))
 
 
 @dataclass(slots=True, eq=False)
@@ -77,24 +104,20 @@ class Checkpoint:
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
     manifest_bytes: int = 0
+    exclusive: int = 0
+    """Its exclusive bytes as last counted (Store.exclusive_bytes)."""
+    counted: int = -1
+    """When that was: how often a checkpoint had come or gone by then."""
 
     @classmethod
     def of(
         cls, key: CheckpointKey, content: Content, owner: int | None, now: float, manifest_bytes: int = 0
     ) -> Checkpoint:
         """The record of `content`; per-tensor columns stay in the manifest, which has `manifest_bytes`."""
-        components: dict[str, list[Blob]] = {}
-        tensors: dict[str, int] = {}
-        for entry, blob in zip(content.entries, content.blobs, strict=True):
-            tensors[entry.component] = tensors.get(entry.component, 0) + 1
-            part = components.setdefault(entry.component, [])
-            if blob is not None:
-                part.append(blob)
-        total = sum(blob.length for part in components.values() for blob in part)
-        unique = {blob.number: blob for part in components.values() for blob in part}
+        tally = content.tally
         return cls(
-            key, components, tensors, total, owner, now, now, segments=content.segments, unique=unique,
-            manifest_bytes=manifest_bytes,
+            key, tally.components, tally.tensors, tally.total_bytes, owner, now, now, segments=tally.segments,
+            unique=tally.unique, manifest_bytes=manifest_bytes,
         )  # fmt: skip
 
     @property

@@ -11,11 +11,11 @@ from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from .arena import Arena, Extent, round_up, without
+from .arena import Arena, Extent, round_up
 from .reclaims import Punch, Reclaim, Release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from .ranges import Ranges
 
@@ -75,6 +75,7 @@ class DeviceMemory:
         self._ending: set[int] = set()
         self._granted: dict[int, list[Extent]] = {}
         self._reclaims: deque[Reclaim] = deque()
+        self._freeing: deque[Iterator[None]] = deque()
         self._releasing = 0
         self._outstanding = 0
         self.losses = 0
@@ -100,7 +101,7 @@ class DeviceMemory:
     @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
-        return self._outstanding > 0 or bool(self._ending)
+        return self._outstanding > 0 or bool(self._ending) or bool(self._freeing)
 
     def resize(self, budget: int, pool_limit: int) -> None:
         """Have another budget, not below what is used, and another pool."""
@@ -227,9 +228,13 @@ class DeviceMemory:
             self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
         return extent
 
-    def leave(self, load: int, extents: Iterable[Extent]) -> None:
-        """Of what a load was granted, these extents are to stay when it ends: blobs that were sealed lie there."""
-        self._granted[load] = without(self._granted.get(load, ()), extents)
+    def granted(self, load: int) -> list[Extent]:
+        """What a load was granted and is to give back when it ends."""
+        return self._granted.get(load, [])
+
+    def leave(self, load: int, rest: list[Extent]) -> None:
+        """Of what a load was granted, only `rest` goes back when it ends: blobs that were sealed lie in the others."""
+        self._granted[load] = rest
 
     def take_back(self, load: int) -> None:
         """Nothing has open any more what a load was granted: what is not to stay goes back to the system."""
@@ -252,6 +257,24 @@ class DeviceMemory:
                 for part in parts:
                     for leaving in arena.start_leaving(segment, part.offset, part.end):
                         self._queue(Punch(domain, leaving, self.losses))
+
+    def free_in_steps(self, steps: Iterator[None]) -> None:
+        """Blobs are to be freed by going through `steps`, each of which takes a moment; `free_some` does that."""
+        self._freeing.append(steps)
+        self._on_reclaim()
+
+    @property
+    def freeing(self) -> bool:
+        """Whether `free_some` has something to do."""
+        return bool(self._freeing)
+
+    def free_some(self) -> bool:
+        """Go one step on with what is to be freed in steps. Returns whether there was anything to do."""
+        if not self._freeing:
+            return False
+        if next(self._freeing[0], self) is self:
+            self._freeing.popleft()
+        return True
 
     def adopt(
         self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
@@ -336,6 +359,7 @@ class DeviceMemory:
         self._granted.clear()
         self._ending.clear()
         self._reclaims.clear()
+        self._freeing.clear()
         self._releasing = self._outstanding = 0
 
     def _new_segment(self, domain: str, size: int, need: int) -> Extent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,10 @@ KNOWN_SOURCES = 8
 
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
+
+
+_AT_ONCE = 2000
+"""Tensors that are dealt with before others get their turn on the loop."""
 
 
 class LoadSteps:
@@ -83,6 +88,7 @@ class LoadSteps:
         self._offsets: list[int] = []
         self._names: set[tuple[str, str]] = set()
         self._blobs: list[Blob | None] = []
+        self._total = 0
         self.books = 0
         """What the checkpoint will take of the daemon's books, or about that."""
         self._read = 0
@@ -192,6 +198,7 @@ class LoadSteps:
             shape = tuple(itertools.islice(dimensions, rank))
             self._entries.append(Entry(component, name, sys.intern(dtype), shape, file, length))
             self._offsets.append(offset)
+            self._total += length
             self._blobs.append(None)
 
     def _counted(self, count: wire.Counted) -> wire.Admitted:
@@ -220,9 +227,11 @@ class LoadSteps:
         instances: dict[tuple[int, int, int], Instance] = {}
         for file, trusted in enumerate(self._trusted[: len(self._files)]):
             if trusted:
-                found = await self._index.get(self._sources[file].identity)
-                instances.update({(file, i.offset, i.length): i for i in found})
+                for at, found in enumerate(await self._index.get(self._sources[file].identity), start=1):
+                    instances[file, found.offset, found.length] = found
+                    await _in_turn(at)
         for index, entry in enumerate(self._entries):
+            await _in_turn(index)
             instance = instances.get((entry.file, self._offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
@@ -240,11 +249,21 @@ class LoadSteps:
         return wire.Verdict(hash_first=any(blob is not None for blob in found))
 
     async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
-        digests = list(zip(asked.digests.tensors, split_digests(asked.digests.digests), strict=True))
-        contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._loading.make_room(contents, asked.lanes)) is None:
+        contents, counted = await asyncio.to_thread(self._contents, asked.digests)
+        matched: set[tuple[bytes, int]] = set()
+        for start in range(0, len(counted), _AT_ONCE):
+            matched |= self._loading.match(counted[start : start + _AT_ONCE])
+            await asyncio.sleep(0)
+        while not self._loading.make_room(asked.lanes):
             await self._reclaimer.wait()
-        return wire.Matched(matched=[i for i, digest in digests if (digest, self._entries[i].length) in matched])
+        numbers = zip(asked.digests.tensors, contents, strict=True)
+        return wire.Matched(matched=[number for number, content in numbers if content in matched])
+
+    def _contents(self, asked: wire.Digests) -> tuple[list[tuple[bytes, int]], list[tuple[tuple[bytes, int], int]]]:
+        """Digest and length of each tensor; and each such pair once, with how often it comes."""
+        numbers = zip(asked.tensors, split_digests(asked.digests), strict=True)
+        contents = [(digest, self._entries[index].length) for index, digest in numbers]
+        return contents, list(Counter(contents).items())
 
     async def _grant(self, asked: wire.Grant) -> _Answer:
         ends = list(asked.ends)
@@ -286,20 +305,19 @@ class LoadSteps:
         self._read = done.read
         await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
         while True:
-            pairs = self._loading.rechecks()
-            if pairs:
-                return wire.ToLoader(finish=pairs_of(pairs)), [
-                    self._segment(blob.segment) for blob in itertools.chain(*pairs)
-                ]
-            identities = self._identities()
-            content = await asyncio.to_thread(self._describe, identities)
+            while not self._loading.rechecked:
+                if pairs := self._loading.rechecks():
+                    return wire.ToLoader(finish=pairs_of(pairs)), [
+                        self._segment(segment) for segment in {blob.segment for pair in pairs for blob in pair}
+                    ]
+                await asyncio.sleep(0)
+            content = await asyncio.to_thread(self._describe)
             draft = await self._prepare(content, self._device.uuid)
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if not self._loading.rechecks() and identities == self._identities():
-                    total = sum(entry.length for entry in self._entries)
+                if self._loading.rechecked:
                     self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
-                    self._admit(total, self.books, len(self._entries), content.content_digest)
+                    self._admit(self._total, self.books, len(self._entries), content.content_digest)
                     self._seal(content, draft)
                     break
             finally:
@@ -309,7 +327,6 @@ class LoadSteps:
 
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
-        self._unique = sum(blob.length for blob in self._own_blobs())
         self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
@@ -327,11 +344,23 @@ class LoadSteps:
         if replaced:
             self._blobs = [replaced.get(blob.number, blob) if blob is not None else None for blob in self._blobs]
 
-    def _describe(self, identities: list[BlobIdentity]) -> Content:
-        """The content. Runs on a thread: 120,000 tensors take half a second."""
-        digest = content_digest(self._entries, identities, self._files)
+    def _describe(self) -> Content:
+        """The content, with all that its seal needs. Runs on a thread: 120,000 tensors take half a second."""
+        digest = content_digest(self._entries, self._identities(), self._files)
         views = fused_views(self._entries, self._blobs)
-        return Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
+        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
+        self._loading.prepare(content)
+        own = (blob for blob in content.tally.unique.values() if blob.load == self._loading.number)
+        self._unique = sum(blob.length for blob in own)
+        return content
+
+    async def forget(self) -> None:
+        """Let go of what the job was about, little by little: to free the list of many tensors takes long."""
+        self._names.clear()
+        for what in (self._entries, self._offsets, self._blobs):
+            while what:
+                del what[-_AT_ONCE:]
+                await asyncio.sleep(0)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -358,19 +387,18 @@ class LoadSteps:
             identities.append(blob.identity if blob is not None else empty)
         return identities
 
-    def _own_blobs(self) -> list[Blob]:
-        """Blobs that this load has placed, each once."""
-        return list({b.number: b for b in self._blobs if b is not None and b.load == self._loading.number}.values())
-
     async def _remember(self) -> None:
         for file, trusted in enumerate(self._trusted[: len(self._files)]):
             if trusted:
-                instances = [
-                    Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
-                    for entry, offset, blob in zip(self._entries, self._offsets, self._blobs, strict=True)
-                    if entry.file == file and blob is not None
-                ]
+                instances = await asyncio.to_thread(self._instances, file)
                 await self._index.put(self._sources[file].identity, instances)
+
+    def _instances(self, file: int) -> list[Instance]:
+        return [
+            Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
+            for entry, offset, blob in zip(self._entries, self._offsets, self._blobs, strict=True)
+            if entry.file == file and blob is not None
+        ]
 
     def _outcome(self, started: float) -> Outcome:
         assert self.checkpoint is not None  # the caller has just seen it
@@ -384,3 +412,9 @@ class LoadSteps:
             asyncio.get_running_loop().time() - started,
             *self._groups,
         )
+
+
+async def _in_turn(number: int) -> None:
+    """Let others have their turn on the loop, once in a while."""
+    if number % _AT_ONCE == 0:
+        await asyncio.sleep(0)
