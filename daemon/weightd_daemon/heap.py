@@ -1,4 +1,4 @@
-"""Python's own memory in a daemon that runs long: much that is freed goes back, and no collection of garbage takes long.
+"""Python's own memory in a daemon that runs long: what is freed goes back, and no collection of garbage takes long.
 
 A full collection looks at every object there is, while the loop stands still: a second where a million blobs are
 resident, and they are no garbage. So what has survived a collection is *frozen*, left out of all that follow, as soon

@@ -333,7 +333,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule()
     def free_some(self) -> None:
         """What a checkpoint leaves is freed in steps, between which others may use it again."""
-        self.memory.free_some()
+        self.memory.freeing.go_on()
 
     @rule(pick=PICK)
     def abort_one(self, pick: int) -> None:
@@ -728,7 +728,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)
-            while self.memory.free_some():
+            while self.memory.freeing.go_on():
                 pass
             self.pending += self.memory.take_reclaims()
             while self.pending:

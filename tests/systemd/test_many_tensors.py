@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from support import checkpoints
-from support.daemon import Daemon
+from support.daemon import Daemon, eventually
 from support.manager import Manager
 
 StartDaemon = Callable[..., Daemon]
 
 TENSORS = 100_000
+DIFFERING = 95_000
 
 
 def write(path: Path, number: int, differing: int = TENSORS) -> Path:
-    """A checkpoint of many tensors, of which `differing` are in none of another number."""
+    """A checkpoint of many tensors, of which the first `differing` are in no other."""
     tensors = {
-        f"layers.{at:06}.weight": ("U8", (8,), struct.pack("<II", number if at < differing else 0, at))
+        f"layers.{at:06}.weight": ("U8", (8,), struct.pack("<II", number if at < differing else 1, at))
         for at in range(TENSORS)
     }
     return checkpoints.write(path / f"many{number}.safetensors", tensors)
@@ -30,22 +31,24 @@ def write(path: Path, number: int, differing: int = TENSORS) -> Path:
 def test_no_step_grows_with_the_tensors_of_a_checkpoint(
     start_daemon: StartDaemon, manager: Manager, tmp_path: Path
 ) -> None:
-    daemon = start_daemon(manager=manager)
+    daemon = start_daemon(manager=manager, books="1GiB")
     path = write(tmp_path, 1)
     client = daemon.connect()
     report = client.load_report(path, name="one")
     assert (report.tensors, report.unique_bytes) == (TENSORS, 8 * TENSORS)
     with client.attach("one") as attachment:
         assert attachment.buffer("layers.099999.weight") == struct.pack("<II", 1, 99_999)
-    assert client.details("one").checkpoint.total_bytes == 8 * TENSORS
+    assert client.inspect("one").checkpoint.total_bytes == 8 * TENSORS
     assert [c.exclusive_bytes for c in client.checkpoints()] == [8 * TENSORS]
     assert client.stats().blobs == TENSORS
     daemon.kill()
     daemon.start()
     client = daemon.connect()
     assert client.stats().blobs == TENSORS
-    assert client.load_report(write(tmp_path, 2, differing=50_000), name="two").unique_bytes == 8 * 50_000
+    assert client.load_report(write(tmp_path, 2, differing=DIFFERING), name="two").unique_bytes == 8 * DIFFERING
     client.remove("one")
-    assert client.stats().blobs == TENSORS
+    eventually(lambda: client.stats().blobs == TENSORS, what="what only it had to be freed")
+    assert [c.exclusive_bytes for c in client.checkpoints()] == [8 * TENSORS]
+    client.attach("two").close()  # before that, who loaded it has it
     client.remove("two")
-    assert client.stats().blobs == 0
+    eventually(lambda: client.stats().blobs == 0, what="all to be freed")

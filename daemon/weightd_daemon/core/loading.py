@@ -6,15 +6,16 @@ A load says which bytes it has, and learns where equal bytes lie already. making
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
-from .alike import Alike, Twins
+from .alike import Twins
 from .arena import slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .checkpoint import Checkpoint, CheckpointKey, Content
 from .events import Sealed
+from .known import Known
 from .making_room import MakingRoom
 
 if TYPE_CHECKING:
@@ -55,16 +56,9 @@ class Loading:
         self._held: dict[int, Blob] = {}
         self._used: set[int] = set()
         """Numbers of the blobs that its tensors have."""
-        self._alike: dict[BlobKey, Alike] = {}
-        self._twins: dict[int, Twins] = {}
-        self._alone: dict[BlobKey, Blob] = {}
-        """Of keys under which there was nothing else: its blob, as long as it has met no equal digest again."""
+        self._known = Known(self._blobs, self.number)
         self._needed = self._largest = 0
         """Bytes of what has no match, and of the largest such tensor."""
-        self._contested = self._blobs.contested[self.number] = {}
-        self._unchecked: list[BlobKey] = []
-        self._seals = self._blobs.seals
-        """How often others had sealed when the keys to recheck were last listed."""
         self._rest: tuple[Content, list[Extent]] | None = None
 
     @property
@@ -189,7 +183,7 @@ class Loading:
     def candidate(self, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         self._check()
-        face = next(self._alike_of(BlobKey(*self.place, digest, length)).faces(), None)
+        face = next(self._known.alike(BlobKey(*self.place, digest, length)).faces(), None)
         if face is not None:
             self._hold(face)
         return face
@@ -202,11 +196,12 @@ class Loading:
         Returns (False, candidate) when they have to be compared with another blob first, else (True, new blob).
         """
         self._check()
-        key = BlobKey(self._device, self._domain, digest, length)
-        if key not in self._alike and not self._blobs.of(key):
-            blob = self._alone[key] = self._enter(key, segment, offset, 0)
+        key = BlobKey(*self.place, digest, length)
+        if self._known.is_new(key):
+            blob = self._enter(key, segment, offset, 0)
+            self._known.add_alone(blob)
             return True, blob
-        alike = self._alike_of(key)
+        alike = self._known.alike(key)
         face = next((blob for blob in alike.faces() if blob.number not in differs), None)  # law 6
         if face is not None:
             self._hold(face)
@@ -225,7 +220,7 @@ class Loading:
         self._check()
         blob = self._held.get(number) or self._placed[number]
         if blob.length < OWN_COPY_BELOW and number in self._used:
-            alike = self._alike_of(blob.key)
+            alike = self._known.alike(blob.key)
             spare = alike.spare(blob.variant, self._used) if blob.sealed else None
             if spare is not None:
                 blob = spare
@@ -233,7 +228,7 @@ class Loading:
             elif segment is None:
                 return None
             else:
-                twins = alike.twins(blob.variant) if blob.sealed else self._twins_of(number)
+                twins = alike.twins(blob.variant) if blob.sealed else self._known.twins(blob)
                 return self._place(blob.key, segment, offset, blob.variant, twins)
         self._used.add(blob.number)
         return blob
@@ -243,7 +238,7 @@ class Loading:
     @property
     def rechecked(self) -> bool:
         """Whether `rechecks` has nothing to tell, and the load can be sealed in this very step."""
-        return not self._unchecked and (self._seals == self._blobs.seals or not self._contested)
+        return self._known.rechecked
 
     def rechecks(self) -> list[tuple[Blob, Blob]]:
         """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed.
@@ -251,23 +246,9 @@ class Loading:
         Not all at once: it is to be called, and the outcomes are to be entered, until `rechecked`.
         """
         self._check()
-        if not self._unchecked and self._seals != self._blobs.seals:
-            self._seals = self._blobs.seals
-            self._unchecked = list(self._contested)
-        pairs = []
-        keys, self._unchecked = self._unchecked[-AT_ONCE:], self._unchecked[:-AT_ONCE]
-        for key in keys:
-            placed = [blob.number for blob in self._blobs.of(key) if blob.number in self._placed]
-            found = [
-                (twins.blobs[0], fresh[0])
-                for twins in {id(twins): twins for twins in map(self._twins_of, placed)}.values()
-                if (fresh := self._fresh(twins))
-            ]
-            if found:
-                self._unchecked.append(key)  # there may be other bytes yet
-            for _, fresh_one in found:
-                self._hold(fresh_one)
-            pairs += found
+        pairs = self._known.to_recheck(AT_ONCE)
+        for _, sealed in pairs:
+            self._hold(sealed)
         return pairs
 
     def recheck(self, number: int, other: int, *, equal: bool) -> dict[int, Blob]:
@@ -277,8 +258,8 @@ class Loading:
         others become a variant apart.
         """
         self._check()
-        sealed, twins = self._held[other], self._twins_of(number)
-        fresh = self._fresh(twins)
+        sealed, twins = self._held[other], self._known.twins(self._placed[number])
+        fresh = self._known.fresh(twins)
         if other not in twins.known:
             self._store.collisions += not equal
         # Sealed blobs agree among themselves: one comparison settles all of that variant, and equality settles all.
@@ -360,14 +341,9 @@ class Loading:
                             self._blobs.drop(blob, BlobState.ABORTED)
                     self._store.free(some)
                 yield
-        known: tuple[dict[Any, Any], ...] = (self._alone, self._alike, self._twins, self._contested)
-        for what in known:  # little by little, too: what a load of many tensors knows is a million objects
-            while what:
-                for _ in range(min(AT_ONCE, len(what))):
-                    what.popitem()
-                yield
+        for _ in self._known.forget(AT_ONCE):
+            yield
         self._store.open_loads.remove(self.number)
-        del self._blobs.contested[self.number]
         if not self._lost:
             self._memory.take_back(self.number)
         self._memory.withdraw(self.number)
@@ -400,44 +376,10 @@ class Loading:
         """
         return max((blob.variant for blob in self._candidates(key.digest, key.length)), default=-1) + 1
 
-    def _alike_of(self, key: BlobKey) -> Alike:
-        """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
-        alike = self._alike.get(key)
-        if alike is None:
-            alone = self._alone.pop(key, None)
-            there = () if alone else self._blobs.of(key)
-            alike = self._alike[key] = Alike(blob for blob in there if blob.sealed)
-            if alone:
-                alike.add(alone)
-                alike.placed = True
-        return alike
-
-    def _twins_of(self, number: int) -> Twins:
-        """The placed blobs that equal the placed one of that number, itself among them."""
-        twins = self._twins.get(number)
-        if twins is None:
-            twins = self._twins[number] = Twins(set(), [self._placed[number]])
-        return twins
-
-    def _fresh(self, twins: Twins) -> list[Blob]:
-        """Sealed blobs that these placed ones have not been compared with."""
-        there = self._blobs.of(twins.blobs[0].key)
-        return [blob for blob in there if blob.sealed and blob.number not in twins.known]
-
     def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
-        alike = self._alike[key]
-        if not alike.placed:  # the first here: others that have placed something are to recheck, as this load is
-            alike.placed = True
-            for other in self._blobs.of(key):
-                if not other.sealed and other.load != self.number:
-                    self._blobs.contested[other.load][key] = None
-                    self._contested[key] = None
-                elif other.number not in twins.known:
-                    self._contested[key] = None
-                    self._unchecked.append(key)
+        self._known.contest(key, twins)
         blob = self._enter(key, segment, offset, variant)
-        self._twins[blob.number] = twins
-        twins.blobs.append(blob)
+        self._known.add(blob, twins)
         return blob
 
     def _enter(self, key: BlobKey, segment: int, offset: int, variant: int) -> Blob:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .memory import DeviceMemory
 
 
-FREED_AT_ONCE = 5000
+FREED_AT_ONCE = 2000
 """Blobs that are given up in one step of the loop."""
 
 
@@ -166,7 +166,7 @@ class Store:
             return 0
         for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
             self.evict(checkpoint, "capacity")
-        while memory.free_some():
+        while memory.freeing.go_on():
             pass  # what follows is said of all of it
         return memory.excess()
 
@@ -178,13 +178,13 @@ class Store:
     def free(self, blobs: list[Blob]) -> None:
         """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
 
-        Of many, that is begun: it goes on with DeviceMemory.free_some, and until its turn each stays what it is, and
+        Of many, that is begun: it goes on with DeviceMemory.freeing, and until its turn each stays what it is, and
         may be used again. The list is the store's from now on.
         """
         if len(blobs) <= FREED_AT_ONCE:
             self._free(blobs)
         else:
-            self.memories[blobs[0].key.device].free_in_steps(self._free_in_steps(blobs))
+            self.memories[blobs[0].key.device].freeing.begin(self._free_in_steps(blobs))
 
     def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
         while blobs:

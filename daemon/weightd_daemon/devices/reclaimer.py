@@ -54,7 +54,7 @@ class Reclaimer:
         assert self._memory is not None  # kicked by the memory that it watches
         reclaims = self._memory.take_reclaims()
         while True:
-            while self._memory.free_some():
+            while self._memory.freeing.go_on():
                 await asyncio.sleep(0)  # others have their turn on the loop
                 reclaims += self._memory.take_reclaims()
             if reclaims:

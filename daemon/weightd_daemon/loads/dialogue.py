@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
-from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
+from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
-from weightd_daemon.core.manifest import Entry, ManifestFile, content_digest, fused_views
+from weightd_daemon.core.digest import BlobIdentity
+from weightd_daemon.core.manifest import ManifestFile
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -24,6 +22,7 @@ from weightd_daemon.loader.indexed import called
 from .instances import Instance, InstanceIndex
 from .messages import candidates, pairs_of, places_of
 from .request import Draft, Outcome, Prepare, Progress
+from .tensors import Tensors
 
 if TYPE_CHECKING:
     from weightd_daemon.core.blob import Blob
@@ -82,13 +81,9 @@ class LoadSteps:
         self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
-        self._files: list[ManifestFile] = []
         self._trusted: list[bool] = []
-        self._entries: list[Entry] = []
-        self._offsets: list[int] = []
-        self._names: set[tuple[str, str]] = set()
-        self._blobs: list[Blob | None] = []
-        self._total = 0
+        self._tensors = Tensors()
+        self._blobs = self._tensors.blobs
         self.books = 0
         """What the checkpoint will take of the daemon's books, or about that."""
         self._read = 0
@@ -145,7 +140,7 @@ class LoadSteps:
             case "file":
                 self._file(message.file)
             case "tensors":
-                self._tensors(message.tensors)
+                self._tensors.add(message.tensors)
             case "progress":
                 self._on_progress(Progress(message.progress.phase, message.progress.done, message.progress.total))
 
@@ -180,26 +175,8 @@ class LoadSteps:
             raise InvalidReferenceError(f"{name}: is not the file that was announced; open it and load it again")
         if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
             metadata = dict(file.metadata) if file.has_metadata else None
-            self._files.append(ManifestFile(source.component, source.file, metadata))
+            self._tensors.files.append(ManifestFile(source.component, source.file, metadata))
         self._trusted.append(file.trusted)
-
-    def _tensors(self, rows: wire.Tensors) -> None:
-        file = rows.file
-        component = self._files[file].component
-        dimensions = iter(rows.dimensions)
-        for name, dtype, rank, offset, length in zip(
-            rows.names, rows.dtypes, rows.ranks, rows.offsets, rows.lengths, strict=True
-        ):
-            if (component, name) in self._names:
-                where = f" of component {component!r}" if component else ""
-                label = called(component, self._files[file].file)
-                raise FormatError(f"{label}: tensor {name[:200]!r} is in another file{where} too")
-            self._names.add((component, name))
-            shape = tuple(itertools.islice(dimensions, rank))
-            self._entries.append(Entry(component, name, sys.intern(dtype), shape, file, length))
-            self._offsets.append(offset)
-            self._total += length
-            self._blobs.append(None)
 
     def _counted(self, count: wire.Counted) -> wire.Admitted:
         """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
@@ -212,27 +189,27 @@ class LoadSteps:
     async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
         self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
         known = [] if self._verify else await self._share_known()
-        missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
+        missing = [entry.length for entry, blob in zip(self._tensors.entries, self._blobs, strict=True) if blob is None]
         one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
             unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
             resident = self._loading.resident_lengths()
-            chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
+            chosen = [unknown[i] for i in sample([self._tensors.entries[index].length for index in unknown], resident)]
         return wire.Known(known=known, hash_first=not one_pass, sample=chosen)
 
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
         instances: dict[tuple[int, int, int], Instance] = {}
-        for file, trusted in enumerate(self._trusted[: len(self._files)]):
+        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
                 for at, found in enumerate(await self._index.get(self._sources[file].identity), start=1):
                     instances[file, found.offset, found.length] = found
                     await _in_turn(at)
-        for index, entry in enumerate(self._entries):
+        for index, entry in enumerate(self._tensors.entries):
             await _in_turn(index)
-            instance = instances.get((entry.file, self._offsets[index], entry.length))
+            instance = instances.get((entry.file, self._tensors.offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
                 self._blobs[index] = self._loading.share_known(instance.blob, identity)
@@ -243,13 +220,13 @@ class LoadSteps:
     def _sampled(self, asked: wire.Digests) -> wire.Verdict:
         """Whether everything is to be hashed first, because some of the sample is resident."""
         found = (
-            self._loading.candidate(digest, self._entries[index].length)
+            self._loading.candidate(digest, self._tensors.entries[index].length)
             for index, digest in zip(asked.tensors, split_digests(asked.digests), strict=True)
         )
         return wire.Verdict(hash_first=any(blob is not None for blob in found))
 
     async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
-        contents, counted = await asyncio.to_thread(self._contents, asked.digests)
+        contents, counted = await asyncio.to_thread(self._tensors.contents, asked.digests)
         matched: set[tuple[bytes, int]] = set()
         for start in range(0, len(counted), _AT_ONCE):
             matched |= self._loading.match(counted[start : start + _AT_ONCE])
@@ -259,12 +236,6 @@ class LoadSteps:
         numbers = zip(asked.digests.tensors, contents, strict=True)
         return wire.Matched(matched=[number for number, content in numbers if content in matched])
 
-    def _contents(self, asked: wire.Digests) -> tuple[list[tuple[bytes, int]], list[tuple[tuple[bytes, int], int]]]:
-        """Digest and length of each tensor; and each such pair once, with how often it comes."""
-        numbers = zip(asked.tensors, split_digests(asked.digests), strict=True)
-        contents = [(digest, self._entries[index].length) for index, digest in numbers]
-        return contents, list(Counter(contents).items())
-
     async def _grant(self, asked: wire.Grant) -> _Answer:
         ends = list(asked.ends)
         while (extent := self._loading.grant(ends[-1], asked.need, ends)) is None:
@@ -272,7 +243,7 @@ class LoadSteps:
         return wire.ToLoader(grant=wire.Extent(**extent._asdict())), [self._segment(extent.segment)]
 
     def _candidate(self, asked: wire.Candidate) -> _Answer:
-        blob = self._loading.candidate(asked.digest, self._entries[asked.tensor].length)
+        blob = self._loading.candidate(asked.digest, self._tensors.entries[asked.tensor].length)
         return wire.ToLoader(candidate=candidates([blob])), [self._segment(blob.segment)] if blob else []
 
     def _settle(self, asked: wire.Settle) -> _Answer:
@@ -281,7 +252,7 @@ class LoadSteps:
         for index, digest, segment, offset, differences in zip(
             asked.tensors, split_digests(asked.digests), asked.segments, asked.offsets, asked.differences, strict=True
         ):
-            length = self._entries[index].length
+            length = self._tensors.entries[index].length
             differs = frozenset(itertools.islice(differing, differences))
             placed, blob = self._loading.settle(digest, length, segment, offset, differs)
             if placed:
@@ -316,8 +287,10 @@ class LoadSteps:
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
                 if self._loading.rechecked:
-                    self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
-                    self._admit(self._total, self.books, len(self._entries), content.content_digest)
+                    self.books = draft.size + BYTES_OF_TENSOR * len(self._tensors.entries)
+                    self._admit(
+                        self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest
+                    )
                     self._seal(content, draft)
                     break
             finally:
@@ -342,13 +315,11 @@ class LoadSteps:
             if done % _OUTCOMES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if replaced:
-            self._blobs = [replaced.get(blob.number, blob) if blob is not None else None for blob in self._blobs]
+            self._tensors.replace(replaced)
 
     def _describe(self) -> Content:
         """The content, with all that its seal needs. Runs on a thread: 120,000 tensors take half a second."""
-        digest = content_digest(self._entries, self._identities(), self._files)
-        views = fused_views(self._entries, self._blobs)
-        content = Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
+        content = self._tensors.content()
         self._loading.prepare(content)
         own = (blob for blob in content.tally.unique.values() if blob.load == self._loading.number)
         self._unique = sum(blob.length for blob in own)
@@ -356,11 +327,8 @@ class LoadSteps:
 
     async def forget(self) -> None:
         """Let go of what the job was about, little by little: to free the list of many tensors takes long."""
-        self._names.clear()
-        for what in (self._entries, self._offsets, self._blobs):
-            while what:
-                del what[-_AT_ONCE:]
-                await asyncio.sleep(0)
+        for _ in self._tensors.forget(_AT_ONCE):
+            await asyncio.sleep(0)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -378,27 +346,11 @@ class LoadSteps:
         size = self._store.memories[self._device.uuid].size(segment)
         return SegmentHandle(segment, size, self._device.writable(segment))
 
-    def _identities(self) -> list[BlobIdentity]:
-        empty = BlobIdentity(EMPTY_DIGEST, 0, 0)
-        identities = []
-        for entry, blob in zip(self._entries, self._blobs, strict=True):
-            if blob is None and entry.length:
-                raise RuntimeError(f"the loader left tensor {entry.name!r} without a blob")
-            identities.append(blob.identity if blob is not None else empty)
-        return identities
-
     async def _remember(self) -> None:
-        for file, trusted in enumerate(self._trusted[: len(self._files)]):
+        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
-                instances = await asyncio.to_thread(self._instances, file)
+                instances = await asyncio.to_thread(self._tensors.instances, file)
                 await self._index.put(self._sources[file].identity, instances)
-
-    def _instances(self, file: int) -> list[Instance]:
-        return [
-            Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
-            for entry, offset, blob in zip(self._entries, self._offsets, self._blobs, strict=True)
-            if entry.file == file and blob is not None
-        ]
 
     def _outcome(self, started: float) -> Outcome:
         assert self.checkpoint is not None  # the caller has just seen it
