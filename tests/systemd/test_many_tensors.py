@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from support import checkpoints
 from support.daemon import Daemon, eventually
 from support.manager import Manager
@@ -28,6 +30,7 @@ def write(path: Path, number: int, differing: int = TENSORS) -> Path:
     return checkpoints.write(path / f"many{number}.safetensors", tensors)
 
 
+@pytest.mark.slow
 def test_no_step_grows_with_the_tensors_of_a_checkpoint(
     start_daemon: StartDaemon, manager: Manager, tmp_path: Path
 ) -> None:
