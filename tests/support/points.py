@@ -57,9 +57,9 @@ def install(armed: Path) -> None:
     after(ServiceManager, "keep", "manifest", lambda _, __, name, *___: name.startswith("man."))
     before(Loading, "seal", "barrier")
     after(root_record.RootRecord, "append", "flip")
-    before(Survival, "_drop", "evict", lambda _, name: name.startswith("man."))
+    before(Survival, "drop", "evict", lambda _, name: name.startswith("man."))
     before(Reclaimer, "_carry_out", "return")
-    before(Survival, "_drop", "release", lambda _, name: name.startswith("seg."))
+    before(Survival, "drop", "release", lambda _, name: name.startswith("seg."))
     write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:
