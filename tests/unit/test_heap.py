@@ -25,9 +25,10 @@ class Knot:
 kept = [[] for _ in range(300_000)]
 heap.settle()
 looked_at = [0]
-gc.callbacks.append(
-    lambda phase, told: looked_at.append(len(gc.get_objects())) if phase == "start" and told["generation"] == 2 else None
-)
+def look(phase, told):
+    if phase == "start" and told["generation"] == 2:
+        looked_at.append(len(gc.get_objects()))
+gc.callbacks.append(look)
 """
 
 
