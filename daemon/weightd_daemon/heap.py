@@ -21,12 +21,12 @@ AT_ONCE = 1 << 20
 PAUSE_SECONDS = 1.0
 """How long to wait for more to be freed; a look takes some milliseconds, on a thread."""
 
-MOST_SURVIVORS = 20_000
+MOST_SURVIVORS = 10_000
 """Objects that may survive a collection of the oldest generation without being frozen."""
-_YOUNG, _MIDDLE, _OLD = 700, 10, 5
+_YOUNG, _MIDDLE, _OLD = 700, 10, 2
 """How many objects, collections of the young and collections of the middle generation lead to the next collection.
 
-The last is less than usual: it collects what has come since the one before, some 40,000 objects.
+The last is less than usual: it collects what has come since the one before, some 20,000 objects.
 """
 
 _waiting: asyncio.TimerHandle | None = None
