@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.errors import DeviceError, InUseError
 
+from .arena import Extent
 from .lease import named
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ MANIFEST_BYTES_OF_TENSOR = 48
 """About what a tensor takes in a manifest beside its name: what is reckoned with before that is made."""
 
 
+_MOST_IN_RUN = 1000
+
+
 class CheckpointKey(NamedTuple):
     """A content is resident once per device and sharing domain."""
 
@@ -43,6 +47,8 @@ class Tally(NamedTuple):
     unique: dict[int, Blob]
     total_bytes: int
     segments: list[int]
+    runs: list[tuple[Extent, list[Blob]]]
+    """The unique blobs, as far as they lie one behind the other, with the bytes that they take."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ class Content:
                 part.append(blob)
                 unique[blob.number] = blob
                 total += blob.length
-        return Tally(components, tensors, unique, total, sorted({blob.segment for blob in unique.values()}))
+        segments = sorted({blob.segment for blob in unique.values()})
+        return Tally(components, tensors, unique, total, segments, _runs(unique.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -103,6 +110,8 @@ class Checkpoint:
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
+    runs: list[tuple[Extent, list[Blob]]] = field(default_factory=list)
+    """As in Tally."""
     manifest_bytes: int = 0
     exclusive: int = 0
     """Its exclusive bytes as last counted (Store.exclusive_bytes)."""
@@ -117,7 +126,7 @@ class Checkpoint:
         tally = content.tally
         return cls(
             key, tally.components, tally.tensors, tally.total_bytes, owner, now, now, segments=tally.segments,
-            unique=tally.unique, manifest_bytes=manifest_bytes,
+            unique=tally.unique, runs=tally.runs, manifest_bytes=manifest_bytes,
         )  # fmt: skip
 
     @property
@@ -148,6 +157,7 @@ class Checkpoint:
         """Its bytes are gone: what is left is a record."""
         self.components.clear()
         self.unique.clear()
+        self.runs.clear()
 
     def in_use(self, leases: Iterable[Lease], called: str = "") -> InUseError:
         """The error that names who holds the checkpoint, which it calls `called` (or by its digest)."""
@@ -166,3 +176,18 @@ class Lost:
         """The error for whoever asks for the checkpoint, which it calls `called` (or by its digest)."""
         called = called or self.checkpoint.key.content_digest[:19]
         return DeviceError(f"checkpoint {called} was lost: {self.reason}; load it again")
+
+
+def _runs(blobs: Iterable[Blob]) -> list[tuple[Extent, list[Blob]]]:
+    """Blobs that lie one behind the other, as they come, with the bytes that they take."""
+    runs: list[tuple[Extent, list[Blob]]] = []
+    for blob in blobs:
+        slot = blob.slot
+        if runs:
+            extent, before = runs[-1]
+            if extent.segment == slot.segment and extent.end == slot.offset and len(before) < _MOST_IN_RUN:
+                before.append(blob)
+                runs[-1] = extent._replace(length=extent.length + slot.length), before
+                continue
+        runs.append((slot, [blob]))
+    return runs
