@@ -71,7 +71,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader", "log_line"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
-    "residency": ("core", "handles", "loads", "log_line", "persistence"),
+    "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "wire"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import logs
+from . import heap, logs
 from .api.context import ServiceContext
 from .api.grpc_server import GrpcServer
 from .core.catalog import Catalog
@@ -181,9 +180,7 @@ class Daemon:
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
-        # The loop stands still while Python collects garbage: what the start has made stays, and is left out.
-        gc.collect()
-        gc.freeze()
+        heap.settle()
         await control.ready()
         self._say_ready(served, books.store)
         sockets.watch(self._lost_socket)

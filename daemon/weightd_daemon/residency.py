@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
+from . import heap
 from .core.events import DeviceLost, Evicted, Sealed
 from .log_line import Line
 
@@ -75,6 +76,7 @@ class Residency:
         # Before the next root record: it must not have names any more that went with the checkpoint.
         parts.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
         parts.descriptor_store.evicted(key)
+        heap.gone(lambda: parts.store.blobs.sealed)
 
     def on_changed(self) -> None:
         """A name, a pin or another mark of a checkpoint has changed: the root record is to say so."""

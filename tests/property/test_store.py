@@ -7,6 +7,7 @@ so that different bytes collide all the time; memory is a few pages, so that eve
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
+from weightd_daemon.core import store as store_module
 from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
@@ -31,7 +33,7 @@ from weightd_daemon.core.reclaims import Punch, Reclaim
 from weightd_daemon.core.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 PAGE = 1024
 SMALL = 600  # stands for OWN_COPY_BELOW
@@ -91,6 +93,8 @@ class Load:
     domain: str
     tensors: list[Work]
     hash_first: bool = False
+    matched: set[tuple[bytes, int]] | None = None
+    ending: Iterator[None] | None = None
     granted: list[Extent] = field(default_factory=list)
     open_slots: list[tuple[int, int, int]] = field(default_factory=list)
     opened: set[int] = field(default_factory=set)
@@ -119,6 +123,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.patch.setattr(memory_module, "SEGMENT_BYTES", 8 * PAGE)
         self.patch.setattr(memory_module, "_SMALLEST_PIECE", 2 * PAGE)
         self.patch.setattr(loading_module, "OWN_COPY_BELOW", SMALL)
+        self.patch.setattr(loading_module, "AT_ONCE", 1)
+        self.patch.setattr(store_module, "FREED_AT_ONCE", 1)
         self.segments: dict[int, bytearray] = {}
         self.loads: list[Load] = []
         self.sealed_loads: list[Load] = []
@@ -314,13 +320,20 @@ class StoreMachine(RuleBasedStateMachine):
         load.loading.end()
         self.loads.remove(load)
 
-    @rule(pick=PICK)
-    def end_one(self, pick: int) -> None:
-        """A loader has put down what it had open for a load that was sealed."""
+    @rule(pick=PICK, steps=STEPS)
+    def end_one(self, pick: int, steps: int) -> None:
+        """A loader has put down what it had open for a load that was sealed: that ends in steps."""
         load = one_of(self.sealed_loads, pick)
-        if load is not None:
+        if load is None:
+            return
+        load.ending = load.ending or load.loading.ending()
+        if any(next(load.ending, self) is self for _ in range(steps)):
             self.sealed_loads.remove(load)
-            load.loading.end()
+
+    @rule()
+    def free_some(self) -> None:
+        """What a checkpoint leaves is freed in steps, between which others may use it again."""
+        self.memory.freeing.go_on()
 
     @rule(pick=PICK)
     def abort_one(self, pick: int) -> None:
@@ -343,10 +356,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.get_on(len(self.loads) - 1, seed, 60)
         if pick < 30:
             while self.sealed_loads:
-                self.end_one(pick)
+                self.end_one(pick, 40)
             self.pending += self.memory.next_reclaims()
             while self.pending:
                 self.reclaim(pick)
+                self.free_some()
                 self.pending += self.memory.next_reclaims()
             self.get_on(len(self.loads) - 1, seed, 60)
 
@@ -370,7 +384,8 @@ class StoreMachine(RuleBasedStateMachine):
     def every_call_fails(self, load: Load) -> None:
         calls: list[Callable[[Loading], object]] = [
             lambda loading: loading.admit([1]),
-            lambda loading: loading.make_room([]),
+            lambda loading: loading.match([]),
+            lambda loading: loading.make_room(),
             lambda loading: loading.grant(1, 1),
             lambda loading: loading.candidate(bytes(16), 1),
             lambda loading: loading.settle(bytes(16), 1, 1, 0),
@@ -383,14 +398,15 @@ class StoreMachine(RuleBasedStateMachine):
 
     def step(self, load: Load, chance: random.Random) -> None:
         if load.hash_first:
-            contents = [(tensor.digest, len(tensor.data)) for tensor in load.unsettled]
-            matched = load.loading.make_room(contents)
-            if matched is None:
+            if load.matched is None:
+                contents = Counter((tensor.digest, len(tensor.data)) for tensor in load.unsettled)
+                load.matched = load.loading.match(contents.items())
+            if not load.loading.make_room():
                 self.must_wait()
                 return
             load.hash_first = False
             for tensor in load.unsettled:
-                tensor.matched = (tensor.digest, len(tensor.data)) in matched
+                tensor.matched = (tensor.digest, len(tensor.data)) in load.matched
         elif load.unsettled:
             self.advance(load, chance.choice(load.unsettled))
         else:
@@ -449,7 +465,7 @@ class StoreMachine(RuleBasedStateMachine):
     def must_wait(self) -> None:
         """ "Call again" is said only where memory is on its way."""
         self.pending += self.memory.next_reclaims()
-        assert self.pending or self.sealed_loads
+        assert self.pending or self.sealed_loads or self.memory.freeing
 
     def finish(self, load: Load) -> None:
         if load.pairs:
@@ -465,7 +481,7 @@ class StoreMachine(RuleBasedStateMachine):
         load.opened |= {blob.segment for pair in load.pairs for blob in pair}
         if load.pairs:
             load.ready = False
-        elif load.ready:
+        elif load.ready and load.loading.rechecked:
             self.seal(load)
         else:
             load.ready = True
@@ -639,7 +655,7 @@ class StoreMachine(RuleBasedStateMachine):
         for blob in self.store.sealed_blobs():
             users = [c for c in self.store.checkpoints.values() if blob.number in c.unique]
             assert blob.references == len(users)
-            assert users or blob.holds, "nobody needs it"
+            assert users or blob.holds or self.memory.freeing, "nobody needs it"
             assert all((c.key.device, c.key.domain) == blob.key[:2] for c in users)
 
     @invariant()
@@ -712,6 +728,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)
+            while self.memory.freeing.go_on():
+                pass
             self.pending += self.memory.next_reclaims()
             while self.pending:
                 self.carry_out(self.pending.pop())
@@ -733,6 +751,8 @@ def test_who_maps_a_segment_keeps_it_when_the_next_daemon_releases_it() -> None:
         lambda: machine.attach(pick=0),
         lambda: machine.restart(kept=1, pick=0),
         lambda: machine.remove(pick=0),
+        machine.free_some,
+        machine.free_some,
         lambda: machine.reclaim(pick=0),
     ]
     try:

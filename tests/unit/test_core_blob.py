@@ -57,7 +57,7 @@ def test_what_is_counted_is_what_is_there(steps: list[tuple[str, int, int]]) -> 
     for domain, length, then in steps:
         blob = blobs.place(BlobKey("host", domain, b"d" * 16, length), 0, 1, 0, load=1)
         if then:
-            blobs.seal(blob)
+            blobs.seal([blob])
         if then == 2:
             there = [one for one in blobs if one.sealed]
             blobs.drop(there[len(there) // 2], EVICTED)
@@ -75,6 +75,6 @@ def test_which_lengths_there_are_costs_the_same_however_many_blobs_there_are() -
     blobs, costs = Blobs(), []
     for _ in range(2):
         for number in range(1000):
-            blobs.seal(blobs.place(BlobKey("host", "a", number.to_bytes(16, "little"), 8), 0, 1, 0, load=1))
+            blobs.seal([blobs.place(BlobKey("host", "a", number.to_bytes(16, "little"), 8), 0, 1, 0, load=1)])
         costs.append(operations(lambda: blobs.lengths("host", "a", sealed=True)))
     assert costs[0] == costs[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
 from itertools import count, pairwise
 
@@ -267,7 +268,8 @@ def test_what_matches_is_protected_and_only_the_rest_makes_room() -> None:
     load = books.open()
     assert not load.admit([LARGE] * 6)
     contents = [(digest(letter), LARGE) for letter in "efghijkl"]
-    while (matched := load.make_room(contents)) is None:
+    matched = load.match(Counter(contents).items())
+    while not load.make_room():
         books.reclaim()
     assert matched == {(digest(letter), LARGE) for letter in "efgh"}
     assert books.evicted == [(old, "capacity")]
@@ -293,8 +295,10 @@ def test_nothing_is_evicted_for_a_load_that_cannot_fit() -> None:
     books = Books(budget=8 * LARGE)
     books.load("abcd")
     contents = [(digest(letter), LARGE) for letter in "ijklmnopq"]
+    load = books.open()
+    assert load.match(Counter(contents).items()) == set()
     with pytest.raises(CapacityError):
-        books.open().make_room(contents)
+        load.make_room()
     assert books.evicted == []
 
 
@@ -303,8 +307,10 @@ def test_a_refusal_states_the_figures() -> None:
     leased, pinned, _ = books.load("aab"), books.load("bcd"), books.load("de")
     pinned.pins.add(1000)
     books.lease(leased)
+    load = books.open()
+    load.match(((digest(letter), LARGE), 1) for letter in "stuvwxyz")
     with pytest.raises(CapacityError) as caught:
-        books.open().make_room([(digest(letter), LARGE) for letter in "stuvwxyz"])
+        load.make_room()
     error = caught.value
     assert (error.requested_bytes, error.free_bytes) == (8 * LARGE, 3 * LARGE)
     assert error.leased_bytes == 2 * LARGE, "a and b"
@@ -410,7 +416,8 @@ def test_nobody_goes_for_nothing_once_a_later_one_has_to(wanted: int, gone: str)
     there = {name: books.load(letters) for name, letters in zip("abcd", ("p", "qr", "s", "tuvw"), strict=True)}
     contents = [(digest(letter), LARGE) for letter in "ABCDEFGH"[:wanted]]
     load = books.open()
-    while load.make_room(contents) is None:
+    load.match(Counter(contents).items())
+    while not load.make_room():
         books.reclaim()
     assert {name for name, checkpoint in there.items() if (checkpoint, "capacity") in books.evicted} == {*gone}
 
@@ -439,11 +446,11 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
         budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
     )
     load = Loading(store, "GPU", "all", 1000)
-    contents = [(bytes([at]) * 16, length) for at, length in enumerate(lengths)]
+    load.match(((bytes([at]) * 16, length), 1) for at, length in enumerate(lengths))
 
     def has_room() -> bool:
         try:
-            return load.make_room(contents, runs) == set() if hash_first else load.admit(lengths, runs)
+            return load.make_room(runs) if hash_first else load.admit(lengths, runs)
         except CapacityError:
             return False
 
@@ -520,7 +527,8 @@ def test_one_pass_is_not_promised_on_scattered_holes() -> None:
     load = books.open()
     assert books.memory.obtainable("all", load) == 3 * LARGE
     assert not load.admit([LARGE])
-    while load.make_room([(digest("x"), LARGE)]) is None:
+    load.match([((digest("x"), LARGE), 1)])
+    while not load.make_room():
         books.reclaim()
     assert load.grant(LARGE, LARGE) is not None
     assert len(books.evicted) == 1, "it fits into a hole"
@@ -536,8 +544,10 @@ def test_only_whole_segments_of_another_domain_are_evictable() -> None:
         other.grant(4 * LARGE, 4 * LARGE)
     assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 2 * LARGE)
     assert books.evicted == []
+    load = books.open("uid:1")
+    load.match(((digest(letter), LARGE), 1) for letter in "pqrstu")
     with pytest.raises(CapacityError) as caught:
-        books.open("uid:1").make_room([(digest(letter), LARGE) for letter in "pqrstu"])
+        load.make_room()
     assert (caught.value.free_bytes, caught.value.evictable_bytes) == (LARGE, 4 * LARGE)
     while other.grant(3 * LARGE, 3 * LARGE) is None:
         books.reclaim()
@@ -596,12 +606,13 @@ def test_memory_of_a_sealed_load_is_waited_for() -> None:
     checkpoint = books.seal_only(load, [books.place(load, letter) for letter in "abcd"])
     assert other.grant(8 * LARGE, 8 * LARGE) is None
     assert not other.admit([8 * LARGE])
-    assert other.make_room([(digest("x"), 8 * LARGE)]) is None
+    other.match([((digest("x"), 8 * LARGE), 1)])
+    assert not other.make_room()
     assert books.evicted == []
     woken.clear()
     load.end()
     assert woken
-    while other.make_room([(digest("x"), 8 * LARGE)]) is None:
+    while not other.make_room():
         books.reclaim()
     assert {evicted for evicted, _ in books.evicted} == {kept, checkpoint}
 

@@ -21,6 +21,7 @@ from support.descriptors import open_descriptors
 from support.limits import room_for
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
+from weightd_daemon.core..py import Freeing
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Release
@@ -188,6 +189,7 @@ class Books:
     def __init__(self) -> None:
         self.queue = [Release(1, 4096), Release(2, 4096)]
         self.reported: list[int] = []
+        self.freeing = Freeing(lambda: None)
 
     def next_reclaims(self) -> list[Release]:
         taken, self.queue = self.queue, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from array import array
@@ -26,6 +27,9 @@ from .error_mapping import Context
 
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
+
+COUNTED_AT_ONCE = 20_000
+"""Blobs that a list looks at before others get their turn on the loop."""
 
 _NAME_STATES = {
     "resident": checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
@@ -95,7 +99,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.ListCheckpointsResponse:
         """Everything resident or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
-        there = [self._checkpoint(checkpoint) for checkpoint in self._parts.catalog.visible(who)]
+        there, walked = [], 0
+        for checkpoint in list(self._parts.catalog.visible(who)):
+            if self._parts.store.checkpoints.get(checkpoint.key) is not checkpoint:
+                continue  # it went while others were counted
+            walked += 0 if self._parts.store.is_counted(checkpoint) else len(checkpoint.unique)
+            there.append(self._checkpoint(checkpoint))
+            if walked > COUNTED_AT_ONCE:
+                walked = 0
+                await asyncio.sleep(0)
         there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
         there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
         under_way = [
@@ -227,14 +239,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
         parts = self._parts
         owner = parts.catalog.owner(checkpoint)
+        exclusive = parts.store.exclusive_bytes(checkpoint)
         return checkpoint_pb2.Checkpoint(
             names=parts.catalog.names(checkpoint),
             content_digest=checkpoint.key.content_digest,
             device=checkpoint.key.device,
             tensors=checkpoint.tensor_count,
             total_bytes=checkpoint.total_bytes,
-            exclusive_bytes=checkpoint.exclusive_bytes,
-            shared_bytes=checkpoint.shared_bytes,
+            exclusive_bytes=exclusive,
+            shared_bytes=checkpoint.total_bytes - exclusive,
             leases=len(parts.store.leases_of(checkpoint)),
             pinned=checkpoint.pinned,
             load_time=time_to(checkpoint.loaded),

@@ -34,6 +34,8 @@ class Alike:
         self._sealed: dict[int, list[Blob]] = {}
         self._twins: dict[int, Twins] = {}
         self._own: list[Blob] = []
+        self.placed = False
+        """Whether the load has placed bytes under the key."""
         for blob in sealed:
             self.numbers.add(blob.number)
             self._sealed.setdefault(blob.variant, []).append(blob)

@@ -55,7 +55,7 @@ class _Segment:
     Bytes in `quarantined` are neither free nor taken: a process that nobody could end may still write to them.
     """
 
-    __slots__ = ("free", "frozen", "leaving", "quarantined", "size", "sparse")
+    __slots__ = ("free", "frozen", "holes", "leaving", "quarantined", "size", "sparse")
 
     def __init__(self, size: int, *, sparse: bool) -> None:
         self.size = size
@@ -67,6 +67,8 @@ class _Segment:
         self.leaving = Ranges()
         self.quarantined = Ranges()
         self.frozen = False
+        self.holes: list[tuple[Extent, int]] | None = None
+        """What Arena._holes has of it, until its free or sparse bytes change."""
 
 
 class Arena:
@@ -129,6 +131,7 @@ class Arena:
         self._note_hollow(books, books.free, hollow)
         if quarantine:
             books.quarantined, books.free = books.free, books.quarantined
+        books.holes = None
 
     def is_quarantined(self, segment: int) -> bool:
         """Whether bytes of the segment are set aside until `thaw`."""
@@ -138,6 +141,7 @@ class Arena:
         """Free the bytes that were set aside. `hollow` are the ranges of the segment without memory by now."""
         books = self._segments[segment]
         back, books.quarantined = books.quarantined, Ranges()
+        books.holes = None
         for start, end in back:
             books.free.add(start, end)
             books.sparse.discard(start, end)
@@ -177,11 +181,11 @@ class Arena:
         Holes with memory behind them come first: page allocation is what a load costs (docs/architecture.md).
         """
         best: tuple[int, int, Extent] | None = None
-        for extent in self._holes():
+        for extent, whole in self._holes():
             if extent.length < length:
                 continue
             cut = Extent(extent.segment, extent.offset, length)
-            cost = self.cost(cut)
+            cost = self.cost(cut) if whole else 0
             rank = (cost, extent.length)
             if cost <= budget and (best is None or rank < best[:2]):
                 best = (*rank, cut)
@@ -190,10 +194,10 @@ class Arena:
     def largest(self, least: int, budget: int, *, populated: bool) -> Extent | None:
         """The largest hole of at least `least` bytes; with `populated`, among those that need no new memory."""
         best: Extent | None = None
-        for extent in self._holes():
+        for extent, cost in self._holes():
             if extent.length < least or (best is not None and extent.length <= best.length):
                 continue
-            if self.cost(extent) <= (0 if populated else budget):
+            if cost <= (0 if populated else budget):
                 best = extent
         return best
 
@@ -207,12 +211,15 @@ class Arena:
         books = self._segments[extent.segment]
         if extent.offset % self.page or extent.length % self.page:
             raise ValueError(f"{extent} is not page-aligned")
+        books.holes = None
         books.free.remove(extent.offset, extent.end)  # law 1: ValueError where a byte is not free
         books.sparse.discard(extent.offset, extent.end)
 
     def give_back(self, extent: Extent) -> None:
         """Return bytes: a whole extent, or what is left between the blobs in one."""
-        self._segments[extent.segment].free.add(extent.offset, extent.end)
+        books = self._segments[extent.segment]
+        books.holes = None
+        books.free.add(extent.offset, extent.end)
 
     def start_leaving(self, segment: int, start: int = 0, end: int | None = None) -> list[Extent]:
         """Set aside the whole free pages of [start, end) that have memory, so that they can be punched.
@@ -233,6 +240,8 @@ class Arena:
                 if position < sparse_start:
                     leaving.append(Extent(segment, position, sparse_start - position))
                 position = sparse_end
+        if leaving:
+            books.holes = None
         for extent in leaving:
             books.free.remove(extent.offset, extent.end)
             books.leaving.add(extent.offset, extent.end)
@@ -241,6 +250,7 @@ class Arena:
     def left(self, extent: Extent) -> None:
         """The memory of an extent that was set aside has gone: it is a hole without memory now."""
         books = self._segments[extent.segment]
+        books.holes = None
         books.leaving.remove(extent.offset, extent.end)
         books.free.add(extent.offset, extent.end)
         books.sparse.add(extent.offset, extent.end)
@@ -255,15 +265,24 @@ class Arena:
 
     def populated_hole_bytes(self) -> int:
         """Bytes of whole free pages that have memory behind them: what the next load can have at once."""
-        return sum(extent.length - self.cost(extent) for extent in self._holes())
+        return sum(extent.length - cost for extent, cost in self._holes())
 
     def empty_bytes(self) -> int:
         """Memory behind the segments in which nothing lies."""
         return sum(self.populated(segment) for segment in self._segments if self.is_empty(segment))
 
-    def _holes(self) -> Iterator[Extent]:
+    def _holes(self) -> Iterator[tuple[Extent, int]]:
+        """The whole free pages that can be handed out, and what taking them would cost. A grant asks several times."""
         for segment, books in self._segments.items():
-            for start, end in books.free if not books.frozen else ():
-                first, last = round_up(start, self.page), end // self.page * self.page
-                if first < last:
-                    yield Extent(segment, first, last - first)
+            if books.holes is None:
+                books.holes = self._holes_in(segment, books)
+            yield from books.holes
+
+    def _holes_in(self, segment: int, books: _Segment) -> list[tuple[Extent, int]]:
+        found = []
+        for start, end in books.free if not books.frozen else ():
+            first, last = round_up(start, self.page), end // self.page * self.page
+            if first < last:
+                extent = Extent(segment, first, last - first)
+                found.append((extent, self.cost(extent)))
+        return found

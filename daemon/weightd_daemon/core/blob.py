@@ -100,8 +100,10 @@ class Blobs:
         self._lengths: dict[tuple[str, str], Counter[int]] = {}
         self._sealed_lengths: dict[tuple[str, str], Counter[int]] = {}
         """How many blobs of each length a device has in a sharing domain: every load asks which lengths there are."""
-        self.sealed = 0
-        """How many are sealed."""
+        self.sealed = self.seals = 0
+        """How many are sealed, and how often some were."""
+        self.contested: dict[int, dict[BlobKey, None]] = {}
+        """By open load, the keys under which it has placed bytes while another load had some that may be equal."""
         self._last = 0
 
     def __iter__(self) -> Iterator[Blob]:
@@ -132,12 +134,21 @@ class Blobs:
         """Bytes of the sealed blobs on a device: kept as a sum, for it is asked often and there are many blobs."""
         return self._sealed_bytes.get(device, 0)
 
-    def seal(self, blob: Blob) -> None:
-        """A checkpoint refers to the blob."""
-        blob.move(BlobState.SEALED)
-        self._sealed_bytes[blob.key.device] = self.sealed_bytes(blob.key.device) + blob.length
-        self._sealed_lengths.setdefault(blob.key[:2], Counter())[blob.length] += 1
-        self.sealed += 1
+    def seal(self, blobs: Collection[Blob]) -> None:
+        """A checkpoint refers to these blobs, all of one device and domain. Cheap: a seal is one step, however many."""
+        if not blobs:
+            return
+        reserved, sealed = BlobState.RESERVED, BlobState.SEALED
+        for blob in blobs:
+            if blob.state is not reserved:
+                blob.move(sealed)  # which refuses
+            blob.state = sealed
+        device, domain = next(iter(blobs)).key[:2]
+        lengths = Counter([blob.key.length for blob in blobs])
+        self._sealed_lengths.setdefault((device, domain), Counter()).update(lengths)
+        self._sealed_bytes[device] = self.sealed_bytes(device) + sum(n * count for n, count in lengths.items())
+        self.sealed += len(blobs)
+        self.seals += 1
 
     def drop(self, blob: Blob, state: BlobState) -> None:
         """Strike a blob out; `state` says how it ended."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.errors import DeviceError, InUseError
 
+from .arena import Extent
 from .lease import named
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ MANIFEST_BYTES_OF_TENSOR = 48
 """About what a tensor takes in a manifest beside its name: what is reckoned with before that is made."""
 
 
+_MOST_IN_RUN = 1000
+
+
 class CheckpointKey(NamedTuple):
     """A content is resident once per device and sharing domain."""
 
@@ -34,7 +39,19 @@ class CheckpointKey(NamedTuple):
     content_digest: str
 
 
-@dataclass(frozen=True, slots=True)
+class Tally(NamedTuple):
+    """What a checkpoint's record has of its content: by component the blobs and the number of tensors, and the rest."""
+
+    components: dict[str, list[Blob]]
+    tensors: dict[str, int]
+    unique: dict[int, Blob]
+    total_bytes: int
+    segments: list[int]
+    runs: list[tuple[Extent, list[Blob]]]
+    """The unique blobs, as far as they lie one behind the other, with the bytes that they take."""
+
+
+@dataclass(frozen=True)
 class Content:
     """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
@@ -48,7 +65,24 @@ class Content:
     @property
     def segments(self) -> list[int]:
         """Numbers of the segments that hold the blobs, sorted: in a manifest, a segment goes by its place here."""
-        return sorted({blob.segment for blob in self.blobs if blob is not None})
+        return self.tally.segments
+
+    @cached_property
+    def tally(self) -> Tally:
+        """What the record needs, counted at the first call: on a thread, where there are many tensors."""
+        components: dict[str, list[Blob]] = {}
+        tensors: dict[str, int] = {}
+        unique: dict[int, Blob] = {}
+        total = 0
+        for entry, blob in zip(self.entries, self.blobs, strict=True):
+            tensors[entry.component] = tensors.get(entry.component, 0) + 1
+            part = components.setdefault(entry.component, [])
+            if blob is not None:
+                part.append(blob)
+                unique[blob.number] = blob
+                total += blob.length
+        segments = sorted({blob.segment for blob in unique.values()})
+        return Tally(components, tensors, unique, total, segments, _runs(unique.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -76,25 +110,23 @@ class Checkpoint:
     sources: list[tuple[SourceFile, ...]] = field(default_factory=list)
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
+    runs: list[tuple[Extent, list[Blob]]] = field(default_factory=list)
+    """As in Tally."""
     manifest_bytes: int = 0
+    exclusive: int = 0
+    """Its exclusive bytes as last counted (Store.exclusive_bytes)."""
+    counted: int = -1
+    """When that was: how often a checkpoint had come or gone by then."""
 
     @classmethod
     def of(
         cls, key: CheckpointKey, content: Content, owner: int | None, now: float, manifest_bytes: int = 0
     ) -> Checkpoint:
         """The record of `content`; per-tensor columns stay in the manifest, which has `manifest_bytes`."""
-        components: dict[str, list[Blob]] = {}
-        tensors: dict[str, int] = {}
-        for entry, blob in zip(content.entries, content.blobs, strict=True):
-            tensors[entry.component] = tensors.get(entry.component, 0) + 1
-            part = components.setdefault(entry.component, [])
-            if blob is not None:
-                part.append(blob)
-        total = sum(blob.length for part in components.values() for blob in part)
-        unique = {blob.number: blob for part in components.values() for blob in part}
+        tally = content.tally
         return cls(
-            key, components, tensors, total, owner, now, now, segments=content.segments, unique=unique,
-            manifest_bytes=manifest_bytes,
+            key, tally.components, tally.tensors, tally.total_bytes, owner, now, now, segments=tally.segments,
+            unique=tally.unique, runs=tally.runs, manifest_bytes=manifest_bytes,
         )  # fmt: skip
 
     @property
@@ -125,6 +157,7 @@ class Checkpoint:
         """Its bytes are gone: what is left is a record."""
         self.components.clear()
         self.unique.clear()
+        self.runs.clear()
 
     def in_use(self, leases: Iterable[Lease], called: str = "") -> InUseError:
         """The error that names who holds the checkpoint, which it calls `called` (or by its digest)."""
@@ -143,3 +176,18 @@ class Lost:
         """The error for whoever asks for the checkpoint, which it calls `called` (or by its digest)."""
         called = called or self.checkpoint.key.content_digest[:19]
         return DeviceError(f"checkpoint {called} was lost: {self.reason}; load it again")
+
+
+def _runs(blobs: Iterable[Blob]) -> list[tuple[Extent, list[Blob]]]:
+    """Blobs that lie one behind the other, as they come, with the bytes that they take."""
+    runs: list[tuple[Extent, list[Blob]]] = []
+    for blob in blobs:
+        slot = blob.slot
+        if runs:
+            extent, before = runs[-1]
+            if extent.segment == slot.segment and extent.end == slot.offset and len(before) < _MOST_IN_RUN:
+                before.append(blob)
+                runs[-1] = extent._replace(length=extent.length + slot.length), before
+                continue
+        runs.append((slot, [blob]))
+    return runs

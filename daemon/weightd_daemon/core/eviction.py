@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from .checkpoint import Checkpoint
+    from .arena import Extent
+    from .blob import Blob
+    from .checkpoint import Checkpoint, CheckpointKey
     from .prospect import Trial
 
 
@@ -68,21 +70,45 @@ class Departures:
     def __init__(self, trial: Trial) -> None:
         self._trial = trial
         self._left: dict[int, int] = {}
-        """References to blobs that are left, by number."""
+        """References to blobs that are left, by number; of those only that several checkpoints have."""
+        self._parts: dict[CheckpointKey, tuple[list[Extent], list[Blob]]] = {}
 
     def free(self, checkpoint: Checkpoint) -> None:
         """Try to go without a checkpoint."""
-        for number, blob in checkpoint.unique.items():
-            left = self._left[number] = self._left.get(number, blob.references) - 1
-            if not left and not blob.holds:
+        own, shared = self._parts_of(checkpoint)
+        for extent in own:
+            self._trial.free(extent)
+        for blob in shared:
+            left = self._left[blob.number] = self._left.get(blob.number, blob.references) - 1
+            if not left:
                 self._trial.free(blob.slot)
 
     def keep(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint after all."""
-        for number, blob in checkpoint.unique.items():
-            if not self._left[number] and not blob.holds:
+        own, shared = self._parts_of(checkpoint)
+        for extent in own:
+            self._trial.keep(extent)
+        for blob in shared:
+            if not self._left[blob.number]:
                 self._trial.keep(blob.slot)
-            self._left[number] += 1
+            self._left[blob.number] += 1
+
+    def _parts_of(self, checkpoint: Checkpoint) -> tuple[list[Extent], list[Blob]]:
+        """The bytes that go with a checkpoint whatever else goes, and its blobs that may stay for others.
+
+        Whole runs where all of their blobs go: a checkpoint may have 100,000.
+        """
+        parts = self._parts.get(checkpoint.key)
+        if parts is None:
+            parts = self._parts[checkpoint.key] = [], []
+            own, shared = parts
+            for extent, blobs in checkpoint.runs:
+                if all(blob.references == 1 and not blob.holds for blob in blobs):
+                    own.append(extent)
+                    continue
+                own += [blob.slot for blob in blobs if blob.references == 1 and not blob.holds]
+                shared += [blob for blob in blobs if blob.references > 1 and not blob.holds]
+        return parts
 
 
 def could_fit(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> bool:

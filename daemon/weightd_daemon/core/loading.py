@@ -10,20 +10,25 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
-from .alike import Alike, Twins
-from .arena import slot_bytes
+from .alike import Twins
+from .arena import slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .checkpoint import Checkpoint, CheckpointKey, Content
 from .events import Sealed
+from .known import Known
 from .making_room import MakingRoom
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from .arena import Extent
     from .digest import BlobIdentity
     from .lease import Peer
     from .store import Store
+
+
+AT_ONCE = 1000
+"""Blobs that are rechecked in one step of the loop, or of which an ending load lets go."""
 
 
 class Loading:
@@ -51,8 +56,10 @@ class Loading:
         self._held: dict[int, Blob] = {}
         self._used: set[int] = set()
         """Numbers of the blobs that its tensors have."""
-        self._alike: dict[BlobKey, Alike] = {}
-        self._twins: dict[int, Twins] = {}
+        self._known = Known(self._blobs, self.number)
+        self._needed = self._largest = 0
+        """Bytes of what has no match, and of the largest such tensor."""
+        self._rest: tuple[Content, list[Extent]] | None = None
 
     @property
     def place(self) -> tuple[str, str]:
@@ -67,25 +74,23 @@ class Loading:
         Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
         """
         self._check()
-        total = self._memory.in_segments(sum(map(slot_bytes, lengths)), runs)
+        counted = Counter(lengths)
+        total = self._memory.in_segments(sum(slot_bytes(length) * count for length, count in counted.items()), runs)
         if total <= self._memory.assured(self.number):
             self._memory.promise(self.number, self._domain, total)
             return True
-        surely_new = [slot_bytes(length) for length in {*lengths} - self._blobs.lengths(*self.place)]
+        surely_new = [slot_bytes(length) for length in counted.keys() - self._blobs.lengths(*self.place)]
         self._room.check(sum(surely_new), max(surely_new, default=0))
         return False
 
-    def make_room(self, contents: Iterable[tuple[bytes, int]], runs: int = 1) -> set[tuple[bytes, int]] | None:
-        """Protect what matches these (digest, length) pairs and evict for the rest, which is then promised.
+    def match(self, contents: Iterable[tuple[tuple[bytes, int], int]]) -> set[tuple[bytes, int]]:
+        """Protect what matches these (digest, length) pairs, each with how often it comes; `make_room` is for the rest.
 
-        Returns the pairs that have a candidate, or None while memory is on its way back (call again). Nothing is
-        evicted when the rest cannot fit. Errors: CapacityError.
+        Returns the pairs that have a candidate. Each pair of the load is matched once, but not all in one step.
         """
         self._check()
-        memory = self._memory
         matched: set[tuple[bytes, int]] = set()
-        needed = largest = 0
-        for (digest, length), occurrences in Counter(contents).items():
+        for (digest, length), occurrences in contents:
             candidates = self._candidates(digest, length)
             for blob in candidates:
                 self._hold(blob)
@@ -93,19 +98,29 @@ class Loading:
                 matched.add((digest, length))
             wanted = occurrences if length < OWN_COPY_BELOW else 1
             if wanted > len(candidates):
-                needed += (wanted - len(candidates)) * slot_bytes(length)
-                largest = max(largest, slot_bytes(length))
+                self._needed += (wanted - len(candidates)) * slot_bytes(length)
+                self._largest = max(self._largest, slot_bytes(length))
+        return matched
+
+    def make_room(self, runs: int = 1) -> bool:
+        """Evict for what has no match, which is then promised.
+
+        False while memory is on its way back: call again then. Nothing is evicted when it cannot fit. Errors:
+        CapacityError.
+        """
+        self._check()
+        memory = self._memory
         memory.withdraw(self.number)  # what was promised before anything was hashed
-        if needed:
-            needed = memory.in_segments(needed, runs)
-            self._room.check(needed, largest)
+        if self._needed:
+            needed = memory.in_segments(self._needed, runs)
+            self._room.check(needed, self._largest)
             while memory.obtainable(self._domain, self.number) < needed:
                 if memory.reclaiming:
-                    return None
-                if not self._room.evict_for(needed, largest):
+                    return False
+                if not self._room.evict_for(needed, self._largest):
                     raise self._room.refusal(needed)
             memory.promise(self.number, self._domain, needed)
-        return matched
+        return True
 
     def grant(self, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """Memory for the load: up to `want`, at least `need` bytes; evicts if that is the only way and would do.
@@ -168,7 +183,7 @@ class Loading:
     def candidate(self, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         self._check()
-        face = next(self._alike_of(BlobKey(*self.place, digest, length)).faces(), None)
+        face = next(self._known.alike(BlobKey(*self.place, digest, length)).faces(), None)
         if face is not None:
             self._hold(face)
         return face
@@ -182,7 +197,11 @@ class Loading:
         """
         self._check()
         key = BlobKey(*self.place, digest, length)
-        alike = self._alike_of(key)
+        if self._known.is_new(key):
+            blob = self._enter(key, segment, offset, 0)
+            self._known.add_alone(blob)
+            return True, blob
+        alike = self._known.alike(key)
         face = next((blob for blob in alike.faces() if blob.number not in differs), None)  # law 6
         if face is not None:
             self._hold(face)
@@ -201,7 +220,7 @@ class Loading:
         self._check()
         blob = self._held.get(number) or self._placed[number]
         if blob.length < OWN_COPY_BELOW and number in self._used:
-            alike = self._alike_of(blob.key)
+            alike = self._known.alike(blob.key)
             spare = alike.spare(blob.variant, self._used) if blob.sealed else None
             if spare is not None:
                 blob = spare
@@ -209,21 +228,27 @@ class Loading:
             elif segment is None:
                 return None
             else:
-                twins = alike.twins(blob.variant) if blob.sealed else self._twins[number]
+                twins = alike.twins(blob.variant) if blob.sealed else self._known.twins(blob)
                 return self._place(blob.key, segment, offset, blob.variant, twins)
         self._used.add(blob.number)
         return blob
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
+    @property
+    def rechecked(self) -> bool:
+        """Whether `rechecks` has nothing to tell, and the load can be sealed in this very step."""
+        return self._known.rechecked
+
     def rechecks(self) -> list[tuple[Blob, Blob]]:
-        """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed."""
+        """Pairs (placed blob, blob sealed meanwhile) that have to be compared before the load can be sealed.
+
+        Not all at once: it is to be called, and the outcomes are to be entered, until `rechecked`.
+        """
         self._check()
-        pairs = []
-        for twins in {id(twins): twins for twins in self._twins.values()}.values():
-            if twins.blobs and (fresh := self._fresh(twins)):
-                self._hold(fresh[0])
-                pairs.append((twins.blobs[0], fresh[0]))
+        pairs = self._known.to_recheck(AT_ONCE)
+        for _, sealed in pairs:
+            self._hold(sealed)
         return pairs
 
     def recheck(self, number: int, other: int, *, equal: bool) -> dict[int, Blob]:
@@ -233,8 +258,8 @@ class Loading:
         others become a variant apart.
         """
         self._check()
-        sealed, twins = self._held[other], self._twins[number]
-        fresh = self._fresh(twins)
+        sealed, twins = self._held[other], self._known.twins(self._placed[number])
+        fresh = self._known.fresh(twins)
         if other not in twins.known:
             self._store.collisions += not equal
         # Sealed blobs agree among themselves: one comparison settles all of that variant, and equality settles all.
@@ -261,8 +286,16 @@ class Loading:
         twins.blobs = [twin for twin in twins.blobs if twin.number not in replaced]
         return replaced
 
+    def prepare(self, content: Content) -> None:
+        """Do what `seal` would do for this content and can be done before: on any thread, while the load stands still.
+
+        For the seal is one step of the loop, and a checkpoint may have 100,000 tensors.
+        """
+        slots = [blob.slot for blob in content.tally.unique.values() if blob.load == self.number]
+        self._rest = content, without(self._memory.granted(self.number), slots)
+
     def seal(self, content: Content, now: float, manifest: object = None, manifest_bytes: int = 0) -> Checkpoint:
-        """The load's blobs are sealed and the checkpoint is there. `rechecks` must be empty; `end` is still to come.
+        """The load's blobs are sealed and the checkpoint is there. `rechecked` must hold; `end` is still to come.
 
         When that content is resident already, the checkpoint that is there is returned. Otherwise others may go for its
         books. Errors: CapacityError (they do not fit). What the listener of events raises fails the seal, too, and then
@@ -274,11 +307,12 @@ class Loading:
         if checkpoint is None:
             checkpoint = Checkpoint.of(key, content, self._owner, now, manifest_bytes)
             self._room.evict_for_books(checkpoint.books_bytes)
-            fresh = self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
-            for blob in fresh:
-                del self._placed[blob.number]
-                self._hold(blob)
-            self._memory.leave(self.number, [blob.slot for blob in fresh])
+            if self._rest is None or self._rest[0] is not content:
+                self.prepare(content)
+            assert self._rest is not None  # prepared
+            self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
+            self._memory.leave(self.number, self._rest[1])
+        self._rest = None
         self._store.books.forget(self.number)
         self._store.use(checkpoint, now)
         self._memory.expect(self.number)
@@ -290,15 +324,28 @@ class Loading:
 
     def end(self) -> None:
         """The loader has nothing open any more (law 7): what was granted and not sealed goes back, and holds end."""
-        self._store.open_loads.remove(self.number)
+        for _ in self.ending():
+            pass
+
+    def ending(self) -> Iterator[None]:
+        """Do what `end` does in steps, between which the loop may do other things. The last one gives memory back."""
         self._store.books.forget(self.number)
+        self._rest = None
+        for blobs in (self._placed, self._held):
+            while blobs:
+                some = [blobs.popitem()[1] for _ in range(min(AT_ONCE, len(blobs)))]
+                if not self._lost:
+                    for blob in some:
+                        blob.holds -= 1
+                        if blob.state is BlobState.RESERVED:
+                            self._blobs.drop(blob, BlobState.ABORTED)
+                    self._store.free(some)
+                yield
+        for _ in self._known.forget(AT_ONCE):
+            yield
+        self._store.open_loads.remove(self.number)
         if not self._lost:
-            for blob in self._placed.values():
-                self._blobs.drop(blob, BlobState.ABORTED)
-            for blob in self._held.values():
-                blob.holds -= 1
             self._memory.return_grants(self.number)
-            self._store.free(self._held.values())
         self._memory.withdraw(self.number)
 
     # -- inside ----------------------------------------------------------------------------------------------------
@@ -329,21 +376,15 @@ class Loading:
         """
         return max((blob.variant for blob in self._candidates(key.digest, key.length)), default=-1) + 1
 
-    def _alike_of(self, key: BlobKey) -> Alike:
-        """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
-        if key not in self._alike:
-            self._alike[key] = Alike(blob for blob in self._blobs.of(key) if blob.sealed)
-        return self._alike[key]
-
-    def _fresh(self, twins: Twins) -> list[Blob]:
-        """Sealed blobs that these placed ones have not been compared with."""
-        there = self._blobs.of(twins.blobs[0].key)
-        return [blob for blob in there if blob.sealed and blob.number not in twins.known]
-
     def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
+        self._known.contest(key, twins)
+        blob = self._enter(key, segment, offset, variant)
+        self._known.add(blob, twins)
+        return blob
+
+    def _enter(self, key: BlobKey, segment: int, offset: int, variant: int) -> Blob:
         blob = self._blobs.place(key, variant, segment, offset, self.number)
+        blob.holds = 1  # by this load: it counts from the seal on
         self._placed[blob.number] = blob
-        self._twins[blob.number] = twins
-        twins.blobs.append(blob)
         self._used.add(blob.number)
         return blob

@@ -11,8 +11,9 @@ from bisect import bisect_right
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-from .arena import Arena, Extent, round_up, without
-from .reclaims import Punch, Reclaim, Release
+from .arena import Arena, Extent, round_up
+from .promises import Promises
+from .reclaims import Freeing, Punch, Reclaim, Release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,10 +72,10 @@ class DeviceMemory:
         self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
-        self._promised: dict[int, tuple[str, int]] = {}
-        self._ending: set[int] = set()
+        self._promises = Promises()
         self._granted: dict[int, list[Extent]] = {}
         self._reclaims: deque[Reclaim] = deque()
+        self.freeing = Freeing(on_reclaim)
         self._releasing = 0
         self._outstanding = 0
         self.losses = 0
@@ -100,7 +101,7 @@ class DeviceMemory:
     @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
-        return self._outstanding > 0 or bool(self._ending)
+        return self._outstanding > 0 or bool(self._promises.ending) or bool(self.freeing)
 
     def resize(self, budget: int, pool_limit: int) -> None:
         """Have another budget, not below what is used, and another pool."""
@@ -122,19 +123,16 @@ class DeviceMemory:
 
     def promise(self, load: int, domain: str, size: int) -> None:
         """Keep `size` bytes for a load that was admitted."""
-        self._promised[load] = (domain, size)
+        self._promises.make(load, domain, size)
 
     def withdraw(self, load: int) -> None:
         """Nothing is kept for the load any more, and nothing expected of it."""
-        self._promised.pop(load, None)
-        if load in self._ending:
-            self._ending.remove(load)
+        if self._promises.withdraw(load):
             self._on_reclaim()
 
     def expect(self, load: int) -> None:
         """The load asks for nothing more, and what it leaves is on its way back."""
-        self._promised.pop(load, None)
-        self._ending.add(load)
+        self._promises.expect(load)
 
     def in_segments(self, size: int, runs: int) -> int:
         """What `size` bytes of whole tensors take when loaders lay them out one after the other, in so many runs.
@@ -155,8 +153,7 @@ class DeviceMemory:
     def assured(self, load: int) -> int:
         """As `obtainable`, without what rests on holes in partly used segments: tensors may not fit into them."""
         common = sum(holes.common for holes in self.holes().values())
-        others = sum(size for number, (_, size) in self._promised.items() if number != load)
-        return self.budget - self.used + common - others
+        return self.budget - self.used + common - sum(self._promises.others(load).values())
 
     def holes(self) -> dict[str, Holes]:
         """The populated holes of each domain."""
@@ -172,10 +169,7 @@ class DeviceMemory:
 
         The promises to others are kept for them: a domain's own holes serve those to its loads first.
         """
-        others: dict[str, int] = {}
-        for number, (name, size) in self._promised.items():
-            if number != load:
-                others[name] = others.get(name, 0) + size
+        others = self._promises.others(load)
         spare = self.budget - self.used + sum(there.common for there in holes.values())
         for name, size in others.items():
             spare -= max(0, size - holes[name].own) if name in holes else size
@@ -223,13 +217,16 @@ class DeviceMemory:
         self._before_use()
         arena.occupy(extent)
         self._granted.setdefault(load, []).append(extent)
-        if load in self._promised:
-            self._promised[load] = (domain, max(0, self._promised[load][1] - extent.length))
+        self._promises.spend(load, extent.length)
         return extent
 
-    def leave(self, load: int, extents: Iterable[Extent]) -> None:
-        """Of what a load was granted, these extents are to stay when it ends: blobs that were sealed lie there."""
-        self._granted[load] = without(self._granted.get(load, ()), extents)
+    def granted(self, load: int) -> list[Extent]:
+        """What a load was granted and is to give back when it ends."""
+        return self._granted.get(load, [])
+
+    def leave(self, load: int, rest: list[Extent]) -> None:
+        """Of what a load was granted, only `rest` goes back when it ends: blobs that were sealed lie in the others."""
+        self._granted[load] = rest
 
     def return_grants(self, load: int) -> None:
         """Nothing has open any more what a load was granted: what is not to stay goes back to the system."""
@@ -332,10 +329,10 @@ class DeviceMemory:
         self.lost_by = reason
         self._arenas.clear()
         self._domain_of.clear()
-        self._promised.clear()
+        self._promises = Promises()
         self._granted.clear()
-        self._ending.clear()
         self._reclaims.clear()
+        self.freeing.clear()
         self._releasing = self._outstanding = 0
 
     def _new_segment(self, domain: str, size: int, need: int) -> Extent:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from .arena import Extent
 
 
@@ -30,3 +33,32 @@ class Release:
 
 
 Reclaim = Punch | Release
+
+
+class Freeing:
+    """Blobs that are freed in steps, for they are many, of one device. `kick` is told when there is something to do."""
+
+    def __init__(self, kick: Callable[[], None]) -> None:
+        self._kick = kick
+        self._steps: deque[Iterator[None]] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._steps)
+
+    def begin(self, steps: Iterator[None]) -> None:
+        """Free blobs by going through `steps`, each of which takes a moment."""
+        self._steps.append(steps)
+        self._kick()
+
+    def go_on(self) -> bool:
+        """Go one step on. Returns whether there was anything to do."""
+        if not self._steps:
+            return False
+        if next(self._steps[0], self) is self:
+            self._steps.popleft()
+        return True
+
+    def clear(self) -> None:
+        """Do nothing more: the memory is gone."""
+        self._steps.clear()

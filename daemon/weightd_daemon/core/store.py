@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .memory import DeviceMemory
 
 
+FREED_AT_ONCE = 2000
+"""Blobs that are given up in one step of the loop."""
+
+
 class Store:
     """Books of all devices. Times are seconds since the epoch, sizes are bytes."""
 
@@ -43,6 +47,8 @@ class Store:
         self.touched: set[CheckpointKey] = set()
         """Checkpoints that were used since then."""
         self.collisions = self.evictions = self.uses = self._last_load = 0
+        self._sharing = 0
+        """How often a checkpoint has come or gone: what others share with it has changed."""
         self._on_event = on_event
 
     # -- what there is ---------------------------------------------------------------------------------------------
@@ -67,6 +73,16 @@ class Store:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
+    def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
+        """Resident bytes that no other checkpoint uses; counted anew only after one has come or gone."""
+        if checkpoint.counted != self._sharing:
+            checkpoint.exclusive, checkpoint.counted = checkpoint.exclusive_bytes, self._sharing
+        return checkpoint.exclusive
+
+    def is_counted(self, checkpoint: Checkpoint) -> bool:
+        """Whether `exclusive_bytes` costs no walk through the checkpoint's blobs."""
+        return checkpoint.counted == self._sharing
+
     def is_leased(self, checkpoint: Checkpoint) -> bool:
         """Whether anybody holds a checkpoint at this moment."""
         return self.leases.is_held(checkpoint.key)
@@ -89,26 +105,25 @@ class Store:
         self.open_loads.add(self._last_load)
         return self._last_load
 
-    def seal(self, sealed: Sealed) -> list[Blob]:
-        """Tell of a checkpoint that a load has brought, then enter it. Returns as `enter`.
+    def seal(self, sealed: Sealed) -> None:
+        """Tell of a checkpoint that a load has brought, then enter it.
 
         What the listener of events raises fails the seal, and nothing has changed.
         """
         self._on_event(sealed)
-        return self.enter(sealed.checkpoint)
+        self.enter(sealed.checkpoint)
 
-    def enter(self, checkpoint: Checkpoint) -> list[Blob]:
-        """A checkpoint is resident from now on. Returns the blobs that are sealed with it, so far RESERVED."""
-        fresh: list[Blob] = []
+    def enter(self, checkpoint: Checkpoint) -> None:
+        """A checkpoint is resident from now on, and those of its blobs that are RESERVED are sealed with it."""
+        reserved = BlobState.RESERVED
+        fresh = [blob for blob in checkpoint.unique.values() if blob.state is reserved]
         for blob in checkpoint.unique.values():
             blob.references += 1
-            if blob.state is BlobState.RESERVED:
-                self.blobs.seal(blob)
-                fresh.append(blob)
+        self.blobs.seal(fresh)
         self.checkpoints[checkpoint.key] = checkpoint
+        self._sharing += 1
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
-        return fresh
 
     def use(self, checkpoint: Checkpoint, now: float) -> None:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
@@ -131,13 +146,15 @@ class Store:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
         self.books.strike(checkpoint)
+        self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]
+        given_up = sum([blob.key.length for blob in unused])
         self.free(unused)
         self.evictions += reason == "capacity"
         self._on_event(Evicted(checkpoint, reason, load, by))
-        return sum(blob.length for blob in unused)
+        return given_up
 
     def fit(self, device: str) -> int:
         """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned."""
@@ -147,6 +164,8 @@ class Store:
             return 0
         for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
             self.evict(checkpoint, "capacity")
+        while memory.freeing.go_on():
+            pass  # what follows is said of all of it
         return memory.excess()
 
     def fit_books(self) -> None:
@@ -154,11 +173,28 @@ class Store:
         for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
             self.evict(checkpoint, "capacity")
 
-    def free(self, blobs: Iterable[Blob]) -> None:
-        """Give up those of some sealed blobs to which no checkpoint refers, and on which no load relies."""
+    def free(self, blobs: list[Blob]) -> None:
+        """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
+
+        Of many, that is begun: it goes on with DeviceMemory.freeing, and until its turn each stays what it is, and
+        may be used again. The list is the store's from now on.
+        """
+        if len(blobs) <= FREED_AT_ONCE:
+            self._free(blobs)
+        else:
+            self.memories[blobs[0].key.device].freeing.begin(self._free_in_steps(blobs))
+
+    def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
+        while blobs:
+            some = blobs[-FREED_AT_ONCE:]
+            del blobs[-FREED_AT_ONCE:]
+            self._free(some)
+            yield
+
+    def _free(self, blobs: Iterable[Blob]) -> None:
         by_arena: dict[tuple[str, str], list[Extent]] = {}
         for blob in blobs:
-            if not blob.references and not blob.holds:  # law 2
+            if blob.sealed and not blob.references and not blob.holds:  # law 2; not sealed if it went by another way
                 self.blobs.drop(blob, BlobState.EVICTED)
                 by_arena.setdefault((blob.key.device, blob.key.domain), []).append(blob.slot)
         for (device, domain), extents in by_arena.items():

@@ -54,6 +54,9 @@ class Reclaimer:
         assert self._memory is not None  # kicked by the memory that it watches
         reclaims = self._memory.next_reclaims()
         while True:
+            while self._memory.freeing.go_on():
+                await asyncio.sleep(0)  # others have their turn on the loop
+                reclaims += self._memory.next_reclaims()
             if reclaims:
                 await asyncio.to_thread(self._carry_out, reclaims)
             for reclaim in reclaims:
@@ -61,7 +64,7 @@ class Reclaimer:
             async with self._arrived:
                 self._arrived.notify_all()
             reclaims = self._memory.next_reclaims()
-            if not reclaims:
+            if not reclaims and not self._memory.freeing:
                 return
 
     def _carry_out(self, reclaims: list[Reclaim]) -> None:

@@ -30,16 +30,21 @@ class SegmentTable:
     def __init__(self, rows: Iterable[tuple[str, str, int | None]]) -> None:
         """`rows` are component, name and segment of each tensor; None for a tensor without bytes."""
         found: dict[str, set[int]] = {}
-        hashes: list[tuple[int, int]] = []
+        # Sorted in parts: to sort 100,000 at once takes 0.1 s, in which no other thread runs, the loop's neither.
+        parts: list[list[tuple[int, int]]] = [[] for _ in range(256)]
         for component, name, segment in rows:
             segments = found.setdefault(component, set())
             if segment is not None:
                 segments.add(segment)
-            hashes.append((hash((component, name)), _NO_SEGMENT if segment is None else segment))
-        hashes.sort()
+            one = hash((component, name))
+            parts[(one >> 56) + 128].append((one, _NO_SEGMENT if segment is None else segment))
         self._components = {component: sorted(segments) for component, segments in found.items()}
-        self._hashes = array("q", (one for one, _ in hashes))
-        self._segments = array("I", (segment for _, segment in hashes))
+        self._hashes = array("q")
+        self._segments = array("I")
+        for part in parts:
+            part.sort()
+            self._hashes.extend(one for one, _ in part)
+            self._segments.extend(segment for _, segment in part)
 
     @classmethod
     def of(cls, content: Content) -> SegmentTable:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
-from weightd.errors import FormatError, InvalidReferenceError, ServerError, WeightdError
+from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest, fused_views
+from weightd_daemon.core.digest import BlobIdentity
+from weightd_daemon.core.manifest import ManifestFile
 from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -23,6 +22,7 @@ from weightd_daemon.loader.indexed import called
 from .instances import Instance, InstanceIndex
 from .messages import candidates, pairs_of, places_of
 from .request import Draft, Outcome, Prepare, Progress
+from .tensors import Tensors
 
 if TYPE_CHECKING:
     from weightd_daemon.core.blob import Blob
@@ -42,6 +42,10 @@ KNOWN_SOURCES = 8
 
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
+
+
+_AT_ONCE = 2000
+"""Tensors that are dealt with before others get their turn on the loop."""
 
 
 class Dialogue:
@@ -77,12 +81,9 @@ class Dialogue:
         self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
-        self._files: list[ManifestFile] = []
         self._trusted: list[bool] = []
-        self._entries: list[ManifestEntry] = []
-        self._offsets: list[int] = []
-        self._names: set[tuple[str, str]] = set()
-        self._blobs: list[Blob | None] = []
+        self._tensors = Tensors()
+        self._blobs = self._tensors.blobs
         self.books = 0
         """What the checkpoint will take of the daemon's books, or about that."""
         self._read = 0
@@ -139,7 +140,7 @@ class Dialogue:
             case "file":
                 self._file(message.file)
             case "tensors":
-                self._tensors(message.tensors)
+                self._tensors.add(message.tensors)
             case "progress":
                 self._on_progress(Progress(message.progress.phase, message.progress.done, message.progress.total))
 
@@ -174,25 +175,8 @@ class Dialogue:
             raise InvalidReferenceError(f"{name}: is not the file that was announced; open it and load it again")
         if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
             metadata = dict(file.metadata) if file.has_metadata else None
-            self._files.append(ManifestFile(source.component, source.file, metadata))
+            self._tensors.files.append(ManifestFile(source.component, source.file, metadata))
         self._trusted.append(file.trusted)
-
-    def _tensors(self, rows: wire.Tensors) -> None:
-        file = rows.file
-        component = self._files[file].component
-        dimensions = iter(rows.dimensions)
-        for name, dtype, rank, offset, length in zip(
-            rows.names, rows.dtypes, rows.ranks, rows.offsets, rows.lengths, strict=True
-        ):
-            if (component, name) in self._names:
-                where = f" of component {component!r}" if component else ""
-                label = called(component, self._files[file].file)
-                raise FormatError(f"{label}: tensor {name[:200]!r} is in another file{where} too")
-            self._names.add((component, name))
-            shape = tuple(itertools.islice(dimensions, rank))
-            self._entries.append(ManifestEntry(component, name, sys.intern(dtype), shape, file, length))
-            self._offsets.append(offset)
-            self._blobs.append(None)
 
     def _counted(self, count: wire.Counted) -> wire.Admitted:
         """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
@@ -205,25 +189,27 @@ class Dialogue:
     async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
         self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
         known = [] if self._verify else await self._share_known()
-        missing = [entry.length for entry, blob in zip(self._entries, self._blobs, strict=True) if blob is None]
+        missing = [entry.length for entry, blob in zip(self._tensors.entries, self._blobs, strict=True) if blob is None]
         one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
             unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
             resident = self._loading.resident_lengths()
-            chosen = [unknown[i] for i in sample([self._entries[index].length for index in unknown], resident)]
+            chosen = [unknown[i] for i in sample([self._tensors.entries[index].length for index in unknown], resident)]
         return wire.Known(known=known, hash_first=not one_pass, sample=chosen)
 
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
         instances: dict[tuple[int, int, int], Instance] = {}
-        for file, trusted in enumerate(self._trusted[: len(self._files)]):
+        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
-                found = await self._index.get(self._sources[file].identity)
-                instances.update({(file, i.offset, i.length): i for i in found})
-        for index, entry in enumerate(self._entries):
-            instance = instances.get((entry.file, self._offsets[index], entry.length))
+                for at, found in enumerate(await self._index.get(self._sources[file].identity), start=1):
+                    instances[file, found.offset, found.length] = found
+                    await _in_turn(at)
+        for index, entry in enumerate(self._tensors.entries):
+            await _in_turn(index)
+            instance = instances.get((entry.file, self._tensors.offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
                 self._blobs[index] = self._loading.share_known(instance.blob, identity)
@@ -234,17 +220,21 @@ class Dialogue:
     def _sampled(self, asked: wire.Digests) -> wire.Verdict:
         """Whether everything is to be hashed first, because some of the sample is resident."""
         found = (
-            self._loading.candidate(digest, self._entries[index].length)
+            self._loading.candidate(digest, self._tensors.entries[index].length)
             for index, digest in zip(asked.tensors, split_digests(asked.digests), strict=True)
         )
         return wire.Verdict(hash_first=any(blob is not None for blob in found))
 
     async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
-        digests = list(zip(asked.digests.tensors, split_digests(asked.digests.digests), strict=True))
-        contents = [(digest, self._entries[index].length) for index, digest in digests]
-        while (matched := self._loading.make_room(contents, asked.lanes)) is None:
+        contents, counted = await asyncio.to_thread(self._tensors.contents, asked.digests)
+        matched: set[tuple[bytes, int]] = set()
+        for start in range(0, len(counted), _AT_ONCE):
+            matched |= self._loading.match(counted[start : start + _AT_ONCE])
+            await asyncio.sleep(0)
+        while not self._loading.make_room(asked.lanes):
             await self._reclaimer.wait()
-        return wire.Matched(matched=[i for i, digest in digests if (digest, self._entries[i].length) in matched])
+        numbers = zip(asked.digests.tensors, contents, strict=True)
+        return wire.Matched(matched=[number for number, content in numbers if content in matched])
 
     async def _grant(self, asked: wire.Grant) -> _Answer:
         ends = list(asked.ends)
@@ -253,7 +243,7 @@ class Dialogue:
         return wire.ToLoader(grant=wire.Extent(**extent._asdict())), [self._segment(extent.segment)]
 
     def _candidate(self, asked: wire.Candidate) -> _Answer:
-        blob = self._loading.candidate(asked.digest, self._entries[asked.tensor].length)
+        blob = self._loading.candidate(asked.digest, self._tensors.entries[asked.tensor].length)
         return wire.ToLoader(candidate=candidates([blob])), [self._segment(blob.segment)] if blob else []
 
     def _settle(self, asked: wire.Settle) -> _Answer:
@@ -262,7 +252,7 @@ class Dialogue:
         for index, digest, segment, offset, differences in zip(
             asked.tensors, split_digests(asked.digests), asked.segments, asked.offsets, asked.differences, strict=True
         ):
-            length = self._entries[index].length
+            length = self._tensors.entries[index].length
             differs = frozenset(itertools.islice(differing, differences))
             placed, blob = self._loading.settle(digest, length, segment, offset, differs)
             if placed:
@@ -286,20 +276,21 @@ class Dialogue:
         self._read = done.read
         await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
         while True:
-            pairs = self._loading.rechecks()
-            if pairs:
-                return wire.ToLoader(finish=pairs_of(pairs)), [
-                    self._segment(blob.segment) for blob in itertools.chain(*pairs)
-                ]
-            identities = self._identities()
-            content = await asyncio.to_thread(self._describe, identities)
+            while not self._loading.rechecked:
+                if pairs := self._loading.rechecks():
+                    return wire.ToLoader(finish=pairs_of(pairs)), [
+                        self._segment(segment) for segment in {blob.segment for pair in pairs for blob in pair}
+                    ]
+                await asyncio.sleep(0)
+            content = await asyncio.to_thread(self._describe)
             draft = await self._prepare(content, self._device.uuid)
             try:
                 # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if not self._loading.rechecks() and identities == self._identities():
-                    total = sum(entry.length for entry in self._entries)
-                    self.books = draft.size + BYTES_OF_TENSOR * len(self._entries)
-                    self._admit(total, self.books, len(self._entries), content.content_digest)
+                if self._loading.rechecked:
+                    self.books = draft.size + BYTES_OF_TENSOR * len(self._tensors.entries)
+                    self._admit(
+                        self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest
+                    )
                     self._seal(content, draft)
                     break
             finally:
@@ -309,7 +300,6 @@ class Dialogue:
 
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
-        self._unique = sum(blob.length for blob in self._own_blobs())
         self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
@@ -325,13 +315,20 @@ class Dialogue:
             if done % _OUTCOMES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if replaced:
-            self._blobs = [replaced.get(blob.number, blob) if blob is not None else None for blob in self._blobs]
+            self._tensors.replace(replaced)
 
-    def _describe(self, identities: list[BlobIdentity]) -> Content:
-        """The content. Runs on a thread: 120,000 tensors take half a second."""
-        digest = content_digest(self._entries, identities, self._files)
-        views = fused_views(self._entries, self._blobs)
-        return Content(digest, tuple(self._files), tuple(self._entries), tuple(self._blobs), views)
+    def _describe(self) -> Content:
+        """The content, with all that its seal needs. Runs on a thread: 120,000 tensors take half a second."""
+        content = self._tensors.content()
+        self._loading.prepare(content)
+        own = (blob for blob in content.tally.unique.values() if blob.load == self._loading.number)
+        self._unique = sum(blob.length for blob in own)
+        return content
+
+    async def forget(self) -> None:
+        """Let go of what the job was about, little by little: to free the list of many tensors takes long."""
+        for _ in self._tensors.forget(_AT_ONCE):
+            await asyncio.sleep(0)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -349,27 +346,10 @@ class Dialogue:
         size = self._store.memories[self._device.uuid].size(segment)
         return SegmentHandle(segment, size, self._device.writable(segment))
 
-    def _identities(self) -> list[BlobIdentity]:
-        empty = BlobIdentity(EMPTY_DIGEST, 0, 0)
-        identities = []
-        for entry, blob in zip(self._entries, self._blobs, strict=True):
-            if blob is None and entry.length:
-                raise RuntimeError(f"the loader left tensor {entry.name!r} without a blob")
-            identities.append(blob.identity if blob is not None else empty)
-        return identities
-
-    def _own_blobs(self) -> list[Blob]:
-        """Blobs that this load has placed, each once."""
-        return list({b.number: b for b in self._blobs if b is not None and b.load == self._loading.number}.values())
-
     async def _remember(self) -> None:
-        for file, trusted in enumerate(self._trusted[: len(self._files)]):
+        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
-                instances = [
-                    Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
-                    for entry, offset, blob in zip(self._entries, self._offsets, self._blobs, strict=True)
-                    if entry.file == file and blob is not None
-                ]
+                instances = await asyncio.to_thread(self._tensors.instances, file)
                 await self._index.put(self._sources[file].identity, instances)
 
     def _outcome(self, started: float) -> Outcome:
@@ -384,3 +364,9 @@ class Dialogue:
             asyncio.get_running_loop().time() - started,
             *self._groups,
         )
+
+
+async def _in_turn(number: int) -> None:
+    """Let others have their turn on the loop, once in a while."""
+    if number % _AT_ONCE == 0:
+        await asyncio.sleep(0)

@@ -301,10 +301,8 @@ class Loads:
         finally:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
-            if steps is not None:
-                heap.freed(steps.books)
             if loading is not None and begun is not None:
-                tidy = self._tidy(loader, loading, usable=usable)
+                tidy = self._tidy(loader, loading, steps, usable=usable)
                 task = asyncio.get_running_loop().create_task(tidy)
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
@@ -321,7 +319,9 @@ class Loads:
             outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
-    async def _tidy(self, loader: LoaderProcess | None, loading: Loading, *, usable: bool) -> None:
+    async def _tidy(
+        self, loader: LoaderProcess | None, loading: Loading, steps: Dialogue | None, *, usable: bool
+    ) -> None:
         """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
         if loader is not None and not (usable and await self._pool.put_back(loader)):
             loader.kill()
@@ -330,4 +330,8 @@ class Loads:
                 log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
                 loading.quarantine()
             await asyncio.shield(loader.exited)
-        loading.end()
+        for _ in loading.ending():
+            await asyncio.sleep(0)
+        if steps is not None:
+            await steps.forget()
+            heap.freed(steps.books)

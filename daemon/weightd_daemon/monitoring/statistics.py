@@ -32,7 +32,7 @@ class Statistics(NamedTuple):
     digests: DigestIndex
 
     def read(self) -> daemon_pb2.GetStatsResponse:
-        """Every figure, in one step of the loop. It takes time in proportion to devices, checkpoints and blobs."""
+        """Every figure, in one step of the loop. It takes time in proportion to devices and checkpoints."""
         store = self.store
         devices = []
         for uuid, memory in store.memories.items():

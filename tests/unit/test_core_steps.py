@@ -1,0 +1,213 @@
+"""What a checkpoint of many tensors needs is done in steps: each is small, and the books are right after each."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from support.counting import operations
+from weightd_daemon.core.arena import slot_bytes
+from weightd_daemon.core.blob import Blob
+from weightd_daemon.core.checkpoint import Checkpoint, Content
+from weightd_daemon.core.lease import Leases
+from weightd_daemon.core.loading import AT_ONCE, Loading
+from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
+from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.store import FREED_AT_ONCE, Store
+
+PAGE = 4096
+SLOT = slot_bytes(8)
+MANY = 2 * FREED_AT_ONCE + 10
+
+
+class Desk:
+    """A store over a device that has room for `tensors` small tensors, as its budget."""
+
+    def __init__(self, tensors: int = 4 * MANY) -> None:
+        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+        self.segments = 0
+        self.memory = self.store.memories["host"] = DeviceMemory(
+            budget=-(-tensors * SLOT // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
+        )
+
+    def create(self, _: int) -> int:
+        self.segments += 1
+        return self.segments
+
+    def open(self) -> Loading:
+        return Loading(self.store, "host", "all", 1000)
+
+    def place(self, load: Loading, seed: int, count: int) -> list[Blob]:
+        size = -(-count * SLOT // PAGE) * PAGE
+        while (extent := load.grant(size, size)) is None:
+            self.reclaim()
+        digests = [(seed + at).to_bytes(16, "little") for at in range(count)]
+        return [
+            load.settle(digest, 8, extent.segment, extent.offset + at * SLOT)[1] for at, digest in enumerate(digests)
+        ]
+
+    def content(self, name: str, blobs: list[Blob]) -> Content:
+        entries = tuple(ManifestEntry("", f"t{at}", "U8", (8,), 0, 8) for at in range(len(blobs)))
+        return Content(name, (ManifestFile("", "f", None),), entries, tuple(blobs))
+
+    def load(self, name: str, seed: int = 0, count: int = MANY) -> Checkpoint:
+        load = self.open()
+        checkpoint = load.seal(self.content(name, self.place(load, seed, count)), 1.0)
+        load.end()
+        self.reclaim()
+        return checkpoint
+
+    def reclaim(self) -> None:
+        while self.memory.freeing.go_on():
+            pass
+        while reclaims := self.memory.next_reclaims():
+            for reclaim in reclaims:
+                self.memory.reclaimed(reclaim)
+
+
+def test_what_a_checkpoint_leaves_is_freed_in_steps_and_counts_as_used_until_then() -> None:
+    desk = Desk()
+    checkpoint = desk.load("a")
+    used = desk.memory.used
+    assert desk.store.remove(checkpoint) == 8 * MANY
+    assert desk.store.checkpoints == {}
+    left = [desk.store.blobs.sealed]
+    while desk.memory.freeing.go_on():
+        left.append(desk.store.blobs.sealed)
+        assert desk.memory.reclaiming
+        assert desk.memory.used == used, "law 8: until it is reported that it has gone"
+        assert desk.store.live_bytes("host") == 8 * left[-1]
+    assert (left[0], left[-1]) == (MANY, 0)
+    assert all(before - after <= FREED_AT_ONCE for before, after in pairwise(left))
+    desk.reclaim()
+    assert desk.memory.used == 0
+
+
+def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:
+    desk = Desk(tensors=2 * MANY)
+    kept, gone = desk.load("kept", seed=1 << 32, count=MANY), desk.load("gone")
+    desk.store.remove(gone)
+    load = desk.open()
+    size = MANY * SLOT // PAGE * PAGE
+    assert load.grant(size, size) is None
+    desk.reclaim()
+    assert load.grant(size, size) is not None
+    assert [*desk.store.checkpoints.values()] == [kept]
+
+
+def test_what_waits_to_be_freed_may_be_used_again_and_stays_then() -> None:
+    desk = Desk()
+    desk.store.remove(desk.load("a"))
+    held, again = desk.open(), desk.open()
+    first, *rest = (desk.store.blobs.get(number) for number in range(1, 12))
+    assert first is not None
+    assert held.share_known(first.number, first.identity) is first
+    shared = [again.share_known(blob.number, blob.identity) for blob in rest if blob is not None]
+    second = again.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
+    again.end()
+    desk.reclaim()
+    assert {blob.number for blob in desk.store.sealed_blobs()} == {first.number, *second.unique}
+    held.end()
+    assert {blob.number for blob in desk.store.sealed_blobs()} == {*second.unique}
+    desk.store.remove(second)
+    desk.reclaim()
+    assert desk.store.sealed_blobs() == []
+
+
+def test_what_is_evicted_again_before_its_turn_is_freed_once() -> None:
+    desk = Desk()
+    desk.store.remove(desk.load("a"))
+    load = desk.open()
+    blobs = [load.share_known(blob.number, blob.identity) for blob in desk.store.sealed_blobs()]
+    again = load.seal(desk.content("b", [blob for blob in blobs if blob is not None]), 2.0)
+    load.end()
+    desk.store.remove(again)
+    desk.reclaim()
+    assert (desk.store.blobs.sealed, desk.memory.used) == (0, 0)
+
+
+def test_nothing_is_freed_of_a_device_that_has_lost_its_memory() -> None:
+    desk = Desk()
+    desk.store.remove(desk.load("a"))
+    desk.store.lose("host", "it fell off the bus")
+    assert not desk.memory.freeing.go_on()
+    assert (desk.store.blobs.sealed, desk.memory.used) == (0, 0)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_load_of_many_tensors_ends_in_small_steps(sealed: bool) -> None:
+    desk = Desk()
+    load = desk.open()
+    blobs = desk.place(load, 0, 3 * AT_ONCE)
+    if sealed:
+        load.seal(desk.content("a", blobs), 1.0)
+    costs, steps = [], load.ending()
+    while load.number in desk.store.open_loads:
+        costs.append(operations(lambda: next(steps, None)))
+    assert max(costs) < 400 * AT_ONCE
+    assert len(costs) > 3
+    assert desk.store.blobs.sealed == (3 * AT_ONCE if sealed else 0)
+    assert all(not blob.holds for blob in desk.store.blobs)
+    desk.reclaim()
+    assert (desk.memory.used > 0) == sealed
+
+
+def test_a_seal_costs_little_for_each_tensor() -> None:
+    costs = []
+    for count in (1000, 3000):
+        desk = Desk()
+        load = desk.open()
+        content = desk.content("a", desk.place(load, 0, count))
+        load.prepare(content)
+        costs.append(operations(lambda load=load, content=content: load.seal(content, 1.0)))  # type: ignore[misc]
+    assert (costs[1] - costs[0]) / 2000 < 60, "instructions of Python for each tensor"
+
+
+def test_only_a_load_that_places_the_same_keys_has_to_recheck() -> None:
+    desk = Desk()
+    mine, other, alike = desk.open(), desk.open(), desk.open()
+    blobs = desk.place(mine, 0, 50)
+    others, same = desk.place(other, 1 << 32, 50), desk.place(alike, 0, 40)
+    other.seal(desk.content("other", others), 1.0)
+    assert mine.rechecks() == []
+    assert mine.rechecked
+    alike.seal(desk.content("alike", same), 2.0)
+    assert not mine.rechecked
+    pairs = mine.rechecks()
+    assert {(one.number, two.number) for one, two in pairs} == {
+        (one.number, two.number) for one, two in zip(blobs, same, strict=False)
+    }
+
+
+def test_a_load_rechecks_some_keys_at_a_time_until_none_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightd_daemon.core.loading.AT_ONCE", 7)
+    desk = Desk()
+    mine, alike = desk.open(), desk.open()
+    blobs, same = desk.place(mine, 0, 50), desk.place(alike, 0, 50)
+    alike.seal(desk.content("alike", same), 1.0)
+    rounds = 0
+    while not mine.rechecked:
+        pairs = mine.rechecks()
+        assert len(pairs) <= 7
+        rounds += bool(pairs)
+        for one, two in pairs:
+            mine.recheck(one.number, two.number, equal=True)
+    assert rounds >= 8
+    assert {blob.load for blob in desk.store.blobs} == {alike.number}, "each has given way"
+    assert len(blobs) == 50
+
+
+def test_what_a_checkpoint_has_for_itself_is_counted_once_until_another_comes_or_goes() -> None:
+    desk = Desk()
+    first = desk.load("a", count=1000)
+    assert not desk.store.is_counted(first)
+    assert desk.store.exclusive_bytes(first) == 8000
+    assert operations(lambda: desk.store.exclusive_bytes(first)) < 100
+    load = desk.open()
+    shared = [load.share_known(blob.number, blob.identity) for blob in [*first.unique.values()][:10]]
+    second = load.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
+    load.end()
+    assert desk.store.exclusive_bytes(first) == 7920
+    desk.store.remove(second)
+    assert desk.store.exclusive_bytes(first) == 8000
