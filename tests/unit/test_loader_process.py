@@ -21,10 +21,9 @@ from support.descriptors import open_descriptors
 from support.limits import room_for
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
-from weightd_daemon.core..py import Freeing
 from weightd_daemon.core.digest import new_hasher
 from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Release
+from weightd_daemon.core.reclaims import Freeing, Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
 from weightd_daemon.loader import channel as channel_module
