@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from weightd._proto.v1 import daemon_pb2
 from weightd._transport.convert import event_from
 from weightd.errors import EventsLostError, InUseError
+from weightd_daemon.api.daemon_service import DaemonService
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
@@ -150,6 +153,47 @@ def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
             found = await waiting
             assert found is not None
             assert found.load == 5
+
+    asyncio.run(read())
+
+
+def test_all_readers_of_a_user_share_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many readers of each event would keep the loop from everybody else."""
+    monkeypatch.setattr(journal_module, "BURST", 3)
+    monkeypatch.setattr(journal_module, "PER_SECOND", 0.001)
+
+    async def read() -> None:
+        journal = Desk().journal
+        with journal.reader(ALICE) as one, journal.reader(ALICE) as two, journal.reader(ADMIN) as other:
+            for number in range(2):
+                journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+            async with asyncio.timeout(20.0):
+                for reader in (one, two, one):
+                    assert await reader.next(1.0)
+                fourth = asyncio.ensure_future(two.next(1.0))
+                assert await other.next(1.0)
+            assert not fourth.done()
+            fourth.cancel()
+
+    asyncio.run(read())
+
+
+def test_events_that_are_remembered_go_out_at_that_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "BURST", 2)
+    monkeypatch.setattr(journal_module, "PER_SECOND", 0.001)
+
+    async def read() -> None:
+        journal = Desk().journal
+        for number in range(3):
+            journal.tell(LoadBegun(number, HOLDER, "host", "a", ""))
+        parts: Any = SimpleNamespace(journal=journal, caller=lambda _: (None, ALICE))
+        context: Any = None
+        events = aiter(DaemonService(parts).WatchEvents(daemon_pb2.WatchEventsRequest(), context))
+        assert [(await anext(events)).load for _ in range(2)] == [0, 1]
+        third = asyncio.ensure_future(anext(events))
+        done, _ = await asyncio.wait([third], timeout=0.1)
+        assert not done
+        third.cancel()
 
     asyncio.run(read())
 
