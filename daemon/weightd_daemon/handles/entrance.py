@@ -29,6 +29,7 @@ CONNECTS, CONNECTS_PER_SECOND = 512, 250.0
 CONNECT_WAIT_SECONDS = 2.0
 """How long a connection that comes too soon may have to wait; one that would wait longer is refused."""
 ACCEPTS_OF_STEP = 64
+"""Connections of one step of the loop that are refused; it lets one in at most."""
 ACCEPT_PAUSE_SECONDS = 0.2
 """After a connection could not be accepted."""
 REFUSAL_PAUSE_SECONDS = 0.005
@@ -70,20 +71,21 @@ class Entrance:
             self._listener = None
 
     def _accept(self, listener: socket.socket) -> None:
-        refused = False
-        for _ in range(ACCEPTS_OF_STEP):
+        for refused in range(ACCEPTS_OF_STEP):
             try:
                 accepted, _ = listener.accept()
             except BlockingIOError:
+                if not refused:
+                    return
                 break
             except OSError as error:  # out of descriptors: the peer waits in the backlog until one is free
                 log.warning("accept failed: %s", error)
                 self._pause(listener, ACCEPT_PAUSE_SECONDS)
                 return
             accepted.setblocking(False)
-            refused |= not self._let_in(accepted)
-        if refused:
-            self._pause(listener, REFUSAL_PAUSE_SECONDS)
+            if self._let_in(accepted):
+                return  # that is enough for a step
+        self._pause(listener, REFUSAL_PAUSE_SECONDS)
 
     def _let_in(self, accepted: socket.socket) -> bool:
         """Hear a peer now or in its user's turn. Returns False if it is refused."""
