@@ -354,7 +354,7 @@ class Daemon:
 
         def change_limits(new: Settings) -> None:
             books.limits.copy_from(new.limits)
-            handles.max_connections = new.max_connections
+            handles.entrance.max_connections = new.max_connections
 
         changes: dict[Change, str] = {
             change_budgets: "budget pool books",

@@ -147,6 +147,7 @@ def test_limits_of_events_and_pages_are_documented() -> None:
     assert f"the last {event_stream.REMEMBERED:,} events" in events
     assert f"{event_stream.BACKLOG:,} events wait" in events
     assert f"No more than {event_stream.MOST_READERS} read" in events
+    assert f"get {event_stream.BURST:,} events at once, and then {event_stream.PER_SECOND:,.0f} a second" in events
     assert f"at most {event_stream.MOST_NAMES}." in events
     assert f"may have {http.MAX_REQUEST >> 10} KiB and take {http.SECONDS:.0f} s" in monitoring
     assert f"there may be {http.MOST_CONNECTIONS} at a time" in monitoring

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from weightd._proto.v1 import daemon_pb2
 from weightd._transport.convert import event_from
 from weightd.errors import EventsLostError, InUseError
+from weightd_daemon.api.daemon_service import DaemonService
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
@@ -17,7 +20,7 @@ from weightd_daemon.core.lease import Attached, Detached, Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
-from weightd_daemon.monitoring import event_stream as journal_module
+from weightd_daemon.monitoring import event_stream as event_stream_module
 from weightd_daemon.monitoring.event_stream import EventReader, EventStream
 
 ALICE, BOB, ADMIN = (
@@ -115,16 +118,16 @@ def test_an_event_has_an_end(desk: Desk) -> None:
 
 
 def test_only_so_many_are_remembered(desk: Desk) -> None:
-    for number in range(journal_module.REMEMBERED + 10):
+    for number in range(event_stream_module.REMEMBERED + 10):
         desk.event_stream.on_event(LoadBegun(number, PEER, "host", "a", ""))
     loads = [event.load for event in desk.seen(ALICE)]
-    assert loads == list(range(10, journal_module.REMEMBERED + 10))
+    assert loads == list(range(10, event_stream_module.REMEMBERED + 10))
 
 
 def test_a_reader_that_is_too_far_behind_loses_all_and_hears_how_many(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_module, "BACKLOG", 3)
+    monkeypatch.setattr(event_stream_module, "BACKLOG", 3)
 
     async def read() -> None:
         with (
@@ -158,6 +161,47 @@ def test_a_reader_waits_for_what_comes(desk: Desk) -> None:
     asyncio.run(read())
 
 
+def test_all_readers_of_a_user_share_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many readers of each event would keep the loop from everybody else."""
+    monkeypatch.setattr(event_stream_module, "BURST", 3)
+    monkeypatch.setattr(event_stream_module, "PER_SECOND", 0.001)
+
+    async def read() -> None:
+        stream = Desk().event_stream
+        with stream.reader(ALICE) as one, stream.reader(ALICE) as two, stream.reader(ADMIN) as other:
+            for number in range(2):
+                stream.on_event(LoadBegun(number, PEER, "host", "a", ""))
+            async with asyncio.timeout(20.0):
+                for reader in (one, two, one):
+                    assert await reader.next(1.0)
+                fourth = asyncio.ensure_future(two.next(1.0))
+                assert await other.next(1.0)
+            assert not fourth.done()
+            fourth.cancel()
+
+    asyncio.run(read())
+
+
+def test_events_that_are_remembered_go_out_at_that_rate_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream_module, "BURST", 2)
+    monkeypatch.setattr(event_stream_module, "PER_SECOND", 0.001)
+
+    async def read() -> None:
+        stream = Desk().event_stream
+        for number in range(3):
+            stream.on_event(LoadBegun(number, PEER, "host", "a", ""))
+        parts: Any = SimpleNamespace(event_stream=stream, caller=lambda _: (None, ALICE))
+        context: Any = None
+        events = aiter(DaemonService(parts).WatchEvents(daemon_pb2.WatchEventsRequest(), context))
+        assert [(await anext(events)).load for _ in range(2)] == [0, 1]
+        third = asyncio.ensure_future(anext(events))
+        done, _ = await asyncio.wait([third], timeout=0.1)
+        assert not done
+        third.cancel()
+
+    asyncio.run(read())
+
+
 def test_who_has_left_gets_nothing(desk: Desk) -> None:
     with desk.event_stream.reader(ALICE) as left:
         pass
@@ -166,7 +210,7 @@ def test_who_has_left_gets_nothing(desk: Desk) -> None:
 
 
 def test_readers_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "MOST_READERS", 1)
+    monkeypatch.setattr(event_stream_module, "MOST_READERS", 1)
     with desk.event_stream.reader(ALICE) as reader:
         assert isinstance(reader, EventReader)
         with pytest.raises(InUseError, match="1 readers"):

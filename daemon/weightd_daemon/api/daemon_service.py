@@ -49,6 +49,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         _, who = parts.caller(context)
         with parts.event_stream.reader(who) as reader:
             for event in reader.recent:
+                await reader.turn()
                 yield event
             loop = asyncio.get_running_loop()
             look = loop.time()

@@ -92,8 +92,7 @@ class Connections:
 
     def add(self, connected: socket.socket) -> Connection:
         """Enter the peer of a socket that has just been connected."""
-        credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        pid, uid, _ = _CREDENTIALS.unpack(credentials)
+        pid, uid = _credentials_of(connected)
         known = None if uid in (self._overflow, NO_UID) else uid
         peer = Peer(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
         connection = Connection(peer, secrets.token_urlsafe(24))
@@ -138,6 +137,11 @@ class Connections:
         return Who(uid, uid in self._admins, f"uid-{uid}" if self._isolated else "")
 
 
+def uid_of(peer: socket.socket) -> int:
+    """The uid of a peer, as the kernel has it: the overflow uid, too."""
+    return _credentials_of(peer)[1]
+
+
 def comm_of(pid: int) -> str:
     """The name of a process, at most 15 bytes that it chose; empty if it cannot be seen.
 
@@ -150,6 +154,12 @@ def comm_of(pid: int) -> str:
 def command_of(pid: int) -> str:
     """The command line of a process, shortened; empty if it cannot be seen. It may take for ever."""
     return _shown(b" ".join(filter(None, _read(f"/proc/{pid}/cmdline").split(b"\0"))))
+
+
+def _credentials_of(connected: socket.socket) -> tuple[int, int]:
+    credentials = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
 
 
 def _read_command(peer: Peer) -> None:

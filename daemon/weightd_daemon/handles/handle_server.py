@@ -8,7 +8,6 @@ them, so the kernel drops them. Otherwise closing one could hang the daemon (a F
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import socket
@@ -21,11 +20,11 @@ from google.protobuf.message import DecodeError
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
-from weightd.errors import DaemonBusyError, ProtocolMismatchError, ServerError, WeightdError
+from weightd.errors import ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 from weightd_daemon.log_line import Line
-from weightd_daemon.wire import clip
 
+from .entrance import Entrance, error_frame
 from .log_rate import LogRate
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ log = logging.getLogger(__name__)
 
 HELLO_SECONDS = 5.0
 ACK_SECONDS = 10.0
-ACCEPT_PAUSE_SECONDS = 0.2
 MAX_OFFERS = 16
 """Intakes that a connection may have open without a load."""
 
@@ -65,58 +63,27 @@ class HandleServer:
     ) -> None:
         self._connections = connections
         self._attacher = attacher
-        self.max_connections = max_connections
-        """One more is told so, and closed at once."""
         self._on_attach = on_attach
         self._offer_numbers = count(1)
         self._peers: set[_Conversation] = set()
-        self._listener: socket.socket | None = None
+        self.entrance = Entrance(self._enter, lambda: len(self._peers), max_connections)
         self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
-        self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
 
     def start(self, listener: socket.socket) -> None:
         """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
 
         It is closed in the end, and the one before now; connections that were made there go on.
         """
-        self._close_listener()
-        self._listener = listener
-        asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+        self.entrance.open(listener)
 
     def stop(self) -> None:
         """Close the listener and every connection."""
-        self._close_listener()
+        self.entrance.close()
         for peer in list(self._peers):
             peer.close("the daemon stops")
 
-    def _close_listener(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().remove_reader(self._listener.fileno())
-            self._listener.close()
-            self._listener = None
-
-    def _accept(self, listener: socket.socket) -> None:
-        try:
-            accepted, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:  # out of descriptors: the peer waits in the backlog until one is free
-            log.warning("accept failed: %s", error)
-            loop = asyncio.get_running_loop()
-            loop.remove_reader(listener.fileno())
-            loop.call_later(ACCEPT_PAUSE_SECONDS, self._resume)
-            return
-        accepted.setblocking(False)
-        if len(self._peers) >= self.max_connections:
-            if self._refusals.may_log():
-                log.warning("connection refused: %d are open", len(self._peers))
-            _refuse(accepted, self.max_connections)
-            return
+    def _enter(self, accepted: socket.socket) -> None:
         self._peers.add(_Conversation(self, accepted))
-
-    def _resume(self) -> None:
-        if self._listener is not None:
-            asyncio.get_running_loop().add_reader(self._listener.fileno(), self._accept, self._listener)
 
 
 class _Conversation:
@@ -328,7 +295,7 @@ class _Conversation:
             self._connection.offers[number] = ours.detach()
 
     def _send_error(self, error: WeightdError) -> None:
-        self._send_frame(_error_frame(error))
+        self._send_frame(error_frame(error))
 
     def _send(self, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
         self._send_frame(reply.SerializeToString(), descriptors)
@@ -339,18 +306,6 @@ class _Conversation:
             socket.send_fds(self._socket, [frame], descriptors)
         except BlockingIOError:
             raise ProtocolError("the peer does not read its answers") from None
-
-
-def _refuse(accepted: socket.socket, most: int) -> None:
-    """Say why, as far as it goes, and hang up."""
-    error = DaemonBusyError(f"the weightd daemon lets in no more: max_connections = {most}; try again later")
-    with accepted, contextlib.suppress(OSError):
-        accepted.send(_error_frame(error))
-
-
-def _error_frame(error: WeightdError) -> bytes:
-    reply = handles_pb2.HandleError(reason=error.reason, message=clip(error.message), metadata=error.metadata)
-    return handles_pb2.HandleReply(error=reply).SerializeToString()
 
 
 def _close_all(handles: list[Handle]) -> None:

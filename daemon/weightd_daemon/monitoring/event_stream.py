@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,6 +23,7 @@ from weightd_daemon.core.events import (
     Sealed,
 )
 from weightd_daemon.core.lease import Attached, Detached
+from weightd_daemon.core.rate import UserRate
 from weightd_daemon.wire import time_to, user_name
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ REMEMBERED = 1024
 BACKLOG = 1024
 """Events that may wait for one reader. With one more it has lost them all."""
 MOST_READERS = 64
+BURST, PER_SECOND = 1280, 2000.0
+"""Events that go to all readers of one user together: at once, and in the long run. Each is a message, and a step."""
 MOST_NAMES = 8
 """Names of a checkpoint in an event."""
 MESSAGE_CHARACTERS = 2000
@@ -58,9 +62,10 @@ class StreamedEvent(NamedTuple):
 class EventReader:
     """One who follows. `recent` is what was remembered when it came."""
 
-    def __init__(self, who: Who, remembered: Iterable[StreamedEvent]) -> None:
+    def __init__(self, who: Who, remembered: Iterable[StreamedEvent], rate: UserRate) -> None:
         self.recent = [streamed.message for streamed in remembered if streamed.is_for(who)]
         self._who = who
+        self._rate = rate
         self._queue: deque[daemon_pb2.Event] = deque()
         self._lost = 0
         self._over = False
@@ -76,6 +81,11 @@ class EventReader:
         else:
             self._queue.append(streamed.message)
         self._there.set()
+
+    async def turn(self) -> None:
+        """Wait until one more event may go to this reader's user."""
+        if delay := self._rate.delay(self._who.uid):
+            await asyncio.sleep(delay)
 
     def end(self) -> None:
         """No more events come."""
@@ -97,7 +107,9 @@ class EventReader:
             )
         if not self._queue:
             raise ServerError(_CUT_OFF)
-        return self._queue.popleft()
+        event = self._queue.popleft()
+        await self.turn()
+        return event
 
 
 class EventStream:
@@ -109,6 +121,7 @@ class EventStream:
         self._now = now
         self._remembered: deque[StreamedEvent] = deque(maxlen=REMEMBERED)
         self._readers: set[EventReader] = set()
+        self._rate = UserRate(time.monotonic, burst=BURST, per_second=PER_SECOND)
         self._cut_off = False
 
     def on_event(self, event: Event) -> None:
@@ -133,7 +146,7 @@ class EventStream:
             raise ServerError(_CUT_OFF)
         if len(self._readers) >= MOST_READERS:
             raise InUseError(f"{MOST_READERS} readers of events are there already; end one of them")
-        reader = EventReader(who, self._remembered)
+        reader = EventReader(who, self._remembered, self._rate)
         self._readers.add(reader)
         try:
             yield reader

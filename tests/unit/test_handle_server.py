@@ -1,0 +1,115 @@
+"""Whom the handle socket lets in, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from weightd._proto.v1 import handles_pb2
+from weightd_daemon.handles import entrance
+from weightd_daemon.handles.connections import Connections
+from weightd_daemon.handles.handle_server import HandleServer
+from weightd_daemon.operations.sockets import listen
+
+HELLO = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=1)).SerializeToString()
+
+
+class Door:
+    """A server on a socket of its own, and the peers that came to it."""
+
+    def __init__(self, path: Path, most: int) -> None:
+        self._path = path
+        attacher: Any = SimpleNamespace(disconnected=lambda _: None, ended=lambda *_: None)
+        connections = Connections(isolated=False, admins=frozenset())
+        self.server = HandleServer(
+            connections=connections, attacher=attacher, max_connections=most, on_attach=lambda *_: None
+        )
+        self._peers: list[socket.socket] = []
+
+    @contextlib.asynccontextmanager
+    async def open(self) -> AsyncIterator[Door]:
+        self.server.start(listen(self._path, 0o600))
+        try:
+            async with asyncio.timeout(20.0):
+                yield self
+        finally:
+            self.server.stop()
+            for peer in self._peers:
+                peer.close()
+
+    async def come(self) -> socket.socket:
+        """Connect and greet."""
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        self._peers.append(peer)
+        peer.connect(str(self._path))
+        with contextlib.suppress(OSError):  # who is refused may have been told already
+            peer.send(HELLO)
+        return peer
+
+
+async def answer(peer: socket.socket) -> handles_pb2.HandleReply:
+    """What comes next; who is refused may first hear that nobody reads its hello."""
+    receive = asyncio.get_running_loop().sock_recv
+    try:
+        frame = await receive(peer, 65536)
+    except ConnectionResetError:
+        frame = await receive(peer, 65536)
+    return handles_pb2.HandleReply.FromString(frame)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One connection of a user at once, the next one after 1000 s, and none that would have to wait for longer."""
+    monkeypatch.setattr(entrance, "CONNECTS", 1)
+    monkeypatch.setattr(entrance, "CONNECTS_PER_SECOND", 0.001)
+    monkeypatch.setattr(entrance, "CONNECT_WAIT_SECONDS", 1500.0)
+
+
+@pytest.mark.usefixtures("slow")
+def test_who_connects_too_often_waits_and_then_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with Door(tmp_path / "h", 10).open() as door:
+            assert (await answer(await door.come())).hello.token
+            early = await door.come()
+            refused = await answer(await door.come())
+            assert refused.error.reason == "BUSY"
+            assert "connections a second of one user" in refused.error.message
+            monkeypatch.setattr(entrance, "uid_of", lambda _: 12345)
+            assert (await answer(await door.come())).hello.token
+            with pytest.raises(BlockingIOError):
+                early.recv(1)
+            door.server.stop()
+            with contextlib.suppress(ConnectionResetError):  # its hello was not read
+                assert await asyncio.get_running_loop().sock_recv(early, 1) == b""
+
+    asyncio.run(run())
+
+
+@pytest.mark.usefixtures("slow")
+def test_those_who_wait_count_as_connections(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with Door(tmp_path / "h", 2).open() as door:
+            assert (await answer(await door.come())).hello.token
+            await door.come()
+            assert "max_connections = 2" in (await answer(await door.come())).error.message
+
+    asyncio.run(run())
+
+
+def test_who_comes_too_early_is_heard_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entrance, "CONNECTS", 1)
+    monkeypatch.setattr(entrance, "CONNECTS_PER_SECOND", 20.0)
+
+    async def run() -> None:
+        async with Door(tmp_path / "h", 10).open() as door:
+            peers = [await door.come() for _ in range(5)]
+            assert len({(await answer(peer)).hello.token for peer in peers}) == 5
+
+    asyncio.run(run())
