@@ -286,7 +286,10 @@ def test_one_connection_cannot_take_all_descriptors(stopping: Daemon, tmp_path: 
     try:
         while len(calls) < MAX_UNFINISHED:
             calls.append(background(hang))
-            eventually(lambda: loading(other) == len(calls), what=f"{len(calls)} are under way")
+            eventually(
+                lambda: loading(other) == len(calls) or [call.result() for call in calls if call.done()],
+                what=f"{len(calls)} are under way",
+            )
             for loader in stopping.loaders():  # or they give up after 30 s without files, before a busy machine is here
                 os.kill(loader, signal.SIGSTOP)
         with pytest.raises(weightd.InUseError, match="32 loads under way"):

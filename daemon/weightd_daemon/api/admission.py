@@ -31,7 +31,7 @@ MAX_CALLS_WITHOUT_TOKEN = 64
 """Calls under way that carry no token: of health, reflection and the version."""
 READERS = 2
 """Requests of one user that are received at a time; the others wait."""
-READ_SECONDS = 5.0
+READ_SECONDS = 15.0
 """How long a request may take to arrive once it is its turn."""
 
 _LOAD = "/weightd.v1.CheckpointService/Load"
