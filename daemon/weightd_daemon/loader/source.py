@@ -27,11 +27,6 @@ RESTED_SECONDS = 2
 """A file that is changed within this of its last change may get the same timestamps again, where ticks are long."""
 
 
-def identity_of(descriptor: int) -> FileIdentity:
-    """What fstat says of a descriptor."""
-    return _identity(os.fstat(descriptor))
-
-
 def _identity(status: os.stat_result) -> FileIdentity:
     return FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
