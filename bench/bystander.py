@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("client", "daemon", "tests", ".")]
 
 from support import checkpoints  # noqa: E402  # after the path
-from support.command_lines import CONNECT, HUGE, HUGE_LINE  # noqa: E402
-from support.daemon import Daemon, environment  # noqa: E402
-from support.users import ALICE, user_of  # noqa: E402
-from support.worker import Worker  # noqa: E402
-from weightd._proto.v1.checkpoint_pb2 import VerifyCheckpointRequest  # noqa: E402
+from support.command_lines import CONNECT, HUGE, HUGE_LINE  # noqa: E402  # as above
+from support.daemon import Daemon, environment  # noqa: E402  # as above
+from support.users import ALICE, user_of  # noqa: E402  # as above
+from support.worker import Worker  # noqa: E402  # as above
+from weightd._proto.v1.checkpoint_pb2 import VerifyCheckpointRequest  # noqa: E402  # as above
 
 SECONDS = 4.0
 _BYSTANDER = """

@@ -63,7 +63,7 @@ def test_a_token_that_was_never_good_is_refused_as_before(daemon: Daemon) -> Non
             with pytest.raises(grpc.RpcError) as caught:
                 listed(checkpoint_pb2.ListCheckpointsRequest(), metadata=(("weightd-token", token),), timeout=60)
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]  # it is a call
-            trailers = dict(caught.value.trailing_metadata())  # type: ignore[attr-defined]
+            trailers = dict(caught.value.trailing_metadata())  # type: ignore[attr-defined]  # as above
             status = errors_pb2.Status.FromString(trailers["grpc-status-details-bin"])
             info = errors_pb2.ErrorInfo.FromString(status.details[0].value)
             assert (info.reason, info.metadata.get("refused", "")) == ("PERMISSION_DENIED", refused)

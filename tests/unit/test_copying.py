@@ -112,7 +112,7 @@ def test_what_has_a_candidate_is_compared_in_its_file_and_not_hashed_again(
         source = Source("file", file.fileno())
         io = HostIO({9: SegmentHandle(9, SIZE, resident)})
         tensor = Tensor(0, 0, TensorSpec("t", "U8", (SIZE,), 0, SIZE))
-        copier = Copier(daemon, io, [source], counted, digests={0: digest}, matched=frozenset({0}))  # type: ignore[arg-type]
+        copier = Copier(daemon, io, [source], counted, digests={0: digest}, matched=frozenset({0}))  # type: ignore[arg-type]  # played
         assert copier._compare_first(tensor) is (differs_at is None)
     os.close(resident)
     assert daemon.asked == ["candidate"] + ["share"] * (differs_at is None)
@@ -123,7 +123,7 @@ def test_a_piece_of_many_tensors_is_settled_in_parts(monkeypatch: pytest.MonkeyP
     """The daemon answers each question in one step."""
     monkeypatch.setattr(copying, "_SETTLED_TENSORS", 10)
     copier = copier_of(25, [0], frozenset(), monkeypatch)
-    daemon: Daemon = copier._channel  # type: ignore[assignment]
+    daemon: Daemon = copier._channel  # type: ignore[assignment]  # played
     found = [(Tensor(at, 0, TensorSpec("", "U8", (1,), at, 1)), bytes(16), Slot(1, 256 * at, 256)) for at in range(25)]
     copier._settle_in_rows(None, found)
     assert (daemon.asked.count("settle"), daemon.most) == (3, 10)

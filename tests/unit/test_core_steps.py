@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -160,7 +161,7 @@ def test_a_seal_costs_little_for_each_tensor() -> None:
         load = desk.open()
         content = desk.content("a", desk.place(load, 0, count))
         load.prepare(content)
-        costs.append(operations(lambda load=load, content=content: load.seal(content, 1.0)))  # type: ignore[misc]
+        costs.append(operations(partial(load.seal, content, 1.0)))
     assert (costs[1] - costs[0]) / 2000 < 60, "instructions of Python for each tensor"
 
 

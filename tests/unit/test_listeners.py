@@ -139,7 +139,7 @@ def test_who_reads_events_hears_that_no_more_come() -> None:
             books.load("a")
             wait = asyncio.ensure_future(_drained(waiting.next))
             await asyncio.sleep(0)
-            event_stream.encode = fail  # type: ignore[method-assign]
+            event_stream.encode = fail  # type: ignore[method-assign]  # exchanged
             books.load("b")
             kinds = await _drained(follower.next)
             assert len(kinds) == 4, "what came before is still read"

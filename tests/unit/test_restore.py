@@ -817,9 +817,9 @@ def test_a_change_writes_the_same_however_much_is_kept(keeper: Keeper) -> None:
             costs.append(
                 [
                     cost(lambda: first.catalog.set(WHO, f"also {digest[-4:]}", digest)),  # noqa: B023  # called here
-                    cost(lambda: first.catalog.pin(WHO, one)),  # noqa: B023
-                    cost(lambda: first.store.use(one, 9.0)),  # noqa: B023
-                    cost(lambda: first.catalog.unpin(WHO, one)),  # noqa: B023
+                    cost(lambda: first.catalog.pin(WHO, one)),  # noqa: B023  # as above
+                    cost(lambda: first.store.use(one, 9.0)),  # noqa: B023  # as above
+                    cost(lambda: first.catalog.unpin(WHO, one)),  # noqa: B023  # as above
                 ]
             )
         assert len(first.store.checkpoints) == 60

@@ -38,11 +38,11 @@ from .versions import require_tested
 VERSION = require_tested("diffusers")
 
 import diffusers  # noqa: E402  # only a version that is known to be safe
-from accelerate import init_empty_weights  # noqa: E402
-from diffusers.loaders.lora_base import LoraBaseMixin  # noqa: E402
-from diffusers.loaders.peft import PeftAdapterMixin  # noqa: E402
+from accelerate import init_empty_weights  # noqa: E402  # as above
+from diffusers.loaders.lora_base import LoraBaseMixin  # noqa: E402  # as above
+from diffusers.loaders.peft import PeftAdapterMixin  # noqa: E402  # as above
 
-from . import components  # noqa: E402
+from . import components  # noqa: E402  # as above
 
 if TYPE_CHECKING:
     from pathlib import Path

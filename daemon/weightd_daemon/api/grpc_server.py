@@ -51,7 +51,7 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
     def __init__(self, parts: ServiceContext) -> None:
         self._parts = parts
 
-    async def List(  # noqa: N802
+    async def List(  # noqa: N802  # the name that gRPC calls
         self, request: lease_pb2.ListLeasesRequest, context: Context
     ) -> lease_pb2.ListLeasesResponse:
         """The leases that are held now, of checkpoints that the caller may see."""
