@@ -46,7 +46,7 @@ class Lookups:
                 return False
             self._waiting.append((asker, question))
             self._waiting_of[asker] += 1
-            if not self._idle and len(self._threads) < self._most:
+            if len(self._waiting) > self._idle and len(self._threads) < self._most:
                 thread = threading.Thread(target=self._work, name=f"weightd-{self._what}", daemon=True)
                 self._threads.append(thread)
                 thread.start()

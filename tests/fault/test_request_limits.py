@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import weightd
 from support.daemon import Daemon, eventually
@@ -183,9 +184,32 @@ def test_who_sends_no_request_holds_up_only_their_own(start_daemon: StartDaemon)
 
     with channel(daemon) as own, Peer(daemon.socket) as peer:
         get = own.stream_unary("/weightd.v1.CheckpointService/Get")
-        late = get.future(nothing(), metadata=(("weightd-token", peer.token),), timeout=60)
+        token = (("weightd-token", peer.token),)
+        late = [get.future(nothing(), metadata=token, timeout=60) for _ in range(admission.READERS)]
         health = health_pb2_grpc.HealthStub(own)
         assert outcome(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=60))[0] == "OK"
-        code, text = outcome(late.result)
+        for call in late:
+            code, text = outcome(call.result)
+            assert (code, "did not arrive within" in text) == ("UNAVAILABLE", True), (code, text)
         waiting.set()
-    assert (code, "did not arrive within" in text) == ("UNAVAILABLE", True), (code, text)
+
+
+def test_idle_streams_of_requests_hold_nobody_up(daemon: Daemon) -> None:
+    """Reflection's may send another request at any time: that is no request that does not come."""
+    waiting = threading.Event()
+
+    def one() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        waiting.wait(60)
+
+    with channel(daemon) as own:
+        reflect = reflection_pb2_grpc.ServerReflectionStub(own).ServerReflectionInfo
+        streams = [reflect(one(), timeout=60) for _ in range(admission.READERS)]
+        for stream in streams:
+            assert next(stream).list_services_response.service
+        health = health_pb2_grpc.HealthStub(own)
+        assert outcome(lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=60))[0] == "OK"
+        assert all(stream.is_active() for stream in streams), "none of them had to end before"
+        waiting.set()
+        for stream in streams:
+            stream.cancel()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from weightd_daemon.handles.handle_server import HandleServer
 from weightd_daemon.operations.sockets import listen
 
 HELLO = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=1)).SerializeToString()
+ATTACH = handles_pb2.HandleRequest(attach=handles_pb2.AttachRequest(reference="a")).SerializeToString()
 
 
 class Door:
@@ -26,10 +28,17 @@ class Door:
 
     def __init__(self, path: Path, most: int) -> None:
         self._path = path
-        attacher: Any = SimpleNamespace(disconnected=lambda _: None, ended=lambda *_: None)
+        attacher: Any = SimpleNamespace(disconnected=lambda _: None, ended=lambda *_: None, room=self._room)
+        self.failure: Exception | None = None
+        """Why no file for a lease can be made, after a wait."""
+        self.attaches: list[str] = []
+        """The codes of the attaches that were counted."""
         connections = Connections(isolated=False, admins=frozenset())
         self.server = HandleServer(
-            connections=connections, attacher=attacher, max_connections=most, on_attach=lambda *_: None
+            connections=connections,
+            attacher=attacher,
+            max_connections=most,
+            on_attach=lambda code, _: self.attaches.append(code),
         )
         self._peers: list[socket.socket] = []
 
@@ -43,6 +52,14 @@ class Door:
             self.server.stop()
             for peer in self._peers:
                 peer.close()
+
+    def _room(self, *_: object) -> Awaitable[None]:
+        async def wait() -> None:
+            await asyncio.sleep(0)
+            assert self.failure is not None
+            raise self.failure
+
+        return wait()
 
     async def come(self) -> socket.socket:
         """Connect and greet."""
@@ -111,5 +128,28 @@ def test_who_comes_too_early_is_heard_in_turn(tmp_path: Path, monkeypatch: pytes
         async with Door(tmp_path / "h", 10).open() as door:
             peers = [await door.come() for _ in range(5)]
             assert len({(await answer(peer)).hello.token for peer in peers}) == 5
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason", "code"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "RESOURCE_LIMIT", "RESOURCE_EXHAUSTED"),
+        (ZeroDivisionError(), "INTERNAL", "INTERNAL"),
+    ],
+)
+def test_a_lease_file_that_cannot_be_made_is_an_answer(
+    tmp_path: Path, failure: Exception, reason: str, code: str
+) -> None:
+    async def run() -> None:
+        async with Door(tmp_path / "h", 10).open() as door:
+            door.failure = failure
+            peer = await door.come()
+            assert (await answer(peer)).hello.token
+            for _ in range(2):  # the connection goes on
+                peer.send(ATTACH)
+                assert (await answer(peer)).error.reason == reason
+            assert door.attaches == [code, code]
 
     asyncio.run(run())

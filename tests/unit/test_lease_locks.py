@@ -14,6 +14,8 @@ import pytest
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Lease, Peer
 from weightd_daemon.handles import kernel_locks
+from weightd_daemon.handles.lease_files import LeaseFiles, Owner
+from weightd_daemon.handles.lease_locks import LeaseLocks
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
 from weightd_daemon.handles.manifests import LOCK_BASE, Manifests
 
@@ -152,8 +154,10 @@ def test_the_number_is_told_before_its_lock_is_there() -> None:
     told: list[tuple[int, bool]] = []
     manifests = Manifests(before_lock=lambda number: told.append((number, manifests.is_locked(lease(number)))))
     manifests.add(KEY, make_manifest(b""))
-    os.close(manifests.lock(KEY, 5))
-    assert told == [(5, False)]
+    locks = LeaseLocks(manifests, LeaseFiles())
+    for number, owner in ((5, None), (6, Owner(1000, "")), (7, Owner(1000, "elsewhere"))):  # no file is there for any
+        locks.lock(KEY, number, owner).close()
+    assert told == [(5, False), (6, False), (7, False)]
     manifests.close()
 
 

@@ -35,6 +35,18 @@ def test_a_question_that_hangs_takes_one_thread_from_its_asker(gate: threading.E
     eventually(lambda: asked.under_way == 0)
 
 
+def test_a_question_does_not_wait_behind_one_that_hangs_while_a_thread_may_be_made(gate: threading.Event) -> None:
+    asked = Lookups("test", threads=2)
+    done = threading.Event()
+    assert asked.ask("first", done.set)
+    assert done.wait(60)
+    eventually(lambda: asked._idle == 1, what="a thread without a question")
+    answered = threading.Event()
+    assert asked.ask("slow", partial(gate.wait, 60))
+    assert asked.ask("other", answered.set)
+    assert answered.wait(60)
+
+
 def test_when_all_hang_a_bounded_number_waits(gate: threading.Event) -> None:
     asked = Lookups("test", threads=2)
     before = threading.active_count()

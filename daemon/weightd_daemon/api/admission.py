@@ -30,7 +30,8 @@ MAX_CALLS_OF_USER = 4096
 MAX_CALLS_WITHOUT_TOKEN = 64
 """Calls under way that carry no token: of health, reflection and the version."""
 READERS = 2
-"""Requests of one user that are received at a time; the others wait."""
+"""Requests of one user that are received at a time; the others wait. Calls that stream requests, and so may be idle
+between two, are counted apart."""
 READ_SECONDS = 15.0
 """How long a request may take to arrive once it is its turn."""
 
@@ -75,8 +76,8 @@ class Admission:
         self._readers: dict[object, asyncio.Semaphore] = {}
 
     @contextlib.contextmanager
-    def enter(self, method: str, token: str) -> Iterator[Call]:
-        """Let a call in until the block ends.
+    def enter(self, method: str, token: str, *, streams: bool = False) -> Iterator[Call]:
+        """Let a call in until the block ends; one that `streams` may send more than one request.
 
         Errors: PermissionDeniedError (no such token), DaemonBusyError (too many calls), LeaseLostError (a load without
         an offer).
@@ -104,7 +105,7 @@ class Admission:
                 raise DaemonBusyError(f"{most} calls {whose} are under way, and no more may be; wait until one ends")
         self._calls.update(bounds.keys())
         payer = next(reversed(bounds))
-        readers = self._readers.setdefault(payer, asyncio.Semaphore(READERS))
+        readers = self._readers.setdefault((payer, streams), asyncio.Semaphore(READERS))
         try:
             yield Call(method, MAX_LOAD_REQUEST if is_load else MAX_REQUEST, readers)
         finally:
@@ -113,4 +114,5 @@ class Admission:
                 if not self._calls[key]:
                     del self._calls[key]
             if payer not in self._calls:
-                self._readers.pop(payer, None)
+                for either in (False, True):
+                    self._readers.pop((payer, either), None)

@@ -17,7 +17,7 @@ from .context import ServiceContext
 from .error_mapping import Context
 
 LOOK_SECONDS = 1.0
-"""How often leases are looked at while somebody follows: the kernel tells nobody that a lock has gone."""
+"""How often the connection of a follower is looked for; ended leases are the sweep's (handles/lease_sweep.py)."""
 
 
 class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
@@ -56,7 +56,6 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
             while request.follow:
                 if loop.time() >= look:
                     parts.caller(context)
-                    parts.store.leases.held()
                     look = loop.time() + LOOK_SECONDS
                 happened = await reader.next(look - loop.time())
                 if happened is not None:

@@ -74,7 +74,7 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             answer: Any = None
             failure: _Answer | None = None
             try:
-                with self._admission.enter(method, token) as call:
+                with self._admission.enter(method, token, streams=handler.request_streaming) as call:
                     if handler.request_streaming:  # reflection's
                         await self._answer(method, handler, _requests(handler, call, context), context)
                     elif (request := await _receive(handler, call, context)) is not None:

@@ -190,12 +190,20 @@ class Leases:
         """Leases in the books that were taken on a connection."""
         return [self._leases[number] for number in sorted(self._by_connection.get(connection, ()))]
 
+    @property
+    def waiting(self) -> int:
+        """How many leases in the books wait for an attach."""
+        return sum(map(len, self._waiting.values()))
+
     def waiting_of(self, connection: int) -> list[Lease]:
         """Leases in the books that wait for a connection to attach."""
         return [self._leases[number] for number in self._waiting.get(connection, ())]
 
     def held_by(self, uid: int | None, most: int) -> int:
-        """Leases of a user's processes, also of those that wait; the kernel is asked where the books have `most`."""
+        """Leases of a user's processes, waiting ones included.
+
+        The kernel is asked if the books have `most`, unless that takes too many probes (see the class).
+        """
         theirs = self._by_user.get(uid, {})
         return len(theirs) if len(theirs) < most else self._count(theirs)
 

@@ -195,6 +195,8 @@ class Attacher:
 
     def ended(self, connection: Connection, numbers: Sequence[int]) -> None:
         """The client says that leases of this connection may have ended."""
+        if not numbers:
+            return
         leases = self._store.leases
         named = (leases.get(number) for number in numbers[:MOST_ENDED])
         leases.look_soon(one.number for one in named if one and one.peer.connection == connection.number)

@@ -8,6 +8,7 @@ them, so the kernel drops them. Otherwise closing one could hang the daemon (a F
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -28,7 +29,7 @@ from .entrance import Entrance, error_frame
 from .log_rate import LogRate
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from weightd_daemon.devices.device import Handle
 
@@ -118,20 +119,7 @@ class _Conversation:
         log.debug(Line("connection closed", who, because=reason))
 
     def _readable(self) -> None:
-        self._answer(self._receive)
-
-    async def _answer_after(self, waiting: Awaitable[None], request: handles_pb2.HandleRequest) -> None:
-        """Answer an attach when there is a file for its lease, and listen again."""
-        try:
-            await waiting
-        except Exception:  # what can be foreseen has been told, and then the manifest is locked
-            log.exception("a lease file cannot be made by a bug")
-            self._waiting = None
-            self.close("a bug")
-            return
-        self._waiting = None
-        self._loop.add_reader(self._socket.fileno(), self._readable)
-        self._answer(lambda: request)
+        self._guard(self._serve_frame)
 
     def _receive(self) -> handles_pb2.HandleRequest | None:
         """The next frame; None where the peer has left. Errors: ProtocolError, DecodeError, OSError."""
@@ -142,14 +130,10 @@ class _Conversation:
             raise ProtocolError("a frame is too long or carries descriptors")
         return handles_pb2.HandleRequest.FromString(data)
 
-    def _answer(self, receive: Callable[[], handles_pb2.HandleRequest | None]) -> None:
-        """Handle a request; what its peer does wrong ends the connection."""
+    def _guard(self, act: Callable[[], None]) -> None:
+        """Do something for the peer; what it does wrong ends the connection."""
         try:
-            request = receive()
-            if request is None:
-                self.close("the peer left")
-            else:
-                self._handle(request)
+            act()
         except BlockingIOError:
             return
         except (ProtocolError, DecodeError) as error:
@@ -160,35 +144,44 @@ class _Conversation:
         except OSError as error:
             self.close(str(error))
 
-    def _handle(self, request: handles_pb2.HandleRequest) -> None:
+    def _serve_frame(self) -> None:
+        request = self._receive()
+        if request is None:
+            self.close("the peer left")
+            return
         kind = request.WhichOneof("body")
         if self._unsent and kind != "ack":
             raise ProtocolError(f"{kind} before the batch was acknowledged")
         if not self._greeted and kind != "hello":
             raise ProtocolError(f"{kind} before hello")
         self._server._attacher.ended(self._connection, request.ended)
+        with self._reporting(kind):
+            self._handle(kind, request)
+
+    def _handle(self, kind: str | None, request: handles_pb2.HandleRequest) -> None:
+        if kind == "hello":
+            self._hello(request.hello)
+        elif kind == "attach":
+            start = time.perf_counter()
+            self._timed(start, lambda: self._attach_or_wait(request.attach, start))
+        elif kind == "ack":
+            self._send_batch()
+        elif kind == "offer":
+            self._offer()
+        elif kind == "detach":
+            ended = self._server._attacher.detach(self._connection, request.detach.lease)
+            self._send(handles_pb2.HandleReply(detach=handles_pb2.DetachReply(ended=ended)))
+        elif kind == "reclaim":
+            held = self._server._attacher.reclaim(self._connection, request.reclaim)
+            self._send(handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=held)))
+        else:
+            raise ProtocolError("a frame without a request")
+
+    @contextlib.contextmanager
+    def _reporting(self, kind: str | None) -> Iterator[None]:
+        """Answer with the error that is raised here, unless it is the peer's."""
         try:
-            if kind == "hello":
-                self._hello(request.hello)
-            elif kind == "attach":
-                waiting = self._server._attacher.room(self._connection, request.attach)
-                if waiting is None:
-                    self._timed_attach(request.attach)
-                else:  # until then it is not heard
-                    self._loop.remove_reader(self._socket.fileno())
-                    self._waiting = self._loop.create_task(self._answer_after(waiting, request))
-            elif kind == "ack":
-                self._send_batch()
-            elif kind == "offer":
-                self._offer()
-            elif kind == "detach":
-                ended = self._server._attacher.detach(self._connection, request.detach.lease)
-                self._send(handles_pb2.HandleReply(detach=handles_pb2.DetachReply(ended=ended)))
-            elif kind == "reclaim":
-                held = self._server._attacher.reclaim(self._connection, request.reclaim)
-                self._send(handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=held)))
-            else:
-                raise ProtocolError("a frame without a request")
+            yield
         except WeightdError as error:
             self._send_error(error)
         except (ProtocolError, ConnectionError):
@@ -216,10 +209,11 @@ class _Conversation:
         reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
         self._send(handles_pb2.HandleReply(hello=reply))
 
-    def _timed_attach(self, request: handles_pb2.AttachRequest) -> None:
-        start, code = time.perf_counter(), "INTERNAL"
+    def _timed(self, start: float, attach: Callable[[], bool]) -> None:
+        """Count an attach whose frame came at `start`; not yet if `attach` returns that it is to be answered later."""
+        code, answered = "INTERNAL", True
         try:
-            self._attach(request)
+            answered = attach()
             code = "OK"
         except WeightdError as error:
             code = error.grpc_code
@@ -227,12 +221,43 @@ class _Conversation:
         except (ConnectionError, ProtocolError):  # it has left, or takes no answer
             code = "CANCELLED"
             raise
-        except OSError as error:  # `_handle` answers it so
+        except OSError as error:  # `_reporting` answers it so
             if limit := limit_error(error, "answering attach", DAEMON):
                 code = limit.grpc_code
             raise
         finally:
-            self._server._on_attach(code, time.perf_counter() - start)
+            if answered:
+                self._server._on_attach(code, time.perf_counter() - start)
+
+    def _attach_or_wait(self, request: handles_pb2.AttachRequest, start: float) -> bool:
+        """Answer an attach, or wait for a file for its lease. Returns whether it is answered."""
+        waiting = self._server._attacher.room(self._connection, request)
+        if waiting is None:
+            self._attach(request)
+            return True
+        self._loop.remove_reader(self._socket.fileno())  # until then the peer is not heard
+        self._waiting = self._loop.create_task(self._attach_after(waiting, request, start))
+        return False
+
+    async def _attach_after(self, waiting: Awaitable[None], request: handles_pb2.AttachRequest, start: float) -> None:
+        failure: Exception | None = None
+        try:
+            await waiting
+        except Exception as error:  # noqa: BLE001  # reported below, as if it had been raised there
+            failure = error
+        self._waiting = None
+        self._loop.add_reader(self._socket.fileno(), self._readable)
+
+        def attach() -> bool:
+            if failure is not None:
+                raise failure
+            return self._attach_or_wait(request, start)
+
+        def answer() -> None:
+            with self._reporting("attach"):
+                self._timed(start, attach)
+
+        self._guard(answer)
 
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
         answer: AttachAnswer = self._server._attacher.attach(self._connection, request)

@@ -11,7 +11,6 @@ given the files of an earlier one finds every lease that is held, and needs no r
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import re
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weightd_daemon.core.lease import Peer
 
 from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
-from .manifest_file import is_manifest
+from .manifest_file import is_manifest, make_sealed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
@@ -38,7 +37,6 @@ FILE_LEASES = 256
 _LEASE_BITS = 36
 _CHECKPOINT_BITS = 26
 _NAME = re.compile(r"lck\.(\d{1,18})\.(\d{1,10}|none)\.([0-9a-z-]{0,40})")
-_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PAUSE_SECONDS = 60.0
 """After the service manager has not kept a file, leases are locks on manifests for so long."""
 
@@ -237,14 +235,7 @@ class LeaseFiles:
 
     def _make(self, owner: Owner) -> _File:
         name = f"lck.{next(self._numbers)}.{'none' if owner.uid is None else owner.uid}.{owner.domain}"
-        descriptor = os.memfd_create("weightd-lease", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
-            os.fchmod(descriptor, 0o400)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return _File(name, owner, descriptor)
+        return _File(name, owner, make_sealed("weightd-lease"))
 
     def _add(self, file: _File) -> None:
         self._files.setdefault(file.owner, {})[file] = None

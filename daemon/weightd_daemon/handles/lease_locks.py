@@ -53,9 +53,9 @@ class LeaseLocks:
 
         Errors: OSError.
         """
+        self._manifests.before_lock(number)
         if owner is None or owner.domain != key.domain:
             return Locked(self._manifests.lock(key, number), None)
-        self._manifests.before_lock(number)
         lease = self._files.lock(owner, self._manifests.number(key), number)
         if lease is None:
             return Locked(self._manifests.lock(key, number), None)

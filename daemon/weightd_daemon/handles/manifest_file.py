@@ -62,11 +62,16 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
 
 
 def make_manifest(encoded: bytes) -> int:
-    """The descriptor of a sealed memfd with an encoded manifest. Errors: OSError."""
-    descriptor = os.memfd_create("weightd-manifest", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    """Return the descriptor of a sealed memfd with an encoded manifest. Errors: OSError."""
+    return make_sealed("weightd-manifest", encoded)
+
+
+def make_sealed(name: str, content: bytes = b"") -> int:
+    """Return the descriptor of a memfd that nobody can write to or resize any more. Errors: OSError."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with open(descriptor, "wb", closefd=False) as file:
-            file.write(encoded)
+            file.write(content)
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         os.fchmod(descriptor, 0o400)
     except BaseException:

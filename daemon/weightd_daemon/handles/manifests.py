@@ -78,8 +78,10 @@ class Manifests:
         return os.fstat(self._descriptors[key]).st_size
 
     def lock(self, key: CheckpointKey, number: int) -> int:
-        """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it."""
-        self.before_lock(number)
+        """A fresh read-only descriptor of the manifest with the lock of lease `number`; the caller closes it.
+
+        `before_lock` is due first.
+        """
         return lock_byte(self._descriptors[key], LOCK_BASE + number)
 
     def open(self, key: CheckpointKey) -> int:

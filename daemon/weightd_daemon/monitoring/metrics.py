@@ -189,7 +189,7 @@ class _Books(Collector):
         checkpoints.add_metric(["loading"], len(statistics.loads.under_way))
         checkpoints.add_metric(["lost"], len(statistics.store.lost))
         yield checkpoints
-        waiting = sum(lease.waiting for lease in statistics.store.leases)
+        waiting = statistics.store.leases.waiting
         leases = GaugeMetricFamily("weightd_leases", "Leases, by state.", labels=["state"])
         leases.add_metric(["held"], books.leases - waiting)
         leases.add_metric(["waiting"], waiting)
