@@ -171,6 +171,7 @@ class Daemon:
         metrics = await serve_pages(stack, self._settings, services.parts.statistics, lambda: self._up)
         if metrics is not None:
             listeners.add(metrics)
+        heap.settle()
         control, handles = await self._open_sockets(stack, sockets, services, residency, metrics)
         stack.callback(work.loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         preloader = services.preloader
@@ -180,7 +181,6 @@ class Daemon:
         await preloader.awaited(self._stop)
         if self._stop.is_set():
             return
-        heap.settle()
         await control.ready()
         self._say_ready(served, books.store)
         sockets.watch(self._lost_socket)

@@ -40,7 +40,7 @@ class _Parts:
 class Residency:
     """Made before the parts that report to it, which `join` brings. On the thread of the loop that serves.
 
-    `tell` publishes events to listeners, and raises nothing.
+    `publish` notifies the listeners of an event, and raises nothing.
     """
 
     def __init__(self, publish: Callable[[Event], None]) -> None:

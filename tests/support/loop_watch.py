@@ -4,8 +4,8 @@ A step is one callback of the loop, be it a task's until its next `await`. What 
 in which its thread waited for a core (/proc/self/task/TID/schedstat), so waiting for a disk, a lock or a peer counts,
 and a busy machine does not. What the process's other threads waited is taken off as well: one of them may have had
 the interpreter's lock. Collections of garbage count: the loop stands still for them, too. A step in which a test
-stopped the process (SIGSTOP) does not count. Where the kernel does not say how long a thread waited, its CPU time
-counts alone, and the log says so.
+stopped the process (SIGSTOP) does not count. Nor does starting a process. Where the kernel does not say how long a
+thread waited, its CPU time counts alone, and the log says so.
 
 It watches from the moment in which the daemon is ready until it stops: before, nobody is served.
 """
@@ -18,6 +18,7 @@ import gc
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -26,6 +27,7 @@ from asyncio import events
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from weightd_daemon.operations.notify import Notifier
 
@@ -35,7 +37,6 @@ FOUND = "loop watch: a step of"
 ALLOWED_STEP = "loop watch: allowed, a step of"
 ALLOWED: dict[str, str] = {
     r"devices/cuda_\w+\.py.*in create": "a new segment of a GPU is made by its driver, in the step that books it",
-    r"in _execute_child": "starting a process: vfork lasts until the child, too, has got a core",
 }
 """Steps that may take longer, each with the reason: patterns of a line of the callback or of its stack."""
 _SAMPLE_SECONDS = 0.01
@@ -71,6 +72,8 @@ class Watch:
         self._waited: Callable[[], float] = time.perf_counter
         self._on = False
         self._thread = 0
+        self._spawning = 0.0
+        """Seconds that the step under way has spent on starting processes."""
         self._was_stopped = False
         """Whether the process was stopped, and went on, in the step under way."""
         self._others: dict[str, float] = {}
@@ -87,11 +90,12 @@ class Watch:
         gc.callbacks.append(self._collect)
         threading.Thread(target=self._sample, args=(threading.get_ident(),), name="loop-watch", daemon=True).start()
         signal.signal(signal.SIGCONT, self._continued)
+        self._watch_spawns()
         watch, run, clock = self, self._run, time.perf_counter
 
         def timed(handle: events.Handle) -> None:
             waited = watch._waited()
-            watch._collected, watch._was_stopped, watch._began = 0.0, False, (began := clock())
+            watch._collected, watch._spawning, watch._was_stopped, watch._began = 0.0, 0.0, False, (began := clock())
             try:
                 run(handle)
             finally:
@@ -112,7 +116,8 @@ class Watch:
             return
         now = _waits(self._thread)
         others = sum(spent - self._others.get(thread, 0.0) for thread, spent in now.items())
-        if wall - waited - others <= MOST_SECONDS:
+        took = wall - waited - others - self._spawning
+        if took <= MOST_SECONDS:
             return
         stack = stacks[len(stacks) // 2] if stacks else "  (no stack: nobody else could run meanwhile)\n"
         what = f"{handle!r}\n{stack}"
@@ -120,11 +125,11 @@ class Watch:
         millis = ", ".join(
             f"{name} {seconds * 1e3:.0f} ms"
             for name, seconds in {
-                "wall": wall, "waited for a core": waited, "other threads did": others, "garbage": self._collected,
+                "wall": wall, "waited for a core": waited, "other threads did": others,
+                "starting processes": self._spawning, "garbage": self._collected,
             }.items()
         )  # fmt: skip
-        took = (wall - waited - others) * 1e3
-        _say(f"{ALLOWED_STEP if reasons else FOUND} {took:.0f} ms ({millis}; {len(stacks)} samples): {what}")
+        _say(f"{ALLOWED_STEP if reasons else FOUND} {took * 1e3:.0f} ms ({millis}; {len(stacks)} samples): {what}")
 
     def _sample(self, thread: int) -> None:
         """Keep the stacks of a step from that moment on in which it takes long."""
@@ -139,6 +144,23 @@ class Watch:
                     self._stacks.append(_stack(frame))
             elif self._stacks and not began:
                 self._stacks = []
+
+    def _watch_spawns(self) -> None:
+        """Take the time off in which a process is started.
+
+        vfork lasts until the child, too, has got a core, and no other thread of this process can see that meanwhile.
+        """
+        execute: Any = subprocess.Popen._execute_child  # type: ignore[attr-defined]  # not in its types
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return execute(*arguments, **named)
+            finally:
+                if threading.get_native_id() == self._thread:
+                    self._spawning += time.perf_counter() - began
+
+        subprocess.Popen._execute_child = timed  # type: ignore[attr-defined]  # exchanged
 
     def _continued(self, *_: object) -> None:
         self._was_stopped = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -233,6 +235,46 @@ def test_a_lock_that_was_removed_is_noticed_and_taken_anew(others: Others, lock:
     with pytest.raises(AssertionError, match="refused"):
         refused(others)
     assert not lock.is_written_by_others()
+
+
+@pytest.mark.usefixtures("nobody_dies")
+@pytest.mark.parametrize("left", [WRITER, OLDER])
+def test_a_loader_that_does_not_die_stays_in_sight_when_the_locks_are_removed(
+    others: Others, lock: ServingLock, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lock is on a file that nobody can find any more: what it may write to stays aside."""
+    monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
+    others.left_by(left)
+    lock.acquire()
+    for end in (".serving", ".lock"):
+        others.socket.with_name(f"w.sock{end}").unlink()
+    lock.renew()
+    assert lock.is_written_by_others()
+
+
+def test_a_lock_that_could_not_be_renewed_is_renewed_the_next_time(
+    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock.acquire()
+    others.socket.with_name("w.sock.serving").unlink()
+    opened = 0
+
+    def second_fails(*arguments: Any) -> int:
+        nonlocal opened
+        opened += 1
+        if opened == 2:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return os_open(*arguments)
+
+    os_open = os.open
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", second_fails)
+        with pytest.raises(OSError, match="Too many open files"):
+            lock.renew()
+    assert not lock.is_whole(), "so that it is tried again"
+    lock.renew()
+    with pytest.raises(AssertionError, match="refused"):
+        refused(others)
 
 
 def refused(others: Others) -> None:

@@ -53,6 +53,8 @@ class ServingLock:
         self._older_file = socket.with_name(f"{socket.name}.lock")
         self.writers = self.holders = self._older = -1
         self._has_older = False
+        self._unseen = False
+        """Whether a process that may still write has its lock on a file that was removed: its end cannot be seen."""
 
     def acquire(self) -> None:
         """Take the locks; end what a daemon that died has left, and wait for it. Errors: AlreadyServedError, OSError.
@@ -80,7 +82,7 @@ class ServingLock:
 
     def is_written_by_others(self) -> bool:
         """Whether a process of a daemon before may still write to memory. Once it is False, it stays that."""
-        return _is_held(self.writers, _WRITES) or not self._acquire_older()
+        return self._unseen or _is_held(self.writers, _WRITES) or not self._acquire_older()
 
     def end_others(self) -> None:
         """Kill the processes of a daemon before that may still write, however long it takes to find them."""
@@ -95,12 +97,19 @@ class ServingLock:
     def renew(self) -> None:
         """Lock new files in the place of those that were removed. Errors: AlreadyServedError (another has), OSError.
 
-        The descriptors stay the same numbers. Children that live have the old file, which no daemon will look at.
+        The descriptors stay the same numbers. Children that live have the old file, which no daemon will look at. If a
+        process of a daemon before may still write, `is_written_by_others` stays True.
         """
+        self._unseen = self.is_written_by_others()
         if not _is_at(self._file, self.writers):
             fresh = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                held = os.open(self._file, os.O_RDWR | os.O_CLOEXEC)
+            except OSError:
+                os.close(fresh)
+                raise
             _replace(self.writers, fresh)
-            _replace(self.holders, os.open(self._file, os.O_RDWR | os.O_CLOEXEC))
+            _replace(self.holders, held)
             self._serve(self.writers)
             _lock(self.writers, _WRITES)
             _lock(self.holders, _HOLDS)

@@ -11,6 +11,7 @@ The root record is written once in a step of the loop: at its end, or before the
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import re
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 
 ROOT = "root"
 _BARRIER_SECONDS = 10.0
+RETRY_SECONDS = 5.0
+"""How long after the root record could not be written it is tried again."""
 _MOST_STORED = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
@@ -121,6 +124,7 @@ class DescriptorStore:
         self._going: list[str] = []
         """Names of manifests that leave the store when the root record says that they are gone."""
         self._scheduled = False
+        self._retry: asyncio.TimerHandle | None = None
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -249,13 +253,13 @@ class DescriptorStore:
             number = self._next()
             place = device.uuid, segment
             self._record.segments[place] = number
-            give_up = partial(self._record.segments.pop, place, None)
+            self._stored.add(_segment_name(number))
+            give_up = partial(self._forget_segment, place, number)
             try:
                 self._manager.store(_segment_name(number), handle, give_up)
             except OSError:
                 give_up()
                 raise
-            self._stored.add(_segment_name(number))
         name = _manifest_name(self._next())
         draft.stored_as(self._record.last_id, lambda: self.drop(name))
         self._stored.add(name)
@@ -264,6 +268,11 @@ class DescriptorStore:
         await self._manager.barrier(_BARRIER_SECONDS)
         if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
             raise OSError("the service manager did not take all that was to be kept")
+
+    def _forget_segment(self, place: tuple[str, int], number: int) -> None:
+        """The manager has not taken a segment."""
+        self._record.segments.pop(place, None)
+        self._stored.discard(_segment_name(number))
 
     @property
     def stores(self) -> bool:
@@ -337,6 +346,8 @@ class DescriptorStore:
     def flip(self, *, uses: bool = False) -> None:
         """Write what has changed to the root record, if anything has: it holds from now on. For `uses` see there."""
         self._record.write(uses=uses)
+        if self._record.failed:
+            self._write_later()
         if self._going:
             going, self._going = self._going, []
             for name in going:
@@ -345,6 +356,9 @@ class DescriptorStore:
     def close(self) -> None:
         """Write the root record once more, with the times of last use, and close it. What is kept stays kept."""
         self.flip(uses=True)
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
         if self._record.root is not None:
             self._record.root.close()
             self._record.root = None
@@ -358,6 +372,16 @@ class DescriptorStore:
     def _on_step(self) -> None:
         self._scheduled = False
         self.flip()
+
+    def _write_later(self) -> None:
+        """Try again to write what could not be written: a daemon that is killed before leaves nothing to the next."""
+        if self._retry is None:
+            with contextlib.suppress(RuntimeError):  # before and after the loop runs, `begin` and `close` write
+                self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._write_again)
+
+    def _write_again(self) -> None:
+        self._retry = None
+        self.flip(uses=True)
 
 
 def _segment_name(number: int) -> str:

@@ -57,15 +57,18 @@ class RecordWriter:
         self._lists = _Lists()
         self._copied: Iterator[Change] | None = None
         self._whole = True
+        self.failed = False
+        """Whether the root record says nothing, because it could not be written."""
 
     def write(self, *, uses: bool = False) -> None:
         """Write what has changed since the last write, if anything has: it holds from now on.
 
         That checkpoints were used is no change by itself, unless `uses` says so; it is written with the next one.
+        Where a write fails, `failed` is true until one succeeds: the next change, or one with `uses`, writes it all.
         """
         store, catalog, counters = self._store, self._catalog, {"last_id": self.last_id, "last_lease": self.last_lease}
         changed = store.changed or catalog.renamed or catalog.repinned or (uses and store.touched)
-        if not changed and counters == self._counters:
+        if not changed and counters == self._counters and not (uses and self.failed):
             return
         self._counters = counters
         if self.root is None:
@@ -77,11 +80,12 @@ class RecordWriter:
                 self._write_all(self.root)
             else:
                 self._write_changes(self.root)
+            self.failed = False
         except OSError as error:
-            self._whole = True
+            self._whole = self.failed = True
             log.error("the root record cannot be written: %s; a daemon that starts now begins empty", error)  # noqa: TRY400  # no bug: no traceback
         except Exception:  # the books have changed all the same: what was written last may be untrue from now on
-            self._whole = True
+            self._whole = self.failed = True
             with contextlib.suppress(OSError):
                 self.root.clear()
             log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
@@ -95,9 +99,8 @@ class RecordWriter:
         self._written.clear()
         self._lists = _Lists()
         self._store.changed |= self._store.checkpoints.keys()
-        for _ in self._changes():
-            pass  # what they would say, the base does
-        root.write(self._everything(), self._counters)
+        self._catalog.renamed |= self._catalog.tags.keys()
+        root.write(self._changes(), self._counters)
         self._copied, self._whole = None, False
 
     def _write_changes(self, root: RootRecord) -> None:

@@ -130,8 +130,11 @@ class _Restore:
         pins = {_uid(one) for one in row["pins"]}
         origin, sources = _files(row["origin"]), [_files(one) for one in row["sources"]]
         reference = _text(row.get("reference", ""))
-        sizes = {segment.number: segment.size for segment in self.segments.values() if segment.device == key.device}
-        adoption = self.adoptions.setdefault(key.device, Adoption(self.store, sizes))
+        adoption = self.adoptions.get(key.device)
+        if adoption is None:
+            here = (segment for segment in self.segments.values() if segment.device == key.device)
+            sizes = {segment.number: segment.size for segment in here}
+            adoption = self.adoptions[key.device] = Adoption(self.store, sizes)
         checkpoint = adoption.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
         checkpoint.last_used, checkpoint.pins = last_used, pins
