@@ -11,11 +11,11 @@ from support.counting import operations
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import AT_ONCE, Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import FREED_AT_ONCE, Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.store import FREED_AT_ONCE, ContentStore
 
 PAGE = 4096
 SLOT = slot_bytes(8)
@@ -26,9 +26,9 @@ class Desk:
     """A store over a device that has room for `tensors` small tensors, as its budget."""
 
     def __init__(self, tensors: int = 4 * MANY) -> None:
-        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = MemoryAccounting(
             budget=-(-tensors * SLOT // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
 
@@ -36,10 +36,10 @@ class Desk:
         self.segments += 1
         return self.segments
 
-    def open(self) -> Loading:
-        return Loading(self.store, "host", "all", 1000)
+    def open(self) -> StoreTransaction:
+        return StoreTransaction(self.store, "host", "all", 1000)
 
-    def place(self, load: Loading, seed: int, count: int) -> list[Blob]:
+    def place(self, load: StoreTransaction, seed: int, count: int) -> list[Blob]:
         size = -(-count * SLOT // PAGE) * PAGE
         while (extent := load.grant(size, size)) is None:
             self.reclaim()
@@ -49,8 +49,8 @@ class Desk:
         ]
 
     def content(self, name: str, blobs: list[Blob]) -> Content:
-        entries = tuple(ManifestEntry("", f"t{at}", "U8", (8,), 0, 8) for at in range(len(blobs)))
-        return Content(name, (ManifestFile("", "f", None),), entries, tuple(blobs))
+        entries = tuple(ContentTensor("", f"t{at}", "U8", (8,), 0, 8) for at in range(len(blobs)))
+        return Content(name, (ContentFile("", "f", None),), entries, tuple(blobs))
 
     def load(self, name: str, seed: int = 0, count: int = MANY) -> Checkpoint:
         load = self.open()

@@ -219,7 +219,7 @@ def release(allocation: Allocation) -> None:
     call("cuMemRelease", allocation)
 
 
-class AddressRange:
+class MappedAddressRange:
     """Reserved addresses of one device and what is mapped into them, until `close`. Sizes are bytes."""
 
     def __init__(self, ordinal: Ordinal, size: int) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class CudaSegments:
+class MappedCudaSegments:
     """Segments on the GPU of that UUID, which this process may number as it likes, or not see at all."""
 
     def __init__(self, uuid: str) -> None:

@@ -23,7 +23,7 @@ _OWN: Final = bytes(bool(flags & (_PRESENT | _SWAPPED)) and not flags & _OF_FILE
 """For each value of that byte, whether the page is this process's own copy and no longer the file's."""
 
 
-class Range(NamedTuple):
+class MappedRange(NamedTuple):
     """Attached memory: it lies at these addresses as long as `owner` is there, and what is there later is not it."""
 
     address: int
@@ -31,10 +31,10 @@ class Range(NamedTuple):
     owner: weakref.ref[Any]
 
 
-class Extents:
+class MappedExtents:
     """The addresses of ranges, in order and joined: whether they hold some bytes is a lookup, however many they are."""
 
-    def __init__(self, ranges: Iterable[Range]) -> None:
+    def __init__(self, ranges: Iterable[MappedRange]) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         for start, end in sorted((address, address + size) for address, size, _ in ranges):

@@ -38,7 +38,7 @@ class _Part(NamedTuple):
     length: int
 
 
-class Fusing(TorchFunctionMode):
+class TorchFusionMode(TorchFunctionMode):
     """While it is active, torch.stack and torch.cat of what an attachment holds return views where they can.
 
     `advice` is what to do where parts do not lie in a row, for reasons of private parameters. Writes to such a view

@@ -31,7 +31,7 @@ class ConfigError(Exception):
         self.key = key
 
 
-class TemporaryError(ConfigError):
+class TemporaryConfigError(ConfigError):
     """What a setting asks for is not there now: a driver, a mount, a file, memory. The next start may find it."""
 
     exit_code = 75
@@ -46,7 +46,7 @@ class TemporaryError(ConfigError):
 
 
 class ConfigFile:
-    """A TOML file as it was when it was read. Errors: ConfigError; TemporaryError (it cannot be read)."""
+    """A TOML file as it was when it was read. Errors: ConfigError; TemporaryConfigError (it cannot be read)."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,7 +58,7 @@ class ConfigFile:
             text = raw.decode()
             self.values: dict[str, Any] = tomllib.loads(text)
         except OSError as error:
-            raise TemporaryError(f"{path}: cannot be read: {error.strerror}") from error
+            raise TemporaryConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: is not TOML: {error}") from error
         self._lines = text.splitlines()

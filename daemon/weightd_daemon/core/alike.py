@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Twins:
+class DuplicateBlobs:
     """Placed blobs of equal bytes. They have been compared with the sealed blobs numbered in `known`.
 
     Those of them with the same variant are equal, the others differ.
@@ -22,7 +22,7 @@ class Twins:
     blobs: list[Blob] = field(default_factory=list)
 
 
-class Alike:
+class DuplicateCandidates:
     """What a load knows of one key: a blob to compare with for each variant, and further ones of equal bytes.
 
     Sealed blobs of one key are equal if and only if their variants are, so one comparison settles a variant. Made when
@@ -32,7 +32,7 @@ class Alike:
     def __init__(self, sealed: Iterable[Blob]) -> None:
         self.numbers: set[int] = set()
         self._sealed: dict[int, list[Blob]] = {}
-        self._twins: dict[int, Twins] = {}
+        self._twins: dict[int, DuplicateBlobs] = {}
         self._own: list[Blob] = []
         self.placed = False
         """Whether the load has placed bytes under the key."""
@@ -60,9 +60,9 @@ class Alike:
             blobs.pop()
         return None
 
-    def twins(self, variant: int) -> Twins:
+    def twins(self, variant: int) -> DuplicateBlobs:
         """The placed blobs that equal the sealed ones of a variant."""
-        return self._twins.setdefault(variant, Twins(set(self.numbers)))
+        return self._twins.setdefault(variant, DuplicateBlobs(set(self.numbers)))
 
     def add(self, blob: Blob) -> None:
         """The load has placed bytes that equal nothing known."""

@@ -90,7 +90,7 @@ class Blob:
         self.state = state
 
 
-class Blobs:
+class BlobTable:
     """Every blob there is, by number and by key."""
 
     def __init__(self) -> None:

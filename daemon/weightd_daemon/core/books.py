@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
-class Books:
+class BookkeepingMemory:
     """The books of all devices: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
 
     def __init__(self, limit: int = 0) -> None:

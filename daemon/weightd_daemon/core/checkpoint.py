@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .blob import Blob
     from .lease import Lease
-    from .manifest import ManifestEntry, ManifestFile
+    from .manifest import ContentFile, ContentTensor
 
 
 BYTES_OF_TENSOR = 2304
@@ -39,7 +39,7 @@ class CheckpointKey(NamedTuple):
     content_digest: str
 
 
-class Tally(NamedTuple):
+class _ContentTally(NamedTuple):
     """What a checkpoint's record has of its content: by component the blobs and the number of tensors, and the rest."""
 
     components: dict[str, list[Blob]]
@@ -56,8 +56,8 @@ class Content:
     """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
     content_digest: str
-    files: tuple[ManifestFile, ...]
-    entries: tuple[ManifestEntry, ...]
+    files: tuple[ContentFile, ...]
+    entries: tuple[ContentTensor, ...]
     blobs: tuple[Blob | None, ...]
     views: tuple[Group, ...] = ()
     """What frameworks fuse, where its tensors (members are rows) lie one behind the other."""
@@ -68,7 +68,7 @@ class Content:
         return self.tally.segments
 
     @cached_property
-    def tally(self) -> Tally:
+    def tally(self) -> _ContentTally:
         """What the record needs, counted at the first call: on a thread, where there are many tensors."""
         components: dict[str, list[Blob]] = {}
         tensors: dict[str, int] = {}
@@ -82,7 +82,7 @@ class Content:
                 unique[blob.number] = blob
                 total += blob.length
         segments = sorted({blob.segment for blob in unique.values()})
-        return Tally(components, tensors, unique, total, segments, _runs(unique.values()))
+        return _ContentTally(components, tensors, unique, total, segments, _runs(unique.values()))
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +166,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
+class LostCheckpoint:
     """What is left of a checkpoint whose device lost its memory: a record, until it is loaded again or removed."""
 
     checkpoint: Checkpoint

@@ -14,7 +14,7 @@ import xxhash
 DIGEST_BYTES = 16
 
 
-class Hasher(Protocol):
+class DigestHasher(Protocol):
     """What hashlib and xxhash objects have in common. `update` releases the GIL, the one-shot functions do not."""
 
     def update(self, data: memoryview, /) -> None:
@@ -24,7 +24,7 @@ class Hasher(Protocol):
         """The digest so far, DIGEST_BYTES long."""
 
 
-NewHasher = Callable[[], Hasher]
+NewHasher = Callable[[], DigestHasher]
 
 new_hasher: NewHasher = xxhash.xxh3_128
 

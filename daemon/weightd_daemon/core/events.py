@@ -8,15 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .lease import Attached, Detached
+from .lease import LeaseBegun, LeaseEnded
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Content
-    from .lease import Peer
+    from .lease import LeasePeer
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
+class CheckpointSealed:
     """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest.
 
     `by` asked for the load, under a name that may be empty.
@@ -26,12 +26,12 @@ class Sealed:
     content: Content
     manifest: object
     load: int = 0
-    by: Peer | None = None
+    by: LeasePeer | None = None
     name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted:
+class CheckpointEvicted:
     """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
 
     `load` is the number of the load that needed its room; 0 where none did. `by` asked for that load,
@@ -41,7 +41,7 @@ class Evicted:
     checkpoint: Checkpoint
     reason: str
     load: int = 0
-    by: Peer | None = None
+    by: LeasePeer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LoadBegun:
     """A load was asked for; `name` may be empty."""
 
     load: int
-    peer: Peer
+    peer: LeasePeer
     device: str
     domain: str
     name: str
@@ -78,19 +78,19 @@ class LoadAnswered:
     """A load was answered from memory, for its files are resident; `name` is what it has given, and may be empty."""
 
     checkpoint: Checkpoint
-    peer: Peer
+    peer: LeasePeer
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
+class CatalogNameChanged:
     """A name points to a content now: to none if it was dropped. `previous` is what it pointed to; empty if nothing."""
 
     domain: str
     name: str
     content_digest: str
     previous: str
-    by: Peer | None
+    by: LeasePeer | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,5 +109,14 @@ class DrainChanged:
 
 
 Event = (
-    Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | LoadAnswered | Named | DeviceLost | DrainChanged
+    CheckpointSealed
+    | CheckpointEvicted
+    | LeaseBegun
+    | LeaseEnded
+    | LoadBegun
+    | LoadEnded
+    | LoadAnswered
+    | CatalogNameChanged
+    | DeviceLost
+    | DrainChanged
 )

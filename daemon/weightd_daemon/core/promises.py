@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Promises:
+class PromisedMemory:
     """Promised bytes by load, each in its sharing domain."""
 
     def __init__(self) -> None:

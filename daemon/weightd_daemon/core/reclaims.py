@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Punch:
+class ExtentReclaim:
     """Give the pages of a free extent back to the system."""
 
     domain: str
@@ -23,7 +23,7 @@ class Punch:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
+class SegmentReclaim:
     """Give a whole segment back to the system."""
 
     segment: int
@@ -32,10 +32,10 @@ class Release:
     """As in Punch."""
 
 
-Reclaim = Punch | Release
+Reclaim = ExtentReclaim | SegmentReclaim
 
 
-class Freeing:
+class BlobFreeQueue:
     """Blobs that are freed in steps, for they are many, of one device. `kick` is told when there is something to do."""
 
     def __init__(self, kick: Callable[[], None]) -> None:

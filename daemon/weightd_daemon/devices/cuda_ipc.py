@@ -42,7 +42,7 @@ _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Holding:
+class CudaHolderContext:
     """What holders need of the daemon: its loop; whom to tell (UUID, reason) of a loss; descriptors to inherit.
 
     A holder inherits a lock, so that no daemon starts while the memory of the one before is still taken.
@@ -69,7 +69,7 @@ class CudaIpcDevice(CudaDevice):
     lasting = False
     page = _PAGE
 
-    def __init__(self, ordinal: int, holding: Holding) -> None:
+    def __init__(self, ordinal: int, holding: CudaHolderContext) -> None:
         """Starts the holder, and waits for it. Errors: DeviceMismatchError (no such GPU), DeviceError."""
         super().__init__(ordinal)
         self._holding = holding
@@ -159,7 +159,7 @@ class _Holder:
     It can be asked from the moment that it is `ready`, which it says itself.
     """
 
-    def __init__(self, uuid: str, holding: Holding, on_end: Callable[[str], None]) -> None:
+    def __init__(self, uuid: str, holding: CudaHolderContext, on_end: Callable[[str], None]) -> None:
         """Starts the process, and does not wait for it. Errors: OSError."""
         self._uuid = uuid
         self._loop = holding.loop

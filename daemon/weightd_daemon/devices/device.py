@@ -8,7 +8,7 @@ Handle = int | bytes
 """What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
 
 
-class SegmentHandle(NamedTuple):
+class DeviceSegment(NamedTuple):
     """A segment as a loader gets it: its number, its length in bytes, and what opens it."""
 
     number: int

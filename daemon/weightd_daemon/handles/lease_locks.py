@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import CheckpointKey
     from weightd_daemon.core.lease import Lease
 
-    from .lease_files import LeaseFiles, Owner
-    from .manifests import Manifests
+    from .lease_files import HandleLeaseFiles, HandleLeaseOwner
+    from .manifests import ManifestHandles
 
 
-class Locked(NamedTuple):
+class LockedHandles(NamedTuple):
     """Descriptors for a client, which the caller closes: of a manifest, and of its lease where that is another one."""
 
     manifest: int
@@ -33,34 +33,34 @@ class Locked(NamedTuple):
                 os.close(descriptor)
 
 
-class LeaseLocks:
+class HandleLeaseLocks:
     """The locks of all leases: on lease files, or on manifests.
 
     On manifests are those of clients that know no other (0.1), of users for whom no lease file could be made, and of
     admins on checkpoints of other users. What else a client locks on a manifest counts for nothing but these.
     """
 
-    def __init__(self, manifests: Manifests, files: LeaseFiles) -> None:
+    def __init__(self, manifests: ManifestHandles, files: HandleLeaseFiles) -> None:
         self._manifests = manifests
         self._files = files
 
-    def room(self, owner: Owner) -> Awaitable[None] | None:
-        """What has to be awaited before `lock`, if anything; see LeaseFiles.room."""
+    def room(self, owner: HandleLeaseOwner) -> Awaitable[None] | None:
+        """What has to be awaited before `lock`, if anything; see HandleLeaseFiles.room."""
         return self._files.room(owner)
 
-    def lock(self, key: CheckpointKey, number: int, owner: Owner | None) -> Locked:
+    def lock(self, key: CheckpointKey, number: int, owner: HandleLeaseOwner | None) -> LockedHandles:
         """Take the lock of lease `number` for a client: on a file of its user, or without `owner` on the manifest.
 
         Errors: OSError.
         """
         self._manifests.before_lock(number)
         if owner is None or owner.domain != key.domain:
-            return Locked(self._manifests.lock(key, number), None)
+            return LockedHandles(self._manifests.lock(key, number), None)
         lease = self._files.lock(owner, self._manifests.number(key), number)
         if lease is None:
-            return Locked(self._manifests.lock(key, number), None)
+            return LockedHandles(self._manifests.lock(key, number), None)
         try:
-            return Locked(self._manifests.open(key), lease)
+            return LockedHandles(self._manifests.open(key), lease)
         except BaseException:
             os.close(lease)
             raise

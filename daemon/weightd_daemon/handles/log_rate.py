@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SECONDS = 10.0
 
 
-class LogRate:
+class HandleLogRate:
     """Lets one line in `SECONDS` through, and tells `on_more` afterwards how many there were beside it, if any."""
 
     def __init__(self, on_more: Callable[[int], None]) -> None:

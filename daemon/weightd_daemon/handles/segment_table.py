@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _NO_SEGMENT = (1 << 32) - 1
 
 
-class SegmentTable:
+class HandleSegmentTable:
     """Segments by component, and by the hash of a tensor's component and name. They go by their place in the manifest.
 
     It takes 12 bytes a tensor. Two tensors of one hash get each other's segment as well, and a name that the checkpoint
@@ -47,7 +47,7 @@ class SegmentTable:
             self._segments.extend(segment for _, segment in part)
 
     @classmethod
-    def of(cls, content: Content) -> SegmentTable:
+    def of(cls, content: Content) -> HandleSegmentTable:
         """The table of a content that is to be sealed."""
         places = {segment: place for place, segment in enumerate(content.segments)}
         return cls(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Hashable
 
 
-class FairQueue:
+class LoadQueue:
     """At most `most` turns at a time, and `of_one` of one user. Both may change: what runs goes on."""
 
     def __init__(self, most: int, of_one: int) -> None:

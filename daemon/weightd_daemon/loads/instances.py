@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from weightd.types import FileIdentity
 
 
-class Instance(NamedTuple):
+class LoadedInstance(NamedTuple):
     """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
 
     offset: int
@@ -20,11 +20,11 @@ class Instance(NamedTuple):
     blob: int
 
 
-class InstanceIndex(Protocol):
+class LoadedInstanceIndex(Protocol):
     """The digest index (persistence/digest_index.py)."""
 
-    async def get(self, identity: FileIdentity) -> list[Instance]:
+    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
         """What is known of a file; empty when nothing is."""
 
-    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
         """Remember a file."""

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd.types import SourceFile
-    from weightd_daemon.core.lease import Peer
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.lease import LeasePeer
+    from weightd_daemon.core.principal import Principal
 
 
-class Groups(NamedTuple):
+class LoadGroups(NamedTuple):
     """Groups of tensors as they came: how many each has, and the tensors of all. Packed, for a load may wait long."""
 
     sizes: Sequence[int]
     tensors: Sequence[int]
 
 
-NO_GROUPS = Groups((), ())
+NO_GROUPS = LoadGroups((), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class LoadRequest:
     `reference` is for people.
     """
 
-    who: Who
-    peer: Peer
+    who: Principal
+    peer: LeasePeer
     sources: tuple[SourceFile, ...]
     device: str
     name: str = ""
@@ -42,12 +42,12 @@ class LoadRequest:
     detached: bool = False
     verify: bool = False
     reference: str = ""
-    groups: Groups = NO_GROUPS
+    groups: LoadGroups = NO_GROUPS
     """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
 @dataclass(slots=True)
-class Progress:
+class LoadStatus:
     """How far a load is; `phase` is "opening", "hashing" or "copying"."""
 
     phase: str = "opening"
@@ -55,7 +55,7 @@ class Progress:
     total: int = 0
 
 
-class Outcome(NamedTuple):
+class LoadOutcome(NamedTuple):
     """What a load brought, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
 
     content_digest: str
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
     evicted_others: int = 0
 
 
-class Draft(Protocol):
+class LoadManifestDraft(Protocol):
     """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
 
     @property
@@ -83,5 +83,5 @@ class Draft(Protocol):
         """Give it up; nothing happens where the seal has taken it."""
 
 
-Prepare = Callable[[Content, str], Awaitable[Draft]]
+Prepare = Callable[[Content, str], Awaitable[LoadManifestDraft]]
 """Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""

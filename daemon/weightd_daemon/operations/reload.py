@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config.settings import Loaded, Settings
+    from weightd_daemon.config.settings import LoadedSettings, Settings
 
     Change = Callable[[Settings], None]
 
 log = logging.getLogger(__name__)
 
 
-class Reload:
+class ReloadOperation:
     """Reads the settings again when it is told, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
@@ -33,7 +33,7 @@ class Reload:
     def __init__(
         self,
         settings: Settings,
-        read: Callable[[], Loaded],
+        read: Callable[[], LoadedSettings],
         checks: Sequence[Change],
         changes: Mapping[str, Change],
         again: Change,

@@ -25,7 +25,7 @@ _SEND_TIMEOUT = struct.pack("@ll", _SEND_SECONDS, 0)
 _MOST_WAITING = 1024
 
 
-class ServiceManager:
+class ServiceManagerStore:
     """The manager that $NOTIFY_SOCKET names, if any. The variables are taken: children must not use them."""
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
+class Principal:
     """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
 
     uid: int | None
