@@ -330,14 +330,9 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self,
-        sockets: DaemonSockets,
-        served: _Served,
-        books: _Books,
-        work: _Work,
-        services: _Services,
+        self, sockets: DaemonSockets, served: _Served, books: _Books, work: _Work, services: _Services,
         handles: HandleServer,
-    ) -> ReloadOperation:
+    ) -> ReloadOperation:  # fmt: skip
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 

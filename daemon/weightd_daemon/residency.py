@@ -59,7 +59,7 @@ class Residency:
         self._joined = _Parts(store, catalog, manifests, descriptor_store, loads)
 
     def on_event(self, event: Event) -> None:
-        """What the store reports. Errors: of a `Sealed`, whatever keeps the checkpoint from surviving a restart."""
+        """Handle what the store reports. Errors: for a seal, whatever keeps the checkpoint from surviving a restart."""
         if isinstance(event, CheckpointSealed):
             self._sealed(event)
         elif isinstance(event, CheckpointEvicted):

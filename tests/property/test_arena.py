@@ -1,4 +1,4 @@
-"""Ranges against a set, and the memory of a device against a model that knows every 256 bytes and every page."""
+"""RangeSet against a set, and the memory of a device against a model that knows every 256 bytes and every page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def runs(members: set[int]) -> list[tuple[int, int]]:
 
 
 class RangesMachine(RuleBasedStateMachine):
-    """Every operation on Ranges, and the same on a set."""
+    """Every operation on RangeSet, and the same on a set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class RangesMachine(RuleBasedStateMachine):
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """MemoryAccounting and its arenas; the model knows which units live, and which pages have memory or are promised it."""
+    """MemoryAccounting and its arenas; the model knows which units live, and which pages have memory or a promise."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -279,7 +279,8 @@ def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected:
     ("said", "devices", "why", "kind"),
     [("cuda", "auto", "may be one of several", ConfigError), ("GPU-aaaa0000", "auto", "one of several", ConfigError),
      ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryConfigError),
-     ("cuda:2", "host,cuda", "is not served", TemporaryConfigError), ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryConfigError),
+     ("cuda:2", "host,cuda", "is not served", TemporaryConfigError),
+     ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryConfigError),
      ("cuda:2", "host,cuda:0,cuda:1", "is not served", ConfigError)],
 )  # fmt: skip
 def test_a_setting_that_names_none_or_several_is_refused(

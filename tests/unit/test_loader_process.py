@@ -365,7 +365,7 @@ def test_a_message_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_question_has_an_answer_of_its_name() -> None:
-    """`Channel.call` goes by the names, and the daemon answers what it does not only hear."""
+    """`LoaderChannel.call` goes by the names, and the daemon answers what it does not only hear."""
     asked = {field.name for field in wire.ToDaemon.DESCRIPTOR.oneofs_by_name["body"].fields}
     answered = {field.name for field in wire.ToLoader.DESCRIPTOR.oneofs_by_name["body"].fields}
     told = dialogue._TOLD | {"verified", "failed", "idle"}

@@ -107,7 +107,7 @@ def desk() -> Desk:
 
 def test_a_sealed_checkpoint_is_kept_before_anybody_hears_of_it(desk: Desk) -> None:
     desk.load("a")
-    assert desk.steps == [("keep its manifest", "a", ()), ("tell Sealed", "a", ())]
+    assert desk.steps == [("keep its manifest", "a", ()), ("tell CheckpointSealed", "a", ())]
     assert desk.resident == [False], "it is there when this is over"
 
 
@@ -128,7 +128,7 @@ def test_an_eviction_is_told_while_names_are_known_and_kept_no_longer_at_its_end
     desk.store.remove(checkpoint, "a", reason)
     removed = reason == "removed"
     assert desk.steps == [
-        ("tell Evicted", "a", ("mine",)),
+        ("tell CheckpointEvicted", "a", ("mine",)),
         ("close manifest", "a", ("mine",)),
         ("no longer kept", "a", () if removed else ("mine",)),
     ]
@@ -140,7 +140,8 @@ def test_the_load_for_which_a_checkpoint_went_hears_of_it_while_its_names_are_kn
     desk.steps.clear()
     load = StoreTransaction(desk.store, "GPU-0", "", 1000)
     assert load.grant(768 << 10, 768 << 10) is None, "its memory is on its way back"
-    assert [what for what, *_ in desk.steps] == ["tell Evicted", "close manifest", "load 2 hears", "no longer kept"]
+    steps = [what for what, *_ in desk.steps]
+    assert steps == ["tell CheckpointEvicted", "close manifest", "load 2 hears", "no longer kept"]
     assert desk.steps[2] == ("load 2 hears", "a", ("mine",)), "so that it can say what went"
 
 
@@ -151,7 +152,7 @@ def test_a_lost_device_is_told_first_and_its_loads_end_last(desk: Desk) -> None:
     desk.residency.on_lost("GPU-0", "it fell off the bus")
     assert [what for what, *_ in desk.steps] == [
         "tell DeviceLost",
-        *["tell Evicted", "close manifest", "no longer kept"] * 2,
+        *["tell CheckpointEvicted", "close manifest", "no longer kept"] * 2,
         "loads on GPU-0 end: device GPU-0: it fell off the bus; load it again",
     ]
     assert [digest for _, digest, _ in desk.steps[1:-1]] == ["a"] * 3 + ["b"] * 3

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class MappedIpcSegments(MappedCudaSegments):
-    """Segments of one attachment; see `segments.Segments`."""
+    """Map the segments of one attachment by CUDA IPC; see `segments.MappedSegments`."""
 
     def __init__(self, uuid: str, wanted: Sequence[SegmentToMap], lease: object) -> None:
         super().__init__(uuid)

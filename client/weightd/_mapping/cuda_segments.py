@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class MappedCudaSegments:
-    """Segments on the GPU of that UUID, which this process may number as it likes, or not see at all."""
+    """Map segments on the GPU of that UUID, which this process may number differently, or not see at all."""
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid

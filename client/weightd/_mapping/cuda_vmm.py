@@ -1,8 +1,8 @@
 """GPU memory shared by CUDA's virtual memory management: imports the daemon's descriptors and maps them read-only.
 
-Who keeps whom: a tensor keeps its `cuda.core.Buffer`, that keeps the `MappedVmmSegments`, which keep the lease. When the last
-buffer is gone the device is synchronised, everything is unmapped, and only then does the lease go: what no lease covers
-may be refilled, and a kernel may still be reading it.
+Who keeps whom: a tensor keeps its `cuda.core.Buffer`, that keeps `MappedVmmSegments`, and they keep the lease. When the
+last buffer is gone the device is synchronised, everything is unmapped, and only then does the lease go: what no lease
+covers may be refilled, and a kernel may still be reading it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class MappedVmmSegments(MappedCudaSegments):
-    """Segments of one attachment, all in one range of addresses; see `segments.Segments`."""
+    """Map the segments of one attachment into one range of GPU addresses; see `segments.MappedSegments`."""
 
     def __init__(self, uuid: str, wanted: Sequence[SegmentToMap], lease: object) -> None:
         super().__init__(uuid)

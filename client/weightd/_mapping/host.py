@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class HostMapping:
-    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
+    """Private mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
 
     Errors: ResourceLimitError (no address space or mapping left), OSError.
     """
@@ -72,7 +72,7 @@ def map_segment(descriptor: int, size: int, lease: object) -> HostMapping:
 
 
 class MappedHostSegments:
-    """Segments in host memory; see `segments.Segments`."""
+    """Map the segments of one attachment in host memory; see `segments.MappedSegments`."""
 
     torch_device = "cpu"
 

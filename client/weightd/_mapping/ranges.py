@@ -24,7 +24,7 @@ _OWN: Final = bytes(bool(flags & (_PRESENT | _SWAPPED)) and not flags & _OF_FILE
 
 
 class MappedRange(NamedTuple):
-    """Attached memory: it lies at these addresses as long as `owner` is there, and what is there later is not it."""
+    """Address range of attached memory. It is valid while `owner` exists; afterwards other memory may lie there."""
 
     address: int
     size: int
@@ -32,7 +32,7 @@ class MappedRange(NamedTuple):
 
 
 class MappedExtents:
-    """The addresses of ranges, in order and joined: whether they hold some bytes is a lookup, however many they are."""
+    """Sorted, joined address ranges of attached memory. `hold` is a lookup, however many ranges there are."""
 
     def __init__(self, ranges: Iterable[MappedRange]) -> None:
         self._starts: list[int] = []

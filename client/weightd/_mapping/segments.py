@@ -12,7 +12,7 @@ Memory = memoryview | Any
 
 
 class SegmentToMap(NamedTuple):
-    """A segment to map: its number in the manifest, its bytes, its descriptor or CUDA IPC handle, and how often.
+    """Segment to map: its number in the manifest, its bytes, its descriptor or CUDA IPC handle, and how often.
 
     `copies` is how many names at most have one address in it: each needs an address of its own.
     """
@@ -24,7 +24,7 @@ class SegmentToMap(NamedTuple):
 
 
 class MappedSegments(Protocol):
-    """Mapped segments. Whatever `buffer` returned keeps what it needs of them, and the lease, until it is gone."""
+    """Segments mapped into the client. Buffers keep alive the mappings that they need, and the lease."""
 
     @property
     def torch_device(self) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ReferencedFile(NamedTuple):
-    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path.
+    """One file of a reference: its component ("" for the checkpoint's own folder), its name in there, its path.
 
     An index has no tensors: it says whose a tensor is that several files of its component have.
     """
@@ -37,7 +37,7 @@ def in_order(sources: Iterable[ReferencedFile]) -> tuple[ReferencedFile, ...]:
 
 
 class OpenedReference:
-    """The opened files of a checkpoint, closed at the end of the `with` block.
+    """The opened files of a reference, closed at the end of the `with` block.
 
     `fds` are read-only descriptors of regular files and `sources` say what each is, in the same order. `reference` is
     what they were found by, for people.

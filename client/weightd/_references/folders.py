@@ -27,7 +27,7 @@ _LISTED: Final = 10
 
 
 class ReferenceRule(NamedTuple):
-    """What one framework calls its weights, and whether it looks for their index before the single file."""
+    """How a reference's weights are found: one framework's file names, and whether an index is looked for first."""
 
     weights: str
     index_first: bool
@@ -46,7 +46,7 @@ DIFFUSERS: Final = ReferenceRule("diffusion_pytorch_model.safetensors", index_fi
 
 
 class ReferenceChoice(NamedTuple):
-    """Weights, and what whoever asked has to know of the choice, a line each."""
+    """The weight files chosen for a reference, and notes for the caller about the choice, a line each."""
 
     sources: tuple[ReferencedFile, ...] = ()
     notes: tuple[str, ...] = ()

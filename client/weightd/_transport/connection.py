@@ -40,7 +40,7 @@ class _Held(NamedTuple):
 
 
 class DaemonConnection:
-    """A connection to the daemon at a path, renewed when it has ended. `timeout` is seconds for each answer."""
+    """A client's connection to the daemon at a path, renewed after its end. `timeout` is seconds for each answer."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError."""

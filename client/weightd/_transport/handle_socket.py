@@ -34,7 +34,7 @@ _BACKLOG_PAUSE_SECONDS = 0.01
 
 
 class ReceivedDescriptors(NamedTuple):
-    """The answer to an attach: descriptors of manifest and lease, and for each segment one or a CUDA IPC handle.
+    """Answer to an attach as received from the socket: descriptors of manifest and lease, and each segment's handle.
 
     The lease is the manifest's descriptor where the daemon or its user has no lease file.
     """
@@ -66,7 +66,7 @@ class ReceivedDescriptors(NamedTuple):
 
 
 class SocketClient:
-    """One connection to a daemon; the token it was given stands for it on the control plane."""
+    """The client's end of one connection to the daemon's handle socket; calls on the control socket carry its token."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path

@@ -29,7 +29,7 @@ class CommandInterruptedError(Exception):
 
 
 class OutputFormat(StrEnum):
-    """Output format of a listing."""
+    """Output format of a command's listing: table or JSON."""
 
     TABLE = "table"
     JSON = "json"
@@ -101,7 +101,7 @@ def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
 
 @dataclass(slots=True)
 class CommandOptions:
-    """Global options of this run; `report` and `trace` follow them."""
+    """Global options of this run of the command; `report` and `trace` follow them."""
 
     socket: str | None = None
     debug: bool = False

@@ -20,7 +20,7 @@ _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "
 
 
 class StdoutClosedError(Exception):
-    """The reader of standard output went away."""
+    """The reader of the command's standard output went away."""
 
 
 def printable(text: str) -> str:

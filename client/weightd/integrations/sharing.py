@@ -32,7 +32,7 @@ _SHOWN = 5
 
 
 class CopiedTensor(NamedTuple):
-    """A tensor of a module that is not on shared memory: its name there, its bytes that are not, and why."""
+    """A tensor of a framework's module that is not on shared memory: its name there, its private bytes, and why."""
 
     name: str
     nbytes: int
@@ -41,7 +41,7 @@ class CopiedTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SharingReport:
-    """What a module has on shared memory and what of it is private. Sizes are bytes; each storage counts once.
+    """Which memory of a framework's module is shared and which is private. Sizes are bytes; each storage counts once.
 
     `buffers` are private by rule, since frameworks write to them; they are in no other figure. `missing` names the
     parameters and buffers that the checkpoint did not have. `writes_seen` is false where the kernel does not tell

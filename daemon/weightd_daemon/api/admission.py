@@ -43,7 +43,7 @@ _NOBODY = "nobody"
 
 
 class AdmittedRpc:
-    """One call that was let in. `most` is how many bytes its request may have."""
+    """One gRPC call that was admitted. `most` is how many bytes its request may have."""
 
     def __init__(self, method: str, most: int, readers: asyncio.Semaphore) -> None:
         self._method = method
@@ -68,7 +68,7 @@ class AdmittedRpc:
 
 
 class RpcAdmission:
-    """Counts the calls under way, by connection and by user."""
+    """Admits gRPC calls: counts those under way, by connection and by user."""
 
     def __init__(self, connections: HandleSocketConnections) -> None:
         self._connections = connections

@@ -44,7 +44,7 @@ _PHASES = {
 
 
 class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
-    """Loads, names, lists and removes checkpoints."""
+    """gRPC service that loads, names, lists and removes checkpoints."""
 
     def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts

@@ -20,7 +20,7 @@ from .error_mapping import Context
 
 
 class GrpcServiceContext(NamedTuple):
-    """The parts of the daemon that calls reach."""
+    """The parts of the daemon that gRPC services reach."""
 
     store: ContentStore
     catalog: Catalog

@@ -21,7 +21,7 @@ LOOK_SECONDS = 1.0
 
 
 class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
-    """Answers for the daemon as a whole."""
+    """gRPC service for the daemon as a whole: version, statistics, events, drain, reclaim."""
 
     def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts

@@ -42,7 +42,7 @@ UNREAD_SECONDS = 60.0
 
 
 class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
-    """Wraps unary and streaming handlers alike, also for errors after the first streamed message.
+    """gRPC interceptor that encodes errors of unary and streaming calls, also after the first streamed message.
 
     Every call is served as a stream in both directions, which looks the same on the wire: so a request is received only
     when `admission` has let the call in, and decoded only when its size is known. When a call has ended, `on_call`

@@ -46,7 +46,7 @@ _SERVICES = tuple(
 
 
 class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
-    """Lists leases."""
+    """gRPC service that lists leases."""
 
     def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts
@@ -63,7 +63,9 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
 
 
 class GrpcServer:
-    """The gRPC server with its services, health and reflection. For `on_call` and `before_answer` see GrpcErrorInterceptor.
+    """The gRPC server with its services, health and reflection.
+
+    For `on_call` and `before_answer` see GrpcErrorInterceptor.
 
     `max_connections` is how many clients there may be, each with one connection.
     """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PreloadConfig:
-    """One checkpoint to load: its reference, and what `weightd load` could say of it.
+    """Entry of the setting `preload`: a checkpoint's reference, and the options that `weightd load` has for it.
 
     With `wait` the daemon is not ready before it is resident. `where` says where this was set.
     """

@@ -53,7 +53,7 @@ def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings, as text, numbers or tuples; `load` has checked them."""
+    """All settings of the daemon, as text, numbers or tuples; `load` has checked them."""
 
     socket: str = _setting(_default_socket, "path of the control socket; the handle socket is in the same directory")
     socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 gives the group access")
@@ -199,7 +199,7 @@ class Settings:
 
 
 class LoadedSettings(NamedTuple):
-    """Settings, and the origin of each value."""
+    """The settings, and the origin of each value."""
 
     settings: Settings
     origins: dict[str, str]

@@ -18,7 +18,7 @@ MOST_BYTES = 1 << 20
 
 
 class ConfigError(Exception):
-    """A setting that cannot be; the message says where it stands.
+    """A setting is invalid; the message says where it stands.
 
     `key` is the setting where the message does not say: where only the daemon could find out, as it began to serve.
     """
@@ -32,7 +32,7 @@ class ConfigError(Exception):
 
 
 class TemporaryConfigError(ConfigError):
-    """What a setting asks for is not there now: a driver, a mount, a file, memory. The next start may find it."""
+    """A setting names a driver, mount, file or memory that is not available now; the next start may find it."""
 
     exit_code = 75
 
@@ -46,7 +46,10 @@ class TemporaryConfigError(ConfigError):
 
 
 class ConfigFile:
-    """A TOML file as it was when it was read. Errors: ConfigError; TemporaryConfigError (it cannot be read)."""
+    """A TOML file of settings, as it was when it was read.
+
+    Errors: ConfigError; TemporaryConfigError (it cannot be read).
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

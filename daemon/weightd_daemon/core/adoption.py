@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class BlobPlace(NamedTuple):
-    """Where a blob lies: a segment of this daemon, and an offset in bytes."""
+    """Placement of a blob: a segment of this daemon, and an offset in bytes."""
 
     segment: int
     offset: int
 
 
 class CheckpointDescription(NamedTuple):
-    """What a manifest says: files, tensors, for each tensor its blob's identity and place (None without bytes)."""
+    """A checkpoint to enter into the store: files, tensors, and each one's blob identity and place (None: no bytes)."""
 
     files: Sequence[ContentFile]
     entries: Sequence[ContentTensor]
@@ -42,7 +42,7 @@ class CheckpointDescription(NamedTuple):
 
 
 class StoreAdoption:
-    """Restores the checkpoints of one device, one after the other. `sizes` are the bytes of its adopted segments."""
+    """Enters an earlier daemon's checkpoints of one device into the store. `sizes` are its adopted segments' bytes."""
 
     def __init__(self, store: ContentStore, sizes: Mapping[int, int]) -> None:
         self._store = store

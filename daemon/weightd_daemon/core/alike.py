@@ -23,7 +23,7 @@ class DuplicateBlobs:
 
 
 class DuplicateCandidates:
-    """What a load knows of one key: a blob to compare with for each variant, and further ones of equal bytes.
+    """Blobs that a new blob may duplicate: for one key, one blob per variant, and further ones of equal bytes.
 
     Sealed blobs of one key are equal if and only if their variants are, so one comparison settles a variant. Made when
     the load first meets the key; what others seal after that is left to the recheck.

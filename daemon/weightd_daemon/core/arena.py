@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Extent(NamedTuple):
-    """Bytes [offset, offset + length) of a segment."""
+    """Bytes [offset, offset + length) of a segment, as the arena allocates them."""
 
     segment: int
     offset: int
@@ -72,7 +72,7 @@ class _Segment:
 
 
 class Arena:
-    """Allocator inside the segments of one device and one sharing domain. Sizes and offsets are bytes."""
+    """Bookkeeping allocator for the segments of one device and one sharing domain. Sizes and offsets are bytes."""
 
     def __init__(self, page: int) -> None:
         self.page = page

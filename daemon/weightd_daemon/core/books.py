@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class BookkeepingMemory:
-    """The books of all devices: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
+    """Memory of the daemon's own books: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit

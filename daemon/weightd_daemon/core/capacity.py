@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CapacityEstimate(NamedTuple):
-    """Bytes of a device as a load sees them: budget, free (holes included), evictable (what it would get back).
+    """Budget, free bytes (holes included) and evictable bytes, as eviction for one load counts them.
 
     And what only pins keep, what leases keep, the largest piece that could be had, evictable bytes included, and what
     the device itself has free, if that is known.

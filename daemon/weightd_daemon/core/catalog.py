@@ -45,7 +45,7 @@ def check_reference(reference: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class CatalogTag:
-    """What a name points to, and whose it is."""
+    """The checkpoint that a name points to, and the name's owner."""
 
     content_digest: str
     owner: int | None
@@ -54,7 +54,7 @@ class CatalogTag:
 
 
 class Catalog:
-    """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
+    """Checkpoint names by sharing domain. A name is a tag: it can move to new content while leases keep the old.
 
     One that was chosen outlives an eviction or a loss: nobody else can take it then, and loading the content again
     brings it back. `changed` is told after every change of a name, a pin or another mark of a checkpoint, `on_event` of

@@ -32,7 +32,7 @@ _MOST_IN_RUN = 1000
 
 
 class CheckpointKey(NamedTuple):
-    """A content is resident once per device and sharing domain."""
+    """Identity of a checkpoint: its content is resident once per device and sharing domain."""
 
     device: str
     domain: str
@@ -53,7 +53,7 @@ class _ContentTally(NamedTuple):
 
 @dataclass(frozen=True)
 class Content:
-    """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
+    """Content of a checkpoint: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
     content_digest: str
     files: tuple[ContentFile, ...]
@@ -87,7 +87,7 @@ class Content:
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
-    """A sealed checkpoint. Times are seconds since the epoch; `owner` is the uid that loaded it first."""
+    """State of a sealed checkpoint. Times are seconds since the epoch; `owner` is the uid that loaded it first."""
 
     key: CheckpointKey
     components: dict[str, list[Blob]]
@@ -111,10 +111,10 @@ class Checkpoint:
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
     runs: list[tuple[Extent, list[Blob]]] = field(default_factory=list)
-    """As in Tally."""
+    """As in _ContentTally."""
     manifest_bytes: int = 0
     exclusive: int = 0
-    """Its exclusive bytes as last counted (Store.exclusive_bytes)."""
+    """Its exclusive bytes as last counted (ContentStore.exclusive_bytes)."""
     counted: int = -1
     """When that was: how often a checkpoint had come or gone by then."""
 
@@ -167,7 +167,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class LostCheckpoint:
-    """What is left of a checkpoint whose device lost its memory: a record, until it is loaded again or removed."""
+    """Record of a checkpoint whose device lost its memory, until it is loaded again or removed."""
 
     checkpoint: Checkpoint
     reason: str

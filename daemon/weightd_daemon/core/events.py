@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSealed:
-    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest.
+    """Core event: a checkpoint is about to become resident. `manifest` is what the sealing load has made of it.
 
     `by` asked for the load, under a name that may be empty.
     """
@@ -32,7 +32,7 @@ class CheckpointSealed:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointEvicted:
-    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
+    """Core event: a checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
 
     `load` is the number of the load that needed its room; 0 where none did. `by` asked for that load,
     and is not said to another sharing domain, or removed the checkpoint.
@@ -46,7 +46,7 @@ class CheckpointEvicted:
 
 @dataclass(frozen=True, slots=True)
 class LoadBegun:
-    """A load was asked for; `name` may be empty."""
+    """Core event: a load was requested; `name` may be empty."""
 
     load: int
     peer: LeasePeer
@@ -57,7 +57,7 @@ class LoadBegun:
 
 @dataclass(frozen=True, slots=True)
 class LoadEnded:
-    """A load is over. `reason` is "OK", "CANCELLED" or that of its error; only one that went well has figures."""
+    """Core event: a load is over. `reason` is "OK", "CANCELLED" or its error's; figures only if it succeeded."""
 
     begun: LoadBegun
     reason: str
@@ -75,7 +75,7 @@ class LoadEnded:
 
 @dataclass(frozen=True, slots=True)
 class LoadAnswered:
-    """A load was answered from memory, for its files are resident; `name` is what it has given, and may be empty."""
+    """Core event: a load was answered from resident content. `name` is the name that it set; may be empty."""
 
     checkpoint: Checkpoint
     peer: LeasePeer
@@ -84,7 +84,7 @@ class LoadAnswered:
 
 @dataclass(frozen=True, slots=True)
 class CatalogNameChanged:
-    """A name points to a content now: to none if it was dropped. `previous` is what it pointed to; empty if nothing."""
+    """Core event: a name points to a content, or to none if it was dropped. `previous` is empty if it was new."""
 
     domain: str
     name: str
@@ -95,7 +95,7 @@ class CatalogNameChanged:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLost:
-    """A device has lost its memory, and every checkpoint on it; those are told of one by one."""
+    """Core event: a device has lost its memory with all checkpoints on it, each of which has its own event."""
 
     device: str
     reason: str
@@ -103,7 +103,7 @@ class DeviceLost:
 
 @dataclass(frozen=True, slots=True)
 class DrainChanged:
-    """The daemon is "draining" or "drained", or "undrained" again."""
+    """Core event: the daemon is "draining" or "drained", or "undrained" again."""
 
     state: str
 

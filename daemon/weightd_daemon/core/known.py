@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class KnownBlobs:
-    """What the open load of that number knows of each key that it has met, and of each blob that it has placed."""
+    """Blobs that one open load has met, by key, and those that it has placed, for deduplication."""
 
     def __init__(self, blobs: BlobTable, load: int) -> None:
         self._blobs = blobs

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, unsafe_hash=True)
 class LeasePeer:
-    """A process at the other end of a connection: its number, process ID (None if unknown), user, command line.
+    """Process to which leases and loads belong: its connection's number, process ID (None if unknown), user, command.
 
     `uid` is None for a peer without an identity. `command` alone may change: to read it can take a while.
     """
@@ -37,7 +37,7 @@ NOBODY = LeasePeer(connection=0, pid=None, uid=None, command="")
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One hold on one checkpoint since `since` (seconds since the epoch).
+    """Record of one process's hold on one checkpoint since `since` (seconds since the epoch).
 
     A *waiting* lease keeps a finished load for somebody who has not attached yet; it has no lock and ends by word.
     """
@@ -51,14 +51,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseBegun:
-    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
+    """Core event: a lease was taken. Waiting leases have none: nobody has mapped anything."""
 
     lease: Lease
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseEnded:
-    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
+    """Core event: a lease is struck out, because its lock was found gone or its checkpoint was lost."""
 
     lease: Lease
 
@@ -77,7 +77,7 @@ _COST_OF_END = 8
 
 
 class LeaseTable:
-    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
+    """Bookkeeping of all leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
 
     What is taken and struck out, but for waiting leases, is told to `on_event`; `forget` gets the number of each lease
     that is struck out. While `draining` none is taken.

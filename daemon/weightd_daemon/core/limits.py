@@ -21,7 +21,10 @@ _ADVICE = {
 
 @dataclass(slots=True)
 class UserLimits:
-    """The most of each for one user; 0 is no limit. Each is the setting `max_user_` and its name."""
+    """Maximum of names, leases and bytes that the books allow one user; 0 is no limit.
+
+    Each is the setting `max_user_` and its name.
+    """
 
     leases: int = 0
     bytes: int = 0

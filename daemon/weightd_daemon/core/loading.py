@@ -32,20 +32,15 @@ AT_ONCE = 1000
 
 
 class StoreTransaction:
-    """One open load, from its beginning to `end`. `by` asked for it, under a name that may be empty.
+    """Transaction of one open load on the store, until `end`. `by` asked for it, under a name that may be empty.
 
     When its device loses its memory, each call but `end` raises DeviceError from then on. Sizes are bytes.
     """
 
     def __init__(
-        self,
-        store: ContentStore,
-        device: str,
-        domain: str,
-        owner: int | None,
-        by: LeasePeer | None = None,
+        self, store: ContentStore, device: str, domain: str, owner: int | None, by: LeasePeer | None = None,
         name: str = "",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Begin a load on a device, in a sharing domain. Errors: NotFoundError (no such device)."""
         self.number = store.begin_load(device)
         self._store = store
@@ -131,7 +126,8 @@ class StoreTransaction:
     def grant(self, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """Memory for the load: up to `want`, at least `need` bytes; evicts if that is the only way and would do.
 
-        None while memory is on its way back: call again then. For `ends` see MemoryAccounting.grant. Errors: CapacityError.
+        None while memory is on its way back: call again then. For `ends` see MemoryAccounting.grant.
+        Errors: CapacityError.
         """
         self._check()
         memory = self._memory

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class Evictor:
-    """Makes room for the load of that number at its place, a device and a sharing domain. `by` asked for the load.
+    """Evicts least recently used checkpoints until an open load fits.
+
+    `place` is the load's device and sharing domain; `by` asked for the load.
 
     `full` is everywhere what the device said, if it has refused memory.
     """

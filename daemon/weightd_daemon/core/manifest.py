@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ContentFile(NamedTuple):
-    """A source file's place in the checkpoint, with its own metadata (None where it has none)."""
+    """Source file as a checkpoint's content records it, with its own metadata (None where it has none)."""
 
     component: str
     file: str
@@ -24,7 +24,7 @@ class ContentFile(NamedTuple):
 
 
 class ContentTensor(NamedTuple):
-    """A tensor of a checkpoint: `file` indexes the manifest's files, `length` is bytes."""
+    """Tensor as a checkpoint's content records it: `file` indexes the content's files, `length` is bytes."""
 
     component: str
     name: str

@@ -1,8 +1,8 @@
 """The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
 Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
-*reclaims* (`Punch`, `Release`), which somebody else carries out and reports done. Until then it counts as used,
-so used_bytes never passes the budget.
+*reclaims* (`ExtentReclaim`, `SegmentReclaim`), which somebody else carries out and reports done. Until then it counts
+as used, so used_bytes never passes the budget.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SMALLEST_PIECE = 4 << 20
 
 
 class ArenaHoles(NamedTuple):
-    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+    """Free bytes inside an arena's populated segments: those that only its domain can use, and those that any load can.
 
     The latter can go back to the system: whole segments, and single pages where segments are sparse.
     """
@@ -38,7 +38,7 @@ class ArenaHoles(NamedTuple):
 
 
 class MemoryAccounting:
-    """Books of one device.
+    """Pure bookkeeping of one device's memory: arenas, budget, promises, and what is being given back.
 
     `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of a checkpoint: `length` is bytes, `identity` what equal bytes have in common (None: nothing)."""
+    """Tensor in a sharing plan: `length` is bytes, `identity` what equal bytes have in common (None: nothing)."""
 
     component: str
     name: str
@@ -72,7 +72,9 @@ class _PlannedPair:
 
 @dataclass(frozen=True, slots=True)
 class SharingPlan:
-    """All of it, in bytes. Checkpoints come in the order given, components by name, pairs that share the biggest first.
+    """Bytes that checkpoints would share if all were resident.
+
+    Checkpoints come in the order given, components by name, pairs that share the biggest first.
 
     `total_bytes` is what the tensors take without sharing, `unique_bytes` with it.
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
+    """On whose behalf the core acts: a uid (None: no identity), whether it is an admin, and its sharing domain."""
 
     uid: int | None
     admin: bool

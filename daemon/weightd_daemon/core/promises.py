@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class PromisedMemory:
-    """Promised bytes by load, each in its sharing domain."""
+    """Bookkeeping of the bytes promised to open loads, each in its sharing domain."""
 
     def __init__(self) -> None:
         self._promised: dict[int, tuple[str, int]] = {}

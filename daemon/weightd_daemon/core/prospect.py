@@ -36,7 +36,7 @@ class _Segment:
 
 
 class EvictionTrial:
-    """Frees bytes on paper, takes them back, and says what a load could get then. The books stay as they are.
+    """Simulates an eviction: frees bytes on paper and says what a load could get then. The books stay as they are.
 
     `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
     A step takes time in proportion to the logarithm of the free ranges of its segment; on a device that is not sparse

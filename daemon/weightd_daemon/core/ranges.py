@@ -26,7 +26,7 @@ class RangeSet:
         return len(self._starts)
 
     def __repr__(self) -> str:
-        return f"Ranges({list(self)})"
+        return f"RangeSet({list(self)})"
 
     def copy(self) -> RangeSet:
         """An independent set with the same ranges."""

@@ -12,7 +12,7 @@ _MOST_USERS = 1024
 
 
 class UserRateLimit:
-    """Each user may do `burst` at once, and `per_second` in the long run. `now` returns seconds."""
+    """Token bucket per user: `burst` at once, and `per_second` in the long run. `now` returns seconds."""
 
     def __init__(self, now: Callable[[], float], *, burst: int, per_second: float) -> None:
         self._now = now

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ExtentReclaim:
-    """Give the pages of a free extent back to the system."""
+    """Queued request of the books: give the pages of a free extent back to the system."""
 
     domain: str
     extent: Extent
@@ -24,19 +24,19 @@ class ExtentReclaim:
 
 @dataclass(frozen=True, slots=True)
 class SegmentReclaim:
-    """Give a whole segment back to the system."""
+    """Queued request of the books: give a whole segment back to the system."""
 
     segment: int
     size: int
     losses: int = field(default=0, compare=False)
-    """As in Punch."""
+    """As in ExtentReclaim."""
 
 
 Reclaim = ExtentReclaim | SegmentReclaim
 
 
 class BlobFreeQueue:
-    """Blobs that are freed in steps, for they are many, of one device. `kick` is told when there is something to do."""
+    """Blobs of evicted checkpoints that are freed in steps, for they are many. `kick` is called when there are any."""
 
     def __init__(self, kick: Callable[[], None]) -> None:
         self._kick = kick

@@ -1,6 +1,6 @@
 """The store: blobs by content, and the checkpoints that refer to them. LAWS.md lists the laws of memory.
 
-A checkpoint comes and goes in `Store` alone, and a blob changes its state in `Blobs` alone. Loads (loading.py) and
+A checkpoint comes and goes in `ContentStore` alone, and a blob changes its state in `BlobTable` alone. loading.py, and
 adoption.py, which fills an empty store, call these two. The store touches no memory: memory that can go is queued
 (memory.py). Events tell of changes.
 """
@@ -31,7 +31,7 @@ FREED_AT_ONCE = 2000
 
 
 class ContentStore:
-    """Books of all devices. Times are seconds since the epoch, sizes are bytes."""
+    """The books of blobs, checkpoints and leases on all devices. Times are seconds since the epoch, sizes are bytes."""
 
     def __init__(self, *, leases: LeaseTable, on_event: Callable[[Event], None]) -> None:
         self.leases = leases

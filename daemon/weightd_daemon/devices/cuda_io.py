@@ -57,7 +57,7 @@ class _Errors:
 
 
 class CudaSegmentIO:
-    """Segments of one GPU (see devices/segment_io.py), by VMM descriptors or by handles of CUDA IPC."""
+    """Reads and writes one GPU's segments (see devices/segment_io.py), by VMM descriptors or CUDA IPC handles."""
 
     def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> None:
         """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError."""

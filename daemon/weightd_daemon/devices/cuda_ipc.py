@@ -43,7 +43,7 @@ _END_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class CudaHolderContext:
-    """What holders need of the daemon: its loop; whom to tell (UUID, reason) of a loss; descriptors to inherit.
+    """What a GPU's holder process needs of the daemon: its loop, a loss callback, descriptors to inherit.
 
     A holder inherits a lock, so that no daemon starts while the memory of the one before is still taken.
     """
@@ -60,7 +60,7 @@ class _Segment(NamedTuple):
 
 
 class CudaIpcDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it.
+    """A GPU whose memory is shared by CUDA IPC (see devices/device.py). `ordinal` is this process's number of it.
 
     Made and used on the main thread: a holder's death signal is tied to the thread that starts it.
     """

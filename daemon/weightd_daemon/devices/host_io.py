@@ -45,7 +45,7 @@ class _HostBuffer:
 
 
 class HostSegmentIO:
-    """Segments as memfds (see devices/segment_io.py). Nothing is asynchronous here."""
+    """Reads and writes host memory's segments, memfds (see devices/segment_io.py). Nothing is asynchronous here."""
 
     def __init__(self, segments: Mapping[int, DeviceSegment], *, by_mapping: bool | None = None) -> None:
         self._segments = segments

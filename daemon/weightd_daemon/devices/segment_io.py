@@ -13,14 +13,14 @@ PIECE = 1 << 20
 
 
 class DeviceStagingBuffer(Protocol):
-    """PIECE bytes of this process's memory, page-aligned."""
+    """Page-aligned buffer of PIECE bytes from which memory is copied to a device."""
 
     view: memoryview
     address: int
 
 
 class DeviceStaging(Protocol):
-    """One thread's buffers and copies. After an error of a copy only `close` may be called."""
+    """One thread's buffers and copies to and from a device. After an error of a copy only `close` may be called."""
 
     def acquire(self) -> DeviceStagingBuffer:
         """A buffer for the caller's use, until it is written or put back; waits for a copy where all are taken."""
@@ -42,7 +42,7 @@ class DeviceStaging(Protocol):
 
 
 class DeviceSegmentIO(Protocol):
-    """Access to segments of one device, opened as they are first used."""
+    """Reads and writes the segments of one device, which are opened as they are first used."""
 
     def staging(self) -> DeviceStaging:
         """Buffers for one thread: at least three."""

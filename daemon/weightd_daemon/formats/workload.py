@@ -37,7 +37,7 @@ _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 
 
 class WorkloadFormatTensor(NamedTuple):
-    """A described tensor; `length` is bytes. Equal bytes are equal in `content`, `dtype` and `shape`."""
+    """A tensor in a workload file; `length` is bytes. Equal bytes are equal in `content`, `dtype` and `shape`."""
 
     name: str
     dtype: str

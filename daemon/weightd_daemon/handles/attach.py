@@ -80,7 +80,10 @@ def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class IssuedHandles:
-    """What goes to the client. The descriptors of `locked` are to be closed when they have been sent."""
+    """Answer to an attach request: the handles that go to the client.
+
+    The descriptors of `locked` are to be closed when they have been sent.
+    """
 
     lease: int
     checkpoint: Checkpoint
@@ -91,7 +94,7 @@ class IssuedHandles:
 
 
 class AttachHandler:
-    """Answers attach requests out of the books."""
+    """Handles attach requests of the handle socket: takes leases and issues descriptors of manifests and segments."""
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ _COMMAND_THREADS = 4
 
 @dataclass(eq=False, slots=True)
 class HandleSocketConnection:
-    """One client's connection on the handle socket.
+    """The daemon's end of one client's connection on the handle socket.
 
     `uid` is None where the peer has no identity here, `pid` where its process is outside of our PID namespace.
     """
@@ -66,7 +66,7 @@ class HandleSocketConnection:
 
 
 class HandleSocketConnections:
-    """All connections, and the rules of who may do what."""
+    """All connections on the handle socket, and the rules of who may do what."""
 
     def __init__(self, *, isolated: bool, admins: frozenset[int]) -> None:
         self._isolated = isolated

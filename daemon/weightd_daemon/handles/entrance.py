@@ -37,7 +37,7 @@ REFUSAL_PAUSE_SECONDS = 0.005
 
 
 class HandleSocketEntrance:
-    """Accepts connections, and hands those that are let in to `enter`. `opened` says how many are open."""
+    """Accepts connections on the handle socket and passes admitted ones to `enter`. `opened` counts open ones."""
 
     def __init__(self, enter: Callable[[socket.socket], None], opened: Callable[[], int], max_connections: int) -> None:
         self.max_connections = max_connections

@@ -49,7 +49,7 @@ class _ProtocolError(Exception):
 
 
 class HandleServer:
-    """Listens, and keeps one `_Conversation` per connection. Everything runs on the loop's thread.
+    """Serves the handle socket, one `_Conversation` per connection. Everything runs on the loop's thread.
 
     When an attach was answered, `on_attach` hears with what gRPC code, and the seconds that it took.
     """
@@ -122,7 +122,7 @@ class _Conversation:
         self._guard(self._serve_frame)
 
     def _receive(self) -> handles_pb2.HandleRequest | None:
-        """The next frame; None where the peer has left. Errors: ProtocolError, DecodeError, OSError."""
+        """The next frame; None where the peer has left. Errors: _ProtocolError, DecodeError, OSError."""
         data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
         if not data:
             return None

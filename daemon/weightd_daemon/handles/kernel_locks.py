@@ -18,7 +18,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 
 class HandleLocksUnclearError(Exception):
-    """The locks on a file cannot be told apart."""
+    """The lease locks on a file that was handed to clients cannot be told apart."""
 
 
 def lock_byte(file: int, at: int) -> int:
@@ -44,7 +44,7 @@ def first_lock(file: int, start: int, end: int) -> tuple[int, int] | None:
 def locked_bytes(file: int, start: int, end: int) -> list[int]:
     """Each locked byte from `start` to before `end`, ascending.
 
-    Errors: HandleLocksUnclearError (a lock on more than one byte hides those that lie under it; or there are very many).
+    Errors: HandleLocksUnclearError (a lock on more than one byte hides those under it; or there are very many).
     """
     found: list[int] = []
     spans = [(start, end)]

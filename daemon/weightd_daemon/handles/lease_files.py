@@ -42,7 +42,7 @@ _PAUSE_SECONDS = 60.0
 
 
 class HandleLeaseOwner(NamedTuple):
-    """Whose leases a file has: a user (None: peers without an identity), on checkpoints of one domain."""
+    """Whose leases a lease file has: a user (None: peers without an identity), on checkpoints of one domain."""
 
     uid: int | None
     domain: str
@@ -78,7 +78,7 @@ class _Storage(Protocol):
 
 
 class HandleLeaseFiles:
-    """The lease files of all users, which outlive the daemon from `store_in` on."""
+    """Lease files of all users, handed to clients to lock. They outlive the daemon from `store_in` on."""
 
     def __init__(self) -> None:
         self._storage: _Storage | None = None

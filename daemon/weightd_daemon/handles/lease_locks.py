@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LockedHandles(NamedTuple):
-    """Descriptors for a client, which the caller closes: of a manifest, and of its lease where that is another one."""
+    """Handles for a client, which the caller closes: descriptors of a manifest, and of its lease file if it has one."""
 
     manifest: int
     lease: int | None
@@ -34,7 +34,7 @@ class LockedHandles(NamedTuple):
 
 
 class HandleLeaseLocks:
-    """The locks of all leases: on lease files, or on manifests.
+    """Kernel locks on the descriptors handed to clients: each is a lease, on a lease file or on a manifest.
 
     On manifests are those of clients that know no other (0.1), of users for whom no lease file could be made, and of
     admins on checkpoints of other users. What else a client locks on a manifest counts for nothing but these.

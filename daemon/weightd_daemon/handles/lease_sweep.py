@@ -24,7 +24,7 @@ SHORTEST_PAUSE_SECONDS = 0.01
 
 
 class HandleLeaseSweep:
-    """Looks at all leases in turn, a step at a time, and removes lease files that nobody needs any more."""
+    """Checks the locks of all leases in turn, a step at a time, and removes lease files that are no longer needed."""
 
     def __init__(self, leases: LeaseTable, files: HandleLeaseFiles) -> None:
         self._leases = leases

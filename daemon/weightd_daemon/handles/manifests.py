@@ -20,7 +20,7 @@ LOCK_BASE = 1 << 40
 
 
 class ManifestHandles:
-    """The manifests of all resident checkpoints, and the locks on them.
+    """Manifests of all resident checkpoints as descriptors to hand out, and the locks on them.
 
     `before_lock` is told the number of each lease before its lock is put on a manifest.
     """

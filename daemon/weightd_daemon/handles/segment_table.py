@@ -20,7 +20,9 @@ _NO_SEGMENT = (1 << 32) - 1
 
 
 class HandleSegmentTable:
-    """Segments by component, and by the hash of a tensor's component and name. They go by their place in the manifest.
+    """Which segments' handles a client needs: segments by component, and by hash of component and tensor name.
+
+    Segments go by their place in the manifest.
 
     It takes 12 bytes a tensor. Two tensors of one hash get each other's segment as well, and a name that the checkpoint
     lacks may, once in 2^64 times, have the hash of one that it has. The client has the names, and sees what is missing.

@@ -38,17 +38,17 @@ Where descriptors did not come in, those that are still on their way would be ta
 """
 
 
-class LoaderChannelClosedError(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
-    """The daemon closed the channel."""
+class LoaderChannelClosedError(Exception):  # a fact, not an error: the daemon hung up
+    """The daemon closed the loader's channel."""
 
 
 class LoaderChannel:
-    """Blocking calls to the daemon, from any thread: one call at a time, answered in order.
+    """The loader's blocking calls to the daemon, from any thread: one call at a time, answered in order.
 
     Once something could not be received, nothing is received any more: a descriptor that is still on its way would be
     taken for one of a later message, and its memory written to. `receive` and `call` raise the first error from then
     on, in every thread. Once a message was sent in part, nothing is sent any more: the daemon would read the next one
-    from the middle of it. `tell` and `call` raise Gone from then on.
+    from the middle of it. `tell` and `call` raise LoaderChannelClosedError from then on.
     """
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
@@ -70,7 +70,7 @@ class LoaderChannel:
     def receive(self, asked: str | None = None) -> wire.ToLoader:
         """Return the next message: the answer to what was `asked`, or an error, if that is said.
 
-        Errors: Gone, ResourceLimitError (this process cannot take its segments), ServerError.
+        Errors: LoaderChannelClosedError, ResourceLimitError (this process cannot take its segments), ServerError.
         """
         with self._breaking():
             message = self._receive()
@@ -137,7 +137,10 @@ class LoaderChannel:
         raise limit or ServerError(f"{what}: {len(received)} descriptors{more} came where {count} were said to come")
 
     def send(self, message: wire.ToDaemon) -> None:
-        """Send a message that has no answer. Errors: Gone, ServerError (it is too long; nothing was sent)."""
+        """Send a message that has no answer.
+
+        Errors: LoaderChannelClosedError, ServerError (it is too long; nothing was sent).
+        """
         frame = framed(message)
         with self._sending:
             if self._cut:

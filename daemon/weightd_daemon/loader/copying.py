@@ -51,7 +51,7 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
 
 
 class LoaderCopier:
-    """Deals with every tensor of a load on a few threads. `digests` are known when everything was hashed before."""
+    """Copies a load's tensors into segments on a few threads. `digests` are known if all was hashed before."""
 
     def __init__(
         self,

@@ -33,7 +33,7 @@ _LANE_BYTES = 64 << 20
 
 
 class LoaderTensor(NamedTuple):
-    """A tensor to deal with: its number in the load, its file, where it lies there, and its group's first number."""
+    """A tensor for the loader to read: its number in the load, its file, its place there, its group's first number."""
 
     number: int
     file: int
@@ -42,7 +42,7 @@ class LoaderTensor(NamedTuple):
 
 
 class LoaderUnit(NamedTuple):
-    """What a thread takes at a time: one tensor, or neighbours in one file that together fill at most a piece."""
+    """Work of a loader thread at a time: one tensor, or neighbours in one file that together fill at most a piece."""
 
     file: int
     tensors: tuple[LoaderTensor, ...]

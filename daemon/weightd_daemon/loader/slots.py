@@ -21,7 +21,7 @@ _KEPT = 32
 
 
 class LoaderSlot(NamedTuple):
-    """`size` bytes at `offset` of a segment."""
+    """Where the loader writes one tensor: `size` bytes at `offset` of a segment."""
 
     segment: int
     offset: int
@@ -34,7 +34,7 @@ class LoaderSlot(NamedTuple):
 
 
 class LoaderSlotRow:
-    """Tensors of `size` bytes that are to lie one behind the other, unless it turns out that they are `apart`."""
+    """Tensors that the loader puts side by side, of `size` bytes in all, unless they turn out to be `apart`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -43,7 +43,7 @@ class LoaderSlotRow:
 
 
 class LoaderSlots:
-    """Bump allocation in granted extents; a slot given back is used again by the next tensor that it fits.
+    """Bump allocation in the extents granted to the loader; a slot given back goes to the next tensor that it fits.
 
     `sizes` are the bytes of what is to stay in one piece, in order: a unit, or the units of a group. What is asked for
     ends where one of these ends, so that no extent keeps a tail that the next does not fit into.

@@ -46,7 +46,7 @@ def _is_local(descriptor: int) -> bool:
 
 
 class LoaderSource:
-    """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error.
+    """Source file opened by the loader. Every read is checked: a file that shrinks or changes meanwhile is an error.
 
     One of at most `hold` bytes is read whole as it is made: it is `held`, and needs its descriptor no longer.
     """

@@ -49,7 +49,7 @@ _AT_ONCE = 2000
 
 
 class LoadDialogue:
-    """Serves one job of a loader from beginning to seal. Errors of the job are raised from `serve`."""
+    """The daemon's side of one load: serves a loader's job up to the seal. `serve` raises the job's errors."""
 
     def __init__(
         self,

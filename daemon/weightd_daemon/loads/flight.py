@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class InFlightLoad:
-    """A load under way, and those who wait for it."""
+    """A load under way, and the requests that wait for it."""
 
     def __init__(self, request: LoadRequest, intake: int) -> None:
         self.request = request

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class LoadedInstance(NamedTuple):
-    """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
+    """A tensor's place in a file that was loaded, and the very blob that held its bytes when the file was read."""
 
     offset: int
     length: int
@@ -21,7 +21,7 @@ class LoadedInstance(NamedTuple):
 
 
 class LoadedInstanceIndex(Protocol):
-    """The digest index (persistence/digest_index.py)."""
+    """Interface by which loads look up tensors of files loaded before (persistence/digest_index.py)."""
 
     async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
         """What is known of a file; empty when nothing is."""

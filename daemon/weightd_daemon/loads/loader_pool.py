@@ -19,7 +19,10 @@ LEAVE_SECONDS = 5.0
 
 
 class LoadProcessPool:
-    """Lends loaders, one job at a time. `inherited` are descriptors that each of them keeps open."""
+    """The daemon's pool of processes for loads, lent one job at a time.
+
+    `inherited` are descriptors that each of them keeps open.
+    """
 
     def __init__(self, argv: Sequence[str], inherited: Sequence[int]) -> None:
         self._argv = argv

@@ -30,12 +30,15 @@ log = logging.getLogger(__name__)
 DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
 
 
-class LoadProcessDiedError(Exception):  # noqa: N818  # a fact that the caller turns into the load's error
-    """The process ended in the middle of a job."""
+class LoadProcessDiedError(Exception):  # a fact that the caller turns into the load's error
+    """The process that executes a load ended in the middle of a job."""
 
 
 class LoadProcess:
-    """One loader. Made with `spawn` on the main thread: its death signal is tied to the thread that starts it."""
+    """The daemon's side of a process that executes loads.
+
+    Made with `spawn` on the main thread: its death signal is tied to the thread that starts it.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, descriptors: socket.socket) -> None:
         self._process = process
@@ -118,8 +121,8 @@ class LoadProcess:
     async def send(self, message: wire.ToLoader, segments: Iterable[DeviceSegment] = ()) -> None:
         """Send a message, and list in it those of the segments that the loader has not seen yet.
 
-        Errors: LoadProcessDiedError, ResourceLimitError (too many descriptors are on their way), ServerError (the message is too
-        long); it is to be killed then.
+        Errors: LoadProcessDiedError, ResourceLimitError (too many descriptors are on their way), ServerError (the
+        message is too long); it is to be killed then.
         """
         fresh = {segment.number: segment for segment in segments if segment.number not in self._seen}.values()
         self._seen.update(segment.number for segment in fresh)

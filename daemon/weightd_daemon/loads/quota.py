@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LoadQuota:
-    """Admits loads, first by their figures, before anything is read, and again by their content."""
+    """Admits loads within a user's quota: by their figures before anything is read, and again by their content."""
 
     def __init__(self, store: ContentStore, catalog: Catalog, limits: UserLimits) -> None:
         self._store = store

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class LoadGroups(NamedTuple):
-    """Groups of tensors as they came: how many each has, and the tensors of all. Packed, for a load may wait long."""
+    """Groups of tensors in a load's request: each one's size, and all tensors. Packed, as a load may wait long."""
 
     sizes: Sequence[int]
     tensors: Sequence[int]
@@ -28,7 +28,7 @@ NO_GROUPS = LoadGroups((), ())
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else;
+    """One client's request for a load. `name_is_default` drops the name, without an error, if another user owns it;
     `reference` is for people.
     """
 
@@ -48,7 +48,7 @@ class LoadRequest:
 
 @dataclass(slots=True)
 class LoadStatus:
-    """How far a load is; `phase` is "opening", "hashing" or "copying"."""
+    """Progress of a load; `phase` is "opening", "hashing" or "copying"."""
 
     phase: str = "opening"
     done: int = 0
@@ -56,7 +56,7 @@ class LoadStatus:
 
 
 class LoadOutcome(NamedTuple):
-    """What a load brought, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
+    """Result of a load, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
 
     content_digest: str
     tensors: int
@@ -73,7 +73,7 @@ class LoadOutcome(NamedTuple):
 
 
 class LoadManifestDraft(Protocol):
-    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
+    """Interface of the manifest of a load that is not sealed yet (persistence/descriptor_store.py)."""
 
     @property
     def size(self) -> int:

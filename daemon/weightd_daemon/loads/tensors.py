@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class LoadTensors:
-    """Columns of one row a tensor, in the order of their numbers; a blob is None until there is one. Sizes are bytes.
+    """Table of a load's tensors, in the order of their numbers; a blob is None until there is one. Sizes are bytes.
 
     `instances`, `contents` and `content` go through all of them: they are for a thread, while nothing changes here.
     """

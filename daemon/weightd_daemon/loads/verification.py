@@ -34,7 +34,7 @@ BATCH = 10_000
 
 
 class LoadVerification:
-    """How one verification gets on. A reader sees the newest figures when it looks, and may look as slowly as it likes.
+    """Progress of a check, by a loader, of what was loaded. Its reader sees the newest figures, at any pace.
 
     `done` has the numbers of the blobs that differ, or the error. `chosen` is what is verified, once its turn has come.
     """
@@ -71,11 +71,11 @@ class LoadVerification:
 
 
 class LoadVerifications:
-    """Begins verifications. Each has one of its user's turns, and with that leases, until its work is over."""
+    """Starts checks of what was loaded, in loader processes. Each has a turn of its user, and leases, until it ends."""
 
     def __init__(
-        self, *, store: ContentStore, devices: dict[str, Device], pool: LoadProcessPool, fair_queue: LoadQueue, quota: LoadQuota,
-        now: Callable[[], float],
+        self, *, store: ContentStore, devices: dict[str, Device], pool: LoadProcessPool, fair_queue: LoadQueue,
+        quota: LoadQuota, now: Callable[[], float],
     ) -> None:  # fmt: skip
         self._store = store
         self._devices = devices

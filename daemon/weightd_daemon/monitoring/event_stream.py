@@ -60,7 +60,7 @@ class _StreamedEvent(NamedTuple):
 
 
 class MonitoringEventReader:
-    """One who follows. `recent` is what was remembered when it came."""
+    """One subscriber to the event stream. `recent` are the events remembered when it subscribed."""
 
     def __init__(self, who: Principal, remembered: Iterable[_StreamedEvent], rate: UserRateLimit) -> None:
         self.recent = [streamed.message for streamed in remembered if streamed.is_for(who)]
@@ -113,7 +113,7 @@ class MonitoringEventReader:
 
 
 class MonitoringEventStream:
-    """Listens to everything, and hands it to its readers."""
+    """Keeps the most recent events and streams new ones to those who watch."""
 
     def __init__(self, *, store: ContentStore, catalog: Catalog, now: Callable[[], float]) -> None:
         self._store = store

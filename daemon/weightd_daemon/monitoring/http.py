@@ -23,7 +23,7 @@ TEXT = "text/plain; charset=utf-8"
 
 
 class MonitoringPage(NamedTuple):
-    """An answer."""
+    """HTTP answer to a monitor."""
 
     status: HTTPStatus
     body: bytes
@@ -31,7 +31,7 @@ class MonitoringPage(NamedTuple):
 
 
 class MonitoringServer:
-    """Serves pages by their paths; each is made when it is asked for."""
+    """HTTP server for monitors: serves pages by path, each made when it is requested."""
 
     def __init__(self, pages: Mapping[str, Callable[[], MonitoringPage]]) -> None:
         self._pages = pages

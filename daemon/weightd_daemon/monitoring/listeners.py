@@ -22,7 +22,7 @@ class _EventListener(Protocol):
 
 
 class EventListeners:
-    """All listeners, told in the order in which they were added."""
+    """The observers of events: log, metrics and event stream, told in the order in which they were added."""
 
     def __init__(self) -> None:
         self._listeners: list[_EventListener] = []

@@ -47,7 +47,7 @@ _METHODS = [
 
 
 class Metrics:
-    """Counts what happens, and makes the page."""
+    """Counts what happens, and makes the Prometheus page."""
 
     def __init__(self, statistics: Statistics) -> None:
         # Or each counter would have a second series, which says when it began.

@@ -22,7 +22,7 @@ _STATES = {
 
 
 class Statistics(NamedTuple):
-    """What the figures are read from."""
+    """Sources of the figures that metrics and `weightd stats` show."""
 
     store: ContentStore
     loads: Loads

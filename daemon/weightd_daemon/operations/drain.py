@@ -26,7 +26,7 @@ LOOK_SECONDS = 0.2
 
 
 class DrainOperation:
-    """The daemon's drain, if there is one. It goes on by itself, whoever watches. `resumed` is told of its undoing."""
+    """The daemon's drain, if one is under way. It runs also if nobody watches. `resumed` is called on undrain."""
 
     def __init__(
         self, *, store: ContentStore, loads: Loads, on_event: Callable[[Event], None], resumed: Callable[[], None]

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class PreloadFiles(NamedTuple):
-    """A reference's name in the daemon, and its files, which the caller closes."""
+    """Files that the daemon opened for a preload, which the caller closes, and their reference's name in the daemon."""
 
     name: str
     files: OpenedReference

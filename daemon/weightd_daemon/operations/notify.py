@@ -22,7 +22,9 @@ _START_SECONDS = 30
 
 
 class ServiceManagerNotifier:
-    """Signs of life are timers of the loop that serves, so a loop that is stuck sends none, and the watchdog bites.
+    """Notifies the service manager of start, status and stop, and pings its watchdog.
+
+    Pings are timers of the loop, so a loop that is stuck sends none, and the watchdog bites.
 
     Where no manager listens nothing is done. Where it does not take what it is told, the log says so once, and the
     daemon serves on.

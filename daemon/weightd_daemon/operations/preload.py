@@ -44,7 +44,7 @@ _SIGN_SECONDS = 10.0
 
 
 class PreloadOperation:
-    """Loads what is listed. `begin` once more brings back what has failed, or has gone.
+    """Loads what the setting `preload` lists, at start and on reload. `begin` again retries what failed or has gone.
 
     `place(device)` says where a load goes, or raises ConfigError; `notify` speaks to the service manager. What is below
     `roots` may be opened.

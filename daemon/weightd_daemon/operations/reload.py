@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class ReloadOperation:
-    """Reads the settings again when it is told, one time after the other.
+    """Reloads the daemon's settings on request, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
     a setting, by its name; a setting that is not among them needs a restart. `again` comes last, whatever has changed.

@@ -38,11 +38,11 @@ _SERVES, _WRITES, _HOLDS = 0, 1, 2
 
 
 class AlreadyRunningError(Exception):
-    """The daemon cannot have its socket, or has it no more: another one serves it, or it cannot be made."""
+    """The daemon cannot have its socket, or no longer has it: another daemon serves it, or it cannot be made."""
 
 
 class DaemonInstanceLock:
-    """The locks of one socket path, from `take` until `close`. `writers` and `holders` are descriptors to inherit.
+    """Locks that admit one running daemon per socket path, until `close`. `writers` and `holders` are to be inherited.
 
     The lock of a process ends when it closes any descriptor of the file: nothing else here may open it.
     """

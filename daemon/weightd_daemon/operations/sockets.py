@@ -44,7 +44,7 @@ class _Control(Protocol):
 
 
 class DaemonSockets:
-    """The control socket at a path, the handle socket beside it, and the locks that go with them."""
+    """Creates and watches the daemon's control socket, its handle socket, and the locks that go with them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,8 +71,8 @@ class DaemonSockets:
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         """Look every few seconds whether the sockets are there, and make those anew that were removed.
 
-        `on_lost` hears AlreadyRunningError if another process has their place, and TemporaryConfigError if they cannot be
-        made for a minute; then nobody looks any more.
+        `on_lost` hears AlreadyRunningError if another process has their place, and TemporaryConfigError if they cannot
+        be made for a minute; then nobody looks any more.
         """
         self._watching = asyncio.get_running_loop().create_task(self._watch(on_lost))
 
@@ -167,7 +167,10 @@ class DaemonSockets:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[DaemonSockets]:
-    """Have a socket path until the end, when its sockets are removed. Errors: AlreadyRunningError, TemporaryConfigError."""
+    """Have a socket path until the end, when its sockets are removed.
+
+    Errors: AlreadyRunningError, TemporaryConfigError.
+    """
     sockets = DaemonSockets(path)
     try:
         sockets._claim()

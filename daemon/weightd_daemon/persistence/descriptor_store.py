@@ -55,7 +55,7 @@ _LEASE_FILES_SHARE = 16
 
 
 class PersistedManifestDraft:
-    """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
+    """A manifest that is made, and perhaps stored, before its checkpoint is sealed. `number` is the stored one's."""
 
     def __init__(self, descriptor: int, table: HandleSegmentTable) -> None:
         self.descriptor = descriptor
@@ -91,7 +91,7 @@ class PersistedManifestDraft:
 
 
 class PersistentDescriptorStore:
-    """Keeps checkpoints for the next daemon, and takes up what the last one kept.
+    """Stores checkpoints for the next daemon, and restores what the last one stored.
 
     Where no service manager listens and none has given anything, nothing is kept and nothing is written.
     """

@@ -54,7 +54,7 @@ _PUT = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, (SELECT coalesce(
 
 
 class PersistentDigestIndex:
-    """An index below `folder`. Blob numbers mean something only within one `epoch`: the life of one set of books."""
+    """Digest index on disk, below `folder`. Blob numbers are valid within one `epoch`: the life of one set of books."""
 
     def __init__(self, folder: Path, epoch: str | None = None) -> None:
         self.path = folder / FILE_NAME

@@ -33,7 +33,7 @@ _Where = tuple[str, int]
 
 
 class RootRecordWriter:
-    """The root record, as it follows the books. Without a `root` nothing is written."""
+    """Writes changes of the books to the root record, which survives a restart. Without a `root` nothing is written."""
 
     def __init__(self, *, store: ContentStore, catalog: Catalog, devices: dict[str, Device]) -> None:
         self.root: PersistentRootRecord | None = None

@@ -56,7 +56,7 @@ _CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSErro
 
 @dataclass
 class PersistedDescriptors:
-    """The descriptors that were given, by name; `taken` are those that have found an owner."""
+    """Descriptors restored from the last daemon, by name; `taken` are those that have found an owner."""
 
     descriptors: dict[str, int]
     taken: set[int] = field(default_factory=set)

@@ -60,7 +60,7 @@ class RootRecordContents(NamedTuple):
 
 
 class RootRecordChange(NamedTuple):
-    """What becomes of one row: it is `row` from now on, or deleted (None). With `merge` it keeps its other values."""
+    """Change of one row of the root record: its new values, or None to delete it. With `merge` it keeps its others."""
 
     table: str
     key: int | str
@@ -69,7 +69,7 @@ class RootRecordChange(NamedTuple):
 
 
 class PersistentRootRecord:
-    """A root record that is written to. It owns the descriptor of its memfd. `sequence` is of the slot that counts."""
+    """Root record being written, a memfd that survives the daemon. `sequence` is the valid slot's number."""
 
     def __init__(self, descriptor: int, sequence: int = 0) -> None:
         self.descriptor = descriptor

@@ -26,7 +26,10 @@ _MOST_WAITING = 1024
 
 
 class ServiceManagerStore:
-    """The manager that $NOTIFY_SOCKET names, if any. The variables are taken: children must not use them."""
+    """The service manager ($NOTIFY_SOCKET): stores descriptors across restarts, and takes notifications.
+
+    The environment's variables are taken: children must not use them.
+    """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         self._address = environment.pop("NOTIFY_SOCKET", "")
