@@ -15,6 +15,7 @@ from weightd_daemon.core.lease import Leases
 from weightd_daemon.core.loading import AT_ONCE, Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
 from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.reclaims import Punch, Reclaim
 from weightd_daemon.core.store import FREED_AT_ONCE, Store
 
 PAGE = 4096
@@ -23,13 +24,14 @@ MANY = 2 * FREED_AT_ONCE + 10
 
 
 class Desk:
-    """A store over a device that has room for `tensors` small tensors, as its budget."""
+    """A store over a device that has room for `tensors` tensors of `length` bytes, as its budget."""
 
-    def __init__(self, tensors: int = 4 * MANY) -> None:
+    def __init__(self, tensors: int = 4 * MANY, length: int = 8) -> None:
+        self.length, self.slot = length, slot_bytes(length)
         self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
         self.segments = 0
         self.memory = self.store.memories["host"] = DeviceMemory(
-            budget=-(-tensors * SLOT // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
+            budget=-(-tensors * self.slot // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
 
     def create(self, _: int) -> int:
@@ -40,16 +42,19 @@ class Desk:
         return Loading(self.store, "host", "all", 1000)
 
     def place(self, load: Loading, seed: int, count: int) -> list[Blob]:
-        size = -(-count * SLOT // PAGE) * PAGE
+        size = -(-count * self.slot // PAGE) * PAGE
         while (extent := load.grant(size, size)) is None:
             self.reclaim()
         digests = [(seed + at).to_bytes(16, "little") for at in range(count)]
         return [
-            load.settle(digest, 8, extent.segment, extent.offset + at * SLOT)[1] for at, digest in enumerate(digests)
+            load.settle(digest, self.length, extent.segment, extent.offset + at * self.slot)[1]
+            for at, digest in enumerate(digests)
         ]
 
     def content(self, name: str, blobs: list[Blob]) -> Content:
-        entries = tuple(ManifestEntry("", f"t{at}", "U8", (8,), 0, 8) for at in range(len(blobs)))
+        entries = tuple(
+            ManifestEntry("", f"t{at}", "U8", (self.length,), 0, self.length) for at in range(len(blobs))
+        )
         return Content(name, (ManifestFile("", "f", None),), entries, tuple(blobs))
 
     def load(self, name: str, seed: int = 0, count: int = MANY) -> Checkpoint:
@@ -83,6 +88,20 @@ def test_what_a_checkpoint_leaves_is_freed_in_steps_and_counts_as_used_until_the
     assert all(before - after <= FREED_AT_ONCE for before, after in pairwise(left))
     desk.reclaim()
     assert desk.memory.used == 0
+
+
+@pytest.mark.parametrize("length", [8, PAGE])
+def test_freeing_costs_little_for_each_tensor_and_returns_whole_runs_of_pages(length: int) -> None:
+    """Each blob of a page would otherwise be a system call, and all of them are reported in one step."""
+    desk = Desk(length=length)
+    desk.store.remove(desk.load("a"))
+    costs, reclaims = [], list[Reclaim]()
+    while desk.memory.freeing:
+        costs.append(operations(desk.memory.freeing.go_on))
+        reclaims += desk.memory.next_reclaims()
+    assert max(costs) < 450 * FREED_AT_ONCE
+    assert 0 < len(reclaims) <= len(costs)
+    assert sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, Punch))) == desk.memory.used
 
 
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:
