@@ -134,7 +134,7 @@ def test_equal_bytes_of_two_checkpoints_are_held_once() -> None:
     books = Books()
     first, second = books.load("abc"), books.load("abd")
     assert len(books.store.sealed_blobs()) == 4
-    assert (first.exclusive_bytes, first.shared_bytes) == (LARGE, 2 * LARGE)
+    assert (first.exclusive_bytes, first.total_bytes) == (LARGE, 3 * LARGE)
     assert second.total_bytes == 3 * LARGE
     assert books.memory.used == 4 * LARGE
 
