@@ -171,6 +171,17 @@ def test_a_second_checkpoint_shares_all_the_small_duplicates() -> None:
     assert len({*first.unique} & {*second.unique}) == 2
 
 
+def test_small_duplicates_whose_other_copies_are_evicted_meanwhile_are_compared_with_the_one_in_use() -> None:
+    books = Books()
+    first = books.load("aaa", SMALL)
+    load = books.open()
+    blobs = [books.place(load, "a", SMALL)]  # one of the three, which stays
+    books.store.remove(first)
+    blobs += [books.place(load, "a", SMALL) for _ in range(2)]
+    assert {blob.variant for blob in blobs} == {0}
+    assert len({blob.number for blob in blobs}) == 3
+
+
 def test_known_blobs_are_shared_without_bytes_but_a_small_one_once() -> None:
     books = Books()
     small, large = books.load("a", SMALL), books.load("b")
