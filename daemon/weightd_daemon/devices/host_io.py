@@ -45,7 +45,10 @@ class _HostBuffer:
 
 
 class HostSegmentIO:
-    """Reads and writes host memory's segments, memfds (see devices/segment_io.py). Nothing is asynchronous here."""
+    """Reads and writes host memory's segments, memfds. Nothing is asynchronous here.
+
+    For the methods see devices/segment_io.py.
+    """
 
     def __init__(self, segments: Mapping[int, DeviceSegment], *, by_mapping: bool | None = None) -> None:
         self._segments = segments
