@@ -229,7 +229,7 @@ def test_books_count_in_what_a_user_may_have() -> None:
 
 def test_an_empty_list_of_candidates_is_a_refusal_only_where_something_is_needed() -> None:
     books = Books(100)
-    assert books.chosen_for(100, [], lambda _: False) == []
+    assert books.chosen_for(100, []) == []
     with pytest.raises(CapacityError):
-        books.chosen_for(101, [], lambda _: False)
-    assert books.chosen_beyond([], lambda _: False) == []
+        books.chosen_for(101, [])
+    assert books.chosen_beyond([]) == []

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from support.counting import operations
+from support.sealed import sealed_blobs
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
@@ -125,19 +126,19 @@ def test_what_waits_to_be_freed_may_be_used_again_and_stays_then() -> None:
     second = again.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
     again.end()
     desk.reclaim()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {first.number, *second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {first.number, *second.unique}
     held.end()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {*second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {*second.unique}
     desk.store.remove(second)
     desk.reclaim()
-    assert desk.store.sealed_blobs() == []
+    assert sealed_blobs(desk.store) == []
 
 
 def test_what_is_evicted_again_before_its_turn_is_freed_once() -> None:
     desk = Desk()
     desk.store.remove(desk.load("a"))
     load = desk.open()
-    blobs = [load.share_known(blob.number, blob.identity) for blob in desk.store.sealed_blobs()]
+    blobs = [load.share_known(blob.number, blob.identity) for blob in sealed_blobs(desk.store)]
     again = load.seal(desk.content("b", [blob for blob in blobs if blob is not None]), 2.0)
     load.end()
     desk.store.remove(again)

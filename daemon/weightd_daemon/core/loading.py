@@ -153,9 +153,8 @@ class Loading:
         CapacityError, the books would not fit even after every eviction.
         """
         self._check()
-        there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
-        if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
-            self._store.books.reserve(self.number, needed, self._store.kept_books)
+        if not self._store.index.has_figures(self.place, total_bytes, tensors):
+            self._store.books.reserve(self.number, needed, self._store.evictable())
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 

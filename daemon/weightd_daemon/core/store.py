@@ -14,8 +14,9 @@ from weightd.errors import NotFoundError
 from .blob import Blob, Blobs, BlobState
 from .books import Books
 from .checkpoint import Checkpoint, CheckpointKey, Lost
+from .checkpoint_index import CheckpointIndex
 from .events import Event, Evicted, Sealed
-from .eviction import chosen_beyond, least_recently_used
+from .eviction import chosen_beyond
 from .prospect import Trial
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Store:
         self.blobs = Blobs()
         self.books = Books()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
+        self.index = CheckpointIndex()
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
         self.open_loads: set[int] = set()
@@ -52,10 +54,6 @@ class Store:
         self._on_event = on_event
 
     # -- what there is ---------------------------------------------------------------------------------------------
-
-    def sealed_blobs(self) -> list[Blob]:
-        """Every sealed blob."""
-        return [blob for blob in self.blobs if blob.sealed]
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
@@ -87,13 +85,14 @@ class Store:
         """Whether anybody holds a checkpoint at this moment."""
         return self.leases.is_held(checkpoint.key)
 
-    def kept_books(self) -> int:
-        """Bytes of the books that pins and leases keep."""
-        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
+    def evictable(self, device: str = "") -> Iterator[Checkpoint]:
+        """The checkpoints on a device, or on all, that may be evicted (law 3), least recently used first.
 
-    def evictable(self, device: str) -> Iterator[Checkpoint]:
-        """The checkpoints on a device that may be evicted (law 3), least recently used first."""
-        return least_recently_used(self.on_device(device), self.is_leased)
+        None may come, go or be used meanwhile.
+        """
+        for checkpoint in self.index.by_use():
+            if device in ("", checkpoint.key.device) and not checkpoint.pinned and not self.is_leased(checkpoint):
+                yield checkpoint
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
@@ -122,6 +121,7 @@ class Store:
         self.blobs.seal(fresh)
         self.checkpoints[checkpoint.key] = checkpoint
         self._sharing += 1
+        self.index.enter(checkpoint)
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
 
@@ -129,6 +129,7 @@ class Store:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.index.use(checkpoint)
         self.touched.add(checkpoint.key)
 
     # -- what goes -------------------------------------------------------------------------------------------------
@@ -144,8 +145,7 @@ class Store:
 
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Peer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
-        del self.checkpoints[checkpoint.key]
-        self.books.strike(checkpoint)
+        self._strike(checkpoint)
         self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
@@ -170,8 +170,13 @@ class Store:
 
     def fit_books(self) -> None:
         """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
-        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
+        for checkpoint in self.books.chosen_beyond(self.evictable()):
             self.evict(checkpoint, "capacity")
+
+    def _strike(self, checkpoint: Checkpoint) -> None:
+        del self.checkpoints[checkpoint.key]
+        self.index.strike(checkpoint)
+        self.books.strike(checkpoint)
 
     def free(self, blobs: list[Blob]) -> None:
         """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
@@ -210,8 +215,7 @@ class Store:
         self.memories[device].lose(reason)
         lost = self.on_device(device)
         for checkpoint in lost:
-            del self.checkpoints[checkpoint.key]
-            self.books.strike(checkpoint)
+            self._strike(checkpoint)
             checkpoint.forget_blobs()
             self.lost[checkpoint.key] = Lost(checkpoint, reason)
             for lease in self.leases_of(checkpoint):

@@ -139,7 +139,8 @@ class _Restore:
         checkpoint.segments = [segment.number for segment in segments]
         checkpoint.last_used, checkpoint.pins = last_used, pins
         self.uses[key] = used, last_used
-        checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
+        checkpoint.origin, checkpoint.reference = origin, reference
+        self.store.index.add_sources(checkpoint, sources)
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor, table, number=number)
         self.kept[key] = number
