@@ -68,6 +68,11 @@ class Daemon:
         return self.store.books.used / K / BYTES_OF_TENSOR
 
 
+def fit(store: Store) -> None:
+    for _ in store.fit_books():
+        pass
+
+
 def test_what_a_checkpoint_takes_is_its_manifest_and_so_much_a_tensor() -> None:
     daemon = Daemon(limit=10)
     load = daemon.begin()
@@ -207,13 +212,28 @@ def test_a_smaller_limit_evicts_what_it_can() -> None:
     daemon.load("b", 3).pins.add(1000)
     daemon.load("c", 3)
     daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
-    daemon.store.fit_books()
+    fit(daemon.store)
     assert daemon.there == {"b", "c"}
     daemon.store.books.limit = K
-    daemon.store.fit_books()
+    fit(daemon.store)
     assert daemon.there == {"b"}, "the pinned stay, beyond the limit"
     with pytest.raises(CapacityError):
         daemon.load("d", 1)
+
+
+def test_a_smaller_limit_evicts_one_in_each_step_and_none_that_was_leased_meanwhile() -> None:
+    daemon = Daemon(limit=10)
+    for name in "abcde":
+        daemon.load(name, 2)
+    daemon.store.books.limit = 4 * K * BYTES_OF_TENSOR
+    steps = daemon.store.fit_books()
+    next(steps)
+    assert daemon.there == {*"bcde"}
+    daemon.hold(next(c for c in daemon.store.checkpoints.values() if c.key.content_digest == "b"))
+    next(steps)
+    assert daemon.there == {*"bde"}
+    assert len(list(steps)) == 1
+    assert daemon.there == {*"be"}, "d in the place of b"
 
 
 def test_books_count_in_what_a_user_may_have() -> None:

@@ -103,6 +103,27 @@ def test_freeing_costs_little_for_each_tensor_and_returns_whole_runs_of_pages(le
     assert sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, Punch))) == desk.memory.used
 
 
+def test_what_a_smaller_budget_does_not_hold_goes_in_steps() -> None:
+    desk = Desk()
+    gone, kept = desk.load("gone"), desk.load("kept", seed=1 << 32)
+    few = [desk.load(f"few {number}", seed=(number + 2) << 32, count=100) for number in range(5)]
+    for checkpoint in (kept, gone, *few):
+        desk.store.use(checkpoint, 2.0)
+    desk.store.use(kept, 3.0)
+    desk.memory.resize(MANY * SLOT + PAGE, 0)
+    costs, steps = [], desk.store.fit("host")
+    first = operations(lambda: next(steps))
+    while desk.memory.freeing:
+        costs.append(operations(lambda: next(steps, None)))
+    assert list(steps) == []
+    assert max(costs) < 450 * FREED_AT_ONCE
+    assert first < 100 * MANY, "the choice, and an eviction"
+    assert [*desk.store.checkpoints.values()] == [kept]
+    desk.reclaim()
+    assert desk.memory.used <= desk.memory.budget
+    assert desk.memory.excess() == 0
+
+
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:
     desk = Desk(tensors=2 * MANY)
     kept, gone = desk.load("kept", seed=1 << 32, count=MANY), desk.load("gone")

@@ -156,22 +156,26 @@ class Store:
         self._on_event(Evicted(checkpoint, reason, load, by))
         return given_up
 
-    def fit(self, device: str) -> int:
-        """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned."""
+    def fit(self, device: str) -> Iterator[None]:
+        """Evict in steps what the budget no longer holds. At the end, `excess` of its memory is leased or pinned."""
         memory = self.memories[device]
-        excess = memory.excess()
-        if not excess:
-            return 0
-        for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
-            self.evict(checkpoint, "capacity")
+        if excess := memory.excess():
+            yield from self._evict_in_steps(chosen_beyond(Trial(memory, "", None), self.evictable(device), excess))
         while memory.freeing.go_on():
-            pass  # what follows is said of all of it
-        return memory.excess()
+            yield
 
-    def fit_books(self) -> None:
-        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
-        for checkpoint in self.books.chosen_beyond(self.evictable()):
-            self.evict(checkpoint, "capacity")
+    def fit_books(self) -> Iterator[None]:
+        """Evict in steps what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
+        while chosen := self.books.chosen_beyond(self.evictable()):
+            yield from self._evict_in_steps(chosen)
+
+    def _evict_in_steps(self, chosen: Iterable[Checkpoint]) -> Iterator[None]:
+        """Evict those of the chosen that are still resident, and neither leased nor pinned, when it is their turn."""
+        for checkpoint in chosen:
+            there = self.checkpoints.get(checkpoint.key) is checkpoint
+            if there and not checkpoint.pinned and not self.is_leased(checkpoint):
+                self.evict(checkpoint, "capacity")
+                yield
 
     def _strike(self, checkpoint: Checkpoint) -> None:
         del self.checkpoints[checkpoint.key]

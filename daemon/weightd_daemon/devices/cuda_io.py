@@ -166,7 +166,7 @@ class CudaStaging:
         return self._written.popleft()
 
     def put_back(self, buffer: Buffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         assert isinstance(buffer, PinnedBuffer)
         self._free.append(buffer)
 

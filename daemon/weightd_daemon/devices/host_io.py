@@ -104,7 +104,7 @@ class HostStaging:
         return self._free.pop() if self._free else HostBuffer()
 
     def put_back(self, buffer: Buffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         self._free.append(buffer)
 
     def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
