@@ -60,7 +60,24 @@ def test_lists_that_a_record_has_twice_are_found_and_forgotten() -> None:
     assert index.loaded_from(("host", "all"), files(2)) is None
 
 
-ACTIONS = st.tuples(st.integers(0, 3), st.sampled_from(DEVICES), st.sampled_from(["toggle", "use", "claim"]))
+def test_what_is_said_of_one_that_has_gone_changes_nothing() -> None:
+    """A load that nobody waits for may be evicted before it has its name and pin."""
+    index, gone, again = CheckpointIndex(), checkpoint(1), checkpoint(1)
+    index.enter(gone)
+    index.strike(gone)
+    index.enter(again)
+    index.enter(checkpoint(2))
+    index.use(gone)
+    index.pin(gone, 7)
+    index.unpin(gone, 7)
+    index.claim(gone, files(1))
+    assert next(index.by_use()) is again
+    assert (index.bytes_of(7), index.loaded_from(("host", "all"), files(1))) == (0, None)
+
+
+ACTIONS = st.tuples(
+    st.integers(0, 3), st.sampled_from(DEVICES), st.sampled_from(["toggle", "use", "claim", "pin", "unpin"])
+)
 
 
 @given(st.lists(st.tuples(ACTIONS, st.integers(0, 2)), max_size=30))
@@ -81,9 +98,14 @@ def test_it_agrees_with_a_walk_through_all(steps: list[tuple[tuple[int, str, str
             index.use(one)
             used.remove(one.key)
             used.append(one.key)
-        else:
+        elif action == "claim":
             index.claim(one, files(number))
+        else:
+            (index.pin if action == "pin" else index.unpin)(one, 999 + number)
         assert [checkpoint.key for checkpoint in index.by_use()] == used
+        for uid in range(998, 1002):
+            mine = [c for c in there.values() if c.owner == uid or uid in c.pins]
+            assert index.bytes_of(uid) == sum(c.total_bytes + c.books_bytes for c in mine)
         for where in DEVICES:
             here = [c for c in there.values() if c.key.device == where]
             for number_ in range(3):

@@ -41,12 +41,14 @@ class Daemon:
     def _is_held(self, lease: Lease) -> bool:
         return lease.checkpoint[2] in self.held  # type: ignore[index]  # a CheckpointKey
 
-    def begin(self, device: str = "host", domain: str = "all") -> Loading:
-        return Loading(self.store, device, domain, 1000, Peer(7, 7, 1000, "loader"))
+    def begin(self, device: str = "host", domain: str = "all", owner: int = 1000) -> Loading:
+        return Loading(self.store, device, domain, owner, Peer(7, 7, 1000, "loader"))
 
-    def load(self, name: str, tensors: int = 1, device: str = "host", domain: str = "all") -> Checkpoint:
+    def load(
+        self, name: str, tensors: int = 1, device: str = "host", domain: str = "all", owner: int = 1000
+    ) -> Checkpoint:
         """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
-        load = self.begin(device, domain)
+        load = self.begin(device, domain, owner)
         try:
             load.reserve_books(tensors * K * BYTES_OF_TENSOR, 0, tensors * K)
             entries = [ManifestEntry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
@@ -240,9 +242,9 @@ def test_books_count_in_what_a_user_may_have() -> None:
     daemon = Daemon(limit=0)
     checkpoint = daemon.load("a", 3)
     catalog = Catalog(daemon.store, Limits(bytes=4 * K * BYTES_OF_TENSOR))
-    assert catalog.bytes_of(1000) == checkpoint.books_bytes == 3 * K * BYTES_OF_TENSOR
+    assert daemon.store.index.bytes_of(1000) == checkpoint.books_bytes == 3 * K * BYTES_OF_TENSOR
     other = Who(1001, admin=False, domain="all")
-    daemon.load("b", 2).owner = 1001
+    daemon.load("b", 2, owner=1001)
     with pytest.raises(CapacityError, match=r"uid 1001 has 2\.0 MiB of 3\.9 MiB"):
         catalog.pin_loaded(other, checkpoint)
 

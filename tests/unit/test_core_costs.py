@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.loads.fair_queue import FairQueue
 from weightd_daemon.loads.loads import Loads
+from weightd_daemon.loads.quota import Quota
 from weightd_daemon.loads.request import LoadRequest
 
 PAGE = 4096
@@ -81,6 +83,14 @@ class Desk:
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
+    def admit(self) -> None:
+        """Admit a load of a user whose bytes are limited, when its figures are known and when its content is."""
+        flight: Any = SimpleNamespace(request=SimpleNamespace(who=WHO, device="host"), announced=0)
+        quota = Quota(self.store, Limits(bytes=1 << 40))
+        for content in ("", "sha256:new"):
+            quota.admit(flight, [], 1, 1, 1, content)
+        assert flight.announced == 2
+
     def find(self, number: int) -> Checkpoint | None:
         request = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=self.sources(number), device="host")
         return self.loads.find_resident(request)
@@ -94,6 +104,7 @@ def evict_one(desk: Desk) -> None:
 CALLS: dict[str, Callable[[Desk], object]] = {
     "load": lambda desk: desk.load(desk.segments + 1000),
     "evict": evict_one,
+    "admit": Desk.admit,
     "find what is resident": lambda desk: desk.find(7),
     "find what is not": lambda desk: desk.find(-1),
 }

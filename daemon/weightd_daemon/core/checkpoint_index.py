@@ -1,4 +1,4 @@
-"""Finds resident checkpoints by what a load knows of its content, without a walk through all of them."""
+"""Answers what each load asks of the resident checkpoints, without a walk through all of them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,27 @@ _Files = tuple["SourceFile", ...]
 
 
 class CheckpointIndex:
-    """The resident checkpoints by their lists of files (`Checkpoint.sources`), by their figures, and by their last use.
+    """The resident checkpoints by their lists of files (`Checkpoint.sources`), their figures and their last use.
 
-    A place is a device and a sharing domain.
+    And the bytes that they cost each user. A place is a device and a sharing domain. What is said of a checkpoint that
+    is not resident any more changes nothing here.
     """
 
     def __init__(self) -> None:
         self._by_files: dict[_Files, dict[CheckpointKey, Checkpoint]] = {}
         self._figures: Counter[tuple[str, str, int, int]] = Counter()
         self._by_use: dict[CheckpointKey, Checkpoint] = {}
+        self._charged: dict[CheckpointKey, set[int | None]] = {}
+        """The users whom a checkpoint costs its bytes: its owner, and those who have pinned it."""
+        self._bytes: Counter[int | None] = Counter()
 
     def enter(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is resident."""
         self._figures[_figures(checkpoint)] += 1
         self._by_use[checkpoint.key] = checkpoint
+        self._charged[checkpoint.key] = set()
+        for uid in (checkpoint.owner, *checkpoint.pins):
+            self._charge(checkpoint, uid)
         self.add_sources(checkpoint, ())
 
     def strike(self, checkpoint: Checkpoint) -> None:
@@ -42,6 +49,8 @@ class CheckpointIndex:
         if not self._figures[figures]:
             del self._figures[figures]
         del self._by_use[checkpoint.key]
+        for uid in self._charged.pop(checkpoint.key):
+            self._refund(checkpoint, uid)
         for files in checkpoint.sources:
             self._forget(files, checkpoint)
 
@@ -49,12 +58,43 @@ class CheckpointIndex:
         """Whether a checkpoint of so many bytes and tensors is resident at a place."""
         return (*place, total_bytes, tensors) in self._figures
 
+    # -- by user ---------------------------------------------------------------------------------------------------
+
+    def pin(self, checkpoint: Checkpoint, uid: int | None) -> None:
+        """A user pins a checkpoint."""
+        checkpoint.pins.add(uid)
+        self._charge(checkpoint, uid)
+
+    def unpin(self, checkpoint: Checkpoint, uid: int | None) -> None:
+        """A user has not pinned a checkpoint any more."""
+        checkpoint.pins.discard(uid)
+        if self._is_here(checkpoint) and uid != checkpoint.owner and uid in self._charged[checkpoint.key]:
+            self._charged[checkpoint.key].remove(uid)
+            self._refund(checkpoint, uid)
+
+    def bytes_of(self, uid: int | None) -> int:
+        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
+
+        Their books count, too: a tensor without bytes takes memory of the daemon.
+        """
+        return self._bytes[uid]
+
+    def _charge(self, checkpoint: Checkpoint, uid: int | None) -> None:
+        if self._is_here(checkpoint) and uid not in self._charged[checkpoint.key]:
+            self._charged[checkpoint.key].add(uid)
+            self._bytes[uid] += checkpoint.total_bytes + checkpoint.books_bytes
+
+    def _refund(self, checkpoint: Checkpoint, uid: int | None) -> None:
+        self._bytes[uid] -= checkpoint.total_bytes + checkpoint.books_bytes
+        if not self._bytes[uid]:
+            del self._bytes[uid]
+
     # -- by last use -----------------------------------------------------------------------------------------------
 
     def use(self, checkpoint: Checkpoint) -> None:
         """A checkpoint has become the most recently used."""
-        del self._by_use[checkpoint.key]
-        self._by_use[checkpoint.key] = checkpoint
+        if self._is_here(checkpoint):
+            self._by_use[checkpoint.key] = self._by_use.pop(checkpoint.key)
 
     def by_use(self) -> Iterator[Checkpoint]:
         """Every resident checkpoint, least recently used first. None may come, go or be used meanwhile."""
@@ -70,7 +110,7 @@ class CheckpointIndex:
     def add_sources(self, checkpoint: Checkpoint, sources: Iterable[_Files]) -> None:
         """A checkpoint is known to be in these lists of files as well."""
         checkpoint.sources += sources
-        for files in checkpoint.sources:
+        for files in checkpoint.sources if self._is_here(checkpoint) else ():
             self._by_files.setdefault(files, {})[checkpoint.key] = checkpoint
 
     def claim(self, checkpoint: Checkpoint, files: _Files) -> list[CheckpointKey]:
@@ -89,6 +129,9 @@ class CheckpointIndex:
                 self._forget(oldest, checkpoint)
             del checkpoint.sources[:-KNOWN_SOURCES]
         return [other.key for other in others]
+
+    def _is_here(self, checkpoint: Checkpoint) -> bool:
+        return self._by_use.get(checkpoint.key) is checkpoint
 
     def _forget(self, files: _Files, checkpoint: Checkpoint) -> None:
         there = self._by_files.get(files, {})

@@ -83,7 +83,7 @@ class Loads:
         self.threads = threads
         """With how many threads the next load reads."""
         self._fair_queue = fair_queue
-        self._quota = Quota(store, catalog, limits)
+        self._quota = Quota(store, limits)
         self._pool = LoaderPool(argv, [lock])
         self._closing = False
         self._numbers = count(1)

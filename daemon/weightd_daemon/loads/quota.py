@@ -9,7 +9,6 @@ from weightd_daemon.core.checkpoint import CheckpointKey
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.limits import Limits
     from weightd_daemon.core.store import Store
     from weightd_daemon.core.who import Who
@@ -20,9 +19,8 @@ if TYPE_CHECKING:
 class Quota:
     """Admits loads, first by their figures, before anything is read, and again by their content."""
 
-    def __init__(self, store: Store, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, store: Store, limits: Limits) -> None:
         self._store = store
-        self._catalog = catalog
         self._limits = limits
 
     def may_lease(self, who: Who) -> bool:
@@ -52,5 +50,5 @@ class Quota:
         if not content and self._store.index.has_figures(place, total, tensors):
             return
         others = sum(o.announced for o in under_way if o is not load and o.request.who.uid == who.uid)
-        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total + books)
+        self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid) + others, total + books)
         load.announced = total + books
