@@ -12,21 +12,21 @@ from support.counting import operations
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.lease import Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
-from weightd_daemon.loads.fair_queue import FairQueue
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
+from weightd_daemon.loads.fair_queue import LoadQueue
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.loads.quota import Quota
+from weightd_daemon.loads.quota import LoadQuota
 from weightd_daemon.loads.request import LoadRequest
 
 PAGE = 4096
 TENSORS = 3
-WHO = Who(1000, admin=False, domain="all")
+WHO = Principal(1000, admin=False, domain="all")
 FEW, MANY = 100, 1000
 
 
@@ -34,16 +34,16 @@ class Desk:
     """A store with so many checkpoints of TENSORS pages, all different, on a device that takes `room` of them."""
 
     def __init__(self, there: int, room: int, *, sparse: bool) -> None:
-        self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = MemoryAccounting(
             budget=room * TENSORS * PAGE, page=PAGE, sparse=sparse, pool_limit=0, create=self.create
         )
         unused = cast("Any", None)
         self.loads = Loads(
-            store=self.store, catalog=Catalog(self.store, Limits()), devices={}, reclaimers={}, index=unused,
+            store=self.store, catalog=Catalog(self.store, UserLimits()), devices={}, reclaimers={}, index=unused,
             prepare=unused, now=lambda: 1.0, on_event=lambda _: None, lock=-1, threads=1,
-            fair_queue=FairQueue(1, 1), limits=Limits(),
+            fair_queue=LoadQueue(1, 1), limits=UserLimits(),
         )  # fmt: skip
         for number in range(there):
             self.load(number)
@@ -56,7 +56,7 @@ class Desk:
         return (SourceFile("", "f", FileIdentity(1, number, 3, 4, 5)),)
 
     def load(self, number: int) -> Checkpoint:
-        load = Loading(self.store, "host", "all", 1000)
+        load = StoreTransaction(self.store, "host", "all", 1000)
         load.reserve_books(TENSORS * BYTES_OF_TENSOR, TENSORS * PAGE + number, TENSORS)
         if not load.admit([PAGE] * TENSORS):
             digests = [((f"{number}-{at}".encode().ljust(16), PAGE), 1) for at in range(TENSORS)]
@@ -69,8 +69,8 @@ class Desk:
             load.settle(f"{number}-{at}".encode().ljust(16), PAGE, extent.segment, extent.offset + at * PAGE)[1]
             for at in range(TENSORS)
         ]
-        entries = tuple(ManifestEntry("", f"t{at}", "U8", (PAGE,), 0, PAGE) for at in range(TENSORS))
-        content = Content(f"sha256:{number:064x}", (ManifestFile("", "f", None),), entries, tuple(blobs))
+        entries = tuple(ContentTensor("", f"t{at}", "U8", (PAGE,), 0, PAGE) for at in range(TENSORS))
+        content = Content(f"sha256:{number:064x}", (ContentFile("", "f", None),), entries, tuple(blobs))
         assert load.rechecked
         checkpoint = load.seal(content, 1.0)
         self.store.index.claim(checkpoint, self.sources(number))
@@ -86,13 +86,13 @@ class Desk:
     def admit(self) -> None:
         """Admit a load of a user whose bytes are limited, when its figures are known and when its content is."""
         flight: Any = SimpleNamespace(request=SimpleNamespace(who=WHO, device="host"), announced=0)
-        quota = Quota(self.store, Limits(bytes=1 << 40))
+        quota = LoadQuota(self.store, UserLimits(bytes=1 << 40))
         for content in ("", "sha256:new"):
             quota.admit(flight, [], 1, 1, 1, content)
         assert flight.announced == 2
 
     def find(self, number: int) -> Checkpoint | None:
-        request = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=self.sources(number), device="host")
+        request = LoadRequest(who=WHO, peer=LeasePeer(1, 1, 1000, ""), sources=self.sources(number), device="host")
         return self.loads.find_resident(request)
 
 

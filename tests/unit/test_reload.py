@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from weightd_daemon.config.settings import Settings
-from weightd_daemon.operations.reload import Reload
+from weightd_daemon.operations.reload import ReloadOperation
 
 
 def test_a_change_in_steps_is_made_to_its_end_before_the_next() -> None:
@@ -30,7 +30,7 @@ def test_a_change_in_steps_is_made_to_its_end_before_the_next() -> None:
                 await asyncio.sleep(0)
 
         read: Any = lambda: (changed, {})  # noqa: E731  # stands for what reads files
-        reload = Reload(
+        reload = ReloadOperation(
             before, read, [], {"books": change_books}, lambda _: seen.append("again"), contextlib.nullcontext
         )
         serving = asyncio.create_task(serve())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config.settings import Loaded, Settings
+    from weightd_daemon.config.settings import LoadedSettings, Settings
 
     Check = Callable[[Settings], None]
     Change = Callable[[Settings], Iterable[None] | None]
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Reload:
-    """Reads the settings again when it is told, one time after the other.
+class ReloadOperation:
+    """Reloads the daemon's settings on request, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
     a setting, by its name, and may return steps to go through; a setting that is not among them needs a restart.
@@ -35,7 +35,7 @@ class Reload:
     def __init__(
         self,
         settings: Settings,
-        read: Callable[[], Loaded],
+        read: Callable[[], LoadedSettings],
         checks: Sequence[Check],
         changes: Mapping[str, Change],
         again: Change,
