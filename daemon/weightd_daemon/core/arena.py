@@ -90,7 +90,7 @@ class _Counted(NamedTuple):
 
 
 class Arena:
-    """Allocator inside the segments of one device and one sharing domain. Sizes and offsets are bytes.
+    """Bookkeeping allocator for the segments of one device and one sharing domain. Sizes and offsets are bytes.
 
     Sums over the segments are kept, and so are the segments with holes: a daemon has a segment for each checkpoint, and
     what is asked at each grant must not cost a walk through all of them.

@@ -1,8 +1,9 @@
 """The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
 Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
-*reclaims* (`Punch`, `Release`), which somebody else carries out and reports done. Until then it counts as used, and no
-grant takes `used` past the budget. A restart may find more than the budget: `excess` says how much has to be evicted.
+*reclaims* (`ExtentReclaim`, `SegmentReclaim`), which somebody else carries out and reports done. Until then it counts
+as used, and no grant takes `used` past the budget. A restart may find more than the budget: `excess` says how much has
+to be evicted.
 """
 
 from __future__ import annotations
