@@ -198,6 +198,7 @@ class ContentStore:
             self.memories[blobs[0].key.device].freeing.begin(self._free_in_steps(blobs))
 
     def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
+        blobs.reverse()  # in the order of their places, in which sets of ranges grow at their ends
         while blobs:
             some = blobs[-FREED_AT_ONCE:]
             del blobs[-FREED_AT_ONCE:]
