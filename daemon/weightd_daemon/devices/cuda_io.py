@@ -169,7 +169,7 @@ class _CudaStaging:
         return self._written.popleft()
 
     def put_back(self, buffer: DeviceStagingBuffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 

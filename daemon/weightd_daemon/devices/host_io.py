@@ -107,7 +107,7 @@ class _HostStaging:
         return self._free.pop() if self._free else _HostBuffer()
 
     def put_back(self, buffer: DeviceStagingBuffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         self._free.append(buffer)
 
     def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
