@@ -40,33 +40,39 @@ _SIDE = 1024  # of a square bf16 matrix of 2 MiB
 
 @question(
     "capture",
-    "Which calls fail during a stream's capture, or end it?",
-    "cuStreamBeginCapture in each mode; a call, by the capturing thread or another; does cuStreamEndCapture succeed?",
+    "Which calls end a stream's capture, or fail during it?",
+    "cuStreamBeginCapture in each mode; a call, by the capturing thread or another, as it is or in relaxed mode "
+    "(cuThreadExchangeStreamCaptureMode); does cuStreamEndCapture succeed? What is not named does neither",
     "what attach, detach and finalizers may call while anybody in the process captures a CUDA graph",
     seconds=90,
 )
 def _capture() -> str:
     from cuda.bindings import driver as cuda
 
+    modes = cuda.CUstreamCaptureMode
     said = []
     with driver.on_device(ORDINAL):
         stream = driver.call("cuStreamCreate", 1)
         calls = _calls_of_a_client(stream)
-        modes = cuda.CUstreamCaptureMode
-        for label, mode in (
-            ("global", modes.CU_STREAM_CAPTURE_MODE_GLOBAL),
-            ("thread-local", modes.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL),
-            ("relaxed", modes.CU_STREAM_CAPTURE_MODE_RELAXED),
-        ):
+        for mode in modes:
             for name, call in calls.items():
-                for where in ("by its thread", "by another"):
+                fates: dict[str, list[str]] = {}
+                for where, run in (
+                    ("its thread", call),
+                    ("another", lambda call=call: _elsewhere(call)),
+                    ("its thread relaxed", lambda call=call: _relaxed(call)),
+                    ("another relaxed", lambda call=call: _elsewhere(lambda: _relaxed(call))),
+                ):
                     begun = code("cuStreamBeginCapture", stream, mode)
                     if begun != SUCCESS:
                         return "; ".join([*said, f"no further capture can begin: {begun}"])
-                    answer = _elsewhere(call) if where == "by another" else call()
+                    answer = run()
                     end = code("cuStreamEndCapture", stream)
                     if (answer, end) != (SUCCESS, SUCCESS):
-                        said.append(f"{label}, {name} {where}: {answer}, cuStreamEndCapture {end}")
+                        fate = f"{_short(answer)}, capture {'goes on' if end == SUCCESS else f'ends: {_short(end)}'}"
+                        fates.setdefault(fate, []).append(where)
+                label = mode.name.removeprefix("CU_STREAM_CAPTURE_MODE_").lower()
+                said += [f"{label}, {name} by {' or '.join(threads)}: {fate}" for fate, threads in fates.items()]
     return "; ".join(said) or f"none of {', '.join(calls)}"
 
 
@@ -76,23 +82,46 @@ def _calls_of_a_client(stream: Any) -> dict[str, Callable[[], str]]:
 
     size = driver.granularity(ORDINAL)
     descriptor = driver.export(driver.create(ORDINAL, size))
-    spare = [mapped(driver.create(ORDINAL, size), size, writable=True) for _ in range(6)]  # three modes, two threads
-    event = driver.call("cuEventCreate", 2)  # 2: without times
-    driver.call("cuEventRecord", event, stream)
+    spare = [mapped(driver.create(ORDINAL, size), size, writable=True) for _ in range(12)]  # three modes, four threads
+    before, fresh = (driver.call("cuEventCreate", 2) for _ in range(2))  # 2: without times
+    other = driver.call("cuStreamCreate", 1)
+    driver.call("cuEventRecord", before, stream)
     driver.call("cuStreamSynchronize", stream)
 
-    def attach() -> str:
-        return _word(lambda: mapped(driver.import_descriptor(descriptor), size, writable=False))
+    def record_and_query() -> None:
+        driver.call("cuEventRecord", fresh, other)
+        while code("cuEventQuery", fresh) == "CUDA_ERROR_NOT_READY":
+            time.sleep(0.001)
+        driver.call("cuEventQuery", fresh)
 
     return {
         "nothing": lambda: SUCCESS,
         "cuCtxSynchronize": lambda: code("cuCtxSynchronize"),
-        "import, map and set access": attach,
+        "import, map and set access": lambda: _word(
+            lambda: mapped(driver.import_descriptor(descriptor), size, writable=False)
+        ),
         "unmap and free addresses": lambda: _word(spare.pop().close),
         "cuMemAlloc": lambda: code("cuMemAlloc", size),
+        "cuStreamIsCapturing of it": lambda: code("cuStreamIsCapturing", stream),
         "cuStreamIsCapturing of the legacy stream": lambda: code("cuStreamIsCapturing", cuda.CUstream(1)),
-        "cuEventQuery of an event before it": lambda: code("cuEventQuery", event),
+        "cuEventQuery of an earlier event of it": lambda: code("cuEventQuery", before),
+        "record and query of an event of another stream": lambda: _word(record_and_query),
     }
+
+
+def _short(code: str) -> str:
+    return code.replace("CUDA_ERROR_", "").replace("STREAM_CAPTURE_", "")
+
+
+def _relaxed(call: Callable[[], str]) -> str:
+    """What `call` returns while this thread lets others' captures live, where CUDA only holds it to be unsafe."""
+    from cuda.bindings import driver as cuda
+
+    before = driver.call("cuThreadExchangeStreamCaptureMode", cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    try:
+        return call()
+    finally:
+        driver.call("cuThreadExchangeStreamCaptureMode", before)
 
 
 def _word(step: Callable[[], object]) -> str:
