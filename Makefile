@@ -36,6 +36,9 @@ CUDA_VERSIONS ?= cuda-bindings==12.9.1+cuda-core==0.5.0 cuda-bindings==13.0.3+cu
 CUDA_TESTS ?= tests/driver/test_mapping_cuda.py tests/contract/test_device.py tests/contract/test_segment_io.py \
 	tests/fault/test_driver_calls.py
 VERSIONS_VENV ?= .venv-versions
+# What tools/gpu_day.sh needs and a machine for torch may lack, for its interpreter. They are a file or two each.
+WHEELS ?= grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2 hypothesis==6.170.17 sortedcontainers==2.4.0
+WHEELS_FOR ?= --python-version 3.12 --platform manylinux2014_x86_64
 # Whose own tests the drop-in is to pass: the version that `make test` has, and the next.
 SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
@@ -48,7 +51,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -113,6 +116,11 @@ gpu-probe: $(GPU_VENV) ## ask a GPU what no document states; writes docs/gpu-fac
 	@echo "gpu-probe: tools/gpu_probe.py"
 	@$(ON_GPU) tools/gpu_probe.py --write docs/gpu-facts.md
 
+gpu-wheels: ## put into .whl what tools/gpu_day.sh carries to a machine without a network
+	@echo "gpu-wheels: .whl, for $(WHEELS_FOR)"
+	@rm -rf .whl
+	@$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: $(WHEELS_FOR) --dest .whl $(WHEELS)
+
 protos: $(PROTOS_VENV)/.installed ## generate the stubs from protos
 	@echo "protos: tools/gen_protos.py"
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
@@ -131,7 +139,7 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.

@@ -7,7 +7,8 @@ Takes some minutes on the first visible GPU, which should be idle, and writes DA
 
 - memory: NVML's used memory of 1, 2, 4 and 8 processes with nothing but a context, attached to one checkpoint of 8 GB,
   and with private copies.
-- attach: connect, attach, make 300 tensors of 16 GB, by size of the segments; torch and its context are up.
+- attach: connect, attach, make 300 tensors of 16 GB, by size of the segments; torch and its context are up. What a new
+  process needs for imports, cuInit and a context comes on top: `tools/gpu_probe.py --only start` measures that.
 - load: 16 GB from a warm page cache, with and without hashing, beside `safetensors.torch.load_file(device="cuda")` and
   copies from two pinned buffers of 64 MiB, which nothing can beat. In turns; a ratio is that of neighbours.
 - compute: a matrix product and a Llama of eight layers on attached and on private weights. Results must be equal.
