@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,3 +200,31 @@ def test_an_interrupt_ends_the_process_of_a_probe(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         gpu_probe.in_own_process([], 60.0)
     assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_ioctls_on_the_drivers_files_are_traced(double: dict[str, str], tmp_path: Path) -> None:
+    """The double makes none, so a file that is named like one of the driver's stands in for it."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon", "tools"))
+    environment = os.environ | double | {"PYTHONPATH": paths}
+    source = f"import _gpu_keeping, pathlib; print(*_gpu_keeping._traced_export(pathlib.Path({str(tmp_path)!r})))"
+    done = subprocess.run(
+        [sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert re.fullmatch(r"\d+ \[\]\n", done.stdout), done.stderr
+
+    source = """
+import contextlib, fcntl, os
+for name in ("nvidiactl", "other"):
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(os.memfd_create(name), 0xC00046D4, bytes(12))
+with contextlib.suppress(OSError):
+    fcntl.ioctl(os.memfd_create("nvidia0"), 0xC020462A, bytes(8) + (0x3D05).to_bytes(4, "little"))
+"""
+    trace = tmp_path / "traced"
+    tracing = {"LD_PRELOAD": str(tmp_path / "trace.so"), "TRACE_TO": str(trace)}
+    subprocess.run([sys.executable, "-c", source], env=os.environ | tracing, timeout=60, check=True)
+    lines = [line.split() for line in trace.read_text().splitlines()]
+    assert [(number, command, path) for number, command, _, path, *_ in lines] == [
+        ("212", "0", "/memfd:nvidiactl"),
+        ("42", "3d05", "/memfd:nvidia0"),
+    ]
