@@ -47,7 +47,7 @@ class Mover:
 
         segment_io.PIECE = piece  # before cuda_io takes it over
         from weightd_daemon.devices import cuda_io
-        from weightd_daemon.devices.device import SegmentHandle
+        from weightd_daemon.devices.device import DeviceSegment
 
         self._file = os.open(path, os.O_RDONLY)
         self._piece = piece
@@ -56,10 +56,10 @@ class Mover:
         page = driver.granularity(0)
         self._segment = min(SEGMENT, -(-self._pieces * piece // page) * page)
         count = -(-self._pieces * piece // self._segment)
-        self._io = cuda_io.CudaIO(
+        self._io = cuda_io.CudaSegmentIO(
             "cuda_vmm",
             driver.uuid_of(0),
-            {n: SegmentHandle(n, self._segment, driver.export(driver.create(0, self._segment))) for n in range(count)},
+            {n: DeviceSegment(n, self._segment, driver.export(driver.create(0, self._segment))) for n in range(count)},
         )
         self._stagings = [self._io.staging() for _ in range(threads)]
 

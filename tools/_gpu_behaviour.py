@@ -103,7 +103,7 @@ def _map_without_context() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
     allocation = driver.create(ORDINAL, size)
-    place = driver.AddressRange(ORDINAL, size)
+    place = driver.MappedAddressRange(ORDINAL, size)
     result = code("cuMemMap", place.address, size, 0, allocation, 0)
     return f"cuMemMap: {result}, cuMemSetAccess: {set_access(place.address, size, writable=True)}"
 
@@ -282,7 +282,7 @@ def _two_mappings() -> str:
 def _unmap_adjacent() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
-    place = driver.AddressRange(ORDINAL, 2 * size)
+    place = driver.MappedAddressRange(ORDINAL, 2 * size)
     for offset in (0, size):
         place.map(offset, size, driver.create(ORDINAL, size))
     place.allow(writable=True)
@@ -304,7 +304,7 @@ def _one_access() -> str:
             place = mapped(allocation, size, writable=True)
             fill(place.address, size, byte)
             place.close()
-        whole = driver.AddressRange(ORDINAL, 3 * size)
+        whole = driver.MappedAddressRange(ORDINAL, 3 * size)
         for number, allocation in enumerate((one, two, one)):
             whole.map(number * size, size, allocation)
         result = set_access(whole.address, whole.size, writable=False)

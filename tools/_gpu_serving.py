@@ -171,7 +171,7 @@ def _map_while_busy() -> str:
     with driver.on_device(ORDINAL):
         size = 64 * MIB
         allocation = driver.create(ORDINAL, size)
-        place = driver.AddressRange(ORDINAL, size)
+        place = driver.MappedAddressRange(ORDINAL, size)
         _, stream = _start_copies()
 
         def attach() -> str:
@@ -181,7 +181,7 @@ def _map_while_busy() -> str:
         return _while_busy(attach, "mapping", stream)
 
 
-def _start_copies() -> tuple[driver.AddressRange, Any]:
+def _start_copies() -> tuple[driver.MappedAddressRange, Any]:
     """Enqueue a tenth of a second of work. Returns the memory that is read, and the stream."""
     size = (2 if is_double() else 256) * MIB
     source, target = (mapped(driver.create(ORDINAL, size), size, writable=True) for _ in range(2))

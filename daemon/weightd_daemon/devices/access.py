@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Final
 
 from weightd.errors import DeviceError, DeviceMismatchError
 
-from .host_io import HostIO
+from .host_io import HostSegmentIO
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .device import SegmentHandle
-    from .segment_io import SegmentIO
+    from .device import DeviceSegment
+    from .segment_io import DeviceSegmentIO
 
 
-def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+def open_io(kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> DeviceSegmentIO:
     """Access to a device's segments; `segments` may grow meanwhile. Errors: DeviceError."""
     try:
         return KINDS[kind](kind, uuid, segments)
@@ -23,14 +23,14 @@ def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> Segm
         raise DeviceError(f"the loader cannot use the device: {error.message}") from error
 
 
-def _host(_: str, __: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
-    return HostIO(segments)
+def _host(_: str, __: str, segments: Mapping[int, DeviceSegment]) -> DeviceSegmentIO:
+    return HostSegmentIO(segments)
 
 
-def _cuda(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
-    from .cuda_io import CudaIO  # it needs cuda-bindings, which a loader of host memory must not
+def _cuda(kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> DeviceSegmentIO:
+    from .cuda_io import CudaSegmentIO  # it needs cuda-bindings, which a loader of host memory must not
 
-    return CudaIO(kind, uuid, segments)
+    return CudaSegmentIO(kind, uuid, segments)
 
 
 KINDS: Final = {"host": _host, "cuda_vmm": _cuda, "cuda_ipc": _cuda}

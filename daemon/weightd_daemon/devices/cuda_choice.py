@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
 from weightd_daemon.config.notation import means
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
 from .cuda_ipc import CudaIpcDevice
 from .cuda_vmm import CudaVmmDevice
@@ -16,23 +16,23 @@ from .cuda_vmm import CudaVmmDevice
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from .cuda_ipc import Holding
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
 
 
-class Gpu(NamedTuple):
+class _Gpu(NamedTuple):
     """A GPU that is served, and what settings may call it, most telling first."""
 
     device: Device
     names: tuple[str, ...]
 
 
-def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator[Gpu]:
+def open_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext) -> Iterator[_Gpu]:
     """Open the GPUs that the setting `device` says; the caller closes each.
 
-    Errors: ConfigError; TemporaryError (a driver or GPU that is not there, or does not work, now).
+    Errors: ConfigError; TemporaryConfigError (a driver or GPU that is not there, or does not work, now).
 
     With "auto", one that cannot be used is left out, and the log says why; any other that is said must work.
     """
@@ -44,7 +44,7 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
         visible = _visible(leave_out=optional)
     except (DeviceMismatchError, DeviceError) as error:
         if not optional:
-            kind = ConfigError if "package" in error.metadata else TemporaryError
+            kind = ConfigError if "package" in error.metadata else TemporaryConfigError
             raise kind(f"device = {','.join(said)!r}: {error}", "device") from error
         broken = isinstance(error, DeviceError)
         log.log(logging.WARNING if broken else logging.INFO, "no GPU is served, only host memory: %s", error)
@@ -55,10 +55,10 @@ def open_gpus(said: Sequence[str], transport: str, holding: Holding) -> Iterator
             device = _open(ordinal, transport, holding)
         except WeightdError as error:
             if not optional:
-                raise TemporaryError(f"device {uuid} cannot be served: {error}", "device") from error
+                raise TemporaryConfigError(f"device {uuid} cannot be served: {error}", "device") from error
             log.warning("device %s is not served: %s", uuid, error)
         else:
-            yield Gpu(device, (uuid, f"cuda:{ordinal}", "cuda"))
+            yield _Gpu(device, (uuid, f"cuda:{ordinal}", "cuda"))
 
 
 def _visible(*, leave_out: bool) -> dict[driver.Ordinal, str]:
@@ -84,7 +84,9 @@ def _chosen(wanted: Sequence[str], visible: Mapping[driver.Ordinal, str]) -> lis
             if any(means(said, name) for name in (uuid, f"cuda:{ordinal}", "cuda"))
         ]
         if not found:
-            raise TemporaryError(f"device = {said!r}: is not there; the driver shows {_listed(visible)}", "device")
+            raise TemporaryConfigError(
+                f"device = {said!r}: is not there; the driver shows {_listed(visible)}", "device"
+            )
         if len(found) > 1 and said != "cuda":
             raise ConfigError(f"device = {said!r}: means more than one of {_listed(visible)}; say more of it", "device")
         if twice := [ordinal for ordinal in found if ordinal in ordinals]:
@@ -99,7 +101,7 @@ def _listed(visible: Mapping[driver.Ordinal, str]) -> str:
     return ", ".join(f"cuda:{ordinal} ({uuid})" for ordinal, uuid in visible.items()) or "no GPU"
 
 
-def _open(ordinal: driver.Ordinal, transport: str, holding: Holding) -> Device:
+def _open(ordinal: driver.Ordinal, transport: str, holding: CudaHolderContext) -> Device:
     """A GPU by the first transport that works when tried. Errors: DeviceError, DeviceMismatchError."""
     if transport == "cuda_ipc":
         return _tried(CudaIpcDevice(ordinal, holding))

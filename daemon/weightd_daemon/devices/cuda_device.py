@@ -17,7 +17,7 @@ OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 class CudaDevice:
-    """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
+    """Base of GPU devices (see devices/device.py). `ordinal` is this process's number of the GPU."""
 
     kind: str
     sparse = False

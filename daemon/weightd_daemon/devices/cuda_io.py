@@ -16,13 +16,13 @@ from weightd._libc import view_at
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
-from .segment_io import PIECE, Buffer
+from .segment_io import PIECE, DeviceStagingBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    from .device import SegmentHandle
+    from .device import DeviceSegment
 
 RING = 6
 """Buffers of a thread. It holds two at most, to pack or to compare; the others are on their way."""
@@ -56,10 +56,10 @@ class _Errors:
             raise first
 
 
-class CudaIO:
-    """Segments of one GPU (see devices/segment_io.py), by VMM descriptors or by handles of CUDA IPC."""
+class CudaSegmentIO:
+    """Reads and writes one GPU's segments (see devices/segment_io.py), by VMM descriptors or CUDA IPC handles."""
 
-    def __init__(self, kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> None:
+    def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> None:
         """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError."""
         self._open = {"cuda_vmm": self._open_vmm, "cuda_ipc": self._open_ipc}[kind]
         self._segments = segments
@@ -75,11 +75,11 @@ class CudaIO:
         self.record = driver.bound("cuEventRecord")
         self.wait_for = driver.bound("cuEventSynchronize")
 
-    def staging(self) -> CudaStaging:
+    def staging(self) -> _CudaStaging:
         """Buffers for the thread that calls. Errors: DeviceError."""
         with self.errors:
             self.enter()
-            return CudaStaging(self)
+            return _CudaStaging(self)
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread for good: to push and pop it around each call costs more.
@@ -105,11 +105,11 @@ class CudaIO:
         if closers:
             self.errors.do_all([self.enter, *closers])
 
-    def _open_vmm(self, segment: SegmentHandle) -> int:
+    def _open_vmm(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, int)  # VMM memory is handed out by descriptor
         allocation = driver.import_descriptor(segment.handle)
         try:
-            addresses = driver.AddressRange(self._ordinal, segment.size)
+            addresses = driver.MappedAddressRange(self._ordinal, segment.size)
             self._closers.append(addresses.close)  # before it is complete: a part is closed like the whole
             addresses.map(0, segment.size, allocation)
             addresses.allow(writable=True)
@@ -120,14 +120,14 @@ class CudaIO:
         driver.release(allocation)
         return addresses.address
 
-    def _open_ipc(self, segment: SegmentHandle) -> int:
+    def _open_ipc(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, bytes)  # CUDA IPC has no descriptors
         address = driver.open_ipc(segment.handle)
         self._closers.append(lambda: driver.call("cuIpcCloseMemHandle", address))
         return address
 
 
-class PinnedBuffer:
+class _PinnedBuffer:
     """One piece of a ring of pinned memory, and the event that says when it is free again."""
 
     def __init__(self, address: int, event: Any) -> None:
@@ -136,19 +136,19 @@ class PinnedBuffer:
         self.view = view_at(address, PIECE)
 
 
-class CudaStaging:
+class _CudaStaging:
     """One thread's stream and ring of buffers. Any thread may close it."""
 
-    def __init__(self, io: CudaIO) -> None:
+    def __init__(self, io: CudaSegmentIO) -> None:
         self._io = io
         self._undo: list[Callable[[], object]] = []
-        self._free: list[PinnedBuffer] = []
-        self._written: deque[PinnedBuffer] = deque()
+        self._free: list[_PinnedBuffer] = []
+        self._written: deque[_PinnedBuffer] = deque()
         try:
             ring = self._make("cuMemHostAlloc", RING * PIECE, 0, undo="cuMemFreeHost")
             for address in range(ring, ring + RING * PIECE, PIECE):
                 event = self._make("cuEventCreate", _WAITING_SLEEPS, undo="cuEventDestroy")
-                self._free.append(PinnedBuffer(address, event))
+                self._free.append(_PinnedBuffer(address, event))
             self._stream = self._make("cuStreamCreate", _NON_BLOCKING, undo="cuStreamDestroy")
             self._undo.append(self._synchronise)  # first of all: a copy must not outlive its buffer
         except DeviceError:
@@ -156,7 +156,7 @@ class CudaStaging:
                 self.close()
             raise
 
-    def acquire(self) -> PinnedBuffer:
+    def acquire(self) -> _PinnedBuffer:
         """A free buffer, or the one that was written first, when its copy is done. Errors: DeviceError."""
         if self._free:
             return self._free.pop()
@@ -165,20 +165,20 @@ class CudaStaging:
             self._io.wait_for(buffer.event)
         return self._written.popleft()
 
-    def put_back(self, buffer: Buffer) -> None:
+    def put_back(self, buffer: DeviceStagingBuffer) -> None:
         """Keep it for the next `take`."""
-        assert isinstance(buffer, PinnedBuffer)
+        assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 
-    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy. Errors: DeviceError, also of copies before."""
-        assert isinstance(buffer, PinnedBuffer)
+        assert isinstance(buffer, _PinnedBuffer)
         with self._io.errors:
             self._io.copy_in(self._io.address(segment) + offset, buffer.address, size, self._stream)
             self._io.record(buffer.event, self._stream)
         self._written.append(buffer)
 
-    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def read(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy, behind what this thread has written. Errors: DeviceError, also of copies before."""
         with self._io.errors:
             self._io.copy_out(buffer.address, self._io.address(segment) + offset, size, self._stream)
