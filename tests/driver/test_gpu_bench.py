@@ -105,6 +105,7 @@ sys.stdin.read()
 """A worker of bench/gpu.py that holds memory without torch."""
 
 
+@pytest.mark.slow
 def test_processes_that_serve_the_workload_share_its_memory(fake_driver: Path, short_path: Path) -> None:
     (short_path / "_gpu_worker.py").write_text(STAND_IN)
     source = f"""

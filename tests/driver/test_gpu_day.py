@@ -35,9 +35,10 @@ def day(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, [line.removeprefix("=== ") for line in summary]
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_or_fails_costs_only_itself(tmp_path: Path) -> None:
-    code, (_, facts, *lines, _) = day(tmp_path, "first", "80")
-    assert facts.startswith("facts: ")  # which has three seconds: on a busy machine that may be too little
+    code, (_, facts, *lines, _) = day(tmp_path, "first", "50")
+    assert facts == "facts: left out, no time is left"
     ended = [re.sub(r", \d+ s$", "", line) for line in lines]
     assert ended == [
         "smoke: rc 137, out of time",
@@ -49,7 +50,7 @@ def test_a_stage_that_hangs_or_fails_costs_only_itself(tmp_path: Path) -> None:
     ]
     assert code == 1
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {*(f"{line.split(':')[0]}.tar.gz" for line in (facts, *lines)), "summary.txt"}
+    assert files == {*(f"{line.split(':')[0]}.tar.gz" for line in lines), "summary.txt"}
     assert len(files) <= MOST_FILES
     with tarfile.open(tmp_path / "out" / "smoke.tar.gz") as archive:
         log = archive.extractfile("smoke/log")
