@@ -75,6 +75,7 @@ class MappedHostSegments:
     """Map the segments of one attachment in host memory; see `segments.MappedSegments`."""
 
     torch_device = "cpu"
+    peers = ()
 
     def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
