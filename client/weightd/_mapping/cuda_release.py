@@ -157,6 +157,10 @@ class _Release:
         self.is_taken = False
         """The step was taken, or had begun when Ctrl-C came: it is not taken twice."""
 
+    def forget(self) -> None:
+        """Keep nothing any more, and do nothing: other references to this may still be there, such as a thread's."""
+        self._step, self._keeps = bool, None
+
     def attempt(self) -> None:
         """Take the step if the streams have passed: `is_taken` says so. Raises nothing of the driver's."""
         device, eased = cuda_driver.on_device(self._ordinal), cuda_driver.relaxed()
@@ -252,6 +256,7 @@ def _attempt_all() -> None:
     for key, release in list(_waiting.items()):
         release.attempt()
         if release.is_taken:
+            release.forget()  # first: who waits until nothing is waiting finds leases ended, too
             del _waiting[key]
 
 
@@ -268,6 +273,8 @@ def _stop() -> None:
 def _after_fork() -> None:
     global _wake, _lock, _thread
     _wake, _lock, _thread = queue.SimpleQueue(), threading.Lock(), None  # which another thread may have held
+    for release in _waiting.values():
+        release.forget()
     _waiting.clear()
 
 
