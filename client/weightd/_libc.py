@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 _MAP_FIXED: Final = 0x10
+_PROT_NONE: Final = 0
 _MAP_NORESERVE: Final = 0x4000
 _FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -37,7 +38,7 @@ def reserve(size: int, alignment: int) -> int:
     They are given back by `unmap`. Errors: OSError.
     """
     most = size + alignment - mmap.PAGESIZE
-    found = _map(None, most, mmap.PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    found = _map(None, most, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
     address = -(-found // alignment) * alignment
     for start, stop in ((found, address), (address + size, found + most)):
         if start < stop:
