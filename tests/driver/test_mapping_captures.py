@@ -322,6 +322,34 @@ assert ended == [0]
     )
 
 
+@each_kind
+def test_threads_may_give_memory_back_at_the_same_time(kind: str, fake_driver: Path, tmp_path: Path) -> None:
+    """Some of it at once, and some later, by the thread that does that."""
+    check(
+        fake_driver,
+        STREAM
+        + f"""
+sys.setswitchinterval(1e-5)
+found, ended = wanted({kind!r}), []
+
+def work():
+    for _ in range(20):
+        segments = opened({kind!r}, found, ended)
+        segments.buffer(0, 0, 0, 1)
+
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads:
+    thread.start()
+while any(thread.is_alive() for thread in threads):
+    rules("cuEventQuery:600")
+    rules("")
+released()
+assert len(ended) == 160 and mapped() == 0
+""",
+        rules=rules_in(tmp_path),
+    )
+
+
 # -- the thread --------------------------------------------------------------------------------------------------------
 
 
