@@ -97,7 +97,7 @@ def current_stream(ordinal: Ordinal) -> Stream:
         stream = torch.cuda.current_stream(ordinal)
         is_lent = stream.stream_id == stream.cuda_stream
         return DEFAULT_STREAM if is_lent else int(stream.cuda_stream)
-    except AttributeError:  # another thread is importing torch
+    except (AttributeError, AssertionError, RuntimeError):  # another thread is importing torch; it has no such device
         return DEFAULT_STREAM
 
 
