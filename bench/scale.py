@@ -35,6 +35,8 @@ from support.manager import Manager
 
 FLAT = ("load", "remove", "name", "pin", "attach")
 AIM, AIM_FLAT = 1.15, 0.3
+EVENTS_PAUSE = 1.0
+"""Seconds after which the daemon sends a user all recent events without holding them back."""
 
 
 def write(path: Path, tensors: int, seed: int) -> None:
@@ -49,10 +51,11 @@ def write(path: Path, tensors: int, seed: int) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
-def median(rounds: int, call: Callable[[], object]) -> float:
-    """Seconds, the median of some rounds."""
+def median(rounds: int, call: Callable[[], object], pause: float = 0.0) -> float:
+    """Seconds, the median of some rounds; before each is a pause of so many seconds that do not count."""
     series = []
     for _ in range(rounds):
+        time.sleep(pause)
         begun = time.perf_counter()
         call()
         series.append(time.perf_counter() - begun)
@@ -98,7 +101,7 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
             row["attach"] = median(rounds, lambda: client.attach("c1").close())
             row["ls"] = median(rounds, client.checkpoints)
             row["stats"] = median(rounds, client.stats)
-            row["events"] = median(rounds, lambda: list(client.events()))
+            row["events"] = median(rounds, lambda: list(client.events()), EVENTS_PAUSE)
         daemon.kill()
         begun = time.perf_counter()
         daemon.start()
