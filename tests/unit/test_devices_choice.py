@@ -23,7 +23,7 @@ HOLDING: Any = None  # passed through
 
 
 class FakeDevice:
-    """A GPU by one transport. `broken` (ordinal, kind) cannot make a segment; `full` ones have no memory left."""
+    """A GPU by one transport. `broken` (ordinal, kind) cannot make segments at all; `full` ones have no memory left."""
 
     broken: ClassVar[set[tuple[int, str]]] = set()
     full: ClassVar[set[tuple[int, str]]] = set()
@@ -43,7 +43,7 @@ class FakeDevice:
 
     def create(self, size: int) -> int:
         if self.key in self.broken:
-            raise DeviceError(f"{self.kind} is not for {self.uuid}")
+            raise DeviceError(f"{self.kind} is not for {self.uuid}", {"code": "CUDA_ERROR_NOT_SUPPORTED"})
         if self.key in self.full:
             raise MemoryError
         assert size == self.page
@@ -95,8 +95,8 @@ def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("said", "message", "kind"),
     [
-        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", TemporaryError),
-        ("GPU-dddd0000", "'GPU-dddd0000': is not there", TemporaryError),
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", ConfigError),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there", ConfigError),
         ("GPU-aaaa0000", "means more than one of .*; say more of it", ConfigError),
         ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already", ConfigError),
     ],
@@ -138,7 +138,7 @@ def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> int:
-        raise DeviceError("cuDeviceGetCount failed")
+        raise DeviceError("cuDeviceGetCount failed", {"code": "CUDA_ERROR_UNKNOWN"})
 
     monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
     assert served("auto") == [("host", "host")]
@@ -152,16 +152,18 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
 ) -> None:
     def uuid_of(ordinal: int) -> str:
         if ordinal == 1:
-            raise DeviceError("cuDeviceGetUuid failed")
+            raise DeviceError("cuDeviceGetUuid failed", {"code": "CUDA_ERROR_UNKNOWN"})
         return UUIDS[ordinal]
 
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
     assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
     assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
     FakeDevice.open.clear()
-    for said in ("cuda", "cuda:1"):
-        with pytest.raises(TemporaryError, match=f"device = '{said}': cuDeviceGetUuid failed"):
-            served(said)
+    assert [name for name, _ in served("cuda")] == ["cuda:0", "cuda:2"]
+    FakeDevice.open.clear()
+    with pytest.raises(TemporaryError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
+        served("cuda:1")
+    assert [name for name, _ in served("cuda:2")] == ["cuda:2"]  # whatever the others do
 
 
 def test_cuda_ipc_is_used_where_exporting_fails_and_the_rest_stays() -> None:

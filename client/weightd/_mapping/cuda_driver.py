@@ -82,7 +82,9 @@ def initialise() -> None:
         except DeviceError as error:
             if error.code == "CUDA_ERROR_NOT_INITIALIZED":  # torch, say, had initialised it before the fork
                 raise ForkedError(_FORKED) from error
-            raise DeviceMismatchError(f"no CUDA device can be used here: cuInit failed with {error.code}") from error
+            raise DeviceMismatchError(
+                f"no CUDA device can be used here: cuInit failed with {error.code}", error.metadata
+            ) from error
         except Exception as error:  # cuda-bindings raises its own kinds where libcuda is missing or too old
             raise DeviceMismatchError(f"no CUDA driver can be used here: {_first_line(error)}") from error
         _initialised_in = os.getpid()

@@ -9,7 +9,7 @@ from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
 from weightd_daemon.config.settings import ConfigError, TemporaryError
 
-from .cuda_choice import open_gpus
+from .cuda_choice import choose_gpus
 from .host import HostDevice
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, 
     if {"host", "auto"} & {*settings.devices}:
         served += [("host",)]
         yield HostDevice(), ("host",)
-    for gpu in open_gpus(settings.devices, settings.transport, holding):
+    choice = choose_gpus(settings.devices, settings.transport, holding, {})
+    for absent in choice.absent:
+        log.warning("device %s is not served: %s", absent.uuid, absent.reason)
+    for gpu in choice.served:
         served += [gpu.names]
         yield gpu
     _check_names(settings, served)
