@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from weightd.errors import DeviceError, DeviceMismatchError
+from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.naming import meant
 
 GIB = 1 << 30
 UUIDS = [
@@ -264,6 +266,17 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
     devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
     assert default_device(devices) == expected
+
+
+@pytest.mark.parametrize("said", ["GPU-cccc0000", "gpu-CCCC0000", "MIG-cccc0000", UUIDS[2].replace("GPU-", "MIG-"), ""])
+def test_a_request_means_a_gpu_by_the_beginning_of_its_uuid(said: str) -> None:
+    devices: Any = {uuid: SimpleNamespace(name="A GPU") for uuid in UUIDS}
+    assert meant(devices, said) == (UUIDS[2] if said else "")
+    for other in ("GPU-cccc", "MIG-cccc000", "XXX-cccc0000", "MIG-dddd0000"):
+        with pytest.raises(NotFoundError, match="this daemon serves GPU-"):
+            meant(devices, other)
+    with pytest.raises(InvalidReferenceError, match="means more than one of"):
+        meant(devices, "MIG-aaaa0000")
 
 
 SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}
