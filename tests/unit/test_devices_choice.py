@@ -32,6 +32,7 @@ class FakeDevice:
     open: ClassVar[list[FakeDevice]] = []
     page = 2 << 20
     default_share = 0.8
+    loader_bytes = 0
 
     def __init__(self, kind: str, ordinal: int) -> None:
         self.kind = kind
@@ -250,6 +251,17 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
     ]
     with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from"):
         budget_of(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
+
+
+def test_a_budget_that_leaves_no_room_for_a_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    device.loader_bytes = GIB // 2
+    budget_of(Settings(budget="9728MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert not caplog.records
+    budget_of(Settings(budget="9729MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert [record.message for record in caplog.records] == [
+        f"budget of {UUIDS[0]}: 9.50 GiB of 10.00 GiB leave less than the context of a loader may take, 0.50 GiB"
+    ]
 
 
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
