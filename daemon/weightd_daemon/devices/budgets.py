@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
 from .cuda_choice import choose_gpus
 from .host import HostDevice
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from weightd_daemon.config.settings import Settings
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.memory import MemoryAccounting
 
-    from .cuda_ipc import Holding
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _BOOKS_SHARE = 10
 _BOOKS_LEAST = 256 << 20
 
 
-def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
+def open_served(settings: Settings, holding: CudaHolderContext) -> Iterator[tuple[Device, tuple[str, ...]]]:
     """Open what is to be served, with what settings may call it. Errors: ConfigError."""
     served: list[tuple[str, ...]] = []
     if {"host", "auto"} & {*settings.devices}:
@@ -48,7 +48,7 @@ def check_budgets(
     settings: Settings,
     devices: Mapping[str, Device],
     names: Mapping[str, Sequence[str]],
-    memories: Mapping[str, DeviceMemory],
+    memories: Mapping[str, MemoryAccounting],
 ) -> None:
     """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
     _check_names(settings, names.values())
@@ -67,7 +67,7 @@ def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
         if not meant:
-            kind = TemporaryError if _may_come(said, settings.devices) else ConfigError
+            kind = TemporaryConfigError if _may_come(said, settings.devices) else ConfigError
             raise kind(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
             raise ConfigError(
@@ -106,7 +106,7 @@ def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, d
     there = ", ".join(served)
     if found:
         raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
-    kind = TemporaryError if _may_come(said, devices) else ConfigError
+    kind = TemporaryConfigError if _may_come(said, devices) else ConfigError
     raise kind(f"device {said!r} is not served; there are {there}")
 
 
