@@ -70,7 +70,9 @@ def initialise() -> None:
         except DeviceError as error:
             if error.code == "CUDA_ERROR_NOT_INITIALIZED":  # torch, say, had initialised it before the fork
                 raise ForkedError(_FORKED) from error
-            raise DeviceMismatchError(f"no CUDA device can be used here: cuInit failed with {error.code}") from error
+            raise DeviceMismatchError(
+                f"no CUDA device can be used here: cuInit failed with {error.code}", error.metadata
+            ) from error
         except Exception as error:  # cuda-bindings raises its own kinds where libcuda is missing or too old
             raise DeviceMismatchError(f"no CUDA driver can be used here: {_first_line(error)}") from error
         _initialised_in = os.getpid()
@@ -141,6 +143,12 @@ def name_of(ordinal: Ordinal) -> str:
 def total_memory(ordinal: Ordinal) -> int:
     """Bytes of memory that the device has."""
     return int(call("cuDeviceTotalMem", call("cuDeviceGet", ordinal)))
+
+
+def compute_mode(ordinal: Ordinal) -> int:
+    """The device's compute mode, a CUcomputemode: who may have a context. Errors: DeviceError."""
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+    return int(call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", ordinal)))
 
 
 class _OnDevice:

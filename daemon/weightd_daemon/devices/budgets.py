@@ -9,7 +9,7 @@ from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
-from .cuda_choice import open_gpus
+from .cuda_choice import choose_gpus
 from .host import HostDevice
 
 if TYPE_CHECKING:
@@ -35,7 +35,10 @@ def open_served(settings: Settings, holding: CudaHolderContext) -> Iterator[tupl
     if {"host", "auto"} & {*settings.devices}:
         served += [("host",)]
         yield HostDevice(), ("host",)
-    for gpu in open_gpus(settings.devices, settings.transport, holding):
+    choice = choose_gpus(settings.devices, settings.transport, holding, {})
+    for absent in choice.absent:
+        log.warning("device %s is not served: %s", absent.uuid, absent.reason)
+    for gpu in choice.served:
         served += [gpu.names]
         yield gpu
     _check_names(settings, served)
@@ -130,6 +133,11 @@ def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
             f"to {size(capacity)} here",
             "budget",
         )
+    if capacity - budget < device.loader_bytes:
+        log.warning(
+            "budget of %s: %s of %s leave less than the context of a loader may take, %s",
+            device.uuid, size(budget), size(capacity), size(device.loader_bytes),
+        )  # fmt: skip
     return budget // device.page * device.page
 
 
