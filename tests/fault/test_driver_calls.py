@@ -333,7 +333,7 @@ def test_while_the_daemon_starts(backend: Backend, tmp_path: Path) -> None:
             assert backend.device_bytes() == 0, rule
         for function in calls if process == "weightd_daemon" else ():
             always = backend.with_knobs(fail=f"{function}:{UNKNOWN}", fail_in=OURS[process])
-            # Where a holder makes segments, the daemon asks for nothing but the compute mode, of which it can only tell.
+            # Where a holder makes the segments, the daemon asks only for the compute mode, which it just tells.
             told = backend.kind == "cuda_ipc" and function == "cuDeviceGetAttribute"
             assert (function in start(always, tmp_path)) != told, function
             assert backend.device_bytes() == 0, function
