@@ -510,6 +510,7 @@ def test_a_gpu_for_one_process_at_a_time_is_told_at_the_start_and_when_a_load_fa
     client = daemon.connect()
     client.load(make(tmp_path, "base"), name="base")
     (loader,) = daemon.loaders()
+    assert b"\0CUDA_MPS_PIPE_DIRECTORY=/dev/null\0" in Path(f"/proc/{loader}/environ").read_bytes()
     os.kill(loader, signal.SIGKILL)  # it has the GPU
     eventually(lambda: not daemon.loaders())
     assert attach(spawn(daemon), "base") == heads("base")
