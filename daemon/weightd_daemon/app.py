@@ -60,7 +60,7 @@ from .persistence.service_manager import ServiceManagerStore, stored_descriptors
 from .residency import Residency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .config.settings import LoadedSettings, Settings
     from .core.limits import UserLimits
@@ -336,12 +336,12 @@ class Daemon:
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
-        def change_budgets(new: Settings) -> None:
+        def change_budgets(new: Settings) -> Iterator[None]:
             for uuid, memory in store.memories.items():
                 budget = budget_of(new, served.devices[uuid], served.names[uuid])
                 memory.resize(budget, pool_of(new, served.devices[uuid], budget))
             store.books.limit = books_of(new, {uuid: memory.budget for uuid, memory in store.memories.items()})
-            store.fit_books()
+            return store.fit_books()
 
         def change_loads(new: Settings) -> None:
             work.fair_queue.resize(new.max_loads, new.loads_of_one)

@@ -125,7 +125,8 @@ class Daemon:
         """How many handle connections it has, as the kernel lists them."""
         connected = "03"
         lines = Path("/proc/net/unix").read_text().splitlines()
-        return sum(line.endswith(f" {self.socket}.handles") and line.split()[5] == connected for line in lines)
+        bound = f" {self.socket}~"  # and the daemon's process id, until the socket got its place
+        return sum(bound in line and line.split()[5] == connected for line in lines)
 
     def descriptors(self) -> int:
         """Descriptors that the daemon has open."""

@@ -17,7 +17,10 @@ OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 class CudaDevice:
-    """Base of GPU devices (see devices/device.py). `ordinal` is this process's number of the GPU."""
+    """Base of GPU devices. `ordinal` is this process's number of the GPU.
+
+    For the methods see devices/device.py.
+    """
 
     kind: str
     sparse = False

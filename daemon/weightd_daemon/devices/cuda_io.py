@@ -57,7 +57,10 @@ class _Errors:
 
 
 class CudaSegmentIO:
-    """Reads and writes one GPU's segments (see devices/segment_io.py), by VMM descriptors or CUDA IPC handles."""
+    """Reads and writes one GPU's segments, by VMM descriptors or CUDA IPC handles.
+
+    For the methods see devices/segment_io.py.
+    """
 
     def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> None:
         """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError."""
@@ -166,7 +169,7 @@ class _CudaStaging:
         return self._written.popleft()
 
     def put_back(self, buffer: DeviceStagingBuffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 

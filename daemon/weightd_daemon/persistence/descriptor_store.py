@@ -157,8 +157,9 @@ class PersistentDescriptorStore:
         self.flip()
         self._let_go(left)
         for uuid in self._devices:
-            excess = self._store.fit(uuid)
-            if excess:
+            for _ in self._store.fit(uuid):
+                await asyncio.sleep(0)
+            if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
         if self._given:
