@@ -16,6 +16,7 @@ from pathlib import Path
 
 import weightd
 from support.backends import HOST, Backend
+from support.descriptors import counted
 from support.leash import leashed
 from support.manager import Manager
 from weightd.client import Client
@@ -39,7 +40,11 @@ def eventually(check: Callable[[], object], seconds: float = PATIENCE, what: str
 def environment(socket: Path | None = None) -> dict[str, str]:
     """The environment of a child process: our sources, and no setting of whoever runs the tests."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTD_")}
-    clean["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon", "tests"))
+    inherited = filter(
+        None, [os.environ.get("PYTHONPATH")]
+    )  # packages may be there: a machine with a GPU has no network
+    ours = (str(ROOT / folder) for folder in ("client", "daemon", "tests"))
+    clean["PYTHONPATH"] = os.pathsep.join([*ours, *inherited])
     clean["XDG_CONFIG_HOME"] = "/nonexistent"
     if socket is not None:
         clean["WEIGHTD_SOCKET"] = str(socket)
@@ -126,8 +131,8 @@ class Daemon:
         return sum(line.endswith(f" {self.socket}.handles") and line.split()[5] == connected for line in lines)
 
     def descriptors(self) -> int:
-        """Descriptors that the daemon has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Descriptors that the daemon has open, without what the libraries of a GPU keep."""
+        return counted(self.pid)
 
     def allocated(self) -> int:
         """Bytes of memory behind the segments that the daemon has open, as the kernel counts them."""
