@@ -83,9 +83,7 @@ from pathlib import Path
 from support import fakecuda
 folder = Path(sys.argv[1])
 fakecuda.build(folder)
-(folder / "nodes").mkdir()
-nodes = fakecuda.make_nodes(folder / "nodes")
-for name, value in fakecuda.environment(folder, memory=64 << 30, context=300 << 20, nodes=nodes).items():
+for name, value in fakecuda.environment(folder, memory=64 << 30, context=300 << 20).items():
     print(f"export {name}={shlex.quote(value)}")
 END
     ) && eval "$variables"
