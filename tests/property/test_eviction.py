@@ -7,6 +7,7 @@ from itertools import count
 import hypothesis.strategies as st
 from hypothesis import given
 
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import Event, Evicted
@@ -15,7 +16,6 @@ from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.making_room import MakingRoom
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.prospect import Prospect, prospect
 from weightd_daemon.core.store import Store
 
@@ -38,7 +38,7 @@ class Books:
         self.events: list[Event] = []
         numbers = count(1)
         self.store = Store(leases=Leases(lambda _: True), on_event=self.events.append)
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=0, create=lambda _: next(numbers)
         )
 

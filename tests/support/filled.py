@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.monitoring.statistics import Statistics
@@ -49,7 +49,7 @@ class Filled:
         self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests)
         numbers = count()
         for uuid in DEVICES:
-            self.store.memories[uuid] = DeviceMemory(
+            self.store.memories[uuid] = PromptMemory(
                 budget=1 << 40, page=4096, sparse=False, pool_limit=0, create=lambda _: next(numbers)
             )
         for number in range(checkpoints):

@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError
 from weightd_daemon.core.books import Books
 from weightd_daemon.core.catalog import Catalog
@@ -15,7 +16,6 @@ from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 
@@ -33,7 +33,7 @@ class Daemon:
         self.store = Store(leases=Leases(self._is_held), on_event=self.events.append)
         self.store.books.limit = limit * K * BYTES_OF_TENSOR
         for device in ("host", "GPU-1"):
-            self.store.memories[device] = DeviceMemory(
+            self.store.memories[device] = PromptMemory(
                 budget=64 * PAGE, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, available=lambda: None
             )
         self._numbers = count(1)

@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.lease import Leases
 from weightd_daemon.core.loading import AT_ONCE, Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import FREED_AT_ONCE, Store
 
 PAGE = 4096
@@ -28,7 +28,7 @@ class Desk:
     def __init__(self, tensors: int = 4 * MANY) -> None:
         self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=-(-tensors * SLOT // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
 

@@ -9,6 +9,7 @@ from itertools import count, pairwise
 import pytest
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
@@ -18,7 +19,6 @@ from weightd_daemon.core.events import Event, Evicted, Sealed
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.slots import Slots, Together
@@ -38,7 +38,7 @@ class Books:
         self.locked: set[int] = set()
         self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.events.append)
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=budget, page=PAGE, sparse=sparse, pool_limit=0, create=self.create, available=lambda: self.available
         )
         self.available: int | None = None
@@ -344,7 +344,7 @@ def test_a_device_that_is_out_of_memory_makes_the_store_evict() -> None:
             raise MemoryError
         return working(size)
 
-    books.memory._create = create
+    books.memory.create = create
     assert books.open().grant(LARGE, LARGE) is not None
     assert books.evicted == [(there, "capacity")]
 
@@ -357,7 +357,7 @@ def test_a_full_device_is_named_in_the_refusal_once_nothing_can_be_evicted() -> 
     def create(size: int) -> int:
         raise MemoryError("4 KiB free on the device")
 
-    books.memory._create = create
+    books.memory.create = create
     load = books.open()
     assert load.grant(LARGE, LARGE) is None
     assert books.evicted == [(there, "capacity")]
@@ -376,7 +376,7 @@ def test_nothing_is_evicted_for_a_device_that_others_have_filled() -> None:
     def create(size: int) -> int:
         raise MemoryError
 
-    books.memory._create = create
+    books.memory.create = create
     with pytest.raises(CapacityError, match="the device itself has no room; stop what else uses the device"):
         books.open().grant(3 * LARGE, 3 * LARGE)
     assert books.evicted == []
@@ -442,7 +442,7 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
     page = 2 * MIB
     store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
     numbers = count()
-    memory = store.memories["GPU"] = DeviceMemory(
+    memory = store.memories["GPU"] = PromptMemory(
         budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
     )
     load = Loading(store, "GPU", "all", 1000)
@@ -661,7 +661,7 @@ def test_removing_gives_up_only_what_nobody_else_needs() -> None:
 
 def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_devices() -> None:
     books = Books(sparse=False)
-    other = books.store.memories["GPU-2"] = DeviceMemory(
+    other = books.store.memories["GPU-2"] = PromptMemory(
         budget=LARGE, page=PAGE, sparse=False, pool_limit=0, create=books.create
     )
     elsewhere = Loading(books.store, "GPU-2", "all", 1000)

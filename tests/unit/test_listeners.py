@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from support.filled import WHO
+from support.prompt_memory import PromptMemory
 from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
@@ -18,7 +19,6 @@ from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.monitoring.event_stream import EventStream
 from weightd_daemon.monitoring.listeners import Listeners
@@ -56,7 +56,7 @@ class Books:
         publish = self.listeners.publish
         self.store = Store(leases=Leases(self._is_locked, publish), on_event=publish)
         numbers = count()
-        self.store.memories["host"] = DeviceMemory(
+        self.store.memories["host"] = PromptMemory(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         self.catalog = Catalog(self.store, Limits(), on_event=publish)

@@ -19,10 +19,10 @@ import pytest
 
 from support.descriptors import open_descriptors
 from support.limits import room_for
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.reclaims import Freeing, Release
 from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.devices.reclaimer import Reclaimer
@@ -402,7 +402,7 @@ def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -
 
     async def run() -> None:
         reclaimer = Reclaimer(device)
-        memory = DeviceMemory(
+        memory = PromptMemory(
             budget=4096, page=4096, sparse=False, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )
         reclaimer.watch(memory)

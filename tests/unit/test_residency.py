@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import WeightdError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
@@ -15,7 +16,6 @@ from weightd_daemon.core.lease import Leases
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.residency import Residency
@@ -41,7 +41,7 @@ class Desk:
         self.store = Store(leases=Leases(lambda _: True), on_event=self.residency.on_event)
         self.catalog = Catalog(self.store, Limits(), changed=self.residency.on_changed)
         numbers = count()
-        self.store.memories["GPU-0"] = DeviceMemory(
+        self.store.memories["GPU-0"] = PromptMemory(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         played = cast("Any", self)

@@ -18,6 +18,7 @@ import pytest
 import xxhash
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from support.root_forms import rows_of, write_first_form
 from weightd._manifest import FORM
 from weightd._proto.v1 import handles_pb2
@@ -29,7 +30,6 @@ from weightd_daemon.core.lease import Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.host import HostDevice
@@ -101,7 +101,7 @@ class Books:
         self.locks = LeaseLocks(self.manifests, self.files)
         leases = Leases(self.locks.is_locked, forget=self.locks.forget)
         self.store = Store(leases=leases, on_event=residency.on_event)
-        self.store.memories["host"] = DeviceMemory(
+        self.store.memories["host"] = PromptMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
             before_use=residency.before_use,
         )  # fmt: skip

@@ -7,6 +7,7 @@ sparse (memfd), a free page may have been punched: it costs nothing until an ext
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.types import ALIGNMENT
@@ -14,7 +15,7 @@ from weightd.types import ALIGNMENT
 from .ranges import Ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class Extent(NamedTuple):
@@ -29,6 +30,16 @@ class Extent(NamedTuple):
         return self.offset + self.length
 
 
+class Holes(NamedTuple):
+    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+
+    The latter can go back to the system: whole segments, and single pages where segments are sparse.
+    """
+
+    own: int
+    common: int
+
+
 def round_up(value: int, unit: int) -> int:
     """The next multiple of `unit`."""
     return -(-value // unit) * unit
@@ -37,6 +48,12 @@ def round_up(value: int, unit: int) -> int:
 def slot_bytes(length: int) -> int:
     """What a blob of `length` bytes takes: its length, rounded up so that the next blob is aligned."""
     return round_up(length, ALIGNMENT)
+
+
+def cut(length: int, ends: Sequence[int]) -> int:
+    """The greatest of `ends`, ascending, that is in `length`; all of it where none is."""
+    at = bisect_right(ends, length)
+    return ends[at - 1] if at else length
 
 
 def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
@@ -270,6 +287,12 @@ class Arena:
     def empty_bytes(self) -> int:
         """Memory behind the segments in which nothing lies."""
         return sum(self.populated(segment) for segment in self._segments if self.is_empty(segment))
+
+    def hole_bytes(self, *, sparse: bool) -> Holes:
+        """Its populated holes. Where segments are not sparse, others can only have what empty ones leave."""
+        populated = self.populated_hole_bytes()
+        common = populated if sparse else self.empty_bytes()
+        return Holes(populated - common, common)
 
     def _holes(self) -> Iterator[tuple[Extent, int]]:
         """The whole free pages that can be handed out, and what taking them would cost. A grant asks several times."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from .arena import Extent, round_up
-from .memory import Holes
+from .arena import Extent, Holes, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
