@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from .arena import Arena, Extent, cut, round_up
 from .creations import Creation, Creations
 from .promises import Promises
+from .ranges import Ranges
 from .reclaims import Freeing, Punch, Reclaim, Reclaims, Release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from .arena import Holes
-    from .ranges import Ranges
+
 
 SEGMENT_BYTES = 1 << 30
 """Largest segment, unless one tensor or group needs more. A segment is the unit of mapping, isolation and return."""
@@ -247,16 +248,17 @@ class DeviceMemory:
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
         """Return bytes. Segments that become empty stay in the pool if `pool` and the limit allow; other pages go."""
         arena = self.arena(domain)
-        touched: dict[int, list[Extent]] = {}
-        for extent in extents:
-            arena.give_back(extent)
-            touched.setdefault(extent.segment, []).append(extent)
-        for segment, parts in touched.items():
+        returned: dict[int, Ranges] = {}
+        for extent in extents:  # joined, for these may be 100,000 neighbours, and each range becomes a system call
+            returned.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+        for segment, ranges in returned.items():
+            for start, end in ranges:
+                arena.give_back(Extent(segment, start, end - start))
             if arena.is_empty(segment):
                 self._let_go(arena, segment, pool=pool)
             elif self.sparse:
-                for part in parts:
-                    for leaving in arena.start_leaving(segment, part.offset, part.end):
+                for start, end in ranges:
+                    for leaving in arena.start_leaving(segment, start, end):
                         self._reclaims.add(Punch(domain, leaving, self.losses))
 
     def adopt(
