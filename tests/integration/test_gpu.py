@@ -459,7 +459,7 @@ def test_without_a_gpu_a_daemon_that_must_have_one_is_to_be_started_again(tmp_pa
 def test_a_gpu_that_is_not_there_or_means_several(backend: Backend, tmp_path: Path) -> None:
     two = backend.with_knobs(devices=2).environment
     for flags, (code, why) in {
-        ("--device=cuda:2",): (75, "is not there"),
+        ("--device=cuda:2",): (78, "is not there"),
         ("--device=auto", "--budget=cuda:2=1GiB"): (75, "cuda:2 is not served"),
         ("--device=cuda:0", f"--device={fakecuda.uuid(0)}"): (78, "named already"),
         ("--device=cuda:0", "--budget=cuda:1=1GiB"): (78, "cuda:1"),
@@ -489,7 +489,8 @@ def test_where_memory_cannot_be_exported_it_is_shared_by_cuda_ipc(
 def test_auto_goes_without_a_gpu_that_does_not_answer_and_loads_find_the_others(
     start_daemon: StartDaemon, backend: Backend, tmp_path: Path
 ) -> None:
-    broken = backend.with_knobs(devices=3, fail="cuDeviceGetUuid:999:2", fail_in="weightd_daemon")  # in loaders, too
+    twice = "cuDeviceGetUuid:999:2,cuDeviceGetUuid:999:3"
+    broken = backend.with_knobs(devices=3, fail=twice, fail_in="weightd_daemon serve")
     daemon = start_daemon(broken, device="auto", budget="64MiB")
     client = daemon.connect()
     assert [device.uuid for device in client.stats().devices] == ["host", fakecuda.uuid(0), fakecuda.uuid(2)]

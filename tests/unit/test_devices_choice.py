@@ -11,7 +11,8 @@ import pytest
 from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.budgets import budget_of, device_meant
+from weightd_daemon.devices.served import Served
 
 GIB = 1 << 30
 UUIDS = [
@@ -23,7 +24,7 @@ HOLDING: Any = None  # passed through
 
 
 class FakeDevice:
-    """A GPU by one transport. `broken` (ordinal, kind) cannot make a segment; `full` ones have no memory left."""
+    """A GPU by one transport. `broken` (ordinal, kind) cannot make segments at all; `full` ones have no memory left."""
 
     broken: ClassVar[set[tuple[int, str]]] = set()
     full: ClassVar[set[tuple[int, str]]] = set()
@@ -43,7 +44,7 @@ class FakeDevice:
 
     def create(self, size: int) -> int:
         if self.key in self.broken:
-            raise DeviceError(f"{self.kind} is not for {self.uuid}")
+            raise DeviceError(f"{self.kind} is not for {self.uuid}", {"code": "CUDA_ERROR_NOT_SUPPORTED"})
         if self.key in self.full:
             raise MemoryError
         assert size == self.page
@@ -67,10 +68,17 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
 
+def opened_for(device: str, **more: str) -> Served:
+    """The devices of a daemon that keeps nothing."""
+    served = Served(Settings(device=device, **more), HOLDING)
+    served.open({})
+    return served
+
+
 def served(device: str, **more: str) -> list[tuple[str, str]]:
     """What is served, in order: (name, kind)."""
     names = {"host": "host", **{uuid: f"cuda:{ordinal}" for ordinal, uuid in enumerate(UUIDS)}}
-    opened = [made for made, _ in open_served(Settings(device=device, **more), HOLDING)]
+    opened = list(opened_for(device, **more).devices.values())
     assert [made for made in opened if isinstance(made, FakeDevice)] == FakeDevice.open
     assert not any(made.segments for made in FakeDevice.open)
     return [(names[made.uuid], made.kind) for made in opened]
@@ -95,8 +103,8 @@ def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("said", "message", "kind"),
     [
-        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", TemporaryError),
-        ("GPU-dddd0000", "'GPU-dddd0000': is not there", TemporaryError),
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", ConfigError),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there", ConfigError),
         ("GPU-aaaa0000", "means more than one of .*; say more of it", ConfigError),
         ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already", ConfigError),
     ],
@@ -138,7 +146,7 @@ def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> int:
-        raise DeviceError("cuDeviceGetCount failed")
+        raise DeviceError("cuDeviceGetCount failed", {"code": "CUDA_ERROR_UNKNOWN"})
 
     monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
     assert served("auto") == [("host", "host")]
@@ -152,16 +160,18 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
 ) -> None:
     def uuid_of(ordinal: int) -> str:
         if ordinal == 1:
-            raise DeviceError("cuDeviceGetUuid failed")
+            raise DeviceError("cuDeviceGetUuid failed", {"code": "CUDA_ERROR_UNKNOWN"})
         return UUIDS[ordinal]
 
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
     assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
     assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
     FakeDevice.open.clear()
-    for said in ("cuda", "cuda:1"):
-        with pytest.raises(TemporaryError, match=f"device = '{said}': cuDeviceGetUuid failed"):
-            served(said)
+    assert [name for name, _ in served("cuda")] == ["cuda:0", "cuda:2"]
+    FakeDevice.open.clear()
+    with pytest.raises(TemporaryError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
+        served("cuda:1")
+    assert [name for name, _ in served("cuda:2")] == ["cuda:2"]  # whatever the others do
 
 
 def test_cuda_ipc_is_used_where_exporting_fails_and_the_rest_stays() -> None:
@@ -260,8 +270,7 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
     [("host", "host"), ("cuda:1", UUIDS[1]), ("host,cuda:1", UUIDS[1]), ("cuda", ""), ("auto", "")],
 )
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
-    devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
-    assert default_device(devices) == expected
+    assert opened_for(said).default == expected
 
 
 SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}

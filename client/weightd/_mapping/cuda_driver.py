@@ -82,7 +82,9 @@ def initialise() -> None:
         except DeviceError as error:
             if error.code == "CUDA_ERROR_NOT_INITIALIZED":  # torch, say, had initialised it before the fork
                 raise ForkedError(_FORKED) from error
-            raise DeviceMismatchError(f"no CUDA device can be used here: cuInit failed with {error.code}") from error
+            raise DeviceMismatchError(
+                f"no CUDA device can be used here: cuInit failed with {error.code}", error.metadata
+            ) from error
         except Exception as error:  # cuda-bindings raises its own kinds where libcuda is missing or too old
             raise DeviceMismatchError(f"no CUDA driver can be used here: {_first_line(error)}") from error
         _initialised_in = os.getpid()
@@ -212,6 +214,16 @@ def export(allocation: Allocation) -> int:
 def import_descriptor(descriptor: int) -> Allocation:
     """The allocation that a descriptor stands for; the descriptor stays the caller's. Errors: DeviceError."""
     return call("cuMemImportFromShareableHandle", descriptor, _descriptor_type())
+
+
+def ordinal_of_allocation(allocation: Allocation) -> Ordinal | None:
+    """The GPU on which an allocation lies, as far as the driver says; None where it does not."""
+    try:
+        location = call("cuMemGetAllocationPropertiesFromHandle", allocation).location
+    except DeviceError:  # whether it answers for what was imported is not documented
+        return None
+    on_device = location.type == _driver().CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    return int(location.id) if on_device else None
 
 
 def release(allocation: Allocation) -> None:

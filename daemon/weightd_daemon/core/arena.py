@@ -124,6 +124,12 @@ class Arena:
             raise ValueError(f"segment {segment} of {size} bytes cannot be added")
         self._segments[segment] = _Segment(size, sparse=sparse)
 
+    def change_page(self, page: int) -> None:
+        """Have pages of another size. Every segment is whole pages of it, and nothing has been handed out by now."""
+        self.page = page
+        for books in self._segments.values():
+            books.holes = None
+
     def adopt_segment(
         self,
         segment: int,

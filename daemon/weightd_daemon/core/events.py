@@ -102,6 +102,22 @@ class DeviceLost:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceAbsent:
+    """A device cannot be served now; every checkpoint on it stays as it is."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBack:
+    """A device that was absent is served again, with `checkpoints` that were kept on it."""
+
+    device: str
+    checkpoints: int
+
+
+@dataclass(frozen=True, slots=True)
 class DrainChanged:
     """The daemon is "draining" or "drained", or "undrained" again."""
 
@@ -109,5 +125,16 @@ class DrainChanged:
 
 
 Event = (
-    Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | LoadAnswered | Named | DeviceLost | DrainChanged
+    Sealed
+    | Evicted
+    | Attached
+    | Detached
+    | LoadBegun
+    | LoadEnded
+    | LoadAnswered
+    | Named
+    | DeviceLost
+    | DeviceAbsent
+    | DeviceBack
+    | DrainChanged
 )

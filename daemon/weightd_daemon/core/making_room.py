@@ -60,7 +60,7 @@ class MakingRoom:
     def evict_for_books(self, needed: int) -> None:
         """Evict for `needed` bytes of the daemon's books, on whatever device. Errors: CapacityError."""
         store = self._store
-        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.is_leased))
+        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.stays))
 
     def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
         """The error that says why `requested` bytes do not fit."""

@@ -99,6 +99,12 @@ class DeviceMemory:
         """Have another budget, not below what is used, and another pool."""
         self.budget, self._pool_limit = budget, pool_limit
 
+    def change_page(self, page: int) -> None:
+        """Have pages of another size. Nothing may have been granted by now, nor taken in that is `sparse`."""
+        self.page = page
+        for arena in self._arenas.values():
+            arena.change_page(page)
+
     def arena(self, domain: str) -> Arena:
         """The arena of one sharing domain."""
         return self._arenas.setdefault(domain, Arena(self.page))

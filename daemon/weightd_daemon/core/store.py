@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightd.errors import NotFoundError
+from weightd.errors import DeviceAbsentError, NotFoundError
 
 from .blob import Blob, Blobs, BlobState
 from .books import Books
@@ -40,6 +40,8 @@ class Store:
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
         self.lost: dict[CheckpointKey, Lost] = {}
         self.memories: dict[str, DeviceMemory] = {}
+        self.absent: dict[str, str] = {}
+        """Why devices cannot be served now, for people. Their books stay: nothing is lent, granted or evicted there."""
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
         self.changed: set[CheckpointKey] = set()
@@ -87,20 +89,35 @@ class Store:
         """Whether anybody holds a checkpoint at this moment."""
         return self.leases.is_held(checkpoint.key)
 
+    def is_absent(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint lies on a device that cannot be served now."""
+        return checkpoint.key.device in self.absent
+
+    def stays(self, checkpoint: Checkpoint) -> bool:
+        """Whether no want of room makes a checkpoint go, pinned or not: it is leased, or its device is absent."""
+        return self.is_absent(checkpoint) or self.is_leased(checkpoint)
+
     def kept_books(self) -> int:
-        """Bytes of the books that pins and leases keep."""
-        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
+        """Bytes of the books that pins, leases and absent devices keep."""
+        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.stays(c))
+
+    def check_present(self, device: str, what: str = "") -> None:
+        """Whether a device can be used now, for `what`. Errors: DeviceAbsentError."""
+        if device in self.absent:
+            what = f"{what}: " if what else ""
+            raise DeviceAbsentError(f"{what}device {device} is absent: {self.absent[device]}", {"device": device})
 
     def evictable(self, device: str) -> Iterator[Checkpoint]:
         """The checkpoints on a device that may be evicted (law 3), least recently used first."""
-        return least_recently_used(self.on_device(device), self.is_leased)
+        return least_recently_used(self.on_device(device), self.stays)
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
     def begin_load(self, device: str) -> int:
-        """Number a load that begins on a device. Errors: NotFoundError (no such device)."""
+        """Number a load that begins on a device. Errors: NotFoundError (no such device), DeviceAbsentError."""
         if device not in self.memories:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self.memories)}")
+        self.check_present(device)
         self._last_load += 1
         self.open_loads.add(self._last_load)
         return self._last_load
@@ -157,9 +174,12 @@ class Store:
         return given_up
 
     def fit(self, device: str) -> int:
-        """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned."""
+        """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned.
+
+        An absent device has no budget.
+        """
         memory = self.memories[device]
-        excess = memory.excess()
+        excess = 0 if device in self.absent else memory.excess()
         if not excess:
             return 0
         for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
@@ -169,8 +189,8 @@ class Store:
         return memory.excess()
 
     def fit_books(self) -> None:
-        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
-        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
+        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned nor absent."""
+        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.stays):
             self.evict(checkpoint, "capacity")
 
     def free(self, blobs: list[Blob]) -> None:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Never
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
+from .cuda_errors import OUT_OF_MEMORY, code_of
 from .cuda_nvml import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
 
 
 class CudaDevice:
@@ -52,7 +51,7 @@ class CudaDevice:
         try:
             yield
         except DeviceError as error:
-            if error.code != OUT_OF_MEMORY:
+            if code_of(error) != OUT_OF_MEMORY:
                 raise
             free = self.available()
             known = "" if free is None else f", {free} bytes are free on it"

@@ -27,7 +27,8 @@ class Reclaimer:
     """
 
     def __init__(self, device: Device, before_release: Callable[[int], None] = lambda _: None) -> None:
-        self._device = device
+        self.device = device
+        """Whose memory it is. Another may take its place while nothing is under way."""
         self._before_release = before_release
         self._memory: DeviceMemory | None = None
         self._task: asyncio.Task[None] | None = None
@@ -77,10 +78,10 @@ class Reclaimer:
             try:
                 if isinstance(reclaim, Punch):
                     extent = reclaim.extent
-                    self._device.punch(extent.segment, extent.offset, extent.length)
+                    self.device.punch(extent.segment, extent.offset, extent.length)
                 else:
                     self._before_release(reclaim.segment)
-                    self._device.release(reclaim.segment)
+                    self.device.release(reclaim.segment)
             except Exception:  # whatever broke, the rest of the queue must be done and reported
                 # The bytes are free all the same; what is lost is that the system does not get them back.
                 log.exception("memory could not be returned: %s", reclaim)

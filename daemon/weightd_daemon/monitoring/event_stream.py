@@ -12,6 +12,8 @@ from weightd._proto.v1 import daemon_pb2
 from weightd.errors import EventsLostError, InUseError, ServerError
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import (
+    DeviceAbsent,
+    DeviceBack,
     DeviceLost,
     DrainChanged,
     Event,
@@ -201,6 +203,11 @@ class EventStream:
             case DeviceLost(device, reason):
                 kind = daemon_pb2.EVENT_KIND_DEVICE_LOST
                 return None, daemon_pb2.Event(kind=kind, device=device, message=reason[:MESSAGE_CHARACTERS])
+            case DeviceAbsent(device, reason):
+                kind = daemon_pb2.EVENT_KIND_DEVICE_ABSENT
+                return None, daemon_pb2.Event(kind=kind, device=device, message=reason[:MESSAGE_CHARACTERS])
+            case DeviceBack(device):
+                return None, daemon_pb2.Event(kind=daemon_pb2.EVENT_KIND_DEVICE_BACK, device=device)
             case DrainChanged(state):
                 return None, daemon_pb2.Event(kind=f"EVENT_KIND_{state.upper()}")
 

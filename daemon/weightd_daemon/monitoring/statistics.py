@@ -38,19 +38,21 @@ class Statistics(NamedTuple):
         for uuid, memory in store.memories.items():
             used, live, in_flight = memory.used, store.live_bytes(uuid), store.in_flight_bytes(uuid)
             device = self.devices[uuid]
+            budget = used if uuid in store.absent else memory.budget
             devices.append(
                 daemon_pb2.Device(
                     uuid=uuid,
                     kind=device.kind,
                     name=device.name,
-                    budget_bytes=memory.budget,
+                    budget_bytes=budget,
                     used_bytes=used,
                     live_bytes=live,
                     in_flight_bytes=in_flight,
                     reusable_bytes=used - live - in_flight,
-                    free_bytes=memory.budget - used,
+                    free_bytes=budget - used,
                     segments=memory.segments,
                     device_free_bytes=device.available(),
+                    absence=store.absent.get(uuid, ""),
                 )
             )
         logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())
