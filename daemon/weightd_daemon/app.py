@@ -217,11 +217,10 @@ class Daemon:
         for uuid, device in served.devices.items():
             budget = 0 if uuid in served.absent else served.budgets[uuid]
             reclaimer = reclaimers[uuid] = Reclaimer(device, partial(descriptor_store.released, uuid))
-            stack.push_async_callback(reclaimer.finish)
+            stack.push_async_callback(reclaimer.stop)
             store.memories[uuid] = DeviceMemory(
                 budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
-                create=partial(served.create, uuid), on_reclaim=reclaimer.kick,
-                available=partial(served.available, uuid),
+                create=reclaimer.maker.create, on_reclaim=reclaimer.kick, available=partial(served.available, uuid),
                 before_use=residency.before_use,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])

@@ -40,6 +40,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
     ) -> daemon_pb2.GetStatsResponse:
         """The books of every device at one moment."""
         self._parts.caller(context)
+        await self._parts.statistics.refresh()
         return self._parts.statistics.read()
 
     async def WatchEvents(  # noqa: N802

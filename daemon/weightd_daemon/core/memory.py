@@ -95,6 +95,11 @@ class DeviceMemory:
         """Whether memory is on its way: a request that fails now may succeed when it has arrived."""
         return bool(self._reclaims or self._promises.ending or self.freeing or self._creations)
 
+    @property
+    def creating(self) -> bool:
+        """Whether a segment is being made."""
+        return bool(self._creations)
+
     def resize(self, budget: int, pool_limit: int) -> None:
         """Have another budget, not below what is used, and another pool."""
         self.budget, self._pool_limit = budget, pool_limit

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Never, Protocol
 from weightd.errors import DeviceAbsentError
 from weightd.types import ALIGNMENT
 
+from .driver_thread import AnyThread
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -72,12 +74,15 @@ class StandIn:
     lasting = True
     default_share = 0.0
     sparse = False
+    creates_by = ""
+    releases_by = "close"
     page = ALIGNMENT
     """As small as can be: what pages a device has is known when it serves, and nothing is granted before."""
 
     def __init__(self, uuid: str, kind: str) -> None:
         self.uuid = uuid
         self.kind = kind
+        self.calls = AnyThread()
         self.name = "absent device"
         self.note = ""
         self._numbers = count(1)
@@ -89,6 +94,9 @@ class StandIn:
         return 0
 
     def available(self) -> None:
+        """Nobody knows."""
+
+    async def refresh(self) -> None:
         """Nobody knows."""
 
     def adopt(self, descriptor: int, size: int) -> int:

@@ -35,6 +35,8 @@ class CudaVmmDevice(CudaDevice):
     kind = "cuda_vmm"
     lasting = True
     note = ""
+    creates_by = "cuMemCreate"
+    releases_by = "cuMemRelease"
 
     def __init__(self, ordinal: int) -> None:
         """Errors: DeviceMismatchError (no such GPU), DeviceError."""
@@ -128,7 +130,10 @@ class CudaVmmDevice(CudaDevice):
         driver.release(allocation)
 
     def close(self) -> None:
-        """Release every segment. What the driver refuses ends with this process."""
+        """Release every segment. What the driver refuses, or does not answer, ends with this process."""
+        self.calls.stop()
+        if self.calls.problem:
+            return
         for segment in list(self._segments):
             try:
                 self.release(segment)

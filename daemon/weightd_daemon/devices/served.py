@@ -73,10 +73,6 @@ class Served:
         candidates = [uuid for uuid in said if self.devices[uuid].kind != "host"] or said
         return candidates[0] if len(candidates) == 1 else ""
 
-    def create(self, uuid: str, size: int) -> int:
-        """Make a segment on a device, whatever stands for it by then. Errors: as of Device.create."""
-        return self.devices[uuid].create(size)
-
     def available(self, uuid: str) -> int | None:
         """Bytes free on a device, as Device.available says."""
         return self.devices[uuid].available()

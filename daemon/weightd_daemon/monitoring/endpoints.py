@@ -30,7 +30,8 @@ def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -
             return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{statistics.drain.state}, leases held: {held}\n".encode())
         return Page(HTTPStatus.OK, b"ready\n")
 
-    def counted() -> Page:
+    async def counted() -> Page:
+        await statistics.refresh()
         if metrics.is_cut_off:
             return Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"counting has failed; the daemon's log says why\n")
         return Page(HTTPStatus.OK, metrics.page(), CONTENT_TYPE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -30,6 +31,10 @@ class Statistics(NamedTuple):
     devices: Mapping[str, Device]
     drain: Drain
     digests: DigestIndex
+
+    async def refresh(self) -> None:
+        """Look anew at what each device has free; that takes a moment at most."""
+        await asyncio.gather(*(device.refresh() for device in self.devices.values()))
 
     def read(self) -> daemon_pb2.GetStatsResponse:
         """Every figure, in one step of the loop. It takes time in proportion to devices and checkpoints."""

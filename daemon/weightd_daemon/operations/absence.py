@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.absent import TakesOver
     from weightd_daemon.devices.cuda_choice import Gpu
+    from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
     from weightd_daemon.devices.served import Served
 
@@ -64,7 +65,10 @@ class Absences:
         self._on_event = on_event
         self._hurry: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._came: Callable[[], None] = lambda: None
         store.absent.update({uuid: absent.words for uuid, absent in served.absent.items()})
+        for uuid, device in served.devices.items():
+            device.calls.on_change = partial(self.look, uuid)
 
     async def begin(self) -> None:
         """Have the devices that were opened at the start take over what is kept, and tell of those that are absent."""
@@ -87,6 +91,24 @@ class Absences:
         self.settings = settings or self.settings
         for event in self._hurry.values():
             event.set()
+
+    def serves(self, uuid: str) -> bool:
+        """Whether a device serves, be it that it does not answer at the moment."""
+        return uuid not in self._served.absent
+
+    def look(self, uuid: str) -> None:
+        """A device no longer answers, or answers again: until it does, it is absent, and takes up nothing anew."""
+        self._reclaimers[uuid].notify()
+        if uuid in self._served.absent or uuid in self.leaving:
+            return
+        problem, was = self._served.devices[uuid].calls.problem, self._store.absent.pop(uuid, "")
+        if problem:
+            self._store.absent[uuid] = problem
+        if problem and not was:
+            self._on_event(DeviceAbsent(uuid, problem))
+        elif was and not problem:
+            self._on_event(DeviceBack(uuid, len(self._store.on_device(uuid))))
+            self._came()
 
     def depart(self, uuid: str) -> None:
         """A device that serves, and of which nothing is left, is to be absent until somebody wants it back."""
@@ -141,8 +163,7 @@ class Absences:
         kept = {uuid: device.kind for uuid, device in self._served.devices.items() if self._holds(uuid)}
         attempt = partial(self._served.open_again, absent, kept)
         try:
-            # What shares by VMM only calls the driver, which may hang. A holder has to be started on this thread.
-            gpu = await on_thread(attempt) if "cuda_vmm" in (kept.get(uuid), absent.kind) else attempt()
+            gpu = await on_thread(attempt)  # it calls the driver, which may hang
         except (WeightdError, ConfigError) as error:
             self._stays(uuid, str(error))
             return
@@ -174,6 +195,7 @@ class Absences:
         served, memory = self._served, store.memories[uuid]
         served.devices[uuid], served.names[uuid] = device, gpu.names
         self._reclaimers[uuid].device = device
+        device.calls.on_change = partial(self.look, uuid)
         memory.change_page(device.page)
         memory.resize(budget, pool_of(self.settings, device, budget))
         del served.absent[uuid], store.absent[uuid]
@@ -190,10 +212,12 @@ class Absences:
         device = self._served.devices[uuid]
         return isinstance(device, StandIn) and not device.is_empty
 
-    async def _import(self, device: object, stand_in: StandIn) -> dict[int, object]:
+    async def _import(self, device: Device, stand_in: StandIn) -> dict[int, object]:
         if stand_in.is_empty:
             return {}
-        return await on_thread(partial(cast("TakesOver", device).import_held, stand_in))
+        return await device.calls.run(
+            "cuMemImportFromShareableHandle", partial(cast("TakesOver", device).import_held, stand_in)
+        )
 
     def _stays(self, uuid: str, reason: str) -> None:
         """A device is absent still; the reason may be another one."""

@@ -72,7 +72,7 @@ class Forgetting:
             await self._reclaimers[uuid].finish()
             await self._settled()
             log.info(Line("device forgotten", {"device": uuid, "checkpoints": count}))
-            if before is None:
+            if absences.serves(uuid):
                 absences.depart(uuid)
                 before = store.absent[uuid]
         finally:
@@ -81,6 +81,7 @@ class Forgetting:
                 del store.absent[uuid]
             else:
                 store.absent[uuid] = before
+            absences.look(uuid)  # it may answer again by now, or no longer
 
     async def _wait(self, uuid: str, seconds: float | None) -> AsyncGenerator[list[Lease], None]:
         """Yield who holds a lease on the device, until nobody does. Errors: InUseError."""
