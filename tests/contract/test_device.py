@@ -307,12 +307,14 @@ def test_what_nvml_says_is_free_stands_in_the_error(gpu: Device, monkeypatch: py
     monkeypatch.setattr(
         "weightd_daemon.devices.cuda_device.free_bytes", lambda uuid: 4711 if uuid == gpu.uuid else None
     )
+    gpu.look()
     assert gpu.available() == 4711
     with pytest.raises(MemoryError, match="4711 bytes are free"):
         gpu.create(gpu.capacity() + gpu.page)
 
 
 def test_where_nvml_is_not_there_nobody_knows_what_is_free(gpu: Device) -> None:
+    gpu.look()
     assert gpu.available() is None
 
 

@@ -30,6 +30,9 @@ class Gpu:
     def available(self) -> int | None:
         return 1 << 30
 
+    async def refresh(self) -> None:
+        pass
+
 
 class Filled:
     """What services answer from (see ServiceContext), filled with checkpoints of a few blobs that all differ."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from support.prompt_memory import PromptMemory
 from weightd_daemon.core.arena import Extent
+from weightd_daemon.devices.driver_thread import AnyThread
 from weightd_daemon.devices.reclaimer import Reclaimer
 
 PAGE = 4096
@@ -18,6 +19,7 @@ class Device:
     """Counts what it is asked to punch."""
 
     punched = 0
+    sparse, releases_by, calls = True, "fallocate", AnyThread()
 
     def punch(self, *_: int) -> None:
         self.punched += 1
