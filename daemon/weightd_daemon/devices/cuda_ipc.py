@@ -79,6 +79,9 @@ class CudaIpcDevice(CudaDevice):
         self._numbers = count(1)
         self._segments: dict[int, _Segment] = {}
         self._holder: _Holder | None = None
+        self._starting: asyncio.Future[None] | None = None
+        self._closing = threading.Lock()
+        self._closed = False
         self.note = ""
         try:
             self.calls.wait_for(_STARTS, self._started)
@@ -117,9 +120,13 @@ class CudaIpcDevice(CudaDevice):
     def close(self) -> None:
         """End the holder, and with it every segment."""
         self._segments.clear()
-        if self._holder is not None:
-            self._holder.close()
-            self._holder = None
+        if self._starting is not None:
+            self._starting.cancel()
+        with self._closing:
+            self._closed = True
+            holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.close()
         self.calls.stop()
 
     def _started(self) -> _Holder:
@@ -132,9 +139,14 @@ class CudaIpcDevice(CudaDevice):
             except OSError as error:
                 raise DeviceError(f"no process to hold the memory of {self.uuid}: {error.strerror}") from error
             holder.wait_until_ready()
-            self.note = _NOTE.format(holder.pid)
-            self._holder = holder
+            with self._closing:
+                if self._closed:  # meanwhile
+                    holder.close()
+                    raise DeviceError(f"device {self.uuid} is closed")
+                self.note = _NOTE.format(holder.pid)
+                self._holder = holder
             holder.watch()
+            return holder
         return self._holder
 
     def _on_end(self, reason: str) -> None:
