@@ -14,7 +14,7 @@ API CUresult cuDeviceGetCount(int *count)
 
 API CUresult cuDeviceGet(CUdevice *device, int ordinal)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(ordinal), INITIALISED);
     if (!is_device(ordinal))
         return INVALID_DEVICE;
     *device = ordinal;
@@ -23,7 +23,7 @@ API CUresult cuDeviceGet(CUdevice *device, int ordinal)
 
 API CUresult cuDeviceGetName(char *name, int length, CUdevice device)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     snprintf(name, (size_t)length, "FakeCUDA device %d", process.physical[device]);
@@ -32,7 +32,7 @@ API CUresult cuDeviceGetName(char *name, int length, CUdevice device)
 
 API CUresult cuDeviceGetPCIBusId(char *text, int length, CUdevice device)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     snprintf(text, (size_t)length, "0000:%02x:00.0", process.physical[device] + 1);
@@ -41,11 +41,17 @@ API CUresult cuDeviceGetPCIBusId(char *text, int length, CUdevice device)
 
 API CUresult cuDeviceTotalMem_v2(size_t *bytes, CUdevice device)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     *bytes = process.memory;
     return SUCCESS;
+}
+
+/* Whether a device can access memory of another one, or of its own. */
+bool can_reach(CUdevice device, CUdevice peer)
+{
+    return device == peer || !setting("FAKECUDA_NO_PEERS", 0);
 }
 
 API CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer)
@@ -53,7 +59,7 @@ API CUresult cuDeviceCanAccessPeer(int *can, CUdevice device, CUdevice peer)
     ENTER(INITIALISED);
     if (!is_device(device) || !is_device(peer))
         return INVALID_DEVICE;
-    *can = device != peer;
+    *can = device != peer && can_reach(device, peer);
     return SUCCESS;
 }
 
@@ -76,11 +82,13 @@ static const struct {
 
 API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
 {
-    enum { PCI_BUS_ID = 33 };
-    ENTER(INITIALISED);
+    enum { COMPUTE_MODE = 20, PCI_BUS_ID = 33 };
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
-    *value = attribute == PCI_BUS_ID ? process.physical[device] + 1 : 0;
+    *value = attribute == PCI_BUS_ID     ? process.physical[device] + 1
+             : attribute == COMPUTE_MODE ? (int)setting("FAKECUDA_COMPUTE_MODE", 0)
+                                         : 0;
     for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
         if (attributes[i].attribute == attribute)
             *value = attributes[i].value;
@@ -89,20 +97,34 @@ API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
 
 /* -- primary contexts: one for each device, alive while somebody retains it --------------------------------------- */
 
+/* In exclusive mode, one process has a context at a time, and in prohibited mode none. A context takes memory. */
+static CUresult begin(CUcontext context)
+{
+    enum { PROHIBITED = 2, EXCLUSIVE_PROCESS = 3 };
+    size_t mode = setting("FAKECUDA_COMPUTE_MODE", 0);
+    if (mode == PROHIBITED || (mode == EXCLUSIVE_PROCESS && contexts_alive(context->device)))
+        return DEVICE_UNAVAILABLE;
+    return occupy(context);
+}
+
 API CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of(device), HEALTHY);
     if (!is_device(device))
         return INVALID_DEVICE;
-    process.contexts[device].retained++;
-    *context = &process.contexts[device];
+    CUcontext primary = &process.contexts[device];
+    CUresult code = primary->retained ? SUCCESS : begin(primary);
+    if (code)
+        return code;
+    primary->retained++;
+    *context = primary;
     return SUCCESS;
 }
 
 /* The last release ends the context, and with it its streams and the memory of cuMemAlloc and cuMemHostAlloc. */
 API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     CUcontext context = &process.contexts[device];
@@ -111,13 +133,14 @@ API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device)
     if (--context->retained == 0) {
         destroy_streams_of(context);
         remove_ranges_of(context);
+        vacate(context);
     }
     return SUCCESS;
 }
 
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     *flags = 0;
@@ -131,7 +154,7 @@ enum { DEEPEST_STACK = 64 };
 static _Thread_local CUcontext stack[DEEPEST_STACK];
 static _Thread_local int depth;
 
-static bool is_context(CUcontext context)
+bool is_context(CUcontext context)
 {
     for (CUdevice device = 0; device < process.device_count; device++)
         if (context == &process.contexts[device])

@@ -74,6 +74,11 @@ def pinned(size: int) -> Any:
     return (ctypes.c_ubyte * size).from_address(int(ok("cuMemHostAlloc", size, 0)))
 
 
+def driver_address(buffer: Any) -> int:
+    """Where a writable buffer begins."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(buffer))
+
+
 def write(address: int, content: bytes) -> None:
     """Copy to the device, and wait."""
     ok("cuMemcpyHtoD", address, content, len(content))

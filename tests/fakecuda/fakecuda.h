@@ -4,6 +4,8 @@
 #ifndef FAKECUDA_H
 #define FAKECUDA_H
 
+#include "alive.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -17,10 +19,12 @@ typedef enum {
     INVALID_VALUE = 1,
     OUT_OF_MEMORY = 2,
     NOT_INITIALIZED = 3,
+    DEVICE_UNAVAILABLE = 46,
     NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
+    ILLEGAL_STATE = 401,
     NOT_FOUND = 500,
     NOT_READY = 600,
     ILLEGAL_ADDRESS = 700,
@@ -28,6 +32,15 @@ typedef enum {
     HOST_MEMORY_ALREADY_REGISTERED = 712,
     HOST_MEMORY_NOT_REGISTERED = 713,
     NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_MERGE = 902,
+    CAPTURE_UNMATCHED = 903,
+    CAPTURE_UNJOINED = 904,
+    CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906,
+    CAPTURED_EVENT = 907,
+    CAPTURE_WRONG_THREAD = 908,
     UNKNOWN = 999,
 } CUresult;
 
@@ -78,11 +91,13 @@ _Static_assert(sizeof(CUmemAccessDesc) == 12, "the layout of CUmemAccessDesc");
 
 /* -- this process ------------------------------------------------------------------------------------------------- */
 
-enum { MOST_DEVICES = 16, PAGE = 4096, ALLOCATION_UNIT = 512 };
+enum { PAGE = 4096, ALLOCATION_UNIT = 512, LONGEST_NAME = 64 };
+enum { NO_GPU = -1 };
 
 typedef struct Context { /* the primary context of a device */
     CUdevice device;
     int retained;
+    void *mapping; /* keeps what the context costs alive */
 } Context;
 
 typedef struct {
@@ -100,8 +115,11 @@ extern Process process;
 
 size_t setting(const char *name, size_t otherwise);
 bool is_device(CUdevice device);
+int gpu_of(CUdevice device);
+bool can_reach(CUdevice device, CUdevice peer);
 uint64_t new_identity(void);
 CUcontext current_context(void);
+bool is_context(CUcontext context);
 
 /* -- how a call begins: the first line of every exported function ------------------------------------------------- */
 
@@ -117,17 +135,33 @@ typedef struct {
     bool locked;
 } Call;
 
-CUresult enter_call(Call *call, const char *function, Needs needs);
+CUresult enter_call(Call *call, const char *function, Needs needs, int gpu);
 void leave_call(Call *call);
 
-/* Logs the call, injects a failure, checks what the call needs, and holds the one lock until the function returns. */
-#define ENTER(needs)                                                                                                  \
+/* Logs the call, injects what a test asks for, checks what the call needs, and holds the one lock until the function
+ * returns. `gpu` is the one that the call is about, for rules that name one. */
+#define ENTER_ON(gpu, needs)                                                                                          \
     __attribute__((cleanup(leave_call))) Call call = {false};                                                         \
-    CUresult refusal = enter_call(&call, __func__, needs);                                                            \
+    CUresult refusal = enter_call(&call, __func__, needs, gpu);                                                       \
     if (refusal)                                                                                                      \
         return refusal
 
+#define ENTER(needs) ENTER_ON(current_gpu(), needs)
+
+int current_gpu(void); /* that of the current context */
 void *find_function(const char *name);
+
+/* -- what tests ask the driver to do wrong (rules.c) ---------------------------------------------------------------- */
+
+typedef struct {
+    int milliseconds;
+    bool hangs;
+} Delay;
+
+const char *read_command(void); /* reads how this process was started; returns its name in the log */
+Delay delay_of(const char *name, int gpu);
+void take_time(Delay delay);
+CUresult injected(const char *name, int gpu);
 
 /* -- physical memory: one memfd for each allocation (physical.c) -------------------------------------------------- */
 
@@ -152,9 +186,14 @@ Block *find_block(CUmemGenericAllocationHandle identity);
 void release_handle(Block *block);
 void release_mapping(Block *block);
 bool is_first_hand(int fd);
-void keep_alive(int fd, const Block *block);
+void keep_block_alive(int fd, const Block *block);
+int gpu_of_handle(CUmemGenericAllocationHandle handle);
 size_t bytes_alive(CUdevice device);
+bool has_room(CUdevice device, size_t size);
 bool is_open_elsewhere(const Block *block);
+CUresult occupy(CUcontext context);
+void vacate(CUcontext context);
+size_t contexts_alive(CUdevice device);
 
 /* -- virtual memory (ranges.c) ------------------------------------------------------------------------------------ */
 
@@ -174,7 +213,7 @@ typedef struct Range {
     size_t size;
     Block *block; /* NULL where no device memory is behind it */
     CUcontext context; /* dies with it; NULL for VMM */
-    int access;
+    int access[MOST_DEVICES]; /* RANGE_VMM: of each device of this process */
     int opened; /* RANGE_IPC: how often */
 } Range;
 
@@ -187,7 +226,8 @@ bool overlaps(const Range *range, CUdeviceptr address, size_t size);
 void remove_range(Range *range); /* unmaps, too */
 void remove_ranges_of(CUcontext context);
 bool is_device_memory(CUdeviceptr address, size_t size);
-bool is_accessible(CUdeviceptr address, size_t size, int access);
+bool is_accessible(CUdeviceptr address, size_t size, CUdevice device, int access);
+int access_of(const Range *range, CUdevice device);
 bool is_pinned(const void *address, size_t size);
 
 /* -- work of the device (memory.c, stream.c) ---------------------------------------------------------------------- */
@@ -196,6 +236,8 @@ typedef enum { HOST_TO_DEVICE, DEVICE_TO_HOST, DEVICE_TO_DEVICE, FILL } Transfer
 
 typedef struct {
     TransferKind kind;
+    CUdevice device, reader; /* whose engines do it: the same one's, but for a copy between peers */
+    bool is_between_peers;
     uint64_t destination;
     uint64_t source;
     size_t size;
@@ -204,8 +246,23 @@ typedef struct {
 } Transfer;
 
 void perform(const Transfer *transfer);
+CUresult do_now(Transfer transfer); /* in the NULL stream */
 CUresult enqueue(CUstream stream, Transfer transfer);
 void run_blocking_streams(CUcontext context);
 void destroy_streams_of(CUcontext context);
+
+/* -- graphs being captured (capture.c): what these refuse, and thereby invalidates the captures --------------------- */
+
+CUresult while_others_capture(void); /* "potentially unsafe" calls, as the mode of the thread and of the captures says */
+CUresult wait_for_context(CUcontext context); /* calls that synchronise the whole context: in every mode */
+CUresult use_null_stream(CUcontext context); /* as blocking streams of the context depend on it */
+
+/* The first lines of a call that cannot be made during some captures. */
+#define REFUSED_BY(check)                                                                                             \
+    do {                                                                                                              \
+        CUresult captured = (check);                                                                                  \
+        if (captured)                                                                                                 \
+            return captured;                                                                                          \
+    } while (0)
 
 #endif

@@ -66,10 +66,10 @@ static CUresult open_block(CUdeviceptr *address, const Name *name)
         release_handle(block);
         return OUT_OF_MEMORY;
     }
-    keep_alive(fd, block); /* the memory outlives its exporter */
+    keep_block_alive(fd, block); /* the memory outlives its exporter */
     *address = (CUdeviceptr)start;
     add_range((Range){.kind = RANGE_IPC, .address = *address, .size = block->size, .block = block,
-                      .context = current_context(), .access = ACCESS_READ_WRITE, .opened = 1});
+                      .context = current_context(), .opened = 1});
     release_handle(block); /* the mapping alone keeps it open: of a killed process, that ends with a lease's mapping */
     return SUCCESS;
 }
@@ -83,6 +83,7 @@ API CUresult cuIpcOpenMemHandle_v2(CUdeviceptr *address, CUipcMemHandle handle, 
     memcpy(&name, &handle, sizeof name);
     if (flags != LAZY_ENABLE_PEER_ACCESS || memcmp(name.magic, magic, sizeof magic) != 0)
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     if (name.pid == (uint64_t)getpid()) /* what one has exported, one cannot open */
         return INVALID_CONTEXT;
     Range *range = opened_before(name.inode);
@@ -99,6 +100,7 @@ API CUresult cuIpcCloseMemHandle(CUdeviceptr address)
     Range *range = find_range(RANGE_IPC, address);
     if (!range)
         return INVALID_VALUE;
+    REFUSED_BY(wait_for_context(range->context));
     if (--range->opened == 0)
         remove_range(range);
     return SUCCESS;

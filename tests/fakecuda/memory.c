@@ -24,6 +24,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size)
     ENTER(IN_CONTEXT);
     if (!size || size > process.memory)
         return size ? OUT_OF_MEMORY : INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     size = (size + ALLOCATION_UNIT - 1) / ALLOCATION_UNIT * ALLOCATION_UNIT;
     Block *block;
     CUresult code = new_block(&block, BLOCK_PLAIN, current_context()->device, 0, size);
@@ -37,7 +38,7 @@ API CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t size)
     memset(start, NOT_ZEROED, size);
     *address = (CUdeviceptr)start;
     add_range((Range){.kind = RANGE_PLAIN, .address = *address, .size = size, .block = block,
-                      .context = current_context(), .access = ACCESS_READ_WRITE});
+                      .context = current_context()});
     return SUCCESS;
 }
 
@@ -47,6 +48,7 @@ API CUresult cuMemFree_v2(CUdeviceptr address)
     Range *range = find_range(RANGE_PLAIN, address);
     if (!range)
         return INVALID_VALUE;
+    REFUSED_BY(wait_for_context(range->context));
     if (is_open_elsewhere(range->block)) { /* undefined with the real driver */
         fputs("fakecuda: cuMemFree of memory that another process has open\n", stderr);
         return INVALID_VALUE;
@@ -74,6 +76,7 @@ static CUresult allocate_host(void **address, size_t size)
 {
     if (!size)
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     void *start = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED)
         return OUT_OF_MEMORY;
@@ -101,6 +104,7 @@ API CUresult cuMemFreeHost(void *address)
     Range *range = find_range(RANGE_HOST, (CUdeviceptr)address);
     if (!range)
         return INVALID_VALUE;
+    REFUSED_BY(wait_for_context(range->context));
     remove_range(range);
     return SUCCESS;
 }
@@ -111,6 +115,7 @@ API CUresult cuMemHostRegister_v2(void *address, size_t size, unsigned flags)
     (void)flags;
     if (!address || !size)
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     for (const Range *range = ranges; range; range = range->next)
         if (overlaps(range, (CUdeviceptr)address, size))
             return HOST_MEMORY_ALREADY_REGISTERED;
@@ -125,6 +130,7 @@ API CUresult cuMemHostUnregister(void *address)
     Range *range = find_range(RANGE_REGISTERED, (CUdeviceptr)address);
     if (!range)
         return HOST_MEMORY_NOT_REGISTERED;
+    REFUSED_BY(wait_for_context(range->context));
     remove_range(range);
     return SUCCESS;
 }
@@ -135,9 +141,9 @@ static bool is_possible(const Transfer *transfer)
 {
     bool to_device = transfer->kind != DEVICE_TO_HOST;
     bool from_device = transfer->kind == DEVICE_TO_HOST || transfer->kind == DEVICE_TO_DEVICE;
-    if (to_device && !is_accessible(transfer->destination, transfer->size, ACCESS_READ_WRITE))
+    if (to_device && !is_accessible(transfer->destination, transfer->size, transfer->device, ACCESS_READ_WRITE))
         return false;
-    if (from_device && !is_accessible(transfer->source, transfer->size, ACCESS_READ))
+    if (from_device && !is_accessible(transfer->source, transfer->size, transfer->reader, ACCESS_READ))
         return false;
     if (!transfer->pinned)
         return true;
@@ -168,18 +174,12 @@ static bool is_known(const Transfer *transfer)
 
 static CUresult copy_now(Transfer transfer)
 {
-    if (!is_known(&transfer))
-        return INVALID_VALUE;
-    run_blocking_streams(current_context());
-    perform(&transfer);
-    return process.sticky;
+    return is_known(&transfer) ? do_now(transfer) : INVALID_VALUE;
 }
 
 static CUresult copy_later(CUstream stream, Transfer transfer)
 {
-    if (!is_known(&transfer))
-        return INVALID_VALUE;
-    return enqueue(stream, transfer);
+    return is_known(&transfer) ? enqueue(stream, transfer) : INVALID_VALUE;
 }
 
 static Transfer host_to_device(CUdeviceptr destination, const void *source, size_t size)
@@ -241,4 +241,30 @@ API CUresult cuMemsetD8Async(CUdeviceptr destination, unsigned char value, size_
 {
     ENTER(IN_CONTEXT);
     return copy_later(stream, (Transfer){.kind = FILL, .destination = destination, .size = size, .value = value});
+}
+
+/* -- copies between devices --------------------------------------------------------------------------------------- */
+
+/* Each end is accessed by the device of its own context, so the two need no access to each other's memory. */
+static Transfer between_peers(CUdeviceptr destination, CUcontext to, CUdeviceptr source, CUcontext from, size_t size)
+{
+    return (Transfer){.kind = DEVICE_TO_DEVICE, .destination = destination, .source = source, .size = size,
+                      .device = to->device, .reader = from->device, .is_between_peers = true};
+}
+
+API CUresult cuMemcpyPeer(CUdeviceptr destination, CUcontext to, CUdeviceptr source, CUcontext from, size_t size)
+{
+    ENTER(IN_CONTEXT);
+    if (!is_context(to) || !is_context(from))
+        return INVALID_CONTEXT;
+    return copy_now(between_peers(destination, to, source, from, size));
+}
+
+API CUresult cuMemcpyPeerAsync(CUdeviceptr destination, CUcontext to, CUdeviceptr source, CUcontext from, size_t size,
+                               CUstream stream)
+{
+    ENTER(IN_CONTEXT);
+    if (!is_context(to) || !is_context(from))
+        return INVALID_CONTEXT;
+    return copy_later(stream, between_peers(destination, to, source, from, size));
 }

@@ -16,55 +16,24 @@
 
 static Block *blocks;
 
-/* The locked bytes start at LOCKS + machine * MOST_DEVICES + physical device; there are as many as the block has. */
-static const uint64_t LOCKS = 1ULL << 60;
 static const char *const kind_names[] = {[BLOCK_VMM] = "vmm", [BLOCK_PLAIN] = "plain"};
 
-static uint64_t lock_start(CUdevice device)
+static uint64_t start_of(AliveKind kind, CUdevice device)
 {
-    return LOCKS + (uint64_t)process.machine * MOST_DEVICES + (uint64_t)process.physical[device];
-}
-
-static struct flock block_lock(const Block *block, short type)
-{
-    return (struct flock){
-        .l_type = type, .l_whence = SEEK_SET, .l_start = (off_t)lock_start(block->device),
-        .l_len = (off_t)block->size};
+    return alive_start(kind, process.machine, process.physical[device]);
 }
 
 /* Lets an open file count as device memory that is alive. */
-void keep_alive(int fd, const Block *block)
+void keep_block_alive(int fd, const Block *block)
 {
-    struct flock shared = block_lock(block, F_RDLCK);
-    if (fcntl(fd, F_OFD_SETLK, &shared)) {
-        perror("fakecuda: cannot lock a memfd");
-        abort();
-    }
-}
-
-static FILE *open_locks(void)
-{
-    FILE *locks = fopen("/proc/locks", "re");
-    if (!locks) {
-        perror("fakecuda: cannot read /proc/locks");
-        abort();
-    }
-    return locks;
-}
-
-static bool read_lock(FILE *locks, uint64_t *inode, uint64_t *start, uint64_t *end)
-{
-    char line[256];
-    while (fgets(line, sizeof line, locks))
-        if (sscanf(line, "%*s OFDLCK %*s READ %*s %*x:%*x:%lu %lu %lu", inode, start, end) == 3)
-            return true;
-    return false;
+    keep_alive(fd, start_of(ALIVE_MEMORY, block->device), block->size);
 }
 
 /* Whether CUDA IPC has our block open: then its file is open a second time, and that open file has a lock of its own. */
 bool is_open_elsewhere(const Block *block)
 {
-    struct flock other = block_lock(block, F_WRLCK);
+    struct flock other = {.l_type = F_WRLCK, .l_whence = SEEK_SET,
+                          .l_start = (off_t)start_of(ALIVE_MEMORY, block->device), .l_len = (off_t)block->size};
     if (fcntl(block->fd, F_OFD_GETLK, &other)) {
         perror("fakecuda: cannot ask for the locks of a memfd");
         abort();
@@ -72,36 +41,15 @@ bool is_open_elsewhere(const Block *block)
     return other.l_type != F_UNLCK;
 }
 
-static size_t list_alive(CUdevice device)
-{
-    FILE *locks = open_locks();
-    uint64_t *seen = NULL, start, end, inode;
-    size_t seen_count = 0, total = 0;
-    while (read_lock(locks, &inode, &start, &end)) {
-        bool again = start != lock_start(device);
-        for (size_t i = 0; i < seen_count && !again; i++)
-            again = seen[i] == inode; /* CUDA IPC opens a file a second time */
-        if (again)
-            continue;
-        seen = realloc(seen, (seen_count + 1) * sizeof *seen);
-        seen[seen_count++] = inode;
-        total += end - start + 1;
-    }
-    fclose(locks);
-    free(seen);
-    return total;
-}
-
-/* Bytes that are alive on a device, of all processes. The kernel lists locks a page at a time; one that comes or goes
- * in between, of any process, can hide others. So this believes what it has seen twice. */
+/* Bytes that are used on a device, by all processes. */
 size_t bytes_alive(CUdevice device)
 {
-    size_t before, now = list_alive(device);
-    do {
-        before = now;
-        now = list_alive(device);
-    } while (now != before);
-    return now;
+    return used_bytes(process.machine, process.physical[device]);
+}
+
+bool has_room(CUdevice device, size_t size)
+{
+    return size <= process.memory && bytes_alive(device) <= process.memory - size;
 }
 
 static CUresult add_block(Block **block, Block fields)
@@ -110,7 +58,7 @@ static CUresult add_block(Block **block, Block fields)
     fstat(fields.fd, &status);
     *block = malloc(sizeof **block);
     **block = fields;
-    (*block)->identity = new_identity();
+    (*block)->identity = new_identity() * MOST_DEVICES + (uint64_t)process.physical[fields.device];
     (*block)->inode = status.st_ino;
     (*block)->next = blocks;
     blocks = *block;
@@ -119,7 +67,7 @@ static CUresult add_block(Block **block, Block fields)
 
 CUresult new_block(Block **block, BlockKind kind, CUdevice device, int handle_types, size_t size)
 {
-    if (size > process.memory || bytes_alive(device) > process.memory - size)
+    if (!has_room(device, size))
         return OUT_OF_MEMORY;
     char name[64];
     snprintf(name, sizeof name, "fakecuda.m%u.d%d.r%d.%s", process.machine, process.physical[device], handle_types,
@@ -132,7 +80,7 @@ CUresult new_block(Block **block, BlockKind kind, CUdevice device, int handle_ty
         return OUT_OF_MEMORY;
     }
     Block fields = {.kind = kind, .device = device, .handle_types = handle_types, .fd = fd, .size = size, .handles = 1};
-    keep_alive(fd, &fields);
+    keep_block_alive(fd, &fields);
     return add_block(block, fields);
 }
 
@@ -163,8 +111,14 @@ CUresult adopt_block(Block **block, int fd)
  * opens the device, and there is nothing to import from it. The lock of the true one stands against a new one's. */
 bool is_first_hand(int fd)
 {
-    struct flock any = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)LOCKS, .l_len = 0};
+    struct flock any = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)1 << ALIVE_MEMORY, .l_len = 0};
     return fcntl(fd, F_OFD_GETLK, &any) == 0 && any.l_type == F_UNLCK;
+}
+
+/* The physical GPU that an allocation is on; its handle says so, to whoever may not look it up. */
+int gpu_of_handle(CUmemGenericAllocationHandle handle)
+{
+    return (int)(handle % MOST_DEVICES);
 }
 
 Block *find_block(CUmemGenericAllocationHandle identity)
@@ -200,4 +154,35 @@ void release_mapping(Block *block)
 {
     block->mappings--;
     forget_if_unused(block);
+}
+
+/* -- contexts ----------------------------------------------------------------------------------------------------- */
+
+/* A mapping keeps the file alive, as it does that of a block; a forked child has it, too. */
+CUresult occupy(CUcontext context)
+{
+    size_t bytes = setting("FAKECUDA_CONTEXT", 0);
+    if (!has_room(context->device, bytes))
+        return OUT_OF_MEMORY;
+    int fd = memfd_create("context of a GPU", MFD_CLOEXEC);
+    if (fd < 0)
+        return OUT_OF_MEMORY;
+    keep_alive(fd, start_of(ALIVE_CONTEXT, context->device), bytes + 1);
+    void *mapping = mmap(NULL, PAGE, PROT_NONE, MAP_SHARED, fd, 0);
+    close(fd);
+    if (mapping == MAP_FAILED)
+        return OUT_OF_MEMORY;
+    context->mapping = mapping;
+    return SUCCESS;
+}
+
+void vacate(CUcontext context)
+{
+    munmap(context->mapping, PAGE);
+}
+
+/* Of all processes. */
+size_t contexts_alive(CUdevice device)
+{
+    return alive_at(start_of(ALIVE_CONTEXT, device)).files;
 }

@@ -1,7 +1,6 @@
 /* What the driver says about a pointer. */
 #include "fakecuda.h"
 
-
 typedef enum {
     ATTRIBUTE_CONTEXT = 1,
     ATTRIBUTE_MEMORY_TYPE = 2,
@@ -55,7 +54,8 @@ static CUresult answer(void *data, PointerAttribute attribute, CUdeviceptr point
         *(uint64_t *)data = block ? (uint64_t)block->handle_types : 0;
         return SUCCESS;
     case ATTRIBUTE_ACCESS_FLAGS:
-        *(int *)data = block ? range->access : ACCESS_READ_WRITE;
+        *(int *)data = block ? access_of(range, current_context() ? current_context()->device : block->device)
+                             : ACCESS_READ_WRITE;
         return SUCCESS;
     default:
         return NOT_SUPPORTED;

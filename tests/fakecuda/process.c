@@ -3,6 +3,7 @@
 #include "fakecuda.h"
 
 #include <dlfcn.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -31,6 +32,17 @@ bool is_device(CUdevice device)
     return device >= 0 && device < process.device_count;
 }
 
+/* The physical GPU that this process calls `device`. */
+int gpu_of(CUdevice device)
+{
+    return is_device(device) ? process.physical[device] : NO_GPU;
+}
+
+int current_gpu(void)
+{
+    return current_context() ? gpu_of(current_context()->device) : NO_GPU;
+}
+
 /* -- devices ------------------------------------------------------------------------------------------------------ */
 
 static void uuid_of(int physical, CUuuid *uuid)
@@ -43,7 +55,7 @@ static void uuid_of(int physical, CUuuid *uuid)
 
 API CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device)
 {
-    ENTER(INITIALISED);
+    ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
     uuid_of(process.physical[device], uuid);
@@ -136,10 +148,13 @@ static const struct {
     {INVALID_VALUE, "CUDA_ERROR_INVALID_VALUE", "invalid argument"},
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
+    {DEVICE_UNAVAILABLE, "CUDA_ERROR_DEVICE_UNAVAILABLE", "CUDA-capable device(s) is/are busy or unavailable"},
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
+    {ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE",
+     "the operation cannot be performed in the present state"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
@@ -149,6 +164,25 @@ static const struct {
     {HOST_MEMORY_NOT_REGISTERED, "CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED",
      "pointer does not correspond to a registered memory region"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
+    {802, "CUDA_ERROR_SYSTEM_NOT_READY", "system not yet initialized"},
+    {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "system has unsupported display driver / cuda driver combination"},
+    {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
+    {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+     "operation failed due to a previous error during capture"},
+    {CAPTURE_MERGE, "CUDA_ERROR_STREAM_CAPTURE_MERGE",
+     "operation would result in a merge of separate capture sequences"},
+    {CAPTURE_UNMATCHED, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "capture was not ended in the same stream as it began"},
+    {CAPTURE_UNJOINED, "CUDA_ERROR_STREAM_CAPTURE_UNJOINED",
+     "capturing stream has unjoined work"},
+    {CAPTURE_ISOLATION, "CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
+     "dependency created on uncaptured work in another stream"},
+    {CAPTURE_IMPLICIT, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
+    {CAPTURED_EVENT, "CUDA_ERROR_CAPTURED_EVENT",
+     "operation not permitted on an event last recorded in a capturing stream"},
+    {CAPTURE_WRONG_THREAD, "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
+     "attempt to terminate a thread-local capture sequence from another thread"},
     {UNKNOWN, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -174,29 +208,38 @@ API CUresult cuGetErrorString(CUresult code, const char **text)
 
 /* -- functions by name -------------------------------------------------------------------------------------------- */
 
-/* The function of a name without version, as programs ask for it: the newest version that this library has. */
-void *find_function(const char *name)
+/* The newest version of a function that this library has and that a program built for CUDA `version` knows. */
+static void *find_version(const char *name, int version)
 {
-    static const char *const versions[] = {"_v2", ""};
+    static const struct {
+        const char *suffix;
+        int since;
+    } versions[] = {{"_v3", 12030}, {"_v2", 0}, {"", 0}};
     Dl_info here;
     if (!dladdr((void *)&process, &here))
         return NULL;
     void *library = dlopen(here.dli_fname, RTLD_NOW | RTLD_NOLOAD), *function = NULL;
     for (size_t i = 0; i < sizeof versions / sizeof *versions && !function; i++) {
         char versioned[128];
-        snprintf(versioned, sizeof versioned, "%s%s", name, versions[i]);
-        function = dlsym(library, versioned);
+        snprintf(versioned, sizeof versioned, "%s%s", name, versions[i].suffix);
+        function = version >= versions[i].since ? dlsym(library, versioned) : NULL;
     }
     dlclose(library);
     return function;
+}
+
+/* By a name without version. */
+void *find_function(const char *name)
+{
+    return find_version(name, INT_MAX);
 }
 
 API CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status)
 {
     enum { FOUND = 0, SYMBOL_NOT_FOUND = 1 };
     ENTER(ANYTIME);
-    (void)version, (void)flags;
-    *function = find_function(name);
+    (void)flags;
+    *function = find_version(name, version);
     if (status)
         *status = *function ? FOUND : SYMBOL_NOT_FOUND;
     return *function ? SUCCESS : NOT_FOUND;

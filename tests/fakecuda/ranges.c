@@ -71,29 +71,31 @@ void remove_ranges_of(CUcontext context)
     }
 }
 
-/* Whether device memory is mapped everywhere from `address` on, with at least this access. Neighbours count as one. */
-static bool covers(CUdeviceptr address, size_t size, int access)
+/* What a device may do with what is mapped there. Copies of cuMemAlloc's memory need no access: the driver sees to it. */
+int access_of(const Range *range, CUdevice device)
+{
+    return range->kind == RANGE_VMM ? range->access[device] : ACCESS_READ_WRITE;
+}
+
+/* Whether device memory is mapped everywhere from `address` on. Neighbours count as one. */
+bool is_device_memory(CUdeviceptr address, size_t size)
+{
+    return is_accessible(address, size, 0, ACCESS_NONE);
+}
+
+/* Whether a device has at least this access to all of it. */
+bool is_accessible(CUdeviceptr address, size_t size, CUdevice device, int access)
 {
     CUdeviceptr end = address + size;
     if (end < address)
         return false;
     while (address < end) {
         const Range *range = range_around(address);
-        if (!range || !range->block || (range->access & access) != access)
+        if (!range || !range->block || (access_of(range, device) & access) != access)
             return false;
         address = range->address + range->size;
     }
     return true;
-}
-
-bool is_device_memory(CUdeviceptr address, size_t size)
-{
-    return covers(address, size, ACCESS_NONE);
-}
-
-bool is_accessible(CUdeviceptr address, size_t size, int access)
-{
-    return covers(address, size, access);
 }
 
 /* Whether it is memory of cuMemHostAlloc or cuMemHostRegister, all of it. */

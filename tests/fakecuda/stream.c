@@ -2,52 +2,19 @@
  * program that reuses a buffer too early, or reads a result too early, finds wrong bytes here every time.
  *
  * The NULL stream does its work at once, after that of all blocking streams of the context. */
-#include "fakecuda.h"
+#include "stream.h"
 
 #include <stdlib.h>
 
-enum { BLOCKING = 0, NON_BLOCKING = 1 };
-enum { LEGACY_STREAM = 1, PER_THREAD_STREAM = 2 }; /* other names of the NULL stream, as far as this double goes */
-
-typedef struct {
-    uint64_t stream; /* identity */
-    uint64_t position; /* so many pieces of its work */
-} Point;
-
-typedef struct Work {
-    struct Work *next;
-    bool is_wait;
-    Transfer transfer;
-    Point point; /* is_wait: another stream comes up to here first */
-} Work;
-
-typedef struct Stream {
-    struct Stream *next;
-    uint64_t identity;
-    CUcontext context;
-    unsigned flags;
-    Work *first, **end;
-    uint64_t enqueued, done;
-    bool asked; /* cuStreamQuery has said NOT_READY */
-} Stream;
-
-typedef struct Event {
-    struct Event *next;
-    uint64_t identity;
-    CUcontext context;
-    Point recorded;
-    bool asked;
-} Event;
-
-static Stream *streams;
+Stream *streams;
 static Event *events;
 
-static bool is_null(CUstream handle)
+bool is_null(CUstream handle)
 {
     return (uint64_t)handle <= PER_THREAD_STREAM;
 }
 
-static Stream *stream_of(uint64_t identity)
+Stream *stream_of(uint64_t identity)
 {
     for (Stream *stream = streams; stream; stream = stream->next)
         if (stream->identity == identity)
@@ -61,6 +28,12 @@ static Event *event_of(CUevent handle)
         if (event->identity == (uint64_t)handle)
             return event;
     return NULL;
+}
+
+/* What has to be done for an event. Nothing where it was recorded in a capture, which did no work and has ended. */
+static Point recorded_in(const Event *event)
+{
+    return event->capture ? (Point){0, 0} : event->recorded;
 }
 
 /* -- doing the work ----------------------------------------------------------------------------------------------- */
@@ -114,17 +87,33 @@ static void append(Stream *stream, Work fields)
     stream->asked = false;
 }
 
+/* By the engine of `device`, unless the call named who reads and who writes. */
+static void assign(Transfer *transfer, CUdevice device)
+{
+    if (!transfer->is_between_peers)
+        transfer->device = transfer->reader = device;
+}
+
+CUresult do_now(Transfer transfer)
+{
+    REFUSED_BY(use_null_stream(current_context()));
+    assign(&transfer, current_context()->device);
+    run_blocking_streams(current_context());
+    perform(&transfer);
+    return process.sticky;
+}
+
 /* Host memory that is not pinned is read or written before the call returns: the real driver stages it. */
 CUresult enqueue(CUstream handle, Transfer transfer)
 {
-    if (is_null(handle)) {
-        run_blocking_streams(current_context());
-        perform(&transfer);
-        return process.sticky;
-    }
+    if (is_null(handle))
+        return do_now(transfer);
     Stream *stream = stream_of((uint64_t)handle);
     if (!stream)
         return INVALID_HANDLE;
+    assign(&transfer, stream->context->device);
+    if (stream->capture)
+        return capture_work(stream, &transfer);
     append(stream, (Work){.transfer = transfer});
     if ((transfer.kind == HOST_TO_DEVICE || transfer.kind == DEVICE_TO_HOST) && !transfer.pinned)
         run(stream, stream->enqueued);
@@ -133,6 +122,7 @@ CUresult enqueue(CUstream handle, Transfer transfer)
 
 static void destroy(Stream *stream)
 {
+    leave_capture(stream);
     run(stream, stream->enqueued);
     Stream **place = &streams;
     while (*place != stream)
@@ -212,12 +202,13 @@ API CUresult cuStreamSynchronize(CUstream handle)
 {
     ENTER(IN_CONTEXT);
     Stream *stream = stream_of((uint64_t)handle);
-    if (is_null(handle))
-        run_blocking_streams(current_context());
-    else if (stream)
+    if (!stream && !is_null(handle))
+        return INVALID_HANDLE;
+    REFUSED_BY(stream ? ask_stream(stream) : use_null_stream(current_context()));
+    if (stream)
         run(stream, stream->enqueued);
     else
-        return INVALID_HANDLE;
+        run_blocking_streams(current_context());
     return process.sticky;
 }
 
@@ -227,11 +218,13 @@ API CUresult cuStreamQuery(CUstream handle)
     ENTER(IN_CONTEXT);
     Stream *stream = stream_of((uint64_t)handle);
     if (is_null(handle)) {
+        REFUSED_BY(use_null_stream(current_context()));
         run_blocking_streams(current_context());
         return process.sticky;
     }
     if (!stream)
         return INVALID_HANDLE;
+    REFUSED_BY(ask_stream(stream));
     if (stream->done < stream->enqueued && !stream->asked) {
         stream->asked = true;
         return NOT_READY;
@@ -243,6 +236,7 @@ API CUresult cuStreamQuery(CUstream handle)
 API CUresult cuCtxSynchronize(void)
 {
     ENTER(IN_CONTEXT);
+    REFUSED_BY(wait_for_context(current_context()));
     for (Stream *stream = streams; stream; stream = stream->next)
         if (stream->context == current_context())
             run(stream, stream->enqueued);
@@ -287,10 +281,15 @@ API CUresult cuEventRecord(CUevent handle, CUstream stream_handle)
         return INVALID_HANDLE;
     if (event->context != (stream ? stream->context : current_context()))
         return INVALID_HANDLE;
-    if (!stream)
-        run_blocking_streams(current_context());
-    event->recorded = stream ? (Point){stream->identity, stream->enqueued} : (Point){0, 0};
     event->asked = false;
+    if (stream && stream->capture)
+        return capture_record(stream, event);
+    if (!stream) {
+        REFUSED_BY(use_null_stream(current_context()));
+        run_blocking_streams(current_context());
+    }
+    event->capture = 0;
+    event->recorded = stream ? (Point){stream->identity, stream->enqueued} : (Point){0, 0};
     return process.sticky;
 }
 
@@ -300,7 +299,8 @@ API CUresult cuEventSynchronize(CUevent handle)
     const Event *event = event_of(handle);
     if (!event)
         return INVALID_HANDLE;
-    run_to(event->recorded);
+    REFUSED_BY(ask_event(event));
+    run_to(recorded_in(event));
     return process.sticky;
 }
 
@@ -311,11 +311,12 @@ API CUresult cuEventQuery(CUevent handle)
     Event *event = event_of(handle);
     if (!event)
         return INVALID_HANDLE;
-    if (!is_reached(event->recorded) && !event->asked) {
+    REFUSED_BY(ask_event(event));
+    if (!is_reached(recorded_in(event)) && !event->asked) {
         event->asked = true;
         return NOT_READY;
     }
-    run_to(event->recorded);
+    run_to(recorded_in(event));
     return process.sticky;
 }
 
@@ -323,14 +324,17 @@ API CUresult cuEventQuery(CUevent handle)
 API CUresult cuStreamWaitEvent(CUstream stream_handle, CUevent handle, unsigned flags)
 {
     ENTER(IN_CONTEXT);
-    (void)flags;
     const Event *event = event_of(handle);
     Stream *stream = stream_of((uint64_t)stream_handle);
     if (!event || !(stream || is_null(stream_handle)))
         return INVALID_HANDLE;
+    if ((stream && stream->capture) || capture_of(event))
+        return capture_wait(stream, event, flags);
+    if (!stream)
+        REFUSED_BY(use_null_stream(current_context()));
     if (stream)
-        append(stream, (Work){.is_wait = true, .point = event->recorded});
+        append(stream, (Work){.is_wait = true, .point = recorded_in(event)});
     else
-        run_to(event->recorded);
+        run_to(recorded_in(event));
     return process.sticky;
 }

@@ -8,9 +8,14 @@
 
 /* -- allocations -------------------------------------------------------------------------------------------------- */
 
+static int gpu_of_properties(const CUmemAllocationProp *properties)
+{
+    return properties ? gpu_of(properties->location.id) : NO_GPU;
+}
+
 API CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp *properties, int option)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_properties(properties), HEALTHY);
     (void)option;
     if (properties->type != ALLOCATION_PINNED || properties->location.type != LOCATION_DEVICE)
         return INVALID_VALUE;
@@ -24,7 +29,7 @@ API CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationP
 API CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, const CUmemAllocationProp *properties,
                          uint64_t flags)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_properties(properties), HEALTHY);
     int types = properties->requested_handle_types;
     if (!size || size % process.granularity || flags || properties->type != ALLOCATION_PINNED ||
         properties->location.type != LOCATION_DEVICE)
@@ -43,7 +48,7 @@ API CUresult cuMemCreate(CUmemGenericAllocationHandle *handle, size_t size, cons
 /* The memory stays while it is mapped, or while anybody holds a descriptor of it. */
 API CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_handle(handle), HEALTHY);
     Block *block = find_block(handle);
     if (!block)
         return INVALID_VALUE;
@@ -54,7 +59,7 @@ API CUresult cuMemRelease(CUmemGenericAllocationHandle handle)
 API CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp *properties,
                                                     CUmemGenericAllocationHandle handle)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_handle(handle), HEALTHY);
     const Block *block = find_block(handle);
     if (!block)
         return INVALID_VALUE;
@@ -82,7 +87,7 @@ API CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle *handle, v
 API CUresult cuMemExportToShareableHandle(void *shareable, CUmemGenericAllocationHandle handle, int type,
                                           uint64_t flags)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_handle(handle), HEALTHY);
     const Block *block = find_block(handle);
     if (!block || flags)
         return INVALID_VALUE;
@@ -172,7 +177,7 @@ static bool is_reserved_and_free(CUdeviceptr address, size_t size)
 API CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset, CUmemGenericAllocationHandle handle,
                       uint64_t flags)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(gpu_of_handle(handle), HEALTHY);
     Block *block = find_block(handle);
     if (!block || offset || flags || address % process.granularity || !size || size % process.granularity ||
         size > block->size || !is_reserved_and_free(address, size))
@@ -194,42 +199,60 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t size)
     return SUCCESS;
 }
 
-/* For one or several whole mappings that fill the range. Nothing keeps an importer from asking for write access. */
+static CUresult check_access(const CUmemAccessDesc *wanted, const Range *range)
+{
+    if (wanted->location.type != LOCATION_DEVICE ||
+        (wanted->flags != ACCESS_NONE && wanted->flags != ACCESS_READ && wanted->flags != ACCESS_READ_WRITE))
+        return INVALID_VALUE;
+    if (!is_device(wanted->location.id) || !can_reach(wanted->location.id, range->block->device))
+        return INVALID_DEVICE;
+    return SUCCESS;
+}
+
+/* The processor stands for kernels of every device, so it may do what any of them may. */
+static void protect(const Range *range)
+{
+    int access = ACCESS_NONE;
+    for (CUdevice device = 0; device < process.device_count; device++)
+        access |= range->access[device];
+    int protection = access == ACCESS_NONE ? PROT_NONE : access == ACCESS_READ ? PROT_READ : PROT_READ | PROT_WRITE;
+    mprotect((void *)range->address, range->size, protection);
+}
+
+/* For one or several whole mappings that fill the range, and for the devices that are named; access of others stays as
+ * it is. Nothing keeps an importer from asking for write access. */
 API CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessDesc *descriptions, size_t count)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(count ? gpu_of(descriptions[0].location.id) : NO_GPU, HEALTHY);
     if (!count)
         return INVALID_VALUE;
-    int access = descriptions[0].flags;
-    if (access != ACCESS_NONE && access != ACCESS_READ && access != ACCESS_READ_WRITE)
-        return INVALID_VALUE;
-    for (size_t i = 0; i < count; i++) {
-        if (descriptions[i].location.type != LOCATION_DEVICE || descriptions[i].flags != access)
-            return INVALID_VALUE;
-        if (!is_device(descriptions[i].location.id))
-            return INVALID_DEVICE;
-    }
     size_t filled = 0;
     for (const Range *range = ranges; range; range = range->next)
-        if (range->kind == RANGE_VMM && range->address >= address && range->address + range->size <= address + size)
+        if (range->kind == RANGE_VMM && range->address >= address && range->address + range->size <= address + size) {
             filled += range->size;
+            for (size_t i = 0; i < count; i++) {
+                CUresult code = check_access(&descriptions[i], range);
+                if (code)
+                    return code;
+            }
+        }
     if (!size || filled != size)
         return INVALID_VALUE;
-    int protection = access == ACCESS_NONE ? PROT_NONE : access == ACCESS_READ ? PROT_READ : PROT_READ | PROT_WRITE;
     for (Range *range = ranges; range; range = range->next)
         if (range->kind == RANGE_VMM && overlaps(range, address, size)) {
-            mprotect((void *)range->address, range->size, protection);
-            range->access = access;
+            for (size_t i = 0; i < count; i++)
+                range->access[descriptions[i].location.id] = descriptions[i].flags;
+            protect(range);
         }
     return SUCCESS;
 }
 
 API CUresult cuMemGetAccess(uint64_t *flags, const CUmemLocation *location, CUdeviceptr address)
 {
-    ENTER(HEALTHY);
+    ENTER_ON(location ? gpu_of(location->id) : NO_GPU, HEALTHY);
     const Range *range = range_around(address);
     if (!range || range->kind != RANGE_VMM || location->type != LOCATION_DEVICE || !is_device(location->id))
         return INVALID_VALUE;
-    *flags = (uint64_t)range->access;
+    *flags = (uint64_t)range->access[location->id];
     return SUCCESS;
 }

@@ -326,6 +326,7 @@ class StoreMachine(RuleBasedStateMachine):
         load = one_of(self.sealed_loads, pick)
         if load is None:
             return
+        load.opened.clear()
         load.ending = load.ending or load.loading.ending()
         if any(next(load.ending, self) is self for _ in range(steps)):
             self.sealed_loads.remove(load)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SOURCES = Path(__file__).resolve().parents[1] / "fakecuda"
 BUILD_SECONDS = 60.0
 _FLAGS = ("-std=gnu11", "-O2", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-pthread")
-_LOCKS = 1 << 60  # as in physical.c: which bytes of a memfd are locked says whose memory it is
+_MEMORY, _CONTEXT = 1 << 60, 1 << 61  # as in alive.h: which bytes of a file are locked says what of which GPU it is
 _MOST_DEVICES = 16
 
 
@@ -40,6 +40,12 @@ def environment(
     version: int | None = None,
     no_export: bool = False,
     no_ipc: bool = False,
+    no_peers: bool = False,
+    context: int | None = None,
+    compute_mode: int | None = None,
+    slow: str | None = None,
+    hang: str | None = None,
+    hang_while: Path | None = None,
     fail: str | None = None,
     rules: Path | None = None,
     fail_in: str | None = None,
@@ -48,8 +54,9 @@ def environment(
 ) -> dict[str, str]:
     """The variables that give a process the library in `folder`, to be added to os.environ.
 
-    `memory` and `granularity` are bytes; `visible` is CUDA_VISIBLE_DEVICES, all devices if None; `fail` is
-    "function:code[:nth],…". tests/fakecuda/README.md explains them.
+    `memory`, `granularity` and `context` are bytes; `visible` is CUDA_VISIBLE_DEVICES, all devices if None. `fail` is
+    "function[@gpu]:code[:nth],…", `slow` the same with milliseconds, `hang` without either. tests/fakecuda/README.md
+    explains them.
     """
     knobs = {
         "MEM": memory,
@@ -57,6 +64,12 @@ def environment(
         "VERSION": version,
         "NO_EXPORT": int(no_export) or None,
         "NO_IPC": int(no_ipc) or None,
+        "NO_PEERS": int(no_peers) or None,
+        "CONTEXT": context,
+        "COMPUTE_MODE": compute_mode,
+        "SLOW": slow,
+        "HANG": hang,
+        "HANG_WHILE": hang_while,
         "FAIL": fail,
         "RULES": rules,
         "FAIL_IN": fail_in,
@@ -85,23 +98,31 @@ def uuid(gpu: int) -> str:
 
 
 def device_bytes(gpu: int) -> int:
-    """Bytes alive on a physical GPU, whoever holds them: processes, mappings, descriptors that lie in a socket.
+    """Bytes of memory alive on a physical GPU, whoever holds them: processes, mappings, descriptors in a socket."""
+    return sum(_alive(_MEMORY, gpu))
 
-    The kernel lists locks a page at a time; one that comes or goes in between can hide others. So: what is seen twice.
-    """
-    before, now = -1, _listed_bytes(gpu)
+
+def context_bytes(gpu: int) -> list[int]:
+    """Bytes that each context alive on a physical GPU takes, over all processes (see `context` of `environment`)."""
+    return [size - 1 for size in _alive(_CONTEXT, gpu)]
+
+
+def _alive(kind: int, gpu: int) -> list[int]:
+    """Sizes of the locks. The kernel lists a page at a time; a lock that comes or goes in between, of any process, can
+    hide others. So: what is seen twice."""
+    before, now = None, _listed(kind, gpu)
     while now != before:
-        before, now = now, _listed_bytes(gpu)
-    return now
+        before, now = now, _listed(kind, gpu)
+    return list(now.values())
 
 
-def _listed_bytes(gpu: int) -> int:
+def _listed(kind: int, gpu: int) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for line in Path("/proc/locks").read_text().splitlines():
-        kind, *_, place, start, end = line.split()[1:]
-        if kind == "OFDLCK" and int(start) == _LOCKS + _machine() * _MOST_DEVICES + gpu:
+        lock, *_, place, start, end = line.split()[1:]
+        if lock == "OFDLCK" and int(start) == kind + _machine() * _MOST_DEVICES + gpu:
             sizes[place] = int(end) - int(start) + 1  # a file that CUDA IPC has opened a second time counts once
-    return sum(sizes.values())
+    return sizes
 
 
 class Call(NamedTuple):

@@ -48,8 +48,7 @@ class Daemon:
         """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
         load = self.begin(device, domain)
         try:
-            load.expect_books(tensors * K * BYTES_OF_TENSOR)
-            load.check_books(0, tensors * K)
+            load.reserve_books(tensors * K * BYTES_OF_TENSOR, 0, tensors * K)
             entries = [ManifestEntry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
             content = Content(name, FILE, tuple(entries), (None,) * len(entries))
             return load.seal(content, next(self._numbers))
@@ -138,7 +137,7 @@ def test_what_can_never_fit_is_refused_before_it_is_read_and_nobody_goes() -> No
     daemon.load("a", 3)
     load = daemon.begin()
     with pytest.raises(CapacityError) as caught:
-        load.expect_books(11 * K * BYTES_OF_TENSOR)
+        load.reserve_books(11 * K * BYTES_OF_TENSOR, 0, 11 * K)
     load.end()
     assert caught.value.limit == "books"
     assert str(caught.value) == (
@@ -163,21 +162,29 @@ def test_what_pins_and_leases_leave_no_room_for_is_refused() -> None:
 def test_loads_under_way_are_reckoned_with() -> None:
     daemon = Daemon(limit=10)
     first, second = daemon.begin(), daemon.begin("GPU-1")
-    for load in (first, second):
-        load.expect_books(6 * K * BYTES_OF_TENSOR)
+    first.reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
     with pytest.raises(CapacityError, match=r"5\.9 MiB of loads under way"):
-        second.check_books(0, 6 * K)
+        second.reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
+    assert daemon.store.books.coming == 6 * K * BYTES_OF_TENSOR, "who is refused is not reckoned with"
     second.end()
-    first.check_books(0, 6 * K)
+    first.reserve_books(7 * K * BYTES_OF_TENSOR, 0, 7 * K)
+    assert daemon.store.books.coming == 7 * K * BYTES_OF_TENSOR, "its own are not counted twice"
     first.end()
     assert daemon.store.books.coming == 0
 
 
-def test_what_is_resident_needs_none_of_it() -> None:
-    daemon = Daemon(limit=10)
+@pytest.mark.parametrize("limit", [6, 5])
+def test_what_is_resident_needs_none_of_it(limit: int) -> None:
+    """Not even where the limit is reached, or is a smaller one by now; and nobody else is refused for it."""
+    daemon = Daemon(limit=7)
     daemon.load("a", 6).pins.add(1000)
+    daemon.store.books.limit = limit * K * BYTES_OF_TENSOR
     assert daemon.load("a", 6).key.content_digest == "a"
     assert daemon.used == 6
+    daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
+    daemon.begin().reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
+    assert daemon.store.books.coming == 0
+    daemon.load("b", 1)
 
 
 def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() -> None:
@@ -185,8 +192,7 @@ def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() ->
     daemon = Daemon(limit=10)
     other = daemon.load("other", 6)
     load = daemon.begin()
-    load.expect_books(5 * K * BYTES_OF_TENSOR)
-    load.check_books(0, 5 * K)
+    load.reserve_books(5 * K * BYTES_OF_TENSOR, 0, 5 * K)
     other.pins.add(1000)
     entries = tuple(ManifestEntry("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
     with pytest.raises(CapacityError, match="the limit books is reached"):

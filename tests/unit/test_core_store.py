@@ -134,7 +134,7 @@ def test_equal_bytes_of_two_checkpoints_are_held_once() -> None:
     books = Books()
     first, second = books.load("abc"), books.load("abd")
     assert len(books.store.sealed_blobs()) == 4
-    assert (first.exclusive_bytes, first.shared_bytes) == (LARGE, 2 * LARGE)
+    assert (first.exclusive_bytes, first.total_bytes) == (LARGE, 3 * LARGE)
     assert second.total_bytes == 3 * LARGE
     assert books.memory.used == 4 * LARGE
 
@@ -169,6 +169,17 @@ def test_a_second_checkpoint_shares_all_the_small_duplicates() -> None:
     first = books.load("aaa", SMALL)
     second = books.load("aab", SMALL)
     assert len({*first.unique} & {*second.unique}) == 2
+
+
+def test_small_duplicates_whose_other_copies_are_evicted_meanwhile_are_compared_with_the_one_in_use() -> None:
+    books = Books()
+    first = books.load("aaa", SMALL)
+    load = books.open()
+    blobs = [books.place(load, "a", SMALL)]  # one of the three, which stays
+    books.store.remove(first)
+    blobs += [books.place(load, "a", SMALL) for _ in range(2)]
+    assert {blob.variant for blob in blobs} == {0}
+    assert len({blob.number for blob in blobs}) == 3
 
 
 def test_known_blobs_are_shared_without_bytes_but_a_small_one_once() -> None:

@@ -368,10 +368,10 @@ def test_every_question_has_an_answer_of_its_name() -> None:
     """`Channel.call` goes by the names, and the daemon answers what it does not only hear."""
     asked = {field.name for field in wire.ToDaemon.DESCRIPTOR.oneofs_by_name["body"].fields}
     answered = {field.name for field in wire.ToLoader.DESCRIPTOR.oneofs_by_name["body"].fields}
-    told = dialogue._TOLD | {"verified", "failed", "idle"}
+    told = {*dialogue._TOLD, "verified", "failed", "idle"}
     assert asked - told == answered - {"failed", "load", "verify"}
-    source = inspect.getsource(Dialogue._answer) + inspect.getsource(Dialogue._hear)
-    assert set(re.findall(r'case "(\w+)"', source)) == (asked - told) | dialogue._TOLD
+    assert set(re.findall(r'case "(\w+)"', inspect.getsource(Dialogue._answer))) == asked - told
+    assert dialogue._TOLD.keys() <= asked
 
 
 def test_an_error_travels_with_all_that_it_says() -> None:

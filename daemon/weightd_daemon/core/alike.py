@@ -32,6 +32,8 @@ class Alike:
     def __init__(self, sealed: Iterable[Blob]) -> None:
         self.numbers: set[int] = set()
         self._sealed: dict[int, list[Blob]] = {}
+        self._in_use: dict[int, Blob] = {}
+        """By variant, a sealed blob that the load uses, and which so stays: a face where no other is left."""
         self._twins: dict[int, Twins] = {}
         self._own: list[Blob] = []
         self.placed = False
@@ -42,21 +44,23 @@ class Alike:
 
     def faces(self) -> Iterator[Blob]:
         """One resident blob for each run of bytes that is known under the key."""
-        for blobs in self._sealed.values():
+        for variant, blobs in self._sealed.items():
             while blobs and not blobs[-1].sealed:
                 blobs.pop()  # evicted since
-            if blobs:
-                yield blobs[-1]
+            face = blobs[-1] if blobs else self._in_use.get(variant)
+            if face is not None:
+                yield face
         yield from self._own
 
     def spare(self, variant: int, used: set[int]) -> Blob | None:
         """A sealed blob of that variant which the load does not use yet."""
         blobs = self._sealed.get(variant, [])
         while blobs:
-            if blobs[-1].sealed and blobs[-1].number not in used:
-                return blobs[-1]
-            if len(blobs) == 1 and blobs[-1].sealed:
-                return None  # the last stays as a face
+            blob = blobs[-1]
+            if blob.sealed and blob.number not in used:
+                return blob
+            if blob.sealed:
+                self._in_use[variant] = blob
             blobs.pop()
         return None
 

@@ -42,20 +42,19 @@ class Books:
         """A checkpoint is no longer resident."""
         self.used -= checkpoint.books_bytes
 
-    def expect(self, load: int, needed: int) -> None:
-        """Reckon with `needed` bytes for an open load from now on. Errors: CapacityError (more than the limit)."""
+    def reserve(self, load: int, needed: int, kept: Callable[[], int]) -> None:
+        """Reserve `needed` bytes for an open load. Nobody is evicted before it is sealed.
+
+        `kept` says what pins and leases keep of the books, and is asked only where it matters. Errors: CapacityError,
+        the load would not fit even after every eviction; then nothing is reserved.
+        """
+        others = self.coming - self._coming.get(load, 0)
         if self.limit and needed > self.limit:
             raise self._refusal(needed, 0, 0)
-        self._coming[load] = needed
-
-    def check(self, load: int, kept: Callable[[], int]) -> None:
-        """Refuse an open load that would not fit even after every eviction. Nobody is evicted before it is sealed.
-
-        `kept` says what pins and leases keep of the books, and is asked only where it matters. Errors: CapacityError.
-        """
-        needed, coming = self._coming[load], self.coming
+        coming = others + needed
         if self.limit and self.used + coming > self.limit and (there := kept()) + coming > self.limit:
-            raise self._refusal(needed, there, coming - needed)
+            raise self._refusal(needed, there, others)
+        self._coming[load] = needed
 
     def forget(self, load: int) -> None:
         """A load is over, or sealed."""

@@ -31,6 +31,11 @@ MANIFEST_BYTES_OF_TENSOR = 48
 _MOST_IN_RUN = 1000
 
 
+def books_of(tensors: int, manifest_bytes: int) -> int:
+    """Bytes of the daemon's own books (books.py) for a checkpoint of so many tensors, with such a manifest."""
+    return manifest_bytes + BYTES_OF_TENSOR * tensors
+
+
 class CheckpointKey(NamedTuple):
     """A content is resident once per device and sharing domain."""
 
@@ -136,17 +141,12 @@ class Checkpoint:
     @property
     def books_bytes(self) -> int:
         """What it takes of the daemon's own books (books.py), whatever it takes of its device."""
-        return self.manifest_bytes + BYTES_OF_TENSOR * self.tensor_count
+        return books_of(self.tensor_count, self.manifest_bytes)
 
     @property
     def exclusive_bytes(self) -> int:
         """Resident bytes that no other checkpoint uses."""
         return sum(blob.length for blob in self.unique.values() if blob.references == 1)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of its tensors that other checkpoints, or its own tensors, use as well."""
-        return self.total_bytes - self.exclusive_bytes
 
     @property
     def pinned(self) -> bool:

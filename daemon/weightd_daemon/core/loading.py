@@ -146,20 +146,16 @@ class Loading:
             if not self._room.evict_for(need, need, full):
                 raise self._room.refusal(need, full) from full
 
-    def expect_books(self, needed: int) -> None:
-        """Reckon with `needed` bytes of the daemon's books for what the load brings. Errors: CapacityError."""
-        self._check()
-        self._store.books.expect(self.number, needed)
+    def reserve_books(self, needed: int, total_bytes: int, tensors: int) -> None:
+        """Reserve `needed` bytes of the daemon's books for a content of these figures, unless it may be resident.
 
-    def check_books(self, total_bytes: int, tensors: int) -> None:
-        """Refuse the load if its books would not fit even after every eviction. Errors: CapacityError.
-
-        What is resident needs none; as long as its content is not known, equal figures may mean that.
+        What is resident needs none; as long as its content is not known, equal figures may mean that. Errors:
+        CapacityError, the books would not fit even after every eviction.
         """
         self._check()
         there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
         if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
-            self._store.books.check(self.number, self._store.kept_books)
+            self._store.books.reserve(self.number, needed, self._store.kept_books)
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 

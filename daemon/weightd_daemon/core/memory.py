@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Arena, Extent, round_up
 from .promises import Promises
+from .ranges import Ranges
 from .reclaims import Freeing, Punch, Reclaim, Release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from .ranges import Ranges
 
 SEGMENT_BYTES = 1 << 30
 """Largest segment, unless one tensor or group needs more. A segment is the unit of mapping, isolation and return."""
@@ -242,18 +241,19 @@ class DeviceMemory:
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
         """Return bytes. Segments that become empty stay in the pool if `pool` and the limit allow; other pages go."""
         arena = self.arena(domain)
-        touched: dict[int, list[Extent]] = {}
-        for extent in extents:
-            arena.give_back(extent)
-            touched.setdefault(extent.segment, []).append(extent)
-        for segment, parts in touched.items():
+        returned: dict[int, Ranges] = {}
+        for extent in extents:  # joined, for these may be 100,000 neighbours, and each range becomes a system call
+            returned.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+        for segment, ranges in returned.items():
+            for start, end in ranges:
+                arena.give_back(Extent(segment, start, end - start))
             if arena.is_empty(segment):
                 pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self.sparse:
-                for part in parts:
-                    for leaving in arena.start_leaving(segment, part.offset, part.end):
+                for start, end in ranges:
+                    for leaving in arena.start_leaving(segment, start, end):
                         self._queue(Punch(domain, leaving, self.losses))
 
     def adopt(

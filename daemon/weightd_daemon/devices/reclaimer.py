@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_REPORTED_AT_ONCE = 1000
+"""Reclaims that are reported done in one step of the loop."""
+
 
 class Reclaimer:
     """Returns one device's memory to the system. Started by `kick`, from the loop's thread.
@@ -60,8 +63,10 @@ class Reclaimer:
                 reclaims += self._memory.next_reclaims()
             if reclaims:
                 await asyncio.to_thread(self._carry_out, reclaims)
-            for reclaim in reclaims:
+            for done, reclaim in enumerate(reclaims, start=1):
                 self._memory.reclaimed(reclaim)
+                if done % _REPORTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             async with self._arrived:
                 self._arrived.notify_all()
             reclaims = self._memory.next_reclaims()

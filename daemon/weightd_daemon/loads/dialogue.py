@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
+from weightd_daemon.core.checkpoint import MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content, books_of
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.manifest import ManifestFile
 from weightd_daemon.core.sampling import sample
@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from .loader_process import LoaderProcess
 
 _Answer = tuple[wire.ToLoader, list[SegmentHandle]]
-_TOLD = frozenset({"received", "file", "tensors", "progress"})
-"""Messages that have no answer, of those that belong to a load."""
+_Pairs = list[tuple["Blob", "Blob"]]
 
 KNOWN_SOURCES = 8
 """Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
@@ -111,10 +110,10 @@ class Dialogue:
         """Take one message of the loader, and answer it if it is a question."""
         if message.HasField("failed"):
             raise self._failure or error_of(message.failed)
-        if message.WhichOneof("body") in _TOLD:
+        if (hear := _TOLD.get(message.WhichOneof("body") or "")) is not None:
             if self._failure is None:
                 try:
-                    self._hear(message)
+                    hear(self, message)
                 except WeightdError as error:
                     self._failure = error  # told at the loader's next call: a message without an answer cannot fail
             await asyncio.sleep(0)  # the next may be here already, and others are to have their turn on the loop
@@ -132,17 +131,6 @@ class Dialogue:
         await loader.send(answer, segments)
 
     # -- the loader's messages -------------------------------------------------------------------------------------
-
-    def _hear(self, message: wire.ToDaemon) -> None:
-        match message.WhichOneof("body"):
-            case "received":
-                self._on_files()
-            case "file":
-                self._file(message.file)
-            case "tensors":
-                self._tensors.add(message.tensors)
-            case "progress":
-                self._on_progress(Progress(message.progress.phase, message.progress.done, message.progress.total))
 
     async def _answer(self, message: wire.ToDaemon) -> _Answer:
         match message.WhichOneof("body"):
@@ -180,9 +168,8 @@ class Dialogue:
 
     def _counted(self, count: wire.Counted) -> wire.Admitted:
         """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
-        self.books = count.name_bytes + count.tensors * (BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR)
-        self._loading.expect_books(self.books)
-        self._loading.check_books(count.total_bytes, count.tensors)
+        self.books = books_of(count.tensors, count.name_bytes + MANIFEST_BYTES_OF_TENSOR * count.tensors)
+        self._loading.reserve_books(self.books, count.total_bytes, count.tensors)
         self._admit(count.total_bytes, self.books, count.tensors, "")
         return wire.Admitted()
 
@@ -275,28 +262,33 @@ class Dialogue:
     async def _finish(self, done: wire.Finish) -> _Answer:
         self._read = done.read
         await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
-        while True:
-            while not self._loading.rechecked:
-                if pairs := self._loading.rechecks():
-                    return wire.ToLoader(finish=pairs_of(pairs)), [
-                        self._segment(segment) for segment in {blob.segment for pair in pairs for blob in pair}
-                    ]
-                await asyncio.sleep(0)
-            content = await asyncio.to_thread(self._describe)
-            draft = await self._prepare(content, self._device.uuid)
-            try:
-                # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if self._loading.rechecked:
-                    self.books = draft.size + BYTES_OF_TENSOR * len(self._tensors.entries)
-                    self._admit(
-                        self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest
-                    )
-                    self._seal(content, draft)
-                    break
-            finally:
-                draft.discard()
+        if pairs := await self._to_compare():
+            return self._compare(pairs)
+        content = await asyncio.to_thread(self._describe)
+        draft = await self._prepare(content, self._device.uuid)
+        try:
+            # Another load may have sealed the same bytes meanwhile; only then the content may be another by now.
+            if pairs := await self._to_compare():
+                return self._compare(pairs)
+            self.books = books_of(len(self._tensors.entries), draft.size)
+            self._admit(self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest)
+            self._seal(content, draft)
+        finally:
+            draft.discard()
         await self._remember()
         return wire.ToLoader(finish=wire.Pairs()), []
+
+    async def _to_compare(self) -> _Pairs:
+        """Pairs that the loader has to compare. If there are none, the load can be sealed in this very step."""
+        while not self._loading.rechecked:
+            if pairs := self._loading.rechecks():
+                return pairs
+            await asyncio.sleep(0)
+        return []
+
+    def _compare(self, pairs: _Pairs) -> _Answer:
+        segments = {blob.segment for pair in pairs for blob in pair}
+        return wire.ToLoader(finish=pairs_of(pairs)), [self._segment(segment) for segment in segments]
 
     def _seal(self, content: Content, draft: Draft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
@@ -364,6 +356,17 @@ class Dialogue:
             asyncio.get_running_loop().time() - started,
             *self._groups,
         )
+
+
+_TOLD: dict[str, Callable[[Dialogue, wire.ToDaemon], None]] = {
+    "received": lambda dialogue, _: dialogue._on_files(),
+    "file": lambda dialogue, message: dialogue._file(message.file),
+    "tensors": lambda dialogue, message: dialogue._tensors.add(message.tensors),
+    "progress": lambda dialogue, message: dialogue._on_progress(
+        Progress(message.progress.phase, message.progress.done, message.progress.total)
+    ),
+}
+"""Messages that have no answer, of those that belong to a load, and how a dialogue takes them."""
 
 
 async def _in_turn(number: int) -> None:
