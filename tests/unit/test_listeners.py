@@ -105,7 +105,7 @@ class Books:
         self.listeners.publish(DeviceLost("host", "gone"))
         said += [len(self.store.lose("host", "gone")), self.say()]
         self.listeners.publish(DeviceAbsent("host", "away"))
-        self.listeners.publish(DeviceBack("host", 0))
+        self.listeners.publish(DeviceBack("host"))
         return said
 
     def say(self) -> object:
