@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+_CONTEXT_BYTES = 640 << 20
+"""What is reported of contexts is 100 to 620 MiB."""
+_CONTEXT_SHARE = 16
+"""The contexts of small GPUs are smaller: assumed is this part of the GPU."""
+
+
 class CudaDevice:
     """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
 
@@ -28,6 +34,7 @@ class CudaDevice:
         self.uuid = driver.uuid_of(ordinal)
         self.name = driver.name_of(ordinal)
         self._capacity = driver.total_memory(ordinal)
+        self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
     def capacity(self) -> int:
         """The GPU's memory."""

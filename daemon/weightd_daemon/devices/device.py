@@ -40,6 +40,9 @@ class Device(Protocol):
     default_share: float
     """The part of the device that a daemon may use where nobody says."""
 
+    loader_bytes: int
+    """Bytes of the device that a loader may take for itself, beside the segments: its context. An estimate."""
+
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""
 

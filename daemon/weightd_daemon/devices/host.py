@@ -41,6 +41,7 @@ class HostDevice:
     sparse = True
     lasting = True
     default_share = 0.5
+    loader_bytes = 0
 
     def __init__(self) -> None:
         self.page = _page_size()
