@@ -489,8 +489,7 @@ def test_where_memory_cannot_be_exported_it_is_shared_by_cuda_ipc(
 def test_auto_goes_without_a_gpu_that_does_not_answer_and_loads_find_the_others(
     start_daemon: StartDaemon, backend: Backend, tmp_path: Path
 ) -> None:
-    twice = "cuDeviceGetUuid:999:2,cuDeviceGetUuid:999:3"
-    broken = backend.with_knobs(devices=3, fail=twice, fail_in="weightd_daemon serve")
+    broken = backend.with_knobs(devices=3, fail="cuDeviceGetUuid@1:999", fail_in="weightd_daemon")  # in loaders, too
     daemon = start_daemon(broken, device="auto", budget="64MiB")
     client = daemon.connect()
     assert [device.uuid for device in client.stats().devices] == ["host", fakecuda.uuid(0), fakecuda.uuid(2)]
@@ -587,6 +586,48 @@ def test_a_device_that_is_full_for_others_reasons(start_daemon: StartDaemon, bac
     with pytest.raises(weightd.CapacityError) as raised:
         client.load(make(tmp_path, "huge", 20), name="huge")
     assert raised.value.requested_bytes == 20 * MIB
+
+
+@vmm_on_the_double
+def test_a_full_device_makes_room_for_the_context_of_a_loader(
+    start_daemon: StartDaemon, backend: Backend, spawn: Spawn, tmp_path: Path
+) -> None:
+    """Clients have contexts of their own, so a GPU is full before its budget is used up: no segment is refused here."""
+    daemon = start_daemon(backend.with_knobs(memory=64 * MIB, context=4 * MIB), budget="60MiB")
+    client = daemon.connect()
+
+    def load(name: str, count: int, **options: bool) -> None:
+        client.load(make(tmp_path, name, count), name=name, **options)
+
+    def fill_with_contexts(*clients: Worker) -> None:
+        """End the loader, and have clients take what it had."""
+        (loader,) = daemon.loaders()
+        os.kill(loader, signal.SIGKILL)
+        eventually(lambda: not daemon.loaders())
+        for worker in clients:
+            attach(worker, "leased", count=1)
+        assert fakecuda.device_bytes(0) + sum(fakecuda.context_bytes(0)) == 64 * MIB
+
+    for name, count in (("leased", 20), ("first", 20), ("second", 16)):
+        load(name, count)
+        client.close()
+        client = daemon.connect()
+    fill_with_contexts(spawn(daemon), spawn(daemon))
+    load("third", 4)
+    assert {checkpoint.name for checkpoint in client.checkpoints()} == {"leased", "second", "third"}
+    load("fourth", 12, pin=True)
+    for name in ("second", "third"):
+        client.pin(name)
+    fill_with_contexts(spawn(daemon))
+    with pytest.raises(weightd.CapacityError, match="the context of a loader process") as raised:
+        load("fifth", 1)
+    assert raised.value.evictable_bytes == 0
+    assert raised.value.pinned_bytes + raised.value.leased_bytes == 52 * MIB
+    refused = daemon.command("load", tmp_path / "fifth.safetensors", check=False)
+    assert refused.returncode == 5
+    assert "(cuDevicePrimaryCtxRetain)" in refused.stderr
+    client.unpin("second")
+    load("fifth", 1)
 
 
 @every_gpu

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from weightd.errors import DeviceError, DeviceMismatchError
+from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, device_meant
+from weightd_daemon.devices.naming import meant
 from weightd_daemon.devices.served import Served
 
 GIB = 1 << 30
@@ -31,6 +33,7 @@ class FakeDevice:
     open: ClassVar[list[FakeDevice]] = []
     page = 2 << 20
     default_share = 0.8
+    loader_bytes = 0
 
     def __init__(self, kind: str, ordinal: int) -> None:
         self.kind = kind
@@ -258,6 +261,17 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
         budget_of(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
 
 
+def test_a_budget_that_leaves_no_room_for_a_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    device.loader_bytes = GIB // 2
+    budget_of(Settings(budget="9728MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert not caplog.records
+    budget_of(Settings(budget="9729MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert [record.message for record in caplog.records] == [
+        f"budget of {UUIDS[0]}: 9.50 GiB of 10.00 GiB leave less than the context of a loader may take, 0.50 GiB"
+    ]
+
+
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
@@ -271,6 +285,17 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
 )
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
     assert opened_for(said).default == expected
+
+
+@pytest.mark.parametrize("said", ["GPU-cccc0000", "gpu-CCCC0000", "MIG-cccc0000", UUIDS[2].replace("GPU-", "MIG-"), ""])
+def test_a_request_means_a_gpu_by_the_beginning_of_its_uuid(said: str) -> None:
+    devices: Any = {uuid: SimpleNamespace(name="A GPU") for uuid in UUIDS}
+    assert meant(devices, said) == (UUIDS[2] if said else "")
+    for other in ("GPU-cccc", "MIG-cccc000", "XXX-cccc0000", "MIG-dddd0000"):
+        with pytest.raises(NotFoundError, match="this daemon serves GPU-"):
+            meant(devices, other)
+    with pytest.raises(InvalidReferenceError, match="means more than one of"):
+        meant(devices, "MIG-aaaa0000")
 
 
 SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}

@@ -64,7 +64,7 @@ class Desk:
         return Dialogue(
             store=self.store, device=device, reclaimer=unused, index=unused, prepare=self.prepare, loading=load,
             sources=(SOURCE,), verify=False, now=lambda: 1.0, on_files=lambda: None, admit=lambda *_: None,
-            on_progress=lambda _: None, on_sealed=lambda _: None,
+            on_progress=lambda _: None, on_sealed=lambda _: None, make_room=unused,
         )  # fmt: skip
 
 

@@ -14,7 +14,16 @@ from support.prompt_memory import PromptMemory
 from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
-from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnswered, LoadBegun, LoadEnded
+from weightd_daemon.core.events import (
+    DeviceAbsent,
+    DeviceBack,
+    DeviceLost,
+    DrainChanged,
+    Event,
+    LoadAnswered,
+    LoadBegun,
+    LoadEnded,
+)
 from weightd_daemon.core.lease import Lease, Leases, Peer
 from weightd_daemon.core.limits import Limits
 from weightd_daemon.core.loading import Loading
@@ -95,6 +104,8 @@ class Books:
         said += [self.store.remove(self.catalog.find(WHO, "c")), self.say()]
         self.listeners.publish(DeviceLost("host", "gone"))
         said += [len(self.store.lose("host", "gone")), self.say()]
+        self.listeners.publish(DeviceAbsent("host", "away"))
+        self.listeners.publish(DeviceBack("host"))
         return said
 
     def say(self) -> object:

@@ -111,10 +111,9 @@ class DeviceAbsent:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBack:
-    """A device that was absent is served again, with `checkpoints` that were kept on it."""
+    """A device that was absent is served again, with every checkpoint that was kept on it."""
 
     device: str
-    checkpoints: int
 
 
 @dataclass(frozen=True, slots=True)

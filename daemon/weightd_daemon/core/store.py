@@ -95,7 +95,7 @@ class Store:
 
     def stays(self, checkpoint: Checkpoint) -> bool:
         """Whether no want of room makes a checkpoint go, pinned or not: it is leased, or its device is absent."""
-        return self.is_absent(checkpoint) or self.is_leased(checkpoint)
+        return self.is_absent(checkpoint) or self.is_leased(checkpoint)  # laws 3 and 12
 
     def kept_books(self) -> int:
         """Bytes of the books that pins, leases and absent devices keep."""
@@ -117,7 +117,7 @@ class Store:
         """Number a load that begins on a device. Errors: NotFoundError (no such device), DeviceAbsentError."""
         if device not in self.memories:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self.memories)}")
-        self.check_present(device)
+        self.check_present(device)  # law 12
         self._last_load += 1
         self.open_loads.add(self._last_load)
         return self._last_load

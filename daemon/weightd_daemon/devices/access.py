@@ -12,25 +12,29 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .device import SegmentHandle
-    from .segment_io import SegmentIO
+    from .segment_io import OnFull, SegmentIO
 
 
-def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
-    """Access to a device's segments; `segments` may grow meanwhile. Errors: DeviceError."""
+def _give_up(error: DeviceError) -> None:
+    raise error
+
+
+def open_io(kind: str, uuid: str, segments: Mapping[int, SegmentHandle], on_full: OnFull = _give_up) -> SegmentIO:
+    """Access to a device's segments; `segments` may grow meanwhile. Errors: DeviceError, those of `on_full`."""
     try:
-        return KINDS[kind](kind, uuid, segments)
+        return KINDS[kind](kind, uuid, segments, on_full)
     except DeviceMismatchError as error:  # clients would take that for their own process
         raise DeviceError(f"the loader cannot use the device: {error.message}") from error
 
 
-def _host(_: str, __: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+def _host(_: str, __: str, segments: Mapping[int, SegmentHandle], ___: OnFull) -> SegmentIO:
     return HostIO(segments)
 
 
-def _cuda(kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> SegmentIO:
+def _cuda(kind: str, uuid: str, segments: Mapping[int, SegmentHandle], on_full: OnFull) -> SegmentIO:
     from .cuda_io import CudaIO  # it needs cuda-bindings, which a loader of host memory must not
 
-    return CudaIO(kind, uuid, segments)
+    return CudaIO(kind, uuid, segments, on_full)
 
 
 KINDS: Final = {"host": _host, "cuda_vmm": _cuda, "cuda_ipc": _cuda}

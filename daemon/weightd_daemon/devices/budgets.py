@@ -127,6 +127,11 @@ def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
             f"to {size(capacity)} here",
             "budget",
         )
+    if capacity - budget < device.loader_bytes:
+        log.warning(
+            "budget of %s: %s of %s leave less than the context of a loader may take, %s",
+            device.uuid, size(budget), size(capacity), size(device.loader_bytes),
+        )  # fmt: skip
     return budget // device.page * device.page
 
 

@@ -83,7 +83,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: Holding, kept: Kep
     """
     kept = {uuid: kind for uuid, kind in kept.items() if uuid != "host"}
     if not any(name != "host" for name in said):
-        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said)) for uuid, kind in kept.items()])
+        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said), said=False) for uuid, kind in kept.items()])
     try:
         shown = _look()
     except _FAILURES as error:
@@ -217,8 +217,11 @@ def _untried(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choice
     tried = {gpu.device.uuid for gpu in choice.served} | {device.uuid for device in choice.absent}
     ordinals = {uuid: ordinal for ordinal, uuid in shown.uuids.items()}
     for uuid in [uuid for uuid in {**kept, **_whole_uuids(said)} if uuid not in tried]:
-        reason = _unnamed(said) if uuid in ordinals else _unseen(shown)
-        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason)
+        seen = uuid in ordinals
+        names = [name for name in said if name != "host" and not seen]
+        meant = any(name in ("auto", "cuda") or means(name, uuid) or not shown.named(name) for name in names)
+        reason = _unnamed(said) if seen else _unseen(shown)
+        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason, said=meant)
 
 
 def _whole_uuids(said: Sequence[str]) -> dict[str, None]:

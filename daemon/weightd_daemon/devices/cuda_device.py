@@ -21,6 +21,12 @@ _LOOK_SECONDS = 0.5
 """How long somebody who looks on waits for NVML."""
 
 
+_CONTEXT_BYTES = 640 << 20
+"""What is reported of contexts is 100 to 620 MiB."""
+_CONTEXT_SHARE = 16
+"""The contexts of small GPUs are smaller: assumed is this part of the GPU."""
+
+
 class CudaDevice:
     """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
 
@@ -38,6 +44,7 @@ class CudaDevice:
         self._looking: asyncio.Future[None] | None = None
         self._free: int | None = None
         self.look()
+        self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
     def capacity(self) -> int:
         """The GPU's memory."""

@@ -66,6 +66,9 @@ class Device(Protocol):
     def calls(self) -> Calls:
         """Where its steps are taken."""
 
+    loader_bytes: int
+    """Bytes of the device that a loader may take for itself, beside the segments: its context. An estimate."""
+
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""
 

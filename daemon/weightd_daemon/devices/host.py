@@ -44,6 +44,7 @@ class HostDevice:
     default_share = 0.5
     creates_by = "memfd_create"
     releases_by = "fallocate"
+    loader_bytes = 0
 
     def __init__(self) -> None:
         self.calls = AnyThread()

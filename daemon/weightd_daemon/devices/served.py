@@ -47,17 +47,14 @@ class Served:
         settings = self._settings
         self._open_host(kept)
         choice = choose_gpus(settings.devices, settings.transport, self._holding, kept)
-        for gpu in choice.served:
-            self._enter(gpu, kept.get(gpu.device.uuid))
+        serving = [gpu.device for gpu in choice.served if self._enter(gpu, kept.get(gpu.device.uuid))]
         for absent in choice.absent:
             self._stand_in(absent, kept.get(absent.uuid))
         for uuid in sorted(kept.keys() - self.devices.keys()):  # the choice should name each; nothing hangs on that
             self._stand_in(AbsentDevice(uuid, None, kept[uuid], "it cannot be served", said=False), kept[uuid])
         check_names(settings, self.names.values())
-        for uuid, device in self.devices.items():
-            if uuid in self.arriving or uuid not in self.absent:
-                there = self.arriving[uuid].device if uuid in self.arriving else device
-                self.budgets[uuid] = budget_of(settings, there, self.names[uuid])
+        for device in serving:
+            self.budgets[device.uuid] = budget_of(settings, device, self.names[device.uuid])
 
     def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> Gpu:
         """Open a GPU that was absent; the caller closes it. Errors: DeviceError, DeviceMismatchError (it still is)."""
@@ -87,25 +84,29 @@ class Served:
         said = bool({host.uuid, "auto"} & {*self._settings.devices})
         if said or host.uuid in kept:
             self.devices[host.uuid], self.names[host.uuid] = host, (host.uuid,)
+        if said:  # before the driver is called: what is said of host memory is wrong or not whatever that answers
+            self.budgets[host.uuid] = budget_of(self._settings, host, (host.uuid,))
         if not said and host.uuid in kept:
             reason = (
                 f"device = {self._settings.device!r} does not name it; name it, or `weightd drain --forget {host.uuid}`"
             )
             self.absent[host.uuid] = AbsentDevice(host.uuid, None, host.kind, reason, said=False)
 
-    def _enter(self, gpu: Gpu, kept: str | None) -> None:
+    def _enter(self, gpu: Gpu, kept: str | None) -> bool:
+        """Have a GPU that was opened, of which something of a kind may be kept. Whether it is to serve."""
         device = gpu.device
         if kept is None:
             self.devices[device.uuid], self.names[device.uuid] = device, gpu.names
-            return
+            return True
         if kept != device.kind:
             device.close()
             reason = f"its memory is shared as {device.kind} now, and what is kept on it as {kept}"
             self._stand_in(AbsentDevice(device.uuid, None, kept, reason), kept)
-            return
+            return False
         self.arriving[device.uuid] = gpu
         self._stand_in(AbsentDevice(device.uuid, None, kept, "it is being taken up"), kept)
         self.names[device.uuid] = gpu.names
+        return True
 
     def _stand_in(self, absent: AbsentDevice, kept: str | None) -> None:
         self.absent[absent.uuid] = absent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
@@ -66,6 +66,7 @@ class Dialogue:
         admit: Callable[[int, int, int, str], None],
         on_progress: Callable[[Progress], None],
         on_sealed: Callable[[Checkpoint], None],
+        make_room: Callable[[str], Awaitable[None]],
     ) -> None:
         self._store = store
         self._device = device
@@ -80,6 +81,7 @@ class Dialogue:
         self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
+        self._make_room = make_room
         self._trusted: list[bool] = []
         self._tensors = Tensors()
         self._blobs = self._tensors.blobs
@@ -152,6 +154,9 @@ class Dialogue:
                 return wire.ToLoader(share=self._share(message.share)), []
             case "finish":
                 return await self._finish(message.finish)
+            case "full":
+                await self._make_room(message.full.call)
+                return wire.ToLoader(full=wire.Freed()), []
             case body:
                 raise ServerError(f"the loader sent {body}, which no load answers")
 

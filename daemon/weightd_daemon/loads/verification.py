@@ -12,6 +12,7 @@ from weightd_daemon.devices.device import SegmentHandle
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of
 
+from .loader_memory import make_room_for_verifying
 from .loader_process import LoaderDied, LoaderProcess
 from .messages import verify_job
 
@@ -192,6 +193,10 @@ class Verifications:
                 check()
                 if message.HasField("failed"):
                     raise error_of(message.failed)
+                if message.HasField("full"):
+                    await make_room_for_verifying(device, self._pool, message.full.call)
+                    await loader.send(wire.ToLoader(full=wire.Freed()))
+                    continue
                 found = message.verified
                 bad += found.bad
                 if not found.all:

@@ -200,9 +200,10 @@ class Absences:
         memory.resize(budget, pool_of(self.settings, device, budget))
         del served.absent[uuid], store.absent[uuid]
         store.books.limit = books_of(self.settings, {uuid: memory.budget for uuid, memory in store.memories.items()})
-        there = len(store.on_device(uuid))
-        log.info(Line("device back", {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": there}))
-        self._on_event(DeviceBack(uuid, there))
+        if uuid in self._tasks:  # else nobody was told that it is absent
+            there = {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": len(store.on_device(uuid))}
+            log.info(Line("device back", there))
+            self._on_event(DeviceBack(uuid))
         excess = store.fit(uuid)
         if excess:
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
