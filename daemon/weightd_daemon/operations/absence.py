@@ -142,7 +142,8 @@ class Absences:
         attempt = partial(self._served.open_again, absent, kept)
         try:
             # What shares by VMM only calls the driver, which may hang. A holder has to be started on this thread.
-            gpu = await on_thread(attempt) if "cuda_vmm" in (kept.get(uuid), absent.kind) else attempt()
+            only_vmm = uuid in kept or self.settings.transport == "cuda_vmm"
+            gpu = await on_thread(attempt) if only_vmm else attempt()
         except (WeightdError, ConfigError) as error:
             self._stays(uuid, str(error))
             return
@@ -187,9 +188,9 @@ class Absences:
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
     def _holds(self, uuid: str) -> bool:
-        """Whether segments are kept of a device that is absent."""
+        """Whether anything is kept of a device that is absent."""
         device = self._served.devices[uuid]
-        return isinstance(device, StandIn) and not device.is_empty
+        return isinstance(device, StandIn) and not (device.is_empty and not self._store.on_device(uuid))
 
     async def _import(self, device: object, stand_in: StandIn) -> dict[int, object]:
         if stand_in.is_empty:
