@@ -18,6 +18,7 @@ import xxhash
 
 from weightd._mapping import cuda_driver
 from weightd_daemon.config.settings import Settings
+from weightd_daemon.core.arena import Extent
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event
@@ -137,7 +138,7 @@ class Start:
         """Load as a loader does, in one extent, and name it."""
         load = Loading(self.store, uuid, "", 1000)
         total = sum(map(len, tensors.values()))
-        extent = load.grant(total, total)
+        extent = load.grant(total, total) if total else Extent(0, 0, 0)
         assert extent is not None
         blobs, offset = [], extent.offset
         for data in tensors.values():

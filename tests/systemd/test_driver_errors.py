@@ -277,6 +277,7 @@ def test_a_device_that_serves_can_be_let_go_of_and_taken_back(
         assert (held.returncode, "nothing was let go of" in held.stderr) == (4, True)
     client.attach("a", device=backend.uuid).close()
 
+    assert daemon.command("drain", "--forget", "host", check=False).returncode == 2
     daemon.command("drain", "--forget", backend.uuid)
     assert [c.device for c in client.checkpoints()] == ["host"]
     assert backend.device_bytes() == 0

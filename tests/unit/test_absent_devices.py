@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,8 +259,11 @@ def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkey
     started(keeper, everything_is_there)
 
 
-def test_what_goes_while_it_is_imported_is_gone(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread imports while the loop goes on: somebody removes a checkpoint in between."""
+def test_what_goes_while_it_is_imported_is_gone(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread imports while the loop goes on: somebody removes a checkpoint, whose release takes a while."""
+    releasing = threading.Event()
 
     async def back(start: Start) -> None:
         real = CudaVmmDevice.import_held
@@ -268,9 +273,16 @@ def test_what_goes_while_it_is_imported_is_gone(keeper: Keeper, monkeypatch: pyt
         def import_held(self: CudaVmmDevice, stand_in: StandIn) -> dict[int, Any]:
             imported = real(self, stand_in)
             loop.call_soon_threadsafe(start.catalog.remove, WHO, "b")
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(60)
+            assert releasing.wait(60)
             return imported
 
+        def release(self: StandIn, segment: int) -> None:
+            releasing.set()
+            time.sleep(0.05)
+            really_release(self, segment)
+
+        really_release = StandIn.release
+        monkeypatch.setattr(StandIn, "release", release)
         monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
         monkeypatch.setenv("FAKECUDA_FAIL", "")
         start.absences.hurry()
@@ -279,6 +291,7 @@ def test_what_goes_while_it_is_imported_is_gone(keeper: Keeper, monkeypatch: pyt
         await start.reclaimers[GPU].finish()
         assert fakecuda.device_bytes(0) == 2 * MIB
         assert start.bytes_of("a") == list(DATA["a"].values())
+        assert "could not be returned" not in caplog.text
 
     monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
     started(keeper, back)
@@ -331,6 +344,49 @@ def test_only_what_the_settings_name_is_tried_again(keeper: Keeper) -> None:
 
     started(keeper, see, device="host")
     assert keeper.dropped == []
+
+
+def test_what_may_start_a_holder_is_tried_on_the_thread_of_the_loop(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder dies with the thread that starts it. Where something is kept none starts, but the driver may hang."""
+    threads: list[bool] = []
+
+    def open_again(*_: object) -> Gpu:
+        threads.append(threading.current_thread() is threading.main_thread())
+        raise DeviceError("not yet")
+
+    async def back(start: Start) -> None:
+        monkeypatch.setattr(served.Served, "open_again", open_again)
+        start.absences.hurry()
+        await start.until(lambda: threads)
+        for name in DATA:
+            start.catalog.remove(WHO, name)
+        await start.reclaimers[GPU].finish()
+        start.absences.hurry()
+        await start.until(lambda: len(threads) > 1)
+
+    monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
+    started(keeper, back)
+    assert threads == [False, True]
+
+
+def test_a_checkpoint_without_bytes_has_no_segment_and_is_kept(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def leave(start: Start) -> None:
+        for name in DATA:
+            start.catalog.remove(WHO, name)
+        await start.load("empty", GPU, {})
+
+    async def see(start: Start) -> None:
+        states.append(start.state("empty"))
+
+    states: list[str] = []
+    started(keeper, leave)
+    assert not [row for row in keeper.rows()["segments"] if GPU in row]
+    for rule in (AWAY, ""):
+        monkeypatch.setenv("FAKECUDA_FAIL", rule)
+        started(keeper, see)
+    assert states == ["absent", "resident"]
 
 
 def test_a_stand_in_makes_nothing_and_lends_nothing() -> None:

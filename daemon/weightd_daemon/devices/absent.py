@@ -73,6 +73,7 @@ class StandIn:
 
     lasting = True
     default_share = 0.0
+    loader_bytes = 0
     sparse = False
     creates_by = ""
     releases_by = "close"

@@ -209,9 +209,9 @@ class Absences:
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
     def _holds(self, uuid: str) -> bool:
-        """Whether segments are kept of a device that is absent."""
+        """Whether anything is kept of a device that is absent."""
         device = self._served.devices[uuid]
-        return isinstance(device, StandIn) and not device.is_empty
+        return isinstance(device, StandIn) and not (device.is_empty and not self._store.on_device(uuid))
 
     async def _import(self, device: Device, stand_in: StandIn) -> dict[int, object]:
         if stand_in.is_empty:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from weightd.errors import DeviceAbsentError, InUseError
+from weightd.errors import DeviceAbsentError, InUseError, InvalidReferenceError
 from weightd_daemon.core.lease import named
 from weightd_daemon.log_line import Line
 
@@ -51,12 +51,15 @@ class Forgetting:
         """Empty a device, and let go of it. Yields who still holds a lease: at first and when that has changed.
 
         `gone` is told the freed bytes of each checkpoint. When this ends early the device goes on as before, with what
-        is left on it. Errors: InUseError (leases are held after `seconds`, or somebody else forgets it).
+        is left on it. Errors: InUseError (leases are held after `seconds`, or somebody else forgets it),
+        InvalidReferenceError (host memory that serves).
         """
         store, absences = self._store, self._absences
         if uuid in absences.leaving:
             raise InUseError(f"device {uuid} is being let go of by somebody else")
         before = store.absent.get(uuid)
+        if before is None and store.memories[uuid].sparse:
+            raise InvalidReferenceError(f"device {uuid} is no GPU that could be let go of; `weightd drain` empties it")
         absences.leaving.add(uuid)
         try:
             store.absent[uuid] = _LEAVING

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .root_record import Record, RootRecord, read_root
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +46,24 @@ class Given:
 
     @property
     def kinds(self) -> dict[str, str]:
-        """By UUID, the kind of each device of which a segment is kept, as the first row of one says."""
+        """By UUID, the kind of each device of which anything is kept, as the first row of a segment says.
+
+        A checkpoint without bytes has no segment. Of a GPU, only memory that is shared by VMM is ever kept.
+        """
         found: dict[str, str] = {}
-        rows = self.body.get("segments")
-        for row in rows if isinstance(rows, list) else ():
-            if isinstance(row, dict) and f"seg.{row.get('id')}" in self.descriptors:
-                uuid, kind = row.get("device"), row.get("kind")
-                if isinstance(uuid, str) and isinstance(kind, str):
-                    found.setdefault(uuid, kind)
+        for row in self._rows("segments"):
+            uuid, kind = row.get("device"), row.get("kind")
+            if f"seg.{row.get('id')}" in self.descriptors and isinstance(uuid, str) and isinstance(kind, str):
+                found.setdefault(uuid, kind)
+        for row in self._rows("checkpoints"):
+            uuid = row.get("device")
+            if f"man.{row.get('manifest')}" in self.descriptors and isinstance(uuid, str):
+                found.setdefault(uuid, uuid if uuid == "host" else "cuda_vmm")
         return found
+
+    def _rows(self, table: str) -> Iterator[Mapping[str, Any]]:
+        rows = self.body.get(table)
+        yield from (row for row in rows if isinstance(row, dict)) if isinstance(rows, list) else ()
 
     def _find_root(self) -> dict[str, Any]:
         """The last content of the root records that were given; the one that has it is `root`."""
