@@ -51,6 +51,7 @@ from .operations.sockets import Sockets, cannot_be_made, locked
 from .persistence.descriptor_store import DescriptorStore
 from .persistence.digest_index import DigestIndex
 from .persistence.given import Given
+from .persistence.gpu_nodes import GpuNodes
 from .persistence.service_manager import ServiceManager, stored_descriptors
 from .residency import Residency
 
@@ -225,7 +226,8 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        absences = Absences(settings, served, store, reclaimers, publish)
+        nodes = GpuNodes(descriptor_store, served.devices)
+        absences = Absences(settings, served, store, reclaimers, nodes, publish)
         stack.push_async_callback(absences.close)
         return _Books(
             store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers, absences

@@ -37,6 +37,7 @@ from weightd_daemon.handles.manifests import Manifests
 from weightd_daemon.operations.absence import Absences
 from weightd_daemon.persistence.descriptor_store import DescriptorStore
 from weightd_daemon.persistence.given import Given
+from weightd_daemon.persistence.gpu_nodes import GpuNodes
 from weightd_daemon.persistence.root_record import read_root
 from weightd_daemon.residency import Residency
 
@@ -104,11 +105,12 @@ class Start:
             self.reclaimers[uuid] = reclaimer
             self.store.memories[uuid] = DeviceMemory(
                 budget=0 if uuid in self.served.absent else self.served.budgets[uuid], page=device.page,
-                sparse=device.sparse, pool_limit=0, create=partial(self.served.create, uuid),
+                sparse=device.sparse, pool_limit=0, create=reclaimer.maker.create,
                 on_reclaim=reclaimer.kick, before_use=self.residency.before_use,
             )  # fmt: skip
             reclaimer.watch(self.store.memories[uuid])
-        self.absences = Absences(self.settings, self.served, self.store, self.reclaimers, self.events.append)
+        nodes = GpuNodes(self.descriptor_store, self.served.devices)
+        self.absences = Absences(self.settings, self.served, self.store, self.reclaimers, nodes, self.events.append)
 
     @classmethod
     @contextlib.asynccontextmanager

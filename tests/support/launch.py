@@ -4,7 +4,8 @@
 `--unread` those of gRPC requests and answers, `--answer` that of a GPU's driver; `--look` is the pause between two
 looks at the sockets. `--backlog` is how many events may wait for a reader. `--loader` names hash functions of
 support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good.
-`--deaf` names a class of events that no listener can take. `--points` is the file that names the point at which it
+`--deaf` names a class of events that no listener can take. `--nodes` is the folder of the GPUs' device files, and of
+what the driver says of them. `--points` is the file that names the point at which it
 kills itself (support/points.py).
 """
 
@@ -20,7 +21,7 @@ from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.api import admission, error_mapping, grpc_server
-from weightd_daemon.devices import driver_thread
+from weightd_daemon.devices import cuda_node, driver_thread
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -44,12 +45,13 @@ def launcher(
     bug: bool = False,
     stuck: bool = False,
     deaf: str = "",
+    nodes: Path | None = None,
     points: Path | None = None,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
         "hello": hello, "ack": ack, "page": page, "read": read, "unread": unread, "look": look, "backlog": backlog,
-        "answer": answer,
+        "answer": answer, "nodes": nodes,
         "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
@@ -72,6 +74,7 @@ def main() -> int:
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--stuck", action="store_true")
     parser.add_argument("--deaf")
+    parser.add_argument("--nodes", type=Path)
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     loop_watch.install()
@@ -86,6 +89,8 @@ def main() -> int:
         admission.READ_SECONDS = options.read
     if options.look is not None:
         sockets.LOOK_SECONDS = options.look
+    if options.nodes is not None:
+        cuda_node.DEV, cuda_node.GPUS = options.nodes, options.nodes / "gpus"
     if options.answer is not None:
         driver_thread.ANSWER_SECONDS = options.answer
     if options.unread is not None:

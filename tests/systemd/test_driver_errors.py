@@ -15,7 +15,9 @@ from support import checkpoints, fakecuda, http
 from support.backends import Backend
 from support.content import content
 from support.daemon import Daemon, eventually
+from support.gpu_nodes import make_node
 from support.kept_gpu import MIB, WHO, Keeper, Start
+from support.launch import launcher
 from support.manager import Manager
 from support.worker import Worker
 from weightd_daemon.core.events import DeviceAbsent, DeviceBack
@@ -268,9 +270,18 @@ def test_only_rm_and_forget_let_go_of_what_an_absent_device_keeps(
 def test_a_device_that_serves_can_be_let_go_of_and_taken_back(
     start_daemon: StartDaemon, manager: Manager, backend: Backend, tmp_path: Path
 ) -> None:
-    daemon = start_daemon(manager=manager, device="auto", transport="auto", budget="64MiB")
+    node, nodes = f"gpu.{backend.uuid}", tmp_path / "nodes"
+    make_node(nodes, backend.uuid)
+    argv = launcher(nodes=nodes)
+    daemon = start_daemon(manager=manager, argv=argv, device="auto", transport="auto", budget="64MiB")
     client, path = daemon.connect(), saved(tmp_path)
     client.load(path, name="a", device=backend.uuid, pin=True)
+    eventually(lambda: manager.names().count(node) == 1, what="its device file is kept open")
+    client.close()
+    daemon.kill()
+    daemon.start()
+    assert manager.names().count(node) == 1, "the next daemon goes by the one that is there"
+    client = daemon.connect()
     client.load(path, name="h", device="host")
     with client.attach("a", device=backend.uuid):
         held = daemon.command("drain", "--forget", backend.uuid, "--timeout", "0", check=False)
@@ -280,13 +291,14 @@ def test_a_device_that_serves_can_be_let_go_of_and_taken_back(
     assert daemon.command("drain", "--forget", "host", check=False).returncode == 2
     daemon.command("drain", "--forget", backend.uuid)
     assert [c.device for c in client.checkpoints()] == ["host"]
-    assert backend.device_bytes() == 0
+    assert (backend.device_bytes(), manager.names().count(node)) == (0, 0)
     eventually(lambda: len([name for name in manager.names() if name.startswith("seg")]) == 1, what="only the host's")
     refused = daemon.command("load", path, "--device", backend.uuid, check=False)
     assert (refused.returncode, "let go of" in refused.stderr) == (75, True)
     daemon.command("drain", "--undo")
     eventually(lambda: not client.stats().devices[1].absence, what="it serves again")
     client.load(path, name="a", device=backend.uuid)
+    eventually(lambda: manager.names().count(node) == 1, what="and its device file is kept open again")
 
 
 @vmm

@@ -16,7 +16,7 @@ from weightd_daemon.core.loading import Loading
 from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.devices import driver_thread
-from weightd_daemon.devices.driver_thread import DriverThread
+from weightd_daemon.devices.driver_thread import DriverThread, answered
 from weightd_daemon.devices.reclaimer import Reclaimer
 
 PAGE = 4096
@@ -257,5 +257,25 @@ def test_a_full_gpu_is_asked_for_less_and_says_so_in_the_end() -> None:
         with pytest.raises(Exception, match="GPU-0 is full"):
             await desk.granted(load, 3 * PAGE)
         assert desk.memory.used == 2 * PAGE
+
+    run(steps())
+
+
+def test_a_device_that_hangs_while_it_is_taken_up_keeps_nobody_waiting_and_nothing_of_it_stays() -> None:
+    async def steps() -> None:
+        thread, hanging, undone = DriverThread("GPU-0"), Hanging(), list[str]()
+        with pytest.raises(DeviceAbsentError, match="in cuMemImport"):
+            await answered(thread, "cuMemImport", lambda: hanging() or "imported", undone.append)
+        hanging.goes_on.set()
+        thread.stop()
+        assert thread._thread is not None
+        await asyncio.to_thread(thread._thread.join, 60)
+        assert undone == ["imported"]
+
+        thread = DriverThread("GPU-0")
+        assert await answered(thread, "cuMemImport", lambda: "imported", undone.append) == "imported"
+        with pytest.raises(ZeroDivisionError):
+            await answered(thread, "cuMemImport", lambda: 1 / 0, undone.append)
+        assert undone == ["imported"]
 
     run(steps())

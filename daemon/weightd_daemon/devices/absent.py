@@ -90,6 +90,9 @@ class StandIn:
         self._segments: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
 
+    def open_node(self) -> None:
+        """What is kept already stays."""
+
     def capacity(self) -> int:
         """Nobody knows."""
         return 0

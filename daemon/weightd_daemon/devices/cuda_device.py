@@ -10,17 +10,15 @@ from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
 from .cuda_errors import OUT_OF_MEMORY, code_of
+from .cuda_node import open_node
 from .cuda_nvml import free_bytes
 from .driver_thread import DriverThread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
 _LOOK_SECONDS = 0.5
 """How long somebody who looks on waits for NVML."""
-
-
 _CONTEXT_BYTES = 640 << 20
 """What is reported of contexts is 100 to 620 MiB."""
 _CONTEXT_SHARE = 16
@@ -45,6 +43,10 @@ class CudaDevice:
         self._free: int | None = None
         self.look()
         self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
+
+    def open_node(self) -> int | None:
+        """Open /dev/nvidiaN. Errors: OSError."""
+        return open_node(self.uuid)
 
     def capacity(self) -> int:
         """The GPU's memory."""

@@ -69,6 +69,12 @@ class Device(Protocol):
     loader_bytes: int
     """Bytes of the device that a loader may take for itself, beside the segments: its context. An estimate."""
 
+    def open_node(self) -> int | None:
+        """Open the device file, which keeps the device initialised as long as it is open; a step for `calls`.
+
+        None where there is none, or nobody knows which it is. The descriptor is the caller's. Errors: OSError.
+        """
+
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""
 

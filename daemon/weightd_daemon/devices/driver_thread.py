@@ -16,10 +16,12 @@ import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from weightd.errors import DeviceAbsentError
+from weightd.errors import DeviceAbsentError, DeviceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from .device import Calls
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +155,38 @@ class DriverThread:
         self.problem = f"it does not answer since {since}, in {under_way.call}; what is kept on it stays kept"
         log.warning("device %s does not answer since %s, in %s", self._uuid, since, under_way.call)
         self.on_change()
+
+
+async def answered(calls: Calls, call: str, step: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """Take a step of a device that nobody else uses yet, unless it does not answer.
+
+    Then a step that comes back later is undone, on the thread. Errors: those of the step; DeviceAbsentError.
+    """
+    lock, left, there = threading.Lock(), threading.Event(), threading.Event()
+
+    def taken() -> T:
+        result = step()
+        with lock:
+            there.set()
+            if not left.is_set():
+                return result
+        undo(result)
+        raise DeviceError("it came too late")
+
+    changed = asyncio.Event()
+    calls.on_change = changed.set
+    waiting = [asyncio.ensure_future(calls.run(call, taken)), asyncio.ensure_future(changed.wait())]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    waiting[1].cancel()
+    with lock:
+        if not there.is_set() and not waiting[0].done():
+            left.set()
+    if left.is_set():
+        waiting[0].cancel()
+        calls.check()
+        raise DeviceError("the driver has answered too late")
+    result: T = await waiting[0]
+    return result
 
 
 class AnyThread:

@@ -53,6 +53,9 @@ class HostDevice:
         self._writable: dict[int, int] = {}
         self._shared: dict[int, int] = {}
 
+    def open_node(self) -> None:
+        """Host memory has none."""
+
     def capacity(self) -> int:
         """The machine's memory, or the limit of this process's cgroups where that is lower."""
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

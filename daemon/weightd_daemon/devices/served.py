@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .absent import AbsentDevice, KeptKinds, StandIn
 from .budgets import budget_of, check_names
 from .cuda_choice import choose_gpus, try_again
+from .cuda_node import missing_uvm
 from .host import HostDevice
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Served:
         """
         settings = self._settings
         self._open_host(kept)
+        if {*settings.devices} - {"host"} and (hint := missing_uvm()):
+            log.warning(hint)
         choice = choose_gpus(settings.devices, settings.transport, self._holding, kept)
         serving = [gpu.device for gpu in choice.served if self._enter(gpu, kept.get(gpu.device.uuid))]
         for absent in choice.absent:

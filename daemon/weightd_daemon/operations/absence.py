@@ -18,6 +18,7 @@ from weightd_daemon.config.settings import ConfigError
 from weightd_daemon.core.events import DeviceAbsent, DeviceBack
 from weightd_daemon.devices.absent import AbsentDevice, StandIn
 from weightd_daemon.devices.budgets import books_of, budget_of, pool_of
+from weightd_daemon.devices.driver_thread import answered
 from weightd_daemon.log_line import Line
 
 from .model_roots import on_thread
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import Reclaimer
     from weightd_daemon.devices.served import Served
+    from weightd_daemon.persistence.gpu_nodes import GpuNodes
 
 log = logging.getLogger(__name__)
 
 FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 """How long after a device was found absent it is tried again: at first, and at most."""
 
+_IMPORTS = "cuMemImportFromShareableHandle"
 GIVEN_UP = "it was let go of (`weightd drain --forget`); reload the settings (SIGHUP) or restart to serve it again"
 
 
@@ -54,6 +57,7 @@ class Absences:
         served: Served,
         store: Store,
         reclaimers: Mapping[str, Reclaimer],
+        nodes: GpuNodes,
         on_event: Callable[[Event], None],
     ) -> None:
         self.settings = settings
@@ -62,6 +66,8 @@ class Absences:
         self._served = served
         self._store = store
         self._reclaimers = reclaimers
+        self.nodes = nodes
+        """The device files of those that serve."""
         self._on_event = on_event
         self._hurry: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -78,6 +84,8 @@ class Absences:
             served.arriving.pop(uuid)
         for absent in served.absent.values():
             self._tell(absent)
+        for uuid in served.devices.keys() - served.absent.keys():
+            self.nodes.keep(uuid)
 
     def serve(self, came: Callable[[], None]) -> None:
         """Try again, from now on, what the settings name and is absent. `came` is told that a device serves."""
@@ -107,7 +115,7 @@ class Absences:
         if problem and not was:
             self._on_event(DeviceAbsent(uuid, problem))
         elif was and not problem:
-            self._on_event(DeviceBack(uuid, len(self._store.on_device(uuid))))
+            self._on_event(DeviceBack(uuid))
             self._came()
 
     def depart(self, uuid: str) -> None:
@@ -196,6 +204,7 @@ class Absences:
         served.devices[uuid], served.names[uuid] = device, gpu.names
         self._reclaimers[uuid].device = device
         device.calls.on_change = partial(self.look, uuid)
+        self.nodes.keep(uuid)
         memory.change_page(device.page)
         memory.resize(budget, pool_of(self.settings, device, budget))
         del served.absent[uuid], store.absent[uuid]
@@ -216,9 +225,8 @@ class Absences:
     async def _import(self, device: Device, stand_in: StandIn) -> dict[int, object]:
         if stand_in.is_empty:
             return {}
-        return await device.calls.run(
-            "cuMemImportFromShareableHandle", partial(cast("TakesOver", device).import_held, stand_in)
-        )
+        taking = cast("TakesOver", device)
+        return await answered(device.calls, _IMPORTS, partial(taking.import_held, stand_in), taking.give_up)
 
     def _stays(self, uuid: str, reason: str) -> None:
         """A device is absent still; the reason may be another one."""

@@ -73,6 +73,7 @@ class Forgetting:
                     count += 1
                 await asyncio.sleep(0)  # the loop answers in between
             await self._reclaimers[uuid].finish()
+            await absences.nodes.drop(uuid)
             await self._settled()
             log.info(Line("device forgotten", {"device": uuid, "checkpoints": count}))
             if absences.serves(uuid):

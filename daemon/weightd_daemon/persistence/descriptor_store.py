@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NODE = "gpu."
+"""Begins the name under which an open device file is stored; the device's UUID follows (gpu_nodes.py)."""
 _BARRIER_SECONDS = 10.0
 RETRY_SECONDS = 5.0
 """How long after the root record could not be written it is tried again."""
@@ -145,7 +147,8 @@ class DescriptorStore:
         )
         given.taken |= {given.descriptors[name] for name in lease_files}
         kept = *map(_segment_name, record.segments.values()), *map(_manifest_name, record.kept.values())
-        self._stored = {*kept, *lease_files, ROOT}
+        nodes = {NODE + uuid for uuid in self._devices} & given.descriptors.keys()  # only the store need have them open
+        self._stored = {*kept, *lease_files, *nodes, ROOT}
         await self._begin_root()
         self.flip()
         self._let_go()
@@ -251,6 +254,10 @@ class DescriptorStore:
     def stores(self) -> bool:
         """Whether anything outlives this daemon."""
         return self._record.root is not None and self._manager.listens
+
+    def holds(self, name: str) -> bool:
+        """Whether a descriptor is stored under a name, or is about to be."""
+        return name in self._stored
 
     async def store(self, name: str, descriptor: int) -> None:
         """Store a descriptor under a name. When this returns, it is stored. Errors: OSError, TimeoutError; then not."""
