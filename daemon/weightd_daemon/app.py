@@ -22,7 +22,7 @@ from .core.store import Store
 from .devices.budgets import books_of, called, check_budgets, device_meant, pool_of, resize
 from .devices.cuda_ipc import Holding
 from .devices.reclaimer import Reclaimer
-from .devices.served import Served
+from .devices.served import Devices
 from .handles.attach import Attacher
 from .handles.connections import Connections
 from .handles.handle_server import HandleServer
@@ -39,9 +39,9 @@ from .monitoring.event_stream import EventStream
 from .monitoring.listeners import Listeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
-from .operations.absence import Absences
+from .operations.absence import AbsentDevices
 from .operations.drain import Drain
-from .operations.forget import Forgetting
+from .operations.forget import DeviceForgetting
 from .operations.notify import Notifier, status_line
 from .operations.preload import Preloader
 from .operations.quarantine import thaw_when_unwritten
@@ -50,7 +50,7 @@ from .operations.serving_lock import AlreadyServedError
 from .operations.sockets import Sockets, cannot_be_made, locked
 from .persistence.descriptor_store import DescriptorStore
 from .persistence.digest_index import DigestIndex
-from .persistence.given import Given
+from .persistence.given import GivenDescriptors
 from .persistence.service_manager import ServiceManager, stored_descriptors
 from .residency import Residency
 
@@ -81,7 +81,7 @@ class _Books(NamedTuple):
     sweep: LeaseSweep
     descriptor_store: DescriptorStore
     reclaimers: dict[str, Reclaimer]
-    absences: Absences
+    absences: AbsentDevices
 
 
 class _Work(NamedTuple):
@@ -149,7 +149,7 @@ class Daemon:
     async def _serve(self, stack: contextlib.AsyncExitStack, sockets: Sockets) -> None:
         listeners = Listeners()
         residency = Residency(listeners.publish)
-        given = Given(self._given)
+        given = GivenDescriptors(self._given)
         served = self._open_devices(stack, residency, sockets.lock.holders, given)
         books = self._open_books(stack, served, residency, listeners, given)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
@@ -178,10 +178,12 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
         stack.callback(task.cancel)
 
-    def _open_devices(self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int, given: Given) -> Served:
+    def _open_devices(
+        self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int, given: GivenDescriptors
+    ) -> Devices:
         """Open the devices, with regard to what is kept of which. Errors: ConfigError."""
         holding = Holding(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
-        served = Served(self._settings, holding)
+        served = Devices(self._settings, holding)
         stack.callback(served.close)
         served.open(given.kinds)
         return served
@@ -189,10 +191,10 @@ class Daemon:
     def _open_books(
         self,
         stack: contextlib.AsyncExitStack,
-        served: Served,
+        served: Devices,
         residency: Residency,
         listeners: Listeners,
-        given: Given,
+        given: GivenDescriptors,
     ) -> _Books:
         """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
         settings, limits, publish = self._settings, self._settings.limits, listeners.publish
@@ -226,13 +228,13 @@ class Daemon:
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        absences = Absences(settings, served, store, reclaimers, publish)
+        absences = AbsentDevices(settings, served, store, reclaimers, publish)
         stack.push_async_callback(absences.close)
         return _Books(
             store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers, absences
         )
 
-    async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: Served, books: _Books) -> None:
+    async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: Devices, books: _Books) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
         memories = books.store.memories
         quarantined = sockets.lock.is_written_by_others()
@@ -247,7 +249,7 @@ class Daemon:
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(
-        self, stack: contextlib.AsyncExitStack, served: Served, books: _Books, listeners: Listeners, lock: int
+        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, listeners: Listeners, lock: int
     ) -> _Work:
         """Make what loads: nothing does so yet."""
         settings = self._settings
@@ -264,7 +266,7 @@ class Daemon:
         return _Work(loads, fair_queue, index)
 
     def _make_services(
-        self, stack: contextlib.AsyncExitStack, served: Served, books: _Books, work: _Work, listeners: Listeners
+        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, work: _Work, listeners: Listeners
     ) -> _Services:
         """Make what answers calls and attaches: nobody can reach it yet."""
         settings, devices, default = self._settings, served.devices, served.default
@@ -282,7 +284,7 @@ class Daemon:
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
-        forgetting = Forgetting(
+        forgetting = DeviceForgetting(
             store=store, loads=loads, absences=books.absences, reclaimers=books.reclaimers,
             settled=books.descriptor_store.settled,
         )  # fmt: skip
@@ -317,7 +319,7 @@ class Daemon:
         stack.push_async_callback(sockets.stop_watching)
         return control, handles
 
-    def _say_ready(self, served: Served, store: Store) -> None:
+    def _say_ready(self, served: Devices, store: Store) -> None:
         shown = []
         for uuid, device in served.devices.items():
             if uuid in served.absent:
@@ -333,7 +335,7 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self, sockets: Sockets, served: Served, books: _Books, work: _Work, services: _Services, handles: HandleServer
+        self, sockets: Sockets, served: Devices, books: _Books, work: _Work, services: _Services, handles: HandleServer
     ) -> Reload:
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader

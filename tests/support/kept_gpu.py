@@ -30,13 +30,13 @@ from weightd_daemon.core.memory import DeviceMemory
 from weightd_daemon.core.store import Store
 from weightd_daemon.core.who import Who
 from weightd_daemon.devices.reclaimer import Reclaimer
-from weightd_daemon.devices.served import Served
+from weightd_daemon.devices.served import Devices
 from weightd_daemon.handles.lease_files import LeaseFiles
 from weightd_daemon.handles.lease_locks import LeaseLocks
 from weightd_daemon.handles.manifests import Manifests
-from weightd_daemon.operations.absence import Absences
+from weightd_daemon.operations.absence import AbsentDevices
 from weightd_daemon.persistence.descriptor_store import DescriptorStore
-from weightd_daemon.persistence.given import Given
+from weightd_daemon.persistence.given import GivenDescriptors
 from weightd_daemon.persistence.root_record import read_root
 from weightd_daemon.residency import Residency
 
@@ -84,8 +84,8 @@ class Start:
         self.events: list[Event] = []
         self.settings = Settings(budget="64MiB", **settings)
         self.residency = Residency(self.events.append)
-        self.served = Served(self.settings, cast("Any", None))  # no holder is started here
-        given = Given([(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()])
+        self.served = Devices(self.settings, cast("Any", None))  # no holder is started here
+        given = GivenDescriptors([(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()])
         self.served.open(given.kinds)
         self.manifests = Manifests(self.residency.before_lock)
         self.files = LeaseFiles()
@@ -108,7 +108,7 @@ class Start:
                 on_reclaim=reclaimer.kick, before_use=self.residency.before_use,
             )  # fmt: skip
             reclaimer.watch(self.store.memories[uuid])
-        self.absences = Absences(self.settings, self.served, self.store, self.reclaimers, self.events.append)
+        self.absences = AbsentDevices(self.settings, self.served, self.store, self.reclaimers, self.events.append)
 
     @classmethod
     @contextlib.asynccontextmanager

@@ -24,7 +24,7 @@ from weightd_daemon.config.settings import Settings, TemporaryError
 from weightd_daemon.core.catalog import Tag
 from weightd_daemon.core.lease import Peer
 from weightd_daemon.devices import served
-from weightd_daemon.devices.absent import AbsentDevice, StandIn
+from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
 from weightd_daemon.devices.cuda_choice import Choice, Gpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.operations import absence
@@ -246,7 +246,7 @@ def test_host_memory_that_the_settings_no_longer_name_is_kept_too(keeper: Keeper
 def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(start: Start) -> None:
         held = start.served.devices[GPU]
-        assert isinstance(held, StandIn)
+        assert isinstance(held, StandInDevice)
         device, before = CudaVmmDevice(0), len(os.listdir("/proc/self/fd"))
         monkeypatch.setenv("FAKECUDA_FAIL", "cuMemImportFromShareableHandle:999:2")
         with pytest.raises(DeviceError, match="CUDA_ERROR_UNKNOWN"):
@@ -270,19 +270,19 @@ def test_what_goes_while_it_is_imported_is_gone(
         held = start.served.devices[GPU]
         loop = asyncio.get_running_loop()
 
-        def import_held(self: CudaVmmDevice, stand_in: StandIn) -> dict[int, Any]:
+        def import_held(self: CudaVmmDevice, stand_in: StandInDevice) -> dict[int, Any]:
             imported = real(self, stand_in)
             loop.call_soon_threadsafe(start.catalog.remove, WHO, "b")
             assert releasing.wait(60)
             return imported
 
-        def release(self: StandIn, segment: int) -> None:
+        def release(self: StandInDevice, segment: int) -> None:
             releasing.set()
             time.sleep(0.05)
             really_release(self, segment)
 
-        really_release = StandIn.release
-        monkeypatch.setattr(StandIn, "release", release)
+        really_release = StandInDevice.release
+        monkeypatch.setattr(StandInDevice, "release", release)
         monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
         monkeypatch.setenv("FAKECUDA_FAIL", "")
         start.absences.hurry()
@@ -357,7 +357,7 @@ def test_what_may_start_a_holder_is_tried_on_the_thread_of_the_loop(
         raise DeviceError("not yet")
 
     async def back(start: Start) -> None:
-        monkeypatch.setattr(served.Served, "open_again", open_again)
+        monkeypatch.setattr(served.Devices, "open_again", open_again)
         start.absences.hurry()
         await start.until(lambda: threads)
         for name in DATA:
@@ -390,7 +390,7 @@ def test_a_checkpoint_without_bytes_has_no_segment_and_is_kept(keeper: Keeper, m
 
 
 def test_a_stand_in_makes_nothing_and_lends_nothing() -> None:
-    stand_in = StandIn(GPU, "cuda_vmm")
+    stand_in = StandInDevice(GPU, "cuda_vmm")
     for refused in (lambda: stand_in.create(1), lambda: stand_in.writable(1), lambda: stand_in.shared(1)):
         with pytest.raises(DeviceAbsentError, match=f"device {GPU} is absent"):
             refused()

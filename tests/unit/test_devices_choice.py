@@ -14,7 +14,7 @@ from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, device_meant
 from weightd_daemon.devices.naming import meant
-from weightd_daemon.devices.served import Served
+from weightd_daemon.devices.served import Devices
 
 GIB = 1 << 30
 UUIDS = [
@@ -71,9 +71,9 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
 
-def opened_for(device: str, **more: str) -> Served:
+def opened_for(device: str, **more: str) -> Devices:
     """The devices of a daemon that keeps nothing."""
-    served = Served(Settings(device=device, **more), HOLDING)
+    served = Devices(Settings(device=device, **more), HOLDING)
     served.open({})
     return served
 

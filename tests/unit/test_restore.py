@@ -39,7 +39,7 @@ from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.handles.manifests import Manifests
 from weightd_daemon.persistence import descriptor_store, root_record
 from weightd_daemon.persistence.descriptor_store import DescriptorStore
-from weightd_daemon.persistence.given import Given
+from weightd_daemon.persistence.given import GivenDescriptors
 from weightd_daemon.persistence.root_record import RootRecord, read_root
 from weightd_daemon.residency import Residency
 
@@ -109,7 +109,8 @@ class Books:
         self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.descriptor_store = DescriptorStore(
-            manager=keeper, given=Given(given), store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
+            manager=keeper, given=GivenDescriptors(given), store=self.store, catalog=self.catalog,  # type: ignore[arg-type]  # plays one
+            devices={"host": self.device},
             manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
         residency.join(self.store, self.catalog, self.manifests, self.descriptor_store, loads=cast("Any", None))
@@ -636,7 +637,7 @@ def _given(given: list[tuple[str, int]], original: Any) -> Any:
         plain.root.close()
         for descriptor in plain.descriptors.values():
             os.close(descriptor)
-        original(self, **{**options, "given": Given(given)})
+        original(self, **{**options, "given": GivenDescriptors(given)})
 
     return init
 

@@ -13,9 +13,9 @@ from weightd_daemon.handles.connections import Connection, Connections
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import EventStream
 from weightd_daemon.monitoring.statistics import Statistics
-from weightd_daemon.operations.absence import Absences
+from weightd_daemon.operations.absence import AbsentDevices
 from weightd_daemon.operations.drain import Drain
-from weightd_daemon.operations.forget import Forgetting
+from weightd_daemon.operations.forget import DeviceForgetting
 
 from .admission import TOKEN
 from .error_mapping import Context
@@ -34,8 +34,8 @@ class ServiceContext(NamedTuple):
     event_stream: EventStream
     drain: Drain
     statistics: Statistics
-    absences: Absences
-    forgetting: Forgetting
+    absences: AbsentDevices
+    forgetting: DeviceForgetting
 
     def caller(self, context: Context) -> tuple[Connection, Who]:
         """Whose call it is. Errors: PermissionDeniedError."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from .absent import AbsentDevice, KeptKinds, StandIn
+from .absent import AbsentDevice, KeptKinds, StandInDevice
 from .budgets import budget_of, check_names
 from .cuda_choice import choose_gpus, try_again
 from .host import HostDevice
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Served:
+class Devices:
     """The devices, by UUID, and what settings may call each. All of a daemon shares these dictionaries.
 
     A GPU of which anything is kept begins as a stand-in, and is `arriving` until it has taken over. Of one that is
@@ -114,5 +114,5 @@ class Served:
 
     def _stand_in(self, absent: AbsentDevice, kept: str | None) -> None:
         self.absent[absent.uuid] = absent
-        self.devices[absent.uuid] = StandIn(absent.uuid, kept or absent.kind or "")
+        self.devices[absent.uuid] = StandInDevice(absent.uuid, kept or absent.kind or "")
         self.names[absent.uuid] = absent.names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -20,22 +21,22 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.reclaimer import Reclaimer
     from weightd_daemon.loads.loads import Loads
 
-    from .absence import Absences
+    from .absence import AbsentDevices
 
 log = logging.getLogger(__name__)
 
 _LEAVING = "it is being let go of (`weightd drain --forget`)"
 
 
-class Forgetting:
-    """One device that is being forgotten. `settled` waits until the service manager has done what it was told."""
+class DeviceForgetting:
+    """Forgets devices. `settled` waits until the service manager has done what it was told."""
 
     def __init__(
         self,
         *,
         store: Store,
         loads: Loads,
-        absences: Absences,
+        absences: AbsentDevices,
         reclaimers: Mapping[str, Reclaimer],
         settled: Callable[[], Awaitable[None]],
     ) -> None:
@@ -64,15 +65,22 @@ class Forgetting:
         try:
             store.absent[uuid] = _LEAVING
             self._loads.lose(uuid, DeviceAbsentError(f"device {uuid} is absent: {_LEAVING}", {"device": uuid}))
-            async for holders in self._wait(uuid, seconds):
-                yield holders
-            count = 0
+            loop, count = asyncio.get_running_loop(), 0
+            end = float("inf") if seconds is None else loop.time() + seconds
+            async with contextlib.aclosing(self._wait(uuid, end)) as changes:
+                async for holders in changes:
+                    yield holders
             for checkpoint in store.on_device(uuid):
                 if store.checkpoints.get(checkpoint.key) is checkpoint:
                     gone(store.remove(checkpoint, reason="drained", by=by))
                     count += 1
                 await asyncio.sleep(0)  # the loop answers in between
             await self._reclaimers[uuid].finish()
+            while store.memories[uuid].segments:  # law 7: a loader that was ended may have some open
+                if loop.time() >= end:
+                    raise InUseError(f"a loader that has ended has memory of {uuid} open still; try again")
+                await asyncio.sleep(LOOK_SECONDS)
+                await self._reclaimers[uuid].finish()
             await self._settled()
             log.info(Line("device forgotten", {"device": uuid, "checkpoints": count}))
             if before is None:
@@ -85,15 +93,14 @@ class Forgetting:
             else:
                 store.absent[uuid] = before
 
-    async def _wait(self, uuid: str, seconds: float | None) -> AsyncGenerator[list[Lease], None]:
-        """Yield who holds a lease on the device, until nobody does. Errors: InUseError."""
+    async def _wait(self, uuid: str, end: float) -> AsyncGenerator[list[Lease], None]:
+        """Yield who holds a lease on the device, until nobody does. Errors: InUseError (at `end` somebody does)."""
         loop, store = asyncio.get_running_loop(), self._store
-        end = None if seconds is None else loop.time() + seconds
         seen: list[Lease] = []
         while holders := [lease for c in store.on_device(uuid) for lease in store.leases_of(c)]:
             if holders != seen:
                 yield holders
                 seen = holders
-            if end is not None and loop.time() >= end:
-                raise InUseError(f"still held after {seconds:g} s by {named(holders)}; nothing was let go of")
+            if loop.time() >= end:
+                raise InUseError(f"device {uuid} is still held by {named(holders)}; nothing was let go of")
             await asyncio.sleep(LOOK_SECONDS)

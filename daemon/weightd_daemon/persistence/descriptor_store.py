@@ -22,7 +22,7 @@ from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 from weightd_daemon.handles.segment_table import SegmentTable
 from weightd_daemon.log_line import Line
 
-from .given import ROOT, Given
+from .given import ROOT, GivenDescriptors
 from .record_writer import RecordWriter
 from .restore import restore
 from .root_record import RootRecord
@@ -99,7 +99,7 @@ class DescriptorStore:
         self,
         *,
         manager: ServiceManager,
-        given: Given,
+        given: GivenDescriptors,
         store: Store,
         catalog: Catalog,
         devices: dict[str, Device],

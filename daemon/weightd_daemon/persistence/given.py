@@ -18,7 +18,7 @@ ROOT = "root"
 """The name under which the root record is kept."""
 
 
-class Given:
+class GivenDescriptors:
     """The descriptors that were given. `taken` are those that have found an owner; `root` is written to from now on."""
 
     def __init__(self, named: Sequence[tuple[str, int]]) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import Store
     from weightd_daemon.devices.device import Device
 
-    from .given import Given
+    from .given import GivenDescriptors
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,12 @@ class _Restore:
     """One adoption: the books and devices, and what has been found so far."""
 
     def __init__(
-        self, given: Given, store: Store, catalog: Catalog, devices: Mapping[str, Device], manifests: Manifests
+        self,
+        given: GivenDescriptors,
+        store: Store,
+        catalog: Catalog,
+        devices: Mapping[str, Device],
+        manifests: Manifests,
     ) -> None:
         self.given = given
         self.store = store
@@ -165,7 +170,7 @@ class _Restore:
 
 
 def restore(
-    given: Given,
+    given: GivenDescriptors,
     *,
     store: Store,
     catalog: Catalog,
