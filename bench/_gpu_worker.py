@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 DEVICE = "cuda:0"
 COPY_PIECE = 64 << 20
 STEPS: list[tuple[Any, str, str]] = [
-    (handle_socket.HandleConnection, "__init__", "connect and hello"),
-    (handle_socket.HandleConnection, "attach", "request, answer and descriptors"),
+    (handle_socket.SocketClient, "__init__", "connect and hello"),
+    (handle_socket.SocketClient, "attach", "request, answer and descriptors"),
     (cuda_driver, "import_descriptor", "import"),
-    (cuda_driver.AddressRange, "__init__", "reserve addresses"),
-    (cuda_driver.AddressRange, "map", "map"),
-    (cuda_driver.AddressRange, "allow", "set access"),
+    (cuda_driver.MappedAddressRange, "__init__", "reserve addresses"),
+    (cuda_driver.MappedAddressRange, "map", "map"),
+    (cuda_driver.MappedAddressRange, "allow", "set access"),
     (cuda_driver, "release", "release"),
     (attachment, "_tensors", "manifest: columns to rows"),
     (attachment.Attachment, "state_dict", "make the tensors"),

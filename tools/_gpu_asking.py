@@ -105,9 +105,9 @@ class Usage:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def mapped(allocation: driver.Allocation, size: int, *, writable: bool) -> driver.AddressRange:
+def mapped(allocation: driver.Allocation, size: int, *, writable: bool) -> driver.MappedAddressRange:
     """The allocation, mapped into this process."""
-    place = driver.AddressRange(ORDINAL, size)
+    place = driver.MappedAddressRange(ORDINAL, size)
     place.map(0, size, allocation)
     place.allow(writable=writable)
     return place

@@ -106,7 +106,7 @@ def _map_without_context() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
     allocation = driver.create(ORDINAL, size)
-    place = driver.AddressRange(ORDINAL, size)
+    place = driver.MappedAddressRange(ORDINAL, size)
     result = code("cuMemMap", place.address, size, 0, allocation, 0)
     return f"cuMemMap: {result}, cuMemSetAccess: {set_access(place.address, size, writable=True)}"
 
@@ -379,7 +379,7 @@ def _two_mappings() -> str:
 def _unmap_adjacent() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
-    place = driver.AddressRange(ORDINAL, 2 * size)
+    place = driver.MappedAddressRange(ORDINAL, 2 * size)
     for offset in (0, size):
         place.map(offset, size, driver.create(ORDINAL, size))
     place.allow(writable=True)

@@ -37,7 +37,7 @@ def _cost_of_calls(size: int, number: int) -> str:
             raise NoAnswerError(f"the device has no {number} × {size // MIB} MiB: {error.code}") from None
         exported = each("export", driver.export, created)
         imported = each("import", driver.import_descriptor, exported)
-        places = each("reserve", lambda bytes_: driver.AddressRange(ORDINAL, bytes_), sizes)
+        places = each("reserve", lambda bytes_: driver.MappedAddressRange(ORDINAL, bytes_), sizes)
         each("map", lambda place, allocation: place.map(0, size, allocation), places, imported)
         each("set access", lambda place: place.allow(writable=False), places)
         each("release", driver.release, imported)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from ._references.files import OpenedSources
-    from ._transport.handle_socket import HandleConnection
+    from ._references.files import OpenedReference
+    from ._transport.handle_socket import SocketClient
     from ._transport.rpc import RpcClient
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ class Client(Operations):
 
     def _load(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         groups: Groups,
         on_progress: Callable[[LoadProgress], None] | None = None,
@@ -224,7 +224,7 @@ class Client(Operations):
 
     def _load_offered(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         on_progress: Callable[[LoadProgress], None] | None,
     ) -> LoadResult | None:
@@ -289,7 +289,7 @@ class Client(Operations):
                 self._control = None
 
     @property
-    def _handles(self) -> HandleConnection:
+    def _handles(self) -> SocketClient:
         return self._connection.handles
 
     def _rpc(self) -> RpcClient:

@@ -20,17 +20,17 @@ from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core import store as store_module
-from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
+from weightd_daemon.core.adoption import BlobPlace, CheckpointDescription, StoreAdoption, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
-from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import NOBODY, Lease, Leases, Peer
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Event
+from weightd_daemon.core.lease import NOBODY, Lease, LeasePeer, LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+from weightd_daemon.core.store import ContentStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ DEVICE = "host"
 DOMAINS = ("all", "uid:7")
 LOADS = 3
 LENGTHS = (1, 300, 1500)
-FILES = (ManifestFile("", "f", None),)
+FILES = (ContentFile("", "f", None),)
 
 
 def weak_digest(data: bytes) -> bytes:
@@ -89,7 +89,7 @@ class Load:
     `opened` are the segments that its loader has open until the load has ended.
     """
 
-    loading: Loading
+    loading: StoreTransaction
     domain: str
     tensors: list[Work]
     hash_first: bool = False
@@ -154,11 +154,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.begin_load(DOMAINS[0], contents)
 
     def begin_books(self, last_lease: int) -> None:
-        self.memory = DeviceMemory(
+        self.memory = MemoryAccounting(
             budget=self.pages * PAGE, page=PAGE, sparse=self.sparse, pool_limit=self.pool,
             create=self.create, available=lambda: self.most,
         )  # fmt: skip
-        self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
+        self.store = ContentStore(leases=LeaseTable(lambda lease: lease.number in self.locked), on_event=self.happened)
         self.store.leases.number_above(last_lease)
         self.store.memories[DEVICE] = self.memory
 
@@ -186,7 +186,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.carry_out(reclaim)
 
     def carry_out(self, reclaim: Reclaim) -> None:
-        if isinstance(reclaim, Punch):
+        if isinstance(reclaim, ExtentReclaim):
             extent = reclaim.extent
             assert extent.offset % PAGE == 0
             assert extent.length % PAGE == 0
@@ -234,7 +234,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin_load(self, domain: str, contents: list[tuple[int, int, int]]) -> None:
         if len(self.loads) == LOADS:
             return
-        loading = Loading(self.store, DEVICE, domain, 0)
+        loading = StoreTransaction(self.store, DEVICE, domain, 0)
         load = Load(loading, domain, [Work(tensor_bytes(*content)) for content in contents])
         for tensor in load.tensors:
             self.seen.setdefault((domain, tensor.digest, len(tensor.data)), set()).add(tensor.data)
@@ -259,7 +259,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = one_of(sorted(self.contents), pick)
         if key is None or len(self.loads) == LOADS:
             return
-        loading = Loading(self.store, DEVICE, key.domain, 1)
+        loading = StoreTransaction(self.store, DEVICE, key.domain, 1)
         load = Load(loading, key.domain, [Work(tensor) for tensor in self.sources[key]])
         self.loads.append(load)
         if indexed:
@@ -383,7 +383,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.refused(load, error)
 
     def every_call_fails(self, load: Load) -> None:
-        calls: list[Callable[[Loading], object]] = [
+        calls: list[Callable[[StoreTransaction], object]] = [
             lambda loading: loading.admit([1]),
             lambda loading: loading.match([]),
             lambda loading: loading.make_room(),
@@ -489,7 +489,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def seal(self, load: Load) -> None:
         blobs = [tensor.blob for tensor in load.tensors]
-        names = [ManifestEntry("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
+        names = [ContentTensor("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
         digest = content_digest(names, [blob.identity for blob in blobs if blob is not None], FILES)
         self.now += 1
         self.current = tuple(tensor.data for tensor in load.tensors)
@@ -502,12 +502,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     def happened(self, event: Event) -> None:
         checkpoint = event.checkpoint
-        if isinstance(event, Sealed):
+        if isinstance(event, CheckpointSealed):
             self.sources[checkpoint.key] = self.current
             self.contents[checkpoint.key] = event.content
             self.gone.discard(checkpoint.key)
             return
-        assert isinstance(event, Evicted)
+        assert isinstance(event, CheckpointEvicted)
         assert not self.held(checkpoint)
         assert event.reason != "capacity" or not checkpoint.pinned
         del self.sources[checkpoint.key], self.contents[checkpoint.key]
@@ -524,7 +524,7 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
         if checkpoint is None:
             return
-        lease = self.store.leases.begin(checkpoint.key, Peer(1, 2, 3, "python"), self.now)
+        lease = self.store.leases.begin(checkpoint.key, LeasePeer(1, 2, 3, "python"), self.now)
         self.locked.add(lease.number)
         self.now += 1
         self.store.use(checkpoint, self.now)
@@ -579,13 +579,13 @@ class StoreMachine(RuleBasedStateMachine):
             what.clear()
         self.gone.clear()
         self.begin_books(max((lease.number for lease in before.leases), default=0))
-        adoption = Adoption(self.store, {number: len(data) for number, data in self.segments.items()})
+        adoption = StoreAdoption(self.store, {number: len(data) for number, data in self.segments.items()})
         domains: dict[int, str] = {}
         for checkpoint in chosen:
             key, content = checkpoint.key, self.contents[checkpoint.key]
             blobs = [blob for blob in content.blobs if blob is not None]
             places = [BlobPlace(blob.segment, blob.offset) for blob in blobs]
-            described = DescribedCheckpoint(content.files, content.entries, [blob.identity for blob in blobs], places)
+            described = CheckpointDescription(content.files, content.entries, [blob.identity for blob in blobs], places)
             new = adoption.add(key, described, checkpoint.owner, checkpoint.loaded)
             new.segments, new.last_used, new.pins = checkpoint.segments, checkpoint.last_used, checkpoint.pins
             self.contents[key] = replace(content, blobs=tuple(adoption._blobs[place] for place in places))
@@ -639,7 +639,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_a_loader_has_open_is_not_given_back(self) -> None:
-        leaving = {reclaim.segment for reclaim in self.pending if not isinstance(reclaim, Punch)}
+        leaving = {reclaim.segment for reclaim in self.pending if not isinstance(reclaim, ExtentReclaim)}
         for load in self.there:
             assert load.opened <= self.segments.keys() - leaving
 
@@ -647,7 +647,7 @@ class StoreMachine(RuleBasedStateMachine):
     def nothing_overlaps(self) -> None:
         taken = [blob.slot for blob in self.store.sealed_blobs()]
         taken += [extent for load in self.there for extent in load.granted]
-        taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, Punch)]
+        taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, ExtentReclaim)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
             assert before.segment != after.segment or before.end <= after.offset
 

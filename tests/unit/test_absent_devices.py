@@ -20,19 +20,19 @@ from support import fakecuda
 from support.kept_gpu import MIB, WHO, Keeper, Start
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceAbsentError, DeviceError, InUseError
-from weightd_daemon.config.settings import Settings, TemporaryError
-from weightd_daemon.core.catalog import Tag
-from weightd_daemon.core.lease import Peer
+from weightd_daemon.config.settings import Settings, TemporaryConfigError
+from weightd_daemon.core.catalog import CatalogTag
+from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.devices import served
 from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
-from weightd_daemon.devices.cuda_choice import Choice, Gpu
+from weightd_daemon.devices.cuda_choice import Choice, _Gpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.operations import absence
 
 GPU = fakecuda.uuid(0)
 OTHER = "GPU-cccc0000-0000-0000-0000-000000000000"
 DATA = {name: {f"t{i}": bytes([ord(name), i]) * (MIB // 4) for i in range(4)} for name in "ab"}
-PEER = Peer(1, 2, 1000, "python")
+PEER = LeasePeer(1, 2, 1000, "python")
 AWAY = "cuInit:802"
 
 
@@ -46,7 +46,7 @@ def keeper(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepe
                 await start.load(name, GPU, tensors)
             await start.load("h", "host", {"t": b"h" * 4096})
             start.catalog.pin(WHO, start.catalog.find(WHO, "a"))
-            start.catalog.restore("", "dangling", Tag("sha256:" + "0" * 64, 7))
+            start.catalog.restore("", "dangling", CatalogTag("sha256:" + "0" * 64, 7))
 
     monkeypatch.setenv("FAKECUDA_FAIL", "")
     before = len(os.listdir("/proc/self/fd"))
@@ -91,7 +91,7 @@ def test_what_is_kept_is_carried_through_changes_and_new_bases(keeper: Keeper, m
     async def change(start: Start) -> None:
         bases = set()
         for number in range(40):
-            tag = Tag("sha256:" + f"{number:064x}", 7)
+            tag = CatalogTag("sha256:" + f"{number:064x}", 7)
             start.catalog.restore("", f"name{number}", tag)
             start.descriptor_store.flip()
             root = start.descriptor_store._record.root
@@ -219,7 +219,7 @@ def test_a_choice_of_another_kind_or_of_nothing_lets_nothing_go(
     """Whatever decides which devices are served: nothing that is kept hangs on it."""
 
     def choose(*_: object) -> Choice:
-        return Choice([Gpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
+        return Choice([_Gpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
 
     async def absent(start: Start) -> None:
         assert start.store.absent[GPU].startswith(why)
@@ -352,7 +352,7 @@ def test_what_may_start_a_holder_is_tried_on_the_thread_of_the_loop(
     """A holder dies with the thread that starts it. Where something is kept none starts, but the driver may hang."""
     threads: list[bool] = []
 
-    def open_again(*_: object) -> Gpu:
+    def open_again(*_: object) -> _Gpu:
         threads.append(threading.current_thread() is threading.main_thread())
         raise DeviceError("not yet")
 
@@ -412,7 +412,7 @@ def test_without_anything_kept_a_device_that_fails_keeps_its_exit_code(
     keeper = Keeper()
 
     async def run() -> None:
-        with pytest.raises(TemporaryError, match="SYSTEM_NOT_READY"):
+        with pytest.raises(TemporaryConfigError, match="SYSTEM_NOT_READY"):
             async with Start.of(keeper, device="cuda"):
                 pass
 

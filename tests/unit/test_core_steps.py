@@ -11,12 +11,12 @@ from support.counting import operations
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import AT_ONCE, Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.store import FREED_AT_ONCE, Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+from weightd_daemon.core.store import FREED_AT_ONCE, ContentStore
 
 PAGE = 4096
 SLOT = slot_bytes(8)
@@ -28,9 +28,9 @@ class Desk:
 
     def __init__(self, tensors: int = 4 * MANY, length: int = 8) -> None:
         self.length, self.slot = length, slot_bytes(length)
-        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = MemoryAccounting(
             budget=-(-tensors * self.slot // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
 
@@ -38,10 +38,10 @@ class Desk:
         self.segments += 1
         return self.segments
 
-    def open(self) -> Loading:
-        return Loading(self.store, "host", "all", 1000)
+    def open(self) -> StoreTransaction:
+        return StoreTransaction(self.store, "host", "all", 1000)
 
-    def place(self, load: Loading, seed: int, count: int) -> list[Blob]:
+    def place(self, load: StoreTransaction, seed: int, count: int) -> list[Blob]:
         size = -(-count * self.slot // PAGE) * PAGE
         while (extent := load.grant(size, size)) is None:
             self.reclaim()
@@ -52,8 +52,8 @@ class Desk:
         ]
 
     def content(self, name: str, blobs: list[Blob]) -> Content:
-        entries = tuple(ManifestEntry("", f"t{at}", "U8", (self.length,), 0, self.length) for at in range(len(blobs)))
-        return Content(name, (ManifestFile("", "f", None),), entries, tuple(blobs))
+        entries = tuple(ContentTensor("", f"t{at}", "U8", (self.length,), 0, self.length) for at in range(len(blobs)))
+        return Content(name, (ContentFile("", "f", None),), entries, tuple(blobs))
 
     def load(self, name: str, seed: int = 0, count: int = MANY) -> Checkpoint:
         load = self.open()
@@ -99,7 +99,10 @@ def test_freeing_costs_little_for_each_tensor_and_returns_whole_runs_of_pages(le
         reclaims += desk.memory.next_reclaims()
     assert max(costs) < 450 * FREED_AT_ONCE
     assert 0 < len(reclaims) <= len(costs)
-    assert sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, Punch))) == desk.memory.used
+    assert (
+        sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, ExtentReclaim)))
+        == desk.memory.used
+    )
 
 
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:

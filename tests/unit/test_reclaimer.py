@@ -7,8 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
 PAGE = 4096
 PIECES = 5000
@@ -28,8 +28,8 @@ def test_many_pieces_are_reported_in_steps_between_which_the_loop_serves_others(
     left: list[int] = []
 
     async def run() -> None:
-        reclaimer = Reclaimer(device)
-        memory = DeviceMemory(
+        reclaimer = DeviceReclaimer(device)
+        memory = MemoryAccounting(
             budget=1 << 30, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )
         reclaimer.watch(memory)

@@ -14,10 +14,10 @@ import pytest
 
 from weightd._transport import address
 from weightd._transport.address import handles_path
-from weightd_daemon.config.toml_file import TemporaryError
+from weightd_daemon.config.toml_file import TemporaryConfigError
 from weightd_daemon.operations import sockets as module
-from weightd_daemon.operations.serving_lock import AlreadyServedError
-from weightd_daemon.operations.sockets import Sockets, identity, locked, remove_own
+from weightd_daemon.operations.serving_lock import AlreadyRunningError
+from weightd_daemon.operations.sockets import DaemonSockets, identity, locked, remove_own
 
 
 class Control:
@@ -52,7 +52,7 @@ def control() -> Iterator[Control]:
 
 
 @contextlib.contextmanager
-def served(path: Path, control: Control) -> Iterator[Sockets]:
+def served(path: Path, control: Control) -> Iterator[DaemonSockets]:
     """Sockets that are open."""
     with locked(path) as made:
         asyncio.run(made.open(0o640, control, control.listeners.append))
@@ -95,7 +95,7 @@ def test_what_is_anothers_is_left(short_path: Path, control: Control, which: int
     with served(path, control) as made:
         place.unlink()
         place.write_text("another's")
-        with pytest.raises(AlreadyServedError, match=f"socket {place}: another process has put its own in its place"):
+        with pytest.raises(AlreadyRunningError, match=f"socket {place}: another process has put its own in its place"):
             asyncio.run(made.look())
     assert place.read_text() == "another's"
 
@@ -104,7 +104,7 @@ def test_a_start_takes_nothing_from_one_who_listens(short_path: Path, control: C
     path = short_path / "w.sock"
     control.bind(path)
     before = identity(path)
-    with pytest.raises(AlreadyServedError, match=r"a process listens there that does not have its lock"), locked(path):
+    with pytest.raises(AlreadyRunningError, match=r"a process listens there that does not have its lock"), locked(path):
         pass
     assert identity(path) == before
     control.close()
@@ -134,7 +134,7 @@ def test_what_cannot_be_made_now_is_tried_again_for_a_while(
     path = short_path / "w.sock"
     told: list[Exception] = []
 
-    async def run(made: Sockets) -> None:
+    async def run(made: DaemonSockets) -> None:
         done = asyncio.Event()
         made.watch(lambda error: (told.append(error), done.set()))
         control.refuse = refusals
@@ -148,4 +148,4 @@ def test_what_cannot_be_made_now_is_tried_again_for_a_while(
     with served(path, control) as made:
         asyncio.run(run(made))
     assert "cannot be made: [Errno 24] Too many open files; trying again" in caplog.text
-    assert [type(error) for error in told] == ([] if refusals == 2 else [TemporaryError])
+    assert [type(error) for error in told] == ([] if refusals == 2 else [TemporaryConfigError])

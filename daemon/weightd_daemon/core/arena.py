@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.types import ALIGNMENT
 
-from .ranges import Ranges
+from .ranges import RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
 class Extent(NamedTuple):
-    """Bytes [offset, offset + length) of a segment."""
+    """Bytes [offset, offset + length) of a segment, as the arena allocates them."""
 
     segment: int
     offset: int
@@ -41,9 +41,9 @@ def slot_bytes(length: int) -> int:
 
 def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
     """What is left of the granted extents without those to keep."""
-    by_segment: dict[int, Ranges] = {}
+    by_segment: dict[int, RangeSet] = {}
     for extent in granted:
-        by_segment.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+        by_segment.setdefault(extent.segment, RangeSet()).add(extent.offset, extent.end)
     for extent in keep:
         by_segment[extent.segment].remove(extent.offset, extent.end)
     return [Extent(segment, start, end - start) for segment, ranges in by_segment.items() for start, end in ranges]
@@ -59,20 +59,20 @@ class _Segment:
 
     def __init__(self, size: int, *, sparse: bool) -> None:
         self.size = size
-        self.free = Ranges()
+        self.free = RangeSet()
         self.free.add(0, size)
-        self.sparse = Ranges()
+        self.sparse = RangeSet()
         if sparse:
             self.sparse.add(0, size)
-        self.leaving = Ranges()
-        self.quarantined = Ranges()
+        self.leaving = RangeSet()
+        self.quarantined = RangeSet()
         self.frozen = False
         self.holes: list[tuple[Extent, int]] | None = None
         """What Arena._holes has of it, until its free or sparse bytes change."""
 
 
 class Arena:
-    """Allocator inside the segments of one device and one sharing domain. Sizes and offsets are bytes."""
+    """Bookkeeping allocator for the segments of one device and one sharing domain. Sizes and offsets are bytes."""
 
     def __init__(self, page: int) -> None:
         self.page = page
@@ -117,7 +117,7 @@ class Arena:
         self,
         segment: int,
         size: int,
-        taken: Ranges,
+        taken: RangeSet,
         hollow: Iterable[tuple[int, int]],
         *,
         frozen: bool,
@@ -146,14 +146,14 @@ class Arena:
     def thaw(self, segment: int, hollow: Iterable[tuple[int, int]]) -> None:
         """Free the bytes that were set aside. `hollow` are the ranges of the segment without memory by now."""
         books = self._segments[segment]
-        back, books.quarantined = books.quarantined, Ranges()
+        back, books.quarantined = books.quarantined, RangeSet()
         books.holes = None
         for start, end in back:
             books.free.add(start, end)
             books.sparse.discard(start, end)
         self._note_hollow(books, back, hollow)
 
-    def _note_hollow(self, books: _Segment, within: Ranges, hollow: Iterable[tuple[int, int]]) -> None:
+    def _note_hollow(self, books: _Segment, within: RangeSet, hollow: Iterable[tuple[int, int]]) -> None:
         """Enter the whole pages of `within` that have no memory behind them."""
         for start, end in hollow:
             for low, high in within.within(start, end):
@@ -261,7 +261,7 @@ class Arena:
         books.free.add(extent.offset, extent.end)
         books.sparse.add(extent.offset, extent.end)
 
-    def free_ranges(self, segment: int) -> Ranges:
+    def free_ranges(self, segment: int) -> RangeSet:
         """A copy of the segment's free bytes, those on their way out included."""
         books = self._segments[segment]
         ranges = books.free.copy()

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
-class Books:
-    """The books of all devices: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
+class BookkeepingMemory:
+    """Memory of the daemon's own books: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit

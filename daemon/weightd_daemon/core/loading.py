@@ -10,36 +10,37 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
-from .alike import Twins
+from .alike import DuplicateBlobs
 from .arena import slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .checkpoint import Checkpoint, CheckpointKey, Content
-from .events import Sealed
-from .known import Known
-from .making_room import MakingRoom
+from .events import CheckpointSealed
+from .known import KnownBlobs
+from .making_room import Evictor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from .arena import Extent
     from .digest import BlobIdentity
-    from .lease import Peer
-    from .store import Store
+    from .lease import LeasePeer
+    from .store import ContentStore
 
 
 AT_ONCE = 1000
 """Blobs that are rechecked in one step of the loop, or of which an ending load lets go."""
 
 
-class Loading:
-    """One open load, from its beginning to `end`. `by` asked for it, under a name that may be empty.
+class StoreTransaction:
+    """Transaction of one open load on the store, until `end`. `by` asked for it, under a name that may be empty.
 
     When its device loses its memory, each call but `end` raises DeviceError from then on. Sizes are bytes.
     """
 
     def __init__(
-        self, store: Store, device: str, domain: str, owner: int | None, by: Peer | None = None, name: str = ""
-    ) -> None:
+        self, store: ContentStore, device: str, domain: str, owner: int | None, by: LeasePeer | None = None,
+        name: str = "",
+    ) -> None:  # fmt: skip
         """Begin a load on a device, in a sharing domain. Errors: NotFoundError (no such device)."""
         self.number = store.begin_load(device)
         self._store = store
@@ -51,12 +52,12 @@ class Loading:
         self._owner = owner
         self._by = by
         self._name = name
-        self._room = MakingRoom(store, self.place, self.number, by)
+        self._room = Evictor(store, self.place, self.number, by)
         self._placed: dict[int, Blob] = {}
         self._held: dict[int, Blob] = {}
         self._used: set[int] = set()
         """Numbers of the blobs that its tensors have."""
-        self._known = Known(self._blobs, self.number)
+        self._known = KnownBlobs(self._blobs, self.number)
         self._needed = self._largest = 0
         """Bytes of what has no match, and of the largest such tensor."""
         self._rest: tuple[Content, list[Extent]] | None = None
@@ -125,7 +126,8 @@ class Loading:
     def grant(self, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """Memory for the load: up to `want`, at least `need` bytes; evicts if that is the only way and would do.
 
-        None while memory is on its way back: call again then. For `ends` see DeviceMemory.grant. Errors: CapacityError.
+        None while memory is on its way back: call again then. For `ends` see MemoryAccounting.grant.
+        Errors: CapacityError.
         """
         self._check()
         memory = self._memory
@@ -203,7 +205,7 @@ class Loading:
             self._hold(face)
             return False, face
         self._store.collisions += bool(differs)
-        blob = self._place(key, segment, offset, self._new_variant(key), Twins(set(alike.numbers)))
+        blob = self._place(key, segment, offset, self._new_variant(key), DuplicateBlobs(set(alike.numbers)))
         alike.add(blob)
         return True, blob
 
@@ -306,7 +308,7 @@ class Loading:
             if self._rest is None or self._rest[0] is not content:
                 self.prepare(content)
             assert self._rest is not None  # prepared
-            self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
+            self._store.seal(CheckpointSealed(checkpoint, content, manifest, self.number, self._by, self._name))
             self._memory.leave(self.number, self._rest[1])
         self._rest = None
         self._store.books.forget(self.number)
@@ -372,7 +374,7 @@ class Loading:
         """
         return max((blob.variant for blob in self._candidates(key.digest, key.length)), default=-1) + 1
 
-    def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
+    def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: DuplicateBlobs) -> Blob:
         self._known.contest(key, twins)
         blob = self._enter(key, segment, offset, variant)
         self._known.add(blob, twins)

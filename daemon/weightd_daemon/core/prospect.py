@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, round_up
-from .memory import Holes
+from .memory import ArenaHoles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from .memory import DeviceMemory
-    from .ranges import Ranges
+    from .memory import MemoryAccounting
+    from .ranges import RangeSet
 
 
-class Prospect(NamedTuple):
+class _Prospect(NamedTuple):
     """What a load can get, in bytes: all together, and in one extent."""
 
     total: int
@@ -26,7 +26,7 @@ class _Segment:
 
     __slots__ = ("before", "domain", "frozen", "populated", "ranges", "size", "whole")
 
-    def __init__(self, ranges: Ranges, page: int, domain: str, size: int, populated: int, *, frozen: bool) -> None:
+    def __init__(self, ranges: RangeSet, page: int, domain: str, size: int, populated: int, *, frozen: bool) -> None:
         self.ranges = ranges
         self.whole = self.before = sum(_whole_pages(ranges, page))
         self.domain = domain
@@ -35,15 +35,15 @@ class _Segment:
         self.frozen = frozen
 
 
-class Trial:
-    """Frees bytes on paper, takes them back, and says what a load could get then. The books stay as they are.
+class EvictionTrial:
+    """Simulates an eviction: frees bytes on paper and says what a load could get then. The books stay as they are.
 
     `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
     A step takes time in proportion to the logarithm of the free ranges of its segment; on a device that is not sparse
     `outcome` also looks through the segments of the domain that have changed since.
     """
 
-    def __init__(self, memory: DeviceMemory, domain: str, load: int | None, room: int | None = None) -> None:
+    def __init__(self, memory: MemoryAccounting, domain: str, load: int | None, room: int | None = None) -> None:
         self._memory = memory
         self._domain = domain
         self._load = load
@@ -81,12 +81,12 @@ class Trial:
         """Populated bytes that could go back to the system."""
         return sum(holes.common for holes in self._holes.values())
 
-    def outcome(self) -> Prospect:
+    def outcome(self) -> _Prospect:
         """What the load could get."""
         spare, total = self._memory.shares(self._domain, self._load, self._holes)
         if self._room is not None:
             spare = min(spare, self._room + self.common)
-        return Prospect(total, min(total, max(spare, self._largest_hole())))
+        return _Prospect(total, min(total, max(spare, self._largest_hole())))
 
     def _segment(self, number: int) -> _Segment:
         if number not in self._segments:
@@ -111,7 +111,7 @@ class Trial:
         else:
             own = segment.whole - segment.before
         before = self._holes[segment.domain]
-        self._holes[segment.domain] = Holes(before.own + sign * own, before.common + sign * common)
+        self._holes[segment.domain] = ArenaHoles(before.own + sign * own, before.common + sign * common)
 
     def _largest_hole(self) -> int:
         """The largest hole in a segment of the domain; where segments are sparse, holes are as good as new ones."""
@@ -131,15 +131,15 @@ class Trial:
 
 
 def prospect(
-    memory: DeviceMemory, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None
-) -> Prospect:
+    memory: MemoryAccounting, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None
+) -> _Prospect:
     """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
-    trial = Trial(memory, domain, load, room)
+    trial = EvictionTrial(memory, domain, load, room)
     for extent in without:
         trial.free(extent)
     return trial.outcome()
 
 
-def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:
+def _whole_pages(ranges: RangeSet, page: int) -> Iterator[int]:
     """Length of the whole pages in each range, in bytes."""
     return (max(0, end // page * page - round_up(start, page)) for start, end in ranges)

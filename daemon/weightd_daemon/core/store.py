@@ -1,6 +1,6 @@
 """The store: blobs by content, and the checkpoints that refer to them. LAWS.md lists the laws of memory.
 
-A checkpoint comes and goes in `Store` alone, and a blob changes its state in `Blobs` alone. Loads (loading.py) and
+A checkpoint comes and goes in `ContentStore` alone, and a blob changes its state in `BlobTable` alone. loading.py, and
 adoption.py, which fills an empty store, call these two. The store touches no memory: memory that can go is queued
 (memory.py). Events tell of changes.
 """
@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceAbsentError, NotFoundError
 
-from .blob import Blob, Blobs, BlobState
-from .books import Books
-from .checkpoint import Checkpoint, CheckpointKey, Lost
-from .events import Event, Evicted, Sealed
+from .blob import Blob, BlobState, BlobTable
+from .books import BookkeepingMemory
+from .checkpoint import Checkpoint, CheckpointKey, LostCheckpoint
+from .events import CheckpointEvicted, CheckpointSealed, Event
 from .eviction import chosen_beyond, least_recently_used
-from .prospect import Trial
+from .prospect import EvictionTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from .arena import Extent
-    from .lease import Lease, Leases, Peer
-    from .memory import DeviceMemory
+    from .lease import Lease, LeasePeer, LeaseTable
+    from .memory import MemoryAccounting
 
 
 FREED_AT_ONCE = 2000
 """Blobs that are given up in one step of the loop."""
 
 
-class Store:
-    """Books of all devices. Times are seconds since the epoch, sizes are bytes."""
+class ContentStore:
+    """The books of blobs, checkpoints and leases on all devices. Times are seconds since the epoch, sizes are bytes."""
 
-    def __init__(self, *, leases: Leases, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, *, leases: LeaseTable, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
-        self.blobs = Blobs()
-        self.books = Books()
+        self.blobs = BlobTable()
+        self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
-        self.lost: dict[CheckpointKey, Lost] = {}
-        self.memories: dict[str, DeviceMemory] = {}
+        self.lost: dict[CheckpointKey, LostCheckpoint] = {}
+        self.memories: dict[str, MemoryAccounting] = {}
         self.absent: dict[str, str] = {}
         """Why devices cannot be served now, for people. Their books stay: nothing is lent, granted or evicted there."""
         self.open_loads: set[int] = set()
@@ -122,7 +122,7 @@ class Store:
         self.open_loads.add(self._last_load)
         return self._last_load
 
-    def seal(self, sealed: Sealed) -> None:
+    def seal(self, sealed: CheckpointSealed) -> None:
         """Tell of a checkpoint that a load has brought, then enter it.
 
         What the listener of events raises fails the seal, and nothing has changed.
@@ -150,7 +150,9 @@ class Store:
 
     # -- what goes -------------------------------------------------------------------------------------------------
 
-    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Peer | None = None) -> int:
+    def remove(
+        self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: LeasePeer | None = None
+    ) -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
@@ -159,7 +161,7 @@ class Store:
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 
-    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Peer | None = None) -> int:
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: LeasePeer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         del self.checkpoints[checkpoint.key]
         self.books.strike(checkpoint)
@@ -170,7 +172,7 @@ class Store:
         given_up = sum([blob.key.length for blob in unused])
         self.free(unused)
         self.evictions += reason == "capacity"
-        self._on_event(Evicted(checkpoint, reason, load, by))
+        self._on_event(CheckpointEvicted(checkpoint, reason, load, by))
         return given_up
 
     def fit(self, device: str) -> int:
@@ -182,7 +184,7 @@ class Store:
         excess = 0 if device in self.absent else memory.excess()
         if not excess:
             return 0
-        for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
+        for checkpoint in chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess):
             self.evict(checkpoint, "capacity")
         while memory.freeing.go_on():
             pass  # what follows is said of all of it
@@ -196,7 +198,7 @@ class Store:
     def free(self, blobs: list[Blob]) -> None:
         """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
 
-        Of many, that is begun: it goes on with DeviceMemory.freeing, and until its turn each stays what it is, and
+        Of many, that is begun: it goes on with MemoryAccounting.freeing, and until its turn each stays what it is, and
         may be used again. The list is the store's from now on.
         """
         if len(blobs) <= FREED_AT_ONCE:
@@ -233,8 +235,8 @@ class Store:
             del self.checkpoints[checkpoint.key]
             self.books.strike(checkpoint)
             checkpoint.forget_blobs()
-            self.lost[checkpoint.key] = Lost(checkpoint, reason)
+            self.lost[checkpoint.key] = LostCheckpoint(checkpoint, reason)
             for lease in self.leases_of(checkpoint):
                 self.leases.end(lease.number)
-            self._on_event(Evicted(checkpoint, "lost"))
+            self._on_event(CheckpointEvicted(checkpoint, "lost"))
         return lost

@@ -22,7 +22,7 @@ _CONTEXT_SHARE = 16
 
 
 class CudaDevice:
-    """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
+    """Base of GPU devices (see devices/device.py). `ordinal` is this process's number of the GPU."""
 
     kind: str
     sparse = False

@@ -30,7 +30,10 @@ class _Segment(NamedTuple):
 
 
 class CudaVmmDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it."""
+    """A GPU whose memory is shared by VMM descriptors (see devices/device.py).
+
+    `ordinal` is this process's number of it.
+    """
 
     kind = "cuda_vmm"
     lasting = True

@@ -8,8 +8,8 @@ Handle = int | bytes
 """What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
 
 
-class SegmentHandle(NamedTuple):
-    """A segment as a loader gets it: its number, its length in bytes, and what opens it."""
+class DeviceSegment(NamedTuple):
+    """A device's segment as a loader opens it: its number, its length in bytes, and its descriptor or IPC handle."""
 
     number: int
     size: int
@@ -17,7 +17,7 @@ class SegmentHandle(NamedTuple):
 
 
 class Device(Protocol):
-    """Makes segments, hands them out, takes their memory back. Segments go by number; sizes and offsets are bytes.
+    """A kind of memory: creates, exports and frees segments. Segments go by number; sizes and offsets are bytes.
 
     The daemon calls `create`, `writable` and `shared` on its loop; `punch` and `release` may take long (0.15 s per GB
     on the host) and are called on another thread.

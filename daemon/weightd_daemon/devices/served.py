@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.settings import Settings
 
-    from .cuda_choice import Gpu
-    from .cuda_ipc import Holding
+    from .cuda_choice import _Gpu
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Devices:
     `absent`, `budgets` says nothing.
     """
 
-    def __init__(self, settings: Settings, holding: Holding) -> None:
+    def __init__(self, settings: Settings, holding: CudaHolderContext) -> None:
         self._settings = settings
         self._holding = holding
         self.devices: dict[str, Device] = {}
@@ -37,10 +37,10 @@ class Devices:
         self.budgets: dict[str, int] = {}
         """Bytes that each may use at the start."""
         self.absent: dict[str, AbsentDevice] = {}
-        self.arriving: dict[str, Gpu] = {}
+        self.arriving: dict[str, _Gpu] = {}
 
     def open(self, kept: KeptKinds) -> None:
-        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError, TemporaryError.
+        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError, TemporaryConfigError.
 
         Whatever comes of it, `close` is due.
         """
@@ -56,7 +56,7 @@ class Devices:
         for device in serving:
             self.budgets[device.uuid] = budget_of(settings, device, self.names[device.uuid])
 
-    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> Gpu:
+    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> _Gpu:
         """Open a GPU that was absent; the caller closes it. Errors: DeviceError, DeviceMismatchError (it still is)."""
         return try_again(absent, self._settings.devices, self._settings.transport, self._holding, kept)
 
@@ -96,7 +96,7 @@ class Devices:
             )
             self.absent[host.uuid] = AbsentDevice(host.uuid, None, host.kind, reason, said=False)
 
-    def _enter(self, gpu: Gpu, kept: str | None) -> bool:
+    def _enter(self, gpu: _Gpu, kept: str | None) -> bool:
         """Have a GPU that was opened, of which something of a kind may be kept. Whether it is to serve."""
         device = gpu.device
         if kept is None:

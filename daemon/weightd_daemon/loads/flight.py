@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from weightd.errors import WeightdError
 from weightd_daemon.core.events import LoadBegun, LoadEnded
 
-from .request import LoadRequest, Outcome, Progress
+from .request import LoadOutcome, LoadRequest, LoadStatus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import Checkpoint
 
 
-class Flight:
-    """A load under way, and those who wait for it."""
+class InFlightLoad:
+    """A load under way, and the requests that wait for it."""
 
     def __init__(self, request: LoadRequest, intake: int) -> None:
         self.request = request
         self.intake = intake
         """The descriptor that brings the files, until a loader has it; -1 then."""
-        self.progress = Progress()
+        self.progress = LoadStatus()
         self.detached = request.detached
         self.announced = 0
         """Bytes that it will bring; 0 before that is known, and when they are there."""
@@ -37,7 +37,7 @@ class Flight:
         self.abandoned = False
         """Whether it was cancelled because nobody waits for it any more."""
         self.waiters: dict[int, LoadRequest] = {}
-        self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[tuple[Checkpoint, LoadOutcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.loader_there = asyncio.Event()
@@ -79,13 +79,13 @@ class Flight:
         """Wait until the loader has the files; False when the load ends before that."""
         return await self._happens(self.files_there)
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: LoadStatus) -> None:
         """New figures."""
         self.progress = progress
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[Progress, None]:
+    async def events(self) -> AsyncGenerator[LoadStatus, None]:
         """Progress, at once and until the load is done; its error is not raised here."""
         if not self.done.done():
             yield self.progress

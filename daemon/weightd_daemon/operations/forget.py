@@ -16,9 +16,9 @@ from .drain import LOOK_SECONDS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
-    from weightd_daemon.core.lease import Lease, Peer
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.devices.reclaimer import Reclaimer
+    from weightd_daemon.core.lease import Lease, LeasePeer
+    from weightd_daemon.core.store import ContentStore
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
     from weightd_daemon.loads.loads import Loads
 
     from .absence import AbsentDevices
@@ -34,10 +34,10 @@ class DeviceForgetting:
     def __init__(
         self,
         *,
-        store: Store,
+        store: ContentStore,
         loads: Loads,
         absences: AbsentDevices,
-        reclaimers: Mapping[str, Reclaimer],
+        reclaimers: Mapping[str, DeviceReclaimer],
         settled: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
@@ -47,7 +47,7 @@ class DeviceForgetting:
         self._settled = settled
 
     async def forget(
-        self, uuid: str, seconds: float | None, by: Peer, gone: Callable[[int], None]
+        self, uuid: str, seconds: float | None, by: LeasePeer, gone: Callable[[int], None]
     ) -> AsyncGenerator[list[Lease], None]:
         """Empty a device, and let go of it. Yields who still holds a lease: at first and when that has changed.
 

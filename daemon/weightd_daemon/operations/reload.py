@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config.settings import Loaded, Settings
+    from weightd_daemon.config.settings import LoadedSettings, Settings
 
     Change = Callable[[Settings], None]
 
 log = logging.getLogger(__name__)
 
 
-class Reload:
-    """Reads the settings again when it is told, one time after the other.
+class ReloadOperation:
+    """Reloads the daemon's settings on request, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
     a setting, by its name; a setting that is not among them needs a restart. `again` comes last, whatever has changed.
@@ -33,7 +33,7 @@ class Reload:
     def __init__(
         self,
         settings: Settings,
-        read: Callable[[], Loaded],
+        read: Callable[[], LoadedSettings],
         checks: Sequence[Change],
         changes: Mapping[str, Change],
         again: Change,
