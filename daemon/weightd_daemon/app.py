@@ -55,7 +55,7 @@ from .persistence.service_manager import ServiceManagerStore, stored_descriptors
 from .residency import Residency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from .config.settings import LoadedSettings, Settings
     from .core.limits import UserLimits
@@ -189,13 +189,9 @@ class Daemon:
         return served
 
     def _open_books(
-        self,
-        stack: contextlib.AsyncExitStack,
-        served: Devices,
-        residency: Residency,
-        listeners: EventListeners,
+        self, stack: contextlib.AsyncExitStack, served: Devices, residency: Residency, listeners: EventListeners,
         given: GivenDescriptors,
-    ) -> _Books:
+    ) -> _Books:  # fmt: skip
         """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
         settings, limits, publish = self._settings, self._settings.limits, listeners.publish
         manifests = ManifestHandles(residency.before_lock)
@@ -222,9 +218,8 @@ class Daemon:
             stack.push_async_callback(reclaimer.finish)
             store.memories[uuid] = MemoryAccounting(
                 budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
-                create=partial(served.create, uuid), on_reclaim=reclaimer.kick,
-                available=partial(served.available, uuid),
-                before_use=residency.before_use,
+                create=partial(served.create, uuid), available=partial(served.available, uuid),
+                on_reclaim=reclaimer.kick, before_use=residency.before_use,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
@@ -337,20 +332,15 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self,
-        sockets: DaemonSockets,
-        served: Devices,
-        books: _Books,
-        work: _Work,
-        services: _Services,
+        self, sockets: DaemonSockets, served: Devices, books: _Books, work: _Work, services: _Services,
         handles: HandleServer,
     ) -> ReloadOperation:  # fmt: skip
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
-        def change_budgets(new: Settings) -> None:
+        def change_budgets(new: Settings) -> Iterator[None]:
             store.books.limit = resize(new, served.devices, served.names, store.memories, store.absent)
-            store.fit_books()
+            return store.fit_books()
 
         def change_loads(new: Settings) -> None:
             work.fair_queue.resize(new.max_loads, new.loads_of_one)

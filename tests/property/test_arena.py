@@ -320,6 +320,20 @@ class MemoryMachine(RuleBasedStateMachine):
                 assert arena.is_empty(segment) <= (not self.live[segment])
 
     @invariant()
+    def what_is_counted_as_it_changes_is_the_sum(self) -> None:
+        for domain in DOMAINS:
+            arena = self.memory.arena(domain)
+            segments, empty = arena._segments, [segment for segment in arena if arena.is_empty(segment)]
+            assert arena.used == sum(books.size - books.sparse.total for books in segments.values())
+            assert arena.leaving == sum(books.leaving.total for books in segments.values())
+            assert arena.empty_bytes == sum(map(arena.populated, empty))
+            assert sorted(arena.empty_segments()) == sorted(empty)
+            holes = {segment: arena._holes_in(segment, books) for segment, books in segments.items()}
+            assert sorted(arena.segments_with_holes()) == sorted(segment for segment, found in holes.items() if found)
+            there = (extent.length - cost for found in holes.values() for extent, cost in found)
+            assert arena.populated_hole_bytes() == sum(there)
+
+    @invariant()
     def promises_are_kept(self) -> None:
         """What is free, reusable or on its way back covers every promise."""
         if self.pool and not self.sparse:

@@ -7,6 +7,7 @@ from itertools import count
 import hypothesis.strategies as st
 from hypothesis import given
 
+from support.sealed import sealed_blobs
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.events import CheckpointEvicted, Event
@@ -86,7 +87,7 @@ class Books:
         for checkpoint in gone:
             for number in checkpoint.unique:
                 uses[number] = uses.get(number, 0) + 1
-        slots = [b.slot for b in self.store.sealed_blobs() if uses.get(b.number) == b.references and not b.holds]
+        slots = [b.slot for b in sealed_blobs(self.store) if uses.get(b.number) == b.references and not b.holds]
         return prospect(self.memory, domain, load, slots)
 
 

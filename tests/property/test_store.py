@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from support.sealed import sealed_blobs
 from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
@@ -296,7 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
     def attainable(self, load: Load) -> tuple[int, int, int]:
         """What a load could get after evicting all that may go: all, in one new segment, and in one hole."""
         kept = [c for c in self.store.checkpoints.values() if self.held(c) or c.pinned]
-        taken = [b.slot for b in self.store.sealed_blobs() if b.holds or any(b.number in c.unique for c in kept)]
+        taken = [b.slot for b in sealed_blobs(self.store) if b.holds or any(b.number in c.unique for c in kept)]
         taken += [extent for other in self.loads if not other.lost for extent in other.granted]
         common, own, longest = self.memory.budget, 0, 0
         for segment, data in self.segments.items():
@@ -608,14 +609,15 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in before.leases:
             if lease.number in self.locked and lease.checkpoint in self.store.checkpoints:
                 self.store.leases.inherit(lease.number, lease.checkpoint, NOBODY, self.now)
-        self.sealed = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
+        self.sealed = {blob.number: self.read_blob(blob) for blob in sealed_blobs(self.store)}
         assert self.store.checkpoints.keys() == {checkpoint.key for checkpoint in chosen}
         for checkpoint in chosen:
             new = self.store.checkpoints[checkpoint.key]
             assert (new.total_bytes, new.tensors) == (checkpoint.total_bytes, checkpoint.tensors)
             numbers = {lease.number for lease in before.leases_of(checkpoint) if not lease.waiting}
             assert {lease.number for lease in self.store.leases_of(new)} == numbers
-        self.store.fit(DEVICE)
+        for _ in self.store.fit(DEVICE):
+            pass
 
     def populated(self, segment: int) -> int:
         return self.memory.arena(self.memory.domain_of(segment)).populated(segment)
@@ -645,7 +647,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_overlaps(self) -> None:
-        taken = [blob.slot for blob in self.store.sealed_blobs()]
+        taken = [blob.slot for blob in sealed_blobs(self.store)]
         taken += [extent for load in self.there for extent in load.granted]
         taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, ExtentReclaim)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
@@ -653,7 +655,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_counted_is_there(self) -> None:
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             users = [c for c in self.store.checkpoints.values() if blob.number in c.unique]
             assert blob.references == len(users)
             assert users or blob.holds or self.memory.freeing, "nobody needs it"
@@ -663,10 +665,15 @@ class StoreMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         used, live = self.memory.used, self.store.live_bytes(DEVICE)
         in_flight = self.store.in_flight_bytes(DEVICE)
-        assert live == sum(len(self.read_blob(blob)) for blob in self.store.sealed_blobs())
+        assert live == sum(len(self.read_blob(blob)) for blob in sealed_blobs(self.store))
         assert in_flight == sum(extent.length for load in self.there for extent in load.granted)
         assert used - live - in_flight >= 0
         assert used <= self.memory.budget
+
+    @invariant()
+    def the_least_recently_used_are_known(self) -> None:
+        found = list(self.store.index.by_use())
+        assert found == sorted(self.store.checkpoints.values(), key=lambda c: c.used)
 
     @invariant()
     def what_was_lost_is_remembered_until_it_is_back(self) -> None:
@@ -681,7 +688,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def sealed_bytes_stay(self) -> None:
-        now = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
+        now = {blob.number: self.read_blob(blob) for blob in sealed_blobs(self.store)}
         for number in now.keys() & self.sealed.keys():
             assert now[number] == self.sealed[number]
         self.sealed = now
@@ -700,7 +707,7 @@ class StoreMachine(RuleBasedStateMachine):
         found: dict[tuple[object, bytes], set[int]] = {}
         variants: dict[tuple[object, int], set[bytes]] = {}
         copies: dict[tuple[object, bytes], int] = {}
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             data = self.read_blob(blob)
             found.setdefault((blob.key, data), set()).add(blob.variant)
             variants.setdefault((blob.key, blob.variant), set()).add(data)
@@ -712,7 +719,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def without_collision_no_variant(self) -> None:
         """The content digest of a file does not depend on what else was being loaded."""
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             assert blob.variant == 0 or len(self.seen[blob.key[1:]]) > 1
 
     @invariant()
@@ -735,7 +742,7 @@ class StoreMachine(RuleBasedStateMachine):
             while self.pending:
                 self.carry_out(self.pending.pop())
                 self.pending += self.memory.next_reclaims()
-            assert self.store.sealed_blobs() == []
+            assert sealed_blobs(self.store) == []
             assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
             assert self.memory.used == self.memory.pooled_bytes() <= self.pool
             assert self.memory.segments == len(self.segments)

@@ -52,7 +52,7 @@ class Shelf:
     ) -> Checkpoint:
         key = CheckpointKey(device, domain or who.domain, digest)
         checkpoint = Checkpoint(key, {}, {}, 0, who.uid, 0.0, 0.0)
-        self.store.checkpoints[key] = checkpoint
+        self.store.enter(checkpoint)
         for name in names:
             self.catalog.set(who, name, digest)
         return checkpoint

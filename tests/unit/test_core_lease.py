@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from weightd.errors import DrainingError
-from weightd_daemon.core.eviction import least_recently_used
 from weightd_daemon.core.lease import MOST_ASKED, Lease, LeaseBegun, LeaseEnded, LeasePeer, LeaseTable, named
 
 PEER = LeasePeer(connection=7, pid=100, uid=1000, command="python serve.py")
@@ -135,32 +132,6 @@ def test_who_cannot_be_known_is_said_to_be_unknown() -> None:
     ]
     leases = [Lease(number, "a", holder, 0.0, waiting=False) for number, holder in enumerate(holders)]
     assert named(leases) == "pid unknown (uid 1000), pid unknown, pid 9"
-
-
-@dataclass
-class Used:
-    used: int
-    pinned: bool = False
-    leased: bool = False
-
-
-def test_the_least_recently_used_goes_first_and_pins_and_leases_stay() -> None:
-    old, new, newest = Used(1), Used(2), Used(3)
-    pinned, leased = Used(0, pinned=True), Used(0, leased=True)
-    order = least_recently_used([new, pinned, newest, leased, old], lambda used: used.leased)
-    assert list(order) == [old, new, newest]
-
-
-def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
-    asked: list[Used] = []
-
-    def is_leased(used: Used) -> bool:
-        asked.append(used)
-        return False
-
-    things = [Used(at) for at in range(5)]
-    assert next(least_recently_used(things, is_leased)) is things[0]
-    assert asked == things[:1]
 
 
 def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from support.counting import operations
+from support.sealed import sealed_blobs
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
@@ -105,6 +106,27 @@ def test_freeing_costs_little_for_each_tensor_and_returns_whole_runs_of_pages(le
     )
 
 
+def test_what_a_smaller_budget_does_not_hold_goes_in_steps() -> None:
+    desk = Desk()
+    gone, kept = desk.load("gone"), desk.load("kept", seed=1 << 32)
+    few = [desk.load(f"few {number}", seed=(number + 2) << 32, count=100) for number in range(5)]
+    for checkpoint in (kept, gone, *few):
+        desk.store.use(checkpoint, 2.0)
+    desk.store.use(kept, 3.0)
+    desk.memory.resize(MANY * SLOT + PAGE, 0)
+    costs, steps = [], desk.store.fit("host")
+    first = operations(lambda: next(steps))
+    while desk.memory.freeing:
+        costs.append(operations(lambda: next(steps, None)))
+    assert list(steps) == []
+    assert max(costs) < 450 * FREED_AT_ONCE
+    assert first < 100 * MANY, "the choice, and an eviction"
+    assert [*desk.store.checkpoints.values()] == [kept]
+    desk.reclaim()
+    assert desk.memory.used <= desk.memory.budget
+    assert desk.memory.excess() == 0
+
+
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:
     desk = Desk(tensors=2 * MANY)
     kept, gone = desk.load("kept", seed=1 << 32, count=MANY), desk.load("gone")
@@ -128,19 +150,19 @@ def test_what_waits_to_be_freed_may_be_used_again_and_stays_then() -> None:
     second = again.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
     again.end()
     desk.reclaim()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {first.number, *second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {first.number, *second.unique}
     held.end()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {*second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {*second.unique}
     desk.store.remove(second)
     desk.reclaim()
-    assert desk.store.sealed_blobs() == []
+    assert sealed_blobs(desk.store) == []
 
 
 def test_what_is_evicted_again_before_its_turn_is_freed_once() -> None:
     desk = Desk()
     desk.store.remove(desk.load("a"))
     load = desk.open()
-    blobs = [load.share_known(blob.number, blob.identity) for blob in desk.store.sealed_blobs()]
+    blobs = [load.share_known(blob.number, blob.identity) for blob in sealed_blobs(desk.store)]
     again = load.seal(desk.content("b", [blob for blob in blobs if blob is not None]), 2.0)
     load.end()
     desk.store.remove(again)

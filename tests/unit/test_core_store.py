@@ -9,6 +9,7 @@ from itertools import count, pairwise
 import pytest
 
 from support.counting import operations
+from support.sealed import sealed_blobs
 from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
@@ -135,7 +136,7 @@ def digest(letter: str) -> bytes:
 def test_equal_bytes_of_two_checkpoints_are_held_once() -> None:
     books = Books()
     first, second = books.load("abc"), books.load("abd")
-    assert len(books.store.sealed_blobs()) == 4
+    assert len(sealed_blobs(books.store)) == 4
     assert (first.exclusive_bytes, first.total_bytes) == (LARGE, 3 * LARGE)
     assert second.total_bytes == 3 * LARGE
     assert books.memory.used == 4 * LARGE
@@ -299,9 +300,9 @@ def test_blobs_that_a_load_relies_on_outlive_their_checkpoint() -> None:
     load = books.open()
     assert load.share_known(blob.number, blob.identity) is blob
     books.store.remove(next(iter(books.store.checkpoints.values())))
-    assert books.store.sealed_blobs() == [blob]
+    assert sealed_blobs(books.store) == [blob]
     load.end()
-    assert books.store.sealed_blobs() == []
+    assert sealed_blobs(books.store) == []
 
 
 def test_nothing_is_evicted_for_a_load_that_cannot_fit() -> None:
@@ -330,6 +331,22 @@ def test_a_refusal_states_the_figures() -> None:
     assert error.pinned_bytes == 2 * LARGE, "c and d: b is leased"
     assert error.evictable_bytes == LARGE, "e: d is pinned as well"
     assert "\n" not in str(error)
+
+
+def test_the_least_recently_used_may_go_first_and_pins_and_leases_stay() -> None:
+    books, other = Books(), 7 * LARGE
+    books.store.memories["other"] = MemoryAccounting(
+        budget=other, page=PAGE, sparse=True, pool_limit=0, create=books.create
+    )
+    pinned, first, leased, second, third = (books.load(letter) for letter in "abcde")
+    elsewhere = StoreTransaction(books.store, "other", "all", 1000)
+    there = elsewhere.seal(Content("empty", FILE, (), ()), 0.0)
+    pinned.pins.add(1000)
+    books.lease(leased)
+    books.store.use(first, 0.0)  # by their numbers, whatever the clock says
+    assert list(books.store.evictable("host")) == [second, third, first]
+    assert list(books.store.evictable()) == [second, third, there, first]
+    assert next(books.store.evictable()) is second
 
 
 def test_a_grant_evicts_the_least_recently_used_that_nobody_keeps() -> None:
@@ -657,7 +674,7 @@ def test_removing_what_is_held_names_the_holders_and_changes_nothing() -> None:
     lease = books.lease(checkpoint)
     with pytest.raises(InUseError, match=r"pid 4711 \(python serve.py\)"):
         books.store.remove(checkpoint)
-    assert len(books.store.sealed_blobs()) == 2
+    assert len(sealed_blobs(books.store)) == 2
     books.locked.discard(lease.number)
     assert books.store.remove(checkpoint) == 2 * LARGE
     assert books.evicted == [(checkpoint, "removed")]
@@ -683,7 +700,7 @@ def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_device
     second.pins.add(1000)
     assert books.store.lose("host", "the GPU was reset") == [first, second]
     assert books.store.checkpoints == {}
-    assert books.store.sealed_blobs() == []
+    assert sealed_blobs(books.store) == []
     assert books.evicted == [(first, "lost"), (second, "lost")]
     assert {key: lost.checkpoint for key, lost in books.store.lost.items()} == {first.key: first, second.key: second}
     assert str(books.store.lost[first.key].error("name")) == (

@@ -65,6 +65,7 @@ class FakeDevice:
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
+    monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
     monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
     monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
     for name in ("broken", "full", "open"):

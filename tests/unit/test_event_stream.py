@@ -41,7 +41,7 @@ class Desk:
         self.event_stream = MonitoringEventStream(store=self.store, catalog=self.catalog, now=lambda: 1.5)
         key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
         self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)
-        self.store.checkpoints[key] = self.checkpoint
+        self.store.enter(self.checkpoint)
         self.lease = Lease(9, key, PEER, 0.0, waiting=False)
 
     def seen(self, who: Principal) -> list[daemon_pb2.Event]:
@@ -84,7 +84,7 @@ def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
 
 
 def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:
-    del desk.store.checkpoints[desk.checkpoint.key]
+    desk.store.evict(desk.checkpoint, "removed")
     desk.store.lost[desk.checkpoint.key] = LostCheckpoint(desk.checkpoint, "gone")
     desk.event_stream.on_event(LeaseEnded(desk.lease))
     (event,) = desk.seen(ALICE)

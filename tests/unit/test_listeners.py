@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from support.filled import WHO
+from support.sealed import sealed_blobs
 from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
@@ -112,7 +113,7 @@ class Books:
         """What can be seen of the books."""
         store, memory = self.store, self.store.memories["host"]
         return (
-            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(store.sealed_blobs()),
+            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(sealed_blobs(store)),
             [(lease.number, lease.checkpoint) for lease in store.leases], memory.used, store.live_bytes("host"),
             store.in_flight_bytes("host"),
         )  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.sealed import sealed_blobs
 from weightd.errors import WeightdError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
@@ -116,7 +117,7 @@ def test_what_cannot_be_kept_is_not_sealed_and_nobody_hears_of_it(desk: Desk) ->
     with pytest.raises(OSError, match="no room for its manifest"):
         desk.load("a")
     assert (desk.steps, desk.events) == ([], [])
-    assert (desk.store.checkpoints, desk.store.sealed_blobs()) == ({}, [])
+    assert (desk.store.checkpoints, sealed_blobs(desk.store)) == ({}, [])
     assert desk.store.memories["GPU-0"].in_flight == 0
 
 

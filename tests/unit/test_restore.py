@@ -19,6 +19,7 @@ import xxhash
 
 from support.counting import operations
 from support.root_forms import rows_of, write_first_form
+from support.sealed import sealed_blobs
 from weightd._manifest import FORM
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import NotFoundError
@@ -255,7 +256,7 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
         assert again.store.books.used == sum(c.books_bytes for c in again.store.checkpoints.values())
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
-        segments = {blob.segment for blob in again.store.sealed_blobs()}
+        segments = {blob.segment for blob in sealed_blobs(again.store)}
         assert memory.used == sum(again.device.allocated(segment) for segment in segments) == 5 * MIB
         shared = again.catalog.find(WHO, "b").components[""][2]
         assert shared.references == 2
@@ -581,7 +582,7 @@ def test_of_another_schema_is_taken_up_what_is_understood(
         assert again.names() == {"a"}
         assert f"has schema {schema}, not 1: left are caches" in caplog.text
         memory = again.store.memories["host"]
-        assert all(memory.is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+        assert all(memory.is_frozen(blob.segment) for blob in sealed_blobs(again.store))
 
 
 @pytest.mark.parametrize("body", [{}, {"segments": 7, "checkpoints": {}, "names": [1, None]}, {"last_id": -1}])
@@ -951,7 +952,7 @@ def test_a_record_of_the_first_form_is_taken_up_and_its_dead_paths_are_not(kept:
             assert {name for _, name in again.catalog.tags} == {"a", "b", "/there", "dangling"}
             for name, tensors in DATA.items():
                 assert again.bytes_of(name) == list(tensors.values())
-            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in sealed_blobs(again.store))
     found = read_root(kept.kept["root"])
     assert found is not None
     assert found.sequence == 79

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import socket as sockets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from weightd._transport.address import handles_path
 from weightd_daemon.config.toml_file import TemporaryConfigError
 from weightd_daemon.operations import sockets as module
 from weightd_daemon.operations.serving_lock import AlreadyRunningError
-from weightd_daemon.operations.sockets import DaemonSockets, identity, locked, remove_own
+from weightd_daemon.operations.sockets import DaemonSockets, identity, listen, locked, remove_own
 
 
 class Control:
@@ -149,3 +151,57 @@ def test_what_cannot_be_made_now_is_tried_again_for_a_while(
         asyncio.run(run(made))
     assert "cannot be made: [Errno 24] Too many open files; trying again" in caplog.text
     assert [type(error) for error in told] == ([] if refusals == 2 else [TemporaryConfigError])
+
+
+def test_what_other_threads_make_meanwhile_stays_usable(short_path: Path, control: Control) -> None:
+    """The umask is that of the whole process: a folder that another thread makes must not lose its x."""
+    bind = control.bind
+    modes: list[int] = []
+
+    def make_and_bind(path: Path) -> None:
+        folder = short_path / "of another thread"
+        thread = threading.Thread(target=folder.mkdir)
+        thread.start()
+        thread.join()
+        modes.append(folder.stat().st_mode & 0o777)
+        bind(path)
+
+    control.bind = make_and_bind  # type: ignore[method-assign]  # looks before it binds
+    with served(short_path / "w.sock", control):
+        pass
+    assert [mode & 0o700 for mode in modes] == [0o700]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+@pytest.mark.parametrize("mask", [0, 0o077])
+def test_a_listener_has_its_mode_from_the_first_and_leaves_the_umask_alone(
+    short_path: Path, mode: int, mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = short_path / "w.sock.handles", list[tuple[bool, int]]()
+    chmod = Path.chmod
+
+    def look_and_change(made: Path, mode: int) -> None:
+        now = os.umask(mask)
+        os.umask(now)
+        seen.append((path.exists(), now))
+        assert made.stat().st_mode & 0o777 & ~mode == 0, "never more than is wanted"
+        chmod(made, mode)
+
+    monkeypatch.setattr(Path, "chmod", look_and_change)
+    before = os.umask(mask)
+    try:
+        with listen(path, mode), sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET) as client:
+            assert path.stat().st_mode & 0o777 == mode
+            client.connect(str(path))
+    finally:
+        os.umask(before)
+    assert seen == [(False, mask)]
+    assert [file.name for file in short_path.iterdir()] == ["w.sock.handles"]
+
+
+def test_a_listener_takes_nobodys_place(short_path: Path) -> None:
+    path = short_path / "w.sock.handles"
+    path.write_text("another's")
+    with pytest.raises(FileExistsError):
+        listen(path, 0o600)
+    assert [file.read_text() for file in short_path.iterdir()] == ["another's"]

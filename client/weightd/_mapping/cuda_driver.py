@@ -154,6 +154,12 @@ def total_memory(ordinal: Ordinal) -> int:
     return int(call("cuDeviceTotalMem", call("cuDeviceGet", ordinal)))
 
 
+def compute_mode(ordinal: Ordinal) -> int:
+    """The device's compute mode, a CUcomputemode: who may have a context. Errors: DeviceError."""
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+    return int(call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", ordinal)))
+
+
 class _OnDevice:
     """Make the device's primary context, the one that torch uses, current in this thread. Errors: DeviceError.
 

@@ -201,26 +201,16 @@ class Catalog:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
             more = checkpoint.total_bytes + checkpoint.books_bytes
-            self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
-        checkpoint.pins.add(who.uid)
+            self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid), more)
+        self._store.index.pin(checkpoint, who.uid)
         self.repinned.add(checkpoint.key)
         self.changed()
-
-    def bytes_of(self, uid: int | None) -> int:
-        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
-
-        Their books count, too: a tensor without bytes takes memory of the daemon.
-        """
-        return sum(
-            c.total_bytes + c.books_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins
-        )
 
     def unpin(self, who: Principal, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
         self.check_owner(who, checkpoint, "unpin", name)
-        if who.admin:
-            checkpoint.pins.clear()
-        checkpoint.pins.discard(who.uid)
+        for uid in [*checkpoint.pins] if who.admin else [who.uid]:
+            self._store.index.unpin(checkpoint, uid)
         self.repinned.add(checkpoint.key)
         self.changed()
 

@@ -7,10 +7,10 @@ goes where the less recently used would be enough.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from .arena import Extent
     from .blob import Blob
@@ -18,25 +18,7 @@ if TYPE_CHECKING:
     from .prospect import EvictionTrial
 
 
-class _Usage(Protocol):
-    """What decides on the order: the number of the last use, and the pin."""
-
-    used: int
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it is kept from eviction."""
-
-
-T = TypeVar("T", bound=_Usage)
 U = TypeVar("U")
-
-
-def least_recently_used(checkpoints: Iterable[T], is_leased: Callable[[T], bool]) -> Iterator[T]:
-    """Checkpoints that may go, least recently used first: those neither pinned nor leased."""
-    for checkpoint in sorted(checkpoints, key=lambda c: c.used):
-        if not checkpoint.pinned and not is_leased(checkpoint):
-            yield checkpoint
 
 
 def choose(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DeviceError
 
 from .alike import DuplicateBlobs
-from .arena import slot_bytes, without
+from .arena import round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .checkpoint import Checkpoint, CheckpointKey, Content
 from .events import CheckpointSealed
@@ -130,21 +130,15 @@ class StoreTransaction:
         Errors: CapacityError.
         """
         self._check()
-        memory = self._memory
-        checked = False
+        memory, need = self._memory, round_up(need, self._memory.page)
         while True:
             full: MemoryError | None = None
             try:
                 extent = memory.grant(self.number, self._domain, want, need, ends)
             except MemoryError as error:
                 extent, full = None, error
-            if extent is not None:
+            if extent is not None or memory.reclaiming:
                 return extent
-            if memory.reclaiming:
-                return None
-            if full is not None or not checked:
-                self._room.check(need, need, full)
-                checked = True
             if not self._room.evict_for(need, need, full):
                 raise self._room.refusal(need, full) from full
 
@@ -155,9 +149,8 @@ class StoreTransaction:
         CapacityError, the books would not fit even after every eviction.
         """
         self._check()
-        there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
-        if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
-            self._store.books.reserve(self.number, needed, self._store.kept_books)
+        if not self._store.index.has_figures(self.place, total_bytes, tensors):
+            self._store.books.reserve(self.number, needed, self._store.evictable())
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 
@@ -332,29 +325,23 @@ class StoreTransaction:
         for blobs in (self._placed, self._held):
             while blobs:
                 some = [blobs.popitem()[1] for _ in range(min(AT_ONCE, len(blobs)))]
-                if not self._lost:
-                    for blob in some:
-                        blob.holds -= 1
-                        if blob.state is BlobState.RESERVED:
-                            self._blobs.drop(blob, BlobState.ABORTED)
-                    self._store.free(some)
+                for blob in some:
+                    blob.holds -= 1
+                    if blob.state is BlobState.RESERVED:  # else sealed, or gone with the memory of the device
+                        self._blobs.drop(blob, BlobState.ABORTED)
+                self._store.free(some)
                 yield
         for _ in self._known.forget(AT_ONCE):
             yield
         self._store.open_loads.remove(self.number)
-        if not self._lost:
-            self._memory.return_grants(self.number)
+        self._memory.return_grants(self.number)
         self._memory.withdraw(self.number)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _lost(self) -> bool:
-        """Whether the device has lost its memory since the load began."""
-        return self._memory.losses != self._losses
-
     def _check(self) -> None:
-        if self._lost:
+        """Errors: DeviceError, the device has lost its memory since the load began."""
+        if self._memory.losses != self._losses:
             raise DeviceError(f"device {self._device}: {self._memory.lost_by}; load it again")
 
     def _candidates(self, digest: bytes, length: int) -> list[Blob]:

@@ -69,7 +69,7 @@ class Evictor:
     def evict_for_books(self, needed: int) -> None:
         """Evict for `needed` bytes of the daemon's books, on whatever device. Errors: CapacityError."""
         store = self._store
-        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.stays))
+        self._evict(store.books.chosen_for(needed, store.evictable()))
 
     def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
         """The error that says why `requested` bytes do not fit."""

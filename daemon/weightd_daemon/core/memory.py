@@ -2,7 +2,8 @@
 
 Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
 *reclaims* (`ExtentReclaim`, `SegmentReclaim`), which somebody else carries out and reports done. Until then it counts
-as used, so used_bytes never passes the budget.
+as used, and no grant takes `used` past the budget. A restart may find more than the budget: `excess` says how much has
+to be evicted.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class MemoryAccounting:
         holes = {}
         for domain, arena in self._arenas.items():
             populated = arena.populated_hole_bytes()
-            common = populated if self.sparse else arena.empty_bytes()
+            common = populated if self.sparse else arena.empty_bytes
             holes[domain] = ArenaHoles(populated - common, common)
         return holes
 
@@ -306,7 +307,7 @@ class MemoryAccounting:
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
-        return sum(arena.empty_bytes() for arena in self._arenas.values())
+        return sum(arena.empty_bytes for arena in self._arenas.values())
 
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
@@ -358,19 +359,20 @@ class MemoryAccounting:
     def _return_unused(self, wanted: int) -> None:
         """Queue empty segments, and free pages where they can be punched, until `wanted` bytes are on their way."""
         for arena in self._arenas.values():
-            for segment in [s for s in arena if arena.is_empty(s)]:
+            for segment in arena.empty_segments():
                 if wanted <= 0:
                     return
                 wanted -= arena.populated(segment)
                 self._release(arena, segment)
         if not self.sparse:
             return
-        for segment, domain in self._domain_of.items():
-            if wanted <= 0:
-                return
-            for leaving in self._arenas[domain].start_leaving(segment):
-                wanted -= leaving.length
-                self._queue(ExtentReclaim(domain, leaving, self.losses))
+        for domain, arena in self._arenas.items():
+            for segment in arena.segments_with_holes():
+                if wanted <= 0:
+                    return
+                for leaving in arena.start_leaving(segment):
+                    wanted -= leaving.length
+                    self._queue(ExtentReclaim(domain, leaving, self.losses))
 
     def _return_pages(self, segment: int) -> None:
         """Queue the unused pages of a segment, on a device where they can be punched."""

@@ -40,7 +40,7 @@ class EvictionTrial:
 
     `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
     A step takes time in proportion to the logarithm of the free ranges of its segment; on a device that is not sparse
-    `outcome` also looks through the segments of the domain that have changed since.
+    `outcome` also looks at the segments of the domain with holes, and through those that have changed since.
     """
 
     def __init__(self, memory: MemoryAccounting, domain: str, load: int | None, room: int | None = None) -> None:
@@ -50,7 +50,9 @@ class EvictionTrial:
         self._room = room
         self._holes = memory.holes()
         self._segments: dict[int, _Segment] = {}
-        self._largest: dict[int, int] = {}
+        self._largest: dict[int, int] | None = None
+        """By segment of the domain, its largest hole, once that was asked for; those in `_stale` have changed."""
+        self._stale: set[int] = set()
 
     def free(self, extent: Extent) -> None:
         """These bytes, which are taken, are free."""
@@ -62,7 +64,7 @@ class EvictionTrial:
         segment.whole += self._pages(left[0], right[1]) - self._pages(*left) - self._pages(*right)
         ranges.add(extent.offset, extent.end)
         self._change(segment, 1)
-        self._largest.pop(extent.segment, None)
+        self._stale.add(extent.segment)
 
     def keep(self, extent: Extent) -> None:
         """Bytes that were freed here are taken again."""
@@ -74,7 +76,7 @@ class EvictionTrial:
         segment.whole += self._pages(low, extent.offset) + self._pages(extent.end, high) - self._pages(low, high)
         segment.ranges.remove(extent.offset, extent.end)
         self._change(segment, 1)
-        self._largest.pop(extent.segment, None)
+        self._stale.add(extent.segment)
 
     @property
     def common(self) -> int:
@@ -117,12 +119,13 @@ class EvictionTrial:
         """The largest hole in a segment of the domain; where segments are sparse, holes are as good as new ones."""
         if self._memory.sparse:
             return 0
-        arena = self._memory.arena(self._domain)
-        for number in arena:
-            if number not in self._largest and not arena.is_frozen(number):
-                touched = self._segments.get(number)
-                ranges = touched.ranges if touched else arena.free_ranges(number)
-                self._largest[number] = max(_whole_pages(ranges, self._memory.page), default=0)
+        if self._largest is None:
+            self._largest = self._memory.arena(self._domain).largest_holes()
+        for number in self._stale:
+            segment = self._segments[number]
+            if segment.domain == self._domain and not segment.frozen:
+                self._largest[number] = max(_whole_pages(segment.ranges, self._memory.page), default=0)
+        self._stale.clear()
         return max(self._largest.values(), default=0)
 
     def _pages(self, start: int, end: int) -> int:

@@ -14,8 +14,9 @@ from weightd.errors import DeviceAbsentError, NotFoundError
 from .blob import Blob, BlobState, BlobTable
 from .books import BookkeepingMemory
 from .checkpoint import Checkpoint, CheckpointKey, LostCheckpoint
+from .checkpoint_index import CheckpointIndex
 from .events import CheckpointEvicted, CheckpointSealed, Event
-from .eviction import chosen_beyond, least_recently_used
+from .eviction import chosen_beyond
 from .prospect import EvictionTrial
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class ContentStore:
         self.blobs = BlobTable()
         self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
+        self.index = CheckpointIndex()
         self.lost: dict[CheckpointKey, LostCheckpoint] = {}
         self.memories: dict[str, MemoryAccounting] = {}
         self.absent: dict[str, str] = {}
@@ -54,10 +56,6 @@ class ContentStore:
         self._on_event = on_event
 
     # -- what there is ---------------------------------------------------------------------------------------------
-
-    def sealed_blobs(self) -> list[Blob]:
-        """Every sealed blob."""
-        return [blob for blob in self.blobs if blob.sealed]
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
@@ -94,12 +92,8 @@ class ContentStore:
         return checkpoint.key.device in self.absent
 
     def stays(self, checkpoint: Checkpoint) -> bool:
-        """Whether no want of room makes a checkpoint go, pinned or not: it is leased, or its device is absent."""
-        return self.is_absent(checkpoint) or self.is_leased(checkpoint)  # laws 3 and 12
-
-    def kept_books(self) -> int:
-        """Bytes of the books that pins, leases and absent devices keep."""
-        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.stays(c))
+        """Whether no want of room makes a checkpoint go: it is pinned or leased (law 3), or absent (law 12)."""
+        return checkpoint.pinned or self.is_absent(checkpoint) or self.is_leased(checkpoint)
 
     def check_present(self, device: str, what: str = "") -> None:
         """Whether a device can be used now, for `what`. Errors: DeviceAbsentError."""
@@ -107,9 +101,14 @@ class ContentStore:
             what = f"{what}: " if what else ""
             raise DeviceAbsentError(f"{what}device {device} is absent: {self.absent[device]}", {"device": device})
 
-    def evictable(self, device: str) -> Iterator[Checkpoint]:
-        """The checkpoints on a device that may be evicted (law 3), least recently used first."""
-        return least_recently_used(self.on_device(device), self.stays)
+    def evictable(self, device: str = "") -> Iterator[Checkpoint]:
+        """The checkpoints on a device, or on all, that may be evicted, least recently used first.
+
+        None may come, go or be used meanwhile.
+        """
+        for checkpoint in self.index.by_use():
+            if device in ("", checkpoint.key.device) and not self.stays(checkpoint):
+                yield checkpoint
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
@@ -139,6 +138,7 @@ class ContentStore:
         self.blobs.seal(fresh)
         self.checkpoints[checkpoint.key] = checkpoint
         self._sharing += 1
+        self.index.enter(checkpoint)
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
 
@@ -146,6 +146,7 @@ class ContentStore:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.index.use(checkpoint)
         self.touched.add(checkpoint.key)
 
     # -- what goes -------------------------------------------------------------------------------------------------
@@ -163,8 +164,7 @@ class ContentStore:
 
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: LeasePeer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
-        del self.checkpoints[checkpoint.key]
-        self.books.strike(checkpoint)
+        self._strike(checkpoint)
         self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
@@ -175,25 +175,36 @@ class ContentStore:
         self._on_event(CheckpointEvicted(checkpoint, reason, load, by))
         return given_up
 
-    def fit(self, device: str) -> int:
-        """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned.
+    def fit(self, device: str) -> Iterator[None]:
+        """Evict in steps what the budget no longer holds. At the end, `excess` of its memory is leased or pinned.
 
         An absent device has no budget.
         """
         memory = self.memories[device]
-        excess = 0 if device in self.absent else memory.excess()
-        if not excess:
-            return 0
-        for checkpoint in chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess):
-            self.evict(checkpoint, "capacity")
+        if device not in self.absent and (excess := memory.excess()):
+            yield from self._evict_in_steps(
+                chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess)
+            )
         while memory.freeing.go_on():
-            pass  # what follows is said of all of it
-        return memory.excess()
+            yield
 
-    def fit_books(self) -> None:
-        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned nor absent."""
-        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.stays):
-            self.evict(checkpoint, "capacity")
+    def fit_books(self) -> Iterator[None]:
+        """Evict in steps what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
+        while chosen := self.books.chosen_beyond(self.evictable()):
+            yield from self._evict_in_steps(chosen)
+
+    def _evict_in_steps(self, chosen: Iterable[Checkpoint]) -> Iterator[None]:
+        """Evict those of the chosen that are still resident, and do not have to stay, when it is their turn."""
+        for checkpoint in chosen:
+            there = self.checkpoints.get(checkpoint.key) is checkpoint
+            if there and not self.stays(checkpoint):
+                self.evict(checkpoint, "capacity")
+                yield
+
+    def _strike(self, checkpoint: Checkpoint) -> None:
+        del self.checkpoints[checkpoint.key]
+        self.index.strike(checkpoint)
+        self.books.strike(checkpoint)
 
     def free(self, blobs: list[Blob]) -> None:
         """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
@@ -207,6 +218,7 @@ class ContentStore:
             self.memories[blobs[0].key.device].freeing.begin(self._free_in_steps(blobs))
 
     def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
+        blobs.reverse()  # in the order of their places, in which sets of ranges grow at their ends
         while blobs:
             some = blobs[-FREED_AT_ONCE:]
             del blobs[-FREED_AT_ONCE:]
@@ -232,8 +244,7 @@ class ContentStore:
         self.memories[device].lose(reason)
         lost = self.on_device(device)
         for checkpoint in lost:
-            del self.checkpoints[checkpoint.key]
-            self.books.strike(checkpoint)
+            self._strike(checkpoint)
             checkpoint.forget_blobs()
             self.lost[checkpoint.key] = LostCheckpoint(checkpoint, reason)
             for lease in self.leases_of(checkpoint):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from weightd.errors import DeviceError, DeviceMismatchError
 
+from .cuda_errors import explained
 from .host_io import HostSegmentIO
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def open_io(kind: str, uuid: str, segments: Mapping[int, DeviceSegment], on_full
         return KINDS[kind](kind, uuid, segments, on_full)
     except DeviceMismatchError as error:  # clients would take that for their own process
         raise DeviceError(f"the loader cannot use the device: {error.message}") from error
+    except DeviceError as error:
+        raise type(error)(explained(error), error.metadata) from error
 
 
 def _host(_: str, __: str, segments: Mapping[int, DeviceSegment], ___: OnFull) -> DeviceSegmentIO:

@@ -19,6 +19,7 @@ from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 from .absent import AbsentDevice
 from .cuda_errors import NO_DEVICE, code_of, explained, is_unsupported
 from .cuda_ipc import CudaIpcDevice
+from .cuda_modes import tell_compute_mode, tell_mps
 from .cuda_vmm import CudaVmmDevice
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
     kept = {uuid: kind for uuid, kind in kept.items() if uuid != "host"}
     if not any(name != "host" for name in said):
         return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said), said=False) for uuid, kind in kept.items()])
+    tell_mps()
     try:
         shown = _look()
     except _FAILURES as error:
@@ -103,6 +105,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
             else:
                 undo.callback(gpu.device.close)
                 choice.served.append(gpu)
+                tell_compute_mode(ordinal, uuid)
         choice.absent.extend([*_untried(said, shown, kept, choice)])
         _check_any(said, shown, kept, choice)
         for ordinal, failure in shown.untold(said).items():
@@ -127,9 +130,11 @@ def try_again(
             raise DeviceError(_unseen(shown))
         if "auto" not in said and not any(ordinal in shown.named(name) for name in said):
             raise DeviceError(_unnamed(said))
-        return _open(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid))
+        gpu = _open(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid))
     except _FAILURES as error:
         raise type(error)(explained(error), error.metadata) from error
+    tell_compute_mode(ordinal, absent.uuid)
+    return gpu
 
 
 # -- what the driver shows ---------------------------------------------------------------------------------------------

@@ -22,7 +22,10 @@ _CONTEXT_SHARE = 16
 
 
 class CudaDevice:
-    """Base of GPU devices (see devices/device.py). `ordinal` is this process's number of the GPU."""
+    """Base of GPU devices. `ordinal` is this process's number of the GPU.
+
+    For the methods see devices/device.py.
+    """
 
     kind: str
     sparse = False

@@ -61,9 +61,10 @@ class _Errors:
 
 
 class CudaSegmentIO:
-    """Segments of one GPU (see devices/segment_io.py), by VMM descriptors or by handles of CUDA IPC.
+    """Reads and writes one GPU's segments, by VMM descriptors or CUDA IPC handles.
 
-    Beside the segments a loader needs memory of the GPU for itself. If there is none, `on_full` is asked for more.
+    For the methods see devices/segment_io.py. A loader also needs memory of the GPU for itself; if there is none,
+    `on_full` is asked to make room.
     """
 
     def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment], on_full: OnFull) -> None:
@@ -187,7 +188,7 @@ class _CudaStaging:
         return self._written.popleft()
 
     def put_back(self, buffer: DeviceStagingBuffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 

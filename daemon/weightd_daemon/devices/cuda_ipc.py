@@ -60,9 +60,10 @@ class _Segment(NamedTuple):
 
 
 class CudaIpcDevice(CudaDevice):
-    """A GPU whose memory is shared by CUDA IPC (see devices/device.py). `ordinal` is this process's number of it.
+    """A GPU whose memory is shared by CUDA IPC. `ordinal` is this process's number of it.
 
-    Made and used on the main thread: a holder's death signal is tied to the thread that starts it.
+    For the methods see devices/device.py. Made and used on the main thread: a holder's death signal is tied to the
+    thread that starts it.
     """
 
     kind = "cuda_ipc"

@@ -30,9 +30,9 @@ class _Segment(NamedTuple):
 
 
 class CudaVmmDevice(CudaDevice):
-    """A GPU whose memory is shared by VMM descriptors (see devices/device.py).
+    """A GPU whose memory is shared by VMM descriptors. `ordinal` is this process's number of it.
 
-    `ordinal` is this process's number of it.
+    For the methods see devices/device.py.
     """
 
     kind = "cuda_vmm"

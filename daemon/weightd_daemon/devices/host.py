@@ -32,7 +32,10 @@ class _NoDescriptorsError(ResourceLimitError, MemoryError):
 
 
 class HostDevice:
-    """The machine's memory as a device (see devices/device.py)."""
+    """The machine's memory as a device.
+
+    For the methods see devices/device.py.
+    """
 
     uuid = "host"
     kind = "host"

@@ -45,7 +45,10 @@ class _HostBuffer:
 
 
 class HostSegmentIO:
-    """Reads and writes host memory's segments, memfds (see devices/segment_io.py). Nothing is asynchronous here."""
+    """Reads and writes host memory's segments, memfds. Nothing is asynchronous here.
+
+    For the methods see devices/segment_io.py.
+    """
 
     def __init__(self, segments: Mapping[int, DeviceSegment], *, by_mapping: bool | None = None) -> None:
         self._segments = segments
@@ -104,7 +107,7 @@ class _HostStaging:
         return self._free.pop() if self._free else _HostBuffer()
 
     def put_back(self, buffer: DeviceStagingBuffer) -> None:
-        """Keep it for the next `take`."""
+        """Keep it for the next `acquire`."""
         self._free.append(buffer)
 
     def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:

@@ -40,7 +40,7 @@ class Devices:
         self.arriving: dict[str, _Gpu] = {}
 
     def open(self, kept: KeptKinds) -> None:
-        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError, TemporaryConfigError.
+        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError.
 
         Whatever comes of it, `close` is due.
         """

@@ -48,7 +48,7 @@ class LoaderChannel:
     Once something could not be received, nothing is received any more: a descriptor that is still on its way would be
     taken for one of a later message, and its memory written to. `receive` and `call` raise the first error from then
     on, in every thread. Once a message was sent in part, nothing is sent any more: the daemon would read the next one
-    from the middle of it. `tell` and `call` raise LoaderChannelClosedError from then on.
+    from the middle of it. `send` and `call` raise LoaderChannelClosedError from then on.
     """
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 _Answer = tuple[wire.ToLoader, list[DeviceSegment]]
 _Pairs = list[tuple["Blob", "Blob"]]
 
-KNOWN_SOURCES = 8
-"""Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
-
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
 
@@ -300,7 +297,7 @@ class LoadDialogue:
         self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
-            self._claim_sources(self.checkpoint)
+            self._store.changed.update(self._store.index.claim(self.checkpoint, self._sources))
         self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
@@ -328,16 +325,6 @@ class LoadDialogue:
             await asyncio.sleep(0)
 
     # -- inside ----------------------------------------------------------------------------------------------------
-
-    def _claim_sources(self, checkpoint: Checkpoint) -> None:
-        """From now on these files mean this content, whatever they were thought to be before they were read again."""
-        for other in self._store.checkpoints.values():
-            if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
-                other.sources.remove(self._sources)
-                self._store.changed.add(other.key)
-        if self._sources not in checkpoint.sources:
-            checkpoint.sources.append(self._sources)
-            del checkpoint.sources[:-KNOWN_SOURCES]
 
     def _segment(self, segment: int) -> DeviceSegment:
         size = self._store.memories[self._device.uuid].size(segment)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd.errors import WeightdError
 from weightd_daemon.core.events import LoadBegun, LoadEnded
 
 from .request import LoadOutcome, LoadRequest, LoadStatus
+from .waiting import happens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -73,11 +74,11 @@ class InFlightLoad:
 
     async def has_loader(self) -> bool:
         """Wait until a loader takes the files; False when the load ends before that."""
-        return await self._happens(self.loader_there)
+        return await happens(self.loader_there, self.done)
 
     async def has_files(self) -> bool:
         """Wait until the loader has the files; False when the load ends before that."""
-        return await self._happens(self.files_there)
+        return await happens(self.files_there, self.done)
 
     def report(self, progress: LoadStatus) -> None:
         """New figures."""
@@ -90,7 +91,7 @@ class InFlightLoad:
         if not self.done.done():
             yield self.progress
         while not self.done.done():
-            if await self._happens(self._changed):
+            if await happens(self._changed, self.done):
                 yield self.progress
 
     def ended(self, begun: LoadBegun, seconds: float) -> LoadEnded:
@@ -106,12 +107,3 @@ class InFlightLoad:
             begun, "OK", "", seconds, outcome.content_digest,
             outcome.total_bytes, outcome.unique_bytes, outcome.read_bytes, *evicted,
         )  # fmt: skip
-
-    async def _happens(self, event: asyncio.Event) -> bool:
-        """Wait for an event, or for the end of the load; whether the event has happened."""
-        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-        try:
-            await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        return event.is_set()

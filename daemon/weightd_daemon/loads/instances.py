@@ -21,7 +21,10 @@ class LoadedInstance(NamedTuple):
 
 
 class LoadedInstanceIndex(Protocol):
-    """Interface by which loads look up tensors of files loaded before (persistence/digest_index.py)."""
+    """Interface by which loads look up tensors of files loaded before.
+
+    persistence/digest_index.py implements it.
+    """
 
     async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
         """What is known of a file; empty when nothing is."""

@@ -85,7 +85,7 @@ class Loads:
         self.threads = threads
         """With how many threads the next load reads."""
         self._fair_queue = fair_queue
-        self._quota = LoadQuota(store, catalog, limits)
+        self._quota = LoadQuota(store, limits)
         self._pool = LoadProcessPool(argv, [lock])
         self._closing = False
         self._numbers = count(1)
@@ -105,11 +105,7 @@ class Loads:
         """The checkpoint that was loaded from exactly these files, if they have not changed since."""
         if request.verify:
             return None
-        for checkpoint in self._store.checkpoints.values():
-            same_place = checkpoint.key[:2] == (request.device, request.who.domain)
-            if same_place and request.sources in checkpoint.sources:
-                return checkpoint
-        return None
+        return self._store.index.loaded_from((request.device, request.who.domain), request.sources)
 
     def name_and_pin(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.

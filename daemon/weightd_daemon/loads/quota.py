@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weightd_daemon.core.checkpoint import CheckpointKey
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.limits import UserLimits
     from weightd_daemon.core.principal import Principal
     from weightd_daemon.core.store import ContentStore
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
 class LoadQuota:
     """Admits loads within a user's quota: by their figures before anything is read, and again by their content."""
 
-    def __init__(self, store: ContentStore, catalog: Catalog, limits: UserLimits) -> None:
+    def __init__(self, store: ContentStore, limits: UserLimits) -> None:
         self._store = store
-        self._catalog = catalog
         self._limits = limits
 
     def may_lease(self, who: Principal) -> bool:
@@ -45,11 +45,10 @@ class LoadQuota:
         who, place = load.request.who, (load.request.device, load.request.who.domain)
         if not self._limits.most(who, "bytes"):
             return
-        there = [c for c in self._store.checkpoints.values() if c.key[:2] == place]
-        if content and any(c.key.content_digest == content for c in there):
+        if content and CheckpointKey(*place, content) in self._store.checkpoints:
             return
-        if not content and any((c.total_bytes, c.tensor_count) == (total, tensors) for c in there):
+        if not content and self._store.index.has_figures(place, total, tensors):
             return
         others = sum(o.announced for o in under_way if o is not load and o.request.who.uid == who.uid)
-        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total + books)
+        self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid) + others, total + books)
         load.announced = total + books

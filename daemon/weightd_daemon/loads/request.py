@@ -56,7 +56,10 @@ class LoadStatus:
 
 
 class LoadOutcome(NamedTuple):
-    """Result of a load, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
+    """Result of a load, in bytes and seconds, and what was evicted for it.
+
+    For its figures see LoadEnded in core/events.py.
+    """
 
     content_digest: str
     tensors: int
@@ -73,7 +76,10 @@ class LoadOutcome(NamedTuple):
 
 
 class LoadManifestDraft(Protocol):
-    """Interface of the manifest of a load that is not sealed yet (persistence/descriptor_store.py)."""
+    """Interface of the manifest of a load that is not sealed yet.
+
+    persistence/descriptor_store.py implements it.
+    """
 
     @property
     def size(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd.errors import LeaseLostError, WeightdError
 from weightd_daemon.devices.device import DeviceSegment
@@ -15,6 +15,7 @@ from weightd_daemon.loader.channel import error_of
 from .loader_memory import make_room_for_verifying
 from .loader_process import LoadProcess, LoadProcessDiedError
 from .messages import verify_job
+from .waiting import happens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -51,12 +52,7 @@ class LoadVerification:
     async def changes(self) -> AsyncGenerator[None, None]:
         """Whenever the figures have changed, until it is done; its error is not raised here."""
         while not self.done.done():
-            waiting: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waiting.cancel()
-            if not self.done.done():
+            if await happens(self._changed, self.done) and not self.done.done():
                 self._changed.clear()
                 yield
 

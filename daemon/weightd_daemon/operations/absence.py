@@ -183,8 +183,9 @@ class AbsentDevices:
             there = {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": len(store.on_device(uuid))}
             log.info(Line("device back", there))
             self._on_event(DeviceBack(uuid))
-        excess = store.fit(uuid)
-        if excess:
+        for _ in store.fit(uuid):
+            await asyncio.sleep(0)
+        if excess := memory.excess():
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
     def _holds(self, uuid: str) -> bool:

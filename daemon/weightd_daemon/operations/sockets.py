@@ -113,14 +113,14 @@ class DaemonSockets:
     async def _open_control(self) -> None:
         # gRPC removes what lies at the path that it bound to, when it begins and again when it ends, whosever that is.
         # So it gets a path of its own, which is no longer than that of the handle socket; and nobody can connect before
-        # the mode is right.
+        # the mode is right. The umask is that of all threads: what these make meanwhile must stay usable by this user.
         made = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        with umask(0o177):
+        with umask(0o077):
             self._control.bind(made)
         try:
             await self._control.serve()
             made.chmod(self._mode)
-            mine = _identity(made.lstat())
+            mine = identity(made)
             made.rename(self._path)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -130,7 +130,7 @@ class DaemonSockets:
     async def _open_handles(self) -> None:
         path = handles_path(self._path)
         self._serve_handles(listen(path, self._mode))
-        self._mine[path] = _identity(path.lstat())
+        self._mine[path] = identity(path)
 
     def _claim(self) -> None:
         """Have the folder, the locks and a free place. Errors: AlreadyRunningError, TemporaryConfigError."""
@@ -186,17 +186,23 @@ def cannot_be_made(path: Path, error: OSError) -> TemporaryConfigError:
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """A listening, non-blocking SOCK_SEQPACKET socket with that mode. Errors: OSError."""
+    """A listening, non-blocking SOCK_SEQPACKET socket with that mode, at a path that is free. Errors: OSError."""
+    # It gets its place when its mode is right: who waits for a daemon takes "you may not", if for a moment, for an
+    # answer. Until then its name is no longer than that of a handle socket, and none that gRPC may remove.
+    made = path.with_name(f"{path.stem}~{os.getpid()}")
+    made.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        with umask(
-            0o777 & ~mode
-        ):  # no chmod: who waits for a daemon takes "you may not", if for a moment, for an answer
-            listener.bind(str(path))
+        os.fchmod(listener.fileno(), mode)  # what it is bound with, less the umask
+        listener.bind(str(made))
+        made.chmod(mode)
         listener.listen(128)
+        path.hardlink_to(made)  # a rename would replace what has come to lie there
     except BaseException:
         listener.close()
         raise
+    finally:
+        made.unlink(missing_ok=True)
     return listener
 
 
@@ -212,7 +218,8 @@ def umask(mask: int) -> Iterator[None]:
 
 def identity(path: Path) -> _Identity:
     """What tells the file at a path from others that may come to lie there. Errors: OSError."""
-    return _identity(path.lstat())
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def remove_own(path: Path, mine: _Identity) -> None:
@@ -220,10 +227,6 @@ def remove_own(path: Path, mine: _Identity) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if identity(path) == mine:
             path.unlink()
-
-
-def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino
 
 
 def _is_there(path: Path, mine: _Identity) -> bool:

@@ -149,9 +149,10 @@ class PersistentDescriptorStore:
         await self._begin_root()
         self.flip()
         self._let_go()
-        for uuid in self._devices:
-            excess = self._store.fit(uuid)
-            if excess:
+        for uuid in self._devices.keys() - self._store.absent.keys():
+            for _ in self._store.fit(uuid):
+                await asyncio.sleep(0)
+            if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
         if given.all:

@@ -129,9 +129,12 @@ class _Restore:
             adoption = self.adoptions[key.device] = StoreAdoption(self.store, sizes)
         checkpoint = adoption.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
-        checkpoint.last_used, checkpoint.pins = last_used, pins
+        checkpoint.last_used = last_used
+        for uid in pins:
+            self.store.index.pin(checkpoint, uid)
         self.uses[key] = used, last_used
-        checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
+        checkpoint.origin, checkpoint.reference = origin, reference
+        self.store.index.add_sources(checkpoint, sources)
         self.given.taken.add(descriptor)
         self.manifests.add(key, descriptor, table, number=number)
         self.kept[key] = number

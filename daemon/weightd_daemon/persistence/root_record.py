@@ -96,11 +96,6 @@ class PersistentRootRecord:
         log = self._log
         return self._next is None and log is not None and log.bytes - log.base > max(_LEAST_LOG, log.base)
 
-    @property
-    def copying(self) -> bool:
-        """Whether a new base has been begun and is not whole yet."""
-        return self._next is not None
-
     def write(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int]) -> None:
         """Write a base at once, in the other slot. Errors: OSError; then no slot counts any more."""
         try:
