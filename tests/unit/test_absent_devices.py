@@ -25,7 +25,7 @@ from weightd_daemon.core.catalog import CatalogTag
 from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.devices import served
 from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
-from weightd_daemon.devices.cuda_choice import Choice, _Gpu
+from weightd_daemon.devices.cuda_choice import Choice, ServedGpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.operations import absence
 
@@ -219,7 +219,7 @@ def test_a_choice_of_another_kind_or_of_nothing_lets_nothing_go(
     """Whatever decides which devices are served: nothing that is kept hangs on it."""
 
     def choose(*_: object) -> Choice:
-        return Choice([_Gpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
+        return Choice([ServedGpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
 
     async def absent(start: Start) -> None:
         assert start.store.absent[GPU].startswith(why)
@@ -352,7 +352,7 @@ def test_what_may_start_a_holder_is_tried_on_the_thread_of_the_loop(
     """A holder dies with the thread that starts it. Where something is kept none starts, but the driver may hang."""
     threads: list[bool] = []
 
-    def open_again(*_: object) -> _Gpu:
+    def open_again(*_: object) -> ServedGpu:
         threads.append(threading.current_thread() is threading.main_thread())
         raise DeviceError("not yet")
 

@@ -19,7 +19,7 @@ from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.absent import AbsentDevice
-from weightd_daemon.devices.cuda_choice import Choice, _Gpu, choose_gpus, try_again
+from weightd_daemon.devices.cuda_choice import Choice, ServedGpu, choose_gpus, try_again
 from weightd_daemon.devices.cuda_errors import explained
 
 HOLDING: Any = None  # for holders, of which none is started here
@@ -316,9 +316,9 @@ def test_what_was_opened_is_closed_where_the_choice_fails(gpus: Driver, monkeypa
     gpus.gpus = UUIDS
     closed: list[str] = []
     monkeypatch.setattr(cuda_choice.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
-    opened: list[_Gpu] = []
+    opened: list[ServedGpu] = []
 
-    def broken(*arguments: Any) -> _Gpu:
+    def broken(*arguments: Any) -> ServedGpu:
         if opened:
             raise AssertionError("a bug")
         opened.append(plain(*arguments))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.settings import Settings
 
-    from .cuda_choice import _Gpu
+    from .cuda_choice import ServedGpu
     from .cuda_ipc import CudaHolderContext
     from .device import Device
 
@@ -37,7 +37,7 @@ class Devices:
         self.budgets: dict[str, int] = {}
         """Bytes that each may use at the start."""
         self.absent: dict[str, AbsentDevice] = {}
-        self.arriving: dict[str, _Gpu] = {}
+        self.arriving: dict[str, ServedGpu] = {}
 
     def open(self, kept: KeptKinds) -> None:
         """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError.
@@ -56,7 +56,7 @@ class Devices:
         for device in serving:
             self.budgets[device.uuid] = budget_of(settings, device, self.names[device.uuid])
 
-    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> _Gpu:
+    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> ServedGpu:
         """Open a GPU that was absent; the caller closes it. Errors: DeviceError, DeviceMismatchError (it still is)."""
         return try_again(absent, self._settings.devices, self._settings.transport, self._holding, kept)
 
@@ -96,7 +96,7 @@ class Devices:
             )
             self.absent[host.uuid] = AbsentDevice(host.uuid, None, host.kind, reason, said=False)
 
-    def _enter(self, gpu: _Gpu, kept: str | None) -> bool:
+    def _enter(self, gpu: ServedGpu, kept: str | None) -> bool:
         """Have a GPU that was opened, of which something of a kind may be kept. Whether it is to serve."""
         device = gpu.device
         if kept is None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from weightd_daemon.core.events import Event
     from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.absent import TakesOver
-    from weightd_daemon.devices.cuda_choice import _Gpu
+    from weightd_daemon.devices.cuda_choice import ServedGpu
     from weightd_daemon.devices.reclaimer import DeviceReclaimer
     from weightd_daemon.devices.served import Devices
 
@@ -151,7 +151,7 @@ class AbsentDevices:
         if uuid not in self._served.absent:
             self._came()
 
-    async def _arrive(self, uuid: str, gpu: _Gpu) -> None:
+    async def _arrive(self, uuid: str, gpu: ServedGpu) -> None:
         """Have a device take over what its stand-in holds, or close it and say why not."""
         device, stand_in, store = gpu.device, self._served.devices[uuid], self._store
         assert isinstance(stand_in, StandInDevice)  # until it is replaced below
