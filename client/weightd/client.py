@@ -178,7 +178,8 @@ class Client(Operations):
         resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
         are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. Errors:
         NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
-        DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
+        DeviceAbsentError (it is kept, on a device that cannot be used now), DeviceError (its driver failed, or what lay
+        there was lost), those of `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)
