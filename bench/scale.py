@@ -4,12 +4,12 @@
                           [--large 5,10,20,40] [--large-tensors 10000] [--rounds 5] [--format human|json]
 
 A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
-At each size it is timed: one more load, naming what is resident, a pin, an attach, `ls`, `stats`, reading all events,
-and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time) over log(size),
-from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, reading
+all events, and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time)
+over log(size), from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
 
-Aim: no exponent of one operation is above 1.15, which leaves room for n log n and for noise; loads, names, pins and
-attaches do not grow (0.3). So n of these cost n.
+Aim: no exponent of one operation is above 1.15, which leaves room for n log n and for noise; loads, removals, names,
+pins and attaches do not grow (0.3). So n of these cost n.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.daemon import Daemon
 from support.manager import Manager
 
-FLAT = ("load", "name", "pin", "attach")
+FLAT = ("load", "remove", "name", "pin", "attach")
 AIM, AIM_FLAT = 1.15, 0.3
 
 
@@ -71,6 +71,11 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
         with weightd.connect(daemon.socket, timeout=120) as one:
             one.load_report(path, name=f"c{there}")
 
+    def remove(client: weightd.Client) -> None:
+        nonlocal there
+        client.remove(f"c{there}")
+        there -= 1
+
     for size in sizes:
         while there < size - rounds:
             load()
@@ -80,8 +85,13 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
             load()
             loads.append(time.perf_counter() - begun)
         row = found[size] = {"load": statistics.median(loads)}
+        for _ in range(rounds):
+            load()
         names = iter(range(10**6))
         with weightd.connect(daemon.socket, timeout=120) as client:
+            row["remove"] = median(rounds, lambda: remove(client))
+            write(path, tensors, there)
+            client.load_report(path)  # from now on these files are known to be resident
             client.attach("c1").close()
             row["name"] = median(rounds, lambda: client.load_report(path, name=f"also {size} {next(names)}"))  # noqa: B023  # called here
             row["pin"] = median(rounds, lambda: (client.pin("c1"), client.unpin("c1")))

@@ -42,7 +42,7 @@ class Operations(ABC):
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Every checkpoint that is resident, lost with its device, or being loaded."""
+        """Every checkpoint that is resident, absent or lost with its device, or being loaded."""
         return self._rpc().checkpoints()
 
     def names(self) -> list[NameInfo]:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from ._references.files import OpenedSources
-    from ._transport.handle_socket import HandleConnection
+    from ._references.files import OpenedReference
+    from ._transport.handle_socket import SocketClient
     from ._transport.rpc import RpcClient
 
 T = TypeVar("T")
@@ -178,7 +178,8 @@ class Client(Operations):
         resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
         are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. Errors:
         NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
-        DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
+        DeviceAbsentError (it is kept, on a device that cannot be used now), DeviceError (its driver failed, or what lay
+        there was lost), those of `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)
@@ -203,7 +204,7 @@ class Client(Operations):
 
     def _load(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         groups: Groups,
         on_progress: Callable[[LoadProgress], None] | None = None,
@@ -224,7 +225,7 @@ class Client(Operations):
 
     def _load_offered(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         on_progress: Callable[[LoadProgress], None] | None,
     ) -> LoadResult | None:
@@ -289,7 +290,7 @@ class Client(Operations):
                 self._control = None
 
     @property
-    def _handles(self) -> HandleConnection:
+    def _handles(self) -> SocketClient:
         return self._connection.handles
 
     def _rpc(self) -> RpcClient:

@@ -499,6 +499,24 @@ def test_auto_goes_without_a_gpu_that_does_not_answer_and_loads_find_the_others(
 
 
 @vmm_on_the_double
+def test_a_gpu_for_one_process_at_a_time_is_told_at_the_start_and_when_a_load_fails(
+    start_daemon: StartDaemon, backend: Backend, spawn: Spawn, tmp_path: Path
+) -> None:
+    daemon = start_daemon(backend.with_knobs(compute_mode=3))
+    assert f"device {backend.uuid} is in compute mode EXCLUSIVE_PROCESS: one process at a time" in daemon.logged()
+    client = daemon.connect()
+    client.load(make(tmp_path, "base"), name="base")
+    (loader,) = daemon.loaders()
+    os.kill(loader, signal.SIGKILL)  # it has the GPU
+    eventually(lambda: not daemon.loaders())
+    assert attach(spawn(daemon), "base") == heads("base")
+    with pytest.raises(
+        weightd.DeviceError, match=r"CUDA_ERROR_DEVICE_UNAVAILABLE.*another process has the GPU to itself"
+    ):
+        client.load(make(tmp_path, "other"))
+
+
+@vmm_on_the_double
 def test_auto_gives_a_small_gpu_at_most_what_it_has_of_a_budget_for_all(
     start_daemon: StartDaemon, backend: Backend, tmp_path: Path
 ) -> None:

@@ -22,28 +22,28 @@ from weightd_daemon.core.arena import Extent
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
-from weightd_daemon.devices.reclaimer import Reclaimer
-from weightd_daemon.devices.served import Served
-from weightd_daemon.handles.lease_files import LeaseFiles
-from weightd_daemon.handles.lease_locks import LeaseLocks
-from weightd_daemon.handles.manifests import Manifests
-from weightd_daemon.operations.absence import Absences
-from weightd_daemon.persistence.descriptor_store import DescriptorStore
-from weightd_daemon.persistence.given import Given
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
+from weightd_daemon.devices.served import Devices
+from weightd_daemon.handles.lease_files import HandleLeaseFiles
+from weightd_daemon.handles.lease_locks import HandleLeaseLocks
+from weightd_daemon.handles.manifests import ManifestHandles
+from weightd_daemon.operations.absence import AbsentDevices
+from weightd_daemon.persistence.descriptor_store import PersistentDescriptorStore
+from weightd_daemon.persistence.given import GivenDescriptors
 from weightd_daemon.persistence.gpu_nodes import GpuNodes
 from weightd_daemon.persistence.root_record import read_root
 from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
-WHO = Who(1000, False, "")
-FILES = (ManifestFile("", "f.safetensors", None),)
+WHO = Principal(1000, False, "")
+FILES = (ContentFile("", "f.safetensors", None),)
 
 
 class Keeper:
@@ -85,32 +85,34 @@ class Start:
         self.events: list[Event] = []
         self.settings = Settings(budget="64MiB", **settings)
         self.residency = Residency(self.events.append)
-        self.served = Served(self.settings, cast("Any", None))  # no holder is started here
-        given = Given([(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()])
+        self.served = Devices(self.settings, cast("Any", None))  # no holder is started here
+        given = GivenDescriptors([(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()])
         self.served.open(given.kinds)
-        self.manifests = Manifests(self.residency.before_lock)
-        self.files = LeaseFiles()
-        self.locks = LeaseLocks(self.manifests, self.files)
-        leases = Leases(self.locks.is_locked, forget=self.locks.forget)
-        self.store = Store(leases=leases, on_event=self.residency.on_event)
-        self.catalog = Catalog(self.store, Limits(), changed=self.residency.on_changed)
-        self.descriptor_store = DescriptorStore(
+        self.manifests = ManifestHandles(self.residency.before_lock)
+        self.files = HandleLeaseFiles()
+        self.locks = HandleLeaseLocks(self.manifests, self.files)
+        leases = LeaseTable(self.locks.is_locked, forget=self.locks.forget)
+        self.store = ContentStore(leases=leases, on_event=self.residency.on_event)
+        self.catalog = Catalog(self.store, UserLimits(), changed=self.residency.on_changed)
+        self.descriptor_store = PersistentDescriptorStore(
             manager=cast("Any", keeper), given=given, store=self.store, catalog=self.catalog,
             devices=self.served.devices, manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
         self.residency.join(self.store, self.catalog, self.manifests, self.descriptor_store, cast("Any", None))
-        self.reclaimers: dict[str, Reclaimer] = {}
+        self.reclaimers: dict[str, DeviceReclaimer] = {}
         for uuid, device in self.served.devices.items():
-            reclaimer = Reclaimer(device, partial(self.descriptor_store.released, uuid))
+            reclaimer = DeviceReclaimer(device, partial(self.descriptor_store.released, uuid))
             self.reclaimers[uuid] = reclaimer
-            self.store.memories[uuid] = DeviceMemory(
+            self.store.memories[uuid] = MemoryAccounting(
                 budget=0 if uuid in self.served.absent else self.served.budgets[uuid], page=device.page,
                 sparse=device.sparse, pool_limit=0, create=reclaimer.maker.create,
                 on_reclaim=reclaimer.kick, before_use=self.residency.before_use,
             )  # fmt: skip
             reclaimer.watch(self.store.memories[uuid])
         nodes = GpuNodes(self.descriptor_store, self.served.devices)
-        self.absences = Absences(self.settings, self.served, self.store, self.reclaimers, nodes, self.events.append)
+        self.absences = AbsentDevices(
+            self.settings, self.served, self.store, self.reclaimers, nodes, self.events.append
+        )
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -138,7 +140,7 @@ class Start:
 
     async def load(self, name: str, uuid: str, tensors: dict[str, bytes]) -> Checkpoint:
         """Load as a loader does, in one extent, and name it."""
-        load = Loading(self.store, uuid, "", 1000)
+        load = StoreTransaction(self.store, uuid, "", 1000)
         total = sum(map(len, tensors.values()))
         extent = load.grant(total, total) if total else Extent(0, 0, 0)
         assert extent is not None
@@ -147,7 +149,7 @@ class Start:
             self.write(uuid, extent.segment, offset, data)
             blobs.append(load.settle(xxhash.xxh3_128(data).digest(), len(data), extent.segment, offset)[1])
             offset += len(data)
-        entries = [ManifestEntry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
+        entries = [ContentTensor("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
         digest = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest, FILES, tuple(entries), tuple(blobs))
         draft = await self.descriptor_store.prepare(content, uuid)
@@ -184,7 +186,7 @@ class Start:
         device = self.served.devices[uuid]
         size = self.store.memories[uuid].size(segment)
         allocation = cuda_driver.import_descriptor(cast("int", device.shared(segment)))
-        addresses = cuda_driver.AddressRange(cuda_driver.ordinal_of(uuid), size)
+        addresses = cuda_driver.MappedAddressRange(cuda_driver.ordinal_of(uuid), size)
         try:
             addresses.map(0, size, allocation)
             addresses.allow(writable=True)

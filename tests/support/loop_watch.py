@@ -30,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from weightd_daemon.operations.notify import Notifier
+from weightd_daemon.operations.notify import ServiceManagerNotifier
 
 MOST_SECONDS = 0.05
 FOUND = "loop watch: a step of"
@@ -44,18 +44,18 @@ _FRAMES = 12
 
 def install() -> None:
     """Watch the loop of the daemon that this process is going to be."""
-    ready, stop = Notifier.ready, Notifier.stop
+    ready, stop = ServiceManagerNotifier.ready, ServiceManagerNotifier.stop
     watch = Watch()
 
-    def begin(notifier: Notifier, status: Callable[[], str]) -> None:
+    def begin(notifier: ServiceManagerNotifier, status: Callable[[], str]) -> None:
         ready(notifier, status)
         asyncio.get_running_loop().call_soon(watch.begin)  # not in the step that serves: that is all of the start
 
-    def end(notifier: Notifier) -> None:
+    def end(notifier: ServiceManagerNotifier) -> None:
         watch.end()
         stop(notifier)
 
-    Notifier.ready, Notifier.stop = begin, end  # type: ignore[method-assign]  # exchanged
+    ServiceManagerNotifier.ready, ServiceManagerNotifier.stop = begin, end  # type: ignore[method-assign]  # exchanged
 
 
 class Watch:

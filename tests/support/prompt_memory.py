@@ -7,10 +7,10 @@ from typing import Any
 
 from weightd.errors import DeviceError
 from weightd_daemon.core.creations import Creation
-from weightd_daemon.core.memory import DeviceMemory
+from weightd_daemon.core.memory import MemoryAccounting
 
 
-class PromptMemory(DeviceMemory):
+class PromptMemory(MemoryAccounting):
     """`create(bytes)` makes a segment and returns its number; MemoryError, OSError and DeviceError are reported."""
 
     def __init__(self, *, create: Callable[[int], int], **more: Any) -> None:

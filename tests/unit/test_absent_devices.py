@@ -20,19 +20,19 @@ from support import fakecuda
 from support.kept_gpu import MIB, WHO, Keeper, Start
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceAbsentError, DeviceError, InUseError
-from weightd_daemon.config.settings import Settings, TemporaryError
-from weightd_daemon.core.catalog import Tag
-from weightd_daemon.core.lease import Peer
+from weightd_daemon.config.settings import Settings, TemporaryConfigError
+from weightd_daemon.core.catalog import CatalogTag
+from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.devices import served
-from weightd_daemon.devices.absent import AbsentDevice, StandIn
-from weightd_daemon.devices.cuda_choice import Choice, Gpu
+from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
+from weightd_daemon.devices.cuda_choice import Choice, ServedGpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.operations import absence
 
 GPU = fakecuda.uuid(0)
 OTHER = "GPU-cccc0000-0000-0000-0000-000000000000"
 DATA = {name: {f"t{i}": bytes([ord(name), i]) * (MIB // 4) for i in range(4)} for name in "ab"}
-PEER = Peer(1, 2, 1000, "python")
+PEER = LeasePeer(1, 2, 1000, "python")
 AWAY = "cuInit:802"
 
 
@@ -46,7 +46,7 @@ def keeper(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepe
                 await start.load(name, GPU, tensors)
             await start.load("h", "host", {"t": b"h" * 4096})
             start.catalog.pin(WHO, start.catalog.find(WHO, "a"))
-            start.catalog.restore("", "dangling", Tag("sha256:" + "0" * 64, 7))
+            start.catalog.restore("", "dangling", CatalogTag("sha256:" + "0" * 64, 7))
 
     monkeypatch.setenv("FAKECUDA_FAIL", "")
     before = len(os.listdir("/proc/self/fd"))
@@ -91,7 +91,7 @@ def test_what_is_kept_is_carried_through_changes_and_new_bases(keeper: Keeper, m
     async def change(start: Start) -> None:
         bases = set()
         for number in range(40):
-            tag = Tag("sha256:" + f"{number:064x}", 7)
+            tag = CatalogTag("sha256:" + f"{number:064x}", 7)
             start.catalog.restore("", f"name{number}", tag)
             start.descriptor_store.flip()
             root = start.descriptor_store._record.root
@@ -121,9 +121,9 @@ def test_the_books_are_as_true_as_before_and_nothing_is_granted_or_evicted(
         with pytest.raises(DeviceAbsentError, match=f"device {GPU} is absent: .*SYSTEM_NOT_READY.*; what is kept on"):
             await start.load("c", GPU, {"t": b"c" * MIB})
         assert list(start.store.evictable(GPU)) == []
-        assert start.store.fit(GPU) == 0
+        assert list(start.store.fit(GPU)) == []
         start.store.books.limit = 1
-        start.store.fit_books()
+        assert list(start.store.fit_books()) == [None]
         assert [checkpoint.key.device for checkpoint in start.store.checkpoints.values()] == [GPU, GPU]
 
     monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
@@ -219,7 +219,7 @@ def test_a_choice_of_another_kind_or_of_nothing_lets_nothing_go(
     """Whatever decides which devices are served: nothing that is kept hangs on it."""
 
     def choose(*_: object) -> Choice:
-        return Choice([Gpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
+        return Choice([ServedGpu(kind(0), (GPU, "cuda:0", "cuda")) for kind in kinds], [])
 
     async def absent(start: Start) -> None:
         assert start.store.absent[GPU].startswith(why)
@@ -246,7 +246,7 @@ def test_host_memory_that_the_settings_no_longer_name_is_kept_too(keeper: Keeper
 def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(start: Start) -> None:
         held = start.served.devices[GPU]
-        assert isinstance(held, StandIn)
+        assert isinstance(held, StandInDevice)
         device, before = CudaVmmDevice(0), len(os.listdir("/proc/self/fd"))
         monkeypatch.setenv("FAKECUDA_FAIL", "cuMemImportFromShareableHandle:999:2")
         with pytest.raises(DeviceError, match="CUDA_ERROR_UNKNOWN"):
@@ -270,19 +270,19 @@ def test_what_goes_while_it_is_imported_is_gone(
         held = start.served.devices[GPU]
         loop = asyncio.get_running_loop()
 
-        def import_held(self: CudaVmmDevice, stand_in: StandIn) -> dict[int, Any]:
+        def import_held(self: CudaVmmDevice, stand_in: StandInDevice) -> dict[int, Any]:
             imported = real(self, stand_in)
             loop.call_soon_threadsafe(start.catalog.remove, WHO, "b")
             assert releasing.wait(60)
             return imported
 
-        def release(self: StandIn, segment: int) -> None:
+        def release(self: StandInDevice, segment: int) -> None:
             releasing.set()
             time.sleep(0.05)
             really_release(self, segment)
 
-        really_release = StandIn.release
-        monkeypatch.setattr(StandIn, "release", release)
+        really_release = StandInDevice.release
+        monkeypatch.setattr(StandInDevice, "release", release)
         monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
         monkeypatch.setenv("FAKECUDA_FAIL", "")
         start.absences.hurry()
@@ -352,12 +352,12 @@ def test_what_may_start_a_holder_is_tried_on_the_thread_of_the_loop(
     """A holder dies with the thread that starts it. Where something is kept none starts, but the driver may hang."""
     threads: list[bool] = []
 
-    def open_again(*_: object) -> Gpu:
+    def open_again(*_: object) -> ServedGpu:
         threads.append(threading.current_thread() is threading.main_thread())
         raise DeviceError("not yet")
 
     async def back(start: Start) -> None:
-        monkeypatch.setattr(served.Served, "open_again", open_again)
+        monkeypatch.setattr(served.Devices, "open_again", open_again)
         start.absences.hurry()
         await start.until(lambda: threads)
         for name in DATA:
@@ -390,7 +390,7 @@ def test_a_checkpoint_without_bytes_has_no_segment_and_is_kept(keeper: Keeper, m
 
 
 def test_a_stand_in_makes_nothing_and_lends_nothing() -> None:
-    stand_in = StandIn(GPU, "cuda_vmm")
+    stand_in = StandInDevice(GPU, "cuda_vmm")
     for refused in (lambda: stand_in.create(1), lambda: stand_in.writable(1), lambda: stand_in.shared(1)):
         with pytest.raises(DeviceAbsentError, match=f"device {GPU} is absent"):
             refused()
@@ -412,7 +412,7 @@ def test_without_anything_kept_a_device_that_fails_keeps_its_exit_code(
     keeper = Keeper()
 
     async def run() -> None:
-        with pytest.raises(TemporaryError, match="SYSTEM_NOT_READY"):
+        with pytest.raises(TemporaryConfigError, match="SYSTEM_NOT_READY"):
             async with Start.of(keeper, device="cuda"):
                 pass
 

@@ -9,14 +9,15 @@ import pytest
 
 from support.counting import operations
 from support.prompt_memory import PromptMemory
+from support.sealed import sealed_blobs
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import AT_ONCE, Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.store import FREED_AT_ONCE, Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+from weightd_daemon.core.store import FREED_AT_ONCE, ContentStore
 
 PAGE = 4096
 SLOT = slot_bytes(8)
@@ -28,7 +29,7 @@ class Desk:
 
     def __init__(self, tensors: int = 4 * MANY, length: int = 8) -> None:
         self.length, self.slot = length, slot_bytes(length)
-        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
         self.memory = self.store.memories["host"] = PromptMemory(
             budget=-(-tensors * self.slot // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
@@ -38,10 +39,10 @@ class Desk:
         self.segments += 1
         return self.segments
 
-    def open(self) -> Loading:
-        return Loading(self.store, "host", "all", 1000)
+    def open(self) -> StoreTransaction:
+        return StoreTransaction(self.store, "host", "all", 1000)
 
-    def place(self, load: Loading, seed: int, count: int) -> list[Blob]:
+    def place(self, load: StoreTransaction, seed: int, count: int) -> list[Blob]:
         size = -(-count * self.slot // PAGE) * PAGE
         while (extent := load.grant(size, size)) is None:
             self.reclaim()
@@ -52,8 +53,8 @@ class Desk:
         ]
 
     def content(self, name: str, blobs: list[Blob]) -> Content:
-        entries = tuple(ManifestEntry("", f"t{at}", "U8", (self.length,), 0, self.length) for at in range(len(blobs)))
-        return Content(name, (ManifestFile("", "f", None),), entries, tuple(blobs))
+        entries = tuple(ContentTensor("", f"t{at}", "U8", (self.length,), 0, self.length) for at in range(len(blobs)))
+        return Content(name, (ContentFile("", "f", None),), entries, tuple(blobs))
 
     def load(self, name: str, seed: int = 0, count: int = MANY) -> Checkpoint:
         load = self.open()
@@ -99,7 +100,31 @@ def test_freeing_costs_little_for_each_tensor_and_returns_whole_runs_of_pages(le
         reclaims += desk.memory.next_reclaims()
     assert max(costs) < 450 * FREED_AT_ONCE
     assert 0 < len(reclaims) <= len(costs)
-    assert sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, Punch))) == desk.memory.used
+    assert (
+        sum(extent.length for extent in (r.extent for r in reclaims if isinstance(r, ExtentReclaim)))
+        == desk.memory.used
+    )
+
+
+def test_what_a_smaller_budget_does_not_hold_goes_in_steps() -> None:
+    desk = Desk()
+    gone, kept = desk.load("gone"), desk.load("kept", seed=1 << 32)
+    few = [desk.load(f"few {number}", seed=(number + 2) << 32, count=100) for number in range(5)]
+    for checkpoint in (kept, gone, *few):
+        desk.store.use(checkpoint, 2.0)
+    desk.store.use(kept, 3.0)
+    desk.memory.resize(MANY * SLOT + PAGE, 0)
+    costs, steps = [], desk.store.fit("host")
+    first = operations(lambda: next(steps))
+    while desk.memory.freeing:
+        costs.append(operations(lambda: next(steps, None)))
+    assert list(steps) == []
+    assert max(costs) < 450 * FREED_AT_ONCE
+    assert first < 100 * MANY, "the choice, and an eviction"
+    assert [*desk.store.checkpoints.values()] == [kept]
+    desk.reclaim()
+    assert desk.memory.used <= desk.memory.budget
+    assert desk.memory.excess() == 0
 
 
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:
@@ -125,19 +150,19 @@ def test_what_waits_to_be_freed_may_be_used_again_and_stays_then() -> None:
     second = again.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
     again.end()
     desk.reclaim()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {first.number, *second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {first.number, *second.unique}
     held.end()
-    assert {blob.number for blob in desk.store.sealed_blobs()} == {*second.unique}
+    assert {blob.number for blob in sealed_blobs(desk.store)} == {*second.unique}
     desk.store.remove(second)
     desk.reclaim()
-    assert desk.store.sealed_blobs() == []
+    assert sealed_blobs(desk.store) == []
 
 
 def test_what_is_evicted_again_before_its_turn_is_freed_once() -> None:
     desk = Desk()
     desk.store.remove(desk.load("a"))
     load = desk.open()
-    blobs = [load.share_known(blob.number, blob.identity) for blob in desk.store.sealed_blobs()]
+    blobs = [load.share_known(blob.number, blob.identity) for blob in sealed_blobs(desk.store)]
     again = load.seal(desk.content("b", [blob for blob in blobs if blob is not None]), 2.0)
     load.end()
     desk.store.remove(again)

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import pytest
 
 from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
-from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, device_meant
 from weightd_daemon.devices.naming import meant
-from weightd_daemon.devices.served import Served
+from weightd_daemon.devices.served import Devices
 
 GIB = 1 << 30
 UUIDS = [
@@ -65,15 +65,16 @@ class FakeDevice:
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
+    monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
     monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
     monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
     for name in ("broken", "full", "open"):
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
 
-def opened_for(device: str, **more: str) -> Served:
+def opened_for(device: str, **more: str) -> Devices:
     """The devices of a daemon that keeps nothing."""
-    served = Served(Settings(device=device, **more), HOLDING)
+    served = Devices(Settings(device=device, **more), HOLDING)
     served.open({})
     return served
 
@@ -132,7 +133,7 @@ def test_without_a_driver_auto_serves_host_memory_and_the_log_says_why(
         "no GPU is served, only host memory: no CUDA driver can be used here: libcuda is missing"
     ]
     for said in ("cuda", "cuda:0", "host,GPU-cccc0000"):
-        with pytest.raises(TemporaryError, match=r"device = .*libcuda is missing"):
+        with pytest.raises(TemporaryConfigError, match=r"device = .*libcuda is missing"):
             served(said)
     assert served("host") == [("host", "host")]
 
@@ -172,7 +173,7 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
     FakeDevice.open.clear()
     assert [name for name, _ in served("cuda")] == ["cuda:0", "cuda:2"]
     FakeDevice.open.clear()
-    with pytest.raises(TemporaryError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
+    with pytest.raises(TemporaryConfigError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
         served("cuda:1")
     assert [name for name, _ in served("cuda:2")] == ["cuda:2"]  # whatever the others do
 
@@ -186,7 +187,7 @@ def test_a_transport_that_is_said_is_the_one_that_is_used() -> None:
     assert served("cuda:0", transport="cuda_ipc") == [("cuda:0", "cuda_ipc")]
     FakeDevice.open.clear()
     FakeDevice.broken |= {(1, "cuda_vmm")}
-    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
+    with pytest.raises(TemporaryConfigError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
         served("cuda:1", transport="cuda_vmm")
     assert FakeDevice.open == []
 
@@ -201,7 +202,7 @@ def test_a_gpu_that_works_in_no_way_is_left_out_by_auto_and_refused_where_it_was
         f"cuda_vmm is not for {UUIDS[1]}; cuda_ipc is not for {UUIDS[1]}"
     ]
     FakeDevice.open.clear()
-    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
+    with pytest.raises(TemporaryConfigError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
         served("cuda:1")
 
 
@@ -213,8 +214,8 @@ def test_a_gpu_that_is_full_when_tried_is_served_all_the_same() -> None:
 def test_a_budget_for_a_device_that_is_not_served_is_refused() -> None:
     for device, budget, kind in (
         ("host", "cuda:0=1GiB", ConfigError), ("cuda:0", "cuda:1=50%", ConfigError),
-        ("cuda", "host=1GiB,cuda=50%", ConfigError), ("auto", "cuda:3=1GiB", TemporaryError),
-        ("cuda", "cuda:3=1GiB", TemporaryError), ("auto", "GPU-dddd0000=1GiB", TemporaryError),
+        ("cuda", "host=1GiB,cuda=50%", ConfigError), ("auto", "cuda:3=1GiB", TemporaryConfigError),
+        ("cuda", "cuda:3=1GiB", TemporaryConfigError), ("auto", "GPU-dddd0000=1GiB", TemporaryConfigError),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=r"budget = .* is not served") as caught:
             served(device, budget=budget)
@@ -312,8 +313,9 @@ def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected:
 @pytest.mark.parametrize(
     ("said", "devices", "why", "kind"),
     [("cuda", "auto", "may be one of several", ConfigError), ("GPU-aaaa0000", "auto", "one of several", ConfigError),
-     ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryError),
-     ("cuda:2", "host,cuda", "is not served", TemporaryError), ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryError),
+     ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryConfigError),
+     ("cuda:2", "host,cuda", "is not served", TemporaryConfigError),
+     ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryConfigError),
      ("cuda:2", "host,cuda:0,cuda:1", "is not served", ConfigError)],
 )  # fmt: skip
 def test_a_setting_that_names_none_or_several_is_refused(

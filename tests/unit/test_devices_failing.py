@@ -16,10 +16,10 @@ import pytest
 
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceError, DeviceMismatchError
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.absent import AbsentDevice
-from weightd_daemon.devices.cuda_choice import Choice, Gpu, choose_gpus, try_again
+from weightd_daemon.devices.cuda_choice import Choice, ServedGpu, choose_gpus, try_again
 from weightd_daemon.devices.cuda_errors import explained
 
 HOLDING: Any = None  # for holders, of which none is started here
@@ -174,13 +174,13 @@ def test_a_gpu_of_which_nothing_is_kept_is_absent_where_its_uuid_is_known(
     assert served(choice) == []
     assert [(absent.uuid, absent.index, absent.kind) for absent in choice.absent] == [(FIRST, 0, None)] * known
     assert known or CODES[code] in caplog.text
-    with pytest.raises(TemporaryError, match=CODES[code]) as caught:
+    with pytest.raises(TemporaryConfigError, match=CODES[code]) as caught:
         choose("cuda:0")
     assert caught.value.exit_code == 75
     if known:  # host memory is something else to serve, and the GPU is tried again
         assert choose("host,cuda:0").absent == choice.absent
     else:  # nobody would try it again, and loads would go to host memory
-        with pytest.raises(TemporaryError, match=CODES[code]):
+        with pytest.raises(TemporaryConfigError, match=CODES[code]):
             choose("host,cuda:0")
         assert [absent.uuid for absent in choose(f"host,{FIRST}").absent] == [FIRST]
 
@@ -230,7 +230,7 @@ def test_another_gpu_at_its_index_is_another_gpu(gpus: Driver) -> None:
         choice = choose(said, kept=KEPT)
         assert served(choice) == [(SECOND, "cuda_vmm")]
         reason = f"the driver does not show it; it shows cuda:0 ({SECOND})"
-        assert choice.absent == [AbsentDevice(FIRST, None, "cuda_vmm", reason)]
+        assert choice.absent == [AbsentDevice(FIRST, None, "cuda_vmm", reason, said=said != "cuda:0")]
         with pytest.raises(DeviceError, match="the driver does not show it"):
             try_again(choice.absent[0], [said], "auto", HOLDING, KEPT)
     gpus.gpus = [SECOND, FIRST]
@@ -257,7 +257,7 @@ def test_a_whole_uuid_that_is_not_shown_is_a_gpu_that_is_missing(gpus: Driver) -
             AbsentDevice(FIRST, None, None, f"the driver does not show it; it shows cuda:0 ({SECOND})")
         ]
         assert served(choice) == [(SECOND, "cuda_vmm")] * (SECOND in said)
-    with pytest.raises(TemporaryError, match=f"device {FIRST} cannot be served: the driver does not show it"):
+    with pytest.raises(TemporaryConfigError, match=f"device {FIRST} cannot be served: the driver does not show it"):
         choose(FIRST)
     gpus.gpus = UUIDS
     assert try_again(choice.absent[0], ["host", f"MIG-{FIRST[4:]}"], "auto", HOLDING, {}).names[0] == FIRST
@@ -267,7 +267,9 @@ def test_a_driver_that_shows_no_gpu_may_show_one_later(gpus: Driver) -> None:
     gpus.gpus = []
     assert choose("auto") == Choice([], [])
     for said in ("cuda", "cuda:0", FIRST):
-        with pytest.raises(TemporaryError, match=r"the driver does not show it|is not there; the driver shows no GPU"):
+        with pytest.raises(
+            TemporaryConfigError, match=r"the driver does not show it|is not there; the driver shows no GPU"
+        ):
             choose(said)
         (absent,) = choose(said, kept=KEPT).absent
         assert absent == AbsentDevice(FIRST, None, "cuda_vmm", "the driver does not show it; it shows no GPU")
@@ -275,13 +277,13 @@ def test_a_driver_that_shows_no_gpu_may_show_one_later(gpus: Driver) -> None:
 
 def test_settings_that_no_longer_say_a_kept_gpu_keep_it(gpus: Driver) -> None:
     assert choose("host", kept=KEPT).absent == [
-        AbsentDevice(FIRST, None, "cuda_vmm", "device = 'host' does not name it")
+        AbsentDevice(FIRST, None, "cuda_vmm", "device = 'host' does not name it", said=False)
     ]
     gpus.gpus = UUIDS
     choice = choose(f"host,{SECOND}", kept=KEPT)
     assert served(choice) == [(SECOND, "cuda_vmm")]
     (absent,) = choice.absent
-    assert absent == AbsentDevice(FIRST, 0, "cuda_vmm", f"device = 'host,{SECOND}' does not name it")
+    assert absent == AbsentDevice(FIRST, 0, "cuda_vmm", f"device = 'host,{SECOND}' does not name it", said=False)
     for said in (["host"], ["host", SECOND]):
         with pytest.raises(DeviceError, match="does not name it"):
             try_again(absent, said, "auto", HOLDING, KEPT)
@@ -314,9 +316,9 @@ def test_what_was_opened_is_closed_where_the_choice_fails(gpus: Driver, monkeypa
     gpus.gpus = UUIDS
     closed: list[str] = []
     monkeypatch.setattr(cuda_choice.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
-    opened: list[Gpu] = []
+    opened: list[ServedGpu] = []
 
-    def broken(*arguments: Any) -> Gpu:
+    def broken(*arguments: Any) -> ServedGpu:
         if opened:
             raise AssertionError("a bug")
         opened.append(plain(*arguments))

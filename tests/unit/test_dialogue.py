@@ -10,12 +10,12 @@ from typing import Any, cast
 from support.prompt_memory import PromptMemory
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Content
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loader._proto import loader_pb2 as wire
-from weightd_daemon.loads.dialogue import Dialogue
+from weightd_daemon.loads.dialogue import LoadDialogue
 
 PAGE = 4096
 LENGTH = 1 << 16
@@ -26,7 +26,7 @@ class Desk:
     """A store in which loads place tensors of LENGTH bytes, whose digests are numbers."""
 
     def __init__(self) -> None:
-        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
         self.memory = self.store.memories["host"] = PromptMemory(
             budget=1 << 30, page=PAGE, sparse=True, pool_limit=0, create=self.create
@@ -38,7 +38,7 @@ class Desk:
         self.segments += 1
         return self.segments
 
-    def place(self, load: Loading, *numbers: int) -> Content:
+    def place(self, load: StoreTransaction, *numbers: int) -> Content:
         blobs = []
         for number in numbers:
             extent = load.grant(LENGTH, LENGTH)
@@ -46,11 +46,11 @@ class Desk:
             placed, blob = load.settle(digest(number), LENGTH, extent.segment, extent.offset)
             assert placed
             blobs.append(blob)
-        entries = tuple(ManifestEntry("", f"t{number}", "U8", (LENGTH,), 0, LENGTH) for number in numbers)
-        return Content(f"{numbers}", (ManifestFile("", "f", None),), entries, tuple(blobs))
+        entries = tuple(ContentTensor("", f"t{number}", "U8", (LENGTH,), 0, LENGTH) for number in numbers)
+        return Content(f"{numbers}", (ContentFile("", "f", None),), entries, tuple(blobs))
 
-    def open(self) -> Loading:
-        return Loading(self.store, "host", "all", 1000)
+    def open(self) -> StoreTransaction:
+        return StoreTransaction(self.store, "host", "all", 1000)
 
     async def prepare(self, content: Content, _: str) -> Draft:
         await asyncio.sleep(0)
@@ -58,10 +58,10 @@ class Desk:
         self.prepared()
         return self.drafts[-1]
 
-    def dialogue(self, load: Loading) -> Dialogue:
+    def dialogue(self, load: StoreTransaction) -> LoadDialogue:
         device: Any = SimpleNamespace(uuid="host", sparse=True, writable=lambda segment: segment)
         unused = cast("Any", None)
-        return Dialogue(
+        return LoadDialogue(
             store=self.store, device=device, reclaimer=unused, index=unused, prepare=self.prepare, loading=load,
             sources=(SOURCE,), verify=False, now=lambda: 1.0, on_files=lambda: None, admit=lambda *_: None,
             on_progress=lambda _: None, on_sealed=lambda _: None, make_room=unused,
@@ -91,11 +91,11 @@ def digest(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-async def tell(dialogue: Dialogue, loader: Loader, **body: Any) -> None:
+async def tell(dialogue: LoadDialogue, loader: Loader, **body: Any) -> None:
     await dialogue._serve(cast("Any", loader), wire.ToDaemon(**body))
 
 
-async def bring(desk: Desk, load: Loading, *numbers: int) -> tuple[Dialogue, Loader]:
+async def bring(desk: Desk, load: StoreTransaction, *numbers: int) -> tuple[LoadDialogue, Loader]:
     """Play a load up to its end, with one file of these tensors."""
     dialogue, loader, count = desk.dialogue(load), Loader(), len(numbers)
     device, inode, size, mtime, ctime = SOURCE.identity

@@ -11,13 +11,13 @@ import pytest
 
 from weightd.errors import DeviceAbsentError, DeviceError
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices import driver_thread
 from weightd_daemon.devices.driver_thread import DriverThread, answered
-from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
 PAGE = 4096
 
@@ -71,19 +71,19 @@ class Desk:
 
     def __init__(self, budget: int = 4) -> None:
         self.gpu: Any = Gpu()
-        self.reclaimer = Reclaimer(self.gpu)
-        self.store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
-        self.memory = self.store.memories["GPU-0"] = DeviceMemory(
+        self.reclaimer = DeviceReclaimer(self.gpu)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
+        self.memory = self.store.memories["GPU-0"] = MemoryAccounting(
             budget=budget * PAGE, page=PAGE, sparse=False, pool_limit=0, create=self.reclaimer.maker.create,
             on_reclaim=self.reclaimer.kick,
         )  # fmt: skip
         self.reclaimer.watch(self.memory)
         self.gpu.calls.on_change = self.reclaimer.notify
 
-    def open(self) -> Loading:
-        return Loading(self.store, "GPU-0", "all", 1000)
+    def open(self) -> StoreTransaction:
+        return StoreTransaction(self.store, "GPU-0", "all", 1000)
 
-    async def granted(self, load: Loading, size: int) -> Extent:
+    async def granted(self, load: StoreTransaction, size: int) -> Extent:
         """As a load's dialogue does it."""
         while (extent := load.grant(size, size)) is None:
             await self.reclaimer.wait()

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.making_room import MakingRoom
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Release
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.making_room import Evictor
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.reclaims import SegmentReclaim
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loads.loader_memory import LoaderMemory, make_room_for_verifying
 
 GPU = "GPU-0"
@@ -38,15 +38,15 @@ class Gpu:
         self.others = others
         self.idle = 0
         segments = count(1)
-        self.store = Store(leases=Leases(lambda lease: True), on_event=lambda _: None)
-        self.memory = self.store.memories[GPU] = DeviceMemory(
+        self.store = ContentStore(leases=LeaseTable(lambda lease: True), on_event=lambda _: None)
+        self.memory = self.store.memories[GPU] = PromptMemory(
             budget=self.size, page=PAGE, sparse=False, pool_limit=0, create=lambda _: next(segments),
             available=self.available,
         )  # fmt: skip
         self.checkpoints = [self.add(number) for number in range(checkpoints)]
-        load = Loading(self.store, GPU, "", 1000)
+        load = StoreTransaction(self.store, GPU, "", 1000)
         self.loader = LoaderMemory(
-            room=MakingRoom(self.store, load.place, load.number, None), memory=self.memory, device=self.as_any,
+            room=Evictor(self.store, load.place, load.number, None), memory=self.memory, device=self.as_any,
             reclaimer=self.as_any, pool=self.as_any,
         )  # fmt: skip
 
@@ -55,12 +55,12 @@ class Gpu:
         return self
 
     def add(self, number: int) -> Checkpoint:
-        load = Loading(self.store, GPU, "", 1000)
+        load = StoreTransaction(self.store, GPU, "", 1000)
         extent = load.grant(CHECKPOINT, CHECKPOINT)
         assert extent is not None
         _, blob = load.settle(number.to_bytes(16, "little"), CHECKPOINT, extent.segment, extent.offset)
-        entry = ManifestEntry("", "t", "U8", (CHECKPOINT,), 0, CHECKPOINT)
-        content = Content(f"{number}", (ManifestFile("", "f", None),), (entry,), (blob,))
+        entry = ContentTensor("", "t", "U8", (CHECKPOINT,), 0, CHECKPOINT)
+        content = Content(f"{number}", (ContentFile("", "f", None),), (entry,), (blob,))
         checkpoint = load.seal(content, 1.0)
         load.end()
         return checkpoint
@@ -71,7 +71,7 @@ class Gpu:
     async def wait(self) -> None:
         """As the reclaimer: what was queued is given back, and that takes its time."""
         for reclaim in self.memory.next_reclaims():
-            assert isinstance(reclaim, Release)
+            assert isinstance(reclaim, SegmentReclaim)
             await asyncio.sleep(0)
             self.memory.reclaimed(reclaim)
 

@@ -9,7 +9,7 @@ from typing import Any
 from support.prompt_memory import PromptMemory
 from weightd_daemon.core.arena import Extent
 from weightd_daemon.devices.driver_thread import AnyThread
-from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
 PAGE = 4096
 PIECES = 5000
@@ -30,7 +30,7 @@ def test_many_pieces_are_reported_in_steps_between_which_the_loop_serves_others(
     left: list[int] = []
 
     async def run() -> None:
-        reclaimer = Reclaimer(device)
+        reclaimer = DeviceReclaimer(device)
         memory = PromptMemory(
             budget=1 << 30, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )

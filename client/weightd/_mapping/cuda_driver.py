@@ -154,7 +154,13 @@ def total_memory(ordinal: Ordinal) -> int:
     return int(call("cuDeviceTotalMem", call("cuDeviceGet", ordinal)))
 
 
-class on_device:  # noqa: N801  # a function to whoever uses it; a generator's context manager takes 1 µs more
+def compute_mode(ordinal: Ordinal) -> int:
+    """The device's compute mode, a CUcomputemode: who may have a context. Errors: DeviceError."""
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+    return int(call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", ordinal)))
+
+
+class _OnDevice:
     """Make the device's primary context, the one that torch uses, current in this thread. Errors: DeviceError.
 
     It is retained once and kept while the process lives.
@@ -170,6 +176,9 @@ class on_device:  # noqa: N801  # a function to whoever uses it; a generator's c
 
     def __exit__(self, *_: object) -> None:
         bound("cuCtxPopCurrent")()
+
+
+on_device = _OnDevice  # a function to its callers; a generator's context manager takes 1 µs more
 
 
 def finish(ordinal: Ordinal, step: Callable[[], object], *, keeps: object = None) -> None:
@@ -231,8 +240,8 @@ def release(allocation: Allocation) -> None:
     call("cuMemRelease", allocation)
 
 
-class AddressRange:
-    """Reserved addresses of one device and what is mapped into them, until `close`. Sizes are bytes."""
+class MappedAddressRange:
+    """Range of device addresses into which memory is mapped, until `close`. Sizes are bytes."""
 
     def __init__(self, ordinal: Ordinal, size: int) -> None:
         self._ordinal = ordinal

@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from . import cuda_driver
 from .cuda_driver import call
-from .cuda_segments import CudaSegments
-from .ranges import Range
+from .cuda_segments import MappedCudaSegments
+from .ranges import MappedRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .segments import Wanted
+    from .segments import SegmentToMap
 
 
-class IpcSegments(CudaSegments):
-    """Segments of one attachment; see `segments.Segments`."""
+class MappedIpcSegments(MappedCudaSegments):
+    """Map the segments of one attachment by CUDA IPC; see `segments.MappedSegments`."""
 
-    def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
+    def __init__(self, uuid: str, wanted: Sequence[SegmentToMap], lease: object) -> None:
         super().__init__(uuid)
         self._opened: dict[int, _Memory] = {}
         self._sizes = {one.segment: one.size for one in wanted}
@@ -52,10 +52,10 @@ class IpcSegments(CudaSegments):
         if self._opened and not at_exit():
             cuda_driver.finish(self._ordinal, self._opened.clear, keeps=self._lease)
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[MappedRange]:
         """One for each handle. Private copies, which a second name gets, are not among them."""
         owner = weakref.ref(self)
-        return [Range(*place, owner) for place in self.places().values()]
+        return [MappedRange(*place, owner) for place in self.places().values()]
 
     def places(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Address and length of each handle's memory, as copy 0 of its segment."""

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class CudaSegments:
-    """Segments on the GPU of that UUID, which this process may number as it likes, or not see at all."""
+class MappedCudaSegments:
+    """Map segments on the GPU of that UUID, which this process may number differently, or not see at all."""
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid

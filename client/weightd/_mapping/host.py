@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING
 from weightd._libc import map_private, unmap, view_at
 from weightd._limits import limit_error
 
-from .ranges import Range
+from .ranges import MappedRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .segments import Wanted
+    from .segments import SegmentToMap
 
 
-class Mapping:
-    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
+class HostMapping:
+    """Private mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
 
     Errors: ResourceLimitError (no address space or mapping left), OSError.
     """
@@ -61,32 +61,32 @@ class Mapping:
         return view_at(self.address, self.size, self)
 
 
-def map_lease(descriptor: int, size: int) -> Mapping:
+def map_lease(descriptor: int, size: int) -> HostMapping:
     """Map what is locked: as long as the mapping lives, so does the kernel lock that is this process's lease."""
-    return Mapping(descriptor, size, writable=False)
+    return HostMapping(descriptor, size, writable=False)
 
 
-def map_segment(descriptor: int, size: int, lease: object) -> Mapping:
+def map_segment(descriptor: int, size: int, lease: object) -> HostMapping:
     """Map a segment, copy-on-write; the mapping keeps the lease."""
-    return Mapping(descriptor, size, writable=True, keeps=lease)
+    return HostMapping(descriptor, size, writable=True, keeps=lease)
 
 
-class HostSegments:
-    """Segments in host memory; see `segments.Segments`."""
+class MappedHostSegments:
+    """Map the segments of one attachment in host memory; see `segments.MappedSegments`."""
 
     torch_device = "cpu"
 
-    def __init__(self, wanted: Sequence[Wanted], lease: object) -> None:
+    def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
-        self._ranges: dict[tuple[int, int], Range] = {}
+        self._ranges: dict[tuple[int, int], MappedRange] = {}
         for one in wanted:
             assert isinstance(one.handle, int)  # `open_segments` has looked
             for copy in range(one.copies):
                 mapping = map_segment(one.handle, one.size, lease)
-                self._ranges[one.segment, copy] = Range(mapping.address, one.size, weakref.ref(mapping))
+                self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                 self._buffers[one.segment, copy] = mapping.buffer()
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[MappedRange]:
         """One for each mapping."""
         return list(self._ranges.values())
 

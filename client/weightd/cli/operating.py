@@ -10,9 +10,9 @@ import typer
 
 from weightd._sizes import size
 from weightd.cli.context import (
-    Format,
+    CommandInterruptedError,
     FormatOption,
-    InterruptedWaitError,
+    OutputFormat,
     SilentOption,
     SocketOption,
     open_client,
@@ -72,7 +72,7 @@ def drain(
             help="Empty only this device (a UUID, or as `weightd stats` names it), and let go of what is kept of it.",
         ),
     ] = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
@@ -106,11 +106,11 @@ def drain(
                 result = client.drain(timeout=timeout, on_holders=show)
         except KeyboardInterrupt:
             goes_on = "the daemon continues to drain; `weightd drain --undo` ends the drain"
-            raise InterruptedWaitError(
+            raise CommandInterruptedError(
                 f"interrupted: {goes_on if forget is None else 'the device serves on with what is left on it'}"
             ) from None
     done = "drained" if forget is None else "forgotten"
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json({"state": done, **asdict(result), "seconds": time.monotonic() - start})
     elif not quiet:
         where = "" if forget is None else f"device {forget} is forgotten: "

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Twins:
+class DuplicateBlobs:
     """Placed blobs of equal bytes. They have been compared with the sealed blobs numbered in `known`.
 
     Those of them with the same variant are equal, the others differ.
@@ -22,8 +22,8 @@ class Twins:
     blobs: list[Blob] = field(default_factory=list)
 
 
-class Alike:
-    """What a load knows of one key: a blob to compare with for each variant, and further ones of equal bytes.
+class DuplicateCandidates:
+    """Blobs that a new blob may duplicate: for one key, one blob per variant, and further ones of equal bytes.
 
     Sealed blobs of one key are equal if and only if their variants are, so one comparison settles a variant. Made when
     the load first meets the key; what others seal after that is left to the recheck.
@@ -34,7 +34,7 @@ class Alike:
         self._sealed: dict[int, list[Blob]] = {}
         self._in_use: dict[int, Blob] = {}
         """By variant, a sealed blob that the load uses, and which so stays: a face where no other is left."""
-        self._twins: dict[int, Twins] = {}
+        self._twins: dict[int, DuplicateBlobs] = {}
         self._own: list[Blob] = []
         self.placed = False
         """Whether the load has placed bytes under the key."""
@@ -64,9 +64,9 @@ class Alike:
             blobs.pop()
         return None
 
-    def twins(self, variant: int) -> Twins:
+    def twins(self, variant: int) -> DuplicateBlobs:
         """The placed blobs that equal the sealed ones of a variant."""
-        return self._twins.setdefault(variant, Twins(set(self.numbers)))
+        return self._twins.setdefault(variant, DuplicateBlobs(set(self.numbers)))
 
     def add(self, blob: Blob) -> None:
         """The load has placed bytes that equal nothing known."""

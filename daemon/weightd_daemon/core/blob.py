@@ -34,7 +34,7 @@ _MOVES: dict[BlobState, frozenset[BlobState]] = {
 
 
 class BlobKey(NamedTuple):
-    """Where candidates are looked for: device, sharing domain, digest and length."""
+    """Key by which equal blobs are looked up: device, sharing domain, digest and length."""
 
     device: str
     domain: str
@@ -43,7 +43,7 @@ class BlobKey(NamedTuple):
 
 
 class Blob:
-    """One resident run of bytes.
+    """One resident run of bytes, held once however many checkpoints refer to it.
 
     `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
     `holds` counts loads that rely on the bytes staying.
@@ -90,8 +90,8 @@ class Blob:
         self.state = state
 
 
-class Blobs:
-    """Every blob there is, by number and by key."""
+class BlobTable:
+    """Index of all blobs, by number and by key."""
 
     def __init__(self) -> None:
         self._by_number: dict[int, Blob] = {}

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from .blob import Blob
     from .checkpoint import Checkpoint
-    from .memory import DeviceMemory
+    from .memory import MemoryAccounting
 
 
-class Room(NamedTuple):
-    """Bytes of a device as a load sees them: budget, free (holes included), evictable (what it would get back).
+class CapacityEstimate(NamedTuple):
+    """Budget, free bytes (holes included) and evictable bytes, as eviction for one load counts them.
 
     And what only pins keep, what leases keep, the largest piece that could be had, evictable bytes included, and what
     the device itself has free, if that is known.
@@ -56,12 +56,12 @@ class Room(NamedTuple):
 
 
 def room(
-    memory: DeviceMemory,
+    memory: MemoryAccounting,
     place: tuple[str, str],
     load: int,
     checkpoints: Iterable[tuple[Checkpoint, bool]],
     full: MemoryError | None = None,
-) -> Room:
+) -> CapacityEstimate:
     """The room that a load sees at its place, a device and a sharing domain.
 
     `checkpoints` are all of the device, each with whether it is leased; `full` if the device has refused memory.
@@ -78,7 +78,7 @@ def room(
     now = prospect(memory, domain, load)
     slots = [blob.slot for blob in evictable]
     then = prospect(memory, domain, load, slots, None if full is None else available)
-    return Room(
+    return CapacityEstimate(
         device,
         budget_bytes=memory.budget,
         free_bytes=max(0, now.total),

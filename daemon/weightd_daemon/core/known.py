@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .alike import Alike, Twins
+from .alike import DuplicateBlobs, DuplicateCandidates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .blob import Blob, BlobKey, Blobs
+    from .blob import Blob, BlobKey, BlobTable
 
 
-class Known:
-    """What the open load of that number knows of each key that it has met, and of each blob that it has placed."""
+class KnownBlobs:
+    """Blobs that one open load has met, by key, and those that it has placed, for deduplication."""
 
-    def __init__(self, blobs: Blobs, load: int) -> None:
+    def __init__(self, blobs: BlobTable, load: int) -> None:
         self._blobs = blobs
         self._load = load
-        self._alike: dict[BlobKey, Alike] = {}
+        self._alike: dict[BlobKey, DuplicateCandidates] = {}
         self._alone: dict[BlobKey, Blob] = {}
         """The load's blob of a key that had no other: until an equal digest comes, nothing else is known of it."""
-        self._twins: dict[int, Twins] = {}
+        self._twins: dict[int, DuplicateBlobs] = {}
         self._contested = blobs.contested[load] = {}
         self._unchecked = blobs.unchecked[load] = {}
 
@@ -37,31 +37,31 @@ class Known:
         """The load has placed the first blob of a new key."""
         self._alone[blob.key] = blob
 
-    def alike(self, key: BlobKey) -> Alike:
+    def alike(self, key: BlobKey) -> DuplicateCandidates:
         """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
         alike = self._alike.get(key)
         if alike is None:
             alone = self._alone.pop(key, None)
             there = () if alone else self._blobs.of(key)
-            alike = self._alike[key] = Alike(blob for blob in there if blob.sealed)
+            alike = self._alike[key] = DuplicateCandidates(blob for blob in there if blob.sealed)
             if alone:
                 alike.add(alone)
                 alike.placed = True
         return alike
 
-    def twins(self, blob: Blob) -> Twins:
+    def twins(self, blob: Blob) -> DuplicateBlobs:
         """The placed blobs that equal this one, itself among them."""
         twins = self._twins.get(blob.number)
         if twins is None:
-            twins = self._twins[blob.number] = Twins(set(), [blob])
+            twins = self._twins[blob.number] = DuplicateBlobs(set(), [blob])
         return twins
 
-    def fresh(self, twins: Twins) -> list[Blob]:
+    def fresh(self, twins: DuplicateBlobs) -> list[Blob]:
         """Sealed blobs that these placed ones have not been compared with."""
         there = self._blobs.of(twins.blobs[0].key)
         return [blob for blob in there if blob.sealed and blob.number not in twins.known]
 
-    def contest(self, key: BlobKey, twins: Twins) -> None:
+    def contest(self, key: BlobKey, twins: DuplicateBlobs) -> None:
         """The load is about to place a blob that will be one of `twins`: at the first of its key, see who else has."""
         alike = self.alike(key)
         if alike.placed:
@@ -75,7 +75,7 @@ class Known:
                 self._contested[key] = None
                 self._unchecked[key] = None
 
-    def add(self, blob: Blob, twins: Twins) -> None:
+    def add(self, blob: Blob, twins: DuplicateBlobs) -> None:
         """The load has placed a blob, one of `twins`."""
         self._twins[blob.number] = twins
         twins.blobs.append(blob)

@@ -1,25 +1,23 @@
 """The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
 Nothing here touches memory. A new segment is asked for as a `Creation`, and memory that can go is queued as *reclaims*
-(`Punch`, `Release`); somebody else carries both out and reports. What is being made counts as used from the request on,
-and what goes until its return is reported, so used_bytes never passes the budget.
+(`ExtentReclaim`, `SegmentReclaim`); somebody else carries both out and reports. What is being made counts as used from
+the request on, and what goes until its return is reported, so no grant takes `used` past the budget. A restart may find
+more than the budget: `excess` says how much has to be evicted.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .arena import Arena, Extent, cut, round_up
-from .creations import Creation, Creations
-from .promises import Promises
-from .ranges import Ranges
-from .reclaims import Freeing, Punch, Reclaim, Reclaims, Release
+from .arena import Arena, Extent, round_up
+from .creations import Creation, Creations, cut
+from .promises import ArenaHoles, PromisedMemory
+from .ranges import RangeSet
+from .reclaims import BlobFreeQueue, ExtentReclaim, Reclaim, Reclaims, SegmentReclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from .arena import Holes
 
 
 SEGMENT_BYTES = 1 << 30
@@ -29,8 +27,8 @@ _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
 
 
-class DeviceMemory:
-    """Books of one device.
+class MemoryAccounting:
+    """Pure bookkeeping of one device's memory: arenas, budget, promises, and what is being given back.
 
     `create` is asked for each new segment, and answers with `made` or `failed`, at once or later.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
@@ -59,16 +57,15 @@ class DeviceMemory:
         """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
         self._pooling = True
-        self._create = create
         self._on_reclaim = on_reclaim
         self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
-        self._promises = Promises()
-        self._creations = Creations()
+        self._promises = PromisedMemory()
+        self._creations = Creations(create, self._promises)
         self._granted: dict[int, list[Extent]] = {}
         self._reclaims = Reclaims(on_reclaim)
-        self.freeing = Freeing(on_reclaim)
+        self.freeing = BlobFreeQueue(on_reclaim)
         self.losses = 0
         """How often the memory was lost."""
         self.lost_by = ""
@@ -158,11 +155,16 @@ class DeviceMemory:
         common = sum(holes.common for holes in self.holes().values())
         return self.budget - self.used + common - sum(self._promises.others(load).values())
 
-    def holes(self) -> dict[str, Holes]:
+    def holes(self) -> dict[str, ArenaHoles]:
         """The populated holes of each domain."""
-        return {domain: arena.hole_bytes(sparse=self.sparse) for domain, arena in self._arenas.items()}
+        holes = {}
+        for domain, arena in self._arenas.items():
+            populated = arena.populated_hole_bytes()
+            common = populated if self.sparse else arena.empty_bytes
+            holes[domain] = ArenaHoles(populated - common, common)
+        return holes
 
-    def shares(self, domain: str, load: int | None, holes: Mapping[str, Holes]) -> tuple[int, int]:
+    def shares(self, domain: str, load: int | None, holes: Mapping[str, ArenaHoles]) -> tuple[int, int]:
         """What may become new segments of a load, and all that it may take."""
         return self._promises.shares(domain, load, self.budget - self.used, holes)
 
@@ -196,7 +198,7 @@ class DeviceMemory:
         extent = arena.best_fit(want, budget) or arena.largest(good, 0, populated=True)
         if extent is None and full is None and need <= budget:
             size = cut(max(need, min(want, budget // self.page * self.page)), fits)
-            self._ask_for(Creation(load, domain, size, need, fits, self.losses))
+            self._creations.ask(Creation(load, domain, size, need, fits, self.losses))
             made = self._creations.outcome(load)
             if not isinstance(made, MemoryError):
                 return made
@@ -220,27 +222,19 @@ class DeviceMemory:
         """
         if creation.losses != self.losses:
             return False
-        arena, extent = self.arena(creation.domain), Extent(segment, 0, cut(creation.size, creation.ends))
-        self._creations.end(creation, extent)
+        arena, extent = self.arena(creation.domain), self._creations.made(creation, segment)
         arena.add_segment(segment, creation.size, sparse=self.sparse)
         self._domain_of[segment] = creation.domain  # law 9: until it is released
         if creation.wanted:
             self._occupy(creation.load, arena, extent)
-            self._promises.restore(creation.load, max(0, creation.promised - extent.length))
         else:
             self._let_go(arena, segment, pool=True)
         return True
 
     def failed(self, creation: Creation, error: Exception) -> None:
         """The segment of a creation could not be made. Where the device has no room, a smaller one is asked for."""
-        if creation.losses != self.losses:
-            return
-        again = isinstance(error, MemoryError) and creation.wanted and creation.size > creation.least
-        self._creations.end(creation, None if again else error)
-        self._promises.restore(creation.load, creation.promised)
-        if again:
-            smaller = max(creation.least, round_up(creation.size // 2, self.page))
-            self._ask_for(replace(creation, size=smaller))
+        if creation.losses == self.losses:
+            self._creations.failed(creation, error, self.page)
 
     def granted(self, load: int) -> list[Extent]:
         """What a load was granted and is to give back when it ends."""
@@ -259,9 +253,9 @@ class DeviceMemory:
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
         """Return bytes. Segments that become empty stay in the pool if `pool` and the limit allow; other pages go."""
         arena = self.arena(domain)
-        returned: dict[int, Ranges] = {}
+        returned: dict[int, RangeSet] = {}
         for extent in extents:  # joined, for these may be 100,000 neighbours, and each range becomes a system call
-            returned.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+            returned.setdefault(extent.segment, RangeSet()).add(extent.offset, extent.end)
         for segment, ranges in returned.items():
             for start, end in ranges:
                 arena.give_back(Extent(segment, start, end - start))
@@ -270,10 +264,10 @@ class DeviceMemory:
             elif self.sparse:
                 for start, end in ranges:
                     for leaving in arena.start_leaving(segment, start, end):
-                        self._reclaims.add(Punch(domain, leaving, self.losses))
+                        self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def adopt(
-        self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+        self, domain: str, segment: int, size: int, taken: RangeSet, hollow: Iterable[tuple[int, int]], *, frozen: bool
     ) -> None:
         """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back.
 
@@ -322,7 +316,7 @@ class DeviceMemory:
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
-        return sum(arena.empty_bytes() for arena in self._arenas.values())
+        return sum(arena.empty_bytes for arena in self._arenas.values())
 
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
@@ -335,7 +329,7 @@ class DeviceMemory:
         if reclaim.losses != self.losses:
             return
         self._reclaims.done(reclaim)  # law 8: only now does it count no longer
-        if isinstance(reclaim, Release):
+        if isinstance(reclaim, SegmentReclaim):
             return
         arena = self.arena(reclaim.domain)
         arena.left(reclaim.extent)
@@ -348,16 +342,11 @@ class DeviceMemory:
         self.lost_by = reason
         self._arenas.clear()
         self._domain_of.clear()
-        self._promises = Promises()
+        self._promises.clear()
         self._creations.clear()
         self._granted.clear()
         self._reclaims.clear()
         self.freeing.clear()
-
-    def _ask_for(self, creation: Creation) -> None:
-        creation.promised = self._promises.spend(creation.load, creation.size)
-        self._creations.begin(creation)  # law 8: it counts before it is there
-        self._create(creation)
 
     def _occupy(self, load: int, arena: Arena, extent: Extent) -> Extent:
         self._before_use()
@@ -374,28 +363,29 @@ class DeviceMemory:
     def _return_unused(self, wanted: int) -> None:
         """Queue empty segments, and free pages where they can be punched, until `wanted` bytes are on their way."""
         for arena in self._arenas.values():
-            for segment in [s for s in arena if arena.is_empty(s)]:
+            for segment in arena.empty_segments():
                 if wanted <= 0:
                     return
                 wanted -= arena.populated(segment)
                 self._release(arena, segment)
         if not self.sparse:
             return
-        for segment, domain in self._domain_of.items():
-            if wanted <= 0:
-                return
-            for leaving in self._arenas[domain].start_leaving(segment):
-                wanted -= leaving.length
-                self._reclaims.add(Punch(domain, leaving, self.losses))
+        for domain, arena in self._arenas.items():
+            for segment in arena.segments_with_holes():
+                if wanted <= 0:
+                    return
+                for leaving in arena.start_leaving(segment):
+                    wanted -= leaving.length
+                    self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def _return_pages(self, segment: int) -> None:
         """Queue the unused pages of a segment, on a device where they can be punched."""
         domain = self._domain_of[segment]
         for leaving in self._arenas[domain].start_leaving(segment) if self.sparse else ():
-            self._reclaims.add(Punch(domain, leaving, self.losses))
+            self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)
         arena.remove_segment(segment)
         del self._domain_of[segment]
-        self._reclaims.add(Release(segment, size, self.losses))
+        self._reclaims.add(SegmentReclaim(segment, size, self.losses))

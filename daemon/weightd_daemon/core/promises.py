@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .arena import Holes
+
+class ArenaHoles(NamedTuple):
+    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+
+    The latter can go back to the system: whole segments, and single pages where segments are sparse.
+    """
+
+    own: int
+    common: int
 
 
-class Promises:
-    """Promised bytes by load, each in its sharing domain."""
+class PromisedMemory:
+    """Bookkeeping of the bytes promised to open loads, each in its sharing domain."""
 
     def __init__(self) -> None:
         self._promised: dict[int, tuple[str, int]] = {}
@@ -35,6 +43,11 @@ class Promises:
             domain, left = self._promised[load]
             self._promised[load] = (domain, left + size)
 
+    def clear(self) -> None:
+        """The memory is gone: nothing is promised, and nothing expected."""
+        self._promised.clear()
+        self.ending.clear()
+
     def withdraw(self, load: int) -> bool:
         """Promise and expect nothing any more. Returns whether memory was expected of the load."""
         self._promised.pop(load, None)
@@ -55,7 +68,7 @@ class Promises:
                 others[domain] = others.get(domain, 0) + size
         return others
 
-    def shares(self, domain: str, load: int | None, free: int, holes: Mapping[str, Holes]) -> tuple[int, int]:
+    def shares(self, domain: str, load: int | None, free: int, holes: Mapping[str, ArenaHoles]) -> tuple[int, int]:
         """What may become new segments of a load, and all that it may take, where `free` bytes are not used.
 
         The promises to others are kept for them: a domain's own holes serve those to its loads first.

@@ -55,17 +55,17 @@ class AbsentDevice:
 class TakesOver(Protocol):
     """A device that can take over what a stand-in holds."""
 
-    def import_held(self, held: StandIn) -> dict[int, Any]:
+    def import_held(self, held: StandInDevice) -> dict[int, Any]:
         """Import every segment, all or none; on any thread. Returns the allocations by number. Errors: DeviceError."""
 
-    def take_over(self, held: StandIn, imported: dict[int, Any]) -> None:
+    def take_over(self, held: StandInDevice, imported: dict[int, Any]) -> None:
         """Have every segment under its number, before any other. What was released since the import goes."""
 
     def give_up(self, imported: dict[int, Any]) -> None:
         """Release what is not taken over."""
 
 
-class StandIn:
+class StandInDevice:
     """Holds the segments of a device that does not serve, as a device (see devices/device.py).
 
     It makes and hands out nothing. What is released is closed, which is all that a device needs to give it back.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
 from .host import HostDevice
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from weightd_daemon.config.settings import Settings
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.memory import MemoryAccounting
 
     from .device import Device
 
@@ -31,7 +31,7 @@ def check_budgets(
     settings: Settings,
     devices: Mapping[str, Device],
     names: Mapping[str, Sequence[str]],
-    memories: Mapping[str, DeviceMemory],
+    memories: Mapping[str, MemoryAccounting],
     absent: Collection[str],
 ) -> None:
     """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
@@ -53,7 +53,7 @@ def check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
         if not meant:
-            kind = TemporaryError if _may_come(said, settings.devices) else ConfigError
+            kind = TemporaryConfigError if _may_come(said, settings.devices) else ConfigError
             raise kind(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
             raise ConfigError(
@@ -85,7 +85,7 @@ def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, d
     there = ", ".join(served)
     if found:
         raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
-    kind = TemporaryError if _may_come(said, devices) else ConfigError
+    kind = TemporaryConfigError if _may_come(said, devices) else ConfigError
     raise kind(f"device {said!r} is not served; there are {there}")
 
 
@@ -93,7 +93,7 @@ def resize(
     settings: Settings,
     devices: Mapping[str, Device],
     names: Mapping[str, Sequence[str]],
-    memories: Mapping[str, DeviceMemory],
+    memories: Mapping[str, MemoryAccounting],
     absent: Collection[str],
 ) -> int:
     """Give devices that serve the budgets of other settings, which were checked. Returns the limit of the books."""

@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
 from weightd_daemon.config.notation import is_uuid, means, whole_uuid
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
 from .absent import AbsentDevice
 from .cuda_errors import NO_DEVICE, code_of, explained, is_unsupported
 from .cuda_ipc import CudaIpcDevice
+from .cuda_modes import tell_compute_mode, tell_mps
 from .cuda_vmm import CudaVmmDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from .absent import KeptKinds
-    from .cuda_ipc import Holding
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _T = TypeVar("_T")
 _FAILURES = (DeviceError, DeviceMismatchError)
 
 
-class Gpu(NamedTuple):
+class ServedGpu(NamedTuple):
     """A GPU that is served, and what settings may call it, most telling first."""
 
     device: Device
@@ -44,7 +45,7 @@ class Gpu(NamedTuple):
 class Choice(NamedTuple):
     """The GPUs that are served, and those that are kept or meant but cannot be served now."""
 
-    served: list[Gpu]
+    served: list[ServedGpu]
     absent: list[AbsentDevice]
 
 
@@ -73,17 +74,18 @@ class _Shown(NamedTuple):
         }
 
 
-def choose_gpus(said: Sequence[str], transport: str, holding: Holding, kept: KeptKinds) -> Choice:
+def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext, kept: KeptKinds) -> Choice:
     """Open the GPUs that the setting `device` means; the caller closes them, and logs those that are absent.
 
     `kept` is the kind of each device of which an earlier daemon's segments are kept. Such a GPU is served or absent. A
     GPU of which nothing is kept is absent if its UUID is known, it cannot be served, and the daemon has something else
     to serve; "auto" leaves out a GPU that supports neither transport. Errors: ConfigError (a name of no GPU, or of
-    several; a package is missing); TemporaryError (nothing that was named can be served now).
+    several; a package is missing); TemporaryConfigError (nothing that was named can be served now).
     """
     kept = {uuid: kind for uuid, kind in kept.items() if uuid != "host"}
     if not any(name != "host" for name in said):
         return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said), said=False) for uuid, kind in kept.items()])
+    tell_mps()
     try:
         shown = _look()
     except _FAILURES as error:
@@ -103,6 +105,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: Holding, kept: Kep
             else:
                 undo.callback(gpu.device.close)
                 choice.served.append(gpu)
+                tell_compute_mode(ordinal, uuid)
         choice.absent.extend([*_untried(said, shown, kept, choice)])
         _check_any(said, shown, kept, choice)
         for ordinal, failure in shown.untold(said).items():
@@ -111,7 +114,9 @@ def choose_gpus(said: Sequence[str], transport: str, holding: Holding, kept: Kep
     return choice
 
 
-def try_again(absent: AbsentDevice, said: Sequence[str], transport: str, holding: Holding, kept: KeptKinds) -> Gpu:
+def try_again(
+    absent: AbsentDevice, said: Sequence[str], transport: str, holding: CudaHolderContext, kept: KeptKinds
+) -> ServedGpu:
     """Open a GPU that was absent, whatever its ordinal is now; the caller closes it.
 
     Errors: DeviceError, DeviceMismatchError (it is absent still, and why).
@@ -125,9 +130,11 @@ def try_again(absent: AbsentDevice, said: Sequence[str], transport: str, holding
             raise DeviceError(_unseen(shown))
         if "auto" not in said and not any(ordinal in shown.named(name) for name in said):
             raise DeviceError(_unnamed(said))
-        return _open(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid))
+        gpu = _open(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid))
     except _FAILURES as error:
         raise type(error)(explained(error), error.metadata) from error
+    tell_compute_mode(ordinal, absent.uuid)
+    return gpu
 
 
 # -- what the driver shows ---------------------------------------------------------------------------------------------
@@ -194,7 +201,7 @@ def _may_come(said: str, shown: _Shown, unseen: Iterable[str]) -> bool:
 
 
 def _check_any(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choice) -> None:
-    """Whether the daemon can go on with what it has. Errors: TemporaryError (nothing named can be served now).
+    """Whether the daemon can go on with what it has. Errors: TemporaryConfigError (nothing named can be served now).
 
     A GPU that is kept is worth a daemon that serves nothing else: without one, nobody could forget it. A GPU whose UUID
     is not known cannot be tried again later, so a service manager has to, by another start.
@@ -203,10 +210,10 @@ def _check_any(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choi
         return
     if choice.absent:
         first = choice.absent[0]
-        raise TemporaryError(f"device {first.uuid} cannot be served: {first.reason}", "device")
+        raise TemporaryConfigError(f"device {first.uuid} cannot be served: {first.reason}", "device")
     failure = next(iter(shown.untold(said).values()), None)
     why = explained(failure) if failure else f"is not there; the driver shows {shown}"
-    raise TemporaryError(f"device = {','.join(said)!r}: {why}", "device")
+    raise TemporaryConfigError(f"device = {','.join(said)!r}: {why}", "device")
 
 
 def _untried(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choice) -> Iterator[AbsentDevice]:
@@ -238,13 +245,13 @@ def _unseen(shown: _Shown) -> str:
 
 
 def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -> Choice:
-    """What there is where the driver shows nothing. Errors: ConfigError, TemporaryError."""
+    """What there is where the driver shows nothing. Errors: ConfigError, TemporaryConfigError."""
     reason = explained(error)
     absent = [AbsentDevice(uuid, None, kept.get(uuid), reason) for uuid in {**kept, **_whole_uuids(said)}]
     if kept or ("host" in said and absent):
         return Choice([], absent)
     if "auto" not in said:
-        refusal = ConfigError if "package" in error.metadata else TemporaryError
+        refusal = ConfigError if "package" in error.metadata else TemporaryConfigError
         raise refusal(f"device = {','.join(said)!r}: {reason}", "device") from error
     broken = code_of(error) not in ("", NO_DEVICE)
     log.log(logging.WARNING if broken else logging.INFO, "no GPU is served, only host memory: %s", reason)
@@ -254,7 +261,9 @@ def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -
 # -- how a GPU is shared -----------------------------------------------------------------------------------------------
 
 
-def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: Holding, kept: str | None) -> Gpu:
+def _open(
+    ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None
+) -> ServedGpu:
     """A GPU by the transport that `kept` or the settings demand, else by the first that works.
 
     CUDA IPC takes the place of exportable memory only where the driver says twice that it does not support that.
@@ -265,15 +274,15 @@ def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: Holding, 
     wanted = kept or transport
     names = _names(uuid, ordinal)
     if wanted == "cuda_ipc":
-        return Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
     try:
-        return Gpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
     except DeviceError as error:
         if wanted == "cuda_vmm" or not is_unsupported(error):
             raise
         log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
         try:
-            return Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+            return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
         except DeviceError as other:
             raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
 

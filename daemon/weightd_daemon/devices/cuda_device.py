@@ -26,7 +26,10 @@ _CONTEXT_SHARE = 16
 
 
 class CudaDevice:
-    """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
+    """Base of GPU devices. `ordinal` is this process's number of the GPU.
+
+    For the methods see devices/device.py.
+    """
 
     kind: str
     sparse = False

@@ -17,13 +17,13 @@ from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
 from .cuda_errors import OUT_OF_MEMORY
-from .segment_io import PIECE, Buffer
+from .segment_io import PIECE, DeviceStagingBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    from .device import SegmentHandle
+    from .device import DeviceSegment
     from .segment_io import OnFull
 
 _T = TypeVar("_T")
@@ -60,13 +60,14 @@ class _Errors:
             raise first
 
 
-class CudaIO:
-    """Segments of one GPU (see devices/segment_io.py), by VMM descriptors or by handles of CUDA IPC.
+class CudaSegmentIO:
+    """Reads and writes one GPU's segments, by VMM descriptors or CUDA IPC handles.
 
-    Beside the segments a loader needs memory of the GPU for itself. If there is none, `on_full` is asked for more.
+    For the methods see devices/segment_io.py. A loader also needs memory of the GPU for itself; if there is none,
+    `on_full` is asked to make room.
     """
 
-    def __init__(self, kind: str, uuid: str, segments: Mapping[int, SegmentHandle], on_full: OnFull) -> None:
+    def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment], on_full: OnFull) -> None:
         """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError, those of `on_full`."""
         self._on_full = on_full
         self._open = {"cuda_vmm": self._open_vmm, "cuda_ipc": self._open_ipc}[kind]
@@ -82,11 +83,11 @@ class CudaIO:
         self.record = driver.bound("cuEventRecord")
         self.wait_for = driver.bound("cuEventSynchronize")
 
-    def staging(self) -> CudaStaging:
+    def staging(self) -> _CudaStaging:
         """Buffers for the thread that calls. Errors: DeviceError, those of `on_full`."""
         with self.errors:
             self.enter()
-            return self._with_room(lambda: CudaStaging(self))
+            return self._with_room(lambda: _CudaStaging(self))
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread for good: to push and pop it around each call costs more.
@@ -126,11 +127,11 @@ class CudaIO:
         with driver.on_device(self._ordinal):
             return driver.call("cuCtxGetCurrent")
 
-    def _open_vmm(self, segment: SegmentHandle) -> int:
+    def _open_vmm(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, int)  # VMM memory is handed out by descriptor
         allocation = driver.import_descriptor(segment.handle)
         try:
-            addresses = driver.AddressRange(self._ordinal, segment.size)
+            addresses = driver.MappedAddressRange(self._ordinal, segment.size)
             self._closers.append(addresses.close)  # before it is complete: a part is closed like the whole
             addresses.map(0, segment.size, allocation)
             addresses.allow(writable=True)
@@ -141,14 +142,14 @@ class CudaIO:
         driver.release(allocation)
         return addresses.address
 
-    def _open_ipc(self, segment: SegmentHandle) -> int:
+    def _open_ipc(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, bytes)  # CUDA IPC has no descriptors
         address = driver.open_ipc(segment.handle)
         self._closers.append(lambda: driver.call("cuIpcCloseMemHandle", address))
         return address
 
 
-class PinnedBuffer:
+class _PinnedBuffer:
     """One piece of a ring of pinned memory, and the event that says when it is free again."""
 
     def __init__(self, address: int, event: Any) -> None:
@@ -157,19 +158,19 @@ class PinnedBuffer:
         self.view = view_at(address, PIECE)
 
 
-class CudaStaging:
+class _CudaStaging:
     """One thread's stream and ring of buffers. Any thread may close it."""
 
-    def __init__(self, io: CudaIO) -> None:
+    def __init__(self, io: CudaSegmentIO) -> None:
         self._io = io
         self._undo: list[Callable[[], object]] = []
-        self._free: list[PinnedBuffer] = []
-        self._written: deque[PinnedBuffer] = deque()
+        self._free: list[_PinnedBuffer] = []
+        self._written: deque[_PinnedBuffer] = deque()
         try:
             ring = self._make("cuMemHostAlloc", RING * PIECE, 0, undo="cuMemFreeHost")
             for address in range(ring, ring + RING * PIECE, PIECE):
                 event = self._make("cuEventCreate", _WAITING_SLEEPS, undo="cuEventDestroy")
-                self._free.append(PinnedBuffer(address, event))
+                self._free.append(_PinnedBuffer(address, event))
             self._stream = self._make("cuStreamCreate", _NON_BLOCKING, undo="cuStreamDestroy")
             self._undo.append(self._synchronise)  # first of all: a copy must not outlive its buffer
         except DeviceError:
@@ -177,7 +178,7 @@ class CudaStaging:
                 self.close()
             raise
 
-    def acquire(self) -> PinnedBuffer:
+    def acquire(self) -> _PinnedBuffer:
         """A free buffer, or the one that was written first, when its copy is done. Errors: DeviceError."""
         if self._free:
             return self._free.pop()
@@ -186,20 +187,20 @@ class CudaStaging:
             self._io.wait_for(buffer.event)
         return self._written.popleft()
 
-    def put_back(self, buffer: Buffer) -> None:
-        """Keep it for the next `take`."""
-        assert isinstance(buffer, PinnedBuffer)
+    def put_back(self, buffer: DeviceStagingBuffer) -> None:
+        """Keep it for the next `acquire`."""
+        assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 
-    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy. Errors: DeviceError, also of copies before."""
-        assert isinstance(buffer, PinnedBuffer)
+        assert isinstance(buffer, _PinnedBuffer)
         with self._io.errors:
             self._io.copy_in(self._io.address(segment) + offset, buffer.address, size, self._stream)
             self._io.record(buffer.event, self._stream)
         self._written.append(buffer)
 
-    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def read(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy, behind what this thread has written. Errors: DeviceError, also of copies before."""
         with self._io.errors:
             self._io.copy_out(buffer.address, self._io.address(segment) + offset, size, self._stream)

@@ -43,8 +43,8 @@ _STARTS = "the start of its holder"
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What holders need of the daemon: its loop; whom to tell (UUID, reason) of a loss; descriptors to inherit.
+class CudaHolderContext:
+    """What a GPU's holder process needs of the daemon: its loop, a loss callback, descriptors to inherit.
 
     A holder inherits a lock, so that no daemon starts while the memory of the one before is still taken.
     """
@@ -61,9 +61,10 @@ class _Segment(NamedTuple):
 
 
 class CudaIpcDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it.
+    """A GPU whose memory is shared by CUDA IPC. `ordinal` is this process's number of it.
 
-    Holders are started on the device's thread, which lives as long as they: their death signal is tied to it.
+    For the methods see devices/device.py. Holders are started on the device's thread, which lives as long as they do:
+    their death signal is tied to it.
     """
 
     kind = "cuda_ipc"
@@ -72,7 +73,7 @@ class CudaIpcDevice(CudaDevice):
     creates_by = "cuMemAlloc"
     releases_by = "cuMemFree"
 
-    def __init__(self, ordinal: int, holding: Holding) -> None:
+    def __init__(self, ordinal: int, holding: CudaHolderContext) -> None:
         """Start the holder, and wait for it; on any thread. Errors: DeviceMismatchError (no such GPU), DeviceError."""
         super().__init__(ordinal)
         self._holding = holding
@@ -170,7 +171,7 @@ class _Holder:
     `on_end` is told, on the loop, why it has ended.
     """
 
-    def __init__(self, uuid: str, holding: Holding, on_end: Callable[[str], None]) -> None:
+    def __init__(self, uuid: str, holding: CudaHolderContext, on_end: Callable[[str], None]) -> None:
         """Starts the process, and does not wait for it. Errors: OSError."""
         self._uuid = uuid
         self._loop = holding.loop

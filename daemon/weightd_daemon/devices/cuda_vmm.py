@@ -18,7 +18,7 @@ from weightd.errors import DeviceError
 from .cuda_device import CudaDevice
 
 if TYPE_CHECKING:
-    from .absent import StandIn
+    from .absent import StandInDevice
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,10 @@ class _Segment(NamedTuple):
 
 
 class CudaVmmDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it."""
+    """A GPU whose memory is shared by VMM descriptors. `ordinal` is this process's number of it.
+
+    For the methods see devices/device.py.
+    """
 
     kind = "cuda_vmm"
     lasting = True
@@ -69,7 +72,7 @@ class CudaVmmDevice(CudaDevice):
         self._segments[segment] = _Segment(size, allocation, descriptor)
         return segment
 
-    def import_held(self, held: StandIn) -> dict[int, driver.Allocation]:
+    def import_held(self, held: StandInDevice) -> dict[int, driver.Allocation]:
         """Import every segment that a stand-in holds. Returns the allocations, by its numbers, for `take_over`.
 
         All or none; on any thread. Errors: DeviceError.
@@ -88,7 +91,7 @@ class CudaVmmDevice(CudaDevice):
             raise
         return imported
 
-    def take_over(self, held: StandIn, imported: dict[int, driver.Allocation]) -> None:
+    def take_over(self, held: StandInDevice, imported: dict[int, driver.Allocation]) -> None:
         """Have the segments of a stand-in, under its numbers, before any other. What it released meanwhile goes."""
         for segment, (descriptor, size) in held.hand_over().items():
             self._segments[segment] = _Segment(size, imported.pop(segment), descriptor)

@@ -13,8 +13,8 @@ Handle = int | bytes
 """What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
 
 
-class SegmentHandle(NamedTuple):
-    """A segment as a loader gets it: its number, its length in bytes, and what opens it."""
+class DeviceSegment(NamedTuple):
+    """A device's segment as a loader opens it: its number, its length in bytes, and its descriptor or IPC handle."""
 
     number: int
     size: int
@@ -37,7 +37,7 @@ class Calls(Protocol):
 
 
 class Device(Protocol):
-    """Makes segments, hands them out, takes their memory back. Segments go by number; sizes and offsets are bytes.
+    """A kind of memory: creates, exports and frees segments. Segments go by number; sizes and offsets are bytes.
 
     `create`, `punch` and `release` may take long, and are steps for `calls`; the daemon calls the rest on its loop.
     """

@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceAbsentError
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Punch, Reclaim
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
 
 from .segment_maker import SegmentMaker
 
@@ -25,7 +25,7 @@ _REPORTED_AT_ONCE = 1000
 """Reclaims that are reported done in one step of the loop."""
 
 
-class Reclaimer:
+class DeviceReclaimer:
     """Returns one device's memory to the system. Started by `kick`, from the loop's thread.
 
     `before_release(segment)` is told, on the other thread, of each segment that is about to be released.
@@ -35,13 +35,13 @@ class Reclaimer:
         self.device = device
         """Whose memory it is. Another may take its place while nothing is under way."""
         self._before_release = before_release
-        self._memory: DeviceMemory | None = None
+        self._memory: MemoryAccounting | None = None
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Event()
         self.maker = SegmentMaker(lambda: self.device, self.notify)
         """Makes the segments of the same device; whoever waits here hears of them, too."""
 
-    def watch(self, memory: DeviceMemory) -> None:
+    def watch(self, memory: MemoryAccounting) -> None:
         """The books whose queue this carries out, and whose segments `maker` makes."""
         self._memory = memory
         self.maker.watch(memory)
@@ -104,7 +104,7 @@ class Reclaimer:
     def _carry_out(self, reclaims: list[Reclaim]) -> None:
         for reclaim in reclaims:
             try:
-                if isinstance(reclaim, Punch):
+                if isinstance(reclaim, ExtentReclaim):
                     extent = reclaim.extent
                     self.device.punch(extent.segment, extent.offset, extent.length)
                 else:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightd_daemon.core.creations import Creation
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.memory import MemoryAccounting
 
     from .device import Device
 
@@ -29,10 +29,10 @@ class SegmentMaker:
     def __init__(self, device: Callable[[], Device], on_report: Callable[[], None]) -> None:
         self._device = device
         self._on_report = on_report
-        self._memory: DeviceMemory | None = None
+        self._memory: MemoryAccounting | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def watch(self, memory: DeviceMemory) -> None:
+    def watch(self, memory: MemoryAccounting) -> None:
         """The books to report to."""
         self._memory = memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from .absent import AbsentDevice, KeptKinds, StandIn
+from .absent import AbsentDevice, KeptKinds, StandInDevice
 from .budgets import budget_of, check_names
 from .cuda_choice import choose_gpus, try_again
 from .cuda_node import missing_uvm
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.settings import Settings
 
-    from .cuda_choice import Gpu
-    from .cuda_ipc import Holding
+    from .cuda_choice import ServedGpu
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
 
 
-class Served:
+class Devices:
     """The devices, by UUID, and what settings may call each. All of a daemon shares these dictionaries.
 
     A GPU of which anything is kept begins as a stand-in, and is `arriving` until it has taken over. Of one that is
     `absent`, `budgets` says nothing.
     """
 
-    def __init__(self, settings: Settings, holding: Holding) -> None:
+    def __init__(self, settings: Settings, holding: CudaHolderContext) -> None:
         self._settings = settings
         self._holding = holding
         self.devices: dict[str, Device] = {}
@@ -38,10 +38,10 @@ class Served:
         self.budgets: dict[str, int] = {}
         """Bytes that each may use at the start."""
         self.absent: dict[str, AbsentDevice] = {}
-        self.arriving: dict[str, Gpu] = {}
+        self.arriving: dict[str, ServedGpu] = {}
 
     def open(self, kept: KeptKinds) -> None:
-        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError, TemporaryError.
+        """Open what is to be served, and stand in for what is kept of others. Errors: ConfigError.
 
         Whatever comes of it, `close` is due.
         """
@@ -59,7 +59,7 @@ class Served:
         for device in serving:
             self.budgets[device.uuid] = budget_of(settings, device, self.names[device.uuid])
 
-    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> Gpu:
+    def open_again(self, absent: AbsentDevice, kept: KeptKinds) -> ServedGpu:
         """Open a GPU that was absent; the caller closes it. Errors: DeviceError, DeviceMismatchError (it still is)."""
         return try_again(absent, self._settings.devices, self._settings.transport, self._holding, kept)
 
@@ -95,7 +95,7 @@ class Served:
             )
             self.absent[host.uuid] = AbsentDevice(host.uuid, None, host.kind, reason, said=False)
 
-    def _enter(self, gpu: Gpu, kept: str | None) -> bool:
+    def _enter(self, gpu: ServedGpu, kept: str | None) -> bool:
         """Have a GPU that was opened, of which something of a kind may be kept. Whether it is to serve."""
         device = gpu.device
         if kept is None:
@@ -113,5 +113,5 @@ class Served:
 
     def _stand_in(self, absent: AbsentDevice, kept: str | None) -> None:
         self.absent[absent.uuid] = absent
-        self.devices[absent.uuid] = StandIn(absent.uuid, kept or absent.kind or "")
+        self.devices[absent.uuid] = StandInDevice(absent.uuid, kept or absent.kind or "")
         self.names[absent.uuid] = absent.names

@@ -12,12 +12,12 @@ from weightd._sizes import size
 from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
-    from weightd_daemon.core.making_room import MakingRoom
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.making_room import Evictor
+    from weightd_daemon.core.memory import MemoryAccounting
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.devices.reclaimer import Reclaimer
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
-    from .loader_pool import LoaderPool
+    from .loader_pool import LoadProcessPool
 
 _STEPS = 8
 """In how many steps at least all that a context may take is evicted for."""
@@ -34,7 +34,13 @@ class LoaderMemory:
     """The memory that one load's loader needs beside segments."""
 
     def __init__(
-        self, *, room: MakingRoom, memory: DeviceMemory, device: Device, reclaimer: Reclaimer, pool: LoaderPool
+        self,
+        *,
+        room: Evictor,
+        memory: MemoryAccounting,
+        device: Device,
+        reclaimer: DeviceReclaimer,
+        pool: LoadProcessPool,
     ) -> None:
         self._room = room
         self._memory = memory
@@ -68,7 +74,7 @@ def refused(device: Device, call: str) -> str:
     return f"{what} of a loader process (up to {size(device.loader_bytes)} in all) cannot be had{free} ({call})"
 
 
-async def make_room_for_verifying(device: Device, pool: LoaderPool, call: str) -> None:
+async def make_room_for_verifying(device: Device, pool: LoadProcessPool, call: str) -> None:
     """As `LoaderMemory.make_room`, without evicting: that would be to lose weights for looking at others.
 
     Errors: CapacityError.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 from weightd.errors import DeviceError, WeightdError
 from weightd_daemon.config.settings import ConfigError
 from weightd_daemon.core.events import DeviceAbsent, DeviceBack
-from weightd_daemon.devices.absent import AbsentDevice, StandIn
+from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
 from weightd_daemon.devices.budgets import books_of, budget_of, pool_of
 from weightd_daemon.devices.driver_thread import answered
 from weightd_daemon.log_line import Line
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.settings import Settings
     from weightd_daemon.core.events import Event
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.absent import TakesOver
-    from weightd_daemon.devices.cuda_choice import Gpu
+    from weightd_daemon.devices.cuda_choice import ServedGpu
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.devices.reclaimer import Reclaimer
-    from weightd_daemon.devices.served import Served
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
+    from weightd_daemon.devices.served import Devices
     from weightd_daemon.persistence.gpu_nodes import GpuNodes
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _IMPORTS = "cuMemImportFromShareableHandle"
 GIVEN_UP = "it was let go of (`weightd drain --forget`); reload the settings (SIGHUP) or restart to serve it again"
 
 
-class Absences:
+class AbsentDevices:
     """The devices that cannot be served now. `settings` are those in force.
 
     On the thread of the loop; what may hang runs on a thread of its own.
@@ -54,9 +54,9 @@ class Absences:
     def __init__(
         self,
         settings: Settings,
-        served: Served,
-        store: Store,
-        reclaimers: Mapping[str, Reclaimer],
+        served: Devices,
+        store: ContentStore,
+        reclaimers: Mapping[str, DeviceReclaimer],
         nodes: GpuNodes,
         on_event: Callable[[Event], None],
     ) -> None:
@@ -122,7 +122,7 @@ class Absences:
         """A device that serves, and of which nothing is left, is to be absent until somebody wants it back."""
         served = self._served
         device = served.devices[uuid]
-        served.devices[uuid] = stand_in = StandIn(uuid, device.kind)
+        served.devices[uuid] = stand_in = StandInDevice(uuid, device.kind)
         self._reclaimers[uuid].device = stand_in
         device.close()
         index = next((int(name[5:]) for name in served.names[uuid] if name.startswith("cuda:")), None)
@@ -179,10 +179,10 @@ class Absences:
         if uuid not in self._served.absent:
             self._came()
 
-    async def _arrive(self, uuid: str, gpu: Gpu) -> None:
+    async def _arrive(self, uuid: str, gpu: ServedGpu) -> None:
         """Have a device take over what its stand-in holds, or close it and say why not."""
         device, stand_in, store = gpu.device, self._served.devices[uuid], self._store
-        assert isinstance(stand_in, StandIn)  # until it is replaced below
+        assert isinstance(stand_in, StandInDevice)  # until it is replaced below
         try:
             if device.uuid != uuid or (self._holds(uuid) and device.kind != stand_in.kind):
                 raise DeviceError(f"what was opened is {device.uuid}, shared as {device.kind}")
@@ -213,16 +213,17 @@ class Absences:
             there = {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": len(store.on_device(uuid))}
             log.info(Line("device back", there))
             self._on_event(DeviceBack(uuid))
-        excess = store.fit(uuid)
-        if excess:
+        for _ in store.fit(uuid):
+            await asyncio.sleep(0)
+        if excess := memory.excess():
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
     def _holds(self, uuid: str) -> bool:
         """Whether anything is kept of a device that is absent."""
         device = self._served.devices[uuid]
-        return isinstance(device, StandIn) and not (device.is_empty and not self._store.on_device(uuid))
+        return isinstance(device, StandInDevice) and not (device.is_empty and not self._store.on_device(uuid))
 
-    async def _import(self, device: Device, stand_in: StandIn) -> dict[int, object]:
+    async def _import(self, device: Device, stand_in: StandInDevice) -> dict[int, object]:
         if stand_in.is_empty:
             return {}
         taking = cast("TakesOver", device)

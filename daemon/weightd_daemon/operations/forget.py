@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -15,28 +16,28 @@ from .drain import LOOK_SECONDS
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
-    from weightd_daemon.core.lease import Lease, Peer
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.devices.reclaimer import Reclaimer
+    from weightd_daemon.core.lease import Lease, LeasePeer
+    from weightd_daemon.core.store import ContentStore
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
     from weightd_daemon.loads.loads import Loads
 
-    from .absence import Absences
+    from .absence import AbsentDevices
 
 log = logging.getLogger(__name__)
 
 _LEAVING = "it is being let go of (`weightd drain --forget`)"
 
 
-class Forgetting:
-    """One device that is being forgotten. `settled` waits until the service manager has done what it was told."""
+class DeviceForgetting:
+    """Forgets devices. `settled` waits until the service manager has done what it was told."""
 
     def __init__(
         self,
         *,
-        store: Store,
+        store: ContentStore,
         loads: Loads,
-        absences: Absences,
-        reclaimers: Mapping[str, Reclaimer],
+        absences: AbsentDevices,
+        reclaimers: Mapping[str, DeviceReclaimer],
         settled: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
@@ -46,7 +47,7 @@ class Forgetting:
         self._settled = settled
 
     async def forget(
-        self, uuid: str, seconds: float | None, by: Peer, gone: Callable[[int], None]
+        self, uuid: str, seconds: float | None, by: LeasePeer, gone: Callable[[int], None]
     ) -> AsyncGenerator[list[Lease], None]:
         """Empty a device, and let go of it. Yields who still holds a lease: at first and when that has changed.
 
@@ -64,9 +65,11 @@ class Forgetting:
         try:
             store.absent[uuid] = _LEAVING
             self._loads.lose(uuid, DeviceAbsentError(f"device {uuid} is absent: {_LEAVING}", {"device": uuid}))
-            async for holders in self._wait(uuid, seconds):
-                yield holders
-            count = 0
+            loop, count = asyncio.get_running_loop(), 0
+            end = float("inf") if seconds is None else loop.time() + seconds
+            async with contextlib.aclosing(self._wait(uuid, end)) as changes:
+                async for holders in changes:
+                    yield holders
             for checkpoint in store.on_device(uuid):
                 if store.checkpoints.get(checkpoint.key) is checkpoint:
                     gone(store.remove(checkpoint, reason="drained", by=by))
@@ -74,6 +77,11 @@ class Forgetting:
                 await asyncio.sleep(0)  # the loop answers in between
             await self._reclaimers[uuid].finish()
             await absences.nodes.drop(uuid)
+            while store.memories[uuid].segments:  # law 7: a loader that was ended may have some open
+                if loop.time() >= end:
+                    raise InUseError(f"a loader that has ended has memory of {uuid} open still; try again")
+                await asyncio.sleep(LOOK_SECONDS)
+                await self._reclaimers[uuid].finish()
             await self._settled()
             log.info(Line("device forgotten", {"device": uuid, "checkpoints": count}))
             if absences.serves(uuid):
@@ -87,15 +95,14 @@ class Forgetting:
                 store.absent[uuid] = before
             absences.look(uuid)  # it may answer again by now, or no longer
 
-    async def _wait(self, uuid: str, seconds: float | None) -> AsyncGenerator[list[Lease], None]:
-        """Yield who holds a lease on the device, until nobody does. Errors: InUseError."""
+    async def _wait(self, uuid: str, end: float) -> AsyncGenerator[list[Lease], None]:
+        """Yield who holds a lease on the device, until nobody does. Errors: InUseError (at `end` somebody does)."""
         loop, store = asyncio.get_running_loop(), self._store
-        end = None if seconds is None else loop.time() + seconds
         seen: list[Lease] = []
         while holders := [lease for c in store.on_device(uuid) for lease in store.leases_of(c)]:
             if holders != seen:
                 yield holders
                 seen = holders
-            if end is not None and loop.time() >= end:
-                raise InUseError(f"still held after {seconds:g} s by {named(holders)}; nothing was let go of")
+            if loop.time() >= end:
+                raise InUseError(f"device {uuid} is still held by {named(holders)}; nothing was let go of")
             await asyncio.sleep(LOOK_SECONDS)

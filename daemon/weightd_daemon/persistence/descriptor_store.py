@@ -19,25 +19,25 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
-from weightd_daemon.handles.segment_table import SegmentTable
+from weightd_daemon.handles.segment_table import HandleSegmentTable
 from weightd_daemon.log_line import Line
 
-from .given import ROOT, Given
-from .record_writer import RecordWriter
+from .given import ROOT, GivenDescriptors
+from .record_writer import RootRecordWriter
 from .restore import restore
-from .root_record import RootRecord
+from .root_record import PersistentRootRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import CheckpointKey, Content
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.handles.lease_files import LeaseFiles
-    from weightd_daemon.handles.manifests import Manifests
+    from weightd_daemon.handles.lease_files import HandleLeaseFiles
+    from weightd_daemon.handles.manifests import ManifestHandles
 
-    from .service_manager import ServiceManager
+    from .service_manager import ServiceManagerStore
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,10 @@ _LEASE_FILES_SHARE = 16
 """One in so many of the descriptors that the service manager keeps is for lease files, each of 256 leases of a user."""
 
 
-class Draft:
-    """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
+class PersistedManifestDraft:
+    """A manifest that is made, and perhaps stored, before its checkpoint is sealed. `number` is the stored one's."""
 
-    def __init__(self, descriptor: int, table: SegmentTable) -> None:
+    def __init__(self, descriptor: int, table: HandleSegmentTable) -> None:
         self.descriptor = descriptor
         self.table = table
         self.number: int | None = None
@@ -91,8 +91,8 @@ class Draft:
             self._on_discard()
 
 
-class DescriptorStore:
-    """Keeps checkpoints for the next daemon, and takes up what the last one kept.
+class PersistentDescriptorStore:
+    """Stores checkpoints for the next daemon, and restores what the last one stored.
 
     Where no service manager listens and none has given anything, nothing is kept and nothing is written.
     """
@@ -100,13 +100,13 @@ class DescriptorStore:
     def __init__(
         self,
         *,
-        manager: ServiceManager,
-        given: Given,
-        store: Store,
+        manager: ServiceManagerStore,
+        given: GivenDescriptors,
+        store: ContentStore,
         catalog: Catalog,
         devices: dict[str, Device],
-        manifests: Manifests,
-        lease_files: LeaseFiles,
+        manifests: ManifestHandles,
+        lease_files: HandleLeaseFiles,
         now: Callable[[], float],
     ) -> None:
         self._manager = manager
@@ -119,7 +119,7 @@ class DescriptorStore:
         lease_files.store_in(self)
         self._now = now
         self._most = _MOST_STORED if manager.most_stored is None else manager.most_stored
-        self._record = RecordWriter(store=store, catalog=catalog, devices=devices)
+        self._record = RootRecordWriter(store=store, catalog=catalog, devices=devices)
         self._ids = count(1)
         self._stored: set[str] = set()
         self._going: list[str] = []
@@ -152,9 +152,10 @@ class DescriptorStore:
         await self._begin_root()
         self.flip()
         self._let_go()
-        for uuid in self._devices:
-            excess = self._store.fit(uuid)
-            if excess:
+        for uuid in self._devices.keys() - self._store.absent.keys():
+            for _ in self._store.fit(uuid):
+                await asyncio.sleep(0)
+            if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
         if given.all:
@@ -169,7 +170,7 @@ class DescriptorStore:
         """Have a root record kept, unless there is one, or nobody to keep it."""
         if self._record.root is not None or not self._manager.listens:
             return
-        root = RootRecord.create()
+        root = PersistentRootRecord.create()
         try:
             self._manager.drop(ROOT)
             refused: list[str] = []
@@ -196,15 +197,15 @@ class DescriptorStore:
 
     # -- while it serves -------------------------------------------------------------------------------------------
 
-    async def prepare(self, content: Content, uuid: str) -> Draft:
+    async def prepare(self, content: Content, uuid: str) -> PersistedManifestDraft:
         """Make the manifest of a content that is to be sealed, and have all stored that it needs to outlive us.
 
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
-        table = await asyncio.to_thread(SegmentTable.of, content)
-        draft = Draft(make_manifest(encoded), table)
+        table = await asyncio.to_thread(HandleSegmentTable.of, content)
+        draft = PersistedManifestDraft(make_manifest(encoded), table)
         if not self.stores or not device.lasting:
             return draft
         try:
@@ -219,7 +220,7 @@ class DescriptorStore:
             raise
         return draft
 
-    async def _store_draft(self, draft: Draft, device: Device, segments: list[int]) -> None:
+    async def _store_draft(self, draft: PersistedManifestDraft, device: Device, segments: list[int]) -> None:
         fresh = [segment for segment in segments if (device.uuid, segment) not in self._record.segments]
         if len(self._stored) + len(fresh) + 1 > self._most - self._most // _LEASE_FILES_SHARE:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
@@ -286,7 +287,7 @@ class DescriptorStore:
 
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
-        assert isinstance(draft, Draft)  # of `prepare`
+        assert isinstance(draft, PersistedManifestDraft)  # of `prepare`
         self._manifests.add(key, draft.pop_descriptor(), draft.table, number=draft.number or 0)
         if draft.number is not None:
             self._record.kept[key] = draft.number

@@ -7,7 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-from .root_record import Record, RootRecord, read_root
+from .root_record import PersistentRootRecord, RootRecordContents, read_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ ROOT = "root"
 """The name under which the root record is kept."""
 
 
-class Given:
+class GivenDescriptors:
     """The descriptors that were given. `taken` are those that have found an owner; `root` is written to from now on."""
 
     def __init__(self, named: Sequence[tuple[str, int]]) -> None:
@@ -30,7 +30,7 @@ class Given:
             if name != ROOT:
                 self.descriptors.setdefault(name, descriptor)
         self.taken: set[int] = set()
-        self.root: RootRecord | None = None
+        self.root: PersistentRootRecord | None = None
         self.body = self._find_root()
         """The tables, counters and `schema` of the root record; empty where there is none."""
 
@@ -67,7 +67,7 @@ class Given:
 
     def _find_root(self) -> dict[str, Any]:
         """The last content of the root records that were given; the one that has it is `root`."""
-        found: dict[int, Record] = {}
+        found: dict[int, RootRecordContents] = {}
         for name, descriptor in self.all:
             if name == ROOT:
                 if record := read_root(descriptor):
@@ -83,5 +83,5 @@ class Given:
         for descriptor in found.keys() - {chosen}:
             os.close(descriptor)
             log.warning("a root record is left: another is newer")
-        self.root = RootRecord(chosen, found[chosen].sequence)
+        self.root = PersistentRootRecord(chosen, found[chosen].sequence)
         return {**found[chosen].body, "schema": found[chosen].schema}

@@ -11,7 +11,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
-from .descriptor_store import NODE, DescriptorStore
+from .descriptor_store import NODE, PersistentDescriptorStore
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class GpuNodes:
     """The device files that are stored. On the thread of the loop."""
 
-    def __init__(self, store: DescriptorStore, devices: Mapping[str, Device]) -> None:
+    def __init__(self, store: PersistentDescriptorStore, devices: Mapping[str, Device]) -> None:
         self._store = store
         self._devices = devices
         self._tasks: dict[str, asyncio.Task[None]] = {}
