@@ -169,8 +169,7 @@ def descriptors(daemon: Daemon) -> tuple[list[str], int]:
     for entry in Path(f"/proc/{daemon.pid}/fd").iterdir():
         with suppress(FileNotFoundError):
             names += re.findall("memfd:.*|pidfd", os.readlink(entry))
-    processes = len(daemon.loaders()) + len(daemon.holders())
-    return sorted(name for name in names if name != "pidfd"), names.count("pidfd") - processes
+    return sorted(name for name in names if name != "pidfd"), names.count("pidfd") - len(daemon.loaders())
 
 
 def settled_descriptors(daemon: Daemon) -> tuple[list[str], int]:
