@@ -1,7 +1,7 @@
 """The CUDA driver API, through cuda-bindings: calls that raise, devices by UUID, allocations and address ranges.
 
-The only module that calls the driver; client, loader, holder and daemon use it alike. Devices go by *ordinal* here, the
-number that this process knows them by (CUDA_VISIBLE_DEVICES); between processes they are named by UUID.
+All calls of the driver go through this module; client, loader, holder and daemon use it alike. Devices go by *ordinal*,
+the number that this process knows them by (CUDA_VISIBLE_DEVICES); between processes they are named by UUID.
 """
 
 from __future__ import annotations
