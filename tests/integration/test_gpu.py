@@ -339,6 +339,9 @@ def test_one_daemon_serves_host_memory_and_several_gpus(
     workers.append(worker)
     for device in ("host", "cuda:0", "cuda:1"):
         assert attach(worker, str(path), device) == heads("base")
+        for_peers = "with client.attach(reference, device=device, peers=True) as other: result = list(other.peers)"
+        is_for_one = device == "host" or backend.kind == "cuda_ipc"
+        assert worker.run(for_peers) == ([] if is_for_one else ["cuda:1" if device == "cuda:0" else "cuda:0"])
     assert sorted(checkpoint.device for checkpoint in client.checkpoints()) == sorted(budgets)
     assert [fakecuda.device_bytes(gpu) for gpu in (0, 1)] == [4 * MIB, 4 * MIB]
     with pytest.raises(weightd.InvalidReferenceError, match="means more than one checkpoint"):
@@ -507,6 +510,7 @@ def test_a_gpu_for_one_process_at_a_time_is_told_at_the_start_and_when_a_load_fa
     client = daemon.connect()
     client.load(make(tmp_path, "base"), name="base")
     (loader,) = daemon.loaders()
+    assert b"\0CUDA_MPS_PIPE_DIRECTORY=/dev/null\0" in Path(f"/proc/{loader}/environ").read_bytes()
     os.kill(loader, signal.SIGKILL)  # it has the GPU
     eventually(lambda: not daemon.loaders())
     assert attach(spawn(daemon), "base") == heads("base")

@@ -123,7 +123,7 @@ def test_no_more_goes_than_a_context_can_take(is_known: bool) -> None:
 def test_nothing_goes_where_the_device_has_enough() -> None:
     gpu = Gpu(3)
     gpu.others = -CONTEXT
-    with pytest.raises(CapacityError, match=r"64\.0 MiB are free on it"):
+    with pytest.raises(CapacityError, match=r"64\.0 MiB free there"):
         gpu.make_room()
     assert len(gpu.store.checkpoints) == 3
 
@@ -135,10 +135,9 @@ def test_the_refusal_names_the_context_and_has_the_numbers() -> None:
     with pytest.raises(CapacityError) as caught:
         gpu.make_room()
     assert str(caught.value) == (
-        "64.0 MiB do not fit on GPU-0: 0.0 MiB free, 0.0 MiB evictable, 16.0 MiB pinned, 0.0 MiB leased, of a budget "
-        "of 16.0 MiB; the device itself has no room: the context of a loader process (up to 64.0 MiB in all) cannot be "
-        "had, 0.0 MiB are free on it (cuDevicePrimaryCtxRetain); stop what else uses the device, remove or unpin a "
-        "checkpoint, or lower --budget"
+        "no room on GPU-0 for the context of a loader process, which takes up to 64.0 MiB of the device beside tensors "
+        "(cuDevicePrimaryCtxRetain): 0.0 MiB free there, 0.0 MiB evictable, 16.0 MiB pinned, 0.0 MiB leased; "
+        "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
     )
     assert (caught.value.requested_bytes, caught.value.pinned_bytes) == (CONTEXT, 2 * CHECKPOINT)
     assert caught.value.metadata["device_free_bytes"] == "0"
@@ -148,6 +147,6 @@ def test_verifying_evicts_nothing() -> None:
     gpu = Gpu(2)
     gpu.idle = 1
     asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
-    with pytest.raises(CapacityError, match="nothing can be verified on GPU-0: the context of a loader process"):
+    with pytest.raises(CapacityError, match="cannot verify: no room on GPU-0 for the context of a loader process"):
         asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
     assert len(gpu.store.checkpoints) == 2
