@@ -153,7 +153,7 @@ def _elsewhere(call: Callable[[], str]) -> str:
     "unmap-while-busy",
     "Does cuMemUnmap wait for the device?",
     "200 copies of 256 MiB on a stream, then cuMemUnmap of their source at once, timed; then synchronise",
-    "whether a detach must synchronise first, as it does now",
+    "whether a detach must wait first, as it does now",
 )
 def _unmap_while_busy() -> str:
     with driver.on_device(ORDINAL):

@@ -15,6 +15,7 @@ from .errors import (
     CapacityError,
     DaemonBusyError,
     DaemonUnreachableError,
+    DeviceAbsentError,
     DeviceError,
     DeviceMismatchError,
     DigestMismatchError,
@@ -34,6 +35,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from ._mapping.cuda_release import unreleased_bytes, wait_until_released
     from .attachment import Attachment
     from .client import Client, connect
 
@@ -45,6 +47,7 @@ __all__ = [
     "Client",
     "DaemonBusyError",
     "DaemonUnreachableError",
+    "DeviceAbsentError",
     "DeviceError",
     "DeviceMismatchError",
     "DigestMismatchError",
@@ -63,9 +66,17 @@ __all__ = [
     "WeightdError",
     "__version__",
     "connect",
+    "unreleased_bytes",
+    "wait_until_released",
 ]
 
-_LAZY = {"Attachment": "attachment", "Client": "client", "connect": "client"}
+_LAZY = {
+    "Attachment": "attachment",
+    "Client": "client",
+    "connect": "client",
+    "unreleased_bytes": "_mapping.cuda_release",
+    "wait_until_released": "_mapping.cuda_release",
+}
 
 
 def __getattr__(name: str) -> Any:

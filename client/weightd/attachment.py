@@ -53,12 +53,14 @@ class Attachment:
         connection: DaemonConnection,
         components: frozenset[str] = frozenset(),
         keys: frozenset[TensorKey] = frozenset(),
+        *,
+        peers: bool = False,
     ) -> None:
         reply = received.reply
         lease: host.HostMapping | None = None
         try:
             lease = host.map_lease(received.lease, received.lease_bytes)
-            self._segments: MappedSegments | None = self._open(received, lease, components, keys)
+            self._segments: MappedSegments | None = self._open(received, lease, components, keys, peers)
         except BaseException:
             if lease is not None:
                 lease.close()  # now, and not when the last traceback that knows of it is gone
@@ -80,6 +82,7 @@ class Attachment:
         lease: host.HostMapping,
         components: frozenset[str],
         keys: frozenset[TensorKey],
+        peers: bool,
     ) -> MappedSegments:
         self._manifest = manifest = Manifest(received.read_manifest())
         self.content_digest: str = manifest.content_digest
@@ -98,7 +101,7 @@ class Attachment:
             SegmentToMap(segment, manifest.segment_bytes[segment], handle, most[segment])
             for segment, handle in zip(received.reply.segments, received.handles, strict=True)
         ]
-        return open_segments(self.kind, self.device, wanted, lease)
+        return open_segments(self.kind, self.device, wanted, lease, peers=peers)
 
     def __enter__(self) -> Self:
         return self
@@ -139,6 +142,15 @@ class Attachment:
         Errors: InvalidReferenceError (closed), DeviceMismatchError.
         """
         return self._opened.torch_device
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The other GPUs that may read the memory, as torch calls them: those that `attach(…, peers=True)` found.
+
+        Empty on the host, and with CUDA IPC, where access follows the process's own settings (torch enables it by
+        itself). Errors: InvalidReferenceError (closed).
+        """
+        return self._opened.peers
 
     @property
     def views(self) -> Mapping[TensorKey, DerivedView]:

@@ -19,6 +19,7 @@ from . import logs
 from .app import AlreadyRunningError, Daemon
 from .config.preload_entry import PreloadConfig
 from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load
+from .devices.cuda_modes import stay_outside_mps
 from .loads.loader_process import DEFAULT_ARGV
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         return load(options.config, vars(options), os.environ)
 
     _raise_descriptor_limit()
+    stay_outside_mps(os.environ)  # before anybody calls the driver; loaders and holders inherit it
     try:
         if limit := out_of_descriptors("starting", DAEMON, needed=_DESCRIPTORS):
             raise limit

@@ -106,10 +106,16 @@ def wanted(kind: str, count: int = 1, copies: int = 1, ordinal: int = 0) -> list
 
 
 def opened(
-    kind: str, segments: Sequence[SegmentToMap], ended: list[int] | None = None, ordinal: int = 0
+    kind: str,
+    segments: Sequence[SegmentToMap],
+    ended: list[int] | None = None,
+    ordinal: int = 0,
+    *,
+    peers: bool = False,
 ) -> MappedSegments:
     """Map them; the lease that they keep notes its end in `ended`."""
-    return open_segments(kind, cuda_driver.uuid_of(ordinal), segments, Lease([] if ended is None else ended))
+    lease = Lease([] if ended is None else ended)
+    return open_segments(kind, cuda_driver.uuid_of(ordinal), segments, lease, peers=peers)
 
 
 def read(buffer: Any) -> bytes:

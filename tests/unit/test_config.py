@@ -14,7 +14,7 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon.config import settings
-from weightd_daemon.config.notation import means, parse_size
+from weightd_daemon.config.notation import means, parse_size, whole_uuid
 from weightd_daemon.config.preload_entry import PreloadConfig
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError, load
 from weightd_daemon.core.limits import UserLimits
@@ -258,6 +258,7 @@ def test_what_is_not_a_size(text: str) -> None:
         ("GPU-1a2b3c4d-01", ("GPU-1a2b3c4d-01",)),
         (UUID, (UUID,)),
         ("GPU-1A2B3C4D-0123,GPU-2a2b3c4d", ("GPU-1a2b3c4d-0123", "GPU-2a2b3c4d")),
+        ("MIG-1A2B3C4D,GPU-2a2b3c4d", ("MIG-1a2b3c4d", "GPU-2a2b3c4d")),
     ],
 )
 def test_devices_are_listed_in_their_order_each_spelled_one_way(text: str, expected: tuple[str, ...]) -> None:
@@ -283,6 +284,19 @@ def test_a_uuid_is_meant_by_its_beginning_and_other_names_only_as_a_whole() -> N
     assert not means(UUID, "GPU-1a2b3c4d")
     assert not means("cuda:1", "cuda:10")
     assert not means("cuda", "cuda:0")
+
+
+def test_a_part_of_a_gpu_may_be_called_as_nvidia_smi_calls_it() -> None:
+    part = UUID.replace("GPU-", "MIG-")
+    for said in (part, part[:12]):
+        assert means(said, UUID)
+        assert not means(said, "GPU-00000000")
+        assert not means(said, "cuda:0")
+    assert whole_uuid(part) == whole_uuid(UUID) == UUID
+    assert whole_uuid(part[:-1]) == whole_uuid("cuda:0") == ""
+    assert Settings(budget=f"{part[:12]}=1").budget_for((UUID, "cuda:0", "cuda")) == 1
+    with pytest.raises(ValueError, match="do not name two devices"):
+        _ = Settings(device=f"{part[:12]},{UUID}").devices
 
 
 def test_one_budget_is_for_every_device_in_bytes_or_a_share() -> None:

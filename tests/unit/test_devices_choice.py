@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from weightd.errors import DeviceError, DeviceMismatchError
+from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.budgets import budget_of, device_meant
+from weightd_daemon.devices.naming import meant
+from weightd_daemon.devices.served import Devices
 
 GIB = 1 << 30
 UUIDS = [
@@ -23,13 +26,14 @@ HOLDING: Any = None  # passed through
 
 
 class FakeDevice:
-    """A GPU by one transport. `broken` (ordinal, kind) cannot make a segment; `full` ones have no memory left."""
+    """A GPU by one transport. `broken` (ordinal, kind) cannot make segments at all; `full` ones have no memory left."""
 
     broken: ClassVar[set[tuple[int, str]]] = set()
     full: ClassVar[set[tuple[int, str]]] = set()
     open: ClassVar[list[FakeDevice]] = []
     page = 2 << 20
     default_share = 0.8
+    loader_bytes = 0
 
     def __init__(self, kind: str, ordinal: int) -> None:
         self.kind = kind
@@ -43,7 +47,7 @@ class FakeDevice:
 
     def create(self, size: int) -> int:
         if self.key in self.broken:
-            raise DeviceError(f"{self.kind} is not for {self.uuid}")
+            raise DeviceError(f"{self.kind} is not for {self.uuid}", {"code": "CUDA_ERROR_NOT_SUPPORTED"})
         if self.key in self.full:
             raise MemoryError
         assert size == self.page
@@ -61,16 +65,24 @@ class FakeDevice:
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
+    monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
     monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
     monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
     for name in ("broken", "full", "open"):
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
 
+def opened_for(device: str, **more: str) -> Devices:
+    """The devices of a daemon that keeps nothing."""
+    served = Devices(Settings(device=device, **more), HOLDING)
+    served.open({})
+    return served
+
+
 def served(device: str, **more: str) -> list[tuple[str, str]]:
     """What is served, in order: (name, kind)."""
     names = {"host": "host", **{uuid: f"cuda:{ordinal}" for ordinal, uuid in enumerate(UUIDS)}}
-    opened = [made for made, _ in open_served(Settings(device=device, **more), HOLDING)]
+    opened = list(opened_for(device, **more).devices.values())
     assert [made for made in opened if isinstance(made, FakeDevice)] == FakeDevice.open
     assert not any(made.segments for made in FakeDevice.open)
     return [(names[made.uuid], made.kind) for made in opened]
@@ -95,8 +107,8 @@ def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("said", "message", "kind"),
     [
-        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", TemporaryConfigError),
-        ("GPU-dddd0000", "'GPU-dddd0000': is not there", TemporaryConfigError),
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", ConfigError),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there", ConfigError),
         ("GPU-aaaa0000", "means more than one of .*; say more of it", ConfigError),
         ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already", ConfigError),
     ],
@@ -138,7 +150,7 @@ def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> int:
-        raise DeviceError("cuDeviceGetCount failed")
+        raise DeviceError("cuDeviceGetCount failed", {"code": "CUDA_ERROR_UNKNOWN"})
 
     monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
     assert served("auto") == [("host", "host")]
@@ -152,16 +164,18 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
 ) -> None:
     def uuid_of(ordinal: int) -> str:
         if ordinal == 1:
-            raise DeviceError("cuDeviceGetUuid failed")
+            raise DeviceError("cuDeviceGetUuid failed", {"code": "CUDA_ERROR_UNKNOWN"})
         return UUIDS[ordinal]
 
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
     assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
     assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
     FakeDevice.open.clear()
-    for said in ("cuda", "cuda:1"):
-        with pytest.raises(TemporaryConfigError, match=f"device = '{said}': cuDeviceGetUuid failed"):
-            served(said)
+    assert [name for name, _ in served("cuda")] == ["cuda:0", "cuda:2"]
+    FakeDevice.open.clear()
+    with pytest.raises(TemporaryConfigError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
+        served("cuda:1")
+    assert [name for name, _ in served("cuda:2")] == ["cuda:2"]  # whatever the others do
 
 
 def test_cuda_ipc_is_used_where_exporting_fails_and_the_rest_stays() -> None:
@@ -248,6 +262,17 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
         budget_of(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
 
 
+def test_a_budget_that_leaves_no_room_for_a_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    device.loader_bytes = GIB // 2
+    budget_of(Settings(budget="9728MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert not caplog.records
+    budget_of(Settings(budget="9729MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert [record.message for record in caplog.records] == [
+        f"budget of {UUIDS[0]}: 9.50 GiB of 10.00 GiB leave less than the context of a loader may take, 0.50 GiB"
+    ]
+
+
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
@@ -260,8 +285,18 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
     [("host", "host"), ("cuda:1", UUIDS[1]), ("host,cuda:1", UUIDS[1]), ("cuda", ""), ("auto", "")],
 )
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
-    devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
-    assert default_device(devices) == expected
+    assert opened_for(said).default == expected
+
+
+@pytest.mark.parametrize("said", ["GPU-cccc0000", "gpu-CCCC0000", "MIG-cccc0000", UUIDS[2].replace("GPU-", "MIG-"), ""])
+def test_a_request_means_a_gpu_by_the_beginning_of_its_uuid(said: str) -> None:
+    devices: Any = {uuid: SimpleNamespace(name="A GPU") for uuid in UUIDS}
+    assert meant(devices, said) == (UUIDS[2] if said else "")
+    for other in ("GPU-cccc", "MIG-cccc000", "XXX-cccc0000", "MIG-dddd0000"):
+        with pytest.raises(NotFoundError, match="this daemon serves GPU-"):
+            meant(devices, other)
+    with pytest.raises(InvalidReferenceError, match="means more than one of"):
+        meant(devices, "MIG-aaaa0000")
 
 
 SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}

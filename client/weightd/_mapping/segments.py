@@ -30,6 +30,10 @@ class MappedSegments(Protocol):
     def torch_device(self) -> str:
         """What torch calls the device in this process: "cpu", "cuda:1"."""
 
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """What torch calls the other devices that were allowed to access the memory."""
+
     def ranges(self) -> list[MappedRange]:
         """Everything that is mapped."""
 

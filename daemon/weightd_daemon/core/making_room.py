@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .arena import round_up
 from .capacity import CapacityEstimate, room
-from .eviction import chosen_for, could_fit
+from .eviction import chosen_beyond, chosen_for, could_fit
 from .prospect import EvictionTrial, prospect
 
 if TYPE_CHECKING:
@@ -56,6 +56,13 @@ class Evictor:
         """Evict for `needed` bytes with an extent of `piece` bytes, as `chosen_for` says. Whether anybody went."""
         piece = round_up(piece, self._memory.page)
         chosen = chosen_for(self._trial(full), self._store.evictable(self._device), needed, piece)
+        self._evict(chosen)
+        return bool(chosen)
+
+    def evict_for_device(self, wanted: int) -> bool:
+        """Evict so that `wanted` bytes go back to the device itself, or as many as can. Whether anybody went."""
+        trial = EvictionTrial(self._memory, self._domain, self._load)
+        chosen = chosen_beyond(trial, self._store.evictable(self._device), wanted)
         self._evict(chosen)
         return bool(chosen)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightd._libc import view_at
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
+from .cuda_errors import OUT_OF_MEMORY
 from .segment_io import PIECE, DeviceStagingBuffer
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from .device import DeviceSegment
+    from .segment_io import OnFull
+
+_T = TypeVar("_T")
 
 RING = 6
 """Buffers of a thread. It holds two at most, to pack or to compare; the others are on their way."""
@@ -59,16 +63,17 @@ class _Errors:
 class CudaSegmentIO:
     """Reads and writes one GPU's segments, by VMM descriptors or CUDA IPC handles.
 
-    For the methods see devices/segment_io.py.
+    For the methods see devices/segment_io.py. A loader also needs memory of the GPU for itself; if there is none,
+    `on_full` is asked to make room.
     """
 
-    def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment]) -> None:
-        """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError."""
+    def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment], on_full: OnFull) -> None:
+        """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError, those of `on_full`."""
+        self._on_full = on_full
         self._open = {"cuda_vmm": self._open_vmm, "cuda_ipc": self._open_ipc}[kind]
         self._segments = segments
         self._ordinal = driver.ordinal_of(uuid)
-        with driver.on_device(self._ordinal):
-            self._context = driver.call("cuCtxGetCurrent")
+        self._context = self._with_room(self._make_context)
         self._lock = threading.Lock()
         self._addresses: dict[int, int] = {}
         self._closers: list[Callable[[], object]] = []
@@ -79,10 +84,10 @@ class CudaSegmentIO:
         self.wait_for = driver.bound("cuEventSynchronize")
 
     def staging(self) -> _CudaStaging:
-        """Buffers for the thread that calls. Errors: DeviceError."""
+        """Buffers for the thread that calls. Errors: DeviceError, those of `on_full`."""
         with self.errors:
             self.enter()
-            return _CudaStaging(self)
+            return self._with_room(lambda: _CudaStaging(self))
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread for good: to push and pop it around each call costs more.
@@ -92,13 +97,13 @@ class CudaSegmentIO:
         driver.call("cuCtxSetCurrent", self._context)
 
     def address(self, segment: int) -> int:
-        """Where the segment begins; opens it at first use. Errors: DeviceError."""
+        """Where the segment begins; opens it at first use. Errors: DeviceError, those of `on_full`."""
         found = self._addresses.get(segment)
         if found is not None:
             return found
         with self._lock:
             if segment not in self._addresses:
-                self._addresses[segment] = self._open(self._segments[segment])
+                self._addresses[segment] = self._with_room(lambda: self._open(self._segments[segment]))
             return self._addresses[segment]
 
     def close(self) -> None:
@@ -107,6 +112,20 @@ class CudaSegmentIO:
         self._addresses.clear()
         if closers:
             self.errors.do_all([self.enter, *closers])
+
+    def _with_room(self, step: Callable[[], _T]) -> _T:
+        """Take a step, again and again while the driver has no memory for it and `on_full` makes room."""
+        while True:
+            try:
+                return step()
+            except DeviceError as error:
+                if error.code != OUT_OF_MEMORY:
+                    raise
+                self._on_full(error)
+
+    def _make_context(self) -> Any:
+        with driver.on_device(self._ordinal):
+            return driver.call("cuCtxGetCurrent")
 
     def _open_vmm(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, int)  # VMM memory is handed out by descriptor

@@ -6,7 +6,18 @@ hashes its next piece while the piece before is on its way.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightd.errors import DeviceError
+
+    OnFull = Callable[[DeviceError], None]
+    """Called when the driver has no memory for what the loader itself needs. Returns when it is worth another try.
+
+    Any thread may call it. Errors: CapacityError (there is no room to be had).
+    """
 
 PIECE = 1 << 20
 """Bytes of a buffer: large enough for the system calls, small enough for the second-level cache."""

@@ -49,6 +49,7 @@ from .verifying import verify
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from weightd.errors import DeviceError
     from weightd.types import TensorSpec
     from weightd_daemon.devices.segment_io import DeviceSegmentIO
 
@@ -98,14 +99,23 @@ def _work(channel: LoaderChannel, message: wire.ToLoader, new_hasher: digest.New
             load = message.load
             # Taken before anything can fail: the next job would take it for its own.
             intake = stack.enter_context(socket.socket(fileno=channel.receive_descriptor()))
-            io = stack.enter_context(contextlib.closing(open_io(load.kind, load.device, channel.segments)))
+            io = stack.enter_context(contextlib.closing(_open_io(channel, load)))
             stack.enter_context(_LoadJob(channel, io, load, new_hasher)).run(intake)
         elif message.HasField("verify"):
             job = message.verify
-            io = stack.enter_context(contextlib.closing(open_io(job.kind, job.device, channel.segments)))
+            io = stack.enter_context(contextlib.closing(_open_io(channel, job)))
             verify(channel, io, job, new_hasher)
         else:
             raise ServerError(f"the daemon sent {message.WhichOneof('body')} where a job was due")
+
+
+def _open_io(channel: LoaderChannel, job: wire.Load | wire.Verify) -> DeviceSegmentIO:
+    """Access to the segments of a job. If the device has no room for what that takes, the daemon is asked for more."""
+
+    def ask_for_room(error: DeviceError) -> None:
+        channel.call(wire.ToDaemon(full=wire.Full(call=error.metadata.get("call", ""))))
+
+    return open_io(job.kind, job.device, channel.segments, ask_for_room)
 
 
 class _LoadJob:

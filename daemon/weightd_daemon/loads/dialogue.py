@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
@@ -63,6 +63,7 @@ class LoadDialogue:
         admit: Callable[[int, int, int, str], None],
         on_progress: Callable[[LoadStatus], None],
         on_sealed: Callable[[Checkpoint], None],
+        make_room: Callable[[str], Awaitable[None]],
     ) -> None:
         self._store = store
         self._device = device
@@ -77,6 +78,7 @@ class LoadDialogue:
         self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
+        self._make_room = make_room
         self._trusted: list[bool] = []
         self._tensors = LoadTensors()
         self._blobs = self._tensors.blobs
@@ -149,6 +151,9 @@ class LoadDialogue:
                 return wire.ToLoader(share=self._share(message.share)), []
             case "finish":
                 return await self._finish(message.finish)
+            case "full":
+                await self._make_room(message.full.call)
+                return wire.ToLoader(full=wire.Freed()), []
             case body:
                 raise ServerError(f"the loader sent {body}, which no load answers")
 

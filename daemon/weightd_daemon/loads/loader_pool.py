@@ -58,6 +58,16 @@ class LoadProcessPool:
         task.add_done_callback(self._retiring.discard)
         return True
 
+    async def dismiss_idle(self) -> bool:
+        """End the loaders that wait for a job, for what they hold of a device. Returns whether there were any."""
+        idle, self._idle = self._idle, []
+        for loader in idle:
+            loader.kill()
+        waiting = [loader.exited for loader in idle]
+        if waiting:
+            await asyncio.wait(waiting, timeout=LEAVE_SECONDS)
+        return bool(waiting)
+
     async def close(self) -> None:
         """Kill all loaders and wait until they are gone; one that cannot die is left to the kernel."""
         for loader in self._alive:

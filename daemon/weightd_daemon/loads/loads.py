@@ -14,6 +14,7 @@ from weightd.types import SourceFile
 from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
@@ -21,6 +22,7 @@ from weightd_daemon.log_line import Line
 from .dialogue import LoadDialogue
 from .flight import InFlightLoad
 from .instances import LoadedInstanceIndex
+from .loader_memory import LoaderMemory
 from .loader_pool import LEAVE_SECONDS, LoadProcessPool
 from .loader_process import DEFAULT_ARGV, LoadProcess, LoadProcessDiedError
 from .messages import load_job
@@ -271,6 +273,11 @@ class Loads:
                     prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
                     now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
+                    make_room=LoaderMemory(
+                        room=Evictor(self._store, loading.place, loading.number, request.peer), device=device,
+                        memory=self._store.memories[request.device], reclaimer=self._reclaimers[request.device],
+                        pool=self._pool,
+                    ).make_room,
                 )  # fmt: skip
                 loader = await self._pool.acquire()
                 await loader.send(load_job(request, device, self.threads))

@@ -12,6 +12,7 @@ from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of
 
+from .loader_memory import make_room_for_verifying
 from .loader_process import LoadProcess, LoadProcessDiedError
 from .messages import verify_job
 from .waiting import happens
@@ -188,6 +189,10 @@ class LoadVerifications:
                 check()
                 if message.HasField("failed"):
                     raise error_of(message.failed)
+                if message.HasField("full"):
+                    await make_room_for_verifying(device, self._pool, message.full.call)
+                    await loader.send(wire.ToLoader(full=wire.Freed()))
+                    continue
                 found = message.verified
                 bad += found.bad
                 if not found.all:
