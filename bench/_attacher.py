@@ -36,8 +36,8 @@ class Clocks:
 
     def __enter__(self) -> Self:
         places: list[tuple[Any, str, str]] = [
-            (handle_socket.HandleConnection, "__init__", "connect and hello"),
-            (handle_socket.HandleConnection, "attach", "attach request and answer"),
+            (handle_socket.SocketClient, "__init__", "connect and hello"),
+            (handle_socket.SocketClient, "attach", "attach request and answer"),
             (host, "map_lease", "map the manifest"),
             (host, "map_segment", "map the segments"),
             (_manifest.Manifest, "__init__", "manifest: protobuf"),

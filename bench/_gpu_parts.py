@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +16,10 @@ from load import load_seconds
 
 import weightd
 from weightd._mapping import cuda_driver
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support import workloads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +32,9 @@ PROCESSES = (1, 2, 4, 8)
 SEGMENTS = tuple(size * MIB for size in (64, 256, 1024, 2048))
 TENSORS = 300
 NAME = "checkpoint-of-bench-gpu"
+WORKLOAD = "deepfloyd_if_I_II_f32"
+"""Two pipelines of three components each, of which they share the text encoder: tests/data has its manifest."""
+NO_TORCH = "torch.cuda does not run here"
 _SECONDS = 300.0
 
 
@@ -82,8 +90,8 @@ def workers() -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate()
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start a worker that talks; `wait_ready` waits for it."""
+def start_worker(*arguments: object) -> subprocess.Popen[str]:
+    """Start a worker that talks; `say` waits for it."""
     command = [sys.executable, str(HERE / "_gpu_worker.py"), *map(str, arguments)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -116,29 +124,55 @@ def daemon_on_gpu(setting: Setting, name: str, budget: int, *arguments: str, scr
 def memory(setting: Setting) -> dict[str, Any]:
     """Device memory of 1 to 8 processes: contexts alone, attached to one checkpoint, and with private copies."""
     if not setting.torch:
-        return {"skipped": "torch.cuda does not run here"}
+        return {"skipped": NO_TORCH}
     path = setting.checkpoint(8)
+    return _memory(setting, "memory", [path], path.stat().st_size)
+
+
+def workload(setting: Setting) -> dict[str, Any]:
+    """The same for two pipelines that share tensors, which processes serve in turns."""
+    if not setting.torch:
+        return {"skipped": NO_TORCH}
+    folder = setting.folder / "workload"
+    files = workloads.scaled(workloads.manifest(WORKLOAD), setting.scale)
+    workloads.write_files(folder, files)
+    sizes = {(row["content"], row["dtype"], tuple(row["shape"])): workloads.nbytes(row) for row in _rows(files)}
+    found = _memory(setting, "workload", sorted(folder.iterdir()), sum(sizes.values()))
+    return found | {"workload": WORKLOAD, "total": sum(map(workloads.nbytes, _rows(files)))}
+
+
+def _rows(files: dict[str, list[workloads.Row]]) -> list[workloads.Row]:
+    return [row for rows in files.values() for row in rows]
+
+
+def _memory(setting: Setting, name: str, paths: list[Path], unique: int) -> dict[str, Any]:
+    """Of 1 to 8 processes, the n-th with the n-th of `paths` and so on in turns. `unique` bytes are loaded of them."""
     before = used_bytes()
     if before is None:
         return {"skipped": "NVML does not answer"}
     total = cuda_driver.total_memory(0)
-    found: dict[str, Any] = {"size": path.stat().st_size, "context": {}, "attached": {}, "private": {}}
+    checkpoints = [(f"{NAME}-{number}", _files(path)) for number, path in enumerate(paths)]
+    sizes = [sum(file.stat().st_size for file in files) for _, files in checkpoints]
+    found: dict[str, Any] = {"size": unique, "context": {}, "attached": {}, "private": {}}
     for kind in ("context", "private", "attached"):
         with ExitStack() as stack:
             socket = Path()
             if kind == "attached":
-                daemon = stack.enter_context(daemon_on_gpu(setting, "memory", path.stat().st_size))
-                socket = daemon.socket
+                socket, _ = stack.enter_context(daemon_on_gpu(setting, name, sum(sizes)))
                 with weightd.connect(socket) as client:
-                    client.load(path, name=NAME, device=DEVICE, pin=True)
+                    start = time.perf_counter()
+                    for path, (checkpoint, _) in zip(paths, checkpoints, strict=True):
+                        client.load(path, name=checkpoint, device=DEVICE, pin=True)
+                    found["load_seconds"] = time.perf_counter() - start
                 found["loaded"] = (used_bytes() or 0) - before
             running = stack.enter_context(workers())
             for number in PROCESSES:
-                each = found["size"] if kind == "private" else 0
-                if before + number * (each + GB) > total:
+                needed = [sizes[n % len(sizes)] if kind == "private" else 0 for n in range(number)]
+                if before + sum(needed) + number * GB > total:
                     found[kind][number] = None  # does not fit
                     continue
-                fresh = [start("hold", kind, socket, NAME, path) for _ in range(number - len(running))]
+                served = [checkpoints[n % len(checkpoints)] for n in range(len(running), number)]
+                fresh = [start_worker("hold", kind, socket, checkpoint, *files) for checkpoint, files in served]
                 running.extend(fresh)
                 for process in fresh:
                     say(process)
@@ -146,10 +180,15 @@ def memory(setting: Setting) -> dict[str, Any]:
     return found
 
 
+def _files(path: Path) -> list[Path]:
+    """A checkpoint's files."""
+    return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
 def attach(setting: Setting) -> dict[str, Any]:
     """How long attaching takes by the size of segments, and where the time goes; torch and its context are up."""
     if not setting.torch:
-        return {"skipped": "torch.cuda does not run here"}
+        return {"skipped": NO_TORCH}
     path = setting.checkpoint(16)
     found: dict[str, Any] = {"size": path.stat().st_size, "tensors": TENSORS, "segments": {}, "by_segment_size": {}}
     for size in SEGMENTS:
@@ -178,7 +217,7 @@ def load(setting: Setting) -> dict[str, Any]:
         }
         if setting.torch:
             running = stack.enter_context(workers())
-            peer = start("rates", path)
+            peer = start_worker("rates", path)
             running.append(peer)
             say(peer)
             steps |= {name: lambda name=name: float(say(peer, name)) for name in ("copy", "load_file")}
@@ -200,7 +239,7 @@ def load(setting: Setting) -> dict[str, Any]:
 def compute(setting: Setting) -> dict[str, Any]:
     """A matrix product and a small model, on attached and on private weights."""
     if not setting.torch:
-        return {"skipped": "torch.cuda does not run here"}
+        return {"skipped": NO_TORCH}
     side = max(256, int(8192 * setting.scale**0.5) // 64 * 64)
     width = max(256, int(2048 * setting.scale**0.5) // 256 * 256)
     found: dict[str, Any] = {"side": side, "width": width}
@@ -219,4 +258,4 @@ def _ratio(one: list[float], other: list[float]) -> dict[str, float]:
     return Spread.of([a / b for a, b in zip(one, other, strict=True)])._asdict()
 
 
-PARTS = {"memory": memory, "attach": attach, "load": load, "compute": compute}
+PARTS = {"memory": memory, "attach": attach, "load": load, "compute": compute, "workload": workload}

@@ -1,6 +1,6 @@
 """The processes of bench/gpu.py: each does one thing on the GPU with torch, and prints what it found as JSON.
 
-hold context|attached|private SOCKET NAME FILE    say "ready", keep it until stdin ends
+hold context|attached|private SOCKET NAME FILE…   say "ready", keep it until stdin ends
 attach SOCKET NAME ROUNDS                         milliseconds of each step
 compute SOCKET FILE ROUNDS SIDE                   equal results, and milliseconds of a product; weights go to FILE
 model SOCKET FILE ROUNDS WIDTH                    the same for a transformers model
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +34,12 @@ if TYPE_CHECKING:
 DEVICE = "cuda:0"
 COPY_PIECE = 64 << 20
 STEPS: list[tuple[Any, str, str]] = [
-    (handle_socket.HandleConnection, "__init__", "connect and hello"),
-    (handle_socket.HandleConnection, "attach", "request, answer and descriptors"),
+    (handle_socket.SocketClient, "__init__", "connect and hello"),
+    (handle_socket.SocketClient, "attach", "request, answer and descriptors"),
     (cuda_driver, "import_descriptor", "import"),
-    (cuda_driver.AddressRange, "__init__", "reserve addresses"),
-    (cuda_driver.AddressRange, "map", "map"),
-    (cuda_driver.AddressRange, "allow", "set access"),
+    (cuda_driver.MappedAddressRange, "__init__", "reserve addresses"),
+    (cuda_driver.MappedAddressRange, "map", "map"),
+    (cuda_driver.MappedAddressRange, "allow", "set access"),
     (cuda_driver, "release", "release"),
     (attachment, "_tensors", "manifest: columns to rows"),
     (attachment.Attachment, "state_dict", "make the tensors"),
@@ -51,23 +52,21 @@ def ready() -> None:
     torch.cuda.synchronize()
 
 
-def hold(kind: str, socket: str, name: str, file: str) -> None:
+def hold(kind: str, socket: str, name: str, *files: str) -> None:
     """Keep a context, an attached checkpoint or a private copy."""
     ready()
-    state = {}
-    if kind == "private":
-        state = load_file(file, device=DEVICE)
-    elif kind == "attached":
-        client = weightd.connect(socket)
-        attached = client.attach(name, device=DEVICE)
-        state = attached.state_dict()
-    torch.cuda.synchronize()
-    print("ready", flush=True)
-    sys.stdin.read()
-    if kind == "attached":
-        state.clear()
-        attached.close()
-        client.close()
+    with ExitStack() as stack:
+        kept: list[Any] = []
+        if kind == "private":
+            kept += [load_file(file, device=DEVICE) for file in files]
+        elif kind == "attached":
+            client = stack.enter_context(weightd.connect(socket))
+            attached = stack.enter_context(client.attach(name, device=DEVICE))
+            kept += [attached.tensor(each, component) for component, each in attached.tensors]
+        torch.cuda.synchronize()
+        print("ready", flush=True)
+        sys.stdin.read()
+        kept.clear()
 
 
 def attach(socket: str, name: str, rounds: str) -> list[dict[str, float]]:

@@ -7,10 +7,13 @@ Takes some minutes on the first visible GPU, which should be idle, and writes DA
 
 - memory: NVML's used memory of 1, 2, 4 and 8 processes with nothing but a context, attached to one checkpoint of 8 GB,
   and with private copies.
-- attach: connect, attach, make 300 tensors of 16 GB, by size of the segments; torch and its context are up.
+- attach: connect, attach, make 300 tensors of 16 GB, by size of the segments; torch and its context are up. What a new
+  process needs for imports, cuInit and a context comes on top: `tools/gpu_probe.py --only start` measures that.
 - load: 16 GB from a warm page cache, with and without hashing, beside `safetensors.torch.load_file(device="cuda")` and
   copies from two pinned buffers of 64 MiB, which nothing can beat. In turns; a ratio is that of neighbours.
 - compute: a matrix product and a Llama of eight layers on attached and on private weights. Results must be equal.
+- workload: as memory, with the two pipelines of 62.5 GB that share a text encoder (`weightd plan` in README); processes
+  serve one and the other in turns.
 """
 
 from __future__ import annotations
@@ -99,7 +102,16 @@ def compute_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
-ROWS = {"memory": memory_rows, "attach": attach_rows, "load": load_rows, "compute": compute_rows}
+def workload_rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """As of memory, and what sharing saved of the two pipelines."""
+    total, unique = found["total"], found["size"]
+    saved = f"{100 * (total - unique) / total:.1f} % of {total / GB:.2f} GB"
+    return [*memory_rows(found), (f"saved: {saved}; loaded in {found['load_seconds']:.1f} s", *[""] * 5)]
+
+
+ROWS = {
+    "memory": memory_rows, "attach": attach_rows, "load": load_rows, "compute": compute_rows, "workload": workload_rows,
+}  # fmt: skip
 
 
 def report(results: dict[str, Any]) -> str:
@@ -172,8 +184,10 @@ def main() -> str | int:
             except (Exception, SystemExit) as error:  # noqa: BLE001  # the other parts are worth having all the same
                 results["parts"][part] = {"failed": f"{type(error).__name__}: {error}"}
     print(json.dumps(results, indent=2) if options.format == "json" else report(results))
+    failed = int(any("failed" in found for found in results["parts"].values()))
     if is_double:
-        return "gpu: figures of a test double are not written"
+        print("gpu: figures of a test double are not written", file=sys.stderr)
+        return failed
     name = "-".join([results["about"]["date"], re.sub(r"[^a-z0-9]+", "-", results["about"]["gpu"].lower()).strip("-")])
     if options.only != list(PARTS):
         name += "-" + "-".join(options.only)
@@ -183,7 +197,7 @@ def main() -> str | int:
     (options.results / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n")
     (options.results / f"{name}.md").write_text(report(results))
     print(f"gpu: written {options.results / name}.md and .json", file=sys.stderr)
-    return int(any("failed" in found for found in results["parts"].values()))
+    return failed
 
 
 if __name__ == "__main__":

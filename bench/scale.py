@@ -4,12 +4,14 @@
                           [--large 5,10,20,40] [--large-tensors 10000] [--rounds 5] [--format human|json]
 
 A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
-At each size it is timed: one more load, naming what is resident, a pin, an attach, `ls`, `stats`, reading all events,
-and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time) over log(size),
-from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, reading
+all events, and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time)
+over log(size), from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
 
-Aim: no exponent of one operation is above 1.15, which leaves room for n log n and for noise; loads, names, pins and
-attaches do not grow (0.3). So n of these cost n.
+Times are CPU time of the daemon's loop, which a busy machine changes little; that of the restart is wall time.
+
+Aim: no exponent of one operation is above 1.15, which leaves room for n log n and for noise; loads, removals, names,
+pins and attaches do not grow (0.3). So n of these cost n.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.daemon import Daemon
 from support.manager import Manager
 
-FLAT = ("load", "name", "pin", "attach")
+FLAT = ("load", "remove", "name", "pin", "attach")
 AIM, AIM_FLAT = 1.15, 0.3
+EVENTS_PAUSE = 1.0
+"""Seconds after which the daemon sends a user all recent events without holding them back."""
 
 
 def write(path: Path, tensors: int, seed: int) -> None:
@@ -49,13 +53,19 @@ def write(path: Path, tensors: int, seed: int) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
 
 
-def median(rounds: int, call: Callable[[], object]) -> float:
-    """Seconds, the median of some rounds."""
+def loop_seconds(daemon: Daemon) -> float:
+    """CPU time of the thread on which a daemon's loop runs."""
+    return int(Path(f"/proc/{daemon.pid}/task/{daemon.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def median(daemon: Daemon, rounds: int, call: Callable[[], object], pause: float = 0.0) -> float:
+    """Seconds of the daemon's loop, the median of some rounds; before each is a pause of so many seconds."""
     series = []
     for _ in range(rounds):
-        begun = time.perf_counter()
+        time.sleep(pause)
+        begun = loop_seconds(daemon)
         call()
-        series.append(time.perf_counter() - begun)
+        series.append(loop_seconds(daemon) - begun)
     return statistics.median(series)
 
 
@@ -71,24 +81,29 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
         with weightd.connect(daemon.socket, timeout=120) as one:
             one.load_report(path, name=f"c{there}")
 
+    def remove(client: weightd.Client) -> None:
+        nonlocal there
+        client.remove(f"c{there}")
+        there -= 1
+
     for size in sizes:
         while there < size - rounds:
             load()
-        loads = []
-        while there < size:
-            begun = time.perf_counter()
+        row = found[size] = {"load": median(daemon, size - there, load)}
+        for _ in range(rounds):
             load()
-            loads.append(time.perf_counter() - begun)
-        row = found[size] = {"load": statistics.median(loads)}
         names = iter(range(10**6))
         with weightd.connect(daemon.socket, timeout=120) as client:
+            row["remove"] = median(daemon, rounds, lambda: remove(client))
+            write(path, tensors, there)
+            client.load_report(path)  # from now on these files are known to be resident
             client.attach("c1").close()
-            row["name"] = median(rounds, lambda: client.load_report(path, name=f"also {size} {next(names)}"))  # noqa: B023  # called here
-            row["pin"] = median(rounds, lambda: (client.pin("c1"), client.unpin("c1")))
-            row["attach"] = median(rounds, lambda: client.attach("c1").close())
-            row["ls"] = median(rounds, client.checkpoints)
-            row["stats"] = median(rounds, client.stats)
-            row["events"] = median(rounds, lambda: list(client.events()))
+            row["name"] = median(daemon, rounds, lambda: client.load_report(path, name=f"also {size} {next(names)}"))  # noqa: B023  # called here
+            row["pin"] = median(daemon, rounds, lambda: (client.pin("c1"), client.unpin("c1")))
+            row["attach"] = median(daemon, rounds, lambda: client.attach("c1").close())
+            row["ls"] = median(daemon, rounds, client.checkpoints)
+            row["stats"] = median(daemon, rounds, client.stats)
+            row["events"] = median(daemon, rounds, lambda: list(client.events()), EVENTS_PAUSE)
         daemon.kill()
         begun = time.perf_counter()
         daemon.start()

@@ -31,11 +31,12 @@ class NoAnswerError(Exception):
 
 @dataclass(frozen=True)
 class Question:
-    """A question about the GPU, how its answer is found, and the function that finds it and says it in words."""
+    """A question about the GPU, what its answer decides, and the function that finds it and puts it into words."""
 
     name: str
     text: str
     how: str
+    decides: str
     answer: Callable[[], str]
     seconds: float
 
@@ -43,11 +44,13 @@ class Question:
 QUESTIONS: dict[str, Question] = {}
 
 
-def question(name: str, text: str, how: str, seconds: float = 60) -> Callable[[Callable[[], str]], Callable[[], str]]:
+def question(
+    name: str, text: str, how: str, decides: str, seconds: float = 60
+) -> Callable[[Callable[[], str]], Callable[[], str]]:
     """Register a function as the probe that answers `text`; it may take `seconds`."""
 
     def register(function: Callable[[], str]) -> Callable[[], str]:
-        QUESTIONS[name] = Question(name, text, how, function, seconds)
+        QUESTIONS[name] = Question(name, text, how, decides, function, seconds)
         return function
 
     return register
@@ -105,9 +108,9 @@ class Usage:
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-def mapped(allocation: driver.Allocation, size: int, *, writable: bool) -> driver.AddressRange:
+def mapped(allocation: driver.Allocation, size: int, *, writable: bool) -> driver.MappedAddressRange:
     """The allocation, mapped into this process."""
-    place = driver.AddressRange(ORDINAL, size)
+    place = driver.MappedAddressRange(ORDINAL, size)
     place.map(0, size, allocation)
     place.allow(writable=writable)
     return place
@@ -166,9 +169,9 @@ class Peer:
             raise RuntimeError(f"the other process ended: {data.removeprefix(_FAILED).decode() or 'no reason given'}")
         return data, descriptors
 
-    def send(self, *descriptors: int) -> None:
-        """Send it a byte, and descriptors."""
-        socket.send_fds(self._connection, [b"."], descriptors)
+    def send(self, *descriptors: int, data: bytes = b".") -> None:
+        """Send it bytes, by default one, and descriptors."""
+        socket.send_fds(self._connection, [data], descriptors)
 
     def kill(self) -> None:
         """SIGKILL it, and give the driver time to notice."""
@@ -204,6 +207,15 @@ def peer(work: Callable[[socket.socket], None]) -> Iterator[Peer]:
         ours.close()
 
 
+def imported(exporter: Peer) -> tuple[driver.Allocation, int]:
+    """What a process that runs `export_memory` exported, imported here, and its size in bytes."""
+    _, (descriptor,) = exporter.receive()
+    driver.initialise()
+    allocation = driver.import_descriptor(descriptor)
+    os.close(descriptor)
+    return allocation, driver.granularity(ORDINAL)
+
+
 def export_memory(connection: socket.socket) -> None:
     """For `peer`: send the descriptor of one granule that holds PATTERN, then wait to be killed."""
     driver.initialise()
@@ -213,3 +225,12 @@ def export_memory(connection: socket.socket) -> None:
         fill(mapped(allocation, size, writable=True).address, size)
     socket.send_fds(connection, [b"."], [driver.export(allocation)])
     connection.recv(1)
+
+
+def export_by_ipc(connection: socket.socket) -> None:
+    """For `peer`: send the CUDA IPC handle of memory that holds PATTERN, then wait to be killed."""
+    with driver.on_device(ORDINAL):
+        address = int(driver.call("cuMemAlloc", 2 * MIB))
+        fill(address, 2 * MIB)
+        connection.send(driver.ipc_handle(address))
+        connection.recv(1)

@@ -19,16 +19,17 @@ from _gpu_asking import (
     PATTERN,
     SUCCESS,
     NoAnswerError,
-    Peer,
     Usage,
     code,
     export_memory,
     fill,
+    imported,
     is_double,
     mapped,
     nvml_device,
     peer,
     question,
+    read,
     reading,
     set_access,
 )
@@ -39,21 +40,15 @@ from weightd.errors import DeviceError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IPC_BYTES = 64
-
-
-def _imported(exporter: Peer) -> tuple[driver.Allocation, int]:
-    _, (descriptor,) = exporter.receive()
-    driver.initialise()
-    allocation = driver.import_descriptor(descriptor)
-    os.close(descriptor)
-    return allocation, driver.granularity(ORDINAL)
-
-
 # -- what an owner without a context can do ----------------------------------------------------------------------------
 
 
-@question("granularity", "In what units is device memory allocated?", "cuMemGetAllocationGranularity, both flags")
+@question(
+    "granularity",
+    "In what units is device memory allocated?",
+    "cuMemGetAllocationGranularity, both flags",
+    "the unit of segments, and what the smallest checkpoint costs",
+)
 def _granularity() -> str:
     driver.initialise()
     from cuda.bindings import driver as cuda
@@ -67,6 +62,7 @@ def _granularity() -> str:
     "create-without-context",
     "Can a process without a context allocate and export, and how much device memory does that use?",
     "NVML's used memory while another process calls cuInit, cuMemCreate of 128 MiB, export, release",
+    "whether the daemon can own memory without a context, and what that costs outside the budget",
 )
 def _create_without_context() -> str:
     with peer(_own) as owner:
@@ -101,18 +97,22 @@ def _own(connection: socket.socket) -> None:
     "map-without-context",
     "Can a process without a context map memory?",
     "cuMemMap and cuMemSetAccess while no context is current",
+    "whether a client must have a context before it attaches",
 )
 def _map_without_context() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
     allocation = driver.create(ORDINAL, size)
-    place = driver.AddressRange(ORDINAL, size)
+    place = driver.MappedAddressRange(ORDINAL, size)
     result = code("cuMemMap", place.address, size, 0, allocation, 0)
     return f"cuMemMap: {result}, cuMemSetAccess: {set_access(place.address, size, writable=True)}"
 
 
 @question(
-    "context-cost", "How much device memory does a context use?", "NVML's used memory around cuDevicePrimaryCtxRetain"
+    "context-cost",
+    "How much device memory does a context use?",
+    "NVML's used memory around cuDevicePrimaryCtxRetain",
+    "how much of a GPU the default budget leaves to contexts",
 )
 def _context_cost() -> str:
     driver.initialise()
@@ -126,6 +126,7 @@ def _context_cost() -> str:
     "nvml-after-release",
     "Does NVML's used memory fall at once when memory is released?",
     "cuMemCreate of 1 GiB, cuMemRelease, then NVML every millisecond",
+    "whether the daemon may believe NVML right after it released memory, or must wait",
 )
 def _nvml_after_release() -> str:
     driver.initialise()
@@ -143,120 +144,17 @@ def _nvml_after_release() -> str:
     return "not within 2 s"
 
 
-@question("uuid", "Does NVML know the device by the driver's UUID?", "nvmlDeviceGetHandleByUUID(cuDeviceGetUuid)")
+@question(
+    "uuid",
+    "Does NVML know the device by the driver's UUID?",
+    "nvmlDeviceGetHandleByUUID(cuDeviceGetUuid)",
+    "whether NVML's figures are those of the device that the daemon serves",
+)
 def _uuid() -> str:
     driver.initialise()
     nvml, handle = nvml_device()
     ours, theirs = driver.uuid_of(ORDINAL), nvml.nvmlDeviceGetUUID(handle)
     return "yes, the same text" if ours == theirs else "NVML finds a device, but calls it otherwise"
-
-
-# -- who keeps memory alive --------------------------------------------------------------------------------------------
-
-
-@question(
-    "import-after-kill",
-    "Does an exported descriptor alone keep the memory after its exporter was killed?",
-    "SIGKILL of the exporter, 0.5 s, then import, map and read",
-)
-def _import_after_kill() -> str:
-    with peer(export_memory) as exporter:
-        _, (descriptor,) = exporter.receive()
-        exporter.kill()
-    driver.initialise()
-    size = driver.granularity(ORDINAL)
-    with driver.on_device(ORDINAL):
-        try:
-            allocation = driver.import_descriptor(descriptor)
-        except DeviceError as error:
-            return f"no: import fails with {error.code}"
-        return f"import succeeds, reading {reading(mapped(allocation, size, writable=False).address)}"
-
-
-@question(
-    "read-after-kill",
-    "Does a mapping outlive its exporter?",
-    "import and map, SIGKILL of the exporter, 0.5 s, read",
-)
-def _read_after_kill() -> str:
-    with peer(export_memory) as exporter:
-        allocation, size = _imported(exporter)
-        with driver.on_device(ORDINAL):
-            address = mapped(allocation, size, writable=False).address
-            before = reading(address)
-            exporter.kill()
-            return f"before: reading {before}; after: reading {reading(address)}"
-
-
-@question(
-    "reopened-descriptor",
-    "Can an exported descriptor be opened again through /proc/self/fd?",
-    "open(/proc/self/fd/N), then import the new descriptor",
-)
-def _reopened_descriptor() -> str:
-    driver.initialise()
-    descriptor = driver.export(driver.create(ORDINAL, driver.granularity(ORDINAL)))
-    try:
-        again = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
-    except OSError as error:
-        return f"no: open fails with {error.strerror}"
-    try:
-        driver.import_descriptor(again)
-    except DeviceError as error:
-        return f"no: it opens, but the import fails with {error.code}"
-    return "yes, and the import of what was opened succeeds"
-
-
-@question(
-    "ipc-after-kill",
-    "CUDA IPC: does an opened handle outlive its exporter?",
-    "cuIpcOpenMemHandle (timed), SIGKILL of the exporter, 0.5 s, read",
-)
-def _ipc_after_kill() -> str:
-    with peer(_export_by_ipc) as exporter:
-        data, _ = exporter.receive()
-        with driver.on_device(ORDINAL):
-            start = time.perf_counter()
-            address = _open_ipc(data)
-            microseconds = (time.perf_counter() - start) * 1e6
-            before = reading(address)
-            exporter.kill()
-            return f"opened in {microseconds:.0f} µs; before: reading {before}; after: reading {reading(address)}"
-
-
-@question(
-    "ipc-open-after-kill",
-    "CUDA IPC: can a handle be opened after its exporter was killed?",
-    "SIGKILL of the exporter, 0.5 s, cuIpcOpenMemHandle",
-)
-def _ipc_open_after_kill() -> str:
-    with peer(_export_by_ipc) as exporter:
-        data, _ = exporter.receive()
-        exporter.kill()
-    with driver.on_device(ORDINAL):
-        try:
-            address = _open_ipc(data)
-        except DeviceError as error:
-            return f"no: {error.code}"
-        return f"it opens; reading {reading(address)}"
-
-
-def _export_by_ipc(connection: socket.socket) -> None:
-    with driver.on_device(ORDINAL):
-        address = int(driver.call("cuMemAlloc", 2 * MIB))
-        fill(address, 2 * MIB)
-        handle = driver.call("cuIpcGetMemHandle", address)
-        connection.send(ctypes.string_at(handle.getPtr(), IPC_BYTES))
-        connection.recv(1)
-
-
-def _open_ipc(data: bytes) -> int:
-    from cuda.bindings import driver as cuda
-
-    handle = cuda.CUipcMemHandle()
-    ctypes.memmove(handle.getPtr(), data, IPC_BYTES)
-    flag = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS.value
-    return int(driver.call("cuIpcOpenMemHandle", handle, flag))
 
 
 # -- what read-only means ----------------------------------------------------------------------------------------------
@@ -266,6 +164,7 @@ def _open_ipc(data: bytes) -> int:
     "copy-into-readonly",
     "What does a driver's copy into a read-only mapping do?",
     "import, map read-only, cuMemcpyHtoD, cuCtxSynchronize, cuMemGetInfo; then a read by another process",
+    "what docs/security.md says of a client that writes by accident",
 )
 def _copy_into_readonly() -> str:
     return _attempt(_copy_over)
@@ -275,6 +174,7 @@ def _copy_into_readonly() -> str:
     "kernel-into-readonly",
     "What does a kernel's store into a read-only mapping do?",
     "import, map read-only, torch.Tensor.fill_, torch.cuda.synchronize, one more call; then a read by another process",
+    "what docs/security.md says of a kernel that writes by accident, and whether its process must be restarted",
     seconds=180,
 )
 def _kernel_into_readonly() -> str:
@@ -339,10 +239,11 @@ def _store_by_kernel(address: int, size: int) -> str:
     "upgrade",
     "Can a client make its own read-only mapping writable?",
     "import, map read-only, cuMemSetAccess for reading and writing, cuMemsetD8, read",
+    "whether read-only mappings are a guard against accidents or protection",
 )
 def _upgrade() -> str:
     with peer(export_memory) as exporter:
-        allocation, size = _imported(exporter)
+        allocation, size = imported(exporter)
         with driver.on_device(ORDINAL):
             address = mapped(allocation, size, writable=False).address
             result = set_access(address, size, writable=True)
@@ -357,6 +258,7 @@ def _upgrade() -> str:
     "two-mappings",
     "Can one process map one allocation twice, once to write and once to read?",
     "two ranges over one allocation; a write through one is read through the other",
+    "whether a loader may write where a client in the same process reads",
 )
 def _two_mappings() -> str:
     with driver.on_device(ORDINAL):
@@ -375,13 +277,71 @@ def _two_mappings() -> str:
     "unmap-adjacent",
     "May one cuMemUnmap cover several adjacent mappings?",
     "two allocations mapped side by side, one cuMemUnmap over both",
+    "whether an attachment can be unmapped in one call",
 )
 def _unmap_adjacent() -> str:
     driver.initialise()
     size = driver.granularity(ORDINAL)
-    place = driver.AddressRange(ORDINAL, 2 * size)
+    place = driver.MappedAddressRange(ORDINAL, 2 * size)
     for offset in (0, size):
         place.map(offset, size, driver.create(ORDINAL, size))
     place.allow(writable=True)
     result = code("cuMemUnmap", place.address, 2 * size)
     return "yes" if result == SUCCESS else f"no: {result}"
+
+
+@question(
+    "one-access",
+    "May one cuMemSetAccess cover several allocations, one of them mapped twice?",
+    "one range over allocations A, B, A; one cuMemSetAccess for all; each is read",
+    "whether a client may map an attachment as one range, which the library relies on",
+)
+def _one_access() -> str:
+    with driver.on_device(ORDINAL):
+        size = driver.granularity(ORDINAL)
+        one, two = (driver.create(ORDINAL, size) for _ in range(2))
+        for allocation, byte in ((one, PATTERN), (two, PATTERN + 1)):
+            place = mapped(allocation, size, writable=True)
+            fill(place.address, size, byte)
+            place.close()
+        whole = driver.MappedAddressRange(ORDINAL, 3 * size)
+        for number, allocation in enumerate((one, two, one)):
+            whole.map(number * size, size, allocation)
+        result = set_access(whole.address, whole.size, writable=False)
+        if result != SUCCESS:
+            return f"no: cuMemSetAccess: {result}"
+        bytes_ = (PATTERN, PATTERN + 1, PATTERN)
+        return f"yes; reading {', '.join(reading(whole.address + n * size, byte) for n, byte in enumerate(bytes_))}"
+
+
+@question(
+    "zeroed-for-others",
+    "Does new memory hold what another process left?",
+    "a process fills 2 GiB and is killed; this one creates 2 GiB and counts bytes that are not zero",
+    "whether the daemon must clear segments before another user gets them",
+    seconds=90,
+)
+def _zeroed_for_others() -> str:
+    with peer(_leave_filled) as other:
+        other.receive()
+    driver.initialise()
+    size = _gigabytes()
+    with driver.on_device(ORDINAL):
+        place = mapped(driver.create(ORDINAL, size), size, writable=False)
+        pieces = (read(place.address + offset, 64 * MIB) for offset in range(0, size, 64 * MIB))
+        return f"{sum(len(piece) - piece.count(0) for piece in pieces)} bytes of {size // MIB} MiB are not zero"
+
+
+def _leave_filled(connection: socket.socket) -> None:
+    driver.initialise()
+    size = _gigabytes()
+    allocation = driver.create(ORDINAL, size)
+    with driver.on_device(ORDINAL):
+        fill(mapped(allocation, size, writable=True).address, size)
+    connection.send(b".")
+    connection.recv(1)
+
+
+def _gigabytes() -> int:
+    """So much that the memory just freed is used again; on the double, whose memory is the host's, less."""
+    return (64 if is_double() else 2048) * MIB

@@ -37,7 +37,7 @@ def _cost_of_calls(size: int, number: int) -> str:
             raise NoAnswerError(f"the device has no {number} × {size // MIB} MiB: {error.code}") from None
         exported = each("export", driver.export, created)
         imported = each("import", driver.import_descriptor, exported)
-        places = each("reserve", lambda bytes_: driver.AddressRange(ORDINAL, bytes_), sizes)
+        places = each("reserve", lambda bytes_: driver.MappedAddressRange(ORDINAL, bytes_), sizes)
         each("map", lambda place, allocation: place.map(0, size, allocation), places, imported)
         each("set access", lambda place: place.allow(writable=False), places)
         each("release", driver.release, imported)
@@ -54,6 +54,7 @@ def _register_costs() -> None:
             f"cost-{label.replace(' ', '').lower()}",
             f"What does each call cost for {label}?",
             f"{number} allocations at once, a context current; median of each call, Python's share of it",
+            "the size of segments: large ones attach faster, small ones give memory back sooner",
         )(lambda size=size, number=number: _cost_of_calls(size, number))  # type: ignore[misc]
 
 
@@ -64,6 +65,7 @@ _register_costs()
     "scrubbing",
     "What does cuMemCreate cost by size, and does it zero memory that was used before?",
     "cuMemCreate of 256 MiB, 1 GiB and 4 GiB, median of 5 each; 64 MiB filled, released, created again, read",
+    "whether the daemon must clear segments, and how long its driver calls take",
 )
 def _scrubbing() -> str:
     said = []
@@ -93,6 +95,7 @@ def _scrubbing() -> str:
     "copy-rate",
     "How fast are copies from pinned memory, by the number of copies under way?",
     "cuMemcpyHtoDAsync on one stream, an event for each buffer, into a cuMemCreate mapping; median of 3 × 0.2 s",
+    "the number and size of a loader's pinned buffers, and the rate that a load is measured against",
 )
 def _copy_rate() -> str:
     said = []

@@ -13,6 +13,7 @@ Exit codes: 0, or 1 where there is no GPU to print answers of, or a question fai
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -22,18 +23,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import _gpu_behaviour  # noqa: F401  # registers questions
-import _gpu_costs  # noqa: F401  # likewise
-from _gpu_asking import ORDINAL, QUESTIONS, NoAnswerError, Question, is_double, nvml_device
+from _gpu_asking import MIB, ORDINAL, QUESTIONS, NoAnswerError, Question, is_double, nvml_device
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import WeightdError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+for _subject in ("_gpu_keeping", "_gpu_behaviour", "_gpu_serving", "_gpu_costs"):
+    importlib.import_module(_subject)  # registers questions: they are asked in this order, most telling first
+
 UNKNOWN = "not yet measured"
 NO_GPU = "No GPU was at hand: nothing on this page has been measured yet."
 PACKAGES = ("cuda-bindings", "cuda-core", "nvidia-ml-py", "torch")
+COMPUTE_MODES = {0: "default", 2: "prohibited", 3: "exclusive process"}
 _DESCRIBING_SECONDS = 60.0
 
 
@@ -45,8 +51,10 @@ def in_own_process(arguments: list[str], seconds: float) -> dict[str, Any]:
     ) as process:
         try:
             printed, errors = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
+        except BaseException as error:  # also Ctrl-C, which does not reach another session
             os.killpg(process.pid, signal.SIGKILL)  # and the processes that it forked
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return {"failed": f"no answer within {seconds:.0f} s"}
     try:
         found: dict[str, Any] = json.loads(printed.splitlines()[-1])
@@ -57,7 +65,7 @@ def in_own_process(arguments: list[str], seconds: float) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """The GPU and what drives it; {"absent": why} where there is none."""
+    """The GPU and what drives it; {"absent": why} where there is none. What cannot be found out says why."""
     try:
         driver.initialise()
     except WeightdError as error:
@@ -67,25 +75,29 @@ def describe() -> dict[str, Any]:
         "GPU": driver.name_of(ORDINAL),
         "memory": f"{driver.total_memory(ORDINAL) / (1 << 30):.0f} GiB",
         "CUDA of the driver": f"{version // 1000}.{version % 1000 // 10}",
-        "driver": "unknown",
         "double": is_double(),
     }
     try:
         nvml, handle = nvml_device()
-    except NoAnswerError:
-        return found
-    found["driver"] = nvml.nvmlSystemGetDriverVersion()
-    used = nvml.nvmlDeviceGetMemoryInfo(handle).used
-    found["used beforehand"] = f"{used / (1 << 20):,.0f} MiB"
-    for label, function in (
-        ("persistence mode", lambda: nvml.nvmlDeviceGetPersistenceMode(handle)),
-        ("MIG mode", lambda: nvml.nvmlDeviceGetMigMode(handle)[0]),
-    ):
+    except NoAnswerError as why:
+        return found | {"driver": f"unknown: {why}"}
+    facts: dict[str, Callable[[], str]] = {
+        "driver": nvml.nvmlSystemGetDriverVersion,
+        "used beforehand": lambda: f"{nvml.nvmlDeviceGetMemoryInfo(handle).used / MIB:,.0f} MiB",
+        "persistence mode": lambda: _on_or_off(nvml.nvmlDeviceGetPersistenceMode(handle)),
+        "MIG mode": lambda: _on_or_off(nvml.nvmlDeviceGetMigMode(handle)[0]),
+        "compute mode": lambda: COMPUTE_MODES.get(nvml.nvmlDeviceGetComputeMode(handle), "unknown"),
+    }
+    for label, fact in facts.items():
         try:
-            found[label] = "on" if function() else "off"
-        except nvml.NVMLError as error:
-            found[label] = str(error).lower()
+            found[label] = fact()
+        except nvml.NVMLError as error:  # a GPU need not support each of them
+            found[label] = f"unknown: {str(error).lower()}"
     return found
+
+
+def _on_or_off(state: int) -> str:
+    return "on" if state else "off"
 
 
 def answer(name: str) -> dict[str, str]:
@@ -110,9 +122,9 @@ def ask(name: str) -> str:
 
 def page(machine: list[str], answers: dict[str, str]) -> str:
     """The page in Markdown."""
-    rows = [(q.name, q.text, answers.get(q.name, UNKNOWN), q.how) for q in QUESTIONS.values()]
-    head = ("name", "question", "answer", "how it is measured")
-    table = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (head, ("---",) * 4, *rows)]
+    rows = [(q.name, q.text, answers.get(q.name, UNKNOWN), q.decides, q.how) for q in QUESTIONS.values()]
+    head = ("name", "question", "answer", "what it decides", "how it is measured")
+    table = [" | ".join(cell.replace("|", r"\|") for cell in row) for row in (head, ("---",) * 5, *rows)]
     return "\n".join(
         [
             "# What the GPU says",
@@ -155,12 +167,13 @@ def write_unknown(path: Path) -> str | int:
     return 0
 
 
-def show(asked: list[Question]) -> dict[str, str]:
-    """Ask, and print answers as they come."""
-    answers = {}
-    for each in asked:
-        answers[each.name] = ask(each.name)
-        print(f"{each.name}: {each.text}\n    {answers[each.name]}", flush=True)
+def show(asked: list[Question], each: Callable[[dict[str, str]], None]) -> dict[str, str]:
+    """Ask, and print answers as they come; `each` is called with the answers so far."""
+    answers: dict[str, str] = {}
+    for one in asked:
+        answers[one.name] = ask(one.name)
+        print(f"{one.name}: {one.text}\n    {answers[one.name]}", flush=True)
+        each(answers)
     return answers
 
 
@@ -190,9 +203,14 @@ def main() -> str | int:
         return write_unknown(options.write) if options.write else 1
     if options.write and found["double"]:
         return f"gpu_probe: {found['GPU']} is a test double; what it answers is no fact about CUDA and is not written"
-    answers = show([QUESTIONS[options.only]] if options.only else list(QUESTIONS.values()))
+    machine = machine_lines(found)
+
+    def save(answers: dict[str, str]) -> None:
+        if options.write:  # after each answer: a GPU that hangs takes none of them back
+            options.write.write_text(page(machine, answers))
+
+    answers = show([QUESTIONS[options.only]] if options.only else list(QUESTIONS.values()), save)
     if options.write:
-        options.write.write_text(page(machine_lines(found), answers))
         print(f"written: {options.write}")
     return int(any(each.startswith("failed") for each in answers.values()))
 

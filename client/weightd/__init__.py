@@ -34,6 +34,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from ._mapping.cuda_release import unreleased_bytes, wait_until_released
     from .attachment import Attachment
     from .client import Client, connect
 
@@ -63,9 +64,17 @@ __all__ = [
     "WeightdError",
     "__version__",
     "connect",
+    "unreleased_bytes",
+    "wait_until_released",
 ]
 
-_LAZY = {"Attachment": "attachment", "Client": "client", "connect": "client"}
+_LAZY = {
+    "Attachment": "attachment",
+    "Client": "client",
+    "connect": "client",
+    "unreleased_bytes": "_mapping.cuda_release",
+    "wait_until_released": "_mapping.cuda_release",
+}
 
 
 def __getattr__(name: str) -> Any:

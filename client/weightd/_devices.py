@@ -9,7 +9,7 @@ from ._mapping import cuda_driver
 from .errors import DeviceMismatchError
 
 _HOST = ("host", "cpu")
-_UUID = "GPU-"
+_UUID = ("GPU-", "MIG-")
 _CUDA = re.compile(r"cuda(?::(\d+))?")
 
 

@@ -13,7 +13,7 @@ from .types import TensorKey
 
 if TYPE_CHECKING:
     from ._proto.v1 import checkpoint_pb2
-    from ._references.files import OpenedSources
+    from ._references.files import OpenedReference
 
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors' own bound."""
@@ -36,7 +36,7 @@ Groups = Iterable[Members] | Callable[[Sequence[StoredTensor]], Iterable[Members
 """Groups, or what makes them of the checkpoint's tensors; it is only called where something has to be loaded."""
 
 
-def add_groups(request: checkpoint_pb2.LoadRequest, groups: Groups, opened: OpenedSources) -> None:
+def add_groups(request: checkpoint_pb2.LoadRequest, groups: Groups, opened: OpenedReference) -> None:
     """Put groups into a request for the files that are opened; nothing where one of them is no safetensors file.
 
     The daemon says what is wrong with such a file, or with an index. Of a tensor that several files have, the one
@@ -56,7 +56,7 @@ def add_groups(request: checkpoint_pb2.LoadRequest, groups: Groups, opened: Open
         request.group_tensors.extend(numbers[member] for member in members)
 
 
-def _tensors(opened: OpenedSources) -> dict[TensorKey, tuple[int, StoredTensor]]:
+def _tensors(opened: OpenedReference) -> dict[TensorKey, tuple[int, StoredTensor]]:
     """The checkpoint's tensors, and the number of each among those of all headers."""
     files = list(zip(opened.sources, opened.fds, strict=True))
     indexes = {

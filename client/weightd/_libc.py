@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any, Final
 
+_MAP_FIXED: Final = 0x10
+_PROT_NONE: Final = 0
 _MAP_NORESERVE: Final = 0x4000
 _FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -30,13 +32,32 @@ unmap: Final[Callable[[int, int], int]] = _libc.munmap
 """Unmap `size` bytes at an address. Needs no other name of this module, so that it works at the interpreter's end."""
 
 
-def map_private(descriptor: int, size: int, *, writable: bool) -> int:
+def reserve(size: int, alignment: int) -> int:
+    """Reserve addresses for `map_private`: `size` bytes from a multiple of `alignment` on, both whole pages.
+
+    They are given back by `unmap`. Errors: OSError.
+    """
+    most = size + alignment - mmap.PAGESIZE
+    found = _map(None, most, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE, -1)
+    address = -(-found // alignment) * alignment
+    for start, stop in ((found, address), (address + size, found + most)):
+        if start < stop:
+            unmap(start, stop - start)
+    return address
+
+
+def map_private(descriptor: int, size: int, *, writable: bool, at: int | None = None) -> int:
     """Map `size` bytes of a file copy-on-write, without reserving memory for copies. Returns the address.
 
-    Errors: OSError.
+    `at` is an address in what `reserve` gave. Errors: OSError.
     """
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    address = _libc.mmap(None, size, protection, mmap.MAP_PRIVATE | _MAP_NORESERVE, descriptor, 0)
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE | (0 if at is None else _MAP_FIXED)
+    return _map(at, size, protection, flags, descriptor)
+
+
+def _map(at: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    address = _libc.mmap(at, size, protection, flags, descriptor, 0)
     if address == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, f"mapping {size} bytes failed: {os.strerror(code)}")

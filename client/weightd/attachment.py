@@ -15,8 +15,8 @@ from . import _fused
 from ._manifest import Manifest
 from ._mapping import host
 from ._mapping.opening import open_segments
-from ._mapping.ranges import Extents
-from ._mapping.segments import Wanted
+from ._mapping.ranges import MappedExtents
+from ._mapping.segments import SegmentToMap
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
 from .types import DerivedView, TensorInfo, TensorKey
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ._mapping.ranges import Range
-    from ._mapping.segments import Memory, Segments
+    from ._mapping.ranges import MappedRange
+    from ._mapping.segments import MappedSegments, Memory
     from ._transport.connection import DaemonConnection
-    from ._transport.handle_socket import Received
+    from ._transport.handle_socket import ReceivedDescriptors
     from .types import LoadResult
 
 Writable = Literal["copy"] | None
@@ -49,16 +49,18 @@ class Attachment:
 
     def __init__(
         self,
-        received: Received,
+        received: ReceivedDescriptors,
         connection: DaemonConnection,
         components: frozenset[str] = frozenset(),
         keys: frozenset[TensorKey] = frozenset(),
+        *,
+        peers: bool = False,
     ) -> None:
         reply = received.reply
-        lease: host.Mapping | None = None
+        lease: host.HostMapping | None = None
         try:
             lease = host.map_lease(received.lease, received.lease_bytes)
-            self._segments: Segments | None = self._open(received, lease, components, keys)
+            self._segments: MappedSegments | None = self._open(received, lease, components, keys, peers)
         except BaseException:
             if lease is not None:
                 lease.close()  # now, and not when the last traceback that knows of it is gone
@@ -68,15 +70,20 @@ class Attachment:
                 os.close(descriptor)
         self.loaded: LoadResult | None = None
         """What the load brought, where the attach had to load the checkpoint; None where it was resident."""
-        self._extents: Extents | None = None
+        self._extents: MappedExtents | None = None
         self._connection = connection
         self._lease = reply.lease
         connection.hold(reply.lease, self.content_digest, self.device, lease)
         self._closed = False
 
     def _open(
-        self, received: Received, lease: host.Mapping, components: frozenset[str], keys: frozenset[TensorKey]
-    ) -> Segments:
+        self,
+        received: ReceivedDescriptors,
+        lease: host.HostMapping,
+        components: frozenset[str],
+        keys: frozenset[TensorKey],
+        peers: bool,
+    ) -> MappedSegments:
         self._manifest = manifest = Manifest(received.read_manifest())
         self.content_digest: str = manifest.content_digest
         self.device: str = manifest.device
@@ -91,10 +98,10 @@ class Attachment:
                 if segment in most:
                     most[segment] = max(most[segment], copy + 1)
         wanted = [
-            Wanted(segment, manifest.segment_bytes[segment], handle, most[segment])
+            SegmentToMap(segment, manifest.segment_bytes[segment], handle, most[segment])
             for segment, handle in zip(received.reply.segments, received.handles, strict=True)
         ]
-        return open_segments(self.kind, self.device, wanted, lease)
+        return open_segments(self.kind, self.device, wanted, lease, peers=peers)
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +142,15 @@ class Attachment:
         Errors: InvalidReferenceError (closed), DeviceMismatchError.
         """
         return self._opened.torch_device
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The other GPUs that may read the memory, as torch calls them: those that `attach(…, peers=True)` found.
+
+        Empty on the host, and with CUDA IPC, where access follows the process's own settings (torch enables it by
+        itself). Errors: InvalidReferenceError (closed).
+        """
+        return self._opened.peers
 
     @property
     def views(self) -> Mapping[TensorKey, DerivedView]:
@@ -238,10 +254,10 @@ class Attachment:
         """
         segments = self._opened
         if self._extents is None:
-            self._extents = Extents(segments.ranges())
+            self._extents = MappedExtents(segments.ranges())
         return self._extents.hold(address, length)
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[MappedRange]:
         """At which addresses of this process the attached memory lies. Errors: InvalidReferenceError (closed)."""
         return self._opened.ranges()
 
@@ -286,7 +302,7 @@ class Attachment:
             raise NotFoundError(f"tensor {name!r}{inside} is not attached") from None
 
     def _tensor(
-        self, segments: Segments, info: TensorInfo, writable: Writable, copy: int | None = None
+        self, segments: MappedSegments, info: TensorInfo, writable: Writable, copy: int | None = None
     ) -> torch.Tensor:
         if writable not in (None, "copy"):
             raise InvalidReferenceError(f"writable {writable!r}: must be None or 'copy'")
@@ -299,7 +315,7 @@ class Attachment:
 
         return make_tensor
 
-    def _memory(self, segments: Segments, info: TensorInfo, copy: int | None = None) -> Memory | None:
+    def _memory(self, segments: MappedSegments, info: TensorInfo, copy: int | None = None) -> Memory | None:
         """The bytes of a tensor, in its mapping of the segment or that said; None where it has none."""
         if not info.length:
             return None
@@ -311,7 +327,7 @@ class Attachment:
             raise NotFoundError(f"tensor {info.name!r}: only the manifest is attached") from None
 
     @property
-    def _opened(self) -> Segments:
+    def _opened(self) -> MappedSegments:
         if self._segments is None:
             raise InvalidReferenceError("this attachment is closed; attach again")
         return self._segments

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from ._references.files import OpenedSources
-    from ._transport.handle_socket import HandleConnection
+    from ._references.files import OpenedReference
+    from ._transport.handle_socket import SocketClient
     from ._transport.rpc import RpcClient
 
 T = TypeVar("T")
@@ -170,15 +170,18 @@ class Client(Operations):
         tensors: Iterable[TensorKey | tuple[str, str] | str] = (),
         manifest_only: bool = False,
         groups: Groups = (),
+        peers: bool = False,
     ) -> Attachment:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
         A path goes by the content of the files that stand there now, which are loaded when they are not resident, and
         so do files that were chosen by other rules (`resolve.Resolved`); any other reference is the name or digest of a
         resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
-        are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. Errors:
-        NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see it),
-        DeviceError (its driver failed, or what lay there was lost), those of `load` for a path, DaemonUnreachableError.
+        are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. `peers`
+        lets the other GPUs of this process read the memory as well, where the hardware can (`Attachment.peers`).
+        Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see
+        it), DeviceError (its driver failed, or what lay there was lost), those of `load` for a path,
+        DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)
@@ -192,18 +195,18 @@ class Client(Operations):
             is_path(reference) and not self._means_name(reference, request.device, to_load=True)
         ):
             return again_if_replaced(
-                reference, lambda files: self._attach_resolved(files, request, parts, keys, groups)
+                reference, lambda files: self._attach_resolved(files, request, parts, keys, groups, peers)
             )
         request.reference = str(reference)
         if not fit(request):
             raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
-        return self._attach(request, parts, keys)
+        return self._attach(request, parts, keys, peers=peers)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _load(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         groups: Groups,
         on_progress: Callable[[LoadProgress], None] | None = None,
@@ -224,7 +227,7 @@ class Client(Operations):
 
     def _load_offered(
         self,
-        opened: OpenedSources,
+        opened: OpenedReference,
         request: checkpoint_pb2.LoadRequest,
         on_progress: Callable[[LoadProgress], None] | None,
     ) -> LoadResult | None:
@@ -241,13 +244,14 @@ class Client(Operations):
         components: frozenset[str],
         keys: frozenset[TensorKey],
         groups: Groups,
+        peers: bool,
     ) -> Attachment:
         with open_sources(resolved) as opened:
             request.sources.CopyFrom(handles_pb2.SourceSet(sources=[source_to(source) for source in opened.sources]))
         # The files are closed whenever segments come: a process need not have descriptors for both at once.
         if fit(request):  # else a load tells the digest; it reads nothing of what is resident
             try:
-                return self._attach(request, components, keys)
+                return self._attach(request, components, keys, peers=peers)
             except NotFoundError as error:
                 if error.metadata.get("missing") != "sources":
                     raise
@@ -258,7 +262,7 @@ class Client(Operations):
             assert result is not None  # not detached
             request.reference, request.device = result.content_digest, result.device
             try:
-                attachment = self._attach(request, components, keys)
+                attachment = self._attach(request, components, keys, peers=peers)
                 attachment.loaded = result
                 return attachment
             except NotFoundError:  # of the checkpoint, when it was removed or evicted in between, or of a tensor
@@ -269,10 +273,15 @@ class Client(Operations):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     def _attach(
-        self, request: handles_pb2.AttachRequest, components: frozenset[str], keys: frozenset[TensorKey]
+        self,
+        request: handles_pb2.AttachRequest,
+        components: frozenset[str],
+        keys: frozenset[TensorKey],
+        *,
+        peers: bool = False,
     ) -> Attachment:
         self._check()
-        return Attachment(self._handles.attach(request), self._connection, components, keys)
+        return Attachment(self._handles.attach(request), self._connection, components, keys, peers=peers)
 
     def _check(self) -> None:
         """Refuse in a forked child, and connect anew where the daemon has gone."""
@@ -289,7 +298,7 @@ class Client(Operations):
                 self._control = None
 
     @property
-    def _handles(self) -> HandleConnection:
+    def _handles(self) -> SocketClient:
         return self._connection.handles
 
     def _rpc(self) -> RpcClient:

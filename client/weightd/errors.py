@@ -11,6 +11,7 @@
      ├─ LeaseLostError                          the daemon no longer knows the lease or the load
      ├─ DeviceMismatchError                     the device is not visible to this process
      ├─ DeviceError (RuntimeError)              a call of the device's driver failed, or the device was lost
+     │   └─ DeviceAbsentError                   the device cannot be served now; what is kept on it stays kept
      ├─ PermissionDeniedError (PermissionError) not yours, or a daemon that you may not reach
      ├─ DaemonUnreachableError (ConnectionError) no daemon serves at the address
      │   ├─ DaemonBusyError                     one is there, and is full or does not answer in time
@@ -171,6 +172,13 @@ class DeviceError(WeightdError, RuntimeError):
         return self.metadata.get("code", "")
 
 
+class DeviceAbsentError(DeviceError):
+    """The device cannot be served at the moment. Nothing on it is lost, and the daemon tries it again by itself."""
+
+    reason = "DEVICE_ABSENT"
+    exit_code = 75
+
+
 class PermissionDeniedError(WeightdError, PermissionError):
     """The thing belongs to another user, or the daemon is one that this user may not reach.
 
@@ -246,6 +254,7 @@ _BY_REASON: dict[str, type[WeightdError]] = {
         LeaseLostError,
         DeviceMismatchError,
         DeviceError,
+        DeviceAbsentError,
         PermissionDeniedError,
         DaemonUnreachableError,
         DaemonBusyError,

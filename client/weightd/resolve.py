@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ._formats import GGUF
-from ._references.files import OpenedSources, SourcePath, in_order, show, translated
-from ._references.folders import DIFFUSERS, TRANSFORMERS, Chosen, list_files, read_json, shard_of, weights
+from ._references.files import OpenedReference, ReferencedFile, in_order, show, translated
+from ._references.folders import DIFFUSERS, TRANSFORMERS, ReferenceChoice, list_files, read_json, shard_of, weights
 from ._references.huggingface import find_snapshot
 from ._references.index import PICKLES, SUFFIX, is_below
 from ._references.survey import checkpoints_below
@@ -50,7 +50,7 @@ class Resolved:
     """
 
     name: str
-    sources: tuple[SourcePath, ...]
+    sources: tuple[ReferencedFile, ...]
     notes: tuple[str, ...] = ()
     hint: str = ""
 
@@ -144,12 +144,12 @@ def single_file(path: str) -> Resolved:
     """
     place = path_of(path)
     name = _require_utf8(_tidied(place))
-    return Resolved(name, (SourcePath("", os.path.basename(name), Path(place)),))
+    return Resolved(name, (ReferencedFile("", os.path.basename(name), Path(place)),))
 
 
-def open_sources(resolved: Resolved) -> OpenedSources:
+def open_sources(resolved: Resolved) -> OpenedReference:
     """Open the files of a resolved reference; use the result in a `with` statement."""
-    return OpenedSources(resolved.sources, resolved.name)
+    return OpenedReference(resolved.sources, resolved.name)
 
 
 def _checked(reference: str | os.PathLike[str]) -> str:
@@ -192,7 +192,7 @@ def _mode(path: str) -> int:
         raise translated(Path(path), error) from error
 
 
-def _hint(sources: tuple[SourcePath, ...]) -> str:
+def _hint(sources: tuple[ReferencedFile, ...]) -> str:
     """What to say where a single file was given that calls itself one of several."""
     shard = shard_of(sources[0].file) if len(sources) == 1 else None
     if shard is None or shard[1] < 2:
@@ -203,12 +203,12 @@ def _hint(sources: tuple[SourcePath, ...]) -> str:
 # Paths
 
 
-def _from_path(given: str, variant: str | None) -> Chosen:
+def _from_path(given: str, variant: str | None) -> ReferenceChoice:
     path = Path(given)
     parts = _gguf_parts(path.name)
     if len(parts) > 1:
         _refuse_variant(path, variant)
-        return Chosen(_all_there(path.parent, parts))
+        return ReferenceChoice(_all_there(path.parent, parts))
     mode = _mode(given)
     if stat.S_ISDIR(mode):
         return _from_directory(path, variant, f"{show(path)}: neither safetensors nor GGUF files in this directory")
@@ -218,7 +218,7 @@ def _from_path(given: str, variant: str | None) -> Chosen:
     _refuse_pickle(path)
     if _INDEX.fullmatch(path.name):
         raise InvalidReferenceError(f"{show(path)}: an index, not a checkpoint; give its directory")
-    return Chosen((SourcePath("", path.name, path),))
+    return ReferenceChoice((ReferencedFile("", path.name, path),))
 
 
 def _refuse_variant(path: Path, variant: str | None) -> None:
@@ -240,7 +240,7 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
+def _from_directory(root: Path, variant: str | None, nothing: str) -> ReferenceChoice:
     """The weights of a directory; `nothing` is the message where there are none."""
     if os.path.isfile(root / _PIPELINE) and (listed := _listed_components(root)):
         if (chosen := _components(root, listed, variant)).sources:
@@ -254,7 +254,7 @@ def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
         raise NotFoundError(f"{show(root)}: has no weights of variant {variant}; leave it out, or download it")
     files = list_files(root)
     if sources := _only_gguf(root, files):
-        return Chosen(sources)
+        return ReferenceChoice(sources)
     if below := checkpoints_below(root):
         raise InvalidReferenceError(f"{show(root)}: has no weights of its own; {below}")
     for name in files:
@@ -263,16 +263,16 @@ def _from_directory(root: Path, variant: str | None, nothing: str) -> Chosen:
     raise NotFoundError(nothing)
 
 
-def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | None) -> Chosen:
+def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | None) -> ReferenceChoice:
     """The weights of a directory's components: (name, whether diffusers' own). Of those that lack a variant, the plain
     ones, as diffusers does, but one must have it. Errors: NotFoundError (a component has other variants only).
     """
-    sources: list[SourcePath] = []
+    sources: list[ReferencedFile] = []
     notes: list[str] = []
     has_variant = False
     for name, by_diffusers in names:
         rules = (DIFFUSERS, TRANSFORMERS) if by_diffusers else (TRANSFORMERS, DIFFUSERS)
-        chosen = weights(root / name, name, variant, rules) if variant else Chosen()
+        chosen = weights(root / name, name, variant, rules) if variant else ReferenceChoice()
         has_variant = has_variant or bool(chosen.sources)
         if not chosen.sources:
             chosen = weights(root / name, name, None, rules, plain=variant is not None)
@@ -287,7 +287,7 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
         notes += chosen.notes
         if not chosen.sources and any(_is_pickle(file) for file in list_files(root / name)):
             notes.append(f"{show(root / name)}: is left out, for its weights are pickles; convert them to safetensors")
-    return Chosen(tuple(sources), tuple(notes)) if has_variant or not variant else Chosen()
+    return ReferenceChoice(tuple(sources), tuple(notes)) if has_variant or not variant else ReferenceChoice()
 
 
 def _no_component(root: Path, variant: str | None, notes: tuple[str, ...]) -> WeightdError:
@@ -351,15 +351,15 @@ def _gguf_parts(name: str) -> list[str]:
     return [f"{stem}-{number:05}-of-{count}{GGUF.suffix}" for number in range(1, int(count) + 1)]
 
 
-def _all_there(folder: Path, parts: list[str]) -> tuple[SourcePath, ...]:
+def _all_there(folder: Path, parts: list[str]) -> tuple[ReferencedFile, ...]:
     """The sources of a GGUF file's parts, all of which must be in their folder."""
     for number, part in enumerate(parts, start=1):
         if not os.path.exists(folder / part):
             raise NotFoundError(f"{show(folder / part)}: part {number} of {len(parts)} is missing; download it")
-    return tuple(SourcePath("", part, folder / part) for part in parts)
+    return tuple(ReferencedFile("", part, folder / part) for part in parts)
 
 
-def _only_gguf(root: Path, files: list[str]) -> tuple[SourcePath, ...]:
+def _only_gguf(root: Path, files: list[str]) -> tuple[ReferencedFile, ...]:
     """The one GGUF file of a directory, or its parts; empty where there is none."""
     found = {
         parts[0]: parts for parts in (_gguf_parts(n) for n in files if n.endswith(GGUF.suffix) and n != GGUF.suffix)
@@ -374,7 +374,7 @@ def _only_gguf(root: Path, files: list[str]) -> tuple[SourcePath, ...]:
 # The Hugging Face cache
 
 
-def _from_cache(name: str, reference: str | os.PathLike[str], variant: str | None) -> Chosen:
+def _from_cache(name: str, reference: str | os.PathLike[str], variant: str | None) -> ReferenceChoice:
     snapshot, download = find_snapshot(os.fspath(reference))
     return _from_directory(
         snapshot,

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from weightd._limits import DAEMON, out_of_descriptors
 
 from . import logs
-from .app import AlreadyServedError, Daemon
-from .config.preload_entry import Preload
-from .config.settings import ConfigError, Loaded, Settings, TemporaryError, load
+from .app import AlreadyRunningError, Daemon
+from .config.preload_entry import PreloadConfig
+from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load
+from .devices.cuda_modes import stay_outside_mps
 from .loads.loader_process import DEFAULT_ARGV
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         return 0
     logs.begin(loaded.settings)
 
-    def read() -> Loaded:
+    def read() -> LoadedSettings:
         return load(options.config, vars(options), os.environ)
 
     _raise_descriptor_limit()
+    stay_outside_mps(os.environ)  # before anybody calls the driver; loaders and holders inherit it
     try:
         if limit := out_of_descriptors("starting", DAEMON, needed=_DESCRIPTORS):
             raise limit
@@ -54,16 +56,16 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         sys.stderr.write(f"weightd: {where}{error}\n")
         return error.exit_code
     except OSError as error:
-        if (temporary := TemporaryError.of(error, "starting")) is None:
+        if (temporary := TemporaryConfigError.of(error, "starting")) is None:
             raise
         sys.stderr.write(f"weightd: {temporary}\n")
         return temporary.exit_code
-    except AlreadyServedError as error:
+    except AlreadyRunningError as error:
         sys.stderr.write(f"weightd: {error}\n")
         return 1
 
 
-async def _serve(settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str]) -> int:
+async def _serve(settings: Settings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str]) -> int:
     return await Daemon(settings, read, loader_argv).run()
 
 
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _print_config(loaded: Loaded, *, as_json: bool) -> None:
+def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
     rows = [(setting.name, _plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
     if as_json:
         table = {name: {"value": value, "origin": loaded.origins[name]} for name, value in rows}
@@ -110,7 +112,7 @@ def _print_config(loaded: Loaded, *, as_json: bool) -> None:
 
 def _plain(value: Any) -> Any:
     """Convert a value for JSON."""
-    if isinstance(value, Preload):
+    if isinstance(value, PreloadConfig):
         return {key: said for key, said in asdict(value).items() if key != "where"}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 

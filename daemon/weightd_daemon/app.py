@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import heap, logs
-from .api.context import ServiceContext
+from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
 from .core.catalog import Catalog
-from .core.lease import Leases
-from .core.memory import DeviceMemory
-from .core.store import Store
+from .core.lease import LeaseTable
+from .core.memory import MemoryAccounting
+from .core.store import ContentStore
 from .devices.budgets import (
     books_of,
     budget_of,
@@ -29,46 +29,46 @@ from .devices.budgets import (
     open_served,
     pool_of,
 )
-from .devices.cuda_ipc import Holding
-from .devices.reclaimer import Reclaimer
-from .handles.attach import Attacher
-from .handles.connections import Connections
+from .devices.cuda_ipc import CudaHolderContext
+from .devices.reclaimer import DeviceReclaimer
+from .handles.attach import AttachHandler
+from .handles.connections import HandleSocketConnections
 from .handles.handle_server import HandleServer
-from .handles.lease_files import LeaseFiles
-from .handles.lease_locks import LeaseLocks
-from .handles.lease_sweep import LeaseSweep
-from .handles.manifests import Manifests
-from .loads.fair_queue import FairQueue
+from .handles.lease_files import HandleLeaseFiles
+from .handles.lease_locks import HandleLeaseLocks
+from .handles.lease_sweep import HandleLeaseSweep
+from .handles.manifests import ManifestHandles
+from .loads.fair_queue import LoadQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
 from .log_line import Line
 from .monitoring.event_log import EventLog
-from .monitoring.event_stream import EventStream
-from .monitoring.listeners import Listeners
+from .monitoring.event_stream import MonitoringEventStream
+from .monitoring.listeners import EventListeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
-from .operations.drain import Drain
-from .operations.notify import Notifier, status_line
-from .operations.preload import Preloader
+from .operations.drain import DrainOperation
+from .operations.notify import ServiceManagerNotifier, status_line
+from .operations.preload import PreloadOperation
 from .operations.quarantine import thaw_when_unwritten
-from .operations.reload import Reload
-from .operations.serving_lock import AlreadyServedError
-from .operations.sockets import Sockets, cannot_be_made, locked
-from .persistence.descriptor_store import DescriptorStore
-from .persistence.digest_index import DigestIndex
-from .persistence.service_manager import ServiceManager, stored_descriptors
+from .operations.reload import ReloadOperation
+from .operations.serving_lock import AlreadyRunningError
+from .operations.sockets import DaemonSockets, cannot_be_made, locked
+from .persistence.descriptor_store import PersistentDescriptorStore
+from .persistence.digest_index import PersistentDigestIndex
+from .persistence.service_manager import ServiceManagerStore, stored_descriptors
 from .residency import Residency
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from .config.settings import Loaded, Settings
-    from .core.limits import Limits
+    from .config.settings import LoadedSettings, Settings
+    from .core.limits import UserLimits
     from .devices.device import Device
     from .monitoring.metrics import Metrics
     from .operations.reload import Change
 
-__all__ = ["AlreadyServedError", "Daemon"]
+__all__ = ["AlreadyRunningError", "Daemon"]
 
 log = logging.getLogger(__name__)
 
@@ -86,31 +86,31 @@ class _Served(NamedTuple):
 class _Books(NamedTuple):
     """What the daemon holds, what is kept of it for the next one, and by device what returns its memory."""
 
-    store: Store
+    store: ContentStore
     catalog: Catalog
-    limits: Limits
-    event_stream: EventStream
-    manifests: Manifests
-    locks: LeaseLocks
-    sweep: LeaseSweep
-    descriptor_store: DescriptorStore
-    reclaimers: dict[str, Reclaimer]
+    limits: UserLimits
+    event_stream: MonitoringEventStream
+    manifests: ManifestHandles
+    locks: HandleLeaseLocks
+    sweep: HandleLeaseSweep
+    descriptor_store: PersistentDescriptorStore
+    reclaimers: dict[str, DeviceReclaimer]
 
 
 class _Work(NamedTuple):
     """What loads, and how many at once."""
 
     loads: Loads
-    fair_queue: FairQueue
-    digests: DigestIndex
+    fair_queue: LoadQueue
+    digests: PersistentDigestIndex
 
 
 class _Services(NamedTuple):
     """What answers calls, what attaches, and what loads by itself."""
 
-    parts: ServiceContext
-    attacher: Attacher
-    preloader: Preloader
+    parts: GrpcServiceContext
+    attacher: AttachHandler
+    preloader: PreloadOperation
 
 
 class Daemon:
@@ -120,14 +120,14 @@ class Daemon:
     """
 
     def __init__(
-        self, settings: Settings, read: Callable[[], Loaded], loader_argv: Sequence[str] = DEFAULT_ARGV
+        self, settings: Settings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str] = DEFAULT_ARGV
     ) -> None:
         self._settings = settings
         self._read = read
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
-        self._manager = ServiceManager(os.environ)  # takes the variables away, before any child could inherit them
-        self._notifier = Notifier(self._manager)
+        self._manager = ServiceManagerStore(os.environ)  # takes the variables away, before any child could inherit them
+        self._notifier = ServiceManagerNotifier(self._manager)
         self._given = stored_descriptors(os.environ)
         self._stop = asyncio.Event()
         self._hangup = asyncio.Event()
@@ -136,7 +136,7 @@ class Daemon:
         self._up = False
 
     async def run(self) -> int:
-        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: ConfigError, AlreadyServedError, OSError."""
+        """Serve until SIGTERM or SIGINT. Returns the exit code. Errors: ConfigError, AlreadyRunningError, OSError."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number)
@@ -159,8 +159,8 @@ class Daemon:
             raise self._lost
         return 130 if self._signal is signal.SIGINT else 0
 
-    async def _serve(self, stack: contextlib.AsyncExitStack, sockets: Sockets) -> None:
-        listeners = Listeners()
+    async def _serve(self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets) -> None:
+        listeners = EventListeners()
         residency = Residency(listeners.publish)
         served = self._open_devices(stack, residency, sockets.lock.holders)
         books = self._open_books(stack, served, residency, listeners)
@@ -192,7 +192,7 @@ class Daemon:
     def _open_devices(self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int) -> _Served:
         """Open the devices. Errors: ConfigError."""
         served = _Served({}, {}, {})
-        holding = Holding(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
+        holding = CudaHolderContext(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
         for device, called_so in open_served(self._settings, holding):
             stack.callback(device.close)
             served.devices[device.uuid], served.names[device.uuid] = device, called_so
@@ -200,33 +200,33 @@ class Daemon:
         return served
 
     def _open_books(
-        self, stack: contextlib.AsyncExitStack, served: _Served, residency: Residency, listeners: Listeners
+        self, stack: contextlib.AsyncExitStack, served: _Served, residency: Residency, listeners: EventListeners
     ) -> _Books:
         """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
         settings, limits, publish = self._settings, self._settings.limits, listeners.publish
-        manifests = Manifests(residency.before_lock)
+        manifests = ManifestHandles(residency.before_lock)
         stack.callback(manifests.close)
-        lease_files = LeaseFiles()
+        lease_files = HandleLeaseFiles()
         stack.callback(lease_files.close)
-        locks = LeaseLocks(manifests, lease_files)
-        store = Store(leases=Leases(locks.is_locked, publish, locks.forget), on_event=residency.on_event)
+        locks = HandleLeaseLocks(manifests, lease_files)
+        store = ContentStore(leases=LeaseTable(locks.is_locked, publish, locks.forget), on_event=residency.on_event)
         catalog = Catalog(store, limits, changed=residency.on_changed, on_event=publish)
-        event_stream = EventStream(store=store, catalog=catalog, now=time.time)
+        event_stream = MonitoringEventStream(store=store, catalog=catalog, now=time.time)
         listeners.add(event_stream)
         listeners.add(EventLog(event_stream.encode))
-        descriptor_store = DescriptorStore(
+        descriptor_store = PersistentDescriptorStore(
             manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
             manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
         stack.callback(descriptor_store.close)
-        sweep = LeaseSweep(store.leases, lease_files)
+        sweep = HandleLeaseSweep(store.leases, lease_files)
         stack.push_async_callback(sweep.close)
-        reclaimers: dict[str, Reclaimer] = {}
+        reclaimers: dict[str, DeviceReclaimer] = {}
         for uuid, device in served.devices.items():
             budget = served.budgets[uuid]
-            reclaimer = reclaimers[uuid] = Reclaimer(device, partial(descriptor_store.released, uuid))
+            reclaimer = reclaimers[uuid] = DeviceReclaimer(device, partial(descriptor_store.released, uuid))
             stack.push_async_callback(reclaimer.finish)
-            store.memories[uuid] = DeviceMemory(
+            store.memories[uuid] = MemoryAccounting(
                 budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
                 create=device.create, on_reclaim=reclaimer.kick, available=device.available,
                 before_use=residency.before_use,
@@ -235,7 +235,9 @@ class Daemon:
         store.books.limit = books_of(settings, served.budgets)
         return _Books(store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers)
 
-    async def _adopt(self, stack: contextlib.AsyncExitStack, sockets: Sockets, served: _Served, books: _Books) -> None:
+    async def _adopt(
+        self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets, served: _Served, books: _Books
+    ) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
         memories = books.store.memories
         quarantined = sockets.lock.is_written_by_others()
@@ -249,14 +251,14 @@ class Daemon:
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(
-        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, listeners: Listeners, lock: int
+        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, listeners: EventListeners, lock: int
     ) -> _Work:
         """Make what loads: nothing does so yet."""
         settings = self._settings
-        index = DigestIndex(Path(settings.state_dir))
+        index = PersistentDigestIndex(Path(settings.state_dir))
         stack.push_async_callback(index.close)
         index.begin()
-        fair_queue = FairQueue(settings.max_loads, settings.loads_of_one)
+        fair_queue = LoadQueue(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
             prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.publish, lock=lock,
@@ -266,25 +268,25 @@ class Daemon:
         return _Work(loads, fair_queue, index)
 
     def _make_services(
-        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, work: _Work, listeners: Listeners
+        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, work: _Work, listeners: EventListeners
     ) -> _Services:
         """Make what answers calls and attaches: nobody can reach it yet."""
         settings, devices, default = self._settings, served.devices, default_device(served.devices)
         store, catalog, loads = books.store, books.catalog, work.loads
-        connections = Connections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
-        preloader = Preloader(
+        connections = HandleSocketConnections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
+        preloader = PreloadOperation(
             loads=loads, catalog=catalog, who=connections.user(os.geteuid()), roots=settings.model_roots,
             place=lambda said: device_meant(said, served.names, default, settings.devices), notify=self._manager.notify,
             listed=settings.preload,
         )  # fmt: skip
-        drain = Drain(store=store, loads=loads, on_event=listeners.publish, resumed=preloader.begin)
+        drain = DrainOperation(store=store, loads=loads, on_event=listeners.publish, resumed=preloader.begin)
         stack.push_async_callback(drain.close)
-        attacher = Attacher(
+        attacher = AttachHandler(
             store=store, catalog=catalog, loads=loads, manifests=books.manifests, locks=books.locks,
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
-        parts = ServiceContext(
+        parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default,
             now=time.time, event_stream=books.event_stream, drain=drain, statistics=statistics,
         )  # fmt: skip
@@ -293,12 +295,12 @@ class Daemon:
     async def _open_sockets(
         self,
         stack: contextlib.AsyncExitStack,
-        sockets: Sockets,
+        sockets: DaemonSockets,
         services: _Services,
         residency: Residency,
         metrics: Metrics | None,
     ) -> tuple[GrpcServer, HandleServer]:
-        """Serve both sockets. Errors: TemporaryError."""
+        """Serve both sockets. Errors: TemporaryConfigError."""
         settings, parts = self._settings, services.parts
         handles = HandleServer(
             connections=parts.connections, attacher=services.attacher, max_connections=settings.max_connections,
@@ -315,7 +317,7 @@ class Daemon:
         stack.push_async_callback(sockets.stop_watching)
         return control, handles
 
-    def _say_ready(self, served: _Served, store: Store) -> None:
+    def _say_ready(self, served: _Served, store: ContentStore) -> None:
         shown = []
         for uuid, device in served.devices.items():
             budget = served.budgets[uuid]
@@ -328,17 +330,18 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self, sockets: Sockets, served: _Served, books: _Books, work: _Work, services: _Services, handles: HandleServer
-    ) -> Reload:
+        self, sockets: DaemonSockets, served: _Served, books: _Books, work: _Work, services: _Services,
+        handles: HandleServer,
+    ) -> ReloadOperation:  # fmt: skip
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
-        def change_budgets(new: Settings) -> None:
+        def change_budgets(new: Settings) -> Iterator[None]:
             for uuid, memory in store.memories.items():
                 budget = budget_of(new, served.devices[uuid], served.names[uuid])
                 memory.resize(budget, pool_of(new, served.devices[uuid], budget))
             store.books.limit = books_of(new, {uuid: memory.budget for uuid, memory in store.memories.items()})
-            store.fit_books()
+            return store.fit_books()
 
         def change_loads(new: Settings) -> None:
             work.fair_queue.resize(new.max_loads, new.loads_of_one)
@@ -365,7 +368,7 @@ class Daemon:
             logs.change: "log_level log_format",
             lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
         }
-        return Reload(
+        return ReloadOperation(
             settings,
             self._read,
             [

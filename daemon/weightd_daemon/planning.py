@@ -32,7 +32,7 @@ from .core.plan import PlannedTensor, make_plan, recurring
 from .formats import workload
 from .libc import die_with
 from .loader.indexed import indexes, owned
-from .loader.source import Source
+from .loader.source import LoaderSource
 from .persistence.digest_index import known_digests
 
 if TYPE_CHECKING:
@@ -126,15 +126,15 @@ def plan(
     return {**found, "read_bytes": read, "checkpoints": planned, "pairs": pairs}
 
 
-def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[Source]:
+def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[LoaderSource]:
     """Open every file of the references, and enter what their headers say."""
-    sources: list[Source] = []
+    sources: list[LoaderSource] = []
     for resolved in references:
         name = resolved.name
         checkpoints.tensors[name] = []  # its files may be empty
         opened = stack.enter_context(open_sources(resolved))
         files = [
-            (where, Source(show(where.path), descriptor))
+            (where, LoaderSource(show(where.path), descriptor))
             for where, descriptor in zip(resolved.sources, opened.fds, strict=True)
         ]
         weights = [(where, source) for where, source in files if not where.is_index]
@@ -150,7 +150,7 @@ def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: cont
     return sources
 
 
-def _known(sources: Sequence[Source], state_dir: Path | None) -> dict[Hashable, bytes]:
+def _known(sources: Sequence[LoaderSource], state_dir: Path | None) -> dict[Hashable, bytes]:
     """The digests that the index has."""
     trusted = {number: source.identity for number, source in enumerate(sources) if source.trusted}
     known = known_digests(state_dir, trusted.values()) if state_dir else {}
@@ -162,7 +162,7 @@ def _known(sources: Sequence[Source], state_dir: Path | None) -> dict[Hashable, 
 
 
 def _hash(
-    sources: Sequence[Source],
+    sources: Sequence[LoaderSource],
     places: Sequence[_Place],
     digests: dict[Hashable, bytes],
     threads: int,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DeviceError
 
 from . import heap
-from .core.events import DeviceLost, Evicted, Sealed
+from .core.events import CheckpointEvicted, CheckpointSealed, DeviceLost
 from .log_line import Line
 
 if TYPE_CHECKING:
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
     from .core.catalog import Catalog
     from .core.events import Event
-    from .core.store import Store
-    from .handles.manifests import Manifests
+    from .core.store import ContentStore
+    from .handles.manifests import ManifestHandles
     from .loads.loads import Loads
-    from .persistence.descriptor_store import DescriptorStore
+    from .persistence.descriptor_store import PersistentDescriptorStore
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    store: Store
+    store: ContentStore
     catalog: Catalog
-    manifests: Manifests
-    descriptor_store: DescriptorStore
+    manifests: ManifestHandles
+    descriptor_store: PersistentDescriptorStore
     loads: Loads
 
 
@@ -48,26 +48,31 @@ class Residency:
         self._joined: _Parts | None = None
 
     def join(
-        self, store: Store, catalog: Catalog, manifests: Manifests, descriptor_store: DescriptorStore, loads: Loads
+        self,
+        store: ContentStore,
+        catalog: Catalog,
+        manifests: ManifestHandles,
+        descriptor_store: PersistentDescriptorStore,
+        loads: Loads,
     ) -> None:
         """Act on these parts. Due before anything is sealed, leased or named, and before the loop runs."""
         self._joined = _Parts(store, catalog, manifests, descriptor_store, loads)
 
     def on_event(self, event: Event) -> None:
-        """What the store reports. Errors: of a `Sealed`, whatever keeps the checkpoint from surviving a restart."""
-        if isinstance(event, Sealed):
+        """Handle what the store reports. Errors: for a seal, whatever keeps the checkpoint from surviving a restart."""
+        if isinstance(event, CheckpointSealed):
             self._sealed(event)
-        elif isinstance(event, Evicted):
+        elif isinstance(event, CheckpointEvicted):
             self._evicted(event)
         else:
             self._publish(event)
 
-    def _sealed(self, event: Sealed) -> None:
+    def _sealed(self, event: CheckpointSealed) -> None:
         # Law 11. May raise, and then the checkpoint is not sealed: so nobody has been told of it.
         self._parts.descriptor_store.sealed(event.checkpoint.key, event.manifest)
         self._publish(event)
 
-    def _evicted(self, event: Evicted) -> None:
+    def _evicted(self, event: CheckpointEvicted) -> None:
         parts, key = self._parts, event.checkpoint.key
         self._publish(event)  # listeners look up the checkpoint's names, which may be forgotten below
         parts.manifests.remove(key)

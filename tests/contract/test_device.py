@@ -24,7 +24,7 @@ from support.descriptors import counted
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceError
 from weightd_daemon.devices import host as host_device
-from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_ipc import CudaHolderContext, CudaIpcDevice
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.devices.host import HostDevice
 
@@ -45,7 +45,10 @@ def nobody_is_told(uuid: str, reason: str) -> None:
 def ipc_device() -> Iterator[Device]:
     """A device with a holder; the loop does not run, and nothing here needs it."""
     loop = asyncio.new_event_loop()
-    with contextlib.closing(loop), contextlib.closing(CudaIpcDevice(0, Holding(loop, nobody_is_told))) as device:
+    with (
+        contextlib.closing(loop),
+        contextlib.closing(CudaIpcDevice(0, CudaHolderContext(loop, nobody_is_told))) as device,
+    ):
         yield device
 
 
@@ -66,7 +69,7 @@ def opened(device: Device, segment: int, *, writable: bool) -> Iterator[int]:
             stack.callback(cuda_driver.call, "cuIpcCloseMemHandle", address)
             yield address
         else:
-            addresses = stack.enter_context(contextlib.closing(cuda_driver.AddressRange(0, size)))
+            addresses = stack.enter_context(contextlib.closing(cuda_driver.MappedAddressRange(0, size)))
             allocation = cuda_driver.import_descriptor(handle)
             addresses.map(0, size, allocation)
             cuda_driver.release(allocation)
@@ -335,11 +338,11 @@ def test_released_memory_lives_on_where_it_is_mapped(gpu: Device) -> None:
 ALONE = """
 import asyncio, sys
 from weightd.errors import DeviceError
-from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, CudaHolderContext
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 
 loop = asyncio.new_event_loop()
-device = CudaVmmDevice(0) if sys.argv[1] == "cuda_vmm" else CudaIpcDevice(0, Holding(loop, print))
+device = CudaVmmDevice(0) if sys.argv[1] == "cuda_vmm" else CudaIpcDevice(0, CudaHolderContext(loop, print))
 failures = []
 for _ in range(3):
     try:

@@ -25,8 +25,8 @@ from support.descriptors import counted
 from support.worker import Worker
 from weightd.errors import DeviceError
 from weightd_daemon.devices.access import open_io
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.devices.segment_io import PIECE, SegmentIO, Staging
+from weightd_daemon.devices.device import DeviceSegment
+from weightd_daemon.devices.segment_io import PIECE, DeviceSegmentIO, DeviceStaging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ class Memory:
         self.backend = backend
         self._holder: Worker | None = None
         make = {"host": self._memfd, "cuda_vmm": self._exported, "cuda_ipc": self._held}[backend.kind]
-        self.handles = {number: SegmentHandle(number, SIZE, make(number)) for number in range(SEGMENTS)}
+        self.handles = {number: DeviceSegment(number, SIZE, make(number)) for number in range(SEGMENTS)}
 
     def content(self, number: int) -> bytes:
         """All bytes of a segment."""
@@ -106,7 +106,7 @@ def _imported(descriptor: int) -> bytes:
     from weightd._mapping import cuda_driver
 
     allocation = cuda_driver.import_descriptor(descriptor)
-    addresses = cuda_driver.AddressRange(0, SIZE)
+    addresses = cuda_driver.MappedAddressRange(0, SIZE)
     addresses.map(0, SIZE, allocation)
     addresses.allow(writable=False)
     cuda_driver.release(allocation)
@@ -130,7 +130,7 @@ def memory(backend: Backend) -> Iterator[Memory]:
 
 
 @contextlib.contextmanager
-def opened(memory: Memory) -> Iterator[tuple[SegmentIO, Staging]]:
+def opened(memory: Memory) -> Iterator[tuple[DeviceSegmentIO, DeviceStaging]]:
     """Access to the segments, and one staging."""
     io = open_io(memory.backend.kind, memory.backend.uuid, memory.handles)
     with contextlib.closing(io), contextlib.closing(io.staging()) as staging:
@@ -142,7 +142,7 @@ def pattern(seed: int, size: int) -> bytes:
     return bytes((seed * 37 + at) % 251 for at in range(251)) * (size // 251) + bytes([seed % 251]) * (size % 251)
 
 
-def write(staging: Staging, content: bytes, segment: int, offset: int) -> None:
+def write(staging: DeviceStaging, content: bytes, segment: int, offset: int) -> None:
     """Write in pieces; does not wait."""
     for at in range(0, len(content), PIECE):
         piece = content[at : at + PIECE]
@@ -151,7 +151,7 @@ def write(staging: Staging, content: bytes, segment: int, offset: int) -> None:
         staging.write(buffer, len(piece), segment, offset + at)
 
 
-def read(staging: Staging, size: int, segment: int, offset: int) -> bytes:
+def read(staging: DeviceStaging, size: int, segment: int, offset: int) -> bytes:
     """Read in pieces."""
     found = b""
     while len(found) < size:
@@ -247,11 +247,11 @@ def test_two_reads_can_be_under_way_at_once(memory: Memory) -> None:
 def test_threads_copy_at_once_each_with_its_own_staging(memory: Memory) -> None:
     """Closing is the main thread's business, as in a loader."""
     count, rounds, length = 6, 12, 40_000
-    stagings: list[Staging] = []
+    stagings: list[DeviceStaging] = []
     errors: list[BaseException] = []
     start = threading.Barrier(count, timeout=60)
 
-    def work(io: SegmentIO, thread: int) -> None:
+    def work(io: DeviceSegmentIO, thread: int) -> None:
         try:
             stagings.append(staging := io.staging())
             start.wait()
@@ -327,25 +327,28 @@ UNDONE_BY = {
 }
 
 # Uses segments 0 and 1 of the three. Each line of standard input is the faults of one run, which is a fork: importing
-# is what takes time, and the driver is first called in the child. Answers: the errors, in order, and what is left.
+# is what takes time, and the driver is first called in the child. Answers: the errors, in order, what is left, and for
+# which calls room was asked.
 LOADER = """
 import json, os, sys
 from pathlib import Path
 from cuda.bindings import driver
 from support.descriptors import counted
 from weightd.errors import WeightdError
-from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.devices.access import open_io
 from weightd_daemon.devices.segment_io import PIECE
 
 kind, uuid, log, *handles = sys.argv[1:]
 handles = [int(handle) if kind == "cuda_vmm" else bytes.fromhex(handle) for handle in handles]
-segments = {number: SegmentHandle(number, 4 * PIECE, handle) for number, handle in enumerate(handles)}
+segments = {number: DeviceSegment(number, 4 * PIECE, handle) for number, handle in enumerate(handles)}
+
+asked = []
 
 def run():
     to_close = []
     try:
-        to_close.append(io := open_io(kind, uuid, segments))
+        to_close.append(io := open_io(kind, uuid, segments, lambda error: asked.append(error.metadata["call"])))
         to_close.append(staging := io.staging())
         for number in range(8):
             staging.write(staging.acquire(), PIECE, number // 4, number % 4 * PIECE)
@@ -365,9 +368,10 @@ for number, line in enumerate(sys.stdin):
     if not child:
         os.environ |= {"FAKECUDA_FAIL": line.strip(), "FAKECUDA_LOG": f"{log}.{number}"}
         before = counted()
-        errors = [[type(error).__name__, error.metadata.get("call")] for error in run()]
+        # Without version, as in the double's log: cuda-bindings 12 has cuDeviceGetUuid_v2.
+        errors = [[type(error).__name__, error.metadata.get("call", "").removesuffix("_v2")] for error in run()]
         mapped = Path("/proc/self/maps").read_text().count("/memfd:fakecuda")
-        print(json.dumps([errors, mapped, counted() - before]), flush=True)
+        print(json.dumps([errors, mapped, counted() - before, asked]), flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, line
 """
@@ -375,7 +379,10 @@ for number, line in enumerate(sys.stdin):
 
 @pytest.fixture
 def run_loader(memory: Memory, tmp_path: Path) -> Callable[[list[str]], list[Any]]:
-    """Run LOADER with each of the faults. Gives of each: errors, mappings left, descriptors left, counts of calls."""
+    """Run LOADER with each of the faults.
+
+    Gives of each: errors, mappings left, descriptors left, for what room was asked, counts of calls.
+    """
 
     def run(faults: list[str]) -> list[Any]:
         log = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -398,8 +405,8 @@ def run_loader(memory: Memory, tmp_path: Path) -> Callable[[list[str]], list[Any
 
 @pytest.mark.backends(*CUDA, double_only=True)
 def test_segments_are_opened_once_as_they_are_first_used(run_loader: Callable[[list[str]], list[Any]]) -> None:
-    ((errors, mapped, descriptors, calls),) = run_loader([""])
-    assert (errors, mapped, descriptors) == ([], 0, 0)
+    ((errors, mapped, descriptors, asked, calls),) = run_loader([""])
+    assert (errors, mapped, descriptors, asked) == ([], 0, 0, [])
     assert calls["cuMemImportFromShareableHandle"] + calls["cuIpcOpenMemHandle"] == 2
 
 
@@ -411,9 +418,9 @@ def test_whichever_call_fails_it_is_told_and_the_rest_is_given_back(
     cases = [(function, nth) for function in sorted(calls) for nth in range(1, calls[function] + 1)]
     assert len(cases) > 40
     outcomes = run_loader([f"{function}:999:{nth}" for function, nth in cases])
-    for (function, nth), (errors, mapped, descriptors, made) in zip(cases, outcomes, strict=True):
+    for (function, nth), (errors, mapped, descriptors, _, made) in zip(cases, outcomes, strict=True):
         case = f"{function}, call {nth}"
-        assert errors == [["DeviceError", None if function == "cuInit" else function]], case
+        assert errors == [["DeviceError", "" if function == "cuInit" else function]], case
         for do, undo in UNDONE_BY.items():
             cannot = function == "cuMemUnmap" and undo == "cuMemAddressFree"
             assert made[undo] == made[do] - (function == do) - cannot, f"{case}: {undo}"
@@ -428,7 +435,24 @@ def test_where_everything_fails_the_first_error_is_told_and_all_is_tried(
     """As after a fault of the GPU, which sticks to the process."""
     ((*_, calls),) = run_loader([""])
     fails = {*UNDONE_BY.values(), "cuStreamSynchronize", "cuCtxSynchronize"} - {"cuMemRelease"}
-    ((errors, _, _, made),) = run_loader([",".join(f"{name}:700" for name in sorted(fails))])
+    ((errors, *_, made),) = run_loader([",".join(f"{name}:700" for name in sorted(fails))])
     assert errors == [["DeviceError", "cuStreamSynchronize"]]
     for undo in set(UNDONE_BY.values()) - {"cuMemAddressFree"}:  # not while something is mapped there
         assert made[undo] == calls[undo], undo
+
+
+@pytest.mark.backends(*CUDA, double_only=True)
+def test_where_there_is_no_memory_for_the_loader_itself_room_is_asked_for_and_it_goes_on(
+    run_loader: Callable[[list[str]], list[Any]],
+) -> None:
+    ((*_, calls),) = run_loader([""])
+    takers = [*UNDONE_BY, "cuDevicePrimaryCtxRetain", "cuMemSetAccess"]
+    cases = [(function, nth) for function in takers for nth in range(1, calls[function] + 1)]
+    assert len(cases) > 10
+    outcomes = run_loader([f"{function}:2:{nth}" for function, nth in cases])
+    for (function, nth), (errors, mapped, descriptors, asked, made) in zip(cases, outcomes, strict=True):
+        case = f"{function}, call {nth}"
+        assert (errors, asked) == ([], [function]), case
+        assert (mapped, descriptors) == (0, 0), case
+        for do, undo in UNDONE_BY.items():
+            assert made[undo] == made[do] - (function == do), f"{case}: {undo}"

@@ -19,7 +19,7 @@ from support.daemon import environment, eventually
 from support.leash import leashed
 from weightd.errors import DeviceError
 from weightd_daemon.devices import cuda_ipc
-from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_ipc import CudaHolderContext, CudaIpcDevice
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ class Losses:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.told: list[tuple[str, str]] = []
-        self.holding = Holding(loop, self.tell)
+        self.holding = CudaHolderContext(loop, self.tell)
         self._loop = loop
         self._arrived = asyncio.Event()
 
@@ -249,11 +249,11 @@ def test_a_full_device_is_not_the_end_of_its_holder(losses: Losses, monkeypatch:
 # A daemon with a lock, reduced to its device; it says which process holds.
 DAEMON = """
 import asyncio, fcntl, os, sys, time
-from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, Holding
+from weightd_daemon.devices.cuda_ipc import CudaIpcDevice, CudaHolderContext
 
 lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
 fcntl.flock(lock, fcntl.LOCK_EX)
-device = CudaIpcDevice(0, Holding(asyncio.new_event_loop(), print, inherited=(lock,)))
+device = CudaIpcDevice(0, CudaHolderContext(asyncio.new_event_loop(), print, inherited=(lock,)))
 device.create(device.page)
 print(device._holder.pid, flush=True)
 time.sleep(600)

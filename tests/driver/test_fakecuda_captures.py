@@ -70,9 +70,6 @@ SYNCHRONISING = {
     "status('cuCtxSynchronize')": UNSUPPORTED,
     "status('cuStreamSynchronize', stream)": UNSUPPORTED,
     "status('cuStreamQuery', stream)": UNSUPPORTED,
-    "status('cuMemFree', address)": UNSUPPORTED,
-    "status('cuMemFreeHost', driver_address(buffer))": UNSUPPORTED,
-    "status('cuMemHostUnregister', driver_address(registered) + alignment)": UNSUPPORTED,
     "status('cuMemcpyDtoHAsync', bytearray(4), address, 4, stream)": UNSUPPORTED,
     "(ok('cuEventRecord', event, stream), status('cuEventQuery', event))[1]": CAPTURED_EVENT,
     "(ok('cuEventRecord', event, stream), status('cuEventSynchronize', event))[1]": CAPTURED_EVENT,
@@ -86,6 +83,12 @@ UNSAFE = {
     "status('cuStreamSynchronize', other)": UNSUPPORTED,
     "status('cuStreamQuery', other)": UNSUPPORTED,
 }
+FREEING = {
+    "status('cuMemFree', {made})": "int(ok('cuMemAlloc', 4096))",
+    "status('cuMemFreeHost', {made})": "int(ok('cuMemHostAlloc', 4096, 0))",
+    "status('cuMemUnmap', {made}, GRANULE)": "mapped(create(), READ)",
+    "status('cuMemSetAccess', {made}, GRANULE, [access(READ)], 1)": "mapped(create(), READ)",
+}
 HARMLESS = [
     "copy(other)",
     "write(address, b'sync')",  # the NULL stream does not wait for a stream that does not block
@@ -93,7 +96,7 @@ HARMLESS = [
     "ok('cuStreamWaitEvent', other, before, 0)",
     "ok('cuStreamWaitEvent', stream, before, 1)",  # external
     "ok('cuStreamDestroy', ok('cuStreamCreate', NON_BLOCKING))",
-    "mapped(create(), READ)",
+    "create()",
     "ok('cuMemGetInfo')",
     "ok('cuPointerGetAttribute', driver.CUpointer_attribute(2), address)",
 ]
@@ -114,7 +117,6 @@ def test_a_call_that_is_refused_has_done_nothing(program: StartProgram) -> None:
     for call in SYNCHRONISING:
         one.run(f"begin(0, stream); {call}; end(stream)")
     assert bytes.fromhex(one.run("result = read(address, 4)")) == b"...."
-    one.run("ok('cuMemFreeHost', driver_address(buffer)); ok('cuMemFree', address)")
 
 
 def test_an_unsafe_call_ends_captures_as_the_modes_say(program: StartProgram) -> None:
@@ -129,6 +131,16 @@ def test_an_unsafe_call_ends_captures_as_the_modes_say(program: StartProgram) ->
         case = (mode, thread_mode, here, call)
         assert ended == ([INVALIDATED, None] if forbidden else [SUCCESS, 1]), case
         assert answer in ({code} if forbidden else {SUCCESS, NOT_READY}), case
+
+
+def test_calls_that_free_or_unmap_are_unsafe_and_no_more(program: StartProgram) -> None:
+    one = program()
+    one.run(CAPTURING)
+    for thread_mode, (call, make) in itertools.product(MODES, FREEING.items()):
+        work = f"relax({thread_mode}); answer = {call.format(made='made')}; relax(0)"
+        answer, ended = one.run(f"made = {make}; begin(0, stream); {work}; result = [answer, end(stream)[0]]")
+        refused = thread_mode != RELAXED
+        assert (answer, ended) == ((UNSUPPORTED, INVALIDATED) if refused else (SUCCESS, SUCCESS)), (thread_mode, call)
 
 
 def test_calls_that_have_nothing_to_do_with_a_capture_leave_it_alone(program: StartProgram) -> None:

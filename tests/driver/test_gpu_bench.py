@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def spread(*values: float) -> dict[str, float]:
 def test_help_names_the_parts() -> None:
     done = bench("--help")
     assert done.returncode == 0
-    assert "memory, attach, load, compute" in done.stdout
+    assert "memory, attach, load, compute, workload" in " ".join(done.stdout.split())
 
 
 def test_an_unknown_part_is_refused() -> None:
@@ -63,7 +64,7 @@ def test_on_the_double_loads_run_and_nothing_is_written(fake_driver: Path, short
                  "--folder", short_path, environment=environment)  # fmt: skip
     assert "| load, GB/s | " in done.stdout, done.stderr
     assert "Not measured: torch.cuda does not run here" in done.stdout
-    assert done.returncode == 1
+    assert done.returncode == 0
     assert "not written" in done.stderr
     assert not results.exists()
 
@@ -74,6 +75,72 @@ def test_memory_is_reported_beside_what_was_predicted(report: Any) -> None:
     text = report({"memory": found})
     assert "| 2 | 2.00 | 10.00 | 2.00 | 2.00 | 1.00 |" in text
     assert "| 8 | 8.00 | 16.00 | 8.00 | does not fit |  |" in text
+
+
+def test_the_workload_is_reported_with_what_sharing_saved(report: Any) -> None:
+    found = {
+        "size": 42 * 10**9, "total": 62 * 10**9, "loaded": 42 * 10**9, "load_seconds": 5.25,
+        "context": {1: 1, 2: 1, 4: 1, 8: None}, "attached": {1: 1, 2: 1, 4: 1, 8: 1},
+        "private": {1: 1, 2: 1, 4: None, 8: None},
+    }  # fmt: skip
+    assert "| saved: 32.3 % of 62.00 GB; loaded in 5.2 s |" in report({"workload": found})
+
+
+STAND_IN = """
+import sys
+from pathlib import Path
+import weightd
+from weightd._mapping import cuda_driver as driver
+
+_, kind, socket, name, *files = sys.argv[1:]
+if kind == "private":
+    with driver.on_device(0):
+        kept = [driver.call("cuMemAlloc", Path(file).stat().st_size) for file in files]
+elif kind == "attached":
+    attached = weightd.connect(socket).attach(name, device="cuda:0")
+    kept = [attached.buffer(each, component) for component, each in attached.tensors]
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""A worker of bench/gpu.py that holds memory without torch."""
+
+
+@pytest.mark.slow
+def test_processes_that_serve_the_workload_share_its_memory(fake_driver: Path, short_path: Path) -> None:
+    (short_path / "_gpu_worker.py").write_text(STAND_IN)
+    source = f"""
+import json, _gpu_parts
+from pathlib import Path
+from support import fakecuda
+
+_gpu_parts.cuda_driver.initialise()
+_gpu_parts.used_bytes = lambda: fakecuda.device_bytes(0)
+_gpu_parts.HERE = Path({str(short_path)!r})
+print(json.dumps(_gpu_parts.workload(_gpu_parts.Setting(Path({str(short_path)!r}), 1 / 512, 2, torch=True))))
+"""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon", "bench", "tests"))
+    environment = os.environ | fakecuda.environment(fake_driver, memory=64 << 30) | {"PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=200,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 1 - found["size"] / found["total"] == pytest.approx(0.324, abs=0.005)  # rows are rounded
+    assert found["attached"]["1"] == found["attached"]["8"] == found["loaded"]  # on the double a context is nothing
+    assert found["loaded"] == pytest.approx(found["size"], rel=0.1)  # whole pages, and 256 bytes between tensors
+    assert found["private"]["2"] == pytest.approx(found["total"], rel=0.2)  # each of eleven files in whole pages
+    assert found["private"]["8"] == 4 * found["private"]["2"]
+
+
+def test_pieces_are_measured_and_called_nothing(fake_driver: Path, short_path: Path) -> None:
+    environment = os.environ | fakecuda.environment(fake_driver)
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("client", "daemon"))
+    options = ["--size", "32MiB", "--pieces", "1,4", "--threads", "2", "--rounds", "2", "--folder", str(short_path)]
+    command = [sys.executable, str(ROOT / "bench" / "pieces.py"), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" | ")[:2] for line in done.stdout.splitlines()[2:]] == [["| 1 MiB", "2"], ["| 4 MiB", "2"]]
+    assert done.stdout.count("GB/s") == 4
+    assert "say nothing about a GPU" in done.stderr
 
 
 def test_unequal_results_stand_out(report: Any) -> None:

@@ -98,12 +98,15 @@ for order in permutations(range(3)):
 
 
 @each_kind
-def test_the_device_is_idle_before_anything_is_unmapped(kind: str, fake_driver: Path, tmp_path: Path) -> None:
+def test_the_default_stream_is_waited_for_before_anything_is_unmapped(
+    kind: str, fake_driver: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     check(
         fake_driver,
         f"""
 segments = opened({kind!r}, wanted({kind!r}, count=2))
+segments.buffer(1, 0, 0, 1)
 os.environ["FAKECUDA_LOG"] = {str(log)!r}
 del segments
 del os.environ["FAKECUDA_LOG"]
@@ -112,7 +115,7 @@ del os.environ["FAKECUDA_LOG"]
     functions = [call.function for call in fakecuda.calls(log)]
     undone = "cuMemUnmap" if kind == "cuda_vmm" else "cuIpcCloseMemHandle"
     assert functions.count(undone) == 2
-    assert functions.index("cuCtxSynchronize") < functions.index(undone)
+    assert functions.index("cuEventRecord") < functions.index("cuEventQuery") < functions.index(undone)
 
 
 def test_a_handle_is_opened_once_and_closed_with_its_last_user(fake_driver: Path, tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ del third
     )
     functions = [call.function for call in fakecuda.calls(log)]
     assert functions.count("cuIpcOpenMemHandle") == functions.count("cuIpcCloseMemHandle") == 2
-    first_end = functions.index("cuCtxSynchronize")  # the first lease ended before any handle was closed
+    first_end = functions.index("cuEventQuery")  # the first lease ended before any handle was closed
     assert first_end < functions.index("cuIpcCloseMemHandle")
 
 
@@ -304,7 +307,7 @@ print(*seen)
 """,
     )
     needed = {"cuda_vmm": {"cuMemAddressReserve", "cuMemImportFromShareableHandle", "cuMemMap", "cuMemSetAccess"}}
-    assert needed.get(kind, {"cuIpcOpenMemHandle", "cuMemAlloc", "cuMemcpyDtoD"}) <= set(output.split())
+    assert needed.get(kind, {"cuIpcOpenMemHandle", "cuMemAlloc", "cuMemcpyDtoDAsync"}) <= set(output.split())
 
 
 @each_kind
@@ -336,10 +339,11 @@ def test_a_failure_while_giving_back_is_not_heard_and_the_lease_ends(kind: str, 
         fake_driver,
         f"""
 found = wanted({kind!r})
-for name in ("cuCtxSynchronize", "cuCtxPushCurrent", "cuCtxPopCurrent", "cuMemUnmap", "cuMemAddressFree",
-             "cuIpcCloseMemHandle"):
+for name in ("cuThreadExchangeStreamCaptureMode", "cuEventCreate", "cuEventRecord", "cuEventQuery", "cuEventDestroy",
+             "cuCtxPushCurrent", "cuCtxPopCurrent", "cuMemUnmap", "cuMemAddressFree", "cuIpcCloseMemHandle"):
     ended = []
     segments = opened({kind!r}, found, ended)
+    segments.buffer(0, 0, 0, 1)
     os.environ["FAKECUDA_FAIL"] = f"{{name}}:999"
     del segments
     assert len(ended) == 1, name
@@ -382,120 +386,6 @@ segments = opened({kind!r}, wanted({kind!r}, copies=2), ended)
 buffers = [segments.buffer(0, copy, 0, 100) for copy in range(2)]
 with cuda_driver._lock, cuda_ipc._lock:
     del segments, buffers
-assert ended == [0]
-""",
-    )
-
-
-# -- while the device cannot be waited for -----------------------------------------------------------------------------
-
-each_refusal = pytest.mark.parametrize("code", [900, 908, 800])  # while a graph is captured; in a host function
-
-
-@each_kind
-@each_refusal
-def test_while_a_graph_is_captured_memory_and_lease_stay(kind: str, code: int, fake_driver: Path) -> None:
-    """A kernel may still read them. They go with the next attach, or with whatever is given back next."""
-    check(
-        fake_driver,
-        f"""
-found = wanted({kind!r})
-ended, later = [], []
-
-def drop(segments):
-    os.environ["FAKECUDA_FAIL"] = "cuCtxSynchronize:{code}"
-    del segments[:]
-    os.environ["FAKECUDA_FAIL"] = ""
-
-drop([opened({kind!r}, found, ended)])
-assert not ended and mapped() == 1
-drop([opened({kind!r}, found, later)])
-assert ended == [0], "before another was mapped"
-assert not later and mapped() == 1
-again = opened({kind!r}, found)
-assert later == [0]
-assert read(again.buffer(0, 0, 256, 256)) == bytes(range(256))
-""",
-    )
-
-
-@each_kind
-def test_what_waits_is_given_back_with_the_next_that_is(kind: str, fake_driver: Path) -> None:
-    check(
-        fake_driver,
-        f"""
-ended = []
-kept = opened({kind!r}, wanted({kind!r}))
-segments = opened({kind!r}, wanted({kind!r}, count=2), ended)
-os.environ["FAKECUDA_FAIL"] = "cuCtxSynchronize:900"
-del segments
-os.environ["FAKECUDA_FAIL"] = ""
-assert not ended and mapped() == 3
-del kept
-assert ended == [0] and mapped() == 0
-""",
-    )
-
-
-def test_a_private_copy_that_is_dropped_while_a_graph_is_captured_goes_later(fake_driver: Path) -> None:
-    check(
-        fake_driver,
-        """
-segments = opened("cuda_ipc", wanted("cuda_ipc", copies=2))
-copy = segments.buffer(0, 1, 0, 256)
-os.environ["FAKECUDA_FAIL"] = "cuCtxSynchronize:900"
-del copy
-os.environ["FAKECUDA_FAIL"] = ""
-assert mapped() == 2
-del segments
-assert mapped() == 0
-""",
-    )
-
-
-@pytest.mark.parametrize(("kind", "undo"), [("cuda_vmm", "cuMemUnmap"), ("cuda_ipc", "cuIpcCloseMemHandle")])
-def test_a_call_that_is_refused_for_a_capture_is_made_later(kind: str, undo: str, fake_driver: Path) -> None:
-    """As when the capture begins just after the device was idle."""
-    check(
-        fake_driver,
-        f"""
-found = wanted({kind!r})
-segments = opened({kind!r}, found)
-os.environ["FAKECUDA_FAIL"] = "{undo}:900"
-del segments
-os.environ["FAKECUDA_FAIL"] = ""
-assert mapped() == 1
-del found[:]
-cuda_driver.finish_postponed(0)
-assert mapped() == 0
-""",
-    )
-
-
-@each_kind
-def test_ctrl_c_while_memory_is_given_back_leaves_the_context_as_it_was(kind: str, fake_driver: Path) -> None:
-    check(
-        fake_driver,
-        f"""
-import sys
-found, ended, heard = wanted({kind!r}), [], []
-segments = opened({kind!r}, found, ended)
-real = cuda_driver.call
-
-def interrupted(name, *arguments):
-    if name == "cuCtxSynchronize":
-        raise KeyboardInterrupt
-    return real(name, *arguments)
-
-sys.unraisablehook = lambda heard_of: heard.append(heard_of.exc_type)
-cuda_driver.call = interrupted
-del segments
-cuda_driver.call = real
-assert heard and set(heard) == {{KeyboardInterrupt}}
-assert int(call("cuCtxGetCurrent")) == 0
-assert not ended and mapped() == 1, "a kernel may still read it"
-del heard[:]
-cuda_driver.finish_postponed(0)
 assert ended == [0]
 """,
     )
@@ -569,6 +459,117 @@ except cuda_driver.DeviceError as error:
 """
     code = "CUDA_ERROR_INVALID_VALUE"
     assert check(fake_driver, source) == f"cuPointerGetAttributes failed with {code}; see `nvidia-smi` {code}\n"
+
+
+@each_kind
+def test_an_address_that_the_driver_does_not_know_is_an_error_and_no_tensor_of_the_cpu(
+    kind: str, fake_driver: Path
+) -> None:
+    source = f"""
+from weightd._mapping.cuda_buffer import make_buffer
+segments = opened({kind!r}, wanted({kind!r}))
+memory = ctypes.create_string_buffer(256)
+try:
+    make_buffer(0, ctypes.addressof(memory), 256, memory)
+except cuda_driver.DeviceError as error:
+    print(error)
+"""
+    assert check(fake_driver, source) == (
+        "the driver says that memory attached on cuda:0 is of another device: DLPack's (1, 0)\n"
+    )
+
+
+# -- statuses that the bindings do not know ----------------------------------------------------------------------------
+
+
+@each_kind
+def test_a_status_newer_than_the_bindings_is_an_error_like_any_other(kind: str, fake_driver: Path) -> None:
+    source = f"""
+found = wanted({kind!r})
+segments, ended = opened({kind!r}, found), []
+os.environ["FAKECUDA_FAIL"] = "cuCtxPushCurrent:12345,cuMemAddressReserve:12345,cuIpcOpenMemHandle:12345"
+for work in (lambda: opened({kind!r}, found, ended), lambda: segments.buffer(0, 0, 0, 1)):
+    try:
+        work()
+    except cuda_driver.DeviceError as error:
+        print(error.code)
+assert len(ended) == 1
+os.environ["FAKECUDA_FAIL"] = ",".join(f"{{name}}:12345" for name in ("cuMemUnmap", "cuIpcCloseMemHandle"))
+del segments  # which prints nothing
+"""
+    assert check(fake_driver, source) == "CUDA_ERROR_12345\n" * 2
+
+
+def test_how_older_bindings_say_that_they_do_not_know_a_status(fake_driver: Path) -> None:
+    """12.9 looks the number up in a dictionary; any other KeyError is a fault of the caller."""
+    source = """
+from cuda.bindings import driver
+def fail(error):
+    def function(*arguments):
+        raise error
+    return function
+for error in (KeyError(917), ValueError("917 is not a valid CUresult"), KeyError("name"), ValueError("negative")):
+    driver.cuDriverGetVersion, driver.cuCtxPopCurrent = fail(error), fail(error)
+    cuda_driver.bound.cache_clear()
+    for work in (lambda: call("cuDriverGetVersion"), lambda: cuda_driver.bound("cuCtxPopCurrent")()):
+        try:
+            work()
+        except cuda_driver.DeviceError as error:
+            print(error.code, error.metadata["call"])
+        except (KeyError, ValueError) as error:
+            print(repr(error))
+"""
+    assert check(fake_driver, source).splitlines() == [
+        "CUDA_ERROR_917 cuDriverGetVersion",
+        "CUDA_ERROR_917 cuCtxPopCurrent",
+        "CUDA_ERROR_917 cuDriverGetVersion",
+        "CUDA_ERROR_917 cuCtxPopCurrent",
+        *["KeyError('name')"] * 2,
+        *["ValueError('negative')"] * 2,
+    ]
+
+
+# -- one range of addresses, and who may access it ---------------------------------------------------------------------
+
+
+def test_all_segments_of_an_attachment_lie_in_one_range(fake_driver: Path) -> None:
+    check(
+        fake_driver,
+        """
+blocker = [opened("cuda_vmm", wanted("cuda_vmm")) for _ in range(2)]
+del blocker[0]  # a hole that one segment would fit into
+segments = opened("cuda_vmm", wanted("cuda_vmm", count=4, copies=2))
+[(address, size, _)] = segments.ranges()
+end = address
+for place, length in sorted(segments.places().values()):
+    assert place == end
+    end += length
+assert end == address + size == address + 8 * SIZE
+whole = ctypes.string_at(address, size)
+assert whole == b"".join(contents(number) * 2 for number in range(4))
+""",
+    )
+
+
+def test_peers_get_access_where_they_are_asked_for(fake_driver: Path) -> None:
+    source = """
+from cuda.bindings import driver
+def access(segments, ordinal):
+    place = driver.CUmemLocation()
+    place.type, place.id = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, ordinal
+    return int(call("cuMemGetAccess", place, segments.ranges()[0].address))
+for peers in (False, True):
+    segments = opened("cuda_vmm", wanted("cuda_vmm", ordinal=1, count=2), ordinal=1, peers=peers)
+    print(segments.peers, [access(segments, ordinal) for ordinal in range(3)])
+"""
+    all_three = ["() [0, 1, 0]", "('cuda:0', 'cuda:2') [1, 1, 1]"]
+    assert check(fake_driver, source, devices=3).splitlines() == all_three
+    assert check(fake_driver, source, devices=3, no_peers=True).splitlines() == ["() [0, 1, 0]"] * 2
+
+
+def test_ipc_memory_needs_no_peers(fake_driver: Path) -> None:
+    source = """print(opened("cuda_ipc", wanted("cuda_ipc"), peers=True).peers)"""
+    assert check(fake_driver, source, devices=2) == "()\n"
 
 
 # -- fork --------------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ API CUresult cuIpcCloseMemHandle(CUdeviceptr address)
     Range *range = find_range(RANGE_IPC, address);
     if (!range)
         return INVALID_VALUE;
-    REFUSED_BY(wait_for_context(range->context));
+    REFUSED_BY(while_others_capture());
     if (--range->opened == 0)
         remove_range(range);
     return SUCCESS;

@@ -48,7 +48,7 @@ API CUresult cuMemFree_v2(CUdeviceptr address)
     Range *range = find_range(RANGE_PLAIN, address);
     if (!range)
         return INVALID_VALUE;
-    REFUSED_BY(wait_for_context(range->context));
+    REFUSED_BY(while_others_capture());
     if (is_open_elsewhere(range->block)) { /* undefined with the real driver */
         fputs("fakecuda: cuMemFree of memory that another process has open\n", stderr);
         return INVALID_VALUE;
@@ -104,7 +104,7 @@ API CUresult cuMemFreeHost(void *address)
     Range *range = find_range(RANGE_HOST, (CUdeviceptr)address);
     if (!range)
         return INVALID_VALUE;
-    REFUSED_BY(wait_for_context(range->context));
+    REFUSED_BY(while_others_capture());
     remove_range(range);
     return SUCCESS;
 }
@@ -130,7 +130,7 @@ API CUresult cuMemHostUnregister(void *address)
     Range *range = find_range(RANGE_REGISTERED, (CUdeviceptr)address);
     if (!range)
         return HOST_MEMORY_NOT_REGISTERED;
-    REFUSED_BY(wait_for_context(range->context));
+    REFUSED_BY(while_others_capture());
     remove_range(range);
     return SUCCESS;
 }

@@ -182,6 +182,7 @@ API CUresult cuMemMap(CUdeviceptr address, size_t size, size_t offset, CUmemGene
     if (!block || offset || flags || address % process.granularity || !size || size % process.granularity ||
         size > block->size || !is_reserved_and_free(address, size))
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     if (mmap((void *)address, size, PROT_NONE, MAP_SHARED | MAP_FIXED, block->fd, 0) == MAP_FAILED)
         return OUT_OF_MEMORY;
     add_range((Range){.kind = RANGE_VMM, .address = address, .size = size, .block = block});
@@ -195,6 +196,7 @@ API CUresult cuMemUnmap(CUdeviceptr address, size_t size)
     Range *range = find_range(RANGE_VMM, address);
     if (!range || range->size != size)
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     remove_range(range);
     return SUCCESS;
 }
@@ -238,6 +240,7 @@ API CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessD
         }
     if (!size || filled != size)
         return INVALID_VALUE;
+    REFUSED_BY(while_others_capture());
     for (Range *range = ranges; range; range = range->next)
         if (range->kind == RANGE_VMM && overlaps(range, address, size)) {
             for (size_t i = 0; i < count; i++)

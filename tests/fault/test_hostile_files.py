@@ -20,7 +20,7 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.loader import PIECE, STOP, resume, wait_stopped
 from support.malformed import build, entry
-from weightd._references.files import SourcePath
+from weightd._references.files import ReferencedFile
 from weightd.resolve import Resolved
 
 StartDaemon = Callable[..., Daemon]
@@ -101,7 +101,7 @@ def test_hostile_indexes(start_daemon: StartDaemon, tmp_path: Path) -> None:
     paths = [checkpoints.write_random(tmp_path / f"{n}.safetensors", 1, MIB, seed=n) for n in "ab"]
     index = tmp_path / "index"
     resolved = Resolved(
-        "m", (*(SourcePath("", p.name, p) for p in paths), SourcePath("", "index", index, is_index=True))
+        "m", (*(ReferencedFile("", p.name, p) for p in paths), ReferencedFile("", "index", index, is_index=True))
     )
     maps = {
         b"{": "not valid JSON",

@@ -13,7 +13,7 @@ from support.daemon import Daemon, eventually
 from support.launch import launcher
 
 StartDaemon = Callable[..., Daemon]
-KINDS = ("LoadBegun", "Sealed", "LoadEnded", "Attached", "Detached", "Evicted", "DrainChanged")
+KINDS = ("LoadBegun", "CheckpointSealed", "LoadEnded", "LeaseBegun", "LeaseEnded", "CheckpointEvicted", "DrainChanged")
 """All but the loss of a device: tests/unit/test_listeners.py has every class of events."""
 
 

@@ -21,7 +21,7 @@ from support.limits import room_for
 from support.worker import Worker
 from weightd import _limits, errors
 from weightd._limits import DAEMON, LOADER, THIS_PROCESS, limit_error
-from weightd_daemon.loader.schedule import Unit, on_threads
+from weightd_daemon.loader.schedule import LoaderUnit, on_threads
 
 Spawn = Callable[[Daemon], Worker]
 StartDaemon = Callable[..., Daemon]
@@ -145,14 +145,14 @@ client.close()
 
 MANY_MAPPINGS = """
 import os
-from weightd._mapping.host import Mapping
+from weightd._mapping.host import HostMapping
 from weightd.errors import ResourceLimitError
 file = os.memfd_create("m")
 os.ftruncate(file, 4096)
 made = []
 try:
     while True:
-        made.append(Mapping(file, 4096, writable=False))
+        made.append(HostMapping(file, 4096, writable=False))
 except ResourceLimitError as error:
     made.clear()
     print(error.limit, error, sep="|")
@@ -235,7 +235,7 @@ def test_threads_that_cannot_be_had_leave_their_work_to_others(allowed: int, mon
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
-    units = [Unit(number, ()) for number in range(20)]
+    units = [LoaderUnit(number, ()) for number in range(20)]
     done: list[int] = []
     on_threads([[unit] for unit in units], 4, lambda unit: done.append(unit.file))
     assert sorted(done) == list(range(20))

@@ -13,7 +13,7 @@ from support import checkpoints
 from support.daemon import Daemon, eventually
 from support.wire import Peer
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc, errors_pb2
-from weightd._transport.handle_socket import HandleConnection
+from weightd._transport.handle_socket import SocketClient
 
 
 def test_between_the_offer_and_the_load_nobody_notices(
@@ -22,10 +22,10 @@ def test_between_the_offer_and_the_load_nobody_notices(
     client = daemon.connect()
     client.version()
     path = checkpoints.write_random(tmp_path / "m.safetensors", 3, 5000, seed="m")
-    offer = HandleConnection.offer
+    offer = SocketClient.offer
     offered: list[int] = []
 
-    def then_restart(self: HandleConnection) -> tuple[int, socket.socket]:
+    def then_restart(self: SocketClient) -> tuple[int, socket.socket]:
         number, intake = offer(self)
         offered.append(number)
         if len(offered) == 1:
@@ -33,7 +33,7 @@ def test_between_the_offer_and_the_load_nobody_notices(
             daemon.start()
         return number, intake
 
-    monkeypatch.setattr(HandleConnection, "offer", then_restart)
+    monkeypatch.setattr(SocketClient, "offer", then_restart)
     assert client.load(path, name="m").names == ("m",)
     assert len(offered) == 2
 

@@ -24,7 +24,7 @@ from support.content import content
 from support.daemon import Daemon, eventually
 from support.worker import Worker
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import HandleConnection, feed
+from weightd._transport.handle_socket import SocketClient, feed
 from weightd.client import Client
 
 Spawn = Callable[[Daemon], Worker]
@@ -201,7 +201,7 @@ def test_a_finalizer_says_nothing_to_the_daemon(
     path = saved(tmp_path, "a")
     file = weightd.torch.safe_open(path, framework="pt")
     said: list[int] = []
-    monkeypatch.setattr(HandleConnection, "detach", lambda _, lease: said.append(lease))
+    monkeypatch.setattr(SocketClient, "detach", lambda _, lease: said.append(lease))
     del file
     assert said == []
     client = daemon.connect()

@@ -17,7 +17,7 @@ from support import checkpoints
 from support.backends import EVERY
 from support.content import content
 from support.daemon import Daemon, eventually
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.source import LoaderSource
 from weightd_daemon.persistence.digest_index import FILE_NAME
 
 MIB = 1 << 20
@@ -43,7 +43,7 @@ def rested(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def trusted(rested: tuple[Path, Path]) -> None:
     """Skip where temporary files are on a filesystem whose inodes and times are never trusted."""
     with rested[0].open("rb") as file:
-        if not Source("probe", file.fileno()).trusted:
+        if not LoaderSource("probe", file.fileno()).trusted:
             pytest.skip(f"{rested[0]} is on a filesystem that is never trusted; set --basetemp to one that is")
 
 

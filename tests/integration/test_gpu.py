@@ -339,6 +339,9 @@ def test_one_daemon_serves_host_memory_and_several_gpus(
     workers.append(worker)
     for device in ("host", "cuda:0", "cuda:1"):
         assert attach(worker, str(path), device) == heads("base")
+        for_peers = "with client.attach(reference, device=device, peers=True) as other: result = list(other.peers)"
+        is_for_one = device == "host" or backend.kind == "cuda_ipc"
+        assert worker.run(for_peers) == ([] if is_for_one else ["cuda:1" if device == "cuda:0" else "cuda:0"])
     assert sorted(checkpoint.device for checkpoint in client.checkpoints()) == sorted(budgets)
     assert [fakecuda.device_bytes(gpu) for gpu in (0, 1)] == [4 * MIB, 4 * MIB]
     with pytest.raises(weightd.InvalidReferenceError, match="means more than one checkpoint"):
@@ -459,7 +462,7 @@ def test_without_a_gpu_a_daemon_that_must_have_one_is_to_be_started_again(tmp_pa
 def test_a_gpu_that_is_not_there_or_means_several(backend: Backend, tmp_path: Path) -> None:
     two = backend.with_knobs(devices=2).environment
     for flags, (code, why) in {
-        ("--device=cuda:2",): (75, "is not there"),
+        ("--device=cuda:2",): (78, "is not there"),
         ("--device=auto", "--budget=cuda:2=1GiB"): (75, "cuda:2 is not served"),
         ("--device=cuda:0", f"--device={fakecuda.uuid(0)}"): (78, "named already"),
         ("--device=cuda:0", "--budget=cuda:1=1GiB"): (78, "cuda:1"),
@@ -489,13 +492,31 @@ def test_where_memory_cannot_be_exported_it_is_shared_by_cuda_ipc(
 def test_auto_goes_without_a_gpu_that_does_not_answer_and_loads_find_the_others(
     start_daemon: StartDaemon, backend: Backend, tmp_path: Path
 ) -> None:
-    broken = backend.with_knobs(devices=3, fail="cuDeviceGetUuid:999:2", fail_in="weightd_daemon")  # in loaders, too
+    broken = backend.with_knobs(devices=3, fail="cuDeviceGetUuid@1:999", fail_in="weightd_daemon")  # in loaders, too
     daemon = start_daemon(broken, device="auto", budget="64MiB")
     client = daemon.connect()
     assert [device.uuid for device in client.stats().devices] == ["host", fakecuda.uuid(0), fakecuda.uuid(2)]
     assert "device cuda:1 is not served: cuDeviceGetUuid failed" in daemon.logged()
     for gpu in (0, 2):
         assert client.load(make(tmp_path, "base"), device=fakecuda.uuid(gpu)).device == fakecuda.uuid(gpu)
+
+
+@vmm_on_the_double
+def test_a_gpu_for_one_process_at_a_time_is_told_at_the_start_and_when_a_load_fails(
+    start_daemon: StartDaemon, backend: Backend, spawn: Spawn, tmp_path: Path
+) -> None:
+    daemon = start_daemon(backend.with_knobs(compute_mode=3))
+    assert f"device {backend.uuid} is in compute mode EXCLUSIVE_PROCESS: one process at a time" in daemon.logged()
+    client = daemon.connect()
+    client.load(make(tmp_path, "base"), name="base")
+    (loader,) = daemon.loaders()
+    os.kill(loader, signal.SIGKILL)  # it has the GPU
+    eventually(lambda: not daemon.loaders())
+    assert attach(spawn(daemon), "base") == heads("base")
+    with pytest.raises(
+        weightd.DeviceError, match=r"CUDA_ERROR_DEVICE_UNAVAILABLE.*another process has the GPU to itself"
+    ):
+        client.load(make(tmp_path, "other"))
 
 
 @vmm_on_the_double
@@ -586,6 +607,48 @@ def test_a_device_that_is_full_for_others_reasons(start_daemon: StartDaemon, bac
     with pytest.raises(weightd.CapacityError) as raised:
         client.load(make(tmp_path, "huge", 20), name="huge")
     assert raised.value.requested_bytes == 20 * MIB
+
+
+@vmm_on_the_double
+def test_a_full_device_makes_room_for_the_context_of_a_loader(
+    start_daemon: StartDaemon, backend: Backend, spawn: Spawn, tmp_path: Path
+) -> None:
+    """Clients have contexts of their own, so a GPU is full before its budget is used up: no segment is refused here."""
+    daemon = start_daemon(backend.with_knobs(memory=64 * MIB, context=4 * MIB), budget="60MiB")
+    client = daemon.connect()
+
+    def load(name: str, count: int, **options: bool) -> None:
+        client.load(make(tmp_path, name, count), name=name, **options)
+
+    def fill_with_contexts(*clients: Worker) -> None:
+        """End the loader, and have clients take what it had."""
+        (loader,) = daemon.loaders()
+        os.kill(loader, signal.SIGKILL)
+        eventually(lambda: not daemon.loaders())
+        for worker in clients:
+            attach(worker, "leased", count=1)
+        assert fakecuda.device_bytes(0) + sum(fakecuda.context_bytes(0)) == 64 * MIB
+
+    for name, count in (("leased", 20), ("first", 20), ("second", 16)):
+        load(name, count)
+        client.close()
+        client = daemon.connect()
+    fill_with_contexts(spawn(daemon), spawn(daemon))
+    load("third", 4)
+    assert {checkpoint.name for checkpoint in client.checkpoints()} == {"leased", "second", "third"}
+    load("fourth", 12, pin=True)
+    for name in ("second", "third"):
+        client.pin(name)
+    fill_with_contexts(spawn(daemon))
+    with pytest.raises(weightd.CapacityError, match="the context of a loader process") as raised:
+        load("fifth", 1)
+    assert raised.value.evictable_bytes == 0
+    assert raised.value.pinned_bytes + raised.value.leased_bytes == 52 * MIB
+    refused = daemon.command("load", tmp_path / "fifth.safetensors", check=False)
+    assert refused.returncode == 5
+    assert "(cuDevicePrimaryCtxRetain)" in refused.stderr
+    client.unpin("second")
+    load("fifth", 1)
 
 
 @every_gpu

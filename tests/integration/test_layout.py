@@ -16,7 +16,7 @@ from support.backends import CUDA, EVERY, Backend
 from support.daemon import Daemon, eventually
 from support.shared import SharedDaemons
 from weightd.attachment import Attachment
-from weightd.integrations.fusing import Fusing
+from weightd.integrations.fusing import TorchFusionMode
 
 StartDaemon = Callable[..., Daemon]
 Arrays = dict[str, np.ndarray]
@@ -73,7 +73,7 @@ def fuse(attachment: Attachment, layer: int) -> tuple[dict[str, torch.Tensor], d
     state = attachment.state_dict()
     stem = f"model.layers.{layer}.block_sparse_moe.experts"
     parts = {part: [state[f"{stem}.{e}.{part}.weight"] for e in range(EXPERTS)] for part in ("w1", "w2", "w3")}
-    with Fusing(attachment) as fusing:
+    with TorchFusionMode(attachment) as fusing:
         made = {
             GATE_UP.format(layer): torch.cat([torch.stack(parts["w1"]), torch.stack(parts["w3"], dim=0)], dim=1),
             DOWN.format(layer): torch.stack(parts["w2"]),
@@ -216,7 +216,7 @@ def test_what_no_slot_can_hold_in_a_row_is_copied(here: Daemon, tmp_path: Path) 
     with weightd.connect(here.socket) as client, client.attach(path) as attachment:
         assert attachment.views == {}
         parts = [attachment.tensor(f"mlp.experts.{e}.down_proj.weight") for e in range(2)]
-        with Fusing(attachment) as fusing:
+        with TorchFusionMode(attachment) as fusing:
             stacked = torch.cat(parts)
         assert "has 60 bytes, no multiple of 256" in fusing.reason(stacked)
         assert raw(stacked) == b"".join(arrays[f"mlp.experts.{e}.down_proj.weight"].tobytes() for e in range(2))
@@ -324,7 +324,7 @@ def test_tensors_of_which_some_are_equal_to_others_are_no_view(start_daemon: Sta
         assert places == {"a": 0, part.format("gate"): 0, part.format("up"): 1}
         assert attachment.views == {}
         state = attachment.state_dict()
-        with Fusing(attachment):
+        with TorchFusionMode(attachment):
             made = torch.cat([state[part.format("gate")], state[part.format("up")]])
         assert not attachment.holds(made.data_ptr(), made.nbytes)
         state["a"].zero_()
@@ -355,7 +355,7 @@ def test_what_cannot_be_had_in_one_piece_is_loaded_all_the_same(
         with client.attach(path, device=backend.device) as attachment:
             assert listed(attachment) == {"mlp.experts.down_proj"}
             parts = [f"mlp.experts.0.{part}_proj.weight" for part in ("gate", "up")]
-            with Fusing(attachment) as fusing:
+            with TorchFusionMode(attachment) as fusing:
                 made = torch.cat([attachment.tensor(part) for part in parts])
             assert "lie in 2 places" in fusing.reason(made)
             assert raw(made) == b"".join(experts[part].tobytes() for part in parts)

@@ -20,7 +20,7 @@ from support import checkpoints, gguf_files, workloads
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
 from weightd_daemon import planning
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.source import LoaderSource
 from weightd_daemon.persistence.digest_index import FILE_NAME
 
 KIB = 1 << 10
@@ -231,7 +231,7 @@ def rested(tmp_path: Path) -> list[Path]:
     paths = [checkpoints.write_random(tmp_path / f"{n}.safetensors", 4, MIB, seed=n, shared=shared) for n in "ab"]
     checkpoints.rest(*paths)
     with paths[0].open("rb") as file:
-        if not Source("probe", file.fileno()).trusted:
+        if not LoaderSource("probe", file.fileno()).trusted:
             pytest.skip(f"{tmp_path} is on a filesystem that is never trusted; set --basetemp to one that is")
     return paths
 

@@ -1,4 +1,4 @@
-"""Ranges against a set, and the memory of a device against a model that knows every 256 bytes and every page."""
+"""RangeSet against a set, and the memory of a device against a model that knows every 256 bytes and every page."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from weightd.types import ALIGNMENT
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Arena, Extent
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.prospect import Prospect, prospect
-from weightd_daemon.core.ranges import Ranges
-from weightd_daemon.core.reclaims import Punch, Reclaim, Release
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.prospect import _Prospect, prospect
+from weightd_daemon.core.ranges import RangeSet
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim, SegmentReclaim
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,11 +40,11 @@ def runs(members: set[int]) -> list[tuple[int, int]]:
 
 
 class RangesMachine(RuleBasedStateMachine):
-    """Every operation on Ranges, and the same on a set."""
+    """Every operation on RangeSet, and the same on a set."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ranges = Ranges()
+        self.ranges = RangeSet()
         self.model: set[int] = set()
 
     spans = st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda span: (span[0], span[0] + span[1]))
@@ -99,7 +99,7 @@ class RangesMachine(RuleBasedStateMachine):
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """DeviceMemory and its arenas; the model knows which units live, and which pages have memory or are promised it."""
+    """MemoryAccounting and its arenas; the model knows which units live, and which pages have memory or a promise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @initialize(sparse=st.booleans(), pool=st.sampled_from([0, POOL]))
     def begin(self, sparse: bool, pool: int) -> None:
         self.sparse, self.pool = sparse, pool
-        self.memory = DeviceMemory(budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=pool, create=self.create)
+        self.memory = MemoryAccounting(budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=pool, create=self.create)
 
     def create(self, size: int) -> int:
         assert size % PAGE == 0
@@ -132,7 +132,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def punching(self) -> Iterator[tuple[int, int]]:
         for reclaim in self.pending:
-            if isinstance(reclaim, Punch):
+            if isinstance(reclaim, ExtentReclaim):
                 extent = reclaim.extent
                 yield from ((extent.segment, page) for page in range(extent.offset // PAGE, extent.end // PAGE))
 
@@ -169,7 +169,7 @@ class MemoryMachine(RuleBasedStateMachine):
             whose, size = self.promised[load]
             self.promised[load] = (whose, max(0, size - extent.length))
 
-    def could_have(self, domain: str, without: Sequence[Extent] = ()) -> Prospect:
+    def could_have(self, domain: str, without: Sequence[Extent] = ()) -> _Prospect:
         """What a domain could get if these bytes were free, no promises to others considered."""
         freed: dict[int, set[int]] = {}
         for extent in without:
@@ -187,10 +187,10 @@ class MemoryMachine(RuleBasedStateMachine):
                 own += len(free) * PAGE
                 longest = max([longest, *((high - low) * PAGE for low, high in runs(free))])
         spare = BUDGET - self.memory.used + common
-        return Prospect(spare + own, max(spare, longest))
+        return _Prospect(spare + own, max(spare, longest))
 
     def releasing(self) -> set[int]:
-        return {reclaim.segment for reclaim in self.pending if isinstance(reclaim, Release)}
+        return {reclaim.segment for reclaim in self.pending if isinstance(reclaim, SegmentReclaim)}
 
     @rule(domain=st.sampled_from(DOMAINS), data=st.data())
     def what_eviction_would_bring_is_known(self, domain: str, data: st.DataObject) -> None:
@@ -267,7 +267,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.reclaim(self.pending.pop(data.draw(st.integers(0, len(self.pending) - 1))))
 
     def reclaim(self, reclaim: Reclaim) -> None:
-        if isinstance(reclaim, Release):
+        if isinstance(reclaim, SegmentReclaim):
             assert not self.live[reclaim.segment], "releases bytes that live"
             assert reclaim.size == len(self.populated[reclaim.segment]) * PAGE
             del self.populated[reclaim.segment]
@@ -320,11 +320,25 @@ class MemoryMachine(RuleBasedStateMachine):
                 assert arena.is_empty(segment) <= (not self.live[segment])
 
     @invariant()
+    def what_is_counted_as_it_changes_is_the_sum(self) -> None:
+        for domain in DOMAINS:
+            arena = self.memory.arena(domain)
+            segments, empty = arena._segments, [segment for segment in arena if arena.is_empty(segment)]
+            assert arena.used == sum(books.size - books.sparse.total for books in segments.values())
+            assert arena.leaving == sum(books.leaving.total for books in segments.values())
+            assert arena.empty_bytes == sum(map(arena.populated, empty))
+            assert sorted(arena.empty_segments()) == sorted(empty)
+            holes = {segment: arena._holes_in(segment, books) for segment, books in segments.items()}
+            assert sorted(arena.segments_with_holes()) == sorted(segment for segment, found in holes.items() if found)
+            there = (extent.length - cost for found in holes.values() for extent, cost in found)
+            assert arena.populated_hole_bytes() == sum(there)
+
+    @invariant()
     def promises_are_kept(self) -> None:
         """What is free, reusable or on its way back covers every promise."""
         if self.pool and not self.sparse:
             return  # who takes a part of an empty segment keeps other domains from the rest of it
-        on_the_way = sum(r.size if isinstance(r, Release) else r.extent.length for r in self.pending)
+        on_the_way = sum(r.size if isinstance(r, SegmentReclaim) else r.extent.length for r in self.pending)
         left = BUDGET - self.memory.used + on_the_way
         for domain in DOMAINS:
             holes = self.memory.arena(domain).populated_hole_bytes()

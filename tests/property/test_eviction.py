@@ -7,22 +7,23 @@ from itertools import count
 import hypothesis.strategies as st
 from hypothesis import given
 
+from support.sealed import sealed_blobs
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.events import Event, Evicted
+from weightd_daemon.core.events import CheckpointEvicted, Event
 from weightd_daemon.core.eviction import choose
-from weightd_daemon.core.lease import Leases, Peer
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.making_room import MakingRoom
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.prospect import Prospect, prospect
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.making_room import Evictor
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.prospect import _Prospect, prospect
+from weightd_daemon.core.store import ContentStore
 
 PAGE = 1024
 BUDGET = 40 * PAGE
 DOMAINS = ("all", "uid:7")
-FILES = (ManifestFile("", "f", None),)
+FILES = (ContentFile("", "f", None),)
 
 CONTENTS = st.lists(st.tuples(st.integers(0, 9), st.sampled_from((200, 900, 1800, 3000))), min_size=1, max_size=4)
 CHECKPOINTS = st.lists(
@@ -37,14 +38,14 @@ class Books:
     def __init__(self, *, sparse: bool) -> None:
         self.events: list[Event] = []
         numbers = count(1)
-        self.store = Store(leases=Leases(lambda _: True), on_event=self.events.append)
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.events.append)
+        self.memory = self.store.memories["host"] = MemoryAccounting(
             budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=0, create=lambda _: next(numbers)
         )
 
     def load(self, domain: str, contents: list[tuple[int, int]]) -> Checkpoint | None:
         """Tensors side by side in one extent, those that are there already shared; None where they do not fit."""
-        load = Loading(self.store, "host", domain, 0)
+        load = StoreTransaction(self.store, "host", domain, 0)
         fresh, blobs = [], {}
         for content in dict.fromkeys(contents):
             blob = load.candidate(bytes([content[0]]) * 16, content[1])
@@ -67,7 +68,7 @@ class Books:
                 _, blobs[content] = load.settle(bytes([content[0]]) * 16, content[1], extent.segment, at)
                 at += -(-content[1] // 256) * 256
         found = tuple(blobs[content] for content in contents)
-        entries = [ManifestEntry("", f"t{at}", "U8", (c[1],), 0, c[1]) for at, c in enumerate(contents)]
+        entries = [ContentTensor("", f"t{at}", "U8", (c[1],), 0, c[1]) for at, c in enumerate(contents)]
         identities = [BlobIdentity(b.key.digest, b.length, b.variant) for b in found if b is not None]
         digest = content_digest(entries, identities, FILES)
         checkpoint = load.seal(Content(digest, FILES, tuple(entries), found), 0.0)
@@ -80,13 +81,13 @@ class Books:
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
-    def without(self, domain: str, load: int, gone: set[Checkpoint]) -> Prospect:
+    def without(self, domain: str, load: int, gone: set[Checkpoint]) -> _Prospect:
         """What the load could get if these were gone: reckoned from nothing."""
         uses: dict[int, int] = {}
         for checkpoint in gone:
             for number in checkpoint.unique:
                 uses[number] = uses.get(number, 0) + 1
-        slots = [b.slot for b in self.store.sealed_blobs() if uses.get(b.number) == b.references and not b.holds]
+        slots = [b.slot for b in sealed_blobs(self.store) if uses.get(b.number) == b.references and not b.holds]
         return prospect(self.memory, domain, load, slots)
 
 
@@ -112,14 +113,14 @@ def test_those_go_without_whom_it_would_not_be_enough(
         if mark == "pinned":
             checkpoint.pins.add(1000)
         elif mark == "leased":
-            store.leases.begin(checkpoint.key, Peer(1, 2, 3, "python"), 0.0)
+            store.leases.begin(checkpoint.key, LeasePeer(1, 2, 3, "python"), 0.0)
         if mark:
             kept.add(checkpoint)
     there = list(store.checkpoints.values())
     for at in order:
         if at < len(there):
             store.use(there[at], -1.0)
-    load = Loading(store, "host", domain, 0)
+    load = StoreTransaction(store, "host", domain, 0)
     for content, length in held:
         load.candidate(bytes([content]) * 16, length)
     may_go = sorted((c for c in there if c not in kept), key=lambda c: c.used)
@@ -136,9 +137,9 @@ def test_those_go_without_whom_it_would_not_be_enough(
     expected = wanted(set(may_go))
     tried = {*may_go}  # asked now: afterwards the books are others
     useful = {subset: wanted(set(subset)) for subset in _subsets(may_go)}
-    went = MakingRoom(store, load.place, load.number, None).evict_for(needed * PAGE, piece * PAGE)
+    went = Evictor(store, load.place, load.number, None).evict_for(needed * PAGE, piece * PAGE)
 
-    gone = [event.checkpoint for event in books.events if isinstance(event, Evicted)]
+    gone = [event.checkpoint for event in books.events if isinstance(event, CheckpointEvicted)]
     assert {*gone} <= tried
     assert went == bool(gone) == expected
     if not went:

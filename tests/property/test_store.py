@@ -16,21 +16,22 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from support.sealed import sealed_blobs
 from weightd.errors import CapacityError, DeviceError, InUseError
 from weightd_daemon.core import loading as loading_module
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core import store as store_module
-from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
+from weightd_daemon.core.adoption import BlobPlace, CheckpointDescription, StoreAdoption, number_uses
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
-from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import NOBODY, Lease, Leases, Peer
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Punch, Reclaim
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Event
+from weightd_daemon.core.lease import NOBODY, Lease, LeasePeer, LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+from weightd_daemon.core.store import ContentStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +43,7 @@ DEVICE = "host"
 DOMAINS = ("all", "uid:7")
 LOADS = 3
 LENGTHS = (1, 300, 1500)
-FILES = (ManifestFile("", "f", None),)
+FILES = (ContentFile("", "f", None),)
 
 
 def weak_digest(data: bytes) -> bytes:
@@ -89,7 +90,7 @@ class Load:
     `opened` are the segments that its loader has open until the load has ended.
     """
 
-    loading: Loading
+    loading: StoreTransaction
     domain: str
     tensors: list[Work]
     hash_first: bool = False
@@ -154,11 +155,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.begin_load(DOMAINS[0], contents)
 
     def begin_books(self, last_lease: int) -> None:
-        self.memory = DeviceMemory(
+        self.memory = MemoryAccounting(
             budget=self.pages * PAGE, page=PAGE, sparse=self.sparse, pool_limit=self.pool,
             create=self.create, available=lambda: self.most,
         )  # fmt: skip
-        self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.happened)
+        self.store = ContentStore(leases=LeaseTable(lambda lease: lease.number in self.locked), on_event=self.happened)
         self.store.leases.number_above(last_lease)
         self.store.memories[DEVICE] = self.memory
 
@@ -186,7 +187,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.carry_out(reclaim)
 
     def carry_out(self, reclaim: Reclaim) -> None:
-        if isinstance(reclaim, Punch):
+        if isinstance(reclaim, ExtentReclaim):
             extent = reclaim.extent
             assert extent.offset % PAGE == 0
             assert extent.length % PAGE == 0
@@ -234,7 +235,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin_load(self, domain: str, contents: list[tuple[int, int, int]]) -> None:
         if len(self.loads) == LOADS:
             return
-        loading = Loading(self.store, DEVICE, domain, 0)
+        loading = StoreTransaction(self.store, DEVICE, domain, 0)
         load = Load(loading, domain, [Work(tensor_bytes(*content)) for content in contents])
         for tensor in load.tensors:
             self.seen.setdefault((domain, tensor.digest, len(tensor.data)), set()).add(tensor.data)
@@ -259,7 +260,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = one_of(sorted(self.contents), pick)
         if key is None or len(self.loads) == LOADS:
             return
-        loading = Loading(self.store, DEVICE, key.domain, 1)
+        loading = StoreTransaction(self.store, DEVICE, key.domain, 1)
         load = Load(loading, key.domain, [Work(tensor) for tensor in self.sources[key]])
         self.loads.append(load)
         if indexed:
@@ -296,7 +297,7 @@ class StoreMachine(RuleBasedStateMachine):
     def attainable(self, load: Load) -> tuple[int, int, int]:
         """What a load could get after evicting all that may go: all, in one new segment, and in one hole."""
         kept = [c for c in self.store.checkpoints.values() if self.held(c) or c.pinned]
-        taken = [b.slot for b in self.store.sealed_blobs() if b.holds or any(b.number in c.unique for c in kept)]
+        taken = [b.slot for b in sealed_blobs(self.store) if b.holds or any(b.number in c.unique for c in kept)]
         taken += [extent for other in self.loads if not other.lost for extent in other.granted]
         common, own, longest = self.memory.budget, 0, 0
         for segment, data in self.segments.items():
@@ -326,6 +327,7 @@ class StoreMachine(RuleBasedStateMachine):
         load = one_of(self.sealed_loads, pick)
         if load is None:
             return
+        load.opened.clear()
         load.ending = load.ending or load.loading.ending()
         if any(next(load.ending, self) is self for _ in range(steps)):
             self.sealed_loads.remove(load)
@@ -382,7 +384,7 @@ class StoreMachine(RuleBasedStateMachine):
                 self.refused(load, error)
 
     def every_call_fails(self, load: Load) -> None:
-        calls: list[Callable[[Loading], object]] = [
+        calls: list[Callable[[StoreTransaction], object]] = [
             lambda loading: loading.admit([1]),
             lambda loading: loading.match([]),
             lambda loading: loading.make_room(),
@@ -488,7 +490,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def seal(self, load: Load) -> None:
         blobs = [tensor.blob for tensor in load.tensors]
-        names = [ManifestEntry("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
+        names = [ContentTensor("", f"t{at}", "U8", (len(t.data),), 0, len(t.data)) for at, t in enumerate(load.tensors)]
         digest = content_digest(names, [blob.identity for blob in blobs if blob is not None], FILES)
         self.now += 1
         self.current = tuple(tensor.data for tensor in load.tensors)
@@ -501,12 +503,12 @@ class StoreMachine(RuleBasedStateMachine):
 
     def happened(self, event: Event) -> None:
         checkpoint = event.checkpoint
-        if isinstance(event, Sealed):
+        if isinstance(event, CheckpointSealed):
             self.sources[checkpoint.key] = self.current
             self.contents[checkpoint.key] = event.content
             self.gone.discard(checkpoint.key)
             return
-        assert isinstance(event, Evicted)
+        assert isinstance(event, CheckpointEvicted)
         assert not self.held(checkpoint)
         assert event.reason != "capacity" or not checkpoint.pinned
         del self.sources[checkpoint.key], self.contents[checkpoint.key]
@@ -523,7 +525,7 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
         if checkpoint is None:
             return
-        lease = self.store.leases.begin(checkpoint.key, Peer(1, 2, 3, "python"), self.now)
+        lease = self.store.leases.begin(checkpoint.key, LeasePeer(1, 2, 3, "python"), self.now)
         self.locked.add(lease.number)
         self.now += 1
         self.store.use(checkpoint, self.now)
@@ -578,13 +580,13 @@ class StoreMachine(RuleBasedStateMachine):
             what.clear()
         self.gone.clear()
         self.begin_books(max((lease.number for lease in before.leases), default=0))
-        adoption = Adoption(self.store, {number: len(data) for number, data in self.segments.items()})
+        adoption = StoreAdoption(self.store, {number: len(data) for number, data in self.segments.items()})
         domains: dict[int, str] = {}
         for checkpoint in chosen:
             key, content = checkpoint.key, self.contents[checkpoint.key]
             blobs = [blob for blob in content.blobs if blob is not None]
             places = [BlobPlace(blob.segment, blob.offset) for blob in blobs]
-            described = DescribedCheckpoint(content.files, content.entries, [blob.identity for blob in blobs], places)
+            described = CheckpointDescription(content.files, content.entries, [blob.identity for blob in blobs], places)
             new = adoption.add(key, described, checkpoint.owner, checkpoint.loaded)
             new.segments, new.last_used, new.pins = checkpoint.segments, checkpoint.last_used, checkpoint.pins
             self.contents[key] = replace(content, blobs=tuple(adoption._blobs[place] for place in places))
@@ -607,14 +609,15 @@ class StoreMachine(RuleBasedStateMachine):
         for lease in before.leases:
             if lease.number in self.locked and lease.checkpoint in self.store.checkpoints:
                 self.store.leases.inherit(lease.number, lease.checkpoint, NOBODY, self.now)
-        self.sealed = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
+        self.sealed = {blob.number: self.read_blob(blob) for blob in sealed_blobs(self.store)}
         assert self.store.checkpoints.keys() == {checkpoint.key for checkpoint in chosen}
         for checkpoint in chosen:
             new = self.store.checkpoints[checkpoint.key]
             assert (new.total_bytes, new.tensors) == (checkpoint.total_bytes, checkpoint.tensors)
             numbers = {lease.number for lease in before.leases_of(checkpoint) if not lease.waiting}
             assert {lease.number for lease in self.store.leases_of(new)} == numbers
-        self.store.fit(DEVICE)
+        for _ in self.store.fit(DEVICE):
+            pass
 
     def populated(self, segment: int) -> int:
         return self.memory.arena(self.memory.domain_of(segment)).populated(segment)
@@ -638,21 +641,21 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_a_loader_has_open_is_not_given_back(self) -> None:
-        leaving = {reclaim.segment for reclaim in self.pending if not isinstance(reclaim, Punch)}
+        leaving = {reclaim.segment for reclaim in self.pending if not isinstance(reclaim, ExtentReclaim)}
         for load in self.there:
             assert load.opened <= self.segments.keys() - leaving
 
     @invariant()
     def nothing_overlaps(self) -> None:
-        taken = [blob.slot for blob in self.store.sealed_blobs()]
+        taken = [blob.slot for blob in sealed_blobs(self.store)]
         taken += [extent for load in self.there for extent in load.granted]
-        taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, Punch)]
+        taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, ExtentReclaim)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
             assert before.segment != after.segment or before.end <= after.offset
 
     @invariant()
     def what_is_counted_is_there(self) -> None:
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             users = [c for c in self.store.checkpoints.values() if blob.number in c.unique]
             assert blob.references == len(users)
             assert users or blob.holds or self.memory.freeing, "nobody needs it"
@@ -662,10 +665,15 @@ class StoreMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         used, live = self.memory.used, self.store.live_bytes(DEVICE)
         in_flight = self.store.in_flight_bytes(DEVICE)
-        assert live == sum(len(self.read_blob(blob)) for blob in self.store.sealed_blobs())
+        assert live == sum(len(self.read_blob(blob)) for blob in sealed_blobs(self.store))
         assert in_flight == sum(extent.length for load in self.there for extent in load.granted)
         assert used - live - in_flight >= 0
         assert used <= self.memory.budget
+
+    @invariant()
+    def the_least_recently_used_are_known(self) -> None:
+        found = list(self.store.index.by_use())
+        assert found == sorted(self.store.checkpoints.values(), key=lambda c: c.used)
 
     @invariant()
     def what_was_lost_is_remembered_until_it_is_back(self) -> None:
@@ -680,7 +688,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def sealed_bytes_stay(self) -> None:
-        now = {blob.number: self.read_blob(blob) for blob in self.store.sealed_blobs()}
+        now = {blob.number: self.read_blob(blob) for blob in sealed_blobs(self.store)}
         for number in now.keys() & self.sealed.keys():
             assert now[number] == self.sealed[number]
         self.sealed = now
@@ -699,7 +707,7 @@ class StoreMachine(RuleBasedStateMachine):
         found: dict[tuple[object, bytes], set[int]] = {}
         variants: dict[tuple[object, int], set[bytes]] = {}
         copies: dict[tuple[object, bytes], int] = {}
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             data = self.read_blob(blob)
             found.setdefault((blob.key, data), set()).add(blob.variant)
             variants.setdefault((blob.key, blob.variant), set()).add(data)
@@ -711,7 +719,7 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def without_collision_no_variant(self) -> None:
         """The content digest of a file does not depend on what else was being loaded."""
-        for blob in self.store.sealed_blobs():
+        for blob in sealed_blobs(self.store):
             assert blob.variant == 0 or len(self.seen[blob.key[1:]]) > 1
 
     @invariant()
@@ -734,7 +742,7 @@ class StoreMachine(RuleBasedStateMachine):
             while self.pending:
                 self.carry_out(self.pending.pop())
                 self.pending += self.memory.next_reclaims()
-            assert self.store.sealed_blobs() == []
+            assert sealed_blobs(self.store) == []
             assert (self.store.live_bytes(DEVICE), self.store.in_flight_bytes(DEVICE)) == (0, 0)
             assert self.memory.used == self.memory.pooled_bytes() <= self.pool
             assert self.memory.segments == len(self.segments)

@@ -40,11 +40,9 @@ def eventually(check: Callable[[], object], seconds: float = PATIENCE, what: str
 def environment(socket: Path | None = None) -> dict[str, str]:
     """The environment of a child process: our sources, and no setting of whoever runs the tests."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTD_")}
-    inherited = filter(
-        None, [os.environ.get("PYTHONPATH")]
-    )  # packages may be there: a machine with a GPU has no network
-    ours = (str(ROOT / folder) for folder in ("client", "daemon", "tests"))
-    clean["PYTHONPATH"] = os.pathsep.join([*ours, *inherited])
+    ours = [str(ROOT / folder) for folder in ("client", "daemon", "tests")]
+    inherited = os.environ.get("PYTHONPATH")  # packages that the interpreter lacks may lie there: tools/gpu_day.sh
+    clean["PYTHONPATH"] = os.pathsep.join([*ours, *([inherited] if inherited else [])])
     clean["XDG_CONFIG_HOME"] = "/nonexistent"
     if socket is not None:
         clean["WEIGHTD_SOCKET"] = str(socket)
@@ -128,7 +126,8 @@ class Daemon:
         """How many handle connections it has, as the kernel lists them."""
         connected = "03"
         lines = Path("/proc/net/unix").read_text().splitlines()
-        return sum(line.endswith(f" {self.socket}.handles") and line.split()[5] == connected for line in lines)
+        bound = f" {self.socket}~"  # and the daemon's process id, until the socket got its place
+        return sum(bound in line and line.split()[5] == connected for line in lines)
 
     def descriptors(self) -> int:
         """Descriptors that the daemon has open, without what the libraries of a GPU keep."""

@@ -9,17 +9,17 @@ from typing import Any
 
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
-from weightd_daemon.core.lease import Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.monitoring.statistics import Statistics
-from weightd_daemon.operations.drain import Drain
+from weightd_daemon.operations.drain import DrainOperation
 
-WHO = Who(1000, admin=False, domain="")
+WHO = Principal(1000, admin=False, domain="")
 BLOBS = 10
 DEVICES = [f"GPU-{number}" for number in range(8)]
 
@@ -32,44 +32,44 @@ class Gpu:
 
 
 class Filled:
-    """What services answer from (see ServiceContext), filled with checkpoints of a few blobs that all differ."""
+    """What services answer from (see GrpcServiceContext), filled with checkpoints of a few blobs that all differ."""
 
-    def __init__(self, checkpoints: int, *, held: bool = True, limits: Limits | None = None) -> None:
+    def __init__(self, checkpoints: int, *, held: bool = True, limits: UserLimits | None = None) -> None:
         self.held = held
-        self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
-        self.catalog = Catalog(self.store, limits or Limits())
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=lambda _: None)
+        self.catalog = Catalog(self.store, limits or UserLimits())
         self.devices = {uuid: Gpu() for uuid in DEVICES}
         self.loads: Any = self
         self.under_way: list[Any] = []
         self.connections: list[Any] = []
         digests: Any = SimpleNamespace(path=Path("/state/index"), problem="", failures=0)
         connections: Any = self.connections
-        drain = Drain(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
+        drain = DrainOperation(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
         devices: Any = self.devices
         self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests)
         numbers = count()
         for uuid in DEVICES:
-            self.store.memories[uuid] = DeviceMemory(
+            self.store.memories[uuid] = MemoryAccounting(
                 budget=1 << 40, page=4096, sparse=False, pool_limit=0, create=lambda _: next(numbers)
             )
         for number in range(checkpoints):
             self.add(DEVICES[number % len(DEVICES)], number)
 
     def add(self, device: str, number: int) -> None:
-        load = Loading(self.store, device, "", 1000)
+        load = StoreTransaction(self.store, device, "", 1000)
         extent = load.grant(BLOBS * 4096, BLOBS * 4096)
         assert extent is not None
         blobs = [
             load.settle(f"{number}-{i}".encode().ljust(16), 4096, extent.segment, extent.offset + i * 4096)[1]
             for i in range(BLOBS)
         ]
-        entries = tuple(ManifestEntry("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
+        entries = tuple(ContentTensor("", f"t{i}", "U8", (4096,), 0, 4096) for i in range(BLOBS))
         content_digest = f"sha256:{number:064x}"
-        checkpoint = load.seal(Content(content_digest, (ManifestFile("", "f", None),), entries, tuple(blobs)), 0.0)
+        checkpoint = load.seal(Content(content_digest, (ContentFile("", "f", None),), entries, tuple(blobs)), 0.0)
         load.end()
         self.catalog.set(WHO, f"n{number}", content_digest)
         if self.held:
-            self.store.leases.begin(checkpoint.key, Peer(number, number, 1000, ""), 0.0)
+            self.store.leases.begin(checkpoint.key, LeasePeer(number, number, 1000, ""), 0.0)
 
-    def caller(self, context: object) -> tuple[None, Who]:
+    def caller(self, context: object) -> tuple[None, Principal]:
         return None, WHO

@@ -43,10 +43,10 @@ def gated_argv(gate: Path) -> list[str]:
 _STALLING = """
 import sys, threading
 from weightd_daemon.loader.job import main
-from weightd_daemon.loader.copying import Copier
+from weightd_daemon.loader.copying import LoaderCopier
 
 settled = threading.Event()
-copy, settle = Copier.copy, Copier._settle
+copy, settle = LoaderCopier.copy, LoaderCopier._settle
 
 def stalling_copy(self, unit):
     if any(tensor.spec.name == {stalled!r} for tensor in unit.tensors):
@@ -58,7 +58,7 @@ def telling_settle(self, found):
     if any(tensor.spec.name == {awaited!r} for tensor, _, _ in found):
         settled.set()
 
-Copier.copy, Copier._settle = stalling_copy, telling_settle
+LoaderCopier.copy, LoaderCopier._settle = stalling_copy, telling_settle
 sys.exit(main(sys.argv[1:]))
 """
 

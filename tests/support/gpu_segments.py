@@ -17,9 +17,9 @@ from support.daemon import environment
 from weightd._mapping import cuda_driver
 from weightd._mapping.cuda_driver import call
 from weightd._mapping.opening import open_segments
-from weightd._mapping.segments import Segments, Wanted
+from weightd._mapping.segments import MappedSegments, SegmentToMap
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import Received
+from weightd._transport.handle_socket import ReceivedDescriptors
 
 SIZE = 2 << 20
 Places = dict[str, tuple[str, tuple[int, ...], int, int]]
@@ -62,7 +62,9 @@ def contents(number: int) -> bytes:
     return bytes([number]) * 256 + bytes(range(256)) * (SIZE // 256 - 1)
 
 
-def received(kind: str, device: str, places: Places, *, says: str | None = None, attach: bool = True) -> Received:
+def received(
+    kind: str, device: str, places: Places, *, says: str | None = None, attach: bool = True
+) -> ReceivedDescriptors:
     """The answer to an attach of segment 0, or of the manifest only; `says` is the kind in it, if that is not true."""
     manifest = handles_pb2.Manifest(
         content_digest="sha256:" + "0" * 64, device=device, kind=kind if says is None else says,
@@ -78,7 +80,7 @@ def received(kind: str, device: str, places: Places, *, says: str | None = None,
     reply = handles_pb2.AttachReply(lease=1, manifest_bytes=len(data), segments=[0] if attach else [])
     handles = [segment.handle for segment in wanted(kind)] if attach else []
     manifest = _memfd("manifest", data)
-    return Received(reply, manifest, manifest, handles)
+    return ReceivedDescriptors(reply, manifest, manifest, handles)
 
 
 class _Nobody:
@@ -97,15 +99,23 @@ def attachment(kind: str, places: Places, *, device: str | None = None, **option
     return weightd.Attachment(received(kind, name, places, **options), _Nobody())  # type: ignore[arg-type]  # enough of one
 
 
-def wanted(kind: str, count: int = 1, copies: int = 1, ordinal: int = 0) -> list[Wanted]:
+def wanted(kind: str, count: int = 1, copies: int = 1, ordinal: int = 0) -> list[SegmentToMap]:
     """Segments 0, 1, … of `SIZE` bytes that somebody has filled; "handle": of nothing. Descriptors are the caller's."""
     make = {"host": _files, "handle": _nowhere, "cuda_vmm": _exported, "cuda_ipc": _held}[kind]
-    return [Wanted(number, SIZE, handle, copies) for number, handle in enumerate(make(count, ordinal))]
+    return [SegmentToMap(number, SIZE, handle, copies) for number, handle in enumerate(make(count, ordinal))]
 
 
-def opened(kind: str, segments: Sequence[Wanted], ended: list[int] | None = None, ordinal: int = 0) -> Segments:
+def opened(
+    kind: str,
+    segments: Sequence[SegmentToMap],
+    ended: list[int] | None = None,
+    ordinal: int = 0,
+    *,
+    peers: bool = False,
+) -> MappedSegments:
     """Map them; the lease that they keep notes its end in `ended`."""
-    return open_segments(kind, cuda_driver.uuid_of(ordinal), segments, Lease([] if ended is None else ended))
+    lease = Lease([] if ended is None else ended)
+    return open_segments(kind, cuda_driver.uuid_of(ordinal), segments, lease, peers=peers)
 
 
 def read(buffer: Any) -> bytes:
@@ -171,7 +181,7 @@ def _exported(count: int, ordinal: int) -> list[int]:
     for number in range(count):
         allocation = cuda_driver.create(ordinal, SIZE)
         found.append(cuda_driver.export(allocation))
-        addresses = cuda_driver.AddressRange(ordinal, SIZE)
+        addresses = cuda_driver.MappedAddressRange(ordinal, SIZE)
         addresses.map(0, SIZE, allocation)
         addresses.allow(writable=True)
         ctypes.memmove(addresses.address, contents(number), SIZE)

@@ -92,7 +92,7 @@ def main() -> int:
     if options.deaf is not None:
         from weightd_daemon.monitoring.metrics import Metrics  # needs a package that no other test of this file does
 
-        _deafen(event_stream.EventStream, options.deaf)
+        _deafen(event_stream.MonitoringEventStream, options.deaf)
         _deafen(Metrics, options.deaf)
     if options.points is not None:
         points.install(options.points)

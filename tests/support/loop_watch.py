@@ -1,11 +1,12 @@
 """Watches the loop of a test's daemon: a step that takes too long is in the log, with its callback and its stack.
 
-A step is one callback of the loop, be it a task's until its next `await`. What counts is its wall time less the time
+A step is one callback of the loop, be it a task's until its next `await`. What counts is wall time less the time
 in which its thread waited for a core (/proc/self/task/TID/schedstat), so waiting for a disk, a lock or a peer counts,
 and a busy machine does not. What the process's other threads waited is taken off as well: one of them may have had
-the interpreter's lock. Collections of garbage count: the loop stands still for them, too. A step in which a test
-stopped the process (SIGSTOP) does not count. Nor does starting a process. Where the kernel does not say how long a
-thread waited, its CPU time counts alone, and the log says so.
+the interpreter's lock. So is the time in which a hypervisor ran others on this machine's cores (/proc/stat, "steal").
+Collections of garbage count: the loop stands still for them, too. A step in which a test stopped the process (SIGSTOP)
+does not count. Nor does starting a process. Where the kernel does not say how long a thread waited, its CPU time
+counts alone, and the log says so.
 
 It watches from the moment in which the daemon is ready until it stops: before, nobody is served.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from weightd_daemon.operations.notify import Notifier
+from weightd_daemon.operations.notify import ServiceManagerNotifier
 
 MOST_SECONDS = 0.05
 FOUND = "loop watch: a step of"
@@ -45,18 +46,18 @@ _FRAMES = 12
 
 def install() -> None:
     """Watch the loop of the daemon that this process is going to be."""
-    ready, stop = Notifier.ready, Notifier.stop
+    ready, stop = ServiceManagerNotifier.ready, ServiceManagerNotifier.stop
     watch = Watch()
 
-    def begin(notifier: Notifier, status: Callable[[], str]) -> None:
+    def begin(notifier: ServiceManagerNotifier, status: Callable[[], str]) -> None:
         ready(notifier, status)
         asyncio.get_running_loop().call_soon(watch.begin)  # not in the step that serves: that is all of the start
 
-    def end(notifier: Notifier) -> None:
+    def end(notifier: ServiceManagerNotifier) -> None:
         watch.end()
         stop(notifier)
 
-    Notifier.ready, Notifier.stop = begin, end  # type: ignore[method-assign]  # exchanged
+    ServiceManagerNotifier.ready, ServiceManagerNotifier.stop = begin, end  # type: ignore[method-assign]  # exchanged
 
 
 class Watch:
@@ -77,6 +78,7 @@ class Watch:
         self._was_stopped = False
         """Whether the process was stopped, and went on, in the step under way."""
         self._others: dict[str, float] = {}
+        self._stolen = 0.0
         """What each other thread had waited, shortly before the step under way began."""
 
     def begin(self) -> None:
@@ -116,7 +118,8 @@ class Watch:
             return
         now = _waits(self._thread)
         others = sum(spent - self._others.get(thread, 0.0) for thread, spent in now.items())
-        took = wall - waited - others - self._spawning
+        stolen = _stolen() - self._stolen
+        took = wall - waited - others - stolen - self._spawning
         if took <= MOST_SECONDS:
             return
         stack = stacks[len(stacks) // 2] if stacks else "  (no stack: nobody else could run meanwhile)\n"
@@ -125,7 +128,7 @@ class Watch:
         millis = ", ".join(
             f"{name} {seconds * 1e3:.0f} ms"
             for name, seconds in {
-                "wall": wall, "waited for a core": waited, "other threads did": others,
+                "wall": wall, "waited for a core": waited, "other threads did": others, "stolen": stolen,
                 "starting processes": self._spawning, "garbage": self._collected,
             }.items()
         )  # fmt: skip
@@ -137,7 +140,7 @@ class Watch:
             time.sleep(_SAMPLE_SECONDS)
             began = self._began
             if not began or time.perf_counter() - began < _SAMPLE_SECONDS:
-                self._others = _waits(self._thread)
+                self._others, self._stolen = _waits(self._thread), _stolen()
             if began and time.perf_counter() - began > MOST_SECONDS / 2:
                 frame = sys._current_frames().get(thread)
                 if frame is not None and began == self._began and len(self._stacks) < 1000:
@@ -180,6 +183,13 @@ def _waited_of(thread: int) -> Callable[[], float] | None:
     except (OSError, IndexError):
         return None
     return lambda: int(os.pread(descriptor, 64, 0).split()[1]) / 1e9
+
+
+def _stolen() -> float:
+    """Seconds that a hypervisor has had this machine's cores for others, in all."""
+    with open("/proc/stat", "rb") as file:
+        _, _, stolen = file.readline().partition(b" ")[2].split()[5:8]
+    return int(stolen) / os.sysconf("SC_CLK_TCK")
 
 
 def _waits(but: int) -> dict[str, float]:

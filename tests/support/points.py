@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
 from weightd_daemon.persistence import root_record
-from weightd_daemon.persistence.descriptor_store import DescriptorStore
-from weightd_daemon.persistence.service_manager import ServiceManager
+from weightd_daemon.persistence.descriptor_store import PersistentDescriptorStore
+from weightd_daemon.persistence.service_manager import ServiceManagerStore
 
 POINTS = ("reserve", "copy", "segment", "manifest", "barrier", "torn", "flip", "evict", "return", "release")
 """In the order of a seal, then of an eviction; "torn" is in the middle of writing the root record."""
@@ -51,15 +51,15 @@ def install(armed: Path) -> None:
 
         setattr(owner, name, wrapped)
 
-    after(Loading, "grant", "reserve", lambda extent, *_: extent is not None)
-    after(Loading, "settle", "copy")
-    after(ServiceManager, "store", "segment", lambda _, __, name, *___: name.startswith("seg."))
-    after(ServiceManager, "store", "manifest", lambda _, __, name, *___: name.startswith("man."))
-    before(Loading, "seal", "barrier")
-    after(root_record.RootRecord, "append", "flip")
-    before(DescriptorStore, "drop", "evict", lambda _, name: name.startswith("man."))
-    before(Reclaimer, "_carry_out", "return")
-    before(DescriptorStore, "drop", "release", lambda _, name: name.startswith("seg."))
+    after(StoreTransaction, "grant", "reserve", lambda extent, *_: extent is not None)
+    after(StoreTransaction, "settle", "copy")
+    after(ServiceManagerStore, "store", "segment", lambda _, __, name, *___: name.startswith("seg."))
+    after(ServiceManagerStore, "store", "manifest", lambda _, __, name, *___: name.startswith("man."))
+    before(StoreTransaction, "seal", "barrier")
+    after(root_record.PersistentRootRecord, "append", "flip")
+    before(PersistentDescriptorStore, "drop", "evict", lambda _, name: name.startswith("man."))
+    before(DeviceReclaimer, "_carry_out", "return")
+    before(PersistentDescriptorStore, "drop", "release", lambda _, name: name.startswith("seg."))
     write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:

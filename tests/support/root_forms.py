@@ -8,13 +8,15 @@ import os
 import struct
 from typing import Any
 
-from weightd_daemon.persistence.root_record import SLOT_BYTES, Change
+from weightd_daemon.persistence.root_record import SLOT_BYTES, RootRecordChange
 
 
-def rows_of(body: dict[str, Any]) -> tuple[list[Change], dict[str, int]]:
+def rows_of(body: dict[str, Any]) -> tuple[list[RootRecordChange], dict[str, int]]:
     """The rows and counters that `read_root` makes this body of."""
     tables = {key: value for key, value in body.items() if isinstance(value, list)}
-    rows = [Change(table, f"row {at}", row) for table, there in tables.items() for at, row in enumerate(there)]
+    rows = [
+        RootRecordChange(table, f"row {at}", row) for table, there in tables.items() for at, row in enumerate(there)
+    ]
     return rows, {key: value for key, value in body.items() if key not in tables}
 
 

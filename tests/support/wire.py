@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from weightd._proto.v1 import handles_pb2
-from weightd._references.files import OpenedSources
+from weightd._references.files import OpenedReference
 from weightd.types import FileIdentity, SourceFile
 
 
@@ -72,9 +72,9 @@ def send_with(sock: socket.socket, data: bytes, descriptors: list[int]) -> None:
     sock.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))])
 
 
-def opened_as(descriptor: int, source: SourceFile) -> OpenedSources:
+def opened_as(descriptor: int, source: SourceFile) -> OpenedReference:
     """A descriptor as the file that somebody says that it is."""
-    opened = OpenedSources(())
+    opened = OpenedReference(())
     opened.fds, opened.sources, opened._paths = (descriptor,), (source,), (Path(source.file),)
     return opened
 

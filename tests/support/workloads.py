@@ -49,9 +49,26 @@ def tensor_bytes(row: Row) -> bytes:
     return data if mask is None else (np.frombuffer(data, mask.dtype) & mask).tobytes()
 
 
+def scaled(files: dict[str, list[Row]], scale: float) -> dict[str, list[Row]]:
+    """A manifest whose tensors have `scale` times the rows, at least one. What was equal is equal still."""
+    return {
+        file: [
+            row | {"shape": [max(1, round(size * scale)) for size in row["shape"][:1]] + row["shape"][1:]}
+            for row in rows
+        ]
+        for file, rows in files.items()
+    }
+
+
 def write(folder: Path, name: str) -> dict[str, list[Row]]:
     """Write a workload's files below `folder`, pipelines with a model_index.json. Returns its manifest."""
     files = manifest(name)
+    write_files(folder, files)
+    return files
+
+
+def write_files(folder: Path, files: dict[str, list[Row]]) -> None:
+    """Write the files of a manifest below `folder`, pipelines with a model_index.json."""
     for file, rows in files.items():
         header: dict[str, Row] = {}
         offset = 0
@@ -69,4 +86,3 @@ def write(folder: Path, name: str) -> dict[str, list[Row]]:
                 out.write(tensor_bytes(row))
     for root in {folder / file.split("/")[0] for file in files if file.count("/") == 2}:
         checkpoints.describe_pipeline(root)
-    return files

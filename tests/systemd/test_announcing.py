@@ -18,8 +18,8 @@ from support.daemon import WATCHED, Daemon, eventually
 from support.launch import launcher
 from support.manager import Manager
 from weightd.errors import WeightdError
-from weightd_daemon.operations.notify import Notifier
-from weightd_daemon.persistence.service_manager import ServiceManager
+from weightd_daemon.operations.notify import ServiceManagerNotifier
+from weightd_daemon.persistence.service_manager import ServiceManagerStore
 
 DAEMON = WATCHED
 Under = Callable[..., Daemon]
@@ -64,7 +64,7 @@ def test_a_life(under: Under, manager: Manager, tmp_path: Path) -> None:
 
 def test_reloading_and_the_end(manager: Manager) -> None:
     async def live() -> None:
-        notifier = Notifier(ServiceManager(manager.environment(WATCHDOG_USEC="20000")))
+        notifier = ServiceManagerNotifier(ServiceManagerStore(manager.environment(WATCHDOG_USEC="20000")))
         notifier.start()
         notifier.ready(lambda: "up")
         with contextlib.suppress(ZeroDivisionError), notifier.reloading():

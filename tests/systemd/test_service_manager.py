@@ -16,7 +16,7 @@ import pytest
 
 from support.manager import Manager
 from weightd_daemon.persistence import service_manager
-from weightd_daemon.persistence.service_manager import ServiceManager, stored_descriptors
+from weightd_daemon.persistence.service_manager import ServiceManagerStore, stored_descriptors
 
 MOST = 4
 
@@ -29,8 +29,8 @@ def manager(short_path: Path) -> Iterator[Manager]:
 
 
 @pytest.fixture
-def service(manager: Manager) -> ServiceManager:
-    return ServiceManager(manager.environment())
+def service(manager: Manager) -> ServiceManagerStore:
+    return ServiceManagerStore(manager.environment())
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def inode(descriptor: int) -> int:
     return os.fstat(descriptor).st_ino
 
 
-def settle(service: ServiceManager) -> None:
+def settle(service: ServiceManagerStore) -> None:
     asyncio.run(service.barrier(5.0))
 
 
-def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceManagerStore, memory: list[int]) -> None:
     first, second = (inode(memory[number]) for number in (0, 1))
     service.store("a", memory[0])
     service.store("b", memory[1])
@@ -66,7 +66,7 @@ def test_what_is_kept_outlives_its_sender(manager: Manager, service: ServiceMana
     assert inodes(manager) == [("a", first)]
 
 
-def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManagerStore, memory: list[int]) -> None:
     service.store("a", memory[0])
     copy = os.dup(memory[0])
     afresh = os.open(f"/proc/self/fd/{memory[0]}", os.O_RDONLY)
@@ -78,7 +78,7 @@ def test_a_duplicate_is_not_kept_again(manager: Manager, service: ServiceManager
         os.close(descriptor)
 
 
-def test_a_full_store_keeps_no_more(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+def test_a_full_store_keeps_no_more(manager: Manager, service: ServiceManagerStore, memory: list[int]) -> None:
     for number, descriptor in enumerate(memory):
         service.store(str(number), descriptor)
     settle(service)
@@ -86,7 +86,7 @@ def test_a_full_store_keeps_no_more(manager: Manager, service: ServiceManager, m
 
 
 @pytest.mark.parametrize("name", ["a:b", "ä", "x" * 256, "tab\t"])
-def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManagerStore, memory: list[int]) -> None:
     service.store(name, memory[0])
     settle(service)
     assert manager.names() == ["stored"]
@@ -95,7 +95,7 @@ def test_names_that_cannot_be(name: str, manager: Manager, service: ServiceManag
     assert manager.names() == ["stored"]
 
 
-def test_messages_that_are_passed_over(manager: Manager, service: ServiceManager, memory: list[int]) -> None:
+def test_messages_that_are_passed_over(manager: Manager, service: ServiceManagerStore, memory: list[int]) -> None:
     service.notify("FDSTORE=1", "FDNAME=a", "BARRIER=1", descriptors=[memory[0]])
     service.notify("READY=1", "STATUS=" + "x" * 4096)
     service.notify("STATUS=short")
@@ -114,7 +114,7 @@ def test_a_barrier_waits_for_a_manager_that_reads(short_path: Path) -> None:
         assert silent.stdout is not None
         silent.stdout.readline()
         with pytest.raises(TimeoutError):
-            asyncio.run(ServiceManager({"NOTIFY_SOCKET": str(short_path / "silent")}).barrier(0.2))
+            asyncio.run(ServiceManagerStore({"NOTIFY_SOCKET": str(short_path / "silent")}).barrier(0.2))
     finally:
         silent.kill()
         silent.communicate()
@@ -148,7 +148,7 @@ def sleeper(short_path: Path) -> Iterator[Sleeper]:
 
 def test_nobody_waits_for_a_manager_that_is_behind(sleeper: Sleeper, short_path: Path, memory: list[int]) -> None:
     """The kernel queues few datagrams (net.unix.max_dgram_qlen); the rest waits here, in order, and is bounded."""
-    service = ServiceManager({"NOTIFY_SOCKET": str(short_path / "asleep")})
+    service = ServiceManagerStore({"NOTIFY_SOCKET": str(short_path / "asleep")})
     failed: list[int] = []
     for number in range(600):  # each would wait 5 s, and fail
         service.store(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
@@ -166,7 +166,7 @@ def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
     sleeper: Sleeper, short_path: Path, memory: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service_manager, "_SEND_TIMEOUT", struct.pack("@ll", 0, 200_000))
-    service = ServiceManager({"NOTIFY_SOCKET": str(short_path / "asleep")})
+    service = ServiceManagerStore({"NOTIFY_SOCKET": str(short_path / "asleep")})
     before = len(os.listdir("/proc/self/fd"))
     failed: list[int] = []
     for number in range(600):
@@ -179,7 +179,7 @@ def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
 
 def test_without_a_manager_nothing_happens(memory: list[int]) -> None:
     environment: dict[str, str] = {"LISTEN_PID": "1", "LISTEN_FDS": "3", "WATCHDOG_USEC": "nonsense", "OTHER": "x"}
-    service = ServiceManager(environment)
+    service = ServiceManagerStore(environment)
     assert (service.listens, service.watchdog_seconds, service.most_stored) == (False, None, None)
     service.store("a", memory[0])
     settle(service)

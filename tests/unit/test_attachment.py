@@ -13,9 +13,9 @@ import pytest
 import weightd
 from support.counting import operations
 from weightd._manifest import DTYPES, Manifest
-from weightd._mapping.ranges import Extents, Range
+from weightd._mapping.ranges import MappedExtents, MappedRange
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import Received
+from weightd._transport.handle_socket import ReceivedDescriptors
 from weightd.types import TensorKey
 
 PAGE = 4096
@@ -40,7 +40,7 @@ def memfd(data: bytes) -> int:
     return descriptor
 
 
-def answer(places: Places, sent: list[int] | None) -> Received:
+def answer(places: Places, sent: list[int] | None) -> ReceivedDescriptors:
     """The answer to an attach: with all segments, or those that are sent."""
     count, segments = len(places), 1 + max(segment for segment, _ in places.values())
     message = handles_pb2.Manifest(
@@ -54,7 +54,7 @@ def answer(places: Places, sent: list[int] | None) -> Received:
     reply = handles_pb2.AttachReply(lease=1, manifest_bytes=len(message), segments=numbers)
     handles: list[int | bytes] = [memfd(bytes([number % 256]) * PAGE) for number in numbers]
     manifest = memfd(message)
-    return Received(reply, manifest, manifest, handles)  # without a lease file, the manifest has the lease
+    return ReceivedDescriptors(reply, manifest, manifest, handles)  # without a lease file, the manifest has the lease
 
 
 @pytest.fixture
@@ -105,14 +105,15 @@ def test_holds_costs_a_lookup_however_many_segments_there_are(attach: Attach) ->
 def test_extents_hold_what_their_ranges_hold() -> None:
     owner = weakref.ref(Nobody)
     ranges = [
-        Range(start, size, owner) for start, size in [(900, 50), (100, 50), (150, 50), (110, 5), (100, 50), (300, 9)]
+        MappedRange(start, size, owner)
+        for start, size in [(900, 50), (100, 50), (150, 50), (110, 5), (100, 50), (300, 9)]
     ]
-    extents = Extents(ranges)
+    extents = MappedExtents(ranges)
     held = {byte for start, size, _ in ranges for byte in range(start, start + size)}
     for start in range(90, 960):
         for length in (1, 2, 49, 50, 51, 100, 101):
             assert extents.hold(start, length) == (held >= set(range(start, start + length))), (start, length)
-    assert not Extents([]).hold(100, 1)
+    assert not MappedExtents([]).hold(100, 1)
 
 
 # -- a few of many -----------------------------------------------------------------------------------------------------

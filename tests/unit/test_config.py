@@ -14,10 +14,10 @@ import pytest
 
 from support.daemon import environment
 from weightd_daemon.config import settings
-from weightd_daemon.config.notation import means, parse_size
-from weightd_daemon.config.preload_entry import Preload
-from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError, load
-from weightd_daemon.core.limits import Limits
+from weightd_daemon.config.notation import means, parse_size, whole_uuid
+from weightd_daemon.config.preload_entry import PreloadConfig
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError, load
+from weightd_daemon.core.limits import UserLimits
 
 NAMES = [setting.name for setting in fields(Settings)]
 UUID = "GPU-1a2b3c4d-0123-4567-89ab-cdef01234567"
@@ -258,6 +258,7 @@ def test_what_is_not_a_size(text: str) -> None:
         ("GPU-1a2b3c4d-01", ("GPU-1a2b3c4d-01",)),
         (UUID, (UUID,)),
         ("GPU-1A2B3C4D-0123,GPU-2a2b3c4d", ("GPU-1a2b3c4d-0123", "GPU-2a2b3c4d")),
+        ("MIG-1A2B3C4D,GPU-2a2b3c4d", ("MIG-1a2b3c4d", "GPU-2a2b3c4d")),
     ],
 )
 def test_devices_are_listed_in_their_order_each_spelled_one_way(text: str, expected: tuple[str, ...]) -> None:
@@ -283,6 +284,19 @@ def test_a_uuid_is_meant_by_its_beginning_and_other_names_only_as_a_whole() -> N
     assert not means(UUID, "GPU-1a2b3c4d")
     assert not means("cuda:1", "cuda:10")
     assert not means("cuda", "cuda:0")
+
+
+def test_a_part_of_a_gpu_may_be_called_as_nvidia_smi_calls_it() -> None:
+    part = UUID.replace("GPU-", "MIG-")
+    for said in (part, part[:12]):
+        assert means(said, UUID)
+        assert not means(said, "GPU-00000000")
+        assert not means(said, "cuda:0")
+    assert whole_uuid(part) == whole_uuid(UUID) == UUID
+    assert whole_uuid(part[:-1]) == whole_uuid("cuda:0") == ""
+    assert Settings(budget=f"{part[:12]}=1").budget_for((UUID, "cuda:0", "cuda")) == 1
+    with pytest.raises(ValueError, match="do not name two devices"):
+        _ = Settings(device=f"{part[:12]},{UUID}").devices
 
 
 def test_one_budget_is_for_every_device_in_bytes_or_a_share() -> None:
@@ -374,7 +388,7 @@ def test_the_example_has_every_setting_and_each_can_be_uncommented(tmp_path: Pat
         "model_roots",
         "preload",
     }
-    assert settings.preload == (Preload("/srv/models/base", "base", "host"),)
+    assert settings.preload == (PreloadConfig("/srv/models/base", "base", "host"),)
 
 
 def test_preloads_are_references_or_tables_and_say_where_they_stand(tmp_path: Path) -> None:
@@ -388,10 +402,13 @@ preload = [
 """,
     )
     loaded = load(path, {}, {})
-    assert loaded.settings.preload == (Preload("org/name"), Preload("/x/a, b", pin=True, device="GPU-1a2b3c4d"))
+    assert loaded.settings.preload == (
+        PreloadConfig("org/name"),
+        PreloadConfig("/x/a, b", pin=True, device="GPU-1a2b3c4d"),
+    )
     assert [entry.where for entry in loaded.settings.preload] == [f"{path}: line 3", f"{path}: line 4"]
     by_flags = load(path, {"preload": ["/a,/b", "/c"]}, {}).settings.preload
-    assert by_flags == (Preload("/a"), Preload("/b"), Preload("/c"))
+    assert by_flags == (PreloadConfig("/a"), PreloadConfig("/b"), PreloadConfig("/c"))
     assert by_flags[0].where == "--preload"
     assert load(path, {"preload": ""}, {}).settings.preload == ()
 
@@ -410,7 +427,7 @@ def test_a_file_that_is_too_large_is_refused(tmp_path: Path) -> None:
 
 def test_limits_of_one_user() -> None:
     settings = Settings(max_user_leases=1, max_user_bytes="2K", max_user_offers=3, max_user_names=4)
-    assert settings.limits == Limits(leases=1, bytes=2048, offers=3, names=4)
+    assert settings.limits == UserLimits(leases=1, bytes=2048, offers=3, names=4)
     assert [Settings(max_loads=n).loads_of_one for n in (1, 2, 4)] == [1, 1, 3]
     assert Settings(max_loads=4, max_user_loads=4).loads_of_one == 4
 
@@ -433,7 +450,7 @@ def test_a_bad_configuration_exits_78_with_one_line(command: str) -> None:
 def test_what_may_be_there_at_the_next_start_exits_75(tmp_path: Path) -> None:
     """A mount or a directory of users that is late must not keep a service down for good."""
     done = run("config", "--config", str(tmp_path / "late" / "weightd.toml"))
-    assert (done.returncode, done.stdout) == (TemporaryError.exit_code, "") == (75, "")
+    assert (done.returncode, done.stdout) == (TemporaryConfigError.exit_code, "") == (75, "")
     assert done.stderr == f"weightd: {tmp_path}/late/weightd.toml: cannot be read: No such file or directory\n"
     done = run("config", "--admins", "nobody-of-that-name")
     assert (done.returncode, done.stdout) == (75, "")

@@ -15,7 +15,7 @@ import pytest
 
 from support.daemon import eventually
 from weightd_daemon.handles import connections as module
-from weightd_daemon.handles.connections import Connections
+from weightd_daemon.handles.connections import HandleSocketConnections
 
 OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 
@@ -45,7 +45,7 @@ class Peer:
     ],
 )
 def test_uids_are_unsigned(uid: int, known: int | None) -> None:
-    connections = Connections(isolated=False, admins=frozenset({3_000_000_000}))
+    connections = HandleSocketConnections(isolated=False, admins=frozenset({3_000_000_000}))
     connection = connections.add(cast("socket.socket", Peer(uid)))
     assert connection.uid == known
     assert connection.peer.uid == known
@@ -61,7 +61,7 @@ def test_the_command_line_is_read_after_hello_and_elsewhere(monkeypatch: pytest.
         return f"command of {pid}"
 
     monkeypatch.setattr(module, "command_of", hang)
-    connections = Connections(isolated=False, admins=frozenset())
+    connections = HandleSocketConnections(isolated=False, admins=frozenset())
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection = connections.add(ours)

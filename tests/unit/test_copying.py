@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 
 from weightd.types import TensorSpec
-from weightd_daemon.core.digest import Hasher, new_hasher
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.devices.host_io import HostIO
+from weightd_daemon.core.digest import DigestHasher, new_hasher
+from weightd_daemon.devices.device import DeviceSegment
+from weightd_daemon.devices.host_io import HostSegmentIO
 from weightd_daemon.loader import copying
 from weightd_daemon.loader._proto import loader_pb2 as wire
-from weightd_daemon.loader.copying import Copier
-from weightd_daemon.loader.schedule import Tensor, Unit, arranged, lanes, units
-from weightd_daemon.loader.slots import Slot
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.copying import LoaderCopier
+from weightd_daemon.loader.schedule import LoaderTensor, LoaderUnit, arranged, lanes, units
+from weightd_daemon.loader.slots import LoaderSlot
+from weightd_daemon.loader.source import LoaderSource
 
 SIZE = 2 << 20
 
@@ -48,26 +48,26 @@ class Daemon:
         raise AssertionError(body)
 
 
-def copier_of(count: int, group: list[int], matched: frozenset[int], monkeypatch: pytest.MonkeyPatch) -> Copier:
+def copier_of(count: int, group: list[int], matched: frozenset[int], monkeypatch: pytest.MonkeyPatch) -> LoaderCopier:
     """A copier of so many tensors in one lane, for which all bytes are equal."""
     specs = [TensorSpec(f"t{at}", "U8", (SIZE,), at * SIZE, SIZE) for at in range(count)]
-    tensors = arranged([Tensor(at, 0, spec) for at, spec in enumerate(specs)], [group])
+    tensors = arranged([LoaderTensor(at, 0, spec) for at, spec in enumerate(specs)], [group])
     (lane,) = lanes(units(tensors), 1, [0])
-    copier = Copier(Daemon(), None, [], None, lanes=[lane], matched=matched)  # type: ignore[arg-type]  # not needed here
+    copier = LoaderCopier(Daemon(), None, [], None, lanes=[lane], matched=matched)  # type: ignore[arg-type]  # not needed here
     for asks_memory, answer in (("_resident", None), ("_equal", True)):
         monkeypatch.setattr(copier, asks_memory, lambda *_, answer=answer: answer)
     return copier
 
 
-def reserve(copier: Copier, number: int, group: int | None) -> Slot:
-    tensor = Tensor(number, 0, TensorSpec(f"t{number}", "U8", (SIZE,), number * SIZE, SIZE), group)
-    copier.reserve(Unit(0, (tensor,)))
+def reserve(copier: LoaderCopier, number: int, group: int | None) -> LoaderSlot:
+    tensor = LoaderTensor(number, 0, TensorSpec(f"t{number}", "U8", (SIZE,), number * SIZE, SIZE), group)
+    copier.reserve(LoaderUnit(0, (tensor,)))
     return copier._reserved[number]
 
 
-def share(copier: Copier, number: int, slot: Slot) -> None:
+def share(copier: LoaderCopier, number: int, slot: LoaderSlot) -> None:
     """The bytes in the slot turn out to be there already."""
-    copier._settle([(Tensor(number, 0, TensorSpec("", "U8", (SIZE,), 0, SIZE)), b"", slot)])
+    copier._settle([(LoaderTensor(number, 0, TensorSpec("", "U8", (SIZE,), 0, SIZE)), b"", slot)])
 
 
 def test_a_group_of_which_one_is_shared_uses_its_place_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,18 +101,18 @@ def test_what_has_a_candidate_is_compared_in_its_file_and_not_hashed_again(
         content[differs_at] ^= 1
     path = tmp_path / "file"
     path.write_bytes(content)
-    hashers: list[Hasher] = []
+    hashers: list[DigestHasher] = []
 
-    def counted() -> Hasher:
+    def counted() -> DigestHasher:
         hashers.append(new_hasher())
         return hashers[-1]
 
     daemon = Daemon()
     with path.open("rb") as file:
-        source = Source("file", file.fileno())
-        io = HostIO({9: SegmentHandle(9, SIZE, resident)})
-        tensor = Tensor(0, 0, TensorSpec("t", "U8", (SIZE,), 0, SIZE))
-        copier = Copier(daemon, io, [source], counted, digests={0: digest}, matched=frozenset({0}))  # type: ignore[arg-type]  # played
+        source = LoaderSource("file", file.fileno())
+        io = HostSegmentIO({9: DeviceSegment(9, SIZE, resident)})
+        tensor = LoaderTensor(0, 0, TensorSpec("t", "U8", (SIZE,), 0, SIZE))
+        copier = LoaderCopier(daemon, io, [source], counted, digests={0: digest}, matched=frozenset({0}))  # type: ignore[arg-type]  # played
         assert copier._compare_first(tensor) is (differs_at is None)
     os.close(resident)
     assert daemon.asked == ["candidate"] + ["share"] * (differs_at is None)
@@ -124,7 +124,10 @@ def test_a_piece_of_many_tensors_is_settled_in_parts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(copying, "_SETTLED_TENSORS", 10)
     copier = copier_of(25, [0], frozenset(), monkeypatch)
     daemon: Daemon = copier._channel  # type: ignore[assignment]  # played
-    found = [(Tensor(at, 0, TensorSpec("", "U8", (1,), at, 1)), bytes(16), Slot(1, 256 * at, 256)) for at in range(25)]
+    found = [
+        (LoaderTensor(at, 0, TensorSpec("", "U8", (1,), at, 1)), bytes(16), LoaderSlot(1, 256 * at, 256))
+        for at in range(25)
+    ]
     copier._settle_in_rows(None, found)
     assert (daemon.asked.count("settle"), daemon.most) == (3, 10)
 

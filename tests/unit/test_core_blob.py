@@ -10,7 +10,7 @@ from hypothesis import given
 
 from support.counting import operations
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.blob import Blob, BlobKey, Blobs, BlobState
+from weightd_daemon.core.blob import Blob, BlobKey, BlobState, BlobTable
 from weightd_daemon.core.digest import DIGEST_BYTES, BlobIdentity, new_hasher
 
 RESERVED, SEALED, EVICTED, ABORTED = BlobState
@@ -53,7 +53,7 @@ def test_the_real_digest_has_the_length_that_is_written_down() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 3), st.integers(0, 2)), max_size=30))
 def test_what_is_counted_is_what_is_there(steps: list[tuple[str, int, int]]) -> None:
-    blobs = Blobs()
+    blobs = BlobTable()
     for domain, length, then in steps:
         blob = blobs.place(BlobKey("host", domain, b"d" * 16, length), 0, 1, 0, load=1)
         if then:
@@ -72,7 +72,7 @@ def test_what_is_counted_is_what_is_there(steps: list[tuple[str, int, int]]) -> 
 
 
 def test_which_lengths_there_are_costs_the_same_however_many_blobs_there_are() -> None:
-    blobs, costs = Blobs(), []
+    blobs, costs = BlobTable(), []
     for _ in range(2):
         for number in range(1000):
             blobs.seal([blobs.place(BlobKey("host", "a", number.to_bytes(16, "little"), 8), 0, 1, 0, load=1)])

@@ -7,21 +7,21 @@ from itertools import count
 import pytest
 
 from weightd.errors import CapacityError
-from weightd_daemon.core.books import Books
+from weightd_daemon.core.books import BookkeepingMemory
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
-from weightd_daemon.core.events import Event, Evicted
-from weightd_daemon.core.lease import Lease, Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.events import CheckpointEvicted, Event
+from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 
 PAGE = 4096
 K = 444
-FILE = (ManifestFile("", "f", None),)
+FILE = (ContentFile("", "f", None),)
 
 
 class Daemon:
@@ -30,10 +30,10 @@ class Daemon:
     def __init__(self, limit: int) -> None:
         self.events: list[Event] = []
         self.held: set[str] = set()
-        self.store = Store(leases=Leases(self._is_held), on_event=self.events.append)
+        self.store = ContentStore(leases=LeaseTable(self._is_held), on_event=self.events.append)
         self.store.books.limit = limit * K * BYTES_OF_TENSOR
         for device in ("host", "GPU-1"):
-            self.store.memories[device] = DeviceMemory(
+            self.store.memories[device] = MemoryAccounting(
                 budget=64 * PAGE, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, available=lambda: None
             )
         self._numbers = count(1)
@@ -41,16 +41,17 @@ class Daemon:
     def _is_held(self, lease: Lease) -> bool:
         return lease.checkpoint[2] in self.held  # type: ignore[index]  # a CheckpointKey
 
-    def begin(self, device: str = "host", domain: str = "all") -> Loading:
-        return Loading(self.store, device, domain, 1000, Peer(7, 7, 1000, "loader"))
+    def begin(self, device: str = "host", domain: str = "all", owner: int = 1000) -> StoreTransaction:
+        return StoreTransaction(self.store, device, domain, owner, LeasePeer(7, 7, 1000, "loader"))
 
-    def load(self, name: str, tensors: int = 1, device: str = "host", domain: str = "all") -> Checkpoint:
+    def load(
+        self, name: str, tensors: int = 1, device: str = "host", domain: str = "all", owner: int = 1000
+    ) -> Checkpoint:
         """Load a checkpoint of so many K tensors, whose manifest takes nothing."""
-        load = self.begin(device, domain)
+        load = self.begin(device, domain, owner)
         try:
-            load.expect_books(tensors * K * BYTES_OF_TENSOR)
-            load.check_books(0, tensors * K)
-            entries = [ManifestEntry("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
+            load.reserve_books(tensors * K * BYTES_OF_TENSOR, 0, tensors * K)
+            entries = [ContentTensor("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K)]
             content = Content(name, FILE, tuple(entries), (None,) * len(entries))
             return load.seal(content, next(self._numbers))
         finally:
@@ -58,7 +59,7 @@ class Daemon:
 
     def hold(self, checkpoint: Checkpoint) -> None:
         self.held.add(checkpoint.key.content_digest)
-        self.store.leases.begin(checkpoint.key, Peer(1, 1, 1000, "holder"), 0.0)
+        self.store.leases.begin(checkpoint.key, LeasePeer(1, 1, 1000, "holder"), 0.0)
 
     @property
     def there(self) -> set[str]:
@@ -69,10 +70,15 @@ class Daemon:
         return self.store.books.used / K / BYTES_OF_TENSOR
 
 
+def fit(store: ContentStore) -> None:
+    for _ in store.fit_books():
+        pass
+
+
 def test_what_a_checkpoint_takes_is_its_manifest_and_so_much_a_tensor() -> None:
     daemon = Daemon(limit=10)
     load = daemon.begin()
-    entries = (ManifestEntry("", "t", "U8", (0,), 0, 0),)
+    entries = (ContentTensor("", "t", "U8", (0,), 0, 0),)
     checkpoint = load.seal(Content("a", FILE, entries, (None,)), 1.0, None, 777)
     load.end()
     assert checkpoint.books_bytes == daemon.store.books.used == 777 + BYTES_OF_TENSOR
@@ -102,7 +108,7 @@ def test_the_least_recently_used_go_on_whatever_device() -> None:
     daemon.load("c", 3)
     daemon.load("d", 3)
     assert daemon.there == {"b", "c", "d"}
-    gone = [event for event in daemon.events if isinstance(event, Evicted)]
+    gone = [event for event in daemon.events if isinstance(event, CheckpointEvicted)]
     assert [(e.checkpoint.key.content_digest, e.reason, e.load) for e in gone] == [("a", "capacity", 4)]
     assert gone[0].by is not None, "of one domain, so it is said who asked"
     assert daemon.store.evictions == 1
@@ -130,7 +136,7 @@ def test_users_who_are_kept_apart_are_not_told_of_each_other() -> None:
     daemon = Daemon(limit=5)
     daemon.load("a", 3, domain="uid-1")
     daemon.load("b", 3, domain="uid-2")
-    assert [event.by for event in daemon.events if isinstance(event, Evicted)] == [None]
+    assert [event.by for event in daemon.events if isinstance(event, CheckpointEvicted)] == [None]
 
 
 def test_what_can_never_fit_is_refused_before_it_is_read_and_nobody_goes() -> None:
@@ -138,7 +144,7 @@ def test_what_can_never_fit_is_refused_before_it_is_read_and_nobody_goes() -> No
     daemon.load("a", 3)
     load = daemon.begin()
     with pytest.raises(CapacityError) as caught:
-        load.expect_books(11 * K * BYTES_OF_TENSOR)
+        load.reserve_books(11 * K * BYTES_OF_TENSOR, 0, 11 * K)
     load.end()
     assert caught.value.limit == "books"
     assert str(caught.value) == (
@@ -163,21 +169,29 @@ def test_what_pins_and_leases_leave_no_room_for_is_refused() -> None:
 def test_loads_under_way_are_reckoned_with() -> None:
     daemon = Daemon(limit=10)
     first, second = daemon.begin(), daemon.begin("GPU-1")
-    for load in (first, second):
-        load.expect_books(6 * K * BYTES_OF_TENSOR)
+    first.reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
     with pytest.raises(CapacityError, match=r"5\.9 MiB of loads under way"):
-        second.check_books(0, 6 * K)
+        second.reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
+    assert daemon.store.books.coming == 6 * K * BYTES_OF_TENSOR, "who is refused is not reckoned with"
     second.end()
-    first.check_books(0, 6 * K)
+    first.reserve_books(7 * K * BYTES_OF_TENSOR, 0, 7 * K)
+    assert daemon.store.books.coming == 7 * K * BYTES_OF_TENSOR, "its own are not counted twice"
     first.end()
     assert daemon.store.books.coming == 0
 
 
-def test_what_is_resident_needs_none_of_it() -> None:
-    daemon = Daemon(limit=10)
+@pytest.mark.parametrize("limit", [6, 5])
+def test_what_is_resident_needs_none_of_it(limit: int) -> None:
+    """Not even where the limit is reached, or is a smaller one by now; and nobody else is refused for it."""
+    daemon = Daemon(limit=7)
     daemon.load("a", 6).pins.add(1000)
+    daemon.store.books.limit = limit * K * BYTES_OF_TENSOR
     assert daemon.load("a", 6).key.content_digest == "a"
     assert daemon.used == 6
+    daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
+    daemon.begin().reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
+    assert daemon.store.books.coming == 0
+    daemon.load("b", 1)
 
 
 def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() -> None:
@@ -185,10 +199,9 @@ def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() ->
     daemon = Daemon(limit=10)
     other = daemon.load("other", 6)
     load = daemon.begin()
-    load.expect_books(5 * K * BYTES_OF_TENSOR)
-    load.check_books(0, 5 * K)
+    load.reserve_books(5 * K * BYTES_OF_TENSOR, 0, 5 * K)
     other.pins.add(1000)
-    entries = tuple(ManifestEntry("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
+    entries = tuple(ContentTensor("", f"t{number}", "U8", (0,), 0, 0) for number in range(5 * K))
     with pytest.raises(CapacityError, match="the limit books is reached"):
         load.seal(Content("new", FILE, entries, (None,) * len(entries)), 9.0)
     load.end()
@@ -201,29 +214,44 @@ def test_a_smaller_limit_evicts_what_it_can() -> None:
     daemon.load("b", 3).pins.add(1000)
     daemon.load("c", 3)
     daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
-    daemon.store.fit_books()
+    fit(daemon.store)
     assert daemon.there == {"b", "c"}
     daemon.store.books.limit = K
-    daemon.store.fit_books()
+    fit(daemon.store)
     assert daemon.there == {"b"}, "the pinned stay, beyond the limit"
     with pytest.raises(CapacityError):
         daemon.load("d", 1)
 
 
+def test_a_smaller_limit_evicts_one_in_each_step_and_none_that_was_leased_meanwhile() -> None:
+    daemon = Daemon(limit=10)
+    for name in "abcde":
+        daemon.load(name, 2)
+    daemon.store.books.limit = 4 * K * BYTES_OF_TENSOR
+    steps = daemon.store.fit_books()
+    next(steps)
+    assert daemon.there == {*"bcde"}
+    daemon.hold(next(c for c in daemon.store.checkpoints.values() if c.key.content_digest == "b"))
+    next(steps)
+    assert daemon.there == {*"bde"}
+    assert len(list(steps)) == 1
+    assert daemon.there == {*"be"}, "d in the place of b"
+
+
 def test_books_count_in_what_a_user_may_have() -> None:
     daemon = Daemon(limit=0)
     checkpoint = daemon.load("a", 3)
-    catalog = Catalog(daemon.store, Limits(bytes=4 * K * BYTES_OF_TENSOR))
-    assert catalog.bytes_of(1000) == checkpoint.books_bytes == 3 * K * BYTES_OF_TENSOR
-    other = Who(1001, admin=False, domain="all")
-    daemon.load("b", 2).owner = 1001
+    catalog = Catalog(daemon.store, UserLimits(bytes=4 * K * BYTES_OF_TENSOR))
+    assert daemon.store.index.bytes_of(1000) == checkpoint.books_bytes == 3 * K * BYTES_OF_TENSOR
+    other = Principal(1001, admin=False, domain="all")
+    daemon.load("b", 2, owner=1001)
     with pytest.raises(CapacityError, match=r"uid 1001 has 2\.0 MiB of 3\.9 MiB"):
         catalog.pin_loaded(other, checkpoint)
 
 
 def test_an_empty_list_of_candidates_is_a_refusal_only_where_something_is_needed() -> None:
-    books = Books(100)
-    assert books.chosen_for(100, [], lambda _: False) == []
+    books = BookkeepingMemory(100)
+    assert books.chosen_for(100, []) == []
     with pytest.raises(CapacityError):
-        books.chosen_for(101, [], lambda _: False)
-    assert books.chosen_beyond([], lambda _: False) == []
+        books.chosen_for(101, [])
+    assert books.chosen_beyond([]) == []

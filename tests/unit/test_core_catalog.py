@@ -17,18 +17,18 @@ from weightd.errors import (
     NotFoundError,
     PermissionDeniedError,
 )
-from weightd_daemon.core.catalog import NAME_BYTES, Catalog, Tag
+from weightd_daemon.core.catalog import NAME_BYTES, Catalog, CatalogTag
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
-from weightd_daemon.core.events import Event, Evicted, Named
-from weightd_daemon.core.lease import Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.events import CatalogNameChanged, CheckpointEvicted, Event
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 
-ALICE, BOB = Who(1000, admin=False, domain="all"), Who(1001, admin=False, domain="all")
-ROOT = Who(0, admin=True, domain="all")
-OVERFLOW = Who(None, admin=False, domain="all")
+ALICE, BOB = Principal(1000, admin=False, domain="all"), Principal(1001, admin=False, domain="all")
+ROOT = Principal(0, admin=True, domain="all")
+OVERFLOW = Principal(None, admin=False, domain="all")
 A, B = "sha256:" + "a1" * 32, "sha256:" + "a2" * 32
 
 
@@ -36,23 +36,23 @@ class Shelf:
     """A catalog over a store whose checkpoints have no tensors."""
 
     def __init__(self) -> None:
-        self.store = Store(leases=Leases(lambda _: True), on_event=self.happened)
-        self.catalog = Catalog(self.store, Limits())
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.happened)
+        self.catalog = Catalog(self.store, UserLimits())
         for device in ("host", "GPU-1"):
-            self.store.memories[device] = DeviceMemory(
+            self.store.memories[device] = MemoryAccounting(
                 budget=1, page=1, sparse=False, pool_limit=0, create=lambda size: size
             )
 
     def happened(self, event: Event) -> None:
-        if isinstance(event, Evicted):
+        if isinstance(event, CheckpointEvicted):
             self.catalog.forget(event.checkpoint, chosen=event.reason == "removed")
 
     def add(
-        self, digest: str, *names: str, who: Who = ALICE, device: str = "host", domain: str | None = None
+        self, digest: str, *names: str, who: Principal = ALICE, device: str = "host", domain: str | None = None
     ) -> Checkpoint:
         key = CheckpointKey(device, domain or who.domain, digest)
         checkpoint = Checkpoint(key, {}, {}, 0, who.uid, 0.0, 0.0)
-        self.store.checkpoints[key] = checkpoint
+        self.store.enter(checkpoint)
         for name in names:
             self.catalog.set(who, name, digest)
         return checkpoint
@@ -173,7 +173,7 @@ def test_a_foreign_name_cannot_be_removed_but_ones_own_on_it_can(shelf: Shelf) -
 
 def test_nothing_changes_when_it_is_in_use(shelf: Shelf) -> None:
     there = shelf.add(A, "name")
-    shelf.store.leases.begin(there.key, Peer(1, 2, 3, "python"), 0.0)
+    shelf.store.leases.begin(there.key, LeasePeer(1, 2, 3, "python"), 0.0)
     with pytest.raises(InUseError):
         shelf.catalog.remove(ALICE, "name")
     assert shelf.catalog.find(ALICE, "name") is there
@@ -198,7 +198,7 @@ def test_names_live_as_long_as_the_content_is_on_any_device(shelf: Shelf) -> Non
 
 
 def test_users_apart_do_not_see_each_other_and_admins_see_all(shelf: Shelf) -> None:
-    one, two = Who(1, admin=False, domain="uid:1"), Who(2, admin=False, domain="uid:2")
+    one, two = Principal(1, admin=False, domain="uid:1"), Principal(2, admin=False, domain="uid:2")
     first = shelf.add(A, "name", who=one)
     second = shelf.add(B, "name", who=two)
     assert shelf.catalog.find(one, "name") is first
@@ -212,7 +212,7 @@ def test_users_apart_do_not_see_each_other_and_admins_see_all(shelf: Shelf) -> N
 
 
 def test_an_admin_finds_what_is_its_own_first(shelf: Shelf) -> None:
-    shelf.add(A, "name", who=Who(1, admin=False, domain="uid:1"))
+    shelf.add(A, "name", who=Principal(1, admin=False, domain="uid:1"))
     own = shelf.add(B, "name", who=ROOT)
     assert shelf.catalog.find(ROOT, "name") is own
 
@@ -265,7 +265,7 @@ def test_a_lost_name_comes_before_the_digest_that_it_looks_like(shelf: Shelf) ->
 
 
 def test_users_apart_do_not_hear_of_each_others_losses(shelf: Shelf) -> None:
-    one, two = Who(1, admin=False, domain="uid:1"), Who(2, admin=False, domain="uid:2")
+    one, two = Principal(1, admin=False, domain="uid:1"), Principal(2, admin=False, domain="uid:2")
     shelf.add(A, "name", who=one)
     shelf.store.lose("host", "gone")
     with pytest.raises(NotFoundError):
@@ -291,13 +291,13 @@ def test_names_that_go_with_a_lost_checkpoint_are_told_of(shelf: Shelf) -> None:
     """No eviction implies it, as where a checkpoint that is resident is removed."""
     shelf.add(A, "one", "two")
     told: list[Event] = []
-    catalog = Catalog(shelf.store, Limits(), on_event=told.append)
+    catalog = Catalog(shelf.store, UserLimits(), on_event=told.append)
     for (domain, name), tag in shelf.catalog.tags.items():
         catalog.restore(domain, name, tag)
     shelf.store.lose("host", "gone")
-    holder = Peer(1, 12, 1000, "weightd rm")
+    holder = LeasePeer(1, 12, 1000, "weightd rm")
     catalog.remove(ALICE, A, by=holder)
-    assert told == [Named("all", name, "", A, holder) for name in ("one", "two")]
+    assert told == [CatalogNameChanged("all", name, "", A, holder) for name in ("one", "two")]
     assert catalog.tags == {}
 
 
@@ -318,20 +318,20 @@ def test_a_default_name_goes_with_its_content_and_a_chosen_one_stays(shelf: Shel
     there = shelf.add(A, "chosen")
     shelf.catalog.set(ALICE, "/m", A, is_default=True)
     shelf.store.evict(there, "capacity")
-    assert shelf.catalog.listed(ALICE) == [("chosen", Tag(A, 1000), "evicted")]
+    assert shelf.catalog.listed(ALICE) == [("chosen", CatalogTag(A, 1000), "evicted")]
     with pytest.raises(PermissionDeniedError, match="belongs to uid 1000"):
         shelf.catalog.set(BOB, "chosen", B)
     shelf.catalog.set(BOB, "/m", B, is_default=True)  # nobody's any more
-    assert shelf.catalog.tag("all", "/m") == Tag(B, 1001, is_default=True)
+    assert shelf.catalog.tag("all", "/m") == CatalogTag(B, 1001, is_default=True)
 
 
 def test_a_default_name_stays_while_its_content_is_resident_or_lost_elsewhere(shelf: Shelf) -> None:
     there, gpu = shelf.add(A), shelf.add(A, device="GPU-1")
     shelf.catalog.set(ALICE, "/m", A, is_default=True)
     shelf.store.evict(there, "capacity")
-    assert shelf.catalog.listed(ALICE) == [("/m", Tag(A, 1000, is_default=True), "resident")]
+    assert shelf.catalog.listed(ALICE) == [("/m", CatalogTag(A, 1000, is_default=True), "resident")]
     shelf.store.lose("GPU-1", "broken")
-    assert shelf.catalog.listed(ALICE) == [("/m", Tag(A, 1000, is_default=True), "lost")]
+    assert shelf.catalog.listed(ALICE) == [("/m", CatalogTag(A, 1000, is_default=True), "lost")]
     assert shelf.catalog.remove(ALICE, "/m") == 0
     assert gpu.key not in shelf.store.lost
     assert shelf.catalog.listed(ALICE) == []
@@ -341,13 +341,13 @@ def test_a_default_name_that_its_owner_chooses_is_chosen_and_stays_so(shelf: She
     there = shelf.add(A)
     shelf.catalog.set(ALICE, "/m", A, is_default=True)
     shelf.catalog.set(BOB, "/m", A)  # not his to choose
-    assert shelf.catalog.tag("all", "/m") == Tag(A, 1000, is_default=True)
+    assert shelf.catalog.tag("all", "/m") == CatalogTag(A, 1000, is_default=True)
     shelf.catalog.set(ALICE, "/m", A)
-    assert shelf.catalog.tag("all", "/m") == Tag(A, 1000)
+    assert shelf.catalog.tag("all", "/m") == CatalogTag(A, 1000)
     shelf.add(B)
     shelf.catalog.set(ALICE, "/m", B, is_default=True)
     shelf.store.evict(there, "capacity")
-    assert shelf.catalog.listed(ALICE) == [("/m", Tag(B, 1000), "resident")]
+    assert shelf.catalog.listed(ALICE) == [("/m", CatalogTag(B, 1000), "resident")]
 
 
 def test_a_default_name_that_moves_stays_one(shelf: Shelf) -> None:
@@ -360,7 +360,7 @@ def test_a_default_name_that_moves_stays_one(shelf: Shelf) -> None:
 
 
 def test_names_are_listed_by_domain_and_admins_see_all(shelf: Shelf) -> None:
-    other = Who(1002, admin=False, domain="other")
+    other = Principal(1002, admin=False, domain="other")
     shelf.add(A, "mine")
     shelf.add(A, "mine", who=other)
     assert [name for name, _, _ in shelf.catalog.listed(other)] == ["mine"]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 
 from weightd.errors import DrainingError
-from weightd_daemon.core.eviction import least_recently_used
-from weightd_daemon.core.lease import MOST_ASKED, Attached, Detached, Lease, Leases, Peer, named
+from weightd_daemon.core.lease import MOST_ASKED, Lease, LeaseBegun, LeaseEnded, LeasePeer, LeaseTable, named
 
-PEER = Peer(connection=7, pid=100, uid=1000, command="python serve.py")
+PEER = LeasePeer(connection=7, pid=100, uid=1000, command="python serve.py")
 
 
 class Kernel:
@@ -24,7 +21,7 @@ class Kernel:
         self.asked += 1
         return lease.number in self.locks
 
-    def take(self, leases: Leases, checkpoint: str) -> Lease:
+    def take(self, leases: LeaseTable, checkpoint: str) -> Lease:
         lease = leases.begin(checkpoint, PEER, 1.0)
         self.locks.add(lease.number)
         return lease
@@ -32,7 +29,7 @@ class Kernel:
 
 def test_a_lease_ends_when_its_lock_has_gone() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "a")
     assert leases.of("a") == [first, second]
     kernel.locks.discard(first.number)
@@ -43,7 +40,7 @@ def test_a_lease_ends_when_its_lock_has_gone() -> None:
 
 def test_it_stays_ended_even_if_a_lock_seems_to_come_back() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     lease = kernel.take(leases, "a")
     kernel.locks.clear()
     assert not leases.look(lease.number)
@@ -53,7 +50,7 @@ def test_it_stays_ended_even_if_a_lock_seems_to_come_back() -> None:
 
 def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     lease = leases.begin("a", PEER, 1.0, waiting=True)
     assert leases.of("a") == [lease]
     assert kernel.asked == 0
@@ -64,7 +61,7 @@ def test_a_waiting_lease_needs_no_lock_and_ends_by_word() -> None:
 
 
 def test_numbers_are_never_used_twice() -> None:
-    leases = Leases(Kernel().probe)
+    leases = LeaseTable(Kernel().probe)
     first = leases.begin("a", PEER, 1.0)
     leases.end(first.number)
     assert leases.begin("a", PEER, 2.0).number != first.number
@@ -72,7 +69,7 @@ def test_numbers_are_never_used_twice() -> None:
 
 def test_a_checkpoint_is_asked_for_its_own_leases_only() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     kernel.take(leases, "a")
     mine = kernel.take(leases, "b")
     assert leases.of("b") == [mine]
@@ -81,9 +78,9 @@ def test_a_checkpoint_is_asked_for_its_own_leases_only() -> None:
 
 def test_refresh_looks_at_all_and_connections_know_their_own() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
-    other = leases.begin("b", Peer(8, 1, None, ""), 2.0, waiting=True)
+    other = leases.begin("b", LeasePeer(8, 1, None, ""), 2.0, waiting=True)
     assert leases.of_connection(7) == [first, second]
     kernel.locks.discard(first.number)
     assert leases.refresh() == [second, other]
@@ -92,24 +89,24 @@ def test_refresh_looks_at_all_and_connections_know_their_own() -> None:
 
 def test_leases_that_are_mapped_are_told_of() -> None:
     kernel = Kernel()
-    told: list[Attached | Detached] = []
-    leases = Leases(kernel.probe, told.append)
+    told: list[LeaseBegun | LeaseEnded] = []
+    leases = LeaseTable(kernel.probe, told.append)
     leases.end(leases.begin("a", PEER, 1.0, waiting=True).number)
     assert told == [], "nobody has mapped anything"
     first, second = kernel.take(leases, "a"), kernel.take(leases, "b")
     leases.refresh()
-    assert told == [Attached(first), Attached(second)]
+    assert told == [LeaseBegun(first), LeaseBegun(second)]
     kernel.locks.clear()
     leases.of("b")
     leases.end(first.number)
     leases.end(first.number)
     leases.refresh()
-    assert told[2:] == [Detached(second), Detached(first)]
+    assert told[2:] == [LeaseEnded(second), LeaseEnded(first)]
 
 
 def test_while_it_drains_no_lease_is_taken() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     held = kernel.take(leases, "a")
     leases.draining = True
     for waiting in (False, True):
@@ -121,47 +118,26 @@ def test_while_it_drains_no_lease_is_taken() -> None:
 
 
 def test_who_holds_in_words() -> None:
-    leases = [Lease(n, "a", Peer(n, n // 2, 0, f"c{n // 2}"), 0.0, waiting=False) for n in range(14)]
+    leases = [Lease(n, "a", LeasePeer(n, n // 2, 0, f"c{n // 2}"), 0.0, waiting=False) for n in range(14)]
     assert named(leases[:4]) == "pid 0 (c0), pid 1 (c1)"
     assert named(leases) == "pid 0 (c0), pid 1 (c1), pid 2 (c2), pid 3 (c3), pid 4 (c4) and 2 more"
 
 
 def test_who_cannot_be_known_is_said_to_be_unknown() -> None:
-    holders = [Peer(1, None, 1000, ""), Peer(2, None, 1000, ""), Peer(3, None, None, ""), Peer(4, 9, 0, "")]
+    holders = [
+        LeasePeer(1, None, 1000, ""),
+        LeasePeer(2, None, 1000, ""),
+        LeasePeer(3, None, None, ""),
+        LeasePeer(4, 9, 0, ""),
+    ]
     leases = [Lease(number, "a", holder, 0.0, waiting=False) for number, holder in enumerate(holders)]
     assert named(leases) == "pid unknown (uid 1000), pid unknown, pid 9"
 
 
-@dataclass
-class Used:
-    used: int
-    pinned: bool = False
-    leased: bool = False
-
-
-def test_the_least_recently_used_goes_first_and_pins_and_leases_stay() -> None:
-    old, new, newest = Used(1), Used(2), Used(3)
-    pinned, leased = Used(0, pinned=True), Used(0, leased=True)
-    order = least_recently_used([new, pinned, newest, leased, old], lambda used: used.leased)
-    assert list(order) == [old, new, newest]
-
-
-def test_only_as_many_leases_are_looked_up_as_are_needed() -> None:
-    asked: list[Used] = []
-
-    def is_leased(used: Used) -> bool:
-        asked.append(used)
-        return False
-
-    things = [Used(at) for at in range(5)]
-    assert next(least_recently_used(things, is_leased)) is things[0]
-    assert asked == things[:1]
-
-
 def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     told: list[object] = []
-    leases = Leases(lambda _: True, told.append)
-    leases.inherit(5, "a", Peer(connection=0, pid=None, uid=1000, command=""), 1.0)
+    leases = LeaseTable(lambda _: True, told.append)
+    leases.inherit(5, "a", LeasePeer(connection=0, pid=None, uid=1000, command=""), 1.0)
     leases.attribute(5, PEER)
     (lease,) = leases.of("a")
     assert (lease.number, lease.peer, leases.of_connection(PEER.connection)) == (5, PEER, [lease])
@@ -172,7 +148,7 @@ def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
 # -- many leases -----------------------------------------------------------------------------------------------------
 
 
-def many(kernel: Kernel, leases: Leases, number: int) -> list[Lease]:
+def many(kernel: Kernel, leases: LeaseTable, number: int) -> list[Lease]:
     taken = [kernel.take(leases, "a") for _ in range(number)]
     kernel.asked = 0
     return taken
@@ -180,7 +156,7 @@ def many(kernel: Kernel, leases: Leases, number: int) -> list[Lease]:
 
 def test_a_sweep_looks_at_few_at_a_time_and_at_all_in_turn() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     taken = many(kernel, leases, 25)
     assert leases.sweep(10), "there are more"
     assert kernel.asked == 10
@@ -198,7 +174,7 @@ def test_a_sweep_looks_at_few_at_a_time_and_at_all_in_turn() -> None:
 
 def test_ended_leases_make_a_step_of_the_sweep_shorter() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     many(kernel, leases, 100)
     kernel.locks.clear()
     leases.sweep(40)
@@ -210,7 +186,7 @@ def test_ended_leases_make_a_step_of_the_sweep_shorter() -> None:
 
 def test_leases_of_whom_has_gone_are_looked_at_first() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     taken = many(kernel, leases, 50)
     kernel.locks -= {lease.number for lease in taken[-2:]}
     leases.look_soon([taken[-1].number, taken[-1].number, 999])
@@ -225,10 +201,10 @@ def test_leases_of_whom_has_gone_are_looked_at_first() -> None:
 
 def test_waiting_leases_are_not_swept_and_attributed_ones_are_once() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     waiting = leases.begin("a", PEER, 1.0, waiting=True)
     lease = kernel.take(leases, "a")
-    leases.attribute(lease.number, Peer(9, 9, 9, "other"))
+    leases.attribute(lease.number, LeasePeer(9, 9, 9, "other"))
     kernel.asked = 0
     assert not leases.sweep(10)
     assert kernel.asked == 1
@@ -238,7 +214,7 @@ def test_waiting_leases_are_not_swept_and_attributed_ones_are_once() -> None:
 def test_who_asks_about_many_relies_on_the_sweep() -> None:
     """A look at all by each who asks would be as many steps of the loop as there are askers."""
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     taken = many(kernel, leases, MOST_ASKED + 1)
     kernel.locks.discard(taken[0].number)
     assert (leases.held(), len(leases.refresh()), len(leases.of("a"))) == (MOST_ASKED + 1,) * 3
@@ -250,7 +226,7 @@ def test_who_asks_about_many_relies_on_the_sweep() -> None:
 
 def test_who_asks_again_and_again_gets_what_the_sweep_finds() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     many(kernel, leases, 100)
     for _ in range(1000):
         leases.held()
@@ -262,7 +238,7 @@ def test_who_asks_again_and_again_gets_what_the_sweep_finds() -> None:
 
 def test_whether_a_checkpoint_is_held_is_exact_for_any_number_and_asks_for_no_more_than_one_that_is() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     taken = many(kernel, leases, 3 * MOST_ASKED)
     assert leases.is_held("a")
     assert kernel.asked == 1
@@ -275,9 +251,9 @@ def test_whether_a_checkpoint_is_held_is_exact_for_any_number_and_asks_for_no_mo
 
 def test_the_limit_of_a_user_is_looked_up_by_user() -> None:
     kernel = Kernel()
-    leases = Leases(kernel.probe)
+    leases = LeaseTable(kernel.probe)
     for uid in (1, 2, 2, None):
-        kernel.locks.add(leases.begin("a", Peer(1, 1, uid, ""), 1.0).number)
+        kernel.locks.add(leases.begin("a", LeasePeer(1, 1, uid, ""), 1.0).number)
     assert [leases.held_by(uid, 9) for uid in (1, 2, 3, None)] == [1, 2, 0, 1]
     assert kernel.asked == 0, "it is not asked below the limit"
     kernel.locks.clear()
@@ -288,9 +264,9 @@ def test_the_limit_of_a_user_is_looked_up_by_user() -> None:
 def test_who_keeps_the_lock_hears_of_each_end_once() -> None:
     kernel = Kernel()
     forgotten: list[int] = []
-    leases = Leases(kernel.probe, forget=forgotten.append)
+    leases = LeaseTable(kernel.probe, forget=forgotten.append)
     first, second = kernel.take(leases, "a"), kernel.take(leases, "a")
-    leases.attribute(first.number, Peer(9, 9, 9, "other"))
+    leases.attribute(first.number, LeasePeer(9, 9, 9, "other"))
     assert forgotten == []
     kernel.locks.clear()
     leases.refresh()

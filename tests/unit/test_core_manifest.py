@@ -7,16 +7,16 @@ import hashlib
 import pytest
 
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
 
-FILE = ManifestFile("", "model.safetensors", None)
+FILE = ContentFile("", "model.safetensors", None)
 ROWS = [
-    (ManifestEntry("", "a", "F32", (2, 2), 0, 16), BlobIdentity(b"a" * 16, 16, 0)),
-    (ManifestEntry("", "b", "F32", (4,), 0, 16), BlobIdentity(b"b" * 16, 16, 0)),
+    (ContentTensor("", "a", "F32", (2, 2), 0, 16), BlobIdentity(b"a" * 16, 16, 0)),
+    (ContentTensor("", "b", "F32", (4,), 0, 16), BlobIdentity(b"b" * 16, 16, 0)),
 ]
 
 
-def digest_of(rows: list[tuple[ManifestEntry, BlobIdentity]], *files: ManifestFile) -> str:
+def digest_of(rows: list[tuple[ContentTensor, BlobIdentity]], *files: ContentFile) -> str:
     return content_digest([entry for entry, _ in rows], [blob for _, blob in rows], files or (FILE,))
 
 
@@ -47,17 +47,17 @@ def test_order_does_not_matter() -> None:
 
 def test_files_and_their_names_do_not_matter() -> None:
     split = [(entry._replace(file=at), blob) for at, (entry, blob) in enumerate(ROWS)]
-    shards = (ManifestFile("", "model-1.safetensors", None), ManifestFile("", "model-2.safetensors", None))
+    shards = (ContentFile("", "model-1.safetensors", None), ContentFile("", "model-2.safetensors", None))
     assert digest_of(split, *shards) == digest_of(ROWS)
 
 
 def test_equal_metadata_of_shards_counts_once() -> None:
-    one, two = ManifestFile("", "1", {"format": "pt"}), ManifestFile("", "2", {"format": "pt"})
+    one, two = ContentFile("", "1", {"format": "pt"}), ContentFile("", "2", {"format": "pt"})
     assert digest_of(ROWS, one, two) == digest_of(ROWS, one)
 
 
 def test_the_order_of_metadata_does_not_matter() -> None:
-    one, two = ManifestFile("", "f", {"x": "1", "y": "2"}), ManifestFile("", "f", {"y": "2", "x": "1"})
+    one, two = ContentFile("", "f", {"x": "1", "y": "2"}), ContentFile("", "f", {"y": "2", "x": "1"})
     assert digest_of(ROWS, one) == digest_of(ROWS, two)
 
 
@@ -78,17 +78,17 @@ ENTRY, BLOB = ROWS[0]
     ],
     ids=["component", "name", "dtype", "shape", "rank", "bytes", "variant", "length"],
 )
-def test_everything_that_a_tensor_is_matters(entry: ManifestEntry, blob: BlobIdentity) -> None:
+def test_everything_that_a_tensor_is_matters(entry: ContentTensor, blob: BlobIdentity) -> None:
     assert digest_of([(entry, blob), ROWS[1]]) != digest_of(ROWS)
 
 
 def test_metadata_matters_and_to_which_component_it_belongs() -> None:
     files = [
-        ManifestFile("", "f", None),
-        ManifestFile("", "f", {}),
-        ManifestFile("", "f", {"a": "bc"}),
-        ManifestFile("", "f", {"ab": "c"}),
-        ManifestFile("unet", "f", {"a": "bc"}),
+        ContentFile("", "f", None),
+        ContentFile("", "f", {}),
+        ContentFile("", "f", {"a": "bc"}),
+        ContentFile("", "f", {"ab": "c"}),
+        ContentFile("unet", "f", {"a": "bc"}),
     ]
     assert len({digest_of(ROWS, file) for file in files}) == len(files)
 

@@ -1,4 +1,4 @@
-"""DeviceMemory: in which order memory is granted, what a promise is worth, and how memory goes back."""
+"""MemoryAccounting: in which order memory is granted, what a promise is worth, and how memory goes back."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import pytest
 
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.ranges import Ranges
-from weightd_daemon.core.reclaims import Punch, Release
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.ranges import RangeSet
+from weightd_daemon.core.reclaims import ExtentReclaim, SegmentReclaim
 
 PAGE = 4096
 
@@ -20,7 +20,7 @@ class Fixture:
         self.sizes: list[int] = []
         self.most: int | None = None
         self.kicks = 0
-        self.memory = DeviceMemory(
+        self.memory = MemoryAccounting(
             budget=32 * PAGE,
             page=PAGE,
             sparse=sparse,
@@ -47,7 +47,7 @@ class Fixture:
     def give_back(self, *extents: Extent, pool: bool = True, domain: str = "all") -> None:
         self.memory.give_back(domain, extents, pool=pool)
 
-    def reclaim(self) -> list[Punch | Release]:
+    def reclaim(self) -> list[ExtentReclaim | SegmentReclaim]:
         reclaims = self.memory.next_reclaims()
         for reclaim in reclaims:
             self.memory.reclaimed(reclaim)
@@ -106,7 +106,7 @@ def test_punched_holes_are_refilled_before_a_new_segment_when_they_take_all() ->
     device = Fixture()
     device.grant(8)
     device.give_back(pages(1, 2, 4))
-    assert device.reclaim() == [Punch("all", pages(1, 2, 4))]
+    assert device.reclaim() == [ExtentReclaim("all", pages(1, 2, 4))]
     assert device.memory.used == 4 * PAGE
     assert device.grant(4) == pages(1, 2, 4)
     assert device.sizes == [8 * PAGE]
@@ -139,7 +139,10 @@ def test_empty_segments_are_released_when_the_budget_is_short() -> None:
     assert device.grant(20, domain="c") is None
     assert device.memory.reclaiming
     assert device.memory.used == 32 * PAGE, "it counts until it is gone"
-    assert [reclaim.size for reclaim in device.reclaim() if isinstance(reclaim, Release)] == [16 * PAGE, 16 * PAGE]
+    assert [reclaim.size for reclaim in device.reclaim() if isinstance(reclaim, SegmentReclaim)] == [
+        16 * PAGE,
+        16 * PAGE,
+    ]
     assert not device.memory.reclaiming
     assert device.grant(20, domain="c") == pages(3, 0, 20)
 
@@ -160,7 +163,7 @@ def test_the_pool_is_bounded() -> None:
     device.give_back(first)
     assert (device.memory.pooled_bytes(), device.kicks) == (8 * PAGE, 0)
     device.give_back(second)
-    assert device.reclaim() == [Release(2, 8 * PAGE)]
+    assert device.reclaim() == [SegmentReclaim(2, 8 * PAGE)]
     assert (device.memory.used, device.kicks) == (8 * PAGE, 1)
 
 
@@ -169,7 +172,7 @@ def test_what_a_load_never_used_is_not_pooled() -> None:
     extent = device.grant(8)
     assert extent is not None
     device.give_back(extent, pool=False)
-    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert device.reclaim() == [SegmentReclaim(1, 8 * PAGE)]
     assert device.memory.segments == 0
 
 
@@ -179,7 +182,7 @@ def test_a_page_with_a_live_byte_is_not_punched_until_that_byte_is_free() -> Non
     device.give_back(Extent(1, 256, PAGE))
     assert device.reclaim() == []
     device.give_back(Extent(1, 0, 256))
-    assert device.reclaim() == [Punch("all", pages(1, 0, 1))]
+    assert device.reclaim() == [ExtentReclaim("all", pages(1, 0, 1))]
     assert device.memory.used == PAGE
 
 
@@ -190,10 +193,10 @@ def test_a_segment_whose_last_hole_was_being_punched_is_released_after_that() ->
     punches = device.memory.next_reclaims()
     device.give_back(pages(1, 1, 1))
     punches += device.memory.next_reclaims()
-    assert punches == [Punch("all", pages(1, 0, 1)), Punch("all", pages(1, 1, 1))]
+    assert punches == [ExtentReclaim("all", pages(1, 0, 1)), ExtentReclaim("all", pages(1, 1, 1))]
     for punch in punches:
         device.memory.reclaimed(punch)
-    assert device.reclaim() == [Release(1, 0)]
+    assert device.reclaim() == [SegmentReclaim(1, 0)]
     assert (device.memory.used, device.memory.segments, device.memory.reclaiming) == (0, 0, False)
 
 
@@ -274,7 +277,7 @@ def test_free_pages_in_used_segments_are_punched_for_whoever_needs_room() -> Non
     assert device.grant(2) == pages(1, 0, 2)
     assert device.memory.obtainable("other") == 30 * PAGE
     assert device.grant(20, domain="other") is None
-    assert device.reclaim() == [Release(2, 16 * PAGE), Punch("all", pages(1, 2, 14))]
+    assert device.reclaim() == [SegmentReclaim(2, 16 * PAGE), ExtentReclaim("all", pages(1, 2, 14))]
     assert device.grant(20, domain="other") == pages(3, 0, 20)
 
 
@@ -284,7 +287,7 @@ def test_a_freed_segment_is_released_at_once_without_a_pool() -> None:
     device.give_back(pages(1, 0, 5))
     assert device.reclaim() == []
     device.give_back(pages(1, 5, 3))
-    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert device.reclaim() == [SegmentReclaim(1, 8 * PAGE)]
     assert (device.memory.used, device.memory.segments) == (0, 0)
 
 
@@ -315,7 +318,7 @@ def test_a_device_without_room_gets_back_what_is_unused_and_says_so() -> None:
     device.most = 0
     with pytest.raises(MemoryError, match="out of memory"):
         device.grant(4, need=2)
-    assert device.reclaim() == [Release(1, 8 * PAGE)]
+    assert device.reclaim() == [SegmentReclaim(1, 8 * PAGE)]
     assert device.memory.used == 0
 
 
@@ -381,7 +384,7 @@ def test_a_lost_device_begins_again_with_nothing_and_returns_nothing() -> None:
     for reclaim in handed_out:
         device.memory.reclaimed(reclaim)
     assert (device.memory.used, device.memory.reclaiming) == (16 * PAGE, True)
-    assert device.reclaim() == [Release(4, 16 * PAGE)]
+    assert device.reclaim() == [SegmentReclaim(4, 16 * PAGE)]
     assert device.memory.used == 0
 
 
@@ -402,7 +405,7 @@ def test_another_budget_and_pool_hold_from_then_on() -> None:
 
 def adopted(device: Fixture, *, frozen: bool = False) -> None:
     """Adopt segment 7 of 8 pages in quarantine: page 0 is a blob's, pages 1 to 5 are unused, pages 6 and 7 hollow."""
-    taken = Ranges()
+    taken = RangeSet()
     taken.add(0, PAGE)
     device.memory.quarantine = True
     device.memory.adopt("all", 7, 8 * PAGE, taken, [(6 * PAGE, 8 * PAGE)], frozen=frozen)
@@ -418,7 +421,9 @@ def test_what_may_still_be_written_to_is_neither_granted_nor_punched_nor_counted
     assert device.memory.obtainable("all") == 26 * PAGE
     assert device.grant(2) == pages(1, 0, 2), "a new segment"
     device.give_back(pages(7, 0, 1))
-    assert device.reclaim() == ([Punch("all", pages(7, 0, 1), 0)] if sparse else []), "no process writes to a blob"
+    assert device.reclaim() == ([ExtentReclaim("all", pages(7, 0, 1), 0)] if sparse else []), (
+        "no process writes to a blob"
+    )
     assert 7 in device.memory.arena("all"), "it is not released before the process has ended"
 
 
@@ -435,7 +440,7 @@ def test_thawed_pages_go_back_also_those_that_were_written_to_meanwhile() -> Non
     adopted(device)
     device.memory.thaw(7, [(7 * PAGE, 8 * PAGE)])
     assert device.memory.used == 7 * PAGE
-    assert device.reclaim() == [Punch("all", pages(7, 1, 6), 0)]
+    assert device.reclaim() == [ExtentReclaim("all", pages(7, 1, 6), 0)]
     assert device.memory.used == PAGE
 
 
@@ -446,7 +451,7 @@ def test_a_segment_in_which_nothing_lies_any_more_goes_when_it_is_thawed(*, froz
     device.give_back(pages(7, 0, 1))
     device.reclaim()
     device.memory.thaw(7, [])
-    assert [type(reclaim) for reclaim in device.reclaim()] == [Release]
+    assert [type(reclaim) for reclaim in device.reclaim()] == [SegmentReclaim]
     device.reclaim()
     assert device.memory.used == 0
     device.memory.thaw(7, [])  # it has gone
@@ -461,7 +466,7 @@ def test_a_closed_pool_returns_what_it_has_and_keeps_nothing_until_it_is_opened(
     fixture.give_back(first)
     assert fixture.memory.pooled_bytes() == 4 * PAGE
     fixture.memory.close_pool()
-    assert [reclaim.segment for reclaim in fixture.reclaim() if isinstance(reclaim, Release)] == [first.segment]
+    assert [reclaim.segment for reclaim in fixture.reclaim() if isinstance(reclaim, SegmentReclaim)] == [first.segment]
     fixture.give_back(second)
     assert fixture.memory.pooled_bytes() == 0
     fixture.reclaim()

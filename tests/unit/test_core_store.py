@@ -9,25 +9,26 @@ from itertools import count, pairwise
 import pytest
 
 from support.counting import operations
+from support.sealed import sealed_blobs
 from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.events import Event, Evicted, Sealed
-from weightd_daemon.core.lease import Lease, Leases, Peer
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Event
+from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loader._proto import loader_pb2 as wire
-from weightd_daemon.loader.slots import Slots, Together
+from weightd_daemon.loader.slots import LoaderSlotRow, LoaderSlots
 
 PAGE = 4096
 MIB = 1 << 20
 LARGE = OWN_COPY_BELOW
 SMALL = PAGE
-FILE = (ManifestFile("", "f", None),)
+FILE = (ContentFile("", "f", None),)
 
 
 class Books:
@@ -36,9 +37,11 @@ class Books:
     def __init__(self, budget: int = 64 * LARGE, *, sparse: bool = True) -> None:
         self.events: list[Event] = []
         self.locked: set[int] = set()
-        self.store = Store(leases=Leases(lambda lease: lease.number in self.locked), on_event=self.events.append)
+        self.store = ContentStore(
+            leases=LeaseTable(lambda lease: lease.number in self.locked), on_event=self.events.append
+        )
         self.segments = 0
-        self.memory = self.store.memories["host"] = DeviceMemory(
+        self.memory = self.store.memories["host"] = MemoryAccounting(
             budget=budget, page=PAGE, sparse=sparse, pool_limit=0, create=self.create, available=lambda: self.available
         )
         self.available: int | None = None
@@ -49,15 +52,15 @@ class Books:
         self.segments += 1
         return self.segments
 
-    def open(self, domain: str = "all") -> Loading:
-        return Loading(self.store, "host", domain, 1000)
+    def open(self, domain: str = "all") -> StoreTransaction:
+        return StoreTransaction(self.store, "host", domain, 1000)
 
     def reclaim(self) -> None:
         while reclaims := self.memory.next_reclaims():
             for reclaim in reclaims:
                 self.memory.reclaimed(reclaim)
 
-    def place(self, load: Loading, letter: str, length: int = LARGE) -> Blob:
+    def place(self, load: StoreTransaction, letter: str, length: int = LARGE) -> Blob:
         """A tensor whose bytes equal those of any other with its letter, as a loader brings it."""
         while (extent := load.grant(length, length)) is None:
             self.reclaim()
@@ -68,20 +71,20 @@ class Books:
         assert used is not None
         return used
 
-    def seal(self, load: Loading, blobs: list[Blob]) -> Checkpoint:
+    def seal(self, load: StoreTransaction, blobs: list[Blob]) -> Checkpoint:
         """Seal and end a load."""
         checkpoint = self.seal_only(load, blobs)
         load.end()
         self.reclaim()
         return checkpoint
 
-    def seal_only(self, load: Loading, blobs: list[Blob]) -> Checkpoint:
+    def seal_only(self, load: StoreTransaction, blobs: list[Blob]) -> Checkpoint:
         """The loader has not put its segments down yet."""
         while pairs := load.rechecks():
             for blob, other in pairs:
                 replaced = load.recheck(blob.number, other.number, equal=True)
                 blobs = [replaced.get(b.number, b) for b in blobs]
-        entries = [ManifestEntry("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
+        entries = [ContentTensor("", f"t{at}", "U8", (b.length,), 0, b.length) for at, b in enumerate(blobs)]
         name = content_digest(entries, [b.identity for b in blobs], FILE)
         self.now += 1
         return load.seal(Content(name, FILE, tuple(entries), tuple(blobs)), self.now)
@@ -114,13 +117,13 @@ class Books:
         return self.seal(load, blobs + [self.place(load, letter) for letter in new])
 
     def lease(self, checkpoint: Checkpoint) -> Lease:
-        lease = self.store.leases.begin(checkpoint.key, Peer(1, 4711, 1000, "python serve.py"), self.now)
+        lease = self.store.leases.begin(checkpoint.key, LeasePeer(1, 4711, 1000, "python serve.py"), self.now)
         self.locked.add(lease.number)
         return lease
 
     @property
     def evicted(self) -> list[tuple[Checkpoint, str]]:
-        return [(event.checkpoint, event.reason) for event in self.events if isinstance(event, Evicted)]
+        return [(event.checkpoint, event.reason) for event in self.events if isinstance(event, CheckpointEvicted)]
 
 
 def digest(letter: str) -> bytes:
@@ -133,8 +136,8 @@ def digest(letter: str) -> bytes:
 def test_equal_bytes_of_two_checkpoints_are_held_once() -> None:
     books = Books()
     first, second = books.load("abc"), books.load("abd")
-    assert len(books.store.sealed_blobs()) == 4
-    assert (first.exclusive_bytes, first.shared_bytes) == (LARGE, 2 * LARGE)
+    assert len(sealed_blobs(books.store)) == 4
+    assert (first.exclusive_bytes, first.total_bytes) == (LARGE, 3 * LARGE)
     assert second.total_bytes == 3 * LARGE
     assert books.memory.used == 4 * LARGE
 
@@ -144,7 +147,7 @@ def test_the_same_content_is_one_checkpoint() -> None:
     first = books.load("ab")
     assert books.load("ab") is first
     assert books.memory.used == books.store.live_bytes("host") == 2 * LARGE
-    assert [type(event) for event in books.events] == [Sealed]
+    assert [type(event) for event in books.events] == [CheckpointSealed]
     assert first.last_used == 2.0
 
 
@@ -169,6 +172,17 @@ def test_a_second_checkpoint_shares_all_the_small_duplicates() -> None:
     first = books.load("aaa", SMALL)
     second = books.load("aab", SMALL)
     assert len({*first.unique} & {*second.unique}) == 2
+
+
+def test_small_duplicates_whose_other_copies_are_evicted_meanwhile_are_compared_with_the_one_in_use() -> None:
+    books = Books()
+    first = books.load("aaa", SMALL)
+    load = books.open()
+    blobs = [books.place(load, "a", SMALL)]  # one of the three, which stays
+    books.store.remove(first)
+    blobs += [books.place(load, "a", SMALL) for _ in range(2)]
+    assert {blob.variant for blob in blobs} == {0}
+    assert len({blob.number for blob in blobs}) == 3
 
 
 def test_known_blobs_are_shared_without_bytes_but_a_small_one_once() -> None:
@@ -244,7 +258,7 @@ def test_all_copies_of_a_small_tensor_move_to_the_new_variant_together() -> None
 
 def test_an_unknown_device_is_not_found() -> None:
     with pytest.raises(NotFoundError, match="host"):
-        Loading(Books().store, "cuda:0", "all", 0)
+        StoreTransaction(Books().store, "cuda:0", "all", 0)
 
 
 def test_what_fits_is_admitted_and_promised() -> None:
@@ -286,9 +300,9 @@ def test_blobs_that_a_load_relies_on_outlive_their_checkpoint() -> None:
     load = books.open()
     assert load.share_known(blob.number, blob.identity) is blob
     books.store.remove(next(iter(books.store.checkpoints.values())))
-    assert books.store.sealed_blobs() == [blob]
+    assert sealed_blobs(books.store) == [blob]
     load.end()
-    assert books.store.sealed_blobs() == []
+    assert sealed_blobs(books.store) == []
 
 
 def test_nothing_is_evicted_for_a_load_that_cannot_fit() -> None:
@@ -317,6 +331,22 @@ def test_a_refusal_states_the_figures() -> None:
     assert error.pinned_bytes == 2 * LARGE, "c and d: b is leased"
     assert error.evictable_bytes == LARGE, "e: d is pinned as well"
     assert "\n" not in str(error)
+
+
+def test_the_least_recently_used_may_go_first_and_pins_and_leases_stay() -> None:
+    books, other = Books(), 7 * LARGE
+    books.store.memories["other"] = MemoryAccounting(
+        budget=other, page=PAGE, sparse=True, pool_limit=0, create=books.create
+    )
+    pinned, first, leased, second, third = (books.load(letter) for letter in "abcde")
+    elsewhere = StoreTransaction(books.store, "other", "all", 1000)
+    there = elsewhere.seal(Content("empty", FILE, (), ()), 0.0)
+    pinned.pins.add(1000)
+    books.lease(leased)
+    books.store.use(first, 0.0)  # by their numbers, whatever the clock says
+    assert list(books.store.evictable("host")) == [second, third, first]
+    assert list(books.store.evictable()) == [second, third, there, first]
+    assert next(books.store.evictable()) is second
 
 
 def test_a_grant_evicts_the_least_recently_used_that_nobody_keeps() -> None:
@@ -440,12 +470,12 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
 ) -> None:
     """With the least budget that has room, every tensor gets its memory, and so many together lie so."""
     page = 2 * MIB
-    store = Store(leases=Leases(lambda _: False), on_event=lambda _: None)
+    store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
     numbers = count()
-    memory = store.memories["GPU"] = DeviceMemory(
+    memory = store.memories["GPU"] = MemoryAccounting(
         budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
     )
-    load = Loading(store, "GPU", "all", 1000)
+    load = StoreTransaction(store, "GPU", "all", 1000)
     load.match(((bytes([at]) * 16, length), 1) for at, length in enumerate(lengths))
 
     def has_room() -> bool:
@@ -460,9 +490,9 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
         part = lengths[run::runs]
         groups = [part[at : at + grouped] for at in range(0, len(part), grouped)]
         sizes = [sum(map(slot_bytes, group)) for group in groups]
-        slots = Slots(Granting(load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
+        slots = LoaderSlots(Granting(load), sizes)  # type: ignore[arg-type]  # what slots need of a channel
         for group, size in zip(groups, sizes, strict=True):
-            together = Together(size)
+            together = LoaderSlotRow(size)
             taken = [slots.allocate(length, together) for length in group]
             assert all(before.end == slot[:2] for before, slot in pairwise(taken))
 
@@ -470,7 +500,7 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
 class Granting:
     """The daemon's end of a loader's channel, as far as slots need it."""
 
-    def __init__(self, load: Loading) -> None:
+    def __init__(self, load: StoreTransaction) -> None:
         self._load = load
 
     def call(self, question: wire.ToDaemon) -> wire.ToLoader:
@@ -644,7 +674,7 @@ def test_removing_what_is_held_names_the_holders_and_changes_nothing() -> None:
     lease = books.lease(checkpoint)
     with pytest.raises(InUseError, match=r"pid 4711 \(python serve.py\)"):
         books.store.remove(checkpoint)
-    assert len(books.store.sealed_blobs()) == 2
+    assert len(sealed_blobs(books.store)) == 2
     books.locked.discard(lease.number)
     assert books.store.remove(checkpoint) == 2 * LARGE
     assert books.evicted == [(checkpoint, "removed")]
@@ -661,16 +691,16 @@ def test_removing_gives_up_only_what_nobody_else_needs() -> None:
 
 def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_devices() -> None:
     books = Books(sparse=False)
-    other = books.store.memories["GPU-2"] = DeviceMemory(
+    other = books.store.memories["GPU-2"] = MemoryAccounting(
         budget=LARGE, page=PAGE, sparse=False, pool_limit=0, create=books.create
     )
-    elsewhere = Loading(books.store, "GPU-2", "all", 1000)
+    elsewhere = StoreTransaction(books.store, "GPU-2", "all", 1000)
     first, second = books.load("ab"), books.load("bc")
     books.lease(first)
     second.pins.add(1000)
     assert books.store.lose("host", "the GPU was reset") == [first, second]
     assert books.store.checkpoints == {}
-    assert books.store.sealed_blobs() == []
+    assert sealed_blobs(books.store) == []
     assert books.evicted == [(first, "lost"), (second, "lost")]
     assert {key: lost.checkpoint for key, lost in books.store.lost.items()} == {first.key: first, second.key: second}
     assert str(books.store.lost[first.key].error("name")) == (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
-from weightd.errors import DeviceError, DeviceMismatchError
-from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
+from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.naming import meant
 
 GIB = 1 << 30
 UUIDS = [
@@ -23,13 +25,14 @@ HOLDING: Any = None  # passed through
 
 
 class FakeDevice:
-    """A GPU by one transport. `broken` (ordinal, kind) cannot make a segment; `full` ones have no memory left."""
+    """A GPU by one transport. `broken` (ordinal, kind) cannot make segments at all; `full` ones have no memory left."""
 
     broken: ClassVar[set[tuple[int, str]]] = set()
     full: ClassVar[set[tuple[int, str]]] = set()
     open: ClassVar[list[FakeDevice]] = []
     page = 2 << 20
     default_share = 0.8
+    loader_bytes = 0
 
     def __init__(self, kind: str, ordinal: int) -> None:
         self.kind = kind
@@ -43,7 +46,7 @@ class FakeDevice:
 
     def create(self, size: int) -> int:
         if self.key in self.broken:
-            raise DeviceError(f"{self.kind} is not for {self.uuid}")
+            raise DeviceError(f"{self.kind} is not for {self.uuid}", {"code": "CUDA_ERROR_NOT_SUPPORTED"})
         if self.key in self.full:
             raise MemoryError
         assert size == self.page
@@ -61,6 +64,7 @@ class FakeDevice:
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
+    monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
     monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
     monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
     for name in ("broken", "full", "open"):
@@ -95,8 +99,8 @@ def test_what_is_said_is_served(said: str, expected: list[str]) -> None:
 @pytest.mark.parametrize(
     ("said", "message", "kind"),
     [
-        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", TemporaryError),
-        ("GPU-dddd0000", "'GPU-dddd0000': is not there", TemporaryError),
+        ("cuda:3", "'cuda:3': is not there; the driver shows cuda:0", ConfigError),
+        ("GPU-dddd0000", "'GPU-dddd0000': is not there", ConfigError),
         ("GPU-aaaa0000", "means more than one of .*; say more of it", ConfigError),
         ("cuda:2,GPU-cccc0000", r"is cuda:2 \(GPU-cccc.*\), which is named already", ConfigError),
     ],
@@ -121,7 +125,7 @@ def test_without_a_driver_auto_serves_host_memory_and_the_log_says_why(
         "no GPU is served, only host memory: no CUDA driver can be used here: libcuda is missing"
     ]
     for said in ("cuda", "cuda:0", "host,GPU-cccc0000"):
-        with pytest.raises(TemporaryError, match=r"device = .*libcuda is missing"):
+        with pytest.raises(TemporaryConfigError, match=r"device = .*libcuda is missing"):
             served(said)
     assert served("host") == [("host", "host")]
 
@@ -138,7 +142,7 @@ def test_a_driver_that_fails_is_a_warning_where_auto_goes_without_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> int:
-        raise DeviceError("cuDeviceGetCount failed")
+        raise DeviceError("cuDeviceGetCount failed", {"code": "CUDA_ERROR_UNKNOWN"})
 
     monkeypatch.setattr(cuda_choice.driver, "device_count", broken)
     assert served("auto") == [("host", "host")]
@@ -152,16 +156,18 @@ def test_a_gpu_that_does_not_say_its_uuid_is_left_out_by_auto_and_hides_no_other
 ) -> None:
     def uuid_of(ordinal: int) -> str:
         if ordinal == 1:
-            raise DeviceError("cuDeviceGetUuid failed")
+            raise DeviceError("cuDeviceGetUuid failed", {"code": "CUDA_ERROR_UNKNOWN"})
         return UUIDS[ordinal]
 
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
     assert [name for name, _ in served("auto")] == ["host", "cuda:0", "cuda:2"]
     assert [record.message for record in caplog.records] == ["device cuda:1 is not served: cuDeviceGetUuid failed"]
     FakeDevice.open.clear()
-    for said in ("cuda", "cuda:1"):
-        with pytest.raises(TemporaryError, match=f"device = '{said}': cuDeviceGetUuid failed"):
-            served(said)
+    assert [name for name, _ in served("cuda")] == ["cuda:0", "cuda:2"]
+    FakeDevice.open.clear()
+    with pytest.raises(TemporaryConfigError, match="device = 'cuda:1': cuDeviceGetUuid failed"):
+        served("cuda:1")
+    assert [name for name, _ in served("cuda:2")] == ["cuda:2"]  # whatever the others do
 
 
 def test_cuda_ipc_is_used_where_exporting_fails_and_the_rest_stays() -> None:
@@ -173,7 +179,7 @@ def test_a_transport_that_is_said_is_the_one_that_is_used() -> None:
     assert served("cuda:0", transport="cuda_ipc") == [("cuda:0", "cuda_ipc")]
     FakeDevice.open.clear()
     FakeDevice.broken |= {(1, "cuda_vmm")}
-    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
+    with pytest.raises(TemporaryConfigError, match=f"device {UUIDS[1]} cannot be served: cuda_vmm is not for"):
         served("cuda:1", transport="cuda_vmm")
     assert FakeDevice.open == []
 
@@ -188,7 +194,7 @@ def test_a_gpu_that_works_in_no_way_is_left_out_by_auto_and_refused_where_it_was
         f"cuda_vmm is not for {UUIDS[1]}; cuda_ipc is not for {UUIDS[1]}"
     ]
     FakeDevice.open.clear()
-    with pytest.raises(TemporaryError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
+    with pytest.raises(TemporaryConfigError, match=f"device {UUIDS[1]} cannot be served: neither transport works"):
         served("cuda:1")
 
 
@@ -200,8 +206,8 @@ def test_a_gpu_that_is_full_when_tried_is_served_all_the_same() -> None:
 def test_a_budget_for_a_device_that_is_not_served_is_refused() -> None:
     for device, budget, kind in (
         ("host", "cuda:0=1GiB", ConfigError), ("cuda:0", "cuda:1=50%", ConfigError),
-        ("cuda", "host=1GiB,cuda=50%", ConfigError), ("auto", "cuda:3=1GiB", TemporaryError),
-        ("cuda", "cuda:3=1GiB", TemporaryError), ("auto", "GPU-dddd0000=1GiB", TemporaryError),
+        ("cuda", "host=1GiB,cuda=50%", ConfigError), ("auto", "cuda:3=1GiB", TemporaryConfigError),
+        ("cuda", "cuda:3=1GiB", TemporaryConfigError), ("auto", "GPU-dddd0000=1GiB", TemporaryConfigError),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=r"budget = .* is not served") as caught:
             served(device, budget=budget)
@@ -248,6 +254,17 @@ def test_with_auto_a_budget_for_all_is_at_most_what_a_device_has(said: str, capl
         budget_of(Settings(budget=said, device="cuda"), device, (UUIDS[0], "cuda:0", "cuda"))
 
 
+def test_a_budget_that_leaves_no_room_for_a_loader_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    device: Any = FakeDevice("cuda_vmm", 0)
+    device.loader_bytes = GIB // 2
+    budget_of(Settings(budget="9728MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert not caplog.records
+    budget_of(Settings(budget="9729MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
+    assert [record.message for record in caplog.records] == [
+        f"budget of {UUIDS[0]}: 9.50 GiB of 10.00 GiB leave less than the context of a loader may take, 0.50 GiB"
+    ]
+
+
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
@@ -264,6 +281,17 @@ def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(sai
     assert default_device(devices) == expected
 
 
+@pytest.mark.parametrize("said", ["GPU-cccc0000", "gpu-CCCC0000", "MIG-cccc0000", UUIDS[2].replace("GPU-", "MIG-"), ""])
+def test_a_request_means_a_gpu_by_the_beginning_of_its_uuid(said: str) -> None:
+    devices: Any = {uuid: SimpleNamespace(name="A GPU") for uuid in UUIDS}
+    assert meant(devices, said) == (UUIDS[2] if said else "")
+    for other in ("GPU-cccc", "MIG-cccc000", "XXX-cccc0000", "MIG-dddd0000"):
+        with pytest.raises(NotFoundError, match="this daemon serves GPU-"):
+            meant(devices, other)
+    with pytest.raises(InvalidReferenceError, match="means more than one of"):
+        meant(devices, "MIG-aaaa0000")
+
+
 SERVED = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda:0", "cuda"), UUIDS[1]: (UUIDS[1], "cuda:1", "cuda")}
 
 
@@ -278,8 +306,9 @@ def test_a_setting_names_one_of_the_devices_that_are_served(said: str, expected:
 @pytest.mark.parametrize(
     ("said", "devices", "why", "kind"),
     [("cuda", "auto", "may be one of several", ConfigError), ("GPU-aaaa0000", "auto", "one of several", ConfigError),
-     ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryError),
-     ("cuda:2", "host,cuda", "is not served", TemporaryError), ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryError),
+     ("", "auto", "'' may be one of several", ConfigError), ("cuda:2", "auto", "is not served", TemporaryConfigError),
+     ("cuda:2", "host,cuda", "is not served", TemporaryConfigError),
+     ("GPU-c", "cuda:0,cuda:1", "not served", TemporaryConfigError),
      ("cuda:2", "host,cuda:0,cuda:1", "is not served", ConfigError)],
 )  # fmt: skip
 def test_a_setting_that_names_none_or_several_is_refused(

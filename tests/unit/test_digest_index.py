@@ -15,22 +15,25 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from weightd.types import FileIdentity
-from weightd_daemon.loads.instances import Instance
+from weightd_daemon.loads.instances import LoadedInstance
 from weightd_daemon.persistence import digest_index
-from weightd_daemon.persistence.digest_index import FILE_NAME, DigestIndex, known_digests
+from weightd_daemon.persistence.digest_index import FILE_NAME, PersistentDigestIndex, known_digests
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 FILE = FileIdentity(device=2049, inode=77, size=4096, mtime_ns=10**18, ctime_ns=10**18 + 5)
-INSTANCES = [Instance(8, 1024, b"a" * 16, 0, 12), Instance(1032, (1 << 63) + 1, b"\0" * 16, 3, (1 << 64) - 1)]
+INSTANCES = [
+    LoadedInstance(8, 1024, b"a" * 16, 0, 12),
+    LoadedInstance(1032, (1 << 63) + 1, b"\0" * 16, 3, (1 << 64) - 1),
+]
 
 
-def using(folder: Path, steps: Callable[[DigestIndex], Awaitable[None]], epoch: str | None = "now") -> None:
+def using(folder: Path, steps: Callable[[PersistentDigestIndex], Awaitable[None]], epoch: str | None = "now") -> None:
     """Open an index, take the steps, close it."""
 
     async def run() -> None:
-        index = DigestIndex(folder, epoch)
+        index = PersistentDigestIndex(folder, epoch)
         try:
             await steps(index)
         finally:
@@ -39,15 +42,15 @@ def using(folder: Path, steps: Callable[[DigestIndex], Awaitable[None]], epoch: 
     asyncio.run(run())
 
 
-async def remember(index: DigestIndex) -> None:
+async def remember(index: PersistentDigestIndex) -> None:
     await index.put(FILE, INSTANCES)
 
 
-async def is_known(index: DigestIndex) -> None:
+async def is_known(index: PersistentDigestIndex) -> None:
     assert await index.get(FILE) == INSTANCES
 
 
-async def is_unknown(index: DigestIndex) -> None:
+async def is_unknown(index: PersistentDigestIndex) -> None:
     assert await index.get(FILE) == []
 
 
@@ -59,7 +62,7 @@ def test_what_was_put_is_got_also_by_another_connection_of_the_epoch(tmp_path: P
 
 @pytest.mark.parametrize("field", FileIdentity._fields)
 def test_a_file_that_differs_in_anything_is_another(tmp_path: Path, field: str) -> None:
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
         assert await index.get(FILE._replace(**{field: getattr(FILE, field) + 1})) == []
         await is_known(index)
@@ -70,7 +73,7 @@ def test_a_file_that_differs_in_anything_is_another(tmp_path: Path, field: str) 
 def test_numbers_of_64_bits_without_sign_are_kept(tmp_path: Path) -> None:
     huge = FILE._replace(device=(1 << 64) - 1, inode=1 << 63)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await index.put(huge, INSTANCES)
         assert await index.get(huge) == INSTANCES
 
@@ -78,7 +81,7 @@ def test_numbers_of_64_bits_without_sign_are_kept(tmp_path: Path) -> None:
 
 
 def test_the_last_word_counts(tmp_path: Path) -> None:
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
         await index.put(FILE, INSTANCES[:1])
         assert await index.get(FILE) == INSTANCES[:1]
@@ -99,7 +102,7 @@ def test_a_damaged_index_is_renamed_and_begun_anew(
 ) -> None:
     (tmp_path / FILE_NAME).write_bytes(damage)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await is_unknown(index)
         await remember(index)
         await is_known(index)
@@ -131,7 +134,7 @@ def test_a_row_that_is_damaged_is_no_row(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_bytes(b"")
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
         await is_unknown(index)
 
@@ -146,7 +149,7 @@ def test_one_line_at_the_start_and_one_for_each_change(tmp_path: Path, caplog: p
     folder = tmp_path / "state"
     folder.write_bytes(b"")
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         index.begin()
         for _ in range(5):
             await remember(index)
@@ -169,7 +172,7 @@ def test_one_line_at_the_start_and_one_for_each_change(tmp_path: Path, caplog: p
 def test_each_file_that_is_not_remembered_counts_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         for _ in range(200):  # now and then, old files are forgotten, too
             await remember(index)
         assert index.failures == 200
@@ -180,7 +183,7 @@ def test_each_file_that_is_not_remembered_counts_once(tmp_path: Path) -> None:
 def test_one_that_can_only_be_read_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     using(tmp_path, remember)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         connect = sqlite3.connect
         monkeypatch.setattr(sqlite3, "connect", lambda path, **more: connect(f"file:{path}?mode=ro", uri=True, **more))
         index.begin()
@@ -199,7 +202,7 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
 def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest_index, "_MAX_FILES", 30)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         for inode in range(100):
             await index.put(FILE._replace(inode=inode), INSTANCES[:1])
 
@@ -213,7 +216,7 @@ def test_which_files_are_old_is_no_matter_of_the_clock(tmp_path: Path, monkeypat
     """Rows may have times of a clock that was ahead, as a daemon before this one wrote them."""
     monkeypatch.setattr(digest_index, "_MAX_FILES", 30)
 
-    async def put(index: DigestIndex, inodes: range) -> None:
+    async def put(index: PersistentDigestIndex, inodes: range) -> None:
         for inode in inodes:
             await index.put(FILE._replace(inode=inode), INSTANCES[:1])
 
@@ -245,7 +248,7 @@ def test_digests_are_known_whatever_the_epoch(tmp_path: Path) -> None:
 
 
 def test_digests_are_known_while_the_daemon_has_the_index_open(tmp_path: Path) -> None:
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
         assert known_digests(tmp_path, [FILE]) == DIGESTS
         await is_known(index)
@@ -327,16 +330,16 @@ def test_nothing_of_it_is_ever_mapped(tmp_path: Path, monkeypatch: pytest.Monkey
     """Not even an index of 0.1, which has an index of its log in shared memory: who cuts that ends the process."""
     of_0_1(tmp_path)
     seen: list[str] = []
-    execute = DigestIndex._execute
+    execute = PersistentDigestIndex._execute
 
-    def looking(self: DigestIndex, *arguments: Any, **options: Any) -> Any:
+    def looking(self: PersistentDigestIndex, *arguments: Any, **options: Any) -> Any:
         found = execute(self, *arguments, **options)
         seen.append(Path("/proc/self/maps").read_text())
         return found
 
-    monkeypatch.setattr(DigestIndex, "_execute", looking)
+    monkeypatch.setattr(PersistentDigestIndex, "_execute", looking)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         await is_unknown(index)
         await remember(index)
         await is_known(index)
@@ -385,7 +388,7 @@ def test_whatever_is_cut_or_written_over_while_it_is_open(tmp_path: Path, seed: 
     """Either nothing is known, or what was put. Its files are damaged between any two calls."""
     chance = random.Random(seed)
 
-    async def steps(index: DigestIndex) -> None:
+    async def steps(index: PersistentDigestIndex) -> None:
         for number in range(150):
             damage(tmp_path / chance.choice(os.listdir(tmp_path) or [FILE_NAME]), chance)
             assert await index.get(FILE) in ([], INSTANCES), number

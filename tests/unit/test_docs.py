@@ -23,7 +23,7 @@ from weightd.cli.context import INTERRUPTED
 from weightd.cli.operating import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
 from weightd_daemon.api.context import TOKEN
-from weightd_daemon.config.settings import ConfigError, Settings, TemporaryError
+from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.handles import handle_server
 from weightd_daemon.handles.manifests import LOCK_BASE
 from weightd_daemon.loader import intake
@@ -111,7 +111,7 @@ def test_exit_codes_are_documented() -> None:
     raised = {kind.exit_code for kind in subclasses(errors.WeightdError)}
     assert documented == raised | {
         0,
-        *(kind.exit_code for kind in (ConfigError, TemporaryError)),
+        *(kind.exit_code for kind in (ConfigError, TemporaryConfigError)),
         INTERRUPTED,
         OUTPUT_CLOSED,
     }

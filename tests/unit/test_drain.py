@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from support.filled import Filled
-from weightd_daemon.operations.drain import Drain
+from weightd_daemon.operations.drain import DrainOperation
 
 
 class NoLoads:
@@ -19,7 +19,7 @@ class NoLoads:
 def test_what_goes_meanwhile_by_other_means_is_passed_over() -> None:
     books, loads = Filled(4, held=False), NoLoads()
     events: list[Any] = []
-    drain = Drain(
+    drain = DrainOperation(
         store=books.store, loads=loads, on_event=events.append, resumed=lambda: None,  # type: ignore[arg-type]  # as much as it uses
     )  # fmt: skip
 

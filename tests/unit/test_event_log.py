@@ -12,7 +12,7 @@ from weightd_daemon.core.events import DrainChanged, Event
 from weightd_daemon.logs import JsonLines
 from weightd_daemon.monitoring import event_log
 from weightd_daemon.monitoring.event_log import EventLog
-from weightd_daemon.monitoring.listeners import Listeners
+from weightd_daemon.monitoring.listeners import EventListeners
 
 DIGEST = "sha256:" + "ab" * 32
 WHO = {"pid": 7, "uid": 1000, "user": "alice"}
@@ -90,7 +90,7 @@ def test_an_event_that_cannot_be_a_line_costs_this_line_only(caplog: pytest.LogC
             raise ValueError("Value out of range: -1294967296")
         return None, daemon_pb2.Event(kind="EVENT_KIND_NAMED", names=["a"], content_digest=DIGEST)
 
-    listeners = Listeners()
+    listeners = EventListeners()
     listeners.add(EventLog(encode))
     with caplog.at_level(logging.INFO):
         for state in ("draining", "drained"):

@@ -14,21 +14,21 @@ from weightd._transport.convert import event_from
 from weightd.errors import EventsLostError, InUseError
 from weightd_daemon.api.daemon_service import DaemonService
 from weightd_daemon.core.catalog import Catalog
-from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Lost
-from weightd_daemon.core.events import DeviceLost, DrainChanged, Evicted, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Attached, Detached, Lease, Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, LostCheckpoint
+from weightd_daemon.core.events import CheckpointEvicted, DeviceLost, DrainChanged, LoadBegun, LoadEnded
+from weightd_daemon.core.lease import Lease, LeaseBegun, LeaseEnded, LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.monitoring import event_stream as event_stream_module
-from weightd_daemon.monitoring.event_stream import EventReader, EventStream
+from weightd_daemon.monitoring.event_stream import MonitoringEventReader, MonitoringEventStream
 
 ALICE, BOB, ADMIN = (
-    Who(1000, admin=False, domain="a"),
-    Who(1001, admin=False, domain="b"),
-    Who(0, admin=True, domain=""),
+    Principal(1000, admin=False, domain="a"),
+    Principal(1001, admin=False, domain="b"),
+    Principal(0, admin=True, domain=""),
 )
-PEER = Peer(1, 12, 1000, "python serve.py")
+PEER = LeasePeer(1, 12, 1000, "python serve.py")
 BEGUN = LoadBegun(5, PEER, "host", "a", "name")
 
 
@@ -36,15 +36,15 @@ class Desk:
     """An event stream over a store with one checkpoint of Alice."""
 
     def __init__(self) -> None:
-        self.store = Store(leases=Leases(lambda _: True), on_event=lambda _: None)
-        self.catalog = Catalog(self.store, Limits())
-        self.event_stream = EventStream(store=self.store, catalog=self.catalog, now=lambda: 1.5)
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=lambda _: None)
+        self.catalog = Catalog(self.store, UserLimits())
+        self.event_stream = MonitoringEventStream(store=self.store, catalog=self.catalog, now=lambda: 1.5)
         key = CheckpointKey("host", "a", "sha256:" + "ab" * 32)
         self.checkpoint = Checkpoint(key, {}, {}, 300, 1000, 0.0, 0.0)
-        self.store.checkpoints[key] = self.checkpoint
+        self.store.enter(self.checkpoint)
         self.lease = Lease(9, key, PEER, 0.0, waiting=False)
 
-    def seen(self, who: Who) -> list[daemon_pb2.Event]:
+    def seen(self, who: Principal) -> list[daemon_pb2.Event]:
         with self.event_stream.reader(who) as reader:
             return reader.recent
 
@@ -58,7 +58,7 @@ def test_what_events_say(desk: Desk) -> None:
     desk.catalog.set(ALICE, "name", desk.checkpoint.key.content_digest)
     for event in (
         BEGUN, LoadEnded(BEGUN, "CAPACITY", "too large", 2.0), LoadEnded(BEGUN, "OK", "", 3.0, "sha256:cd", 30, 20, 10),
-        Attached(desk.lease), Detached(desk.lease), Evicted(desk.checkpoint, "capacity"),
+        LeaseBegun(desk.lease), LeaseEnded(desk.lease), CheckpointEvicted(desk.checkpoint, "capacity"),
     ):  # fmt: skip
         desk.event_stream.on_event(event)
     begun, failed, ended, attached, detached, evicted = desk.seen(ALICE)
@@ -74,19 +74,19 @@ def test_what_events_say(desk: Desk) -> None:
 
 
 def test_who_is_not_known_is_not_root_and_no_process(desk: Desk) -> None:
-    stranger = replace(desk.lease, peer=Peer(2, None, None, ""))
-    root = replace(desk.lease, peer=Peer(3, 7, 0, "sh"))
+    stranger = replace(desk.lease, peer=LeasePeer(2, None, None, ""))
+    root = replace(desk.lease, peer=LeasePeer(3, 7, 0, "sh"))
     for lease in (stranger, root):
-        desk.event_stream.on_event(Attached(lease))
+        desk.event_stream.on_event(LeaseBegun(lease))
     found = [event_from(message) for message in desk.seen(ALICE)]
     assert [(event.pid, event.uid, event.command) for event in found] == [(None, None, ""), (7, 0, "sh")]
     assert found[0].user == "?"
 
 
 def test_a_lease_on_what_is_lost_is_still_named(desk: Desk) -> None:
-    del desk.store.checkpoints[desk.checkpoint.key]
-    desk.store.lost[desk.checkpoint.key] = Lost(desk.checkpoint, "gone")
-    desk.event_stream.on_event(Detached(desk.lease))
+    desk.store.evict(desk.checkpoint, "removed")
+    desk.store.lost[desk.checkpoint.key] = LostCheckpoint(desk.checkpoint, "gone")
+    desk.event_stream.on_event(LeaseEnded(desk.lease))
     (event,) = desk.seen(ALICE)
     assert (event.lease, event.total_bytes) == (9, 300)
 
@@ -102,7 +102,12 @@ def test_what_is_of_the_daemon_is_for_all(desk: Desk, state: str) -> None:
 
 
 def test_other_users_see_nothing_and_admins_everything(desk: Desk) -> None:
-    for event in (BEGUN, LoadEnded(BEGUN, "OK", "", 1.0), Attached(desk.lease), Evicted(desk.checkpoint, "removed")):
+    for event in (
+        BEGUN,
+        LoadEnded(BEGUN, "OK", "", 1.0),
+        LeaseBegun(desk.lease),
+        CheckpointEvicted(desk.checkpoint, "removed"),
+    ):
         desk.event_stream.on_event(event)
     assert [len(desk.seen(who)) for who in (ALICE, BOB, ADMIN)] == [4, 0, 4]
 
@@ -110,7 +115,7 @@ def test_other_users_see_nothing_and_admins_everything(desk: Desk) -> None:
 def test_an_event_has_an_end(desk: Desk) -> None:
     for number in range(20):
         desk.catalog.set(ALICE, f"n{number:02}", desk.checkpoint.key.content_digest)
-    desk.event_stream.on_event(Attached(desk.lease))
+    desk.event_stream.on_event(LeaseBegun(desk.lease))
     desk.event_stream.on_event(LoadEnded(BEGUN, "FORMAT", "x" * 1_000_000, 1.0))
     attached, ended = desk.seen(ALICE)
     assert attached.names == [f"n{number:02}" for number in range(8)]
@@ -212,7 +217,7 @@ def test_who_has_left_gets_nothing(desk: Desk) -> None:
 def test_readers_are_counted(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream_module, "MOST_READERS", 1)
     with desk.event_stream.reader(ALICE) as reader:
-        assert isinstance(reader, EventReader)
+        assert isinstance(reader, MonitoringEventReader)
         with pytest.raises(InUseError, match="1 readers"):
             desk.seen(BOB)
     assert desk.seen(BOB) == []

@@ -1,4 +1,4 @@
-"""FairQueue: how many run at a time, in all and of one user, who comes next, and what a cancelled wait leaves."""
+"""LoadQueue: how many run at a time, in all and of one user, who comes next, and what a cancelled wait leaves."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
 
-from weightd_daemon.loads.fair_queue import FairQueue
+from weightd_daemon.loads.fair_queue import LoadQueue
 
 
 class Crowd:
     """Tasks that take a turn each and hold it until they are let go; `inside` are those that have one, in order."""
 
     def __init__(self, most: int, of_one: int) -> None:
-        self.fair_queue = FairQueue(most, of_one)
+        self.fair_queue = LoadQueue(most, of_one)
         self.inside: list[str] = []
         self._gates: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

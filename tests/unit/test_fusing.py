@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightd.integrations.fusing import Fusing
+from weightd.integrations.fusing import TorchFusionMode
 
 SIZE = 1 << 16
 
@@ -42,8 +42,8 @@ def store() -> Store:
     return Store()
 
 
-def fusing(store: Store) -> Fusing:
-    return Fusing(store)  # type: ignore[arg-type]  # what fusing needs of an attachment
+def fusing(store: Store) -> TorchFusionMode:
+    return TorchFusionMode(store)  # type: ignore[arg-type]  # what fusing needs of an attachment
 
 
 def shared(store: Store, tensor: torch.Tensor) -> bool:

@@ -15,7 +15,7 @@ import pytest
 
 from weightd._proto.v1 import handles_pb2
 from weightd_daemon.handles import entrance
-from weightd_daemon.handles.connections import Connections
+from weightd_daemon.handles.connections import HandleSocketConnections
 from weightd_daemon.handles.handle_server import HandleServer
 from weightd_daemon.operations.sockets import listen
 
@@ -33,7 +33,7 @@ class Door:
         """Why no file for a lease can be made, after a wait."""
         self.attaches: list[str] = []
         """The codes of the attaches that were counted."""
-        connections = Connections(isolated=False, admins=frozenset())
+        connections = HandleSocketConnections(isolated=False, admins=frozenset())
         self.server = HandleServer(
             connections=connections,
             attacher=attacher,

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from weightd_daemon.devices import host_io
-from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.devices.device import DeviceSegment
 
 
 @pytest.mark.parametrize("by_mapping", [False, True])
 def test_bytes_arrive_where_they_should(by_mapping: bool) -> None:
     descriptor = os.memfd_create("segment")
     os.ftruncate(descriptor, 8 << 20)
-    io = host_io.HostIO({7: SegmentHandle(7, 8 << 20, descriptor)}, by_mapping=by_mapping)
+    io = host_io.HostSegmentIO({7: DeviceSegment(7, 8 << 20, descriptor)}, by_mapping=by_mapping)
     staging = io.staging()
     buffer = staging.acquire()
     buffer.view[:5000] = content = bytes(range(250)) * 20

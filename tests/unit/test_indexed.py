@@ -12,7 +12,7 @@ from weightd._references.index import MAX_JSON_BYTES, MAX_VALUES, weight_map
 from weightd.errors import FormatError, WeightdError
 from weightd.types import TensorSpec
 from weightd_daemon.loader.indexed import indexes, owned
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.source import LoaderSource
 
 
 def specs(*names: str) -> tuple[TensorSpec, ...]:
@@ -70,10 +70,10 @@ def test_an_index_is_read_once_and_only_where_one_has_to_decide() -> None:
 def test_the_indexes_of_a_load_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.ExitStack() as stack:
 
-        def source(name: str) -> Source:
+        def source(name: str) -> LoaderSource:
             path = tmp_path / name
             path.write_bytes(b'{"weight_map": {"a": "f.safetensors"}}')  # 38 bytes
-            return Source(name, stack.enter_context(path.open("rb")).fileno())
+            return LoaderSource(name, stack.enter_context(path.open("rb")).fileno())
 
         monkeypatch.setattr("weightd_daemon.loader.indexed.MAX_INDEX_BYTES", 2 * 38)
         read = indexes({name: source(name) for name in "abc"})

@@ -15,7 +15,7 @@ import pytest
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import InvalidReferenceError
 from weightd_daemon.loader import intake as intakes
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.source import LoaderSource
 
 
 class Intake:
@@ -28,7 +28,7 @@ class Intake:
         self.client, self.loader = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         stack.enter_context(self.client)
         stack.enter_context(self.loader)
-        self._files: list[int | Source] = []
+        self._files: list[int | LoaderSource] = []
         stack.callback(intakes.close_all, self._files)
 
     def send(self, *sizes: int) -> None:
@@ -44,7 +44,7 @@ class Intake:
         frame = handles_pb2.IntakeBatch(first=first, descriptors=len(sizes))
         socket.send_fds(self.client, [frame.SerializeToString()], descriptors)
 
-    def received(self, missing: int = 0) -> list[int | Source]:
+    def received(self, missing: int = 0) -> list[int | LoaderSource]:
         intakes.receive_files(self.loader, self._names + ["x"] * missing, self._files)
         return self._files
 
@@ -62,8 +62,8 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(intakes, "_HELD_BYTES", 100)
 
 
-def held(files: list[int | Source]) -> list[bool]:
-    return [isinstance(file, Source) for file in files]
+def held(files: list[int | LoaderSource]) -> list[bool]:
+    return [isinstance(file, LoaderSource) for file in files]
 
 
 @pytest.mark.usefixtures("scarce")

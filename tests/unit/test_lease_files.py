@@ -14,15 +14,15 @@ import pytest
 
 from weightd._mapping.host import map_lease
 from weightd_daemon.core.checkpoint import CheckpointKey
-from weightd_daemon.core.lease import Lease, Leases, Peer
+from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
 from weightd_daemon.handles import kernel_locks
-from weightd_daemon.handles.lease_files import FILE_LEASES, LeaseFiles, Owner
-from weightd_daemon.handles.lease_locks import LeaseLocks
-from weightd_daemon.handles.lease_sweep import LeaseSweep
+from weightd_daemon.handles.lease_files import FILE_LEASES, HandleLeaseFiles, HandleLeaseOwner
+from weightd_daemon.handles.lease_locks import HandleLeaseLocks
+from weightd_daemon.handles.lease_sweep import HandleLeaseSweep
 from weightd_daemon.handles.manifest_file import make_manifest
-from weightd_daemon.handles.manifests import Manifests
+from weightd_daemon.handles.manifests import ManifestHandles
 
-ALICE, BOB = Owner(1001, ""), Owner(1002, "")
+ALICE, BOB = HandleLeaseOwner(1001, ""), HandleLeaseOwner(1002, "")
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)
 OTHER = KEY._replace(content_digest="sha256:" + "cd" * 32)
 FLOCK = struct.Struct("hhqqi4x")
@@ -41,7 +41,7 @@ class Kept:
         self.listens = True
         self.broken = False
         self.asked = 0
-        self.files = LeaseFiles()
+        self.files = HandleLeaseFiles()
         self.files.store_in(self)
 
     @property
@@ -59,12 +59,12 @@ class Kept:
         if name in self.there:
             os.close(self.there.pop(name))
 
-    def room(self, owner: Owner = ALICE) -> None:
+    def room(self, owner: HandleLeaseOwner = ALICE) -> None:
         waiting = self.files.room(owner)
         if waiting is not None:
             asyncio.run(_finish(waiting))
 
-    def lock(self, lease: int, owner: Owner = ALICE, checkpoint: int = 7) -> int:
+    def lock(self, lease: int, owner: HandleLeaseOwner = ALICE, checkpoint: int = 7) -> int:
         self.room(owner)
         descriptor = self.files.lock(owner, checkpoint, lease)
         assert descriptor is not None
@@ -77,7 +77,7 @@ class Kept:
         made.there = self.there
         return made
 
-    def adopt(self, kept: dict[CheckpointKey, int], leases: Leases, last: int = 1000) -> set[str]:
+    def adopt(self, kept: dict[CheckpointKey, int], leases: LeaseTable, last: int = 1000) -> set[str]:
         given = {name: os.dup(descriptor) for name, descriptor in self.there.items()}
         taken = self.files.adopt(given, kept, leases, last, 9.0)
         for name in given.keys() - taken:
@@ -102,17 +102,17 @@ def kept() -> Iterator[Kept]:
 
 
 @pytest.fixture
-def locks(kept: Kept) -> Iterator[LeaseLocks]:
+def locks(kept: Kept) -> Iterator[HandleLeaseLocks]:
     """The locks of two checkpoints, kept as 7 and 8."""
-    manifests = Manifests()
+    manifests = ManifestHandles()
     for number, key in ((7, KEY), (8, OTHER)):
         manifests.add(key, make_manifest(b"m"), number=number)
-    yield LeaseLocks(manifests, kept.files)
+    yield HandleLeaseLocks(manifests, kept.files)
     manifests.close()
 
 
 def lease(number: int, key: CheckpointKey = KEY) -> Lease:
-    return Lease(number, key, Peer(1, 2, 3, "python"), 0.0, waiting=False)
+    return Lease(number, key, LeasePeer(1, 2, 3, "python"), 0.0, waiting=False)
 
 
 def test_a_lease_is_held_until_its_last_mapping_or_descriptor_is_gone(kept: Kept) -> None:
@@ -145,7 +145,7 @@ def test_the_daemon_keeps_no_descriptor_of_a_lease(kept: Kept) -> None:
     assert kept.files.is_locked(5) is False
 
 
-def test_nobody_holds_the_lease_of_another_user(locks: LeaseLocks, kept: Kept) -> None:
+def test_nobody_holds_the_lease_of_another_user(locks: HandleLeaseLocks, kept: Kept) -> None:
     """Alice locks everything on all that she was lent: Bob's leases end with his own locks, and hers are hers."""
     for owner in (ALICE, BOB):
         kept.room(owner)
@@ -162,9 +162,9 @@ def test_nobody_holds_the_lease_of_another_user(locks: LeaseLocks, kept: Kept) -
     assert not locks.is_locked(lease(1))
 
 
-def test_a_client_of_0_1_and_an_admin_elsewhere_lock_the_manifest(locks: LeaseLocks, kept: Kept) -> None:
+def test_a_client_of_0_1_and_an_admin_elsewhere_lock_the_manifest(locks: HandleLeaseLocks, kept: Kept) -> None:
     kept.room()
-    foreign = Owner(0, "uid-0")
+    foreign = HandleLeaseOwner(0, "uid-0")
     kept.room(foreign)
     for number, owner in ((1, None), (2, foreign)):
         locked = locks.lock(KEY, number, owner)
@@ -174,7 +174,7 @@ def test_a_client_of_0_1_and_an_admin_elsewhere_lock_the_manifest(locks: LeaseLo
         assert not locks.is_locked(lease(number))
 
 
-def test_a_lease_without_a_file_locks_the_manifest(locks: LeaseLocks, kept: Kept) -> None:
+def test_a_lease_without_a_file_locks_the_manifest(locks: HandleLeaseLocks, kept: Kept) -> None:
     kept.broken = True
     kept.room()
     locked = locks.lock(KEY, 1, ALICE)
@@ -252,7 +252,7 @@ def test_a_file_that_the_kernel_refuses_costs_no_descriptor(kept: Kept, monkeypa
 # -- leases of an earlier daemon ---------------------------------------------------------------------------------------
 
 
-def found(leases: Leases) -> set[tuple[int, CheckpointKey, int | None]]:
+def found(leases: LeaseTable) -> set[tuple[int, CheckpointKey, int | None]]:
     return {(one.number, one.checkpoint, one.peer.uid) for one in leases}  # type: ignore[misc]  # keys of this file
 
 
@@ -261,7 +261,7 @@ def test_the_next_daemon_finds_each_lease_and_whose_it_is(kept: Kept) -> None:
     gone = kept.lock(7)
     os.close(gone)
     after = kept.next()
-    leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
+    leases = LeaseTable(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     assert len(after.adopt({KEY: 7, OTHER: 8}, leases)) == 2
     assert found(leases) == {(5, KEY, 1001), (6, KEY, 1002), (8, OTHER, 1002), (9, OTHER, 1001)}
     assert {one.peer.pid for one in leases} == {None}
@@ -277,10 +277,10 @@ def test_the_next_daemon_finds_each_lease_and_whose_it_is(kept: Kept) -> None:
 
 def test_a_user_holds_only_what_it_could_be_lent(kept: Kept) -> None:
     """Locks on checkpoints of other domains, or with numbers that no daemon gave, are nobody's leases."""
-    mine, shared = Owner(1001, "uid-1001"), Owner(1001, "")
+    mine, shared = HandleLeaseOwner(1001, "uid-1001"), HandleLeaseOwner(1001, "")
     descriptors = [kept.lock(5, mine, 7), kept.lock(5000, shared, 7), kept.lock(6, shared, 7)]
     after = kept.next()
-    leases = Leases(lambda one: bool(after.files.is_locked(one.number)))
+    leases = LeaseTable(lambda one: bool(after.files.is_locked(one.number)))
     after.adopt({KEY: 7}, leases, last=1000)
     assert found(leases) == {(6, KEY, 1001)}
     for descriptor in descriptors:
@@ -293,7 +293,7 @@ def test_what_a_user_hides_stays_held_until_none_is_left(kept: Kept, start: int)
     hidden, wide, his = kept.lock(5), kept.lock(6), kept.lock(7, BOB)
     lock_bytes(wide, start, 0)
     after = kept.next()
-    leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
+    leases = LeaseTable(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     leases.number_above(1000)
     after.adopt({KEY: 7, OTHER: 8}, leases)
     assert sorted((one.checkpoint, one.peer.uid) for one in leases.refresh()) == sorted(
@@ -318,7 +318,7 @@ def test_very_many_locks_do_not_hold_up_the_start(kept: Kept, monkeypatch: pytes
         lock_bytes(descriptor, at, 1)
     monkeypatch.setattr(kernel_locks, "LOOK_SECONDS", -1.0)
     after = kept.next()
-    leases = Leases(lambda one: bool(after.files.is_locked(one.number)))
+    leases = LeaseTable(lambda one: bool(after.files.is_locked(one.number)))
     after.adopt({KEY: 7, OTHER: 8}, leases)
     assert {one.checkpoint for one in leases} == {KEY, OTHER}, "whatever it may hold counts as held"
     leases.refresh()
@@ -331,7 +331,7 @@ def test_a_number_on_two_files_takes_a_lease_from_nobody(kept: Kept) -> None:
     hers, his = kept.lock(5), kept.lock(8, BOB)
     lock_bytes(hers, (7 << 36) + 8, 1)
     after = kept.next()
-    leases = Leases(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
+    leases = LeaseTable(lambda one: bool(after.files.is_locked(one.number)), forget=after.files.forget)
     leases.number_above(1000)
     after.adopt({KEY: 7}, leases)
     assert sorted(one.peer.uid or 0 for one in leases) == [1001, 1001, 1002]
@@ -347,13 +347,13 @@ def test_what_is_no_lease_file_is_left(kept: Kept, name: str) -> None:
     os.close(kept.lock(5))
     after = kept.next()
     kept.there[name] = kept.there.pop(next(iter(kept.there)))
-    assert after.adopt({KEY: 7}, Leases(lambda _: True)) == set()
+    assert after.adopt({KEY: 7}, LeaseTable(lambda _: True)) == set()
     after.files.close()
 
 
 def test_a_file_that_anybody_could_write_to_is_left(kept: Kept) -> None:
     kept.there["lck.1.1001."] = os.memfd_create("weightd-lease")
-    assert kept.adopt({KEY: 7}, Leases(lambda _: True)) == set()
+    assert kept.adopt({KEY: 7}, LeaseTable(lambda _: True)) == set()
 
 
 # -- the sweep ---------------------------------------------------------------------------------------------------------
@@ -363,12 +363,12 @@ def test_the_sweep_finds_what_has_ended_and_removes_its_file(kept: Kept, monkeyp
     from weightd_daemon.handles import lease_sweep
 
     monkeypatch.setattr(lease_sweep, "PAUSE_SECONDS", 0.0)
-    leases = Leases(lambda one: bool(kept.files.is_locked(one.number)), forget=kept.files.forget)
-    held = [kept.lock(leases.begin(KEY, Peer(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
+    leases = LeaseTable(lambda one: bool(kept.files.is_locked(one.number)), forget=kept.files.forget)
+    held = [kept.lock(leases.begin(KEY, LeasePeer(1, 2, 1001, ""), 0.0).number) for _ in range(3)]
     os.close(held.pop(1))
 
     async def swept(until: Callable[[], bool]) -> None:
-        sweep = LeaseSweep(leases, kept.files)
+        sweep = HandleLeaseSweep(leases, kept.files)
         sweep.begin()
         async with asyncio.timeout(60):
             while not until():  # noqa: ASYNC110  # it sets no event

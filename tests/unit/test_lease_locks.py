@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
-from weightd_daemon.core.lease import Lease, Peer
+from weightd_daemon.core.lease import Lease, LeasePeer
 from weightd_daemon.handles import kernel_locks
-from weightd_daemon.handles.lease_files import LeaseFiles, Owner
-from weightd_daemon.handles.lease_locks import LeaseLocks
+from weightd_daemon.handles.lease_files import HandleLeaseFiles, HandleLeaseOwner
+from weightd_daemon.handles.lease_locks import HandleLeaseLocks
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
-from weightd_daemon.handles.manifests import LOCK_BASE, Manifests
+from weightd_daemon.handles.manifests import LOCK_BASE, ManifestHandles
 
 KEY = CheckpointKey("host", "", "sha256:" + "ab" * 32)
 OTHER = KEY._replace(content_digest="sha256:" + "cd" * 32)
@@ -25,9 +25,9 @@ FLOCK = struct.Struct("hhqqi4x")
 
 
 @pytest.fixture
-def manifests() -> Iterator[Manifests]:
+def manifests() -> Iterator[ManifestHandles]:
     """Manifests of two checkpoints."""
-    made = Manifests()
+    made = ManifestHandles()
     for key in (KEY, OTHER):
         encoded = encode_manifest(Content(key.content_digest, (), (), ()), "host", "host", lambda _: 0)
         made.add(key, make_manifest(encoded))
@@ -36,7 +36,7 @@ def manifests() -> Iterator[Manifests]:
 
 
 @pytest.fixture
-def hold(manifests: Manifests) -> Iterator[Callable[..., int]]:
+def hold(manifests: ManifestHandles) -> Iterator[Callable[..., int]]:
     """Take the lock of a lease; the descriptor is closed at the end, if not before."""
     held: list[int] = []
 
@@ -53,7 +53,7 @@ def hold(manifests: Manifests) -> Iterator[Callable[..., int]]:
 
 
 def lease(number: int, key: CheckpointKey = KEY) -> Lease:
-    return Lease(number, key, Peer(1, 2, 3, "python"), 0.0, waiting=False)
+    return Lease(number, key, LeasePeer(1, 2, 3, "python"), 0.0, waiting=False)
 
 
 def lock_bytes(descriptor: int, start: int, length: int) -> None:
@@ -61,7 +61,7 @@ def lock_bytes(descriptor: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, start, length, 0))
 
 
-def test_a_lease_is_held_until_its_descriptor_is_closed(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_a_lease_is_held_until_its_descriptor_is_closed(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     assert not manifests.is_locked(lease(5))
     descriptor = hold(5)
     assert manifests.is_locked(lease(5))
@@ -71,7 +71,7 @@ def test_a_lease_is_held_until_its_descriptor_is_closed(manifests: Manifests, ho
 
 @pytest.mark.parametrize("ended", [1, 2, 3])
 def test_a_lease_is_seen_alone_whatever_others_are_held(
-    manifests: Manifests, hold: Callable[..., int], ended: int
+    manifests: ManifestHandles, hold: Callable[..., int], ended: int
 ) -> None:
     held = {number: hold(number) for number in (1, 2, 3)}
     os.close(held[ended])
@@ -79,14 +79,14 @@ def test_a_lease_is_seen_alone_whatever_others_are_held(
     assert not manifests.is_locked(lease(4))
 
 
-def test_a_lease_on_another_manifest_is_another_lease(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_a_lease_on_another_manifest_is_another_lease(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     hold(7, OTHER)
     assert not manifests.is_locked(lease(7))
     assert manifests.is_locked(lease(7, OTHER))
 
 
 def test_a_mapping_holds_the_lease_when_the_descriptor_is_closed(
-    manifests: Manifests, hold: Callable[..., int]
+    manifests: ManifestHandles, hold: Callable[..., int]
 ) -> None:
     descriptor = hold(5)
     mapping = mmap.mmap(descriptor, manifests.size(KEY), prot=mmap.PROT_READ)  # keeps a descriptor of its own
@@ -97,7 +97,7 @@ def test_a_mapping_holds_the_lease_when_the_descriptor_is_closed(
 
 
 def test_a_duplicate_holds_the_lease_and_another_opening_does_not(
-    manifests: Manifests, hold: Callable[..., int]
+    manifests: ManifestHandles, hold: Callable[..., int]
 ) -> None:
     descriptor = hold(5)
     duplicate, again = os.dup(descriptor), os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY)
@@ -108,7 +108,7 @@ def test_a_duplicate_holds_the_lease_and_another_opening_does_not(
     os.close(again)
 
 
-def test_a_forked_child_holds_the_lease_of_its_parent(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_a_forked_child_holds_the_lease_of_its_parent(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     descriptor = hold(5)
     end, ends = os.pipe()
     child = os.fork()
@@ -126,7 +126,7 @@ def test_a_forked_child_holds_the_lease_of_its_parent(manifests: Manifests, hold
     assert not manifests.is_locked(lease(5))
 
 
-def test_what_is_lent_can_be_read_and_nothing_else(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_what_is_lent_can_be_read_and_nothing_else(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     descriptor = hold(5)
     assert len(os.pread(descriptor, 1 << 20, 0)) == manifests.size(KEY) > 0
     assert is_manifest(descriptor)
@@ -135,14 +135,14 @@ def test_what_is_lent_can_be_read_and_nothing_else(manifests: Manifests, hold: C
             change()
 
 
-def test_locks_before_and_behind_a_lease_do_not_hold_it(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_locks_before_and_behind_a_lease_do_not_hold_it(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     descriptor = hold(5)
     lock_bytes(descriptor, 0, LOCK_BASE + 4)
     lock_bytes(descriptor, LOCK_BASE + 7, 0)
     assert [manifests.is_locked(lease(number)) for number in (4, 5, 6)] == [False, True, False]
 
 
-def test_a_lease_of_what_is_gone_is_not_held(manifests: Manifests, hold: Callable[..., int]) -> None:
+def test_a_lease_of_what_is_gone_is_not_held(manifests: ManifestHandles, hold: Callable[..., int]) -> None:
     hold(5)
     manifests.remove(KEY)
     assert not manifests.is_locked(lease(5))
@@ -152,17 +152,21 @@ def test_a_lease_of_what_is_gone_is_not_held(manifests: Manifests, hold: Callabl
 
 def test_the_number_is_told_before_its_lock_is_there() -> None:
     told: list[tuple[int, bool]] = []
-    manifests = Manifests(before_lock=lambda number: told.append((number, manifests.is_locked(lease(number)))))
+    manifests = ManifestHandles(before_lock=lambda number: told.append((number, manifests.is_locked(lease(number)))))
     manifests.add(KEY, make_manifest(b""))
-    locks = LeaseLocks(manifests, LeaseFiles())
-    for number, owner in ((5, None), (6, Owner(1000, "")), (7, Owner(1000, "elsewhere"))):  # no file is there for any
+    locks = HandleLeaseLocks(manifests, HandleLeaseFiles())
+    for number, owner in (
+        (5, None),
+        (6, HandleLeaseOwner(1000, "")),
+        (7, HandleLeaseOwner(1000, "elsewhere")),
+    ):  # no file is there for any
         locks.lock(KEY, number, owner).close()
     assert told == [(5, False), (6, False), (7, False)]
     manifests.close()
 
 
 def test_a_lock_that_the_kernel_refuses_costs_no_descriptor(
-    manifests: Manifests, monkeypatch: pytest.MonkeyPatch
+    manifests: ManifestHandles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -179,7 +183,7 @@ def test_a_lock_that_the_kernel_refuses_costs_no_descriptor(
 
 @pytest.mark.parametrize("numbers", [[], [1], [9], [1, 2, 3], [2, 5, 9], [1, 9]])
 def test_the_next_daemon_finds_each_lease_by_its_lock(
-    manifests: Manifests, hold: Callable[..., int], numbers: list[int]
+    manifests: ManifestHandles, hold: Callable[..., int], numbers: list[int]
 ) -> None:
     hold(10)  # past those that are looked for
     for number in numbers:
@@ -190,7 +194,7 @@ def test_the_next_daemon_finds_each_lease_by_its_lock(
 
 @pytest.mark.parametrize(("start", "length"), [(1, 3), (4, 0), (1, 0)])
 def test_a_lock_on_several_bytes_is_nobodys_lease_and_hides_others(
-    manifests: Manifests, hold: Callable[..., int], start: int, length: int
+    manifests: ManifestHandles, hold: Callable[..., int], start: int, length: int
 ) -> None:
     descriptor = hold(5)
     lock_bytes(descriptor, LOCK_BASE + start, length)
@@ -198,7 +202,7 @@ def test_a_lock_on_several_bytes_is_nobodys_lease_and_hides_others(
 
 
 def test_leases_that_cannot_be_told_apart_count_as_one_until_the_last_has_gone(
-    manifests: Manifests, hold: Callable[..., int]
+    manifests: ManifestHandles, hold: Callable[..., int]
 ) -> None:
     held = [hold(2), hold(4)]
     manifests.hold_as_one(KEY, 11, 9)
@@ -213,7 +217,7 @@ def test_leases_that_cannot_be_told_apart_count_as_one_until_the_last_has_gone(
 
 
 def test_very_many_do_not_hold_up_the_start(
-    manifests: Manifests, hold: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    manifests: ManifestHandles, hold: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(1, 9, 2):
         hold(number)

@@ -10,21 +10,22 @@ from typing import Any, get_args
 import pytest
 
 from support.filled import WHO
+from support.sealed import sealed_blobs
 from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnswered, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Lease, Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.monitoring.event_stream import EventStream
-from weightd_daemon.monitoring.listeners import Listeners
+from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.store import ContentStore
+from weightd_daemon.monitoring.event_stream import MonitoringEventStream
+from weightd_daemon.monitoring.listeners import EventListeners
 
 EVENTS = get_args(Event)
-PEER = Peer(1, 12, 1000, "python serve.py")
+PEER = LeasePeer(1, 12, 1000, "python serve.py")
 
 
 class Ear:
@@ -49,28 +50,28 @@ class Books:
     """A store and its leases, told as the daemon tells: from the midst of the changes."""
 
     def __init__(self, *ears: Any) -> None:
-        self.listeners = Listeners()
+        self.listeners = EventListeners()
         for ear in ears:
             self.listeners.add(ear)
         self.locked: set[int] = set()
         publish = self.listeners.publish
-        self.store = Store(leases=Leases(self._is_locked, publish), on_event=publish)
+        self.store = ContentStore(leases=LeaseTable(self._is_locked, publish), on_event=publish)
         numbers = count()
-        self.store.memories["host"] = DeviceMemory(
+        self.store.memories["host"] = MemoryAccounting(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
-        self.catalog = Catalog(self.store, Limits(), on_event=publish)
+        self.catalog = Catalog(self.store, UserLimits(), on_event=publish)
 
     def load(self, name: str) -> None:
-        load = Loading(self.store, "host", "", 1000)
+        load = StoreTransaction(self.store, "host", "", 1000)
         begun = LoadBegun(load.number, PEER, "host", "", name)
         self.listeners.publish(begun)
         extent = load.grant(4096, 4096)
         assert extent is not None
         blob = load.settle(name.encode().ljust(16), 4096, extent.segment, extent.offset)[1]
         content = Content(
-            f"sha256:{ord(name):064x}", (ManifestFile("", "f", None),),
-            (ManifestEntry("", "t", "U8", (4096,), 0, 4096),), (blob,),
+            f"sha256:{ord(name):064x}", (ContentFile("", "f", None),),
+            (ContentTensor("", "t", "U8", (4096,), 0, 4096),), (blob,),
         )  # fmt: skip
         load.seal(content, 0.0)
         load.end()
@@ -101,7 +102,7 @@ class Books:
         """What can be seen of the books."""
         store, memory = self.store, self.store.memories["host"]
         return (
-            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(store.sealed_blobs()),
+            [(c.key, c.total_bytes) for c in store.checkpoints.values()], sorted(store.lost), len(sealed_blobs(store)),
             [(lease.number, lease.checkpoint) for lease in store.leases], memory.used, store.live_bytes("host"),
             store.in_flight_bytes("host"),
         )  # fmt: skip
@@ -133,7 +134,7 @@ def test_who_reads_events_hears_that_no_more_come() -> None:
 
     async def read() -> None:
         books = Books()
-        event_stream = EventStream(store=books.store, catalog=books.catalog, now=lambda: 0.0)
+        event_stream = MonitoringEventStream(store=books.store, catalog=books.catalog, now=lambda: 0.0)
         books.listeners.add(event_stream)
         with event_stream.reader(WHO) as follower, event_stream.reader(WHO) as waiting:
             books.load("a")

@@ -22,10 +22,10 @@ from support.limits import room_for
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Freeing, Release
-from weightd_daemon.devices.device import SegmentHandle
-from weightd_daemon.devices.reclaimer import Reclaimer
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import BlobFreeQueue, SegmentReclaim
+from weightd_daemon.devices.device import DeviceSegment
+from weightd_daemon.devices.reclaimer import DeviceReclaimer
 from weightd_daemon.loader import channel as channel_module
 from weightd_daemon.loader import job
 from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -33,28 +33,28 @@ from weightd_daemon.loader.channel import (
     BATCH,
     LENGTH,
     MAX_MESSAGE,
-    Channel,
-    Gone,
+    LoaderChannel,
+    LoaderChannelClosedError,
     error_of,
     failure_of,
     framed,
     receive_fds,
 )
-from weightd_daemon.loader.schedule import Tensor, Unit, on_threads
+from weightd_daemon.loader.schedule import LoaderTensor, LoaderUnit, on_threads
 from weightd_daemon.loads import dialogue
-from weightd_daemon.loads.dialogue import Dialogue
-from weightd_daemon.loads.loader_process import LoaderDied, LoaderProcess
+from weightd_daemon.loads.dialogue import LoadDialogue
+from weightd_daemon.loads.loader_process import LoadProcess, LoadProcessDiedError
 
 GRANT = wire.ToDaemon(grant=wire.Grant(ends=[256], need=256))
 SLEEPER = (sys.executable, "-S", "-c", "import time; time.sleep(600)")
 
 
 def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[LoaderProcess] = []
+    made: list[LoadProcess] = []
     opening = asyncio.Event()
-    known = LoaderProcess.__init__
+    known = LoadProcess.__init__
 
-    def remember(self: LoaderProcess, *arguments: Any) -> None:
+    def remember(self: LoadProcess, *arguments: Any) -> None:
         known(self, *arguments)
         made.append(self)
 
@@ -63,7 +63,7 @@ def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.Event().wait()
 
     async def run() -> None:
-        task = asyncio.create_task(LoaderProcess.spawn(SLEEPER, []))
+        task = asyncio.create_task(LoadProcess.spawn(SLEEPER, []))
         await opening.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -71,7 +71,7 @@ def test_cancelled_while_it_opens_the_channel(monkeypatch: pytest.MonkeyPatch) -
         async with asyncio.timeout(60):
             await made[0].exited
 
-    monkeypatch.setattr(LoaderProcess, "__init__", remember)
+    monkeypatch.setattr(LoadProcess, "__init__", remember)
     monkeypatch.setattr(asyncio, "open_connection", hang)
     before = open_descriptors()
     asyncio.run(run())
@@ -88,12 +88,12 @@ def test_dead_before_its_channel_is_open(monkeypatch: pytest.MonkeyPatch) -> Non
         return await opened(**arguments)
 
     async def run() -> None:
-        loader = await LoaderProcess.spawn((sys.executable, "-S", "-c", ""), [])
+        loader = await LoadProcess.spawn((sys.executable, "-S", "-c", ""), [])
         async with asyncio.timeout(60):
             await loader.exited
-        with pytest.raises(LoaderDied):
-            await loader.send(wire.ToLoader(), [SegmentHandle(1, 4096, 0)])
-        with pytest.raises(LoaderDied):
+        with pytest.raises(LoadProcessDiedError):
+            await loader.send(wire.ToLoader(), [DeviceSegment(1, 4096, 0)])
+        with pytest.raises(LoadProcessDiedError):
             await loader.receive()
 
     monkeypatch.setattr(asyncio, "open_connection", late)
@@ -107,10 +107,10 @@ def test_too_many_descriptors_on_their_way_is_a_limit_whatever_is_sent(monkeypat
         raise OSError(errno.ETOOMANYREFS, "Too many references: cannot splice")
 
     async def run() -> None:
-        loader = await LoaderProcess.spawn(SLEEPER, [])
+        loader = await LoadProcess.spawn(SLEEPER, [])
         try:
             for what, send in (
-                ("segments", loader.send(wire.ToLoader(), [SegmentHandle(1, 4096, 0)])),
+                ("segments", loader.send(wire.ToLoader(), [DeviceSegment(1, 4096, 0)])),
                 ("an intake", loader.send_descriptor(0)),
             ):
                 with pytest.raises(ResourceLimitError, match=rf"^sending {what} to a loader process: the user of "):
@@ -131,7 +131,7 @@ def test_it_cannot_be_started(monkeypatch: pytest.MonkeyPatch, part: str) -> Non
     monkeypatch.setattr(subprocess if part == "Popen" else os, part, fail)
     before = open_descriptors()
     with pytest.raises(ResourceLimitError, match=r"^starting a loader process: the weightd daemon has all"):
-        asyncio.run(LoaderProcess.spawn(SLEEPER, []))
+        asyncio.run(LoadProcess.spawn(SLEEPER, []))
     assert open_descriptors() == before
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
@@ -154,12 +154,12 @@ def test_a_failed_step_leaves_no_buffer_behind() -> None:
 
     alive: list[weakref.ref[Buffer]] = []
 
-    def step(_: Unit) -> None:
+    def step(_: LoaderUnit) -> None:
         buffer = Buffer()
         alive.append(weakref.ref(buffer))
         raise ValueError("broken")
 
-    unit = Unit(0, (Tensor(0, 0, TensorSpec("t", "U8", (1,), 0, 1)),))
+    unit = LoaderUnit(0, (LoaderTensor(0, 0, TensorSpec("t", "U8", (1,), 0, 1)),))
     gc.disable()
     try:
         with pytest.raises(ValueError, match="broken") as caught:
@@ -186,15 +186,15 @@ class Books:
     """Two segments to release."""
 
     def __init__(self) -> None:
-        self.queue = [Release(1, 4096), Release(2, 4096)]
+        self.queue = [SegmentReclaim(1, 4096), SegmentReclaim(2, 4096)]
         self.reported: list[int] = []
-        self.freeing = Freeing(lambda: None)
+        self.freeing = BlobFreeQueue(lambda: None)
 
-    def next_reclaims(self) -> list[Release]:
+    def next_reclaims(self) -> list[SegmentReclaim]:
         taken, self.queue = self.queue, []
         return taken
 
-    def reclaimed(self, reclaim: Release) -> None:
+    def reclaimed(self, reclaim: SegmentReclaim) -> None:
         self.reported.append(reclaim.segment)
 
 
@@ -203,7 +203,7 @@ def test_a_bug_of_the_device_does_not_stop_the_reclaims(caplog: pytest.LogCaptur
     books: Any = Books()
 
     async def run() -> None:
-        reclaimer = Reclaimer(device)
+        reclaimer = DeviceReclaimer(device)
         reclaimer.watch(books)
         reclaimer.kick()
         await reclaimer.finish()
@@ -229,7 +229,7 @@ def test_a_job_that_cannot_begin_leaves_nothing_that_the_next_would_take_for_its
         intake[1].close()
         asked = wire.Load(kind="cuda_vmm", device="GPU-0", sources=[wire.Source(file="a")])
         control[0].sendall(framed(wire.ToLoader(load=asked)))
-        assert not job._do(Channel(control[1], descriptors[1]), new_hasher)
+        assert not job._do(LoaderChannel(control[1], descriptors[1]), new_hasher)
         assert b"cuInit failed" in control[0].recv(4096)
         descriptors[1].setblocking(False)
         with pytest.raises(BlockingIOError):
@@ -245,12 +245,12 @@ class DaemonEnd:
         self.descriptors, descriptors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self.control, control, self.descriptors, descriptors):
             stack.enter_context(end)
-        self.channel = Channel(control, descriptors)
+        self.channel = LoaderChannel(control, descriptors)
         stack.callback(self.channel._reader.close)  # not when the collector comes, which may take the socket first
         stack.callback(self.channel.forget_segments)
 
     def send(self, first: int, count: int) -> None:
-        """A message with that many fresh segments, as LoaderProcess sends it."""
+        """A message with that many fresh segments, as LoadProcess sends it."""
         segments = [wire.Segment(number=first + at, size=4096) for at in range(count)]
         self.control.sendall(framed(wire.ToLoader(segments=segments)))
         for start in range(0, count, BATCH):
@@ -309,7 +309,7 @@ def test_nothing_is_sent_after_a_message_that_was_sent_in_part(monkeypatch: pyte
         daemon = DaemonEnd(stack)
         monkeypatch.setattr(daemon.channel, "_control", Half(daemon.channel._control))
         for go_on in (lambda: daemon.channel.send(GRANT), lambda: daemon.channel.call(GRANT)):
-            with pytest.raises(Gone):
+            with pytest.raises(LoaderChannelClosedError):
                 go_on()
         frame = framed(GRANT)
         assert daemon.control.recv(4096) == frame[: len(frame) // 2]
@@ -317,7 +317,7 @@ def test_nothing_is_sent_after_a_message_that_was_sent_in_part(monkeypatch: pyte
         with pytest.raises(BlockingIOError):
             daemon.control.recv(1)
         daemon.send(0, 0)
-        with pytest.raises(Gone):  # so the process ends, and the daemon reads the end of the stream
+        with pytest.raises(LoaderChannelClosedError):  # so the process ends, and the daemon reads the end of the stream
             job._do(daemon.channel, new_hasher)
 
 
@@ -345,9 +345,9 @@ def test_an_answer_that_is_none_breaks_the_channel(sent: bytes, why: str) -> Non
 def test_a_loader_that_sends_what_is_no_message_is_killed(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         writes = f"import os; os.write(int(__import__('sys').argv[1]), {sent!r}); __import__('time').sleep(600)"
-        loader = await LoaderProcess.spawn((sys.executable, "-S", "-c", writes), [])
+        loader = await LoadProcess.spawn((sys.executable, "-S", "-c", writes), [])
         async with asyncio.timeout(60):
-            with pytest.raises(LoaderDied):
+            with pytest.raises(LoadProcessDiedError):
                 await loader.receive()
             await loader.exited
 
@@ -365,13 +365,13 @@ def test_a_message_that_is_too_long_is_not_sent(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_question_has_an_answer_of_its_name() -> None:
-    """`Channel.call` goes by the names, and the daemon answers what it does not only hear."""
+    """`LoaderChannel.call` goes by the names, and the daemon answers what it does not only hear."""
     asked = {field.name for field in wire.ToDaemon.DESCRIPTOR.oneofs_by_name["body"].fields}
     answered = {field.name for field in wire.ToLoader.DESCRIPTOR.oneofs_by_name["body"].fields}
-    told = dialogue._TOLD | {"verified", "failed", "idle"}
+    told = {*dialogue._TOLD, "verified", "failed", "idle"}
     assert asked - told == answered - {"failed", "load", "verify"}
-    source = inspect.getsource(Dialogue._answer) + inspect.getsource(Dialogue._hear)
-    assert set(re.findall(r'case "(\w+)"', source)) == (asked - told) | dialogue._TOLD
+    assert set(re.findall(r'case "(\w+)"', inspect.getsource(LoadDialogue._answer))) == asked - told
+    assert dialogue._TOLD.keys() <= asked
 
 
 def test_an_error_travels_with_all_that_it_says() -> None:
@@ -385,7 +385,7 @@ def test_a_loader_that_lost_descriptors_does_no_other_job_whatever_it_failed_of(
 ) -> None:
     """Another thread's error may come first, one after which a loader goes on."""
 
-    def work(_: Channel, __: wire.ToLoader, ___: object) -> Never:
+    def work(_: LoaderChannel, __: wire.ToLoader, ___: object) -> Never:
         daemon.break_channel()
         raise FormatError("broken file")
 
@@ -401,8 +401,8 @@ def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -
     device: Any = None  # nothing is asked of it
 
     async def run() -> None:
-        reclaimer = Reclaimer(device)
-        memory = DeviceMemory(
+        reclaimer = DeviceReclaimer(device)
+        memory = MemoryAccounting(
             budget=4096, page=4096, sparse=False, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )
         reclaimer.watch(memory)

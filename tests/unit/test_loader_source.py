@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from weightd.errors import FormatError
-from weightd_daemon.loader.source import Source
+from weightd_daemon.loader.source import LoaderSource
 
 
 def write(path: Path) -> None:
@@ -47,23 +47,23 @@ CHANGED: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Iterator[Source]:
+def source(tmp_path: Path) -> Iterator[LoaderSource]:
     path = tmp_path / "m"
     path.write_bytes(b"content")
     os.utime(path, (10, 10))
     os.link(path, path.with_name("second"))
     with path.open("rb") as file:
-        yield Source("m", file.fileno())
+        yield LoaderSource("m", file.fileno())
 
 
 @pytest.mark.parametrize("case", UNCHANGED)
-def test_a_file_that_lost_a_name_is_as_it_was(case: str, source: Source, tmp_path: Path) -> None:
+def test_a_file_that_lost_a_name_is_as_it_was(case: str, source: LoaderSource, tmp_path: Path) -> None:
     UNCHANGED[case](tmp_path / "m")
     source.check_unchanged()
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_anything_else_is_a_change(case: str, source: Source, tmp_path: Path) -> None:
+def test_anything_else_is_a_change(case: str, source: LoaderSource, tmp_path: Path) -> None:
     CHANGED[case](tmp_path / "m")
     with pytest.raises(FormatError, match=r"^m: changed while it was read; load it again$"):
         source.check_unchanged()

@@ -29,17 +29,17 @@ from weightd.errors import (
 from weightd.types import FileIdentity
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
-from weightd_daemon.core.lease import Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
-from weightd_daemon.loader.source import Source, rested
-from weightd_daemon.loads.fair_queue import FairQueue
-from weightd_daemon.loads.flight import Flight
+from weightd_daemon.core.lease import LeasePeer
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
+from weightd_daemon.loader.source import LoaderSource, rested
+from weightd_daemon.loads.fair_queue import LoadQueue
+from weightd_daemon.loads.flight import InFlightLoad
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.loads.request import LoadRequest, Outcome
+from weightd_daemon.loads.request import LoadOutcome, LoadRequest
 
 
 class Desk:
@@ -52,16 +52,18 @@ class Desk:
         self.loads = Loads(
             store=self.books.store, catalog=self.books.catalog, devices={**self.books.devices}, reclaimers=nothing,
             index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1,
-            fair_queue=FairQueue(1, 1), limits=Limits(),
+            fair_queue=LoadQueue(1, 1), limits=UserLimits(),
         )  # fmt: skip
-        self.wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True)
+        self.wish = LoadRequest(
+            who=WHO, peer=LeasePeer(1, 1, 1000, ""), sources=(), device="GPU-0", name_is_default=True
+        )
         self.intake, other = os.pipe()
         os.close(other)
 
     def hear(self, event: Event) -> None:
         self.told.append(event)
 
-    def check_over(self, load: Flight) -> None:
+    def check_over(self, load: InFlightLoad) -> None:
         """Nothing is left of a load, and what was told of its beginning was told of its end."""
         assert load.done.done()
         assert self.loads.under_way == []
@@ -72,17 +74,17 @@ class Desk:
         assert [event.begun.load for event in self.told if isinstance(event, LoadEnded)] == begun
 
 
-def loads_of(books: Filled, limits: Limits) -> Loads:
+def loads_of(books: Filled, limits: UserLimits) -> Loads:
     nothing, unused = dict[str, Any](), cast("Any", None)
     return Loads(
         store=books.store, catalog=books.catalog, devices=nothing, reclaimers=nothing, index=unused,
-        prepare=unused, now=lambda: 5.0, on_event=unused, lock=-1, threads=1, fair_queue=FairQueue(1, 1), limits=limits,
+        prepare=unused, now=lambda: 5.0, on_event=unused, lock=-1, threads=1, fair_queue=LoadQueue(1, 1), limits=limits,
     )  # fmt: skip
 
 
-def wish_of(who: Who, name: str, *, pin: bool = False) -> LoadRequest:
+def wish_of(who: Principal, name: str, *, pin: bool = False) -> LoadRequest:
     return LoadRequest(
-        who=who, peer=Peer(1, 1, who.uid, ""), sources=(), device="GPU-0", name=name, name_is_default=not name,
+        who=who, peer=LeasePeer(1, 1, who.uid, ""), sources=(), device="GPU-0", name=name, name_is_default=not name,
         pin=pin, detached=False,
     )  # fmt: skip
 
@@ -90,7 +92,7 @@ def wish_of(who: Who, name: str, *, pin: bool = False) -> LoadRequest:
 @pytest.mark.parametrize("name", ["new", "mine"])
 def test_a_pin_that_is_refused_leaves_no_name_and_moves_none(name: str) -> None:
     """The user may bring so many bytes, and has; the names are as they were."""
-    limits, user = Limits(), Who(1001, admin=False, domain="")
+    limits, user = UserLimits(), Principal(1001, admin=False, domain="")
     books = Filled(2, limits=limits)
     first, second = books.store.checkpoints.values()
     books.catalog.set(user, "mine", first.key.content_digest)
@@ -103,8 +105,8 @@ def test_a_pin_that_is_refused_leaves_no_name_and_moves_none(name: str) -> None:
 
 
 def test_a_name_that_is_refused_leaves_no_pin() -> None:
-    books, user = Filled(2), Who(1001, admin=False, domain="")
-    loads, second = loads_of(books, Limits()), list(books.store.checkpoints.values())[1]
+    books, user = Filled(2), Principal(1001, admin=False, domain="")
+    loads, second = loads_of(books, UserLimits()), list(books.store.checkpoints.values())[1]
     with pytest.raises(PermissionDeniedError, match="name 'n0' belongs to uid 1000"):
         loads.name_and_pin(wish_of(user, "n0", pin=True), second)
     assert (second.pinned, second.last_used) == (False, 0.0)
@@ -182,22 +184,24 @@ class Sealing:
 
     found: tuple[list[int], list[Checkpoint]]
 
-    def __init__(self, *, store: Store, loading: Loading, on_sealed: Callable[[Checkpoint], None], **_: object) -> None:
+    def __init__(
+        self, *, store: ContentStore, loading: StoreTransaction, on_sealed: Callable[[Checkpoint], None], **_: object
+    ) -> None:
         self._store, self._loading, self._on_sealed = store, loading, on_sealed
         self.checkpoint: Checkpoint | None = None
         self.books = 0
 
-    async def serve(self, _: object) -> Outcome:
+    async def serve(self, _: object) -> LoadOutcome:
         extent = self._loading.grant(4096, 4096)
         assert extent is not None
         _, blob = self._loading.settle(b"a" * 16, 4096, extent.segment, extent.offset)
-        entries = (ManifestEntry("", "t", "U8", (4096,), 0, 4096),)
-        content = Content("sha256:aa", (ManifestFile("", "f", None),), entries, (blob,))
+        entries = (ContentTensor("", "t", "U8", (4096,), 0, 4096),)
+        content = Content("sha256:aa", (ContentFile("", "f", None),), entries, (blob,))
         sealed = self.checkpoint = self._loading.seal(content, 0.0)
         self._on_sealed(sealed)
         holders = [lease.peer.connection for lease in self._store.leases_of(sealed) if lease.waiting]
         type(self).found = holders, list(self._store.evictable("GPU-0"))
-        return Outcome("sha256:aa", 1, 4096, 4096, 4096, 0.0)
+        return LoadOutcome("sha256:aa", 1, 4096, 4096, 4096, 0.0)
 
 
 def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,12 +211,12 @@ def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypa
         desk = Desk()
         desk.loads._reclaimers["GPU-0"] = cast("Any", None)
         desk.loads._devices["GPU-0"] = cast("Any", SimpleNamespace(kind="cuda_vmm", uuid="GPU-0"))
-        monkeypatch.setattr("weightd_daemon.loads.loads.Dialogue", Sealing)
+        monkeypatch.setattr("weightd_daemon.loads.loads.LoadDialogue", Sealing)
         monkeypatch.setattr(desk.loads, "_pool", AsyncMock())
         load, _, begins = desk.loads.start(desk.wish, desk.intake)
         assert begins
         for connection, detached in ((2, False), (3, True)):
-            wish = replace(desk.wish, peer=Peer(connection, 1, 1000, ""), detached=detached)
+            wish = replace(desk.wish, peer=LeasePeer(connection, 1, 1000, ""), detached=detached)
             assert desk.loads.start(wish, -1)[0] is load
         async with asyncio.timeout(60):
             await load.done
@@ -237,12 +241,12 @@ def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
         loads = Loads(
             store=books.store, catalog=books.catalog, devices={"GPU-0": device}, reclaimers={"GPU-0": anything},
             index=anything, prepare=anything, now=lambda: float(next(backwards)), on_event=events.append,
-            lock=lock, threads=1, fair_queue=FairQueue(1, 1), limits=Limits(),
+            lock=lock, threads=1, fair_queue=LoadQueue(1, 1), limits=UserLimits(),
             argv=["/bin/false"],
         )  # fmt: skip
         intake, other = os.pipe()
         os.close(other)
-        wish = LoadRequest(who=WHO, peer=Peer(1, 1, 1000, ""), sources=(), device="GPU-0")
+        wish = LoadRequest(who=WHO, peer=LeasePeer(1, 1, 1000, ""), sources=(), device="GPU-0")
         load, _, _ = loads.start(wish, intake)
         with pytest.raises(LeaseLostError, match="the loader process of this load died"):
             await load.done
@@ -287,7 +291,7 @@ def test_a_file_is_trusted_whichever_way_the_clock_was_stepped(
     monkeypatch.setattr("time.time_ns", lambda: now)
     monkeypatch.setattr("weightd_daemon.loader.source._is_local", lambda _: True)
     with path.open("rb") as file:
-        assert Source("a", file.fileno()).trusted is expected
+        assert LoaderSource("a", file.fileno()).trusted is expected
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -304,7 +308,7 @@ def test_a_file_that_was_changed_since_it_was_opened_is_refused(tmp_path: Path, 
     path.write_bytes(b"bytes")
     os.utime(path, ns=(1, 1))  # so that no change has the same time, however long the clock's ticks are
     with path.open("rb") as file:
-        source = Source("a", file.fileno())
+        source = LoaderSource("a", file.fileno())
         source.check_unchanged()
         CHANGES[change](path)
         with pytest.raises(FormatError, match="a: changed while it was read; load it again"):

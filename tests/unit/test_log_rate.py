@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from weightd_daemon.handles import log_rate
-from weightd_daemon.handles.log_rate import LogRate
+from weightd_daemon.handles.log_rate import HandleLogRate
 
 if TYPE_CHECKING:
     import pytest
@@ -23,7 +23,7 @@ def test_one_line_and_the_number_of_the_others(monkeypatch: pytest.MonkeyPatch) 
             counted.append(more)
             told.set()
 
-        rate = LogRate(tell)
+        rate = HandleLogRate(tell)
         assert [rate.may_log() for _ in range(1000)] == [True] + [False] * 999
         async with asyncio.timeout(60):
             await told.wait()

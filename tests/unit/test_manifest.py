@@ -14,12 +14,12 @@ from weightd.types import TensorInfo, TensorKey
 from weightd_daemon.core.blob import Blob, BlobKey
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.digest import EMPTY_DIGEST
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.handles.manifest_file import encode_manifest
 
 Message = handles_pb2.Manifest
 SIZE = 1 << 20
-FILES = (ManifestFile("a", "one", {"key": "value"}), ManifestFile("b", "two", None))
+FILES = (ContentFile("a", "one", {"key": "value"}), ContentFile("b", "two", None))
 
 
 def blob(number: int, segment: int, offset: int, length: int) -> Blob:
@@ -30,10 +30,10 @@ CONTENT = Content(
     "sha256:" + "7" * 64,
     FILES,
     (
-        ManifestEntry("a", "w", "F32", (2, 64), 0, 512),
-        ManifestEntry("a", "empty", "BF16", (0, 3), 0, 0),
-        ManifestEntry("b", "w", "U8", (), 1, 1),
-        ManifestEntry("b", "x", "GGML_Q4_0", (32,), 1, 18),
+        ContentTensor("a", "w", "F32", (2, 64), 0, 512),
+        ContentTensor("a", "empty", "BF16", (0, 3), 0, 0),
+        ContentTensor("b", "w", "U8", (), 1, 1),
+        ContentTensor("b", "x", "GGML_Q4_0", (32,), 1, 18),
     ),
     (blob(1, 40, 0, 512), None, blob(2, 30, 256, 1), blob(3, 40, 1024, 18)),
 )

@@ -29,6 +29,7 @@ except weightd.DeviceMismatchError as error:
         ("host", "host"),
         ("cpu", "host"),
         ("GPU-0a1b2c3d", "GPU-0a1b2c3d"),
+        ("MIG-0a1b2c3d", "MIG-0a1b2c3d"),
     ],
 )
 def test_names_that_need_no_driver(device: str | None, name: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import HandleConnection, Received, _receive
+from weightd._transport.handle_socket import ReceivedDescriptors, SocketClient, _receive
 from weightd._transport.protocol import MAX_FRAME
 from weightd.errors import (
     CapacityError,
@@ -39,11 +39,11 @@ class Answers:
         self._listener.listen()
         self._thread = threading.Thread(target=self._serve)
 
-    def ask(self, *frames: Frame) -> Received:
+    def ask(self, *frames: Frame) -> ReceivedDescriptors:
         """Attach, and be answered with `frames`."""
         self._frames += frames
         self._thread.start()
-        connection = HandleConnection(self.path, timeout=60)
+        connection = SocketClient(self.path, timeout=60)
         try:
             return connection.attach(handles_pb2.AttachRequest(reference="m"))
         finally:

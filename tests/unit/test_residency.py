@@ -7,21 +7,22 @@ from typing import Any, cast
 
 import pytest
 
+from support.sealed import sealed_blobs
 from weightd.errors import WeightdError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
-from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, Evicted, Sealed
-from weightd_daemon.core.lease import Leases
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, DeviceLost, DrainChanged, Event
+from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.residency import Residency
 
-WHO = Who(1000, admin=False, domain="")
-FILES = (ManifestFile("", "f", None),)
+WHO = Principal(1000, admin=False, domain="")
+FILES = (ContentFile("", "f", None),)
 REASONS = ["removed", "drained", "capacity", "lost"]
 
 
@@ -38,10 +39,10 @@ class Desk:
         """At each event, whether the store has its checkpoint."""
         self.veto = False
         self.residency = Residency(self.publish)
-        self.store = Store(leases=Leases(lambda _: True), on_event=self.residency.on_event)
-        self.catalog = Catalog(self.store, Limits(), changed=self.residency.on_changed)
+        self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.residency.on_event)
+        self.catalog = Catalog(self.store, UserLimits(), changed=self.residency.on_changed)
         numbers = count()
-        self.store.memories["GPU-0"] = DeviceMemory(
+        self.store.memories["GPU-0"] = MemoryAccounting(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         played = cast("Any", self)
@@ -53,7 +54,7 @@ class Desk:
 
     def publish(self, event: Event) -> None:
         self.events.append(event)
-        if isinstance(event, Sealed | Evicted):
+        if isinstance(event, CheckpointSealed | CheckpointEvicted):
             self.resident.append(event.checkpoint.key in self.store.checkpoints)
             self.note(f"tell {type(event).__name__}", event.checkpoint.key)
         else:
@@ -67,8 +68,8 @@ class Desk:
     def remove(self, key: CheckpointKey) -> None:
         self.note("close manifest", key)
 
-    def evicted(self, gone: CheckpointKey | Evicted) -> None:
-        if isinstance(gone, Evicted):
+    def evicted(self, gone: CheckpointKey | CheckpointEvicted) -> None:
+        if isinstance(gone, CheckpointEvicted):
             self.note(f"load {gone.load} hears", gone.checkpoint.key)
         else:
             self.note("no longer kept", gone)
@@ -86,11 +87,11 @@ class Desk:
         self.steps.append((f"loads on {device} end: {error}", "", ()))
 
     def load(self, letter: str, length: int = 4096, name: str = "") -> Checkpoint:
-        load = Loading(self.store, "GPU-0", "", 1000)
+        load = StoreTransaction(self.store, "GPU-0", "", 1000)
         extent = load.grant(length, length)
         assert extent is not None
         _, blob = load.settle(letter.encode() * 16, length, extent.segment, extent.offset)
-        content = Content(letter, FILES, (ManifestEntry("", "t", "U8", (length,), 0, length),), (blob,))
+        content = Content(letter, FILES, (ContentTensor("", "t", "U8", (length,), 0, length),), (blob,))
         try:
             checkpoint = load.seal(content, 0.0, "its manifest")
         finally:
@@ -107,7 +108,7 @@ def desk() -> Desk:
 
 def test_a_sealed_checkpoint_is_kept_before_anybody_hears_of_it(desk: Desk) -> None:
     desk.load("a")
-    assert desk.steps == [("keep its manifest", "a", ()), ("tell Sealed", "a", ())]
+    assert desk.steps == [("keep its manifest", "a", ()), ("tell CheckpointSealed", "a", ())]
     assert desk.resident == [False], "it is there when this is over"
 
 
@@ -116,7 +117,7 @@ def test_what_cannot_be_kept_is_not_sealed_and_nobody_hears_of_it(desk: Desk) ->
     with pytest.raises(OSError, match="no room for its manifest"):
         desk.load("a")
     assert (desk.steps, desk.events) == ([], [])
-    assert (desk.store.checkpoints, desk.store.sealed_blobs()) == ({}, [])
+    assert (desk.store.checkpoints, sealed_blobs(desk.store)) == ({}, [])
     assert desk.store.memories["GPU-0"].in_flight == 0
 
 
@@ -128,7 +129,7 @@ def test_an_eviction_is_told_while_names_are_known_and_kept_no_longer_at_its_end
     desk.store.remove(checkpoint, "a", reason)
     removed = reason == "removed"
     assert desk.steps == [
-        ("tell Evicted", "a", ("mine",)),
+        ("tell CheckpointEvicted", "a", ("mine",)),
         ("close manifest", "a", ("mine",)),
         ("no longer kept", "a", () if removed else ("mine",)),
     ]
@@ -138,9 +139,10 @@ def test_an_eviction_is_told_while_names_are_known_and_kept_no_longer_at_its_end
 def test_the_load_for_which_a_checkpoint_went_hears_of_it_while_its_names_are_known(desk: Desk) -> None:
     desk.load("a", 512 << 10, name="mine")
     desk.steps.clear()
-    load = Loading(desk.store, "GPU-0", "", 1000)
+    load = StoreTransaction(desk.store, "GPU-0", "", 1000)
     assert load.grant(768 << 10, 768 << 10) is None, "its memory is on its way back"
-    assert [what for what, *_ in desk.steps] == ["tell Evicted", "close manifest", "load 2 hears", "no longer kept"]
+    steps = [what for what, *_ in desk.steps]
+    assert steps == ["tell CheckpointEvicted", "close manifest", "load 2 hears", "no longer kept"]
     assert desk.steps[2] == ("load 2 hears", "a", ("mine",)), "so that it can say what went"
 
 
@@ -151,7 +153,7 @@ def test_a_lost_device_is_told_first_and_its_loads_end_last(desk: Desk) -> None:
     desk.residency.on_lost("GPU-0", "it fell off the bus")
     assert [what for what, *_ in desk.steps] == [
         "tell DeviceLost",
-        *["tell Evicted", "close manifest", "no longer kept"] * 2,
+        *["tell CheckpointEvicted", "close manifest", "no longer kept"] * 2,
         "loads on GPU-0 end: device GPU-0: it fell off the bus; load it again",
     ]
     assert [digest for _, digest, _ in desk.steps[1:-1]] == ["a"] * 3 + ["b"] * 3

@@ -27,7 +27,7 @@ from weightd.errors import (
     ResourceLimitError,
     WeightdError,
 )
-from weightd.resolve import Resolved, SourcePath, folder_of, is_path, open_sources, reference_name, resolve
+from weightd.resolve import ReferencedFile, Resolved, folder_of, is_path, open_sources, reference_name, resolve
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -147,7 +147,7 @@ class TestNames:
 class TestSingleFile:
     def test_file(self, tmp_path: Path) -> None:
         path = put(tmp_path / "m.safetensors")
-        assert resolve(str(path)) == Resolved(str(path), (SourcePath("", "m.safetensors", path),))
+        assert resolve(str(path)) == Resolved(str(path), (ReferencedFile("", "m.safetensors", path),))
 
     def test_file_without_suffix(self, tmp_path: Path) -> None:
         assert found(put(tmp_path / "blob")) == [":blob"]
@@ -450,12 +450,12 @@ class TestGguf:
 
     def test_file(self, tmp_path: Path) -> None:
         path = put(tmp_path / "m.Q4_K.gguf")
-        assert resolve(path) == Resolved(str(path), (SourcePath("", "m.Q4_K.gguf", path),))
+        assert resolve(path) == Resolved(str(path), (ReferencedFile("", "m.Q4_K.gguf", path),))
 
     def test_any_part_is_all_by_the_name_of_the_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         paths = self.put_parts(tmp_path)
         put(tmp_path / "other.gguf")
-        expected = Resolved(str(paths[0]), tuple(SourcePath("", path.name, path) for path in paths))
+        expected = Resolved(str(paths[0]), tuple(ReferencedFile("", path.name, path) for path in paths))
         assert [resolve(path) for path in paths] == [expected] * 3
         monkeypatch.chdir(tmp_path)
         assert resolve(self.PARTS[1]) == expected
@@ -688,7 +688,7 @@ class TestCache:
     def test_main(self, cache: Path) -> None:
         snapshot = self.add(cache, "org/name", COMMIT, "main")
         self.add(cache, "org/name", "f" * 40)
-        expected = (SourcePath("", "model.safetensors", snapshot / "model.safetensors"),)
+        expected = (ReferencedFile("", "model.safetensors", snapshot / "model.safetensors"),)
         assert resolve("org/name") == Resolved("org/name", expected)
         assert resolve("org/name@main") == Resolved("org/name@main", expected)
         assert resolve(f"org/name@{COMMIT}").sources == expected
@@ -831,7 +831,7 @@ class TestFolderOf:
 class TestOpenSources:
     @staticmethod
     def one(path: Path) -> Resolved:
-        return Resolved("x", (SourcePath("vae", "m", path),))
+        return Resolved("x", (ReferencedFile("vae", "m", path),))
 
     def test_identity_and_close(self, tmp_path: Path) -> None:
         for name in ("vae/a.safetensors", "vae-2/b.safetensors"):
@@ -860,7 +860,9 @@ class TestOpenSources:
         path = put(tmp_path / "a.safetensors")
         before = open_descriptors()
         with pytest.raises(NotFoundError, match=r"gone\.safetensors: no such file"):
-            open_sources(Resolved("x", (SourcePath("", "a", path), SourcePath("", "b", tmp_path / "gone.safetensors"))))
+            open_sources(
+                Resolved("x", (ReferencedFile("", "a", path), ReferencedFile("", "b", tmp_path / "gone.safetensors")))
+            )
         assert open_descriptors() == before
 
     def test_not_regular(self, tmp_path: Path) -> None:

@@ -19,35 +19,36 @@ import xxhash
 
 from support.counting import operations
 from support.root_forms import rows_of, write_first_form
+from support.sealed import sealed_blobs
 from weightd._manifest import FORM
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import NotFoundError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.catalog import Catalog, Tag
+from weightd_daemon.core.catalog import Catalog, CatalogTag
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, CheckpointKey, Content
-from weightd_daemon.core.lease import Leases, Peer
-from weightd_daemon.core.limits import Limits
-from weightd_daemon.core.loading import Loading
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
+from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.host import HostDevice
-from weightd_daemon.handles.lease_files import LeaseFiles
-from weightd_daemon.handles.lease_locks import LeaseLocks
+from weightd_daemon.handles.lease_files import HandleLeaseFiles
+from weightd_daemon.handles.lease_locks import HandleLeaseLocks
 from weightd_daemon.handles.manifest_file import make_manifest
-from weightd_daemon.handles.manifests import Manifests
+from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.persistence import descriptor_store, root_record
-from weightd_daemon.persistence.descriptor_store import DescriptorStore
-from weightd_daemon.persistence.root_record import RootRecord, read_root
+from weightd_daemon.persistence.descriptor_store import PersistentDescriptorStore
+from weightd_daemon.persistence.root_record import PersistentRootRecord, read_root
 from weightd_daemon.residency import Residency
 
 MIB = 1 << 20
-WHO = Who(1000, False, "")
-FILES = (ManifestFile("", "f.safetensors", {"key": "value"}),)
+WHO = Principal(1000, False, "")
+FILES = (ContentFile("", "f.safetensors", {"key": "value"}),)
 SOURCES = (SourceFile("", "f.safetensors", FileIdentity(1, 1 << 63, 3, 4, 5)),)
 INDEXED = (*SOURCES, SourceFile("", "f.safetensors.index.json", FileIdentity(1, 2, 3, 4, 5), is_index=True))
-PEER = Peer(1, 2, 1000, "python")
+PEER = LeasePeer(1, 2, 1000, "python")
 
 
 class Keeper:
@@ -96,18 +97,18 @@ class Books:
     def __init__(self, keeper: Keeper, *, budget: int = 64 * MIB) -> None:
         self.device = HostDevice()
         residency = Residency(lambda _: None)
-        self.manifests = Manifests(residency.before_lock)
-        self.files = LeaseFiles()
-        self.locks = LeaseLocks(self.manifests, self.files)
-        leases = Leases(self.locks.is_locked, forget=self.locks.forget)
-        self.store = Store(leases=leases, on_event=residency.on_event)
-        self.store.memories["host"] = DeviceMemory(
+        self.manifests = ManifestHandles(residency.before_lock)
+        self.files = HandleLeaseFiles()
+        self.locks = HandleLeaseLocks(self.manifests, self.files)
+        leases = LeaseTable(self.locks.is_locked, forget=self.locks.forget)
+        self.store = ContentStore(leases=leases, on_event=residency.on_event)
+        self.store.memories["host"] = MemoryAccounting(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
             before_use=residency.before_use,
         )  # fmt: skip
-        self.catalog = Catalog(self.store, Limits(), changed=residency.on_changed)
+        self.catalog = Catalog(self.store, UserLimits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
-        self.descriptor_store = DescriptorStore(
+        self.descriptor_store = PersistentDescriptorStore(
             manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
             manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
@@ -128,7 +129,7 @@ class Books:
 
     def load(self, name: str, tensors: dict[str, bytes]) -> Checkpoint:
         """Load as a loader does, new tensors one behind the other in one extent, and name it."""
-        load = Loading(self.store, "host", "", 1000)
+        load = StoreTransaction(self.store, "host", "", 1000)
         blobs = []
         segment, offset = 0, 0
         for data in tensors.values():
@@ -146,7 +147,7 @@ class Books:
                 assert placed
                 offset += len(data)
             blobs.append(blob)
-        entries = [ManifestEntry("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
+        entries = [ContentTensor("", key, "U8", (len(data),), 0, len(data)) for key, data in tensors.items()]
         digest_of = content_digest(entries, [blob.identity for blob in blobs], FILES)
         content = Content(digest_of, FILES, tuple(entries), tuple(blobs))
         draft = asyncio.run(self.descriptor_store.prepare(content, "host"))
@@ -209,7 +210,7 @@ def kept(keeper: Keeper) -> Keeper:
         for name, tensors in DATA.items():
             first.load(name, tensors)
         first.catalog.pin(WHO, first.catalog.find(WHO, "a"))
-        first.catalog.restore("", "dangling", Tag("sha256:" + "0" * 64, 7))
+        first.catalog.restore("", "dangling", CatalogTag("sha256:" + "0" * 64, 7))
         first.descriptor_store.flip()
     return keeper
 
@@ -220,7 +221,7 @@ def change(keeper: Keeper, to: Callable[[dict[str, Any]], None], schema: int | N
     assert record is not None
     body = copy.deepcopy(record.body)
     to(body)
-    root = RootRecord(os.dup(keeper.kept["root"]), record.sequence)
+    root = PersistentRootRecord(os.dup(keeper.kept["root"]), record.sequence)
     with pytest.MonkeyPatch.context() as patch:
         if schema is not None:
             patch.setattr("weightd_daemon.persistence.root_record.SCHEMA", schema)
@@ -253,7 +254,7 @@ def test_the_next_has_what_the_last_had(kept: Keeper) -> None:
         assert again.store.books.used == sum(c.books_bytes for c in again.store.checkpoints.values())
         assert again.catalog.tags["", "dangling"].owner == 7
         memory = again.store.memories["host"]
-        segments = {blob.segment for blob in again.store.sealed_blobs()}
+        segments = {blob.segment for blob in sealed_blobs(again.store)}
         assert memory.used == sum(again.device.allocated(segment) for segment in segments) == 5 * MIB
         shared = again.catalog.find(WHO, "b").components[""][2]
         assert shared.references == 2
@@ -579,7 +580,7 @@ def test_of_another_schema_is_taken_up_what_is_understood(
         assert again.names() == {"a"}
         assert f"has schema {schema}, not 1: left are caches" in caplog.text
         memory = again.store.memories["host"]
-        assert all(memory.is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+        assert all(memory.is_frozen(blob.segment) for blob in sealed_blobs(again.store))
 
 
 @pytest.mark.parametrize("body", [{}, {"segments": 7, "checkpoints": {}, "names": [1, None]}, {"last_id": -1}])
@@ -617,20 +618,20 @@ def test_without_a_root_record_everything_is_let_go(kept: Keeper, caplog: pytest
 def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
     with books(kept):  # each start writes a base, and so the next generation
         pass
-    older = RootRecord.create()
+    older = PersistentRootRecord.create()
     older.write(*rows_of({"last_id": 1}))
     first = dict(kept.kept)
     kept.kept = {"root ": older.descriptor, **first}  # the name comes twice
     given = [(name.strip(), os.dup(descriptor)) for name, descriptor in kept.kept.items()]
     os.close(kept.kept.pop("root "))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DescriptorStore, "__init__", _given(given, DescriptorStore.__init__))
+        patch.setattr(PersistentDescriptorStore, "__init__", _given(given, PersistentDescriptorStore.__init__))
         with books(kept) as again:
             assert again.names() == {"a", "b"}
 
 
 def _given(given: list[tuple[str, int]], original: Any) -> Any:
-    def init(self: DescriptorStore, **options: Any) -> None:
+    def init(self: PersistentDescriptorStore, **options: Any) -> None:
         for _, descriptor in options["given"]:
             os.close(descriptor)
         original(self, **{**options, "given": given})
@@ -790,7 +791,7 @@ def test_bytes_that_an_eviction_frees_are_granted_and_returned_only_when_it_is_w
         assert memory.next_reclaims()
         assert len(keeper.root["checkpoints"]) == 1
         first.store.evict(other, "capacity")
-        load = Loading(first.store, "host", "", 1000)
+        load = StoreTransaction(first.store, "host", "", 1000)
         assert load.grant(MIB, MIB) is not None
         assert keeper.root["checkpoints"] == []
         load.end()
@@ -919,7 +920,7 @@ def test_default_names_go_with_their_content_and_no_next_daemon_knows_them(keepe
         first.catalog.set(WHO, "/models/last", last.key.content_digest, is_default=True)
         first.descriptor_store.flip()
     with books(keeper) as again:
-        assert again.catalog.tags["", "/models/last"] == Tag(last.key.content_digest, 1000, is_default=True)
+        assert again.catalog.tags["", "/models/last"] == CatalogTag(last.key.content_digest, 1000, is_default=True)
         again.store.evict(again.catalog.find(WHO, "kept"), "capacity")
         again.descriptor_store.flip()
     with books(keeper) as third:
@@ -947,7 +948,7 @@ def test_a_record_of_the_first_form_is_taken_up_and_its_dead_paths_are_not(kept:
             assert {name for _, name in again.catalog.tags} == {"a", "b", "/there", "dangling"}
             for name, tensors in DATA.items():
                 assert again.bytes_of(name) == list(tensors.values())
-            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in again.store.sealed_blobs())
+            assert not any(again.store.memories["host"].is_frozen(blob.segment) for blob in sealed_blobs(again.store))
     found = read_root(kept.kept["root"])
     assert found is not None
     assert found.sequence == 79

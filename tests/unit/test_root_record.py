@@ -14,18 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from support.counting import operations
 from support.root_forms import write_first_form
 from weightd_daemon.persistence import root_record
-from weightd_daemon.persistence.root_record import SLOT_BYTES, Change, RootRecord, read_root
+from weightd_daemon.persistence.root_record import SLOT_BYTES, PersistentRootRecord, RootRecordChange, read_root
 
 HEADER = root_record._HEADER.size
 NO_ROWS: dict[str, Any] = {"segments": [], "checkpoints": [], "names": []}
 KEYS = st.integers(0, 4)
 ROWS = st.none() | st.dictionaries(st.sampled_from("abc"), st.integers() | st.text(max_size=20), max_size=3)
-CHANGES = st.lists(st.builds(Change, st.sampled_from(["names", "segments"]), KEYS, ROWS, st.booleans()), max_size=4)
+CHANGES = st.lists(
+    st.builds(RootRecordChange, st.sampled_from(["names", "segments"]), KEYS, ROWS, st.booleans()), max_size=4
+)
 
 
 @pytest.fixture
-def root() -> Iterator[RootRecord]:
-    made = RootRecord.create()
+def root() -> Iterator[PersistentRootRecord]:
+    made = PersistentRootRecord.create()
     yield made
     made.close()
 
@@ -45,16 +47,16 @@ def torn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, bytes]]]:
         yield writes
 
 
-def body_of(root: RootRecord) -> dict[str, Any] | None:
+def body_of(root: PersistentRootRecord) -> dict[str, Any] | None:
     record = read_root(root.descriptor)
     return None if record is None else record.body
 
 
-def name(key: int, value: object) -> Change:
-    return Change("names", key, {"value": value})
+def name(key: int, value: object) -> RootRecordChange:
+    return RootRecordChange("names", key, {"value": value})
 
 
-def applied(body: dict[str, Any], changes: list[Change]) -> dict[str, Any]:
+def applied(body: dict[str, Any], changes: list[RootRecordChange]) -> dict[str, Any]:
     """A model: what the tables are after these changes."""
     tables = {table: dict(rows) for table, rows in body.items()}
     for table, key, row, merge in changes:
@@ -72,7 +74,7 @@ def shown(tables: dict[str, Any], number: int) -> dict[str, Any]:
     return {"number": number, **NO_ROWS, **{table: list(rows.values()) for table, rows in tables.items()}}
 
 
-def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: RootRecord) -> None:
+def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: PersistentRootRecord) -> None:
     assert body_of(root) is None
     root.write([name(0, 0)], {"number": 0})
     for number in range(1, 5):
@@ -81,7 +83,7 @@ def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: 
     assert record is not None
     assert record == (root_record.SCHEMA, 1, {**NO_ROWS, "number": 4, "names": [{"value": 4}, {"value": 3}]})
     assert os.fstat(root.descriptor).st_blocks * 512 <= 2 << 20  # a huge page at most
-    again = RootRecord(os.dup(root.descriptor), record.sequence)
+    again = PersistentRootRecord(os.dup(root.descriptor), record.sequence)
     again.write([name(0, "by the next daemon")], {})
     again.close()
     assert body_of(root) == {**NO_ROWS, "names": [{"value": "by the next daemon"}]}
@@ -91,7 +93,11 @@ def test_the_last_that_was_written_counts_and_takes_memory_for_what_it_is(root: 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(base=CHANGES, steps=st.lists(CHANGES, max_size=5), based=st.integers(0, 5))
 def test_a_write_that_is_torn_at_any_byte_leaves_the_state_before_or_after(
-    root: RootRecord, torn: list[tuple[int, bytes]], base: list[Change], steps: list[list[Change]], based: int
+    root: PersistentRootRecord,
+    torn: list[tuple[int, bytes]],
+    base: list[RootRecordChange],
+    steps: list[list[RootRecordChange]],
+    based: int,
 ) -> None:
     """In every write of a log, of a new base begun beside it, and of the change from one to the other."""
     tables = applied({}, base)
@@ -121,9 +127,9 @@ def test_a_write_that_is_torn_at_any_byte_leaves_the_state_before_or_after(
         counters = {"number": number}
         step(lambda: root.append(changes, counters), before, shown(tables, number))  # noqa: B023  # called here
         if number == based:
-            rows = [Change(table, key, row) for table, there in tables.items() for key, row in there.items()]
+            rows = [RootRecordChange(table, key, row) for table, there in tables.items() for key, row in there.items()]
             now = shown(tables, number)
-            assert not root.copying
+            assert root._next is None, "no base has been begun"
             generation = root.sequence
             root.begin_base()
             step(lambda: root.copy(iter(rows), counters, 1 << 20), now, now)  # noqa: B023  # called here
@@ -131,7 +137,7 @@ def test_a_write_that_is_torn_at_any_byte_leaves_the_state_before_or_after(
             assert root.sequence == generation + 1
 
 
-def test_every_byte_of_a_frame_is_covered(root: RootRecord, torn: list[tuple[int, bytes]]) -> None:
+def test_every_byte_of_a_frame_is_covered(root: PersistentRootRecord, torn: list[tuple[int, bytes]]) -> None:
     root.write([name(1, "a")], {})
     before = body_of(root)
     torn.clear()
@@ -149,7 +155,7 @@ def test_every_byte_of_a_frame_is_covered(root: RootRecord, torn: list[tuple[int
     assert body_of(root) is None
 
 
-def test_a_frame_counts_in_its_own_place_only(root: RootRecord, torn: list[tuple[int, bytes]]) -> None:
+def test_a_frame_counts_in_its_own_place_only(root: PersistentRootRecord, torn: list[tuple[int, bytes]]) -> None:
     """Neither after another frame, nor in the other slot, nor once more."""
     root.write([name(1, "a")], {})
     torn.clear()
@@ -167,24 +173,24 @@ def test_a_frame_counts_in_its_own_place_only(root: RootRecord, torn: list[tuple
     assert body_of(root) is None
 
 
-def test_a_new_base_is_copied_beside_the_changes_and_bounds_the_log(root: RootRecord) -> None:
+def test_a_new_base_is_copied_beside_the_changes_and_bounds_the_log(root: PersistentRootRecord) -> None:
     """However many changes there are, the record takes what its rows take."""
     rows = {key: {"value": "x" * 100, "key": key} for key in range(500)}
-    root.write((Change("names", key, row) for key, row in rows.items()), {})
-    copied: Iterator[Change] | None = None
+    root.write((RootRecordChange("names", key, row) for key, row in rows.items()), {})
+    copied: Iterator[RootRecordChange] | None = None
     sizes, bases = [], 0
     for number in range(20_000):
         key = number % 500
         rows[key] = {"value": "y" * 100, "key": key, "number": number}
-        most = root.append([Change("names", key, rows[key])], {"number": number})
+        most = root.append([RootRecordChange("names", key, rows[key])], {"number": number})
         if copied is not None:
-            assert root.copying
+            assert root._next is not None, "a base has been begun"
             if root.copy(copied, {"number": number}, most):
                 root.end_base({"number": number})
                 copied, bases = None, bases + 1
         elif root.outgrown:
             root.begin_base()
-            copied = (Change("names", key, rows[key]) for key in range(500))
+            copied = (RootRecordChange("names", key, rows[key]) for key in range(500))
         sizes.append(os.fstat(root.descriptor).st_blocks * 512)
         if number % 997 == 0:
             body = body_of(root)
@@ -194,15 +200,15 @@ def test_a_new_base_is_copied_beside_the_changes_and_bounds_the_log(root: RootRe
     assert max(sizes[10_000:]) <= max(max(sizes[:10_000]), 4 << 20)
 
 
-def test_a_change_costs_the_same_however_many_rows_there_are(root: RootRecord) -> None:
+def test_a_change_costs_the_same_however_many_rows_there_are(root: PersistentRootRecord) -> None:
     costs = []
     for rows in (100, 10_000):
-        root.write((Change("names", key, {"value": key}) for key in range(rows)), {})
+        root.write((RootRecordChange("names", key, {"value": key}) for key in range(rows)), {})
         costs.append(operations(lambda: root.append([name(7, "other")], {})))
     assert costs[0] == costs[1]
 
 
-def test_where_it_cannot_be_written_none_counts(root: RootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_cannot_be_written_none_counts(root: PersistentRootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     root.write([name(1, "a")], {})
     write = root_record._write
 
@@ -220,7 +226,7 @@ def test_where_it_cannot_be_written_none_counts(root: RootRecord, monkeypatch: p
     assert body_of(root) == {**NO_ROWS, "names": [{"value": "c"}]}
 
 
-def test_a_slot_that_is_full_is_an_error(root: RootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slot_that_is_full_is_an_error(root: PersistentRootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
     root.write([name(1, "a")], {})
     monkeypatch.setattr(root_record, "SLOT_BYTES", 4096)
     with pytest.raises(OSError, match="too many"):
@@ -230,7 +236,7 @@ def test_a_slot_that_is_full_is_an_error(root: RootRecord, monkeypatch: pytest.M
 # -- the first form, of commit cf42aab ---------------------------------------------------------------------------------
 
 
-def test_the_first_form_is_read_and_gives_way_to_todays(root: RootRecord) -> None:
+def test_the_first_form_is_read_and_gives_way_to_todays(root: PersistentRootRecord) -> None:
     for sequence in (7, 8):
         write_first_form(root.descriptor, sequence, {"last_id": sequence, "names": [{"name": "a"}]})
     record = read_root(root.descriptor)
@@ -238,7 +244,7 @@ def test_the_first_form_is_read_and_gives_way_to_todays(root: RootRecord) -> Non
     write_first_form(root.descriptor, 9, {"last_id": 9})
     os.pwrite(root.descriptor, b"torn", SLOT_BYTES + 60)
     assert read_root(root.descriptor) == record
-    now = RootRecord(root.descriptor, 8)
+    now = PersistentRootRecord(root.descriptor, 8)
     now.begin_base()
     assert read_root(root.descriptor) == record, "until the base is whole"
     now.write([name(1, "b")], {})
@@ -247,7 +253,7 @@ def test_the_first_form_is_read_and_gives_way_to_todays(root: RootRecord) -> Non
 
 
 @pytest.mark.parametrize("payload", [b"[1]", b"{", b"\xff", b"[" * 100_000, b"1e999"])
-def test_a_payload_of_the_first_form_that_is_no_object_is_none(root: RootRecord, payload: bytes) -> None:
+def test_a_payload_of_the_first_form_that_is_no_object_is_none(root: PersistentRootRecord, payload: bytes) -> None:
     write_first_form(root.descriptor, 2, payload)
     assert body_of(root) is None
 
@@ -278,7 +284,7 @@ NONSENSE = [
 
 
 @pytest.mark.parametrize("payload", NONSENSE)
-def test_a_frame_of_nonsense_makes_the_record_none(root: RootRecord, payload: bytes) -> None:
+def test_a_frame_of_nonsense_makes_the_record_none(root: PersistentRootRecord, payload: bytes) -> None:
     root.write([name(1, "a")], {})
     assert root._log is not None
     root._log.append(1, payload)

@@ -10,7 +10,7 @@ import pytest
 from support.counting import operations
 from weightd.errors import NotFoundError
 from weightd_daemon.handles import segment_table
-from weightd_daemon.handles.segment_table import SegmentTable
+from weightd_daemon.handles.segment_table import HandleSegmentTable
 
 Row = tuple[str, str, int | None]
 
@@ -22,7 +22,7 @@ def rows(count: int, segments: int = 7) -> list[Row]:
 
 def test_segments_are_those_of_the_rows() -> None:
     made = rows(1000)
-    table, chance = SegmentTable(made), random.Random(7)
+    table, chance = HandleSegmentTable(made), random.Random(7)
     for _ in range(200):
         wanted = chance.sample(made, chance.randrange(1, 40))
         there = {segment for _, _, segment in wanted if segment is not None}
@@ -33,12 +33,12 @@ def test_segments_are_those_of_the_rows() -> None:
 
 
 def test_a_tensor_without_bytes_needs_no_segment() -> None:
-    assert SegmentTable([("", "empty", None), ("", "full", 3)]).find([], [("", "empty")]) == []
-    assert SegmentTable([("", "empty", None)]).find([""], []) == []
+    assert HandleSegmentTable([("", "empty", None), ("", "full", 3)]).find([], [("", "empty")]) == []
+    assert HandleSegmentTable([("", "empty", None)]).find([""], []) == []
 
 
 def test_names_that_are_not_there_are_named() -> None:
-    table = SegmentTable(rows(100))
+    table = HandleSegmentTable(rows(100))
     with pytest.raises(NotFoundError, match="component 'c' is not in the checkpoint; it has 'a', 'b'"):
         table.find(["a", "c"], [])
     with pytest.raises(NotFoundError, match="tensor 'no' of component 'a' is not in the checkpoint"):
@@ -46,28 +46,28 @@ def test_names_that_are_not_there_are_named() -> None:
     with pytest.raises(NotFoundError, match="tensor 't1' is not in the checkpoint"):
         table.find([], [("", "t1")])
     with pytest.raises(NotFoundError, match="tensor 't1' is not in the checkpoint"):
-        SegmentTable(()).find([], [("", "t1")])
+        HandleSegmentTable(()).find([], [("", "t1")])
 
 
 def test_tensors_of_one_hash_get_the_segments_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment_table, "hash", lambda _: 7, raising=False)
-    table = SegmentTable([("", "one", 2), ("", "two", 5), ("", "none", None)])
+    table = HandleSegmentTable([("", "one", 2), ("", "two", 5), ("", "none", None)])
     assert table.find([], [("", "one")]) == [2, 5]
 
 
 @pytest.mark.parametrize("name", ["t1", "not there"])
 def test_asking_costs_the_same_however_many_there_are(name: str) -> None:
-    def ask(table: SegmentTable) -> int:
+    def ask(table: HandleSegmentTable) -> int:
         def find() -> None:
             with contextlib.suppress(NotFoundError):
                 table.find([], [("a", name)])
 
         return operations(find)
 
-    assert ask(SegmentTable(rows(100))) == ask(SegmentTable(rows(100_000)))
+    assert ask(HandleSegmentTable(rows(100))) == ask(HandleSegmentTable(rows(100_000)))
 
 
 def test_a_component_costs_its_segments_however_often_it_is_named() -> None:
-    few, many = SegmentTable(rows(100)), SegmentTable(rows(100_000))
+    few, many = HandleSegmentTable(rows(100)), HandleSegmentTable(rows(100_000))
     once, often = ["a"], ["a"] * 20_000
     assert operations(lambda: few.find(once, [])) == operations(lambda: many.find(often, []))

@@ -20,7 +20,7 @@ import pytest
 from support.daemon import PATIENCE, environment
 from support.leash import leashed
 from weightd_daemon.operations import lock_holders, serving_lock
-from weightd_daemon.operations.serving_lock import AlreadyServedError, ServingLock
+from weightd_daemon.operations.serving_lock import AlreadyRunningError, DaemonInstanceLock
 
 # Each says its pid, and then that of a child where it has one; then it waits.
 HEAD = """
@@ -34,8 +34,8 @@ def child(*descriptors):
     process.stdout.readline()
     return process.pid
 def take():
-    from weightd_daemon.operations.serving_lock import ServingLock
-    lock = ServingLock(socket)
+    from weightd_daemon.operations.serving_lock import DaemonInstanceLock
+    lock = DaemonInstanceLock(socket)
     lock.acquire()
     return lock
 def take_as_before(said):
@@ -97,8 +97,8 @@ def others(tmp_path: Path) -> Iterator[Others]:
 
 
 @pytest.fixture
-def lock(others: Others) -> Iterator[ServingLock]:
-    made = ServingLock(others.socket)
+def lock(others: Others) -> Iterator[DaemonInstanceLock]:
+    made = DaemonInstanceLock(others.socket)
     yield made
     made.close()
     links = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
@@ -123,7 +123,7 @@ if not found:
 
 
 @pytest.mark.parametrize("left", [WRITER, HOLDER, FORKED, OLDER])
-def test_what_a_daemon_that_died_has_left_is_killed(others: Others, lock: ServingLock, left: str) -> None:
+def test_what_a_daemon_that_died_has_left_is_killed(others: Others, lock: DaemonInstanceLock, left: str) -> None:
     child = others.left_by(left)
     assert not has_ended(child), "the test's child lives on by itself"
     lock.acquire()
@@ -131,7 +131,7 @@ def test_what_a_daemon_that_died_has_left_is_killed(others: Others, lock: Servin
     assert not lock.is_written_by_others()
 
 
-def test_a_stranger_is_left_alone(others: Others, lock: ServingLock) -> None:
+def test_a_stranger_is_left_alone(others: Others, lock: DaemonInstanceLock) -> None:
     """Also one that has the files open, or the lock of another file of that name."""
     elsewhere = others.socket.parent / "elsewhere"
     elsewhere.mkdir()
@@ -146,30 +146,30 @@ def test_a_stranger_is_left_alone(others: Others, lock: ServingLock) -> None:
 
 
 @pytest.mark.parametrize("source", ["lock = take(); found = 0", WRITER])
-def test_a_daemon_that_serves_refuses_every_start(others: Others, lock: ServingLock, source: str) -> None:
+def test_a_daemon_that_serves_refuses_every_start(others: Others, lock: DaemonInstanceLock, source: str) -> None:
     daemon, _ = others.run(source)
-    with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
+    with pytest.raises(AlreadyRunningError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
         lock.acquire()
     assert daemon.poll() is None
     with others.socket.with_name("w.sock.lock").open("a+") as older, pytest.raises(BlockingIOError):
         fcntl.flock(older, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a daemon before this one takes it
 
 
-def test_a_daemon_of_an_older_version_that_serves_refuses_the_start(others: Others, lock: ServingLock) -> None:
+def test_a_daemon_of_an_older_version_that_serves_refuses_the_start(others: Others, lock: DaemonInstanceLock) -> None:
     daemon, _ = others.run(OLDER)
-    with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
+    with pytest.raises(AlreadyRunningError, match=rf"another daemon \(pid {daemon.pid}\) serves it; stop it"):
         lock.acquire()
     assert daemon.poll() is None
 
 
 @pytest.mark.parametrize("said", ["1 pid:[1]", "", "words"])
 def test_one_that_cannot_be_known_is_not_killed(
-    others: Others, lock: ServingLock, said: str, monkeypatch: pytest.MonkeyPatch
+    others: Others, lock: DaemonInstanceLock, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An older daemon in another PID namespace, or one that has not said yet who it is."""
     monkeypatch.setattr(serving_lock, "_HOLDERS_SECONDS", 0.5)
     daemon, _ = others.run(f"found = 0; lock = take_as_before({said!r})")
-    with pytest.raises(AlreadyServedError, match=r"another daemon \(pid unknown\) serves it"):
+    with pytest.raises(AlreadyRunningError, match=r"another daemon \(pid unknown\) serves it"):
         lock.acquire()
     assert daemon.poll() is None
 
@@ -183,7 +183,11 @@ def nobody_dies(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nobody_dies")
 @pytest.mark.parametrize("left", [WRITER, OLDER])
 def test_a_loader_that_does_not_die_is_waited_for_a_second_and_then_only_watched(
-    others: Others, lock: ServingLock, left: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    others: Others,
+    lock: DaemonInstanceLock,
+    left: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
     process, pid = others.run(left)
@@ -197,7 +201,7 @@ def test_a_loader_that_does_not_die_is_waited_for_a_second_and_then_only_watched
 
 
 def test_who_is_not_found_in_time_is_killed_later(
-    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+    others: Others, lock: DaemonInstanceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
     child = others.left_by(WRITER)
@@ -212,17 +216,17 @@ def test_who_is_not_found_in_time_is_killed_later(
 
 @pytest.mark.usefixtures("nobody_dies")
 def test_a_holder_that_does_not_die_refuses_the_start(
-    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+    others: Others, lock: DaemonInstanceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving_lock, "_HOLDERS_SECONDS", 0.3)
     process, pid = others.run(HOLDER)
     process.kill()
     process.wait(PATIENCE)
-    with pytest.raises(AlreadyServedError, match=rf"\(pid {pid}\) holds GPU memory and does not end"):
+    with pytest.raises(AlreadyRunningError, match=rf"\(pid {pid}\) holds GPU memory and does not end"):
         lock.acquire()
 
 
-def test_a_lock_that_was_removed_is_noticed_and_taken_anew(others: Others, lock: ServingLock) -> None:
+def test_a_lock_that_was_removed_is_noticed_and_taken_anew(others: Others, lock: DaemonInstanceLock) -> None:
     lock.acquire()
     before = lock.writers, lock.holders
     for end in (".serving", ".lock"):
@@ -240,7 +244,7 @@ def test_a_lock_that_was_removed_is_noticed_and_taken_anew(others: Others, lock:
 @pytest.mark.usefixtures("nobody_dies")
 @pytest.mark.parametrize("left", [WRITER, OLDER])
 def test_a_loader_that_does_not_die_stays_in_sight_when_the_locks_are_removed(
-    others: Others, lock: ServingLock, left: str, monkeypatch: pytest.MonkeyPatch
+    others: Others, lock: DaemonInstanceLock, left: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lock is on a file that nobody can find any more: what it may write to stays aside."""
     monkeypatch.setattr(serving_lock, "_WRITERS_SECONDS", 0.2)
@@ -253,7 +257,7 @@ def test_a_loader_that_does_not_die_stays_in_sight_when_the_locks_are_removed(
 
 
 def test_a_lock_that_could_not_be_renewed_is_renewed_the_next_time(
-    others: Others, lock: ServingLock, monkeypatch: pytest.MonkeyPatch
+    others: Others, lock: DaemonInstanceLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock.acquire()
     others.socket.with_name("w.sock.serving").unlink()
@@ -286,16 +290,16 @@ def refused(others: Others) -> None:
         raise AssertionError(said)
 
 
-def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: ServingLock) -> None:
+def test_a_lock_that_another_has_taken_is_lost(others: Others, lock: DaemonInstanceLock) -> None:
     lock.acquire()
     for end in (".serving", ".lock"):
         others.socket.with_name(f"w.sock{end}").unlink()
     other, _ = others.run("lock = take(); found = 0")
-    with pytest.raises(AlreadyServedError, match=rf"another daemon \(pid {other.pid}\) serves it"):
+    with pytest.raises(AlreadyRunningError, match=rf"another daemon \(pid {other.pid}\) serves it"):
         lock.renew()
 
 
-def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
+def test_lock_files_do_not_grow_old(others: Others, lock: DaemonInstanceLock) -> None:
     lock.acquire()
     files = [others.socket.with_name(f"w.sock{end}") for end in (".serving", ".lock")]
     for file in files:
@@ -304,7 +308,7 @@ def test_lock_files_do_not_grow_old(others: Others, lock: ServingLock) -> None:
     assert all(file.stat().st_mtime > 1 for file in files)
 
 
-def test_a_process_that_is_found_is_one_that_has_the_lock(others: Others, lock: ServingLock) -> None:
+def test_a_process_that_is_found_is_one_that_has_the_lock(others: Others, lock: DaemonInstanceLock) -> None:
     lock.acquire()
     name = lock_holders.kernel_name(lock.writers)
     assert name is not None

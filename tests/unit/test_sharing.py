@@ -111,12 +111,12 @@ def test_memory_that_is_gone_makes_nothing_shared_that_comes_to_lie_there(load: 
     module = load(Pair())
     place = sharing._place(module.one)
     assert place is not None
-    (before,) = [one for one in sharing._alive() if sharing._inside(ranges.Extents([one]), place)]
+    (before,) = [one for one in sharing._alive() if sharing._inside(ranges.MappedExtents([one]), place)]
     module.float()
     module.half()
     gc.collect()
     assert before.owner() is None
-    assert not sharing._inside(ranges.Extents(sharing._alive()), place)
+    assert not sharing._inside(ranges.MappedExtents(sharing._alive()), place)
     assert not sharing.is_shared(module)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from weightd_daemon.loader import slots as slots_module
 from weightd_daemon.loader._proto import loader_pb2 as wire
-from weightd_daemon.loader.slots import Slot, Slots, Together
+from weightd_daemon.loader.slots import LoaderSlot, LoaderSlotRow, LoaderSlots
 
 KIB = 1 << 10
 
@@ -31,15 +31,15 @@ class Daemon:
         return wire.ToLoader(grant=wire.Extent(segment=len(self.asked), offset=0, length=length))
 
 
-def slots(daemon: Daemon, *sizes: int, frugal: bool = False) -> Slots:
-    return Slots(daemon, sizes, frugal=frugal)  # type: ignore[arg-type]  # what slots need of a channel
+def slots(daemon: Daemon, *sizes: int, frugal: bool = False) -> LoaderSlots:
+    return LoaderSlots(daemon, sizes, frugal=frugal)  # type: ignore[arg-type]  # what slots need of a channel
 
 
 def test_what_is_asked_for_ends_where_something_ends() -> None:
     daemon = Daemon()
     places = slots(daemon, 30 * KIB, 20 * KIB, 20 * KIB, 100 * KIB, KIB)
     assert [places.allocate(size)[:2] for size in (30 * KIB, 20 * KIB, 20 * KIB)] == [(1, 0), (1, 30 * KIB), (2, 0)]
-    assert places.allocate(50 * KIB, Together(100 * KIB))[:2] == (3, 0)
+    assert places.allocate(50 * KIB, LoaderSlotRow(100 * KIB))[:2] == (3, 0)
     assert places.allocate(50 * KIB)[:2] == (3, 50 * KIB)
     assert places.allocate(KIB)[:2] == (4, 0)
     assert daemon.asked == [
@@ -56,7 +56,7 @@ def test_neighbours_that_are_given_back_are_one_place() -> None:
     taken = [places.allocate(10 * KIB) for _ in range(4)]
     for at in (0, 3, 2, 1):
         places.give_back(taken[at])
-    assert places.allocate(40 * KIB) == Slot(1, 0, 40 * KIB)
+    assert places.allocate(40 * KIB) == LoaderSlot(1, 0, 40 * KIB)
     assert len(daemon.asked) == 1
 
 
@@ -75,7 +75,7 @@ def test_what_is_together_lies_behind_each_other_and_not_in_what_was_given_back(
     places = slots(daemon, 4 * KIB, 4 * KIB, 12 * KIB, 4 * KIB)
     first, second = places.allocate(4 * KIB), places.allocate(4 * KIB)
     places.give_back(first)
-    together = Together(12 * KIB)
+    together = LoaderSlotRow(12 * KIB)
     taken = [places.allocate(4 * KIB, together)]
     places.give_back(second)  # now there is a place of 8 KiB that each of them fits
     taken += [places.allocate(4 * KIB, together) for _ in range(2)]
@@ -88,7 +88,7 @@ def test_what_was_given_back_holds_a_group_where_it_is_large_enough() -> None:
     daemon = Daemon()
     places = slots(daemon, 4 * KIB, 8 * KIB, 8 * KIB)
     places.allocate(4 * KIB)
-    one, other = Together(8 * KIB), Together(8 * KIB)
+    one, other = LoaderSlotRow(8 * KIB), LoaderSlotRow(8 * KIB)
     for slot in [places.allocate(4 * KIB, one) for _ in range(2)]:
         places.give_back(slot)
     assert [places.allocate(4 * KIB, other).offset for _ in range(2)] == [4 * KIB, 8 * KIB]
@@ -97,7 +97,7 @@ def test_what_was_given_back_holds_a_group_where_it_is_large_enough() -> None:
 
 def test_what_is_apart_is_placed_like_the_rest() -> None:
     places = slots(Daemon(), 16 * KIB)
-    together = Together(16 * KIB)
+    together = LoaderSlotRow(16 * KIB)
     first, second = places.allocate(4 * KIB, together), places.allocate(4 * KIB, together)
     places.give_back(first)  # its bytes are shared
     together.apart = True
@@ -112,7 +112,7 @@ def test_a_group_asks_for_more_memory_where_that_was_promised(frugal: bool) -> N
     places = slots(daemon, 8 * KIB, 60 * KIB, frugal=frugal)
     slot = places.allocate(8 * KIB)
     places.give_back(slot)
-    together = Together(60 * KIB)
+    together = LoaderSlotRow(60 * KIB)
     taken = [places.allocate(6 * KIB, together)[:2] for _ in range(2)]
     assert taken == ([(1, 0), (2, 0)] if frugal else [(2, 0), (2, 6 * KIB)])
 
@@ -121,7 +121,7 @@ def test_memory_in_pieces_is_used_to_the_end() -> None:
     """Once less than what stays together was granted, nothing is left lying for the sake of order."""
     daemon = Daemon(10 * KIB, 10 * KIB)
     places = slots(daemon, 12 * KIB, 12 * KIB)
-    one, other = Together(12 * KIB), Together(12 * KIB)
+    one, other = LoaderSlotRow(12 * KIB), LoaderSlotRow(12 * KIB)
     assert [places.allocate(4 * KIB, one)[:2] for _ in range(3)] == [(1, 0), (1, 4 * KIB), (2, 0)]
     assert [places.allocate(4 * KIB, other)[:2] for _ in range(2)] == [(2, 4 * KIB), (3, 0)]
     assert len(daemon.asked) == 3

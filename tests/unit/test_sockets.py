@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import socket as sockets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,10 +16,10 @@ import pytest
 
 from weightd._transport import address
 from weightd._transport.address import handles_path
-from weightd_daemon.config.toml_file import TemporaryError
+from weightd_daemon.config.toml_file import TemporaryConfigError
 from weightd_daemon.operations import sockets as module
-from weightd_daemon.operations.serving_lock import AlreadyServedError
-from weightd_daemon.operations.sockets import Sockets, identity, locked, remove_own
+from weightd_daemon.operations.serving_lock import AlreadyRunningError
+from weightd_daemon.operations.sockets import DaemonSockets, identity, listen, locked, remove_own
 
 
 class Control:
@@ -52,7 +54,7 @@ def control() -> Iterator[Control]:
 
 
 @contextlib.contextmanager
-def served(path: Path, control: Control) -> Iterator[Sockets]:
+def served(path: Path, control: Control) -> Iterator[DaemonSockets]:
     """Sockets that are open."""
     with locked(path) as made:
         asyncio.run(made.open(0o640, control, control.listeners.append))
@@ -95,7 +97,7 @@ def test_what_is_anothers_is_left(short_path: Path, control: Control, which: int
     with served(path, control) as made:
         place.unlink()
         place.write_text("another's")
-        with pytest.raises(AlreadyServedError, match=f"socket {place}: another process has put its own in its place"):
+        with pytest.raises(AlreadyRunningError, match=f"socket {place}: another process has put its own in its place"):
             asyncio.run(made.look())
     assert place.read_text() == "another's"
 
@@ -104,7 +106,7 @@ def test_a_start_takes_nothing_from_one_who_listens(short_path: Path, control: C
     path = short_path / "w.sock"
     control.bind(path)
     before = identity(path)
-    with pytest.raises(AlreadyServedError, match=r"a process listens there that does not have its lock"), locked(path):
+    with pytest.raises(AlreadyRunningError, match=r"a process listens there that does not have its lock"), locked(path):
         pass
     assert identity(path) == before
     control.close()
@@ -134,7 +136,7 @@ def test_what_cannot_be_made_now_is_tried_again_for_a_while(
     path = short_path / "w.sock"
     told: list[Exception] = []
 
-    async def run(made: Sockets) -> None:
+    async def run(made: DaemonSockets) -> None:
         done = asyncio.Event()
         made.watch(lambda error: (told.append(error), done.set()))
         control.refuse = refusals
@@ -148,4 +150,58 @@ def test_what_cannot_be_made_now_is_tried_again_for_a_while(
     with served(path, control) as made:
         asyncio.run(run(made))
     assert "cannot be made: [Errno 24] Too many open files; trying again" in caplog.text
-    assert [type(error) for error in told] == ([] if refusals == 2 else [TemporaryError])
+    assert [type(error) for error in told] == ([] if refusals == 2 else [TemporaryConfigError])
+
+
+def test_what_other_threads_make_meanwhile_stays_usable(short_path: Path, control: Control) -> None:
+    """The umask is that of the whole process: a folder that another thread makes must not lose its x."""
+    bind = control.bind
+    modes: list[int] = []
+
+    def make_and_bind(path: Path) -> None:
+        folder = short_path / "of another thread"
+        thread = threading.Thread(target=folder.mkdir)
+        thread.start()
+        thread.join()
+        modes.append(folder.stat().st_mode & 0o777)
+        bind(path)
+
+    control.bind = make_and_bind  # type: ignore[method-assign]  # looks before it binds
+    with served(short_path / "w.sock", control):
+        pass
+    assert [mode & 0o700 for mode in modes] == [0o700]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+@pytest.mark.parametrize("mask", [0, 0o077])
+def test_a_listener_has_its_mode_from_the_first_and_leaves_the_umask_alone(
+    short_path: Path, mode: int, mask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = short_path / "w.sock.handles", list[tuple[bool, int]]()
+    chmod = Path.chmod
+
+    def look_and_change(made: Path, mode: int) -> None:
+        now = os.umask(mask)
+        os.umask(now)
+        seen.append((path.exists(), now))
+        assert made.stat().st_mode & 0o777 & ~mode == 0, "never more than is wanted"
+        chmod(made, mode)
+
+    monkeypatch.setattr(Path, "chmod", look_and_change)
+    before = os.umask(mask)
+    try:
+        with listen(path, mode), sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET) as client:
+            assert path.stat().st_mode & 0o777 == mode
+            client.connect(str(path))
+    finally:
+        os.umask(before)
+    assert seen == [(False, mask)]
+    assert [file.name for file in short_path.iterdir()] == ["w.sock.handles"]
+
+
+def test_a_listener_takes_nobodys_place(short_path: Path) -> None:
+    path = short_path / "w.sock.handles"
+    path.write_text("another's")
+    with pytest.raises(FileExistsError):
+        listen(path, 0o600)
+    assert [file.read_text() for file in short_path.iterdir()] == ["another's"]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from weightd.types import TensorSpec
 from weightd_daemon.loader.schedule import (
     PIECE,
-    Tensor,
-    Unit,
+    LoaderTensor,
+    LoaderUnit,
     arranged,
     batches,
     homes,
@@ -32,13 +32,13 @@ APART = range(8)
 """Files none of which shares lanes with others."""
 
 
-def tensors(*files: list[int]) -> list[Tensor]:
+def tensors(*files: list[int]) -> list[LoaderTensor]:
     """Tensors of these lengths, one after the other in each file."""
-    found: list[Tensor] = []
+    found: list[LoaderTensor] = []
     for file, lengths in enumerate(files):
         offset = 0
         for length in lengths:
-            found.append(Tensor(len(found), file, TensorSpec(f"t{len(found)}", "U8", (length,), offset, length)))
+            found.append(LoaderTensor(len(found), file, TensorSpec(f"t{len(found)}", "U8", (length,), offset, length)))
             offset += length
     return found
 
@@ -76,7 +76,7 @@ def test_groups_come_in_one_row() -> None:
 
 
 @st.composite
-def grouped(draw: st.DrawFn) -> tuple[list[Tensor], list[list[int]]]:
+def grouped(draw: st.DrawFn) -> tuple[list[LoaderTensor], list[list[int]]]:
     """Tensors in files, and groups of some of them, in any order and across files."""
     every = tensors(*draw(st.lists(st.lists(st.integers(1, 300 * MIB), max_size=10), max_size=4)))
     order = draw(st.permutations([tensor.number for tensor in every]))
@@ -87,7 +87,7 @@ def grouped(draw: st.DrawFn) -> tuple[list[Tensor], list[list[int]]]:
 
 @given(grouped(), st.integers(1, 4), st.data())
 def test_lanes_hold_each_group_in_one_piece(
-    work: tuple[list[Tensor], list[list[int]]], threads: int, data: st.DataObject
+    work: tuple[list[LoaderTensor], list[list[int]]], threads: int, data: st.DataObject
 ) -> None:
     every, groups = work
     left = [tensor for tensor in every if data.draw(st.integers(0, 9), label=str(tensor.number))]  # one in ten is known
@@ -145,9 +145,9 @@ def test_neighbours_that_fit_into_a_piece_are_one_unit() -> None:
 def test_each_unit_is_done_once_and_threads_stay_on_their_lanes() -> None:
     work = lanes(units(tensors([8 * MIB] * 64)), 2, APART)
     together = threading.Barrier(2)
-    done: dict[int, list[Unit]] = {}
+    done: dict[int, list[LoaderUnit]] = {}
 
-    def step(unit: Unit) -> None:
+    def step(unit: LoaderUnit) -> None:
         done.setdefault(threading.get_ident(), []).append(unit)
         together.wait(60)  # both threads go at the same speed
 
@@ -166,7 +166,7 @@ def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> No
     begun: list[int] = []
     done: list[int] = []
 
-    def step(unit: Unit) -> None:
+    def step(unit: LoaderUnit) -> None:
         assert unit.start in begun
         done.append(unit.start)
 
@@ -176,7 +176,7 @@ def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> No
 
 
 def test_an_error_at_the_beginning_of_a_unit_stops_all() -> None:
-    def begin(unit: Unit) -> None:
+    def begin(unit: LoaderUnit) -> None:
         raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
@@ -184,7 +184,7 @@ def test_an_error_at_the_beginning_of_a_unit_stops_all() -> None:
 
 
 def test_the_first_error_stops_all() -> None:
-    def step(unit: Unit) -> None:
+    def step(unit: LoaderUnit) -> None:
         raise ValueError(str(unit.start))
 
     with pytest.raises(ValueError, match="0"):
@@ -196,7 +196,7 @@ def test_the_first_error_stops_all() -> None:
 
 @given(grouped(), grouped(), st.integers(1, 4))
 def test_groups_that_are_asked_for_make_no_more_lanes(
-    work: tuple[list[Tensor], list[list[int]]], other: tuple[list[Tensor], list[list[int]]], threads: int
+    work: tuple[list[LoaderTensor], list[list[int]]], other: tuple[list[LoaderTensor], list[list[int]]], threads: int
 ) -> None:
     every, wanted = work
     usual = [group for group in other[1] if all(number < len(every) for number in group)]

@@ -10,7 +10,7 @@ import pytest
 
 from weightd.errors import FormatError
 from weightd_daemon.formats import workload
-from weightd_daemon.formats.workload import WorkloadTensor, placed, read_workload
+from weightd_daemon.formats.workload import WorkloadFormatTensor, placed, read_workload
 
 ROW: dict[str, Any] = {"name": "w", "dtype": "F32", "shape": [2, 3], "content": "base|w"}
 
@@ -24,8 +24,8 @@ def test_a_manifest_is_read_packed_or_not(pack: Any) -> None:
     raw = encoded({"pipe/unet/model.safetensors": [ROW, ROW | {"name": "n", "shape": [], "extra": 1}], "empty": []})
     assert read_workload("m", pack(raw)) == {
         "pipe/unet/model.safetensors": [
-            WorkloadTensor("w", "F32", (2, 3), "base|w", 24),
-            WorkloadTensor("n", "F32", (), "base|w", 4),
+            WorkloadFormatTensor("w", "F32", (2, 3), "base|w", 24),
+            WorkloadFormatTensor("n", "F32", (), "base|w", 4),
         ],
         "empty": [],
     }

@@ -6,7 +6,7 @@ import that: a thread which imports it while another does sees half of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from cuda.core import Buffer
 
@@ -15,6 +15,9 @@ from weightd.errors import DeviceError
 
 from . import cuda_driver
 
+_CUDA: Final = 2
+"""DLPack's kDLCUDA."""
+
 
 def make_buffer(ordinal: cuda_driver.Ordinal, address: int, length: int, owner: object) -> Any:
     """A buffer that keeps `owner`. Errors: DeviceError, ForkedError."""
@@ -22,19 +25,28 @@ def make_buffer(ordinal: cuda_driver.Ordinal, address: int, length: int, owner: 
     buffer = Buffer.from_handle(address, length, owner=owner)
     with cuda_driver.on_device(ordinal):  # this thread may be one in which nobody has used the device so far
         try:
-            buffer.__dlpack_device__()  # asks the driver about the address; the answer is kept for DLPack consumers
+            found = buffer.__dlpack_device__()  # asks the driver about the address, and keeps the answer for consumers
         except Exception as error:  # cuda.core's own, which is not public
             code = str(error).partition(":")[0]
             raise DeviceError(
                 f"cuPointerGetAttributes failed with {code}; see `nvidia-smi`",
                 {"call": "cuPointerGetAttributes", "code": code},
             ) from error
+    if tuple(map(int, found)) != (_CUDA, ordinal):  # such as (1, 0), of which consumers make a tensor on the CPU
+        raise DeviceError(
+            f"the driver says that memory attached on cuda:{ordinal} is of another device: DLPack's {found}",
+            {"call": "cuPointerGetAttributes"},
+        )
     return buffer
 
 
 def copy_to_host(buffer: Any) -> bytearray:
     """The bytes of a buffer that `make_buffer` made, copied. Errors: DeviceError, ForkedError."""
     found = bytearray(buffer.size)
-    with cuda_driver.on_device(buffer.device_id):
-        cuda_driver.call("cuMemcpyDtoH", address_of(found), int(buffer.handle), buffer.size)
+    with (
+        cuda_driver.on_device(buffer.device_id),
+        cuda_driver.relaxed(),
+        cuda_driver.own_stream() as stream,  # the default stream must not be used while a blocking one is captured
+    ):
+        cuda_driver.call("cuMemcpyDtoHAsync", address_of(found), int(buffer.handle), buffer.size, stream)
     return found

@@ -10,18 +10,15 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import threading
-from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from weightd.errors import DeviceError, DeviceMismatchError, ForkedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    _End = tuple["Ordinal", Callable[[], object], object]
-    """What `finish` was asked for: device, step, and what must live until it is taken."""
+    from collections.abc import Callable, Iterator, Sequence
 
 Ordinal = int
 Allocation = Any
@@ -31,22 +28,9 @@ Allocation = Any
 _lock = threading.RLock()
 _initialised_in: int | None = None
 _contexts: dict[Ordinal, Any] = {}
-_postponed: defaultdict[Ordinal, list[_End]] = defaultdict(list)
 
 _FORKED = "CUDA does not survive a fork; start the process with `spawn`, and attach there"
-_NOT_NOW = {
-    "CUDA_ERROR_NOT_PERMITTED",  # inside a host function of a stream
-    "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
-    "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
-    "CUDA_ERROR_STREAM_CAPTURE_MERGE",
-    "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED",
-    "CUDA_ERROR_STREAM_CAPTURE_UNJOINED",
-    "CUDA_ERROR_STREAM_CAPTURE_ISOLATION",
-    "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
-    "CUDA_ERROR_CAPTURED_EVENT",
-    "CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD",
-}
-"""Errors by which a context lives on, and its kernels with it."""
+_UNKNOWN = re.compile(r"(\d+) is not a valid CUresult")
 
 
 def _new_lock() -> None:
@@ -60,7 +44,11 @@ os.register_at_fork(after_in_child=_new_lock)
 
 def call(name: str, *arguments: Any) -> Any:
     """Call a driver function; returns its result, a tuple where there are several. Errors: DeviceError."""
-    status, *results = getattr(_driver(), name)(*arguments)
+    function = getattr(_driver(), name)
+    try:
+        status, *results = function(*arguments)
+    except (KeyError, ValueError) as error:
+        raise _unknown_status(name, error) from None
     if status:
         raise _failure(name, status)
     return results[0] if len(results) == 1 else tuple(results)
@@ -82,7 +70,9 @@ def initialise() -> None:
         except DeviceError as error:
             if error.code == "CUDA_ERROR_NOT_INITIALIZED":  # torch, say, had initialised it before the fork
                 raise ForkedError(_FORKED) from error
-            raise DeviceMismatchError(f"no CUDA device can be used here: cuInit failed with {error.code}") from error
+            raise DeviceMismatchError(
+                f"no CUDA device can be used here: cuInit failed with {error.code}", error.metadata
+            ) from error
         except Exception as error:  # cuda-bindings raises its own kinds where libcuda is missing or too old
             raise DeviceMismatchError(f"no CUDA driver can be used here: {_first_line(error)}") from error
         _initialised_in = os.getpid()
@@ -99,7 +89,10 @@ def bound(name: str) -> Callable[..., None]:
     function = getattr(_driver(), name)
 
     def checked(*arguments: Any) -> None:
-        status = function(*arguments)[0]
+        try:
+            status = function(*arguments)[0]
+        except (KeyError, ValueError) as error:
+            raise _unknown_status(name, error) from None
         if status:
             raise _failure(name, status)
 
@@ -152,7 +145,13 @@ def total_memory(ordinal: Ordinal) -> int:
     return int(call("cuDeviceTotalMem", call("cuDeviceGet", ordinal)))
 
 
-class on_device:  # noqa: N801  # a function to whoever uses it; a generator's context manager takes 1 µs more
+def compute_mode(ordinal: Ordinal) -> int:
+    """The device's compute mode, a CUcomputemode: who may have a context. Errors: DeviceError."""
+    attribute = _driver().CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_MODE
+    return int(call("cuDeviceGetAttribute", attribute, call("cuDeviceGet", ordinal)))
+
+
+class _OnDevice:
     """Make the device's primary context, the one that torch uses, current in this thread. Errors: DeviceError.
 
     It is retained once and kept while the process lives.
@@ -170,22 +169,45 @@ class on_device:  # noqa: N801  # a function to whoever uses it; a generator's c
         bound("cuCtxPopCurrent")()
 
 
-def finish(ordinal: Ordinal, step: Callable[[], object], *, keeps: object = None) -> None:
-    """For finalizers: take a step when the device is idle, and let go of what `keeps` until then; raises nothing.
+on_device = _OnDevice  # a function to its callers; a generator's context manager takes 1 µs more
 
-    While the driver refuses because a CUDA graph is being captured, or in a host function, step and keeper wait for the
-    next call of this or of `finish_postponed`. Where it refuses otherwise, its context is dead and so is all that was
-    in it. In a forked child nothing is called: what the child inherited is its parent's.
+
+class _Relaxed:
+    """Keep this thread's calls from ending stream captures, where CUDA only holds them to be potentially unsafe.
+
+    Every allocating, mapping, opening or asking call is that, beside a capture of this thread or a global one. What
+    synchronises the context ends captures all the same: decision 0039. Errors: DeviceError.
     """
-    if is_ours() and _finish((ordinal, step, keeps)):
-        finish_postponed(ordinal)
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        mode = _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._before = call("cuThreadExchangeStreamCaptureMode", mode)
+
+    def __exit__(self, *_: object) -> None:
+        call("cuThreadExchangeStreamCaptureMode", self._before)
 
 
-def finish_postponed(ordinal: Ordinal) -> None:
-    """Try again what could not be finished; raises nothing."""
-    waiting = _postponed[ordinal]
-    while waiting and _finish(waiting.pop(0)):
-        pass
+relaxed = _Relaxed  # likewise
+
+
+@contextlib.contextmanager
+def own_stream() -> Iterator[Any]:
+    """A stream of the current context on which nobody else waits; on leaving, its work is done. Errors: DeviceError."""
+    stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
+    try:
+        yield stream
+        call("cuStreamSynchronize", stream)
+    finally:
+        call("cuStreamDestroy", stream)
+
+
+def peers_of(ordinal: Ordinal) -> list[Ordinal]:
+    """The other GPUs that this process sees and that can access a GPU's memory. Errors: DeviceError."""
+    device = call("cuDeviceGet", ordinal)
+    others = (other for other in range(device_count()) if other != ordinal)
+    return [other for other in others if call("cuDeviceCanAccessPeer", call("cuDeviceGet", other), device)]
 
 
 # -- allocations: no context needed ------------------------------------------------------------------------------------
@@ -219,8 +241,8 @@ def release(allocation: Allocation) -> None:
     call("cuMemRelease", allocation)
 
 
-class AddressRange:
-    """Reserved addresses of one device and what is mapped into them, until `close`. Sizes are bytes."""
+class MappedAddressRange:
+    """Range of device addresses into which memory is mapped, until `close`. Sizes are bytes."""
 
     def __init__(self, ordinal: Ordinal, size: int) -> None:
         self._ordinal = ordinal
@@ -233,15 +255,21 @@ class AddressRange:
         call("cuMemMap", self.address + offset, size, 0, allocation, 0)
         self._mapped.append((self.address + offset, size))
 
-    def allow(self, *, writable: bool) -> None:
-        """Let the device read, or read and write, the whole range, all of which is mapped. Errors: DeviceError."""
+    def allow(self, *, writable: bool, peers: Sequence[Ordinal] = ()) -> None:
+        """Let the device, and its peers, read, or read and write, the whole range, all of which is mapped.
+
+        Errors: DeviceError.
+        """
         driver = _driver()
-        access = driver.CUmemAccessDesc()
-        access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        access.location.id = self._ordinal
         flags = driver.CUmemAccess_flags
-        access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
-        call("cuMemSetAccess", self.address, self.size, [access], 1)
+        granted = []
+        for ordinal in (self._ordinal, *peers):
+            access = driver.CUmemAccessDesc()
+            access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+            access.location.id = ordinal
+            access.flags = flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE if writable else flags.CU_MEM_ACCESS_FLAGS_PROT_READ
+            granted.append(access)
+        call("cuMemSetAccess", self.address, self.size, granted, len(granted))
 
     def close(self) -> None:
         """Unmap everything and give the addresses back; the device must not use them any more.
@@ -305,6 +333,22 @@ def _failure(name: str, status: Any) -> DeviceError:
     return DeviceError(f"{name} failed with {status.name}; see `nvidia-smi`", {"call": name, "code": status.name})
 
 
+def _unknown_status(name: str, error: Exception) -> Exception:
+    """What is to be raised where cuda-bindings is older than the driver, and does not know the status of a call.
+
+    It raises KeyError with the number (12), or ValueError with a sentence (13); anything else is a fault of the caller.
+    """
+    told = error.args[0] if error.args else None
+    matched = _UNKNOWN.fullmatch(told) if isinstance(told, str) else None
+    if isinstance(told, int):
+        code = f"CUDA_ERROR_{told}"
+    elif matched is not None:
+        code = f"CUDA_ERROR_{matched[1]}"
+    else:
+        return error
+    return DeviceError(f"{name} failed with {code}; see `nvidia-smi`", {"call": name, "code": code})
+
+
 def _enter(ordinal: Ordinal) -> None:
     """Push the device's primary context; whoever calls this pops it."""
     initialise()
@@ -313,33 +357,6 @@ def _enter(ordinal: Ordinal) -> None:
             if ordinal not in _contexts:
                 _contexts[ordinal] = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", ordinal))
     bound("cuCtxPushCurrent")(_contexts[ordinal])
-
-
-def _finish(end: _End) -> bool:
-    """Whether it is finished; else it is postponed."""
-    ordinal, step, _ = end
-    entered = False
-    postponed = True  # also by Ctrl-C; but what has been begun is not done twice
-    try:
-        try:
-            _enter(ordinal)
-            entered = True
-            call("cuCtxSynchronize")
-        except DeviceError as error:
-            if error.code in _NOT_NOW:
-                return False
-        postponed = False
-        try:
-            step()
-        except DeviceError as error:
-            postponed = error.code in _NOT_NOW
-        return not postponed
-    finally:  # no ExitStack: its errors are cycles, which would keep what is being finished
-        if postponed:
-            _postponed[ordinal].append(end)
-        if entered:
-            with contextlib.suppress(DeviceError):
-                call("cuCtxPopCurrent")
 
 
 def _uuid(ordinal: Ordinal) -> str:

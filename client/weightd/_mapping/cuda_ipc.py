@@ -15,21 +15,21 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from . import cuda_driver
+from . import cuda_driver, cuda_release
 from .cuda_driver import call
-from .cuda_segments import CudaSegments
-from .ranges import Range
+from .cuda_segments import MappedCudaSegments
+from .ranges import MappedRange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from .segments import Wanted
+    from .segments import SegmentToMap
 
 
-class IpcSegments(CudaSegments):
-    """Segments of one attachment; see `segments.Segments`."""
+class MappedIpcSegments(MappedCudaSegments):
+    """Map the segments of one attachment by CUDA IPC; see `segments.MappedSegments`."""
 
-    def __init__(self, uuid: str, wanted: Sequence[Wanted], lease: object) -> None:
+    def __init__(self, uuid: str, wanted: Sequence[SegmentToMap], lease: object) -> None:
         super().__init__(uuid)
         self._opened: dict[int, _Memory] = {}
         self._sizes = {one.segment: one.size for one in wanted}
@@ -38,24 +38,24 @@ class IpcSegments(CudaSegments):
             return
         self._lease = lease
         try:
-            cuda_driver.finish_postponed(self._ordinal)
             for one in wanted:
                 assert isinstance(one.handle, bytes)  # `open_segments` has looked
-                self._opened[one.segment] = _open(self._ordinal, one.handle)
+                self._opened[one.segment] = _open(self._ordinal, one.handle, one.size)
         except BaseException:
             self._opened.clear()
             raise
 
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
-        # Another attachment may keep the handles open. It does not keep our lease, so the device must be idle before
-        # that goes.
+        # Another attachment may keep the handles open. It does not keep our lease, so what reads for us must be done
+        # before that goes.
         if self._opened and not at_exit():
-            cuda_driver.finish(self._ordinal, self._opened.clear, keeps=self._lease)
+            size = sum(self._sizes.values())
+            cuda_release.finish(self._ordinal, self._opened.clear, streams=self._streams, size=size, keeps=self._lease)
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[MappedRange]:
         """One for each handle. Private copies, which a second name gets, are not among them."""
         owner = weakref.ref(self)
-        return [Range(*place, owner) for place in self.places().values()]
+        return [MappedRange(*place, owner) for place in self.places().values()]
 
     def places(self) -> dict[tuple[int, int], tuple[int, int]]:
         """Address and length of each handle's memory, as copy 0 of its segment."""
@@ -66,12 +66,14 @@ class IpcSegments(CudaSegments):
         cuda_driver.initialise()  # before any lock, which another thread may have held when this process was forked
         address = self._opened[segment].address + offset
         if not copy:
+            self._note_reader()
             return self._make_buffer(self._ordinal, address, length, self)
         key = segment, offset, length, copy  # a tensor, and what is fused from there on, begin at one place
         with _lock:
             owner = self._copies.get(key)
             if owner is None:
                 owner = self._copies[key] = _copy(self._ordinal, address, length)
+        owner.streams.add(cuda_release.current_stream(self._ordinal))
         return self._make_buffer(self._ordinal, owner.address, length, owner)
 
 
@@ -87,20 +89,26 @@ class _Memory:
         ordinal: cuda_driver.Ordinal,
         make: Callable[[], int],
         undo: str,
+        size: int,
         fill: Callable[[int], object] = lambda address: None,
     ) -> None:
+        self.streams: set[cuda_release.Stream] = set()
+        """Where work may have been queued that reads it, and that its users do not wait for themselves."""
         with contextlib.ExitStack() as on_error:
-            with cuda_driver.on_device(ordinal):
+            with cuda_driver.on_device(ordinal), cuda_driver.relaxed():
+                cuda_release.prepare(ordinal)
                 self.address = make()
-                end = weakref.finalize(self, _give_up, ordinal, undo, self.address)
+                end = weakref.finalize(self, _give_up, ordinal, undo, self.address, self.streams, size)
                 end.atexit = False  # the driver may be gone by then
                 on_error.callback(end)
                 fill(self.address)
             on_error.pop_all()
 
 
-def _give_up(ordinal: cuda_driver.Ordinal, undo: str, address: int) -> None:
-    cuda_driver.finish(ordinal, lambda: call(undo, address))
+def _give_up(
+    ordinal: cuda_driver.Ordinal, undo: str, address: int, streams: set[cuda_release.Stream], size: int
+) -> None:
+    cuda_release.finish(ordinal, lambda: call(undo, address), streams=streams, size=size)
 
 
 # Re-entrant: a finalizer of this module may run while this very thread opens a handle.
@@ -117,18 +125,21 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
-def _open(ordinal: cuda_driver.Ordinal, handle: bytes) -> _Memory:
+def _open(ordinal: cuda_driver.Ordinal, handle: bytes, size: int) -> _Memory:
     with _lock:
         opened = _all_opened.get((ordinal, handle))
         if opened is None:
-            opened = _Memory(ordinal, lambda: cuda_driver.open_ipc(handle), "cuIpcCloseMemHandle")
+            opened = _Memory(ordinal, lambda: cuda_driver.open_ipc(handle), "cuIpcCloseMemHandle", size)
             _all_opened[ordinal, handle] = opened
         return opened
 
 
 def _copy(ordinal: cuda_driver.Ordinal, source: int, length: int) -> _Memory:
-    def fill(address: int) -> None:
-        call("cuMemcpyDtoD", address, source, length)
-        call("cuCtxSynchronize")  # torch's streams do not wait for the one that copied
+    def make() -> int:
+        return int(call("cuMemAlloc", length))
 
-    return _Memory(ordinal, lambda: int(call("cuMemAlloc", length)), "cuMemFree", fill)
+    def fill(address: int) -> None:
+        with cuda_driver.own_stream() as stream:  # which is done when torch's streams, which do not wait for it, begin
+            call("cuMemcpyDtoDAsync", address, source, length, stream)
+
+    return _Memory(ordinal, make, "cuMemFree", length, fill)

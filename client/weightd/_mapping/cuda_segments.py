@@ -5,22 +5,34 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from . import cuda_driver
+from . import cuda_driver, cuda_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-class CudaSegments:
-    """Segments on the GPU of that UUID, which this process may number as it likes, or not see at all."""
+class MappedCudaSegments:
+    """Map segments on the GPU of that UUID, which this process may number differently, or not see at all."""
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid
+        self._peers: tuple[cuda_driver.Ordinal, ...] = ()
+        self._streams: set[cuda_release.Stream] = set()
+        """Where work may have been queued that reads the memory."""
 
     @property
     def torch_device(self) -> str:
         """What torch calls the device. Errors: DeviceMismatchError."""
         return f"cuda:{self._ordinal}"
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """What torch calls the other devices that can access the memory."""
+        return tuple(f"cuda:{ordinal}" for ordinal in self._peers)
+
+    def _note_reader(self) -> None:
+        """To be called before a buffer is handed out."""
+        self._streams.add(cuda_release.current_stream(self._ordinal))
 
     @cached_property
     def _ordinal(self) -> cuda_driver.Ordinal:

@@ -9,34 +9,41 @@ goes when the last thing that needs it is gone, in whatever order things are dro
 
 from __future__ import annotations
 
+import mmap
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from weightd._libc import map_private, unmap, view_at
+from weightd._libc import map_private, reserve, unmap, view_at
 from weightd._limits import limit_error
 
-from .ranges import Range
+from .ranges import MappedRange
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .segments import Wanted
+    from .segments import SegmentToMap
 
 
-class Mapping:
-    """One mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
+_ALIGNMENT: Final = 2 << 20
+"""Bytes: the kernel maps huge pages at multiples of it only."""
+
+
+class HostMapping:
+    """Private mapping of a whole file; unmapped when nothing refers to it. `keeps` is what must outlive it.
 
     Errors: ResourceLimitError (no address space or mapping left), OSError.
     """
 
-    def __init__(self, descriptor: int, size: int, *, writable: bool, keeps: object = None) -> None:
+    def __init__(
+        self, descriptor: int, size: int, *, writable: bool, keeps: object = None, at: int | None = None
+    ) -> None:
         self._address: int | None = None
         self.size = size
         self._keeps = keeps
         # Bound here: at the interpreter's end module globals may be gone before the last tensor.
         self._unmap = unmap
         try:
-            self._address = map_private(descriptor, size, writable=writable)
+            self._address = map_private(descriptor, size, writable=writable, at=at)
         except OSError as error:
             if limit := limit_error(error, f"mapping {size} bytes"):
                 raise limit from error
@@ -61,32 +68,48 @@ class Mapping:
         return view_at(self.address, self.size, self)
 
 
-def map_lease(descriptor: int, size: int) -> Mapping:
+def map_lease(descriptor: int, size: int) -> HostMapping:
     """Map what is locked: as long as the mapping lives, so does the kernel lock that is this process's lease."""
-    return Mapping(descriptor, size, writable=False)
+    return HostMapping(descriptor, size, writable=False)
 
 
-def map_segment(descriptor: int, size: int, lease: object) -> Mapping:
-    """Map a segment, copy-on-write; the mapping keeps the lease."""
-    return Mapping(descriptor, size, writable=True, keeps=lease)
+def map_segment(descriptor: int, size: int, lease: object, at: int) -> HostMapping:
+    """Map a segment at a reserved address, copy-on-write; the mapping keeps the lease."""
+    return HostMapping(descriptor, size, writable=True, keeps=lease, at=at)
 
 
-class HostSegments:
-    """Segments in host memory; see `segments.Segments`."""
+class MappedHostSegments:
+    """Map the segments of one attachment in host memory; see `segments.MappedSegments`."""
 
     torch_device = "cpu"
+    peers = ()
 
-    def __init__(self, wanted: Sequence[Wanted], lease: object) -> None:
+    def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
-        self._ranges: dict[tuple[int, int], Range] = {}
-        for one in wanted:
-            assert isinstance(one.handle, int)  # `open_segments` has looked
-            for copy in range(one.copies):
-                mapping = map_segment(one.handle, one.size, lease)
-                self._ranges[one.segment, copy] = Range(mapping.address, one.size, weakref.ref(mapping))
-                self._buffers[one.segment, copy] = mapping.buffer()
+        self._ranges: dict[tuple[int, int], MappedRange] = {}
+        size = sum(_whole_pages(one.size) * one.copies for one in wanted)
+        if not size:
+            return
+        try:
+            place = reserve(size, _ALIGNMENT if size >= _ALIGNMENT else mmap.PAGESIZE)
+        except OSError as error:
+            if limit := limit_error(error, f"mapping {size} bytes"):
+                raise limit from error
+            raise
+        end = place + size
+        try:
+            for one in wanted:
+                assert isinstance(one.handle, int)  # `open_segments` has looked
+                for copy in range(one.copies):
+                    mapping = map_segment(one.handle, one.size, lease, place)
+                    self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
+                    self._buffers[one.segment, copy] = mapping.buffer()
+                    place += _whole_pages(one.size)
+        except BaseException:
+            unmap(place, end - place)
+            raise
 
-    def ranges(self) -> list[Range]:
+    def ranges(self) -> list[MappedRange]:
         """One for each mapping."""
         return list(self._ranges.values())
 
@@ -97,3 +120,7 @@ class HostSegments:
     def buffer(self, segment: int, copy: int, offset: int, length: int) -> memoryview:
         """The bytes, copy-on-write."""
         return self._buffers[segment, copy][offset : offset + length]
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

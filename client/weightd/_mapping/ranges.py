@@ -23,18 +23,18 @@ _OWN: Final = bytes(bool(flags & (_PRESENT | _SWAPPED)) and not flags & _OF_FILE
 """For each value of that byte, whether the page is this process's own copy and no longer the file's."""
 
 
-class Range(NamedTuple):
-    """Attached memory: it lies at these addresses as long as `owner` is there, and what is there later is not it."""
+class MappedRange(NamedTuple):
+    """Address range of attached memory. It is valid while `owner` exists; afterwards other memory may lie there."""
 
     address: int
     size: int
     owner: weakref.ref[Any]
 
 
-class Extents:
-    """The addresses of ranges, in order and joined: whether they hold some bytes is a lookup, however many they are."""
+class MappedExtents:
+    """Sorted, joined address ranges of attached memory. `hold` is a lookup, however many ranges there are."""
 
-    def __init__(self, ranges: Iterable[Range]) -> None:
+    def __init__(self, ranges: Iterable[MappedRange]) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
         for start, end in sorted((address, address + size) for address, size, _ in ranges):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from .ranges import Range
+    from .ranges import MappedRange
 
 Memory = memoryview | Any
 """A memoryview on the host, a `cuda.core.Buffer` on a GPU; `Any` for that one, which is not installed everywhere."""
 
 
-class Wanted(NamedTuple):
-    """A segment to map: its number in the manifest, its bytes, its descriptor or CUDA IPC handle, and how often.
+class SegmentToMap(NamedTuple):
+    """Segment to map: its number in the manifest, its bytes, its descriptor or CUDA IPC handle, and how often.
 
     `copies` is how many names at most have one address in it: each needs an address of its own.
     """
@@ -23,14 +23,18 @@ class Wanted(NamedTuple):
     copies: int
 
 
-class Segments(Protocol):
-    """Mapped segments. Whatever `buffer` returned keeps what it needs of them, and the lease, until it is gone."""
+class MappedSegments(Protocol):
+    """Segments mapped into the client. Buffers keep alive the mappings that they need, and the lease."""
 
     @property
     def torch_device(self) -> str:
         """What torch calls the device in this process: "cpu", "cuda:1"."""
 
-    def ranges(self) -> list[Range]:
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """What torch calls the other devices that were allowed to access the memory."""
+
+    def ranges(self) -> list[MappedRange]:
         """Everything that is mapped."""
 
     def places(self) -> dict[tuple[int, int], tuple[int, int]]:

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-class SourcePath(NamedTuple):
-    """One file of a checkpoint: its component ("" for the checkpoint's own folder), its name in there, its path.
+class ReferencedFile(NamedTuple):
+    """One file of a reference: its component ("" for the checkpoint's own folder), its name in there, its path.
 
     An index has no tensors: it says whose a tensor is that several files of its component have.
     """
@@ -31,19 +31,19 @@ class SourcePath(NamedTuple):
     is_index: bool = False
 
 
-def in_order(sources: Iterable[SourcePath]) -> tuple[SourcePath, ...]:
+def in_order(sources: Iterable[ReferencedFile]) -> tuple[ReferencedFile, ...]:
     """Files as they travel: by component and name, and the indexes after all others."""
     return tuple(sorted(sources, key=lambda source: (source.is_index, source)))
 
 
-class OpenedSources:
-    """The opened files of a checkpoint, closed at the end of the `with` block.
+class OpenedReference:
+    """The opened files of a reference, closed at the end of the `with` block.
 
     `fds` are read-only descriptors of regular files and `sources` say what each is, in the same order. `reference` is
     what they were found by, for people.
     """
 
-    def __init__(self, sources: Iterable[SourcePath], reference: str = "") -> None:
+    def __init__(self, sources: Iterable[ReferencedFile], reference: str = "") -> None:
         self.reference = reference
         self.fds: tuple[int, ...] = ()
         self.sources: tuple[SourceFile, ...] = ()
@@ -55,7 +55,7 @@ class OpenedSources:
             self.close()
             raise
 
-    def _open(self, source: SourcePath) -> None:
+    def _open(self, source: ReferencedFile) -> None:
         descriptor, status = open_regular(source.path)
         self.fds += (descriptor,)
         self._paths += (source.path,)
@@ -91,7 +91,7 @@ class OpenedSources:
         self.close()
 
 
-def inodes(sources: Iterable[SourcePath]) -> list[tuple[int, int] | None]:
+def inodes(sources: Iterable[ReferencedFile]) -> list[tuple[int, int] | None]:
     """Device and inode of what stands at each path now; None where nothing can be seen there."""
 
     def inode(path: Path) -> tuple[int, int] | None:

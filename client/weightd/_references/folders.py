@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
 
-from .files import SourcePath, open_regular, show, translated
+from .files import ReferencedFile, open_regular, show, translated
 from .index import MAX_JSON_BYTES, SUFFIX, parse_json, weight_map
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ _LISTED: Final = 10
 """How many names an error lists."""
 
 
-class Rule(NamedTuple):
-    """What one framework calls its weights, and whether it looks for their index before the single file."""
+class ReferenceRule(NamedTuple):
+    """How a reference's weights are found: one framework's file names, and whether an index is looked for first."""
 
     weights: str
     index_first: bool
@@ -41,18 +41,20 @@ class Rule(NamedTuple):
         return index, *([f"{self.weights}.{variant}.index.json"] if variant else []), one
 
 
-TRANSFORMERS: Final = Rule("model.safetensors", index_first=False)
-DIFFUSERS: Final = Rule("diffusion_pytorch_model.safetensors", index_first=True)
+TRANSFORMERS: Final = ReferenceRule("model.safetensors", index_first=False)
+DIFFUSERS: Final = ReferenceRule("diffusion_pytorch_model.safetensors", index_first=True)
 
 
-class Chosen(NamedTuple):
-    """Weights, and what whoever asked has to know of the choice, a line each."""
+class ReferenceChoice(NamedTuple):
+    """The weight files chosen for a reference, and notes for the caller about the choice, a line each."""
 
-    sources: tuple[SourcePath, ...] = ()
+    sources: tuple[ReferencedFile, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def weights(folder: Path, component: str, variant: str | None, rules: Sequence[Rule], *, plain: bool = False) -> Chosen:
+def weights(
+    folder: Path, component: str, variant: str | None, rules: Sequence[ReferenceRule], *, plain: bool = False
+) -> ReferenceChoice:
     """The weights of one folder, by the first of the rules that finds any, else by other names; empty where none are.
 
     `plain` is for who has asked for a variant that is not there: then nothing counts that may be another variant.
@@ -61,11 +63,13 @@ def weights(folder: Path, component: str, variant: str | None, rules: Sequence[R
     """
     for rule in rules:
         if name := weights_name(folder, rule, variant):
-            return Chosen(sources_of(folder, component, name))
+            return ReferenceChoice(sources_of(folder, component, name))
     files = list_files(folder)
     groups = _groups(files)
     if variant is not None:
-        return Chosen(_picked(folder, component, [group for group in groups if group.stem.endswith(f".{variant}")]))
+        return ReferenceChoice(
+            _picked(folder, component, [group for group in groups if group.stem.endswith(f".{variant}")])
+        )
     if plain:
         files = [name for name in files if "." not in name.removesuffix(".index.json").removesuffix(SUFFIX)]
         groups = [group for group in groups if "." not in group.stem]
@@ -73,42 +77,44 @@ def weights(folder: Path, component: str, variant: str | None, rules: Sequence[R
     if len(indexes) > 1:
         raise _several(folder, "indexes", indexes, "keep one of them")
     if indexes:
-        return Chosen(sources_of(folder, component, indexes[0]))
+        return ReferenceChoice(sources_of(folder, component, indexes[0]))
     of_frameworks = tuple(rule.weights.removesuffix(SUFFIX) + "." for rule in rules)
     sets = [group for group in groups if group.total and not group.stem.startswith(of_frameworks)]
     if sets:
-        return Chosen(_picked(folder, component, sets))
+        return ReferenceChoice(_picked(folder, component, sets))
     for rule in () if plain else rules:
         only = only_variant(folder, rule)
         if only and (name := weights_name(folder, rule, only)):
-            return Chosen(sources_of(folder, component, name), (variant_note(folder, only),))
+            return ReferenceChoice(sources_of(folder, component, name), (variant_note(folder, only),))
     stems = {group.stem for group in groups}
-    return Chosen(_picked(folder, component, [group for group in groups if not _is_variant(group.stem, stems)]))
+    return ReferenceChoice(
+        _picked(folder, component, [group for group in groups if not _is_variant(group.stem, stems)])
+    )
 
 
-def weights_name(folder: Path, rule: Rule, variant: str | None) -> str | None:
+def weights_name(folder: Path, rule: ReferenceRule, variant: str | None) -> str | None:
     """The file or the index that a framework loads from a folder; None where it finds neither."""
     return next((name for name in rule.names(variant) if os.path.isfile(folder / name)), None)
 
 
-def sources_of(folder: Path, component: str, name: str) -> tuple[SourcePath, ...]:
+def sources_of(folder: Path, component: str, name: str) -> tuple[ReferencedFile, ...]:
     """A file, or the shards of an index, all of which must be there, and the index itself.
 
     Errors: NotFoundError (a shard is missing), FormatError (the index is damaged, or leads elsewhere).
     """
     if name.endswith(SUFFIX):
-        return (SourcePath(component, name, folder / name),)
+        return (ReferencedFile(component, name, folder / name),)
     path = folder / name
     shards = sorted(set(weight_map(show(path), _read(path)).values()))
     for shard in shards:
         # A dangling symlink is how the Hugging Face cache shows a file whose bytes are gone.
         if not os.path.exists(folder / shard):
             raise NotFoundError(f"{show(folder / shard)}: shard is missing, but {show(path)} lists it; download it")
-    found = [SourcePath(component, shard, folder / shard) for shard in shards]
-    return (*found, SourcePath(component, name, path, is_index=True))
+    found = [ReferencedFile(component, shard, folder / shard) for shard in shards]
+    return (*found, ReferencedFile(component, name, path, is_index=True))
 
 
-def only_variant(folder: Path, rule: Rule) -> str | None:
+def only_variant(folder: Path, rule: ReferenceRule) -> str | None:
     """The variant of which alone a folder has weights; None where it has none.
 
     Errors: InvalidReferenceError (several variants), PermissionDeniedError, NotFoundError (no such folder).
@@ -131,7 +137,7 @@ def variant_note(folder: Path, variant: str) -> str:
     return f"{show(folder)}: has weights of the variant {variant} only, which are taken"
 
 
-def not_there(folder: Path, rule: Rule, variant: str | None, below: str = "") -> NotFoundError:
+def not_there(folder: Path, rule: ReferenceRule, variant: str | None, below: str = "") -> NotFoundError:
     """The error where a folder has no weights of a variant; `below` says what lies there instead."""
     one, *_, index = sorted(rule.names(variant), key=len)
     kind = f" of variant {variant}" if variant else ""
@@ -198,7 +204,7 @@ def _groups(files: Iterable[str]) -> list[_Group]:
     return list(found.values())
 
 
-def _picked(folder: Path, component: str, groups: list[_Group]) -> tuple[SourcePath, ...]:
+def _picked(folder: Path, component: str, groups: list[_Group]) -> tuple[ReferencedFile, ...]:
     """The one whole set of shards, else the one file; nothing where no group is.
 
     Errors: NotFoundError (a shard is missing), InvalidReferenceError (several).
@@ -220,7 +226,7 @@ def _picked(folder: Path, component: str, groups: list[_Group]) -> tuple[SourceP
             f"{show(group.parts[min(group.parts)])}, and no index says otherwise; download it"
         )
     return tuple(
-        SourcePath(component, name, folder / name) for group in whole for _, name in sorted(group.parts.items())
+        ReferencedFile(component, name, folder / name) for group in whole for _, name in sorted(group.parts.items())
     )
 
 

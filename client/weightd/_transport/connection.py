@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import LeaseLostError, WeightdError
 
-from .handle_socket import HandleConnection
+from .handle_socket import SocketClient
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,18 +40,18 @@ class _Held(NamedTuple):
 
 
 class DaemonConnection:
-    """A connection to the daemon at a path, renewed when it has ended. `timeout` is seconds for each answer."""
+    """A client's connection to the daemon at a path, renewed after its end. `timeout` is seconds for each answer."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError."""
         self.path = path
         self.timeout = timeout
-        self.handles = HandleConnection(path, timeout)
+        self.handles = SocketClient(path, timeout)
         self._lock = threading.RLock()
         self._held: dict[int, _Held] = {}
         self._ended: deque[int] = deque(maxlen=_MOST_ENDED)
         self.handles.ended = self._ended
-        self._watched: HandleConnection | None = None
+        self._watched: SocketClient | None = None
         self.closed = False
 
     def hold(self, lease: int, content_digest: str, device: str, mapping: object) -> None:
@@ -92,13 +92,13 @@ class DaemonConnection:
                 self._watched = handles
                 _watch(self)
 
-    def _connect(self) -> HandleConnection:
-        handles = HandleConnection(self.path, self.timeout)
+    def _connect(self) -> SocketClient:
+        handles = SocketClient(self.path, self.timeout)
         try:
             self._claim(handles)
         except LeaseLostError:  # it hung up: it is older than this, and does not speak of that
             handles.close()
-            handles = HandleConnection(self.path, self.timeout)
+            handles = SocketClient(self.path, self.timeout)
             self._held.clear()
         except BaseException:
             handles.close()
@@ -106,7 +106,7 @@ class DaemonConnection:
         handles.ended = self._ended
         return handles
 
-    def _claim(self, handles: HandleConnection) -> None:
+    def _claim(self, handles: SocketClient) -> None:
         for number, held in self.live().items():
             request = handles_pb2.ReclaimRequest(lease=number, content_digest=held.content_digest, device=held.device)
             if not handles.reclaim(request):

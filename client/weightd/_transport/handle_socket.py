@@ -33,8 +33,8 @@ _ENDED, _ENDED_BYTES = 256, 4096
 _BACKLOG_PAUSE_SECONDS = 0.01
 
 
-class Received(NamedTuple):
-    """The answer to an attach: descriptors of manifest and lease, and for each segment one or a CUDA IPC handle.
+class ReceivedDescriptors(NamedTuple):
+    """Answer to an attach as received from the socket: descriptors of manifest and lease, and each segment's handle.
 
     The lease is the manifest's descriptor where the daemon or its user has no lease file.
     """
@@ -65,8 +65,8 @@ class Received(NamedTuple):
         return mmap.PAGESIZE if self.reply.lease_file else self.reply.manifest_bytes
 
 
-class HandleConnection:
-    """One connection to a daemon; the token it was given stands for it on the control plane."""
+class SocketClient:
+    """The client's end of one connection to the daemon's handle socket; calls on the control socket carry its token."""
 
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
@@ -131,7 +131,7 @@ class HandleConnection:
         """Hang up. Leases that are still mapped stay."""
         self._socket.close()
 
-    def attach(self, request: handles_pb2.AttachRequest) -> Received:
+    def attach(self, request: handles_pb2.AttachRequest) -> ReceivedDescriptors:
         """Take a lease. Errors: those of the daemon and of `unreachable`."""
         descriptors: list[int] = []
         handles: list[bytes] = []  # in their stead where memory is shared by CUDA IPC
@@ -156,7 +156,7 @@ class HandleConnection:
                 for descriptor in descriptors:
                     os.close(descriptor)
                 raise
-        return Received(reply, descriptors[0], descriptors[lent - 1], [*descriptors[lent:], *handles])
+        return ReceivedDescriptors(reply, descriptors[0], descriptors[lent - 1], [*descriptors[lent:], *handles])
 
     def offer(self) -> tuple[int, socket.socket]:
         """An intake to send file descriptors through, and its number."""

@@ -61,7 +61,7 @@ _STATES = {daemon_pb2.DAEMON_STATE_DRAINING: "draining", daemon_pb2.DAEMON_STATE
 
 
 class RpcClient:
-    """Calls on behalf of one handle-socket connection.
+    """The client's end of the control socket: gRPC calls on behalf of one handle-socket connection.
 
     `timeout` (seconds) bounds every call that answers at once, so not load, verify, drain and following events.
     """

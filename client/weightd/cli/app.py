@@ -12,8 +12,8 @@ from typer.main import get_command
 
 import weightd
 from weightd.cli import changing, daemon, listing, loading, operating, planning, unit
-from weightd.cli.context import INTERRUPTED, InterruptedWaitError, Settings, SocketOption, say
-from weightd.cli.output import OutputClosedError, emit, flush
+from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
+from weightd.cli.output import StdoutClosedError, emit, flush
 from weightd.errors import WeightdError
 
 OUTPUT_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
@@ -52,7 +52,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Print a traceback before an error.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     settings.socket = socket
     settings.debug = debug
     if version:
@@ -87,15 +87,15 @@ app.command("config", context_settings=_PASS_THROUGH)(daemon.config)
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; nothing but SystemExit leaves here."""
-    settings = Settings()
+    settings = CommandOptions()
     try:
         code = get_command(app).main(args=list(arguments), prog_name="weightd", standalone_mode=False, obj=settings)
         flush()
-    except OutputClosedError:
+    except StdoutClosedError:
         # The reader went away (`weightd ls | head -1`): no message, and nothing left for the interpreter to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OUTPUT_CLOSED
-    except InterruptedWaitError as error:
+    except CommandInterruptedError as error:
         say(str(error))
         return INTERRUPTED
     except (KeyboardInterrupt, typer.Abort):
@@ -110,7 +110,7 @@ def run(arguments: Sequence[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _unexpected(settings: Settings, error: Exception) -> int:
+def _unexpected(settings: CommandOptions, error: Exception) -> int:
     """A usage error keeps its own text and exit code 2; anything else is a bug."""
     # typer's usage errors come from click in its older versions and from a private module in its newer ones.
     describe = getattr(error, "format_message", None)

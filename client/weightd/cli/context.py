@@ -24,12 +24,12 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
-class InterruptedWaitError(Exception):
+class CommandInterruptedError(Exception):
     """Ctrl-C while the command waited for the daemon; the message states what the daemon does next."""
 
 
-class Format(StrEnum):
-    """Output format of a listing."""
+class OutputFormat(StrEnum):
+    """Output format of a command's listing: table or JSON."""
 
     TABLE = "table"
     JSON = "json"
@@ -42,7 +42,7 @@ SocketOption = Annotated[
     ),
 ]
 FormatOption = Annotated[
-    Format, typer.Option("--format", metavar="table|json", help="Output format; JSON sizes are in bytes.")
+    OutputFormat, typer.Option("--format", metavar="table|json", help="Output format; JSON sizes are in bytes.")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the identifier of each row.")]
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
@@ -100,8 +100,8 @@ def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
 
 
 @dataclass(slots=True)
-class Settings:
-    """Global options of this run; `report` and `trace` follow them."""
+class CommandOptions:
+    """Global options of this run of the command; `report` and `trace` follow them."""
 
     socket: str | None = None
     debug: bool = False
@@ -127,7 +127,7 @@ def connect(socket: str | None) -> Client:
 
 def open_client(context: typer.Context, socket: str | None) -> Client:
     """Connect to the daemon; a `--socket` after the command's name wins over one before it."""
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     return connect(socket or settings.socket)
 
 
@@ -149,7 +149,7 @@ def for_each(context: typer.Context, references: Iterable[str], action: Callable
 
     Stops at once if the daemon is unreachable: the remaining references would fail in the same way.
     """
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     code = 0
     for reference in references:
         try:

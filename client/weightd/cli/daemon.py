@@ -12,7 +12,7 @@ import typer
 
 import weightd
 from weightd._transport.address import find_socket
-from weightd.cli.context import Format, FormatOption, Settings, SocketOption, open_client, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, open_client, say
 from weightd.cli.output import emit, emit_json, flush, printable
 from weightd.errors import WeightdError
 from weightd.types import VersionInfo
@@ -31,7 +31,7 @@ def config(context: typer.Context) -> None:
 def _become_daemon(command: str, context: typer.Context) -> NoReturn:
     # The client may not import the daemon; a new image also leaves none of typer, rich or grpc in its memory.
     require_daemon(command)
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     arguments = [] if settings.socket is None else ["--socket", settings.socket]
     flush()
     # -P: a weightd_daemon that lies in the current directory must not be what starts.
@@ -46,21 +46,21 @@ def require_daemon(command: str) -> None:
         raise typer.Exit(1)
 
 
-def ping(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
+def ping(context: typer.Context, output: FormatOption = OutputFormat.TABLE, socket: SocketOption = None) -> None:
     """Ping the daemon and print the round-trip time."""
     with open_client(context, socket) as client:
         client.ping()  # sets up the channel
         seconds = client.ping()
         place = str(client.socket)
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json({"socket": place, "seconds": seconds})
     else:
         emit(f"{seconds * 1e3:.2f} ms from {printable(place)}")
 
 
-def version(context: typer.Context, output: FormatOption = Format.TABLE, socket: SocketOption = None) -> None:
+def version(context: typer.Context, output: FormatOption = OutputFormat.TABLE, socket: SocketOption = None) -> None:
     """Print the versions of the command and the daemon."""
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     daemon: VersionInfo | None = None
     failure: WeightdError | None = None
     place: str | None = None
@@ -71,7 +71,7 @@ def version(context: typer.Context, output: FormatOption = Format.TABLE, socket:
             daemon = client.version()
     except WeightdError as error:
         failure = error
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         known = None if daemon is None else asdict(daemon)
         emit_json({"client": weightd.__version__, "daemon": known, "socket": place})
     else:

@@ -12,9 +12,9 @@ import typer
 from weightd._sizes import size
 from weightd.cli.context import (
     DeviceOption,
-    Format,
     FormatOption,
     NoTruncOption,
+    OutputFormat,
     QuietOption,
     ReferenceArgument,
     SocketOption,
@@ -53,7 +53,7 @@ def _pick(value: object, keys: Sequence[str]) -> dict[str, Any]:
 
 def ls(
     context: typer.Context,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
     names: Annotated[
@@ -67,8 +67,8 @@ def ls(
         return
     with open_client(context, socket) as client:
         found = client.checkpoints()
-        state = client.stats().state if output is Format.TABLE and not quiet else "serving"
-    if output is Format.JSON:
+        state = client.stats().state if output is OutputFormat.TABLE and not quiet else "serving"
+    if output is OutputFormat.JSON:
         emit_json([_pick(info, _LS_KEYS) for info in found])
     elif quiet:
         for info in found:
@@ -95,10 +95,10 @@ def ls(
         _say_state(state)
 
 
-def _names(context: typer.Context, output: Format, socket: str | None, *, quiet: bool, no_trunc: bool) -> None:
+def _names(context: typer.Context, output: OutputFormat, socket: str | None, *, quiet: bool, no_trunc: bool) -> None:
     with open_client(context, socket) as client:
         found = client.names()
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json([_pick(info, _NAME_KEYS) for info in found])
     elif quiet:
         for info in found:
@@ -110,7 +110,7 @@ def _names(context: typer.Context, output: Format, socket: str | None, *, quiet:
 
 def ps(
     context: typer.Context,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
@@ -118,7 +118,7 @@ def ps(
     """List leases: which process holds which checkpoint."""
     with open_client(context, socket) as client:
         found = client.leases()
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json([_pick(lease, _PS_KEYS) for lease in found])
     elif quiet:
         for lease in found:
@@ -142,7 +142,7 @@ def ps(
 
 def stats(
     context: typer.Context,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
@@ -150,7 +150,7 @@ def stats(
     """Show memory use and savings."""
     with open_client(context, socket) as client:
         found = client.stats()
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json(asdict(found))
         return
     if quiet:
@@ -204,7 +204,7 @@ def inspect(
     device: DeviceOption = None,
     variant: VariantOption = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: QuietOption = False,
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
@@ -217,7 +217,7 @@ def inspect(
             found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
             with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
                 listed = list(attachment.tensors.values())
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json(_details_json(details) | ({"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}))
     elif quiet:
         emit(printable(details.checkpoint.content_digest))

@@ -9,11 +9,11 @@ import typer
 
 from weightd._sizes import size
 from weightd.cli.context import (
+    CommandInterruptedError,
     DeviceOption,
-    Format,
     FormatOption,
-    InterruptedWaitError,
     LoadDeviceOption,
+    OutputFormat,
     SilentOption,
     SocketOption,
     VariantOption,
@@ -43,7 +43,7 @@ def load(
     pin: Annotated[bool, typer.Option("--pin", help="Protect the checkpoint from eviction.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the checkpoint is resident.")] = True,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte, even of known, unchanged files.")] = False,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the content digest.")] = False,
     socket: SocketOption = None,
 ) -> None:
@@ -77,15 +77,15 @@ def load(
                     )
             except KeyboardInterrupt:
                 # The client that closes on the way out is what cancels: the last waiter to leave ends a load.
-                raise InterruptedWaitError(
+                raise CommandInterruptedError(
                     f"interrupted: the load of {reference} is cancelled unless other processes wait for it"
                 ) from None
             found.append({"name": name or reference, "state": "loading"} if result is None else asdict(result))
-            if output is Format.TABLE:
+            if output is OutputFormat.TABLE:
                 _print(name or reference, result, quiet=quiet)
 
         code = for_each(context, references, load_one)
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json(found)
     raise typer.Exit(code)
 

@@ -10,9 +10,9 @@ import typer
 
 from weightd._sizes import size
 from weightd.cli.context import (
-    Format,
+    CommandInterruptedError,
     FormatOption,
-    InterruptedWaitError,
+    OutputFormat,
     SilentOption,
     SocketOption,
     open_client,
@@ -62,7 +62,7 @@ def drain(
         ),
     ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Accept attaches and loads again.")] = False,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
@@ -88,10 +88,10 @@ def drain(
         try:
             result = client.drain(timeout=timeout, on_holders=show)
         except KeyboardInterrupt:
-            raise InterruptedWaitError(
+            raise CommandInterruptedError(
                 "interrupted: the daemon continues to drain; `weightd drain --undo` ends the drain"
             ) from None
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json({"state": "drained", **asdict(result), "seconds": time.monotonic() - start})
     elif not quiet:
         emit(f"drained {plural(result.checkpoints, 'checkpoint')}, freed {size(result.freed_bytes)}")

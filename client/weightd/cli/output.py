@@ -19,8 +19,8 @@ _GPU = re.compile(r"(GPU-[0-9a-f]{8})-[0-9a-f-]+")
 _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
-class OutputClosedError(Exception):
-    """The reader of standard output went away."""
+class StdoutClosedError(Exception):
+    """The reader of the command's standard output went away."""
 
 
 def printable(text: str) -> str:
@@ -72,19 +72,19 @@ def _encode(value: object) -> str | None:
 
 
 def emit(text: str) -> None:
-    """Write a line to stdout; raises OutputClosedError when its reader has gone."""
+    """Write a line to stdout; raises StdoutClosedError when its reader has gone."""
     try:
         sys.stdout.write(f"{text}\n")
     except BrokenPipeError as error:
-        raise OutputClosedError from error
+        raise StdoutClosedError from error
 
 
 def flush() -> None:
-    """Write out what is buffered; raises OutputClosedError when the reader of stdout has gone."""
+    """Write out what is buffered; raises StdoutClosedError when the reader of stdout has gone."""
     try:
         sys.stdout.flush()
     except BrokenPipeError as error:
-        raise OutputClosedError from error
+        raise StdoutClosedError from error
 
 
 def emit_json_line(value: Any) -> None:

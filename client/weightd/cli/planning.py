@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import Format, FormatOption, Settings, VariantOption, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, say
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit, emit_json, emit_table, plural
 from weightd.cli.progress import byte_bar
@@ -35,7 +35,7 @@ def plan(
         str | None,
         typer.Option("--state-dir", metavar="DIR", help="Directory of the digest index [default: as for `serve`]."),
     ] = None,
-    output: FormatOption = Format.TABLE,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the total.")] = False,
 ) -> None:
     """Report what sharing would save, without a daemon.
@@ -46,7 +46,7 @@ def plan(
     if not references and not manifest:
         raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
     require_daemon("plan")
-    settings: Settings = context.obj
+    settings: CommandOptions = context.obj
     arguments = [f"--manifest={file}" for file in manifest or ()]
     arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
     arguments += [] if variant is None else [f"--variant={variant}"]
@@ -58,7 +58,7 @@ def plan(
                 advance("hashing", done, total)
 
         found = _ask([*arguments, "--", *(references or ())], show)
-    if output is Format.JSON:
+    if output is OutputFormat.JSON:
         emit_json(found)
         return
     if not quiet:

@@ -25,7 +25,7 @@ from . import weight_files
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from weightd._references.files import SourcePath
+    from weightd._references.files import ReferencedFile
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ _CONFIG = "config.json"
 _WEIGHTS = "*.safetensors"
 
 
-class Part(NamedTuple):
+class _Part(NamedTuple):
     """A component that comes from shared memory: its class, and the files of its weights."""
 
     cls: Any
-    files: tuple[SourcePath, ...]
+    files: tuple[ReferencedFile, ...]
 
 
 class _NotOursError(Exception):
@@ -52,7 +52,7 @@ def is_pipeline(folder: Path) -> bool:
     return (folder / _INDEX).is_file()
 
 
-def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dict[str, Part]:
+def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dict[str, _Part]:
     """A pipeline's components that come from shared memory: those with weights, and not `given`.
 
     Errors: NotFoundError (its folder is missing, or no component has the variant), FormatError, InvalidReferenceError.
@@ -61,7 +61,7 @@ def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dic
     cls = _pipeline_class(folder, index, given)
     taken, _ = cls._get_signature_keys(cls)
     variants = _variants(folder, variant, index)
-    found: dict[str, Part] = {}
+    found: dict[str, _Part] = {}
     for name, value in index.items():
         if name.startswith("_") or name in given or not isinstance(value, list) or len(value) != 2 or value[0] is None:
             continue
@@ -83,7 +83,7 @@ def of_pipeline(folder: Path, given: dict[str, Any], variant: str | None) -> dic
     return found
 
 
-def of_model(folder: Path, variant: str | None) -> Part:
+def of_model(folder: Path, variant: str | None) -> _Part:
     """A single model. Errors: NotFoundError, FormatError, InvalidReferenceError."""
     if not (folder / _CONFIG).is_file():
         raise NotFoundError(f"{folder}: has neither {_INDEX} nor {_CONFIG}; give the folder of a pipeline or a model")
@@ -101,7 +101,7 @@ def of_model(folder: Path, variant: str | None) -> Part:
         raise FormatError(f"{folder / _CONFIG}: names {cls.__name__}, which is no model of diffusers")
     if config.get("quantization_config"):
         raise InvalidReferenceError(f"{folder}: it is quantised, which is not supported; load it with diffusers itself")
-    return Part(cls, weight_files.of_diffusers(folder, "", variant))
+    return _Part(cls, weight_files.of_diffusers(folder, "", variant))
 
 
 def _pipeline_class(folder: Path, index: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -133,7 +133,7 @@ def _pipeline_class(folder: Path, index: dict[str, Any], given: dict[str, Any]) 
     return found
 
 
-def _component(folder: Path, name: str, value: list[Any], variant: str | None, *, exact: bool) -> Part | None:
+def _component(folder: Path, name: str, value: list[Any], variant: str | None, *, exact: bool) -> _Part | None:
     """One component; None where it has no weights. With `exact` no variant is taken that nobody has asked for.
 
     Errors: _NotOursError, and those of `of_pipeline`.
@@ -152,7 +152,7 @@ def _component(folder: Path, name: str, value: list[Any], variant: str | None, *
         raise _NotOursError(f"{place} holds no {_WEIGHTS}")
     if (place / _CONFIG).is_file() and _read_json(place / _CONFIG).get("quantization_config"):
         raise _NotOursError("it is quantised")
-    return Part(cls, _files_of(cls)(place, name, variant, exact=exact))
+    return _Part(cls, _files_of(cls)(place, name, variant, exact=exact))
 
 
 def _variants(folder: Path, variant: str | None, index: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Return views instead of copies if a framework stacks or joins attached tensors that lie in a row.
 
-Frameworks make one parameter of several stored tensors by `torch.stack` and `torch.cat`. While a `Fusing` is active,
-these return a view of the store wherever the result's elements lie there at regular distances, in the result's order.
+Frameworks make one parameter of several stored tensors by `torch.stack` and `torch.cat`. In a `TorchFusionMode` these
+return a view of the store wherever the result's elements lie there at regular distances, in the result's order.
 Values are what torch's own functions return, so no table of names is needed, and no name is changed: only how a model
 is placed decides what is shared.
 """
@@ -38,8 +38,8 @@ class _Part(NamedTuple):
     length: int
 
 
-class Fusing(TorchFunctionMode):
-    """While it is active, torch.stack and torch.cat of what an attachment holds return views where they can.
+class TorchFusionMode(TorchFunctionMode):
+    """Torch function mode: torch.stack and torch.cat of attached tensors return views where they can.
 
     `advice` is what to do where parts do not lie in a row, for reasons of private parameters. Writes to such a view
     are writes to the store's memory, as those to any attached tensor (docs/library.md#writing).

@@ -25,7 +25,7 @@ _PRIVATE = "call make_private on that model first"
 
 
 class SharedWeightsError(InvalidReferenceError, RuntimeError):
-    """What was asked for would write into weights that are shared; a RuntimeError, as torch's own words for it are."""
+    """A framework's method would write into shared weights; a RuntimeError, as torch raises in its place."""
 
 
 # -- one load at a time ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from weightd._assign import freeze, make_buffers_private
 from weightd._tensors import torch_dtype
 from weightd.errors import InvalidReferenceError
 
-from .fusing import Fusing
+from .fusing import TorchFusionMode
 from .guards import explain_training, loaded_in_place, loading, refuse_while_shared
 from .sharing import remember
 from .versions import require_tested
@@ -57,7 +57,7 @@ _FOR_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "r
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PretrainedRequest:
     """What the next call of `PreTrainedModel.from_pretrained` is to use; `name` is what the model is to be called."""
 
     attachment: Attachment
@@ -67,7 +67,7 @@ class Request:
     dtype: torch.dtype
 
 
-_request: ContextVar[Request | None] = ContextVar("weightd_transformers_request", default=None)
+_request: ContextVar[PretrainedRequest | None] = ContextVar("weightd_transformers_request", default=None)
 _warming_up: ContextVar[bool] = ContextVar("weightd_transformers_warming_up", default=True)
 _diverted: Callable[[Any, Any, tuple[Any, ...], dict[str, Any]], Any] | None = None
 
@@ -85,7 +85,7 @@ def load(
 ) -> Any:
     """As `from_pretrained`, on an attachment that is there; `folder` holds the configuration of its `component`."""
     stored = checked_dtype(attachment, component, dtype, folder, allow_copy=allow_copy)
-    token = _request.set(Request(attachment, folder, name, component, stored))
+    token = _request.set(PretrainedRequest(attachment, folder, name, component, stored))
     try:
         loaded = model_class.from_pretrained(folder, **{"local_files_only": True, **kwargs})
         if _request.get() is not None:
@@ -198,13 +198,13 @@ def named_dtype(asked: Any) -> torch.dtype:
     return found
 
 
-def load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def load_request(cls: Any, request: PretrainedRequest, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Let transformers load a class from attached tensors; then make private what must be, and report."""
     with loading():
         return _load_request(cls, request, args, kwargs)
 
 
-def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _load_request(cls: Any, request: PretrainedRequest, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     attachment = request.attachment
     config = kwargs.pop("config", None)
     loading = {name: kwargs.pop(name) for name in _LOADING if name in kwargs}
@@ -221,7 +221,7 @@ def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dic
         loading.pop(name, None)
     place = attachment.torch_device
     state = attachment.state_dict(request.component)
-    fusing = Fusing(attachment, _advice(request))
+    fusing = TorchFusionMode(attachment, _advice(request))
     warming_up = _warming_up.set(False)
     try:
         with fusing:
@@ -244,7 +244,7 @@ def _load_request(cls: Any, request: Request, args: tuple[Any, ...], kwargs: dic
     return (model, found) if told else model
 
 
-def _advice(request: Request) -> str:
+def _advice(request: PretrainedRequest) -> str:
     """What to do where parts of a parameter do not lie in a row: only what was resident can be had otherwise."""
     loaded = request.attachment.loaded
     if request.component:
@@ -262,7 +262,7 @@ class _Reasons:
     """Why parameters of a model are private."""
 
     def __init__(
-        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], fusing: Fusing
+        self, model: Any, attachment: Attachment, component: str, found: dict[str, Any], fusing: TorchFusionMode
     ) -> None:
         self._stored = {info.name: info for info in attachment.tensors.values() if info.component == component}
         self._fusing = fusing

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 from weightd import _assign
-from weightd._mapping.ranges import Extents, Range, written
+from weightd._mapping.ranges import MappedExtents, MappedRange, written
 from weightd._sizes import size
 from weightd.errors import InvalidReferenceError
 
@@ -32,7 +32,7 @@ _SHOWN = 5
 
 
 class CopiedTensor(NamedTuple):
-    """A tensor of a module that is not on shared memory: its name there, its bytes that are not, and why."""
+    """A tensor of a framework's module that is not on shared memory: its name there, its private bytes, and why."""
 
     name: str
     nbytes: int
@@ -41,7 +41,7 @@ class CopiedTensor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SharingReport:
-    """What a module has on shared memory and what of it is private. Sizes are bytes; each storage counts once.
+    """Which memory of a framework's module is shared and which is private. Sizes are bytes; each storage counts once.
 
     `buffers` are private by rule, since frameworks write to them; they are in no other figure. `missing` names the
     parameters and buffers that the checkpoint did not have. `writes_seen` is false where the kernel does not tell
@@ -85,7 +85,7 @@ def remember(module: torch.nn.Module, attachment: Attachment, explain: Explain, 
     """
     global _mapped
     _mapped = [*_alive(), *attachment.ranges()]
-    extents = Extents(_mapped)
+    extents = MappedExtents(_mapped)
     was = {name: _Was(one.dtype, one.device, one.shape) for name, one in module.named_parameters()}
     reasons = {name: explain(name, one) for name, one in module.named_parameters() if not _holds(extents, one)}
     _origins[module] = _Origin(was, reasons, frozenset(missing))
@@ -122,7 +122,7 @@ def is_loaded(module: torch.nn.Module) -> bool:
 
 def is_shared(module: torch.nn.Module) -> bool:
     """Whether any parameter of a module lies on shared memory now."""
-    extents = Extents(_alive())
+    extents = MappedExtents(_alive())
     return any(_holds(extents, parameter) for parameter in module.parameters())
 
 
@@ -146,7 +146,7 @@ def report(module: torch.nn.Module) -> SharingReport:
 def look(module: torch.nn.Module) -> SharingReport:
     """The same for any module."""
     origins = {prefix: _origins[one] for prefix, one in module.named_modules() if one in _origins}
-    extents = Extents(_alive())
+    extents = MappedExtents(_alive())
     shared, copied, seen, writes_seen = 0, [], set(), True
     for name, parameter in module.named_parameters():
         place = _place(parameter)
@@ -199,11 +199,11 @@ class _Origin(NamedTuple):
 _origins: WeakKeyDictionary[torch.nn.Module, _Origin] = WeakKeyDictionary()
 _left: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
 """Why modules were left to their framework."""
-_mapped: list[Range] = []
+_mapped: list[MappedRange] = []
 """Where memory lay that was attached for any of them."""
 
 
-def _alive() -> list[Range]:
+def _alive() -> list[MappedRange]:
     return [one for one in _mapped if one.owner() is not None]
 
 
@@ -216,11 +216,11 @@ def _place(tensor: torch.Tensor) -> tuple[int, int] | None:
         return None
 
 
-def _holds(extents: Extents, tensor: torch.Tensor) -> bool:
+def _holds(extents: MappedExtents, tensor: torch.Tensor) -> bool:
     return _inside(extents, _place(tensor))
 
 
-def _inside(extents: Extents, place: tuple[int, int] | None) -> bool:
+def _inside(extents: MappedExtents, place: tuple[int, int] | None) -> bool:
     return place is not None and place[1] > 0 and extents.hold(*place)
 
 

@@ -38,7 +38,7 @@ from .conversion import groups_of
 from .placement import STRATEGIES, device_of, one_device
 from .pretrained import (
     UNSUPPORTED,
-    Request,
+    PretrainedRequest,
     asked_dtype,
     checked_dtype,
     divert,
@@ -152,7 +152,7 @@ def _load_installed(settings: _Settings, cls: Any, path: Any, args: tuple[Any, .
             stored = checked_dtype(
                 attachment, "", dtype, folder, allow_copy=settings.allow_copy, allow="install(allow_copy=True)"
             )
-            return load_request(cls, Request(attachment, folder, os.fspath(path), "", stored), args, ours)
+            return load_request(cls, PretrainedRequest(attachment, folder, os.fspath(path), "", stored), args, ours)
     except (DaemonUnreachableError, CapacityError, DeviceMismatchError) as error:
         # A strategy may place what does not fit on one device, and devices that the daemon does not serve.
         elsewhere = kwargs.get("device_map") in STRATEGIES and not isinstance(error, DaemonUnreachableError)

@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from weightd._references import folders
-from weightd._references.files import SourcePath, in_order
+from weightd._references.files import ReferencedFile, in_order
 from weightd._references.survey import checkpoints_below
 from weightd.errors import InvalidReferenceError
 from weightd.resolve import Resolved, is_path, reference_name
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def of_transformers(
     folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
-) -> tuple[SourcePath, ...]:
+) -> tuple[ReferencedFile, ...]:
     """What transformers loads: the one file, else the shards of the index, of a variant where one is given.
 
     Without a variant, where the folder has weights of one variant only, that is taken, and a warning says so; with
@@ -32,7 +32,7 @@ def of_transformers(
 
 def of_diffusers(
     folder: Path, component: str = "", variant: str | None = None, *, exact: bool = False
-) -> tuple[SourcePath, ...]:
+) -> tuple[ReferencedFile, ...]:
     """What diffusers loads: the shards of the index, else the one file. The rest is as in `of_transformers`."""
     return _of(folders.DIFFUSERS, folder, component, variant, exact=exact)
 
@@ -51,7 +51,7 @@ def at_revision(reference: str | os.PathLike[str], revision: str | None) -> str 
 
 
 def named(
-    reference: str | os.PathLike[str], subfolder: str, files: tuple[SourcePath, ...], variant: str | None = None
+    reference: str | os.PathLike[str], subfolder: str, files: tuple[ReferencedFile, ...], variant: str | None = None
 ) -> Resolved:
     """Files as a checkpoint that bears the name of a reference, and of the variant asked for, as it would elsewhere."""
     name = reference_name(reference, variant)
@@ -59,8 +59,8 @@ def named(
 
 
 def _of(
-    rule: folders.Rule, folder: Path, component: str, variant: str | None, *, exact: bool
-) -> tuple[SourcePath, ...]:
+    rule: folders.ReferenceRule, folder: Path, component: str, variant: str | None, *, exact: bool
+) -> tuple[ReferencedFile, ...]:
     chosen = folders.weights_name(folder, rule, variant)
     if chosen is None and variant is None and not exact:
         only = folders.only_variant(folder, rule)

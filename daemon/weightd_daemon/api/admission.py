@@ -18,7 +18,7 @@ from weightd.errors import DaemonBusyError, InvalidReferenceError, LeaseLostErro
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from weightd_daemon.handles.connections import Connection, Connections
+    from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 MAX_REQUEST = 64 << 10
@@ -42,8 +42,8 @@ _NOBODY = "nobody"
 """All who call without a token count as one."""
 
 
-class Call:
-    """One call that was let in. `most` is how many bytes its request may have."""
+class AdmittedRpc:
+    """One gRPC call that was admitted. `most` is how many bytes its request may have."""
 
     def __init__(self, method: str, most: int, readers: asyncio.Semaphore) -> None:
         self._method = method
@@ -67,23 +67,23 @@ class Call:
             raise InvalidReferenceError(f"the request has {size} bytes; one of {called} may have {self._most}")
 
 
-class Admission:
-    """Counts the calls under way, by connection and by user."""
+class RpcAdmission:
+    """Admits gRPC calls: counts those under way, by connection and by user."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: HandleSocketConnections) -> None:
         self._connections = connections
         self._calls: Counter[object] = Counter()
         self._readers: dict[object, asyncio.Semaphore] = {}
 
     @contextlib.contextmanager
-    def enter(self, method: str, token: str, *, streams: bool = False) -> Iterator[Call]:
+    def enter(self, method: str, token: str, *, streams: bool = False) -> Iterator[AdmittedRpc]:
         """Let a call in until the block ends; one that `streams` may send more than one request.
 
         Errors: PermissionDeniedError (no such token), DaemonBusyError (too many calls), LeaseLostError (a load without
         an offer).
         """
         needs_token = not method.startswith(_OPEN)
-        connection: Connection | None = None
+        connection: HandleSocketConnection | None = None
         if needs_token or token:
             try:
                 connection = self._connections.by_token(token)
@@ -107,7 +107,7 @@ class Admission:
         payer = next(reversed(bounds))
         readers = self._readers.setdefault((payer, streams), asyncio.Semaphore(READERS))
         try:
-            yield Call(method, MAX_LOAD_REQUEST if is_load else MAX_REQUEST, readers)
+            yield AdmittedRpc(method, MAX_LOAD_REQUEST if is_load else MAX_REQUEST, readers)
         finally:
             self._calls.subtract(bounds.keys())
             for key in bounds:

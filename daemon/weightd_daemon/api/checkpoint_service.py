@@ -13,16 +13,16 @@ from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._transport.convert import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
 from weightd_daemon.core.checkpoint import Checkpoint
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.principal import Principal
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
-from weightd_daemon.handles.connections import Connection
+from weightd_daemon.handles.connections import HandleSocketConnection
 from weightd_daemon.loads import flight
-from weightd_daemon.loads.request import NO_GROUPS, Groups, LoadRequest, Outcome, Progress
-from weightd_daemon.loads.verification import Verification
+from weightd_daemon.loads.request import NO_GROUPS, LoadGroups, LoadOutcome, LoadRequest, LoadStatus
+from weightd_daemon.loads.verification import LoadVerification
 from weightd_daemon.wire import time_to, user_name
 
-from .context import ServiceContext
+from .context import GrpcServiceContext
 from .error_mapping import Context
 
 MAX_GROUPED = 200_000
@@ -44,9 +44,9 @@ _PHASES = {
 
 
 class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
-    """Loads, names, lists and removes checkpoints."""
+    """gRPC service that loads, names, lists and removes checkpoints."""
 
-    def __init__(self, parts: ServiceContext) -> None:
+    def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts
 
     async def Load(  # noqa: N802  # named by the proto
@@ -68,7 +68,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             os.close(intake)
             parts.store.leases.admit()
             name = parts.loads.answer(wish, resident)
-            outcome = Outcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
+            outcome = LoadOutcome(resident.key.content_digest, resident.tensor_count, resident.total_bytes, 0, 0, 0.0)
             yield _result(name, outcome, wish, None)
             return
         try:
@@ -208,7 +208,9 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             )
         yield _verified(verification)
 
-    def _wish(self, connection: Connection, who: Who, request: checkpoint_pb2.LoadRequest) -> LoadRequest:
+    def _wish(
+        self, connection: HandleSocketConnection, who: Principal, request: checkpoint_pb2.LoadRequest
+    ) -> LoadRequest:
         device = place(self._parts.devices, self._parts.default_device, request.device)
         if request.pin and who.uid is None:
             raise PermissionDeniedError("your user id is not known here, so you cannot pin")
@@ -229,7 +231,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         )
 
     def _change(
-        self, change: Callable[[Who, Checkpoint, str], None], request: Any, context: Context
+        self, change: Callable[[Principal, Checkpoint, str], None], request: Any, context: Context
     ) -> checkpoint_pb2.Checkpoint:
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
@@ -273,7 +275,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         message.exclusive_bytes = message.shared_bytes = message.leases = 0
         return message
 
-    def _loading(self, load: flight.Flight) -> checkpoint_pb2.Checkpoint:
+    def _loading(self, load: flight.InFlightLoad) -> checkpoint_pb2.Checkpoint:
         request = load.request
         return checkpoint_pb2.Checkpoint(
             names=[request.name] if request.name else [],
@@ -286,14 +288,14 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         )
 
 
-def _progress(progress: Progress) -> checkpoint_pb2.LoadEvent:
+def _progress(progress: LoadStatus) -> checkpoint_pb2.LoadEvent:
     report = checkpoint_pb2.LoadProgress(
         phase=_PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
     )
     return checkpoint_pb2.LoadEvent(progress=report)
 
 
-def _verified(verification: Verification) -> checkpoint_pb2.VerifyEvent:
+def _verified(verification: LoadVerification) -> checkpoint_pb2.VerifyEvent:
     return checkpoint_pb2.VerifyEvent(
         done_blobs=verification.done_blobs,
         total_blobs=verification.total_blobs,
@@ -302,17 +304,17 @@ def _verified(verification: Verification) -> checkpoint_pb2.VerifyEvent:
     )
 
 
-def _groups(request: checkpoint_pb2.LoadRequest) -> Groups:
+def _groups(request: checkpoint_pb2.LoadRequest) -> LoadGroups:
     """The groups of a request. Which of them are heeded, the loader finds out: only that sees the files' headers."""
     sizes, numbers = request.group_sizes, request.group_tensors
     if len(numbers) > MAX_GROUPED or len(sizes) > len(numbers) or sum(sizes) != len(numbers):
         raise InvalidReferenceError(
             f"the load has {len(sizes)} groups of {sum(sizes)} tensors and names {len(numbers)}; at most {MAX_GROUPED}"
         )
-    return Groups(array("I", sizes), array("I", numbers)) if sizes else NO_GROUPS
+    return LoadGroups(array("I", sizes), array("I", numbers)) if sizes else NO_GROUPS
 
 
-def _order(outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadOrder:
+def _order(outcome: LoadOutcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadOrder:
     """By whose groups a request's checkpoint lies now: its own, those of the load that it joined, or earlier ones."""
     if wish.groups is NO_GROUPS:
         return checkpoint_pb2.LOAD_ORDER_UNSPECIFIED
@@ -321,7 +323,7 @@ def _order(outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> che
     return checkpoint_pb2.LOAD_ORDER_REQUESTED if load.groups == wish.groups else checkpoint_pb2.LOAD_ORDER_JOINED
 
 
-def _result(name: str, outcome: Outcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadEvent:
+def _result(name: str, outcome: LoadOutcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadEvent:
     """The last event: for one wish, of the load that was begun with another or the same, if there was one."""
     order = _order(outcome, wish, load)
     own = order == checkpoint_pb2.LOAD_ORDER_REQUESTED

@@ -6,34 +6,34 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from weightd_daemon.core.catalog import Catalog
-from weightd_daemon.core.store import Store
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
-from weightd_daemon.handles.connections import Connection, Connections
+from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.monitoring.event_stream import EventStream
+from weightd_daemon.monitoring.event_stream import MonitoringEventStream
 from weightd_daemon.monitoring.statistics import Statistics
-from weightd_daemon.operations.drain import Drain
+from weightd_daemon.operations.drain import DrainOperation
 
 from .admission import TOKEN
 from .error_mapping import Context
 
 
-class ServiceContext(NamedTuple):
-    """The parts of the daemon that calls reach."""
+class GrpcServiceContext(NamedTuple):
+    """The parts of the daemon that gRPC services reach."""
 
-    store: Store
+    store: ContentStore
     catalog: Catalog
     loads: Loads
-    connections: Connections
+    connections: HandleSocketConnections
     devices: dict[str, Device]
     default_device: str
     now: Callable[[], float]
-    event_stream: EventStream
-    drain: Drain
+    event_stream: MonitoringEventStream
+    drain: DrainOperation
     statistics: Statistics
 
-    def caller(self, context: Context) -> tuple[Connection, Who]:
+    def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:
         """Whose call it is. Errors: PermissionDeniedError."""
         metadata = dict(context.invocation_metadata() or ())
         connection = self.connections.by_token(str(metadata.get(TOKEN, "")))

@@ -13,7 +13,7 @@ from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd_daemon import __version__
 from weightd_daemon.wire import add_leases
 
-from .context import ServiceContext
+from .context import GrpcServiceContext
 from .error_mapping import Context
 
 LOOK_SECONDS = 1.0
@@ -21,9 +21,9 @@ LOOK_SECONDS = 1.0
 
 
 class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
-    """Answers for the daemon as a whole."""
+    """gRPC service for the daemon as a whole: version, statistics, events, drain, reclaim."""
 
-    def __init__(self, parts: ServiceContext) -> None:
+    def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts
         self._started = time.monotonic()
 

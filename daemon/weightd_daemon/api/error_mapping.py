@@ -30,7 +30,7 @@ from .admission import TOKEN
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
-    from .admission import Admission, Call
+    from .admission import AdmittedRpc, RpcAdmission
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ UNREAD_SECONDS = 60.0
 """How long an answer may wait for its reader to take it, where what HTTP/2 lets the server send is used up."""
 
 
-class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
-    """Wraps unary and streaming handlers alike, also for errors after the first streamed message.
+class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic only in its types
+    """gRPC interceptor that encodes errors of unary and streaming calls, also after the first streamed message.
 
     Every call is served as a stream in both directions, which looks the same on the wire: so a request is received only
     when `admission` has let the call in, and decoded only when its size is known. When a call has ended, `on_call`
@@ -51,7 +51,7 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
     """
 
     def __init__(
-        self, admission: Admission, on_call: Callable[[str, str], None], before_answer: Callable[[], None]
+        self, admission: RpcAdmission, on_call: Callable[[str, str], None], before_answer: Callable[[], None]
     ) -> None:
         self._admission = admission
         self._on_call = on_call
@@ -116,7 +116,7 @@ class ErrorMapping(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         return answer
 
 
-async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
+async def _receive(handler: Any, call: AdmittedRpc, context: Context) -> Any | None:
     """The next request of a call; None where the peer has sent all, has left, or gRPC has refused the rest."""
     async with call.reading():
         raw = await context.read()
@@ -130,7 +130,7 @@ async def _receive(handler: Any, call: Call, context: Context) -> Any | None:
         raise InvalidReferenceError(f"the {len(raw)} bytes that were sent are no request of this call") from None
 
 
-async def _requests(handler: Any, call: Call, context: Context) -> AsyncIterator[Any]:
+async def _requests(handler: Any, call: AdmittedRpc, context: Context) -> AsyncIterator[Any]:
     while (request := await _receive(handler, call, context)) is not None:
         yield request
 

@@ -22,11 +22,11 @@ from weightd._proto.v1 import (
 from weightd._transport.address import grpc_target
 from weightd_daemon.wire import add_leases
 
-from .admission import MAX_CALLS_OF_CONNECTION, Admission
+from .admission import MAX_CALLS_OF_CONNECTION, RpcAdmission
 from .checkpoint_service import CheckpointService
-from .context import ServiceContext
+from .context import GrpcServiceContext
 from .daemon_service import DaemonService
-from .error_mapping import Context, ErrorMapping
+from .error_mapping import Context, GrpcErrorInterceptor
 
 MAX_ANSWER = 64 << 20
 """Bytes of an answer: lists are as long as the books."""
@@ -46,9 +46,9 @@ _SERVICES = tuple(
 
 
 class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
-    """Lists leases."""
+    """gRPC service that lists leases."""
 
-    def __init__(self, parts: ServiceContext) -> None:
+    def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts
 
     async def List(  # noqa: N802  # the name that gRPC calls
@@ -63,14 +63,16 @@ class LeaseService(lease_pb2_grpc.LeaseServiceServicer):
 
 
 class GrpcServer:
-    """The gRPC server with its services, health and reflection. For `on_call` and `before_answer` see ErrorMapping.
+    """The gRPC server with its services, health and reflection.
+
+    For `on_call` and `before_answer` see GrpcErrorInterceptor.
 
     `max_connections` is how many clients there may be, each with one connection.
     """
 
     def __init__(
         self,
-        parts: ServiceContext,
+        parts: GrpcServiceContext,
         max_connections: int,
         on_call: Callable[[str, str], None],
         before_answer: Callable[[], None],
@@ -84,7 +86,7 @@ class GrpcServer:
             ("grpc.max_concurrent_streams", MAX_CALLS_OF_CONNECTION),
             ("grpc.http2.bdp_probe", 0),  # or what nobody has asked for yet would be let in by the megabyte
         ]
-        self._interceptors = [ErrorMapping(Admission(parts.connections), on_call, before_answer)]
+        self._interceptors = [GrpcErrorInterceptor(RpcAdmission(parts.connections), on_call, before_answer)]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
         self._checkpoints, self._leases, self._daemon = (
             CheckpointService(parts),

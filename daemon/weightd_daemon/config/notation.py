@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _UUID_SHAPE = "00000000-0000-0000-0000-000000000000"
-_UUID_PREFIX = "GPU-"
+_UUID_PREFIXES = ("GPU-", "MIG-")
+"""Of a GPU and of a part of one. The driver says GPU- of either, nvidia-smi and NVML do not; the digits tell."""
 _UUID_LEAST = 8
 
 
@@ -42,17 +43,29 @@ def parse_device(text: str) -> str:
         return text
     prefix, digits = text[:4], text[4:].lower()
     shape = re.sub(r"[0-9a-f]", "0", digits)
-    if prefix == _UUID_PREFIX and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
+    if prefix in _UUID_PREFIXES and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
         return prefix + digits
     raise ValueError(
         f"{text!r} is not a device; "
-        f"use host, cuda, cuda:N, or GPU- and a UUID or its first {_UUID_LEAST} digits or more"
+        f"use host, cuda, cuda:N, or GPU- or MIG- and a UUID or its first {_UUID_LEAST} digits or more"
     )
+
+
+def is_uuid(said: str) -> bool:
+    """Whether a setting names a device by its UUID, or by the beginning of it."""
+    return said.startswith(_UUID_PREFIXES)
+
+
+def whole_uuid(said: str) -> str:
+    """The UUID, as the driver writes it, of a device that a setting names by all of it; empty if it does not."""
+    return f"GPU-{said[4:]}" if is_uuid(said) and len(said) == len("GPU-") + len(_UUID_SHAPE) else ""
 
 
 def means(said: str, name: str) -> bool:
     """Whether a device that is called `name` is what a setting says; of a UUID the beginning will do."""
-    return name.startswith(said) if said.startswith(_UUID_PREFIX) else name == said
+    if is_uuid(said) and is_uuid(name):
+        return name[4:].startswith(said[4:])
+    return name == said
 
 
 def refuse_twice(names: Sequence[str]) -> None:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Preload:
-    """One checkpoint to load: its reference, and what `weightd load` could say of it.
+class PreloadConfig:
+    """Entry of the setting `preload`: a checkpoint's reference, and the options that `weightd load` has for it.
 
     With `wait` the daemon is not ready before it is resident. `where` says where this was set.
     """
@@ -28,15 +28,15 @@ class Preload:
     where: str = field(default="", compare=False)
 
 
-_KEYS = {key.name: bool if key.type == "bool" else str for key in fields(Preload) if key.name != "where"}
+_KEYS = {key.name: bool if key.type == "bool" else str for key in fields(PreloadConfig) if key.name != "where"}
 
 
-def preloads_from(values: Iterable[object], where: Callable[[int, str], str]) -> tuple[Preload, ...]:
+def preloads_from(values: Iterable[object], where: Callable[[int, str], str]) -> tuple[PreloadConfig, ...]:
     """What the elements of the setting say; `where(number, key)` says where one stands. Errors: ConfigError."""
     return tuple(_preload(value, number, where) for number, value in enumerate(values))
 
 
-def _preload(value: object, number: int, where: Callable[[int, str], str]) -> Preload:
+def _preload(value: object, number: int, where: Callable[[int, str], str]) -> PreloadConfig:
     table = {"ref": value} if isinstance(value, str) else value
 
     def refuse(key: str, why: str) -> ConfigError:
@@ -60,4 +60,4 @@ def _preload(value: object, number: int, where: Callable[[int, str], str]) -> Pr
             table = {**table, "device": parse_device(device)}
         except ValueError as error:
             raise refuse("device", f"device = {device!r}: {error}") from None
-    return Preload(**table, where=where(number, ""))
+    return PreloadConfig(**table, where=where(number, ""))

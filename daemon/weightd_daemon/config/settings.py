@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._transport.address import check_path, handles_path, serving_socket
 from weightd.errors import InvalidReferenceError
-from weightd_daemon.core.limits import Limits
+from weightd_daemon.core.limits import UserLimits
 
 from .notation import means, parse_budget, parse_device, parse_size, refuse_twice
-from .preload_entry import Preload, preloads_from
-from .toml_file import ConfigError, ConfigFile, TemporaryError
+from .preload_entry import PreloadConfig, preloads_from
+from .toml_file import ConfigError, ConfigFile, TemporaryConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     _Find = Callable[[str, int, str], str]
 
-__all__ = ["ConfigError", "Loaded", "Settings", "TemporaryError", "load"]
+__all__ = ["ConfigError", "LoadedSettings", "Settings", "TemporaryConfigError", "load"]
 
 _SOCKET_PATH_BYTES = 107
 _LAST_PORT = 65535
@@ -53,7 +53,7 @@ def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings, as text, numbers or tuples; `load` has checked them."""
+    """All settings of the daemon, as text, numbers or tuples; `load` has checked them."""
 
     socket: str = _setting(_default_socket, "path of the control socket; the handle socket is in the same directory")
     socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 gives the group access")
@@ -86,7 +86,7 @@ class Settings:
         "directories in which the daemon itself may open files; separate several with commas or repeat the flag",
         repeatable=True,
     )
-    preload: tuple[Preload, ...] = _setting(
+    preload: tuple[PreloadConfig, ...] = _setting(
         (),
         "files, directories or org/name[@revision] below model_roots to load at the start; separate several with "
         "commas or repeat the flag; the file also accepts tables",
@@ -182,10 +182,10 @@ class Settings:
         return frozenset(_uid(name) for name in re.split(r"[,\s]+", self.admins) if name)
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> UserLimits:
         """Limits of one user."""
         most = parse_size(self.max_user_bytes or "0")
-        return Limits(self.max_user_leases, most, self.max_user_offers, self.max_user_names)
+        return UserLimits(self.max_user_leases, most, self.max_user_offers, self.max_user_names)
 
     @property
     def threads(self) -> int:
@@ -198,8 +198,8 @@ class Settings:
         return self.max_user_loads or max(1, self.max_loads - 1)
 
 
-class Loaded(NamedTuple):
-    """Settings, and the origin of each value."""
+class LoadedSettings(NamedTuple):
+    """The settings, and the origin of each value."""
 
     settings: Settings
     origins: dict[str, str]
@@ -214,7 +214,9 @@ def default_config_path() -> Path | None:
     return None
 
 
-def load(config: Path | None, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]) -> Loaded:
+def load(
+    config: Path | None, flags: Mapping[str, str | list[str] | None], environment: Mapping[str, str]
+) -> LoadedSettings:
     """Combine the settings of all sources; a repeated flag is a list. Errors: ConfigError."""
     kinds = {f.name: str(f.type) for f in fields(Settings)}
     values: dict[str, Any] = {}
@@ -238,7 +240,7 @@ def load(config: Path | None, flags: Mapping[str, str | list[str] | None], envir
                 values[key] = _convert(key, said, kind, origin, lambda key, *_: origins[key])
     settings = Settings(**values)
     _check(settings, origins)
-    return Loaded(settings, origins)
+    return LoadedSettings(settings, origins)
 
 
 def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> object:
@@ -273,7 +275,7 @@ def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -
 
 
 def _check(settings: Settings, origins: dict[str, str]) -> None:
-    """Refuse invalid values. Errors: ConfigError naming the origin; TemporaryError if nothing else is wrong."""
+    """Refuse invalid values. Errors: ConfigError naming the origin; TemporaryConfigError if nothing else is wrong."""
 
     def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
         raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
@@ -322,7 +324,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     try:  # last: this error may resolve itself, and must not hide permanent errors
         _ = settings.admin_uids
     except KeyError as error:
-        refuse("admins", f"no user {error.args[0]}", TemporaryError)
+        refuse("admins", f"no user {error.args[0]}", TemporaryConfigError)
 
 
 def _uid(name: str) -> int:

@@ -18,7 +18,7 @@ MOST_BYTES = 1 << 20
 
 
 class ConfigError(Exception):
-    """A setting that cannot be; the message says where it stands.
+    """A setting is invalid; the message says where it stands.
 
     `key` is the setting where the message does not say: where only the daemon could find out, as it began to serve.
     """
@@ -31,8 +31,8 @@ class ConfigError(Exception):
         self.key = key
 
 
-class TemporaryError(ConfigError):
-    """What a setting asks for is not there now: a driver, a mount, a file, memory. The next start may find it."""
+class TemporaryConfigError(ConfigError):
+    """A setting names a driver, mount, file or memory that is not available now; the next start may find it."""
 
     exit_code = 75
 
@@ -46,7 +46,10 @@ class TemporaryError(ConfigError):
 
 
 class ConfigFile:
-    """A TOML file as it was when it was read. Errors: ConfigError; TemporaryError (it cannot be read)."""
+    """A TOML file of settings, as it was when it was read.
+
+    Errors: ConfigError; TemporaryConfigError (it cannot be read).
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -58,7 +61,7 @@ class ConfigFile:
             text = raw.decode()
             self.values: dict[str, Any] = tomllib.loads(text)
         except OSError as error:
-            raise TemporaryError(f"{path}: cannot be read: {error.strerror}") from error
+            raise TemporaryConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: is not TOML: {error}") from error
         self._lines = text.splitlines()

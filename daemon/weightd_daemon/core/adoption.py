@@ -14,44 +14,44 @@ from .arena import slot_bytes
 from .blob import Blob, BlobKey
 from .checkpoint import Checkpoint, CheckpointKey, Content
 from .manifest import content_digest
-from .ranges import Ranges
+from .ranges import RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from .digest import BlobIdentity
-    from .manifest import ManifestEntry, ManifestFile
-    from .store import Store
+    from .manifest import ContentFile, ContentTensor
+    from .store import ContentStore
 
 
 class BlobPlace(NamedTuple):
-    """Where a blob lies: a segment of this daemon, and an offset in bytes."""
+    """Placement of a blob: a segment of this daemon, and an offset in bytes."""
 
     segment: int
     offset: int
 
 
-class DescribedCheckpoint(NamedTuple):
-    """What a manifest says: files, tensors, for each tensor its blob's identity and place (None without bytes)."""
+class CheckpointDescription(NamedTuple):
+    """A checkpoint to enter into the store: files, tensors, and each one's blob identity and place (None: no bytes)."""
 
-    files: Sequence[ManifestFile]
-    entries: Sequence[ManifestEntry]
+    files: Sequence[ContentFile]
+    entries: Sequence[ContentTensor]
     identities: Sequence[BlobIdentity]
     places: Sequence[BlobPlace | None]
     manifest_bytes: int = 0
 
 
-class Adoption:
-    """Restores the checkpoints of one device, one after the other. `sizes` are the bytes of its adopted segments."""
+class StoreAdoption:
+    """Enters an earlier daemon's checkpoints of one device into the store. `sizes` are its adopted segments' bytes."""
 
-    def __init__(self, store: Store, sizes: Mapping[int, int]) -> None:
+    def __init__(self, store: ContentStore, sizes: Mapping[int, int]) -> None:
         self._store = store
         self._sizes = sizes
         self._blobs: dict[BlobPlace, Blob] = {}
-        self.taken: dict[int, Ranges] = {}
+        self.taken: dict[int, RangeSet] = {}
         """The bytes that restored blobs have, by segment."""
 
-    def add(self, key: CheckpointKey, described: DescribedCheckpoint, owner: int | None, loaded: float) -> Checkpoint:
+    def add(self, key: CheckpointKey, described: CheckpointDescription, owner: int | None, loaded: float) -> Checkpoint:
         """Enter a checkpoint; `loaded` is seconds since the epoch. Errors: ValueError, and nothing has changed."""
         if key in self._store.checkpoints:
             raise ValueError("it is there twice")
@@ -64,7 +64,7 @@ class Adoption:
         self._store.enter(checkpoint)
         return checkpoint
 
-    def _check(self, key: CheckpointKey, described: DescribedCheckpoint) -> None:
+    def _check(self, key: CheckpointKey, described: CheckpointDescription) -> None:
         """Whether every blob fits into its segment, and lies on no other. Errors: ValueError."""
         fresh: dict[BlobPlace, BlobIdentity] = {}
         for identity, place in _rows(described):
@@ -96,15 +96,15 @@ class Adoption:
             where = BlobKey(key.device, key.domain, identity.digest, identity.length)
             blob = self._store.blobs.place(where, identity.variant, place.segment, place.offset, load=0)
             self._blobs[place] = blob
-            self.taken.setdefault(place.segment, Ranges()).add(place.offset, blob.slot.end)
+            self.taken.setdefault(place.segment, RangeSet()).add(place.offset, blob.slot.end)
         return blob
 
 
-def _rows(described: DescribedCheckpoint) -> Iterator[tuple[BlobIdentity, BlobPlace | None]]:
+def _rows(described: CheckpointDescription) -> Iterator[tuple[BlobIdentity, BlobPlace | None]]:
     return zip(described.identities, described.places, strict=True)
 
 
-def number_uses(store: Store, uses: Mapping[CheckpointKey, tuple[int, float]]) -> None:
+def number_uses(store: ContentStore, uses: Mapping[CheckpointKey, tuple[int, float]]) -> None:
     """Put restored checkpoints in the order of their last use: by its number, and where that is not known by its time.
 
     They are numbered anew, so that numbers stay small whatever was written down.

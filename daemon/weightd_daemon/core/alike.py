@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False)
-class Twins:
+class DuplicateBlobs:
     """Placed blobs of equal bytes. They have been compared with the sealed blobs numbered in `known`.
 
     Those of them with the same variant are equal, the others differ.
@@ -22,8 +22,8 @@ class Twins:
     blobs: list[Blob] = field(default_factory=list)
 
 
-class Alike:
-    """What a load knows of one key: a blob to compare with for each variant, and further ones of equal bytes.
+class DuplicateCandidates:
+    """Blobs that a new blob may duplicate: for one key, one blob per variant, and further ones of equal bytes.
 
     Sealed blobs of one key are equal if and only if their variants are, so one comparison settles a variant. Made when
     the load first meets the key; what others seal after that is left to the recheck.
@@ -32,7 +32,9 @@ class Alike:
     def __init__(self, sealed: Iterable[Blob]) -> None:
         self.numbers: set[int] = set()
         self._sealed: dict[int, list[Blob]] = {}
-        self._twins: dict[int, Twins] = {}
+        self._in_use: dict[int, Blob] = {}
+        """By variant, a sealed blob that the load uses, and which so stays: a face where no other is left."""
+        self._twins: dict[int, DuplicateBlobs] = {}
         self._own: list[Blob] = []
         self.placed = False
         """Whether the load has placed bytes under the key."""
@@ -42,27 +44,29 @@ class Alike:
 
     def faces(self) -> Iterator[Blob]:
         """One resident blob for each run of bytes that is known under the key."""
-        for blobs in self._sealed.values():
+        for variant, blobs in self._sealed.items():
             while blobs and not blobs[-1].sealed:
                 blobs.pop()  # evicted since
-            if blobs:
-                yield blobs[-1]
+            face = blobs[-1] if blobs else self._in_use.get(variant)
+            if face is not None:
+                yield face
         yield from self._own
 
     def spare(self, variant: int, used: set[int]) -> Blob | None:
         """A sealed blob of that variant which the load does not use yet."""
         blobs = self._sealed.get(variant, [])
         while blobs:
-            if blobs[-1].sealed and blobs[-1].number not in used:
-                return blobs[-1]
-            if len(blobs) == 1 and blobs[-1].sealed:
-                return None  # the last stays as a face
+            blob = blobs[-1]
+            if blob.sealed and blob.number not in used:
+                return blob
+            if blob.sealed:
+                self._in_use[variant] = blob
             blobs.pop()
         return None
 
-    def twins(self, variant: int) -> Twins:
+    def twins(self, variant: int) -> DuplicateBlobs:
         """The placed blobs that equal the sealed ones of a variant."""
-        return self._twins.setdefault(variant, Twins(set(self.numbers)))
+        return self._twins.setdefault(variant, DuplicateBlobs(set(self.numbers)))
 
     def add(self, blob: Blob) -> None:
         """The load has placed bytes that equal nothing known."""

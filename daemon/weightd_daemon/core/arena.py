@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.types import ALIGNMENT
 
-from .ranges import Ranges
+from .ranges import RangeSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 
 class Extent(NamedTuple):
-    """Bytes [offset, offset + length) of a segment."""
+    """Bytes [offset, offset + length) of a segment, as the arena allocates them."""
 
     segment: int
     offset: int
@@ -41,9 +41,9 @@ def slot_bytes(length: int) -> int:
 
 def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
     """What is left of the granted extents without those to keep."""
-    by_segment: dict[int, Ranges] = {}
+    by_segment: dict[int, RangeSet] = {}
     for extent in granted:
-        by_segment.setdefault(extent.segment, Ranges()).add(extent.offset, extent.end)
+        by_segment.setdefault(extent.segment, RangeSet()).add(extent.offset, extent.end)
     for extent in keep:
         by_segment[extent.segment].remove(extent.offset, extent.end)
     return [Extent(segment, start, end - start) for segment, ranges in by_segment.items() for start, end in ranges]
@@ -55,28 +55,62 @@ class _Segment:
     Bytes in `quarantined` are neither free nor taken: a process that nobody could end may still write to them.
     """
 
-    __slots__ = ("free", "frozen", "holes", "leaving", "quarantined", "size", "sparse")
+    __slots__ = ("counted", "free", "frozen", "leaving", "quarantined", "size", "sparse")
 
     def __init__(self, size: int, *, sparse: bool) -> None:
         self.size = size
-        self.free = Ranges()
+        self.free = RangeSet()
         self.free.add(0, size)
-        self.sparse = Ranges()
+        self.sparse = RangeSet()
         if sparse:
             self.sparse.add(0, size)
-        self.leaving = Ranges()
-        self.quarantined = Ranges()
+        self.leaving = RangeSet()
+        self.quarantined = RangeSet()
         self.frozen = False
-        self.holes: list[tuple[Extent, int]] | None = None
-        """What Arena._holes has of it, until its free or sparse bytes change."""
+        self.counted = _Counted(0, 0, 0)
+        """What the sums of its arena have of it."""
+
+    @property
+    def populated(self) -> int:
+        """Bytes with memory behind them, or promised."""
+        return self.size - self.sparse.total
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing lies in it and nothing is on its way out of it."""
+        return self.free.total == self.size
+
+
+class _Counted(NamedTuple):
+    """Bytes of one segment that are populated, leaving, and populated in an empty segment."""
+
+    used: int
+    leaving: int
+    empty: int
 
 
 class Arena:
-    """Allocator inside the segments of one device and one sharing domain. Sizes and offsets are bytes."""
+    """Bookkeeping allocator for the segments of one device and one sharing domain. Sizes and offsets are bytes.
+
+    Sums over the segments are kept, and so are the segments with holes: a daemon has a segment for each checkpoint, and
+    what is asked at each grant must not cost a walk through all of them.
+    """
 
     def __init__(self, page: int) -> None:
         self.page = page
         self._segments: dict[int, _Segment] = {}
+        self.used = 0
+        """Bytes with memory behind them, or promised: segments less their punched or never written pages."""
+        self.leaving = 0
+        """Bytes of pages that are set aside to be punched."""
+        self.empty_bytes = 0
+        """Memory behind the segments in which nothing lies."""
+        self._empty: dict[int, None] = {}
+        self._holes: dict[int, list[tuple[Extent, int]]] = {}
+        """By segment, if it has any: whole free pages that can be handed out, and what taking them would cost."""
+        self._hole_bytes = 0
+        self._stale: set[int] = set()
+        """Segments whose holes have changed: they are looked for when somebody asks."""
 
     def __contains__(self, segment: int) -> bool:
         return segment in self._segments
@@ -87,16 +121,6 @@ class Arena:
     def __len__(self) -> int:
         return len(self._segments)
 
-    @property
-    def used(self) -> int:
-        """Bytes with memory behind them, or promised: segments less their punched or never written pages."""
-        return sum(s.size - s.sparse.total for s in self._segments.values())
-
-    @property
-    def leaving(self) -> int:
-        """Bytes of pages that are set aside to be punched."""
-        return sum(s.leaving.total for s in self._segments.values())
-
     def size(self, segment: int) -> int:
         """Length of a segment."""
         return self._segments[segment].size
@@ -106,12 +130,13 @@ class Arena:
         if segment in self._segments or size <= 0 or size % self.page:
             raise ValueError(f"segment {segment} of {size} bytes cannot be added")
         self._segments[segment] = _Segment(size, sparse=sparse)
+        self._changed(segment)
 
     def adopt_segment(
         self,
         segment: int,
         size: int,
-        taken: Ranges,
+        taken: RangeSet,
         hollow: Iterable[tuple[int, int]],
         *,
         frozen: bool,
@@ -131,7 +156,7 @@ class Arena:
         self._note_hollow(books, books.free, hollow)
         if quarantine:
             books.quarantined, books.free = books.free, books.quarantined
-        books.holes = None
+        self._changed(segment)
 
     def is_quarantined(self, segment: int) -> bool:
         """Whether bytes of the segment are set aside until `thaw`."""
@@ -140,14 +165,14 @@ class Arena:
     def thaw(self, segment: int, hollow: Iterable[tuple[int, int]]) -> None:
         """Free the bytes that were set aside. `hollow` are the ranges of the segment without memory by now."""
         books = self._segments[segment]
-        back, books.quarantined = books.quarantined, Ranges()
-        books.holes = None
+        back, books.quarantined = books.quarantined, RangeSet()
         for start, end in back:
             books.free.add(start, end)
             books.sparse.discard(start, end)
         self._note_hollow(books, back, hollow)
+        self._changed(segment)
 
-    def _note_hollow(self, books: _Segment, within: Ranges, hollow: Iterable[tuple[int, int]]) -> None:
+    def _note_hollow(self, books: _Segment, within: RangeSet, hollow: Iterable[tuple[int, int]]) -> None:
         """Enter the whole pages of `within` that have no memory behind them."""
         for start, end in hollow:
             for low, high in within.within(start, end):
@@ -163,17 +188,34 @@ class Arena:
         """Strike a wholly free segment out of the books."""
         if not self.is_empty(segment):
             raise ValueError(f"segment {segment} is not empty")
-        del self._segments[segment]
+        counted = self._segments.pop(segment).counted
+        self.used -= counted.used
+        self.empty_bytes -= counted.empty
+        del self._empty[segment]
+        self._set_holes(segment, [])
+        self._stale.discard(segment)
 
     def is_empty(self, segment: int) -> bool:
         """Whether nothing lies in the segment and nothing is on its way out of it."""
-        books = self._segments[segment]
-        return books.free.total == books.size
+        return self._segments[segment].is_empty
+
+    def empty_segments(self) -> list[int]:
+        """The segments in which nothing lies."""
+        return list(self._empty)
+
+    def segments_with_holes(self) -> list[int]:
+        """The segments with whole free pages, with memory or without, that can be handed out."""
+        self._find_holes()
+        return list(self._holes)
+
+    def largest_holes(self) -> dict[int, int]:
+        """The bytes of the largest of these pieces, by segment."""
+        self._find_holes()
+        return {segment: max(extent.length for extent, _ in holes) for segment, holes in self._holes.items()}
 
     def populated(self, segment: int) -> int:
         """Bytes of the segment with memory behind them, or promised."""
-        books = self._segments[segment]
-        return books.size - books.sparse.total
+        return self._segments[segment].populated
 
     def best_fit(self, length: int, budget: int) -> Extent | None:
         """The tightest hole that takes `length` bytes (a whole number of pages) and needs at most `budget` new memory.
@@ -181,25 +223,21 @@ class Arena:
         Holes with memory behind them come first: page allocation is what a load costs (docs/architecture.md).
         """
         best: tuple[int, int, Extent] | None = None
-        for extent, whole in self._holes():
+        for extent, whole in self._all_holes():
             if extent.length < length:
                 continue
             cut = Extent(extent.segment, extent.offset, length)
             cost = self.cost(cut) if whole else 0
-            rank = (cost, extent.length)
-            if cost <= budget and (best is None or rank < best[:2]):
-                best = (*rank, cut)
+            rank = (cost, extent.length, cut)
+            if cost <= budget and (best is None or rank < best):
+                best = rank
         return best[2] if best else None
 
     def largest(self, least: int, budget: int, *, populated: bool) -> Extent | None:
         """The largest hole of at least `least` bytes; with `populated`, among those that need no new memory."""
-        best: Extent | None = None
-        for extent, cost in self._holes():
-            if extent.length < least or (best is not None and extent.length <= best.length):
-                continue
-            if cost <= (0 if populated else budget):
-                best = extent
-        return best
+        most = 0 if populated else budget
+        fitting = (extent for extent, cost in self._all_holes() if extent.length >= least and cost <= most)
+        return min(fitting, key=lambda extent: (-extent.length, extent), default=None)
 
     def cost(self, extent: Extent) -> int:
         """Bytes of memory that taking the extent would add."""
@@ -211,15 +249,14 @@ class Arena:
         books = self._segments[extent.segment]
         if extent.offset % self.page or extent.length % self.page:
             raise ValueError(f"{extent} is not page-aligned")
-        books.holes = None
         books.free.remove(extent.offset, extent.end)  # law 1: ValueError where a byte is not free
         books.sparse.discard(extent.offset, extent.end)
+        self._changed(extent.segment)
 
     def give_back(self, extent: Extent) -> None:
         """Return bytes: a whole extent, or what is left between the blobs in one."""
-        books = self._segments[extent.segment]
-        books.holes = None
-        books.free.add(extent.offset, extent.end)
+        self._segments[extent.segment].free.add(extent.offset, extent.end)
+        self._changed(extent.segment)
 
     def start_leaving(self, segment: int, start: int = 0, end: int | None = None) -> list[Extent]:
         """Set aside the whole free pages of [start, end) that have memory, so that they can be punched.
@@ -240,22 +277,22 @@ class Arena:
                 if position < sparse_start:
                     leaving.append(Extent(segment, position, sparse_start - position))
                 position = sparse_end
-        if leaving:
-            books.holes = None
         for extent in leaving:
             books.free.remove(extent.offset, extent.end)
             books.leaving.add(extent.offset, extent.end)
+        if leaving:
+            self._changed(segment)
         return leaving
 
     def left(self, extent: Extent) -> None:
         """The memory of an extent that was set aside has gone: it is a hole without memory now."""
         books = self._segments[extent.segment]
-        books.holes = None
         books.leaving.remove(extent.offset, extent.end)
         books.free.add(extent.offset, extent.end)
         books.sparse.add(extent.offset, extent.end)
+        self._changed(extent.segment)
 
-    def free_ranges(self, segment: int) -> Ranges:
+    def free_ranges(self, segment: int) -> RangeSet:
         """A copy of the segment's free bytes, those on their way out included."""
         books = self._segments[segment]
         ranges = books.free.copy()
@@ -265,18 +302,39 @@ class Arena:
 
     def populated_hole_bytes(self) -> int:
         """Bytes of whole free pages that have memory behind them: what the next load can have at once."""
-        return sum(extent.length - cost for extent, cost in self._holes())
+        self._find_holes()
+        return self._hole_bytes
 
-    def empty_bytes(self) -> int:
-        """Memory behind the segments in which nothing lies."""
-        return sum(self.populated(segment) for segment in self._segments if self.is_empty(segment))
+    def _changed(self, segment: int) -> None:
+        """Bring the sums up to date with a segment that has changed."""
+        books = self._segments[segment]
+        populated = books.populated
+        before, now = books.counted, _Counted(populated, books.leaving.total, populated if books.is_empty else 0)
+        books.counted = now
+        self.used += now.used - before.used
+        self.leaving += now.leaving - before.leaving
+        self.empty_bytes += now.empty - before.empty
+        if books.is_empty:
+            self._empty[segment] = None
+        else:
+            self._empty.pop(segment, None)
+        self._stale.add(segment)
 
-    def _holes(self) -> Iterator[tuple[Extent, int]]:
-        """The whole free pages that can be handed out, and what taking them would cost. A grant asks several times."""
-        for segment, books in self._segments.items():
-            if books.holes is None:
-                books.holes = self._holes_in(segment, books)
-            yield from books.holes
+    def _all_holes(self) -> Iterator[tuple[Extent, int]]:
+        self._find_holes()
+        for holes in self._holes.values():
+            yield from holes
+
+    def _find_holes(self) -> None:
+        for segment in self._stale:
+            self._set_holes(segment, self._holes_in(segment, self._segments[segment]))
+        self._stale.clear()
+
+    def _set_holes(self, segment: int, holes: list[tuple[Extent, int]]) -> None:
+        before = self._holes.pop(segment, ())
+        if holes:
+            self._holes[segment] = holes
+        self._hole_bytes += sum(e.length - cost for e, cost in holes) - sum(e.length - cost for e, cost in before)
 
     def _holes_in(self, segment: int, books: _Segment) -> list[tuple[Extent, int]]:
         found = []

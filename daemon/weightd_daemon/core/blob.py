@@ -34,7 +34,7 @@ _MOVES: dict[BlobState, frozenset[BlobState]] = {
 
 
 class BlobKey(NamedTuple):
-    """Where candidates are looked for: device, sharing domain, digest and length."""
+    """Key by which equal blobs are looked up: device, sharing domain, digest and length."""
 
     device: str
     domain: str
@@ -43,7 +43,7 @@ class BlobKey(NamedTuple):
 
 
 class Blob:
-    """One resident run of bytes.
+    """One resident run of bytes, held once however many checkpoints refer to it.
 
     `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
     `holds` counts loads that rely on the bytes staying.
@@ -90,8 +90,8 @@ class Blob:
         self.state = state
 
 
-class Blobs:
-    """Every blob there is, by number and by key."""
+class BlobTable:
+    """Index of all blobs, by number and by key."""
 
     def __init__(self) -> None:
         self._by_number: dict[int, Blob] = {}
@@ -100,10 +100,12 @@ class Blobs:
         self._lengths: dict[tuple[str, str], Counter[int]] = {}
         self._sealed_lengths: dict[tuple[str, str], Counter[int]] = {}
         """How many blobs of each length a device has in a sharing domain: every load asks which lengths there are."""
-        self.sealed = self.seals = 0
-        """How many are sealed, and how often some were."""
+        self.sealed = 0
+        """How many are sealed."""
         self.contested: dict[int, dict[BlobKey, None]] = {}
         """By open load, the keys under which it has placed bytes while another load had some that may be equal."""
+        self.unchecked: dict[int, dict[BlobKey, None]] = {}
+        """By open load, those of them under which another load's bytes have been sealed since it last looked."""
         self._last = 0
 
     def __iter__(self) -> Iterator[Blob]:
@@ -135,7 +137,10 @@ class Blobs:
         return self._sealed_bytes.get(device, 0)
 
     def seal(self, blobs: Collection[Blob]) -> None:
-        """A checkpoint refers to these blobs, all of one device and domain. Cheap: a seal is one step, however many."""
+        """A checkpoint refers to these blobs, all of one device, domain and load.
+
+        Cheap: a seal is one step, however many.
+        """
         if not blobs:
             return
         reserved, sealed = BlobState.RESERVED, BlobState.SEALED
@@ -148,7 +153,11 @@ class Blobs:
         self._sealed_lengths.setdefault((device, domain), Counter()).update(lengths)
         self._sealed_bytes[device] = self.sealed_bytes(device) + sum(n * count for n, count in lengths.items())
         self.sealed += len(blobs)
-        self.seals += 1
+        load = next(iter(blobs)).load
+        mine = self.contested.get(load, {})
+        for other, contested in self.contested.items():
+            if other != load and contested and mine:
+                self.unchecked[other].update(dict.fromkeys(filter(contested.__contains__, mine)))
 
     def drop(self, blob: Blob, state: BlobState) -> None:
         """Strike a blob out; `state` says how it ended."""

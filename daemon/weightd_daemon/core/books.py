@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 from weightd._sizes import size
 from weightd.errors import CapacityError
 
-from .eviction import choose, least_recently_used
+from .eviction import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from .checkpoint import Checkpoint
 
 
-class Books:
-    """The books of all devices: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
+class BookkeepingMemory:
+    """Memory of the daemon's own books: what resident checkpoints take, and what open loads will. `limit` 0 is none."""
 
     def __init__(self, limit: int = 0) -> None:
         self.limit = limit
@@ -42,31 +42,33 @@ class Books:
         """A checkpoint is no longer resident."""
         self.used -= checkpoint.books_bytes
 
-    def expect(self, load: int, needed: int) -> None:
-        """Reckon with `needed` bytes for an open load from now on. Errors: CapacityError (more than the limit)."""
+    def reserve(self, load: int, needed: int, evictable: Iterable[Checkpoint]) -> None:
+        """Reserve `needed` bytes for an open load. Nobody is evicted before it is sealed.
+
+        Errors: CapacityError, the load would not fit even if all of `evictable` were evicted; then nothing is reserved.
+        """
+        others = self.coming - self._coming.get(load, 0)
         if self.limit and needed > self.limit:
             raise self._refusal(needed, 0, 0)
+        beyond = self.used + others + needed - self.limit
+        freed = 0
+        for checkpoint in evictable if self.limit else ():
+            if freed >= beyond:
+                break
+            freed += checkpoint.books_bytes
+        if self.limit and freed < beyond:
+            raise self._refusal(needed, self.used - freed, others)
         self._coming[load] = needed
-
-    def check(self, load: int, kept: Callable[[], int]) -> None:
-        """Refuse an open load that would not fit even after every eviction. Nobody is evicted before it is sealed.
-
-        `kept` says what pins and leases keep of the books, and is asked only where it matters. Errors: CapacityError.
-        """
-        needed, coming = self._coming[load], self.coming
-        if self.limit and self.used + coming > self.limit and (there := kept()) + coming > self.limit:
-            raise self._refusal(needed, there, coming - needed)
 
     def forget(self, load: int) -> None:
         """A load is over, or sealed."""
         self._coming.pop(load, None)
 
-    def chosen_for(
-        self, needed: int, checkpoints: Iterable[Checkpoint], is_leased: Callable[[Checkpoint], bool]
-    ) -> list[Checkpoint]:
+    def chosen_for(self, needed: int, evictable: Iterable[Checkpoint]) -> list[Checkpoint]:
         """Which checkpoints, of any device, to evict so that a new one can have `needed` bytes; often none.
 
-        They are chosen as decision 0019 says, by what they give back of the books. Errors: CapacityError.
+        They are chosen from `evictable`, least recently used first, as decision 0019 says, by what they give back of
+        the books. Errors: CapacityError.
         """
         beyond = self.used + needed - self.limit
         if not self.limit or beyond <= 0:
@@ -81,21 +83,18 @@ class Books:
             nonlocal freed
             freed -= checkpoint.books_bytes
 
-        evictable = list(least_recently_used(checkpoints, is_leased))
         chosen = choose(evictable, free, keep, lambda: freed >= beyond)
         if not chosen:
-            raise self._refusal(needed, self.used - sum(checkpoint.books_bytes for checkpoint in evictable), 0)
+            raise self._refusal(needed, self.used - freed, 0)
         return chosen
 
-    def chosen_beyond(
-        self, checkpoints: Iterable[Checkpoint], is_leased: Callable[[Checkpoint], bool]
-    ) -> list[Checkpoint]:
-        """Which checkpoints to evict where the limit is below what is used; all that may go, where that is too few."""
-        evictable = list(least_recently_used(checkpoints, is_leased))
+    def chosen_beyond(self, evictable: Iterable[Checkpoint]) -> list[Checkpoint]:
+        """Which checkpoints to evict if the limit is below what is used: all of `evictable` if they are too few."""
+        there = list(evictable)
         try:
-            return self.chosen_for(0, evictable, lambda _: False)
+            return self.chosen_for(0, there)
         except CapacityError:
-            return evictable
+            return there
 
     def _refusal(self, needed: int, kept: int, others: int) -> CapacityError:
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --books"

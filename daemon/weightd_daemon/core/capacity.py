@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
     from .blob import Blob
     from .checkpoint import Checkpoint
-    from .memory import DeviceMemory
+    from .memory import MemoryAccounting
 
 
-class Room(NamedTuple):
-    """Bytes of a device as a load sees them: budget, free (holes included), evictable (what it would get back).
+class CapacityEstimate(NamedTuple):
+    """Budget, free bytes (holes included) and evictable bytes, as eviction for one load counts them.
 
     And what only pins keep, what leases keep, the largest piece that could be had, evictable bytes included, and what
     the device itself has free, if that is known.
@@ -41,11 +41,11 @@ class Room(NamedTuple):
         budget, free, evictable, pinned, leased, largest = (size(figures[key]) for key in self._fields[1:7])
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"
         reason = ""
-        if requested > self.budget_bytes:
-            advice = "that is more than the whole budget; raise --budget"
-        elif full is not None:
+        if full is not None:
             reason = f"; the device itself has no room{f': {full}' if str(full) else ''}"
             advice = "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
+        elif requested > self.budget_bytes:
+            advice = "that is more than the whole budget; raise --budget"
         elif self.largest_bytes < requested <= self.free_bytes + self.evictable_bytes:
             reason = f"; what is free or evictable lies in pieces, the largest of {largest}"
         return CapacityError(
@@ -56,12 +56,12 @@ class Room(NamedTuple):
 
 
 def room(
-    memory: DeviceMemory,
+    memory: MemoryAccounting,
     place: tuple[str, str],
     load: int,
     checkpoints: Iterable[tuple[Checkpoint, bool]],
     full: MemoryError | None = None,
-) -> Room:
+) -> CapacityEstimate:
     """The room that a load sees at its place, a device and a sharing domain.
 
     `checkpoints` are all of the device, each with whether it is leased; `full` if the device has refused memory.
@@ -78,7 +78,7 @@ def room(
     now = prospect(memory, domain, load)
     slots = [blob.slot for blob in evictable]
     then = prospect(memory, domain, load, slots, None if full is None else available)
-    return Room(
+    return CapacityEstimate(
         device,
         budget_bytes=memory.budget,
         free_bytes=max(0, now.total),

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 from weightd.errors import InvalidReferenceError, NotFoundError, PermissionDeniedError
 
 from .checkpoint import CheckpointKey
-from .events import Named
+from .events import CatalogNameChanged
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .checkpoint import Checkpoint, Lost
+    from .checkpoint import Checkpoint, LostCheckpoint
     from .events import Event
-    from .lease import Peer
-    from .limits import Limits
-    from .store import Store
-    from .who import Who
+    from .lease import LeasePeer
+    from .limits import UserLimits
+    from .principal import Principal
+    from .store import ContentStore
 
 _DIGEST = re.compile(r"(sha256:)?([0-9a-f]{6,64})")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -44,8 +44,8 @@ def check_reference(reference: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Tag:
-    """What a name points to, and whose it is."""
+class CatalogTag:
+    """The checkpoint that a name points to, and the name's owner."""
 
     content_digest: str
     owner: int | None
@@ -54,7 +54,7 @@ class Tag:
 
 
 class Catalog:
-    """Names by sharing domain. A name is a tag: it can be moved to new content while leases keep the old.
+    """Checkpoint names by sharing domain. A name is a tag: it can move to new content while leases keep the old.
 
     One that was chosen outlives an eviction or a loss: nobody else can take it then, and loading the content again
     brings it back. `changed` is told after every change of a name, a pin or another mark of a checkpoint, `on_event` of
@@ -63,14 +63,14 @@ class Catalog:
 
     def __init__(
         self,
-        store: Store,
-        limits: Limits,
+        store: ContentStore,
+        limits: UserLimits,
         changed: Callable[[], None] = lambda: None,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self._store = store
         self._limits = limits
-        self._tags: dict[tuple[str, str], Tag] = {}
+        self._tags: dict[tuple[str, str], CatalogTag] = {}
         self._named: dict[tuple[str, str], set[str]] = {}
         """The names of each (domain, content): a list of checkpoints asks for those of every one."""
         self._owned: Counter[int | None] = Counter()
@@ -83,15 +83,15 @@ class Catalog:
         self._on_event = on_event
 
     @property
-    def tags(self) -> dict[tuple[str, str], Tag]:
+    def tags(self) -> dict[tuple[str, str], CatalogTag]:
         """Every name, by sharing domain and name."""
         return dict(self._tags)
 
-    def tag(self, domain: str, name: str) -> Tag | None:
+    def tag(self, domain: str, name: str) -> CatalogTag | None:
         """What a name points to; None where there is no such name."""
         return self._tags.get((domain, name))
 
-    def listed(self, who: Who) -> list[tuple[str, Tag, str]]:
+    def listed(self, who: Principal) -> list[tuple[str, CatalogTag, str]]:
         """Every name that `who` may see, sorted, and whether its content is "resident", "lost" or "evicted"."""
         found = [
             (name, tag, self._state(domain, tag.content_digest))
@@ -100,7 +100,7 @@ class Catalog:
         ]
         return sorted(found, key=lambda one: one[0])
 
-    def restore(self, domain: str, name: str, tag: Tag) -> None:
+    def restore(self, domain: str, name: str, tag: CatalogTag) -> None:
         """Enter a name that an earlier daemon knew; a default one only if its content is resident."""
         if tag.is_default and not self._is_known(domain, tag.content_digest):
             return
@@ -108,7 +108,7 @@ class Catalog:
             self._untag(domain, name)
         self._tag(domain, name, tag)
 
-    def check(self, who: Who, name: str, content_digest: str = "") -> None:
+    def check(self, who: Principal, name: str, content_digest: str = "") -> None:
         """Whether `who` may give this name to a content; to the one that has it already, everybody may.
 
         Without a digest, while the content is not known yet: whether `who` may give it to whatever comes.
@@ -131,7 +131,7 @@ class Catalog:
             self._limits.check(who, "names", self._owned[who.uid])
 
     def set(
-        self, who: Who, name: str, content_digest: str, by: Peer | None = None, *, is_default: bool = False
+        self, who: Principal, name: str, content_digest: str, by: LeasePeer | None = None, *, is_default: bool = False
     ) -> None:
         """Point a name to a content; whose it was first, it stays. `by` is the process. Errors: as in `check`.
 
@@ -142,15 +142,15 @@ class Catalog:
         if tag is not None and tag.content_digest == content_digest:
             if tag.is_default and not is_default and (who.admin or who.uid == tag.owner):
                 self._untag(who.domain, name)
-                self._tag(who.domain, name, Tag(content_digest, tag.owner))
+                self._tag(who.domain, name, CatalogTag(content_digest, tag.owner))
                 self.changed()
             return
         if tag is not None:
             self._untag(who.domain, name)
             is_default = is_default and tag.is_default
-        self._tag(who.domain, name, Tag(content_digest, tag.owner if tag else who.uid, is_default))
+        self._tag(who.domain, name, CatalogTag(content_digest, tag.owner if tag else who.uid, is_default))
         self.changed()
-        self._on_event(Named(who.domain, name, content_digest, tag.content_digest if tag else "", by))
+        self._on_event(CatalogNameChanged(who.domain, name, content_digest, tag.content_digest if tag else "", by))
 
     def names(self, checkpoint: Checkpoint) -> list[str]:
         """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
@@ -163,15 +163,15 @@ class Catalog:
             return self._tags[checkpoint.key.domain, name].owner
         return checkpoint.owner
 
-    def visible(self, who: Who) -> list[Checkpoint]:
+    def visible(self, who: Principal) -> list[Checkpoint]:
         """The checkpoints that `who` may see: those of its domain; an admin sees all."""
         return [c for c in self._store.checkpoints.values() if who.admin or c.key.domain == who.domain]
 
-    def lost(self, who: Who) -> list[Lost]:
+    def lost(self, who: Principal) -> list[LostCheckpoint]:
         """The records of lost checkpoints that `who` may see, as in `visible`."""
         return [lost for lost in self._store.lost.values() if who.admin or lost.checkpoint.key.domain == who.domain]
 
-    def find(self, who: Who, reference: str, device: str = "") -> Checkpoint:
+    def find(self, who: Principal, reference: str, device: str = "") -> Checkpoint:
         """The checkpoint that a name or digest means.
 
         Errors: NotFoundError, InvalidReferenceError (ambiguous, too long), DeviceError (it was lost).
@@ -183,7 +183,7 @@ class Catalog:
             raise lost.error(reference)
         return checkpoint
 
-    def check_owner(self, who: Who, checkpoint: Checkpoint, action: str, name: str = "") -> None:
+    def check_owner(self, who: Principal, checkpoint: Checkpoint, action: str, name: str = "") -> None:
         """Whether `who` may do `action` to a checkpoint, or to one of its names. Errors: PermissionDeniedError."""
         tag = self._tags.get((checkpoint.key.domain, name))
         owner = tag.owner if tag else self.owner(checkpoint)
@@ -192,39 +192,29 @@ class Catalog:
             whose = "a user without an identity" if owner is None else f"uid {owner}"
             raise PermissionDeniedError(f"checkpoint {what} belongs to {whose}; only it and admins may {action} it")
 
-    def pin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
+    def pin(self, who: Principal, checkpoint: Checkpoint, name: str = "") -> None:
         """Keep a checkpoint from eviction in the name of `who`. Errors: PermissionDeniedError, CapacityError."""
         self.check_owner(who, checkpoint, "pin", name)
         self.pin_loaded(who, checkpoint)
 
-    def pin_loaded(self, who: Who, checkpoint: Checkpoint) -> None:
+    def pin_loaded(self, who: Principal, checkpoint: Checkpoint) -> None:
         """Pin a checkpoint that `who` owns or has loaded. Errors: CapacityError (the user has too much already)."""
         if self._limits.most(who, "bytes") and who.uid not in {*checkpoint.pins, checkpoint.owner}:
             more = checkpoint.total_bytes + checkpoint.books_bytes
-            self._limits.check(who, "bytes", self.bytes_of(who.uid), more)
-        checkpoint.pins.add(who.uid)
+            self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid), more)
+        self._store.index.pin(checkpoint, who.uid)
         self.repinned.add(checkpoint.key)
         self.changed()
 
-    def bytes_of(self, uid: int | None) -> int:
-        """Bytes of the checkpoints that a user was first to load, or has pinned; shared ones count in full.
-
-        Their books count, too: a tensor without bytes takes memory of the daemon.
-        """
-        return sum(
-            c.total_bytes + c.books_bytes for c in self._store.checkpoints.values() if c.owner == uid or uid in c.pins
-        )
-
-    def unpin(self, who: Who, checkpoint: Checkpoint, name: str = "") -> None:
+    def unpin(self, who: Principal, checkpoint: Checkpoint, name: str = "") -> None:
         """Take back the pin of `who`; an admin takes back everybody's. Errors: PermissionDeniedError."""
         self.check_owner(who, checkpoint, "unpin", name)
-        if who.admin:
-            checkpoint.pins.clear()
-        checkpoint.pins.discard(who.uid)
+        for uid in [*checkpoint.pins] if who.admin else [who.uid]:
+            self._store.index.unpin(checkpoint, uid)
         self.repinned.add(checkpoint.key)
         self.changed()
 
-    def remove(self, who: Who, reference: str, device: str = "", by: Peer | None = None) -> int:
+    def remove(self, who: Principal, reference: str, device: str = "", by: LeasePeer | None = None) -> int:
         """Drop a name, and the checkpoint with its last; a digest drops all names. Returns the bytes given up.
 
         Of a lost checkpoint the record goes. Errors: NotFoundError, InvalidReferenceError (ambiguous),
@@ -281,13 +271,13 @@ class Catalog:
         """Under which keys a content of a domain may stand."""
         return [CheckpointKey(uuid, domain, content_digest) for uuid in self._store.memories if device in ("", uuid)]
 
-    def _drop(self, domain: str, name: str, by: Peer | None) -> None:
+    def _drop(self, domain: str, name: str, by: LeasePeer | None) -> None:
         previous = self._tags[domain, name].content_digest
         self._untag(domain, name)
         self.changed()
-        self._on_event(Named(domain, name, "", previous, by))
+        self._on_event(CatalogNameChanged(domain, name, "", previous, by))
 
-    def _tag(self, domain: str, name: str, tag: Tag) -> None:
+    def _tag(self, domain: str, name: str, tag: CatalogTag) -> None:
         self._tags[domain, name] = tag
         self._named.setdefault((domain, tag.content_digest), set()).add(name)
         self._owned[tag.owner] += 1
@@ -304,7 +294,7 @@ class Catalog:
             del self._owned[tag.owner]
         self.renamed.add((domain, name))
 
-    def _find(self, who: Who, reference: str, device: str) -> Checkpoint:
+    def _find(self, who: Principal, reference: str, device: str) -> Checkpoint:
         """As `find`, with the lost checkpoints."""
         match = _DIGEST.fullmatch(reference)
         found = self._find_in_domain(who.domain, reference, device)
@@ -336,7 +326,7 @@ class Catalog:
         resident = [c for key in keys if (c := self._store.checkpoints.get(key)) is not None]
         return resident or [lost.checkpoint for key in keys if (lost := self._store.lost.get(key)) is not None]
 
-    def _fitting(self, who: Who, device: str, fits: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
+    def _fitting(self, who: Principal, device: str, fits: Callable[[Checkpoint], bool]) -> list[Checkpoint]:
         """Resident checkpoints that fit, or lost ones where none is resident."""
         for there in (self.visible(who), [lost.checkpoint for lost in self.lost(who)]):
             found = [c for c in there if fits(c) and (not device or c.key.device == device)]
@@ -344,7 +334,7 @@ class Catalog:
                 return found
         return []
 
-    def _lost(self, checkpoint: Checkpoint) -> Lost | None:
+    def _lost(self, checkpoint: Checkpoint) -> LostCheckpoint | None:
         """The record of a checkpoint, if it is lost."""
         return self._store.lost.get(checkpoint.key)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .blob import Blob
     from .lease import Lease
-    from .manifest import ManifestEntry, ManifestFile
+    from .manifest import ContentFile, ContentTensor
 
 
 BYTES_OF_TENSOR = 2304
@@ -31,15 +31,20 @@ MANIFEST_BYTES_OF_TENSOR = 48
 _MOST_IN_RUN = 1000
 
 
+def books_of(tensors: int, manifest_bytes: int) -> int:
+    """Bytes of the daemon's own books (books.py) for a checkpoint of so many tensors, with such a manifest."""
+    return manifest_bytes + BYTES_OF_TENSOR * tensors
+
+
 class CheckpointKey(NamedTuple):
-    """A content is resident once per device and sharing domain."""
+    """Identity of a checkpoint: its content is resident once per device and sharing domain."""
 
     device: str
     domain: str
     content_digest: str
 
 
-class Tally(NamedTuple):
+class _ContentTally(NamedTuple):
     """What a checkpoint's record has of its content: by component the blobs and the number of tensors, and the rest."""
 
     components: dict[str, list[Blob]]
@@ -53,11 +58,11 @@ class Tally(NamedTuple):
 
 @dataclass(frozen=True)
 class Content:
-    """Everything a manifest says: files, tensors, the blob of each (None for a tensor without bytes), and views."""
+    """Content of a checkpoint: files, tensors, the blob of each (None for a tensor without bytes), and views."""
 
     content_digest: str
-    files: tuple[ManifestFile, ...]
-    entries: tuple[ManifestEntry, ...]
+    files: tuple[ContentFile, ...]
+    entries: tuple[ContentTensor, ...]
     blobs: tuple[Blob | None, ...]
     views: tuple[Group, ...] = ()
     """What frameworks fuse, where its tensors (members are rows) lie one behind the other."""
@@ -68,7 +73,7 @@ class Content:
         return self.tally.segments
 
     @cached_property
-    def tally(self) -> Tally:
+    def tally(self) -> _ContentTally:
         """What the record needs, counted at the first call: on a thread, where there are many tensors."""
         components: dict[str, list[Blob]] = {}
         tensors: dict[str, int] = {}
@@ -82,12 +87,12 @@ class Content:
                 unique[blob.number] = blob
                 total += blob.length
         segments = sorted({blob.segment for blob in unique.values()})
-        return Tally(components, tensors, unique, total, segments, _runs(unique.values()))
+        return _ContentTally(components, tensors, unique, total, segments, _runs(unique.values()))
 
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
-    """A sealed checkpoint. Times are seconds since the epoch; `owner` is the uid that loaded it first."""
+    """State of a sealed checkpoint. Times are seconds since the epoch; `owner` is the uid that loaded it first."""
 
     key: CheckpointKey
     components: dict[str, list[Blob]]
@@ -111,10 +116,10 @@ class Checkpoint:
     """Files that are known to hold this content as long as their identities stay what they are."""
     unique: dict[int, Blob] = field(default_factory=dict)
     runs: list[tuple[Extent, list[Blob]]] = field(default_factory=list)
-    """As in Tally."""
+    """As in _ContentTally."""
     manifest_bytes: int = 0
     exclusive: int = 0
-    """Its exclusive bytes as last counted (Store.exclusive_bytes)."""
+    """Its exclusive bytes as last counted (ContentStore.exclusive_bytes)."""
     counted: int = -1
     """When that was: how often a checkpoint had come or gone by then."""
 
@@ -136,17 +141,12 @@ class Checkpoint:
     @property
     def books_bytes(self) -> int:
         """What it takes of the daemon's own books (books.py), whatever it takes of its device."""
-        return self.manifest_bytes + BYTES_OF_TENSOR * self.tensor_count
+        return books_of(self.tensor_count, self.manifest_bytes)
 
     @property
     def exclusive_bytes(self) -> int:
         """Resident bytes that no other checkpoint uses."""
         return sum(blob.length for blob in self.unique.values() if blob.references == 1)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of its tensors that other checkpoints, or its own tensors, use as well."""
-        return self.total_bytes - self.exclusive_bytes
 
     @property
     def pinned(self) -> bool:
@@ -166,8 +166,8 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """What is left of a checkpoint whose device lost its memory: a record, until it is loaded again or removed."""
+class LostCheckpoint:
+    """Record of a checkpoint whose device lost its memory, until it is loaded again or removed."""
 
     checkpoint: Checkpoint
     reason: str

@@ -14,8 +14,11 @@ import xxhash
 DIGEST_BYTES = 16
 
 
-class Hasher(Protocol):
-    """What hashlib and xxhash objects have in common. `update` releases the GIL, the one-shot functions do not."""
+class DigestHasher(Protocol):
+    """Interface of the hash objects that blob digests are made with: hashlib's and xxhash's.
+
+    `update` releases the GIL, the one-shot functions do not.
+    """
 
     def update(self, data: memoryview, /) -> None:
         """Hash more bytes."""
@@ -24,7 +27,7 @@ class Hasher(Protocol):
         """The digest so far, DIGEST_BYTES long."""
 
 
-NewHasher = Callable[[], Hasher]
+NewHasher = Callable[[], DigestHasher]
 
 new_hasher: NewHasher = xxhash.xxh3_128
 
@@ -32,7 +35,7 @@ EMPTY_DIGEST: bytes = xxhash.xxh3_128(b"").digest()
 
 
 class BlobIdentity(NamedTuple):
-    """What makes two runs of bytes the same: digest, length in bytes, and variant."""
+    """Content address of a blob: digest, length in bytes, and variant."""
 
     digest: bytes
     length: int

@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .lease import Attached, Detached
+from .lease import LeaseBegun, LeaseEnded
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, Content
-    from .lease import Peer
+    from .lease import LeasePeer
 
 
 @dataclass(frozen=True, slots=True)
-class Sealed:
-    """A checkpoint is about to become resident; `manifest` is what whoever seals has made of its manifest.
+class CheckpointSealed:
+    """Core event: a checkpoint is about to become resident. `manifest` is what the sealing load has made of it.
 
     `by` asked for the load, under a name that may be empty.
     """
@@ -26,13 +26,13 @@ class Sealed:
     content: Content
     manifest: object
     load: int = 0
-    by: Peer | None = None
+    by: LeasePeer | None = None
     name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Evicted:
-    """A checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
+class CheckpointEvicted:
+    """Core event: a checkpoint is no longer resident; `reason` is "capacity", "removed", "lost" or "drained".
 
     `load` is the number of the load that needed its room; 0 where none did. `by` asked for that load,
     and is not said to another sharing domain, or removed the checkpoint.
@@ -41,15 +41,15 @@ class Evicted:
     checkpoint: Checkpoint
     reason: str
     load: int = 0
-    by: Peer | None = None
+    by: LeasePeer | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadBegun:
-    """A load was asked for; `name` may be empty."""
+    """Core event: a load was requested; `name` may be empty."""
 
     load: int
-    peer: Peer
+    peer: LeasePeer
     device: str
     domain: str
     name: str
@@ -57,7 +57,7 @@ class LoadBegun:
 
 @dataclass(frozen=True, slots=True)
 class LoadEnded:
-    """A load is over. `reason` is "OK", "CANCELLED" or that of its error; only one that went well has figures."""
+    """Core event: a load is over. `reason` is "OK", "CANCELLED" or its error's; figures only if it succeeded."""
 
     begun: LoadBegun
     reason: str
@@ -75,27 +75,27 @@ class LoadEnded:
 
 @dataclass(frozen=True, slots=True)
 class LoadAnswered:
-    """A load was answered from memory, for its files are resident; `name` is what it has given, and may be empty."""
+    """Core event: a load was answered from resident content. `name` is the name that it set; may be empty."""
 
     checkpoint: Checkpoint
-    peer: Peer
+    peer: LeasePeer
     name: str
 
 
 @dataclass(frozen=True, slots=True)
-class Named:
-    """A name points to a content now: to none if it was dropped. `previous` is what it pointed to; empty if nothing."""
+class CatalogNameChanged:
+    """Core event: a name points to a content, or to none if it was dropped. `previous` is empty if it was new."""
 
     domain: str
     name: str
     content_digest: str
     previous: str
-    by: Peer | None
+    by: LeasePeer | None
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLost:
-    """A device has lost its memory, and every checkpoint on it; those are told of one by one."""
+    """Core event: a device has lost its memory with all checkpoints on it, each of which has its own event."""
 
     device: str
     reason: str
@@ -103,11 +103,20 @@ class DeviceLost:
 
 @dataclass(frozen=True, slots=True)
 class DrainChanged:
-    """The daemon is "draining" or "drained", or "undrained" again."""
+    """Core event: the daemon is "draining" or "drained", or "undrained" again."""
 
     state: str
 
 
 Event = (
-    Sealed | Evicted | Attached | Detached | LoadBegun | LoadEnded | LoadAnswered | Named | DeviceLost | DrainChanged
+    CheckpointSealed
+    | CheckpointEvicted
+    | LeaseBegun
+    | LeaseEnded
+    | LoadBegun
+    | LoadEnded
+    | LoadAnswered
+    | CatalogNameChanged
+    | DeviceLost
+    | DrainChanged
 )

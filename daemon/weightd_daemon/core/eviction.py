@@ -7,36 +7,18 @@ goes where the less recently used would be enough.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
     from .arena import Extent
     from .blob import Blob
     from .checkpoint import Checkpoint, CheckpointKey
-    from .prospect import Trial
+    from .prospect import EvictionTrial
 
 
-class Usage(Protocol):
-    """What decides on the order: the number of the last use, and the pin."""
-
-    used: int
-
-    @property
-    def pinned(self) -> bool:
-        """Whether it is kept from eviction."""
-
-
-T = TypeVar("T", bound=Usage)
 U = TypeVar("U")
-
-
-def least_recently_used(checkpoints: Iterable[T], is_leased: Callable[[T], bool]) -> Iterator[T]:
-    """Checkpoints that may go, least recently used first: those neither pinned nor leased."""
-    for checkpoint in sorted(checkpoints, key=lambda c: c.used):
-        if not checkpoint.pinned and not is_leased(checkpoint):
-            yield checkpoint
 
 
 def choose(
@@ -64,10 +46,10 @@ def choose(
     return chosen[::-1]
 
 
-class Departures:
+class _Departures:
     """Which bytes go with checkpoints: blobs that no other has and on which no load relies."""
 
-    def __init__(self, trial: Trial) -> None:
+    def __init__(self, trial: EvictionTrial) -> None:
         self._trial = trial
         self._left: dict[int, int] = {}
         """References to blobs that are left, by number; of those only that several checkpoints have."""
@@ -111,12 +93,12 @@ class Departures:
         return parts
 
 
-def could_fit(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> bool:
+def could_fit(trial: EvictionTrial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> bool:
     """Whether evicting gives a load `needed` bytes, with an extent of `piece` whole pages.
 
     Looks at no more checkpoints, least recently used first, than would go.
     """
-    departures = Departures(trial)
+    departures = _Departures(trial)
     for checkpoint in evictable:
         if _fits(trial, needed, piece):
             return True
@@ -124,23 +106,23 @@ def could_fit(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece:
     return _fits(trial, needed, piece)
 
 
-def chosen_for(trial: Trial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> list[Checkpoint]:
+def chosen_for(trial: EvictionTrial, evictable: Iterable[Checkpoint], needed: int, piece: int) -> list[Checkpoint]:
     """Which checkpoints to evict so that a load gets what `could_fit` asks about; empty where that cannot be had.
 
     If the load could have it already, the device has refused what the books promise, without saying what it has free.
     Then the least recently used is chosen that gives anything back.
     """
-    departures = Departures(trial)
+    departures = _Departures(trial)
     now = trial.outcome()
     if _fits(trial, needed, piece):
         return choose(evictable, departures.free, departures.keep, lambda: trial.outcome().total > now.total)
     return choose(evictable, departures.free, departures.keep, lambda: _fits(trial, needed, piece))
 
 
-def chosen_beyond(trial: Trial, evictable: Iterable[Checkpoint], excess: int) -> list[Checkpoint]:
+def chosen_beyond(trial: EvictionTrial, evictable: Iterable[Checkpoint], excess: int) -> list[Checkpoint]:
     """Which checkpoints to evict so that `excess` bytes go back to the system, or as many as can."""
     before = trial.common
-    departures, there = Departures(trial), list(evictable)
+    departures, there = _Departures(trial), list(evictable)
     for checkpoint in there:
         departures.free(checkpoint)
     most = min(excess, trial.common - before)
@@ -149,6 +131,6 @@ def chosen_beyond(trial: Trial, evictable: Iterable[Checkpoint], excess: int) ->
     return choose(there, departures.free, departures.keep, lambda: trial.common - before >= most)
 
 
-def _fits(trial: Trial, needed: int, piece: int) -> bool:
+def _fits(trial: EvictionTrial, needed: int, piece: int) -> bool:
     total, largest = trial.outcome()
     return total >= needed and largest >= piece

@@ -1,35 +1,33 @@
 """What an open load knows of equal bytes, and which of its blobs have to be compared again before it can be sealed.
 
 Two loads that place bytes under one key *contest* it: when one of them is sealed, the other has to recheck its own. So
-a load looks again at contested keys only, and only after something was sealed.
+a load looks again at contested keys only, and only after a load was sealed that contests them.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .alike import Alike, Twins
+from .alike import DuplicateBlobs, DuplicateCandidates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .blob import Blob, BlobKey, Blobs
+    from .blob import Blob, BlobKey, BlobTable
 
 
-class Known:
-    """What the open load of that number knows of each key that it has met, and of each blob that it has placed."""
+class KnownBlobs:
+    """Blobs that one open load has met, by key, and those that it has placed, for deduplication."""
 
-    def __init__(self, blobs: Blobs, load: int) -> None:
+    def __init__(self, blobs: BlobTable, load: int) -> None:
         self._blobs = blobs
         self._load = load
-        self._alike: dict[BlobKey, Alike] = {}
+        self._alike: dict[BlobKey, DuplicateCandidates] = {}
         self._alone: dict[BlobKey, Blob] = {}
         """The load's blob of a key that had no other: until an equal digest comes, nothing else is known of it."""
-        self._twins: dict[int, Twins] = {}
+        self._twins: dict[int, DuplicateBlobs] = {}
         self._contested = blobs.contested[load] = {}
-        self._unchecked: list[BlobKey] = []
-        self._seals = blobs.seals
-        """How often others had sealed when the keys to look at were last listed."""
+        self._unchecked = blobs.unchecked[load] = {}
 
     def is_new(self, key: BlobKey) -> bool:
         """Whether the load meets the key for the first time, and nothing is there."""
@@ -39,31 +37,31 @@ class Known:
         """The load has placed the first blob of a new key."""
         self._alone[blob.key] = blob
 
-    def alike(self, key: BlobKey) -> Alike:
+    def alike(self, key: BlobKey) -> DuplicateCandidates:
         """What the load knows of a key: begun when it first meets it, with the blobs that are sealed by then."""
         alike = self._alike.get(key)
         if alike is None:
             alone = self._alone.pop(key, None)
             there = () if alone else self._blobs.of(key)
-            alike = self._alike[key] = Alike(blob for blob in there if blob.sealed)
+            alike = self._alike[key] = DuplicateCandidates(blob for blob in there if blob.sealed)
             if alone:
                 alike.add(alone)
                 alike.placed = True
         return alike
 
-    def twins(self, blob: Blob) -> Twins:
+    def twins(self, blob: Blob) -> DuplicateBlobs:
         """The placed blobs that equal this one, itself among them."""
         twins = self._twins.get(blob.number)
         if twins is None:
-            twins = self._twins[blob.number] = Twins(set(), [blob])
+            twins = self._twins[blob.number] = DuplicateBlobs(set(), [blob])
         return twins
 
-    def fresh(self, twins: Twins) -> list[Blob]:
+    def fresh(self, twins: DuplicateBlobs) -> list[Blob]:
         """Sealed blobs that these placed ones have not been compared with."""
         there = self._blobs.of(twins.blobs[0].key)
         return [blob for blob in there if blob.sealed and blob.number not in twins.known]
 
-    def contest(self, key: BlobKey, twins: Twins) -> None:
+    def contest(self, key: BlobKey, twins: DuplicateBlobs) -> None:
         """The load is about to place a blob that will be one of `twins`: at the first of its key, see who else has."""
         alike = self.alike(key)
         if alike.placed:
@@ -75,9 +73,9 @@ class Known:
                 self._contested[key] = None
             elif other.number not in twins.known:
                 self._contested[key] = None
-                self._unchecked.append(key)
+                self._unchecked[key] = None
 
-    def add(self, blob: Blob, twins: Twins) -> None:
+    def add(self, blob: Blob, twins: DuplicateBlobs) -> None:
         """The load has placed a blob, one of `twins`."""
         self._twins[blob.number] = twins
         twins.blobs.append(blob)
@@ -85,20 +83,15 @@ class Known:
     @property
     def rechecked(self) -> bool:
         """Whether `to_recheck` has nothing to tell."""
-        return not self._unchecked and (self._seals == self._blobs.seals or not self._contested)
+        return not self._unchecked
 
     def to_recheck(self, most: int) -> list[tuple[Blob, Blob]]:
         """Pairs of a placed and a sealed blob that have to be compared, of so many keys at most.
 
         None may mean that there are some of other keys: see `rechecked`.
         """
-        if not self._unchecked and self._seals != self._blobs.seals:
-            self._seals = self._blobs.seals
-            self._unchecked = list(self._contested)
         pairs = []
-        keys = self._unchecked[-most:]
-        del self._unchecked[-most:]
-        for key in keys:
+        for key in [self._unchecked.popitem()[0] for _ in range(min(most, len(self._unchecked)))]:
             placed = (blob for blob in self._blobs.of(key) if blob.load == self._load and not blob.sealed)
             found = [
                 (twins.blobs[0], fresh[0])
@@ -106,16 +99,16 @@ class Known:
                 if (fresh := self.fresh(twins))
             ]
             if found:
-                self._unchecked.append(key)  # it may have to be compared with others, too
+                self._unchecked[key] = None  # it may have to be compared with others, too
             pairs += found
         return pairs
 
     def forget(self, most: int) -> Iterator[None]:
         """Let go of all this, `most` rows a step: of a load of many tensors, these are a million objects."""
-        known: tuple[dict[Any, Any], ...] = (self._alone, self._alike, self._twins, self._contested)
+        known: tuple[dict[Any, Any], ...] = (self._alone, self._alike, self._twins, self._contested, self._unchecked)
         for rows in known:
             while rows:
                 for _ in range(min(most, len(rows))):
                     rows.popitem()
                 yield
-        del self._blobs.contested[self._load]
+        del self._blobs.contested[self._load], self._blobs.unchecked[self._load]

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Peer:
-    """A process at the other end of a connection: its number, process ID (None if unknown), user, command line.
+class LeasePeer:
+    """Process to which leases and loads belong: its connection's number, process ID (None if unknown), user, command.
 
     `uid` is None for a peer without an identity. `command` alone may change: to read it can take a while.
     """
@@ -31,34 +31,34 @@ class Peer:
         return "pid unknown" + (f" (uid {self.uid})" if self.uid is not None else "")
 
 
-NOBODY = Peer(connection=0, pid=None, uid=None, command="")
+NOBODY = LeasePeer(connection=0, pid=None, uid=None, command="")
 """The peer of a lease that an earlier daemon gave, until its process claims it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """One hold on one checkpoint since `since` (seconds since the epoch).
+    """Record of one process's hold on one checkpoint since `since` (seconds since the epoch).
 
     A *waiting* lease keeps a finished load for somebody who has not attached yet; it has no lock and ends by word.
     """
 
     number: int
     checkpoint: Hashable
-    peer: Peer
+    peer: LeasePeer
     since: float
     waiting: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Attached:
-    """A lease was taken. Waiting leases are not told of: nobody has mapped anything."""
+class LeaseBegun:
+    """Core event: a lease was taken. Waiting leases have none: nobody has mapped anything."""
 
     lease: Lease
 
 
 @dataclass(frozen=True, slots=True)
-class Detached:
-    """A lease is struck out: its lock was found gone, or its checkpoint was lost."""
+class LeaseEnded:
+    """Core event: a lease is struck out, because its lock was found gone or its checkpoint was lost."""
 
     lease: Lease
 
@@ -76,8 +76,8 @@ _COST_OF_END = 8
 """What striking a lease out and telling of it costs, in probes."""
 
 
-class Leases:
-    """All leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
+class LeaseTable:
+    """Bookkeeping of all leases. `probe(lease)` asks the kernel whether a lease's lock is still there.
 
     What is taken and struck out, but for waiting leases, is told to `on_event`; `forget` gets the number of each lease
     that is struck out. While `draining` none is taken.
@@ -90,7 +90,7 @@ class Leases:
     def __init__(
         self,
         probe: Callable[[Lease], bool],
-        on_event: Callable[[Attached | Detached], None] = lambda _: None,
+        on_event: Callable[[LeaseBegun | LeaseEnded], None] = lambda _: None,
         forget: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.draining = False
@@ -122,24 +122,24 @@ class Leases:
         if self.draining:
             raise DrainingError("the daemon is draining: it accepts no attaches or loads; try again when it is back")
 
-    def begin(self, checkpoint: Hashable, peer: Peer, now: float, *, waiting: bool = False) -> Lease:
+    def begin(self, checkpoint: Hashable, peer: LeasePeer, now: float, *, waiting: bool = False) -> Lease:
         """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
         self.admit()
         self._last += 1
         lease = Lease(self._last, checkpoint, peer, now, waiting)
         self._enter(lease)
         if not waiting:
-            self._on_event(Attached(lease))
+            self._on_event(LeaseBegun(lease))
         return lease
 
-    def inherit(self, number: int, checkpoint: Hashable, peer: Peer, now: float) -> None:
+    def inherit(self, number: int, checkpoint: Hashable, peer: LeasePeer, now: float) -> None:
         """Enter a lease that an earlier daemon gave, and whose lock is there. Errors: ValueError (it is entered)."""
         if number in self._leases:
             raise ValueError(f"lease {number} is in the books")
         self._enter(Lease(number, checkpoint, peer, now, waiting=False))
         self._last = max(self._last, number)
 
-    def inherit_some(self, checkpoint: Hashable, peer: Peer, now: float) -> int:
+    def inherit_some(self, checkpoint: Hashable, peer: LeasePeer, now: float) -> int:
         """Enter one lease for all of an earlier daemon's that cannot be told apart. Returns its number."""
         self._last += 1
         self._enter(Lease(self._last, checkpoint, peer, now, waiting=False))
@@ -149,7 +149,7 @@ class Leases:
         """Give only greater numbers from now on."""
         self._last = max(self._last, number)
 
-    def attribute(self, number: int, peer: Peer) -> None:
+    def attribute(self, number: int, peer: LeasePeer) -> None:
         """Say who holds a lease that is in the books. It is no new one, and none has ended. Errors: KeyError."""
         lease = self._leases[number]
         self._drop(lease)
@@ -164,7 +164,7 @@ class Leases:
         del self._leases[number]
         self._forget(number)
         if not lease.waiting:
-            self._on_event(Detached(lease))
+            self._on_event(LeaseEnded(lease))
 
     def count(self, checkpoint: Hashable) -> int:
         """Leases in the books, without asking the kernel."""

@@ -9,7 +9,7 @@ from weightd._sizes import size
 from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
-    from .who import Who
+    from .principal import Principal
 
 _ADVICE = {
     "leases": "end a process that holds one (`weightd ps`)",
@@ -20,24 +20,27 @@ _ADVICE = {
 
 
 @dataclass(slots=True)
-class Limits:
-    """The most of each for one user; 0 is no limit. Each is the setting `max_user_` and its name."""
+class UserLimits:
+    """Maximum of names, leases and bytes that the books allow one user; 0 is no limit.
+
+    Each is the setting `max_user_` and its name.
+    """
 
     leases: int = 0
     bytes: int = 0
     offers: int = 0
     names: int = 0
 
-    def copy_from(self, other: Limits) -> None:
+    def copy_from(self, other: UserLimits) -> None:
         """Have the limits of another from now on. What somebody has beyond them stays."""
-        for limit in fields(Limits):
+        for limit in fields(UserLimits):
             setattr(self, limit.name, getattr(other, limit.name))
 
-    def most(self, who: Who, what: str) -> int:
+    def most(self, who: Principal, what: str) -> int:
         """The limit that binds a user; 0 where none does."""
         return 0 if who.admin else int(getattr(self, what))
 
-    def check(self, who: Who, what: str, held: int, more: int = 1) -> None:
+    def check(self, who: Principal, what: str, held: int, more: int = 1) -> None:
         """Whether a user who holds so many may have more. Errors: CapacityError, which names the limit."""
         most = self.most(who, what)
         if not most or held + more <= most:

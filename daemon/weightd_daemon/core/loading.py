@@ -10,36 +10,37 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
-from .alike import Twins
-from .arena import slot_bytes, without
+from .alike import DuplicateBlobs
+from .arena import round_up, slot_bytes, without
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
 from .checkpoint import Checkpoint, CheckpointKey, Content
-from .events import Sealed
-from .known import Known
-from .making_room import MakingRoom
+from .events import CheckpointSealed
+from .known import KnownBlobs
+from .making_room import Evictor
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from .arena import Extent
     from .digest import BlobIdentity
-    from .lease import Peer
-    from .store import Store
+    from .lease import LeasePeer
+    from .store import ContentStore
 
 
 AT_ONCE = 1000
 """Blobs that are rechecked in one step of the loop, or of which an ending load lets go."""
 
 
-class Loading:
-    """One open load, from its beginning to `end`. `by` asked for it, under a name that may be empty.
+class StoreTransaction:
+    """Transaction of one open load on the store, until `end`. `by` asked for it, under a name that may be empty.
 
     When its device loses its memory, each call but `end` raises DeviceError from then on. Sizes are bytes.
     """
 
     def __init__(
-        self, store: Store, device: str, domain: str, owner: int | None, by: Peer | None = None, name: str = ""
-    ) -> None:
+        self, store: ContentStore, device: str, domain: str, owner: int | None, by: LeasePeer | None = None,
+        name: str = "",
+    ) -> None:  # fmt: skip
         """Begin a load on a device, in a sharing domain. Errors: NotFoundError (no such device)."""
         self.number = store.begin_load(device)
         self._store = store
@@ -51,12 +52,12 @@ class Loading:
         self._owner = owner
         self._by = by
         self._name = name
-        self._room = MakingRoom(store, self.place, self.number, by)
+        self._room = Evictor(store, self.place, self.number, by)
         self._placed: dict[int, Blob] = {}
         self._held: dict[int, Blob] = {}
         self._used: set[int] = set()
         """Numbers of the blobs that its tensors have."""
-        self._known = Known(self._blobs, self.number)
+        self._known = KnownBlobs(self._blobs, self.number)
         self._needed = self._largest = 0
         """Bytes of what has no match, and of the largest such tensor."""
         self._rest: tuple[Content, list[Extent]] | None = None
@@ -125,41 +126,31 @@ class Loading:
     def grant(self, want: int, need: int, ends: Sequence[int] = ()) -> Extent | None:
         """Memory for the load: up to `want`, at least `need` bytes; evicts if that is the only way and would do.
 
-        None while memory is on its way back: call again then. For `ends` see DeviceMemory.grant. Errors: CapacityError.
+        None while memory is on its way back: call again then. For `ends` see MemoryAccounting.grant.
+        Errors: CapacityError.
         """
         self._check()
-        memory = self._memory
-        checked = False
+        memory, need = self._memory, round_up(need, self._memory.page)
         while True:
             full: MemoryError | None = None
             try:
                 extent = memory.grant(self.number, self._domain, want, need, ends)
             except MemoryError as error:
                 extent, full = None, error
-            if extent is not None:
+            if extent is not None or memory.reclaiming:
                 return extent
-            if memory.reclaiming:
-                return None
-            if full is not None or not checked:
-                self._room.check(need, need, full)
-                checked = True
             if not self._room.evict_for(need, need, full):
                 raise self._room.refusal(need, full) from full
 
-    def expect_books(self, needed: int) -> None:
-        """Reckon with `needed` bytes of the daemon's books for what the load brings. Errors: CapacityError."""
-        self._check()
-        self._store.books.expect(self.number, needed)
+    def reserve_books(self, needed: int, total_bytes: int, tensors: int) -> None:
+        """Reserve `needed` bytes of the daemon's books for a content of these figures, unless it may be resident.
 
-    def check_books(self, total_bytes: int, tensors: int) -> None:
-        """Refuse the load if its books would not fit even after every eviction. Errors: CapacityError.
-
-        What is resident needs none; as long as its content is not known, equal figures may mean that.
+        What is resident needs none; as long as its content is not known, equal figures may mean that. Errors:
+        CapacityError, the books would not fit even after every eviction.
         """
         self._check()
-        there = (c for c in self._store.checkpoints.values() if c.key[:2] == self.place)
-        if not any((c.total_bytes, c.tensor_count) == (total_bytes, tensors) for c in there):
-            self._store.books.check(self.number, self._store.kept_books)
+        if not self._store.index.has_figures(self.place, total_bytes, tensors):
+            self._store.books.reserve(self.number, needed, self._store.evictable())
 
     # -- tensors ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +198,7 @@ class Loading:
             self._hold(face)
             return False, face
         self._store.collisions += bool(differs)
-        blob = self._place(key, segment, offset, self._new_variant(key), Twins(set(alike.numbers)))
+        blob = self._place(key, segment, offset, self._new_variant(key), DuplicateBlobs(set(alike.numbers)))
         alike.add(blob)
         return True, blob
 
@@ -310,7 +301,7 @@ class Loading:
             if self._rest is None or self._rest[0] is not content:
                 self.prepare(content)
             assert self._rest is not None  # prepared
-            self._store.seal(Sealed(checkpoint, content, manifest, self.number, self._by, self._name))
+            self._store.seal(CheckpointSealed(checkpoint, content, manifest, self.number, self._by, self._name))
             self._memory.leave(self.number, self._rest[1])
         self._rest = None
         self._store.books.forget(self.number)
@@ -334,29 +325,23 @@ class Loading:
         for blobs in (self._placed, self._held):
             while blobs:
                 some = [blobs.popitem()[1] for _ in range(min(AT_ONCE, len(blobs)))]
-                if not self._lost:
-                    for blob in some:
-                        blob.holds -= 1
-                        if blob.state is BlobState.RESERVED:
-                            self._blobs.drop(blob, BlobState.ABORTED)
-                    self._store.free(some)
+                for blob in some:
+                    blob.holds -= 1
+                    if blob.state is BlobState.RESERVED:  # else sealed, or gone with the memory of the device
+                        self._blobs.drop(blob, BlobState.ABORTED)
+                self._store.free(some)
                 yield
         for _ in self._known.forget(AT_ONCE):
             yield
         self._store.open_loads.remove(self.number)
-        if not self._lost:
-            self._memory.return_grants(self.number)
+        self._memory.return_grants(self.number)
         self._memory.withdraw(self.number)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _lost(self) -> bool:
-        """Whether the device has lost its memory since the load began."""
-        return self._memory.losses != self._losses
-
     def _check(self) -> None:
-        if self._lost:
+        """Errors: DeviceError, the device has lost its memory since the load began."""
+        if self._memory.losses != self._losses:
             raise DeviceError(f"device {self._device}: {self._memory.lost_by}; load it again")
 
     def _candidates(self, digest: bytes, length: int) -> list[Blob]:
@@ -376,7 +361,7 @@ class Loading:
         """
         return max((blob.variant for blob in self._candidates(key.digest, key.length)), default=-1) + 1
 
-    def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: Twins) -> Blob:
+    def _place(self, key: BlobKey, segment: int, offset: int, variant: int, twins: DuplicateBlobs) -> Blob:
         self._known.contest(key, twins)
         blob = self._enter(key, segment, offset, variant)
         self._known.add(blob, twins)

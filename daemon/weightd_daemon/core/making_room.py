@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .arena import round_up
-from .capacity import Room, room
-from .eviction import chosen_for, could_fit
-from .prospect import Trial, prospect
+from .capacity import CapacityEstimate, room
+from .eviction import chosen_beyond, chosen_for, could_fit
+from .prospect import EvictionTrial, prospect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from weightd.errors import WeightdError
 
     from .checkpoint import Checkpoint
-    from .lease import Peer
-    from .store import Store
+    from .lease import LeasePeer
+    from .store import ContentStore
 
 
-class MakingRoom:
-    """Makes room for the load of that number at its place, a device and a sharing domain. `by` asked for the load.
+class Evictor:
+    """Evicts least recently used checkpoints until an open load fits.
+
+    `place` is the load's device and sharing domain; `by` asked for the load.
 
     `full` is everywhere what the device said, if it has refused memory.
     """
 
-    def __init__(self, store: Store, place: tuple[str, str], load: int, by: Peer | None) -> None:
+    def __init__(self, store: ContentStore, place: tuple[str, str], load: int, by: LeasePeer | None) -> None:
         self._store = store
         self._place = place
         self._device, self._domain = place
@@ -57,10 +59,17 @@ class MakingRoom:
         self._evict(chosen)
         return bool(chosen)
 
+    def evict_for_device(self, wanted: int) -> bool:
+        """Evict so that `wanted` bytes go back to the device itself, or as many as can. Whether anybody went."""
+        trial = EvictionTrial(self._memory, self._domain, self._load)
+        chosen = chosen_beyond(trial, self._store.evictable(self._device), wanted)
+        self._evict(chosen)
+        return bool(chosen)
+
     def evict_for_books(self, needed: int) -> None:
         """Evict for `needed` bytes of the daemon's books, on whatever device. Errors: CapacityError."""
         store = self._store
-        self._evict(store.books.chosen_for(needed, store.checkpoints.values(), store.is_leased))
+        self._evict(store.books.chosen_for(needed, store.evictable()))
 
     def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
         """The error that says why `requested` bytes do not fit."""
@@ -72,9 +81,9 @@ class MakingRoom:
             by = self._by if checkpoint.key.domain == self._domain else None
             self._store.evict(checkpoint, "capacity", self._load, by)
 
-    def _room(self, full: MemoryError | None) -> Room:
+    def _room(self, full: MemoryError | None) -> CapacityEstimate:
         there = ((c, self._store.leases.is_held(c.key)) for c in self._store.on_device(self._device))
         return room(self._memory, self._place, self._load, there, full)
 
-    def _trial(self, full: MemoryError | None) -> Trial:
-        return Trial(self._memory, self._domain, self._load, None if full is None else self._memory.available())
+    def _trial(self, full: MemoryError | None) -> EvictionTrial:
+        return EvictionTrial(self._memory, self._domain, self._load, None if full is None else self._memory.available())

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from .digest import BlobIdentity
 
 
-class ManifestFile(NamedTuple):
-    """A source file's place in the checkpoint, with its own metadata (None where it has none)."""
+class ContentFile(NamedTuple):
+    """Source file as a checkpoint's content records it, with its own metadata (None where it has none)."""
 
     component: str
     file: str
     metadata: dict[str, str] | None
 
 
-class ManifestEntry(NamedTuple):
-    """A tensor of a checkpoint: `file` indexes the manifest's files, `length` is bytes."""
+class ContentTensor(NamedTuple):
+    """Tensor as a checkpoint's content records it: `file` indexes the content's files, `length` is bytes."""
 
     component: str
     name: str
@@ -34,7 +34,7 @@ class ManifestEntry(NamedTuple):
     length: int
 
 
-def fused_views(entries: Sequence[ManifestEntry], blobs: Sequence[Blob | None]) -> tuple[Group, ...]:
+def fused_views(entries: Sequence[ContentTensor], blobs: Sequence[Blob | None]) -> tuple[Group, ...]:
     """The groups of tensors, by their rows, whose blobs lie one behind the other, for whatever reason they do."""
     places = [(blob.segment, blob.offset, blob.length) if blob is not None else None for blob in blobs]
     return tuple(group for group in groups(entries) if adjacent(places[row] for row in group.members))
@@ -46,7 +46,7 @@ def _text(value: str) -> bytes:
 
 
 def content_digest(
-    entries: Sequence[ManifestEntry], identities: Sequence[BlobIdentity], files: Iterable[ManifestFile]
+    entries: Sequence[ContentTensor], identities: Sequence[BlobIdentity], files: Iterable[ContentFile]
 ) -> str:
     """SHA-256 over what the checkpoint *is*: names, dtypes, shapes, blob identities and file metadata.
 

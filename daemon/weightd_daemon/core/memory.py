@@ -1,8 +1,9 @@
 """The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
 Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
-*reclaims* (`Punch`, `Release`), which somebody else carries out and reports done. Until then it counts as used,
-so used_bytes never passes the budget.
+*reclaims* (`ExtentReclaim`, `SegmentReclaim`), which somebody else carries out and reports done. Until then it counts
+as used, and no grant takes `used` past the budget. A restart may find more than the budget: `excess` says how much has
+to be evicted.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Arena, Extent, round_up
-from .promises import Promises
-from .reclaims import Freeing, Punch, Reclaim, Release
+from .promises import PromisedMemory
+from .ranges import RangeSet
+from .reclaims import BlobFreeQueue, ExtentReclaim, Reclaim, SegmentReclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
-
-    from .ranges import Ranges
 
 SEGMENT_BYTES = 1 << 30
 """Largest segment, unless one tensor or group needs more. A segment is the unit of mapping, isolation and return."""
@@ -27,8 +27,8 @@ _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
 
 
-class Holes(NamedTuple):
-    """Bytes of a domain's populated holes: those that only the domain can use, and those that any load can have.
+class ArenaHoles(NamedTuple):
+    """Free bytes inside an arena's populated segments: those that only its domain can use, and those that any load can.
 
     The latter can go back to the system: whole segments, and single pages where segments are sparse.
     """
@@ -37,8 +37,8 @@ class Holes(NamedTuple):
     common: int
 
 
-class DeviceMemory:
-    """Books of one device.
+class MemoryAccounting:
+    """Pure bookkeeping of one device's memory: arenas, budget, promises, and what is being given back.
 
     `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
@@ -72,10 +72,10 @@ class DeviceMemory:
         self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
-        self._promises = Promises()
+        self._promises = PromisedMemory()
         self._granted: dict[int, list[Extent]] = {}
         self._reclaims: deque[Reclaim] = deque()
-        self.freeing = Freeing(on_reclaim)
+        self.freeing = BlobFreeQueue(on_reclaim)
         self._releasing = 0
         self._outstanding = 0
         self.losses = 0
@@ -155,16 +155,16 @@ class DeviceMemory:
         common = sum(holes.common for holes in self.holes().values())
         return self.budget - self.used + common - sum(self._promises.others(load).values())
 
-    def holes(self) -> dict[str, Holes]:
+    def holes(self) -> dict[str, ArenaHoles]:
         """The populated holes of each domain."""
         holes = {}
         for domain, arena in self._arenas.items():
             populated = arena.populated_hole_bytes()
-            common = populated if self.sparse else arena.empty_bytes()
-            holes[domain] = Holes(populated - common, common)
+            common = populated if self.sparse else arena.empty_bytes
+            holes[domain] = ArenaHoles(populated - common, common)
         return holes
 
-    def shares(self, domain: str, load: int | None, holes: Mapping[str, Holes]) -> tuple[int, int]:
+    def shares(self, domain: str, load: int | None, holes: Mapping[str, ArenaHoles]) -> tuple[int, int]:
         """What may become new segments of a load, and all that it may take.
 
         The promises to others are kept for them: a domain's own holes serve those to its loads first.
@@ -236,22 +236,23 @@ class DeviceMemory:
     def give_back(self, domain: str, extents: Iterable[Extent], *, pool: bool) -> None:
         """Return bytes. Segments that become empty stay in the pool if `pool` and the limit allow; other pages go."""
         arena = self.arena(domain)
-        touched: dict[int, list[Extent]] = {}
-        for extent in extents:
-            arena.give_back(extent)
-            touched.setdefault(extent.segment, []).append(extent)
-        for segment, parts in touched.items():
+        returned: dict[int, RangeSet] = {}
+        for extent in extents:  # joined, for these may be 100,000 neighbours, and each range becomes a system call
+            returned.setdefault(extent.segment, RangeSet()).add(extent.offset, extent.end)
+        for segment, ranges in returned.items():
+            for start, end in ranges:
+                arena.give_back(Extent(segment, start, end - start))
             if arena.is_empty(segment):
                 pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
                 if not pooled or arena.is_frozen(segment):
                     self._release(arena, segment)
             elif self.sparse:
-                for part in parts:
-                    for leaving in arena.start_leaving(segment, part.offset, part.end):
-                        self._queue(Punch(domain, leaving, self.losses))
+                for start, end in ranges:
+                    for leaving in arena.start_leaving(segment, start, end):
+                        self._queue(ExtentReclaim(domain, leaving, self.losses))
 
     def adopt(
-        self, domain: str, segment: int, size: int, taken: Ranges, hollow: Iterable[tuple[int, int]], *, frozen: bool
+        self, domain: str, segment: int, size: int, taken: RangeSet, hollow: Iterable[tuple[int, int]], *, frozen: bool
     ) -> None:
         """Take in a segment that an earlier daemon has filled (Arena.adopt_segment); its unused pages go back.
 
@@ -300,7 +301,7 @@ class DeviceMemory:
 
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
-        return sum(arena.empty_bytes() for arena in self._arenas.values())
+        return sum(arena.empty_bytes for arena in self._arenas.values())
 
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
@@ -315,7 +316,7 @@ class DeviceMemory:
         if reclaim.losses != self.losses:
             return
         self._outstanding -= 1  # law 8: only now does it count no longer
-        if isinstance(reclaim, Release):
+        if isinstance(reclaim, SegmentReclaim):
             self._releasing -= reclaim.size
             return
         arena = self.arena(reclaim.domain)
@@ -329,7 +330,7 @@ class DeviceMemory:
         self.lost_by = reason
         self._arenas.clear()
         self._domain_of.clear()
-        self._promises = Promises()
+        self._promises = PromisedMemory()
         self._granted.clear()
         self._reclaims.clear()
         self.freeing.clear()
@@ -352,32 +353,33 @@ class DeviceMemory:
     def _return_unused(self, wanted: int) -> None:
         """Queue empty segments, and free pages where they can be punched, until `wanted` bytes are on their way."""
         for arena in self._arenas.values():
-            for segment in [s for s in arena if arena.is_empty(s)]:
+            for segment in arena.empty_segments():
                 if wanted <= 0:
                     return
                 wanted -= arena.populated(segment)
                 self._release(arena, segment)
         if not self.sparse:
             return
-        for segment, domain in self._domain_of.items():
-            if wanted <= 0:
-                return
-            for leaving in self._arenas[domain].start_leaving(segment):
-                wanted -= leaving.length
-                self._queue(Punch(domain, leaving, self.losses))
+        for domain, arena in self._arenas.items():
+            for segment in arena.segments_with_holes():
+                if wanted <= 0:
+                    return
+                for leaving in arena.start_leaving(segment):
+                    wanted -= leaving.length
+                    self._queue(ExtentReclaim(domain, leaving, self.losses))
 
     def _return_pages(self, segment: int) -> None:
         """Queue the unused pages of a segment, on a device where they can be punched."""
         domain = self._domain_of[segment]
         for leaving in self._arenas[domain].start_leaving(segment) if self.sparse else ():
-            self._queue(Punch(domain, leaving, self.losses))
+            self._queue(ExtentReclaim(domain, leaving, self.losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)
         arena.remove_segment(segment)
         del self._domain_of[segment]
         self._releasing += size
-        self._queue(Release(segment, size, self.losses))
+        self._queue(SegmentReclaim(segment, size, self.losses))
 
     def _queue(self, reclaim: Reclaim) -> None:
         self._outstanding += 1

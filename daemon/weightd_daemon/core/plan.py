@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of a checkpoint: `length` is bytes, `identity` what equal bytes have in common (None: nothing)."""
+    """Tensor in a sharing plan: `length` is bytes, `identity` what equal bytes have in common (None: nothing)."""
 
     component: str
     name: str
@@ -28,7 +28,7 @@ class PlannedTensor(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedComponent:
+class _PlannedComponent:
     """One part of a checkpoint; `shared_bytes` are those of its tensors that other checkpoints have as well."""
 
     name: str
@@ -38,7 +38,7 @@ class PlannedComponent:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedCheckpoint:
+class _PlannedCheckpoint:
     """One checkpoint: `exclusive_bytes` would be held for it alone, `shared_bytes` is the rest of its tensors' bytes.
 
     `shared_with` counts the other checkpoints that have any of its bytes.
@@ -50,11 +50,11 @@ class PlannedCheckpoint:
     exclusive_bytes: int
     shared_bytes: int
     shared_with: int
-    components: tuple[PlannedComponent, ...]
+    components: tuple[_PlannedComponent, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class SharedPart:
+class _SharedPart:
     """Bytes that a component of one checkpoint has in common with a component of another, named in a pair's order."""
 
     components: tuple[str, str]
@@ -62,17 +62,19 @@ class SharedPart:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedPair:
+class _PlannedPair:
     """What two checkpoints would hold together, once instead of twice; `parts` adds up to it, the biggest first."""
 
     checkpoints: tuple[str, str]
     shared_bytes: int
-    parts: tuple[SharedPart, ...]
+    parts: tuple[_SharedPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """All of it, in bytes. Checkpoints come in the order given, components by name, pairs that share the biggest first.
+class SharingPlan:
+    """Bytes that checkpoints would share if all were resident.
+
+    Checkpoints come in the order given, components by name, pairs that share the biggest first.
 
     `total_bytes` is what the tensors take without sharing, `unique_bytes` with it.
     """
@@ -81,8 +83,8 @@ class Plan:
     unique_bytes: int
     saved_bytes: int
     saved_ratio: float
-    checkpoints: tuple[PlannedCheckpoint, ...]
-    pairs: tuple[PlannedPair, ...]
+    checkpoints: tuple[_PlannedCheckpoint, ...]
+    pairs: tuple[_PlannedPair, ...]
 
 
 def recurring(lengths: Iterable[int]) -> set[int]:
@@ -90,7 +92,7 @@ def recurring(lengths: Iterable[int]) -> set[int]:
     return {length for length, count in Counter(lengths).items() if count > 1 and length}
 
 
-def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> Plan:
+def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> SharingPlan:
     """What sharing would save among these checkpoints, by name."""
     exclusive: Counter[str] = Counter()
     shared: Counter[tuple[str, str]] = Counter()
@@ -113,10 +115,10 @@ def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> Plan:
     )
     total = sum(checkpoint.total_bytes for checkpoint in found)
     pairs = (
-        PlannedPair(pair, by_part.total(), tuple(SharedPart(*part) for part in _biggest_first(by_part)))
+        _PlannedPair(pair, by_part.total(), tuple(_SharedPart(*part) for part in _biggest_first(by_part)))
         for pair, by_part in parts.items()
     )
-    return Plan(
+    return SharingPlan(
         total_bytes=total,
         unique_bytes=unique,
         saved_bytes=total - unique,
@@ -149,12 +151,12 @@ def _contents(
 
 def _checkpoint(
     name: str, tensors: Sequence[PlannedTensor], exclusive: int, shared: Counter[tuple[str, str]], partners: int
-) -> PlannedCheckpoint:
+) -> _PlannedCheckpoint:
     sizes: dict[str, list[int]] = {}
     for tensor in tensors:
         sizes.setdefault(tensor.component, []).append(tensor.length)
     total = sum(tensor.length for tensor in tensors)
-    return PlannedCheckpoint(
+    return _PlannedCheckpoint(
         name=name,
         tensors=len(tensors),
         total_bytes=total,
@@ -162,7 +164,7 @@ def _checkpoint(
         shared_bytes=total - exclusive,
         shared_with=partners,
         components=tuple(
-            PlannedComponent(component, len(lengths), sum(lengths), shared[name, component])
+            _PlannedComponent(component, len(lengths), sum(lengths), shared[name, component])
             for component, lengths in sorted(sizes.items())
         ),
     )

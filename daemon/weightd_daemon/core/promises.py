@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 
-class Promises:
-    """Promised bytes by load, each in its sharing domain."""
+class PromisedMemory:
+    """Bookkeeping of the bytes promised to open loads, each in its sharing domain."""
 
     def __init__(self) -> None:
         self._promised: dict[int, tuple[str, int]] = {}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, round_up
-from .memory import Holes
+from .memory import ArenaHoles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from .memory import DeviceMemory
-    from .ranges import Ranges
+    from .memory import MemoryAccounting
+    from .ranges import RangeSet
 
 
-class Prospect(NamedTuple):
+class _Prospect(NamedTuple):
     """What a load can get, in bytes: all together, and in one extent."""
 
     total: int
@@ -26,7 +26,7 @@ class _Segment:
 
     __slots__ = ("before", "domain", "frozen", "populated", "ranges", "size", "whole")
 
-    def __init__(self, ranges: Ranges, page: int, domain: str, size: int, populated: int, *, frozen: bool) -> None:
+    def __init__(self, ranges: RangeSet, page: int, domain: str, size: int, populated: int, *, frozen: bool) -> None:
         self.ranges = ranges
         self.whole = self.before = sum(_whole_pages(ranges, page))
         self.domain = domain
@@ -35,22 +35,24 @@ class _Segment:
         self.frozen = frozen
 
 
-class Trial:
-    """Frees bytes on paper, takes them back, and says what a load could get then. The books stay as they are.
+class EvictionTrial:
+    """Simulates an eviction: frees bytes on paper and says what a load could get then. The books stay as they are.
 
     `room` bounds what new segments may take besides memory that goes back: the bytes free on the device itself.
     A step takes time in proportion to the logarithm of the free ranges of its segment; on a device that is not sparse
-    `outcome` also looks through the segments of the domain that have changed since.
+    `outcome` also looks at the segments of the domain with holes, and through those that have changed since.
     """
 
-    def __init__(self, memory: DeviceMemory, domain: str, load: int | None, room: int | None = None) -> None:
+    def __init__(self, memory: MemoryAccounting, domain: str, load: int | None, room: int | None = None) -> None:
         self._memory = memory
         self._domain = domain
         self._load = load
         self._room = room
         self._holes = memory.holes()
         self._segments: dict[int, _Segment] = {}
-        self._largest: dict[int, int] = {}
+        self._largest: dict[int, int] | None = None
+        """By segment of the domain, its largest hole, once that was asked for; those in `_stale` have changed."""
+        self._stale: set[int] = set()
 
     def free(self, extent: Extent) -> None:
         """These bytes, which are taken, are free."""
@@ -62,7 +64,7 @@ class Trial:
         segment.whole += self._pages(left[0], right[1]) - self._pages(*left) - self._pages(*right)
         ranges.add(extent.offset, extent.end)
         self._change(segment, 1)
-        self._largest.pop(extent.segment, None)
+        self._stale.add(extent.segment)
 
     def keep(self, extent: Extent) -> None:
         """Bytes that were freed here are taken again."""
@@ -74,19 +76,19 @@ class Trial:
         segment.whole += self._pages(low, extent.offset) + self._pages(extent.end, high) - self._pages(low, high)
         segment.ranges.remove(extent.offset, extent.end)
         self._change(segment, 1)
-        self._largest.pop(extent.segment, None)
+        self._stale.add(extent.segment)
 
     @property
     def common(self) -> int:
         """Populated bytes that could go back to the system."""
         return sum(holes.common for holes in self._holes.values())
 
-    def outcome(self) -> Prospect:
+    def outcome(self) -> _Prospect:
         """What the load could get."""
         spare, total = self._memory.shares(self._domain, self._load, self._holes)
         if self._room is not None:
             spare = min(spare, self._room + self.common)
-        return Prospect(total, min(total, max(spare, self._largest_hole())))
+        return _Prospect(total, min(total, max(spare, self._largest_hole())))
 
     def _segment(self, number: int) -> _Segment:
         if number not in self._segments:
@@ -111,18 +113,19 @@ class Trial:
         else:
             own = segment.whole - segment.before
         before = self._holes[segment.domain]
-        self._holes[segment.domain] = Holes(before.own + sign * own, before.common + sign * common)
+        self._holes[segment.domain] = ArenaHoles(before.own + sign * own, before.common + sign * common)
 
     def _largest_hole(self) -> int:
         """The largest hole in a segment of the domain; where segments are sparse, holes are as good as new ones."""
         if self._memory.sparse:
             return 0
-        arena = self._memory.arena(self._domain)
-        for number in arena:
-            if number not in self._largest and not arena.is_frozen(number):
-                touched = self._segments.get(number)
-                ranges = touched.ranges if touched else arena.free_ranges(number)
-                self._largest[number] = max(_whole_pages(ranges, self._memory.page), default=0)
+        if self._largest is None:
+            self._largest = self._memory.arena(self._domain).largest_holes()
+        for number in self._stale:
+            segment = self._segments[number]
+            if segment.domain == self._domain and not segment.frozen:
+                self._largest[number] = max(_whole_pages(segment.ranges, self._memory.page), default=0)
+        self._stale.clear()
         return max(self._largest.values(), default=0)
 
     def _pages(self, start: int, end: int) -> int:
@@ -131,15 +134,15 @@ class Trial:
 
 
 def prospect(
-    memory: DeviceMemory, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None
-) -> Prospect:
+    memory: MemoryAccounting, domain: str, load: int, without: Iterable[Extent] = (), room: int | None = None
+) -> _Prospect:
     """What a load could get if the bytes `without` were free: those of blobs that may be evicted."""
-    trial = Trial(memory, domain, load, room)
+    trial = EvictionTrial(memory, domain, load, room)
     for extent in without:
         trial.free(extent)
     return trial.outcome()
 
 
-def _whole_pages(ranges: Ranges, page: int) -> Iterator[int]:
+def _whole_pages(ranges: RangeSet, page: int) -> Iterator[int]:
     """Length of the whole pages in each range, in bytes."""
     return (max(0, end // page * page - round_up(start, page)) for start, end in ranges)

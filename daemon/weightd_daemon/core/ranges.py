@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-class Ranges:
+class RangeSet:
     """A set of integers as maximal ranges [start, end). Every operation keeps neighbours joined."""
 
     __slots__ = ("_ends", "_starts", "total")
@@ -26,11 +26,11 @@ class Ranges:
         return len(self._starts)
 
     def __repr__(self) -> str:
-        return f"Ranges({list(self)})"
+        return f"RangeSet({list(self)})"
 
-    def copy(self) -> Ranges:
+    def copy(self) -> RangeSet:
         """An independent set with the same ranges."""
-        other = Ranges()
+        other = RangeSet()
         other._starts, other._ends, other.total = self._starts[:], self._ends[:], self.total
         return other
 

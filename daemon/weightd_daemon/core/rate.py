@@ -11,8 +11,8 @@ _MOST_USERS = 1024
 """From so many on, users whose bucket is full again are forgotten."""
 
 
-class UserRate:
-    """Each user may do `burst` at once, and `per_second` in the long run. `now` returns seconds."""
+class UserRateLimit:
+    """Token bucket per user: `burst` at once, and `per_second` in the long run. `now` returns seconds."""
 
     def __init__(self, now: Callable[[], float], *, burst: int, per_second: float) -> None:
         self._now = now

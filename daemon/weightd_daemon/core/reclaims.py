@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Punch:
-    """Give the pages of a free extent back to the system."""
+class ExtentReclaim:
+    """Queued request of the books: give the pages of a free extent back to the system."""
 
     domain: str
     extent: Extent
@@ -23,20 +23,20 @@ class Punch:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
-    """Give a whole segment back to the system."""
+class SegmentReclaim:
+    """Queued request of the books: give a whole segment back to the system."""
 
     segment: int
     size: int
     losses: int = field(default=0, compare=False)
-    """As in Punch."""
+    """As in ExtentReclaim."""
 
 
-Reclaim = Punch | Release
+Reclaim = ExtentReclaim | SegmentReclaim
 
 
-class Freeing:
-    """Blobs that are freed in steps, for they are many, of one device. `kick` is told when there is something to do."""
+class BlobFreeQueue:
+    """Blobs of evicted checkpoints that are freed in steps, for they are many. `kick` is called when there are any."""
 
     def __init__(self, kick: Callable[[], None]) -> None:
         self._kick = kick

@@ -1,6 +1,6 @@
 """The store: blobs by content, and the checkpoints that refer to them. LAWS.md lists the laws of memory.
 
-A checkpoint comes and goes in `Store` alone, and a blob changes its state in `Blobs` alone. Loads (loading.py) and
+A checkpoint comes and goes in `ContentStore` alone, and a blob changes its state in `BlobTable` alone. loading.py, and
 adoption.py, which fills an empty store, call these two. The store touches no memory: memory that can go is queued
 (memory.py). Events tell of changes.
 """
@@ -11,35 +11,37 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import NotFoundError
 
-from .blob import Blob, Blobs, BlobState
-from .books import Books
-from .checkpoint import Checkpoint, CheckpointKey, Lost
-from .events import Event, Evicted, Sealed
-from .eviction import chosen_beyond, least_recently_used
-from .prospect import Trial
+from .blob import Blob, BlobState, BlobTable
+from .books import BookkeepingMemory
+from .checkpoint import Checkpoint, CheckpointKey, LostCheckpoint
+from .checkpoint_index import CheckpointIndex
+from .events import CheckpointEvicted, CheckpointSealed, Event
+from .eviction import chosen_beyond
+from .prospect import EvictionTrial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from .arena import Extent
-    from .lease import Lease, Leases, Peer
-    from .memory import DeviceMemory
+    from .lease import Lease, LeasePeer, LeaseTable
+    from .memory import MemoryAccounting
 
 
 FREED_AT_ONCE = 2000
 """Blobs that are given up in one step of the loop."""
 
 
-class Store:
-    """Books of all devices. Times are seconds since the epoch, sizes are bytes."""
+class ContentStore:
+    """The books of blobs, checkpoints and leases on all devices. Times are seconds since the epoch, sizes are bytes."""
 
-    def __init__(self, *, leases: Leases, on_event: Callable[[Event], None]) -> None:
+    def __init__(self, *, leases: LeaseTable, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
-        self.blobs = Blobs()
-        self.books = Books()
+        self.blobs = BlobTable()
+        self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
-        self.lost: dict[CheckpointKey, Lost] = {}
-        self.memories: dict[str, DeviceMemory] = {}
+        self.index = CheckpointIndex()
+        self.lost: dict[CheckpointKey, LostCheckpoint] = {}
+        self.memories: dict[str, MemoryAccounting] = {}
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
         self.changed: set[CheckpointKey] = set()
@@ -52,10 +54,6 @@ class Store:
         self._on_event = on_event
 
     # -- what there is ---------------------------------------------------------------------------------------------
-
-    def sealed_blobs(self) -> list[Blob]:
-        """Every sealed blob."""
-        return [blob for blob in self.blobs if blob.sealed]
 
     def live_bytes(self, device: str) -> int:
         """Bytes of sealed blobs on a device."""
@@ -87,13 +85,14 @@ class Store:
         """Whether anybody holds a checkpoint at this moment."""
         return self.leases.is_held(checkpoint.key)
 
-    def kept_books(self) -> int:
-        """Bytes of the books that pins and leases keep."""
-        return sum(c.books_bytes for c in self.checkpoints.values() if c.pinned or self.is_leased(c))
+    def evictable(self, device: str = "") -> Iterator[Checkpoint]:
+        """The checkpoints on a device, or on all, that may be evicted (law 3), least recently used first.
 
-    def evictable(self, device: str) -> Iterator[Checkpoint]:
-        """The checkpoints on a device that may be evicted (law 3), least recently used first."""
-        return least_recently_used(self.on_device(device), self.is_leased)
+        None may come, go or be used meanwhile.
+        """
+        for checkpoint in self.index.by_use():
+            if device in ("", checkpoint.key.device) and not checkpoint.pinned and not self.is_leased(checkpoint):
+                yield checkpoint
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class Store:
         self.open_loads.add(self._last_load)
         return self._last_load
 
-    def seal(self, sealed: Sealed) -> None:
+    def seal(self, sealed: CheckpointSealed) -> None:
         """Tell of a checkpoint that a load has brought, then enter it.
 
         What the listener of events raises fails the seal, and nothing has changed.
@@ -122,6 +121,7 @@ class Store:
         self.blobs.seal(fresh)
         self.checkpoints[checkpoint.key] = checkpoint
         self._sharing += 1
+        self.index.enter(checkpoint)
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
 
@@ -129,11 +129,14 @@ class Store:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
         checkpoint.used, checkpoint.last_used = self.uses, now
+        self.index.use(checkpoint)
         self.touched.add(checkpoint.key)
 
     # -- what goes -------------------------------------------------------------------------------------------------
 
-    def remove(self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: Peer | None = None) -> int:
+    def remove(
+        self, checkpoint: Checkpoint, called: str = "", reason: str = "removed", by: LeasePeer | None = None
+    ) -> int:
         """Evict a checkpoint on request. Returns the bytes of blobs that no other needs; some go when a load ends.
 
         Errors: InUseError, which calls the checkpoint `called` (or by its digest) and names the holders.
@@ -142,10 +145,9 @@ class Store:
             raise checkpoint.in_use(holders, called)
         return self.evict(checkpoint, reason, by=by)
 
-    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: Peer | None = None) -> int:
+    def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: LeasePeer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
-        del self.checkpoints[checkpoint.key]
-        self.books.strike(checkpoint)
+        self._strike(checkpoint)
         self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
@@ -153,30 +155,41 @@ class Store:
         given_up = sum([blob.key.length for blob in unused])
         self.free(unused)
         self.evictions += reason == "capacity"
-        self._on_event(Evicted(checkpoint, reason, load, by))
+        self._on_event(CheckpointEvicted(checkpoint, reason, load, by))
         return given_up
 
-    def fit(self, device: str) -> int:
-        """Evict what the budget no longer holds. Returns the bytes still beyond it, which are leased or pinned."""
+    def fit(self, device: str) -> Iterator[None]:
+        """Evict in steps what the budget no longer holds. At the end, `excess` of its memory is leased or pinned."""
         memory = self.memories[device]
-        excess = memory.excess()
-        if not excess:
-            return 0
-        for checkpoint in chosen_beyond(Trial(memory, "", None), self.evictable(device), excess):
-            self.evict(checkpoint, "capacity")
+        if excess := memory.excess():
+            yield from self._evict_in_steps(
+                chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess)
+            )
         while memory.freeing.go_on():
-            pass  # what follows is said of all of it
-        return memory.excess()
+            yield
 
-    def fit_books(self) -> None:
-        """Evict what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
-        for checkpoint in self.books.chosen_beyond(self.checkpoints.values(), self.is_leased):
-            self.evict(checkpoint, "capacity")
+    def fit_books(self) -> Iterator[None]:
+        """Evict in steps what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
+        while chosen := self.books.chosen_beyond(self.evictable()):
+            yield from self._evict_in_steps(chosen)
+
+    def _evict_in_steps(self, chosen: Iterable[Checkpoint]) -> Iterator[None]:
+        """Evict those of the chosen that are still resident, and neither leased nor pinned, when it is their turn."""
+        for checkpoint in chosen:
+            there = self.checkpoints.get(checkpoint.key) is checkpoint
+            if there and not checkpoint.pinned and not self.is_leased(checkpoint):
+                self.evict(checkpoint, "capacity")
+                yield
+
+    def _strike(self, checkpoint: Checkpoint) -> None:
+        del self.checkpoints[checkpoint.key]
+        self.index.strike(checkpoint)
+        self.books.strike(checkpoint)
 
     def free(self, blobs: list[Blob]) -> None:
         """Give up those of some sealed blobs, all of one device, that no checkpoint refers to and no load relies on.
 
-        Of many, that is begun: it goes on with DeviceMemory.freeing, and until its turn each stays what it is, and
+        Of many, that is begun: it goes on with MemoryAccounting.freeing, and until its turn each stays what it is, and
         may be used again. The list is the store's from now on.
         """
         if len(blobs) <= FREED_AT_ONCE:
@@ -185,6 +198,7 @@ class Store:
             self.memories[blobs[0].key.device].freeing.begin(self._free_in_steps(blobs))
 
     def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
+        blobs.reverse()  # in the order of their places, in which sets of ranges grow at their ends
         while blobs:
             some = blobs[-FREED_AT_ONCE:]
             del blobs[-FREED_AT_ONCE:]
@@ -210,11 +224,10 @@ class Store:
         self.memories[device].lose(reason)
         lost = self.on_device(device)
         for checkpoint in lost:
-            del self.checkpoints[checkpoint.key]
-            self.books.strike(checkpoint)
+            self._strike(checkpoint)
             checkpoint.forget_blobs()
-            self.lost[checkpoint.key] = Lost(checkpoint, reason)
+            self.lost[checkpoint.key] = LostCheckpoint(checkpoint, reason)
             for lease in self.leases_of(checkpoint):
                 self.leases.end(lease.number)
-            self._on_event(Evicted(checkpoint, "lost"))
+            self._on_event(CheckpointEvicted(checkpoint, "lost"))
         return lost

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
-from weightd_daemon.config.settings import ConfigError, TemporaryError
+from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
-from .cuda_choice import open_gpus
+from .cuda_choice import choose_gpus
 from .host import HostDevice
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from weightd_daemon.config.settings import Settings
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.memory import MemoryAccounting
 
-    from .cuda_ipc import Holding
+    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
@@ -29,13 +29,16 @@ _BOOKS_SHARE = 10
 _BOOKS_LEAST = 256 << 20
 
 
-def open_served(settings: Settings, holding: Holding) -> Iterator[tuple[Device, tuple[str, ...]]]:
+def open_served(settings: Settings, holding: CudaHolderContext) -> Iterator[tuple[Device, tuple[str, ...]]]:
     """Open what is to be served, with what settings may call it. Errors: ConfigError."""
     served: list[tuple[str, ...]] = []
     if {"host", "auto"} & {*settings.devices}:
         served += [("host",)]
         yield HostDevice(), ("host",)
-    for gpu in open_gpus(settings.devices, settings.transport, holding):
+    choice = choose_gpus(settings.devices, settings.transport, holding, {})
+    for absent in choice.absent:
+        log.warning("device %s is not served: %s", absent.uuid, absent.reason)
+    for gpu in choice.served:
         served += [gpu.names]
         yield gpu
     _check_names(settings, served)
@@ -45,7 +48,7 @@ def check_budgets(
     settings: Settings,
     devices: Mapping[str, Device],
     names: Mapping[str, Sequence[str]],
-    memories: Mapping[str, DeviceMemory],
+    memories: Mapping[str, MemoryAccounting],
 ) -> None:
     """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
     _check_names(settings, names.values())
@@ -64,7 +67,7 @@ def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
         if not meant:
-            kind = TemporaryError if _may_come(said, settings.devices) else ConfigError
+            kind = TemporaryConfigError if _may_come(said, settings.devices) else ConfigError
             raise kind(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
             raise ConfigError(
@@ -103,7 +106,7 @@ def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, d
     there = ", ".join(served)
     if found:
         raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
-    kind = TemporaryError if _may_come(said, devices) else ConfigError
+    kind = TemporaryConfigError if _may_come(said, devices) else ConfigError
     raise kind(f"device {said!r} is not served; there are {there}")
 
 
@@ -130,6 +133,11 @@ def budget_of(settings: Settings, device: Device, names: Sequence[str]) -> int:
             f"to {size(capacity)} here",
             "budget",
         )
+    if capacity - budget < device.loader_bytes:
+        log.warning(
+            "budget of %s: %s of %s leave less than the context of a loader may take, %s",
+            device.uuid, size(budget), size(capacity), size(device.loader_bytes),
+        )  # fmt: skip
     return budget // device.page * device.page
 
 

@@ -8,16 +8,24 @@ from typing import TYPE_CHECKING, Never
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
+from .cuda_errors import OUT_OF_MEMORY, code_of
 from .cuda_nvml import free_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-OUT_OF_MEMORY = "CUDA_ERROR_OUT_OF_MEMORY"
+
+_CONTEXT_BYTES = 640 << 20
+"""What is reported of contexts is 100 to 620 MiB."""
+_CONTEXT_SHARE = 16
+"""The contexts of small GPUs are smaller: assumed is this part of the GPU."""
 
 
 class CudaDevice:
-    """The part of a device (see devices/device.py) that any GPU has. `ordinal` is this process's number of it."""
+    """Base of GPU devices. `ordinal` is this process's number of the GPU.
+
+    For the methods see devices/device.py.
+    """
 
     kind: str
     sparse = False
@@ -29,6 +37,7 @@ class CudaDevice:
         self.uuid = driver.uuid_of(ordinal)
         self.name = driver.name_of(ordinal)
         self._capacity = driver.total_memory(ordinal)
+        self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
     def capacity(self) -> int:
         """The GPU's memory."""
@@ -52,7 +61,7 @@ class CudaDevice:
         try:
             yield
         except DeviceError as error:
-            if error.code != OUT_OF_MEMORY:
+            if code_of(error) != OUT_OF_MEMORY:
                 raise
             free = self.available()
             known = "" if free is None else f", {free} bytes are free on it"

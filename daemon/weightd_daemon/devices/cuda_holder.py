@@ -18,7 +18,7 @@ from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, WeightdError
 from weightd_daemon.libc import die_with
 
-from .cuda_device import OUT_OF_MEMORY
+from .cuda_errors import OUT_OF_MEMORY
 
 REQUEST = struct.Struct("<cQQ")
 """What to do, the number that the daemon gives the allocation, and its bytes."""

@@ -10,19 +10,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightd._libc import view_at
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
-from .segment_io import PIECE, Buffer
+from .cuda_errors import OUT_OF_MEMORY
+from .segment_io import PIECE, DeviceStagingBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-    from .device import SegmentHandle
+    from .device import DeviceSegment
+    from .segment_io import OnFull
+
+_T = TypeVar("_T")
 
 RING = 6
 """Buffers of a thread. It holds two at most, to pack or to compare; the others are on their way."""
@@ -56,16 +60,20 @@ class _Errors:
             raise first
 
 
-class CudaIO:
-    """Segments of one GPU (see devices/segment_io.py), by VMM descriptors or by handles of CUDA IPC."""
+class CudaSegmentIO:
+    """Reads and writes one GPU's segments, by VMM descriptors or CUDA IPC handles.
 
-    def __init__(self, kind: str, uuid: str, segments: Mapping[int, SegmentHandle]) -> None:
-        """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError."""
+    For the methods see devices/segment_io.py. A loader also needs memory of the GPU for itself; if there is none,
+    `on_full` is asked to make room.
+    """
+
+    def __init__(self, kind: str, uuid: str, segments: Mapping[int, DeviceSegment], on_full: OnFull) -> None:
+        """Errors: DeviceMismatchError (this process does not see the GPU), DeviceError, those of `on_full`."""
+        self._on_full = on_full
         self._open = {"cuda_vmm": self._open_vmm, "cuda_ipc": self._open_ipc}[kind]
         self._segments = segments
         self._ordinal = driver.ordinal_of(uuid)
-        with driver.on_device(self._ordinal):
-            self._context = driver.call("cuCtxGetCurrent")
+        self._context = self._with_room(self._make_context)
         self._lock = threading.Lock()
         self._addresses: dict[int, int] = {}
         self._closers: list[Callable[[], object]] = []
@@ -75,11 +83,11 @@ class CudaIO:
         self.record = driver.bound("cuEventRecord")
         self.wait_for = driver.bound("cuEventSynchronize")
 
-    def staging(self) -> CudaStaging:
-        """Buffers for the thread that calls. Errors: DeviceError."""
+    def staging(self) -> _CudaStaging:
+        """Buffers for the thread that calls. Errors: DeviceError, those of `on_full`."""
         with self.errors:
             self.enter()
-            return CudaStaging(self)
+            return self._with_room(lambda: _CudaStaging(self))
 
     def enter(self) -> None:
         """Make the GPU's context current in this thread for good: to push and pop it around each call costs more.
@@ -89,13 +97,13 @@ class CudaIO:
         driver.call("cuCtxSetCurrent", self._context)
 
     def address(self, segment: int) -> int:
-        """Where the segment begins; opens it at first use. Errors: DeviceError."""
+        """Where the segment begins; opens it at first use. Errors: DeviceError, those of `on_full`."""
         found = self._addresses.get(segment)
         if found is not None:
             return found
         with self._lock:
             if segment not in self._addresses:
-                self._addresses[segment] = self._open(self._segments[segment])
+                self._addresses[segment] = self._with_room(lambda: self._open(self._segments[segment]))
             return self._addresses[segment]
 
     def close(self) -> None:
@@ -105,11 +113,25 @@ class CudaIO:
         if closers:
             self.errors.do_all([self.enter, *closers])
 
-    def _open_vmm(self, segment: SegmentHandle) -> int:
+    def _with_room(self, step: Callable[[], _T]) -> _T:
+        """Take a step, again and again while the driver has no memory for it and `on_full` makes room."""
+        while True:
+            try:
+                return step()
+            except DeviceError as error:
+                if error.code != OUT_OF_MEMORY:
+                    raise
+                self._on_full(error)
+
+    def _make_context(self) -> Any:
+        with driver.on_device(self._ordinal):
+            return driver.call("cuCtxGetCurrent")
+
+    def _open_vmm(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, int)  # VMM memory is handed out by descriptor
         allocation = driver.import_descriptor(segment.handle)
         try:
-            addresses = driver.AddressRange(self._ordinal, segment.size)
+            addresses = driver.MappedAddressRange(self._ordinal, segment.size)
             self._closers.append(addresses.close)  # before it is complete: a part is closed like the whole
             addresses.map(0, segment.size, allocation)
             addresses.allow(writable=True)
@@ -120,14 +142,14 @@ class CudaIO:
         driver.release(allocation)
         return addresses.address
 
-    def _open_ipc(self, segment: SegmentHandle) -> int:
+    def _open_ipc(self, segment: DeviceSegment) -> int:
         assert isinstance(segment.handle, bytes)  # CUDA IPC has no descriptors
         address = driver.open_ipc(segment.handle)
         self._closers.append(lambda: driver.call("cuIpcCloseMemHandle", address))
         return address
 
 
-class PinnedBuffer:
+class _PinnedBuffer:
     """One piece of a ring of pinned memory, and the event that says when it is free again."""
 
     def __init__(self, address: int, event: Any) -> None:
@@ -136,19 +158,19 @@ class PinnedBuffer:
         self.view = view_at(address, PIECE)
 
 
-class CudaStaging:
+class _CudaStaging:
     """One thread's stream and ring of buffers. Any thread may close it."""
 
-    def __init__(self, io: CudaIO) -> None:
+    def __init__(self, io: CudaSegmentIO) -> None:
         self._io = io
         self._undo: list[Callable[[], object]] = []
-        self._free: list[PinnedBuffer] = []
-        self._written: deque[PinnedBuffer] = deque()
+        self._free: list[_PinnedBuffer] = []
+        self._written: deque[_PinnedBuffer] = deque()
         try:
             ring = self._make("cuMemHostAlloc", RING * PIECE, 0, undo="cuMemFreeHost")
             for address in range(ring, ring + RING * PIECE, PIECE):
                 event = self._make("cuEventCreate", _WAITING_SLEEPS, undo="cuEventDestroy")
-                self._free.append(PinnedBuffer(address, event))
+                self._free.append(_PinnedBuffer(address, event))
             self._stream = self._make("cuStreamCreate", _NON_BLOCKING, undo="cuStreamDestroy")
             self._undo.append(self._synchronise)  # first of all: a copy must not outlive its buffer
         except DeviceError:
@@ -156,7 +178,7 @@ class CudaStaging:
                 self.close()
             raise
 
-    def acquire(self) -> PinnedBuffer:
+    def acquire(self) -> _PinnedBuffer:
         """A free buffer, or the one that was written first, when its copy is done. Errors: DeviceError."""
         if self._free:
             return self._free.pop()
@@ -165,20 +187,20 @@ class CudaStaging:
             self._io.wait_for(buffer.event)
         return self._written.popleft()
 
-    def put_back(self, buffer: Buffer) -> None:
-        """Keep it for the next `take`."""
-        assert isinstance(buffer, PinnedBuffer)
+    def put_back(self, buffer: DeviceStagingBuffer) -> None:
+        """Keep it for the next `acquire`."""
+        assert isinstance(buffer, _PinnedBuffer)
         self._free.append(buffer)
 
-    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy. Errors: DeviceError, also of copies before."""
-        assert isinstance(buffer, PinnedBuffer)
+        assert isinstance(buffer, _PinnedBuffer)
         with self._io.errors:
             self._io.copy_in(self._io.address(segment) + offset, buffer.address, size, self._stream)
             self._io.record(buffer.event, self._stream)
         self._written.append(buffer)
 
-    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def read(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Begin the copy, behind what this thread has written. Errors: DeviceError, also of copies before."""
         with self._io.errors:
             self._io.copy_out(buffer.address, self._io.address(segment) + offset, size, self._stream)

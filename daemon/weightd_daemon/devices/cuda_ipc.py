@@ -42,8 +42,8 @@ _END_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Holding:
-    """What holders need of the daemon: its loop; whom to tell (UUID, reason) of a loss; descriptors to inherit.
+class CudaHolderContext:
+    """What a GPU's holder process needs of the daemon: its loop, a loss callback, descriptors to inherit.
 
     A holder inherits a lock, so that no daemon starts while the memory of the one before is still taken.
     """
@@ -60,16 +60,17 @@ class _Segment(NamedTuple):
 
 
 class CudaIpcDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it.
+    """A GPU whose memory is shared by CUDA IPC. `ordinal` is this process's number of it.
 
-    Made and used on the main thread: a holder's death signal is tied to the thread that starts it.
+    For the methods see devices/device.py. Made and used on the main thread: a holder's death signal is tied to the
+    thread that starts it.
     """
 
     kind = "cuda_ipc"
     lasting = False
     page = _PAGE
 
-    def __init__(self, ordinal: int, holding: Holding) -> None:
+    def __init__(self, ordinal: int, holding: CudaHolderContext) -> None:
         """Starts the holder, and waits for it. Errors: DeviceMismatchError (no such GPU), DeviceError."""
         super().__init__(ordinal)
         self._holding = holding
@@ -159,7 +160,7 @@ class _Holder:
     It can be asked from the moment that it is `ready`, which it says itself.
     """
 
-    def __init__(self, uuid: str, holding: Holding, on_end: Callable[[str], None]) -> None:
+    def __init__(self, uuid: str, holding: CudaHolderContext, on_end: Callable[[str], None]) -> None:
         """Starts the process, and does not wait for it. Errors: OSError."""
         self._uuid = uuid
         self._loop = holding.loop

@@ -27,7 +27,10 @@ class _Segment(NamedTuple):
 
 
 class CudaVmmDevice(CudaDevice):
-    """A GPU as a device (see devices/device.py). `ordinal` is this process's number of it."""
+    """A GPU whose memory is shared by VMM descriptors. `ordinal` is this process's number of it.
+
+    For the methods see devices/device.py.
+    """
 
     kind = "cuda_vmm"
     lasting = True

@@ -8,8 +8,8 @@ Handle = int | bytes
 """What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
 
 
-class SegmentHandle(NamedTuple):
-    """A segment as a loader gets it: its number, its length in bytes, and what opens it."""
+class DeviceSegment(NamedTuple):
+    """A device's segment as a loader opens it: its number, its length in bytes, and its descriptor or IPC handle."""
 
     number: int
     size: int
@@ -17,7 +17,7 @@ class SegmentHandle(NamedTuple):
 
 
 class Device(Protocol):
-    """Makes segments, hands them out, takes their memory back. Segments go by number; sizes and offsets are bytes.
+    """A kind of memory: creates, exports and frees segments. Segments go by number; sizes and offsets are bytes.
 
     The daemon calls `create`, `writable` and `shared` on its loop; `punch` and `release` may take long (0.15 s per GB
     on the host) and are called on another thread.
@@ -39,6 +39,9 @@ class Device(Protocol):
     """Whether a segment lives as long as anybody holds its descriptor, so that the next daemon can adopt it."""
     default_share: float
     """The part of the device that a daemon may use where nobody says."""
+
+    loader_bytes: int
+    """Bytes of the device that a loader may take for itself, beside the segments: its context. An estimate."""
 
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""

@@ -27,12 +27,15 @@ _EXHAUSTED = {errno.ENOMEM, errno.ENOSPC, *_NO_DESCRIPTORS}
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-class NoDescriptorsError(ResourceLimitError, MemoryError):
+class _NoDescriptorsError(ResourceLimitError, MemoryError):
     """There are no descriptors for a segment. An eviction may free some, as with any MemoryError of a device."""
 
 
 class HostDevice:
-    """The machine's memory as a device (see devices/device.py)."""
+    """The machine's memory as a device.
+
+    For the methods see devices/device.py.
+    """
 
     uuid = "host"
     kind = "host"
@@ -41,6 +44,7 @@ class HostDevice:
     sparse = True
     lasting = True
     default_share = 0.5
+    loader_bytes = 0
 
     def __init__(self) -> None:
         self.page = _page_size()
@@ -78,7 +82,7 @@ class HostDevice:
                 os.close(descriptor)
             if error.errno in _EXHAUSTED:
                 if error.errno in _NO_DESCRIPTORS and (limit := limit_error(error, "making a segment", DAEMON)):
-                    raise NoDescriptorsError(limit.message, limit.metadata) from error
+                    raise _NoDescriptorsError(limit.message, limit.metadata) from error
                 raise MemoryError(f"no segment of {size} bytes: {error.strerror}") from error
             raise
         self._writable[segment], self._shared[segment] = descriptor, shared

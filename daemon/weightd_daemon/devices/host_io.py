@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from weightd._libc import address_of
 from weightd_daemon.libc import copy
 
-from .segment_io import PIECE, Buffer
+from .segment_io import PIECE, DeviceStagingBuffer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .device import SegmentHandle
+    from .device import DeviceSegment
 
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
@@ -35,7 +35,7 @@ def huge_pages_by_advice() -> bool:
         return False
 
 
-class HostBuffer:
+class _HostBuffer:
     """A page-aligned buffer of one piece."""
 
     def __init__(self) -> None:
@@ -44,19 +44,22 @@ class HostBuffer:
         self.address = address_of(self._map)
 
 
-class HostIO:
-    """Segments as memfds (see devices/segment_io.py). Nothing is asynchronous here."""
+class HostSegmentIO:
+    """Reads and writes host memory's segments, memfds. Nothing is asynchronous here.
 
-    def __init__(self, segments: Mapping[int, SegmentHandle], *, by_mapping: bool | None = None) -> None:
+    For the methods see devices/segment_io.py.
+    """
+
+    def __init__(self, segments: Mapping[int, DeviceSegment], *, by_mapping: bool | None = None) -> None:
         self._segments = segments
         self._by_mapping = huge_pages_by_advice() if by_mapping is None else by_mapping
         self._lock = threading.Lock()
         self._addresses: dict[int, int] = {}
         self._maps: list[mmap.mmap] = []
 
-    def staging(self) -> HostStaging:
+    def staging(self) -> _HostStaging:
         """Buffers for one thread."""
-        return HostStaging(self)
+        return _HostStaging(self)
 
     def write(self, segment: int, view: memoryview, source: int, offset: int) -> None:
         """Write `view`, which lies at address `source`, to `offset` of a segment."""
@@ -92,27 +95,27 @@ class HostIO:
             return self._addresses[segment]
 
 
-class HostStaging:
+class _HostStaging:
     """One thread's buffers. The one that was used last is given out first: it is still in the cache."""
 
-    def __init__(self, io: HostIO) -> None:
+    def __init__(self, io: HostSegmentIO) -> None:
         self._io = io
-        self._free: list[Buffer] = []
+        self._free: list[DeviceStagingBuffer] = []
 
-    def acquire(self) -> Buffer:
+    def acquire(self) -> DeviceStagingBuffer:
         """A buffer."""
-        return self._free.pop() if self._free else HostBuffer()
+        return self._free.pop() if self._free else _HostBuffer()
 
-    def put_back(self, buffer: Buffer) -> None:
-        """Keep it for the next `take`."""
+    def put_back(self, buffer: DeviceStagingBuffer) -> None:
+        """Keep it for the next `acquire`."""
         self._free.append(buffer)
 
-    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Write at once."""
         self._io.write(segment, buffer.view[:size], buffer.address, offset)
         self.put_back(buffer)
 
-    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def read(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Read at once."""
         self._io.read(segment, buffer.view[:size], offset)
 

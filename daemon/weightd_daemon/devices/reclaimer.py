@@ -6,8 +6,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
-from weightd_daemon.core.memory import DeviceMemory
-from weightd_daemon.core.reclaims import Punch, Reclaim
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_REPORTED_AT_ONCE = 1000
+"""Reclaims that are reported done in one step of the loop."""
 
-class Reclaimer:
+
+class DeviceReclaimer:
     """Returns one device's memory to the system. Started by `kick`, from the loop's thread.
 
     `before_release(segment)` is told, on the other thread, of each segment that is about to be released.
@@ -26,11 +29,11 @@ class Reclaimer:
     def __init__(self, device: Device, before_release: Callable[[int], None] = lambda _: None) -> None:
         self._device = device
         self._before_release = before_release
-        self._memory: DeviceMemory | None = None
+        self._memory: MemoryAccounting | None = None
         self._task: asyncio.Task[None] | None = None
         self._arrived = asyncio.Condition()
 
-    def watch(self, memory: DeviceMemory) -> None:
+    def watch(self, memory: MemoryAccounting) -> None:
         """The books whose queue this carries out."""
         self._memory = memory
 
@@ -59,8 +62,10 @@ class Reclaimer:
                 reclaims += self._memory.next_reclaims()
             if reclaims:
                 await asyncio.to_thread(self._carry_out, reclaims)
-            for reclaim in reclaims:
+            for done, reclaim in enumerate(reclaims, start=1):
                 self._memory.reclaimed(reclaim)
+                if done % _REPORTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             async with self._arrived:
                 self._arrived.notify_all()
             reclaims = self._memory.next_reclaims()
@@ -70,7 +75,7 @@ class Reclaimer:
     def _carry_out(self, reclaims: list[Reclaim]) -> None:
         for reclaim in reclaims:
             try:
-                if isinstance(reclaim, Punch):
+                if isinstance(reclaim, ExtentReclaim):
                     extent = reclaim.extent
                     self._device.punch(extent.segment, extent.offset, extent.length)
                 else:

@@ -6,32 +6,43 @@ hashes its next piece while the piece before is on its way.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightd.errors import DeviceError
+
+    OnFull = Callable[[DeviceError], None]
+    """Called when the driver has no memory for what the loader itself needs. Returns when it is worth another try.
+
+    Any thread may call it. Errors: CapacityError (there is no room to be had).
+    """
 
 PIECE = 1 << 20
 """Bytes of a buffer: large enough for the system calls, small enough for the second-level cache."""
 
 
-class Buffer(Protocol):
-    """PIECE bytes of this process's memory, page-aligned."""
+class DeviceStagingBuffer(Protocol):
+    """Page-aligned buffer of PIECE bytes from which memory is copied to a device."""
 
     view: memoryview
     address: int
 
 
-class Staging(Protocol):
-    """One thread's buffers and copies. After an error of a copy only `close` may be called."""
+class DeviceStaging(Protocol):
+    """One thread's buffers and copies to and from a device. After an error of a copy only `close` may be called."""
 
-    def acquire(self) -> Buffer:
+    def acquire(self) -> DeviceStagingBuffer:
         """A buffer for the caller's use, until it is written or put back; waits for a copy where all are taken."""
 
-    def put_back(self, buffer: Buffer) -> None:
+    def put_back(self, buffer: DeviceStagingBuffer) -> None:
         """The buffer is not needed any more."""
 
-    def write(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def write(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Copy the first `size` bytes to `offset` of a segment. The buffer is put back when that is done."""
 
-    def read(self, buffer: Buffer, size: int, segment: int, offset: int) -> None:
+    def read(self, buffer: DeviceStagingBuffer, size: int, segment: int, offset: int) -> None:
         """Fill the first `size` bytes from `offset` of a segment. The buffer stays the caller's."""
 
     def synchronize(self) -> None:
@@ -41,10 +52,10 @@ class Staging(Protocol):
         """Give the buffers up, whatever is under way."""
 
 
-class SegmentIO(Protocol):
-    """Access to segments of one device, opened as they are first used."""
+class DeviceSegmentIO(Protocol):
+    """Reads and writes the segments of one device, which are opened as they are first used."""
 
-    def staging(self) -> Staging:
+    def staging(self) -> DeviceStaging:
         """Buffers for one thread: at least three."""
 
     def close(self) -> None:

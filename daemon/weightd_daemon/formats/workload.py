@@ -36,8 +36,8 @@ _SURROGATE: Final = re.compile(r"[\ud800-\udfff]")
 """Half a pair, which JSON may hold and no wire can carry."""
 
 
-class WorkloadTensor(NamedTuple):
-    """A described tensor; `length` is bytes. Equal bytes are equal in `content`, `dtype` and `shape`."""
+class WorkloadFormatTensor(NamedTuple):
+    """A tensor in a workload file; `length` is bytes. Equal bytes are equal in `content`, `dtype` and `shape`."""
 
     name: str
     dtype: str
@@ -52,7 +52,7 @@ def placed(file: str) -> tuple[str, str]:
     return first, "/".join(rest[:-1])
 
 
-def read_workload(label: str, raw: bytes) -> dict[str, list[WorkloadTensor]]:
+def read_workload(label: str, raw: bytes) -> dict[str, list[WorkloadFormatTensor]]:
     """The tensors of each file, by its relative path. `label` is what messages call the manifest.
 
     Raises FormatError for anything but a whole, well-formed manifest.
@@ -70,7 +70,7 @@ class _Reader:
     def _fail(self, fault: str) -> NoReturn:
         raise FormatError(f"{self._label}: {fault}; give a workload manifest as docs/operations.md describes it")
 
-    def read(self, raw: bytes) -> dict[str, list[WorkloadTensor]]:
+    def read(self, raw: bytes) -> dict[str, list[WorkloadFormatTensor]]:
         text = self._unpack(raw)
         # Counted in strings too: an upper bound is enough to bound memory before anything is built.
         values = text.count(b",") + text.count(b"[") + text.count(b"{")
@@ -119,7 +119,7 @@ class _Reader:
             self._fail(f"lists more than the {MAX_TENSORS} tensors that are supported")
         return rows
 
-    def _tensor(self, file: str, row: object) -> WorkloadTensor:
+    def _tensor(self, file: str, row: object) -> WorkloadFormatTensor:
         if not isinstance(row, dict) or not row.keys() >= _KEYS:
             self._fail(f"{_quoted(file)}: a tensor must be an object with {', '.join(sorted(_KEYS))}")
         name = self._text(row["name"], f"{_quoted(file)}: a tensor's name")
@@ -136,7 +136,9 @@ class _Reader:
         bits = math.prod(shape) * DTYPE_BITS[dtype]
         if bits % 8 or bits // 8 >= _BYTES_LIMIT:
             self._fail(f"{where}: takes {bits} bits, not a whole number of bytes below 2**63")
-        return WorkloadTensor(name, dtype, tuple(shape), self._text(row["content"], f"{where}: content"), bits // 8)
+        return WorkloadFormatTensor(
+            name, dtype, tuple(shape), self._text(row["content"], f"{where}: content"), bits // 8
+        )
 
     def _text(self, value: object, what: str) -> str:
         if not isinstance(value, str) or _SURROGATE.search(value) or len(value.encode()) > MAX_TEXT_BYTES:

@@ -13,7 +13,7 @@ from weightd_daemon.core.lease import NOBODY
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.loads.request import LoadRequest
 
-from .lease_files import Owner
+from .lease_files import HandleLeaseOwner
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.limits import Limits
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.limits import UserLimits
+    from weightd_daemon.core.principal import Principal
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device, Handle
     from weightd_daemon.loads.loads import Loads
 
-    from .connections import Connection, Connections
-    from .lease_locks import LeaseLocks, Locked
-    from .manifests import Manifests
+    from .connections import HandleSocketConnection, HandleSocketConnections
+    from .lease_locks import HandleLeaseLocks, LockedHandles
+    from .manifests import ManifestHandles
 
 
 MOST_ENDED = 256
@@ -79,32 +79,35 @@ def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AttachAnswer:
-    """What goes to the client. The descriptors of `locked` are to be closed when they have been sent."""
+class IssuedHandles:
+    """Answer to an attach request: the handles that go to the client.
+
+    The descriptors of `locked` are to be closed when they have been sent.
+    """
 
     lease: int
     checkpoint: Checkpoint
-    locked: Locked
+    locked: LockedHandles
     manifest_bytes: int
     segments: list[int]
     handles: list[Handle]
 
 
-class Attacher:
-    """Answers attach requests out of the books."""
+class AttachHandler:
+    """Handles attach requests of the handle socket: takes leases and issues descriptors of manifests and segments."""
 
     def __init__(
         self,
         *,
-        store: Store,
+        store: ContentStore,
         catalog: Catalog,
         loads: Loads,
-        manifests: Manifests,
-        locks: LeaseLocks,
-        connections: Connections,
+        manifests: ManifestHandles,
+        locks: HandleLeaseLocks,
+        connections: HandleSocketConnections,
         devices: dict[str, Device],
         default_device: str,
-        limits: Limits,
+        limits: UserLimits,
         now: Callable[[], float],
     ) -> None:
         self._store = store
@@ -118,15 +121,15 @@ class Attacher:
         self._limits = limits
         self._now = now
 
-    def room(self, connection: Connection, request: handles_pb2.AttachRequest) -> Awaitable[None] | None:
+    def room(self, connection: HandleSocketConnection, request: handles_pb2.AttachRequest) -> Awaitable[None] | None:
         """What has to be awaited before `attach`, if anything: its lease must outlive this daemon.
 
         Errors: PermissionDeniedError, OSError.
         """
         who = self._connections.who(connection)
-        return self._locks.room(Owner(who.uid, who.domain)) if request.lease_file else None
+        return self._locks.room(HandleLeaseOwner(who.uid, who.domain)) if request.lease_file else None
 
-    def attach(self, connection: Connection, request: handles_pb2.AttachRequest) -> AttachAnswer:
+    def attach(self, connection: HandleSocketConnection, request: handles_pb2.AttachRequest) -> IssuedHandles:
         """Take a lease and say what to send.
 
         Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user).
@@ -144,7 +147,7 @@ class Attacher:
         segments = self._segments(checkpoint, request)
         now = self._now()
         lease = self._store.leases.begin(checkpoint.key, connection.peer, now)
-        owner = Owner(who.uid, who.domain) if request.lease_file else None
+        owner = HandleLeaseOwner(who.uid, who.domain) if request.lease_file else None
         try:
             locked = self._locks.lock(checkpoint.key, lease.number, owner)
         except OSError:
@@ -156,7 +159,7 @@ class Attacher:
                 self._store.leases.end(number)
         device = self._devices[checkpoint.key.device]
         everything = checkpoint.segments
-        return AttachAnswer(
+        return IssuedHandles(
             lease.number,
             checkpoint,
             locked,
@@ -165,7 +168,7 @@ class Attacher:
             [device.shared(everything[index]) for index in segments],
         )
 
-    def detach(self, connection: Connection, number: int) -> bool:
+    def detach(self, connection: HandleSocketConnection, number: int) -> bool:
         """Look whether a lease of this connection has ended."""
         lease = self._store.leases.get(number)
         if lease is None:
@@ -174,7 +177,7 @@ class Attacher:
             return False
         return not self._store.leases.look(number)
 
-    def reclaim(self, connection: Connection, request: handles_pb2.ReclaimRequest) -> bool:
+    def reclaim(self, connection: HandleSocketConnection, request: handles_pb2.ReclaimRequest) -> bool:
         """Enter the connection as who holds a lease, if it is held, and by nobody known or by the same user.
 
         This makes no lease and ends none. So all that a client can gain by a false claim is a line in `weightd ps`.
@@ -193,7 +196,7 @@ class Attacher:
         self._store.leases.attribute(lease.number, connection.peer)
         return True
 
-    def ended(self, connection: Connection, numbers: Sequence[int]) -> None:
+    def ended(self, connection: HandleSocketConnection, numbers: Sequence[int]) -> None:
         """The client says that leases of this connection may have ended."""
         if not numbers:
             return
@@ -201,7 +204,7 @@ class Attacher:
         named = (leases.get(number) for number in numbers[:MOST_ENDED])
         leases.look_soon(one.number for one in named if one and one.peer.connection == connection.number)
 
-    def disconnected(self, connection: Connection) -> None:
+    def disconnected(self, connection: HandleSocketConnection) -> None:
         """A connection is gone: what waited for it is let go, what it mapped is looked at, now or soon."""
         leases = self._store.leases
         self._loads.disconnected(connection.number)
@@ -209,12 +212,14 @@ class Attacher:
             leases.end(lease.number)
         leases.look_soon(lease.number for lease in leases.of_connection(connection.number))
 
-    def check_offer(self, connection: Connection) -> None:
+    def check_offer(self, connection: HandleSocketConnection) -> None:
         """Whether a connection's user may have one more intake open. Errors: CapacityError, PermissionDeniedError."""
         who = self._connections.who(connection)
         self._limits.check(who, "offers", self._connections.offers_of(who.uid) + self._loads.untaken(who.uid))
 
-    def _find(self, connection: Connection, who: Who, request: handles_pb2.AttachRequest) -> Checkpoint:
+    def _find(
+        self, connection: HandleSocketConnection, who: Principal, request: handles_pb2.AttachRequest
+    ) -> Checkpoint:
         target = request.WhichOneof("target")
         if target == "reference":
             return self._named(who, request.reference, meant(self._devices, request.device))
@@ -222,7 +227,9 @@ class Attacher:
             return self._of_files(connection, who, request)
         raise InvalidReferenceError("the attach request names neither a reference nor files")
 
-    def _of_files(self, connection: Connection, who: Who, request: handles_pb2.AttachRequest) -> Checkpoint:
+    def _of_files(
+        self, connection: HandleSocketConnection, who: Principal, request: handles_pb2.AttachRequest
+    ) -> Checkpoint:
         """The checkpoint of these files: where a load of them would go; who only wants to know, wherever it is."""
         anywhere = request.manifest_only and not request.device
         devices = self._devices if anywhere else [place(self._devices, self._default_device, request.device)]
@@ -240,7 +247,7 @@ class Attacher:
             raise InvalidReferenceError(f"these files are resident on {', '.join(resident)}; say which with --device")
         return next(iter(resident.values()))
 
-    def _named(self, who: Who, reference: str, device: str) -> Checkpoint:
+    def _named(self, who: Principal, reference: str, device: str) -> Checkpoint:
         """The checkpoint of a name or digest; where it is on several devices and none was said, the default one's."""
         if not device and self._default_device:
             try:

@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 
 from weightd.errors import LeaseLostError, PermissionDeniedError
-from weightd_daemon.core.lease import Peer
-from weightd_daemon.core.who import Who
+from weightd_daemon.core.lease import LeasePeer
+from weightd_daemon.core.principal import Principal
 from weightd_daemon.lookups import Lookups
 from weightd_daemon.wire import user_name
 
@@ -28,13 +28,13 @@ _COMMAND_THREADS = 4
 
 
 @dataclass(eq=False, slots=True)
-class Connection:
-    """One client's connection on the handle socket.
+class HandleSocketConnection:
+    """The daemon's end of one client's connection on the handle socket.
 
     `uid` is None where the peer has no identity here, `pid` where its process is outside of our PID namespace.
     """
 
-    peer: Peer
+    peer: LeasePeer
     """As the books name it."""
     token: str
     offers: dict[int, int] = field(default_factory=dict)
@@ -65,14 +65,14 @@ class Connection:
             os.close(self.offers.popitem()[1])
 
 
-class Connections:
-    """All connections, and the rules of who may do what."""
+class HandleSocketConnections:
+    """All connections on the handle socket, and the rules of who may do what."""
 
     def __init__(self, *, isolated: bool, admins: frozenset[int]) -> None:
         self._isolated = isolated
         self.change_admins(admins)
         self._overflow = _overflow_uid()
-        self._by_token: dict[str, Connection] = {}
+        self._by_token: dict[str, HandleSocketConnection] = {}
         self._numbers = count(1)
         self._lookups = Lookups("commands", _COMMAND_THREADS)
         self._lookups.ask(None, lambda: None)  # has its first thread, before anybody is served
@@ -90,16 +90,16 @@ class Connections:
         """Intakes without a load on all connections of a user."""
         return sum(len(connection.offers) for connection in self._by_token.values() if connection.uid == uid)
 
-    def add(self, connected: socket.socket) -> Connection:
+    def add(self, connected: socket.socket) -> HandleSocketConnection:
         """Enter the peer of a socket that has just been connected."""
         pid, uid = _credentials_of(connected)
         known = None if uid in (self._overflow, NO_UID) else uid
-        peer = Peer(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
-        connection = Connection(peer, secrets.token_urlsafe(24))
+        peer = LeasePeer(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
+        connection = HandleSocketConnection(peer, secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection
 
-    def greeted(self, connection: Connection) -> None:
+    def greeted(self, connection: HandleSocketConnection) -> None:
         """A peer has said hello: find out its command line and its user's name, which may take for ever.
 
         Until these are known, and if they never are, it is called by the name of its process, and by its uid.
@@ -108,12 +108,12 @@ class Connections:
         if connection.pid is not None:
             self._lookups.ask(connection.uid, partial(_read_command, connection.peer))
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: HandleSocketConnection) -> None:
         """The connection is closed: its token means nothing from now on."""
         self._by_token.pop(connection.token, None)
         connection.close()
 
-    def by_token(self, token: str) -> Connection:
+    def by_token(self, token: str) -> HandleSocketConnection:
         """The connection of a token. Errors: PermissionDeniedError, which says so if the token is of no connection.
 
         It may have been good before: a client that had it from an earlier daemon, or has hung up, can connect anew.
@@ -126,15 +126,15 @@ class Connections:
                 {"refused": "token"} if token else None,
             ) from None
 
-    def who(self, connection: Connection) -> Who:
+    def who(self, connection: HandleSocketConnection) -> Principal:
         """What the store needs to know of a peer. Errors: PermissionDeniedError (isolated, and without an identity)."""
         if self._isolated and connection.uid is None:
             raise PermissionDeniedError("your user id is not known here, and this daemon keeps users apart")
         return self.user(connection.uid)
 
-    def user(self, uid: int | None) -> Who:
+    def user(self, uid: int | None) -> Principal:
         """What the store needs to know of a user."""
-        return Who(uid, uid in self._admins, f"uid-{uid}" if self._isolated else "")
+        return Principal(uid, uid in self._admins, f"uid-{uid}" if self._isolated else "")
 
 
 def uid_of(peer: socket.socket) -> int:
@@ -162,7 +162,7 @@ def _credentials_of(connected: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-def _read_command(peer: Peer) -> None:
+def _read_command(peer: LeasePeer) -> None:
     if peer.pid is not None and (command := command_of(peer.pid)):
         peer.command = command
 

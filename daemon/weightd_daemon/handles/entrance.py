@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError
-from weightd_daemon.core.rate import UserRate
+from weightd_daemon.core.rate import UserRateLimit
 from weightd_daemon.wire import clip
 
 from .connections import uid_of
-from .log_rate import LogRate
+from .log_rate import HandleLogRate
 
 if TYPE_CHECKING:
     import socket
@@ -36,8 +36,8 @@ REFUSAL_PAUSE_SECONDS = 0.005
 """After a step that refused some: who connects without end then costs a step for many connections, not for each."""
 
 
-class Entrance:
-    """Accepts connections, and hands those that are let in to `enter`. `opened` says how many are open."""
+class HandleSocketEntrance:
+    """Accepts connections on the handle socket and passes admitted ones to `enter`. `opened` counts open ones."""
 
     def __init__(self, enter: Callable[[socket.socket], None], opened: Callable[[], int], max_connections: int) -> None:
         self.max_connections = max_connections
@@ -45,10 +45,10 @@ class Entrance:
         self._enter = enter
         self._opened = opened
         self._listener: socket.socket | None = None
-        self._connects = UserRate(time.monotonic, burst=CONNECTS, per_second=CONNECTS_PER_SECOND)
+        self._connects = UserRateLimit(time.monotonic, burst=CONNECTS, per_second=CONNECTS_PER_SECOND)
         self._early: dict[socket.socket, asyncio.TimerHandle] = {}
         """Accepted, and not heard before their users' turn."""
-        self._refusals = LogRate(lambda more: log.warning("connection refused: and %d more", more))
+        self._refusals = HandleLogRate(lambda more: log.warning("connection refused: and %d more", more))
 
     def open(self, listener: socket.socket) -> None:
         """Accept on a listening, non-blocking socket, and close the one before."""

@@ -25,16 +25,16 @@ from weightd.errors import ProtocolMismatchError, ServerError, WeightdError
 from weightd_daemon import __version__
 from weightd_daemon.log_line import Line
 
-from .entrance import Entrance, error_frame
-from .log_rate import LogRate
+from .entrance import HandleSocketEntrance, error_frame
+from .log_rate import HandleLogRate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from weightd_daemon.devices.device import Handle
 
-    from .attach import AttachAnswer, Attacher
-    from .connections import Connections
+    from .attach import AttachHandler, IssuedHandles
+    from .connections import HandleSocketConnections
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,12 @@ MAX_OFFERS = 16
 """Intakes that a connection may have open without a load."""
 
 
-class ProtocolError(Exception):
+class _ProtocolError(Exception):
     """The peer broke the protocol; its connection is closed."""
 
 
 class HandleServer:
-    """Listens, and keeps one `_Conversation` per connection. Everything runs on the loop's thread.
+    """Serves the handle socket, one `_Conversation` per connection. Everything runs on the loop's thread.
 
     When an attach was answered, `on_attach` hears with what gRPC code, and the seconds that it took.
     """
@@ -57,8 +57,8 @@ class HandleServer:
     def __init__(
         self,
         *,
-        connections: Connections,
-        attacher: Attacher,
+        connections: HandleSocketConnections,
+        attacher: AttachHandler,
         max_connections: int,
         on_attach: Callable[[str, float], None],
     ) -> None:
@@ -67,8 +67,8 @@ class HandleServer:
         self._on_attach = on_attach
         self._offer_numbers = count(1)
         self._peers: set[_Conversation] = set()
-        self.entrance = Entrance(self._enter, lambda: len(self._peers), max_connections)
-        self._nonsense = LogRate(lambda more: log.warning("protocol error: and %d more", more))
+        self.entrance = HandleSocketEntrance(self._enter, lambda: len(self._peers), max_connections)
+        self._nonsense = HandleLogRate(lambda more: log.warning("protocol error: and %d more", more))
 
     def start(self, listener: socket.socket) -> None:
         """Serve a listening, non-blocking SOCK_SEQPACKET socket, in the place of the one before.
@@ -122,12 +122,12 @@ class _Conversation:
         self._guard(self._serve_frame)
 
     def _receive(self) -> handles_pb2.HandleRequest | None:
-        """The next frame; None where the peer has left. Errors: ProtocolError, DecodeError, OSError."""
+        """The next frame; None where the peer has left. Errors: _ProtocolError, DecodeError, OSError."""
         data, _, flags = receive_fds(self._socket, MAX_FRAME + 1, 0)
         if not data:
             return None
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(data) > MAX_FRAME:
-            raise ProtocolError("a frame is too long or carries descriptors")
+            raise _ProtocolError("a frame is too long or carries descriptors")
         return handles_pb2.HandleRequest.FromString(data)
 
     def _guard(self, act: Callable[[], None]) -> None:
@@ -136,7 +136,7 @@ class _Conversation:
             act()
         except BlockingIOError:
             return
-        except (ProtocolError, DecodeError) as error:
+        except (_ProtocolError, DecodeError) as error:
             if self._server._nonsense.may_log():
                 who = {"pid": self._connection.pid, "uid": self._connection.uid}
                 log.warning(Line("protocol error", who, because=error))
@@ -151,9 +151,9 @@ class _Conversation:
             return
         kind = request.WhichOneof("body")
         if self._unsent and kind != "ack":
-            raise ProtocolError(f"{kind} before the batch was acknowledged")
+            raise _ProtocolError(f"{kind} before the batch was acknowledged")
         if not self._greeted and kind != "hello":
-            raise ProtocolError(f"{kind} before hello")
+            raise _ProtocolError(f"{kind} before hello")
         self._server._attacher.ended(self._connection, request.ended)
         with self._reporting(kind):
             self._handle(kind, request)
@@ -175,7 +175,7 @@ class _Conversation:
             held = self._server._attacher.reclaim(self._connection, request.reclaim)
             self._send(handles_pb2.HandleReply(reclaim=handles_pb2.ReclaimReply(held=held)))
         else:
-            raise ProtocolError("a frame without a request")
+            raise _ProtocolError("a frame without a request")
 
     @contextlib.contextmanager
     def _reporting(self, kind: str | None) -> Iterator[None]:
@@ -184,7 +184,7 @@ class _Conversation:
             yield
         except WeightdError as error:
             self._send_error(error)
-        except (ProtocolError, ConnectionError):
+        except (_ProtocolError, ConnectionError):
             raise
         except OSError as error:  # ours, not the peer's: no descriptor left, or too many in flight
             log.warning(Line("request failed", {"kind": kind, "pid": self._connection.pid}, because=error))
@@ -198,11 +198,11 @@ class _Conversation:
 
     def _hello(self, hello: handles_pb2.HelloRequest) -> None:
         if self._greeted:
-            raise ProtocolError("a second hello")
+            raise _ProtocolError("a second hello")
         if hello.protocol != PROTOCOL:
             message = f"this client speaks protocol {hello.protocol}, the daemon {PROTOCOL}; use versions that agree"
             self._send_error(ProtocolMismatchError(message))
-            raise ProtocolError(message)
+            raise _ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
         self._server._connections.greeted(self._connection)
@@ -218,7 +218,7 @@ class _Conversation:
         except WeightdError as error:
             code = error.grpc_code
             raise
-        except (ConnectionError, ProtocolError):  # it has left, or takes no answer
+        except (ConnectionError, _ProtocolError):  # it has left, or takes no answer
             code = "CANCELLED"
             raise
         except OSError as error:  # `_reporting` answers it so
@@ -260,7 +260,7 @@ class _Conversation:
         self._guard(answer)
 
     def _attach(self, request: handles_pb2.AttachRequest) -> None:
-        answer: AttachAnswer = self._server._attacher.attach(self._connection, request)
+        answer: IssuedHandles = self._server._attacher.attach(self._connection, request)
         try:
             lent = [one for one in answer.locked if one is not None]
             room = MAX_DESCRIPTORS - len(lent)
@@ -288,7 +288,7 @@ class _Conversation:
 
     def _send_batch(self) -> None:
         if not self._unsent:
-            raise ProtocolError("an acknowledgement for nothing")
+            raise _ProtocolError("an acknowledgement for nothing")
         batch, self._unsent = self._unsent[:MAX_DESCRIPTORS], self._unsent[MAX_DESCRIPTORS:]
         self._deadline.cancel()
         descriptors = [handle for handle in batch if isinstance(handle, int)]
@@ -310,7 +310,7 @@ class _Conversation:
 
     def _offer(self) -> None:
         if len(self._connection.offers) >= MAX_OFFERS:
-            raise ProtocolError(f"more than {MAX_OFFERS} offers without a load")
+            raise _ProtocolError(f"more than {MAX_OFFERS} offers without a load")
         self._server._attacher.check_offer(self._connection)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours, theirs:
@@ -330,7 +330,7 @@ class _Conversation:
         try:
             socket.send_fds(self._socket, [frame], descriptors)
         except BlockingIOError:
-            raise ProtocolError("the peer does not read its answers") from None
+            raise _ProtocolError("the peer does not read its answers") from None
 
 
 def _close_all(handles: list[Handle]) -> None:

@@ -17,8 +17,8 @@ LOOK_SECONDS = 0.2
 _FLOCK = struct.Struct("hhqqi4x")
 
 
-class LocksUnclearError(Exception):
-    """The locks on a file cannot be told apart."""
+class HandleLocksUnclearError(Exception):
+    """The lease locks on a file that was handed to clients cannot be told apart."""
 
 
 def lock_byte(file: int, at: int) -> int:
@@ -44,7 +44,7 @@ def first_lock(file: int, start: int, end: int) -> tuple[int, int] | None:
 def locked_bytes(file: int, start: int, end: int) -> list[int]:
     """Each locked byte from `start` to before `end`, ascending.
 
-    Errors: LocksUnclearError (a lock on more than one byte hides those that lie under it; or there are very many).
+    Errors: HandleLocksUnclearError (a lock on more than one byte hides those under it; or there are very many).
     """
     found: list[int] = []
     spans = [(start, end)]
@@ -55,7 +55,7 @@ def locked_bytes(file: int, start: int, end: int) -> list[int]:
         if lock is None:
             continue
         if lock[1] - lock[0] != 1 or time.monotonic() > end_of_looking:
-            raise LocksUnclearError
+            raise HandleLocksUnclearError
         found.append(lock[0])
         spans += [(low, lock[0]), (lock[1], high)]
     return sorted(found)

@@ -18,16 +18,16 @@ import time
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightd_daemon.core.lease import Peer
+from weightd_daemon.core.lease import LeasePeer
 
-from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
+from .kernel_locks import HandleLocksUnclearError, first_lock, lock_byte, locked_bytes
 from .manifest_file import is_manifest, make_sealed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Mapping
 
     from weightd_daemon.core.checkpoint import CheckpointKey
-    from weightd_daemon.core.lease import Leases
+    from weightd_daemon.core.lease import LeaseTable
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ _PAUSE_SECONDS = 60.0
 """After the service manager has not kept a file, leases are locks on manifests for so long."""
 
 
-class Owner(NamedTuple):
-    """Whose leases a file has: a user (None: peers without an identity), on checkpoints of one domain."""
+class HandleLeaseOwner(NamedTuple):
+    """Whose leases a lease file has: a user (None: peers without an identity), on checkpoints of one domain."""
 
     uid: int | None
     domain: str
@@ -51,7 +51,7 @@ class Owner(NamedTuple):
 class _File:
     """One lease file. `leases` are those in the books; it is `open` for new ones as long as it has few locks."""
 
-    def __init__(self, name: str, owner: Owner, descriptor: int) -> None:
+    def __init__(self, name: str, owner: HandleLeaseOwner, descriptor: int) -> None:
         self.name = name
         self.owner = owner
         self.descriptor = descriptor
@@ -63,7 +63,7 @@ class _File:
         return self.open and self.leases < FILE_LEASES
 
 
-class Storage(Protocol):
+class _Storage(Protocol):
     """Stores descriptors for the next daemon."""
 
     @property
@@ -77,12 +77,12 @@ class Storage(Protocol):
         """Remove it from the store."""
 
 
-class LeaseFiles:
-    """The lease files of all users, which outlive the daemon from `store_in` on."""
+class HandleLeaseFiles:
+    """Lease files of all users, handed to clients to lock. They outlive the daemon from `store_in` on."""
 
     def __init__(self) -> None:
-        self._storage: Storage | None = None
-        self._files: dict[Owner, dict[_File, None]] = {}
+        self._storage: _Storage | None = None
+        self._files: dict[HandleLeaseOwner, dict[_File, None]] = {}
         # Nothing but numbers and what is there already: the loop stands still while Python collects garbage, and that
         # takes the longer, the more objects there are.
         self._file_of: dict[int, _File] = {}
@@ -90,18 +90,18 @@ class LeaseFiles:
         self._bytes_of: dict[int, tuple[int, int]] = {}
         """First byte and the one after the last, of leases that any of these bytes stands for."""
         self._empty: dict[_File, bool] = {}
-        self._making: dict[Owner, asyncio.Lock] = {}
+        self._making: dict[HandleLeaseOwner, asyncio.Lock] = {}
         self._paused_until = 0.0
         self._numbers = count(1)
 
     def __len__(self) -> int:
         return sum(map(len, self._files.values()))
 
-    def store_in(self, storage: Storage) -> None:
+    def store_in(self, storage: _Storage) -> None:
         """Have every file kept before a lease is taken on it."""
         self._storage = storage
 
-    def room(self, owner: Owner) -> Awaitable[None] | None:
+    def room(self, owner: HandleLeaseOwner) -> Awaitable[None] | None:
         """Have a file with room for one more lease of a user; what has to be awaited for that, if anything.
 
         Afterwards `lock` may still find none: another took it, or the service manager keeps no more. Errors: OSError.
@@ -113,7 +113,7 @@ class LeaseFiles:
         self._add(self._make(owner))
         return None
 
-    def lock(self, owner: Owner, checkpoint: int, lease: int) -> int | None:
+    def lock(self, owner: HandleLeaseOwner, checkpoint: int, lease: int) -> int | None:
         """A fresh descriptor of a file with the lock of a lease; the caller closes it. None where no file has room.
 
         `checkpoint` is the number under which its manifest is kept, 0 where it is not. Errors: OSError.
@@ -158,7 +158,7 @@ class LeaseFiles:
                 self._empty[file] = True
 
     def adopt(
-        self, given: Mapping[str, int], kept: Mapping[CheckpointKey, int], leases: Leases, last: int, now: float
+        self, given: Mapping[str, int], kept: Mapping[CheckpointKey, int], leases: LeaseTable, last: int, now: float
     ) -> set[str]:
         """Enter the leases, up to number `last`, whose locks are on the files of an earlier daemon.
 
@@ -170,7 +170,7 @@ class LeaseFiles:
             match = _NAME.fullmatch(name)
             if match is None or not is_manifest(descriptor):  # it is sealed and shut to others in the same way
                 continue
-            owner = Owner(None if match[2] == "none" else int(match[2]), match[3])
+            owner = HandleLeaseOwner(None if match[2] == "none" else int(match[2]), match[3])
             file = _File(name, owner, descriptor)
             self._numbers = count(max(int(match[1]) + 1, next(self._numbers)))
             self._add(file)
@@ -187,11 +187,13 @@ class LeaseFiles:
         self._files.clear()
         self._empty.clear()
 
-    def _inherit(self, file: _File, there: Mapping[int, CheckpointKey], leases: Leases, last: int, now: float) -> None:
-        peer = Peer(connection=0, pid=None, uid=file.owner.uid, command="")
+    def _inherit(
+        self, file: _File, there: Mapping[int, CheckpointKey], leases: LeaseTable, last: int, now: float
+    ) -> None:
+        peer = LeasePeer(connection=0, pid=None, uid=file.owner.uid, command="")
         try:
             found = locked_bytes(file.descriptor, 0, _first_byte(1 << _CHECKPOINT_BITS))
-        except LocksUnclearError:
+        except HandleLocksUnclearError:
             # Somebody has locked more than a byte, or very many: any lease of this user may lie under that.
             file.open = False
             for number, key in there.items():
@@ -211,7 +213,7 @@ class LeaseFiles:
             self._enter(lease, file)
             self._byte_of[lease] = byte
 
-    async def _make_stored(self, owner: Owner, storage: Storage) -> None:
+    async def _make_stored(self, owner: HandleLeaseOwner, storage: _Storage) -> None:
         making = self._making.setdefault(owner, asyncio.Lock())
         async with making:
             if self._with_room(owner) is not None or time.monotonic() < self._paused_until:
@@ -233,7 +235,7 @@ class LeaseFiles:
             finally:
                 self._making.pop(owner, None)
 
-    def _make(self, owner: Owner) -> _File:
+    def _make(self, owner: HandleLeaseOwner) -> _File:
         name = f"lck.{next(self._numbers)}.{'none' if owner.uid is None else owner.uid}.{owner.domain}"
         return _File(name, owner, make_sealed("weightd-lease"))
 
@@ -256,7 +258,7 @@ class LeaseFiles:
         file.leases += 1
         self._empty.pop(file, None)
 
-    def _with_room(self, owner: Owner) -> _File | None:
+    def _with_room(self, owner: HandleLeaseOwner) -> _File | None:
         return next((file for file in self._files.get(owner, ()) if file.has_room), None)
 
 

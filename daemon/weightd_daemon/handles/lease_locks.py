@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import CheckpointKey
     from weightd_daemon.core.lease import Lease
 
-    from .lease_files import LeaseFiles, Owner
-    from .manifests import Manifests
+    from .lease_files import HandleLeaseFiles, HandleLeaseOwner
+    from .manifests import ManifestHandles
 
 
-class Locked(NamedTuple):
-    """Descriptors for a client, which the caller closes: of a manifest, and of its lease where that is another one."""
+class LockedHandles(NamedTuple):
+    """Handles for a client, which the caller closes: descriptors of a manifest, and of its lease file if it has one."""
 
     manifest: int
     lease: int | None
@@ -33,34 +33,34 @@ class Locked(NamedTuple):
                 os.close(descriptor)
 
 
-class LeaseLocks:
-    """The locks of all leases: on lease files, or on manifests.
+class HandleLeaseLocks:
+    """Kernel locks on the descriptors handed to clients: each is a lease, on a lease file or on a manifest.
 
     On manifests are those of clients that know no other (0.1), of users for whom no lease file could be made, and of
     admins on checkpoints of other users. What else a client locks on a manifest counts for nothing but these.
     """
 
-    def __init__(self, manifests: Manifests, files: LeaseFiles) -> None:
+    def __init__(self, manifests: ManifestHandles, files: HandleLeaseFiles) -> None:
         self._manifests = manifests
         self._files = files
 
-    def room(self, owner: Owner) -> Awaitable[None] | None:
-        """What has to be awaited before `lock`, if anything; see LeaseFiles.room."""
+    def room(self, owner: HandleLeaseOwner) -> Awaitable[None] | None:
+        """What has to be awaited before `lock`, if anything; see HandleLeaseFiles.room."""
         return self._files.room(owner)
 
-    def lock(self, key: CheckpointKey, number: int, owner: Owner | None) -> Locked:
+    def lock(self, key: CheckpointKey, number: int, owner: HandleLeaseOwner | None) -> LockedHandles:
         """Take the lock of lease `number` for a client: on a file of its user, or without `owner` on the manifest.
 
         Errors: OSError.
         """
         self._manifests.before_lock(number)
         if owner is None or owner.domain != key.domain:
-            return Locked(self._manifests.lock(key, number), None)
+            return LockedHandles(self._manifests.lock(key, number), None)
         lease = self._files.lock(owner, self._manifests.number(key), number)
         if lease is None:
-            return Locked(self._manifests.lock(key, number), None)
+            return LockedHandles(self._manifests.lock(key, number), None)
         try:
-            return Locked(self._manifests.open(key), lease)
+            return LockedHandles(self._manifests.open(key), lease)
         except BaseException:
             os.close(lease)
             raise

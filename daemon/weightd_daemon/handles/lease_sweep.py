@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from weightd_daemon.core.lease import Leases
+    from weightd_daemon.core.lease import LeaseTable
 
-    from .lease_files import LeaseFiles
+    from .lease_files import HandleLeaseFiles
 
 STEP_LEASES = 256
 """Leases that one step looks at: some milliseconds."""
@@ -23,10 +23,10 @@ SHORTEST_PAUSE_SECONDS = 0.01
 """Between two steps while there are leases whose connection has ended."""
 
 
-class LeaseSweep:
-    """Looks at all leases in turn, a step at a time, and removes lease files that nobody needs any more."""
+class HandleLeaseSweep:
+    """Checks the locks of all leases in turn, a step at a time, and removes lease files that are no longer needed."""
 
-    def __init__(self, leases: Leases, files: LeaseFiles) -> None:
+    def __init__(self, leases: LeaseTable, files: HandleLeaseFiles) -> None:
         self._leases = leases
         self._files = files
         self._task: asyncio.Task[None] | None = None

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 SECONDS = 10.0
 
 
-class LogRate:
-    """Lets one line in `SECONDS` through, and tells `on_more` afterwards how many there were beside it, if any."""
+class HandleLogRate:
+    """Limits log lines about handle-socket peers to one in `SECONDS`; `on_more` gets the number left out, if any."""
 
     def __init__(self, on_more: Callable[[int], None]) -> None:
         self._on_more = on_more

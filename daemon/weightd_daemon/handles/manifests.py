@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from weightd_daemon.core.checkpoint import CheckpointKey
 
-from .kernel_locks import LocksUnclearError, first_lock, lock_byte, locked_bytes
-from .segment_table import SegmentTable
+from .kernel_locks import HandleLocksUnclearError, first_lock, lock_byte, locked_bytes
+from .segment_table import HandleSegmentTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,30 +19,32 @@ LOCK_BASE = 1 << 40
 """Lease n is byte LOCK_BASE + n of its manifest: past any content."""
 
 
-class Manifests:
-    """The manifests of all resident checkpoints, and the locks on them.
+class ManifestHandles:
+    """Manifests of all resident checkpoints as descriptors to hand out, and the locks on them.
 
     `before_lock` is told the number of each lease before its lock is put on a manifest.
     """
 
     def __init__(self, before_lock: Callable[[int], None] = lambda _: None) -> None:
         self._descriptors: dict[CheckpointKey, int] = {}
-        self._tables: dict[CheckpointKey, SegmentTable] = {}
+        self._tables: dict[CheckpointKey, HandleSegmentTable] = {}
         self._crowded: dict[CheckpointKey, tuple[int, int]] = {}
         self._numbers: dict[CheckpointKey, int] = {}
         self.before_lock = before_lock
 
-    def add(self, key: CheckpointKey, descriptor: int, table: SegmentTable | None = None, *, number: int = 0) -> None:
+    def add(
+        self, key: CheckpointKey, descriptor: int, table: HandleSegmentTable | None = None, *, number: int = 0
+    ) -> None:
         """Take over the descriptor of a manifest.
 
         `table` says where the tensors lie that the manifest names; `number` is the one under which the service manager
         keeps it, 0 if it does not.
         """
         self._descriptors[key] = descriptor
-        self._tables[key] = table or SegmentTable(())
+        self._tables[key] = table or HandleSegmentTable(())
         self._numbers[key] = number
 
-    def table(self, key: CheckpointKey) -> SegmentTable:
+    def table(self, key: CheckpointKey) -> HandleSegmentTable:
         """Where a checkpoint's tensors lie, by name."""
         return self._tables[key]
 
@@ -65,7 +67,7 @@ class Manifests:
         """
         try:
             found = locked_bytes(self._descriptors[key], LOCK_BASE + 1, LOCK_BASE + last + 1)
-        except LocksUnclearError:
+        except HandleLocksUnclearError:
             return None
         return [byte - LOCK_BASE for byte in found]
 

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _NO_SEGMENT = (1 << 32) - 1
 
 
-class SegmentTable:
-    """Segments by component, and by the hash of a tensor's component and name. They go by their place in the manifest.
+class HandleSegmentTable:
+    """Which segments' handles a client needs: segments by component, and by hash of component and tensor name.
+
+    Segments go by their place in the manifest.
 
     It takes 12 bytes a tensor. Two tensors of one hash get each other's segment as well, and a name that the checkpoint
     lacks may, once in 2^64 times, have the hash of one that it has. The client has the names, and sees what is missing.
@@ -47,7 +49,7 @@ class SegmentTable:
             self._segments.extend(segment for _, segment in part)
 
     @classmethod
-    def of(cls, content: Content) -> SegmentTable:
+    def of(cls, content: Content) -> HandleSegmentTable:
         """The table of a content that is to be sealed."""
         places = {segment: place for place, segment in enumerate(content.segments)}
         return cls(

@@ -18,7 +18,7 @@ from weightd._limits import LOADER, out_of_descriptors
 from weightd._transport.protocol import receive_fds
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
 from weightd_daemon.core.digest import DIGEST_BYTES
-from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.devices.device import DeviceSegment
 
 from ._proto import loader_pb2 as wire
 
@@ -38,17 +38,17 @@ Where descriptors did not come in, those that are still on their way would be ta
 """
 
 
-class Gone(Exception):  # noqa: N818  # a fact, not an error: the daemon hung up
-    """The daemon closed the channel."""
+class LoaderChannelClosedError(Exception):  # a fact, not an error: the daemon hung up
+    """The daemon closed the loader's channel."""
 
 
-class Channel:
-    """Blocking calls to the daemon, from any thread: one call at a time, answered in order.
+class LoaderChannel:
+    """The loader's blocking calls to the daemon, from any thread: one call at a time, answered in order.
 
     Once something could not be received, nothing is received any more: a descriptor that is still on its way would be
     taken for one of a later message, and its memory written to. `receive` and `call` raise the first error from then
     on, in every thread. Once a message was sent in part, nothing is sent any more: the daemon would read the next one
-    from the middle of it. `tell` and `call` raise Gone from then on.
+    from the middle of it. `send` and `call` raise LoaderChannelClosedError from then on.
     """
 
     def __init__(self, control: socket.socket, descriptors: socket.socket) -> None:
@@ -59,7 +59,7 @@ class Channel:
         self._calling = threading.Lock()
         self._failure: wire.Failure | None = None
         self._cut = False
-        self.segments: dict[int, SegmentHandle] = {}
+        self.segments: dict[int, DeviceSegment] = {}
         """The segments that this job has seen, by number."""
 
     @property
@@ -70,7 +70,7 @@ class Channel:
     def receive(self, asked: str | None = None) -> wire.ToLoader:
         """Return the next message: the answer to what was `asked`, or an error, if that is said.
 
-        Errors: Gone, ResourceLimitError (this process cannot take its segments), ServerError.
+        Errors: LoaderChannelClosedError, ResourceLimitError (this process cannot take its segments), ServerError.
         """
         with self._breaking():
             message = self._receive()
@@ -90,7 +90,7 @@ class Channel:
         self._check()
         try:
             yield
-        except Gone:  # nothing is on its way any more
+        except LoaderChannelClosedError:  # nothing is on its way any more
             raise
         except Exception as error:
             # As a message, for the error itself keeps what its traceback reaches: a step's buffers and maps.
@@ -105,23 +105,23 @@ class Channel:
     def _receive(self) -> wire.ToLoader:
         head = self._reader.read(LENGTH.size)
         if len(head) < LENGTH.size:
-            raise Gone
+            raise LoaderChannelClosedError
         length = length_of(head)
         body = self._reader.read(length)
         if len(body) < length:
-            raise Gone
+            raise LoaderChannelClosedError
         message = wire.ToLoader.FromString(body)
         described = []
         for segment in message.segments:
             if segment.HasField("handle"):
-                self.segments[segment.number] = SegmentHandle(segment.number, segment.size, segment.handle)
+                self.segments[segment.number] = DeviceSegment(segment.number, segment.size, segment.handle)
             else:
                 described.append(segment)
         for start in range(0, len(described), BATCH):
             part = described[start : start + BATCH]
             received = self._receive_descriptors(len(part), "receiving segments")
             for segment, descriptor in zip(part, received, strict=True):
-                self.segments[segment.number] = SegmentHandle(segment.number, segment.size, descriptor)
+                self.segments[segment.number] = DeviceSegment(segment.number, segment.size, descriptor)
         return message
 
     def _receive_descriptors(self, count: int, what: str) -> list[int]:
@@ -132,21 +132,24 @@ class Channel:
         for descriptor in received:
             os.close(descriptor)
         if not data:
-            raise Gone
+            raise LoaderChannelClosedError
         more = " and more" if flags & socket.MSG_CTRUNC else ""
         raise limit or ServerError(f"{what}: {len(received)} descriptors{more} came where {count} were said to come")
 
     def send(self, message: wire.ToDaemon) -> None:
-        """Send a message that has no answer. Errors: Gone, ServerError (it is too long; nothing was sent)."""
+        """Send a message that has no answer.
+
+        Errors: LoaderChannelClosedError, ServerError (it is too long; nothing was sent).
+        """
         frame = framed(message)
         with self._sending:
             if self._cut:
-                raise Gone
+                raise LoaderChannelClosedError
             try:
                 self._control.sendall(frame)
             except OSError as error:
                 self._cut = True  # nobody knows how much of it was sent
-                raise Gone from error
+                raise LoaderChannelClosedError from error
 
     def call(self, question: wire.ToDaemon) -> wire.ToLoader:
         """Ask the daemon. Returns the answer, whose body has the name of the question's; an error in it is raised."""

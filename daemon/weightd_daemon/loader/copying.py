@@ -18,18 +18,18 @@ from weightd_daemon.devices.segment_io import PIECE
 from weightd_daemon.libc import equal
 
 from ._proto import loader_pb2 as wire
-from .schedule import Tensor, Unit, batches
-from .slots import Slot, Slots, Together
+from .schedule import LoaderTensor, LoaderUnit, batches
+from .slots import LoaderSlot, LoaderSlotRow, LoaderSlots
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from weightd_daemon.core.digest import NewHasher
-    from weightd_daemon.devices.segment_io import Buffer, SegmentIO, Staging
+    from weightd_daemon.devices.segment_io import DeviceSegmentIO, DeviceStaging, DeviceStagingBuffer
 
-    from .channel import Channel
+    from .channel import LoaderChannel
     from .schedule import Lane
-    from .source import Source
+    from .source import LoaderSource
 
 _ROW_TENSORS = 4096
 """Tensors of a group that are settled at once: it is one message, which the daemon answers in one step."""
@@ -37,10 +37,10 @@ _ROW_TENSORS = 4096
 _SETTLED_TENSORS = 1000
 """Other tensors that are settled at once: a piece may hold a million."""
 
-Read = Callable[["Buffer", int, int], None]
+Read = Callable[["DeviceStagingBuffer", int, int], None]
 """Fills the first `size` bytes of a buffer from a position on; done when the thread's staging is synchronized."""
 
-Copied = tuple[Tensor, bytes, Slot]
+Copied = tuple[LoaderTensor, bytes, LoaderSlot]
 """A tensor whose bytes, of that digest, lie in a slot."""
 
 
@@ -50,14 +50,14 @@ def pieces(length: int) -> Iterator[tuple[int, int]]:
         yield offset, min(PIECE, length - offset)
 
 
-class Copier:
-    """Deals with every tensor of a load on a few threads. `digests` are known when everything was hashed before."""
+class LoaderCopier:
+    """Copies a load's tensors into segments on a few threads. `digests` are known if all was hashed before."""
 
     def __init__(
         self,
-        channel: Channel,
-        io: SegmentIO,
-        sources: list[Source],
+        channel: LoaderChannel,
+        io: DeviceSegmentIO,
+        sources: list[LoaderSource],
         new_hasher: NewHasher,
         *,
         digests: dict[int, bytes] | None = None,
@@ -70,8 +70,8 @@ class Copier:
         self._new_hasher = new_hasher
         self._digests = digests or {}
         self._matched = matched
-        self._slots: dict[int, Slots] = {}
-        self._together: dict[int, Together] = {}
+        self._slots: dict[int, LoaderSlots] = {}
+        self._together: dict[int, LoaderSlotRow] = {}
         self._rows: dict[int, _Row] = {}
         for lane in lanes:
             sizes: list[int] = []
@@ -81,14 +81,16 @@ class Copier:
                 sizes.append(_slot_bytes(new))
                 group = batch[0].group
                 if group is not None and len(new) == len(tensors):
-                    self._together.update(dict.fromkeys((tensor.number for tensor in new), Together(sizes[-1])))
+                    self._together.update(dict.fromkeys((tensor.number for tensor in new), LoaderSlotRow(sizes[-1])))
                     if digests is None and len(new) <= _ROW_TENSORS:
                         self._rows[group] = _Row(len(new))
-            slots = Slots(channel, sizes, frugal=digests is not None)  # hashed before: only what is new was promised
+            slots = LoaderSlots(
+                channel, sizes, frugal=digests is not None
+            )  # hashed before: only what is new was promised
             self._slots.update(dict.fromkeys((tensor.number for unit in lane for tensor in unit.tensors), slots))
-        self._reserved: dict[int, Slot] = {}
+        self._reserved: dict[int, LoaderSlot] = {}
         self._local = threading.local()
-        self._stagings: list[Staging] = []
+        self._stagings: list[DeviceStaging] = []
 
     def close(self) -> None:
         """Give every thread's buffers up; the threads have ended. Errors: DeviceError."""
@@ -96,21 +98,21 @@ class Copier:
             while self._stagings:
                 stack.callback(self._stagings.pop().close)
 
-    def reserve(self, unit: Unit) -> None:
+    def reserve(self, unit: LoaderUnit) -> None:
         """Take the slots of a unit. Called in the units' order, so that extents are filled without a rest."""
         for run in _runs(tuple(tensor for tensor in unit.tensors if tensor.number not in self._matched)):
             number = run[0].number
             self._reserved[number] = self._slots[number].allocate(_slot_bytes(run), self._together.get(number))
 
-    def copy(self, unit: Unit) -> None:
+    def copy(self, unit: LoaderUnit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
         rest = [tensor for tensor in unit.tensors if not self._compare_first(tensor)]
         if len(rest) == 1:
             self._copy_one(rest[0])
         elif rest:
-            self._copy_group(Unit(unit.file, tuple(rest)))
+            self._copy_group(LoaderUnit(unit.file, tuple(rest)))
 
-    def hash(self, unit: Unit) -> list[tuple[int, bytes]]:
+    def hash(self, unit: LoaderUnit) -> list[tuple[int, bytes]]:
         """Only hash a unit. Returns (index, digest) of each tensor."""
         source, staging = self._sources[unit.file], self._staging()
         buffer = staging.acquire()
@@ -124,13 +126,13 @@ class Copier:
         staging.put_back(buffer)
         return found
 
-    def recheck(self, length: int, first: Slot, second: Slot) -> bool:
+    def recheck(self, length: int, first: LoaderSlot, second: LoaderSlot) -> bool:
         """Whether two runs of resident bytes are equal."""
         return self._equal(length, self._resident(first.segment, first.offset), second.segment, second.offset)
 
     # -- one large tensor, piece by piece --------------------------------------------------------------------------
 
-    def _copy_one(self, tensor: Tensor) -> None:
+    def _copy_one(self, tensor: LoaderTensor) -> None:
         source, staging = self._sources[tensor.file], self._staging()
         slot = self._slot([tensor])
         hasher = self._new_hasher()
@@ -145,7 +147,7 @@ class Copier:
 
     # -- neighbours that fit into one piece: one read, one write, one question ---------------------------------------
 
-    def _copy_group(self, unit: Unit) -> None:
+    def _copy_group(self, unit: LoaderUnit) -> None:
         source, staging = self._sources[unit.file], self._staging()
         whole = staging.acquire()
         first, last = unit.tensors[0].spec, unit.tensors[-1].spec
@@ -162,7 +164,7 @@ class Copier:
                 hasher.update(view)
                 packed.view[position : position + len(view)] = view
                 size = slot_bytes(len(view))
-                place = Slot(slot.segment, slot.offset + position, size)
+                place = LoaderSlot(slot.segment, slot.offset + position, size)
                 found.append((tensor, self._checked(tensor, hasher.digest()), place))
                 position += size
             staging.write(packed, position, slot.segment, slot.offset)
@@ -170,7 +172,7 @@ class Copier:
         staging.synchronize()
         self._settle_in_rows(unit.group, found)
 
-    def _slot(self, run: list[Tensor]) -> Slot:
+    def _slot(self, run: list[LoaderTensor]) -> LoaderSlot:
         """The slot that was reserved for a run, or another where a comparison has changed what has to be copied."""
         slots, size = self._slots[run[0].number], _slot_bytes(run)
         reserved = self._reserved.pop(run[0].number, None)
@@ -212,7 +214,7 @@ class Copier:
             answer = self._channel.call(wire.ToDaemon(settle=question)).settle
             candidates = zip(answer.found, answer.blobs, answer.segments, answer.offsets, strict=True)
             again: list[Copied] = []
-            same: list[tuple[Tensor, Slot, int]] = []
+            same: list[tuple[LoaderTensor, LoaderSlot, int]] = []
             for (tensor, digest, slot), (there, blob, segment, offset) in zip(found, candidates, strict=True):
                 if not there:
                     continue  # placed: these bytes are a new blob
@@ -236,7 +238,7 @@ class Copier:
                             together.apart = True
             found = again
 
-    def _compare_first(self, tensor: Tensor) -> bool:
+    def _compare_first(self, tensor: LoaderTensor) -> bool:
         """Where the digest is known to have a candidate: compare with the file itself, so that no memory is needed.
 
         Nothing is hashed again: bytes that equal a candidate's have its digest.
@@ -246,7 +248,7 @@ class Copier:
         source, spec = self._sources[tensor.file], tensor.spec
         digest = self._digests[tensor.number]
 
-        def read(buffer: Buffer, size: int, position: int) -> None:
+        def read(buffer: DeviceStagingBuffer, size: int, position: int) -> None:
             source.read_into(buffer.view[:size], spec.offset + position)
 
         question = wire.Candidate(tensor=tensor.number, digest=digest)
@@ -280,19 +282,19 @@ class Copier:
         staging = self._staging()
         return lambda buffer, size, position: staging.read(buffer, size, segment, offset + position)
 
-    def _checked(self, tensor: Tensor, digest: bytes) -> bytes:
+    def _checked(self, tensor: LoaderTensor, digest: bytes) -> bytes:
         known = self._digests.get(tensor.number)
         if known is not None and known != digest:
             name = self._sources[tensor.file].name
             raise FormatError(f"{name}: changed while it was read (tensor {tensor.spec.name!r}); load it again")
         return digest
 
-    def _staging(self) -> Staging:
+    def _staging(self) -> DeviceStaging:
         """The calling thread's buffers."""
         if not hasattr(self._local, "staging"):
             self._local.staging = self._io.staging()
             self._stagings.append(self._local.staging)
-        staging: Staging = self._local.staging
+        staging: DeviceStaging = self._local.staging
         return staging
 
 
@@ -311,13 +313,13 @@ class _Row:
             return self._found if len(self._found) == self._count else []
 
 
-def _slot_bytes(run: Iterable[Tensor]) -> int:
+def _slot_bytes(run: Iterable[LoaderTensor]) -> int:
     return sum(slot_bytes(tensor.spec.length) for tensor in run)
 
 
-def _runs(tensors: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
+def _runs(tensors: tuple[LoaderTensor, ...]) -> Iterator[list[LoaderTensor]]:
     """Cut a group so that each run, aligned, fits into one buffer."""
-    run: list[Tensor] = []
+    run: list[LoaderTensor] = []
     size = 0
     for tensor in tensors:
         slot = slot_bytes(tensor.spec.length)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from weightd.types import TensorSpec
 
-    from .source import Source
+    from .source import LoaderSource
 
     ReadIndex = Callable[[str], Mapping[str, str] | None]
     """Reads the index of a component: the file of each tensor. None where there is no index."""
@@ -26,7 +26,7 @@ def called(component: str, file: str) -> str:
     return f"{component}/{file}" if component else file
 
 
-def indexes(sources: Mapping[str, Source]) -> ReadIndex:
+def indexes(sources: Mapping[str, LoaderSource]) -> ReadIndex:
     """What reads the indexes of a load, given by component. It raises FormatError and InvalidReferenceError."""
     size = 0
 

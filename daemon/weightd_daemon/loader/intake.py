@@ -13,7 +13,7 @@ from weightd._proto.v1 import handles_pb2
 from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, receive_fds
 from weightd.errors import InvalidReferenceError
 
-from .source import Source
+from .source import LoaderSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ _HELD_BYTES: Final = 64 << 20
 """Of how many bytes files are read whole, where there are more files than descriptors."""
 
 
-def receive_files(intake: socket.socket, names: Sequence[str], files: list[int | Source]) -> None:
+def receive_files(intake: socket.socket, names: Sequence[str], files: list[int | LoaderSource]) -> None:
     """Add the files of these names to `files` as the client sends them, in confirmed batches; closes the intake.
 
     Where this process may not have them all open, short ones are read at once and closed. After an error, `files` has
@@ -46,7 +46,9 @@ def receive_files(intake: socket.socket, names: Sequence[str], files: list[int |
         ) from None
 
 
-def _receive_batch(intake: socket.socket, names: Sequence[str], files: list[int | Source], hold: int | None) -> int:
+def _receive_batch(
+    intake: socket.socket, names: Sequence[str], files: list[int | LoaderSource], hold: int | None
+) -> int:
     """Add a batch to the files, those of at most `hold` bytes together read and closed. Returns the bytes held."""
     count = len(names)
     try:
@@ -72,7 +74,7 @@ def _receive_batch(intake: socket.socket, names: Sequence[str], files: list[int 
         )
     held = 0
     for at, descriptor in enumerate(received, start=expected):
-        source = None if hold is None else Source(names[at], descriptor, hold=hold - held)
+        source = None if hold is None else LoaderSource(names[at], descriptor, hold=hold - held)
         if source is not None and source.held:
             files[at] = source
             os.close(descriptor)
@@ -83,7 +85,7 @@ def _receive_batch(intake: socket.socket, names: Sequence[str], files: list[int 
     return held
 
 
-def close_all(files: Iterable[int | Source]) -> None:
+def close_all(files: Iterable[int | LoaderSource]) -> None:
     """Close the descriptors among the files."""
     for file in files:
         if isinstance(file, int):

@@ -17,20 +17,20 @@ from weightd._limits import LOADER, limit_error
 from weightd.errors import ServerError, WeightdError
 from weightd.layouts import Arrangement, arrangement
 from weightd_daemon.core import digest
-from weightd_daemon.core.manifest import ManifestEntry
+from weightd_daemon.core.manifest import ContentTensor
 from weightd_daemon.devices.access import open_io
 from weightd_daemon.formats.split import check_parts
 from weightd_daemon.libc import die_with
 
 from ._proto import loader_pb2 as wire
-from .channel import UNFIT, Channel, Gone, failure_of
-from .copying import Copier
+from .channel import UNFIT, LoaderChannel, LoaderChannelClosedError, failure_of
+from .copying import LoaderCopier
 from .indexed import called, indexes, owned
 from .intake import close_all, receive_files
 from .schedule import (  # fmt: skip
     Lane,
-    Tensor,
-    Unit,
+    LoaderTensor,
+    LoaderUnit,
     arranged,
     homes,
     lanes,
@@ -42,15 +42,16 @@ from .schedule import (  # fmt: skip
     split,
     units,
 )
-from .slots import Slot
-from .source import Source
+from .slots import LoaderSlot
+from .source import LoaderSource
 from .verifying import verify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from weightd.errors import DeviceError
     from weightd.types import TensorSpec
-    from weightd_daemon.devices.segment_io import SegmentIO
+    from weightd_daemon.devices.segment_io import DeviceSegmentIO
 
 _LAYOUT_BATCH = 500
 _PROGRESS_SECONDS = 0.1
@@ -62,8 +63,8 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
     if not die_with(parent):  # also by kill -9
         return 1
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the daemon's terminal is the daemon's to handle
-    channel = Channel(socket.socket(fileno=control), socket.socket(fileno=descriptors))
-    with contextlib.suppress(Gone, ConnectionError, BrokenPipeError):
+    channel = LoaderChannel(socket.socket(fileno=control), socket.socket(fileno=descriptors))
+    with contextlib.suppress(LoaderChannelClosedError, ConnectionError, BrokenPipeError):
         while True:
             if not _do(channel, new_hasher):
                 signal.pause()  # the daemon kills; if we went first, it could fail to send and never read what we said
@@ -72,14 +73,14 @@ def main(arguments: list[str], new_hasher: digest.NewHasher = digest.new_hasher)
     return 0
 
 
-def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
+def _do(channel: LoaderChannel, new_hasher: digest.NewHasher) -> bool:
     """Do the next job; its failure is an answer, not the end of the process. False where it cannot do another."""
     try:
         _work(channel, channel.receive(), new_hasher)
     except WeightdError as error:
         channel.send(wire.ToDaemon(failed=failure_of(error)))
         return not isinstance(error, UNFIT) and not channel.broken  # another thread may have failed to receive, too
-    except (Gone, ConnectionError):
+    except (LoaderChannelClosedError, ConnectionError):
         raise
     except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is reported as this load's
         limit = limit_error(error, "loading", LOADER) if isinstance(error, OSError) else None
@@ -92,32 +93,43 @@ def _do(channel: Channel, new_hasher: digest.NewHasher) -> bool:
     return True
 
 
-def _work(channel: Channel, message: wire.ToLoader, new_hasher: digest.NewHasher) -> None:
+def _work(channel: LoaderChannel, message: wire.ToLoader, new_hasher: digest.NewHasher) -> None:
     with contextlib.ExitStack() as stack:
         if message.HasField("load"):
             load = message.load
             # Taken before anything can fail: the next job would take it for its own.
             intake = stack.enter_context(socket.socket(fileno=channel.receive_descriptor()))
-            io = stack.enter_context(contextlib.closing(open_io(load.kind, load.device, channel.segments)))
-            stack.enter_context(LoadJob(channel, io, load, new_hasher)).run(intake)
+            io = stack.enter_context(contextlib.closing(_open_io(channel, load)))
+            stack.enter_context(_LoadJob(channel, io, load, new_hasher)).run(intake)
         elif message.HasField("verify"):
             job = message.verify
-            io = stack.enter_context(contextlib.closing(open_io(job.kind, job.device, channel.segments)))
+            io = stack.enter_context(contextlib.closing(_open_io(channel, job)))
             verify(channel, io, job, new_hasher)
         else:
             raise ServerError(f"the daemon sent {message.WhichOneof('body')} where a job was due")
 
 
-class LoadJob:
+def _open_io(channel: LoaderChannel, job: wire.Load | wire.Verify) -> DeviceSegmentIO:
+    """Access to the segments of a job. If the device has no room for what that takes, the daemon is asked for more."""
+
+    def ask_for_room(error: DeviceError) -> None:
+        channel.call(wire.ToDaemon(full=wire.Full(call=error.metadata.get("call", ""))))
+
+    return open_io(job.kind, job.device, channel.segments, ask_for_room)
+
+
+class _LoadJob:
     """One load: receive descriptors, read the headers, copy, recheck."""
 
-    def __init__(self, channel: Channel, io: SegmentIO, job: wire.Load, new_hasher: digest.NewHasher) -> None:
+    def __init__(
+        self, channel: LoaderChannel, io: DeviceSegmentIO, job: wire.Load, new_hasher: digest.NewHasher
+    ) -> None:
         self._channel = channel
         self._io = io
         self._job = job
         self._new_hasher = new_hasher
         self._stack = contextlib.ExitStack()
-        self._sources: list[Source] = []
+        self._sources: list[LoaderSource] = []
         self._in_headers: dict[int, int] = {}
         self._read = 0
         self._told = 0.0
@@ -133,12 +145,13 @@ class LoadJob:
         ResourceLimitError.
         """
         names = [called(source.component, source.file) for source in self._job.sources]
-        files: list[int | Source] = []
+        files: list[int | LoaderSource] = []
         self._stack.callback(close_all, files)
         receive_files(intake, names, files)
         self._channel.send(wire.ToDaemon(received=wire.Received()))
         self._sources = [
-            file if isinstance(file, Source) else Source(name, file) for name, file in zip(names, files, strict=True)
+            file if isinstance(file, LoaderSource) else LoaderSource(name, file)
+            for name, file in zip(names, files, strict=True)
         ]
         tensors = self._lay_out()
         wanted, usual = (
@@ -175,9 +188,9 @@ class LoadJob:
             source.check_unchanged()
         self._finish(copier)
 
-    def _lay_out(self) -> list[Tensor]:
+    def _lay_out(self) -> list[LoaderTensor]:
         """Read all headers and report them; returns the tensors that have bytes, sorted by file and offset."""
-        tensors: list[Tensor] = []
+        tensors: list[LoaderTensor] = []
         index = first = 0
         files = list(zip(self._job.sources, self._sources, strict=True))
         weights = [(said.component, said.file, source) for said, source in files if not said.is_index]
@@ -202,7 +215,7 @@ class LoadJob:
             first += len(in_header)
             for spec in specs:
                 if spec.length:
-                    tensors.append(Tensor(index, number, spec))
+                    tensors.append(LoaderTensor(index, number, spec))
                     self._in_headers[index] = in_header[spec.name]
                 index += 1
         for source in self._sources[len(counted) :]:
@@ -210,7 +223,7 @@ class LoadJob:
         check_parts([(source.name, layout) for (_, _, source), layout in zip(weights, layouts, strict=True)])
         return tensors
 
-    def _send_file(self, source: Source, metadata: dict[str, str] | None) -> None:
+    def _send_file(self, source: LoaderSource, metadata: dict[str, str] | None) -> None:
         file = wire.File(
             **source.identity._asdict(),
             trusted=source.trusted,
@@ -219,13 +232,13 @@ class LoadJob:
         )
         self._channel.send(wire.ToDaemon(file=file))
 
-    def _arrangement(self, tensors: list[Tensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
+    def _arrangement(self, tensors: list[LoaderTensor], asked: Iterable[Sequence[int]] = ()) -> Arrangement:
         """The tensors, by their numbers, that are to lie one behind the other: as the client asks, else by names.
 
         The client counts what the headers have; of tensors that two files have, only one is among these.
         """
         components = [source.component for source in self._job.sources]
-        named = [ManifestEntry(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
+        named = [ContentTensor(components[file], s.name, s.dtype, s.shape, file, s.length) for _, file, s, _ in tensors]
         numbers = {self._in_headers[tensor.number]: tensor.number for tensor in tensors}
         found = arrangement(named, list(numbers), asked)
         return found._replace(groups=tuple(tuple(numbers[one] for one in group) for group in found.groups))
@@ -237,7 +250,7 @@ class LoadJob:
         digests = self._hash(sample)
         return self._channel.call(wire.ToDaemon(sampled=_digests(digests))).sampled.hash_first
 
-    def _hash_first(self, work: list[Lane]) -> tuple[Copier, frozenset[int]]:
+    def _hash_first(self, work: list[Lane]) -> tuple[LoaderCopier, frozenset[int]]:
         """Hash everything, then ask which digests have a candidate; only the others need memory.
 
         Nor do those that come again in this load: they are returned, to be compared when the first of them has its
@@ -254,7 +267,7 @@ class LoadJob:
         digests: dict[int, bytes] = {}
         hasher = self._copier([])
 
-        def step(unit: Unit) -> None:
+        def step(unit: LoaderUnit) -> None:
             digests.update(hasher.hash(unit))
 
         total = sum(unit.length for lane in work for unit in lane)
@@ -263,20 +276,22 @@ class LoadJob:
 
     def _copier(
         self, work: list[Lane], digests: dict[int, bytes] | None = None, matched: frozenset[int] = frozenset()
-    ) -> Copier:
-        copier = Copier(
+    ) -> LoaderCopier:
+        copier = LoaderCopier(
             self._channel, self._io, self._sources, self._new_hasher, digests=digests, matched=matched, lanes=work
         )
         self._stack.callback(copier.close)
         return copier
 
-    def _counting(self, phase: str, total: int) -> Callable[[Callable[[Unit], object]], Callable[[Unit], None]]:
+    def _counting(
+        self, phase: str, total: int
+    ) -> Callable[[Callable[[LoaderUnit], object]], Callable[[LoaderUnit], None]]:
         """Makes of what is done with a unit the same with a report: the bytes of this phase that are done with."""
         done = 0
         counting = threading.Lock()
 
-        def reporting(do: Callable[[Unit], object]) -> Callable[[Unit], None]:
-            def step(unit: Unit) -> None:
+        def reporting(do: Callable[[LoaderUnit], object]) -> Callable[[LoaderUnit], None]:
+            def step(unit: LoaderUnit) -> None:
                 nonlocal done
                 do(unit)
                 with counting:
@@ -294,14 +309,16 @@ class LoadJob:
             self._told = now
             self._channel.send(wire.ToDaemon(progress=wire.Progress(phase=phase, done=done, total=total)))
 
-    def _finish(self, copier: Copier) -> None:
+    def _finish(self, copier: LoaderCopier) -> None:
         """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""
         done = wire.Finish(read=self._read)
         while (pairs := self._channel.call(wire.ToDaemon(finish=done)).finish).placed:
             done = wire.Finish(read=self._read, placed=pairs.placed, sealed=pairs.sealed)
             first = zip(pairs.placed_segments, pairs.placed_offsets, pairs.lengths, strict=True)
             second = zip(pairs.sealed_segments, pairs.sealed_offsets, pairs.lengths, strict=True)
-            for one, other in zip(itertools.starmap(Slot, first), itertools.starmap(Slot, second), strict=True):
+            for one, other in zip(
+                itertools.starmap(LoaderSlot, first), itertools.starmap(LoaderSlot, second), strict=True
+            ):
                 done.equal.append(copier.recheck(one.size, one, other))
 
 

@@ -32,8 +32,8 @@ _LANE_BYTES = 64 << 20
 """A lane is at least this long, for a segment is a mapping and two descriptors."""
 
 
-class Tensor(NamedTuple):
-    """A tensor to deal with: its number in the load, its file, where it lies there, and its group's first number."""
+class LoaderTensor(NamedTuple):
+    """A tensor for the loader to read: its number in the load, its file, its place there, its group's first number."""
 
     number: int
     file: int
@@ -41,11 +41,11 @@ class Tensor(NamedTuple):
     group: int | None = None
 
 
-class Unit(NamedTuple):
-    """What a thread takes at a time: one tensor, or neighbours in one file that together fill at most a piece."""
+class LoaderUnit(NamedTuple):
+    """Work of a loader thread at a time: one tensor, or neighbours in one file that together fill at most a piece."""
 
     file: int
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[LoaderTensor, ...]
 
     @property
     def start(self) -> int:
@@ -66,7 +66,7 @@ def split(sizes: Sequence[int], numbers: Sequence[int]) -> list[Sequence[int]]:
     return [numbers[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
 
-def arranged(tensors: Sequence[Tensor], groups: Iterable[Sequence[int]]) -> list[Tensor]:
+def arranged(tensors: Sequence[LoaderTensor], groups: Iterable[Sequence[int]]) -> list[LoaderTensor]:
     """Tensors (sorted by file and offset) in the order in which they are to be placed.
 
     A group, given by its tensors' numbers, stands where its first tensor is. Not if one of them is not there: what is
@@ -75,7 +75,7 @@ def arranged(tensors: Sequence[Tensor], groups: Iterable[Sequence[int]]) -> list
     there = {tensor.number: tensor for tensor in tensors}
     whole = {group[0]: group for group in groups if all(number in there for number in group)}
     grouped = {number for group in whole.values() for number in group}
-    found: list[Tensor] = []
+    found: list[LoaderTensor] = []
     for tensor in tensors:
         if tensor.number in whole:
             found += [there[number]._replace(group=tensor.number) for number in whole[tensor.number]]
@@ -84,9 +84,9 @@ def arranged(tensors: Sequence[Tensor], groups: Iterable[Sequence[int]]) -> list
     return found
 
 
-def units(tensors: Iterable[Tensor]) -> Iterator[Unit]:
+def units(tensors: Iterable[LoaderTensor]) -> Iterator[LoaderUnit]:
     """Cut tensors (arranged, none empty) into units; the tensors of one are in one group, or in none."""
-    group: list[Tensor] = []
+    group: list[LoaderTensor] = []
     size = 0
     for tensor in tensors:
         joins = (
@@ -97,19 +97,19 @@ def units(tensors: Iterable[Tensor]) -> Iterator[Unit]:
         )
         if not joins:
             if group:
-                yield Unit(group[0].file, tuple(group))
+                yield LoaderUnit(group[0].file, tuple(group))
             group, size = [], 0
         group.append(tensor)
         size += tensor.spec.length
     if group:
-        yield Unit(group[0].file, tuple(group))
+        yield LoaderUnit(group[0].file, tuple(group))
 
 
-Lane = list[Unit]
+Lane = list[LoaderUnit]
 """Neighbours in one file or in short ones, and what is grouped with them, to be worked off by one thread."""
 
 
-def batches(work: Iterable[Unit]) -> Iterator[list[Unit]]:
+def batches(work: Iterable[LoaderUnit]) -> Iterator[list[LoaderUnit]]:
     """What stays in one piece: the units of a group, else each unit."""
     for group, there in itertools.groupby(work, key=lambda unit: unit.group):
         if group is None:
@@ -129,7 +129,7 @@ def homes(components: Sequence[str], sizes: Sequence[int]) -> list[int]:
     return found
 
 
-def lanes(work: Iterable[Unit], most: int, home: Sequence[int]) -> list[Lane]:
+def lanes(work: Iterable[LoaderUnit], most: int, home: Sequence[int]) -> list[Lane]:
     """Cut arranged units into lanes: each file with its neighbours (`homes`) and what is grouped there, into `most`
     equal ones, if long enough.
     """
@@ -173,7 +173,7 @@ def parted(work: Sequence[Lane], later: frozenset[int]) -> tuple[list[Lane], lis
     return only(False), only(True)
 
 
-def most_lanes(tensors: Iterable[Tensor], most: int, home: Sequence[int]) -> int:
+def most_lanes(tensors: Iterable[LoaderTensor], most: int, home: Sequence[int]) -> int:
     """The most lanes that these arranged tensors, or any part of them, are cut into.
 
     A tensor that is grouped in another file counts in both: without all of its group it stays in its own.
@@ -188,7 +188,9 @@ def most_lanes(tensors: Iterable[Tensor], most: int, home: Sequence[int]) -> int
     return sum(min(most, size // _LANE_BYTES + 1) for size in sizes.values())
 
 
-def lanes_in_file(tensors: Sequence[Tensor], wanted: Groups, usual: Groups, most: int, home: Sequence[int]) -> int:
+def lanes_in_file(
+    tensors: Sequence[LoaderTensor], wanted: Groups, usual: Groups, most: int, home: Sequence[int]
+) -> int:
     """Into how many lanes a file is cut at most, so that `wanted` groups make no more lanes than `usual` ones would.
 
     A load is admitted by the number of its lanes, and groups that a client asks for must not change who is.
@@ -200,7 +202,10 @@ def lanes_in_file(tensors: Sequence[Tensor], wanted: Groups, usual: Groups, most
 
 
 def on_threads(
-    work: Iterable[Lane], threads: int, step: Callable[[Unit], None], begin: Callable[[Unit], None] = lambda _: None
+    work: Iterable[Lane],
+    threads: int,
+    step: Callable[[LoaderUnit], None],
+    begin: Callable[[LoaderUnit], None] = lambda _: None,
 ) -> None:
     """Work lanes off on several threads; the first error stops all and is raised.
 
@@ -251,6 +256,6 @@ class _Share:
     """A thread's units, which others help with when they have none left."""
 
     def __init__(self) -> None:
-        self.units: deque[Unit] = deque()
+        self.units: deque[LoaderUnit] = deque()
         self.size = 0
         self.taking = threading.Lock()

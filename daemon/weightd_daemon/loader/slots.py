@@ -14,14 +14,14 @@ from weightd_daemon.core.memory import SEGMENT_BYTES
 from ._proto import loader_pb2 as wire
 
 if TYPE_CHECKING:
-    from .channel import Channel
+    from .channel import LoaderChannel
 
 _KEPT = 32
 """Places remembered for the next tensors; what was given back has memory behind it, fresh bytes have not."""
 
 
-class Slot(NamedTuple):
-    """`size` bytes at `offset` of a segment."""
+class LoaderSlot(NamedTuple):
+    """Where the loader writes one tensor: `size` bytes at `offset` of a segment."""
 
     segment: int
     offset: int
@@ -33,17 +33,17 @@ class Slot(NamedTuple):
         return self.segment, self.offset + self.size
 
 
-class Together:
-    """Tensors of `size` bytes that are to lie one behind the other, unless it turns out that they are `apart`."""
+class LoaderSlotRow:
+    """Tensors that the loader puts side by side, of `size` bytes in all, unless they turn out to be `apart`."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.apart = False
-        self.last: Slot | None = None
+        self.last: LoaderSlot | None = None
 
 
-class Slots:
-    """Bump allocation in granted extents; a slot given back is used again by the next tensor that it fits.
+class LoaderSlots:
+    """Bump allocation in the extents granted to the loader; a slot given back goes to the next tensor that it fits.
 
     `sizes` are the bytes of what is to stay in one piece, in order: a unit, or the units of a group. What is asked for
     ends where one of these ends, so that no extent keeps a tail that the next does not fit into.
@@ -52,15 +52,15 @@ class Slots:
     was not promised memory for all of its tensors, and once memory comes in pieces. Nobody is evicted for order's sake.
     """
 
-    def __init__(self, channel: Channel, sizes: Iterable[int], *, frugal: bool = False) -> None:
+    def __init__(self, channel: LoaderChannel, sizes: Iterable[int], *, frugal: bool = False) -> None:
         self._channel = channel
         self._ends = list(accumulate(sizes))
         self._taken = 0
         self._lock = threading.Lock()
-        self._places: list[Slot] = []
+        self._places: list[LoaderSlot] = []
         self._frugal = frugal
 
-    def allocate(self, length: int, together: Together | None = None) -> Slot:
+    def allocate(self, length: int, together: LoaderSlotRow | None = None) -> LoaderSlot:
         """A slot for `length` bytes, of what is to lie `together` if that is said, in the order of the calls.
 
         Asks the daemon for more memory when there is none. Errors: CapacityError.
@@ -74,17 +74,17 @@ class Slots:
                 together.last = slot
             return slot
 
-    def give_back(self, slot: Slot) -> None:
+    def give_back(self, slot: LoaderSlot) -> None:
         """The bytes in the slot are not needed."""
         with self._lock:
             for place in [place for place in self._places if place.end == slot[:2] or slot.end == place[:2]]:
                 self._places.remove(place)
-                slot = Slot(slot.segment, min(slot.offset, place.offset), slot.size + place.size)
+                slot = LoaderSlot(slot.segment, min(slot.offset, place.offset), slot.size + place.size)
             self._places.insert(0, slot)  # before fresh bytes of the same size
             if len(self._places) > _KEPT:
                 self._places.remove(min(self._places, key=lambda place: place.size))
 
-    def _choose(self, size: int, together: Together | None) -> Slot | None:
+    def _choose(self, size: int, together: LoaderSlotRow | None) -> LoaderSlot | None:
         """The place to cut from: the least that will do, where nothing better is known."""
         fitting = [place for place in self._places if place.size >= size]
         if together is not None and not together.apart:
@@ -96,11 +96,11 @@ class Slots:
                 fitting = [place for place in fitting if place[:2] == end] or fitting
         return min(fitting, key=lambda place: place.size, default=None)
 
-    def _granted(self, size: int, start: int) -> Slot:
+    def _granted(self, size: int, start: int) -> LoaderSlot:
         """A new extent, among the places now."""
         ends = self._ahead(size, start)
         extent = self._channel.call(wire.ToDaemon(grant=wire.Grant(ends=ends, need=size))).grant
-        place = Slot(extent.segment, extent.offset, extent.length)
+        place = LoaderSlot(extent.segment, extent.offset, extent.length)
         self._frugal |= place.size < ends[0]
         self._places.append(place)
         return place
@@ -111,10 +111,10 @@ class Slots:
         last = max(first + 1, bisect_right(self._ends, start + SEGMENT_BYTES))
         return [end - start for end in self._ends[first:last] if end - start >= size] or [size]
 
-    def _cut(self, place: Slot, size: int) -> Slot:
+    def _cut(self, place: LoaderSlot, size: int) -> LoaderSlot:
         at = self._places.index(place)
         if place.size == size:
             del self._places[at]
         else:
-            self._places[at] = Slot(place.segment, place.offset + size, place.size - size)
-        return Slot(place.segment, place.offset, size)
+            self._places[at] = LoaderSlot(place.segment, place.offset + size, place.size - size)
+        return LoaderSlot(place.segment, place.offset, size)

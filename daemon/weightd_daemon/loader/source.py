@@ -45,8 +45,8 @@ def _is_local(descriptor: int) -> bool:
     return filesystem_type(descriptor) in _LOCAL_FILESYSTEMS
 
 
-class Source:
-    """One opened file. Every read is checked: a file that shrinks or changes meanwhile is an error.
+class LoaderSource:
+    """Source file opened by the loader. Every read is checked: a file that shrinks or changes meanwhile is an error.
 
     One of at most `hold` bytes is read whole as it is made: it is `held`, and needs its descriptor no longer.
     """

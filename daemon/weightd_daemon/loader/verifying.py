@@ -12,14 +12,14 @@ from .copying import pieces
 
 if TYPE_CHECKING:
     from weightd_daemon.core.digest import NewHasher
-    from weightd_daemon.devices.segment_io import SegmentIO
+    from weightd_daemon.devices.segment_io import DeviceSegmentIO
 
-    from .channel import Channel
+    from .channel import LoaderChannel
 
 _PROGRESS_SECONDS = 0.1
 
 
-def verify(channel: Channel, io: SegmentIO, job: wire.Verify, new_hasher: NewHasher) -> None:
+def verify(channel: LoaderChannel, io: DeviceSegmentIO, job: wire.Verify, new_hasher: NewHasher) -> None:
     """Hash each blob of the job. Reports how far it is, and the numbers of blobs that do not have their digest."""
     digests = split_digests(job.digests)
     found = wire.Verified()

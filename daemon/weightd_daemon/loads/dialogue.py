@@ -4,41 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content
+from weightd_daemon.core.checkpoint import MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content, books_of
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.manifest import ManifestFile
+from weightd_daemon.core.manifest import ContentFile
 from weightd_daemon.core.sampling import sample
-from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of, failure_of, split_digests
 from weightd_daemon.loader.indexed import called
 
-from .instances import Instance, InstanceIndex
+from .instances import LoadedInstance, LoadedInstanceIndex
 from .messages import candidates, pairs_of, places_of
-from .request import Draft, Outcome, Prepare, Progress
-from .tensors import Tensors
+from .request import LoadManifestDraft, LoadOutcome, LoadStatus, Prepare
+from .tensors import LoadTensors
 
 if TYPE_CHECKING:
     from weightd_daemon.core.blob import Blob
-    from weightd_daemon.core.loading import Loading
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.loading import StoreTransaction
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.devices.reclaimer import Reclaimer
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
-    from .loader_process import LoaderProcess
+    from .loader_process import LoadProcess
 
-_Answer = tuple[wire.ToLoader, list[SegmentHandle]]
-_TOLD = frozenset({"received", "file", "tensors", "progress"})
-"""Messages that have no answer, of those that belong to a load."""
-
-KNOWN_SOURCES = 8
-"""Lists of files that are known to be one checkpoint, the newest: copies and touched files bring one each."""
+_Answer = tuple[wire.ToLoader, list[DeviceSegment]]
+_Pairs = list[tuple["Blob", "Blob"]]
 
 _OUTCOMES_AT_ONCE = 200
 """Outcomes entered before others get their turn on the loop."""
@@ -48,25 +44,26 @@ _AT_ONCE = 2000
 """Tensors that are dealt with before others get their turn on the loop."""
 
 
-class Dialogue:
-    """Serves one job of a loader from beginning to seal. Errors of the job are raised from `serve`."""
+class LoadDialogue:
+    """The daemon's side of one load: serves a loader's job up to the seal. `serve` raises the job's errors."""
 
     def __init__(
         self,
         *,
-        store: Store,
+        store: ContentStore,
         device: Device,
-        reclaimer: Reclaimer,
-        index: InstanceIndex,
+        reclaimer: DeviceReclaimer,
+        index: LoadedInstanceIndex,
         prepare: Prepare,
-        loading: Loading,
+        loading: StoreTransaction,
         sources: tuple[SourceFile, ...],
         verify: bool,
         now: Callable[[], float],
         on_files: Callable[[], None],
         admit: Callable[[int, int, int, str], None],
-        on_progress: Callable[[Progress], None],
+        on_progress: Callable[[LoadStatus], None],
         on_sealed: Callable[[Checkpoint], None],
+        make_room: Callable[[str], Awaitable[None]],
     ) -> None:
         self._store = store
         self._device = device
@@ -81,8 +78,9 @@ class Dialogue:
         self._admit = admit
         self._on_progress = on_progress
         self._on_sealed = on_sealed
+        self._make_room = make_room
         self._trusted: list[bool] = []
-        self._tensors = Tensors()
+        self._tensors = LoadTensors()
         self._blobs = self._tensors.blobs
         self.books = 0
         """What the checkpoint will take of the daemon's books, or about that."""
@@ -97,8 +95,8 @@ class Dialogue:
         """Whether the files' identities stand for their content from now on."""
         return all(self._trusted)
 
-    async def serve(self, loader: LoaderProcess) -> Outcome:
-        """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoaderDied."""
+    async def serve(self, loader: LoadProcess) -> LoadOutcome:
+        """Answer until the checkpoint is sealed. Errors: those of the file, CapacityError, LoadProcessDiedError."""
         started = asyncio.get_running_loop().time()
         try:
             while self.checkpoint is None:
@@ -107,14 +105,14 @@ class Dialogue:
             self._failure = None  # whose traceback has frames of ours: it would keep the list of tensors
         return self._outcome(started)
 
-    async def _serve(self, loader: LoaderProcess, message: wire.ToDaemon) -> None:
+    async def _serve(self, loader: LoadProcess, message: wire.ToDaemon) -> None:
         """Take one message of the loader, and answer it if it is a question."""
         if message.HasField("failed"):
             raise self._failure or error_of(message.failed)
-        if message.WhichOneof("body") in _TOLD:
+        if (hear := _TOLD.get(message.WhichOneof("body") or "")) is not None:
             if self._failure is None:
                 try:
-                    self._hear(message)
+                    hear(self, message)
                 except WeightdError as error:
                     self._failure = error  # told at the loader's next call: a message without an answer cannot fail
             await asyncio.sleep(0)  # the next may be here already, and others are to have their turn on the loop
@@ -132,17 +130,6 @@ class Dialogue:
         await loader.send(answer, segments)
 
     # -- the loader's messages -------------------------------------------------------------------------------------
-
-    def _hear(self, message: wire.ToDaemon) -> None:
-        match message.WhichOneof("body"):
-            case "received":
-                self._on_files()
-            case "file":
-                self._file(message.file)
-            case "tensors":
-                self._tensors.add(message.tensors)
-            case "progress":
-                self._on_progress(Progress(message.progress.phase, message.progress.done, message.progress.total))
 
     async def _answer(self, message: wire.ToDaemon) -> _Answer:
         match message.WhichOneof("body"):
@@ -164,6 +151,9 @@ class Dialogue:
                 return wire.ToLoader(share=self._share(message.share)), []
             case "finish":
                 return await self._finish(message.finish)
+            case "full":
+                await self._make_room(message.full.call)
+                return wire.ToLoader(full=wire.Freed()), []
             case body:
                 raise ServerError(f"the loader sent {body}, which no load answers")
 
@@ -175,14 +165,13 @@ class Dialogue:
             raise InvalidReferenceError(f"{name}: is not the file that was announced; open it and load it again")
         if not source.is_index:  # indexes come last, so that a tensor's file has one number here and in the manifest
             metadata = dict(file.metadata) if file.has_metadata else None
-            self._tensors.files.append(ManifestFile(source.component, source.file, metadata))
+            self._tensors.files.append(ContentFile(source.component, source.file, metadata))
         self._trusted.append(file.trusted)
 
     def _counted(self, count: wire.Counted) -> wire.Admitted:
         """The tensors are about to be listed; a list that there is no room for, or no right to, does not come."""
-        self.books = count.name_bytes + count.tensors * (BYTES_OF_TENSOR + MANIFEST_BYTES_OF_TENSOR)
-        self._loading.expect_books(self.books)
-        self._loading.check_books(count.total_bytes, count.tensors)
+        self.books = books_of(count.tensors, count.name_bytes + MANIFEST_BYTES_OF_TENSOR * count.tensors)
+        self._loading.reserve_books(self.books, count.total_bytes, count.tensors)
         self._admit(count.total_bytes, self.books, count.tensors, "")
         return wire.Admitted()
 
@@ -201,7 +190,7 @@ class Dialogue:
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
-        instances: dict[tuple[int, int, int], Instance] = {}
+        instances: dict[tuple[int, int, int], LoadedInstance] = {}
         for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
                 for at, found in enumerate(await self._index.get(self._sources[file].identity), start=1):
@@ -275,35 +264,40 @@ class Dialogue:
     async def _finish(self, done: wire.Finish) -> _Answer:
         self._read = done.read
         await self._merge(list(zip(done.placed, done.sealed, done.equal, strict=True)))
-        while True:
-            while not self._loading.rechecked:
-                if pairs := self._loading.rechecks():
-                    return wire.ToLoader(finish=pairs_of(pairs)), [
-                        self._segment(segment) for segment in {blob.segment for pair in pairs for blob in pair}
-                    ]
-                await asyncio.sleep(0)
-            content = await asyncio.to_thread(self._describe)
-            draft = await self._prepare(content, self._device.uuid)
-            try:
-                # Another load may have sealed the same bytes meanwhile; then there is one more pair to compare.
-                if self._loading.rechecked:
-                    self.books = draft.size + BYTES_OF_TENSOR * len(self._tensors.entries)
-                    self._admit(
-                        self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest
-                    )
-                    self._seal(content, draft)
-                    break
-            finally:
-                draft.discard()
+        if pairs := await self._to_compare():
+            return self._compare(pairs)
+        content = await asyncio.to_thread(self._describe)
+        draft = await self._prepare(content, self._device.uuid)
+        try:
+            # Another load may have sealed the same bytes meanwhile; only then the content may be another by now.
+            if pairs := await self._to_compare():
+                return self._compare(pairs)
+            self.books = books_of(len(self._tensors.entries), draft.size)
+            self._admit(self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest)
+            self._seal(content, draft)
+        finally:
+            draft.discard()
         await self._remember()
         return wire.ToLoader(finish=wire.Pairs()), []
 
-    def _seal(self, content: Content, draft: Draft) -> None:
+    async def _to_compare(self) -> _Pairs:
+        """Pairs that the loader has to compare. If there are none, the load can be sealed in this very step."""
+        while not self._loading.rechecked:
+            if pairs := self._loading.rechecks():
+                return pairs
+            await asyncio.sleep(0)
+        return []
+
+    def _compare(self, pairs: _Pairs) -> _Answer:
+        segments = {blob.segment for pair in pairs for blob in pair}
+        return wire.ToLoader(finish=pairs_of(pairs)), [self._segment(segment) for segment in segments]
+
+    def _seal(self, content: Content, draft: LoadManifestDraft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
         self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:
-            self._claim_sources(self.checkpoint)
+            self._store.changed.update(self._store.index.claim(self.checkpoint, self._sources))
         self._store.changed.add(self.checkpoint.key)
         self._on_sealed(self.checkpoint)
 
@@ -332,19 +326,9 @@ class Dialogue:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _claim_sources(self, checkpoint: Checkpoint) -> None:
-        """From now on these files mean this content, whatever they were thought to be before they were read again."""
-        for other in self._store.checkpoints.values():
-            if other.key.content_digest != checkpoint.key.content_digest and self._sources in other.sources:
-                other.sources.remove(self._sources)
-                self._store.changed.add(other.key)
-        if self._sources not in checkpoint.sources:
-            checkpoint.sources.append(self._sources)
-            del checkpoint.sources[:-KNOWN_SOURCES]
-
-    def _segment(self, segment: int) -> SegmentHandle:
+    def _segment(self, segment: int) -> DeviceSegment:
         size = self._store.memories[self._device.uuid].size(segment)
-        return SegmentHandle(segment, size, self._device.writable(segment))
+        return DeviceSegment(segment, size, self._device.writable(segment))
 
     async def _remember(self) -> None:
         for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
@@ -352,10 +336,10 @@ class Dialogue:
                 instances = await asyncio.to_thread(self._tensors.instances, file)
                 await self._index.put(self._sources[file].identity, instances)
 
-    def _outcome(self, started: float) -> Outcome:
+    def _outcome(self, started: float) -> LoadOutcome:
         assert self.checkpoint is not None  # the caller has just seen it
         checkpoint = self.checkpoint
-        return Outcome(
+        return LoadOutcome(
             checkpoint.key.content_digest,
             checkpoint.tensor_count,
             checkpoint.total_bytes,
@@ -364,6 +348,17 @@ class Dialogue:
             asyncio.get_running_loop().time() - started,
             *self._groups,
         )
+
+
+_TOLD: dict[str, Callable[[LoadDialogue, wire.ToDaemon], None]] = {
+    "received": lambda dialogue, _: dialogue._on_files(),
+    "file": lambda dialogue, message: dialogue._file(message.file),
+    "tensors": lambda dialogue, message: dialogue._tensors.add(message.tensors),
+    "progress": lambda dialogue, message: dialogue._on_progress(
+        LoadStatus(message.progress.phase, message.progress.done, message.progress.total)
+    ),
+}
+"""Messages that have no answer, of those that belong to a load, and how a dialogue takes them."""
 
 
 async def _in_turn(number: int) -> None:

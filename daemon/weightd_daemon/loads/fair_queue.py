@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Hashable
 
 
-class FairQueue:
-    """At most `most` turns at a time, and `of_one` of one user. Both may change: what runs goes on."""
+class LoadQueue:
+    """Fair queue for loads: at most `most` at a time, `of_one` of one user. After a change running loads go on."""
 
     def __init__(self, most: int, of_one: int) -> None:
         self._most = most

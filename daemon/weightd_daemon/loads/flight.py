@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd.errors import WeightdError
 from weightd_daemon.core.events import LoadBegun, LoadEnded
 
-from .request import LoadRequest, Outcome, Progress
+from .request import LoadOutcome, LoadRequest, LoadStatus
+from .waiting import happens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
     from weightd_daemon.core.checkpoint import Checkpoint
 
 
-class Flight:
-    """A load under way, and those who wait for it."""
+class InFlightLoad:
+    """A load under way, and the requests that wait for it."""
 
     def __init__(self, request: LoadRequest, intake: int) -> None:
         self.request = request
         self.intake = intake
         """The descriptor that brings the files, until a loader has it; -1 then."""
-        self.progress = Progress()
+        self.progress = LoadStatus()
         self.detached = request.detached
         self.announced = 0
         """Bytes that it will bring; 0 before that is known, and when they are there."""
@@ -37,7 +38,7 @@ class Flight:
         self.abandoned = False
         """Whether it was cancelled because nobody waits for it any more."""
         self.waiters: dict[int, LoadRequest] = {}
-        self.done: asyncio.Future[tuple[Checkpoint, Outcome]] = asyncio.get_running_loop().create_future()
+        self.done: asyncio.Future[tuple[Checkpoint, LoadOutcome]] = asyncio.get_running_loop().create_future()
         self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.loader_there = asyncio.Event()
@@ -73,24 +74,24 @@ class Flight:
 
     async def has_loader(self) -> bool:
         """Wait until a loader takes the files; False when the load ends before that."""
-        return await self._happens(self.loader_there)
+        return await happens(self.loader_there, self.done)
 
     async def has_files(self) -> bool:
         """Wait until the loader has the files; False when the load ends before that."""
-        return await self._happens(self.files_there)
+        return await happens(self.files_there, self.done)
 
-    def report(self, progress: Progress) -> None:
+    def report(self, progress: LoadStatus) -> None:
         """New figures."""
         self.progress = progress
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def events(self) -> AsyncGenerator[Progress, None]:
+    async def events(self) -> AsyncGenerator[LoadStatus, None]:
         """Progress, at once and until the load is done; its error is not raised here."""
         if not self.done.done():
             yield self.progress
         while not self.done.done():
-            if await self._happens(self._changed):
+            if await happens(self._changed, self.done):
                 yield self.progress
 
     def ended(self, begun: LoadBegun, seconds: float) -> LoadEnded:
@@ -106,12 +107,3 @@ class Flight:
             begun, "OK", "", seconds, outcome.content_digest,
             outcome.total_bytes, outcome.unique_bytes, outcome.read_bytes, *evicted,
         )  # fmt: skip
-
-    async def _happens(self, event: asyncio.Event) -> bool:
-        """Wait for an event, or for the end of the load; whether the event has happened."""
-        waiting: asyncio.Future[Any] = asyncio.ensure_future(event.wait())
-        try:
-            await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            waiting.cancel()
-        return event.is_set()

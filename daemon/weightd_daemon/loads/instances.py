@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from weightd.types import FileIdentity
 
 
-class Instance(NamedTuple):
-    """A tensor's place in a file, and the very blob that held its bytes when the file was read."""
+class LoadedInstance(NamedTuple):
+    """A tensor's place in a file that was loaded, and the very blob that held its bytes when the file was read."""
 
     offset: int
     length: int
@@ -20,11 +20,14 @@ class Instance(NamedTuple):
     blob: int
 
 
-class InstanceIndex(Protocol):
-    """The digest index (persistence/digest_index.py)."""
+class LoadedInstanceIndex(Protocol):
+    """Interface by which loads look up tensors of files loaded before.
 
-    async def get(self, identity: FileIdentity) -> list[Instance]:
+    persistence/digest_index.py implements it.
+    """
+
+    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
         """What is known of a file; empty when nothing is."""
 
-    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
         """Remember a file."""

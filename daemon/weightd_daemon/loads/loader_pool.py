@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from .loader_process import LoaderDied, LoaderProcess
+from .loader_process import LoadProcess, LoadProcessDiedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,35 +18,38 @@ LEAVE_SECONDS = 5.0
 """How long a loader may take to close its files before it is replaced, and to be gone once it was killed."""
 
 
-class LoaderPool:
-    """Lends loaders, one job at a time. `inherited` are descriptors that each of them keeps open."""
+class LoadProcessPool:
+    """The daemon's pool of processes for loads, lent one job at a time.
+
+    `inherited` are descriptors that each of them keeps open.
+    """
 
     def __init__(self, argv: Sequence[str], inherited: Sequence[int]) -> None:
         self._argv = argv
         self._inherited = inherited
-        self._idle: list[LoaderProcess] = []
-        self._alive: set[LoaderProcess] = set()
+        self._idle: list[LoadProcess] = []
+        self._alive: set[LoadProcess] = set()
         self._retiring: set[asyncio.Task[None]] = set()
 
-    async def acquire(self) -> LoaderProcess:
-        """A loader without a job: one that is idle, else a new one. Errors: those of `LoaderProcess.spawn`."""
+    async def acquire(self) -> LoadProcess:
+        """A loader without a job: one that is idle, else a new one. Errors: those of `LoadProcess.spawn`."""
         while self._idle:
             loader = self._idle.pop()
             if not loader.exited.done():
                 return loader
-        loader = await LoaderProcess.spawn(self._argv, self._inherited)
+        loader = await LoadProcess.spawn(self._argv, self._inherited)
         self._alive.add(loader)
         loader.exited.add_done_callback(lambda _: self._alive.discard(loader))
         return loader
 
-    async def put_back(self, loader: LoaderProcess) -> bool:
+    async def put_back(self, loader: LoadProcess) -> bool:
         """Wait until a loader has closed its files, and keep it for the next job. Returns False if it is unfit."""
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 while not (message := await loader.receive()).HasField("idle"):
                     if message.HasField("failed"):  # while it closed what is done with
                         return False
-        except (LoaderDied, TimeoutError):
+        except (LoadProcessDiedError, TimeoutError):
             return False
         loader.forget_segments()
         self._idle.append(loader)
@@ -54,6 +57,16 @@ class LoaderPool:
         self._retiring.add(task)
         task.add_done_callback(self._retiring.discard)
         return True
+
+    async def dismiss_idle(self) -> bool:
+        """End the loaders that wait for a job, for what they hold of a device. Returns whether there were any."""
+        idle, self._idle = self._idle, []
+        for loader in idle:
+            loader.kill()
+        waiting = [loader.exited for loader in idle]
+        if waiting:
+            await asyncio.wait(waiting, timeout=LEAVE_SECONDS)
+        return bool(waiting)
 
     async def close(self) -> None:
         """Kill all loaders and wait until they are gone; one that cannot die is left to the kernel."""
@@ -67,7 +80,7 @@ class LoaderPool:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def _retire(self, loader: LoaderProcess) -> None:
+    async def _retire(self, loader: LoadProcess) -> None:
         await asyncio.sleep(IDLE_SECONDS)
         if loader in self._idle:
             self._idle.remove(loader)

@@ -23,19 +23,22 @@ from weightd_daemon.log_line import Line
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from weightd_daemon.devices.device import SegmentHandle
+    from weightd_daemon.devices.device import DeviceSegment
 
 log = logging.getLogger(__name__)
 
 DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
 
 
-class LoaderDied(Exception):  # noqa: N818  # a fact that the caller turns into the load's error
-    """The process ended in the middle of a job."""
+class LoadProcessDiedError(Exception):  # a fact that the caller turns into the load's error
+    """The process that executes a load ended in the middle of a job."""
 
 
-class LoaderProcess:
-    """One loader. Made with `spawn` on the main thread: its death signal is tied to the thread that starts it."""
+class LoadProcess:
+    """The daemon's side of a process that executes loads.
+
+    Made with `spawn` on the main thread: its death signal is tied to the thread that starts it.
+    """
 
     def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, descriptors: socket.socket) -> None:
         self._process = process
@@ -49,7 +52,7 @@ class LoaderProcess:
         asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit)
 
     @classmethod
-    async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoaderProcess:
+    async def spawn(cls, argv: Sequence[str], inherited: Iterable[int]) -> LoadProcess:
         """Start a loader that inherits `inherited` (a lock that says "may still write") beside its own two sockets.
 
         Errors: ResourceLimitError (no descriptor, process or memory for it), OSError.
@@ -71,7 +74,7 @@ class LoaderProcess:
         return loader
 
     @classmethod
-    def _start(cls, argv: Sequence[str], inherited: Iterable[int]) -> tuple[LoaderProcess, socket.socket]:
+    def _start(cls, argv: Sequence[str], inherited: Iterable[int]) -> tuple[LoadProcess, socket.socket]:
         """The process and our end of its byte stream. Errors: OSError, and then nothing stays."""
         with contextlib.ExitStack() as ours:
             with contextlib.ExitStack() as theirs:
@@ -104,22 +107,22 @@ class LoaderProcess:
         return self._process.pid
 
     async def receive(self) -> wire.ToDaemon:
-        """Return the next message. Errors: LoaderDied; one that sends what is no message is killed."""
+        """Return the next message. Errors: LoadProcessDiedError; one that sends what is no message is killed."""
         try:
             length = length_of(await self._reader.readexactly(LENGTH.size))
             return wire.ToDaemon.FromString(await self._reader.readexactly(length))
         except (asyncio.IncompleteReadError, ConnectionError) as error:
-            raise LoaderDied from error
+            raise LoadProcessDiedError from error
         except (DecodeError, ServerError) as error:
             log.error(Line("loader", {"pid": self.pid}, "sent what is no message", because=error))  # noqa: TRY400  # it says all
             self.kill()
-            raise LoaderDied from error
+            raise LoadProcessDiedError from error
 
-    async def send(self, message: wire.ToLoader, segments: Iterable[SegmentHandle] = ()) -> None:
+    async def send(self, message: wire.ToLoader, segments: Iterable[DeviceSegment] = ()) -> None:
         """Send a message, and list in it those of the segments that the loader has not seen yet.
 
-        Errors: LoaderDied, ResourceLimitError (too many descriptors are on their way), ServerError (the message is too
-        long); it is to be killed then.
+        Errors: LoadProcessDiedError, ResourceLimitError (too many descriptors are on their way), ServerError (the
+        message is too long); it is to be killed then.
         """
         fresh = {segment.number: segment for segment in segments if segment.number not in self._seen}.values()
         self._seen.update(segment.number for segment in fresh)
@@ -168,7 +171,7 @@ class LoaderProcess:
                 await asyncio.sleep(0.01)
             else:
                 return
-        raise LoaderDied
+        raise LoadProcessDiedError
 
     def _on_exit(self) -> None:
         asyncio.get_running_loop().remove_reader(self._pidfd)
@@ -184,11 +187,11 @@ class LoaderProcess:
 
 @contextlib.contextmanager
 def _errors(what: str) -> Iterator[None]:
-    """What fails in here, as LoaderDied or ResourceLimitError where it is one of these."""
+    """What fails in here, as LoadProcessDiedError or ResourceLimitError where it is one of these."""
     try:
         yield
     except ConnectionError as error:
-        raise LoaderDied from error
+        raise LoadProcessDiedError from error
     except OSError as error:
         if limit := limit_error(error, what, DAEMON):
             raise limit from error

@@ -13,33 +13,35 @@ from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError,
 from weightd.types import SourceFile
 from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
-from weightd_daemon.core.loading import Loading
+from weightd_daemon.core.loading import StoreTransaction
+from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
 
-from .dialogue import Dialogue
-from .flight import Flight
-from .instances import InstanceIndex
-from .loader_pool import LEAVE_SECONDS, LoaderPool
-from .loader_process import DEFAULT_ARGV, LoaderDied, LoaderProcess
+from .dialogue import LoadDialogue
+from .flight import InFlightLoad
+from .instances import LoadedInstanceIndex
+from .loader_memory import LoaderMemory
+from .loader_pool import LEAVE_SECONDS, LoadProcessPool
+from .loader_process import DEFAULT_ARGV, LoadProcess, LoadProcessDiedError
 from .messages import load_job
-from .quota import Quota
-from .request import LoadRequest, Outcome, Prepare
-from .verification import Verifications
+from .quota import LoadQuota
+from .request import LoadOutcome, LoadRequest, Prepare
+from .verification import LoadVerifications
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.events import Event, Evicted
-    from weightd_daemon.core.limits import Limits
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.events import CheckpointEvicted, Event
+    from weightd_daemon.core.limits import UserLimits
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.devices.reclaimer import Reclaimer
+    from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
-    from .fair_queue import FairQueue
+    from .fair_queue import LoadQueue
 
 log = logging.getLogger(__name__)
 
@@ -58,18 +60,18 @@ class Loads:
     def __init__(
         self,
         *,
-        store: Store,
+        store: ContentStore,
         catalog: Catalog,
         devices: dict[str, Device],
-        reclaimers: dict[str, Reclaimer],
-        index: InstanceIndex,
+        reclaimers: dict[str, DeviceReclaimer],
+        index: LoadedInstanceIndex,
         prepare: Prepare,
         now: Callable[[], float],
         on_event: Callable[[Event], None],
         lock: int,
         threads: int,
-        fair_queue: FairQueue,
-        limits: Limits,
+        fair_queue: LoadQueue,
+        limits: UserLimits,
         argv: Sequence[str] = DEFAULT_ARGV,
     ) -> None:
         self._store = store
@@ -83,19 +85,19 @@ class Loads:
         self.threads = threads
         """With how many threads the next load reads."""
         self._fair_queue = fair_queue
-        self._quota = Quota(store, catalog, limits)
-        self._pool = LoaderPool(argv, [lock])
+        self._quota = LoadQuota(store, limits)
+        self._pool = LoadProcessPool(argv, [lock])
         self._closing = False
         self._numbers = count(1)
-        self._flights: dict[_Key, Flight] = {}
-        self._all: set[Flight] = set()
-        self.verifications = Verifications(
+        self._flights: dict[_Key, InFlightLoad] = {}
+        self._all: set[InFlightLoad] = set()
+        self.verifications = LoadVerifications(
             store=store, devices=devices, pool=self._pool, fair_queue=fair_queue, quota=self._quota, now=now
         )
         self._background: set[asyncio.Task[None]] = set()
 
     @property
-    def under_way(self) -> list[Flight]:
+    def under_way(self) -> list[InFlightLoad]:
         """Loads that have not ended."""
         return [load for load in self._all if not load.done.done()]
 
@@ -103,11 +105,7 @@ class Loads:
         """The checkpoint that was loaded from exactly these files, if they have not changed since."""
         if request.verify:
             return None
-        for checkpoint in self._store.checkpoints.values():
-            same_place = checkpoint.key[:2] == (request.device, request.who.domain)
-            if same_place and request.sources in checkpoint.sources:
-                return checkpoint
-        return None
+        return self._store.index.loaded_from((request.device, request.who.domain), request.sources)
 
     def name_and_pin(self, request: LoadRequest, checkpoint: Checkpoint) -> str:
         """Give a resident checkpoint the name and the pin that a request asks for. Returns the name given.
@@ -137,7 +135,7 @@ class Loads:
         self._on_event(LoadAnswered(checkpoint, request.peer, name))
         return name
 
-    def evicted(self, event: Evicted) -> None:
+    def evicted(self, event: CheckpointEvicted) -> None:
         """A checkpoint had to go for a load, which says so in the end."""
         gone = event.checkpoint
         for load in self._all:
@@ -156,7 +154,7 @@ class Loads:
         if not request.detached and not kept and self._quota.may_lease(request.who):
             self._store.leases.begin(checkpoint.key, request.peer, self._now(), waiting=True)
 
-    def start(self, request: LoadRequest, intake: int) -> tuple[Flight, int, bool]:
+    def start(self, request: LoadRequest, intake: int) -> tuple[InFlightLoad, int, bool]:
         """Begin a load or join one of the same files by the same owner.
 
         Returns the load, the number of this waiter, and whether the client has to feed its descriptors. `intake` is the
@@ -172,7 +170,7 @@ class Loads:
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
         if load is None or not joins:
-            load = Flight(request, intake)
+            load = InFlightLoad(request, intake)
             self._all.add(load)
             now_ns = int(self._now() * 1e9)
             if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
@@ -184,7 +182,7 @@ class Loads:
         load.detached = load.detached or request.detached
         return load, waiter, not joins
 
-    def leave(self, load: Flight, waiter: int) -> None:
+    def leave(self, load: InFlightLoad, waiter: int) -> None:
         """A waiter is gone. The last one takes the load with it, unless the load is detached."""
         request = load.waiters.pop(waiter, None)
         if request is not None and request.detached:
@@ -228,7 +226,7 @@ class Loads:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _waiters_of(self, connection: int) -> list[tuple[Flight, int]]:
+    def _waiters_of(self, connection: int) -> list[tuple[InFlightLoad, int]]:
         return [
             (load, waiter)
             for load in self.under_way
@@ -236,22 +234,22 @@ class Loads:
             if request.peer.connection == connection
         ]
 
-    def _forget(self, key: _Key, load: Flight) -> None:
+    def _forget(self, key: _Key, load: InFlightLoad) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         load.fail(LeaseLostError(_UNFINISHED))
         self._all.discard(load)
         if self._flights.get(key) is load:
             del self._flights[key]
 
-    async def _run(self, load: Flight) -> None:
+    async def _run(self, load: InFlightLoad) -> None:
         request = load.request
-        loading: Loading | None = None
+        loading: StoreTransaction | None = None
         begun: LoadBegun | None = None
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
-        loader: LoaderProcess | None = None
+        loader: LoadProcess | None = None
         usable = False
-        steps: Dialogue | None = None
+        steps: LoadDialogue | None = None
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             load.announced = 0
@@ -263,18 +261,23 @@ class Loads:
 
         try:
             device = self._devices[request.device]
-            loading = Loading(
+            loading = StoreTransaction(
                 self._store, request.device, request.who.domain, request.who.uid, request.peer, request.name
             )
             load.number = loading.number
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._fair_queue.turn(request.who.uid):
-                steps = Dialogue(
+                steps = LoadDialogue(
                     store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
                     prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
                     now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
                     on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
+                    make_room=LoaderMemory(
+                        room=Evictor(self._store, loading.place, loading.number, request.peer), device=device,
+                        memory=self._store.memories[request.device], reclaimer=self._reclaimers[request.device],
+                        pool=self._pool,
+                    ).make_room,
                 )  # fmt: skip
                 loader = await self._pool.acquire()
                 await loader.send(load_job(request, device, self.threads))
@@ -288,7 +291,7 @@ class Loads:
         except WeightdError as error:
             usable = not isinstance(error, UNFIT)
             load.fail(error)
-        except LoaderDied:
+        except LoadProcessDiedError:
             load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
             log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
@@ -308,7 +311,7 @@ class Loads:
                 task.add_done_callback(self._background.discard)
                 self._on_event(load.ended(begun, clock() - began))
 
-    def _finish(self, load: Flight, checkpoint: Checkpoint, outcome: Outcome) -> None:
+    def _finish(self, load: InFlightLoad, checkpoint: Checkpoint, outcome: LoadOutcome) -> None:
         for request in load.waiters.values():
             if request.detached:
                 try:
@@ -320,7 +323,7 @@ class Loads:
             load.done.set_result((checkpoint, outcome))
 
     async def _tidy(
-        self, loader: LoaderProcess | None, loading: Loading, steps: Dialogue | None, *, usable: bool
+        self, loader: LoadProcess | None, loading: StoreTransaction, steps: LoadDialogue | None, *, usable: bool
     ) -> None:
         """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
         if loader is not None and not (usable and await self._pool.put_back(loader)):

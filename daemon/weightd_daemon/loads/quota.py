@@ -4,37 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weightd_daemon.core.checkpoint import CheckpointKey
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.limits import Limits
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.limits import UserLimits
+    from weightd_daemon.core.principal import Principal
+    from weightd_daemon.core.store import ContentStore
 
-    from .flight import Flight
+    from .flight import InFlightLoad
 
 
-class Quota:
-    """Admits loads, first by their figures, before anything is read, and again by their content."""
+class LoadQuota:
+    """Admits loads within a user's quota: by their figures before anything is read, and again by their content."""
 
-    def __init__(self, store: Store, catalog: Catalog, limits: Limits) -> None:
+    def __init__(self, store: ContentStore, limits: UserLimits) -> None:
         self._store = store
-        self._catalog = catalog
         self._limits = limits
 
-    def may_lease(self, who: Who) -> bool:
+    def may_lease(self, who: Principal) -> bool:
         """Whether a user may hold one more lease."""
         most = self._limits.most(who, "leases")
         return not most or self._store.leases.held_by(who.uid, most) < most
 
-    def check_leases(self, who: Who, more: int) -> None:
+    def check_leases(self, who: Principal, more: int) -> None:
         """Whether a user may hold so many more leases. Errors: CapacityError."""
         if most := self._limits.most(who, "leases"):
             self._limits.check(who, "leases", self._store.leases.held_by(who.uid, max(0, most - more + 1)), more)
 
     def admit(
-        self, load: Flight, under_way: Iterable[Flight], total: int, books: int, tensors: int, content: str
+        self, load: InFlightLoad, under_way: Iterable[InFlightLoad], total: int, books: int, tensors: int, content: str
     ) -> None:
         """A load knows its bytes and its number of tensors, and in the end its content. Errors: CapacityError.
 
@@ -45,11 +45,10 @@ class Quota:
         who, place = load.request.who, (load.request.device, load.request.who.domain)
         if not self._limits.most(who, "bytes"):
             return
-        there = [c for c in self._store.checkpoints.values() if c.key[:2] == place]
-        if content and any(c.key.content_digest == content for c in there):
+        if content and CheckpointKey(*place, content) in self._store.checkpoints:
             return
-        if not content and any((c.total_bytes, c.tensor_count) == (total, tensors) for c in there):
+        if not content and self._store.index.has_figures(place, total, tensors):
             return
         others = sum(o.announced for o in under_way if o is not load and o.request.who.uid == who.uid)
-        self._limits.check(who, "bytes", self._catalog.bytes_of(who.uid) + others, total + books)
+        self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid) + others, total + books)
         load.announced = total + books

@@ -12,28 +12,28 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightd.types import SourceFile
-    from weightd_daemon.core.lease import Peer
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.lease import LeasePeer
+    from weightd_daemon.core.principal import Principal
 
 
-class Groups(NamedTuple):
-    """Groups of tensors as they came: how many each has, and the tensors of all. Packed, for a load may wait long."""
+class LoadGroups(NamedTuple):
+    """Groups of tensors in a load's request: each one's size, and all tensors. Packed, as a load may wait long."""
 
     sizes: Sequence[int]
     tensors: Sequence[int]
 
 
-NO_GROUPS = Groups((), ())
+NO_GROUPS = LoadGroups((), ())
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """One client's wish. `name_is_default` drops the name, without an error, where it belongs to somebody else;
+    """One client's request for a load. `name_is_default` drops the name, without an error, if another user owns it;
     `reference` is for people.
     """
 
-    who: Who
-    peer: Peer
+    who: Principal
+    peer: LeasePeer
     sources: tuple[SourceFile, ...]
     device: str
     name: str = ""
@@ -42,21 +42,24 @@ class LoadRequest:
     detached: bool = False
     verify: bool = False
     reference: str = ""
-    groups: Groups = NO_GROUPS
+    groups: LoadGroups = NO_GROUPS
     """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a load is; `phase` is "opening", "hashing" or "copying"."""
+class LoadStatus:
+    """Progress of a load; `phase` is "opening", "hashing" or "copying"."""
 
     phase: str = "opening"
     done: int = 0
     total: int = 0
 
 
-class Outcome(NamedTuple):
-    """What a load brought, in bytes and seconds, and what was evicted for it (core/events.py, LoadEnded)."""
+class LoadOutcome(NamedTuple):
+    """Result of a load, in bytes and seconds, and what was evicted for it.
+
+    For its figures see LoadEnded in core/events.py.
+    """
 
     content_digest: str
     tensors: int
@@ -72,8 +75,11 @@ class Outcome(NamedTuple):
     evicted_others: int = 0
 
 
-class Draft(Protocol):
-    """The manifest of a content that is not sealed yet (persistence/descriptor_store.py)."""
+class LoadManifestDraft(Protocol):
+    """Interface of the manifest of a load that is not sealed yet.
+
+    persistence/descriptor_store.py implements it.
+    """
 
     @property
     def size(self) -> int:
@@ -83,5 +89,5 @@ class Draft(Protocol):
         """Give it up; nothing happens where the seal has taken it."""
 
 
-Prepare = Callable[[Content, str], Awaitable[Draft]]
+Prepare = Callable[[Content, str], Awaitable[LoadManifestDraft]]
 """Makes the manifest of a content on the device of that UUID, and has kept what is to outlive the daemon."""

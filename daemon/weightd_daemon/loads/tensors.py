@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from weightd.errors import FormatError
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile, content_digest, fused_views
+from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest, fused_views
 from weightd_daemon.loader.channel import split_digests
 from weightd_daemon.loader.indexed import called
 
-from .instances import Instance
+from .instances import LoadedInstance
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from weightd_daemon.loader._proto import loader_pb2 as wire
 
 
-class Tensors:
-    """Columns of one row a tensor, in the order of their numbers; a blob is None until there is one. Sizes are bytes.
+class LoadTensors:
+    """Table of a load's tensors, in the order of their numbers; a blob is None until there is one. Sizes are bytes.
 
     `instances`, `contents` and `content` go through all of them: they are for a thread, while nothing changes here.
     """
 
     def __init__(self) -> None:
-        self.files: list[ManifestFile] = []
-        self.entries: list[ManifestEntry] = []
+        self.files: list[ContentFile] = []
+        self.entries: list[ContentTensor] = []
         self.offsets: list[int] = []
         self.blobs: list[Blob | None] = []
         self.total_bytes = 0
@@ -51,7 +51,7 @@ class Tensors:
                 raise FormatError(f"{label}: tensor {name[:200]!r} is in another file{where} too")
             self._names.add((component, name))
             shape = tuple(itertools.islice(dimensions, rank))
-            self.entries.append(ManifestEntry(component, name, sys.intern(dtype), shape, file, length))
+            self.entries.append(ContentTensor(component, name, sys.intern(dtype), shape, file, length))
             self.offsets.append(offset)
             self.blobs.append(None)
             self.total_bytes += length
@@ -74,10 +74,10 @@ class Tensors:
         views = fused_views(self.entries, self.blobs)
         return Content(digest, tuple(self.files), tuple(self.entries), tuple(self.blobs), views)
 
-    def instances(self, file: int) -> list[Instance]:
+    def instances(self, file: int) -> list[LoadedInstance]:
         """Return where a file has which blobs."""
         return [
-            Instance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
+            LoadedInstance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
             for entry, offset, blob in zip(self.entries, self.offsets, self.blobs, strict=True)
             if entry.file == file and blob is not None
         ]

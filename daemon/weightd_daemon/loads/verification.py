@@ -5,36 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd.errors import LeaseLostError, WeightdError
-from weightd_daemon.devices.device import SegmentHandle
+from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of
 
-from .loader_process import LoaderDied, LoaderProcess
+from .loader_memory import make_room_for_verifying
+from .loader_process import LoadProcess, LoadProcessDiedError
 from .messages import verify_job
+from .waiting import happens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.lease import Peer
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.lease import LeasePeer
+    from weightd_daemon.core.principal import Principal
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
 
-    from .fair_queue import FairQueue
-    from .loader_pool import LoaderPool
-    from .quota import Quota
+    from .fair_queue import LoadQueue
+    from .loader_pool import LoadProcessPool
+    from .quota import LoadQuota
 
 BATCH = 10_000
 """Blobs of one job. All of a checkpoint in one message would be a long step of the loop."""
 
 
-class Verification:
-    """How one verification gets on. A reader sees the newest figures when it looks, and may look as slowly as it likes.
+class LoadVerification:
+    """Progress of a check, by a loader, of what was loaded. Its reader sees the newest figures, at any pace.
 
     `done` has the numbers of the blobs that differ, or the error. `chosen` is what is verified, once its turn has come.
     """
@@ -50,12 +52,7 @@ class Verification:
     async def changes(self) -> AsyncGenerator[None, None]:
         """Whenever the figures have changed, until it is done; its error is not raised here."""
         while not self.done.done():
-            waiting: asyncio.Future[Any] = asyncio.ensure_future(self._changed.wait())
-            try:
-                await asyncio.wait([waiting, self.done], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waiting.cancel()
-            if not self.done.done():
+            if await happens(self._changed, self.done) and not self.done.done():
                 self._changed.clear()
                 yield
 
@@ -70,12 +67,12 @@ class Verification:
             self.task.cancel()
 
 
-class Verifications:
-    """Begins verifications. Each has one of its user's turns, and with that leases, until its work is over."""
+class LoadVerifications:
+    """Starts checks of what was loaded, in loader processes. Each has a turn of its user, and leases, until it ends."""
 
     def __init__(
-        self, *, store: Store, devices: dict[str, Device], pool: LoaderPool, fair_queue: FairQueue, quota: Quota,
-        now: Callable[[], float],
+        self, *, store: ContentStore, devices: dict[str, Device], pool: LoadProcessPool, fair_queue: LoadQueue,
+        quota: LoadQuota, now: Callable[[], float],
     ) -> None:  # fmt: skip
         self._store = store
         self._devices = devices
@@ -84,22 +81,22 @@ class Verifications:
         self._quota = quota
         self._now = now
         self._tasks: set[asyncio.Task[None]] = set()
-        self._loaders: dict[LoaderProcess, str] = {}
+        self._loaders: dict[LoadProcess, str] = {}
 
     def begin(
         self,
-        who: Who,
-        peer: Peer,
+        who: Principal,
+        peer: LeasePeer,
         choose: Callable[[], list[Checkpoint]],
         loss: Callable[[Checkpoint], WeightdError],
-    ) -> Verification:
+    ) -> LoadVerification:
         """Verify what `choose` returns when the turn has come. `loss` says why a checkpoint is not resident any more.
 
         Errors: DrainingError, and those of `choose`, which is called for them at once; later ones are `done`'s.
         """
         self._store.leases.admit()
         choose()
-        verification = Verification()
+        verification = LoadVerification()
         task = asyncio.get_running_loop().create_task(self._run(verification, who, peer, choose, loss))
         verification.task = task
         self._tasks.add(task)
@@ -119,7 +116,7 @@ class Verifications:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    def _end(self, task: asyncio.Task[None], verification: Verification) -> None:
+    def _end(self, task: asyncio.Task[None], verification: LoadVerification) -> None:
         self._tasks.discard(task)
         if not verification.done.done():  # a task that is cancelled before its first step never ran
             verification.done.set_exception(LeaseLostError("the verification was ended; verify again"))
@@ -127,9 +124,9 @@ class Verifications:
 
     async def _run(
         self,
-        verification: Verification,
-        who: Who,
-        peer: Peer,
+        verification: LoadVerification,
+        who: Principal,
+        peer: LeasePeer,
         choose: Callable[[], list[Checkpoint]],
         loss: Callable[[Checkpoint], WeightdError],
     ) -> None:
@@ -157,7 +154,7 @@ class Verifications:
             verification.done.set_exception(error)
             verification.done.exception()
 
-    async def _verify(self, verification: Verification, check: Callable[[], None]) -> list[int]:
+    async def _verify(self, verification: LoadVerification, check: Callable[[], None]) -> list[int]:
         blobs: dict[str, dict[int, Blob]] = {uuid: {} for uuid in self._devices}
         for checkpoint in verification.chosen:
             blobs[checkpoint.key.device].update(checkpoint.unique)
@@ -172,7 +169,7 @@ class Verifications:
         return bad
 
     async def _hash(
-        self, verification: Verification, device: Device, blobs: Sequence[Blob], check: Callable[[], None]
+        self, verification: LoadVerification, device: Device, blobs: Sequence[Blob], check: Callable[[], None]
     ) -> list[int]:
         """Have a loader hash blobs. Returns the numbers of those that differ. Errors: LeaseLostError (it died)."""
         loader = await self._pool.acquire()
@@ -183,7 +180,7 @@ class Verifications:
             check()
             rows = [(b.number, b.segment, b.offset, b.length, b.key.digest) for b in blobs]
             size = self._store.memories[device.uuid].size
-            segments = [SegmentHandle(n, size(n), device.writable(n)) for n in {blob.segment for blob in blobs}]
+            segments = [DeviceSegment(n, size(n), device.writable(n)) for n in {blob.segment for blob in blobs}]
             await loader.send(verify_job(rows, device), segments)
             bad: list[int] = []
             found = wire.Verified()
@@ -192,6 +189,10 @@ class Verifications:
                 check()
                 if message.HasField("failed"):
                     raise error_of(message.failed)
+                if message.HasField("full"):
+                    await make_room_for_verifying(device, self._pool, message.full.call)
+                    await loader.send(wire.ToLoader(full=wire.Freed()))
+                    continue
                 found = message.verified
                 bad += found.bad
                 if not found.all:
@@ -199,7 +200,7 @@ class Verifications:
             verification.report(blobs_before + len(rows), bytes_before + sum(blob.length for blob in blobs))
             usable = await self._pool.put_back(loader)
             return bad
-        except LoaderDied:
+        except LoadProcessDiedError:
             check()
             raise LeaseLostError("the loader process died while it verified; try again") from None
         finally:

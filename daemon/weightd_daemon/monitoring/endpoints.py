@@ -9,7 +9,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .http import Page, Pages
+from .http import MonitoringPage, MonitoringServer
 from .metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -19,26 +19,28 @@ if TYPE_CHECKING:
     from .statistics import Statistics
 
 
-def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -> Pages:
+def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -> MonitoringServer:
     """The three pages. `is_up` says whether the daemon has started and does not stop."""
 
-    def ready() -> Page:
+    def ready() -> MonitoringPage:
         if not is_up():
-            return Page(HTTPStatus.SERVICE_UNAVAILABLE, b"starting or stopping\n")
+            return MonitoringPage(HTTPStatus.SERVICE_UNAVAILABLE, b"starting or stopping\n")
         if statistics.drain.state != "serving":
             held = statistics.store.leases.held()
-            return Page(HTTPStatus.SERVICE_UNAVAILABLE, f"{statistics.drain.state}, leases held: {held}\n".encode())
-        return Page(HTTPStatus.OK, b"ready\n")
+            return MonitoringPage(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"{statistics.drain.state}, leases held: {held}\n".encode()
+            )
+        return MonitoringPage(HTTPStatus.OK, b"ready\n")
 
-    def counted() -> Page:
+    def counted() -> MonitoringPage:
         if metrics.is_cut_off:
-            return Page(HTTPStatus.INTERNAL_SERVER_ERROR, b"counting has failed; the daemon's log says why\n")
-        return Page(HTTPStatus.OK, metrics.page(), CONTENT_TYPE)
+            return MonitoringPage(HTTPStatus.INTERNAL_SERVER_ERROR, b"counting has failed; the daemon's log says why\n")
+        return MonitoringPage(HTTPStatus.OK, metrics.page(), CONTENT_TYPE)
 
-    return Pages(
+    return MonitoringServer(
         {
             "/metrics": counted,
-            "/healthz": lambda: Page(HTTPStatus.OK, b"ok\n"),
+            "/healthz": lambda: MonitoringPage(HTTPStatus.OK, b"ok\n"),
             "/readyz": ready,
         }
     )

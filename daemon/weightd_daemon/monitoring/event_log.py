@@ -24,7 +24,7 @@ _SHORT = 19
 
 
 class EventLog:
-    """Listens to everything, and logs it. `encode` makes the message of an event."""
+    """Writes every event to the log. `encode` makes the message of an event."""
 
     def __init__(self, encode: Callable[[Event], tuple[str | None, daemon_pb2.Event]]) -> None:
         self._encode = encode

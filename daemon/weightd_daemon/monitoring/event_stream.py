@@ -12,18 +12,18 @@ from weightd._proto.v1 import daemon_pb2
 from weightd.errors import EventsLostError, InUseError, ServerError
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import (
+    CatalogNameChanged,
+    CheckpointEvicted,
+    CheckpointSealed,
     DeviceLost,
     DrainChanged,
     Event,
-    Evicted,
     LoadAnswered,
     LoadBegun,
     LoadEnded,
-    Named,
-    Sealed,
 )
-from weightd_daemon.core.lease import Attached, Detached
-from weightd_daemon.core.rate import UserRate
+from weightd_daemon.core.lease import LeaseBegun, LeaseEnded
+from weightd_daemon.core.rate import UserRateLimit
 from weightd_daemon.wire import time_to, user_name
 
 if TYPE_CHECKING:
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
-    from weightd_daemon.core.lease import Lease, Peer
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.lease import Lease, LeasePeer
+    from weightd_daemon.core.principal import Principal
+    from weightd_daemon.core.store import ContentStore
 
 REMEMBERED = 1024
 """Events that are kept for who asks later."""
@@ -48,21 +48,21 @@ MESSAGE_CHARACTERS = 2000
 _CUT_OFF = "events are no longer recorded, because one could not be; the daemon's log says why, a restart mends it"
 
 
-class StreamedEvent(NamedTuple):
+class _StreamedEvent(NamedTuple):
     """An event as it goes out, and the sharing domain that may see it; None: everybody."""
 
     domain: str | None
     message: daemon_pb2.Event
 
-    def is_for(self, who: Who) -> bool:
+    def is_for(self, who: Principal) -> bool:
         """Whether `who` may see it: as with lists of checkpoints, those of its domain; an admin sees all."""
         return who.admin or self.domain in (None, who.domain)
 
 
-class EventReader:
-    """One who follows. `recent` is what was remembered when it came."""
+class MonitoringEventReader:
+    """One subscriber to the event stream. `recent` are the events remembered when it subscribed."""
 
-    def __init__(self, who: Who, remembered: Iterable[StreamedEvent], rate: UserRate) -> None:
+    def __init__(self, who: Principal, remembered: Iterable[_StreamedEvent], rate: UserRateLimit) -> None:
         self.recent = [streamed.message for streamed in remembered if streamed.is_for(who)]
         self._who = who
         self._rate = rate
@@ -71,7 +71,7 @@ class EventReader:
         self._over = False
         self._there = asyncio.Event()
 
-    def put(self, streamed: StreamedEvent) -> None:
+    def put(self, streamed: _StreamedEvent) -> None:
         """Let it have an event. One that is too far behind loses what waits, and all that comes, until it looks."""
         if not streamed.is_for(self._who):
             return
@@ -112,23 +112,23 @@ class EventReader:
         return event
 
 
-class EventStream:
-    """Listens to everything, and hands it to its readers."""
+class MonitoringEventStream:
+    """Keeps the most recent events and streams new ones to those who watch."""
 
-    def __init__(self, *, store: Store, catalog: Catalog, now: Callable[[], float]) -> None:
+    def __init__(self, *, store: ContentStore, catalog: Catalog, now: Callable[[], float]) -> None:
         self._store = store
         self._catalog = catalog
         self._now = now
-        self._remembered: deque[StreamedEvent] = deque(maxlen=REMEMBERED)
-        self._readers: set[EventReader] = set()
-        self._rate = UserRate(time.monotonic, burst=BURST, per_second=PER_SECOND)
+        self._remembered: deque[_StreamedEvent] = deque(maxlen=REMEMBERED)
+        self._readers: set[MonitoringEventReader] = set()
+        self._rate = UserRateLimit(time.monotonic, burst=BURST, per_second=PER_SECOND)
         self._cut_off = False
 
     def on_event(self, event: Event) -> None:
         """Something has happened."""
         domain, message = self.encode(event)
         message.event_time.CopyFrom(time_to(self._now()))
-        streamed = StreamedEvent(domain, message)
+        streamed = _StreamedEvent(domain, message)
         self._remembered.append(streamed)
         for reader in self._readers:
             reader.put(streamed)
@@ -140,13 +140,13 @@ class EventStream:
             reader.end()
 
     @contextmanager
-    def reader(self, who: Who) -> Iterator[EventReader]:
+    def reader(self, who: Principal) -> Iterator[MonitoringEventReader]:
         """Read what `who` may see. Errors: InUseError (too many read), ServerError (events are no longer recorded)."""
         if self._cut_off:
             raise ServerError(_CUT_OFF)
         if len(self._readers) >= MOST_READERS:
             raise InUseError(f"{MOST_READERS} readers of events are there already; end one of them")
-        reader = EventReader(who, self._remembered, self._rate)
+        reader = MonitoringEventReader(who, self._remembered, self._rate)
         self._readers.add(reader)
         try:
             yield reader
@@ -156,12 +156,12 @@ class EventStream:
     def encode(self, event: Event) -> tuple[str | None, daemon_pb2.Event]:
         """The sharing domain that may see an event, None for everybody, and the message of it, without a time."""
         match event:
-            case Sealed(checkpoint, load=load, by=by, name=name):
+            case CheckpointSealed(checkpoint, load=load, by=by, name=name):
                 message = self._of(daemon_pb2.EVENT_KIND_SEALED, checkpoint, name)
                 message.load = load
                 _name(message, by)
                 return checkpoint.key.domain, message
-            case Evicted(checkpoint, reason, load, by):
+            case CheckpointEvicted(checkpoint, reason, load, by):
                 message = self._of(daemon_pb2.EVENT_KIND_EVICTED, checkpoint)
                 message.reason = reason
                 message.load = load
@@ -171,7 +171,7 @@ class EventStream:
                 message = self._of(daemon_pb2.EVENT_KIND_LOAD_ANSWERED, checkpoint, name)
                 _name(message, peer)
                 return checkpoint.key.domain, message
-            case Named(domain, name, content_digest, previous, by):
+            case CatalogNameChanged(domain, name, content_digest, previous, by):
                 given = daemon_pb2.Event(
                     kind=daemon_pb2.EVENT_KIND_NAMED, content_digest=content_digest, previous_digest=previous
                 )
@@ -180,9 +180,9 @@ class EventStream:
                 message.names.append(name)
                 _name(message, by)
                 return domain, message
-            case Attached(lease):
+            case LeaseBegun(lease):
                 return self._of_lease(daemon_pb2.EVENT_KIND_ATTACHED, lease)
-            case Detached(lease):
+            case LeaseEnded(lease):
                 return self._of_lease(daemon_pb2.EVENT_KIND_DETACHED, lease)
             case LoadBegun():
                 return event.domain, _of_load(daemon_pb2.EVENT_KIND_LOAD_BEGUN, event)
@@ -233,7 +233,7 @@ def _of_load(kind: daemon_pb2.EventKind, begun: LoadBegun) -> daemon_pb2.Event:
     return message
 
 
-def _name(message: daemon_pb2.Event, peer: Peer | None) -> None:
+def _name(message: daemon_pb2.Event, peer: LeasePeer | None) -> None:
     """Say which process it was, where it was one."""
     if peer is None:
         return

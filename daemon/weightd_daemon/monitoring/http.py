@@ -22,18 +22,18 @@ MOST_CONNECTIONS = 16
 TEXT = "text/plain; charset=utf-8"
 
 
-class Page(NamedTuple):
-    """An answer."""
+class MonitoringPage(NamedTuple):
+    """HTTP answer to a monitor."""
 
     status: HTTPStatus
     body: bytes
     content_type: str = TEXT
 
 
-class Pages:
-    """Serves pages by their paths; each is made when it is asked for."""
+class MonitoringServer:
+    """HTTP server for monitors: serves pages by path, each made when it is requested."""
 
-    def __init__(self, pages: Mapping[str, Callable[[], Page]]) -> None:
+    def __init__(self, pages: Mapping[str, Callable[[], MonitoringPage]]) -> None:
         self._pages = pages
         self._server: asyncio.Server | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -70,7 +70,7 @@ class Pages:
         finally:
             writer.transport.abort()  # what is still there of one who does not read
 
-    async def _page(self, reader: asyncio.StreamReader) -> Page:
+    async def _page(self, reader: asyncio.StreamReader) -> MonitoringPage:
         """The answer to what is asked. Errors: EOFError (the peer left)."""
         try:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -92,11 +92,11 @@ class Pages:
             return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
-def _refusal(status: HTTPStatus) -> Page:
-    return Page(status, f"{status.phrase}\n".encode())
+def _refusal(status: HTTPStatus) -> MonitoringPage:
+    return MonitoringPage(status, f"{status.phrase}\n".encode())
 
 
-def _encode(page: Page) -> bytes:
+def _encode(page: MonitoringPage) -> bytes:
     allow = "Allow: GET\r\n" if page.status is HTTPStatus.METHOD_NOT_ALLOWED else ""
     head = (
         f"HTTP/1.1 {page.status.value} {page.status.phrase}\r\n{allow}Content-Type: {page.content_type}\r\n"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Listener(Protocol):
+class _EventListener(Protocol):
     """One who wants to know."""
 
     def on_event(self, event: Event) -> None:
@@ -21,13 +21,13 @@ class Listener(Protocol):
         """It failed, and hears nothing more: whoever asks it is told so from now on, instead of what is out of date."""
 
 
-class Listeners:
-    """All listeners, told in the order in which they were added."""
+class EventListeners:
+    """The observers of events: log, metrics and event stream, told in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
+        self._listeners: list[_EventListener] = []
 
-    def add(self, listener: Listener) -> None:
+    def add(self, listener: _EventListener) -> None:
         """Tell it of everything from now on."""
         self._listeners.append(listener)
 

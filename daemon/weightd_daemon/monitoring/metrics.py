@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import GRPC_CODES, REASONS
 from weightd_daemon import __version__
-from weightd_daemon.core.events import DeviceLost, Event, Evicted, LoadAnswered, LoadEnded
+from weightd_daemon.core.events import CheckpointEvicted, DeviceLost, Event, LoadAnswered, LoadEnded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ _METHODS = [
 
 
 class Metrics:
-    """Counts what happens, and makes the page."""
+    """Counts what happens, and makes the Prometheus page."""
 
     def __init__(self, statistics: Statistics) -> None:
         # Or each counter would have a second series, which says when it began.
@@ -117,7 +117,7 @@ class Metrics:
             case LoadAnswered(checkpoint):
                 uuid = checkpoint.key.device
                 self._answered.labels(uuid, self._kinds[uuid]).inc()
-            case Evicted(_, reason):
+            case CheckpointEvicted(_, reason):
                 self._evictions.labels(reason).inc()
             case DeviceLost(device):
                 self._losses.labels(device, self._kinds[device]).inc()

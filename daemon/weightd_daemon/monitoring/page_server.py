@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from weightd_daemon.config.toml_file import ConfigError, TemporaryError
-from weightd_daemon.operations.serving_lock import AlreadyServedError
+from weightd_daemon.config.toml_file import ConfigError, TemporaryConfigError
+from weightd_daemon.operations.serving_lock import AlreadyRunningError
 from weightd_daemon.operations.sockets import identity, remove_own
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ async def serve_pages(
 ) -> Metrics | None:
     """Serve the pages until `stack` ends. Returns what counts for them; None where they are not wanted.
 
-    `is_up` says whether the daemon has started and does not stop. Errors: ConfigError, TemporaryError,
-    AlreadyServedError.
+    `is_up` says whether the daemon has started and does not stop. Errors: ConfigError, TemporaryConfigError,
+    AlreadyRunningError.
     """
     address = settings.metrics_address
     if address is None:
@@ -48,7 +48,7 @@ async def serve_pages(
     try:
         listener = listen(address, int(settings.socket_mode, 8))
     except OSError as error:
-        raise TemporaryError.of(error, f"metrics {settings.metrics}") or AlreadyServedError(
+        raise TemporaryConfigError.of(error, f"metrics {settings.metrics}") or AlreadyRunningError(
             f"metrics {settings.metrics}: cannot be served there: {error.strerror}; choose another with --metrics"
         ) from error
     if isinstance(address, Path):

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from weightd._proto.v1 import daemon_pb2
-from weightd_daemon.core.store import Store
+from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
-from weightd_daemon.handles.connections import Connections
+from weightd_daemon.handles.connections import HandleSocketConnections
 from weightd_daemon.loads.loads import Loads
-from weightd_daemon.operations.drain import Drain
-from weightd_daemon.persistence.digest_index import DigestIndex
+from weightd_daemon.operations.drain import DrainOperation
+from weightd_daemon.persistence.digest_index import PersistentDigestIndex
 
 _STATES = {
     "serving": daemon_pb2.DAEMON_STATE_SERVING,
@@ -22,14 +22,14 @@ _STATES = {
 
 
 class Statistics(NamedTuple):
-    """What the figures are read from."""
+    """Sources of the figures that metrics and `weightd stats` show."""
 
-    store: Store
+    store: ContentStore
     loads: Loads
-    connections: Connections
+    connections: HandleSocketConnections
     devices: Mapping[str, Device]
-    drain: Drain
-    digests: DigestIndex
+    drain: DrainOperation
+    digests: PersistentDigestIndex
 
     def read(self) -> daemon_pb2.GetStatsResponse:
         """Every figure, in one step of the loop. It takes time in proportion to devices and checkpoints."""

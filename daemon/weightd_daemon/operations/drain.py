@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.events import Event
     from weightd_daemon.core.lease import Lease
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.loads.loads import Loads
 
 log = logging.getLogger(__name__)
@@ -25,11 +25,11 @@ LOOK_SECONDS = 0.2
 """Between two looks at who holds something: the kernel tells nobody that a lock has gone."""
 
 
-class Drain:
-    """The daemon's drain, if there is one. It goes on by itself, whoever watches. `resumed` is told of its undoing."""
+class DrainOperation:
+    """The daemon's drain, if one is under way. It runs also if nobody watches. `resumed` is called on undrain."""
 
     def __init__(
-        self, *, store: Store, loads: Loads, on_event: Callable[[Event], None], resumed: Callable[[], None]
+        self, *, store: ContentStore, loads: Loads, on_event: Callable[[Event], None], resumed: Callable[[], None]
     ) -> None:
         self.checkpoints = 0
         """How many have gone."""

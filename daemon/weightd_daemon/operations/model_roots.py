@@ -11,7 +11,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from weightd._references.files import OpenedSources, show
+from weightd._references.files import OpenedReference, show
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd.resolve import files_of, folder_of, is_path, open_sources, path_of
 from weightd_daemon.handles.attach import MAX_SOURCES
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Opened(NamedTuple):
-    """A reference's name in the daemon, and its files, which the caller closes."""
+class PreloadFiles(NamedTuple):
+    """Files that the daemon opened for a preload, which the caller closes, and their reference's name in the daemon."""
 
     name: str
-    files: OpenedSources
+    files: OpenedReference
 
 
-def open_below(reference: str, roots: Sequence[str]) -> Opened:
+def open_below(reference: str, roots: Sequence[str]) -> PreloadFiles:
     """Find and open the files of a reference. May hang where a filesystem does: see `on_thread`.
 
     Errors: those of weightd.resolve; PermissionDeniedError for what lies below none of the roots, be it by `..` or by
@@ -53,7 +53,7 @@ def open_below(reference: str, roots: Sequence[str]) -> Opened:
     except BaseException:
         files.close()
         raise
-    return Opened(resolved.name, files)
+    return PreloadFiles(resolved.name, files)
 
 
 def _require_below(roots: Sequence[str], called: str, real: str) -> None:

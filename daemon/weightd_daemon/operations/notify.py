@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from weightd_daemon.core.store import Store
-    from weightd_daemon.persistence.service_manager import ServiceManager
+    from weightd_daemon.core.store import ContentStore
+    from weightd_daemon.persistence.service_manager import ServiceManagerStore
 
 log = logging.getLogger(__name__)
 
@@ -21,14 +21,16 @@ _START_SECONDS = 30
 """What a sign of life asks for before the daemon is ready: the time until the next one, generously."""
 
 
-class Notifier:
-    """Signs of life are timers of the loop that serves, so a loop that is stuck sends none, and the watchdog bites.
+class ServiceManagerNotifier:
+    """Notifies the service manager of start, status and stop, and pings its watchdog.
+
+    Pings are timers of the loop, so a loop that is stuck sends none, and the watchdog bites.
 
     Where no manager listens nothing is done. Where it does not take what it is told, the log says so once, and the
     daemon serves on.
     """
 
-    def __init__(self, manager: ServiceManager) -> None:
+    def __init__(self, manager: ServiceManagerStore) -> None:
         self._manager = manager
         watchdog = manager.watchdog_seconds
         self._every = _EVERY_SECONDS if watchdog is None else min(_EVERY_SECONDS, watchdog / 2)
@@ -85,7 +87,7 @@ class Notifier:
             self._failed = True
 
 
-def status_line(store: Store) -> str:
+def status_line(store: ContentStore) -> str:
     """What the daemon holds, in one line for people."""
     used = sum(memory.used for memory in store.memories.values()) / 2**30
     budget = sum(memory.budget for memory in store.memories.values()) / 2**30

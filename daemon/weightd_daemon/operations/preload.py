@@ -19,8 +19,8 @@ from weightd._transport.convert import source_to
 from weightd._transport.handle_socket import feed
 from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
-from weightd_daemon.config.toml_file import ConfigError, TemporaryError
-from weightd_daemon.core.lease import Peer
+from weightd_daemon.config.toml_file import ConfigError, TemporaryConfigError
+from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.loads.request import LoadRequest
 
@@ -29,12 +29,12 @@ from .model_roots import on_thread, open_below
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from weightd_daemon.config.preload_entry import Preload
+    from weightd_daemon.config.preload_entry import PreloadConfig
     from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.who import Who
+    from weightd_daemon.core.principal import Principal
     from weightd_daemon.loads.loads import Loads
 
-    from .model_roots import Opened
+    from .model_roots import PreloadFiles
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ _SIGN_SECONDS = 10.0
 """How often a service manager is told that the start goes on, and needs three times that."""
 
 
-class Preloader:
-    """Loads what is listed. `begin` once more brings back what has failed, or has gone.
+class PreloadOperation:
+    """Loads what the setting `preload` lists, at start and on reload. `begin` again retries what failed or has gone.
 
     `place(device)` says where a load goes, or raises ConfigError; `notify` speaks to the service manager. What is below
     `roots` may be opened.
@@ -55,11 +55,11 @@ class Preloader:
         *,
         loads: Loads,
         catalog: Catalog,
-        who: Who,
+        who: Principal,
         place: Callable[[str], str],
         notify: Callable[..., None],
         roots: Sequence[str],
-        listed: Sequence[Preload],
+        listed: Sequence[PreloadConfig],
     ) -> None:
         self.roots = roots
         self.listed = listed
@@ -70,9 +70,9 @@ class Preloader:
         self._notify = notify
         self._numbers = count(1)
         self._closing = False
-        self._tasks: dict[Preload, asyncio.Task[WeightdError | None]] = {}
+        self._tasks: dict[PreloadConfig, asyncio.Task[WeightdError | None]] = {}
 
-    def check(self, entries: Iterable[Preload]) -> None:
+    def check(self, entries: Iterable[PreloadConfig]) -> None:
         """Errors: ConfigError for a name that cannot be, or a device that has to be said or is not served."""
         for entry in entries:
             where = f"{entry.where}: preload {entry.ref!r}"
@@ -98,7 +98,7 @@ class Preloader:
     async def awaited(self, stop: asyncio.Event) -> None:
         """Wait for those that the daemon is not ready without, or until it stops.
 
-        Errors: TemporaryError (one failed). Files, mounts, memory and descriptors come and go; the settings were
+        Errors: TemporaryConfigError (one failed). Files, mounts, memory and descriptors come and go; the settings were
         checked before.
         """
         stopped = asyncio.get_running_loop().create_task(stop.wait())
@@ -111,7 +111,7 @@ class Preloader:
                 if stop.is_set() or (error := task.result()) is None:
                     continue
                 if not isinstance(error, DrainingError):  # else somebody wants it empty, and that is no failure
-                    raise TemporaryError(f"{entry.where}: preload {entry.ref!r}: {error}")
+                    raise TemporaryConfigError(f"{entry.where}: preload {entry.ref!r}: {error}")
         finally:
             stopped.cancel()
 
@@ -124,12 +124,12 @@ class Preloader:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    async def _again(self, entry: Preload, before: asyncio.Task[WeightdError | None]) -> WeightdError | None:
+    async def _again(self, entry: PreloadConfig, before: asyncio.Task[WeightdError | None]) -> WeightdError | None:
         """Load an entry unless the time before has brought it, and it is still there."""
         error = await before  # which is cancelled with this
         return None if error is None and await self._is_there(entry) else await self._try(entry)
 
-    async def _try(self, entry: Preload) -> WeightdError | None:
+    async def _try(self, entry: PreloadConfig) -> WeightdError | None:
         """Load an entry; its error is for who waits, and for the log."""
         try:
             await self._load(entry)
@@ -148,7 +148,7 @@ class Preloader:
         log.info("preloaded %s", entry.ref)
         return None
 
-    async def _load(self, entry: Preload) -> None:
+    async def _load(self, entry: PreloadConfig) -> None:
         opened = await on_thread(functools.partial(open_below, entry.ref, tuple(self.roots)))
         try:
             await self._bring(entry, opened)
@@ -156,12 +156,12 @@ class Preloader:
             if not self._closing:  # else they go with the process: a thread may be sending them
                 await on_thread(opened.files.close)
 
-    async def _bring(self, entry: Preload, opened: Opened) -> None:
+    async def _bring(self, entry: PreloadConfig, opened: PreloadFiles) -> None:
         """Make files resident: they are already, a load of them is under way, or one begins."""
         wish = LoadRequest(
             who=self._who,
             # A connection each, for how much one may have under way is limited; those of clients are positive.
-            peer=Peer(-next(self._numbers), os.getpid(), self._who.uid, "preload"),
+            peer=LeasePeer(-next(self._numbers), os.getpid(), self._who.uid, "preload"),
             sources=sources_from([source_to(source) for source in opened.files.sources]),
             device=self._place(entry.device),
             name=entry.name or opened.name,
@@ -194,7 +194,7 @@ class Preloader:
                 finally:
                     self._loads.leave(load, waiter)
 
-    async def _is_there(self, entry: Preload) -> bool:
+    async def _is_there(self, entry: PreloadConfig) -> bool:
         """Whether something is resident under the name of an entry."""
         try:
             name = entry.name or await on_thread(functools.partial(reference_name, entry.ref))

@@ -11,9 +11,9 @@ from weightd_daemon.log_line import Line
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from weightd_daemon.core.memory import DeviceMemory
+    from weightd_daemon.core.memory import MemoryAccounting
 
-    from .serving_lock import ServingLock
+    from .serving_lock import DaemonInstanceLock
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +22,8 @@ _LOOK_SECONDS = 1.0
 
 
 async def thaw_when_unwritten(
-    lock: ServingLock,
-    memories: Mapping[str, DeviceMemory],
+    lock: DaemonInstanceLock,
+    memories: Mapping[str, MemoryAccounting],
     hollow: Mapping[str, Callable[[int], Iterable[tuple[int, int]]]],
 ) -> None:
     """Wait until no process of a daemon before may write to memory, and let all of it be used again.

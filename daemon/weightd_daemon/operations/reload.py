@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
@@ -11,30 +12,31 @@ from weightd_daemon.config.toml_file import ConfigError
 from .model_roots import on_thread
 
 if TYPE_CHECKING:
-    import asyncio
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config.settings import Loaded, Settings
+    from weightd_daemon.config.settings import LoadedSettings, Settings
 
-    Change = Callable[[Settings], None]
+    Check = Callable[[Settings], None]
+    Change = Callable[[Settings], Iterable[None] | None]
 
 log = logging.getLogger(__name__)
 
 
-class Reload:
-    """Reads the settings again when it is told, one time after the other.
+class ReloadOperation:
+    """Reloads the daemon's settings on request, one time after the other.
 
     `checks` raise ConfigError for what the daemon cannot have, before anything is changed. `changes` are what takes up
-    a setting, by its name; a setting that is not among them needs a restart. `again` comes last, whatever has changed.
+    a setting, by its name, and may return steps to go through; a setting that is not among them needs a restart.
+    `again` comes last, whatever has changed.
     `announced` lasts while they are read.
     """
 
     def __init__(
         self,
         settings: Settings,
-        read: Callable[[], Loaded],
-        checks: Sequence[Change],
+        read: Callable[[], LoadedSettings],
+        checks: Sequence[Check],
         changes: Mapping[str, Change],
         again: Change,
         announced: Callable[[], AbstractContextManager[None]],
@@ -71,7 +73,8 @@ class Reload:
         changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(self._settings, f.name)]
         changes = {self._changes[name]: None for name in changed if name in self._changes}  # each once, in order
         for change in [*changes, self._again]:
-            change(settings)
+            for _ in change(settings) or ():
+                await asyncio.sleep(0)  # others have their turn on the loop
         taken = [name for name in changed if name in self._changes]
         left = [name for name in changed if name not in self._changes]
         # What was left is still what was set at the start, so that the next time names it again.

@@ -37,12 +37,12 @@ _SERVES, _WRITES, _HOLDS = 0, 1, 2
 """The bytes of the lock file."""
 
 
-class AlreadyServedError(Exception):
-    """The daemon cannot have its socket, or has it no more: another one serves it, or it cannot be made."""
+class AlreadyRunningError(Exception):
+    """The daemon cannot have its socket, or no longer has it: another daemon serves it, or it cannot be made."""
 
 
-class ServingLock:
-    """The locks of one socket path, from `take` until `close`. `writers` and `holders` are descriptors to inherit.
+class DaemonInstanceLock:
+    """Locks that admit one running daemon per socket path, until `close`. `writers` and `holders` are to be inherited.
 
     The lock of a process ends when it closes any descriptor of the file: nothing else here may open it.
     """
@@ -57,7 +57,7 @@ class ServingLock:
         """Whether a process that may still write has its lock on a file that was removed: its end cannot be seen."""
 
     def acquire(self) -> None:
-        """Take the locks; end what a daemon that died has left, and wait for it. Errors: AlreadyServedError, OSError.
+        """Take the locks; end what a daemon that died has left, and wait for it. Errors: AlreadyRunningError, OSError.
 
         A process that does not end in time is no error, unless it holds memory: see `is_written_by_others`.
         """
@@ -95,7 +95,7 @@ class ServingLock:
         return _is_at(self._file, self.writers) and _is_at(self._older_file, self._older)
 
     def renew(self) -> None:
-        """Lock new files in the place of those that were removed. Errors: AlreadyServedError (another has), OSError.
+        """Lock new files in the place of those that were removed. Errors: AlreadyRunningError (another has), OSError.
 
         The descriptors stay the same numbers. Children that live have the old file, which no daemon will look at. If a
         process of a daemon before may still write, `is_written_by_others` stays True.
@@ -117,10 +117,10 @@ class ServingLock:
             _replace(self._older, os.open(self._older_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
             self._has_older = False
             if not self._acquire_older():
-                raise AlreadyServedError(f"socket {self._socket}: another process has locked {self._older_file}")
+                raise AlreadyRunningError(f"socket {self._socket}: another process has locked {self._older_file}")
             self._sign()
         if not self.is_whole():
-            raise AlreadyServedError(f"socket {self._socket}: its lock is removed again and again")
+            raise AlreadyRunningError(f"socket {self._socket}: its lock is removed again and again")
 
     def touch(self) -> None:
         """Keep the files young: what cleans folders up goes by their age."""
@@ -129,7 +129,7 @@ class ServingLock:
                 os.utime(descriptor)
 
     def _open(self) -> int:
-        """The lock file, with the lock that says who serves. Errors: AlreadyServedError, OSError."""
+        """The lock file, with the lock that says who serves. Errors: AlreadyRunningError, OSError."""
         while True:
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
@@ -153,8 +153,8 @@ class ServingLock:
             else:
                 return
 
-    def _served(self, pid: int | None) -> AlreadyServedError:
-        return AlreadyServedError(
+    def _served(self, pid: int | None) -> AlreadyRunningError:
+        return AlreadyRunningError(
             f"socket {self._socket}: another daemon (pid {pid or 'unknown'}) serves it; "
             "stop it, or choose another with --socket"
         )
@@ -175,7 +175,7 @@ class ServingLock:
     # -- those that a daemon before has left -------------------------------------------------------------------------
 
     def _end_those_before(self) -> None:
-        """Wait until no process of a daemon before has a lock, and kill it meanwhile. Errors: AlreadyServedError."""
+        """Wait until no process of a daemon before has a lock, and kill it meanwhile. Errors: AlreadyRunningError."""
         begun = time.monotonic()
         look_at, left = begun + 2 * _PAUSE_SECONDS, []
         while (holds_memory := _is_held(self.holders, _HOLDS)) or self.is_written_by_others():
@@ -194,7 +194,7 @@ class ServingLock:
                 look_at = time.monotonic() + _KILL_SECONDS
                 holds_memory = holds_memory or any(not self._has_older and uses_gpu(pid) for pid in left)
                 if waited > _HOLDERS_SECONDS and holds_memory:
-                    raise AlreadyServedError(
+                    raise AlreadyRunningError(
                         f"socket {self._socket}: a process of the daemon that died{_named(left)} holds GPU memory and "
                         "does not end, it may hang in the driver; end it, or choose another with --socket"
                     )

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightd._transport.address import check_folder, handles_path, is_own
 from weightd.errors import PermissionDeniedError
-from weightd_daemon.config.toml_file import TemporaryError
+from weightd_daemon.config.toml_file import TemporaryConfigError
 
-from .serving_lock import AlreadyServedError, ServingLock
+from .serving_lock import AlreadyRunningError, DaemonInstanceLock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,27 +36,27 @@ _PROBE_PAUSE_SECONDS = 0.1
 _Identity = tuple[int, int]
 
 
-class Control(Protocol):
+class _Control(Protocol):
     """What serves calls: binds to a path, which must be free, and then serves there, too. Errors: OSError."""
 
     def bind(self, path: Path) -> None: ...
     async def serve(self) -> None: ...
 
 
-class Sockets:
-    """The control socket at a path, the handle socket beside it, and the locks that go with them."""
+class DaemonSockets:
+    """Creates and watches the daemon's control socket, its handle socket, and the locks that go with them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.lock = ServingLock(path)
+        self.lock = DaemonInstanceLock(path)
         self._folder = -1
         self._mode = 0o600
-        self._control: Control
+        self._control: _Control
         self._serve_handles: Callable[[socket.socket], None]
         self._mine: dict[Path, _Identity] = {}
         self._watching: asyncio.Task[None] | None = None
 
-    async def open(self, mode: int, control: Control, serve_handles: Callable[[socket.socket], None]) -> None:
+    async def open(self, mode: int, control: _Control, serve_handles: Callable[[socket.socket], None]) -> None:
         """Make both sockets, of a mode, and serve at them. Errors: OSError."""
         self._mode, self._control, self._serve_handles = mode, control, serve_handles
         await self._open_control()
@@ -71,8 +71,8 @@ class Sockets:
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         """Look every few seconds whether the sockets are there, and make those anew that were removed.
 
-        `on_lost` hears AlreadyServedError if another process has their place, and TemporaryError if they cannot be
-        made for a minute; then nobody looks any more.
+        `on_lost` hears AlreadyRunningError if another process has their place, and TemporaryConfigError if they cannot
+        be made for a minute; then nobody looks any more.
         """
         self._watching = asyncio.get_running_loop().create_task(self._watch(on_lost))
 
@@ -84,7 +84,7 @@ class Sockets:
                 await self._watching
 
     async def look(self) -> None:
-        """Look once, and mend what was removed. Errors: AlreadyServedError, OSError."""
+        """Look once, and mend what was removed. Errors: AlreadyRunningError, OSError."""
         if not self.lock.is_whole():
             self._make_folder()
             self.lock.renew()
@@ -102,7 +102,7 @@ class Sockets:
             try:
                 await self.look()
                 failures = 0
-            except AlreadyServedError as error:
+            except AlreadyRunningError as error:
                 return on_lost(error)
             except OSError as error:  # want of descriptors, for example: that is no reason to end at once
                 failures += 1
@@ -113,14 +113,14 @@ class Sockets:
     async def _open_control(self) -> None:
         # gRPC removes what lies at the path that it bound to, when it begins and again when it ends, whosever that is.
         # So it gets a path of its own, which is no longer than that of the handle socket; and nobody can connect before
-        # the mode is right.
+        # the mode is right. The umask is that of all threads: what these make meanwhile must stay usable by this user.
         made = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        with umask(0o177):
+        with umask(0o077):
             self._control.bind(made)
         try:
             await self._control.serve()
             made.chmod(self._mode)
-            mine = _identity(made.lstat())
+            mine = identity(made)
             made.rename(self._path)
         except BaseException:
             made.unlink(missing_ok=True)
@@ -130,19 +130,19 @@ class Sockets:
     async def _open_handles(self) -> None:
         path = handles_path(self._path)
         self._serve_handles(listen(path, self._mode))
-        self._mine[path] = _identity(path.lstat())
+        self._mine[path] = identity(path)
 
     def _claim(self) -> None:
-        """Have the folder, the locks and a free place. Errors: AlreadyServedError, TemporaryError."""
+        """Have the folder, the locks and a free place. Errors: AlreadyRunningError, TemporaryConfigError."""
         try:
             self._make_folder()
             self.lock.acquire()
             for path in (self._path, handles_path(self._path)):
                 _remove_stale(path)
         except PermissionDeniedError as error:
-            raise AlreadyServedError(f"socket {self._path}: {error}") from error
+            raise AlreadyRunningError(f"socket {self._path}: {error}") from error
         except OSError as error:
-            raise TemporaryError.of(error, f"socket {self._path}") or AlreadyServedError(
+            raise TemporaryConfigError.of(error, f"socket {self._path}") or AlreadyRunningError(
                 f"socket {self._path}: cannot be made: {error.strerror}; choose another with --socket"
             ) from error
 
@@ -166,9 +166,12 @@ class Sockets:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[Sockets]:
-    """Have a socket path until the end, when its sockets are removed. Errors: AlreadyServedError, TemporaryError."""
-    sockets = Sockets(path)
+def locked(path: Path) -> Iterator[DaemonSockets]:
+    """Have a socket path until the end, when its sockets are removed.
+
+    Errors: AlreadyRunningError, TemporaryConfigError.
+    """
+    sockets = DaemonSockets(path)
     try:
         sockets._claim()
         yield sockets
@@ -176,24 +179,30 @@ def locked(path: Path) -> Iterator[Sockets]:
         sockets._give_up()
 
 
-def cannot_be_made(path: Path, error: OSError) -> TemporaryError:
+def cannot_be_made(path: Path, error: OSError) -> TemporaryConfigError:
     """The error for a socket that cannot be made now."""
     what = f"socket {path}"
-    return TemporaryError.of(error, what) or TemporaryError(f"{what}: {error.strerror}")
+    return TemporaryConfigError.of(error, what) or TemporaryConfigError(f"{what}: {error.strerror}")
 
 
 def listen(path: Path, mode: int) -> socket.socket:
-    """A listening, non-blocking SOCK_SEQPACKET socket with that mode. Errors: OSError."""
+    """A listening, non-blocking SOCK_SEQPACKET socket with that mode, at a path that is free. Errors: OSError."""
+    # It gets its place when its mode is right: who waits for a daemon takes "you may not", if for a moment, for an
+    # answer. Until then its name is no longer than that of a handle socket, and none that gRPC may remove.
+    made = path.with_name(f"{path.stem}~{os.getpid()}")
+    made.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
-        with umask(
-            0o777 & ~mode
-        ):  # no chmod: who waits for a daemon takes "you may not", if for a moment, for an answer
-            listener.bind(str(path))
+        os.fchmod(listener.fileno(), mode)  # what it is bound with, less the umask
+        listener.bind(str(made))
+        made.chmod(mode)
         listener.listen(128)
+        path.hardlink_to(made)  # a rename would replace what has come to lie there
     except BaseException:
         listener.close()
         raise
+    finally:
+        made.unlink(missing_ok=True)
     return listener
 
 
@@ -209,7 +218,8 @@ def umask(mask: int) -> Iterator[None]:
 
 def identity(path: Path) -> _Identity:
     """What tells the file at a path from others that may come to lie there. Errors: OSError."""
-    return _identity(path.lstat())
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def remove_own(path: Path, mine: _Identity) -> None:
@@ -219,18 +229,14 @@ def remove_own(path: Path, mine: _Identity) -> None:
             path.unlink()
 
 
-def _identity(status: os.stat_result) -> _Identity:
-    return status.st_dev, status.st_ino
-
-
 def _is_there(path: Path, mine: _Identity) -> bool:
-    """Whether a socket of ours is where it was made. Errors: AlreadyServedError (another is), OSError."""
+    """Whether a socket of ours is where it was made. Errors: AlreadyRunningError (another is), OSError."""
     try:
         if identity(path) == mine:
             return True
     except (FileNotFoundError, NotADirectoryError):
         return False
-    raise AlreadyServedError(f"socket {path}: another process has put its own in its place; this daemon ends")
+    raise AlreadyRunningError(f"socket {path}: another process has put its own in its place; this daemon ends")
 
 
 def _own_folder(path: Path) -> int:
@@ -252,10 +258,10 @@ def _own_folder(path: Path) -> int:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket that a daemon which died has left. Errors: AlreadyServedError (not that), OSError."""
+    """Remove the socket that a daemon which died has left. Errors: AlreadyRunningError (not that), OSError."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise AlreadyServedError(
+            raise AlreadyRunningError(
                 f"{path} is there and is not a socket; move it away, or choose another with --socket"
             )
     except FileNotFoundError:
@@ -265,7 +271,7 @@ def _remove_stale(path: Path) -> None:
             break
         time.sleep(_PROBE_PAUSE_SECONDS)
     else:
-        raise AlreadyServedError(
+        raise AlreadyRunningError(
             f"socket {path}: a process listens there that does not have its lock: was the lock file removed? "
             "Stop that process, or choose another with --socket"
         )

@@ -20,24 +20,24 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
-from weightd_daemon.handles.segment_table import SegmentTable
+from weightd_daemon.handles.segment_table import HandleSegmentTable
 from weightd_daemon.log_line import Line
 
-from .record_writer import RecordWriter
-from .restore import Left, restore
-from .root_record import Record, RootRecord, read_root
+from .record_writer import RootRecordWriter
+from .restore import PersistedDescriptors, restore
+from .root_record import PersistentRootRecord, RootRecordContents, read_root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import CheckpointKey, Content
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
-    from weightd_daemon.handles.lease_files import LeaseFiles
-    from weightd_daemon.handles.manifests import Manifests
+    from weightd_daemon.handles.lease_files import HandleLeaseFiles
+    from weightd_daemon.handles.manifests import ManifestHandles
 
-    from .service_manager import ServiceManager
+    from .service_manager import ServiceManagerStore
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ _LEASE_FILES_SHARE = 16
 """One in so many of the descriptors that the service manager keeps is for lease files, each of 256 leases of a user."""
 
 
-class Draft:
-    """A manifest that is made, and perhaps kept, before its checkpoint is sealed. `number` is of what is kept."""
+class PersistedManifestDraft:
+    """A manifest that is made, and perhaps stored, before its checkpoint is sealed. `number` is the stored one's."""
 
-    def __init__(self, descriptor: int, table: SegmentTable) -> None:
+    def __init__(self, descriptor: int, table: HandleSegmentTable) -> None:
         self.descriptor = descriptor
         self.table = table
         self.number: int | None = None
@@ -90,8 +90,8 @@ class Draft:
             self._on_discard()
 
 
-class DescriptorStore:
-    """Keeps checkpoints for the next daemon, and takes up what the last one kept.
+class PersistentDescriptorStore:
+    """Stores checkpoints for the next daemon, and restores what the last one stored.
 
     Where no service manager listens and none has given anything, nothing is kept and nothing is written.
     """
@@ -99,13 +99,13 @@ class DescriptorStore:
     def __init__(
         self,
         *,
-        manager: ServiceManager,
+        manager: ServiceManagerStore,
         given: Sequence[tuple[str, int]],
-        store: Store,
+        store: ContentStore,
         catalog: Catalog,
         devices: dict[str, Device],
-        manifests: Manifests,
-        lease_files: LeaseFiles,
+        manifests: ManifestHandles,
+        lease_files: HandleLeaseFiles,
         now: Callable[[], float],
     ) -> None:
         self._manager = manager
@@ -118,7 +118,7 @@ class DescriptorStore:
         lease_files.store_in(self)
         self._now = now
         self._most = _MOST_STORED if manager.most_stored is None else manager.most_stored
-        self._record = RecordWriter(store=store, catalog=catalog, devices=devices)
+        self._record = RootRecordWriter(store=store, catalog=catalog, devices=devices)
         self._ids = count(1)
         self._stored: set[str] = set()
         self._going: list[str] = []
@@ -130,7 +130,7 @@ class DescriptorStore:
 
     async def begin(self) -> None:
         """Take up what was kept, and keep on from there. Nobody may have connected yet."""
-        left = Left({})
+        left = PersistedDescriptors({})
         for name, descriptor in self._given:
             if name == ROOT or name in left.descriptors:
                 continue
@@ -157,8 +157,9 @@ class DescriptorStore:
         self.flip()
         self._let_go(left)
         for uuid in self._devices:
-            excess = self._store.fit(uuid)
-            if excess:
+            for _ in self._store.fit(uuid):
+                await asyncio.sleep(0)
+            if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
         if self._given:
@@ -171,7 +172,7 @@ class DescriptorStore:
 
     def _find_root(self) -> dict[str, Any]:
         """The last content of the root records that were given; the one that has it is written to from now on."""
-        found: dict[int, Record] = {}
+        found: dict[int, RootRecordContents] = {}
         for name, descriptor in self._given:
             if name == ROOT:
                 if record := read_root(descriptor):
@@ -187,14 +188,14 @@ class DescriptorStore:
         for descriptor in found.keys() - {chosen}:
             os.close(descriptor)
             log.warning("a root record is left: another is newer")
-        self._record.root = RootRecord(chosen, found[chosen].sequence)
+        self._record.root = PersistentRootRecord(chosen, found[chosen].sequence)
         return {**found[chosen].body, "schema": found[chosen].schema}
 
     async def _begin_root(self) -> None:
         """Have a root record kept, unless there is one, or nobody to keep it."""
         if self._record.root is not None or not self._manager.listens:
             return
-        root = RootRecord.create()
+        root = PersistentRootRecord.create()
         try:
             self._manager.drop(ROOT)
             refused: list[str] = []
@@ -208,7 +209,7 @@ class DescriptorStore:
         else:
             self._record.root = root
 
-    def _let_go(self, left: Left) -> None:
+    def _let_go(self, left: PersistedDescriptors) -> None:
         """What was not taken up leaves the store, and its memory the machine."""
         names = {name for name, _ in self._given} - self._stored
         for name in sorted(names):
@@ -220,15 +221,15 @@ class DescriptorStore:
 
     # -- while it serves -------------------------------------------------------------------------------------------
 
-    async def prepare(self, content: Content, uuid: str) -> Draft:
+    async def prepare(self, content: Content, uuid: str) -> PersistedManifestDraft:
         """Make the manifest of a content that is to be sealed, and have all stored that it needs to outlive us.
 
         Where that fails the load goes on: a warning says that this checkpoint ends with the daemon.
         """
         device, size = self._devices[uuid], self._store.memories[uuid].size
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
-        table = await asyncio.to_thread(SegmentTable.of, content)
-        draft = Draft(make_manifest(encoded), table)
+        table = await asyncio.to_thread(HandleSegmentTable.of, content)
+        draft = PersistedManifestDraft(make_manifest(encoded), table)
         if not self.stores or not device.lasting:
             return draft
         try:
@@ -243,7 +244,7 @@ class DescriptorStore:
             raise
         return draft
 
-    async def _store_draft(self, draft: Draft, device: Device, segments: list[int]) -> None:
+    async def _store_draft(self, draft: PersistedManifestDraft, device: Device, segments: list[int]) -> None:
         fresh = [segment for segment in segments if (device.uuid, segment) not in self._record.segments]
         if len(self._stored) + len(fresh) + 1 > self._most - self._most // _LEASE_FILES_SHARE:
             raise OSError(f"the service manager keeps {self._most} descriptors, and has them all")
@@ -301,7 +302,7 @@ class DescriptorStore:
 
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""
-        assert isinstance(draft, Draft)  # of `prepare`
+        assert isinstance(draft, PersistedManifestDraft)  # of `prepare`
         self._manifests.add(key, draft.pop_descriptor(), draft.table, number=draft.number or 0)
         if draft.number is not None:
             self._record.kept[key] = draft.number

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from weightd_daemon.loads.instances import Instance
+from weightd_daemon.loads.instances import LoadedInstance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -53,8 +53,8 @@ _PUT = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, (SELECT coalesce(
 """`used` is a count, by which files are forgotten. It was a time once, of a clock that may have been ahead."""
 
 
-class DigestIndex:
-    """An index below `folder`. Blob numbers mean something only within one `epoch`: the life of one set of books."""
+class PersistentDigestIndex:
+    """Digest index on disk, below `folder`. Blob numbers are valid within one `epoch`: the life of one set of books."""
 
     def __init__(self, folder: Path, epoch: str | None = None) -> None:
         self.path = folder / FILE_NAME
@@ -71,11 +71,11 @@ class DigestIndex:
         """See whether it can be written to, and say so if not. Waits for nothing: the folder may hang."""
         self._thread.submit(self._try)
 
-    async def get(self, identity: FileIdentity) -> list[Instance]:
+    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
         """What is known of a file in this epoch; empty when nothing is."""
         return await self._on_thread(self._get, identity)
 
-    async def put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
         """Remember a file."""
         await self._on_thread(self._put, identity, instances)
 
@@ -87,7 +87,7 @@ class DigestIndex:
     async def _on_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
-    def _get(self, identity: FileIdentity) -> list[Instance]:
+    def _get(self, identity: FileIdentity) -> list[LoadedInstance]:
         rows = self._execute(
             "SELECT instances FROM files WHERE epoch = ? AND device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
             "AND ctime_ns = ?",
@@ -96,7 +96,7 @@ class DigestIndex:
         self.failures += rows is None
         return _unpack(rows[0][0], self._epoch, identity) if rows else []
 
-    def _put(self, identity: FileIdentity, instances: Sequence[Instance]) -> None:
+    def _put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
         self._clock += 1
         packed = _pack(instances, self._epoch, identity)
         if self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True) is None:
@@ -206,20 +206,20 @@ def known_digests(folder: Path, files: Iterable[FileIdentity]) -> dict[FileIdent
         return {}
 
 
-def _pack(instances: Sequence[Instance], epoch: str, identity: FileIdentity) -> bytes:
+def _pack(instances: Sequence[LoadedInstance], epoch: str, identity: FileIdentity) -> bytes:
     """A row: the instances, and a checksum over them and what they are of."""
     packed = b"".join(_ROW.pack(*instance) for instance in instances)
     return packed + _checksum(packed, epoch, identity)
 
 
-def _unpack(row: object, epoch: object, identity: FileIdentity) -> list[Instance]:
+def _unpack(row: object, epoch: object, identity: FileIdentity) -> list[LoadedInstance]:
     """The instances of a row; none of one that is damaged, or was written by weightd 0.1."""
     if not isinstance(row, bytes) or len(row) % _ROW.size != _CHECKSUM_BYTES:
         return []
     packed = row[:-_CHECKSUM_BYTES]
     if row[-_CHECKSUM_BYTES:] != _checksum(packed, epoch, identity):
         return []
-    return [Instance(*fields) for fields in _ROW.iter_unpack(packed)]
+    return [LoadedInstance(*fields) for fields in _ROW.iter_unpack(packed)]
 
 
 def _checksum(packed: bytes, epoch: object, identity: FileIdentity) -> bytes:

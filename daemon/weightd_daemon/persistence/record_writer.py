@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from .root_record import Change, RootRecord
+from .root_record import PersistentRootRecord, RootRecordChange
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ _Where = tuple[str, int]
 """A segment: its device's UUID, and its number there."""
 
 
-class RecordWriter:
-    """The root record, as it follows the books. Without a `root` nothing is written."""
+class RootRecordWriter:
+    """Writes changes of the books to the root record, which survives a restart. Without a `root` nothing is written."""
 
-    def __init__(self, *, store: Store, catalog: Catalog, devices: dict[str, Device]) -> None:
-        self.root: RootRecord | None = None
+    def __init__(self, *, store: ContentStore, catalog: Catalog, devices: dict[str, Device]) -> None:
+        self.root: PersistentRootRecord | None = None
         self.segments: dict[_Where, int] = {}
         """The numbers under which segments are kept."""
         self.kept: dict[CheckpointKey, int] = {}
@@ -55,7 +55,7 @@ class RecordWriter:
         self._written: dict[_Where, tuple[int, bool]] = {}
         """The segments that have a row: its number, and whether it says that they are frozen."""
         self._lists = _Lists()
-        self._copied: Iterator[Change] | None = None
+        self._copied: Iterator[RootRecordChange] | None = None
         self._whole = True
         self.failed = False
         """Whether the root record says nothing, because it could not be written."""
@@ -92,7 +92,7 @@ class RecordWriter:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    def _write_all(self, root: RootRecord) -> None:
+    def _write_all(self, root: PersistentRootRecord) -> None:
         self._rows.clear()
         self._needed.clear()
         self._others.clear()
@@ -103,7 +103,7 @@ class RecordWriter:
         root.write(self._changes(), self._counters)
         self._copied, self._whole = None, False
 
-    def _write_changes(self, root: RootRecord) -> None:
+    def _write_changes(self, root: PersistentRootRecord) -> None:
         most = root.append(list(self._changes()), self._counters)
         if self._copied is not None:
             if root.copy(self._copied, self._counters, most):
@@ -113,7 +113,7 @@ class RecordWriter:
             root.begin_base()
             self._copied = self._everything()
 
-    def _changes(self) -> Iterator[Change]:
+    def _changes(self) -> Iterator[RootRecordChange]:
         """What has changed since the last write, which these are of then."""
         store, catalog = self._store, self._catalog
         changed, renamed = set(store.changed), set(catalog.renamed)
@@ -126,7 +126,7 @@ class RecordWriter:
             number = self.kept.get(key) if now is not None else None
             places |= self._count(key, number, now)
             if before is not None and before[0] is not None and before[0] != number:
-                yield Change("checkpoints", before[0], None)
+                yield RootRecordChange("checkpoints", before[0], None)
             if now is not None and number is not None:
                 yield self._checkpoint(now, number)
             else:
@@ -136,14 +136,14 @@ class RecordWriter:
             if not self._needed[where]:
                 if written is not None:
                     del self._written[where]
-                    yield Change("segments", written[0], None)
+                    yield RootRecordChange("segments", written[0], None)
             elif written is None or written[1] != self._is_frozen(where):
                 self._written[where] = self.segments[where], self._is_frozen(where)
                 yield self._segment(where)
         for key in marked:
             checkpoint, row = store.checkpoints.get(key), self._rows.get(key)
             if checkpoint is not None and row is not None and row[0] is not None:
-                yield Change("checkpoints", row[0], _marks(checkpoint), merge=True)
+                yield RootRecordChange("checkpoints", row[0], _marks(checkpoint), merge=True)
         for domain, name in renamed:
             yield self._name(domain, name)
 
@@ -163,7 +163,7 @@ class RecordWriter:
         segments = (before[1] if before else []) + (now.segments if now else [])
         return {(key.device, segment) for segment in segments}
 
-    def _everything(self) -> Iterator[Change]:
+    def _everything(self) -> Iterator[RootRecordChange]:
         """A row for all that has one, as it is when it is asked for."""
         for where in list(self._written):
             if where in self._written:
@@ -180,7 +180,7 @@ class RecordWriter:
         uuid, segment = where
         return self._others[where] > 0 or self._store.memories[uuid].is_frozen(segment)
 
-    def _segment(self, where: _Where) -> Change:
+    def _segment(self, where: _Where) -> RootRecordChange:
         uuid, segment = where
         memory, (number, frozen) = self._store.memories[uuid], self._written[where]
         row = {
@@ -191,9 +191,9 @@ class RecordWriter:
             "size": memory.size(segment),
             "frozen": frozen,
         }
-        return Change("segments", number, row)
+        return RootRecordChange("segments", number, row)
 
-    def _checkpoint(self, checkpoint: Checkpoint, number: int) -> Change:
+    def _checkpoint(self, checkpoint: Checkpoint, number: int) -> RootRecordChange:
         key = checkpoint.key
         origin, sources = self._lists.choose(key, checkpoint.origin, checkpoint.sources)
         row = {
@@ -209,14 +209,14 @@ class RecordWriter:
             "sources": sources,
             **_marks(checkpoint),
         }
-        return Change("checkpoints", number, row)
+        return RootRecordChange("checkpoints", number, row)
 
-    def _name(self, domain: str, name: str) -> Change:
+    def _name(self, domain: str, name: str) -> RootRecordChange:
         tag, key = self._catalog.tag(domain, name), f"{domain}\0{name}"
         if tag is None:
-            return Change("names", key, None)
+            return RootRecordChange("names", key, None)
         row = {"domain": domain, "name": name, "content": tag.content_digest, "owner": tag.owner}
-        return Change("names", key, {**row, "default": tag.is_default})
+        return RootRecordChange("names", key, {**row, "default": tag.is_default})
 
 
 def _marks(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weightd._manifest import Manifest
 from weightd.errors import DeviceError, ServerError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.adoption import Adoption, BlobPlace, DescribedCheckpoint, number_uses
-from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, Tag
+from weightd_daemon.core.adoption import BlobPlace, CheckpointDescription, StoreAdoption, number_uses
+from weightd_daemon.core.catalog import CONTROL, NAME_BYTES, Catalog, CatalogTag
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.lease import NOBODY
-from weightd_daemon.core.manifest import ManifestEntry, ManifestFile
+from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.handles.connections import NO_UID
 from weightd_daemon.handles.manifest_file import is_manifest
-from weightd_daemon.handles.manifests import Manifests
-from weightd_daemon.handles.segment_table import SegmentTable
+from weightd_daemon.handles.manifests import ManifestHandles
+from weightd_daemon.handles.segment_table import HandleSegmentTable
 from weightd_daemon.log_line import Line
 
 from .root_record import SCHEMA
@@ -35,7 +35,7 @@ from .root_record import SCHEMA
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from weightd_daemon.core.store import Store
+    from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ _CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSErro
 
 
 @dataclass
-class Left:
-    """The descriptors that were given, by name; `taken` are those that have found an owner."""
+class PersistedDescriptors:
+    """Descriptors restored from the last daemon, by name; `taken` are those that have found an owner."""
 
     descriptors: dict[str, int]
     taken: set[int] = field(default_factory=set)
@@ -82,7 +82,12 @@ class _Restore:
     """One adoption: the books and devices, and what has been found so far."""
 
     def __init__(
-        self, left: Left, store: Store, catalog: Catalog, devices: Mapping[str, Device], manifests: Manifests
+        self,
+        left: PersistedDescriptors,
+        store: ContentStore,
+        catalog: Catalog,
+        devices: Mapping[str, Device],
+        manifests: ManifestHandles,
     ) -> None:
         self.left = left
         self.store = store
@@ -93,7 +98,7 @@ class _Restore:
         self.frozen: set[int] = set()
         self.kept: dict[CheckpointKey, int] = {}
         self.uses: dict[CheckpointKey, tuple[int, float]] = {}
-        self.adoptions: dict[str, Adoption] = {}
+        self.adoptions: dict[str, StoreAdoption] = {}
 
     def adopt(self, row: Mapping[str, Any]) -> None:
         """Take over a segment. Errors: of _CANNOT_BE, DeviceError."""
@@ -134,12 +139,15 @@ class _Restore:
         if adoption is None:
             here = (segment for segment in self.segments.values() if segment.device == key.device)
             sizes = {segment.number: segment.size for segment in here}
-            adoption = self.adoptions[key.device] = Adoption(self.store, sizes)
+            adoption = self.adoptions[key.device] = StoreAdoption(self.store, sizes)
         checkpoint = adoption.add(key, described, owner, loaded)
         checkpoint.segments = [segment.number for segment in segments]
-        checkpoint.last_used, checkpoint.pins = last_used, pins
+        checkpoint.last_used = last_used
+        for uid in pins:
+            self.store.index.pin(checkpoint, uid)
         self.uses[key] = used, last_used
-        checkpoint.origin, checkpoint.sources, checkpoint.reference = origin, sources, reference
+        checkpoint.origin, checkpoint.reference = origin, reference
+        self.store.index.add_sources(checkpoint, sources)
         self.left.taken.add(descriptor)
         self.manifests.add(key, descriptor, table, number=number)
         self.kept[key] = number
@@ -158,7 +166,7 @@ class _Restore:
             raise ValueError("it cannot be given")
         # Where the record does not say which names were only paths, those that look so are taken for that.
         is_default = row["default"] is True if "default" in row else name.startswith("/")
-        self.catalog.restore(_text(row["domain"]), name, Tag(content, _uid(row["owner"]), is_default))
+        self.catalog.restore(_text(row["domain"]), name, CatalogTag(content, _uid(row["owner"]), is_default))
 
     def finish_segments(self) -> dict[tuple[str, int], int]:
         """Enter the segments that restored checkpoints need, release the rest. Returns what is kept as what."""
@@ -179,12 +187,12 @@ class _Restore:
 
 def restore(
     body: Mapping[str, Any],
-    left: Left,
+    left: PersistedDescriptors,
     *,
-    store: Store,
+    store: ContentStore,
     catalog: Catalog,
     devices: Mapping[str, Device],
-    manifests: Manifests,
+    manifests: ManifestHandles,
     last_lease: int,
     now: float,
 ) -> tuple[dict[tuple[str, int], int], dict[CheckpointKey, int]]:
@@ -238,7 +246,7 @@ def restore(
 
 def _read_manifest(
     descriptor: int, key: CheckpointKey, kind: str, segments: list[_Segment]
-) -> tuple[DescribedCheckpoint, SegmentTable]:
+) -> tuple[CheckpointDescription, HandleSegmentTable]:
     """What a manifest says, its places in the numbers of this daemon. Errors: of _CANNOT_BE."""
     size = os.fstat(descriptor).st_size
     if not is_manifest(descriptor) or size > MANIFEST_BYTES:
@@ -249,14 +257,16 @@ def _read_manifest(
     if list(manifest.segment_bytes) != [segment.size for segment in segments]:
         raise ValueError("its segments are not those of its manifest")
     tensors = manifest.tensors
-    described = DescribedCheckpoint(
-        [ManifestFile(*file) for file in manifest.files],
-        [ManifestEntry(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
+    described = CheckpointDescription(
+        [ContentFile(*file) for file in manifest.files],
+        [ContentTensor(one.component, one.name, one.dtype, one.shape, one.file, one.length) for one in tensors],
         [BlobIdentity(one.digest, one.length, one.variant) for one in tensors],
         [BlobPlace(segments[one.segment].number, one.offset) if one.length else None for one in tensors],
         size,
     )
-    return described, SegmentTable((one.component, one.name, one.segment if one.length else None) for one in tensors)
+    return described, HandleSegmentTable(
+        (one.component, one.name, one.segment if one.length else None) for one in tensors
+    )
 
 
 def _rows(body: Mapping[str, Any], key: str) -> Iterator[Mapping[str, Any]]:

@@ -51,7 +51,7 @@ _COPIED_LEAST, _COPIED_TIMES = 2048, 3
 """Bytes of a new base that are copied with each change: so many, and so many times the change's."""
 
 
-class Record(NamedTuple):
+class RootRecordContents(NamedTuple):
     """What a root record says: the schema of its rows, its generation, its tables and counters."""
 
     schema: int
@@ -59,8 +59,8 @@ class Record(NamedTuple):
     body: dict[str, Any]
 
 
-class Change(NamedTuple):
-    """What becomes of one row: it is `row` from now on, or deleted (None). With `merge` it keeps its other values."""
+class RootRecordChange(NamedTuple):
+    """Change of one row of the root record: its new values, or None to delete it. With `merge` it keeps its others."""
 
     table: str
     key: int | str
@@ -68,8 +68,8 @@ class Change(NamedTuple):
     merge: bool = False
 
 
-class RootRecord:
-    """A root record that is written to. It owns the descriptor of its memfd. `sequence` is of the slot that counts."""
+class PersistentRootRecord:
+    """Root record being written, a memfd that survives the daemon. `sequence` is the valid slot's number."""
 
     def __init__(self, descriptor: int, sequence: int = 0) -> None:
         self.descriptor = descriptor
@@ -78,7 +78,7 @@ class RootRecord:
         self._next: _Log | None = None
 
     @classmethod
-    def create(cls) -> RootRecord:
+    def create(cls) -> PersistentRootRecord:
         """A new one, without content. Errors: OSError."""
         descriptor = os.memfd_create("weightd-root", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -96,12 +96,7 @@ class RootRecord:
         log = self._log
         return self._next is None and log is not None and log.bytes - log.base > max(_LEAST_LOG, log.base)
 
-    @property
-    def copying(self) -> bool:
-        """Whether a new base has been begun and is not whole yet."""
-        return self._next is not None
-
-    def write(self, rows: Iterable[Change], counters: Mapping[str, int]) -> None:
+    def write(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int]) -> None:
         """Write a base at once, in the other slot. Errors: OSError; then no slot counts any more."""
         try:
             self.begin_base()
@@ -113,7 +108,7 @@ class RootRecord:
             self.clear()
             raise
 
-    def append(self, rows: Iterable[Change], counters: Mapping[str, int]) -> int:
+    def append(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int]) -> int:
         """Write one change: all of these rows and counters hold from now on, or none where a kill comes before.
 
         Returns how many bytes of a new base should be copied with it; 0 where none is under way. A base must have been
@@ -136,7 +131,7 @@ class RootRecord:
         _empty(self.descriptor, self.sequence + 1)
         self._next = _Log(self.descriptor, self.sequence + 1)
 
-    def copy(self, rows: Iterable[Change], counters: Mapping[str, int], most: int) -> bool:
+    def copy(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int], most: int) -> bool:
         """Copy rows into the base that was begun, until they are `most` bytes. Returns whether no row was left.
 
         Errors: OSError; then no slot counts any more.
@@ -198,7 +193,7 @@ class _Log:
         self._before = header[-hashlib.sha256().digest_size :]
 
 
-def read_root(descriptor: int) -> Record | None:
+def read_root(descriptor: int) -> RootRecordContents | None:
     """What a root record says: the state after the last change that was written whole. None where it says nothing."""
     try:
         status = os.fstat(descriptor)
@@ -214,7 +209,7 @@ def read_root(descriptor: int) -> Record | None:
     return max(found, key=lambda record: record.sequence, default=None)
 
 
-def _read_log(descriptor: int, slot: int) -> Record | None:
+def _read_log(descriptor: int, slot: int) -> RootRecordContents | None:
     at, before, number, whole = 0, b"", 0, False
     meant: tuple[int, int] | None = None
     tables: dict[str, dict[int | str, dict[str, Any]]] = {table: {} for table in TABLES}
@@ -234,7 +229,7 @@ def _read_log(descriptor: int, slot: int) -> Record | None:
         at, before, number = at + _HEADER.size + length, digest, number + 1
     if not whole or meant is None:
         return None
-    return Record(*meant, {**counters, **{table: list(rows.values()) for table, rows in tables.items()}})
+    return RootRecordContents(*meant, {**counters, **{table: list(rows.values()) for table, rows in tables.items()}})
 
 
 def _apply(payload: bytes, tables: dict[str, dict[int | str, dict[str, Any]]], counters: dict[str, Any]) -> bool:
@@ -255,7 +250,7 @@ def _apply(payload: bytes, tables: dict[str, dict[int | str, dict[str, Any]]], c
     return True
 
 
-def _read_first_form(descriptor: int, slot: int) -> Record | None:
+def _read_first_form(descriptor: int, slot: int) -> RootRecordContents | None:
     header = os.pread(descriptor, _FIRST_HEADER.size, slot * SLOT_BYTES)
     magic, schema, sequence, length, digest = _FIRST_HEADER.unpack(header)
     if magic != _FIRST_FORM or length > SLOT_BYTES - _FIRST_HEADER.size or sequence % 2 != slot:
@@ -269,7 +264,7 @@ def _read_first_form(descriptor: int, slot: int) -> Record | None:
         body = json.loads(payload)
     except (ValueError, RecursionError):
         return None
-    return Record(schema, sequence, body) if isinstance(body, dict) else None
+    return RootRecordContents(schema, sequence, body) if isinstance(body, dict) else None
 
 
 def _start(generation: int) -> int:
@@ -287,7 +282,7 @@ def _payload(rows: Iterable[str], counters: Mapping[str, int]) -> bytes:
     return f'{{"counters":{_encode(counters)},"rows":[{",".join(rows)}]}}'.encode()
 
 
-def _portions(rows: Iterable[Change], most: int) -> Iterator[list[str]]:
+def _portions(rows: Iterable[RootRecordChange], most: int) -> Iterator[list[str]]:
     """Rows, encoded, in lists of at least `most` bytes. Of an iterator, what is not asked for is left."""
     some: list[str] = []
     size = 0

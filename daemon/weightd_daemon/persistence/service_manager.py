@@ -25,8 +25,11 @@ _SEND_TIMEOUT = struct.pack("@ll", _SEND_SECONDS, 0)
 _MOST_WAITING = 1024
 
 
-class ServiceManager:
-    """The manager that $NOTIFY_SOCKET names, if any. The variables are taken: children must not use them."""
+class ServiceManagerStore:
+    """The service manager ($NOTIFY_SOCKET): stores descriptors across restarts, and takes notifications.
+
+    The environment's variables are taken: children must not use them.
+    """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
         self._address = environment.pop("NOTIFY_SOCKET", "")

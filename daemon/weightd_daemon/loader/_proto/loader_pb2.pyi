@@ -18,7 +18,7 @@ USE_SLOT: Use
 USE_COPY: Use
 
 class ToDaemon(_message.Message):
-    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "received", "file", "tensors", "progress", "verified", "failed", "idle", "counted")
+    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "received", "file", "tensors", "progress", "verified", "failed", "idle", "counted", "full")
     LAID_OUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     HASHED_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class ToDaemon(_message.Message):
     FAILED_FIELD_NUMBER: _ClassVar[int]
     IDLE_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
     laid_out: LaidOut
     sampled: Digests
     hashed: Hashed
@@ -51,10 +52,11 @@ class ToDaemon(_message.Message):
     failed: Failure
     idle: Idle
     counted: Counted
-    def __init__(self, laid_out: _Optional[_Union[LaidOut, _Mapping]] = ..., sampled: _Optional[_Union[Digests, _Mapping]] = ..., hashed: _Optional[_Union[Hashed, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., candidate: _Optional[_Union[Candidate, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., file: _Optional[_Union[File, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+    full: Full
+    def __init__(self, laid_out: _Optional[_Union[LaidOut, _Mapping]] = ..., sampled: _Optional[_Union[Digests, _Mapping]] = ..., hashed: _Optional[_Union[Hashed, _Mapping]] = ..., grant: _Optional[_Union[Grant, _Mapping]] = ..., candidate: _Optional[_Union[Candidate, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., share: _Optional[_Union[Share, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., received: _Optional[_Union[Received, _Mapping]] = ..., file: _Optional[_Union[File, _Mapping]] = ..., tensors: _Optional[_Union[Tensors, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., idle: _Optional[_Union[Idle, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., full: _Optional[_Union[Full, _Mapping]] = ...) -> None: ...
 
 class ToLoader(_message.Message):
-    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "failed", "load", "verify", "counted", "segments")
+    __slots__ = ("laid_out", "sampled", "hashed", "grant", "candidate", "settle", "share", "finish", "failed", "load", "verify", "counted", "full", "segments")
     LAID_OUT_FIELD_NUMBER: _ClassVar[int]
     SAMPLED_FIELD_NUMBER: _ClassVar[int]
     HASHED_FIELD_NUMBER: _ClassVar[int]
@@ -67,6 +69,7 @@ class ToLoader(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     COUNTED_FIELD_NUMBER: _ClassVar[int]
+    FULL_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     laid_out: Known
     sampled: Verdict
@@ -80,8 +83,9 @@ class ToLoader(_message.Message):
     load: Load
     verify: Verify
     counted: Admitted
+    full: Freed
     segments: _containers.RepeatedCompositeFieldContainer[Segment]
-    def __init__(self, laid_out: _Optional[_Union[Known, _Mapping]] = ..., sampled: _Optional[_Union[Verdict, _Mapping]] = ..., hashed: _Optional[_Union[Matched, _Mapping]] = ..., grant: _Optional[_Union[Extent, _Mapping]] = ..., candidate: _Optional[_Union[Candidates, _Mapping]] = ..., settle: _Optional[_Union[Candidates, _Mapping]] = ..., share: _Optional[_Union[Shared, _Mapping]] = ..., finish: _Optional[_Union[Pairs, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., verify: _Optional[_Union[Verify, _Mapping]] = ..., counted: _Optional[_Union[Admitted, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+    def __init__(self, laid_out: _Optional[_Union[Known, _Mapping]] = ..., sampled: _Optional[_Union[Verdict, _Mapping]] = ..., hashed: _Optional[_Union[Matched, _Mapping]] = ..., grant: _Optional[_Union[Extent, _Mapping]] = ..., candidate: _Optional[_Union[Candidates, _Mapping]] = ..., settle: _Optional[_Union[Candidates, _Mapping]] = ..., share: _Optional[_Union[Shared, _Mapping]] = ..., finish: _Optional[_Union[Pairs, _Mapping]] = ..., failed: _Optional[_Union[Failure, _Mapping]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., verify: _Optional[_Union[Verify, _Mapping]] = ..., counted: _Optional[_Union[Admitted, _Mapping]] = ..., full: _Optional[_Union[Freed, _Mapping]] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
 
 class Segment(_message.Message):
     __slots__ = ("number", "size", "handle")
@@ -92,6 +96,16 @@ class Segment(_message.Message):
     size: int
     handle: bytes
     def __init__(self, number: _Optional[int] = ..., size: _Optional[int] = ..., handle: _Optional[bytes] = ...) -> None: ...
+
+class Full(_message.Message):
+    __slots__ = ("call",)
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    call: str
+    def __init__(self, call: _Optional[str] = ...) -> None: ...
+
+class Freed(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("reason", "message", "metadata")

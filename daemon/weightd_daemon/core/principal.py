@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Who:
-    """Who asks: a uid (None for a peer without an identity), whether it is an admin, and its sharing domain."""
+class Principal:
+    """On whose behalf the core acts: a uid (None: no identity), whether it is an admin, and its sharing domain."""
 
     uid: int | None
     admin: bool
