@@ -99,9 +99,9 @@ stage() {
         return
     fi
     mkdir -p "$WORK/$name"
-    timeout --signal=INT --kill-after=5 $((end - start)) "$ROOT/tools/gpu_day.sh" --stage "$WORK/$name" "$@" >"$WORK/$name/log" 2>&1 &
+    timeout --signal=INT --kill-after=10 $((end - start)) "$ROOT/tools/gpu_day.sh" --stage "$WORK/$name" "$@" >"$WORK/$name/log" 2>&1 &
     local pid=$!
-    while kill -0 $pid 2>/dev/null && ((SECONDS < end + 7)); do sleep 0.2; done
+    while kill -0 $pid 2>/dev/null && ((SECONDS < end + 12)); do sleep 0.2; done
     if kill -0 $pid 2>/dev/null; then
         status="not to be killed: left behind" # a process that waits for a driver may be so
     else
