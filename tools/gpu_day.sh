@@ -52,8 +52,8 @@ main() {
 }
 
 first() {
-    stage facts 4 facts
-    stage smoke 12 smoke
+    stage facts 6 facts
+    stage smoke 13 smoke
     stage probe 43 probe
     stage survival 65 tests gpu-cuda_vmm $SURVIVAL
     stage load-attach 83 bench load,attach "$(scale 0.25)"
@@ -62,7 +62,7 @@ first() {
 }
 
 second() {
-    stage facts 8 facts
+    stage facts 12 facts
     stage compute 30 bench compute "$(scale 0.125)"
     stage memory 60 bench memory "$(scale 0.125)"
     stage workload 100 bench workload "$(scale 0.125)"
@@ -83,7 +83,7 @@ from pathlib import Path
 from support import fakecuda
 folder = Path(sys.argv[1])
 fakecuda.build(folder)
-for name, value in fakecuda.environment(folder, memory=64 << 30).items():
+for name, value in fakecuda.environment(folder, memory=64 << 30, context=300 << 20).items():
     print(f"export {name}={shlex.quote(value)}")
 END
     ) && eval "$variables"
@@ -147,12 +147,15 @@ END
 
 # Install from .whl what this Python cannot import.
 install_carried() {
-    local pair
-    for pair in $CARRIED; do
-        $PYTHON -c "import ${pair%:*}" 2>/dev/null && continue
-        echo "installing ${pair#*:}, which is missing"
-        $PYTHON -m pip install --quiet --no-index --find-links "$ROOT/.whl" --no-deps --target "$WORK/site" "${pair#*:}"
-    done
+    local missing
+    missing=$($PYTHON - $CARRIED <<'END'
+import importlib.util, sys
+print(*(pair.split(":")[1] for pair in sys.argv[1:] if importlib.util.find_spec(pair.split(":")[0]) is None))
+END
+    )
+    [ -n "$missing" ] || return 0
+    echo "installing $missing"
+    $PYTHON -m pip install --quiet --no-index --find-links "$ROOT/.whl" --no-deps --no-compile --target "$WORK/site" $missing
 }
 
 smoke() { $PYTHON tools/gpu_smoke.py --folder "$WORK"; }

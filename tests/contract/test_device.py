@@ -20,6 +20,7 @@ import pytest
 
 from support import fakecuda
 from support.daemon import environment
+from support.descriptors import counted
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceError
 from weightd_daemon.devices import host as host_device
@@ -56,10 +57,6 @@ DEVICES: dict[str, Callable[[], contextlib.AbstractContextManager[Device]]] = {
     "cuda_vmm": lambda: contextlib.closing(CudaVmmDevice(0)),
     "cuda_ipc": ipc_device,
 }
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @contextlib.contextmanager
@@ -110,10 +107,10 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
             monkeypatch.setenv(name, value)
         with cuda_driver.on_device(0):  # the driver opens what it keeps open
             pass
-    before = descriptors()
+    before = counted()
     with DEVICES[request.param]() as made:
         yield made
-    assert descriptors() == before
+    assert counted() == before
     assert not on_gpu or fakecuda.device_bytes(0) == 0
 
 
@@ -171,12 +168,12 @@ def test_punching_gives_whole_pages_back_and_leaves_the_neighbours(device: Devic
 
 
 def test_releasing_leaves_no_descriptor(device: Device) -> None:
-    before = descriptors()
+    before = counted()
     segments = [device.create(device.page) for _ in range(5)]
-    assert descriptors() > before or device.kind == "cuda_ipc"
+    assert counted() > before or device.kind == "cuda_ipc"
     for segment in segments:
         device.release(segment)
-    assert descriptors() == before
+    assert counted() == before
     with pytest.raises(KeyError):
         device.shared(segments[0])
 
@@ -184,7 +181,7 @@ def test_releasing_leaves_no_descriptor(device: Device) -> None:
 def test_a_segment_for_which_there_are_no_descriptors_leaves_nothing(device: Device) -> None:
     if device.kind == "cuda_ipc":
         pytest.skip("its segments take no descriptors here")
-    before = descriptors()
+    before = counted()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.open("/dev/null", os.O_RDONLY)
     os.close(free)
@@ -194,7 +191,7 @@ def test_a_segment_for_which_there_are_no_descriptors_leaves_nothing(device: Dev
             device.create(device.page)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert descriptors() == before
+    assert counted() == before
 
 
 def test_no_descriptor_survives_exec(device: Device) -> None:
@@ -244,10 +241,10 @@ def test_a_segment_is_adopted_by_its_descriptor(device: Device) -> None:
 
 def test_what_is_no_segment_is_not_adopted_and_stays_the_callers(device: Device) -> None:
     descriptor = os.open("/dev/null", os.O_RDWR)
-    before = descriptors()
+    before = counted()
     with pytest.raises(DeviceError):
         device.adopt(descriptor, device.page)
-    assert descriptors() == before
+    assert counted() == before
     os.close(descriptor)
 
 
@@ -310,12 +307,21 @@ def test_what_nvml_says_is_free_stands_in_the_error(gpu: Device, monkeypatch: py
     monkeypatch.setattr(
         "weightd_daemon.devices.cuda_device.free_bytes", lambda uuid: 4711 if uuid == gpu.uuid else None
     )
+    gpu.look()
     assert gpu.available() == 4711
     with pytest.raises(MemoryError, match="4711 bytes are free"):
         gpu.create(gpu.capacity() + gpu.page)
 
 
-def test_where_nvml_is_not_there_nobody_knows_what_is_free(gpu: Device) -> None:
+def test_what_is_free_is_what_nvml_says(gpu: Device) -> None:
+    gpu.create(3 * gpu.page)
+    gpu.look()
+    assert gpu.available() == gpu.capacity() - 3 * gpu.page
+
+
+def test_where_nvml_does_not_answer_nobody_knows_what_is_free(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKECUDA_FAIL", "nvmlDeviceGetMemoryInfo:3")
+    gpu.look()
     assert gpu.available() is None
 
 

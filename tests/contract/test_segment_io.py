@@ -21,6 +21,7 @@ import pytest
 from support import fakecuda
 from support.backends import CUDA, EVERY, Backend
 from support.daemon import environment
+from support.descriptors import counted
 from support.worker import Worker
 from weightd.errors import DeviceError
 from weightd_daemon.devices.access import open_io
@@ -120,11 +121,10 @@ def _imported(descriptor: int) -> bytes:
 def memory(backend: Backend) -> Iterator[Memory]:
     """Segments. A test closes what it opens; nothing of it may be left."""
     made = Memory(backend)
-    before = len(os.listdir("/proc/self/fd"))
+    before = counted()
     yield made
-    if not backend.is_real_gpu:  # the real driver opens and maps what it likes
-        assert "/memfd:fakecuda" not in Path("/proc/self/maps").read_text()
-        assert len(os.listdir("/proc/self/fd")) == before
+    assert "/memfd:fakecuda" not in Path("/proc/self/maps").read_text()
+    assert backend.is_real_gpu or counted() == before  # what the real driver keeps looks like an exported descriptor
     made.close()
     assert not backend.device_bytes()
 
@@ -333,6 +333,7 @@ LOADER = """
 import json, os, sys
 from pathlib import Path
 from cuda.bindings import driver
+from support.descriptors import counted
 from weightd.errors import WeightdError
 from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.devices.access import open_io
@@ -366,11 +367,11 @@ for number, line in enumerate(sys.stdin):
     child = os.fork()
     if not child:
         os.environ |= {"FAKECUDA_FAIL": line.strip(), "FAKECUDA_LOG": f"{log}.{number}"}
-        before = len(os.listdir("/proc/self/fd"))
+        before = counted()
         # Without version, as in the double's log: cuda-bindings 12 has cuDeviceGetUuid_v2.
         errors = [[type(error).__name__, error.metadata.get("call", "").removesuffix("_v2")] for error in run()]
         mapped = Path("/proc/self/maps").read_text().count("/memfd:fakecuda")
-        print(json.dumps([errors, mapped, len(os.listdir("/proc/self/fd")) - before, asked]), flush=True)
+        print(json.dumps([errors, mapped, counted() - before, asked]), flush=True)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0, line
 """

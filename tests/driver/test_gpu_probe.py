@@ -141,15 +141,7 @@ def test_every_probe_runs_on_the_double(double: dict[str, str]) -> None:
     listed = [line.split(":")[0] for line in probe("--list").stdout.splitlines()]
     assert list(answers) == listed
     unmeasured = {name for name, answer in answers.items() if answer.startswith("not measured: ")}
-    assert unmeasured == {
-        "create-without-context",
-        "context-cost",
-        "nvml-after-release",
-        "uuid",
-        "kernel-into-readonly",
-        "attached",
-        "torch-on-readonly",
-    }
+    assert unmeasured == {"kernel-into-readonly", "attached", "torch-on-readonly"}
     assert answers["import-after-kill"] == "import succeeds, reading gives the bytes that were written"
     assert answers["copy-into-readonly"].startswith("cuMemcpyHtoD: CUDA_ERROR_ILLEGAL_ADDRESS")
     assert answers["ipc-open-after-kill"].startswith("no: ")

@@ -1,6 +1,8 @@
-/* Read locks on the open files of memfds: they go with the last descriptor and mapping, whoever is killed. */
+/* What is alive on the GPUs, over all processes.
+ *
+ * Read locks on the open files of memfds: they go with the last descriptor and mapping, whoever is killed. */
 #define _GNU_SOURCE
-#include "alive.h"
+#include "machine.h"
 
 #include <fcntl.h>
 #include <stdbool.h>
@@ -8,9 +10,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-uint64_t alive_start(AliveKind kind, unsigned machine, int gpu)
+uint64_t alive_start(AliveKind kind, int gpu, unsigned life)
 {
-    return (1ULL << kind) + (uint64_t)machine * MOST_DEVICES + (uint64_t)gpu;
+    enum { LIFE = 46 }; /* above the numbers of machines and GPUs */
+    return (1ULL << kind) + ((uint64_t)life << LIFE) + (uint64_t)machine_number() * MOST_DEVICES + (uint64_t)gpu;
 }
 
 void keep_alive(int fd, uint64_t start, size_t size)
@@ -73,8 +76,8 @@ Alive alive_at(uint64_t start)
     return now;
 }
 
-size_t used_bytes(unsigned machine, int gpu)
+size_t used_bytes(int gpu, unsigned life)
 {
-    Alive contexts = alive_at(alive_start(ALIVE_CONTEXT, machine, gpu));
-    return alive_at(alive_start(ALIVE_MEMORY, machine, gpu)).bytes + contexts.bytes - contexts.files;
+    Alive contexts = alive_at(alive_start(ALIVE_CONTEXT, gpu, life));
+    return alive_at(alive_start(ALIVE_MEMORY, gpu, life)).bytes + contexts.bytes - contexts.files;
 }

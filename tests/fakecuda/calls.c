@@ -58,11 +58,8 @@ CUresult enter_call(Call *call, const char *function, Needs needs, int gpu)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, set_tag);
-    char name[LONGEST_NAME]; /* as programs know it, without version */
-    snprintf(name, sizeof name, "%s", function);
-    char *version = strstr(name, "_v");
-    if (version)
-        *version = 0;
+    char name[LONGEST_NAME];
+    strip_version(name, function);
     bool after_fork = process.initialised_in && process.initialised_in != getpid();
     log_call(name, after_fork);
     if (after_fork) /* not even the lock: another thread may have held it when this process was forked */
@@ -75,7 +72,7 @@ CUresult enter_call(Call *call, const char *function, Needs needs, int gpu)
         pthread_mutex_lock(&lock);
     }
     call->locked = true;
-    CUresult code = injected(name, gpu);
+    CUresult code = (CUresult)injected(name, gpu);
     return code ? code : refusal_of(needs);
 }
 

@@ -1,9 +1,7 @@
-/* Devices and primary contexts. */
+/* Devices: what they are called, and what they can do. */
 #include "fakecuda.h"
 
 #include <stdio.h>
-
-/* -- devices ------------------------------------------------------------------------------------------------------ */
 
 API CUresult cuDeviceGetCount(int *count)
 {
@@ -92,128 +90,5 @@ API CUresult cuDeviceGetAttribute(int *value, int attribute, CUdevice device)
     for (size_t i = 0; i < sizeof attributes / sizeof *attributes; i++)
         if (attributes[i].attribute == attribute)
             *value = attributes[i].value;
-    return SUCCESS;
-}
-
-/* -- primary contexts: one for each device, alive while somebody retains it --------------------------------------- */
-
-/* In exclusive mode, one process has a context at a time, and in prohibited mode none. A context takes memory. */
-static CUresult begin(CUcontext context)
-{
-    enum { PROHIBITED = 2, EXCLUSIVE_PROCESS = 3 };
-    size_t mode = setting("FAKECUDA_COMPUTE_MODE", 0);
-    if (mode == PROHIBITED || (mode == EXCLUSIVE_PROCESS && contexts_alive(context->device)))
-        return DEVICE_UNAVAILABLE;
-    return occupy(context);
-}
-
-API CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device)
-{
-    ENTER_ON(gpu_of(device), HEALTHY);
-    if (!is_device(device))
-        return INVALID_DEVICE;
-    CUcontext primary = &process.contexts[device];
-    CUresult code = primary->retained ? SUCCESS : begin(primary);
-    if (code)
-        return code;
-    primary->retained++;
-    *context = primary;
-    return SUCCESS;
-}
-
-/* The last release ends the context, and with it its streams and the memory of cuMemAlloc and cuMemHostAlloc. */
-API CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device)
-{
-    ENTER_ON(gpu_of(device), INITIALISED);
-    if (!is_device(device))
-        return INVALID_DEVICE;
-    CUcontext context = &process.contexts[device];
-    if (!context->retained)
-        return INVALID_CONTEXT;
-    if (--context->retained == 0) {
-        destroy_streams_of(context);
-        remove_ranges_of(context);
-        vacate(context);
-    }
-    return SUCCESS;
-}
-
-API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active)
-{
-    ENTER_ON(gpu_of(device), INITIALISED);
-    if (!is_device(device))
-        return INVALID_DEVICE;
-    *flags = 0;
-    *active = process.contexts[device].retained > 0;
-    return SUCCESS;
-}
-
-/* -- the current context: a stack in each thread ------------------------------------------------------------------ */
-
-enum { DEEPEST_STACK = 64 };
-static _Thread_local CUcontext stack[DEEPEST_STACK];
-static _Thread_local int depth;
-
-bool is_context(CUcontext context)
-{
-    for (CUdevice device = 0; device < process.device_count; device++)
-        if (context == &process.contexts[device])
-            return context->retained > 0;
-    return false;
-}
-
-CUcontext current_context(void)
-{
-    return depth ? stack[depth - 1] : NULL;
-}
-
-API CUresult cuCtxGetCurrent(CUcontext *context)
-{
-    ENTER(INITIALISED);
-    *context = current_context();
-    return SUCCESS;
-}
-
-/* Replaces the top of the stack; NULL takes it off. */
-API CUresult cuCtxSetCurrent(CUcontext context)
-{
-    ENTER(INITIALISED);
-    if (context && !is_context(context))
-        return INVALID_CONTEXT;
-    if (depth)
-        depth--;
-    if (context)
-        stack[depth++] = context;
-    return SUCCESS;
-}
-
-API CUresult cuCtxPushCurrent_v2(CUcontext context)
-{
-    ENTER(INITIALISED);
-    if (!is_context(context))
-        return INVALID_CONTEXT;
-    if (depth == DEEPEST_STACK)
-        return OUT_OF_MEMORY;
-    stack[depth++] = context;
-    return SUCCESS;
-}
-
-API CUresult cuCtxPopCurrent_v2(CUcontext *context)
-{
-    ENTER(INITIALISED);
-    if (!depth)
-        return INVALID_CONTEXT;
-    depth--;
-    if (context)
-        *context = stack[depth];
-    return SUCCESS;
-}
-
-API CUresult cuCtxGetDevice(CUdevice *device)
-{
-    ENTER(INITIALISED);
-    if (!current_context())
-        return INVALID_CONTEXT;
-    *device = current_context()->device;
     return SUCCESS;
 }

@@ -4,7 +4,7 @@
 #ifndef FAKECUDA_H
 #define FAKECUDA_H
 
-#include "alive.h"
+#include "machine.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -23,6 +23,7 @@ typedef enum {
     NO_DEVICE = 100,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
+    OPERATING_SYSTEM = 304,
     INVALID_HANDLE = 400,
     ILLEGAL_STATE = 401,
     NOT_FOUND = 500,
@@ -79,10 +80,6 @@ typedef struct {
 } CUmemAccessDesc;
 
 typedef struct {
-    uint8_t bytes[16];
-} CUuuid;
-
-typedef struct {
     char bytes[64];
 } CUipcMemHandle;
 
@@ -91,20 +88,20 @@ _Static_assert(sizeof(CUmemAccessDesc) == 12, "the layout of CUmemAccessDesc");
 
 /* -- this process ------------------------------------------------------------------------------------------------- */
 
-enum { PAGE = 4096, ALLOCATION_UNIT = 512, LONGEST_NAME = 64 };
-enum { NO_GPU = -1 };
+enum { PAGE = 4096, ALLOCATION_UNIT = 512, CONTEXT_DESCRIPTORS = 4 };
 
 typedef struct Context { /* the primary context of a device */
     CUdevice device;
     int retained;
     void *mapping; /* keeps what the context costs alive */
+    int descriptors[CONTEXT_DESCRIPTORS]; /* which the driver keeps for it */
 } Context;
 
 typedef struct {
     int initialised_in; /* the process that called cuInit, 0 before */
-    unsigned machine; /* FAKECUDA_MACHINE: only processes of one machine share GPUs */
     int device_count;
     int physical[MOST_DEVICES]; /* ordinal -> physical index */
+    unsigned life[MOST_DEVICES]; /* of each physical GPU that is visible: since cuInit it cannot go down */
     Context contexts[MOST_DEVICES];
     size_t memory; /* bytes of each device */
     size_t granularity;
@@ -113,7 +110,6 @@ typedef struct {
 
 extern Process process;
 
-size_t setting(const char *name, size_t otherwise);
 bool is_device(CUdevice device);
 int gpu_of(CUdevice device);
 bool can_reach(CUdevice device, CUdevice peer);
@@ -151,18 +147,6 @@ void leave_call(Call *call);
 int current_gpu(void); /* that of the current context */
 void *find_function(const char *name);
 
-/* -- what tests ask the driver to do wrong (rules.c) ---------------------------------------------------------------- */
-
-typedef struct {
-    int milliseconds;
-    bool hangs;
-} Delay;
-
-const char *read_command(void); /* reads how this process was started; returns its name in the log */
-Delay delay_of(const char *name, int gpu);
-void take_time(Delay delay);
-CUresult injected(const char *name, int gpu);
-
 /* -- physical memory: one memfd for each allocation (physical.c) -------------------------------------------------- */
 
 typedef enum { BLOCK_VMM, BLOCK_PLAIN } BlockKind; /* cuMemCreate, cuMemAlloc */
@@ -188,12 +172,9 @@ void release_mapping(Block *block);
 bool is_first_hand(int fd);
 void keep_block_alive(int fd, const Block *block);
 int gpu_of_handle(CUmemGenericAllocationHandle handle);
+uint64_t start_of(AliveKind kind, CUdevice device);
 size_t bytes_alive(CUdevice device);
-bool has_room(CUdevice device, size_t size);
 bool is_open_elsewhere(const Block *block);
-CUresult occupy(CUcontext context);
-void vacate(CUcontext context);
-size_t contexts_alive(CUdevice device);
 
 /* -- virtual memory (ranges.c) ------------------------------------------------------------------------------------ */
 

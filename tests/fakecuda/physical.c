@@ -18,9 +18,10 @@ static Block *blocks;
 
 static const char *const kind_names[] = {[BLOCK_VMM] = "vmm", [BLOCK_PLAIN] = "plain"};
 
-static uint64_t start_of(AliveKind kind, CUdevice device)
+uint64_t start_of(AliveKind kind, CUdevice device)
 {
-    return alive_start(kind, process.machine, process.physical[device]);
+    int gpu = process.physical[device];
+    return alive_start(kind, gpu, process.life[gpu]);
 }
 
 /* Lets an open file count as device memory that is alive. */
@@ -44,10 +45,11 @@ bool is_open_elsewhere(const Block *block)
 /* Bytes that are used on a device, by all processes. */
 size_t bytes_alive(CUdevice device)
 {
-    return used_bytes(process.machine, process.physical[device]);
+    int gpu = process.physical[device];
+    return used_bytes(gpu, process.life[gpu]);
 }
 
-bool has_room(CUdevice device, size_t size)
+static bool has_room(CUdevice device, size_t size)
 {
     return size <= process.memory && bytes_alive(device) <= process.memory - size;
 }
@@ -70,7 +72,8 @@ CUresult new_block(Block **block, BlockKind kind, CUdevice device, int handle_ty
     if (!has_room(device, size))
         return OUT_OF_MEMORY;
     char name[64];
-    snprintf(name, sizeof name, "fakecuda.m%u.d%d.r%d.%s", process.machine, process.physical[device], handle_types,
+    int gpu = process.physical[device];
+    snprintf(name, sizeof name, "fakecuda.m%u.d%d.l%u.r%d.%s", machine_number(), gpu, process.life[gpu], handle_types,
              kind_names[kind]);
     int fd = memfd_create(name, MFD_CLOEXEC);
     if (fd < 0)
@@ -84,27 +87,36 @@ CUresult new_block(Block **block, BlockKind kind, CUdevice device, int handle_ty
     return add_block(block, fields);
 }
 
-/* Memory of another process, by a descriptor of ours. INVALID_VALUE: it is none. INVALID_DEVICE: not visible here. */
+static bool is_visible(int physical)
+{
+    for (CUdevice device = 0; device < process.device_count; device++)
+        if (process.physical[device] == physical)
+            return true;
+    return false;
+}
+
+/* Memory of another process, by a descriptor of ours. INVALID_VALUE: it is none, or its GPU went down since.
+ * INVALID_DEVICE: not visible here. */
 CUresult adopt_block(Block **block, int fd)
 {
     char path[64], link[128] = "", kind[16];
-    unsigned machine;
+    unsigned machine, life;
     int physical, handle_types;
     struct stat status;
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     if (readlink(path, link, sizeof link - 1) < 0 || fstat(fd, &status) ||
-        sscanf(link, "/memfd:fakecuda.m%u.d%d.r%d.%15s", &machine, &physical, &handle_types, kind) != 4 ||
-        machine != process.machine) {
+        sscanf(link, "/memfd:fakecuda.m%u.d%d.l%u.r%d.%15s", &machine, &physical, &life, &handle_types, kind) != 5 ||
+        machine != machine_number()) {
         close(fd);
         return INVALID_VALUE;
     }
     for (CUdevice device = 0; device < process.device_count; device++)
-        if (process.physical[device] == physical)
+        if (process.physical[device] == physical && process.life[physical] == life)
             return add_block(block, (Block){
                 .kind = strcmp(kind, kind_names[BLOCK_VMM]) ? BLOCK_PLAIN : BLOCK_VMM, .device = device,
                 .handle_types = handle_types, .fd = fd, .size = (size_t)status.st_size, .handles = 1});
     close(fd);
-    return INVALID_DEVICE;
+    return is_visible(physical) ? INVALID_VALUE : INVALID_DEVICE;
 }
 
 /* Whether this is the open file that was exported. Opening /proc/PID/fd/N makes a new one: with the real driver that
@@ -154,35 +166,4 @@ void release_mapping(Block *block)
 {
     block->mappings--;
     forget_if_unused(block);
-}
-
-/* -- contexts ----------------------------------------------------------------------------------------------------- */
-
-/* A mapping keeps the file alive, as it does that of a block; a forked child has it, too. */
-CUresult occupy(CUcontext context)
-{
-    size_t bytes = setting("FAKECUDA_CONTEXT", 0);
-    if (!has_room(context->device, bytes))
-        return OUT_OF_MEMORY;
-    int fd = memfd_create("context of a GPU", MFD_CLOEXEC);
-    if (fd < 0)
-        return OUT_OF_MEMORY;
-    keep_alive(fd, start_of(ALIVE_CONTEXT, context->device), bytes + 1);
-    void *mapping = mmap(NULL, PAGE, PROT_NONE, MAP_SHARED, fd, 0);
-    close(fd);
-    if (mapping == MAP_FAILED)
-        return OUT_OF_MEMORY;
-    context->mapping = mapping;
-    return SUCCESS;
-}
-
-void vacate(CUcontext context)
-{
-    munmap(context->mapping, PAGE);
-}
-
-/* Of all processes. */
-size_t contexts_alive(CUdevice device)
-{
-    return alive_at(start_of(ALIVE_CONTEXT, device)).files;
 }

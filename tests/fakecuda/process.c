@@ -3,21 +3,17 @@
 #include "fakecuda.h"
 
 #include <dlfcn.h>
+#include <errno.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 Process process;
 
-enum { DEFAULT_VERSION = 13000, DEFAULT_GRANULARITY = 2 << 20, DEFAULT_MEMORY = 1 << 30 };
-
-size_t setting(const char *name, size_t otherwise)
-{
-    const char *text = getenv(name);
-    return text && *text ? strtoull(text, NULL, 0) : otherwise;
-}
+enum { DEFAULT_VERSION = 13000 };
 
 /* Handles count up and are never used twice, so that a stale one is always refused. They are far from the small
  * numbers that mean the default streams. */
@@ -45,38 +41,28 @@ int current_gpu(void)
 
 /* -- devices ------------------------------------------------------------------------------------------------------ */
 
-static void uuid_of(int physical, CUuuid *uuid)
-{
-    memset(uuid, 0, sizeof *uuid);
-    memcpy(uuid->bytes, "fakecuda", 8);
-    uuid->bytes[0] = (uint8_t)(0xf0 + physical); /* so that a short beginning tells them apart */
-    uuid->bytes[15] = (uint8_t)physical;
-}
-
 API CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device)
 {
     ENTER_ON(gpu_of(device), INITIALISED);
     if (!is_device(device))
         return INVALID_DEVICE;
-    uuid_of(process.physical[device], uuid);
+    *uuid = visible_uuid(process.physical[device]);
     return SUCCESS;
 }
 
 /* The device that an item of CUDA_VISIBLE_DEVICES names: an index, or the beginning of one UUID. -1: none. */
-static int physical_named(const char *item, int physical_count)
+static int physical_named(const char *item)
 {
-    if (strncmp(item, "GPU-", 4) != 0) {
+    const char *prefix = is_mig() ? "MIG-" : "GPU-";
+    if (strncmp(item, prefix, strlen(prefix)) != 0) {
         char *end;
         long index = strtol(item, &end, 10);
-        return end != item && !*end && index >= 0 && index < physical_count ? (int)index : -1;
+        return end != item && !*end && index >= 0 && index < gpu_count() ? (int)index : -1;
     }
     int found = -1;
-    for (int physical = 0; physical < physical_count; physical++) {
-        CUuuid uuid;
-        char text[48] = "GPU-";
-        uuid_of(physical, &uuid);
-        for (int i = 0, at = 4; i < 16; i++)
-            at += sprintf(text + at, i == 4 || i == 6 || i == 8 || i == 10 ? "-%02x" : "%02x", uuid.bytes[i]);
+    for (int physical = 0; physical < gpu_count(); physical++) {
+        char text[LONGEST_UUID];
+        write_uuid(text, prefix, visible_uuid(physical));
         if (strncasecmp(item, text, strlen(item)) == 0) {
             if (found >= 0)
                 return -1;
@@ -89,19 +75,16 @@ static int physical_named(const char *item, int physical_count)
 /* As the real driver: devices in the order named, up to the first item that names none, or one again. */
 static void find_visible_devices(void)
 {
-    int physical_count = (int)setting("FAKECUDA_DEVICES", 1);
-    if (physical_count > MOST_DEVICES)
-        physical_count = MOST_DEVICES;
     const char *visible = getenv("CUDA_VISIBLE_DEVICES");
     process.device_count = 0;
     if (!visible) {
-        for (int physical = 0; physical < physical_count; physical++)
+        for (int physical = 0; physical < gpu_count(); physical++)
             process.physical[process.device_count++] = physical;
         return;
     }
     char *items = strdup(visible), *rest = items, *item;
     while ((item = strsep(&rest, ",")) != NULL) {
-        int physical = physical_named(item, physical_count);
+        int physical = physical_named(item);
         for (int i = 0; i < process.device_count; i++)
             if (process.physical[i] == physical)
                 physical = -1;
@@ -112,6 +95,36 @@ static void find_visible_devices(void)
     free(items);
 }
 
+enum { MOST_DESCRIPTORS = MOST_DEVICES + 3 };
+
+static CUresult open_devices(int descriptors[MOST_DESCRIPTORS], int *count)
+{
+    if ((descriptors[(*count)++] = open_shared_node(NODE_CONTROL)) < 0)
+        return errno == EMFILE ? OPERATING_SYSTEM : NO_DEVICE;
+    if ((descriptors[(*count)++] = open_shared_node(NODE_MEMORY)) < 0)
+        return errno == EMFILE ? OPERATING_SYSTEM : UNKNOWN;
+    if ((descriptors[(*count)++] = memfd_create("of the driver", MFD_CLOEXEC)) < 0)
+        return OPERATING_SYSTEM;
+    for (CUdevice device = 0; device < process.device_count; device++) {
+        int physical = process.physical[device], node = open_gpu_node(physical);
+        if ((descriptors[(*count)++] = node) < 0)
+            return errno == EMFILE ? OPERATING_SYSTEM : NO_DEVICE;
+        process.life[physical] = gpu_life(physical, node);
+    }
+    return SUCCESS;
+}
+
+/* As the real driver: it keeps descriptors of its nodes, since 570 also of a memfd, until the process ends. */
+static CUresult keep_devices_open(void)
+{
+    int descriptors[MOST_DESCRIPTORS], count = 0;
+    CUresult code = open_devices(descriptors, &count);
+    while (code && count--)
+        if (descriptors[count] >= 0)
+            close(descriptors[count]);
+    return code;
+}
+
 API CUresult cuInit(unsigned flags)
 {
     ENTER(FIRST);
@@ -119,12 +132,14 @@ API CUresult cuInit(unsigned flags)
         return INVALID_VALUE;
     if (process.initialised_in)
         return SUCCESS;
-    process.machine = (unsigned)setting("FAKECUDA_MACHINE", 0);
     process.memory = setting("FAKECUDA_MEM", DEFAULT_MEMORY);
     process.granularity = setting("FAKECUDA_GRAN", DEFAULT_GRANULARITY);
     find_visible_devices();
     if (!process.device_count)
         return NO_DEVICE;
+    CUresult code = keep_devices_open();
+    if (code)
+        return code;
     for (CUdevice device = 0; device < process.device_count; device++)
         process.contexts[device].device = device;
     process.initialised_in = getpid();
@@ -152,6 +167,7 @@ static const struct {
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {OPERATING_SYSTEM, "CUDA_ERROR_OPERATING_SYSTEM", "OS call failed or operation not supported on this OS"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE",
      "the operation cannot be performed in the present state"},
@@ -232,6 +248,12 @@ static void *find_version(const char *name, int version)
 void *find_function(const char *name)
 {
     return find_version(name, INT_MAX);
+}
+
+/* For rules; one for NVML means nothing here. */
+bool is_function(const char *name)
+{
+    return !strncmp(name, "nvml", 4) || find_function(name);
 }
 
 API CUresult cuGetProcAddress_v2(const char *name, void **function, int version, uint64_t flags, int *status)

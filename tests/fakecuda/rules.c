@@ -1,6 +1,6 @@
-/* What tests ask the driver to do wrong: calls that fail, take long, or hang. */
+/* What tests ask the libraries to do wrong: calls that fail, take long, or hang. */
 #define _GNU_SOURCE
-#include "fakecuda.h"
+#include "machine.h"
 
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,6 +10,15 @@
 #include <unistd.h>
 
 enum { MOST_RULES = 128, LONGEST_COMMAND = 4096, LONGEST_RULES = 4096 };
+
+/* As programs know the function. */
+void strip_version(char name[LONGEST_NAME], const char *function)
+{
+    snprintf(name, LONGEST_NAME, "%s", function);
+    char *version = strstr(name, "_v");
+    if (version)
+        *version = 0;
+}
 
 /* -- the rules ---------------------------------------------------------------------------------------------------- */
 
@@ -48,7 +57,7 @@ static bool read_rule(Rule *rule, char *item, bool has_value)
 {
     char *rest = item, *gpu = strsep(&rest, ":"), *name = strsep(&gpu, "@");
     *rule = (Rule){.gpu = NO_GPU};
-    if (strlen(name) >= sizeof rule->function || !find_function(name))
+    if (strlen(name) >= sizeof rule->function || !is_function(name))
         return false;
     strcpy(rule->function, name);
     return (!gpu || read_number(&gpu, &rule->gpu)) && (!has_value || read_number(&rest, &rule->value)) &&
@@ -163,13 +172,13 @@ static const char *failures_text(void)
 }
 
 /* Whatever number a rule says, also one that no header knows. */
-CUresult injected(const char *name, int gpu)
+int injected(const char *name, int gpu)
 {
     refresh(&failures, failures_text());
-    CUresult code = SUCCESS;
+    int code = 0;
     for (int i = 0; i < failures.count; i++)
         if (matches(&failures.rules[i], name, gpu) && !code && may_inject())
-            code = (CUresult)failures.rules[i].value;
+            code = failures.rules[i].value;
     return code;
 }
 

@@ -64,7 +64,10 @@ class Backend:
 
     def device_bytes(self) -> int | None:
         """Bytes alive on the double's device, over all processes; None where only the device could tell."""
-        return fakecuda.device_bytes(0) if self.library is not None else None
+        if self.library is None:
+            return None
+        nodes = self.knobs.get("nodes")
+        return fakecuda.device_bytes(0, nodes if isinstance(nodes, Path) else None)
 
 
 HOST = Backend("host", "host")

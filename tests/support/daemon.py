@@ -16,6 +16,7 @@ from pathlib import Path
 
 import weightd
 from support.backends import HOST, Backend
+from support.descriptors import counted
 from support.leash import leashed
 from support.manager import Manager
 from weightd.client import Client
@@ -129,8 +130,8 @@ class Daemon:
         return sum(bound in line and line.split()[5] == connected for line in lines)
 
     def descriptors(self) -> int:
-        """Descriptors that the daemon has open."""
-        return len(os.listdir(f"/proc/{self.pid}/fd"))
+        """Descriptors that the daemon has open, without what the libraries of a GPU keep."""
+        return counted(self.pid)
 
     def allocated(self) -> int:
         """Bytes of memory behind the segments that the daemon has open, as the kernel counts them."""

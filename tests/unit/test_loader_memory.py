@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import SegmentReclaim
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loads.loader_memory import LoaderMemory, make_room_for_verifying
@@ -39,7 +39,7 @@ class Gpu:
         self.idle = 0
         segments = count(1)
         self.store = ContentStore(leases=LeaseTable(lambda lease: True), on_event=lambda _: None)
-        self.memory = self.store.memories[GPU] = MemoryAccounting(
+        self.memory = self.store.memories[GPU] = PromptMemory(
             budget=self.size, page=PAGE, sparse=False, pool_limit=0, create=lambda _: next(segments),
             available=self.available,
         )  # fmt: skip

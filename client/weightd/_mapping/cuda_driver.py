@@ -236,6 +236,16 @@ def import_descriptor(descriptor: int) -> Allocation:
     return call("cuMemImportFromShareableHandle", descriptor, _descriptor_type())
 
 
+def ordinal_of_allocation(allocation: Allocation) -> Ordinal | None:
+    """The GPU on which an allocation lies, as far as the driver says; None where it does not."""
+    try:
+        location = call("cuMemGetAllocationPropertiesFromHandle", allocation).location
+    except DeviceError:  # whether it answers for what was imported is not documented
+        return None
+    on_device = location.type == _driver().CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    return int(location.id) if on_device else None
+
+
 def release(allocation: Allocation) -> None:
     """Give an allocation up; its memory goes when nobody maps, imports or holds a descriptor of it any more."""
     call("cuMemRelease", allocation)

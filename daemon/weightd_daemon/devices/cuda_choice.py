@@ -35,7 +35,7 @@ _T = TypeVar("_T")
 _FAILURES = (DeviceError, DeviceMismatchError)
 
 
-class _Gpu(NamedTuple):
+class ServedGpu(NamedTuple):
     """A GPU that is served, and what settings may call it, most telling first."""
 
     device: Device
@@ -45,7 +45,7 @@ class _Gpu(NamedTuple):
 class Choice(NamedTuple):
     """The GPUs that are served, and those that are kept or meant but cannot be served now."""
 
-    served: list[_Gpu]
+    served: list[ServedGpu]
     absent: list[AbsentDevice]
 
 
@@ -84,7 +84,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
     """
     kept = {uuid: kind for uuid, kind in kept.items() if uuid != "host"}
     if not any(name != "host" for name in said):
-        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said)) for uuid, kind in kept.items()])
+        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said), said=False) for uuid, kind in kept.items()])
     tell_mps()
     try:
         shown = _look()
@@ -116,7 +116,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
 
 def try_again(
     absent: AbsentDevice, said: Sequence[str], transport: str, holding: CudaHolderContext, kept: KeptKinds
-) -> _Gpu:
+) -> ServedGpu:
     """Open a GPU that was absent, whatever its ordinal is now; the caller closes it.
 
     Errors: DeviceError, DeviceMismatchError (it is absent still, and why).
@@ -224,8 +224,11 @@ def _untried(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choice
     tried = {gpu.device.uuid for gpu in choice.served} | {device.uuid for device in choice.absent}
     ordinals = {uuid: ordinal for ordinal, uuid in shown.uuids.items()}
     for uuid in [uuid for uuid in {**kept, **_whole_uuids(said)} if uuid not in tried]:
-        reason = _unnamed(said) if uuid in ordinals else _unseen(shown)
-        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason)
+        seen = uuid in ordinals
+        names = [name for name in said if name != "host" and not seen]
+        meant = any(name in ("auto", "cuda") or means(name, uuid) or not shown.named(name) for name in names)
+        reason = _unnamed(said) if seen else _unseen(shown)
+        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason, said=meant)
 
 
 def _whole_uuids(said: Sequence[str]) -> dict[str, None]:
@@ -258,7 +261,9 @@ def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -
 # -- how a GPU is shared -----------------------------------------------------------------------------------------------
 
 
-def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None) -> _Gpu:
+def _open(
+    ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None
+) -> ServedGpu:
     """A GPU by the transport that `kept` or the settings demand, else by the first that works.
 
     CUDA IPC takes the place of exportable memory only where the driver says twice that it does not support that.
@@ -269,15 +274,15 @@ def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolde
     wanted = kept or transport
     names = _names(uuid, ordinal)
     if wanted == "cuda_ipc":
-        return _Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
     try:
-        return _Gpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
     except DeviceError as error:
         if wanted == "cuda_vmm" or not is_unsupported(error):
             raise
         log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
         try:
-            return _Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+            return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
         except DeviceError as other:
             raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
 
