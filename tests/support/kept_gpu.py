@@ -129,7 +129,7 @@ class Start:
         finally:
             await start.absences.close()
             for reclaimer in start.reclaimers.values():
-                await reclaimer.finish()
+                await reclaimer.stop()
             start.end()
 
     async def until(self, happened: Callable[[], object], seconds: float = 60.0) -> None:
@@ -142,9 +142,9 @@ class Start:
         """Load as a loader does, in one extent, and name it."""
         load = StoreTransaction(self.store, uuid, "", 1000)
         total = sum(map(len, tensors.values()))
-        extent: Extent | None = Extent(0, 0, 0)
-        while total and (extent := load.grant(total, total)) is None:
-            await self.reclaimers[uuid].wait()
+        extent = None if total else Extent(0, 0, 0)
+        while extent is None and (extent := load.grant(total, total)) is None:
+            await self.reclaimers[uuid].wait()  # until the segment is made
         assert extent is not None
         blobs, offset = [], extent.offset
         for data in tensors.values():

@@ -40,7 +40,7 @@ AWAY = "cuInit:802"
 def keeper(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
     """What a daemon has left that held "a" and "b" on the GPU, in a segment each, and "h" in host memory."""
 
-    async def leave() -> None:
+    async def leave(made: Keeper) -> None:
         async with Start.of(made, device="host,cuda") as start:
             for name, tensors in DATA.items():
                 await start.load(name, GPU, tensors)
@@ -49,9 +49,11 @@ def keeper(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepe
             start.catalog.restore("", "dangling", CatalogTag("sha256:" + "0" * 64, 7))
 
     monkeypatch.setenv("FAKECUDA_FAIL", "")
-    before = len(os.listdir("/proc/self/fd"))
-    made = Keeper()
-    asyncio.run(leave())
+    first, made = Keeper(), Keeper()
+    asyncio.run(leave(first))
+    first.close()
+    before = len(os.listdir("/proc/self/fd"))  # with what the libraries open the first time, and keep
+    asyncio.run(leave(made))
     made.dropped.clear()
     yield made
     made.close()
@@ -346,8 +348,8 @@ def test_only_what_the_settings_name_is_tried_again(keeper: Keeper) -> None:
     assert keeper.dropped == []
 
 
-def test_no_try_keeps_the_loop_waiting(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver may hang, whether anything is kept or not. A holder that is started has its device's thread."""
+def test_it_is_tried_off_the_loop(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver may hang, whether anything is kept or not."""
     threads: list[bool] = []
 
     def open_again(*_: object) -> ServedGpu:
@@ -358,15 +360,10 @@ def test_no_try_keeps_the_loop_waiting(keeper: Keeper, monkeypatch: pytest.Monke
         monkeypatch.setattr(served.Devices, "open_again", open_again)
         start.absences.hurry()
         await start.until(lambda: threads)
-        for name in DATA:
-            start.catalog.remove(WHO, name)
-        await start.reclaimers[GPU].finish()
-        start.absences.hurry()
-        await start.until(lambda: len(threads) > 1)
 
     monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
     started(keeper, back)
-    assert threads == [False, False]
+    assert threads == [False]
 
 
 def test_a_checkpoint_without_bytes_has_no_segment_and_is_kept(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:

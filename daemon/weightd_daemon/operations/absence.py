@@ -192,9 +192,13 @@ class AbsentDevices:
             device.close()
             self._stays(uuid, str(error))
             return
+        except BaseException:  # a bug, or the end of the daemon
+            device.close()
+            raise
         await self._reclaimers[uuid].finish()  # what is being released is the stand-in's to release
         if uuid in self.leaving:
-            cast("TakesOver", device).give_up(imported)
+            if imported:
+                cast("TakesOver", device).give_up(imported)
             device.close()
             return
         # From here to the end nothing else runs: the device is the stand-in's in each place at once.
@@ -212,6 +216,8 @@ class AbsentDevices:
         if uuid in self._tasks:  # else nobody was told that it is absent
             there = {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": len(store.on_device(uuid))}
             log.info(Line("device back", there))
+            if device.note:
+                log.warning("device %s is %s", uuid, device.note)
             self._on_event(DeviceBack(uuid))
         for _ in store.fit(uuid):
             await asyncio.sleep(0)
