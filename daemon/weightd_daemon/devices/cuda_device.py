@@ -37,6 +37,7 @@ class CudaDevice:
         self.uuid = driver.uuid_of(ordinal)
         self.name = driver.name_of(ordinal)
         self._capacity = driver.total_memory(ordinal)
+        free_bytes(self.uuid)  # NVML opens what it keeps open, and what takes it time, before the daemon is ready
         self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
     def capacity(self) -> int:
