@@ -51,7 +51,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -69,12 +69,16 @@ unit: $(VENV)/.installed ## unit tests alone: under a minute
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests/unit $(PYTEST_ARGS)
 
 test-all: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## as test, and every type of model that transformers knows (a quarter of an hour)
-	@echo "test-all: pytest, with -m 'not gpu'"
-	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m 'not gpu' $(PYTEST_ARGS)
+	@echo "test-all: pytest, with -m ''"
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m '' $(PYTEST_ARGS)
 
-test-gpu: $(GPU_VENV) ## tests that need a GPU
-	@echo "test-gpu: pytest -m gpu"
-	@$(ON_GPU) -m pytest -m gpu $(PYTEST_ARGS)
+test-gpu: $(GPU_VENV) ## tests for GPUs, on a GPU
+	@echo "test-gpu: pytest -m gpu --gpu=hardware"
+	@$(ON_GPU) -m pytest -m gpu --gpu=hardware $(PYTEST_ARGS)
+
+test-gpu-dry: $(VENV)/.installed ## the same tests on the double of the driver, posing as one; part of test
+	@echo "test-gpu-dry: pytest -m gpu"
+	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m gpu $(PYTEST_ARGS)
 
 test-versions: $(VERSIONS:%=$(VERSIONS_VENV)/%/.tested) ## tests of the integrations with older frameworks (makes environments)
 

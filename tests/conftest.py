@@ -41,14 +41,41 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 _FAILED = pytest.StashKey[bool]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Say what tests marked `gpu` run on."""
+    parser.addoption(
+        "--gpu", choices=("double", "hardware"), default="double",
+        help="run tests marked gpu on the double of the driver, which poses as hardware, or on a real GPU",
+    )  # fmt: skip
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the double cannot stand for, unless there is hardware."""
+    if config.getoption("--gpu") == "hardware":
+        return
+    left_out = [item for item in items if item.get_closest_marker("hardware")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Count the tests marked `gpu` that passed, and say on what."""
+    passed = sum("gpu" in report.keywords for report in terminalreporter.stats.get("passed", []))
+    terminalreporter.write_line(f"marked gpu: {passed} passed on the {config.getoption('--gpu')}")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on what `pytest.mark.backends` names; on real GPUs as well, with `-m gpu`, unless `double_only`."""
+    """Run a test on what `pytest.mark.backends` names. On CUDA memory it is marked `gpu`, unless `double_only`.
+
+    So where there is no GPU, it runs on the double posing as one, and not beside that on the double as itself.
+    """
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("backends")
     names: list[Any] = list(marker.args) if marker else ["host"]
     if marker and not marker.kwargs.get("double_only"):
-        names += [pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in names if name != "host"]
+        names = [name if name == "host" else pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
 
@@ -75,9 +102,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     name: str = request.param
     if name == "host":
         return HOST
-    if name.startswith("gpu-"):
-        return Backend(name, name.removeprefix("gpu-"))
-    return Backend(name, name, request.getfixturevalue("fake_driver"))
+    kind = name.removeprefix("gpu-")
+    is_hardware = name != kind and request.config.getoption("--gpu") == "hardware"
+    library = None if is_hardware else request.getfixturevalue("fake_driver")
+    return Backend(name, kind, library, poses=name != kind and not is_hardware)
 
 
 @pytest.fixture

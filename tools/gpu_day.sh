@@ -174,7 +174,7 @@ tests() {
     shift
     [ -z "$REHEARSING" ] || workers=2
     $PYTHON -m pytest -p xdist -p timeout -p no:cacheprovider -v -n $workers --dist load --maxschedchunk 1 \
-        --timeout 60 -m gpu -k "$backend" "$@"
+        --timeout 60 -m gpu --gpu=hardware -k "$backend" "$@"
 }
 
 # bench PARTS SCALE

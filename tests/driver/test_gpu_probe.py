@@ -152,6 +152,7 @@ def test_every_probe_runs_on_the_double(double: dict[str, str]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.hardware
 @pytest.mark.timeout(600)
 def test_every_probe_runs_on_a_gpu() -> None:
     done = probe(environment={"CUDA_VISIBLE_DEVICES": "0"}, seconds=580)

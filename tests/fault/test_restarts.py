@@ -67,7 +67,7 @@ def begin_to_hang(daemon: Daemon, hanging: HangingFile) -> int:
             return bool(waiting)
 
         eventually(hangs, what="a loader that waits for a read")
-        eventually(lambda: daemon.allocated() > SIZE, what="it has written something")
+        eventually(lambda: daemon.allocates(SIZE + 1), what="it has written something")
     finally:
         client.kill()
         client.wait(60)

@@ -95,7 +95,7 @@ def test_an_empty_daemon_is_drained_at_once(daemon: Daemon, backend: Backend, tm
     load(daemon, tmp_path / "a")
     assert daemon.connect().drain(timeout=5) == DrainResult(1, 300 * KIB)
     if not backend.is_host:
-        eventually(lambda: daemon.allocated() == 0, what="the memory of a GPU goes back")
+        eventually(lambda: daemon.allocates(0, 0), what="the memory of a GPU goes back")
 
 
 def test_loads_under_way_end(start_daemon: StartDaemon, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_isolated_users_share_nothing_and_see_nothing(start_daemon: StartDaemon,
         assert (stats.checkpoints, stats.blobs, stats.resident_bytes) == (2, 4, 4 * MIB)
         assert {c.owner_uid for c in root.checkpoints()} == {ALICE, BOB}
         assert {lease.uid for lease in root.leases()} == {ALICE, BOB}
-    assert daemon.allocated() >= 4 * MIB
+    assert daemon.allocates(4 * MIB)
     assert not segments(alice.pid) & segments(bob.pid), "two users map one segment"
     # Each his own name, and each his own.
     assert bob.run("a.close(); del a; result = attempt(client.remove, 'model')") == 2 * MIB

@@ -1,4 +1,8 @@
-"""What a test runs on: host memory, CUDA memory of the double (tests/fakecuda), or a real GPU."""
+"""What a test runs on: host memory, CUDA memory of the double (tests/fakecuda), or a real GPU.
+
+A test that can run on a GPU runs on the double when there is none, which then poses as one: what only the device could
+tell is not known, so that no such test asks for it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,16 @@ from support import fakecuda
 
 @dataclass(frozen=True)
 class Backend:
-    """One kind of memory. `library` is the double's folder; None for host memory and for a real GPU."""
+    """One kind of memory. `library` is the double's folder; None for host memory and for a real GPU.
+
+    A double that `poses` as hardware tells no test what is alive on its device.
+    """
 
     name: str
     kind: str
     library: Path | None = None
     knobs: dict[str, object] = field(default_factory=dict)
+    poses: bool = False
 
     @property
     def is_host(self) -> bool:
@@ -64,6 +72,10 @@ class Backend:
 
     def device_bytes(self) -> int | None:
         """Bytes alive on the double's device, over all processes; None where only the device could tell."""
+        return None if self.poses else self.bytes_on_double()
+
+    def bytes_on_double(self) -> int | None:
+        """The same for leak checks, which ask the double also where it poses as hardware."""
         if self.library is None:
             return None
         nodes = self.knobs.get("nodes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -133,12 +134,16 @@ class Daemon:
         """Descriptors that the daemon has open, without what the libraries of a GPU keep."""
         return counted(self.pid)
 
-    def allocated(self) -> int:
-        """Bytes of memory behind the segments that the daemon has open, as the kernel counts them."""
-        alive = self.backend.device_bytes()
-        if alive is not None:
-            return alive
-        return sum(status.st_blocks * 512 for status in self._segments().values())
+    def allocated(self) -> int | None:
+        """Bytes of memory behind the daemon's segments, as the kernel counts them; None: only the device could tell."""
+        if self.backend.is_host:
+            return sum(status.st_blocks * 512 for status in self._segments().values())
+        return self.backend.device_bytes()
+
+    def allocates(self, least: int, most: float = math.inf) -> bool:
+        """Whether so many bytes are behind its segments; true where only the device could tell."""
+        alive = self.allocated()
+        return alive is None or least <= alive <= most
 
     def _segments(self) -> dict[int, os.stat_result]:
         found: dict[int, os.stat_result] = {}
@@ -204,8 +209,9 @@ class Daemon:
             def settled() -> bool:
                 devices = client.stats().devices
                 in_flight = sum(device.in_flight_bytes + device.live_bytes for device in devices)
+                alive = self.allocated() if self.backend.is_host else self.backend.bytes_on_double() or 0
                 unpooled = sum(device.used_bytes for device in devices if device.kind != "host")
-                return not in_flight and not unpooled and self.allocated() <= sum(d.used_bytes for d in devices)
+                return not in_flight and not unpooled and alive <= sum(d.used_bytes for d in devices)
 
             eventually(settled, what=f"memory on its way back: {client.stats()}")
             stats = client.stats()

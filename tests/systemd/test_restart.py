@@ -79,7 +79,7 @@ def test_everything_is_taken_up(
         assert state(client) == before
         assert client.stats().leases == 1
         eventually(lambda: figures(client) == used, what="the books are as before")  # noqa: B023  # called here
-        assert daemon.allocated() == used.used_bytes
+        assert daemon.allocates(used.used_bytes, used.used_bytes)
         for path in paths:
             report = client.load_report(path, name=path.stem)
             assert report is not None
@@ -238,7 +238,9 @@ def test_a_load_under_way_is_lost_and_nothing_else(
     daemon.start()
     client = daemon.connect()
     assert [checkpoint.names for checkpoint in client.checkpoints()] == [("a",)]
-    eventually(lambda: daemon.allocated() == client.stats().devices[0].used_bytes, what="only what the books say")
+    eventually(
+        lambda: daemon.allocates(used := client.stats().devices[0].used_bytes, used), what="only what the books say"
+    )
     assert worker.run("from support.content import content\nresult = content(attachment, 't3').hex()") == (
         checkpoints.random_bytes(("a", 3), MIB).hex()
     )

@@ -151,7 +151,9 @@ def test_killed_at_every_point(start_daemon: StartDaemon, manager: Manager, tmp_
     client = daemon.connect()
     assert client.stats().evictions, "the budget is not so tight that memory is used again"
     eventually(lambda: not client.stats().devices[0].in_flight_bytes, what="loaders are done")
-    eventually(lambda: daemon.allocated() == client.stats().devices[0].used_bytes, what="the books are what is there")
+    eventually(
+        lambda: daemon.allocates(used := client.stats().devices[0].used_bytes, used), what="the books are what is there"
+    )
     for worker in workers:
         assert worker.run("check(); done.set(); thread.join(); attachment.close(); result = wrong") == []
     eventually(lambda: client.leases() == [], what="all have let go")

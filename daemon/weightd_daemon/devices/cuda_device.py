@@ -44,7 +44,7 @@ class CudaDevice:
         self.calls = DriverThread(self.uuid)
         self._looking: asyncio.Future[None] | None = None
         self._free: int | None = None
-        self.look()
+        self.look()  # NVML opens what it keeps open, and what takes it time, before the daemon is ready
         self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
     def open_node(self) -> int | None:
