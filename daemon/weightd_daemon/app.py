@@ -42,6 +42,7 @@ from .monitoring.statistics import Statistics
 from .operations.absence import AbsentDevices
 from .operations.drain import DrainOperation
 from .operations.forget import DeviceForgetting
+from .operations.model_roots import on_thread
 from .operations.notify import ServiceManagerNotifier, status_line
 from .operations.preload import PreloadOperation
 from .operations.quarantine import thaw_when_unwritten
@@ -151,7 +152,7 @@ class Daemon:
         listeners = EventListeners()
         residency = Residency(listeners.publish)
         given = GivenDescriptors(self._given)
-        served = self._open_devices(stack, residency, sockets.lock.holders, given)
+        served = await self._open_devices(stack, residency, sockets.lock.holders, given)
         books = self._open_books(stack, served, residency, listeners, given)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
         residency.join(books.store, books.catalog, books.manifests, books.descriptor_store, work.loads)
@@ -179,14 +180,14 @@ class Daemon:
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
         stack.callback(task.cancel)
 
-    def _open_devices(
+    async def _open_devices(
         self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int, given: GivenDescriptors
     ) -> Devices:
         """Open the devices, with regard to what is kept of which. Errors: ConfigError."""
         holding = CudaHolderContext(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
         served = Devices(self._settings, holding)
         stack.callback(served.close)
-        served.open(given.kinds)
+        await on_thread(partial(served.open, given.kinds))  # the loop goes on telling the manager that it starts
         return served
 
     def _open_books(

@@ -296,3 +296,47 @@ def test_the_holder_dies_with_the_daemon_and_keeps_its_lock_until_then(fake_driv
     with open(holder, "rb") as ended:
         assert select.select([ended], [], [], 60.0)[0], f"holder {pid} lives on"
     assert fakecuda.device_bytes(0) == 0
+
+
+# Opens every GPU, and says which are served.
+SEVERAL = """
+import asyncio
+from weightd_daemon.devices import cuda_ipc
+from weightd_daemon.devices.cuda_choice import choose_gpus
+from weightd_daemon.devices.cuda_ipc import CudaHolderContext
+
+cuda_ipc.names_alike = lambda uuid: not uuid.endswith("2")
+holding = CudaHolderContext(asyncio.new_event_loop(), print)
+choice = choose_gpus(["cuda"], "cuda_ipc", holding, {})
+print(*(gpu.device.uuid for gpu in choice.served))
+for gpu in choice.served:
+    gpu.device.close()
+"""
+
+
+def holders_of(daemon: int) -> dict[str, str]:
+    """By UUID, what each holder of a process sees."""
+    found: dict[str, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            *_, parent, uuid, _ = ["", "", *(process / "cmdline").read_text().split("\0")]
+            if parent == str(daemon):
+                variables = (process / "environ").read_text().split("\0")
+                found[uuid] = next(v.partition("=")[2] for v in variables if v.startswith("CUDA_VISIBLE_DEVICES="))
+    return found
+
+
+def test_holders_of_several_gpus_start_side_by_side_and_see_their_gpu_alone(fake_driver: Path, tmp_path: Path) -> None:
+    """Each waits in cuInit until all of them are there."""
+    hangs, uuids = tmp_path / "hangs", [fakecuda.uuid(number) for number in range(3)]
+    hangs.touch()
+    knobs = fakecuda.environment(fake_driver, devices=3, hang="cuInit", hang_while=hangs, fail_in="cuda_holder")
+    command = leashed([sys.executable, "-c", SEVERAL])
+    with subprocess.Popen(command, env={**environment(), **knobs}, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            expected = {uuids[0]: uuids[0], uuids[1]: uuids[1], uuids[2]: "0,1,2"}
+            eventually(lambda: holders_of(daemon.pid) == expected)
+            hangs.unlink()
+            assert daemon.communicate(timeout=60)[0].split() == uuids
+        finally:
+            daemon.kill()

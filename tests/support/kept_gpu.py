@@ -142,7 +142,9 @@ class Start:
         """Load as a loader does, in one extent, and name it."""
         load = StoreTransaction(self.store, uuid, "", 1000)
         total = sum(map(len, tensors.values()))
-        extent = load.grant(total, total) if total else Extent(0, 0, 0)
+        extent: Extent | None = Extent(0, 0, 0)
+        while total and (extent := load.grant(total, total)) is None:
+            await self.reclaimers[uuid].wait()
         assert extent is not None
         blobs, offset = [], extent.offset
         for data in tensors.values():

@@ -13,7 +13,7 @@ from cuda.core import Buffer
 from weightd._libc import address_of
 from weightd.errors import DeviceError
 
-from . import cuda_driver
+from . import cuda_driver, cuda_streams
 
 _CUDA: Final = 2
 """DLPack's kDLCUDA."""
@@ -45,8 +45,8 @@ def copy_to_host(buffer: Any) -> bytearray:
     found = bytearray(buffer.size)
     with (
         cuda_driver.on_device(buffer.device_id),
-        cuda_driver.relaxed(),
-        cuda_driver.own_stream() as stream,  # the default stream must not be used while a blocking one is captured
+        cuda_streams.relaxed(),
+        cuda_streams.own_stream() as stream,  # the default stream must not be used while a blocking one is captured
     ):
         cuda_driver.call("cuMemcpyDtoHAsync", address_of(found), int(buffer.handle), buffer.size, stream)
     return found

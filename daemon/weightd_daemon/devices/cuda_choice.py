@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -92,20 +93,17 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
         return _without_driver(said, kept, error)
     with contextlib.ExitStack() as undo:
         choice = Choice([], [])
-        for ordinal in _meant(said, shown, kept):
+        for ordinal, opened in _open_all(_meant(said, shown, kept), shown, transport, holding, kept).items():
             uuid = shown.uuids[ordinal]
-            try:
-                gpu = _open(ordinal, uuid, transport, holding, kept.get(uuid))
-            except _FAILURES as error:
-                if uuid not in kept and "auto" in said and is_unsupported(error):
-                    log.warning("device %s is not served: %s", uuid, error)
-                    continue
-                kind = kept.get(uuid) or (None if transport == "auto" else transport)
-                choice.absent.append(AbsentDevice(uuid, ordinal, kind, explained(error)))
-            else:
-                undo.callback(gpu.device.close)
-                choice.served.append(gpu)
+            if isinstance(opened, ServedGpu):
+                undo.callback(opened.device.close)
+                choice.served.append(opened)
                 tell_compute_mode(ordinal, uuid)
+            elif uuid not in kept and "auto" in said and is_unsupported(opened):
+                log.warning("device %s is not served: %s", uuid, opened)
+            else:
+                kind = kept.get(uuid) or (None if transport == "auto" else transport)
+                choice.absent.append(AbsentDevice(uuid, ordinal, kind, explained(opened)))
         choice.absent.extend([*_untried(said, shown, kept, choice)])
         _check_any(said, shown, kept, choice)
         for ordinal, failure in shown.untold(said).items():
@@ -259,6 +257,22 @@ def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -
 
 
 # -- how a GPU is shared -----------------------------------------------------------------------------------------------
+
+
+def _open_all(
+    ordinals: Sequence[driver.Ordinal], shown: _Shown, transport: str, holding: CudaHolderContext, kept: KeptKinds
+) -> dict[driver.Ordinal, ServedGpu | WeightdError]:
+    """Open GPUs side by side: a holder takes seconds to start. Returns each, or why it cannot be served."""
+
+    def attempt(ordinal: driver.Ordinal) -> ServedGpu | WeightdError:
+        uuid = shown.uuids[ordinal]
+        try:
+            return _open(ordinal, uuid, transport, holding, kept.get(uuid))
+        except _FAILURES as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, len(ordinals))) as pool:
+        return dict(zip(ordinals, pool.map(attempt, ordinals), strict=True))
 
 
 def _open(

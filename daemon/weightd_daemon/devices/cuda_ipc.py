@@ -23,6 +23,7 @@ from weightd.errors import DeviceError
 
 from .cuda_device import CudaDevice
 from .cuda_holder import ALLOCATE, FAILED, FREE, MESSAGE_BYTES, OK, REQUEST
+from .cuda_nvml import names_alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,6 +166,11 @@ class CudaIpcDevice(CudaDevice):
             log.warning("device %s has no holder: %s", self.uuid, error)
 
 
+def _environment(uuid: str) -> dict[str, str]:
+    """The variables of a holder. It sees its GPU alone if that can be named: cuInit takes time for each one."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuid} if names_alike(uuid) else {})}
+
+
 class _Holder:
     """The daemon's side of a holder process, on the device's thread.
 
@@ -186,6 +192,7 @@ class _Holder:
                     [*HOLDER_ARGV, str(theirs.fileno()), str(os.getpid()), uuid],
                     pass_fds=(theirs.fileno(), *holding.inherited),
                     stdin=subprocess.DEVNULL,
+                    env=_environment(uuid),
                 )
             undo.pop_all()
         self.pid = self._process.pid

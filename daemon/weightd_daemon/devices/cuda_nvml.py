@@ -85,6 +85,18 @@ def free_bytes(uuid: str) -> int | None:
         return None
 
 
+def names_alike(uuid: str) -> bool:
+    """Whether NVML is known to call a device as the driver does, which it does not for a part of a GPU (MIG)."""
+    nvml = _library.get()
+    if nvml is None:
+        return False
+    try:
+        nvml.nvmlDeviceGetHandleByUUID(uuid)
+    except nvml.NVMLError:
+        return False
+    return True
+
+
 def minor_number(uuid: str) -> int | None:
     """The N of /dev/nvidiaN of a GPU, or of the GPU that a MIG instance is a part of; None where nobody knows."""
     nvml = _library.get()
