@@ -62,6 +62,7 @@ class Faults:
     def __init__(self, backend: Backend, folder: Path, where: str) -> None:
         self._log, self._rules, self._seen = folder / "calls", folder / "rules", folder / "seen"
         self._set("")
+        self._log.write_text("")
         self.on = backend.with_knobs(log=self._log, rules=self._rules, fail_in=where, fail_once=self._seen)
 
     @contextmanager

@@ -36,6 +36,7 @@ class Gpu:
         self.is_known = is_known
         self.size = checkpoints * CHECKPOINT + others
         self.others = others
+        self.seen = 0
         self.idle = 0
         segments = count(1)
         self.store = ContentStore(leases=LeaseTable(lambda lease: True), on_event=lambda _: None)
@@ -66,7 +67,11 @@ class Gpu:
         return checkpoint
 
     def available(self) -> int | None:
-        return self.size - self.others - self.memory.used if self.is_known else None
+        """As seen at the last look."""
+        return self.seen if self.is_known else None
+
+    async def refresh(self) -> None:
+        self.seen = self.size - self.others - self.memory.used
 
     async def wait(self) -> None:
         """As the reclaimer: what was queued is given back, and that takes its time."""

@@ -57,6 +57,7 @@ class LoaderMemory:
         if self._memory.reclaiming:
             await self._reclaimer.wait()
             return
+        await self._device.refresh()
         most = self._device.loader_bytes
         step = -(-most // _STEPS)
         available = self._device.available()
@@ -94,6 +95,7 @@ async def make_room_for_verifying(device: Device, pool: LoadProcessPool, call: s
     Errors: CapacityError.
     """
     if not await pool.dismiss_idle():
+        await device.refresh()
         raise CapacityError(
             f"cannot verify: {_shortage(device, call)}; {_ADVICE}", {"requested_bytes": str(device.loader_bytes)}
         )
