@@ -139,8 +139,9 @@ class Operations(ABC):
         """Empty one device, absent or not, and let go of all that is kept of it; the rest of the daemon serves on.
 
         It is served again when the daemon starts again or reads its settings again, or by `undrain`. If this call ends
-        early, the device goes on as before. `timeout` and `on_holders` are as in `drain`. Errors: PermissionDeniedError
-        (only admins may), InUseError (leases are held after `timeout`), NotFoundError (no such device).
+        early, the device goes on with what is left on it. `timeout` and `on_holders` are as in `drain`. Errors:
+        PermissionDeniedError (only admins may), InUseError (leases are held after `timeout`, or a loader that was ended
+        still has memory open), NotFoundError (no such device).
         """
         return self._rpc().drain(timeout, on_holders, device_name(device))
 

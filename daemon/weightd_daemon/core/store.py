@@ -44,6 +44,8 @@ class ContentStore:
         self.memories: dict[str, MemoryAccounting] = {}
         self.absent: dict[str, str] = {}
         """Why devices cannot be served now, for people. Their books stay: nothing is lent, granted or evicted there."""
+        self.leaving: set[str] = set()
+        """Absent devices that are being emptied and let go of: not even a manifest is lent."""
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
         self.changed: set[CheckpointKey] = set()

@@ -133,11 +133,11 @@ class AttachHandler:
         """Take a lease and say what to send.
 
         Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user),
-        DeviceAbsentError (its manifest can be had all the same).
+        DeviceAbsentError (its manifest can be had all the same, unless the device is being let go of).
         """
         who = self._connections.who(connection)
         checkpoint = self._find(connection, who, request)
-        if not request.manifest_only:
+        if not request.manifest_only or checkpoint.key.device in self._store.leaving:
             self._store.check_present(checkpoint.key.device, f"checkpoint {self._called(checkpoint)}")
         waiting = [
             lease.number

@@ -61,8 +61,6 @@ class AbsentDevices:
         on_event: Callable[[Event], None],
     ) -> None:
         self.settings = settings
-        self.leaving: set[str] = set()
-        """Devices that are being let go of (forget.py): these take nothing over."""
         self._served = served
         self._store = store
         self._reclaimers = reclaimers
@@ -107,7 +105,7 @@ class AbsentDevices:
     def look(self, uuid: str) -> None:
         """A device no longer answers, or answers again: until it does, it is absent, and takes up nothing anew."""
         self._reclaimers[uuid].notify()
-        if uuid in self._served.absent or uuid in self.leaving:
+        if uuid in self._served.absent or uuid in self._store.leaving:
             return
         problem, was = self._served.devices[uuid].calls.problem, self._store.absent.pop(uuid, "")
         if problem:
@@ -196,7 +194,7 @@ class AbsentDevices:
             device.close()
             raise
         await self._reclaimers[uuid].finish()  # what is being released is the stand-in's to release
-        if uuid in self.leaving:
+        if uuid in self._store.leaving:
             if imported:
                 cast("TakesOver", device).give_up(imported)
             device.close()
@@ -238,7 +236,7 @@ class AbsentDevices:
     def _stays(self, uuid: str, reason: str) -> None:
         """A device is absent still; the reason may be another one."""
         absent = self._served.absent[uuid]
-        if uuid in self.leaving or absent.reason == reason:
+        if uuid in self._store.leaving or absent.reason == reason:
             return
         absent = AbsentDevice(uuid, absent.index, absent.kind, reason, said=absent.said)
         self._served.absent[uuid], self._store.absent[uuid] = absent, absent.words

@@ -56,12 +56,12 @@ class DeviceForgetting:
         InvalidReferenceError (host memory that serves).
         """
         store, absences = self._store, self._absences
-        if uuid in absences.leaving:
+        if uuid in store.leaving:
             raise InUseError(f"device {uuid} is being let go of by somebody else")
         before = store.absent.get(uuid)
         if before is None and store.memories[uuid].sparse:
             raise InvalidReferenceError(f"device {uuid} is no GPU that could be let go of; `weightd drain` empties it")
-        absences.leaving.add(uuid)
+        store.leaving.add(uuid)
         try:
             store.absent[uuid] = _LEAVING
             self._loads.lose(uuid, DeviceAbsentError(f"device {uuid} is absent: {_LEAVING}", {"device": uuid}))
@@ -88,7 +88,7 @@ class DeviceForgetting:
                 absences.depart(uuid)
                 before = store.absent[uuid]
         finally:
-            absences.leaving.discard(uuid)
+            store.leaving.discard(uuid)
             if before is None:
                 del store.absent[uuid]
             else:
