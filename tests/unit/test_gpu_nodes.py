@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,7 +154,52 @@ def test_the_file_of_each_gpu_whose_memory_outlives_the_daemon_is_stored_once(fo
         await nodes.drop(UUIDS[1])
         assert (store.kept, store.dropped) == ({}, [f"gpu.{UUIDS[0]}"])
         nodes.keep(UUIDS[0])
+        (task,) = nodes._tasks.values()
         await nodes.drop(UUIDS[0])  # while it is on its way
+        await task
+        assert store.kept == {}
+        nodes.keep(UUIDS[0])
+        while not nodes._storing:  # noqa: ASYNC110  # a thread opens it
+            await asyncio.sleep(0)
+        await nodes.drop(UUIDS[0])  # while it is being stored
+        assert (store.kept, store.dropped) == ({}, [f"gpu.{UUIDS[0]}"] * 2)
+
+    asyncio.run(steps())
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+class Slow(Gpu):
+    """Its driver takes until `goes_on`."""
+
+    def __init__(self, uuid: str) -> None:
+        super().__init__(uuid)
+        self.goes_on = threading.Event()
+
+    def open_node(self) -> int | None:
+        assert self.goes_on.wait(60)
+        return super().open_node()
+
+
+def test_a_gpu_that_does_not_answer_is_forgotten_without_it(folder: Path) -> None:
+    make_node(folder, UUIDS[0])
+    store: Any = Store()
+    before = set(os.listdir("/proc/self/fd"))
+
+    async def steps() -> None:
+        slow = Slow(UUIDS[0])
+        devices: Any = {UUIDS[0]: slow}
+        nodes = GpuNodes(store, devices)
+        nodes.keep(UUIDS[0])
+        task = nodes._tasks[UUIDS[0]]
+        await asyncio.sleep(0)  # it asks
+        await asyncio.wait_for(nodes.drop(UUIDS[0]), 10)
+        devices[UUIDS[0]] = Gpu(UUIDS[0])  # it was opened anew
+        nodes.keep(UUIDS[0])
+        await idle(nodes)
+        assert store.kept == {f"gpu.{UUIDS[0]}": "nvidia0"}
+        await nodes.drop(UUIDS[0])
+        slow.goes_on.set()
+        await task
         assert store.kept == {}
 
     asyncio.run(steps())

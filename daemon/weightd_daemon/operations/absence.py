@@ -67,6 +67,8 @@ class AbsentDevices:
         self.nodes = nodes
         """The device files of those that serve."""
         self._on_event = on_event
+        self._let_go: set[str] = set()
+        """Absent devices that were forgotten: these are tried again when somebody asks, not by themselves."""
         self._hurry: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._came: Callable[[], None] = lambda: None
@@ -95,6 +97,7 @@ class AbsentDevices:
     def hurry(self, settings: Settings | None = None) -> None:
         """Try every device now that the settings name, also one that was let go of. They may be other settings."""
         self.settings = settings or self.settings
+        self._let_go.clear()
         for event in self._hurry.values():
             event.set()
 
@@ -116,18 +119,28 @@ class AbsentDevices:
             self._on_event(DeviceBack(uuid))
             self._came()
 
-    def depart(self, uuid: str) -> None:
-        """A device that serves, and of which nothing is left, is to be absent until somebody wants it back."""
+    def depart(self, uuid: str) -> str:
+        """A device of which nothing is left is to be absent until somebody wants it back. Returns why it is absent.
+
+        For one that the settings do not name, that is what it was.
+        """
         served = self._served
+        was = served.absent.get(uuid)
+        if was is not None and not was.said:
+            return was.words
+        self._let_go.add(uuid)
+        if was is not None:
+            served.absent[uuid] = AbsentDevice(uuid, was.index, None, GIVEN_UP)
+            return GIVEN_UP
         device = served.devices[uuid]
         served.devices[uuid] = stand_in = StandInDevice(uuid, device.kind)
         self._reclaimers[uuid].device = stand_in
         device.close()
         index = next((int(name[5:]) for name in served.names[uuid] if name.startswith("cuda:")), None)
         served.absent[uuid] = AbsentDevice(uuid, index, None, GIVEN_UP)
-        self._store.absent[uuid] = GIVEN_UP
         self._tell(served.absent[uuid])
-        self._try_later(uuid, only_when_told=True)
+        self._try_later(uuid)
+        return GIVEN_UP
 
     async def close(self) -> None:
         """The daemon stops."""
@@ -141,20 +154,22 @@ class AbsentDevices:
         log.warning(Line("device absent", {"device": absent.uuid}, because=absent.reason))
         self._on_event(DeviceAbsent(absent.uuid, absent.reason))
 
-    def _try_later(self, uuid: str, *, only_when_told: bool = False) -> None:
-        self._hurry[uuid] = asyncio.Event()
-        first = None if only_when_told else FIRST_SECONDS
-        self._tasks[uuid] = asyncio.get_running_loop().create_task(self._keep_trying(uuid, first))
+    def _try_later(self, uuid: str) -> None:
+        if uuid not in self._tasks or self._tasks[uuid].done():  # else it goes on by itself
+            self._hurry[uuid] = asyncio.Event()
+            self._tasks[uuid] = asyncio.get_running_loop().create_task(self._keep_trying(uuid))
 
-    async def _keep_trying(self, uuid: str, seconds: float | None) -> None:
-        hurry = self._hurry[uuid]
+    async def _keep_trying(self, uuid: str) -> None:
+        hurry, seconds = self._hurry[uuid], FIRST_SECONDS
         while uuid in self._served.absent:
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(None if uuid in self._let_go else seconds):
                     await hurry.wait()
                 seconds = FIRST_SECONDS
             except TimeoutError:
-                seconds = min(MOST_SECONDS, 2 * (seconds or FIRST_SECONDS))
+                if uuid in self._let_go:  # meanwhile
+                    continue
+                seconds = min(MOST_SECONDS, 2 * seconds)
             hurry.clear()
             try:
                 await self._try(uuid)
@@ -194,7 +209,7 @@ class AbsentDevices:
             device.close()
             raise
         await self._reclaimers[uuid].finish()  # what is being released is the stand-in's to release
-        if uuid in self._store.leaving:
+        if self._is_let_go(uuid):
             if imported:
                 cast("TakesOver", device).give_up(imported)
             device.close()
@@ -222,6 +237,10 @@ class AbsentDevices:
         if excess := memory.excess():
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
+    def _is_let_go(self, uuid: str) -> bool:
+        """Whether an absent device is to take nothing over, even if a try is under way."""
+        return uuid in self._store.leaving or uuid in self._let_go
+
     def _holds(self, uuid: str) -> bool:
         """Whether anything is kept of a device that is absent."""
         device = self._served.devices[uuid]
@@ -236,7 +255,7 @@ class AbsentDevices:
     def _stays(self, uuid: str, reason: str) -> None:
         """A device is absent still; the reason may be another one."""
         absent = self._served.absent[uuid]
-        if uuid in self._store.leaving or absent.reason == reason:
+        if self._is_let_go(uuid) or absent.reason == reason:
             return
         absent = AbsentDevice(uuid, absent.index, absent.kind, reason, said=absent.said)
         self._served.absent[uuid], self._store.absent[uuid] = absent, absent.words

@@ -76,23 +76,23 @@ class DeviceForgetting:
                     count += 1
                 await asyncio.sleep(0)  # the loop answers in between
             await self._reclaimers[uuid].finish()
-            await absences.nodes.drop(uuid)
             while store.memories[uuid].segments:  # law 7: a loader that was ended may have some open
                 if loop.time() >= end:
                     raise InUseError(f"a loader that has ended has memory of {uuid} open still; try again")
                 await asyncio.sleep(LOOK_SECONDS)
                 await self._reclaimers[uuid].finish()
+            await absences.nodes.drop(uuid)
             await self._settled()
             log.info(Line("device forgotten", {"device": uuid, "checkpoints": count}))
-            if absences.serves(uuid):
-                absences.depart(uuid)
-                before = store.absent[uuid]
+            before = absences.depart(uuid)
         finally:
             store.leaving.discard(uuid)
             if before is None:
                 del store.absent[uuid]
             else:
                 store.absent[uuid] = before
+            if absences.serves(uuid):
+                absences.nodes.keep(uuid)
             absences.look(uuid)  # it may answer again by now, or no longer
 
     async def _wait(self, uuid: str, end: float) -> AsyncGenerator[list[Lease], None]:

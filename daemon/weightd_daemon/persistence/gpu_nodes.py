@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from .descriptor_store import NODE, PersistentDescriptorStore
@@ -29,32 +30,48 @@ class GpuNodes:
         self._store = store
         self._devices = devices
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        """Those that open or store the file of a device, which nobody has dropped meanwhile."""
+        self._storing: set[str] = set()
 
     def keep(self, uuid: str) -> None:
         """Begin to have the device file of a device that serves stored, if it has one and anything of it is kept."""
         device = self._devices[uuid]
         if device.lasting and self._store.stores and not self._store.holds(NODE + uuid) and uuid not in self._tasks:
             task = self._tasks[uuid] = asyncio.get_running_loop().create_task(self._keep(device))
-            task.add_done_callback(lambda _: self._tasks.pop(uuid, None))
+            task.add_done_callback(partial(self._done, uuid))
 
     async def drop(self, uuid: str) -> None:
-        """Let go of the device file of a device that is forgotten."""
-        if (task := self._tasks.get(uuid)) is not None:
-            await asyncio.wait([task])
+        """Let go of the device file of a device that is forgotten. No driver is waited for; what it opens is closed."""
+        if uuid in self._storing:
+            await asyncio.wait([self._tasks[uuid]])
+        self._tasks.pop(uuid, None)
         if self._store.holds(NODE + uuid):
             self._store.drop(NODE + uuid)
 
+    def _done(self, uuid: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(uuid) is task:
+            del self._tasks[uuid]
+
     async def _keep(self, device: Device) -> None:
+        uuid = device.uuid
         try:
             descriptor = await device.calls.run("open", device.open_node)
             if descriptor is None:
                 return
             try:
-                await self._store.store(NODE + device.uuid, descriptor)
+                if self._tasks.get(uuid) is asyncio.current_task():
+                    await self._store_it(uuid, descriptor)
             finally:
                 os.close(descriptor)
         except (OSError, TimeoutError) as error:
             log.warning(
                 "device %s: its device file is not kept; where persistence mode is off, its memory may not outlive "
-                "this daemon: %s", device.uuid, str(error) or "the service manager does not answer",
+                "this daemon: %s", uuid, str(error) or "the service manager does not answer",
             )  # fmt: skip
+
+    async def _store_it(self, uuid: str, descriptor: int) -> None:
+        self._storing.add(uuid)
+        try:
+            await self._store.store(NODE + uuid, descriptor)
+        finally:
+            self._storing.discard(uuid)
