@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from weightd.errors import DeviceAbsentError, DeviceError, InUseError
 from weightd_daemon.config.settings import Settings, TemporaryConfigError
 from weightd_daemon.core.catalog import CatalogTag
 from weightd_daemon.core.lease import LeasePeer
-from weightd_daemon.devices import served
+from weightd_daemon.devices import driver_thread, served
 from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
 from weightd_daemon.devices.cuda_choice import Choice, ServedGpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
@@ -259,6 +260,31 @@ def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkey
     monkeypatch.setenv("FAKECUDA_FAIL", "cuMemImportFromShareableHandle:999")
     started(keeper, refused)
     started(keeper, everything_is_there)
+
+
+def test_many_segments_may_take_longer_to_import_than_one_call(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    async def back(start: Start) -> None:
+        loop, imported = asyncio.get_running_loop(), CudaVmmDevice._imported
+
+        async def look(device: CudaVmmDevice) -> None:
+            device.calls._look(loop)
+
+        def slow(self: CudaVmmDevice, descriptor: int) -> Any:
+            clock[0] += driver_thread.ANSWER_SECONDS * 0.8
+            asyncio.run_coroutine_threadsafe(look(self), loop).result(60)
+            return imported(self, descriptor)
+
+        monkeypatch.setattr(CudaVmmDevice, "_imported", slow)
+        monkeypatch.setattr(driver_thread, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
+        monkeypatch.setenv("FAKECUDA_FAIL", "")
+        start.absences.hurry()
+        await start.until(lambda: not start.store.absent or "late" in start.store.absent[GPU] or clock[0] > 100)
+        assert (start.store.absent, clock) == ({}, [driver_thread.ANSWER_SECONDS * 1.6])
+
+    monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
+    started(keeper, back)
 
 
 def test_what_goes_while_it_is_imported_is_gone(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +155,35 @@ def test_many_quick_calls_in_a_row_are_no_hanging_one() -> None:
         # Together far longer than one may take.
         await asyncio.gather(*(thread.run("cuMemRelease", lambda: pause.wait(0.002)) for _ in range(100)))
         assert told == []
+
+    run(steps())
+
+
+def test_each_call_of_a_step_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(driver_thread, "ANSWER_SECONDS", 10.0)
+    monkeypatch.setattr(driver_thread, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
+
+    async def steps() -> None:
+        thread, loop, problems = DriverThread("GPU-0"), asyncio.get_running_loop(), list[str]()
+
+        async def look() -> None:
+            thread._look(loop)
+            problems.append(thread.problem)
+
+        def takes(seconds: float) -> None:
+            clock[0] += seconds
+            asyncio.run_coroutine_threadsafe(look(), loop).result(60)
+
+        def imports() -> None:
+            for seconds in (8.0, 8.0, 8.0, 11.0):
+                thread.next_call()
+                takes(seconds)
+
+        thread.next_call()  # no step is under way
+        await thread.run("cuMemImport", imports)
+        assert [bool(problem) for problem in problems] == [False, False, False, True]
+        thread.stop()
 
     run(steps())
 

@@ -81,6 +81,7 @@ class CudaVmmDevice(CudaDevice):
         try:
             for segment, size, descriptor in held.duplicates():
                 try:
+                    self.calls.next_call()
                     if size % self.page:
                         raise DeviceError(f"a segment of {size} bytes is no whole pages of {self.page} bytes")
                     imported[segment] = self._imported(descriptor)
@@ -102,6 +103,7 @@ class CudaVmmDevice(CudaDevice):
         """Release allocations that are not taken over. What the driver refuses ends with this process."""
         while imported:
             _, allocation = imported.popitem()
+            self.calls.next_call()
             try:
                 driver.release(allocation)
             except DeviceError as error:

@@ -93,6 +93,12 @@ class DriverThread:
         self._add(_Job(call, step, done))
         return outcome.result()
 
+    def next_call(self) -> None:
+        """The step under way, if any, makes its next call, which has its own time. On the thread."""
+        under_way = self._under_way
+        if under_way is not None:
+            self._under_way = under_way._replace(since=time.monotonic())
+
     def check(self) -> None:
         """Errors: DeviceAbsentError, while the device does not answer."""
         if self.problem:
