@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from support import fakecuda
+from support.closed import close, closed_after
 from support.daemon import environment
 from support.descriptors import counted
 from weightd._mapping import cuda_driver
@@ -47,14 +48,14 @@ def ipc_device() -> Iterator[Device]:
     loop = asyncio.new_event_loop()
     with (
         contextlib.closing(loop),
-        contextlib.closing(CudaIpcDevice(0, CudaHolderContext(loop, nobody_is_told))) as device,
+        closed_after(CudaIpcDevice(0, CudaHolderContext(loop, nobody_is_told))) as device,
     ):
         yield device
 
 
 DEVICES: dict[str, Callable[[], contextlib.AbstractContextManager[Device]]] = {
-    "host": lambda: contextlib.closing(HostDevice()),
-    "cuda_vmm": lambda: contextlib.closing(CudaVmmDevice(0)),
+    "host": lambda: closed_after(HostDevice()),
+    "cuda_vmm": lambda: closed_after(CudaVmmDevice(0)),
     "cuda_ipc": ipc_device,
 }
 
@@ -368,8 +369,10 @@ for _ in range(3):
 print(*failures)
 device.create(device.page)
 from support import fakecuda
+from support.closed import close, closed_after
 print(fakecuda.device_bytes(0) // device.page)
 device.close()
+device.calls.join(60)
 """
 
 
@@ -395,7 +398,7 @@ def test_what_cannot_be_given_back_at_the_end_is_logged_and_keeps_nothing_else(
     device = CudaVmmDevice(0)
     first, *_ = [device._segments[device.create(device.page)] for _ in range(3)]
     monkeypatch.setenv("FAKECUDA_FAIL", "cuMemRelease:999:1")
-    device.close()
+    close(device)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert f"device {device.uuid}: a segment is not given back" in caplog.text
     assert "cuMemRelease failed" in caplog.text

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from support import fakecuda
+from support.closed import close, closed_after
 from support.daemon import environment, eventually
 from support.leash import leashed
 from weightd.errors import DeviceAbsentError, DeviceError
@@ -62,7 +63,7 @@ def losses(loop: asyncio.AbstractEventLoop) -> Losses:
 
 @pytest.fixture
 def device(losses: Losses) -> Iterator[CudaIpcDevice]:
-    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+    with closed_after(CudaIpcDevice(0, losses.holding)) as device:
         yield device
 
 
@@ -198,7 +199,7 @@ def test_closing_leaves_no_process_and_is_no_loss(losses: Losses, loop: asyncio.
     device = CudaIpcDevice(0, losses.holding)
     device.create(device.page)
     pid = holder(device)
-    device.close()
+    close(device)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     loop.run_until_complete(asyncio.sleep(0))
@@ -224,7 +225,7 @@ def test_a_holder_whose_driver_cannot_free_ends(
 ) -> None:
     monkeypatch.setenv("FAKECUDA_FAIL", "cuMemFree:719")
     monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
-    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+    with closed_after(CudaIpcDevice(0, losses.holding)) as device:
         device.release(device.create(device.page))
         losses.wait()
         assert losses.told[0][1].endswith("ended with code 1")
@@ -245,7 +246,7 @@ def test_a_holder_that_may_have_more_than_the_books_or_a_dead_context_says_why_a
 ) -> None:
     monkeypatch.setenv("FAKECUDA_FAIL", fails)
     monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
-    with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+    with closed_after(CudaIpcDevice(0, losses.holding)) as device:
         with pytest.raises(expected, match=fails.partition(":")[0]):
             device.create(device.page)
         losses.wait()
@@ -257,7 +258,7 @@ def test_a_full_device_is_not_the_end_of_its_holder(losses: Losses, monkeypatch:
     for call in ("cuMemAlloc", "cuMemsetD8", "cuCtxSynchronize", "cuIpcGetMemHandle"):
         monkeypatch.setenv("FAKECUDA_FAIL", f"{call}:2:2")
         monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
-        with contextlib.closing(CudaIpcDevice(0, losses.holding)) as device:
+        with closed_after(CudaIpcDevice(0, losses.holding)) as device:
             device.create(device.page)
             with pytest.raises(MemoryError, match=call):
                 device.create(device.page)
@@ -311,6 +312,8 @@ choice = choose_gpus(["cuda"], "cuda_ipc", holding, {})
 print(*(gpu.device.uuid for gpu in choice.served))
 for gpu in choice.served:
     gpu.device.close()
+for gpu in choice.served:
+    gpu.device.calls.join(60)
 """
 
 

@@ -24,7 +24,7 @@ from weightd.errors import DeviceAbsentError, DeviceError, InUseError
 from weightd_daemon.config.settings import Settings, TemporaryConfigError
 from weightd_daemon.core.catalog import CatalogTag
 from weightd_daemon.core.lease import LeasePeer
-from weightd_daemon.devices import driver_thread, served
+from weightd_daemon.devices import cuda_vmm, driver_thread, served
 from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
 from weightd_daemon.devices.cuda_choice import Choice, ServedGpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
@@ -262,6 +262,71 @@ def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkey
     started(keeper, everything_is_there)
 
 
+def released_on_main_thread(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each allocation that a device releases from now on, whether the thread of the loop calls the driver."""
+    seen: list[bool] = []
+
+    def release(allocation: Any) -> None:
+        seen.append(threading.current_thread() is threading.main_thread())
+        cuda_driver.release(allocation)
+
+    monkeypatch.setattr(cuda_vmm, "driver", SimpleNamespace(**{**vars(cuda_driver), "release": release}))
+    return seen
+
+
+def test_what_is_imported_in_vain_is_given_up_off_the_loop(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody forgets the device while it is imported."""
+    imported, goes_on, devices = threading.Event(), threading.Event(), list[CudaVmmDevice]()
+    real = CudaVmmDevice.import_held
+
+    def import_held(self: CudaVmmDevice, stand_in: StandInDevice) -> dict[int, Any]:
+        allocations = real(self, stand_in)
+        devices.append(self)
+        imported.set()
+        assert goes_on.wait(60)
+        return allocations
+
+    async def back(start: Start) -> None:
+        monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
+        monkeypatch.setenv("FAKECUDA_FAIL", "")
+        start.absences.hurry()
+        await start.until(imported.is_set)
+        start.store.leaving.add(GPU)
+        released = released_on_main_thread(monkeypatch)  # not that of the segment that was made to try
+        goes_on.set()
+        await start.until(lambda: len(released) == 2)
+        assert released == [False, False]
+        assert await asyncio.to_thread(devices[0].calls.join, 60)
+        assert not start.absences.serves(GPU)
+
+    monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
+    started(keeper, back)
+
+
+def test_a_gpu_that_hangs_at_the_end_keeps_the_daemon_a_while_at_most(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hangs, goes_on, devices = threading.Event(), threading.Event(), list[Any]()
+
+    def release(allocation: Any) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+        cuda_driver.release(allocation)
+
+    async def end(start: Start) -> None:
+        devices.append(start.served.devices[GPU])
+        monkeypatch.setattr(served, "CLOSE_SECONDS", 0.01)
+        monkeypatch.setattr(cuda_vmm, "driver", SimpleNamespace(**{**vars(cuda_driver), "release": release}))
+
+    try:
+        started(keeper, end)
+        assert hangs.wait(60)
+        assert f"device {GPU} does not answer at the end" in caplog.text
+    finally:
+        goes_on.set()
+    assert devices[0].calls.join(60)
+
+
 def test_many_segments_may_take_longer_to_import_than_one_call(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
 
@@ -310,6 +375,7 @@ def test_what_goes_while_it_is_imported_is_gone(
             really_release(self, segment)
 
         really_release = StandInDevice.release
+        released = released_on_main_thread(monkeypatch)
         monkeypatch.setattr(StandInDevice, "release", release)
         monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
         monkeypatch.setenv("FAKECUDA_FAIL", "")
@@ -317,7 +383,8 @@ def test_what_goes_while_it_is_imported_is_gone(
         await start.until(lambda: not start.store.absent)
         assert start.served.devices[GPU] is not held
         await start.reclaimers[GPU].finish()
-        assert fakecuda.device_bytes(0) == 2 * MIB
+        await start.until(lambda: fakecuda.device_bytes(0) == 2 * MIB)
+        assert released == [False, False], "the segment that was made to try, and the one that nobody wants"
         assert start.bytes_of("a") == list(DATA["a"].values())
         assert "could not be returned" not in caplog.text
 

@@ -62,7 +62,10 @@ class TakesOver(Protocol):
         """Have every segment under its number, before any other. What was released since the import goes."""
 
     def give_up(self, imported: dict[int, Any]) -> None:
-        """Release what is not taken over."""
+        """Begin to release what is not taken over."""
+
+    def release_imported(self, imported: dict[int, Any]) -> None:
+        """Release what is not taken over; a step for `calls`."""
 
 
 class StandInDevice:

@@ -41,6 +41,7 @@ _START_SECONDS = 60.0
 """A context takes a second, and several on a machine with many GPUs that were idle."""
 _END_SECONDS = 10.0
 _STARTS = "the start of its holder"
+_ENDS = "the end of its holder"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class CudaIpcDevice(CudaDevice):
             found.holder.free(segment)
 
     def close(self) -> None:
-        """End the holder, and with it every segment."""
+        """End the holder, and with it every segment. The device's thread waits until it is gone."""
         self._segments.clear()
         if self._starting is not None:
             self._starting.cancel()
@@ -128,7 +129,8 @@ class CudaIpcDevice(CudaDevice):
             self._closed = True
             holder, self._holder = self._holder, None
         if holder is not None:
-            holder.close()
+            holder.kill()  # so that the thread, if it waits for its answer, hears that there is none
+            self.calls.post(_ENDS, holder.close)
         self.calls.stop()
 
     def _started(self) -> _Holder:
@@ -229,10 +231,14 @@ class _Holder:
         with contextlib.suppress(OSError):  # it has ended, and its memory with it
             self._channel.send(REQUEST.pack(FREE, number, 0))
 
-    def close(self) -> None:
-        """End the process and wait until it is gone; on any thread."""
+    def kill(self) -> None:
+        """Have the process end, which is no loss; on any thread."""
         self._closed = True
         self._process.kill()
+
+    def close(self) -> None:
+        """End the process and wait until it is gone."""
+        self.kill()
         try:
             if self._watcher is None:
                 self._process.wait(_END_SECONDS)

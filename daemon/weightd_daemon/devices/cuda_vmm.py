@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -88,7 +89,7 @@ class CudaVmmDevice(CudaDevice):
                 finally:
                     os.close(descriptor)
         except BaseException:
-            self.give_up(imported)
+            self.release_imported(imported)
             raise
         return imported
 
@@ -96,11 +97,16 @@ class CudaVmmDevice(CudaDevice):
         """Have the segments of a stand-in, under its numbers, before any other. What it released meanwhile goes."""
         for segment, (descriptor, size) in held.hand_over().items():
             self._segments[segment] = _Segment(size, imported.pop(segment), descriptor)
-        self.give_up(imported)
+        if imported:
+            self.give_up(imported)
         self._numbers = count(max(self._segments, default=0) + 1)
 
     def give_up(self, imported: dict[int, driver.Allocation]) -> None:
-        """Release allocations that are not taken over. What the driver refuses ends with this process."""
+        """Begin to release allocations that are not taken over."""
+        self.calls.post(self.releases_by, partial(self.release_imported, imported))
+
+    def release_imported(self, imported: dict[int, driver.Allocation]) -> None:
+        """Release allocations that are not taken over; a step for `calls`. What is refused ends with this process."""
         while imported:
             _, allocation = imported.popitem()
             self.calls.next_call()
@@ -135,11 +141,13 @@ class CudaVmmDevice(CudaDevice):
         driver.release(allocation)
 
     def close(self) -> None:
-        """Release every segment. What the driver refuses, or does not answer, ends with this process."""
+        """Begin to release every segment. What the driver refuses, or does not answer, ends with this process."""
+        self.calls.post(self.releases_by, self._release_all)
         self.calls.stop()
-        if self.calls.problem:
-            return
+
+    def _release_all(self) -> None:
         for segment in list(self._segments):
+            self.calls.next_call()
             try:
                 self.release(segment)
             except DeviceError as error:

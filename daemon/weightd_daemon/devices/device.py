@@ -35,6 +35,9 @@ class Calls(Protocol):
     def check(self) -> None:
         """Errors: DeviceAbsentError, while the device does not answer."""
 
+    def join(self, seconds: float) -> bool:
+        """Wait until a device that was closed has given everything up, so long at most. Returns whether it has."""
+
 
 class Device(Protocol):
     """A kind of memory: creates, exports and frees segments. Segments go by number; sizes and offsets are bytes.
@@ -113,4 +116,4 @@ class Device(Protocol):
         """Give the segment up. Its memory goes when no client maps it any more. Errors: DeviceError."""
 
     def close(self) -> None:
-        """Give everything up."""
+        """Begin to give everything up, and wait for nothing that may hang; the end of the process does the rest."""

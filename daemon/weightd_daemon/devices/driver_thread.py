@@ -93,6 +93,15 @@ class DriverThread:
         self._add(_Job(call, step, done))
         return outcome.result()
 
+    def post(self, call: str, step: Callable[[], object]) -> None:
+        """Have a step taken that nobody waits for; on any thread."""
+
+        def done(_: object, error: BaseException | None) -> None:
+            if error is not None:
+                log.error("device %s: %s failed by a bug", self._uuid, call, exc_info=error)
+
+        self._add(_Job(call, step, done))
+
     def next_call(self) -> None:
         """The step under way, if any, makes its next call, which has its own time. On the thread."""
         under_way = self._under_way
@@ -107,6 +116,12 @@ class DriverThread:
     def stop(self) -> None:
         """End the thread after what it was given. On any thread."""
         self._jobs.put(None)
+
+    def join(self, seconds: float) -> bool:
+        """Wait until the thread has ended, so long at most. Returns whether it has. On any other thread."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._thread is None or not self._thread.is_alive()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -209,3 +224,7 @@ class AnyThread:
 
     def check(self) -> None:
         """Nothing can be wrong."""
+
+    def join(self, seconds: float) -> bool:
+        """Each step is waited for where it was asked for."""
+        return True

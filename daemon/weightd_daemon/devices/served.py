@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from .absent import AbsentDevice, KeptKinds, StandInDevice
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from .device import Device
 
 log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 10.0
+"""How long the end of the daemon waits for all drivers; the service manager kills it after 30 s."""
 
 
 class Devices:
@@ -78,9 +82,15 @@ class Devices:
         return self.devices[uuid].available()
 
     def close(self) -> None:
-        """Close every device."""
-        for device in (*self.devices.values(), *(gpu.device for gpu in self.arriving.values())):
+        """Close every device, and wait for them a while: what a GPU does not give up by then ends with the process."""
+        devices = [*self.devices.values(), *(gpu.device for gpu in self.arriving.values())]
+        for device in devices:
             device.close()
+        end = time.monotonic() + CLOSE_SECONDS
+        for device in devices:
+            left = 0.0 if device.calls.problem else end - time.monotonic()
+            if not device.calls.join(max(0.0, left)):
+                log.warning("device %s does not answer at the end", device.uuid)
 
     def _open_host(self, kept: KeptKinds) -> None:
         host = HostDevice()

@@ -250,7 +250,7 @@ class AbsentDevices:
         if stand_in.is_empty:
             return {}
         taking = cast("TakesOver", device)
-        return await answered(device.calls, _IMPORTS, partial(taking.import_held, stand_in), taking.give_up)
+        return await answered(device.calls, _IMPORTS, partial(taking.import_held, stand_in), taking.release_imported)
 
     def _stays(self, uuid: str, reason: str) -> None:
         """A device is absent still; the reason may be another one."""
