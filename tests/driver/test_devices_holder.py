@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -205,6 +206,37 @@ def test_closing_leaves_no_process_and_is_no_loss(losses: Losses, loop: asyncio.
     loop.run_until_complete(asyncio.sleep(0))
     assert losses.told == []
     assert fakecuda.device_bytes(0) == 0
+
+
+def test_closing_waits_neither_for_a_holder_that_hangs_nor_for_its_end(
+    losses: Losses, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, waits = list[bool](), threading.Event()
+    end, answer = cuda_ipc._Holder.close, cuda_ipc._Holder._answer
+
+    def ended(self: cuda_ipc._Holder) -> None:
+        threads.append(threading.current_thread() is threading.main_thread())
+        end(self)
+
+    monkeypatch.setattr(cuda_ipc._Holder, "close", ended)
+
+    async def steps() -> None:
+        device = CudaIpcDevice(0, losses.holding)
+        pid = holder(device)
+        os.kill(pid, signal.SIGSTOP)
+        monkeypatch.setattr(cuda_ipc._Holder, "_answer", lambda self: (waits.set(), answer(self))[1])
+        segment = asyncio.ensure_future(creating(device))
+        await asyncio.to_thread(waits.wait, 60)
+        device.close()
+        with pytest.raises(DeviceError, match="has ended"):
+            await segment
+        assert await asyncio.to_thread(device.calls.join, 60)
+        assert threads == [False]
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    loop.run_until_complete(steps())
+    assert losses.told == []
 
 
 @pytest.mark.parametrize("call", ["cuInit", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent"])
