@@ -342,7 +342,8 @@ class Daemon:
         settings, store, preloader = self._settings, books.store, services.preloader
 
         def change_budgets(new: Settings) -> Iterator[None]:
-            store.books.limit = resize(new, served.devices, served.names, store.memories, store.absent)
+            books.absences.settings = new  # at once: a device may take over between the steps that follow
+            store.books.limit = resize(new, served.devices, served.names, store.memories, served.absent)
             return store.fit_books()
 
         def change_loads(new: Settings) -> None:
@@ -378,7 +379,7 @@ class Daemon:
             settings,
             self._read,
             [
-                lambda new: check_budgets(new, served.devices, served.names, store.memories, store.absent),
+                lambda new: check_budgets(new, served.devices, served.names, store.memories, served.absent),
                 lambda new: preloader.check(new.preload),
             ],
             {name: change for change, keys in changes.items() for name in keys.split()},
