@@ -46,7 +46,7 @@ class Mover:
         from weightd_daemon.devices import segment_io
 
         segment_io.PIECE = piece  # before cuda_io takes it over
-        from weightd_daemon.devices import cuda_io
+        from weightd_daemon.devices.access import open_io
         from weightd_daemon.devices.device import DeviceSegment
 
         self._file = os.open(path, os.O_RDONLY)
@@ -56,7 +56,7 @@ class Mover:
         page = driver.granularity(0)
         self._segment = min(SEGMENT, -(-self._pieces * piece // page) * page)
         count = -(-self._pieces * piece // self._segment)
-        self._io = cuda_io.CudaSegmentIO(
+        self._io: Any = open_io(
             "cuda_vmm",
             driver.uuid_of(0),
             {n: DeviceSegment(n, self._segment, driver.export(driver.create(0, self._segment))) for n in range(count)},

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Ask one GPU what weightd must know of it, in one call that ends by itself, the most telling first.
 #
-#   tools/gpu_day.sh [first|second] [SECONDS]               570, or 280 for the second, which does what can wait
+#   tools/gpu_day.sh [first|second] [SECONDS]               565, or 280 for the second, which does what can wait
 #   tools/gpu_day.sh --rehearse [first|second] [SECONDS]    on the test double: says that it runs, and measures nothing
 #
 # For a bare machine with one idle GPU and no network. It needs Python 3.11 or later, as $PYTHON or python3, with torch,
@@ -30,7 +30,7 @@ main() {
     fi
     local part=${1:-first}
     case $part in
-    first) TOTAL=${2:-570} ;;
+    first) TOTAL=${2:-565} ;;
     second) TOTAL=${2:-280} ;;
     *) sed -n '2,/^set/s/^#  *//p' "$0" && exit 2 ;;
     esac
@@ -52,8 +52,8 @@ main() {
 }
 
 first() {
-    stage facts 4 facts
-    stage smoke 12 smoke
+    stage facts 6 facts
+    stage smoke 13 smoke
     stage probe 43 probe
     stage survival 65 tests gpu-cuda_vmm $SURVIVAL
     stage load-attach 83 bench load,attach "$(scale 0.25)"
@@ -62,7 +62,7 @@ first() {
 }
 
 second() {
-    stage facts 8 facts
+    stage facts 12 facts
     stage compute 30 bench compute "$(scale 0.125)"
     stage memory 60 bench memory "$(scale 0.125)"
     stage workload 100 bench workload "$(scale 0.125)"
@@ -83,7 +83,7 @@ from pathlib import Path
 from support import fakecuda
 folder = Path(sys.argv[1])
 fakecuda.build(folder)
-for name, value in fakecuda.environment(folder, memory=64 << 30).items():
+for name, value in fakecuda.environment(folder, memory=64 << 30, context=300 << 20).items():
     print(f"export {name}={shlex.quote(value)}")
 END
     ) && eval "$variables"
@@ -99,9 +99,9 @@ stage() {
         return
     fi
     mkdir -p "$WORK/$name"
-    timeout --signal=INT --kill-after=5 $((end - start)) "$ROOT/tools/gpu_day.sh" --stage "$WORK/$name" "$@" >"$WORK/$name/log" 2>&1 &
+    timeout --signal=INT --kill-after=10 $((end - start)) "$ROOT/tools/gpu_day.sh" --stage "$WORK/$name" "$@" >"$WORK/$name/log" 2>&1 &
     local pid=$!
-    while kill -0 $pid 2>/dev/null && ((SECONDS < end + 7)); do sleep 0.2; done
+    while kill -0 $pid 2>/dev/null && ((SECONDS < end + 12)); do sleep 0.2; done
     if kill -0 $pid 2>/dev/null; then
         status="not to be killed: left behind" # a process that waits for a driver may be so
     else
@@ -147,12 +147,15 @@ END
 
 # Install from .whl what this Python cannot import.
 install_carried() {
-    local pair
-    for pair in $CARRIED; do
-        $PYTHON -c "import ${pair%:*}" 2>/dev/null && continue
-        echo "installing ${pair#*:}, which is missing"
-        $PYTHON -m pip install --quiet --no-index --find-links "$ROOT/.whl" --no-deps --target "$WORK/site" "${pair#*:}"
-    done
+    local missing
+    missing=$($PYTHON - $CARRIED <<'END'
+import importlib.util, sys
+print(*(pair.split(":")[1] for pair in sys.argv[1:] if importlib.util.find_spec(pair.split(":")[0]) is None))
+END
+    )
+    [ -n "$missing" ] || return 0
+    echo "installing $missing"
+    $PYTHON -m pip install --quiet --no-index --find-links "$ROOT/.whl" --no-deps --no-compile --target "$WORK/site" $missing
 }
 
 smoke() { $PYTHON tools/gpu_smoke.py --folder "$WORK"; }

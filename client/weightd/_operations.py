@@ -42,7 +42,7 @@ class Operations(ABC):
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """Every checkpoint that is resident, lost with its device, or being loaded."""
+        """Every checkpoint that is resident, absent or lost with its device, or being loaded."""
         return self._rpc().checkpoints()
 
     def names(self) -> list[NameInfo]:
@@ -129,8 +129,23 @@ class Operations(ABC):
         """
         return self._rpc().drain(timeout, on_holders)
 
+    def forget(
+        self,
+        device: str,
+        *,
+        timeout: float | None = None,
+        on_holders: Callable[[list[LeaseInfo]], None] | None = None,
+    ) -> DrainResult:
+        """Empty one device, absent or not, and let go of all that is kept of it; the rest of the daemon serves on.
+
+        It is served again when the daemon starts again or reads its settings again, or by `undrain`. If this call ends
+        early, the device goes on as before. `timeout` and `on_holders` are as in `drain`. Errors: PermissionDeniedError
+        (only admins may), InUseError (leases are held after `timeout`), NotFoundError (no such device).
+        """
+        return self._rpc().drain(timeout, on_holders, device_name(device))
+
     def undrain(self) -> None:
-        """Let attaches and loads in again. Errors: PermissionDeniedError."""
+        """Let attaches and loads in again, and serve devices that were forgotten. Errors: PermissionDeniedError."""
         self._rpc().undrain()
 
     @abstractmethod

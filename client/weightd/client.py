@@ -180,8 +180,8 @@ class Client(Operations):
         are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. `peers`
         lets the other GPUs of this process read the memory as well, where the hardware can (`Attachment.peers`).
         Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see
-        it), DeviceError (its driver failed, or what lay there was lost), those of `load` for a path,
-        DaemonUnreachableError.
+        it), DeviceAbsentError (it is kept, on a device that cannot be used now), DeviceError (its driver failed, or
+        what lay there was lost), those of `load` for a path, DaemonUnreachableError.
         """
         keys = frozenset(TensorKey("", key) if isinstance(key, str) else TensorKey(*key) for key in tensors)
         parts = frozenset(components)

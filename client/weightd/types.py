@@ -140,9 +140,10 @@ class LoadResult:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointInfo:
-    """One checkpoint on one device. `state` is "loading", "resident" or "lost".
+    """One checkpoint on one device. `state` is "loading", "resident", "absent" or "lost".
 
-    `owner_uid` is None where who loaded it has no identity.
+    One that is absent is kept on a device that cannot be used now. `owner_uid` is None where who loaded it has no
+    identity.
     """
 
     names: tuple[str, ...]
@@ -168,7 +169,7 @@ class CheckpointInfo:
 
 @dataclass(frozen=True, slots=True)
 class NameInfo:
-    """One name. `state` is that of its content: "resident", "lost" or "evicted".
+    """One name. `state` is that of its content: "resident", "absent", "lost" or "evicted".
 
     `owner_uid` is None where its owner has no identity. A name that `is_default` was derived from a path, and goes when
     its content is evicted.
@@ -233,7 +234,8 @@ class LeaseInfo:
 class DeviceStats:
     """The books of one device: used = live + reusable + in flight, and used <= budget.
 
-    `device_free_bytes` is what is free on the device itself, whoever uses the rest; None where nobody knows.
+    `device_free_bytes` is what is free on the device itself, whoever uses the rest; None where nobody knows. `absence`
+    is why the device cannot be used now, empty while it can; of one that is absent the budget is what it uses.
     """
 
     uuid: str
@@ -247,6 +249,7 @@ class DeviceStats:
     free_bytes: int
     segments: int
     device_free_bytes: int | None
+    absence: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,10 +296,10 @@ class DaemonEvent:
     """Something that has happened. What does not belong to its kind is empty, 0 or None.
 
     `kind` is "load_begun", "load_ended", "load_answered", "sealed", "attached", "detached", "evicted", "named",
-    "unnamed", "device_lost", "draining", "drained" or "undrained". `reason` says how a load ended ("OK", "CANCELLED",
-    or its error's reason), or why a checkpoint was evicted ("capacity", "removed", "lost", "drained"). `evicted` and
-    `evicted_others` say what went for a load, as in LoadResult; `previous_digest` what a name meant before. `pid` and
-    `uid` are as in LeaseInfo.
+    "unnamed", "device_lost", "device_absent", "device_back", "draining", "drained" or "undrained". `reason` says how a
+    load ended ("OK", "CANCELLED", or its error's reason), or why a checkpoint was evicted ("capacity", "removed",
+    "lost", "drained"). `evicted` and `evicted_others` say what went for a load, as in LoadResult; `previous_digest`
+    what a name meant before. `pid` and `uid` are as in LeaseInfo.
     """
 
     time: datetime

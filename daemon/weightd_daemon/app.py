@@ -19,18 +19,10 @@ from .core.catalog import Catalog
 from .core.lease import LeaseTable
 from .core.memory import MemoryAccounting
 from .core.store import ContentStore
-from .devices.budgets import (
-    books_of,
-    budget_of,
-    called,
-    check_budgets,
-    default_device,
-    device_meant,
-    open_served,
-    pool_of,
-)
+from .devices.budgets import books_of, called, check_budgets, device_meant, pool_of, resize
 from .devices.cuda_ipc import CudaHolderContext
 from .devices.reclaimer import DeviceReclaimer
+from .devices.served import Devices
 from .handles.attach import AttachHandler
 from .handles.connections import HandleSocketConnections
 from .handles.handle_server import HandleServer
@@ -47,7 +39,10 @@ from .monitoring.event_stream import MonitoringEventStream
 from .monitoring.listeners import EventListeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
+from .operations.absence import AbsentDevices
 from .operations.drain import DrainOperation
+from .operations.forget import DeviceForgetting
+from .operations.model_roots import on_thread
 from .operations.notify import ServiceManagerNotifier, status_line
 from .operations.preload import PreloadOperation
 from .operations.quarantine import thaw_when_unwritten
@@ -56,6 +51,8 @@ from .operations.serving_lock import AlreadyRunningError
 from .operations.sockets import DaemonSockets, cannot_be_made, locked
 from .persistence.descriptor_store import PersistentDescriptorStore
 from .persistence.digest_index import PersistentDigestIndex
+from .persistence.given import GivenDescriptors
+from .persistence.gpu_nodes import GpuNodes
 from .persistence.service_manager import ServiceManagerStore, stored_descriptors
 from .residency import Residency
 
@@ -64,7 +61,6 @@ if TYPE_CHECKING:
 
     from .config.settings import LoadedSettings, Settings
     from .core.limits import UserLimits
-    from .devices.device import Device
     from .monitoring.metrics import Metrics
     from .operations.reload import Change
 
@@ -73,14 +69,6 @@ __all__ = ["AlreadyRunningError", "Daemon"]
 log = logging.getLogger(__name__)
 
 _STOP_GRACE = 1.0
-
-
-class _Served(NamedTuple):
-    """The devices that are served, by UUID: what settings may call each, and what it may use in bytes."""
-
-    devices: dict[str, Device]
-    names: dict[str, Sequence[str]]
-    budgets: dict[str, int]
 
 
 class _Books(NamedTuple):
@@ -95,6 +83,7 @@ class _Books(NamedTuple):
     sweep: HandleLeaseSweep
     descriptor_store: PersistentDescriptorStore
     reclaimers: dict[str, DeviceReclaimer]
+    absences: AbsentDevices
 
 
 class _Work(NamedTuple):
@@ -162,8 +151,9 @@ class Daemon:
     async def _serve(self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets) -> None:
         listeners = EventListeners()
         residency = Residency(listeners.publish)
-        served = self._open_devices(stack, residency, sockets.lock.holders)
-        books = self._open_books(stack, served, residency, listeners)
+        given = GivenDescriptors(self._given)
+        served = await self._open_devices(stack, residency, sockets.lock.holders, given)
+        books = self._open_books(stack, served, residency, listeners, given)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
         residency.join(books.store, books.catalog, books.manifests, books.descriptor_store, work.loads)
         await self._adopt(stack, sockets, served, books)
@@ -185,23 +175,25 @@ class Daemon:
         self._say_ready(served, books.store)
         sockets.watch(self._lost_socket)
         preloader.begin()
+        books.absences.serve(came=preloader.begin)
         reloading = self._reloading(sockets, served, books, work, services, handles)
         task = asyncio.get_running_loop().create_task(reloading.serve(self._hangup))
         stack.callback(task.cancel)
 
-    def _open_devices(self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int) -> _Served:
-        """Open the devices. Errors: ConfigError."""
-        served = _Served({}, {}, {})
+    async def _open_devices(
+        self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int, given: GivenDescriptors
+    ) -> Devices:
+        """Open the devices, with regard to what is kept of which. Errors: ConfigError."""
         holding = CudaHolderContext(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
-        for device, called_so in open_served(self._settings, holding):
-            stack.callback(device.close)
-            served.devices[device.uuid], served.names[device.uuid] = device, called_so
-            served.budgets[device.uuid] = budget_of(self._settings, device, called_so)
+        served = Devices(self._settings, holding)
+        stack.callback(served.close)
+        await on_thread(partial(served.open, given.kinds))  # the loop goes on telling the manager that it starts
         return served
 
     def _open_books(
-        self, stack: contextlib.AsyncExitStack, served: _Served, residency: Residency, listeners: EventListeners
-    ) -> _Books:
+        self, stack: contextlib.AsyncExitStack, served: Devices, residency: Residency, listeners: EventListeners,
+        given: GivenDescriptors,
+    ) -> _Books:  # fmt: skip
         """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
         settings, limits, publish = self._settings, self._settings.limits, listeners.publish
         manifests = ManifestHandles(residency.before_lock)
@@ -215,7 +207,7 @@ class Daemon:
         listeners.add(event_stream)
         listeners.add(EventLog(event_stream.encode))
         descriptor_store = PersistentDescriptorStore(
-            manager=self._manager, given=self._given, store=store, catalog=catalog, devices=served.devices,
+            manager=self._manager, given=given, store=store, catalog=catalog, devices=served.devices,
             manifests=manifests, lease_files=lease_files, now=time.time,
         )  # fmt: skip
         stack.callback(descriptor_store.close)
@@ -223,20 +215,25 @@ class Daemon:
         stack.push_async_callback(sweep.close)
         reclaimers: dict[str, DeviceReclaimer] = {}
         for uuid, device in served.devices.items():
-            budget = served.budgets[uuid]
+            budget = 0 if uuid in served.absent else served.budgets[uuid]
             reclaimer = reclaimers[uuid] = DeviceReclaimer(device, partial(descriptor_store.released, uuid))
-            stack.push_async_callback(reclaimer.finish)
+            stack.push_async_callback(reclaimer.stop)
             store.memories[uuid] = MemoryAccounting(
                 budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
-                create=device.create, on_reclaim=reclaimer.kick, available=device.available,
+                create=reclaimer.maker.create, on_reclaim=reclaimer.kick, available=partial(served.available, uuid),
                 before_use=residency.before_use,
             )  # fmt: skip
             reclaimer.watch(store.memories[uuid])
         store.books.limit = books_of(settings, served.budgets)
-        return _Books(store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers)
+        nodes = GpuNodes(descriptor_store, served.devices)
+        absences = AbsentDevices(settings, served, store, reclaimers, nodes, publish)
+        stack.push_async_callback(absences.close)
+        return _Books(
+            store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers, absences
+        )
 
     async def _adopt(
-        self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets, served: _Served, books: _Books
+        self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets, served: Devices, books: _Books
     ) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
         memories = books.store.memories
@@ -244,6 +241,7 @@ class Daemon:
         for memory in memories.values():
             memory.quarantine = quarantined
         await books.descriptor_store.begin()
+        await books.absences.begin()
         books.sweep.begin()
         if quarantined:
             hollow = {uuid: device.hollow for uuid, device in served.devices.items()}
@@ -251,7 +249,7 @@ class Daemon:
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(
-        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, listeners: EventListeners, lock: int
+        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, listeners: EventListeners, lock: int
     ) -> _Work:
         """Make what loads: nothing does so yet."""
         settings = self._settings
@@ -268,10 +266,10 @@ class Daemon:
         return _Work(loads, fair_queue, index)
 
     def _make_services(
-        self, stack: contextlib.AsyncExitStack, served: _Served, books: _Books, work: _Work, listeners: EventListeners
+        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, work: _Work, listeners: EventListeners
     ) -> _Services:
         """Make what answers calls and attaches: nobody can reach it yet."""
-        settings, devices, default = self._settings, served.devices, default_device(served.devices)
+        settings, devices, default = self._settings, served.devices, served.default
         store, catalog, loads = books.store, books.catalog, work.loads
         connections = HandleSocketConnections(isolated=settings.isolation == "uid", admins=settings.admin_uids)
         preloader = PreloadOperation(
@@ -286,9 +284,13 @@ class Daemon:
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
         statistics = Statistics(store, loads, connections, devices, drain, work.digests)
+        forgetting = DeviceForgetting(
+            store=store, loads=loads, absences=books.absences, reclaimers=books.reclaimers,
+            settled=books.descriptor_store.settled,
+        )  # fmt: skip
         parts = GrpcServiceContext(
-            store, catalog, loads, connections, devices, default,
-            now=time.time, event_stream=books.event_stream, drain=drain, statistics=statistics,
+            store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
+            drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 
@@ -317,10 +319,13 @@ class Daemon:
         stack.push_async_callback(sockets.stop_watching)
         return control, handles
 
-    def _say_ready(self, served: _Served, store: ContentStore) -> None:
+    def _say_ready(self, served: Devices, store: ContentStore) -> None:
         shown = []
         for uuid, device in served.devices.items():
-            budget = served.budgets[uuid]
+            if uuid in served.absent:
+                shown.append(f"{uuid} is absent")
+                continue
+            budget = store.memories[uuid].budget
             shown.append(f"{called(device)}, budget {budget / 2**30:.2f} GiB")
             log.info(Line("serving", {"device": uuid, "kind": device.kind, "budget": budget}))
             if device.note:
@@ -330,17 +335,14 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self, sockets: DaemonSockets, served: _Served, books: _Books, work: _Work, services: _Services,
+        self, sockets: DaemonSockets, served: Devices, books: _Books, work: _Work, services: _Services,
         handles: HandleServer,
     ) -> ReloadOperation:  # fmt: skip
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
         def change_budgets(new: Settings) -> Iterator[None]:
-            for uuid, memory in store.memories.items():
-                budget = budget_of(new, served.devices[uuid], served.names[uuid])
-                memory.resize(budget, pool_of(new, served.devices[uuid], budget))
-            store.books.limit = books_of(new, {uuid: memory.budget for uuid, memory in store.memories.items()})
+            store.books.limit = resize(new, served.devices, served.names, store.memories, store.absent)
             return store.fit_books()
 
         def change_loads(new: Settings) -> None:
@@ -359,6 +361,10 @@ class Daemon:
             books.limits.copy_from(new.limits)
             handles.entrance.max_connections = new.max_connections
 
+        def again(new: Settings) -> None:
+            books.absences.hurry(new)
+            preloader.begin()
+
         changes: dict[Change, str] = {
             change_budgets: "budget pool books",
             change_loads: "max_loads max_user_loads reader_threads",
@@ -372,11 +378,11 @@ class Daemon:
             settings,
             self._read,
             [
-                lambda new: check_budgets(new, served.devices, served.names, store.memories),
+                lambda new: check_budgets(new, served.devices, served.names, store.memories, store.absent),
                 lambda new: preloader.check(new.preload),
             ],
             {name: change for change, keys in changes.items() for name in keys.split()},
-            lambda _: preloader.begin(),
+            again,
             self._notifier.reloading,
         )
 

@@ -102,6 +102,8 @@ class Residency:
     def on_lost(self, device: str, reason: str) -> None:
         """The memory of a device, given by its UUID, is gone: so are its checkpoints, and then the loads to it."""
         log.warning(Line("device lost", {"device": device}, because=reason))
+        if self._joined is None:  # while the daemon starts, nothing lies there
+            return
         self._publish(DeviceLost(device, reason))
         self._parts.store.lose(device, reason)
         self._parts.loads.lose(device, DeviceError(f"device {device}: {reason}; load it again"))

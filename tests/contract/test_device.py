@@ -318,6 +318,7 @@ def test_what_nvml_says_is_free_stands_in_the_error(gpu: Device, monkeypatch: py
     monkeypatch.setattr(
         "weightd_daemon.devices.cuda_device.free_bytes", lambda uuid: 4711 if uuid == gpu.uuid else None
     )
+    gpu.look()
     assert gpu.available() == 4711
     with pytest.raises(MemoryError, match="4711 bytes are free"):
         gpu.create(gpu.capacity() + gpu.page)
@@ -326,12 +327,14 @@ def test_what_nvml_says_is_free_stands_in_the_error(gpu: Device, monkeypatch: py
 @on_the_double
 def test_what_is_free_is_what_nvml_says(gpu: Device) -> None:
     gpu.create(3 * gpu.page)
+    gpu.look()
     assert gpu.available() == gpu.capacity() - 3 * gpu.page
 
 
 @on_the_double
 def test_where_nvml_does_not_answer_nobody_knows_what_is_free(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKECUDA_FAIL", "nvmlDeviceGetMemoryInfo:3")
+    gpu.look()
     assert gpu.available() is None
 
 

@@ -17,8 +17,8 @@ import pytest
 from support import fakecuda
 from support.daemon import environment, eventually
 from support.leash import leashed
-from weightd.errors import DeviceError
-from weightd_daemon.devices import cuda_ipc
+from weightd.errors import DeviceAbsentError, DeviceError
+from weightd_daemon.devices import cuda_ipc, driver_thread
 from weightd_daemon.devices.cuda_ipc import CudaHolderContext, CudaIpcDevice
 
 
@@ -32,6 +32,8 @@ def on_the_double(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         yield loop
+        tasks = asyncio.all_tasks(loop)
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True) if tasks else asyncio.sleep(0))
 
 
 class Losses:
@@ -69,14 +71,27 @@ def holder(device: CudaIpcDevice) -> int:
     return device._holder.pid
 
 
-def run_until(loop: asyncio.AbstractEventLoop, check: Callable[[], object]) -> None:
-    eventually(lambda: loop.run_until_complete(asyncio.sleep(0)) or check())
-
-
 def create(device: CudaIpcDevice, loop: asyncio.AbstractEventLoop) -> int:
-    """A segment, as soon as the next holder is ready."""
-    run_until(loop, lambda: device._holder is not None and device._holder.ready)
-    return device.create(device.page)
+    """A segment, made as in a daemon: while the loop runs, and after a holder that is being started is ready."""
+    return loop.run_until_complete(creating(device))
+
+
+async def creating(device: CudaIpcDevice) -> int:
+    async with asyncio.timeout(60):
+        return await device.calls.run("cuMemAlloc", lambda: device.create(device.page))
+
+
+async def hanging(device: CudaIpcDevice, goes_on: Callable[[], object]) -> tuple[str, int]:
+    """Ask for a segment of a device that hangs, then let it go on. Returns the problem meanwhile, and the segment."""
+    changed = asyncio.Event()
+    device.calls.on_change = changed.set
+    segment = asyncio.ensure_future(creating(device))
+    await asyncio.wait_for(changed.wait(), 60)
+    problem = device.calls.problem
+    with pytest.raises(DeviceAbsentError, match="does not answer"):
+        device.calls.check()
+    goes_on()
+    return problem, await segment
 
 
 def test_a_killed_holder_is_told_as_a_loss_and_another_takes_its_place(
@@ -104,7 +119,7 @@ def test_until_its_loss_is_told_nothing_is_made_that_would_be_lost_with_it(
 ) -> None:
     first = holder(device)
     os.kill(first, signal.SIGKILL)
-    os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
+    eventually(lambda: not Path(f"/proc/{first}").exists())
     with pytest.raises(DeviceError, match="has ended; load again"):
         device.create(device.page)
     assert losses.told == []
@@ -112,32 +127,38 @@ def test_until_its_loss_is_told_nothing_is_made_that_would_be_lost_with_it(
     create(device, loop)
 
 
-def test_a_holder_that_hangs_is_ended_and_told_as_a_loss(
+def test_a_holder_that_hangs_is_waited_for_and_its_gpu_does_not_answer(
     device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_ipc, "_ANSWER_SECONDS", 0.1)
-    os.kill(holder(device), signal.SIGSTOP)
-    with pytest.raises(DeviceError, match="gave no answer"):
-        device.create(device.page)
-    losses.wait()
-    create(device, loop)
-
-
-def test_while_the_next_holder_starts_nobody_waits_for_it(
-    device: CudaIpcDevice, losses: Losses, loop: asyncio.AbstractEventLoop
-) -> None:
+    """It holds weights that are in use: they are not thrown away for a driver that takes long."""
+    monkeypatch.setattr(driver_thread, "ANSWER_SECONDS", 0.05)
     first = holder(device)
+    os.kill(first, signal.SIGSTOP)
+    problem, segment = loop.run_until_complete(hanging(device, lambda: os.kill(first, signal.SIGCONT)))
+    assert problem.endswith("in cuMemAlloc; what is kept on it stays kept")
+    assert (losses.told, holder(device), device.calls.problem) == ([], first, "")
+    assert fakecuda.device_bytes(0) == device.page
+    device.release(segment)
+
+
+def test_while_the_next_holder_starts_who_wants_memory_waits_and_the_loop_does_not(
+    device: CudaIpcDevice,
+    losses: Losses,
+    loop: asyncio.AbstractEventLoop,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(driver_thread, "ANSWER_SECONDS", 0.05)
+    hangs, first = tmp_path / "hangs", holder(device)
+    hangs.touch()
+    for name, value in {"HANG": "cuInit", "HANG_WHILE": str(hangs), "FAIL_IN": "cuda_holder"}.items():
+        monkeypatch.setenv(f"FAKECUDA_{name}", value)
     os.kill(first, signal.SIGKILL)
     losses.wait()
-    second = holder(device)  # started already
-    os.kill(second, signal.SIGSTOP)
-    why = rf"\(pid {second}\) is being started \(.*\(pid {first}\) was ended by SIGKILL\); try again"
-    with pytest.raises(DeviceError, match=why):
-        device.create(device.page)
-    os.kill(second, signal.SIGCONT)
-    create(device, loop)
-    assert holder(device) == second
+    problem, _ = loop.run_until_complete(hanging(device, hangs.unlink))
+    assert "in the start of its holder" in problem
     assert len(losses.told) == 1
+    assert holder(device) != first
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -151,18 +172,17 @@ def test_a_next_holder_that_cannot_start_says_why_and_is_followed_by_another_whe
 ) -> None:
     with monkeypatch.context() as patch:
         if late:
-            patch.setattr(cuda_ipc, "_START_SECONDS", 0.0)
+            patch.setattr(cuda_ipc, "_START_SECONDS", 0.001)
         else:
             patch.setenv("FAKECUDA_FAIL", "cuInit:999")
         os.kill(holder(device), signal.SIGKILL)
         losses.wait()
-        run_until(loop, lambda: device._holder is None)
+        assert device._starting is not None
+        loop.run_until_complete(asyncio.wait_for(device._starting, 60))
     why = "was not ready in 0 s" if late else "no CUDA device can be used here: cuInit failed"
     (said,) = caplog.messages
     assert f"device {device.uuid} has no holder" in said
     assert why in said
-    with pytest.raises(DeviceError, match=f"is being started .*{why}.*try again"):
-        device.create(device.page)
     create(device, loop)
     assert len(losses.told) == 1  # nothing lay in the one that did not start
 
@@ -276,3 +296,47 @@ def test_the_holder_dies_with_the_daemon_and_keeps_its_lock_until_then(fake_driv
     with open(holder, "rb") as ended:
         assert select.select([ended], [], [], 60.0)[0], f"holder {pid} lives on"
     assert fakecuda.device_bytes(0) == 0
+
+
+# Opens every GPU, and says which are served.
+SEVERAL = """
+import asyncio
+from weightd_daemon.devices import cuda_ipc
+from weightd_daemon.devices.cuda_choice import choose_gpus
+from weightd_daemon.devices.cuda_ipc import CudaHolderContext
+
+cuda_ipc.names_alike = lambda uuid: not uuid.endswith("2")
+holding = CudaHolderContext(asyncio.new_event_loop(), print)
+choice = choose_gpus(["cuda"], "cuda_ipc", holding, {})
+print(*(gpu.device.uuid for gpu in choice.served))
+for gpu in choice.served:
+    gpu.device.close()
+"""
+
+
+def holders_of(daemon: int) -> dict[str, str]:
+    """By UUID, what each holder of a process sees."""
+    found: dict[str, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            *_, parent, uuid, _ = ["", "", *(process / "cmdline").read_text().split("\0")]
+            if parent == str(daemon):
+                variables = (process / "environ").read_text().split("\0")
+                found[uuid] = next(v.partition("=")[2] for v in variables if v.startswith("CUDA_VISIBLE_DEVICES="))
+    return found
+
+
+def test_holders_of_several_gpus_start_side_by_side_and_see_their_gpu_alone(fake_driver: Path, tmp_path: Path) -> None:
+    """Each waits in cuInit until all of them are there."""
+    hangs, uuids = tmp_path / "hangs", [fakecuda.uuid(number) for number in range(3)]
+    hangs.touch()
+    knobs = fakecuda.environment(fake_driver, devices=3, hang="cuInit", hang_while=hangs, fail_in="cuda_holder")
+    command = leashed([sys.executable, "-c", SEVERAL])
+    with subprocess.Popen(command, env={**environment(), **knobs}, stdout=subprocess.PIPE, text=True) as daemon:
+        try:
+            expected = {uuids[0]: uuids[0], uuids[1]: uuids[1], uuids[2]: "0,1,2"}
+            eventually(lambda: holders_of(daemon.pid) == expected)
+            hangs.unlink()
+            assert daemon.communicate(timeout=60)[0].split() == uuids
+        finally:
+            daemon.kill()

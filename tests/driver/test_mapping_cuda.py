@@ -485,8 +485,8 @@ except cuda_driver.DeviceError as error:
 @each_kind
 def test_a_status_newer_than_the_bindings_is_an_error_like_any_other(kind: str, fake_driver: Path) -> None:
     source = f"""
-found = wanted({kind!r})
-segments, ended = opened({kind!r}, found), []
+found, ended = wanted({kind!r}), []
+segments = opened({kind!r}, wanted({kind!r}))
 os.environ["FAKECUDA_FAIL"] = "cuCtxPushCurrent:12345,cuMemAddressReserve:12345,cuIpcOpenMemHandle:12345"
 for work in (lambda: opened({kind!r}, found, ended), lambda: segments.buffer(0, 0, 0, 1)):
     try:
@@ -527,6 +527,39 @@ for error in (KeyError(917), ValueError("917 is not a valid CUresult"), KeyError
         *["KeyError('name')"] * 2,
         *["ValueError('negative')"] * 2,
     ]
+
+
+# -- other threads -----------------------------------------------------------------------------------------------------
+
+
+def test_other_threads_run_while_the_driver_takes_its_time(fake_driver: Path, tmp_path: Path) -> None:
+    """cuda-bindings 12.9.0 held the GIL in every call: then nobody would remove the file, and the call never return."""
+    check(
+        fake_driver,
+        """
+import threading
+path, found = Path(os.environ["FAKECUDA_HANG_WHILE"]), wanted("cuda_vmm")
+segments = opened("cuda_vmm", found)
+cuda_driver._enter(0)
+for name, work in {
+    "cuMemImportFromShareableHandle": lambda: opened("cuda_vmm", found),
+    "cuMemMap": lambda: opened("cuda_vmm", found),
+    "cuMemSetAccess": lambda: opened("cuda_vmm", found),
+    "cuMemUnmap": lambda: opened("cuda_vmm", found),
+    "cuPointerGetAttributes": lambda: segments.buffer(0, 0, 0, 1),
+    "cuCtxSynchronize": lambda: call("cuCtxSynchronize"),
+}.items():
+    os.environ["FAKECUDA_HANG"] = name
+    path.touch()
+    other = threading.Timer(0.05, path.unlink)
+    other.start()
+    work()
+    assert not path.exists(), name
+    other.join(60)
+""",
+        hang="cuMemMap",
+        hang_while=tmp_path / "hanging",
+    )
 
 
 # -- one range of addresses, and who may access it ---------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from weightd.types import ALIGNMENT
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Arena, Extent
+from weightd_daemon.core.creations import Creation
 from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.prospect import _Prospect, prospect
 from weightd_daemon.core.ranges import RangeSet
@@ -112,23 +113,46 @@ class MemoryMachine(RuleBasedStateMachine):
         self.slices: list[tuple[str, Extent]] = []
         self.promised: dict[int, tuple[str, int]] = {}
         self.pending: list[Reclaim] = []
-        self.stale: list[Reclaim] = []
+        self.stale: list[Reclaim | Creation] = []
         self.most: int | None = None
+        self.late = False
+        self.creating: list[Creation] = []
+        self.asked: dict[int, tuple[str, int, int]] = {}
+        self.untaken: dict[int, Extent] = {}
+        self.refused: dict[int, int] = {}
 
     @initialize(sparse=st.booleans(), pool=st.sampled_from([0, POOL]))
     def begin(self, sparse: bool, pool: int) -> None:
         self.sparse, self.pool = sparse, pool
         self.memory = MemoryAccounting(budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=pool, create=self.create)
 
-    def create(self, size: int) -> int:
-        assert size % PAGE == 0
-        assert self.memory.used + size * (not self.sparse) <= BUDGET
-        if self.most is not None and size > self.most:
-            raise MemoryError
+    def create(self, creation: Creation) -> None:
+        assert creation.size % PAGE == 0
+        assert self.memory.used <= BUDGET
+        if creation.load in self.promised:
+            domain, size = self.promised[creation.load]
+            assert creation.promised == min(size, creation.size)
+            self.promised[creation.load] = (domain, size - creation.promised)
+        self.creating.append(creation)
+        if not self.late:
+            self.answer(creation)
+
+    def answer(self, creation: Creation) -> None:
+        """The device makes a segment, or says that it is full."""
+        self.creating.remove(creation)
+        domain, size = self.promised.get(creation.load, ("", 0))
+        if self.most is not None and creation.size > self.most:
+            if domain:
+                self.promised[creation.load] = (domain, size + creation.promised)
+            self.refused[creation.load] = self.most
+            self.memory.failed(creation, MemoryError())
+            return
         number = len(self.sizes) + 1
-        self.sizes[number], self.live[number] = size, set()
-        self.populated[number] = set() if self.sparse else set(range(size // PAGE))
-        return number
+        self.sizes[number], self.live[number] = creation.size, set()
+        self.untaken[creation.load] = Extent(number, 0, creation.size)
+        self.populated[number] = set(range(creation.size // PAGE))
+        self.live[number] = set(range(creation.size // ALIGNMENT))
+        assert self.memory.made(creation, number)
 
     def punching(self) -> Iterator[tuple[int, int]]:
         for reclaim in self.pending:
@@ -139,18 +163,19 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), want=st.integers(1, 12 * PAGE),
           need=st.integers(1, 6 * PAGE))  # fmt: skip
     def grant(self, load: int, domain: str, want: int, need: int) -> None:
+        domain, want, need = self.asked.pop(load, (domain, want, need))  # who had to wait asks for the same
         possible = self.could_have(domain)
         alone = not any(size for number, (_, size) in self.promised.items() if number != load)
         try:
             extent = self.memory.grant(load, domain, want, need)
         except MemoryError:
             self.pending += self.memory.next_reclaims()
-            assert self.most is not None
-            assert need > self.most
+            assert need > self.refused[load]
             return
         self.pending += self.memory.next_reclaims()
         if extent is None:
-            assert self.pending or not alone or need > possible.largest, "there was room"
+            self.asked[load] = domain, want, need
+            assert self.pending or self.creating or not alone or need > possible.largest, "there was room"
             return
         assert extent.offset % PAGE == 0
         assert extent.length % PAGE == 0
@@ -158,6 +183,9 @@ class MemoryMachine(RuleBasedStateMachine):
         assert extent.offset >= 0
         assert extent.end <= self.sizes[extent.segment]
         assert self.memory.domain_of(extent.segment) == domain
+        if extent == self.untaken.get(load):  # a new segment, which was the load's from the moment it was there
+            self.slices.append((domain, self.untaken.pop(load)))
+            return
         units = set(range(extent.offset // ALIGNMENT, extent.end // ALIGNMENT))
         assert not units & self.live[extent.segment], "overlaps bytes that live"
         pages = set(range(extent.offset // PAGE, extent.end // PAGE))
@@ -208,6 +236,17 @@ class MemoryMachine(RuleBasedStateMachine):
         """Other processes take memory of the device: it has no room for larger segments than this many pages."""
         self.most = None if most is None else most * PAGE
 
+    @rule(late=st.booleans())
+    def the_driver_hangs_or_not(self, late: bool) -> None:
+        """Segments are made later, or in the step that asks for them."""
+        self.late = late
+
+    @precondition(lambda self: self.creating)
+    @rule(data=st.data())
+    def the_driver_answers(self, data: st.DataObject) -> None:
+        self.answer(data.draw(st.sampled_from(self.creating)))
+        self.pending += self.memory.next_reclaims()
+
     @precondition(lambda self: len(self.slices) > 2)
     @rule()
     def lose(self) -> None:
@@ -215,14 +254,22 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.lose()
         assert self.memory.next_reclaims() == []
         assert (self.memory.used, self.memory.segments, self.memory.reclaiming) == (0, 0, False)
-        self.stale += self.pending
-        for books in (self.live, self.populated, self.promised, self.slices, self.pending):
+        self.stale += [*self.pending, *self.creating]
+        for books in (self.live, self.populated, self.promised, self.slices, self.pending, self.creating, self.asked):
             books.clear()
+        self.untaken.clear()
 
     @precondition(lambda self: self.stale)
     @rule()
     def report_late(self) -> None:
-        self.memory.reclaimed(self.stale.pop())
+        stale = self.stale.pop()
+        if not isinstance(stale, Creation):
+            self.memory.reclaimed(stale)
+        elif self.most is None:
+            self.sizes[len(self.sizes) + 1] = stale.size
+            assert not self.memory.made(stale, len(self.sizes)), "nobody has it but who made it"
+        else:
+            self.memory.failed(stale, MemoryError())
 
     @rule(load=st.integers(1, 3), domain=st.sampled_from(DOMAINS), size=st.integers(0, 12 * PAGE))
     def promise(self, load: int, domain: str, size: int) -> None:
@@ -308,9 +355,10 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def books_agree(self) -> None:
-        assert self.memory.used == sum(map(len, self.populated.values())) * PAGE
+        creating = sum(creation.size for creation in self.creating)
+        assert self.memory.used == sum(map(len, self.populated.values())) * PAGE + creating
         assert self.memory.used <= BUDGET
-        assert self.memory.reclaiming == bool(self.pending)
+        assert self.memory.reclaiming == bool(self.pending or self.creating)
         for domain in DOMAINS:
             arena = self.memory.arena(domain)
             for segment in arena:
@@ -350,6 +398,12 @@ class MemoryMachine(RuleBasedStateMachine):
         try:
             if not hasattr(self, "memory"):
                 return
+            for creation in list(self.creating):
+                self.answer(creation)
+            self.late = False
+            while self.creating:  # smaller ones
+                self.answer(self.creating[0])
+            self.slices += [(self.memory.domain_of(extent.segment), extent) for extent in self.untaken.values()]
             for domain in DOMAINS:
                 self.hand_back(domain, [extent for name, extent in self.slices if name == domain], pool=True)
             while self.pending:

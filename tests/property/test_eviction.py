@@ -7,6 +7,7 @@ from itertools import count
 import hypothesis.strategies as st
 from hypothesis import given
 
+from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.digest import BlobIdentity
@@ -16,7 +17,6 @@ from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.prospect import _Prospect, prospect
 from weightd_daemon.core.store import ContentStore
 
@@ -39,7 +39,7 @@ class Books:
         self.events: list[Event] = []
         numbers = count(1)
         self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.events.append)
-        self.memory = self.store.memories["host"] = MemoryAccounting(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=BUDGET, page=PAGE, sparse=sparse, pool_limit=0, create=lambda _: next(numbers)
         )
 

@@ -25,6 +25,7 @@ from weightd_daemon.core.adoption import BlobPlace, CheckpointDescription, Store
 from weightd_daemon.core.arena import Extent, round_up, slot_bytes, without
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+from weightd_daemon.core.creations import Creation
 from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Event
 from weightd_daemon.core.lease import NOBODY, Lease, LeasePeer, LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
@@ -97,6 +98,8 @@ class Load:
     matched: set[tuple[bytes, int]] | None = None
     ending: Iterator[None] | None = None
     granted: list[Extent] = field(default_factory=list)
+    asked: tuple[int, int] | None = None
+    """What it asked for and has to ask for again: a segment is being made, or others give memory back."""
     open_slots: list[tuple[int, int, int]] = field(default_factory=list)
     opened: set[int] = field(default_factory=set)
     pairs: list[tuple[Blob, Blob]] = field(default_factory=list)
@@ -136,9 +139,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.contents: dict[CheckpointKey, Content] = {}
         self.sealed: dict[int, bytes] = {}
         self.seen: dict[tuple[str, bytes, int], set[bytes]] = {}
-        self.stale: list[Reclaim] = []
+        self.stale: list[Reclaim | Creation] = []
         self.gone: set[CheckpointKey] = set()
         self.most: int | None = None
+        self.seen_free: int | None = None
+        self.late = False
+        self.creating: list[Creation] = []
+        self.untaken: dict[int, Extent] = {}
         self.now = 0.0
         self.created = 0
 
@@ -157,7 +164,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin_books(self, last_lease: int) -> None:
         self.memory = MemoryAccounting(
             budget=self.pages * PAGE, page=PAGE, sparse=self.sparse, pool_limit=self.pool,
-            create=self.create, available=lambda: self.most,
+            create=self.create, available=lambda: self.seen_free,
         )  # fmt: skip
         self.store = ContentStore(leases=LeaseTable(lambda lease: lease.number in self.locked), on_event=self.happened)
         self.store.leases.number_above(last_lease)
@@ -165,13 +172,35 @@ class StoreMachine(RuleBasedStateMachine):
 
     # -- the device ------------------------------------------------------------------------------------------------
 
-    def create(self, size: int) -> int:
-        assert self.memory.used + size * (not self.sparse) <= self.memory.budget
-        if self.most is not None and size > self.most:
-            raise MemoryError("it is full")
+    def create(self, creation: Creation) -> None:
+        assert self.memory.used <= self.memory.budget
+        self.creating.append(creation)
+        if not self.late:
+            self.answer(creation)
+
+    def answer(self, creation: Creation) -> None:
+        """The device makes a segment, or says that it is full, and sees what it has free."""
+        self.creating.remove(creation)
+        self.seen_free = self.most
+        if self.most is not None and creation.size > self.most:
+            self.memory.failed(creation, MemoryError("it is full"))
+            return
         self.created += 1
-        self.segments[self.created] = bytearray(size)
-        return self.created
+        self.segments[self.created] = bytearray(creation.size)
+        if creation.wanted:
+            self.untaken[creation.load] = Extent(self.created, 0, creation.size)
+        assert self.memory.made(creation, self.created)
+
+    @rule(late=st.booleans())
+    def the_driver_hangs_or_not(self, late: bool) -> None:
+        """Segments are made later, or in the step that asks for them."""
+        self.late = late
+
+    @rule(pick=PICK)
+    def the_driver_answers(self, pick: int) -> None:
+        creation = one_of(self.creating, pick)
+        if creation is not None:
+            self.answer(creation)
 
     def read(self, segment: int, offset: int, length: int) -> bytes:
         return bytes(self.segments[segment][offset : offset + length])
@@ -213,18 +242,25 @@ class StoreMachine(RuleBasedStateMachine):
         assert set(self.store.lose(DEVICE, "it fell off the bus")) == there
         assert self.memory.next_reclaims() == []
         self.gone |= {checkpoint.key for checkpoint in there}
-        self.stale += self.pending
+        self.stale += [*self.pending, *self.creating]
         for load in (*self.loads, *self.sealed_loads):
             load.lost = True
-        for what in (self.pending, self.segments, self.locked, self.attached):
+        for what in (self.pending, self.creating, self.untaken, self.segments, self.locked, self.attached):
             what.clear()
 
     @rule(pick=PICK)
     def report_late(self, pick: int) -> None:
-        reclaim = one_of(self.stale, pick)
-        if reclaim is not None:
-            self.stale.remove(reclaim)
-            self.memory.reclaimed(reclaim)
+        stale = one_of(self.stale, pick)
+        if stale is None:
+            return
+        self.stale.remove(stale)
+        if not isinstance(stale, Creation):
+            self.memory.reclaimed(stale)
+        elif pick % 2:
+            self.created += 1
+            assert not self.memory.made(stale, self.created), "nobody has it but who made it"
+        else:
+            self.memory.failed(stale, MemoryError("it is full"))
 
     # -- what the loader does --------------------------------------------------------------------------------------
 
@@ -279,11 +315,11 @@ class StoreMachine(RuleBasedStateMachine):
         largest = max(spare, hole)
         alone = all(other.lost for other in self.loads if other is not load)  # else there may be promises
         if "it is full" in str(error):
-            assert self.most is not None
-            assert int(error.metadata["device_free_bytes"]) == self.most
+            assert self.seen_free is not None
+            assert int(error.metadata["device_free_bytes"]) == self.seen_free
             left = any(not self.held(c) and not c.pinned for c in self.store.checkpoints.values())
             returned = spare - (self.memory.budget - self.memory.used)
-            bounded = max(hole, min(spare, self.most + returned))
+            bounded = max(hole, min(spare, self.seen_free + returned))
             assert not left or not alone or error.requested_bytes > bounded, "evicting might have helped"
         elif alone:
             assert error.free_bytes + error.evictable_bytes == total
@@ -299,6 +335,7 @@ class StoreMachine(RuleBasedStateMachine):
         kept = [c for c in self.store.checkpoints.values() if self.held(c) or c.pinned]
         taken = [b.slot for b in sealed_blobs(self.store) if b.holds or any(b.number in c.unique for c in kept)]
         taken += [extent for other in self.loads if not other.lost for extent in other.granted]
+        taken += self.untaken.values()
         common, own, longest = self.memory.budget, 0, 0
         for segment, data in self.segments.items():
             pages = {p for e in taken if e.segment == segment for p in range(e.offset // PAGE, -(-e.end // PAGE))}
@@ -320,6 +357,11 @@ class StoreMachine(RuleBasedStateMachine):
     def abort(self, load: Load) -> None:
         load.loading.end()
         self.loads.remove(load)
+        self.ended(load)
+
+    def ended(self, load: Load) -> None:
+        self.untaken.pop(load.loading.number, None)
+        assert not any(creation.wanted for creation in self.creating if creation.load == load.loading.number)
 
     @rule(pick=PICK, steps=STEPS)
     def end_one(self, pick: int, steps: int) -> None:
@@ -331,6 +373,7 @@ class StoreMachine(RuleBasedStateMachine):
         load.ending = load.ending or load.loading.ending()
         if any(next(load.ending, self) is self for _ in range(steps)):
             self.sealed_loads.remove(load)
+            self.ended(load)
 
     @rule()
     def free_some(self) -> None:
@@ -360,8 +403,9 @@ class StoreMachine(RuleBasedStateMachine):
             while self.sealed_loads:
                 self.end_one(pick, 40)
             self.pending += self.memory.next_reclaims()
-            while self.pending:
+            while self.pending or self.creating:
                 self.reclaim(pick)
+                self.the_driver_answers(pick)
                 self.free_some()
                 self.pending += self.memory.next_reclaims()
             self.get_on(len(self.loads) - 1, seed, 60)
@@ -454,10 +498,14 @@ class StoreMachine(RuleBasedStateMachine):
                 load.open_slots[at] = (segment, offset + size, room - size)
                 return segment, offset
         rest = sum(slot_bytes(len(tensor.data)) for tensor in load.unsettled if tensor.slot is None)
-        extent = load.loading.grant(max(size, rest), size)
+        want, need = load.asked = load.asked or (max(size, rest), size)
+        extent = load.loading.grant(want, need)
         if extent is None:
             self.must_wait()
             return None
+        load.asked = None
+        if extent == self.untaken.get(load.loading.number):
+            del self.untaken[load.loading.number]
         load.granted.append(extent)
         load.opened.add(extent.segment)
         self.segments[extent.segment][extent.offset : extent.end] = b"\xcc" * extent.length
@@ -467,7 +515,7 @@ class StoreMachine(RuleBasedStateMachine):
     def must_wait(self) -> None:
         """ "Call again" is said only where memory is on its way."""
         self.pending += self.memory.next_reclaims()
-        assert self.pending or self.sealed_loads or self.memory.freeing
+        assert self.pending or self.creating or self.sealed_loads or self.memory.freeing
 
     def finish(self, load: Load) -> None:
         if load.pairs:
@@ -576,7 +624,7 @@ class StoreMachine(RuleBasedStateMachine):
         chosen = [c for c in old if chance.random() < 0.8]
         others = {segment for c in old if c not in chosen for segment in c.segments}
         frozen = others | {segment for segment in self.segments if self.is_frozen(segment)}
-        for what in (self.loads, self.sealed_loads, self.pending, self.stale):
+        for what in (self.loads, self.sealed_loads, self.pending, self.stale, self.creating, self.untaken):
             what.clear()
         self.gone.clear()
         self.begin_books(max((lease.number for lease in before.leases), default=0))
@@ -649,6 +697,7 @@ class StoreMachine(RuleBasedStateMachine):
     def nothing_overlaps(self) -> None:
         taken = [blob.slot for blob in sealed_blobs(self.store)]
         taken += [extent for load in self.there for extent in load.granted]
+        taken += self.untaken.values()
         taken += [reclaim.extent for reclaim in self.pending if isinstance(reclaim, ExtentReclaim)]
         for before, after in zip(sorted(taken), sorted(taken)[1:], strict=False):
             assert before.segment != after.segment or before.end <= after.offset
@@ -666,7 +715,8 @@ class StoreMachine(RuleBasedStateMachine):
         used, live = self.memory.used, self.store.live_bytes(DEVICE)
         in_flight = self.store.in_flight_bytes(DEVICE)
         assert live == sum(len(self.read_blob(blob)) for blob in sealed_blobs(self.store))
-        assert in_flight == sum(extent.length for load in self.there for extent in load.granted)
+        granted = [extent for load in self.there for extent in load.granted] + [*self.untaken.values()]
+        assert in_flight == sum(extent.length for extent in granted) + sum(one.size for one in self.creating)
         assert used - live - in_flight >= 0
         assert used <= self.memory.budget
 
@@ -733,6 +783,8 @@ class StoreMachine(RuleBasedStateMachine):
                 return
             for load in (*self.loads, *self.sealed_loads):
                 load.loading.end()
+            while self.creating:
+                self.answer(self.creating[0])
             self.locked.clear()
             for checkpoint in list(self.store.checkpoints.values()):
                 self.store.remove(checkpoint)

@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.monitoring.statistics import Statistics
@@ -29,6 +29,9 @@ class Gpu:
 
     def available(self) -> int | None:
         return 1 << 30
+
+    async def refresh(self) -> None:
+        pass
 
 
 class Filled:
@@ -49,7 +52,7 @@ class Filled:
         self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests)
         numbers = count()
         for uuid in DEVICES:
-            self.store.memories[uuid] = MemoryAccounting(
+            self.store.memories[uuid] = PromptMemory(
                 budget=1 << 40, page=4096, sparse=False, pool_limit=0, create=lambda _: next(numbers)
             )
         for number in range(checkpoints):

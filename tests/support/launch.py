@@ -1,10 +1,12 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` and
-`--unread` those of gRPC requests and answers; `--look` is the pause between two looks at the sockets. `--backlog` is
-how many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion
-raise what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events that no
-listener can take. `--points` is the file that names the point at which it kills itself (support/points.py).
+`--unread` those of gRPC requests and answers, `--answer` that of a GPU's driver; `--look` is the pause between two
+looks at the sockets. `--backlog` is how many events may wait for a reader. `--loader` names hash functions of
+support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good.
+`--deaf` names a class of events that no listener can take. `--nodes` is the folder of the GPUs' device files, and of
+what the driver says of them. `--points` is the file that names the point at which it
+kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.api import admission, error_mapping, grpc_server
+from weightd_daemon.devices import cuda_node, driver_thread
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -34,6 +37,7 @@ def launcher(
     ack: float | None = None,
     page: float | None = None,
     read: float | None = None,
+    answer: float | None = None,
     unread: float | None = None,
     look: float | None = None,
     backlog: int | None = None,
@@ -41,11 +45,13 @@ def launcher(
     bug: bool = False,
     stuck: bool = False,
     deaf: str = "",
+    nodes: Path | None = None,
     points: Path | None = None,
 ) -> list[str]:
     """The `argv` of a Daemon that starts through this file."""
     given = {
         "hello": hello, "ack": ack, "page": page, "read": read, "unread": unread, "look": look, "backlog": backlog,
+        "answer": answer, "nodes": nodes,
         "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
@@ -62,11 +68,13 @@ def main() -> int:
     parser.add_argument("--read", type=float)
     parser.add_argument("--look", type=float)
     parser.add_argument("--unread", type=float)
+    parser.add_argument("--answer", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
     parser.add_argument("--stuck", action="store_true")
     parser.add_argument("--deaf")
+    parser.add_argument("--nodes", type=Path)
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
     loop_watch.install()
@@ -81,6 +89,10 @@ def main() -> int:
         admission.READ_SECONDS = options.read
     if options.look is not None:
         sockets.LOOK_SECONDS = options.look
+    if options.nodes is not None:
+        cuda_node.DEV, cuda_node.GPUS = options.nodes, options.nodes / "gpus"
+    if options.answer is not None:
+        driver_thread.ANSWER_SECONDS = options.answer
     if options.unread is not None:
         error_mapping.UNREAD_SECONDS = options.unread
     if options.backlog is not None:

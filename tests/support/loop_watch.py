@@ -36,9 +36,7 @@ MOST_SECONDS = 0.05
 FOUND = "loop watch: a step of"
 """What a finding begins with; support/daemon.py looks for it."""
 ALLOWED_STEP = "loop watch: allowed, a step of"
-ALLOWED: dict[str, str] = {
-    r"devices/cuda_\w+\.py.*in create": "a new segment of a GPU is made by its driver, in the step that books it",
-}
+ALLOWED: dict[str, str] = {}
 """Steps that may take longer, each with the reason: patterns of a line of the callback or of its stack."""
 _SAMPLE_SECONDS = 0.01
 _FRAMES = 12

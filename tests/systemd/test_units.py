@@ -147,6 +147,19 @@ def test_what_weights_rely_on(name: str) -> None:
     assert PRESERVE.partition("=")[0] not in found
 
 
+def test_the_system_unit_has_gpus_ready_before_it_starts() -> None:
+    """What makes NVIDIA's devices runs first, and may make device files; where it is not there, nothing fails."""
+    text = (UNITS / SYSTEM).read_text()
+    after = re.findall(r"^After=(.*)$", text, re.MULTILINE)[0].split()
+    wanted = re.findall(r"^Wants=(.*)$", text, re.MULTILINE)[0].split()
+    assert {"nvidia-fabricmanager.service", "nvidia-persistenced.service", "modprobe@nvidia_uvm.service"} == {*after}
+    assert {*after} - {*wanted} == {"nvidia-fabricmanager.service"}  # which ends with an error where no NVSwitch is
+    found = settings(text)
+    assert found["ExecStartPre"] == "-+/usr/bin/nvidia-modprobe -c0 -u"
+    assert found["DeviceAllow"] == "char-nvidia* rwm"
+    assert "ExecStartPre" not in settings((UNITS / USER).read_text())  # a setuid program, without new rights
+
+
 def test_user_and_sockets_go_together() -> None:
     text = (UNITS / SYSTEM).read_text()
     variables = dict(re.findall(r"^Environment=(\w+)=(.*)$", text, re.MULTILINE))

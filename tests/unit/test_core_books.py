@@ -6,6 +6,7 @@ from itertools import count
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError
 from weightd_daemon.core.books import BookkeepingMemory
 from weightd_daemon.core.catalog import Catalog
@@ -15,7 +16,6 @@ from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 
@@ -33,7 +33,7 @@ class Daemon:
         self.store = ContentStore(leases=LeaseTable(self._is_held), on_event=self.events.append)
         self.store.books.limit = limit * K * BYTES_OF_TENSOR
         for device in ("host", "GPU-1"):
-            self.store.memories[device] = MemoryAccounting(
+            self.store.memories[device] = PromptMemory(
                 budget=64 * PAGE, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, available=lambda: None
             )
         self._numbers = count(1)

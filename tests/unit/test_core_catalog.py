@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from weightd.errors import (
     CapacityError,
     DeviceError,
@@ -22,7 +23,6 @@ from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.events import CatalogNameChanged, CheckpointEvicted, Event
 from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 
@@ -39,7 +39,7 @@ class Shelf:
         self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.happened)
         self.catalog = Catalog(self.store, UserLimits())
         for device in ("host", "GPU-1"):
-            self.store.memories[device] = MemoryAccounting(
+            self.store.memories[device] = PromptMemory(
                 budget=1, page=1, sparse=False, pool_limit=0, create=lambda size: size
             )
 

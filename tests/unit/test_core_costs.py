@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import BYTES_OF_TENSOR, Checkpoint, Content
@@ -16,7 +17,6 @@ from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loads.fair_queue import LoadQueue
@@ -36,7 +36,7 @@ class Desk:
     def __init__(self, there: int, room: int, *, sparse: bool) -> None:
         self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = MemoryAccounting(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=room * TENSORS * PAGE, page=PAGE, sparse=sparse, pool_limit=0, create=self.create
         )
         unused = cast("Any", None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.ranges import RangeSet
 from weightd_daemon.core.reclaims import ExtentReclaim, SegmentReclaim
 
@@ -20,7 +20,7 @@ class Fixture:
         self.sizes: list[int] = []
         self.most: int | None = None
         self.kicks = 0
-        self.memory = MemoryAccounting(
+        self.memory = PromptMemory(
             budget=32 * PAGE,
             page=PAGE,
             sparse=sparse,

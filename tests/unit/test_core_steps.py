@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
@@ -15,7 +16,6 @@ from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
 from weightd_daemon.core.store import FREED_AT_ONCE, ContentStore
 
@@ -31,7 +31,7 @@ class Desk:
         self.length, self.slot = length, slot_bytes(length)
         self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = MemoryAccounting(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=-(-tensors * self.slot // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
 

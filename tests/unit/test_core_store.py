@@ -9,6 +9,7 @@ from itertools import count, pairwise
 import pytest
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
 from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
 from weightd_daemon.core.arena import slot_bytes
@@ -19,7 +20,6 @@ from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Even
 from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.slots import LoaderSlotRow, LoaderSlots
@@ -41,7 +41,7 @@ class Books:
             leases=LeaseTable(lambda lease: lease.number in self.locked), on_event=self.events.append
         )
         self.segments = 0
-        self.memory = self.store.memories["host"] = MemoryAccounting(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=budget, page=PAGE, sparse=sparse, pool_limit=0, create=self.create, available=lambda: self.available
         )
         self.available: int | None = None
@@ -335,7 +335,7 @@ def test_a_refusal_states_the_figures() -> None:
 
 def test_the_least_recently_used_may_go_first_and_pins_and_leases_stay() -> None:
     books, other = Books(), 7 * LARGE
-    books.store.memories["other"] = MemoryAccounting(
+    books.store.memories["other"] = PromptMemory(
         budget=other, page=PAGE, sparse=True, pool_limit=0, create=books.create
     )
     pinned, first, leased, second, third = (books.load(letter) for letter in "abcde")
@@ -374,7 +374,7 @@ def test_a_device_that_is_out_of_memory_makes_the_store_evict() -> None:
             raise MemoryError
         return working(size)
 
-    books.memory._create = create
+    books.memory.create = create
     assert books.open().grant(LARGE, LARGE) is not None
     assert books.evicted == [(there, "capacity")]
 
@@ -387,7 +387,7 @@ def test_a_full_device_is_named_in_the_refusal_once_nothing_can_be_evicted() -> 
     def create(size: int) -> int:
         raise MemoryError("4 KiB free on the device")
 
-    books.memory._create = create
+    books.memory.create = create
     load = books.open()
     assert load.grant(LARGE, LARGE) is None
     assert books.evicted == [(there, "capacity")]
@@ -406,7 +406,7 @@ def test_nothing_is_evicted_for_a_device_that_others_have_filled() -> None:
     def create(size: int) -> int:
         raise MemoryError
 
-    books.memory._create = create
+    books.memory.create = create
     with pytest.raises(CapacityError, match="the device itself has no room; stop what else uses the device"):
         books.open().grant(3 * LARGE, 3 * LARGE)
     assert books.evicted == []
@@ -472,7 +472,7 @@ def test_what_was_promised_is_enough_wherever_segments_are_cut(
     page = 2 * MIB
     store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
     numbers = count()
-    memory = store.memories["GPU"] = MemoryAccounting(
+    memory = store.memories["GPU"] = PromptMemory(
         budget=page, page=page, sparse=False, pool_limit=0, create=lambda _: next(numbers)
     )
     load = StoreTransaction(store, "GPU", "all", 1000)
@@ -691,7 +691,7 @@ def test_removing_gives_up_only_what_nobody_else_needs() -> None:
 
 def test_a_lost_device_takes_its_checkpoints_and_leaves_records_and_other_devices() -> None:
     books = Books(sparse=False)
-    other = books.store.memories["GPU-2"] = MemoryAccounting(
+    other = books.store.memories["GPU-2"] = PromptMemory(
         budget=LARGE, page=PAGE, sparse=False, pool_limit=0, create=books.create
     )
     elsewhere = StoreTransaction(books.store, "GPU-2", "all", 1000)

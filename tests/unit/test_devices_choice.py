@@ -12,8 +12,9 @@ import pytest
 from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.budgets import budget_of, default_device, device_meant, open_served
+from weightd_daemon.devices.budgets import budget_of, device_meant
 from weightd_daemon.devices.naming import meant
+from weightd_daemon.devices.served import Devices
 
 GIB = 1 << 30
 UUIDS = [
@@ -71,10 +72,17 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
 
+def opened_for(device: str, **more: str) -> Devices:
+    """The devices of a daemon that keeps nothing."""
+    served = Devices(Settings(device=device, **more), HOLDING)
+    served.open({})
+    return served
+
+
 def served(device: str, **more: str) -> list[tuple[str, str]]:
     """What is served, in order: (name, kind)."""
     names = {"host": "host", **{uuid: f"cuda:{ordinal}" for ordinal, uuid in enumerate(UUIDS)}}
-    opened = [made for made, _ in open_served(Settings(device=device, **more), HOLDING)]
+    opened = list(opened_for(device, **more).devices.values())
     assert [made for made in opened if isinstance(made, FakeDevice)] == FakeDevice.open
     assert not any(made.segments for made in FakeDevice.open)
     return [(names[made.uuid], made.kind) for made in opened]
@@ -277,8 +285,7 @@ def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) 
     [("host", "host"), ("cuda:1", UUIDS[1]), ("host,cuda:1", UUIDS[1]), ("cuda", ""), ("auto", "")],
 )
 def test_a_load_that_names_no_device_goes_to_the_only_gpu_or_the_only_device(said: str, expected: str) -> None:
-    devices = {made.uuid: made for made, _ in open_served(Settings(device=said), HOLDING)}
-    assert default_device(devices) == expected
+    assert opened_for(said).default == expected
 
 
 @pytest.mark.parametrize("said", ["GPU-cccc0000", "gpu-CCCC0000", "MIG-cccc0000", UUIDS[2].replace("GPU-", "MIG-"), ""])

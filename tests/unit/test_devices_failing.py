@@ -19,7 +19,7 @@ from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.absent import AbsentDevice
-from weightd_daemon.devices.cuda_choice import Choice, _Gpu, choose_gpus, try_again
+from weightd_daemon.devices.cuda_choice import Choice, ServedGpu, choose_gpus, try_again
 from weightd_daemon.devices.cuda_errors import explained
 
 HOLDING: Any = None  # for holders, of which none is started here
@@ -230,7 +230,7 @@ def test_another_gpu_at_its_index_is_another_gpu(gpus: Driver) -> None:
         choice = choose(said, kept=KEPT)
         assert served(choice) == [(SECOND, "cuda_vmm")]
         reason = f"the driver does not show it; it shows cuda:0 ({SECOND})"
-        assert choice.absent == [AbsentDevice(FIRST, None, "cuda_vmm", reason)]
+        assert choice.absent == [AbsentDevice(FIRST, None, "cuda_vmm", reason, said=said != "cuda:0")]
         with pytest.raises(DeviceError, match="the driver does not show it"):
             try_again(choice.absent[0], [said], "auto", HOLDING, KEPT)
     gpus.gpus = [SECOND, FIRST]
@@ -277,13 +277,13 @@ def test_a_driver_that_shows_no_gpu_may_show_one_later(gpus: Driver) -> None:
 
 def test_settings_that_no_longer_say_a_kept_gpu_keep_it(gpus: Driver) -> None:
     assert choose("host", kept=KEPT).absent == [
-        AbsentDevice(FIRST, None, "cuda_vmm", "device = 'host' does not name it")
+        AbsentDevice(FIRST, None, "cuda_vmm", "device = 'host' does not name it", said=False)
     ]
     gpus.gpus = UUIDS
     choice = choose(f"host,{SECOND}", kept=KEPT)
     assert served(choice) == [(SECOND, "cuda_vmm")]
     (absent,) = choice.absent
-    assert absent == AbsentDevice(FIRST, 0, "cuda_vmm", f"device = 'host,{SECOND}' does not name it")
+    assert absent == AbsentDevice(FIRST, 0, "cuda_vmm", f"device = 'host,{SECOND}' does not name it", said=False)
     for said in (["host"], ["host", SECOND]):
         with pytest.raises(DeviceError, match="does not name it"):
             try_again(absent, said, "auto", HOLDING, KEPT)
@@ -316,9 +316,9 @@ def test_what_was_opened_is_closed_where_the_choice_fails(gpus: Driver, monkeypa
     gpus.gpus = UUIDS
     closed: list[str] = []
     monkeypatch.setattr(cuda_choice.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
-    opened: list[_Gpu] = []
+    opened: list[ServedGpu] = []
 
-    def broken(*arguments: Any) -> _Gpu:
+    def broken(*arguments: Any) -> ServedGpu:
         if opened:
             raise AssertionError("a bug")
         opened.append(plain(*arguments))

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
+from support.prompt_memory import PromptMemory
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loads.dialogue import LoadDialogue
@@ -28,7 +28,7 @@ class Desk:
     def __init__(self) -> None:
         self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
         self.segments = 0
-        self.memory = self.store.memories["host"] = MemoryAccounting(
+        self.memory = self.store.memories["host"] = PromptMemory(
             budget=1 << 30, page=PAGE, sparse=True, pool_limit=0, create=self.create
         )
         self.drafts: list[Draft] = []

@@ -10,16 +10,25 @@ from typing import Any, get_args
 import pytest
 
 from support.filled import WHO
+from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
 from weightd.errors import ServerError
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Content
-from weightd_daemon.core.events import DeviceLost, DrainChanged, Event, LoadAnswered, LoadBegun, LoadEnded
+from weightd_daemon.core.events import (
+    DeviceAbsent,
+    DeviceBack,
+    DeviceLost,
+    DrainChanged,
+    Event,
+    LoadAnswered,
+    LoadBegun,
+    LoadEnded,
+)
 from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.monitoring.event_stream import MonitoringEventStream
 from weightd_daemon.monitoring.listeners import EventListeners
@@ -57,7 +66,7 @@ class Books:
         publish = self.listeners.publish
         self.store = ContentStore(leases=LeaseTable(self._is_locked, publish), on_event=publish)
         numbers = count()
-        self.store.memories["host"] = MemoryAccounting(
+        self.store.memories["host"] = PromptMemory(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         self.catalog = Catalog(self.store, UserLimits(), on_event=publish)
@@ -96,6 +105,8 @@ class Books:
         said += [self.store.remove(self.catalog.find(WHO, "c")), self.say()]
         self.listeners.publish(DeviceLost("host", "gone"))
         said += [len(self.store.lose("host", "gone")), self.say()]
+        self.listeners.publish(DeviceAbsent("host", "away"))
+        self.listeners.publish(DeviceBack("host"))
         return said
 
     def say(self) -> object:

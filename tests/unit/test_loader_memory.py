@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import SegmentReclaim
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.loads.loader_memory import LoaderMemory, make_room_for_verifying
@@ -36,10 +36,11 @@ class Gpu:
         self.is_known = is_known
         self.size = checkpoints * CHECKPOINT + others
         self.others = others
+        self.seen = 0
         self.idle = 0
         segments = count(1)
         self.store = ContentStore(leases=LeaseTable(lambda lease: True), on_event=lambda _: None)
-        self.memory = self.store.memories[GPU] = MemoryAccounting(
+        self.memory = self.store.memories[GPU] = PromptMemory(
             budget=self.size, page=PAGE, sparse=False, pool_limit=0, create=lambda _: next(segments),
             available=self.available,
         )  # fmt: skip
@@ -66,7 +67,11 @@ class Gpu:
         return checkpoint
 
     def available(self) -> int | None:
-        return self.size - self.others - self.memory.used if self.is_known else None
+        """As seen at the last look."""
+        return self.seen if self.is_known else None
+
+    async def refresh(self) -> None:
+        self.seen = self.size - self.others - self.memory.used
 
     async def wait(self) -> None:
         """As the reclaimer: what was queued is given back, and that takes its time."""
@@ -123,7 +128,7 @@ def test_no_more_goes_than_a_context_can_take(is_known: bool) -> None:
 def test_nothing_goes_where_the_device_has_enough() -> None:
     gpu = Gpu(3)
     gpu.others = -CONTEXT
-    with pytest.raises(CapacityError, match=r"64\.0 MiB are free on it"):
+    with pytest.raises(CapacityError, match=r"64\.0 MiB free there"):
         gpu.make_room()
     assert len(gpu.store.checkpoints) == 3
 
@@ -135,10 +140,9 @@ def test_the_refusal_names_the_context_and_has_the_numbers() -> None:
     with pytest.raises(CapacityError) as caught:
         gpu.make_room()
     assert str(caught.value) == (
-        "64.0 MiB do not fit on GPU-0: 0.0 MiB free, 0.0 MiB evictable, 16.0 MiB pinned, 0.0 MiB leased, of a budget "
-        "of 16.0 MiB; the device itself has no room: the context of a loader process (up to 64.0 MiB in all) cannot be "
-        "had, 0.0 MiB are free on it (cuDevicePrimaryCtxRetain); stop what else uses the device, remove or unpin a "
-        "checkpoint, or lower --budget"
+        "no room on GPU-0 for the context of a loader process, which takes up to 64.0 MiB of the device beside tensors "
+        "(cuDevicePrimaryCtxRetain): 0.0 MiB free there, 0.0 MiB evictable, 16.0 MiB pinned, 0.0 MiB leased; "
+        "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
     )
     assert (caught.value.requested_bytes, caught.value.pinned_bytes) == (CONTEXT, 2 * CHECKPOINT)
     assert caught.value.metadata["device_free_bytes"] == "0"
@@ -148,6 +152,6 @@ def test_verifying_evicts_nothing() -> None:
     gpu = Gpu(2)
     gpu.idle = 1
     asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
-    with pytest.raises(CapacityError, match="nothing can be verified on GPU-0: the context of a loader process"):
+    with pytest.raises(CapacityError, match="cannot verify: no room on GPU-0 for the context of a loader process"):
         asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
     assert len(gpu.store.checkpoints) == 2

@@ -19,12 +19,14 @@ import pytest
 
 from support.descriptors import open_descriptors
 from support.limits import room_for
+from support.prompt_memory import PromptMemory
 from weightd.errors import CapacityError, DeviceError, FormatError, ResourceLimitError, ServerError
 from weightd.types import TensorSpec
 from weightd_daemon.core.digest import new_hasher
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import BlobFreeQueue, SegmentReclaim
 from weightd_daemon.devices.device import DeviceSegment
+from weightd_daemon.devices.driver_thread import AnyThread
+from weightd_daemon.devices.host import HostDevice
 from weightd_daemon.devices.reclaimer import DeviceReclaimer
 from weightd_daemon.loader import channel as channel_module
 from weightd_daemon.loader import job
@@ -173,7 +175,10 @@ def test_a_failed_step_leaves_no_buffer_behind() -> None:
 class BrokenDevice:
     """Fails with what is not an OSError."""
 
+    sparse, releases_by = False, "cuMemRelease"
+
     def __init__(self) -> None:
+        self.calls = AnyThread()
         self.released: list[int] = []
 
     def release(self, segment: int) -> None:
@@ -184,6 +189,8 @@ class BrokenDevice:
 
 class Books:
     """Two segments to release."""
+
+    creating = False
 
     def __init__(self) -> None:
         self.queue = [SegmentReclaim(1, 4096), SegmentReclaim(2, 4096)]
@@ -398,11 +405,9 @@ def test_a_loader_that_lost_descriptors_does_no_other_job_whatever_it_failed_of(
 
 
 def test_who_waits_for_memory_is_woken_when_a_load_ends_that_gives_none_back() -> None:
-    device: Any = None  # nothing is asked of it
-
     async def run() -> None:
-        reclaimer = DeviceReclaimer(device)
-        memory = MemoryAccounting(
+        reclaimer = DeviceReclaimer(HostDevice())
+        memory = PromptMemory(
             budget=4096, page=4096, sparse=False, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )
         reclaimer.watch(memory)

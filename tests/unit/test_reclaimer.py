@@ -6,8 +6,9 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
+from support.prompt_memory import PromptMemory
 from weightd_daemon.core.arena import Extent
-from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.devices.driver_thread import AnyThread
 from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
 PAGE = 4096
@@ -18,6 +19,7 @@ class Device:
     """Counts what it is asked to punch."""
 
     punched = 0
+    sparse, releases_by, calls = True, "fallocate", AnyThread()
 
     def punch(self, *_: int) -> None:
         self.punched += 1
@@ -29,7 +31,7 @@ def test_many_pieces_are_reported_in_steps_between_which_the_loop_serves_others(
 
     async def run() -> None:
         reclaimer = DeviceReclaimer(device)
-        memory = MemoryAccounting(
+        memory = PromptMemory(
             budget=1 << 30, page=PAGE, sparse=True, pool_limit=0, create=lambda _: 1, on_reclaim=reclaimer.kick
         )
         reclaimer.watch(memory)

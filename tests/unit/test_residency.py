@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
 from weightd.errors import WeightdError
 from weightd_daemon.core.catalog import Catalog
@@ -16,7 +17,6 @@ from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.residency import Residency
@@ -42,7 +42,7 @@ class Desk:
         self.store = ContentStore(leases=LeaseTable(lambda _: True), on_event=self.residency.on_event)
         self.catalog = Catalog(self.store, UserLimits(), changed=self.residency.on_changed)
         numbers = count()
-        self.store.memories["GPU-0"] = MemoryAccounting(
+        self.store.memories["GPU-0"] = PromptMemory(
             budget=1 << 20, page=4096, sparse=True, pool_limit=0, create=lambda _: next(numbers)
         )
         played = cast("Any", self)

@@ -18,6 +18,7 @@ import pytest
 import xxhash
 
 from support.counting import operations
+from support.prompt_memory import PromptMemory
 from support.root_forms import rows_of, write_first_form
 from support.sealed import sealed_blobs
 from weightd._manifest import FORM
@@ -30,7 +31,6 @@ from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
-from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.host import HostDevice
@@ -40,6 +40,7 @@ from weightd_daemon.handles.manifest_file import make_manifest
 from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.persistence import descriptor_store, root_record
 from weightd_daemon.persistence.descriptor_store import PersistentDescriptorStore
+from weightd_daemon.persistence.given import GivenDescriptors
 from weightd_daemon.persistence.root_record import PersistentRootRecord, read_root
 from weightd_daemon.residency import Residency
 
@@ -102,14 +103,15 @@ class Books:
         self.locks = HandleLeaseLocks(self.manifests, self.files)
         leases = LeaseTable(self.locks.is_locked, forget=self.locks.forget)
         self.store = ContentStore(leases=leases, on_event=residency.on_event)
-        self.store.memories["host"] = MemoryAccounting(
+        self.store.memories["host"] = PromptMemory(
             budget=budget, page=self.device.page, sparse=True, pool_limit=0, create=self.device.create,
             before_use=residency.before_use,
         )  # fmt: skip
         self.catalog = Catalog(self.store, UserLimits(), changed=residency.on_changed)
         given = [(name, os.dup(descriptor)) for name, descriptor in keeper.kept.items()]
         self.descriptor_store = PersistentDescriptorStore(
-            manager=keeper, given=given, store=self.store, catalog=self.catalog, devices={"host": self.device},  # type: ignore[arg-type]  # plays one
+            manager=keeper, given=GivenDescriptors(given), store=self.store, catalog=self.catalog,  # type: ignore[arg-type]  # plays one
+            devices={"host": self.device},
             manifests=self.manifests, lease_files=self.files, now=lambda: 7.0,
         )  # fmt: skip
         residency.join(self.store, self.catalog, self.manifests, self.descriptor_store, loads=cast("Any", None))
@@ -632,9 +634,11 @@ def test_of_two_root_records_the_newer_counts(kept: Keeper) -> None:
 
 def _given(given: list[tuple[str, int]], original: Any) -> Any:
     def init(self: PersistentDescriptorStore, **options: Any) -> None:
-        for _, descriptor in options["given"]:
+        plain = options["given"]
+        plain.root.close()
+        for descriptor in plain.descriptors.values():
             os.close(descriptor)
-        original(self, **{**options, "given": given})
+        original(self, **{**options, "given": GivenDescriptors(given)})
 
     return init
 

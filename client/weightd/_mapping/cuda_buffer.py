@@ -13,7 +13,7 @@ from cuda.core import Buffer
 from weightd._libc import address_of
 from weightd.errors import DeviceError
 
-from . import cuda_driver
+from . import cuda_driver, cuda_streams
 
 _CUDA: Final = 2
 """DLPack's kDLCUDA."""
@@ -25,16 +25,16 @@ def make_buffer(ordinal: cuda_driver.Ordinal, address: int, length: int, owner: 
     buffer = Buffer.from_handle(address, length, owner=owner)
     with cuda_driver.on_device(ordinal):  # this thread may be one in which nobody has used the device so far
         try:
-            found = buffer.__dlpack_device__()  # asks the driver about the address, and keeps the answer for consumers
+            kind, number = map(int, buffer.__dlpack_device__())  # asks the driver, and keeps the answer for consumers
         except Exception as error:  # cuda.core's own, which is not public
             code = str(error).partition(":")[0]
             raise DeviceError(
                 f"cuPointerGetAttributes failed with {code}; see `nvidia-smi`",
                 {"call": "cuPointerGetAttributes", "code": code},
             ) from error
-    if tuple(map(int, found)) != (_CUDA, ordinal):  # such as (1, 0), of which consumers make a tensor on the CPU
+    if (kind, number) != (_CUDA, ordinal):  # such as (1, 0), of which consumers make a tensor on the CPU
         raise DeviceError(
-            f"the driver says that memory attached on cuda:{ordinal} is of another device: DLPack's {found}",
+            f"the driver says that memory attached on cuda:{ordinal} is of another device: DLPack's ({kind}, {number})",
             {"call": "cuPointerGetAttributes"},
         )
     return buffer
@@ -45,8 +45,8 @@ def copy_to_host(buffer: Any) -> bytearray:
     found = bytearray(buffer.size)
     with (
         cuda_driver.on_device(buffer.device_id),
-        cuda_driver.relaxed(),
-        cuda_driver.own_stream() as stream,  # the default stream must not be used while a blocking one is captured
+        cuda_streams.relaxed(),
+        cuda_streams.own_stream() as stream,  # the default stream must not be used while a blocking one is captured
     ):
         cuda_driver.call("cuMemcpyDtoHAsync", address_of(found), int(buffer.handle), buffer.size, stream)
     return found

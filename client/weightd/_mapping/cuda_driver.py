@@ -1,12 +1,11 @@
 """The CUDA driver API, through cuda-bindings: calls that raise, devices by UUID, allocations and address ranges.
 
-The only module that calls the driver; client, loader, holder and daemon use it alike. Devices go by *ordinal* here, the
-number that this process knows them by (CUDA_VISIBLE_DEVICES); between processes they are named by UUID.
+All calls of the driver go through this module; client, loader, holder and daemon use it alike. Devices go by *ordinal*,
+the number that this process knows them by (CUDA_VISIBLE_DEVICES); between processes they are named by UUID.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -18,7 +17,7 @@ from uuid import UUID
 from weightd.errors import DeviceError, DeviceMismatchError, ForkedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 Ordinal = int
 Allocation = Any
@@ -172,37 +171,6 @@ class _OnDevice:
 on_device = _OnDevice  # a function to its callers; a generator's context manager takes 1 µs more
 
 
-class _Relaxed:
-    """Keep this thread's calls from ending stream captures, where CUDA only holds them to be potentially unsafe.
-
-    Every allocating, mapping, opening or asking call is that, beside a capture of this thread or a global one. What
-    synchronises the context ends captures all the same: decision 0039. Errors: DeviceError.
-    """
-
-    __slots__ = ("_before",)
-
-    def __enter__(self) -> None:
-        mode = _driver().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-        self._before = call("cuThreadExchangeStreamCaptureMode", mode)
-
-    def __exit__(self, *_: object) -> None:
-        call("cuThreadExchangeStreamCaptureMode", self._before)
-
-
-relaxed = _Relaxed  # likewise
-
-
-@contextlib.contextmanager
-def own_stream() -> Iterator[Any]:
-    """A stream of the current context on which nobody else waits; on leaving, its work is done. Errors: DeviceError."""
-    stream = call("cuStreamCreate", _driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
-    try:
-        yield stream
-        call("cuStreamSynchronize", stream)
-    finally:
-        call("cuStreamDestroy", stream)
-
-
 def peers_of(ordinal: Ordinal) -> list[Ordinal]:
     """The other GPUs that this process sees and that can access a GPU's memory. Errors: DeviceError."""
     device = call("cuDeviceGet", ordinal)
@@ -234,6 +202,16 @@ def export(allocation: Allocation) -> int:
 def import_descriptor(descriptor: int) -> Allocation:
     """The allocation that a descriptor stands for; the descriptor stays the caller's. Errors: DeviceError."""
     return call("cuMemImportFromShareableHandle", descriptor, _descriptor_type())
+
+
+def ordinal_of_allocation(allocation: Allocation) -> Ordinal | None:
+    """The GPU on which an allocation lies, as far as the driver says; None where it does not."""
+    try:
+        location = call("cuMemGetAllocationPropertiesFromHandle", allocation).location
+    except DeviceError:  # whether it answers for what was imported is not documented
+        return None
+    on_device = location.type == _driver().CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    return int(location.id) if on_device else None
 
 
 def release(allocation: Allocation) -> None:

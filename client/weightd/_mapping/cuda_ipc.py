@@ -15,7 +15,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from . import cuda_driver, cuda_release
+from . import cuda_driver, cuda_release, cuda_streams
 from .cuda_driver import call
 from .cuda_segments import MappedCudaSegments
 from .ranges import MappedRange
@@ -95,7 +95,7 @@ class _Memory:
         self.streams: set[cuda_release.Stream] = set()
         """Where work may have been queued that reads it, and that its users do not wait for themselves."""
         with contextlib.ExitStack() as on_error:
-            with cuda_driver.on_device(ordinal), cuda_driver.relaxed():
+            with cuda_driver.on_device(ordinal), cuda_streams.relaxed():
                 cuda_release.prepare(ordinal)
                 self.address = make()
                 end = weakref.finalize(self, _give_up, ordinal, undo, self.address, self.streams, size)
@@ -139,7 +139,7 @@ def _copy(ordinal: cuda_driver.Ordinal, source: int, length: int) -> _Memory:
         return int(call("cuMemAlloc", length))
 
     def fill(address: int) -> None:
-        with cuda_driver.own_stream() as stream:  # which is done when torch's streams, which do not wait for it, begin
+        with cuda_streams.own_stream() as stream:  # which is done when torch's streams, which do not wait for it, begin
             call("cuMemcpyDtoDAsync", address, source, length, stream)
 
     return _Memory(ordinal, make, "cuMemFree", length, fill)

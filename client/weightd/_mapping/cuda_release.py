@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from weightd.errors import DeviceError, ResourceLimitError
 
-from . import cuda_driver
+from . import cuda_driver, cuda_streams
 from .cuda_driver import Ordinal, call
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class _Release:
 
     def attempt(self) -> None:
         """Take the step if the streams have passed: `is_taken` says so. Raises nothing of the driver's."""
-        device, eased = cuda_driver.on_device(self._ordinal), cuda_driver.relaxed()
+        device, eased = cuda_driver.on_device(self._ordinal), cuda_streams.relaxed()
         entered = 0
         try:
             try:

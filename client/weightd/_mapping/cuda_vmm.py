@@ -11,7 +11,7 @@ import sys
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from . import cuda_driver, cuda_release
+from . import cuda_driver, cuda_release, cuda_streams
 from .cuda_segments import MappedCudaSegments
 from .ranges import MappedRange
 
@@ -33,7 +33,7 @@ class MappedVmmSegments(MappedCudaSegments):
         self._lease = lease
         try:
             # torch's own context must be there before anything is mapped.
-            with cuda_driver.on_device(self._ordinal), cuda_driver.relaxed():
+            with cuda_driver.on_device(self._ordinal), cuda_streams.relaxed():
                 cuda_release.prepare(self._ordinal)
                 if peers:
                     self._peers = tuple(cuda_driver.peers_of(self._ordinal))

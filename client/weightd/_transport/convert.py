@@ -17,6 +17,7 @@ _STATES = {
     checkpoint_pb2.CHECKPOINT_STATE_RESIDENT: "resident",
     checkpoint_pb2.CHECKPOINT_STATE_LOST: "lost",
     checkpoint_pb2.CHECKPOINT_STATE_EVICTED: "evicted",
+    checkpoint_pb2.CHECKPOINT_STATE_ABSENT: "absent",
 }
 
 

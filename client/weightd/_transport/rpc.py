@@ -189,6 +189,7 @@ class RpcClient:
                 live_bytes=d.live_bytes, reusable_bytes=d.reusable_bytes, in_flight_bytes=d.in_flight_bytes,
                 free_bytes=d.free_bytes, segments=d.segments,
                 device_free_bytes=d.device_free_bytes if d.HasField("device_free_bytes") else None,
+                absence=d.absence,
             )
             for d in response.devices
         )  # fmt: skip
@@ -225,11 +226,14 @@ class RpcClient:
             finally:
                 call.cancel()
 
-    def drain(self, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None] | None) -> DrainResult:
-        """Drain to the end."""
+    def drain(
+        self, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None] | None, forget: str = ""
+    ) -> DrainResult:
+        """Drain to the end, or have one device forgotten."""
+        request = daemon_pb2.DrainRequest(timeout_seconds=timeout, forget=forget)
         result: DrainResult | None = None
         with self._errors():
-            call = self._daemon.Drain(daemon_pb2.DrainRequest(timeout_seconds=timeout), metadata=self._metadata)
+            call = self._daemon.Drain(request, metadata=self._metadata)
             try:
                 for event in call:
                     if event.WhichOneof("event") == "result":

@@ -27,7 +27,7 @@ Exit codes:
   4    in use
   5    does not fit
   69   no daemon, or the daemon is draining
-  75   try again: daemon full or not answering, or a system limit reached
+  75   try again: daemon full or not answering, device absent, or a system limit reached
   76   another protocol version
   77   not permitted, or no access to the daemon
   78   bad configuration

@@ -171,6 +171,8 @@ def stats(
     columns = ("DEVICE", "KIND", "NAME", ">BUDGET", ">USED", ">LIVE", ">REUSABLE", ">IN FLIGHT", ">FREE", ">SEGMENTS")
     emit_table(columns, rows)
     for device in found.devices:
+        if device.absence:
+            emit(printable(f"{device.uuid} is absent: {device.absence}"))
         if device.device_free_bytes is not None and device.device_free_bytes < device.free_bytes:
             emit(f"{device.name} itself has {size(device.device_free_bytes)} free: other processes use the rest")
     emit(

@@ -37,6 +37,8 @@ EVENT_KEYS: dict[str, tuple[str, ...]] = {
     "named": ("content_digest", "names", "previous_digest", *_PROCESS),
     "unnamed": ("content_digest", "names", *_PROCESS),
     "device_lost": ("device", "message"),
+    "device_absent": ("device", "message"),
+    "device_back": ("device",),
 }
 """Keys of each kind of event in addition to `time` and `event`; other kinds have no more keys."""
 
@@ -62,6 +64,14 @@ def drain(
         ),
     ] = None,
     undo: Annotated[bool, typer.Option("--undo", help="Accept attaches and loads again.")] = False,
+    forget: Annotated[
+        str | None,
+        typer.Option(
+            "--forget",
+            metavar="DEVICE",
+            help="Empty only this device (a UUID, or as `weightd stats` names it), and let go of what is kept of it.",
+        ),
+    ] = None,
     output: FormatOption = OutputFormat.TABLE,
     quiet: SilentOption = False,
     socket: SocketOption = None,
@@ -70,7 +80,11 @@ def drain(
 
     Waits until no process holds a checkpoint, then removes all checkpoints, including pinned ones. The daemon stays
     drained until --undo.
+
+    With --forget, only one device is emptied and let go of, even if it is absent; other devices continue to serve.
     """
+    if forget is not None and undo:
+        raise typer.BadParameter("--forget and --undo exclude each other")
     start = time.monotonic()
 
     def show(leases: list[LeaseInfo]) -> None:
@@ -86,12 +100,18 @@ def drain(
                 emit("serving again")
             return
         try:
-            result = client.drain(timeout=timeout, on_holders=show)
+            if forget is not None:
+                result = client.forget(forget, timeout=timeout, on_holders=show)
+            else:
+                result = client.drain(timeout=timeout, on_holders=show)
         except KeyboardInterrupt:
+            goes_on = "the daemon continues to drain; `weightd drain --undo` ends the drain"
             raise CommandInterruptedError(
-                "interrupted: the daemon continues to drain; `weightd drain --undo` ends the drain"
+                f"interrupted: {goes_on if forget is None else 'the device serves on with what is left on it'}"
             ) from None
+    done = "drained" if forget is None else "forgotten"
     if output is OutputFormat.JSON:
-        emit_json({"state": "drained", **asdict(result), "seconds": time.monotonic() - start})
+        emit_json({"state": done, **asdict(result), "seconds": time.monotonic() - start})
     elif not quiet:
-        emit(f"drained {plural(result.checkpoints, 'checkpoint')}, freed {size(result.freed_bytes)}")
+        where = "" if forget is None else f"device {forget} is forgotten: "
+        emit(f"{where}drained {plural(result.checkpoints, 'checkpoint')}, freed {size(result.freed_bytes)}")

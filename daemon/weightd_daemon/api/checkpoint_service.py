@@ -33,6 +33,7 @@ COUNTED_AT_ONCE = 20_000
 
 _NAME_STATES = {
     "resident": checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
+    "absent": checkpoint_pb2.CHECKPOINT_STATE_ABSENT,
     "lost": checkpoint_pb2.CHECKPOINT_STATE_LOST,
     "evicted": checkpoint_pb2.CHECKPOINT_STATE_EVICTED,
 }
@@ -97,7 +98,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     async def List(  # noqa: N802
         self, request: checkpoint_pb2.ListCheckpointsRequest, context: Context
     ) -> checkpoint_pb2.ListCheckpointsResponse:
-        """Everything resident or lost that the caller may see, then the loads under way; names if asked for."""
+        """Everything resident, absent or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
         there, walked = [], 0
         for checkpoint in list(self._parts.catalog.visible(who)):
@@ -150,7 +151,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             components=components,
             segments=len(checkpoint.segments),
             kind=device.kind,
-            note=device.note,
+            note=self._parts.store.absent.get(checkpoint.key.device, device.note),
             sources=[source_to(source) for source in checkpoint.origin],
             reference=checkpoint.reference,
         )
@@ -187,9 +188,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         device_meant = meant(parts.devices, request.device)
 
         def choose() -> list[Checkpoint]:
+            store = parts.store
             if request.reference:
-                return [parts.catalog.find(who, request.reference, device_meant)]
-            return [c for c in parts.catalog.visible(who) if device_meant in ("", c.key.device)]
+                found = parts.catalog.find(who, request.reference, device_meant)
+                store.check_present(found.key.device, f"checkpoint {request.reference}")
+                return [found]
+            if device_meant:
+                store.check_present(device_meant)
+            there = parts.catalog.visible(who)
+            return [c for c in there if device_meant in ("", c.key.device) and not store.is_absent(c)]
 
         verification = parts.loads.verifications.begin(who, connection.peer, choose, self._loss)
         try:
@@ -212,6 +219,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, connection: HandleSocketConnection, who: Principal, request: checkpoint_pb2.LoadRequest
     ) -> LoadRequest:
         device = place(self._parts.devices, self._parts.default_device, request.device)
+        self._parts.store.check_present(device)
         if request.pin and who.uid is None:
             raise PermissionDeniedError("your user id is not known here, so you cannot pin")
         if not request.sources:
@@ -254,7 +262,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             pinned=checkpoint.pinned,
             load_time=time_to(checkpoint.loaded),
             last_use_time=time_to(checkpoint.last_used),
-            state=checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
+            state=_NAME_STATES["absent" if parts.store.is_absent(checkpoint) else "resident"],
             owner_uid=owner,
             owner=user_name(owner),
         )

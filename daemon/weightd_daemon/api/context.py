@@ -13,7 +13,9 @@ from weightd_daemon.handles.connections import HandleSocketConnection, HandleSoc
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import MonitoringEventStream
 from weightd_daemon.monitoring.statistics import Statistics
+from weightd_daemon.operations.absence import AbsentDevices
 from weightd_daemon.operations.drain import DrainOperation
+from weightd_daemon.operations.forget import DeviceForgetting
 
 from .admission import TOKEN
 from .error_mapping import Context
@@ -32,6 +34,8 @@ class GrpcServiceContext(NamedTuple):
     event_stream: MonitoringEventStream
     drain: DrainOperation
     statistics: Statistics
+    absences: AbsentDevices
+    forgetting: DeviceForgetting
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:
         """Whose call it is. Errors: PermissionDeniedError."""

@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from weightd._proto.v1 import daemon_pb2, daemon_pb2_grpc
 from weightd.errors import InvalidReferenceError, PermissionDeniedError
 from weightd_daemon import __version__
+from weightd_daemon.devices.naming import meant
 from weightd_daemon.wire import add_leases
 
 from .context import GrpcServiceContext
@@ -39,6 +40,7 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
     ) -> daemon_pb2.GetStatsResponse:
         """The books of every device at one moment."""
         self._parts.caller(context)
+        await self._parts.statistics.refresh()
         return self._parts.statistics.read()
 
     async def WatchEvents(  # noqa: N802
@@ -70,6 +72,11 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise InvalidReferenceError(f"a drain cannot wait {seconds} s; leave it out to wait without end")
         self._check_admin(context)
+        if request.forget:
+            async with contextlib.aclosing(self._forget(request.forget, seconds, context)) as said:
+                async for event in said:
+                    yield event
+            return
         parts.drain.begin()
         async with contextlib.aclosing(parts.drain.watch(seconds)) as changes:
             async for leases in changes:
@@ -86,7 +93,23 @@ class DaemonService(daemon_pb2_grpc.DaemonServiceServicer):
         """Take a drain back."""
         self._check_admin(context)
         self._parts.drain.undo()
+        self._parts.absences.hurry()  # a device that was let go of is to serve again
         return daemon_pb2.UndrainResponse()
+
+    async def _forget(
+        self, device: str, seconds: float | None, context: Context
+    ) -> AsyncGenerator[daemon_pb2.DrainEvent, None]:
+        """Have one device forgotten, absent or not."""
+        parts = self._parts
+        connection, _ = parts.caller(context)
+        freed: list[int] = []
+        forgetting = parts.forgetting.forget(meant(parts.devices, device), seconds, connection.peer, freed.append)
+        async with contextlib.aclosing(forgetting) as changes:
+            async for leases in changes:
+                event = daemon_pb2.DrainEvent(holders=daemon_pb2.DrainHolders())
+                await add_leases(event.holders.leases, leases, parts.store.checkpoints.values(), parts.catalog)
+                yield event
+        yield daemon_pb2.DrainEvent(result=daemon_pb2.DrainResult(checkpoints=len(freed), freed_bytes=sum(freed)))
 
     def _check_admin(self, context: Context) -> None:
         _, who = self._parts.caller(context)

@@ -132,6 +132,11 @@ class Arena:
         self._segments[segment] = _Segment(size, sparse=sparse)
         self._changed(segment)
 
+    def change_page(self, page: int) -> None:
+        """Have pages of another size. Every segment is whole pages of it, and nothing has been handed out by now."""
+        self.page = page
+        self._stale.update(self._segments)
+
     def adopt_segment(
         self,
         segment: int,

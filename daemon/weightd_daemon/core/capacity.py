@@ -41,11 +41,11 @@ class CapacityEstimate(NamedTuple):
         budget, free, evictable, pinned, leased, largest = (size(figures[key]) for key in self._fields[1:7])
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --budget"
         reason = ""
-        if full is not None:
+        if requested > self.budget_bytes:
+            advice = "that is more than the whole budget; raise --budget"
+        elif full is not None:
             reason = f"; the device itself has no room{f': {full}' if str(full) else ''}"
             advice = "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
-        elif requested > self.budget_bytes:
-            advice = "that is more than the whole budget; raise --budget"
         elif self.largest_bytes < requested <= self.free_bytes + self.evictable_bytes:
             reason = f"; what is free or evictable lies in pieces, the largest of {largest}"
         return CapacityError(

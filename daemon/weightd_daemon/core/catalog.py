@@ -92,7 +92,7 @@ class Catalog:
         return self._tags.get((domain, name))
 
     def listed(self, who: Principal) -> list[tuple[str, CatalogTag, str]]:
-        """Every name that `who` may see, sorted, and whether its content is "resident", "lost" or "evicted"."""
+        """Every name that `who` may see, sorted, and its content's state: "resident", "absent", "lost" or "evicted"."""
         found = [
             (name, tag, self._state(domain, tag.content_digest))
             for (domain, name), tag in self._tags.items()
@@ -257,15 +257,15 @@ class Catalog:
         return [] if elsewhere else self.names(checkpoint)
 
     def _is_known(self, domain: str, content_digest: str) -> bool:
-        """Whether a content is resident or lost, on any device."""
+        """Whether a content is resident, absent or lost, on any device."""
         return self._state(domain, content_digest) != "evicted"
 
     def _state(self, domain: str, content_digest: str) -> str:
         keys = self._keys(domain, content_digest)
-        for state, there in (("resident", self._store.checkpoints), ("lost", self._store.lost)):
-            if any(key in there for key in keys):
-                return state
-        return "evicted"
+        there = [self._store.is_absent(c) for key in keys if (c := self._store.checkpoints.get(key)) is not None]
+        if there:
+            return "absent" if all(there) else "resident"
+        return "lost" if any(key in self._store.lost for key in keys) else "evicted"
 
     def _keys(self, domain: str, content_digest: str, device: str = "") -> list[CheckpointKey]:
         """Under which keys a content of a domain may stand."""

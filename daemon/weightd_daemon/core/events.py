@@ -102,6 +102,21 @@ class DeviceLost:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceAbsent:
+    """A device cannot be served now; every checkpoint on it stays as it is."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBack:
+    """A device that was absent is served again, with every checkpoint that was kept on it."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class DrainChanged:
     """Core event: the daemon is "draining" or "drained", or "undrained" again."""
 
@@ -118,5 +133,7 @@ Event = (
     | LoadAnswered
     | CatalogNameChanged
     | DeviceLost
+    | DeviceAbsent
+    | DeviceBack
     | DrainChanged
 )

@@ -1,24 +1,24 @@
 """The memory of one device: its budget, the arenas of its sharing domains, and memory that is being released.
 
-Nothing here touches memory. A new segment comes from the `create` argument; memory that can go is queued as
-*reclaims* (`ExtentReclaim`, `SegmentReclaim`), which somebody else carries out and reports done. Until then it counts
-as used, and no grant takes `used` past the budget. A restart may find more than the budget: `excess` says how much has
-to be evicted.
+Nothing here touches memory. A new segment is asked for as a `Creation`, and memory that can go is queued as *reclaims*
+(`ExtentReclaim`, `SegmentReclaim`); somebody else carries both out and reports. What is being made counts as used from
+the request on, and what goes until its return is reported, so no grant takes `used` past the budget. A restart may find
+more than the budget: `excess` says how much has to be evicted.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .arena import Arena, Extent, round_up
-from .promises import PromisedMemory
+from .creations import Creation, Creations, cut
+from .promises import ArenaHoles, PromisedMemory
 from .ranges import RangeSet
-from .reclaims import BlobFreeQueue, ExtentReclaim, Reclaim, SegmentReclaim
+from .reclaims import BlobFreeQueue, ExtentReclaim, Reclaim, Reclaims, SegmentReclaim
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
 
 SEGMENT_BYTES = 1 << 30
 """Largest segment, unless one tensor or group needs more. A segment is the unit of mapping, isolation and return."""
@@ -27,20 +27,10 @@ _SMALLEST_PIECE = 4 << 20
 """A populated hole below this is not worth cutting a larger request for."""
 
 
-class ArenaHoles(NamedTuple):
-    """Free bytes inside an arena's populated segments: those that only its domain can use, and those that any load can.
-
-    The latter can go back to the system: whole segments, and single pages where segments are sparse.
-    """
-
-    own: int
-    common: int
-
-
 class MemoryAccounting:
     """Pure bookkeeping of one device's memory: arenas, budget, promises, and what is being given back.
 
-    `create(bytes)` makes a segment and returns its number, which was never used before; it may raise MemoryError.
+    `create` is asked for each new segment, and answers with `made` or `failed`, at once or later.
     `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
     what the device itself has free, whoever uses it, or None where nobody knows. `before_use` is called before bytes
     that may have been given back are granted, or returned to the system. On a device that is not `sparse` a
@@ -54,7 +44,7 @@ class MemoryAccounting:
         page: int,
         sparse: bool,
         pool_limit: int,
-        create: Callable[[int], int],
+        create: Callable[[Creation], None],
         on_reclaim: Callable[[], None] = lambda: None,
         available: Callable[[], int | None] = lambda: None,
         before_use: Callable[[], None] = lambda: None,
@@ -67,17 +57,15 @@ class MemoryAccounting:
         """Whether a process that nobody could end may still write to segments that are adopted now (see `thaw`)."""
         self._pool_limit = pool_limit
         self._pooling = True
-        self._create = create
         self._on_reclaim = on_reclaim
         self._before_use = before_use
         self._arenas: dict[str, Arena] = {}
         self._domain_of: dict[int, str] = {}
         self._promises = PromisedMemory()
+        self._creations = Creations(create, self._promises)
         self._granted: dict[int, list[Extent]] = {}
-        self._reclaims: deque[Reclaim] = deque()
+        self._reclaims = Reclaims(on_reclaim)
         self.freeing = BlobFreeQueue(on_reclaim)
-        self._releasing = 0
-        self._outstanding = 0
         self.losses = 0
         """How often the memory was lost."""
         self.lost_by = ""
@@ -85,13 +73,14 @@ class MemoryAccounting:
 
     @property
     def used(self) -> int:
-        """Physical bytes, those promised to a load or on their way out included."""
-        return sum(arena.used for arena in self._arenas.values()) + self._releasing
+        """Physical bytes, those that are being made for a load or on their way out included."""
+        return sum(arena.used for arena in self._arenas.values()) + self._creations.bytes + self._reclaims.releasing
 
     @property
     def in_flight(self) -> int:
-        """Bytes granted to loads that have not ended, but for those that are to stay."""
-        return sum(extent.length for extents in self._granted.values() for extent in extents)
+        """Bytes that are being made for loads, or granted to loads that have not ended and not to stay."""
+        granted = sum(extent.length for extents in self._granted.values() for extent in extents)
+        return granted + self._creations.bytes
 
     @property
     def segments(self) -> int:
@@ -100,12 +89,23 @@ class MemoryAccounting:
 
     @property
     def reclaiming(self) -> bool:
-        """Whether memory is on its way back: a request that fails now may succeed when it has arrived."""
-        return self._outstanding > 0 or bool(self._promises.ending) or bool(self.freeing)
+        """Whether memory is on its way: a request that fails now may succeed when it has arrived."""
+        return bool(self._reclaims or self._promises.ending or self.freeing or self._creations)
+
+    @property
+    def creating(self) -> bool:
+        """Whether a segment is being made."""
+        return bool(self._creations)
 
     def resize(self, budget: int, pool_limit: int) -> None:
         """Have another budget, not below what is used, and another pool."""
         self.budget, self._pool_limit = budget, pool_limit
+
+    def change_page(self, page: int) -> None:
+        """Have pages of another size. Nothing may have been granted by now, nor taken in that is `sparse`."""
+        self.page = page
+        for arena in self._arenas.values():
+            arena.change_page(page)
 
     def arena(self, domain: str) -> Arena:
         """The arena of one sharing domain."""
@@ -165,16 +165,8 @@ class MemoryAccounting:
         return holes
 
     def shares(self, domain: str, load: int | None, holes: Mapping[str, ArenaHoles]) -> tuple[int, int]:
-        """What may become new segments of a load, and all that it may take.
-
-        The promises to others are kept for them: a domain's own holes serve those to its loads first.
-        """
-        others = self._promises.others(load)
-        spare = self.budget - self.used + sum(there.common for there in holes.values())
-        for name, size in others.items():
-            spare -= max(0, size - holes[name].own) if name in holes else size
-        own = holes[domain].own if domain in holes else 0
-        return spare, spare + max(0, own - others.get(domain, 0))
+        """What may become new segments of a load, and all that it may take."""
+        return self._promises.shares(domain, load, self.budget - self.used, holes)
 
     # -- granting and taking back ----------------------------------------------------------------------------------
 
@@ -182,11 +174,18 @@ class MemoryAccounting:
         """An extent of up to `want` and at least `need` bytes, or None when there is none without evicting.
 
         In this order: a hole that takes all of it, memory-backed ones first; a good piece that is memory-backed; a new
-        segment; whatever hole is large enough; and, where that makes room for a new segment, what is unused goes back
-        and None is returned with `reclaiming` set. Less than `want` ends at one of `ends`, ascending, if one fits; the
-        first is what a good piece should have, and may be more than a segment's bytes.
-        Errors: MemoryError, the device has no room though the budget has.
+        segment; whatever hole is large enough. While a segment is being made for the load, and where returning what is
+        unused makes room for one, None is returned with `reclaiming` set: the load asks again when something has come.
+        Less than `want` ends at one of `ends`, ascending, if one fits; the first is what a good piece should have, and
+        may be more than a segment's bytes.
+        Errors: MemoryError, the device has no room though the budget has; whatever else kept a segment from being made.
         """
+        if load in self._creations:
+            return None
+        made = self._creations.outcome(load)
+        if isinstance(made, Extent) and made.length >= need:
+            return made
+        full = made if isinstance(made, MemoryError) else None
         need, free = round_up(need, self.page), self.budget - self.used
         fits = [end for end in (round_up(end, self.page) for end in ends) if end >= need]
         spare, obtainable = self.shares(domain, load, self.holes())
@@ -194,17 +193,16 @@ class MemoryAccounting:
             return None
         arena, budget = self.arena(domain), max(0, min(free, spare))
         most = max(SEGMENT_BYTES, fits[0]) if fits else SEGMENT_BYTES
-        want = _cut(max(need, min(round_up(want, self.page), most, obtainable // self.page * self.page)), fits)
+        want = cut(max(need, min(round_up(want, self.page), most, obtainable // self.page * self.page)), fits)
         good = max(need, _SMALLEST_PIECE, fits[0] if fits and fits[0] <= want else 0)
         extent = arena.best_fit(want, budget) or arena.largest(good, 0, populated=True)
-        full: MemoryError | None = None
-        if extent is None and need <= budget:
-            try:
-                extent = self._new_segment(
-                    domain, _cut(max(need, min(want, budget // self.page * self.page)), fits), need
-                )
-            except MemoryError as error:
-                full = error
+        if extent is None and full is None and need <= budget:
+            size = cut(max(need, min(want, budget // self.page * self.page)), fits)
+            self._creations.ask(Creation(load, domain, size, need, fits, self.losses))
+            made = self._creations.outcome(load)
+            if not isinstance(made, MemoryError):
+                return made
+            full = made
         extent = extent or arena.largest(need, budget, populated=False)
         if extent is None:
             if full is not None:
@@ -213,12 +211,30 @@ class MemoryAccounting:
             if need <= spare:
                 self._return_unused(need - free)
             return None
-        extent = extent._replace(length=_cut(extent.length, fits))
-        self._before_use()
-        arena.occupy(extent)
-        self._granted.setdefault(load, []).append(extent)
+        extent = self._occupy(load, arena, extent._replace(length=cut(extent.length, fits)))
         self._promises.spend(load, extent.length)
         return extent
+
+    def made(self, creation: Creation, segment: int) -> bool:
+        """The segment of a creation is there, under a number that was never used before: it is the load's.
+
+        Returns whether it belongs to this memory. The memory that it was made for may be lost; then it is the caller's.
+        """
+        if creation.losses != self.losses:
+            return False
+        arena, extent = self.arena(creation.domain), self._creations.made(creation, segment)
+        arena.add_segment(segment, creation.size, sparse=self.sparse)
+        self._domain_of[segment] = creation.domain  # law 9: until it is released
+        if creation.wanted:
+            self._occupy(creation.load, arena, extent)
+        else:
+            self._let_go(arena, segment, pool=True)
+        return True
+
+    def failed(self, creation: Creation, error: Exception) -> None:
+        """The segment of a creation could not be made. Where the device has no room, a smaller one is asked for."""
+        if creation.losses == self.losses:
+            self._creations.failed(creation, error, self.page)
 
     def granted(self, load: int) -> list[Extent]:
         """What a load was granted and is to give back when it ends."""
@@ -230,6 +246,7 @@ class MemoryAccounting:
 
     def return_grants(self, load: int) -> None:
         """Nothing has open any more what a load was granted: what is not to stay goes back to the system."""
+        self._creations.abandon(load)
         if extents := self._granted.pop(load, None):
             self.give_back(self._domain_of[extents[0].segment], extents, pool=False)
 
@@ -243,13 +260,11 @@ class MemoryAccounting:
             for start, end in ranges:
                 arena.give_back(Extent(segment, start, end - start))
             if arena.is_empty(segment):
-                pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
-                if not pooled or arena.is_frozen(segment):
-                    self._release(arena, segment)
+                self._let_go(arena, segment, pool=pool)
             elif self.sparse:
                 for start, end in ranges:
                     for leaving in arena.start_leaving(segment, start, end):
-                        self._queue(ExtentReclaim(domain, leaving, self.losses))
+                        self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def adopt(
         self, domain: str, segment: int, size: int, taken: RangeSet, hollow: Iterable[tuple[int, int]], *, frozen: bool
@@ -296,7 +311,7 @@ class MemoryAccounting:
         return max(0, self._excess())
 
     def _excess(self) -> int:
-        leaving = self._releasing + sum(arena.leaving for arena in self._arenas.values())
+        leaving = self._reclaims.releasing + sum(arena.leaving for arena in self._arenas.values())
         return self.used - leaving - self.budget
 
     def pooled_bytes(self) -> int:
@@ -305,19 +320,16 @@ class MemoryAccounting:
 
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
-        if self._reclaims:
+        if self._reclaims.waiting:
             self._before_use()
-        reclaims = list(self._reclaims)
-        self._reclaims.clear()
-        return reclaims
+        return self._reclaims.take()
 
     def reclaimed(self, reclaim: Reclaim) -> None:
         """A reclaim has been carried out: its memory is gone. One from before a loss tells nothing new."""
         if reclaim.losses != self.losses:
             return
-        self._outstanding -= 1  # law 8: only now does it count no longer
+        self._reclaims.done(reclaim)  # law 8: only now does it count no longer
         if isinstance(reclaim, SegmentReclaim):
-            self._releasing -= reclaim.size
             return
         arena = self.arena(reclaim.domain)
         arena.left(reclaim.extent)
@@ -330,25 +342,23 @@ class MemoryAccounting:
         self.lost_by = reason
         self._arenas.clear()
         self._domain_of.clear()
-        self._promises = PromisedMemory()
+        self._promises.clear()
+        self._creations.clear()
         self._granted.clear()
         self._reclaims.clear()
         self.freeing.clear()
-        self._releasing = self._outstanding = 0
 
-    def _new_segment(self, domain: str, size: int, need: int) -> Extent:
-        """A new segment of `size` bytes, or of less where the device has no room for that. Errors: MemoryError."""
-        while True:
-            try:
-                segment = self._create(size)
-            except MemoryError:
-                if size == need:
-                    raise
-                size = max(need, round_up(size // 2, self.page))
-                continue
-            self.arena(domain).add_segment(segment, size, sparse=self.sparse)
-            self._domain_of[segment] = domain  # law 9: until it is released
-            return Extent(segment, 0, size)
+    def _occupy(self, load: int, arena: Arena, extent: Extent) -> Extent:
+        self._before_use()
+        arena.occupy(extent)
+        self._granted.setdefault(load, []).append(extent)
+        return extent
+
+    def _let_go(self, arena: Arena, segment: int, *, pool: bool) -> None:
+        """Pool an empty segment if that is allowed, or release it."""
+        pooled = pool and self._pooling and arena.populated(segment) and self.pooled_bytes() <= self._pool_limit
+        if not pooled or arena.is_frozen(segment):
+            self._release(arena, segment)
 
     def _return_unused(self, wanted: int) -> None:
         """Queue empty segments, and free pages where they can be punched, until `wanted` bytes are on their way."""
@@ -366,28 +376,16 @@ class MemoryAccounting:
                     return
                 for leaving in arena.start_leaving(segment):
                     wanted -= leaving.length
-                    self._queue(ExtentReclaim(domain, leaving, self.losses))
+                    self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def _return_pages(self, segment: int) -> None:
         """Queue the unused pages of a segment, on a device where they can be punched."""
         domain = self._domain_of[segment]
         for leaving in self._arenas[domain].start_leaving(segment) if self.sparse else ():
-            self._queue(ExtentReclaim(domain, leaving, self.losses))
+            self._reclaims.add(ExtentReclaim(domain, leaving, self.losses))
 
     def _release(self, arena: Arena, segment: int) -> None:
         size = arena.populated(segment)
         arena.remove_segment(segment)
         del self._domain_of[segment]
-        self._releasing += size
-        self._queue(SegmentReclaim(segment, size, self.losses))
-
-    def _queue(self, reclaim: Reclaim) -> None:
-        self._outstanding += 1
-        self._reclaims.append(reclaim)
-        self._on_reclaim()
-
-
-def _cut(length: int, fits: Sequence[int]) -> int:
-    """The greatest of `fits`, ascending, that is in `length`; all of it where none is."""
-    at = bisect_right(fits, length)
-    return fits[at - 1] if at else length
+        self._reclaims.add(SegmentReclaim(segment, size, self.losses))

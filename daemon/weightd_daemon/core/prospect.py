@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import Extent, round_up
-from .memory import ArenaHoles
+from .promises import ArenaHoles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -35,6 +35,49 @@ class SegmentReclaim:
 Reclaim = ExtentReclaim | SegmentReclaim
 
 
+class Reclaims:
+    """The reclaims of one device that are queued or being carried out. `kick` is told of each that is queued."""
+
+    def __init__(self, kick: Callable[[], None]) -> None:
+        self._kick = kick
+        self._queue: deque[Reclaim] = deque()
+        self._outstanding = 0
+        self.releasing = 0
+        """Bytes of segments that are queued for release, or being released."""
+
+    def __bool__(self) -> bool:
+        """Whether any reclaim has not been reported done."""
+        return self._outstanding > 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether `take` would return any."""
+        return bool(self._queue)
+
+    def add(self, reclaim: Reclaim) -> None:
+        """Queue a reclaim."""
+        self._outstanding += 1
+        self.releasing += reclaim.size if isinstance(reclaim, SegmentReclaim) else 0
+        self._queue.append(reclaim)
+        self._kick()
+
+    def take(self) -> list[Reclaim]:
+        """The reclaims to carry out now, each handed out once."""
+        taken = list(self._queue)
+        self._queue.clear()
+        return taken
+
+    def done(self, reclaim: Reclaim) -> None:
+        """A reclaim was carried out."""
+        self._outstanding -= 1
+        self.releasing -= reclaim.size if isinstance(reclaim, SegmentReclaim) else 0
+
+    def clear(self) -> None:
+        """The memory is gone, and with it all that was to be returned."""
+        self._queue.clear()
+        self._outstanding = self.releasing = 0
+
+
 class BlobFreeQueue:
     """Blobs of evicted checkpoints that are freed in steps, for they are many. `kick` is called when there are any."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightd.errors import NotFoundError
+from weightd.errors import DeviceAbsentError, NotFoundError
 
 from .blob import Blob, BlobState, BlobTable
 from .books import BookkeepingMemory
@@ -42,6 +42,8 @@ class ContentStore:
         self.index = CheckpointIndex()
         self.lost: dict[CheckpointKey, LostCheckpoint] = {}
         self.memories: dict[str, MemoryAccounting] = {}
+        self.absent: dict[str, str] = {}
+        """Why devices cannot be served now, for people. Their books stay: nothing is lent, granted or evicted there."""
         self.open_loads: set[int] = set()
         """Numbers of the loads that have not ended (loading.py)."""
         self.changed: set[CheckpointKey] = set()
@@ -85,21 +87,36 @@ class ContentStore:
         """Whether anybody holds a checkpoint at this moment."""
         return self.leases.is_held(checkpoint.key)
 
+    def is_absent(self, checkpoint: Checkpoint) -> bool:
+        """Whether a checkpoint lies on a device that cannot be served now."""
+        return checkpoint.key.device in self.absent
+
+    def stays(self, checkpoint: Checkpoint) -> bool:
+        """Whether no want of room makes a checkpoint go: it is pinned or leased (law 3), or absent (law 12)."""
+        return checkpoint.pinned or self.is_absent(checkpoint) or self.is_leased(checkpoint)
+
+    def check_present(self, device: str, what: str = "") -> None:
+        """Whether a device can be used now, for `what`. Errors: DeviceAbsentError."""
+        if device in self.absent:
+            what = f"{what}: " if what else ""
+            raise DeviceAbsentError(f"{what}device {device} is absent: {self.absent[device]}", {"device": device})
+
     def evictable(self, device: str = "") -> Iterator[Checkpoint]:
-        """The checkpoints on a device, or on all, that may be evicted (law 3), least recently used first.
+        """The checkpoints on a device, or on all, that may be evicted, least recently used first.
 
         None may come, go or be used meanwhile.
         """
         for checkpoint in self.index.by_use():
-            if device in ("", checkpoint.key.device) and not checkpoint.pinned and not self.is_leased(checkpoint):
+            if device in ("", checkpoint.key.device) and not self.stays(checkpoint):
                 yield checkpoint
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
     def begin_load(self, device: str) -> int:
-        """Number a load that begins on a device. Errors: NotFoundError (no such device)."""
+        """Number a load that begins on a device. Errors: NotFoundError (no such device), DeviceAbsentError."""
         if device not in self.memories:
             raise NotFoundError(f"device {device!r}: this daemon serves {', '.join(self.memories)}")
+        self.check_present(device)  # law 12
         self._last_load += 1
         self.open_loads.add(self._last_load)
         return self._last_load
@@ -159,9 +176,12 @@ class ContentStore:
         return given_up
 
     def fit(self, device: str) -> Iterator[None]:
-        """Evict in steps what the budget no longer holds. At the end, `excess` of its memory is leased or pinned."""
+        """Evict in steps what the budget no longer holds. At the end, `excess` of its memory is leased or pinned.
+
+        An absent device has no budget.
+        """
         memory = self.memories[device]
-        if excess := memory.excess():
+        if device not in self.absent and (excess := memory.excess()):
             yield from self._evict_in_steps(
                 chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess)
             )
@@ -174,10 +194,10 @@ class ContentStore:
             yield from self._evict_in_steps(chosen)
 
     def _evict_in_steps(self, chosen: Iterable[Checkpoint]) -> Iterator[None]:
-        """Evict those of the chosen that are still resident, and neither leased nor pinned, when it is their turn."""
+        """Evict those of the chosen that are still resident, and do not have to stay, when it is their turn."""
         for checkpoint in chosen:
             there = self.checkpoints.get(checkpoint.key) is checkpoint
-            if there and not checkpoint.pinned and not self.is_leased(checkpoint):
+            if there and not self.stays(checkpoint):
                 self.evict(checkpoint, "capacity")
                 yield
 

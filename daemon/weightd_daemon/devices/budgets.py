@@ -1,4 +1,4 @@
-"""The devices that the settings select, and the budget of each."""
+"""What the settings say of devices that are there: the budget of each, and which one is meant."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from weightd._sizes import size
 from weightd_daemon.config.notation import means, parse_size
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
-from .cuda_choice import choose_gpus
 from .host import HostDevice
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from weightd_daemon.config.settings import Settings
     from weightd_daemon.core.memory import MemoryAccounting
 
-    from .cuda_ipc import CudaHolderContext
     from .device import Device
 
 log = logging.getLogger(__name__)
@@ -29,30 +27,18 @@ _BOOKS_SHARE = 10
 _BOOKS_LEAST = 256 << 20
 
 
-def open_served(settings: Settings, holding: CudaHolderContext) -> Iterator[tuple[Device, tuple[str, ...]]]:
-    """Open what is to be served, with what settings may call it. Errors: ConfigError."""
-    served: list[tuple[str, ...]] = []
-    if {"host", "auto"} & {*settings.devices}:
-        served += [("host",)]
-        yield HostDevice(), ("host",)
-    choice = choose_gpus(settings.devices, settings.transport, holding, {})
-    for absent in choice.absent:
-        log.warning("device %s is not served: %s", absent.uuid, absent.reason)
-    for gpu in choice.served:
-        served += [gpu.names]
-        yield gpu
-    _check_names(settings, served)
-
-
 def check_budgets(
     settings: Settings,
     devices: Mapping[str, Device],
     names: Mapping[str, Sequence[str]],
     memories: Mapping[str, MemoryAccounting],
+    absent: Collection[str],
 ) -> None:
     """Whether devices that serve can have these budgets from now on. Errors: ConfigError."""
-    _check_names(settings, names.values())
+    check_names(settings, names.values())
     for uuid, memory in memories.items():
+        if uuid in absent:  # what it may have is known when it serves
+            continue
         budget = budget_of(settings, devices[uuid], names[uuid])
         if budget < memory.used and budget < memory.budget:  # a start with less than was taken up is not repeated here
             raise ConfigError(
@@ -62,7 +48,7 @@ def check_budgets(
             )
 
 
-def _check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
+def check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
     """Whether each budget is for one device. Errors: ConfigError."""
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
@@ -88,13 +74,6 @@ def _may_come(said: str, devices: Sequence[str]) -> bool:
     return not by_number
 
 
-def default_device(devices: Mapping[str, Device]) -> str:
-    """Where a load goes that says nothing: the only GPU, or the only device; "" where it has to say."""
-    gpus = [uuid for uuid, device in devices.items() if device.kind != "host"]
-    candidates = gpus or list(devices)
-    return candidates[0] if len(candidates) == 1 else ""
-
-
 def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, devices: Sequence[str]) -> str:
     """The UUID of what a setting calls a device; nothing is the default. `served` is what may call each.
 
@@ -108,6 +87,21 @@ def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, d
         raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
     kind = TemporaryConfigError if _may_come(said, devices) else ConfigError
     raise kind(f"device {said!r} is not served; there are {there}")
+
+
+def resize(
+    settings: Settings,
+    devices: Mapping[str, Device],
+    names: Mapping[str, Sequence[str]],
+    memories: Mapping[str, MemoryAccounting],
+    absent: Collection[str],
+) -> int:
+    """Give devices that serve the budgets of other settings, which were checked. Returns the limit of the books."""
+    for uuid, memory in memories.items():
+        if uuid not in absent:
+            budget = budget_of(settings, devices[uuid], names[uuid])
+            memory.resize(budget, pool_of(settings, devices[uuid], budget))
+    return books_of(settings, {uuid: memory.budget for uuid, memory in memories.items()})
 
 
 def called(device: Device) -> str:

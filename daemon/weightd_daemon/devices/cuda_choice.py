@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -35,7 +36,7 @@ _T = TypeVar("_T")
 _FAILURES = (DeviceError, DeviceMismatchError)
 
 
-class _Gpu(NamedTuple):
+class ServedGpu(NamedTuple):
     """A GPU that is served, and what settings may call it, most telling first."""
 
     device: Device
@@ -45,7 +46,7 @@ class _Gpu(NamedTuple):
 class Choice(NamedTuple):
     """The GPUs that are served, and those that are kept or meant but cannot be served now."""
 
-    served: list[_Gpu]
+    served: list[ServedGpu]
     absent: list[AbsentDevice]
 
 
@@ -84,7 +85,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
     """
     kept = {uuid: kind for uuid, kind in kept.items() if uuid != "host"}
     if not any(name != "host" for name in said):
-        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said)) for uuid, kind in kept.items()])
+        return Choice([], [AbsentDevice(uuid, None, kind, _unnamed(said), said=False) for uuid, kind in kept.items()])
     tell_mps()
     try:
         shown = _look()
@@ -92,20 +93,17 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
         return _without_driver(said, kept, error)
     with contextlib.ExitStack() as undo:
         choice = Choice([], [])
-        for ordinal in _meant(said, shown, kept):
+        for ordinal, opened in _open_all(_meant(said, shown, kept), shown, transport, holding, kept).items():
             uuid = shown.uuids[ordinal]
-            try:
-                gpu = _open(ordinal, uuid, transport, holding, kept.get(uuid))
-            except _FAILURES as error:
-                if uuid not in kept and "auto" in said and is_unsupported(error):
-                    log.warning("device %s is not served: %s", uuid, error)
-                    continue
-                kind = kept.get(uuid) or (None if transport == "auto" else transport)
-                choice.absent.append(AbsentDevice(uuid, ordinal, kind, explained(error)))
-            else:
-                undo.callback(gpu.device.close)
-                choice.served.append(gpu)
+            if isinstance(opened, ServedGpu):
+                undo.callback(opened.device.close)
+                choice.served.append(opened)
                 tell_compute_mode(ordinal, uuid)
+            elif uuid not in kept and "auto" in said and is_unsupported(opened):
+                log.warning("device %s is not served: %s", uuid, opened)
+            else:
+                kind = kept.get(uuid) or (None if transport == "auto" else transport)
+                choice.absent.append(AbsentDevice(uuid, ordinal, kind, explained(opened)))
         choice.absent.extend([*_untried(said, shown, kept, choice)])
         _check_any(said, shown, kept, choice)
         for ordinal, failure in shown.untold(said).items():
@@ -116,7 +114,7 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
 
 def try_again(
     absent: AbsentDevice, said: Sequence[str], transport: str, holding: CudaHolderContext, kept: KeptKinds
-) -> _Gpu:
+) -> ServedGpu:
     """Open a GPU that was absent, whatever its ordinal is now; the caller closes it.
 
     Errors: DeviceError, DeviceMismatchError (it is absent still, and why).
@@ -224,8 +222,11 @@ def _untried(said: Sequence[str], shown: _Shown, kept: KeptKinds, choice: Choice
     tried = {gpu.device.uuid for gpu in choice.served} | {device.uuid for device in choice.absent}
     ordinals = {uuid: ordinal for ordinal, uuid in shown.uuids.items()}
     for uuid in [uuid for uuid in {**kept, **_whole_uuids(said)} if uuid not in tried]:
-        reason = _unnamed(said) if uuid in ordinals else _unseen(shown)
-        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason)
+        seen = uuid in ordinals
+        names = [name for name in said if name != "host" and not seen]
+        meant = any(name in ("auto", "cuda") or means(name, uuid) or not shown.named(name) for name in names)
+        reason = _unnamed(said) if seen else _unseen(shown)
+        yield AbsentDevice(uuid, ordinals.get(uuid), kept.get(uuid), reason, said=meant)
 
 
 def _whole_uuids(said: Sequence[str]) -> dict[str, None]:
@@ -258,7 +259,25 @@ def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -
 # -- how a GPU is shared -----------------------------------------------------------------------------------------------
 
 
-def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None) -> _Gpu:
+def _open_all(
+    ordinals: Sequence[driver.Ordinal], shown: _Shown, transport: str, holding: CudaHolderContext, kept: KeptKinds
+) -> dict[driver.Ordinal, ServedGpu | WeightdError]:
+    """Open GPUs side by side: a holder takes seconds to start. Returns each, or why it cannot be served."""
+
+    def attempt(ordinal: driver.Ordinal) -> ServedGpu | WeightdError:
+        uuid = shown.uuids[ordinal]
+        try:
+            return _open(ordinal, uuid, transport, holding, kept.get(uuid))
+        except _FAILURES as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, len(ordinals))) as pool:
+        return dict(zip(ordinals, pool.map(attempt, ordinals), strict=True))
+
+
+def _open(
+    ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None
+) -> ServedGpu:
     """A GPU by the transport that `kept` or the settings demand, else by the first that works.
 
     CUDA IPC takes the place of exportable memory only where the driver says twice that it does not support that.
@@ -269,15 +288,15 @@ def _open(ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolde
     wanted = kept or transport
     names = _names(uuid, ordinal)
     if wanted == "cuda_ipc":
-        return _Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
     try:
-        return _Gpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
+        return ServedGpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
     except DeviceError as error:
         if wanted == "cuda_vmm" or not is_unsupported(error):
             raise
         log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
         try:
-            return _Gpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+            return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
         except DeviceError as other:
             raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Never
 
@@ -9,12 +10,15 @@ from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
 from .cuda_errors import OUT_OF_MEMORY, code_of
+from .cuda_node import open_node
 from .cuda_nvml import free_bytes
+from .driver_thread import DriverThread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-
+_LOOK_SECONDS = 0.5
+"""How long somebody who looks on waits for NVML."""
 _CONTEXT_BYTES = 640 << 20
 """What is reported of contexts is 100 to 620 MiB."""
 _CONTEXT_SHARE = 16
@@ -37,16 +41,33 @@ class CudaDevice:
         self.uuid = driver.uuid_of(ordinal)
         self.name = driver.name_of(ordinal)
         self._capacity = driver.total_memory(ordinal)
-        free_bytes(self.uuid)  # NVML opens what it keeps open, and what takes it time, before the daemon is ready
+        self.calls = DriverThread(self.uuid)
+        self._looking: asyncio.Future[None] | None = None
+        self._free: int | None = None
+        self.look()  # NVML opens what it keeps open, and what takes it time, before the daemon is ready
         self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
+
+    def open_node(self) -> int | None:
+        """Open /dev/nvidiaN. Errors: OSError."""
+        return open_node(self.uuid)
 
     def capacity(self) -> int:
         """The GPU's memory."""
         return self._capacity
 
     def available(self) -> int | None:
-        """What NVML says."""
-        return free_bytes(self.uuid)
+        """What NVML has said last; nobody knows while the GPU does not answer."""
+        return None if self.calls.problem else self._free
+
+    async def refresh(self) -> None:
+        """Ask NVML anew, once at a time: a monitor may ask while it does not answer."""
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.ensure_future(self.calls.run("nvmlDeviceGetMemoryInfo", self.look))
+        await asyncio.wait([self._looking], timeout=_LOOK_SECONDS)
+
+    def look(self) -> None:
+        """Ask NVML what is free; a step for `calls`."""
+        self._free = free_bytes(self.uuid)
 
     def hollow(self, segment: int) -> list[tuple[int, int]]:
         """None: an allocation is all or nothing."""
@@ -64,7 +85,8 @@ class CudaDevice:
         except DeviceError as error:
             if code_of(error) != OUT_OF_MEMORY:
                 raise
-            free = self.available()
+            self.look()
+            free = self._free
             known = "" if free is None else f", {free} bytes are free on it"
             raise MemoryError(
                 f"no segment of {size} bytes: {self.uuid} is full{known} ({error.metadata['call']})"

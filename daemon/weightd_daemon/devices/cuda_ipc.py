@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple, Never
@@ -22,6 +23,7 @@ from weightd.errors import DeviceError
 
 from .cuda_device import CudaDevice
 from .cuda_holder import ALLOCATE, FAILED, FREE, MESSAGE_BYTES, OK, REQUEST
+from .cuda_nvml import names_alike
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,8 +39,8 @@ _NOTE = "shared by CUDA IPC: clients can write to it, and it is lost when its ho
 
 _START_SECONDS = 60.0
 """A context takes a second, and several on a machine with many GPUs that were idle."""
-_ANSWER_SECONDS = 10.0
 _END_SECONDS = 10.0
+_STARTS = "the start of its holder"
 
 
 @dataclass(frozen=True)
@@ -62,28 +64,36 @@ class _Segment(NamedTuple):
 class CudaIpcDevice(CudaDevice):
     """A GPU whose memory is shared by CUDA IPC. `ordinal` is this process's number of it.
 
-    For the methods see devices/device.py. Made and used on the main thread: a holder's death signal is tied to the
-    thread that starts it.
+    For the methods see devices/device.py. Holders are started on the device's thread, which lives as long as they do:
+    their death signal is tied to it.
     """
 
     kind = "cuda_ipc"
     lasting = False
     page = _PAGE
+    creates_by = "cuMemAlloc"
+    releases_by = "cuMemFree"
 
     def __init__(self, ordinal: int, holding: CudaHolderContext) -> None:
-        """Starts the holder, and waits for it. Errors: DeviceMismatchError (no such GPU), DeviceError."""
+        """Start the holder, and wait for it; on any thread. Errors: DeviceMismatchError (no such GPU), DeviceError."""
         super().__init__(ordinal)
         self._holding = holding
         self._numbers = count(1)
         self._segments: dict[int, _Segment] = {}
         self._holder: _Holder | None = None
+        self._starting: asyncio.Future[None] | None = None
+        self._closing = threading.Lock()
+        self._closed = False
         self.note = ""
-        self._ended = ""
-        self._start().wait_until_ready()
+        try:
+            self.calls.wait_for(_STARTS, self._started)
+        except BaseException:
+            self.calls.stop()
+            raise
 
     def create(self, size: int) -> int:
-        """Let the holder allocate `size` bytes of zeroes. While another holder starts, a DeviceError says so."""
-        segment, holder = next(self._numbers), self._ready()
+        """Let the holder allocate `size` bytes of zeroes; where there is none, another is started first."""
+        segment, holder = next(self._numbers), self._started()
         with self._allocating(size):
             handle = holder.allocate(segment, size)
         self._segments[segment] = _Segment(size, handle, holder)
@@ -112,52 +122,59 @@ class CudaIpcDevice(CudaDevice):
     def close(self) -> None:
         """End the holder, and with it every segment."""
         self._segments.clear()
-        if self._holder is not None:
-            self._holder.close()
-            self._holder = None
+        if self._starting is not None:
+            self._starting.cancel()
+        with self._closing:
+            self._closed = True
+            holder, self._holder = self._holder, None
+        if holder is not None:
+            holder.close()
+        self.calls.stop()
 
-    def _start(self) -> _Holder:
-        """Start a holder. Errors: DeviceError."""
-        try:
-            self._holder = _Holder(self.uuid, self._holding, self._on_end)
-        except OSError as error:
-            raise DeviceError(f"no process to hold the memory of {self.uuid}: {error.strerror}") from error
-        self.note = _NOTE.format(self._holder.pid)
+    def _started(self) -> _Holder:
+        """The holder; a step for `calls`. One that has ended stays until its end was told: what comes after is not
+        lost with it. Errors: DeviceError (none can be started).
+        """
+        if self._holder is None:
+            try:
+                holder = _Holder(self.uuid, self._holding, self._on_end)
+            except OSError as error:
+                raise DeviceError(f"no process to hold the memory of {self.uuid}: {error.strerror}") from error
+            holder.wait_until_ready()
+            with self._closing:
+                if self._closed:  # meanwhile
+                    holder.close()
+                    raise DeviceError(f"device {self.uuid} is closed")
+                self.note = _NOTE.format(holder.pid)
+                self._holder = holder
+            holder.watch()
+            return holder
         return self._holder
 
-    def _ready(self) -> _Holder:
-        """The holder. One that has ended stays until its end was told: what comes after is not lost with it.
-
-        Errors: DeviceError, while none is ready.
-        """
-        holder = self._holder or self._start()
-        if not holder.ready:
-            raise DeviceError(f"{holder} is being started ({self._ended}); try again")
-        return holder
-
     def _on_end(self, reason: str) -> None:
-        """Tell of the loss, and only then start another holder. One that was never ready held nothing.
-
-        That one is not followed at once: it might go on for ever. The next `create` starts another.
-        """
-        ready = self._holder is not None and self._holder.ready
+        """Tell of the loss, on the loop, and only then start another holder."""
         self._holder = None
-        self._ended = reason
-        if not ready:
-            log.warning("device %s has no holder: %s", self.uuid, reason)
-            return
         self._segments.clear()
         self._holding.on_lost(self.uuid, reason)
+        self._starting = asyncio.ensure_future(self._start_another())
+
+    async def _start_another(self) -> None:
+        """Start a holder. One that cannot start is not followed at once: the next `create` starts another."""
         try:
-            self._start()
+            await self.calls.run(_STARTS, self._started)
         except DeviceError as error:
             log.warning("device %s has no holder: %s", self.uuid, error)
 
 
-class _Holder:
-    """The daemon's side of a holder process. `on_end` is told, on the loop, why it has ended by itself.
+def _environment(uuid: str) -> dict[str, str]:
+    """The variables of a holder. It sees its GPU alone if that can be named: cuInit takes time for each one."""
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": uuid} if names_alike(uuid) else {})}
 
-    It can be asked from the moment that it is `ready`, which it says itself.
+
+class _Holder:
+    """The daemon's side of a holder process, on the device's thread.
+
+    `on_end` is told, on the loop, why it has ended.
     """
 
     def __init__(self, uuid: str, holding: CudaHolderContext, on_end: Callable[[str], None]) -> None:
@@ -165,8 +182,8 @@ class _Holder:
         self._uuid = uuid
         self._loop = holding.loop
         self._on_end = on_end
-        self._refusal = ""
-        self.ready = False
+        self._closed = False
+        self._watcher: threading.Thread | None = None
         with contextlib.ExitStack() as undo:
             self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(self._channel.close)
@@ -175,59 +192,64 @@ class _Holder:
                     [*HOLDER_ARGV, str(theirs.fileno()), str(os.getpid()), uuid],
                     pass_fds=(theirs.fileno(), *holding.inherited),
                     stdin=subprocess.DEVNULL,
+                    env=_environment(uuid),
                 )
-            undo.callback(self._kill)
-            self.pid = self._process.pid
-            self._pidfd = os.pidfd_open(self.pid)
-            undo.callback(os.close, self._pidfd)
-            self._loop.add_reader(self._pidfd, self._has_ended)
-            self._loop.add_reader(self._channel, self._has_begun)
             undo.pop_all()
-        self._late = self._loop.call_later(_START_SECONDS, self._is_late)
+        self.pid = self._process.pid
 
     def __str__(self) -> str:
         return f"the process that holds the memory of {self._uuid} (pid {self.pid})"
 
     def wait_until_ready(self) -> None:
-        """Wait on the spot, as long as nothing else is to be done. Errors: DeviceError, and then it is closed."""
-        self._stop_waiting()
+        """Wait until it can be asked. Errors: DeviceError, and then it is closed."""
+        self._channel.settimeout(_START_SECONDS)
         try:
-            self._answer(_START_SECONDS)
+            self._answer()
+        except TimeoutError:
+            self.close()
+            raise DeviceError(f"{self} was not ready in {_START_SECONDS:.0f} s; it was ended") from None
         except BaseException:
             self.close()
             raise
-        self.ready = True
+        self._channel.settimeout(None)  # whoever waits for a driver that hangs is told by the device's thread
+
+    def watch(self) -> None:
+        """Tell of its end from now on."""
+        self._watcher = threading.Thread(target=self._wait, name="weightd-holder", daemon=True)
+        self._watcher.start()
 
     def allocate(self, number: int, size: int) -> bytes:
         """The handle of new memory. Errors: DeviceError."""
         with contextlib.suppress(OSError):  # it has ended, which the answer will say
             self._channel.send(REQUEST.pack(ALLOCATE, number, size))
-        return self._answer(_ANSWER_SECONDS)
+        return self._answer()
 
     def free(self, number: int) -> None:
-        """Free memory some time before the next `allocate`. Safe on any thread."""
-        try:
+        """Free memory some time before the next `allocate`."""
+        with contextlib.suppress(OSError):  # it has ended, and its memory with it
             self._channel.send(REQUEST.pack(FREE, number, 0))
-        except TimeoutError:
-            self._process.kill()  # it hangs, and would keep memory that counts as free
-        except OSError:
-            pass  # it has ended, and its memory with it
 
     def close(self) -> None:
-        """End the process and wait until it is gone."""
-        self._stop_waiting()
-        self._loop.remove_reader(self._pidfd)
-        self._kill()
-        self._drop()
+        """End the process and wait until it is gone; on any thread."""
+        self._closed = True
+        self._process.kill()
+        try:
+            if self._watcher is None:
+                self._process.wait(_END_SECONDS)
+            else:
+                self._watcher.join(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        if self._process.returncode is None:
+            log.warning("holder of %s (pid %d) does not end", self._uuid, self.pid)
+        self._channel.close()
 
-    def _answer(self, seconds: float) -> bytes:
-        """What follows OK. A holder that is late is ended: its answer would be taken for the next one."""
-        self._channel.settimeout(seconds)
+    def _answer(self) -> bytes:
+        """What follows OK. Errors: DeviceError, TimeoutError."""
         try:
             message = self._channel.recv(MESSAGE_BYTES)
         except TimeoutError:
-            self._process.kill()
-            raise DeviceError(f"{self} gave no answer in {seconds:.0f} s; it was ended") from None
+            raise
         except OSError:
             message = b""
         if message[:1] == FAILED:
@@ -237,41 +259,16 @@ class _Holder:
             raise DeviceError(f"{self} has ended; load again")
         return message[1:]
 
-    def _has_begun(self) -> None:
-        """It has said whether it is ready. Where it is not, its end follows."""
-        self._stop_waiting()
-        try:
-            self._answer(_ANSWER_SECONDS)
-        except DeviceError as error:
-            self._refusal = f": {error.message}" if error.metadata else ""  # else its end says as much
-        else:
-            self.ready = True
-
-    def _is_late(self) -> None:
-        self._stop_waiting()
-        self._refusal = f": it was not ready in {_START_SECONDS:.0f} s"
-        self._process.kill()
-
-    def _stop_waiting(self) -> None:
-        self._late.cancel()
-        self._loop.remove_reader(self._channel)
-
-    def _has_ended(self) -> None:
-        if not (self.ready or self._refusal):
-            self._has_begun()  # what it said last may not have been heard yet
-        self._loop.remove_reader(self._pidfd)
+    def _wait(self) -> None:
         code = self._process.wait()
-        self._drop()
+        if self._closed:
+            return
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        self._on_end(f"{self} {how}{self._refusal}")
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the daemon with it
+            self._loop.call_soon_threadsafe(self._has_ended, f"{self} {how}")
 
-    def _kill(self) -> None:
-        self._process.kill()
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            log.warning("holder of %s (pid %d) does not end", self._uuid, self._process.pid)
-
-    def _drop(self) -> None:
-        os.close(self._pidfd)
+    def _has_ended(self, reason: str) -> None:
+        if self._closed:
+            return
         self._channel.close()
+        self._on_end(reason)

@@ -1,9 +1,13 @@
-"""The free memory of a GPU, whichever process uses the rest. Unlike the driver, NVML needs no context."""
+"""What NVML knows of a GPU: its free memory, whichever process uses the rest, and the number of its device file.
+
+Unlike the driver, NVML needs no context. Each GPU is asked about on its own thread.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from typing import Any
 
@@ -27,20 +31,23 @@ class _Library:
     def __init__(self) -> None:
         self._nvml: Any = None
         self._retry_at = 0.0
+        self._lock = threading.Lock()
 
     def get(self) -> Any:
         """The module pynvml, ready; None where it is not installed, or does not work now."""
-        if self._nvml is None and time.monotonic() >= self._retry_at:
-            self._nvml = self._begin()
-        return self._nvml
+        with self._lock:
+            if self._nvml is None and time.monotonic() >= self._retry_at:
+                self._nvml = self._begin()
+            return self._nvml
 
     def failed(self, error: Any) -> None:
         """Note an error of NVML: the library may have to be made ready again."""
-        nvml = self._nvml
-        if nvml is None or error.value in {getattr(nvml, name) for name in _HARMLESS}:
-            return
-        self._nvml = None
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        with self._lock:
+            nvml = self._nvml
+            if nvml is None or error.value in {getattr(nvml, name) for name in _HARMLESS}:
+                return
+            self._nvml = None
+            self._retry_at = time.monotonic() + _RETRY_SECONDS
         try:
             nvml.nvmlShutdown()
         except nvml.NVMLError as also:
@@ -74,6 +81,34 @@ def free_bytes(uuid: str) -> int | None:
         return int(nvml.nvmlDeviceGetMemoryInfo(_handle(nvml, uuid)).free)
     except nvml.NVMLError as error:
         log.debug("NVML does not say what is free on %s: %s", uuid, error)
+        _library.failed(error)
+        return None
+
+
+def names_alike(uuid: str) -> bool:
+    """Whether NVML is known to call a device as the driver does, which it does not for a part of a GPU (MIG)."""
+    nvml = _library.get()
+    if nvml is None:
+        return False
+    try:
+        nvml.nvmlDeviceGetHandleByUUID(uuid)
+    except nvml.NVMLError:
+        return False
+    return True
+
+
+def minor_number(uuid: str) -> int | None:
+    """The N of /dev/nvidiaN of a GPU, or of the GPU that a MIG instance is a part of; None where nobody knows."""
+    nvml = _library.get()
+    if nvml is None:
+        return None
+    try:
+        handle = _handle(nvml, uuid)
+        if nvml.nvmlDeviceIsMigDeviceHandle(handle):
+            handle = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        return int(nvml.nvmlDeviceGetMinorNumber(handle))
+    except nvml.NVMLError as error:
+        log.debug("NVML does not say the minor number of %s: %s", uuid, error)
         _library.failed(error)
         return None
 

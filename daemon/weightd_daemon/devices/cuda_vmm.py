@@ -10,12 +10,15 @@ from __future__ import annotations
 import logging
 import os
 from itertools import count
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
 from .cuda_device import CudaDevice
+
+if TYPE_CHECKING:
+    from .absent import StandInDevice
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ class CudaVmmDevice(CudaDevice):
     kind = "cuda_vmm"
     lasting = True
     note = ""
+    creates_by = "cuMemCreate"
+    releases_by = "cuMemRelease"
 
     def __init__(self, ordinal: int) -> None:
         """Errors: DeviceMismatchError (no such GPU), DeviceError."""
@@ -62,10 +67,45 @@ class CudaVmmDevice(CudaDevice):
 
         That `size` is its size is believed: no function of the driver tells. A wrong one fails where it is mapped.
         """
-        allocation = driver.import_descriptor(descriptor)
+        allocation = self._imported(descriptor)
         segment = next(self._numbers)
         self._segments[segment] = _Segment(size, allocation, descriptor)
         return segment
+
+    def import_held(self, held: StandInDevice) -> dict[int, driver.Allocation]:
+        """Import every segment that a stand-in holds. Returns the allocations, by its numbers, for `take_over`.
+
+        All or none; on any thread. Errors: DeviceError.
+        """
+        imported: dict[int, driver.Allocation] = {}
+        try:
+            for segment, size, descriptor in held.duplicates():
+                try:
+                    if size % self.page:
+                        raise DeviceError(f"a segment of {size} bytes is no whole pages of {self.page} bytes")
+                    imported[segment] = self._imported(descriptor)
+                finally:
+                    os.close(descriptor)
+        except BaseException:
+            self.give_up(imported)
+            raise
+        return imported
+
+    def take_over(self, held: StandInDevice, imported: dict[int, driver.Allocation]) -> None:
+        """Have the segments of a stand-in, under its numbers, before any other. What it released meanwhile goes."""
+        for segment, (descriptor, size) in held.hand_over().items():
+            self._segments[segment] = _Segment(size, imported.pop(segment), descriptor)
+        self.give_up(imported)
+        self._numbers = count(max(self._segments, default=0) + 1)
+
+    def give_up(self, imported: dict[int, driver.Allocation]) -> None:
+        """Release allocations that are not taken over. What the driver refuses ends with this process."""
+        while imported:
+            _, allocation = imported.popitem()
+            try:
+                driver.release(allocation)
+            except DeviceError as error:
+                log.warning("device %s: an imported segment is not given back: %s", self.uuid, error)
 
     def writable(self, segment: int) -> int:
         """The exported descriptor; how it is mapped is the importer's choice."""
@@ -77,6 +117,15 @@ class CudaVmmDevice(CudaDevice):
         """All of it, always."""
         return self._segments[segment].size
 
+    def _imported(self, descriptor: int) -> driver.Allocation:
+        """The allocation of a descriptor, which must lie on this GPU. Errors: DeviceError."""
+        allocation = driver.import_descriptor(descriptor)
+        ordinal = driver.ordinal_of_allocation(allocation)
+        if ordinal not in (None, self._ordinal):
+            driver.release(allocation)
+            raise DeviceError(f"a segment that is kept for {self.uuid} (cuda:{self._ordinal}) lies on cuda:{ordinal}")
+        return allocation
+
     def release(self, segment: int) -> None:
         """Close the descriptor and give the allocation up."""
         _, allocation, descriptor = self._segments.pop(segment)
@@ -84,7 +133,10 @@ class CudaVmmDevice(CudaDevice):
         driver.release(allocation)
 
     def close(self) -> None:
-        """Release every segment. What the driver refuses ends with this process."""
+        """Release every segment. What the driver refuses, or does not answer, ends with this process."""
+        self.calls.stop()
+        if self.calls.problem:
+            return
         for segment in list(self._segments):
             try:
                 self.release(segment)

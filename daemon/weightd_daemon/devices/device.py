@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
 
 Handle = int | bytes
 """What opens a segment in another process: a descriptor (host, cuda_vmm), or the 64 bytes of CUDA IPC (cuda_ipc)."""
@@ -16,11 +21,25 @@ class DeviceSegment(NamedTuple):
     handle: Handle
 
 
+class Calls(Protocol):
+    """Takes steps of a device off the loop, for they may take long; on the loop's thread."""
+
+    problem: str
+    """What the device does not answer, and since when, for people; empty while it answers."""
+    on_change: Callable[[], None]
+    """Told when `problem` has changed."""
+
+    async def run(self, call: str, step: Callable[[], T]) -> T:
+        """Take a step on another thread. `call` names it, for people. Errors: those of the step."""
+
+    def check(self) -> None:
+        """Errors: DeviceAbsentError, while the device does not answer."""
+
+
 class Device(Protocol):
     """A kind of memory: creates, exports and frees segments. Segments go by number; sizes and offsets are bytes.
 
-    The daemon calls `create`, `writable` and `shared` on its loop; `punch` and `release` may take long (0.15 s per GB
-    on the host) and are called on another thread.
+    `create`, `punch` and `release` may take long, and are steps for `calls`; the daemon calls the rest on its loop.
     """
 
     uuid: str
@@ -39,15 +58,31 @@ class Device(Protocol):
     """Whether a segment lives as long as anybody holds its descriptor, so that the next daemon can adopt it."""
     default_share: float
     """The part of the device that a daemon may use where nobody says."""
+    creates_by: str
+    """What `create` calls, for people, and what `release` and `punch` do."""
+    releases_by: str
+
+    @property
+    def calls(self) -> Calls:
+        """Where its steps are taken."""
 
     loader_bytes: int
     """Bytes of the device that a loader may take for itself, beside the segments: its context. An estimate."""
+
+    def open_node(self) -> int | None:
+        """Open the device file, which keeps the device initialised as long as it is open; a step for `calls`.
+
+        None where there is none, or nobody knows which it is. The descriptor is the caller's. Errors: OSError.
+        """
 
     def capacity(self) -> int:
         """Bytes that the device has, or may have under the limits of this process."""
 
     def available(self) -> int | None:
-        """Bytes that are free on the device now, whoever uses the rest; None where nobody knows."""
+        """Bytes that were free on the device at the last look, whoever uses the rest; None where nobody knows."""
+
+    async def refresh(self) -> None:
+        """Look anew what is free. That takes a moment at most, or what was seen last stands."""
 
     def create(self, size: int) -> int:
         """Make a segment of `size` bytes and return its number. Errors: MemoryError, DeviceError."""

@@ -20,6 +20,7 @@ from weightd.errors import DeviceError, ResourceLimitError
 from weightd_daemon.libc import punch_hole
 
 from .cgroup import memory_limit
+from .driver_thread import AnyThread
 
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage"
 _NO_DESCRIPTORS = {errno.EMFILE, errno.ENFILE}
@@ -44,13 +45,19 @@ class HostDevice:
     sparse = True
     lasting = True
     default_share = 0.5
+    creates_by = "memfd_create"
+    releases_by = "fallocate"
     loader_bytes = 0
 
     def __init__(self) -> None:
+        self.calls = AnyThread()
         self.page = _page_size()
         self._numbers = count(1)
         self._writable: dict[int, int] = {}
         self._shared: dict[int, int] = {}
+
+    def open_node(self) -> None:
+        """Host memory has none."""
 
     def capacity(self) -> int:
         """The machine's memory, or the limit of this process's cgroups where that is lower."""
@@ -66,6 +73,9 @@ class HostDevice:
             return None
         match = re.search(r"^MemAvailable:\s+(\d+) kB$", text, re.MULTILINE)
         return int(match[1]) * 1024 if match else None
+
+    async def refresh(self) -> None:
+        """The kernel is asked each time."""
 
     def create(self, size: int) -> int:
         """Make a memfd of `size` bytes; it takes memory only as it is written."""

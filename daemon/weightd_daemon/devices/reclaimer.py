@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
+from weightd.errors import DeviceAbsentError
 from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+
+from .segment_maker import SegmentMaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,31 +32,54 @@ class DeviceReclaimer:
     """
 
     def __init__(self, device: Device, before_release: Callable[[int], None] = lambda _: None) -> None:
-        self._device = device
+        self.device = device
+        """Whose memory it is. Another may take its place while nothing is under way."""
         self._before_release = before_release
         self._memory: MemoryAccounting | None = None
         self._task: asyncio.Task[None] | None = None
-        self._arrived = asyncio.Condition()
+        self._arrived = asyncio.Event()
+        self.maker = SegmentMaker(lambda: self.device, self.notify)
+        """Makes the segments of the same device; whoever waits here hears of them, too."""
 
     def watch(self, memory: MemoryAccounting) -> None:
-        """The books whose queue this carries out."""
+        """The books whose queue this carries out, and whose segments `maker` makes."""
         self._memory = memory
+        self.maker.watch(memory)
 
     def kick(self) -> None:
         """There is something to do, or something that others wait for has happened."""
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
+            self._task.add_done_callback(lambda _: self.notify())
+
+    def notify(self) -> None:
+        """Something has happened that others may wait for: memory has come, or the device answers no longer."""
+        self._arrived.set()
+        self._arrived = asyncio.Event()
 
     async def wait(self) -> None:
-        """Wait until some memory has come back, or a load has ended; not where neither is to be expected."""
-        async with self._arrived:
-            if self._memory is not None and self._memory.reclaiming:
-                await self._arrived.wait()
+        """Wait until some memory has come, or a load has ended; not where neither is to be expected.
+
+        Errors: DeviceAbsentError (the device does not answer).
+        """
+        self.device.calls.check()
+        if self._memory is not None and self._memory.reclaiming:
+            await self._arrived.wait()
+            self.device.calls.check()
 
     async def finish(self) -> None:
-        """Wait until everything queued has been done."""
-        while self._task is not None and not self._task.done():
-            await self._task
+        """Wait until everything queued has been done, and every segment that was asked for is there.
+
+        Errors: DeviceAbsentError (the device does not answer).
+        """
+        while (self._task is not None and not self._task.done()) or (self._memory and self._memory.creating):
+            self.device.calls.check()
+            await self._arrived.wait()
+
+    async def stop(self) -> None:
+        """Finish, or leave to the end of this process what the device does not answer."""
+        with contextlib.suppress(DeviceAbsentError):
+            await self.finish()
 
     async def _run(self) -> None:
         assert self._memory is not None  # kicked by the memory that it watches
@@ -60,14 +88,15 @@ class DeviceReclaimer:
             while self._memory.freeing.go_on():
                 await asyncio.sleep(0)  # others have their turn on the loop
                 reclaims += self._memory.next_reclaims()
-            if reclaims:
-                await asyncio.to_thread(self._carry_out, reclaims)
+            device = self.device
+            # A driver's calls are timed one by one. Pages are punched by the thousand.
+            for some in [reclaims] if device.sparse else [[reclaim] for reclaim in reclaims]:
+                await device.calls.run(device.releases_by, partial(self._carry_out, some))
             for done, reclaim in enumerate(reclaims, start=1):
                 self._memory.reclaimed(reclaim)
                 if done % _REPORTED_AT_ONCE == 0:
                     await asyncio.sleep(0)
-            async with self._arrived:
-                self._arrived.notify_all()
+            self.notify()
             reclaims = self._memory.next_reclaims()
             if not reclaims and not self._memory.freeing:
                 return
@@ -77,10 +106,10 @@ class DeviceReclaimer:
             try:
                 if isinstance(reclaim, ExtentReclaim):
                     extent = reclaim.extent
-                    self._device.punch(extent.segment, extent.offset, extent.length)
+                    self.device.punch(extent.segment, extent.offset, extent.length)
                 else:
                     self._before_release(reclaim.segment)
-                    self._device.release(reclaim.segment)
+                    self.device.release(reclaim.segment)
             except Exception:  # whatever broke, the rest of the queue must be done and reported
                 # The bytes are free all the same; what is lost is that the system does not get them back.
                 log.exception("memory could not be returned: %s", reclaim)

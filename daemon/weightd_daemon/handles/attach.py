@@ -132,10 +132,13 @@ class AttachHandler:
     def attach(self, connection: HandleSocketConnection, request: handles_pb2.AttachRequest) -> IssuedHandles:
         """Take a lease and say what to send.
 
-        Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user).
+        Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user),
+        DeviceAbsentError (its manifest can be had all the same).
         """
         who = self._connections.who(connection)
         checkpoint = self._find(connection, who, request)
+        if not request.manifest_only:
+            self._store.check_present(checkpoint.key.device, f"checkpoint {self._called(checkpoint)}")
         waiting = [
             lease.number
             for lease in self._store.leases.waiting_of(connection.number)
@@ -255,6 +258,9 @@ class AttachHandler:
             except (NotFoundError, DeviceError):
                 pass
         return self._catalog.find(who, reference, device)
+
+    def _called(self, checkpoint: Checkpoint) -> str:
+        return (self._catalog.names(checkpoint) or [checkpoint.key.content_digest[:19]])[0]
 
     def _segments(self, checkpoint: Checkpoint, request: handles_pb2.AttachRequest) -> list[int]:
         """Indices into the manifest's segments that the request needs. Errors: NotFoundError."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weightd._sizes import size
-from weightd.errors import CapacityError
+from weightd.errors import CapacityError, WeightdError
 
 if TYPE_CHECKING:
     from weightd_daemon.core.making_room import Evictor
@@ -28,6 +28,7 @@ _NAMES = {
     "cuEventCreate": "the events",
     "cuStreamCreate": "a stream",
 }
+_ADVICE = "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
 
 
 class LoaderMemory:
@@ -56,22 +57,36 @@ class LoaderMemory:
         if self._memory.reclaiming:
             await self._reclaimer.wait()
             return
+        await self._device.refresh()
         most = self._device.loader_bytes
         step = -(-most // _STEPS)
         available = self._device.available()
         free = self._evicted if available is None else available
         if free >= most or not self._room.evict_for_device(step):
-            raise self._room.refusal(most, MemoryError(refused(self._device, call)))
+            raise self._refusal(call)
         self._evicted += step
         while self._memory.reclaiming:
             await self._reclaimer.wait()
 
+    def _refusal(self, call: str) -> WeightdError:
+        refusal = self._room.refusal(self._device.loader_bytes, MemoryError(call))
+        if not isinstance(refusal, CapacityError):
+            return refusal
+        evictable, pinned, leased = map(size, (refusal.evictable_bytes, refusal.pinned_bytes, refusal.leased_bytes))
+        return CapacityError(
+            f"{_shortage(self._device, call)}, {evictable} evictable, {pinned} pinned, {leased} leased; {_ADVICE}",
+            refusal.metadata,
+        )
 
-def refused(device: Device, call: str) -> str:
-    """Say what a loader has no room for."""
+
+def _shortage(device: Device, call: str) -> str:
+    """Say what a loader has no room for, and what the device has free."""
     what, available = _NAMES.get(call, "a mapping"), device.available()
-    free = "" if available is None else f", {size(available)} are free on it"
-    return f"{what} of a loader process (up to {size(device.loader_bytes)} in all) cannot be had{free} ({call})"
+    free = "unknown" if available is None else size(available)
+    return (
+        f"no room on {device.uuid} for {what} of a loader process, which takes up to {size(device.loader_bytes)} of "
+        f"the device beside tensors ({call}): {free} free there"
+    )
 
 
 async def make_room_for_verifying(device: Device, pool: LoadProcessPool, call: str) -> None:
@@ -80,8 +95,7 @@ async def make_room_for_verifying(device: Device, pool: LoadProcessPool, call: s
     Errors: CapacityError.
     """
     if not await pool.dismiss_idle():
+        await device.refresh()
         raise CapacityError(
-            f"nothing can be verified on {device.uuid}: {refused(device, call)}; stop what else uses the device, or "
-            "remove a checkpoint",
-            {"requested_bytes": str(device.loader_bytes)},
+            f"cannot verify: {_shortage(device, call)}; {_ADVICE}", {"requested_bytes": str(device.loader_bytes)}
         )

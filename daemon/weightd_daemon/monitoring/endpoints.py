@@ -32,7 +32,8 @@ def pages(metrics: Metrics, statistics: Statistics, is_up: Callable[[], bool]) -
             )
         return MonitoringPage(HTTPStatus.OK, b"ready\n")
 
-    def counted() -> MonitoringPage:
+    async def counted() -> MonitoringPage:
+        await statistics.refresh()
         if metrics.is_cut_off:
             return MonitoringPage(HTTPStatus.INTERNAL_SERVER_ERROR, b"counting has failed; the daemon's log says why\n")
         return MonitoringPage(HTTPStatus.OK, metrics.page(), CONTENT_TYPE)

@@ -15,6 +15,8 @@ from weightd_daemon.core.events import (
     CatalogNameChanged,
     CheckpointEvicted,
     CheckpointSealed,
+    DeviceAbsent,
+    DeviceBack,
     DeviceLost,
     DrainChanged,
     Event,
@@ -201,6 +203,11 @@ class MonitoringEventStream:
             case DeviceLost(device, reason):
                 kind = daemon_pb2.EVENT_KIND_DEVICE_LOST
                 return None, daemon_pb2.Event(kind=kind, device=device, message=reason[:MESSAGE_CHARACTERS])
+            case DeviceAbsent(device, reason):
+                kind = daemon_pb2.EVENT_KIND_DEVICE_ABSENT
+                return None, daemon_pb2.Event(kind=kind, device=device, message=reason[:MESSAGE_CHARACTERS])
+            case DeviceBack(device):
+                return None, daemon_pb2.Event(kind=daemon_pb2.EVENT_KIND_DEVICE_BACK, device=device)
             case DrainChanged(state):
                 return None, daemon_pb2.Event(kind=f"EVENT_KIND_{state.upper()}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class MonitoringPage(NamedTuple):
 class MonitoringServer:
     """HTTP server for monitors: serves pages by path, each made when it is requested."""
 
-    def __init__(self, pages: Mapping[str, Callable[[], MonitoringPage]]) -> None:
+    def __init__(self, pages: Mapping[str, Callable[[], MonitoringPage | Awaitable[MonitoringPage]]]) -> None:
         self._pages = pages
         self._server: asyncio.Server | None = None
         self._answering: set[asyncio.Task[None]] = set()
@@ -86,7 +86,8 @@ class MonitoringServer:
         if page is None:
             return _refusal(HTTPStatus.NOT_FOUND)
         try:
-            return page()
+            made = page()
+            return await made if isinstance(made, Awaitable) else made
         except Exception:  # a bug in a page must not take the others down
             log.exception("no page by a bug")
             return _refusal(HTTPStatus.INTERNAL_SERVER_ERROR)

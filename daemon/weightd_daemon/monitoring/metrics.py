@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import GRPC_CODES, REASONS
 from weightd_daemon import __version__
-from weightd_daemon.core.events import CheckpointEvicted, DeviceLost, Event, LoadAnswered, LoadEnded
+from weightd_daemon.core.events import CheckpointEvicted, DeviceBack, DeviceLost, Event, LoadAnswered, LoadEnded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,7 @@ class Metrics:
         self._registry = registry
         self.is_cut_off = False
         """Whether it hears nothing more, so that its figures are out of date."""
-        self._kinds = {uuid: device.kind for uuid, device in statistics.devices.items()}
+        self._devices = statistics.devices
         self._loads = Counter("weightd_loads", "Loads that have ended, by outcome.", ["outcome"], registry=registry)
         self._answered = Counter(
             "weightd_loads_from_memory", "Loads that were answered with what was resident.", _DEVICE, registry=registry
@@ -94,12 +94,8 @@ class Metrics:
                 self._rpcs.labels(method, code)
         for reason in _EVICTIONS:
             self._evictions.labels(reason)
-        for place in self._kinds.items():
-            for metric in (self._load_bytes, self._load_read_bytes, self._load_unique_bytes):
-                metric.labels(*place)
-            self._answered.labels(*place)
-            self._losses.labels(*place)
-            self._load_seconds.labels(*place)
+        for uuid in self._devices:
+            self._begin(self._place(uuid))
         ProcessCollector(registry=registry)
         registry.register(_Books(statistics))
 
@@ -107,7 +103,7 @@ class Metrics:
         """Something has happened."""
         match event:
             case LoadEnded(begun, reason):
-                place = begun.device, self._kinds[begun.device]
+                place = self._place(begun.device)
                 self._loads.labels(reason).inc()
                 if reason == "OK":
                     self._load_bytes.labels(*place).inc(event.total_bytes)
@@ -115,12 +111,13 @@ class Metrics:
                     self._load_unique_bytes.labels(*place).inc(event.unique_bytes)
                     self._load_seconds.labels(*place).observe(event.seconds)
             case LoadAnswered(checkpoint):
-                uuid = checkpoint.key.device
-                self._answered.labels(uuid, self._kinds[uuid]).inc()
+                self._answered.labels(*self._place(checkpoint.key.device)).inc()
             case CheckpointEvicted(_, reason):
                 self._evictions.labels(reason).inc()
             case DeviceLost(device):
-                self._losses.labels(device, self._kinds[device]).inc()
+                self._losses.labels(*self._place(device)).inc()
+            case DeviceBack(device):  # whose kind may have been unknown
+                self._begin(self._place(device))
 
     def cut_off(self) -> None:
         """It hears nothing more."""
@@ -133,6 +130,18 @@ class Metrics:
     def attached(self, code: str, seconds: float) -> None:
         """An attach was answered, well or with an error."""
         self._attach_seconds.labels(code).observe(seconds)
+
+    def _place(self, uuid: str) -> tuple[str, str]:
+        """The labels of a device."""
+        return uuid, self._devices[uuid].kind
+
+    def _begin(self, place: tuple[str, str]) -> None:
+        """Have the series of a device."""
+        for metric in (self._load_bytes, self._load_read_bytes, self._load_unique_bytes):
+            metric.labels(*place)
+        self._answered.labels(*place)
+        self._losses.labels(*place)
+        self._load_seconds.labels(*place)
 
     def page(self) -> bytes:
         """All of it, in Prometheus' text format."""
@@ -164,6 +173,10 @@ class _Books(Collector):
             labels=_DEVICE,
         )  # fmt: skip
         segments = GaugeMetricFamily("weightd_device_segments", "Segments.", labels=_DEVICE)
+        absent = GaugeMetricFamily(
+            "weightd_device_absent", "1 while the device cannot be served; its budget is what it uses then.",
+            labels=_DEVICE,
+        )  # fmt: skip
         for device in books.devices:
             place = [device.uuid, device.kind]
             states = {
@@ -177,15 +190,18 @@ class _Books(Collector):
             budget.add_metric(place, device.budget_bytes)
             used.add_metric(place, device.used_bytes)
             segments.add_metric(place, device.segments)
+            absent.add_metric(place, bool(device.absence))
             if device.HasField("device_free_bytes"):
                 system.add_metric(place, device.device_free_bytes)
-        yield from (memory, budget, used, system, segments)
+        yield from (memory, budget, used, system, segments, absent)
 
         yield _gauge("weightd_logical_bytes", "What all checkpoints would take if none shared.", books.logical_bytes)
         yield _gauge("weightd_resident_bytes", "Bytes of blobs, each counted once.", books.resident_bytes)
         yield _gauge("weightd_saved_bytes", "Bytes that sharing saves.", books.saved_bytes)
         checkpoints = GaugeMetricFamily("weightd_checkpoints", "Checkpoints, by state.", labels=["state"])
-        checkpoints.add_metric(["resident"], books.checkpoints)
+        away = sum(map(statistics.store.is_absent, statistics.store.checkpoints.values()))
+        checkpoints.add_metric(["resident"], books.checkpoints - away)
+        checkpoints.add_metric(["absent"], away)
         checkpoints.add_metric(["loading"], len(statistics.loads.under_way))
         checkpoints.add_metric(["lost"], len(statistics.store.lost))
         yield checkpoints

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -31,6 +32,10 @@ class Statistics(NamedTuple):
     drain: DrainOperation
     digests: PersistentDigestIndex
 
+    async def refresh(self) -> None:
+        """Look anew at what each device has free; that takes a moment at most."""
+        await asyncio.gather(*(device.refresh() for device in self.devices.values()))
+
     def read(self) -> daemon_pb2.GetStatsResponse:
         """Every figure, in one step of the loop. It takes time in proportion to devices and checkpoints."""
         store = self.store
@@ -38,19 +43,21 @@ class Statistics(NamedTuple):
         for uuid, memory in store.memories.items():
             used, live, in_flight = memory.used, store.live_bytes(uuid), store.in_flight_bytes(uuid)
             device = self.devices[uuid]
+            budget = used if uuid in store.absent else memory.budget
             devices.append(
                 daemon_pb2.Device(
                     uuid=uuid,
                     kind=device.kind,
                     name=device.name,
-                    budget_bytes=memory.budget,
+                    budget_bytes=budget,
                     used_bytes=used,
                     live_bytes=live,
                     in_flight_bytes=in_flight,
                     reusable_bytes=used - live - in_flight,
-                    free_bytes=memory.budget - used,
+                    free_bytes=budget - used,
                     segments=memory.segments,
                     device_free_bytes=device.available(),
+                    absence=store.absent.get(uuid, ""),
                 )
             )
         logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())

@@ -1,4 +1,7 @@
-"""Drain: refuses new attaches and loads; when no lease is left, evicts everything and releases the pool."""
+"""Drain: refuses new attaches and loads; when no lease is left, evicts everything and releases the pool.
+
+What is kept of absent devices stays: nobody who drains a daemon means what it cannot even reach.
+"""
 
 from __future__ import annotations
 
@@ -103,6 +106,8 @@ class DrainOperation:
         while self._store.leases.held():  # noqa: ASYNC110  # the kernel sets no event
             await asyncio.sleep(LOOK_SECONDS)
         for checkpoint in list(self._store.checkpoints.values()):
+            if self._store.is_absent(checkpoint):
+                continue  # emptying a device is for one that is there, or by its name (forget.py)
             if self._store.checkpoints.get(checkpoint.key) is checkpoint:  # else it went by `rm`, or with its device
                 self.freed_bytes += self._store.remove(checkpoint, reason="drained")
                 self.checkpoints += 1

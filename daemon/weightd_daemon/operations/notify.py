@@ -90,9 +90,10 @@ class ServiceManagerNotifier:
 def status_line(store: ContentStore) -> str:
     """What the daemon holds, in one line for people."""
     used = sum(memory.used for memory in store.memories.values()) / 2**30
-    budget = sum(memory.budget for memory in store.memories.values()) / 2**30
+    budget = sum(memory.used if uuid in store.absent else memory.budget for uuid, memory in store.memories.items())
     checkpoints, leases = len(store.checkpoints), len(store.leases)  # the kernel is not asked each time
+    absent = f", absent: {', '.join(store.absent)}" if store.absent else ""
     return (
-        f"Serving {checkpoints} checkpoint{'s' * (checkpoints != 1)}, {used:.1f} of {budget:.1f} GiB, "
-        f"{leases} lease{'s' * (leases != 1)}"
+        f"Serving {checkpoints} checkpoint{'s' * (checkpoints != 1)}, {used:.1f} of {budget / 2**30:.1f} GiB, "
+        f"{leases} lease{'s' * (leases != 1)}{absent}"
     )

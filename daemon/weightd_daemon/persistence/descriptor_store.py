@@ -14,21 +14,21 @@ import asyncio
 import contextlib
 import logging
 import os
-import re
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 from weightd_daemon.handles.segment_table import HandleSegmentTable
 from weightd_daemon.log_line import Line
 
+from .given import ROOT, GivenDescriptors
 from .record_writer import RootRecordWriter
-from .restore import PersistedDescriptors, restore
-from .root_record import PersistentRootRecord, RootRecordContents, read_root
+from .restore import restore
+from .root_record import PersistentRootRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import CheckpointKey, Content
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOT = "root"
+NODE = "gpu."
+"""Begins the name under which an open device file is stored; the device's UUID follows (gpu_nodes.py)."""
 _BARRIER_SECONDS = 10.0
 RETRY_SECONDS = 5.0
 """How long after the root record could not be written it is tried again."""
@@ -100,7 +101,7 @@ class PersistentDescriptorStore:
         self,
         *,
         manager: ServiceManagerStore,
-        given: Sequence[tuple[str, int]],
+        given: GivenDescriptors,
         store: ContentStore,
         catalog: Catalog,
         devices: dict[str, Device],
@@ -109,7 +110,7 @@ class PersistentDescriptorStore:
         now: Callable[[], float],
     ) -> None:
         self._manager = manager
-        self._given = list(given)
+        self._given = given
         self._store = store
         self._catalog = catalog
         self._devices = devices
@@ -130,66 +131,40 @@ class PersistentDescriptorStore:
 
     async def begin(self) -> None:
         """Take up what was kept, and keep on from there. Nobody may have connected yet."""
-        left = PersistedDescriptors({})
-        for name, descriptor in self._given:
-            if name == ROOT or name in left.descriptors:
-                continue
-            left.descriptors[name] = descriptor
-        body = self._find_root()
-        used = [int(match[1]) for name in left.descriptors if (match := re.fullmatch(r"\w{3}\.(\d{1,18})", name))]
-        record = self._record
-        record.last_id = max([left.number(body, "last_id"), *used])
+        given, record = self._given, self._record
+        record.root = given.root
+        record.last_id = max([given.number("last_id"), *given.used_ids])
         self._ids = count(record.last_id + 1)
-        record.last_lease = left.number(body, "last_lease")
+        record.last_lease = given.number("last_lease")
         self._store.leases.number_above(record.last_lease)
-        if body:
+        if given.body:
             record.segments, record.kept = restore(
-                body, left, store=self._store, catalog=self._catalog, devices=self._devices,
+                given, store=self._store, catalog=self._catalog, devices=self._devices,
                 manifests=self._manifests, last_lease=record.last_lease, now=self._now(),
             )  # fmt: skip
         lease_files = self._lease_files.adopt(
-            left.descriptors, record.kept, self._store.leases, record.last_lease, self._now()
+            given.descriptors, record.kept, self._store.leases, record.last_lease, self._now()
         )
-        left.taken |= {left.descriptors[name] for name in lease_files}
+        given.taken |= {given.descriptors[name] for name in lease_files}
         kept = *map(_segment_name, record.segments.values()), *map(_manifest_name, record.kept.values())
-        self._stored = {*kept, *lease_files, ROOT}
+        nodes = {NODE + uuid for uuid in self._devices} & given.descriptors.keys()  # only the store need have them open
+        self._stored = {*kept, *lease_files, *nodes, ROOT}
         await self._begin_root()
         self.flip()
-        self._let_go(left)
-        for uuid in self._devices:
+        self._let_go()
+        for uuid in self._devices.keys() - self._store.absent.keys():
             for _ in self._store.fit(uuid):
                 await asyncio.sleep(0)
             if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
-        if self._given:
+        if given.all:
             counts = {
                 "checkpoints": len(record.kept),
                 "segments": len(record.segments),
                 "leases": len(self._store.leases),
             }
             log.info(Line("taken up", counts))
-
-    def _find_root(self) -> dict[str, Any]:
-        """The last content of the root records that were given; the one that has it is written to from now on."""
-        found: dict[int, RootRecordContents] = {}
-        for name, descriptor in self._given:
-            if name == ROOT:
-                if record := read_root(descriptor):
-                    found[descriptor] = record
-                else:
-                    os.close(descriptor)
-                    log.warning("a root record is damaged, in both of its slots")
-        if not found:
-            if self._given:
-                log.warning("nothing that was kept can be taken up, for want of a root record: starting empty")
-            return {}
-        chosen = max(found, key=lambda descriptor: found[descriptor].sequence)
-        for descriptor in found.keys() - {chosen}:
-            os.close(descriptor)
-            log.warning("a root record is left: another is newer")
-        self._record.root = PersistentRootRecord(chosen, found[chosen].sequence)
-        return {**found[chosen].body, "schema": found[chosen].schema}
 
     async def _begin_root(self) -> None:
         """Have a root record kept, unless there is one, or nobody to keep it."""
@@ -209,14 +184,15 @@ class PersistentDescriptorStore:
         else:
             self._record.root = root
 
-    def _let_go(self, left: PersistedDescriptors) -> None:
+    def _let_go(self) -> None:
         """What was not taken up leaves the store, and its memory the machine."""
-        names = {name for name, _ in self._given} - self._stored
+        given = self._given
+        names = {name for name, _ in given.all} - self._stored
         for name in sorted(names):
             log.info("descriptor %r is left: nothing needs it", name[:80])
             if name and name.isprintable():  # else no name of the descriptor store
                 self.drop(name)
-        for descriptor in {descriptor for name, descriptor in self._given if name != ROOT} - left.taken:
+        for descriptor in {descriptor for name, descriptor in given.all if name != ROOT} - given.taken:
             os.close(descriptor)
 
     # -- while it serves -------------------------------------------------------------------------------------------
@@ -280,6 +256,10 @@ class PersistentDescriptorStore:
         """Whether anything outlives this daemon."""
         return self._record.root is not None and self._manager.listens
 
+    def holds(self, name: str) -> bool:
+        """Whether a descriptor is stored under a name, or is about to be."""
+        return name in self._stored
+
     async def store(self, name: str, descriptor: int) -> None:
         """Store a descriptor under a name. When this returns, it is stored. Errors: OSError, TimeoutError; then not."""
         if len(self._stored) >= self._most:
@@ -299,6 +279,11 @@ class PersistentDescriptorStore:
             self._manager.drop(name)
         except OSError as error:
             log.warning("the service manager does not let go of %r: %s", name, error)
+
+    async def settled(self) -> None:
+        """Wait until the manager has done what it was told by now, if it answers."""
+        with contextlib.suppress(OSError, TimeoutError):
+            await self._manager.barrier(_BARRIER_SECONDS)
 
     def sealed(self, key: CheckpointKey, draft: object) -> None:
         """Take over the manifest of a checkpoint that is about to be resident. This is written as `changed` says."""

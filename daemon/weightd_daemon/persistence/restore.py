@@ -12,7 +12,6 @@ import math
 import os
 import re
 import struct
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._manifest import Manifest
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
 
+    from .given import GivenDescriptors
+
 log = logging.getLogger(__name__)
 
 MANIFEST_BYTES = 1 << 30
@@ -52,20 +53,6 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _SCHEMA_KEYS = {"schema", "last_id", "last_lease", "segments", "checkpoints", "names"}
 _CANNOT_BE = (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError, struct.error, ServerError)
 """What checking something that is not what it should be may raise."""
-
-
-@dataclass
-class PersistedDescriptors:
-    """Descriptors restored from the last daemon, by name; `taken` are those that have found an owner."""
-
-    descriptors: dict[str, int]
-    taken: set[int] = field(default_factory=set)
-
-    @staticmethod
-    def number(body: Mapping[str, Any], key: str) -> int:
-        """A counter of the root record; 0 where there is none."""
-        value = body.get(key, 0)
-        return value if isinstance(value, int) and 0 <= value < 1 << 60 else 0
 
 
 class _Segment(NamedTuple):
@@ -83,13 +70,13 @@ class _Restore:
 
     def __init__(
         self,
-        left: PersistedDescriptors,
+        given: GivenDescriptors,
         store: ContentStore,
         catalog: Catalog,
         devices: Mapping[str, Device],
         manifests: ManifestHandles,
     ) -> None:
-        self.left = left
+        self.given = given
         self.store = store
         self.catalog = catalog
         self.devices = devices
@@ -103,16 +90,16 @@ class _Restore:
     def adopt(self, row: Mapping[str, Any]) -> None:
         """Take over a segment. Errors: of _CANNOT_BE, DeviceError."""
         number, uuid = _number(row["id"]), _text(row["device"])
-        descriptor, size = self.left.descriptors.get(f"seg.{number}"), _number(row["size"])
+        descriptor, size = self.given.descriptors.get(f"seg.{number}"), _number(row["size"])
         device = self.devices.get(uuid)
         if device is None or device.kind != row["kind"] or not device.lasting:
             raise ValueError(f"{uuid} is not served here as {row['kind']!r}")
-        if descriptor is None or descriptor in self.left.taken or number in self.segments:
+        if descriptor is None or descriptor in self.given.taken or number in self.segments:
             raise ValueError("its descriptor is not there")
         if not size or size % device.page:
             raise ValueError(f"{size} bytes are no whole pages")
         adopted = device.adopt(descriptor, size)
-        self.left.taken.add(descriptor)
+        self.given.taken.add(descriptor)
         frozen = row.get("frozen") is not False  # also where that is not said
         self.segments[number] = _Segment(uuid, _text(row["domain"]), size, frozen, adopted)
 
@@ -122,8 +109,8 @@ class _Restore:
         if not _DIGEST.fullmatch(key.content_digest):
             raise ValueError("its content digest is none")
         number = _number(row["manifest"])
-        descriptor = self.left.descriptors.get(f"man.{number}")
-        if descriptor is None or descriptor in self.left.taken:
+        descriptor = self.given.descriptors.get(f"man.{number}")
+        if descriptor is None or descriptor in self.given.taken:
             raise ValueError("its manifest is not there")
         segments = [self.segments[_number(one)] for one in row["segments"]]
         if any((segment.device, segment.domain) != key[:2] for segment in segments):
@@ -148,7 +135,7 @@ class _Restore:
         self.uses[key] = used, last_used
         checkpoint.origin, checkpoint.reference = origin, reference
         self.store.index.add_sources(checkpoint, sources)
-        self.left.taken.add(descriptor)
+        self.given.taken.add(descriptor)
         self.manifests.add(key, descriptor, table, number=number)
         self.kept[key] = number
 
@@ -186,8 +173,7 @@ class _Restore:
 
 
 def restore(
-    body: Mapping[str, Any],
-    left: PersistedDescriptors,
+    given: GivenDescriptors,
     *,
     store: ContentStore,
     catalog: Catalog,
@@ -198,10 +184,11 @@ def restore(
 ) -> tuple[dict[tuple[str, int], int], dict[CheckpointKey, int]]:
     """Fill empty books with what a root record names. Returns the numbers under which segments and manifests are kept.
 
-    What is left stays in `left`. A root record of another schema is understood as far as its rows are; what else it may
-    place in segments nobody knows, so all of them are frozen.
+    What is left is not in `given.taken`. A root record of another schema is understood as far as its rows are; what
+    else it may place in segments nobody knows, so all of them are frozen.
     """
-    state = _Restore(left, store, catalog, devices, manifests)
+    body = given.body
+    state = _Restore(given, store, catalog, devices, manifests)
     foreign = body.get("schema") != SCHEMA
     if foreign:
         unknown = ", ".join(sorted(map(str, body.keys() - _SCHEMA_KEYS))) or "nothing"

@@ -21,6 +21,7 @@ class CheckpointState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     CHECKPOINT_STATE_RESIDENT: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_LOST: _ClassVar[CheckpointState]
     CHECKPOINT_STATE_EVICTED: _ClassVar[CheckpointState]
+    CHECKPOINT_STATE_ABSENT: _ClassVar[CheckpointState]
 LOAD_ORDER_UNSPECIFIED: LoadOrder
 LOAD_ORDER_REQUESTED: LoadOrder
 LOAD_ORDER_JOINED: LoadOrder
@@ -30,6 +31,7 @@ CHECKPOINT_STATE_LOADING: CheckpointState
 CHECKPOINT_STATE_RESIDENT: CheckpointState
 CHECKPOINT_STATE_LOST: CheckpointState
 CHECKPOINT_STATE_EVICTED: CheckpointState
+CHECKPOINT_STATE_ABSENT: CheckpointState
 
 class FileIdentity(_message.Message):
     __slots__ = ("device", "inode", "size_bytes", "mtime_ns", "ctime_ns")

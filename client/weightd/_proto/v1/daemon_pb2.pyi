@@ -31,6 +31,8 @@ class EventKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EVENT_KIND_LOAD_ANSWERED: _ClassVar[EventKind]
     EVENT_KIND_NAMED: _ClassVar[EventKind]
     EVENT_KIND_UNNAMED: _ClassVar[EventKind]
+    EVENT_KIND_DEVICE_ABSENT: _ClassVar[EventKind]
+    EVENT_KIND_DEVICE_BACK: _ClassVar[EventKind]
 DAEMON_STATE_UNSPECIFIED: DaemonState
 DAEMON_STATE_SERVING: DaemonState
 DAEMON_STATE_DRAINING: DaemonState
@@ -49,6 +51,8 @@ EVENT_KIND_UNDRAINED: EventKind
 EVENT_KIND_LOAD_ANSWERED: EventKind
 EVENT_KIND_NAMED: EventKind
 EVENT_KIND_UNNAMED: EventKind
+EVENT_KIND_DEVICE_ABSENT: EventKind
+EVENT_KIND_DEVICE_BACK: EventKind
 
 class GetVersionRequest(_message.Message):
     __slots__ = ()
@@ -69,7 +73,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments", "device_free_bytes")
+    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments", "device_free_bytes", "absence")
     UUID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -81,6 +85,7 @@ class Device(_message.Message):
     FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ABSENCE_FIELD_NUMBER: _ClassVar[int]
     uuid: str
     kind: str
     name: str
@@ -92,7 +97,8 @@ class Device(_message.Message):
     free_bytes: int
     segments: int
     device_free_bytes: int
-    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ...) -> None: ...
+    absence: str
+    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., absence: _Optional[str] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
     __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index", "books")
@@ -143,10 +149,12 @@ class DigestIndex(_message.Message):
     def __init__(self, path: _Optional[str] = ..., problem: _Optional[str] = ..., failures: _Optional[int] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
-    __slots__ = ("timeout_seconds",)
+    __slots__ = ("timeout_seconds", "forget")
     TIMEOUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FORGET_FIELD_NUMBER: _ClassVar[int]
     timeout_seconds: float
-    def __init__(self, timeout_seconds: _Optional[float] = ...) -> None: ...
+    forget: str
+    def __init__(self, timeout_seconds: _Optional[float] = ..., forget: _Optional[str] = ...) -> None: ...
 
 class DrainEvent(_message.Message):
     __slots__ = ("holders", "result")
