@@ -53,8 +53,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
         ("weightd_daemon.app", "weightd_daemon.devices*"),
     ),
 }
-# Which rooms of the daemon a room may import: those below it. The composition roots may import all: app.py, and
-# planning.py, which is what `weightd plan` runs without a daemon.
+# Which rooms of the daemon a room may import: those below it. The composition roots may import all: app.py with
+# bookkeeping.py, and planning.py, which is what `weightd plan` runs without a daemon.
 DAEMON = "weightd_daemon"
 ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
@@ -76,7 +76,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "wire"),
 }
-ROOTS = ("app", "planning", "__main__")
+ROOTS = ("app", "bookkeeping", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
 LAZILY_IN = dict.fromkeys(("torch", "weightd._tensors", "weightd._assign"), ("weightd.attachment",))
 

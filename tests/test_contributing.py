@@ -61,3 +61,15 @@ def test_what_narrows_the_tests_leaves_some(command: str) -> None:
 
 def test_some_commands_narrow_the_tests() -> None:
     assert {target for command in NARROWED for target in targets(command)} >= {"unit", "test"}
+
+
+def test_the_tests_for_gpus_run_where_there_is_none() -> None:
+    """On the double, and not a second time as tests of the double alone."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", "gpu"],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    found = {line for line in done.stdout.splitlines() if "::" in line}
+    assert len(found) >= 300
+    assert len({line.partition("::")[0] for line in found}) >= 20, "files"

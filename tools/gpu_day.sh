@@ -170,11 +170,11 @@ probe() {
 
 # tests BACKEND FILE…
 tests() {
-    local backend=$1 workers=8
+    local backend=$1 workers=8 gpu=hardware
     shift
-    [ -z "$REHEARSING" ] || workers=2
+    [ -z "$REHEARSING" ] || { workers=2 && gpu=double; } # which leaves out what needs torch.cuda
     $PYTHON -m pytest -p xdist -p timeout -p no:cacheprovider -v -n $workers --dist load --maxschedchunk 1 \
-        --timeout 60 -m gpu --gpu=hardware -k "$backend" "$@"
+        --timeout 60 -m gpu --gpu=$gpu -k "$backend" "$@"
 }
 
 # bench PARTS SCALE

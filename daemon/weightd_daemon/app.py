@@ -15,31 +15,21 @@ from typing import TYPE_CHECKING, NamedTuple
 from . import heap, logs
 from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
-from .core.catalog import Catalog
-from .core.lease import LeaseTable
-from .core.memory import MemoryAccounting
+from .bookkeeping import DaemonBooks, open_books
 from .core.store import ContentStore
-from .devices.budgets import books_of, called, check_budgets, device_meant, pool_of, resize
+from .devices.budgets import called, check_budgets, device_meant, resize
 from .devices.cuda_ipc import CudaHolderContext
-from .devices.reclaimer import DeviceReclaimer
 from .devices.served import Devices
 from .handles.attach import AttachHandler
 from .handles.connections import HandleSocketConnections
 from .handles.handle_server import HandleServer
-from .handles.lease_files import HandleLeaseFiles
-from .handles.lease_locks import HandleLeaseLocks
-from .handles.lease_sweep import HandleLeaseSweep
-from .handles.manifests import ManifestHandles
 from .loads.fair_queue import LoadQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
 from .log_line import Line
-from .monitoring.event_log import EventLog
-from .monitoring.event_stream import MonitoringEventStream
 from .monitoring.listeners import EventListeners
 from .monitoring.page_server import serve_pages
 from .monitoring.statistics import Statistics
-from .operations.absence import AbsentDevices
 from .operations.drain import DrainOperation
 from .operations.forget import DeviceForgetting
 from .operations.model_roots import on_thread
@@ -49,10 +39,8 @@ from .operations.quarantine import thaw_when_unwritten
 from .operations.reload import ReloadOperation
 from .operations.serving_lock import AlreadyRunningError
 from .operations.sockets import DaemonSockets, cannot_be_made, locked
-from .persistence.descriptor_store import PersistentDescriptorStore
 from .persistence.digest_index import PersistentDigestIndex
 from .persistence.given import GivenDescriptors
-from .persistence.gpu_nodes import GpuNodes
 from .persistence.service_manager import ServiceManagerStore, stored_descriptors
 from .residency import Residency
 
@@ -60,7 +48,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from .config.settings import LoadedSettings, Settings
-    from .core.limits import UserLimits
     from .monitoring.metrics import Metrics
     from .operations.reload import Change
 
@@ -69,21 +56,6 @@ __all__ = ["AlreadyRunningError", "Daemon"]
 log = logging.getLogger(__name__)
 
 _STOP_GRACE = 1.0
-
-
-class _Books(NamedTuple):
-    """What the daemon holds, what is kept of it for the next one, and by device what returns its memory."""
-
-    store: ContentStore
-    catalog: Catalog
-    limits: UserLimits
-    event_stream: MonitoringEventStream
-    manifests: ManifestHandles
-    locks: HandleLeaseLocks
-    sweep: HandleLeaseSweep
-    descriptor_store: PersistentDescriptorStore
-    reclaimers: dict[str, DeviceReclaimer]
-    absences: AbsentDevices
 
 
 class _Work(NamedTuple):
@@ -153,7 +125,7 @@ class Daemon:
         residency = Residency(listeners.publish)
         given = GivenDescriptors(self._given)
         served = await self._open_devices(stack, residency, sockets.lock.holders, given)
-        books = self._open_books(stack, served, residency, listeners, given)
+        books = open_books(stack, self._settings, self._manager, served, residency, listeners, given)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
         residency.join(books.store, books.catalog, books.manifests, books.descriptor_store, work.loads)
         await self._adopt(stack, sockets, served, books)
@@ -190,50 +162,8 @@ class Daemon:
         await on_thread(partial(served.open, given.kinds))  # the loop goes on telling the manager that it starts
         return served
 
-    def _open_books(
-        self, stack: contextlib.AsyncExitStack, served: Devices, residency: Residency, listeners: EventListeners,
-        given: GivenDescriptors,
-    ) -> _Books:  # fmt: skip
-        """Make the books of the devices' memory, empty, and what keeps them for the next daemon."""
-        settings, limits, publish = self._settings, self._settings.limits, listeners.publish
-        manifests = ManifestHandles(residency.before_lock)
-        stack.callback(manifests.close)
-        lease_files = HandleLeaseFiles()
-        stack.callback(lease_files.close)
-        locks = HandleLeaseLocks(manifests, lease_files)
-        store = ContentStore(leases=LeaseTable(locks.is_locked, publish, locks.forget), on_event=residency.on_event)
-        catalog = Catalog(store, limits, changed=residency.on_changed, on_event=publish)
-        event_stream = MonitoringEventStream(store=store, catalog=catalog, now=time.time)
-        listeners.add(event_stream)
-        listeners.add(EventLog(event_stream.encode))
-        descriptor_store = PersistentDescriptorStore(
-            manager=self._manager, given=given, store=store, catalog=catalog, devices=served.devices,
-            manifests=manifests, lease_files=lease_files, now=time.time,
-        )  # fmt: skip
-        stack.callback(descriptor_store.close)
-        sweep = HandleLeaseSweep(store.leases, lease_files)
-        stack.push_async_callback(sweep.close)
-        reclaimers: dict[str, DeviceReclaimer] = {}
-        for uuid, device in served.devices.items():
-            budget = 0 if uuid in served.absent else served.budgets[uuid]
-            reclaimer = reclaimers[uuid] = DeviceReclaimer(device, partial(descriptor_store.released, uuid))
-            stack.push_async_callback(reclaimer.stop)
-            store.memories[uuid] = MemoryAccounting(
-                budget=budget, page=device.page, sparse=device.sparse, pool_limit=pool_of(settings, device, budget),
-                create=reclaimer.maker.create, on_reclaim=reclaimer.kick, available=partial(served.available, uuid),
-                before_use=residency.before_use,
-            )  # fmt: skip
-            reclaimer.watch(store.memories[uuid])
-        store.books.limit = books_of(settings, served.budgets)
-        nodes = GpuNodes(descriptor_store, served.devices)
-        absences = AbsentDevices(settings, served, store, reclaimers, nodes, publish)
-        stack.push_async_callback(absences.close)
-        return _Books(
-            store, catalog, limits, event_stream, manifests, locks, sweep, descriptor_store, reclaimers, absences
-        )
-
     async def _adopt(
-        self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets, served: Devices, books: _Books
+        self, stack: contextlib.AsyncExitStack, sockets: DaemonSockets, served: Devices, books: DaemonBooks
     ) -> None:
         """Take up what an earlier daemon has left; set aside what a process of it may still write to."""
         memories = books.store.memories
@@ -249,7 +179,12 @@ class Daemon:
             stack.callback(asyncio.get_running_loop().create_task(thawing).cancel)
 
     def _prepare_loads(
-        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, listeners: EventListeners, lock: int
+        self,
+        stack: contextlib.AsyncExitStack,
+        served: Devices,
+        books: DaemonBooks,
+        listeners: EventListeners,
+        lock: int,
     ) -> _Work:
         """Make what loads: nothing does so yet."""
         settings = self._settings
@@ -266,7 +201,12 @@ class Daemon:
         return _Work(loads, fair_queue, index)
 
     def _make_services(
-        self, stack: contextlib.AsyncExitStack, served: Devices, books: _Books, work: _Work, listeners: EventListeners
+        self,
+        stack: contextlib.AsyncExitStack,
+        served: Devices,
+        books: DaemonBooks,
+        work: _Work,
+        listeners: EventListeners,
     ) -> _Services:
         """Make what answers calls and attaches: nobody can reach it yet."""
         settings, devices, default = self._settings, served.devices, served.default
@@ -335,14 +275,15 @@ class Daemon:
         print(f"weightd is ready on {self._socket}: {'; '.join(shown)}", flush=True)  # noqa: T201  # the contract
 
     def _reloading(
-        self, sockets: DaemonSockets, served: Devices, books: _Books, work: _Work, services: _Services,
+        self, sockets: DaemonSockets, served: Devices, books: DaemonBooks, work: _Work, services: _Services,
         handles: HandleServer,
     ) -> ReloadOperation:  # fmt: skip
         """What takes up the settings that can change while the daemon runs."""
         settings, store, preloader = self._settings, books.store, services.preloader
 
         def change_budgets(new: Settings) -> Iterator[None]:
-            store.books.limit = resize(new, served.devices, served.names, store.memories, store.absent)
+            books.absences.settings = new  # at once: a device may take over between the steps that follow
+            store.books.limit = resize(new, served.devices, served.names, store.memories, served.absent)
             return store.fit_books()
 
         def change_loads(new: Settings) -> None:
@@ -378,7 +319,7 @@ class Daemon:
             settings,
             self._read,
             [
-                lambda new: check_budgets(new, served.devices, served.names, store.memories, store.absent),
+                lambda new: check_budgets(new, served.devices, served.names, store.memories, served.absent),
                 lambda new: preloader.check(new.preload),
             ],
             {name: change for change, keys in changes.items() for name in keys.split()},

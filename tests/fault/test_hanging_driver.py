@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,11 @@ def test_a_gpu_whose_driver_hangs_is_told_of_and_served_again_and_the_rest_never
         for name in ("before", "new", "other")
     ]
     on = backend.with_knobs(hang=CREATES[backend.kind], hang_while=hangs)
-    daemon = start_daemon(on, argv=launcher(answer=0.3), device="host,cuda:0", log_level="info")
+    config = tmp_path / "w.toml"
+    config.write_text("budget = '256MiB'")
+    daemon = start_daemon(
+        on, argv=launcher(answer=0.3), device="host,cuda:0", log_level="info", config=config, unset=("budget",)
+    )
     client = daemon.connect()
     client.load(paths[0], device=backend.uuid, name="before")
     used = {device.uuid: device.used_bytes for device in client.stats().devices}[backend.uuid]
@@ -49,8 +54,13 @@ def test_a_gpu_whose_driver_hangs_is_told_of_and_served_again_and_the_rest_never
     with client.attach("elsewhere") as attachment:
         assert content(attachment, "t") == checkpoints.random_bytes("new", MIB)
 
+    config.write_text("budget = '128MiB'")
+    os.kill(daemon.pid, signal.SIGHUP)
+    eventually(lambda: "settings read again; changed: budget" in daemon.logged())
+
     os.unlink(hangs)
     eventually(lambda: not any(device.absence for device in client.stats().devices), what="the GPU answers again")
+    assert {device.budget_bytes for device in client.stats().devices} == {128 * MIB}
 
     def on_gpu() -> tuple[int, int]:
         (device,) = [device for device in client.stats().devices if device.uuid == backend.uuid]

@@ -375,8 +375,10 @@ WATCHED = """
 import sys
 from pathlib import Path
 def watch(event, arguments):
-    if event == "socket.bind" and str(arguments[1]).endswith(".handles"):
-        sys.stderr.write(f"control socket first: {Path(arguments[1][:-len('.handles')]).exists()}\\n")
+    if event == "os.link" and str(arguments[1]).endswith(".handles"):
+        mode = Path(arguments[0]).stat().st_mode & 0o777
+        control = Path(str(arguments[1]).removesuffix(".handles"))
+        sys.stderr.write(f"control socket first: {control.exists()}, mode {mode:o}\\n")
     if event == "os.chmod" and str(arguments[0]).endswith(".handles"):
         sys.stderr.write("the mode of the handle socket comes later\\n")
 sys.addaudithook(watch)
@@ -388,6 +390,6 @@ sys.exit(main())
 def test_the_handle_socket_comes_last_and_as_it_is_to_be(start_daemon: StartDaemon) -> None:
     """Who waits connects as soon as it is there, must be able to call then, and takes "you may not" for an answer."""
     daemon = start_daemon(argv=[sys.executable, "-c", WATCHED], socket_mode="0660")
-    assert daemon.logged().count("control socket first: True\n") == 1
+    assert daemon.logged().count("control socket first: True, mode 660\n") == 1
     assert "comes later" not in daemon.logged()
     assert daemon.socket.with_name("w.sock.handles").stat().st_mode & 0o777 == 0o660

@@ -287,14 +287,15 @@ def test_a_gpu_that_this_process_does_not_see(
     workers += [remapped, blind]
     assert attach(remapped, "base", "cuda:0") == heads("base")
     source = """
-import os, weightd
+import weightd
+from support.descriptors import counted
 client = weightd.connect(timeout=60)
-before = len(os.listdir("/proc/self/fd"))
+before = counted()
 result = []
 for device in (None, uuid, "cuda:1"):
     try: client.attach("base", device=device)
     except weightd.DeviceMismatchError as error: result.append(str(error))
-assert len(os.listdir("/proc/self/fd")) == before
+assert counted() == before
 """
     unnamed, by_uuid, by_number = blind.run(source, uuid=fakecuda.uuid(1))
     assert unnamed == by_uuid

@@ -169,8 +169,11 @@ class Daemon:
         return [pid for pid in self._children() if _is_holder(pid)]
 
     def _children(self) -> list[int]:
-        text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
-        return [int(pid) for pid in text.split()]
+        found = []  # of all threads: a holder is a child of its device's
+        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                found += [int(pid) for pid in path.read_text().split()]
+        return found
 
     def wait_for_loader(self) -> int:
         """The pid of a loader, as soon as there is one."""

@@ -317,6 +317,33 @@ def test_a_budget_that_it_cannot_have_leaves_it_absent_and_says_so(
     started(keeper, back)
 
 
+def test_a_budget_that_is_changed_during_the_import_is_the_one_that_it_gets(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    budgets = iter(["1TiB", "32MiB"])
+
+    async def back(start: Start) -> None:
+        real = CudaVmmDevice.import_held
+
+        def import_held(self: CudaVmmDevice, stand_in: StandInDevice) -> dict[int, Any]:
+            imported = real(self, stand_in)
+            start.absences.settings = Settings(device="host,cuda", budget=f"host=64MiB,cuda={next(budgets)}")
+            return imported
+
+        monkeypatch.setattr(CudaVmmDevice, "import_held", import_held)
+        monkeypatch.setenv("FAKECUDA_FAIL", "")
+        start.absences.hurry()
+        await start.until(lambda: "budget = " in start.store.absent[GPU])
+        start.absences.settings = Settings(device="host,cuda", budget="64MiB")
+        start.absences.hurry()
+        await start.until(lambda: not start.store.absent)
+        assert start.store.memories[GPU].budget == 32 * MIB
+        await everything_is_there(start)
+
+    monkeypatch.setenv("FAKECUDA_FAIL", AWAY)
+    started(keeper, back)
+
+
 def test_it_is_tried_again_ever_less_often_until_it_is_back(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float | None] = []
     real = asyncio.timeout

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import pytest
 
-from weightd.errors import DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
+from weightd.errors import DeviceAbsentError, DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
-from weightd_daemon.devices.budgets import budget_of, device_meant
+from weightd_daemon.devices.budgets import budget_of, check_names, device_meant
 from weightd_daemon.devices.naming import meant
 from weightd_daemon.devices.served import Devices
 
@@ -324,3 +324,41 @@ def test_a_setting_that_names_none_or_several_is_refused(
     with pytest.raises(ConfigError, match=why) as caught:
         device_meant(said, SERVED, "", Settings(device=devices).devices)
     assert type(caught.value) is kind
+
+
+NUMBERLESS = {"host": ("host",), UUIDS[0]: (UUIDS[0], "cuda")}
+"""A GPU is kept, and the driver does not say which number it has now."""
+
+
+def test_a_number_may_be_that_of_an_absent_gpu_whose_number_is_not_known() -> None:
+    for devices in ("auto", "host,cuda:0"):
+        with pytest.raises(DeviceAbsentError, match=f"'cuda:0' may be {UUIDS[0]}, which is absent") as caught:
+            device_meant("cuda:0", NUMBERLESS, "", Settings(device=devices).devices)
+        assert caught.value.metadata == {"device": UUIDS[0]}
+        with pytest.raises(ConfigError, match="is not served"):
+            device_meant("GPU-cccc0000", NUMBERLESS, "", Settings(device=devices).devices)
+    with pytest.raises(ConfigError, match="is not served"):
+        device_meant("host", {UUIDS[0]: NUMBERLESS[UUIDS[0]]}, "", ["cuda:0"])
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "host,cuda:0", "cuda", "auto"])
+@pytest.mark.parametrize("said", ["cuda:0", "cuda:2"])
+def test_the_budget_of_a_number_waits_with_a_kept_gpu_for_a_driver_that_fails(
+    monkeypatch: pytest.MonkeyPatch, device: str, said: str
+) -> None:
+    settings = Settings(device=device, budget=f"64MiB,{said}=1GiB")
+    kept = {UUIDS[0]: "cuda_vmm"}
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_choice.driver, "device_count", no_driver)
+        served = Devices(settings, HOLDING)
+        served.open(kept)
+        assert {*served.absent} == {UUIDS[0]}
+        check_names(settings, served.names.values())  # as on SIGHUP
+    served = Devices(Settings(device=device, budget="64MiB,cuda:9=1GiB"), HOLDING)
+    with pytest.raises(ConfigError, match="cuda:9 is not served"):  # the driver shows all GPUs
+        served.open(kept)
+    served.close()
+
+
+def no_driver() -> int:
+    raise DeviceError("cuInit failed", {"code": "CUDA_ERROR_SYSTEM_NOT_READY"})

@@ -316,13 +316,11 @@ def test_what_was_opened_is_closed_where_the_choice_fails(gpus: Driver, monkeypa
     gpus.gpus = UUIDS
     closed: list[str] = []
     monkeypatch.setattr(cuda_choice.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
-    opened: list[ServedGpu] = []
 
-    def broken(*arguments: Any) -> ServedGpu:
-        if opened:
+    def broken(ordinal: int, *arguments: Any) -> ServedGpu:
+        if ordinal == 1:
             raise AssertionError("a bug")
-        opened.append(plain(*arguments))
-        return opened[0]
+        return plain(ordinal, *arguments)
 
     plain = cuda_choice._open
     monkeypatch.setattr(cuda_choice, "_open", broken)

@@ -152,6 +152,8 @@ def test_verifying_evicts_nothing() -> None:
     gpu = Gpu(2)
     gpu.idle = 1
     asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
-    with pytest.raises(CapacityError, match="cannot verify: no room on GPU-0 for the context of a loader process"):
+    gpu.others = -PAGE
+    with pytest.raises(CapacityError, match="cannot verify: no room on GPU-0 for the context of a loader") as caught:
         asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
+    assert "2.0 MiB free there" in str(caught.value), "as it is now"
     assert len(gpu.store.checkpoints) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,9 +37,13 @@ class Nvml:
         self.known: dict[str, int | NvmlError] = {GPU: 100}
         self.begun = 0
         self.tried = 0
+        self.reached, self.answers = threading.Event(), threading.Event()
+        self.answers.set()
 
     def nvmlInit(self) -> None:  # noqa: N802  # pynvml's name
         self.tried += 1
+        self.reached.set()
+        assert self.answers.wait(60)
         if not self.works:
             raise NvmlError(NOT_LOADED)
         self.begun += 1
@@ -127,3 +133,65 @@ def test_without_the_package_nothing_is_known(nvml: Nvml, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert cuda_nvml.free_bytes(GPU) is None
     assert cuda_nvml.free_bytes(GPU) is None
+
+
+def test_a_start_of_nvml_that_hangs_stops_the_thread_of_no_other_gpu(nvml: Nvml, clock: Clock) -> None:
+    """Each GPU has a thread: one that waits for another GPU's sake would be taken for one that does not answer."""
+    nvml.answers.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cuda_nvml.free_bytes, GPU)
+        try:
+            assert nvml.reached.wait(60)
+            clock.now += cuda_nvml._READY_SECONDS
+            assert pool.submit(cuda_nvml.free_bytes, GPU).result(60) is None
+            assert not first.done()
+        finally:
+            nvml.answers.set()
+        assert first.result(60) == 100
+    assert cuda_nvml.free_bytes(GPU) == 100
+    assert nvml.tried == 1
+
+
+def test_the_others_wait_for_a_start_of_nvml_that_is_quick(nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A holder asks once, as it starts, what NVML calls its GPU."""
+    nvml.answers.clear()
+    waits = threading.Event()
+    real = threading.Condition.wait
+
+    def wait(self: threading.Condition, timeout: float | None = None) -> bool:
+        if timeout == cuda_nvml._READY_SECONDS:
+            waits.set()
+            timeout = 60  # this machine may be busy
+        return real(self, timeout)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cuda_nvml.free_bytes, GPU)
+        assert nvml.reached.wait(60)
+        monkeypatch.setattr(threading.Condition, "wait", wait)
+        second = pool.submit(cuda_nvml.names_alike, GPU)
+        try:
+            assert waits.wait(60)
+        finally:
+            nvml.answers.set()
+        assert second.result(60)
+        assert first.result(60) == 100
+    assert nvml.tried == 1
+
+
+def test_an_error_of_one_gpu_waits_for_no_start_of_nvml(nvml: Nvml, clock: Clock) -> None:
+    assert cuda_nvml.free_bytes(GPU) == 100
+    nvml.works = False
+    late = NvmlError(NOT_LOADED)  # another GPU had asked before, and hears of it only now
+    assert cuda_nvml.free_bytes(GPU) is None
+    nvml.reached.clear()
+    nvml.answers.clear()
+    clock.now += 5
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cuda_nvml.free_bytes, GPU)
+        try:
+            assert nvml.reached.wait(60)
+            pool.submit(cuda_nvml._library.failed, late).result(60)
+            assert not first.done()
+        finally:
+            nvml.answers.set()
+        assert first.result(60) is None

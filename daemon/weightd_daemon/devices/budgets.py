@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from weightd._sizes import size
+from weightd.errors import DeviceAbsentError
 from weightd_daemon.config.notation import means, parse_size
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
@@ -48,11 +49,11 @@ def check_budgets(
             )
 
 
-def check_names(settings: Settings, served: Iterable[Sequence[str]]) -> None:
-    """Whether each budget is for one device. Errors: ConfigError."""
+def check_names(settings: Settings, served: Collection[Sequence[str]]) -> None:
+    """Whether each budget is for one device, or may be when an absent GPU is back. Errors: ConfigError."""
     for said in settings.budget_devices:
         meant = [names[0] for names in served if any(means(said, name) for name in names)]
-        if not meant:
+        if not meant and not _unnumbered(said, served):
             kind = TemporaryConfigError if _may_come(said, settings.devices) else ConfigError
             raise kind(f"budget = {settings.budget!r}: {said} is not served", "budget")
         if len(meant) > 1 and said != "cuda":
@@ -74,10 +75,18 @@ def _may_come(said: str, devices: Sequence[str]) -> bool:
     return not by_number
 
 
+def _unnumbered(said: str, served: Iterable[Sequence[str]]) -> list[str]:
+    """The UUIDs of the GPUs that a number may mean when they are back: absent ones, whose numbers nobody knows now."""
+    if not said.startswith("cuda:"):
+        return []
+    return [names[0] for names in served if "cuda" in names and not any(name.startswith("cuda:") for name in names)]
+
+
 def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, devices: Sequence[str]) -> str:
     """The UUID of what a setting calls a device; nothing is the default. `served` is what may call each.
 
-    `devices` is the setting of what to serve. Errors: ConfigError, without where that stands.
+    `devices` is the setting of what to serve. Errors: ConfigError, without where that stands; DeviceAbsentError (it may
+    be a GPU that is absent, and whose number is not known until it is back).
     """
     found = [uuid for uuid, names in served.items() if any(means(said, name) for name in names)] if said else [default]
     if len(found) == 1 and found[0]:
@@ -85,6 +94,8 @@ def device_meant(said: str, served: Mapping[str, Sequence[str]], default: str, d
     there = ", ".join(served)
     if found:
         raise ConfigError(f"device {said!r} may be one of several, {there}; say which")
+    if absent := _unnumbered(said, served.values()):
+        raise DeviceAbsentError(f"device {said!r} may be {' or '.join(absent)}, which is absent", {"device": absent[0]})
     kind = TemporaryConfigError if _may_come(said, devices) else ConfigError
     raise kind(f"device {said!r} is not served; there are {there}")
 

@@ -272,7 +272,12 @@ def _open_all(
             return error
 
     with ThreadPoolExecutor(max(1, len(ordinals))) as pool:
-        return dict(zip(ordinals, pool.map(attempt, ordinals), strict=True))
+        attempts = {ordinal: pool.submit(attempt, ordinal) for ordinal in ordinals}
+    if any(done.exception() for done in attempts.values()):  # a bug: it must not leave the others open
+        for done in attempts.values():
+            if not done.exception() and isinstance(opened := done.result(), ServedGpu):
+                opened.device.close()
+    return {ordinal: done.result() for ordinal, done in attempts.items()}
 
 
 def _open(

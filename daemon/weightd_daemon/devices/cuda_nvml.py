@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 5.0
 """How long NVML is left alone after it could not be used: at boot, or while the driver is replaced."""
+_READY_SECONDS = 2.0
+"""How long NVML is waited for while another thread makes it ready: much less than until a GPU counts as silent."""
 _HARMLESS = (
     "NVML_ERROR_NOT_SUPPORTED",
     "NVML_ERROR_NOT_FOUND",
@@ -26,23 +28,39 @@ _HARMLESS = (
 
 
 class _Library:
-    """NVML. It is made ready when it is first needed, and again some time after it has failed."""
+    """NVML. It is made ready when it is first needed, and again some time after it has failed.
+
+    Whoever needs it meanwhile waits `_READY_SECONDS` at most, from when that began: it may hang for another GPU's sake.
+    """
 
     def __init__(self) -> None:
         self._nvml: Any = None
         self._retry_at = 0.0
-        self._lock = threading.Lock()
+        self._begun_at: float | None = None
+        """Since when a thread makes it ready; None where none does."""
+        self._state = threading.Condition()
+        """Guards the above; nobody holds it in a call of NVML."""
 
     def get(self) -> Any:
-        """The module pynvml, ready; None where it is not installed, or does not work now."""
-        with self._lock:
-            if self._nvml is None and time.monotonic() >= self._retry_at:
-                self._nvml = self._begin()
-            return self._nvml
+        """The module pynvml, ready; None where it is not installed, does not work now, or is not ready yet."""
+        with self._state:
+            if self._begun_at is not None:
+                self._state.wait(max(0.0, self._begun_at + _READY_SECONDS - time.monotonic()))
+            if self._nvml is not None or self._begun_at is not None or time.monotonic() < self._retry_at:
+                return self._nvml
+            self._begun_at = time.monotonic()
+        nvml, retry_at = None, 0.0
+        try:
+            nvml, retry_at = _begin()
+        finally:
+            with self._state:
+                self._nvml, self._retry_at, self._begun_at = nvml, retry_at, None
+                self._state.notify_all()
+        return nvml
 
     def failed(self, error: Any) -> None:
         """Note an error of NVML: the library may have to be made ready again."""
-        with self._lock:
+        with self._state:
             nvml = self._nvml
             if nvml is None or error.value in {getattr(nvml, name) for name in _HARMLESS}:
                 return
@@ -53,20 +71,20 @@ class _Library:
         except nvml.NVMLError as also:
             log.debug("NVML does not shut down: %s", also)
 
-    def _begin(self) -> Any:
-        try:
-            import pynvml
-        except ImportError:
-            log.debug("no NVML: the package nvidia-ml-py is not installed")
-            self._retry_at = math.inf
-            return None
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            log.debug("no NVML for now: %s", error)
-            self._retry_at = time.monotonic() + _RETRY_SECONDS
-            return None
-        return pynvml
+
+def _begin() -> tuple[Any, float]:
+    """Make NVML ready. Returns the module, None where that does not work, and when to try again."""
+    try:
+        import pynvml
+    except ImportError:
+        log.debug("no NVML: the package nvidia-ml-py is not installed")
+        return None, math.inf
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        log.debug("no NVML for now: %s", error)
+        return None, time.monotonic() + _RETRY_SECONDS
+    return pynvml, 0.0
 
 
 _library = _Library()

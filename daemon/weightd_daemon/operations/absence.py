@@ -186,9 +186,8 @@ class AbsentDevices:
         try:
             if device.uuid != uuid or (self._holds(uuid) and device.kind != stand_in.kind):
                 raise DeviceError(f"what was opened is {device.uuid}, shared as {device.kind}")
-            budget = budget_of(self.settings, device, gpu.names)
             imported = await self._import(device, stand_in)
-        except (WeightdError, ConfigError, OSError) as error:
+        except (WeightdError, OSError) as error:
             device.close()
             self._stays(uuid, str(error))
             return
@@ -196,7 +195,12 @@ class AbsentDevices:
             device.close()
             raise
         await self._reclaimers[uuid].finish()  # what is being released is the stand-in's to release
-        if uuid in self.leaving:
+        try:
+            budget = budget_of(self.settings, device, gpu.names)  # SIGHUP may have changed it meanwhile
+        except ConfigError as error:
+            budget = 0
+            self._stays(uuid, str(error))
+        if uuid in self.leaving or not budget:
             if imported:
                 cast("TakesOver", device).give_up(imported)
             device.close()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from weightd._transport.convert import source_to
 from weightd._transport.handle_socket import feed
-from weightd.errors import DrainingError, InvalidReferenceError, ServerError, WeightdError
+from weightd.errors import DeviceAbsentError, DrainingError, InvalidReferenceError, ServerError, WeightdError
 from weightd.resolve import reference_name
 from weightd_daemon.config.toml_file import ConfigError, TemporaryConfigError
 from weightd_daemon.core.lease import LeasePeer
@@ -46,8 +46,8 @@ _SIGN_SECONDS = 10.0
 class PreloadOperation:
     """Loads what the setting `preload` lists, at start and on reload. `begin` again retries what failed or has gone.
 
-    `place(device)` says where a load goes, or raises ConfigError; `notify` speaks to the service manager. What is below
-    `roots` may be opened.
+    `place(device)` says where a load goes, or raises ConfigError or DeviceAbsentError; `notify` speaks to the service
+    manager. What is below `roots` may be opened.
     """
 
     def __init__(
@@ -70,14 +70,15 @@ class PreloadOperation:
         self._notify = notify
         self._numbers = count(1)
         self._closing = False
-        self._tasks: dict[PreloadConfig, asyncio.Task[WeightdError | None]] = {}
+        self._tasks: dict[PreloadConfig, asyncio.Task[Exception | None]] = {}
 
     def check(self, entries: Iterable[PreloadConfig]) -> None:
         """Errors: ConfigError for a name that cannot be, or a device that has to be said or is not served."""
         for entry in entries:
             where = f"{entry.where}: preload {entry.ref!r}"
             try:
-                self._place(entry.device)
+                with contextlib.suppress(DeviceAbsentError):  # the load will say so, and is tried again when it is back
+                    self._place(entry.device)
                 if entry.name:
                     self._catalog.check(self._who, entry.name)
             except ConfigError as error:
@@ -124,16 +125,16 @@ class PreloadOperation:
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
-    async def _again(self, entry: PreloadConfig, before: asyncio.Task[WeightdError | None]) -> WeightdError | None:
+    async def _again(self, entry: PreloadConfig, before: asyncio.Task[Exception | None]) -> Exception | None:
         """Load an entry unless the time before has brought it, and it is still there."""
         error = await before  # which is cancelled with this
         return None if error is None and await self._is_there(entry) else await self._try(entry)
 
-    async def _try(self, entry: PreloadConfig) -> WeightdError | None:
+    async def _try(self, entry: PreloadConfig) -> Exception | None:
         """Load an entry; its error is for who waits, and for the log."""
         try:
             await self._load(entry)
-        except WeightdError as error:
+        except (WeightdError, ConfigError) as error:  # a number may mean no GPU once the absent ones are back
             if entry.wait and await self._is_there(entry):
                 log.warning("preload of %s failed: %s; what is resident under its name stays", entry.ref, error)
                 return None
@@ -199,6 +200,6 @@ class PreloadOperation:
         try:
             name = entry.name or await on_thread(functools.partial(reference_name, entry.ref))
             self._catalog.find(self._who, name, self._place(entry.device))
-        except WeightdError:
+        except (WeightdError, ConfigError):
             return False
         return True
