@@ -327,7 +327,7 @@ def _stop() -> None:
     global _stopped
     _stopped = True
     _wake.put(None)
-    if _thread is not None:
+    if _thread is not None and _thread.is_alive():  # it is not where Ctrl-C came before its start
         _thread.join(_SECONDS_TO_STOP)
 
 
