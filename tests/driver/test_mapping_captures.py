@@ -115,6 +115,95 @@ assert bytes(copies[0]) == bytes(range(256))
     )
 
 
+# `busy(stream)`: whether the work of that stream takes its time, until `busy` is another function.
+BUSY = """
+real, events = cuda_release.call, set()
+
+def busy(stream):
+    return False
+
+def call_of_busy_gpu(name, *arguments):
+    if name == "cuEventQuery" and arguments[0] in events and busy is not idle:
+        raise cuda_driver.DeviceError("not ready", {"code": "CUDA_ERROR_NOT_READY"})
+    if name == "cuEventRecord" and busy(int(arguments[1])):
+        events.add(arguments[0])
+    return real(name, *arguments)
+
+idle, cuda_release.call = busy, call_of_busy_gpu
+"""
+
+
+def test_work_on_the_default_stream_is_waited_for_whatever_stream_torch_has(fake_driver: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + BUSY
+        + """
+use_torch()
+ended = []
+segments = opened("cuda_vmm", wanted("cuda_vmm"), ended)
+segments.buffer(0, 0, 256, 256)
+busy = lambda of: of != stream
+del segments
+assert mapped() == 1 and not ended
+busy = idle
+released()
+assert ended == [0]
+""",
+    )
+
+
+@pytest.mark.parametrize("stream", ["that of torch", "default"])
+def test_work_of_other_gpus_that_can_access_the_memory_is_done_before_it_is_unmapped(
+    stream: str, fake_driver: Path
+) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + BUSY
+        + f"""
+call("cuCtxPopCurrent")
+cuda_driver._enter(1)
+streams = {{0: stream, 1: int(call("cuStreamCreate", 1))}}
+torch = SimpleNamespace(is_initialized=lambda: True)
+torch.current_stream = lambda ordinal: SimpleNamespace(stream_id=3, cuda_stream=streams[ordinal])
+sys.modules["torch"] = SimpleNamespace(cuda=torch)
+ended = []
+segments = opened("cuda_vmm", wanted("cuda_vmm"), ended, peers=True)
+buffer = segments.buffer(0, 0, 256, 256)
+stream, own = streams[1], [stream, int(cuda_release._markers[0])]
+copied = queue_copy(buffer)
+if {stream!r} == "default":
+    busy = lambda of: of not in (*own, stream)
+else:
+    busy = lambda of: of == stream
+del segments, buffer
+assert mapped() == 1 and not ended
+busy = idle
+released()
+assert ended == [0] and bytes(copied) == bytes(range(256))
+call("cuStreamSynchronize", stream)
+""",
+        devices=2,
+    )
+
+
+def test_no_context_is_made_on_gpus_that_do_not_use_the_memory(fake_driver: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + """
+segments = opened("cuda_vmm", wanted("cuda_vmm"), peers=True)
+segments.buffer(0, 0, 256, 256)
+assert segments.peers == ("cuda:1",)
+del segments
+assert mapped() == 0
+assert [cuda_driver.is_active(ordinal) for ordinal in range(2)] == [True, False]
+""",
+        devices=2,
+    )
+
+
 def test_a_stream_that_another_library_lent_to_torch_is_not_touched(fake_driver: Path) -> None:
     """It may be destroyed by then. A torch that is being imported, or does not see the GPU, does no harm either."""
     check(
@@ -325,6 +414,33 @@ assert ended == [0]
     )
 
 
+def test_ctrl_c_while_torch_is_asked_for_its_stream_loses_nothing(fake_driver: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + BUSY
+        + """
+ended, heard = [], []
+segments = opened("cuda_vmm", wanted("cuda_vmm"), ended)
+segments.buffer(0, 0, 0, 1)
+
+def interrupt(ordinal):
+    raise KeyboardInterrupt
+
+sys.unraisablehook = lambda heard_of: heard.append(heard_of.exc_type)
+sys.modules["torch"] = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: True, current_stream=interrupt))
+busy = lambda of: True
+del segments
+del sys.modules["torch"]
+assert heard == [KeyboardInterrupt] and not ended
+busy = idle
+del heard[:]
+released()
+assert ended == [0] and mapped() == 0
+""",
+    )
+
+
 @each_kind
 def test_threads_may_give_memory_back_at_the_same_time(kind: str, fake_driver: Path, tmp_path: Path) -> None:
     """Some of it at once, and some later, by the thread that does that."""
@@ -418,4 +534,171 @@ begin()
 del segments
 assert weightd.unreleased_bytes() == SIZE
 """,
+    )
+
+
+def test_functions_of_atexit_may_wait_when_the_thread_has_ended(fake_driver: Path) -> None:
+    told = check(
+        fake_driver,
+        """
+import atexit
+
+@atexit.register  # before the module's own, so it is called after that
+def last():
+    assert not cuda_release._thread.is_alive()
+    print(weightd.wait_until_released(0))
+    end()
+    print(weightd.wait_until_released(), len(ended))  # the handles of CUDA IPC are closed by the end of the process
+
+"""
+        + STREAM
+        + """
+use_torch()
+ended = []
+segments = opened("cuda_vmm", wanted("cuda_vmm"), ended)
+segments.buffer(0, 0, 0, 1)
+begin()
+del segments
+""",
+    )
+    assert told == "False\nTrue 1\n"
+
+
+def test_many_that_come_while_all_are_tried_are_one_reason_to_try_again(fake_driver: Path, tmp_path: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + """
+found, passes, going, free = wanted("cuda_vmm"), [], threading.Event(), threading.Event()
+real = cuda_release._attempt_all
+
+def pass_():
+    passes.append(len(cuda_release._waiting))
+    if cuda_release._waiting:
+        going.set()
+        assert free.wait(60)
+    real()
+
+cuda_release._attempt_all = pass_
+rules("cuEventQuery:600")
+for number in range(100):
+    segments = opened("cuda_vmm", found)
+    segments.buffer(0, 0, 0, 1)
+    del segments
+    assert going.wait(60)
+before = len(passes)
+free.set()
+while not cuda_release._wake.empty():
+    time.sleep(0.001)
+assert len(passes) <= before + 1, passes
+rules("")
+released()
+""",
+        rules=rules_in(tmp_path),
+    )
+
+
+def test_ctrl_c_while_the_thread_starts_leaves_one_of_them(fake_driver: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + """
+found, ended = wanted("cuda_vmm"), []
+real = threading.Thread.start
+
+def interrupted(self):
+    real(self)
+    raise KeyboardInterrupt
+
+threading.Thread.start = interrupted
+try:
+    opened("cuda_vmm", found, ended)
+except KeyboardInterrupt:
+    pass
+threading.Thread.start = real
+assert len(ended) == 1
+opened("cuda_vmm", found).buffer(0, 0, 0, 1)
+assert [thread.name for thread in threading.enumerate()].count("weightd-release") == 1
+released()
+""",
+    )
+
+
+@each_kind
+def test_another_thread_is_started_where_one_has_died(kind: str, fake_driver: Path, tmp_path: Path) -> None:
+    """It goes on with what waits, and until there is one, who waits for memory does that."""
+    check(
+        fake_driver,
+        STREAM
+        + f"""
+found, ended = wanted({kind!r}), []
+real = cuda_release._attempt_all
+
+def die():
+    if threading.current_thread() is cuda_release._thread:
+        raise SystemExit  # of which threads tell nobody
+    real()
+
+def drop():
+    rules("cuEventQuery:600")
+    segments = opened({kind!r}, found, ended)
+    segments.buffer(0, 0, 0, 1)
+    del segments
+    rules("")
+
+cuda_release._attempt_all = die
+drop()
+cuda_release._thread.join(60)
+released()
+drop()
+cuda_release._thread.join(60)
+cuda_release._attempt_all = real
+assert len(ended) == 1
+opened({kind!r}, found)
+while len(ended) < 2:
+    time.sleep(0.001)
+""",
+        rules=rules_in(tmp_path),
+    )
+
+
+# -- what waits --------------------------------------------------------------------------------------------------------
+
+
+def test_bytes_that_are_mapped_twice_wait_once(fake_driver: Path, tmp_path: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + """
+segments = opened("cuda_vmm", wanted("cuda_vmm", count=2, copies=3))
+segments.buffer(0, 0, 0, 1)
+rules("cuEventQuery:600")
+del segments
+assert mapped() == 6 and weightd.unreleased_bytes() == 2 * SIZE
+rules("")
+released()
+""",
+        rules=rules_in(tmp_path),
+    )
+
+
+def test_a_handle_that_another_attachment_uses_does_not_wait(fake_driver: Path, tmp_path: Path) -> None:
+    check(
+        fake_driver,
+        STREAM
+        + """
+found = wanted("cuda_ipc", count=2)
+both, one = opened("cuda_ipc", found), opened("cuda_ipc", found[:1])
+both.buffer(0, 0, 0, 1)
+one.buffer(0, 0, 0, 1)
+rules("cuEventQuery:600")
+del both
+assert mapped() == 2 and weightd.unreleased_bytes() == SIZE
+del one
+assert mapped() == 2 and weightd.unreleased_bytes() == 2 * SIZE
+rules("")
+released()
+assert mapped() == 0
+""",
+        rules=rules_in(tmp_path),
     )

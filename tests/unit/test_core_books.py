@@ -182,16 +182,62 @@ def test_loads_under_way_are_reckoned_with() -> None:
 
 @pytest.mark.parametrize("limit", [6, 5])
 def test_what_is_resident_needs_none_of_it(limit: int) -> None:
-    """Not even where the limit is reached, or is a smaller one by now; and nobody else is refused for it."""
+    """Not even where the limit is reached, or is a smaller one by now."""
     daemon = Daemon(limit=7)
     daemon.load("a", 6).pins.add(1000)
     daemon.store.books.limit = limit * K * BYTES_OF_TENSOR
     assert daemon.load("a", 6).key.content_digest == "a"
     assert daemon.used == 6
-    daemon.store.books.limit = 7 * K * BYTES_OF_TENSOR
-    daemon.begin().reserve_books(6 * K * BYTES_OF_TENSOR, 0, 6 * K)
     assert daemon.store.books.coming == 0
-    daemon.load("b", 1)
+
+
+def seal(load: StoreTransaction, name: str, tensors: int) -> Checkpoint:
+    """With other names of tensors than `Daemon.load`: a content of the same figures."""
+    entries = tuple(ContentTensor("", f"{name}{number}", "U8", (0,), 0, 0) for number in range(tensors * K))
+    return load.seal(Content(name, FILE, entries, (None,) * len(entries)), 9.0)
+
+
+def test_a_load_that_may_be_of_what_is_resident_is_reckoned_with() -> None:
+    """A fine-tune has the figures of its base. What is refused is refused before it is read."""
+    daemon = Daemon(limit=4)
+    daemon.hold(daemon.load("base", 2))
+    tuned, other = daemon.begin(), daemon.begin()
+    tuned.reserve_books(2 * K * BYTES_OF_TENSOR, 0, 2 * K)
+    assert daemon.store.books.coming == 2 * K * BYTES_OF_TENSOR
+    with pytest.raises(CapacityError, match=r"2\.0 MiB of loads under way"):
+        other.reserve_books(K * BYTES_OF_TENSOR, 0, K)
+    other.end()
+    daemon.hold(seal(tuned, "tuned", 2))
+    tuned.end()
+    assert (daemon.there, daemon.store.books.coming) == ({"base", "tuned"}, 0)
+
+
+def test_what_is_reserved_is_not_for_a_load_that_was_not_checked() -> None:
+    """It is refused at its seal, and what it may evict for others does not go for it."""
+    daemon = Daemon(limit=4)
+    daemon.hold(daemon.load("base", 2))
+    other, tuned, again = daemon.begin(), daemon.begin(), daemon.begin()
+    other.reserve_books(1 * K * BYTES_OF_TENSOR, 0, 1 * K)
+    for load in (tuned, again):
+        load.reserve_books(2 * K * BYTES_OF_TENSOR, 0, 2 * K)
+    with pytest.raises(CapacityError, match=r"1\.0 MiB of loads under way"):
+        seal(tuned, "tuned", 2)
+    tuned.end()
+    daemon.hold(seal(other, "other", 1))
+    other.end()
+    assert seal(again, "base", 2).key.content_digest == "base"
+    again.end()
+    assert (daemon.there, daemon.store.books.coming) == ({"base", "other"}, 0)
+
+
+def test_loads_that_were_not_checked_are_no_reason_to_refuse_each_other() -> None:
+    daemon = Daemon(limit=4)
+    daemon.hold(daemon.load("base", 2))
+    tuned, again = daemon.begin(), daemon.begin()
+    for load in (tuned, again):
+        load.reserve_books(2 * K * BYTES_OF_TENSOR, 0, 2 * K)
+    seal(tuned, "tuned", 2)
+    assert seal(again, "base", 2).key.content_digest == "base"
 
 
 def test_a_seal_that_others_have_left_no_room_for_fails_and_changes_nothing() -> None:

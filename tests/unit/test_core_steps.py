@@ -13,7 +13,7 @@ from support.sealed import sealed_blobs
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.lease import LeaseTable
+from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
@@ -29,7 +29,8 @@ class Desk:
 
     def __init__(self, tensors: int = 4 * MANY, length: int = 8) -> None:
         self.length, self.slot = length, slot_bytes(length)
-        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
+        self.is_held = False
+        self.store = ContentStore(leases=LeaseTable(lambda _: self.is_held), on_event=lambda _: None)
         self.segments = 0
         self.memory = self.store.memories["host"] = PromptMemory(
             budget=-(-tensors * self.slot // PAGE) * PAGE, page=PAGE, sparse=True, pool_limit=0, create=self.create
@@ -125,6 +126,33 @@ def test_what_a_smaller_budget_does_not_hold_goes_in_steps() -> None:
     desk.reclaim()
     assert desk.memory.used <= desk.memory.budget
     assert desk.memory.excess() == 0
+
+
+def test_who_is_leased_or_pinned_between_two_steps_is_replaced_by_others() -> None:
+    """Else memory beyond the budget stays, which nobody holds; see `excess`."""
+    desk = Desk(tensors=5 * PAGE // SLOT)
+    first, leased, pinned, *others = (desk.load(f"{n}", n << 32, PAGE // SLOT) for n in range(5))
+    for checkpoint in (first, leased, pinned, *others):
+        desk.store.use(checkpoint, 2.0)
+    desk.memory.resize(2 * PAGE, 0)
+    steps = desk.store.fit("host")
+    next(steps)
+    assert first.key not in desk.store.checkpoints
+    desk.is_held = True
+    desk.store.leases.begin(leased.key, LeasePeer(1, 1, 1000, "holder"), 0.0)
+    pinned.pins.add(1000)
+    assert len(list(steps)) == 2
+    assert [*desk.store.checkpoints.values()] == [leased, pinned]
+    assert desk.memory.excess() == 0
+
+
+def test_who_has_to_stay_is_asked_for_once() -> None:
+    desk = Desk(tensors=2 * PAGE // SLOT)
+    for number in range(2):
+        desk.load(f"{number}", number << 32, PAGE // SLOT).pins.add(1000)
+    desk.memory.resize(PAGE, 0)
+    assert list(desk.store.fit("host")) == []
+    assert desk.memory.excess() == PAGE
 
 
 def test_a_load_waits_for_what_is_being_freed_and_evicts_nobody_else() -> None:

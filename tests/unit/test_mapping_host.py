@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from weightd._libc import reserve, unmap
+from weightd._mapping import host
 from weightd._mapping.host import MappedHostSegments
 from weightd._mapping.segments import SegmentToMap
 
@@ -71,6 +72,30 @@ def test_a_failure_leaves_neither_mappings_nor_reserved_addresses(wanted: list[S
         MappedHostSegments(broken, Lease())
     assert mappings() == 0
     assert Path("/proc/self/maps").read_text().count("---p 00000000 00:00 0") == before
+
+
+def test_what_a_failure_unmaps_is_unmapped_once(wanted: list[SegmentToMap], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the second time the addresses may be somebody else's."""
+    unmapped, made = [], []
+    make_buffer = host.HostMapping.buffer
+
+    def noted(address: int, size: int) -> int:
+        unmapped.append((address, address + size))
+        return unmap(address, size)
+
+    def interrupted(mapping: host.HostMapping) -> memoryview:
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(mapping.address)
+        return make_buffer(mapping)
+
+    monkeypatch.setattr(host, "unmap", noted)
+    monkeypatch.setattr(host.HostMapping, "buffer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        MappedHostSegments(wanted, Lease())
+    assert mappings() == 0
+    unmapped.sort()
+    assert [end for _, end in unmapped[:-1]] == [start for start, _ in unmapped[1:]]
 
 
 def test_reserved_addresses_are_aligned() -> None:

@@ -171,6 +171,12 @@ class _OnDevice:
 on_device = _OnDevice  # a function to its callers; a generator's context manager takes 1 µs more
 
 
+def is_active(ordinal: Ordinal) -> bool:
+    """Whether this process has the device's primary context: without it torch has queued nothing there."""
+    _, active = call("cuDevicePrimaryCtxGetState", call("cuDeviceGet", ordinal))
+    return bool(active)
+
+
 def peers_of(ordinal: Ordinal) -> list[Ordinal]:
     """The other GPUs that this process sees and that can access a GPU's memory. Errors: DeviceError."""
     device = call("cuDeviceGet", ordinal)

@@ -37,6 +37,8 @@ class MappedIpcSegments(MappedCudaSegments):
         if not wanted:
             return
         self._lease = lease
+        with cuda_driver.on_device(self._ordinal), cuda_streams.relaxed():
+            cuda_release.prepare(self._ordinal)
         try:
             for one in wanted:
                 assert isinstance(one.handle, bytes)  # `open_segments` has looked
@@ -44,13 +46,18 @@ class MappedIpcSegments(MappedCudaSegments):
         except BaseException:
             self._opened.clear()
             raise
+        for memory in self._opened.values():
+            memory.users.add(id(self))
 
     def __del__(self, at_exit: Callable[[], bool] = sys.is_finalizing) -> None:
         # Another attachment may keep the handles open. It does not keep our lease, so what reads for us must be done
         # before that goes.
         if self._opened and not at_exit():
-            size = sum(self._sizes.values())
-            cuda_release.finish(self._ordinal, self._opened.clear, streams=self._streams, size=size, keeps=self._lease)
+            size = 0
+            for segment, memory in self._opened.items():
+                memory.users.discard(id(self))
+                size += 0 if memory.users else self._sizes[segment]
+            cuda_release.finish(self._ordinal, self._opened.clear, readers=self._readers, size=size, keeps=self._lease)
 
     def ranges(self) -> list[MappedRange]:
         """One for each handle. Private copies, which a second name gets, are not among them."""
@@ -73,7 +80,7 @@ class MappedIpcSegments(MappedCudaSegments):
             owner = self._copies.get(key)
             if owner is None:
                 owner = self._copies[key] = _copy(self._ordinal, address, length)
-        owner.streams.add(cuda_release.current_stream(self._ordinal))
+        cuda_release.note_readers(owner.readers, (self._ordinal,))
         return self._make_buffer(self._ordinal, owner.address, length, owner)
 
 
@@ -92,13 +99,14 @@ class _Memory:
         size: int,
         fill: Callable[[int], object] = lambda address: None,
     ) -> None:
-        self.streams: set[cuda_release.Stream] = set()
-        """Where work may have been queued that reads it, and that its users do not wait for themselves."""
+        self.readers: set[cuda_release.Reader] = set()
+        """Those for which its users do not wait themselves."""
+        self.users: set[int] = set()
+        """Identities of the attachments that use it: a set, for finalizers take no lock."""
         with contextlib.ExitStack() as on_error:
             with cuda_driver.on_device(ordinal), cuda_streams.relaxed():
-                cuda_release.prepare(ordinal)
                 self.address = make()
-                end = weakref.finalize(self, _give_up, ordinal, undo, self.address, self.streams, size)
+                end = weakref.finalize(self, _give_up, ordinal, undo, self.address, self.readers, size)
                 end.atexit = False  # the driver may be gone by then
                 on_error.callback(end)
                 fill(self.address)
@@ -106,9 +114,9 @@ class _Memory:
 
 
 def _give_up(
-    ordinal: cuda_driver.Ordinal, undo: str, address: int, streams: set[cuda_release.Stream], size: int
+    ordinal: cuda_driver.Ordinal, undo: str, address: int, readers: set[cuda_release.Reader], size: int
 ) -> None:
-    cuda_release.finish(ordinal, lambda: call(undo, address), streams=streams, size=size)
+    cuda_release.finish(ordinal, lambda: call(undo, address), readers=readers, size=size)
 
 
 # Re-entrant: a finalizer of this module may run while this very thread opens a handle.

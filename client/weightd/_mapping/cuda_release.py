@@ -25,10 +25,12 @@ from . import cuda_driver, cuda_streams
 from .cuda_driver import Ordinal, call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Iterable
 
 Stream = int
 """The driver's handle of a stream."""
+Reader = tuple[Ordinal, Stream]
+"""Where work may have been queued that reads memory: a stream, and its device."""
 
 DEFAULT_STREAM: Final[Stream] = 0
 
@@ -54,9 +56,10 @@ _NOT_NOW: Final = {
 """Errors by which a context lives on, and its kernels with it. After any other, all that was in it is lost."""
 
 _waiting: dict[int, _Release] = {}
-"""What could not be given back so far. Only `finish` adds to it, and only the thread takes from it."""
+"""What could not be given back so far. Only `finish` adds to it, and only who has `_turn` takes from it."""
 _wake: queue.SimpleQueue[None] = queue.SimpleQueue()  # finalizers may use it, whatever their thread is doing
 _lock = threading.Lock()  # never taken by a finalizer
+_turn = threading.Lock()  # nor this one
 _thread: threading.Thread | None = None
 _stopped = False
 _markers: dict[Ordinal, Any] = {}
@@ -70,19 +73,17 @@ def prepare(ordinal: Ordinal) -> None:
     """
     global _thread
     with _lock:
-        if _thread is None:
-            thread = threading.Thread(target=_run, name="weightd-release", daemon=True)
+        if _thread is None or not _thread.is_alive():
+            _thread = threading.Thread(target=_run, name="weightd-release", daemon=True)
+            _wake.put(None)  # there may be what one that has died left
             try:
-                thread.start()
+                _thread.start()
             except RuntimeError as error:
+                _thread = None
                 raise ResourceLimitError(
                     f"this process cannot start a thread: {error}; raise `ulimit -u`", {"limit": "RLIMIT_NPROC"}
                 ) from error
-            _thread = thread
-        if ordinal not in _markers:
-            # Not CU_STREAM_NON_BLOCKING: that is what makes it wait for the default stream, which we must not touch
-            # ourselves. Its use ends captures of streams such as this one.
-            _markers[ordinal] = call("cuStreamCreate", 0)
+    _marker(ordinal)
 
 
 def current_stream(ordinal: Ordinal) -> Stream:
@@ -101,18 +102,33 @@ def current_stream(ordinal: Ordinal) -> Stream:
         return DEFAULT_STREAM
 
 
-def finish(
-    ordinal: Ordinal, step: Callable[[], object], *, streams: Collection[Stream], size: int, keeps: object = None
-) -> None:
-    """For finalizers: take a step once the work is done that `streams` have now; raises nothing, and never waits.
+def note_readers(readers: set[Reader], ordinals: Iterable[Ordinal]) -> None:
+    """Add the streams to which this thread may queue work on these devices; before memory is handed out."""
+    for ordinal in ordinals:
+        readers.update([(ordinal, DEFAULT_STREAM), (ordinal, current_stream(ordinal))])
 
-    With no streams nobody can have read the `size` bytes that the step gives back. `keeps` lives until the step is
-    taken. In a forked child nothing is called: what the child inherited is its parent's.
+
+def finish(
+    ordinal: Ordinal,
+    step: Callable[[], object],
+    *,
+    readers: set[Reader],
+    size: int,
+    peers: Iterable[Ordinal] = (),
+    keeps: object = None,
+) -> None:
+    """For finalizers: take a step once the work is done that `readers` have now; raises nothing, and never waits.
+
+    The set is this function's from now on. Without readers nobody can have read the `size` bytes that the step gives
+    back; else this thread's streams on the device and on `peers`, which can access the memory, are added. `keeps` lives
+    until the step is taken. In a forked child nothing is called: what the child inherited is its parent's.
     """
     if not cuda_driver.is_ours():
         return
-    release = _Release(ordinal, step, {*streams, current_stream(ordinal)} if streams else set(), size, keeps)
+    release = _Release(ordinal, step, readers, size, keeps)
     try:
+        if readers:
+            note_readers(readers, (ordinal, *peers))  # which runs torch's code
         release.attempt()
     finally:  # also after Ctrl-C
         if not release.is_taken:
@@ -121,7 +137,10 @@ def finish(
 
 
 def unreleased_bytes() -> int:
-    """Bytes of GPU memory that this process uses no more and still maps, because the GPU may be reading them."""
+    """Bytes of GPU memory that this process uses no more and still maps, because the GPU may be reading them.
+
+    CUDA VMM: a segment counts for each dropped attachment. CUDA IPC: one that another attachment uses does not.
+    """
     return sum(release.size for release in list(_waiting.values()))
 
 
@@ -133,8 +152,10 @@ def wait_until_released(timeout: float | None = None) -> bool:
     deadline = None if timeout is None else time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while _waiting:
+        if _thread is None or not _thread.is_alive():  # it ends before the last functions of `atexit` run
+            _attempt_all()
         if deadline is not None and time.monotonic() >= deadline:
-            return False
+            return not _waiting
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
     return True
@@ -143,15 +164,15 @@ def wait_until_released(timeout: float | None = None) -> bool:
 class _Release:
     """Memory to be given back, and what it waits for. One thread at a time has to do with it."""
 
-    __slots__ = ("_events", "_keeps", "_ordinal", "_step", "_streams", "is_taken", "size")
+    __slots__ = ("_events", "_keeps", "_ordinal", "_readers", "_step", "is_taken", "size")
 
     def __init__(
-        self, ordinal: Ordinal, step: Callable[[], object], streams: set[Stream], size: int, keeps: object
+        self, ordinal: Ordinal, step: Callable[[], object], readers: set[Reader], size: int, keeps: object
     ) -> None:
         self._ordinal = ordinal
         self._step = step
-        self._streams = streams
-        self._events: dict[Stream, Any] = {}
+        self._readers = readers
+        self._events: dict[Reader, Any] = {}
         self._keeps = keeps
         self.size = size
         self.is_taken = False
@@ -162,7 +183,7 @@ class _Release:
         self._step, self._keeps = bool, None
 
     def attempt(self) -> None:
-        """Take the step if the streams have passed: `is_taken` says so. Raises nothing of the driver's."""
+        """Take the step if the readers have passed: `is_taken` says so. Raises nothing of the driver's."""
         device, eased = cuda_driver.on_device(self._ordinal), cuda_streams.relaxed()
         entered = 0
         try:
@@ -186,31 +207,44 @@ class _Release:
                     context.__exit__()
 
     def _has_passed(self) -> bool:
-        """Whether the work is done that was queued to the streams before this was first called."""
-        for stream in list(self._streams):
-            if stream not in self._events:
-                event = _record(self._ordinal, stream)
-                if event is None:
-                    continue
-                self._events[stream] = event
+        """Whether the work is done that the readers had before this was first called."""
+        for reader in list(self._readers):
             try:
-                call("cuEventQuery", self._events[stream])
+                passed = self._is_done(reader)
+            except DeviceError as error:
+                passed = error.code not in _NOT_NOW
+            if passed:
+                self._readers.discard(reader)
+        return not self._readers
+
+    def _is_done(self, reader: Reader) -> bool:
+        ordinal, stream = reader
+        if ordinal != self._ordinal and not cuda_driver.is_active(ordinal):
+            return True  # nobody can have queued anything there, and we are not to make it active
+        with cuda_driver.on_device(ordinal):
+            event = self._events.get(reader)
+            if event is None:
+                event = _record(ordinal, stream)
+                if event is None:
+                    return False
+                self._events[reader] = event
+            try:
+                call("cuEventQuery", event)
             except DeviceError as error:
                 if error.code == "CUDA_ERROR_NOT_READY":
-                    continue
-                call("cuEventDestroy", self._events.pop(stream))
+                    return False
+                call("cuEventDestroy", self._events.pop(reader))
                 if error.code == "CUDA_ERROR_CAPTURED_EVENT":  # by a capture that has ended: record again
-                    continue
+                    return False
                 raise
-            call("cuEventDestroy", self._events.pop(stream))
-            self._streams.discard(stream)
-        return not self._streams
+            call("cuEventDestroy", self._events.pop(reader))
+            return True
 
 
 def _record(ordinal: Ordinal, stream: Stream) -> Any:
     """An event that is done when the work is done that a stream has now; None while the stream is captured."""
     if stream == DEFAULT_STREAM:
-        return _recorded(_markers[ordinal])
+        return _recorded(_marker(ordinal))
     if _is_captured(stream):
         return None
     event = _recorded(stream)
@@ -218,6 +252,17 @@ def _record(ordinal: Ordinal, stream: Stream) -> Any:
         call("cuEventDestroy", event)
         return None
     return event
+
+
+def _marker(ordinal: Ordinal) -> Any:
+    """The stream in `_markers` of the device, whose context must be current. Errors: DeviceError."""
+    if ordinal not in _markers:
+        # Not CU_STREAM_NON_BLOCKING: that is what makes it wait for the default stream, which we must not touch
+        # ourselves. Its use ends captures of streams such as this one.
+        made = call("cuStreamCreate", 0)
+        if _markers.setdefault(ordinal, made) is not made:  # another thread was faster
+            call("cuStreamDestroy", made)
+    return _markers[ordinal]
 
 
 def _recorded(stream: Any) -> Any:
@@ -238,26 +283,42 @@ def _is_captured(stream: Stream) -> bool:
 
 
 def _run() -> None:
-    pause: float | None = None
     while True:
-        try:
-            _wake.get(timeout=pause)
-            pause = _FIRST_PAUSE
-        except queue.Empty:
-            pause = min(2 * (pause or _FIRST_PAUSE), _LONGEST_PAUSE)
+        _wake.get()
+        pause = _FIRST_PAUSE
+        while not _stopped:
+            if _is_woken():
+                pause = _FIRST_PAUSE
+            _attempt_all()
+            if not _waiting:
+                break
+            time.sleep(pause)  # whoever comes meanwhile: many come one by one, and each pass goes through all
+            pause = min(2 * pause, _LONGEST_PAUSE)
         if _stopped:
             return
-        _attempt_all()
-        if not _waiting:
-            pause = None
+
+
+def _is_woken() -> bool:
+    """Whether anything has come since this was last asked."""
+    woken = False
+    with contextlib.suppress(queue.Empty):
+        while True:
+            _wake.get_nowait()
+            woken = True
+    return woken
 
 
 def _attempt_all() -> None:
-    for key, release in list(_waiting.items()):
-        release.attempt()
-        if release.is_taken:
-            release.forget()  # first: who waits until nothing is waiting finds leases ended, too
-            del _waiting[key]
+    if not _turn.acquire(blocking=False):  # another thread does it
+        return
+    try:
+        for key, release in list(_waiting.items()):
+            release.attempt()
+            if release.is_taken:
+                release.forget()  # first: who waits until nothing is waiting finds leases ended, too
+                del _waiting[key]
+    finally:
+        _turn.release()
 
 
 @atexit.register
@@ -266,13 +327,14 @@ def _stop() -> None:
     global _stopped
     _stopped = True
     _wake.put(None)
-    if _thread is not None:
+    if _thread is not None and _thread.is_alive():  # it is not where Ctrl-C came before its start
         _thread.join(_SECONDS_TO_STOP)
 
 
 def _after_fork() -> None:
-    global _wake, _lock, _thread
-    _wake, _lock, _thread = queue.SimpleQueue(), threading.Lock(), None  # which another thread may have held
+    global _wake, _lock, _turn, _thread
+    _wake, _thread = queue.SimpleQueue(), None
+    _lock, _turn = threading.Lock(), threading.Lock()  # which another thread may have held
     for release in _waiting.values():
         release.forget()
     _waiting.clear()

@@ -17,8 +17,7 @@ class MappedCudaSegments:
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid
         self._peers: tuple[cuda_driver.Ordinal, ...] = ()
-        self._streams: set[cuda_release.Stream] = set()
-        """Where work may have been queued that reads the memory."""
+        self._readers: set[cuda_release.Reader] = set()
 
     @property
     def torch_device(self) -> str:
@@ -32,7 +31,7 @@ class MappedCudaSegments:
 
     def _note_reader(self) -> None:
         """To be called before a buffer is handed out."""
-        self._streams.add(cuda_release.current_stream(self._ordinal))
+        cuda_release.note_readers(self._readers, (self._ordinal, *self._peers))
 
     @cached_property
     def _ordinal(self) -> cuda_driver.Ordinal:

@@ -31,14 +31,16 @@ class MappedVmmSegments(MappedCudaSegments):
         if not wanted:
             return
         self._lease = lease
+        self._size = sum(one.size for one in wanted)
+        """Bytes of memory, however often it is mapped."""
         try:
             # torch's own context must be there before anything is mapped.
             with cuda_driver.on_device(self._ordinal), cuda_streams.relaxed():
                 cuda_release.prepare(self._ordinal)
                 if peers:
                     self._peers = tuple(cuda_driver.peers_of(self._ordinal))
-                size = sum(one.size * one.copies for one in wanted)
-                self._range = cuda_driver.MappedAddressRange(self._ordinal, size)
+                addresses = sum(one.size * one.copies for one in wanted)
+                self._range = cuda_driver.MappedAddressRange(self._ordinal, addresses)
                 self._map(self._range, wanted)
         except BaseException:
             self._give_back()
@@ -52,7 +54,14 @@ class MappedVmmSegments(MappedCudaSegments):
     def _give_back(self) -> None:
         mapped, self._range = self._range, None
         if mapped is not None:
-            cuda_release.finish(self._ordinal, mapped.close, streams=self._streams, size=mapped.size, keeps=self._lease)
+            cuda_release.finish(
+                self._ordinal,
+                mapped.close,
+                readers=self._readers,
+                size=self._size,
+                peers=self._peers,
+                keeps=self._lease,
+            )
 
     def ranges(self) -> list[MappedRange]:
         """One for all."""

@@ -102,9 +102,9 @@ class MappedHostSegments:
                 assert isinstance(one.handle, int)  # `open_segments` has looked
                 for copy in range(one.copies):
                     mapping = map_segment(one.handle, one.size, lease, place)
+                    place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                     self._buffers[one.segment, copy] = mapping.buffer()
-                    place += _whole_pages(one.size)
         except BaseException:
             unmap(place, end - place)
             raise

@@ -28,6 +28,8 @@ class BookkeepingMemory:
         self.used = 0
         """Bytes of the books of resident checkpoints."""
         self._coming: dict[int, int] = {}
+        self._unchecked: set[int] = set()
+        """Those of the loads with an entry in `_coming` that were not checked: perhaps they bring nothing new."""
 
     @property
     def coming(self) -> int:
@@ -47,22 +49,27 @@ class BookkeepingMemory:
 
         Errors: CapacityError, the load would not fit even if all of `evictable` were evicted; then nothing is reserved.
         """
-        others = self.coming - self._coming.get(load, 0)
-        if self.limit and needed > self.limit:
-            raise self._refusal(needed, 0, 0)
-        beyond = self.used + others + needed - self.limit
-        freed = 0
-        for checkpoint in evictable if self.limit else ():
-            if freed >= beyond:
-                break
-            freed += checkpoint.books_bytes
-        if self.limit and freed < beyond:
-            raise self._refusal(needed, self.used - freed, others)
+        self._check(needed, self.coming - self._coming.get(load, 0), evictable)
         self._coming[load] = needed
+        self._unchecked.discard(load)
+
+    def expect(self, load: int, needed: int) -> None:
+        """Reckon with `needed` bytes for an open load whose content may be resident, and do not refuse it by now."""
+        self._coming[load] = needed
+        self._unchecked.add(load)
+
+    def check_seal(self, load: int, needed: int, evictable: Iterable[Checkpoint]) -> None:
+        """Keep what is reserved for others from a load that was only expected and brings something new after all.
+
+        Errors: CapacityError.
+        """
+        if load in self._unchecked:
+            self._check(needed, sum(self._coming[other] for other in self._coming.keys() - self._unchecked), evictable)
 
     def forget(self, load: int) -> None:
         """A load is over, or sealed."""
         self._coming.pop(load, None)
+        self._unchecked.discard(load)
 
     def chosen_for(self, needed: int, evictable: Iterable[Checkpoint]) -> list[Checkpoint]:
         """Which checkpoints, of any device, to evict so that a new one can have `needed` bytes; often none.
@@ -95,6 +102,20 @@ class BookkeepingMemory:
             return self.chosen_for(0, there)
         except CapacityError:
             return there
+
+    def _check(self, needed: int, others: int, evictable: Iterable[Checkpoint]) -> None:
+        if not self.limit:
+            return
+        if needed > self.limit:
+            raise self._refusal(needed, 0, 0)
+        beyond = self.used + others + needed - self.limit
+        freed = 0
+        for checkpoint in evictable:
+            if freed >= beyond:
+                break
+            freed += checkpoint.books_bytes
+        if freed < beyond:
+            raise self._refusal(needed, self.used - freed, others)
 
     def _refusal(self, needed: int, kept: int, others: int) -> CapacityError:
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --books"

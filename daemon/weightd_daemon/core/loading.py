@@ -143,13 +143,15 @@ class StoreTransaction:
                 raise self._room.refusal(need, full) from full
 
     def reserve_books(self, needed: int, total_bytes: int, tensors: int) -> None:
-        """Reserve `needed` bytes of the daemon's books for a content of these figures, unless it may be resident.
+        """Reserve `needed` bytes of the daemon's books for a content of these figures.
 
-        What is resident needs none; as long as its content is not known, equal figures may mean that. Errors:
-        CapacityError, the books would not fit even after every eviction.
+        What is resident needs none. As long as the content is not known, equal figures may mean that: then the load is
+        checked only when it is sealed. Errors: CapacityError, the books would not fit even after every eviction.
         """
         self._check()
-        if not self._store.index.has_figures(self.place, total_bytes, tensors):
+        if self._store.index.has_figures(self.place, total_bytes, tensors):
+            self._store.books.expect(self.number, needed)
+        else:
             self._store.books.reserve(self.number, needed, self._store.evictable())
 
     # -- tensors ---------------------------------------------------------------------------------------------------
@@ -297,6 +299,7 @@ class StoreTransaction:
         checkpoint = self._store.checkpoints.get(key)
         if checkpoint is None:
             checkpoint = Checkpoint.of(key, content, self._owner, now, manifest_bytes)
+            self._store.books.check_seal(self.number, checkpoint.books_bytes, self._store.evictable())
             self._room.evict_for_books(checkpoint.books_bytes)
             if self._rest is None or self._rest[0] is not content:
                 self.prepare(content)

@@ -183,12 +183,15 @@ class ContentStore:
         An absent device has no budget.
         """
         memory = self.memories[device]
-        if device not in self.absent and (excess := memory.excess()):
-            yield from self._evict_in_steps(
-                chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess)
-            )
-        while memory.freeing.go_on():
-            yield
+        while True:
+            while memory.freeing.go_on():  # until then it counts as used
+                yield
+            if device in self.absent or not (excess := memory.excess()):
+                return
+            chosen = chosen_beyond(EvictionTrial(memory, "", None), self.evictable(device), excess)
+            if not chosen:
+                return
+            yield from self._evict_in_steps(chosen)  # but those that were leased or pinned meanwhile; so choose again
 
     def fit_books(self) -> Iterator[None]:
         """Evict in steps what the limit of the books no longer holds, as far as that is neither leased nor pinned."""
