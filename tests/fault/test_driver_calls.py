@@ -246,11 +246,12 @@ ATTACH = """
 import gc, os, weightd
 from weightd._transport import connection
 from support.content import content
+from support.descriptors import counted
 def look():
     gc.collect()
     maps = open("/proc/self/maps").read()
-    of_line = 0 if connection._watcher is None else 2  # its thread has them, from the first attach on
-    return [len(os.listdir("/proc/self/fd")) - of_line, maps.count("memfd:fakecuda"), maps.count("weightd-manifest")]
+    of_line = 0 if connection._watcher is None else 1  # its thread has it, from the first attach on; no eventfd counts
+    return [counted() - of_line, maps.count("memfd:fakecuda"), maps.count("weightd-manifest")]
 def attach(client):
     with client.attach("tuned", device="cuda:0") as attachment:
         return [content(attachment, name.name).hex() for name in attachment.tensors]
