@@ -13,6 +13,7 @@ from weightd.errors import DeviceAbsentError, DeviceError, DeviceMismatchError, 
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
 from weightd_daemon.devices import cuda_choice
 from weightd_daemon.devices.budgets import budget_of, check_names, device_meant
+from weightd_daemon.devices.driver_thread import AnyThread
 from weightd_daemon.devices.naming import meant
 from weightd_daemon.devices.served import Devices
 
@@ -40,6 +41,7 @@ class FakeDevice:
         self.key = (ordinal, kind)
         self.uuid = UUIDS[ordinal]
         self.segments = 0
+        self.calls = AnyThread()
         self.open.append(self)
 
     def capacity(self) -> int:
