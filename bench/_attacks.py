@@ -143,7 +143,7 @@ def load():
     while True:
         try:
             client.attach(mine).close()
-        except Exception:
+        except Exception:  # that it is refused is what a bystander must not notice
             pass
 threading.Thread(target=load, daemon=True).start()
 """

@@ -56,7 +56,7 @@ def repeat():
     while True:
         try:
             attack()
-        except Exception as error:
+        except Exception as error:  # refused, in whatever way: counted
             kind = type(error).__name__
             errors[kind] = errors.get(kind, 0) + 1
         done += 1

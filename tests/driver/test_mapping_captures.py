@@ -43,7 +43,7 @@ def elsewhere(work):
     def run():
         try:
             work()
-        except BaseException as error:
+        except BaseException as error:  # for the assertion below
             failed.append(error)
     thread = threading.Thread(target=run)
     thread.start()
