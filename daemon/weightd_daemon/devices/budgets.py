@@ -66,7 +66,7 @@ def check_names(settings: Settings, served: Collection[Sequence[str]]) -> None:
 def _may_come(said: str, devices: Sequence[str]) -> bool:
     """Whether a device that is not served could be, with the setting `device` as it is: a GPU that is not there now.
 
-    Where the setting names devices, these are served, or the daemon has not started.
+    A GPU that the setting names by its number is served or absent (`_unnumbered`), or the daemon has not started.
     """
     gpus = [device for device in devices if device != "host"]
     if said == "host" or not gpus:
