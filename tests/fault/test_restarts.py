@@ -66,6 +66,7 @@ def begin_to_hang(daemon: Daemon, hanging: HangingFile) -> int:
             waiting[:] = [pid for pid in daemon.loaders() if waits_for_fuse(pid)]
             return bool(waiting)
 
+        hanging.wait_until_it_hangs()
         eventually(hangs, what="a loader that waits for a read")
         eventually(lambda: daemon.allocates(SIZE + 1), what="it has written something")
     finally:

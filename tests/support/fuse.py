@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import shutil
 import signal
 import stat
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import pytest
 
-from support.daemon import environment
+from support.daemon import PATIENCE, environment
 from support.leash import leashed
 
 _HEADER = struct.Struct("<IIQQIIII")
@@ -41,13 +42,22 @@ class HangingFile:
         self.path = folder / NAME
         self._server = subprocess.Popen(
             leashed([sys.executable, "-m", "support.fuse", str(folder), str(content), str(hangs_at)]),
-            stdout=subprocess.PIPE, text=True, env=environment(),
+            stdout=subprocess.PIPE, bufsize=0, env=environment(),
         )  # fmt: skip
-        assert self._server.stdout is not None
-        line = self._server.stdout.readline()
-        if line != "up\n":
+        line = self._said()
+        if line != "up":
             self.abort()
-            pytest.skip(f"NOT TESTED: FUSE cannot be used here: {line.strip() or 'its server ended'}")
+            pytest.skip(f"NOT TESTED: FUSE cannot be used here: {line or 'its server ended'}")
+
+    def wait_until_it_hangs(self) -> None:
+        """Wait for a read that is not answered. One that is may take a while, and looks the same from outside."""
+        assert self._server.stdout is not None
+        assert select.select([self._server.stdout], [], [], PATIENCE)[0], "nobody reads so far"
+        assert self._said() == "hangs"
+
+    def _said(self) -> str:
+        assert self._server.stdout is not None
+        return self._server.stdout.readline().decode(errors="replace").strip()
 
     def command(self, argv: Sequence[str]) -> list[str]:
         """What runs a command so that it sees the file."""
@@ -101,6 +111,8 @@ def main() -> None:
         if answer is not None:
             number, body = answer
             os.write(device, struct.pack("<IiQ", 16 + len(body), -number, unique) + body)
+        elif code == _READ:
+            print("hangs", flush=True)
 
 
 def _answer(code: int, node: int, body: bytes, content: bytes, hangs_at: int) -> tuple[int, bytes] | None:
