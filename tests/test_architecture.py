@@ -24,8 +24,18 @@ VAGUE = {"common", "misc", "helper", "helpers", "util", "utils"}
 # Who alone may import a package, as patterns of module names. A package stands for all that is in it, and its own
 # modules always may.
 ONLY_IN: dict[str, tuple[str, ...]] = {
-    "torch": ("weightd.torch", "weightd._tensors", "weightd._assign", "weightd.integrations*"),
-    **dict.fromkeys(("weightd._tensors", "weightd._assign"), ("weightd.torch", "weightd.integrations*")),
+    "torch": (
+        "weightd.torch",
+        "weightd._tensors",
+        "weightd._assign",
+        "weightd.recording",
+        "weightd.binding",
+        "weightd.integrations*",
+    ),
+    "weightd._tensors": ("weightd.torch", "weightd.binding", "weightd.integrations*"),
+    "weightd._assign": ("weightd.torch", "weightd.integrations*"),
+    "weightd.recording": ("weightd.binding", "weightd.integrations*"),
+    "weightd.binding": ("weightd.integrations*",),
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),

@@ -31,6 +31,7 @@ from .errors import (
     ProtocolMismatchError,
     ResourceLimitError,
     ServerError,
+    SharedWeightsError,
     WeightdError,
 )
 
@@ -63,6 +64,7 @@ __all__ = [
     "ProtocolMismatchError",
     "ResourceLimitError",
     "ServerError",
+    "SharedWeightsError",
     "WeightdError",
     "__version__",
     "connect",

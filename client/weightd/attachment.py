@@ -19,7 +19,7 @@ from ._mapping.ranges import MappedExtents
 from ._mapping.segments import SegmentToMap
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
-from .types import DerivedView, TensorInfo, TensorKey
+from .types import DerivedView, StoredPlace, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -275,6 +275,38 @@ class Attachment:
         if address + length > start + size:
             return None
         return segments.buffer(segment, copy, address - start, length)
+
+    def locate(self, tensor: torch.Tensor) -> StoredPlace | None:
+        """Where a tensor's bytes lie in attached memory, and of which attached tensors they are; None where not all do.
+
+        The bytes are those from its first element to its last. Errors: InvalidReferenceError (closed).
+        """
+        self._opened  # noqa: B018  # closed?
+        if not tensor.numel() or tensor.is_meta:
+            return None
+        address = tensor.data_ptr()
+        last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+        length = (last + 1) * tensor.element_size()
+        if not self.holds(address, length):
+            return None
+        first = max(0, bisect_right(self._by_address, (address, sys.maxsize)) - 1)
+        names = []
+        for start, size, key in self._by_address[first:]:
+            if start >= address + length:
+                break
+            if start + size > address:
+                names.append(key)
+        return StoredPlace(address, length, tuple(names))
+
+    @cached_property
+    def _by_address(self) -> list[tuple[int, int, TensorKey]]:
+        """Address, length and name of each attached tensor that has bytes, by address."""
+        begin = {(segment, copy): address for address, _, segment, copy in self._places}
+        return sorted(
+            (begin[info.segment, self._copies.get(key, 0)] + info.offset, info.length, key)
+            for key, info in self._tensors.items()
+            if info.length
+        )
 
     @cached_property
     def _places(self) -> list[tuple[int, int, int, int]]:

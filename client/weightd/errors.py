@@ -2,6 +2,7 @@
 
     WeightdError
      ├─ InvalidReferenceError (ValueError)      a reference, name, device or argument that cannot be
+     │   └─ SharedWeightsError (RuntimeError)   a write into weights that other processes read
      ├─ NotFoundError (LookupError)             no such checkpoint, tensor or file
      ├─ FormatError (ValueError)                a checkpoint file that is corrupt or not supported
      ├─ DigestMismatchError                     resident bytes do not match their digest
@@ -54,6 +55,10 @@ class InvalidReferenceError(WeightdError, ValueError):
     reason = "INVALID_REFERENCE"
     grpc_code = "INVALID_ARGUMENT"
     exit_code = 2
+
+
+class SharedWeightsError(InvalidReferenceError, RuntimeError):
+    """A framework would write into shared weights; a RuntimeError, as torch raises in its place."""
 
 
 class NotFoundError(WeightdError, LookupError):

@@ -101,6 +101,14 @@ class DerivedView(NamedTuple):
     shape: tuple[int, ...]
 
 
+class StoredPlace(NamedTuple):
+    """Where bytes lie in attached memory of this process: their address, how many, and of which attached tensors."""
+
+    address: int
+    length: int
+    tensors: tuple[TensorKey, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
     """How a load gets on; `phase` is "opening", "hashing" or "copying"."""

@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import torch
 
-from weightd.errors import InvalidReferenceError
+from weightd.errors import SharedWeightsError
 
 from .sharing import is_shared, shared_modules
 
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PRIVATE = "call make_private on that model first"
-
-
-class SharedWeightsError(InvalidReferenceError, RuntimeError):
-    """A framework's method would write into shared weights; a RuntimeError, as torch raises in its place."""
 
 
 # -- one load at a time ------------------------------------------------------------------------------------------------
