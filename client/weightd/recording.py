@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from ._mapping.ranges import MappedExtents
 from .errors import SharedWeightsError
@@ -209,7 +209,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
     ) -> Any:
         """Called instead of every operation of the thread."""
         recording, kwargs = self._recording, dict(kwargs or {})
-        tensors = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         without = [one for one in tensors if recording.storage_of(one) is not None]
         if self._phase is not _Phase.GUARDING and _on_meta(kwargs):  # engines ask parameters for their device
             if func is _aten._to_copy.default and not without:
@@ -323,8 +323,19 @@ def _effects(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
     written: list[torch.Tensor] = []
     for at, name in places:
         given = args[at] if at < len(args) else kwargs.get(name)
-        written += [one for one in tree_flatten(given)[0] if isinstance(one, torch.Tensor)]
+        written += _tensors((given,))
     return written, views
+
+
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among an operation's arguments, which are tensors, lists of them, and what is neither."""
+    found = []
+    for one in values:
+        if isinstance(one, torch.Tensor):
+            found.append(one)
+        elif isinstance(one, list | tuple):
+            found += _tensors(one)
+    return found
 
 
 def _is_run(tensor: torch.Tensor) -> bool:
