@@ -274,12 +274,14 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
         given: dict[int, torch.Tensor] = {}
         reals: dict[int, torch.Tensor] = {}
         for tensor in without:
-            deferred = recording.storage_of(tensor)
-            assert deferred is not None
-            deferred.materialize(reason)
-            if id(tensor) not in reals:
-                reals[id(tensor)] = real = deferred.real(tensor)
-                given[id(real)] = tensor
+            if tensor.numel():
+                deferred = recording.storage_of(tensor)
+                assert deferred is not None
+                deferred.materialize(reason)
+                real = deferred.real(tensor)
+            else:  # the padding of what needs none: no byte of the parameter is read or written
+                real = torch.empty_like(tensor, device=recording.device)
+            given[id(reals.setdefault(id(tensor), real))] = tensor
         done = func(
             *tree_map(lambda one: reals.get(id(one), one), args),
             **tree_map(lambda one: reals.get(id(one), one), kwargs),
@@ -288,12 +290,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
 
     def _guarded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]) -> Any:
         """An operation on tensors with memory, unless it writes to stored bytes."""
-        if (
-            func is _aten.copy_.default
-            and written
-            and _same_place(args[0], args[1])
-            and self._recording.is_stored(args[0])
-        ):
+        onto_itself = func is _aten.copy_.default and _same_place(args[0], args[1])
+        if onto_itself and self._recording.is_stored(args[0]):
             return args[0]
         for tensor in written:
             self._recording.refuse_write(func, tensor)

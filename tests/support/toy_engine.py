@@ -106,6 +106,9 @@ class Engine(nn.Module):
             elif name == "in_place":
                 self.in_place.data.copy_(stored)
                 self.in_place.data.mul_(2)
+            elif name == "embed":  # as a vocabulary that needs no padding
+                self.embed.data[: len(stored)].copy_(stored)
+                self.embed.data[len(stored) :].fill_(0)
             elif name == "twice":
                 self.twice.data.copy_(stored)
                 self.twice.data.copy_(stored.to(self.twice.device))
