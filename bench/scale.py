@@ -146,7 +146,7 @@ def main() -> int:
             if not sizes:
                 continue
             manager = Manager(folder / f"notify-{what}", most=1 << 16)
-            daemon = Daemon(manager=manager, budget="4GiB", books="2GiB", log_level="error")
+            daemon = Daemon(manager=manager, budget="4GiB", books="6GiB", log_level="error")
             try:
                 found = measure(daemon, folder, [int(size) for size in sizes.split(",")], tensors, options.rounds)
             finally:
