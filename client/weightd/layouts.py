@@ -7,7 +7,7 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .types import ALIGNMENT, DTYPE_BITS
@@ -138,7 +138,7 @@ def arrangement(tensors: Sequence[Named], numbers: Sequence[int], asked: Iterabl
     ignored: list[str] = []
     odd = 0
     for at, group in enumerate(asked):
-        why = _unfit(by_number, group, taken)
+        why = unfit(by_number, group, taken)
         if not why:
             taken.update(group)
             chosen.append(tuple(group))
@@ -152,23 +152,13 @@ def arrangement(tensors: Sequence[Named], numbers: Sequence[int], asked: Iterabl
     return Arrangement((*chosen, *(group for group in every if taken.isdisjoint(group))), len(chosen), tuple(ignored))
 
 
-def adjacent(places: Iterable[tuple[int, int, int] | None]) -> bool:
-    """Whether bytes at these (segment, offset, length) lie one behind the other; not where some have none."""
-    end: tuple[int, int] | None = None
-    for place in places:
-        if place is None or end not in (None, place[:2]):
-            return False
-        end = place[0], place[1] + place[2]
-    return True
-
-
-def _unfit(tensors: Mapping[int, Named], group: Sequence[int], taken: set[int]) -> str:
-    """Why these cannot be kept in one piece; empty where they can."""
+def unfit(tensors: Mapping[int, Named], group: Sequence[int], taken: Collection[int] = ()) -> str:
+    """Why a load cannot keep these in one piece; empty where it can. `taken` are tensors that are in other groups."""
     if not 1 < len(group) <= MAX_GROUP_TENSORS:
         return f"it has {len(group)} tensors, and may have 2 to {MAX_GROUP_TENSORS}"
     if missing := [number for number in group if number not in tensors]:
         return f"the checkpoint has no tensor {missing[0]} with bytes"
-    if len(set(group)) < len(group) or not taken.isdisjoint(group):
+    if len(set(group)) < len(group) or any(number in taken for number in group):
         return "one of its tensors is in a group already"
     every = [tensors[number] for number in group]
     if any((one.component, one.dtype) != (every[0].component, every[0].dtype) for one in every):
@@ -178,6 +168,16 @@ def _unfit(tensors: Mapping[int, Named], group: Sequence[int], taken: set[int]) 
     if odd := [one.length for one in every[:-1] if one.length % ALIGNMENT]:
         return f"one of its tensors has {odd[0]} bytes, no multiple of {ALIGNMENT}, so nothing lies right behind it"
     return ""
+
+
+def adjacent(places: Iterable[tuple[int, int, int] | None]) -> bool:
+    """Whether bytes at these (segment, offset, length) lie one behind the other; not where some have none."""
+    end: tuple[int, int] | None = None
+    for place in places:
+        if place is None or end not in (None, place[:2]):
+            return False
+        end = place[0], place[1] + place[2]
+    return True
 
 
 def _places(name: str) -> Iterable[tuple[str, int, int, int]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 import weightd
+from weightd import remembered
 from weightd.cli import main
 from weightd.errors import (
     CapacityError,
@@ -212,8 +213,9 @@ class FakeClient:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
     client = FakeClient()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def connect(socket: str | None) -> FakeClient:
         client.asked = socket
@@ -399,7 +401,17 @@ def test_load_json(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None
     assert list(loaded) == keys.split()
     assert captured.err == "", "no progress where stderr is no terminal"
     options = {"name": "n", "device": "host", "pin": True, "detached": False, "verify": True}
-    assert fake.calls == [("load", "./m", options)]
+    assert fake.calls == [("load", "./m", options | {"groups": ()})]
+
+
+def test_load_asks_for_what_is_remembered_if_anything_is(fake: FakeClient) -> None:
+    folder = Path(os.environ["XDG_CACHE_HOME"], "weightd", "groups")
+    folder.mkdir(parents=True)
+    (folder / "other").touch()
+    assert main(["load", "./m"]) == 0
+    (folder / f"{'0' * 64}.json").touch()
+    assert main(["load", "./m"]) == 0
+    assert [options["groups"] for _, _, options in fake.calls] == [(), remembered.groups_for]
 
 
 def test_load_says_what_it_chooses(fake: FakeClient, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

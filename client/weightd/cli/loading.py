@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weightd import remembered
 from weightd._sizes import size
 from weightd.cli.context import (
     CommandInterruptedError,
@@ -73,6 +74,7 @@ def load(
                         pin=pin,
                         detached=not wait,
                         verify=verify,
+                        groups=remembered.groups_for if remembered.exist() else (),
                         on_progress=None if advance is None else show,
                     )
             except KeyboardInterrupt:
