@@ -24,6 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet
 PROTOS_PIP := $(PROTOS_VENV)/bin/python -m pip install --quiet
+ENGINES_PIP = $(ENGINES_VENV)/bin/python -m pip install --quiet
 RUNTIMES := 5 6 7
 # Of each framework the oldest, the last of a line, and one in between; the newest is what `make test` installs.
 VERSIONS ?= transformers==4.56.2+diffusers==0.35.2 transformers==4.57.6+diffusers==0.36.0 \
@@ -42,6 +43,10 @@ WHEELS_FOR ?= --python-version 3.12 --platform manylinux2014_x86_64
 # Whose own tests the drop-in is to pass: the version that `make test` has, and the next.
 SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
+ENGINES_VENV ?= .venv-engines
+ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
+# The version of torch that the engines' wheels are built for.
+ENGINES_TORCH ?= torch==2.13.0
 # What install-systemd installs a service of: by default this checkout, in its virtual environment.
 WEIGHTD ?= $(BIN)/weightd
 WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
@@ -51,7 +56,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -87,6 +92,10 @@ test-cuda-versions: $(CUDA_VERSIONS:%=$(VERSIONS_VENV)/%/.cuda-tested) ## tests 
 test-safetensors: $(VENV)/.installed ## safetensors' own tests with weightd in its place (downloads them)
 	@echo "test-safetensors: tools/safetensors_tests.py"
 	@$(BIN)/python tools/safetensors_tests.py $(SAFETENSORS_VENV) $(SAFETENSORS)
+
+test-engines: $(ENGINES_VENV)/.installed ## tests of the integrations with vLLM and SGLang, on the CPU (makes an environment of gigabytes)
+	@echo "test-engines: pytest tests/engines"
+	@$(ENGINES_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/engines $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -142,8 +151,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(ENGINES_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -183,6 +192,16 @@ $(VERSIONS_VENV)/%/.cuda-tested: $(VERSIONS_VENV)/%/.made
 
 # Or make would take an environment for a step on the way and remove its stamp.
 .PRECIOUS: $(VERSIONS_VENV)/%/.made
+
+# Every package is pinned, and none is installed for another's sake: the engines require packages that the tests do not
+# use and that only fit a GPU.
+$(ENGINES_VENV)/.installed: pyproject.toml $(ENGINES_REQUIREMENTS)
+	@echo "venv: $(ENGINES_VENV), with $(ENGINES_TORCH) and $(ENGINES_REQUIREMENTS) (the first time takes minutes)"
+	@test -x $(ENGINES_VENV)/bin/python || $(PYTHON) -m venv $(ENGINES_VENV)
+	@$(ENGINES_PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '$(ENGINES_TORCH)'
+	@$(ENGINES_PIP) --no-deps $(ENGINES_REQUIREMENTS:%=--requirement %)
+	@$(ENGINES_PIP) --editable '.[daemon,gguf,torch]'
+	@touch $@
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.
 $(PROTOS_VENV)/.installed: Makefile

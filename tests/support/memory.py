@@ -29,3 +29,21 @@ def written(pid: int) -> int:
 def mappings(pid: int) -> int:
     """How many of our memfds, manifests included, the process has mapped; a split mapping counts more than once."""
     return Path(f"/proc/{pid}/maps").read_text().count("/memfd:weightd-")
+
+
+class Segments:
+    """Where a process has the daemon's segments mapped, as the kernel says."""
+
+    def __init__(self, pid: int) -> None:
+        self.runs: list[tuple[int, int]] = []
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if "/memfd:weightd-" not in line:
+                continue
+            start, end = (int(part, 16) for part in line.split(maxsplit=1)[0].split("-"))
+            if self.runs and self.runs[-1][1] == start:  # a mapping of which pages were protected is listed in parts
+                start = self.runs.pop()[0]
+            self.runs.append((start, end))
+
+    def hold(self, address: int, length: int) -> bool:
+        """Whether a range of addresses lies in one segment, or in several that are mapped one behind the other."""
+        return any(start <= address and address + length <= end for start, end in self.runs)

@@ -1,0 +1,59 @@
+"""Fixtures for tests of engines: checkpoints, and the environment of processes with engines in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import engine_models
+from support.daemon import Daemon
+from support.engines import EngineProcess, engine_environment
+
+SpawnEngine = Callable[..., EngineProcess]
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all of pytest's processes share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+@pytest.fixture(scope="session")
+def checkpoints(session_folder: Path) -> dict[str, Path]:
+    """Folders of checkpoints by name, for all names in `support.engine_models.EVERY`; see there."""
+    return engine_models.written(_made(session_folder / "checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def engine_folder(session_folder: Path) -> Path:
+    """Where processes with engines keep what they cache."""
+    return _made(session_folder / "engines")
+
+
+@pytest.fixture(scope="session")
+def engine_variables(engine_folder: Path) -> dict[str, str]:
+    """The environment of a process with an engine that a test starts by itself; the daemon's socket is not in it."""
+    return engine_environment(engine_folder)
+
+
+@pytest.fixture
+def spawn_engine(workers: list[EngineProcess], engine_folder: Path) -> SpawnEngine:
+    """Spawn a process for an engine as a client of a daemon: `spawn_engine(daemon, VARIABLE="value")`.
+
+    It executes what it is told (`support.worker.Worker`). At the end of the test all of its processes are gone.
+    """
+
+    def spawn(daemon: Daemon, **more: str) -> EngineProcess:
+        process = EngineProcess(daemon.socket, engine_folder, more)
+        workers.append(process)
+        return process
+
+    return spawn
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder
