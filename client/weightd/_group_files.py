@@ -148,15 +148,18 @@ def _read(at: int, key: str, tensors: int) -> Groups:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise UnusableFileError(f"{name} is no file") from None
         raise
-    with open(file, "rb") as opened:
+    try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise UnusableFileError(f"{name} is no file")
         _require_ours(status, name)
-        encoded = opened.read(MAX_FILE_BYTES + 1)
+        with open(file, "rb", closefd=False) as opened:
+            encoded = opened.read(MAX_FILE_BYTES + 1)
         groups = _decoded(encoded, tensors, name)
         with contextlib.suppress(OSError):  # of a cache that is read-only
             os.utime(file)  # used now: others are removed before it
+    finally:
+        os.close(file)
     return groups
 
 

@@ -34,6 +34,7 @@ LS_KEYS = [
     "name", "content_digest", "device", "tensors", "total_bytes", "exclusive_bytes", "shared_bytes", "leases", "pinned",
     "loaded_at", "last_used_at", "state", "names", "owner", "owner_uid",
 ]  # fmt: skip
+GROUP_KEYS = ["component", "name", "tensors", "bytes", "in_a_row", "remembered", "reason"]
 PS_KEYS = ["lease", "pid", "uid", "user", "command", "checkpoint", "device", "bytes", "since", "waiting"]
 DEVICE_KEYS = {
     "uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "free_bytes", "segments",
@@ -76,6 +77,30 @@ def failure(daemon: Daemon, *arguments: str | Path) -> tuple[int, str]:
 
 
 # -- what the commands print -----------------------------------------------------------------------------------------
+
+
+def test_inspect_says_which_groups_lie_in_a_row(daemon: Daemon, path: Path, tmp_path: Path) -> None:
+    """Equal k and v share one place; so no layer but the first can have all three behind one another."""
+    names = [f"layers.{layer}.self_attn.{part}_proj.weight" for layer in range(2) for part in "qkv"]
+    same = checkpoints.random_bytes("k and v", 64 << 10)
+    tensors = {name: ("U8", (len(same),), same) for name in names if ".q_proj" not in name}
+    tensors |= {name: ("U8", (len(same),), checkpoints.random_bytes(name, len(same))) for name in names[::3]}
+    checkpoints.write(path, tensors)
+    daemon.command("load", path, "--name", "rows")
+    before = as_json(daemon, "ls")
+    found = as_json(daemon, "inspect", "rows")["groups"]
+    assert [list(group) for group in found] == [GROUP_KEYS] * 2
+    assert [(group["tensors"], group["bytes"], group["in_a_row"]) for group in found] == [(3, 3 << 16, False)] * 2
+    assert "groups     0 of 2 in a row\n" in daemon.command("inspect", "rows").stdout
+    assert [*as_json(daemon, "inspect", "rows", "--tensors")["groups"][1]["members"]] == names[3:]
+    assert as_json(daemon, "ls") == before, "it is no use of the checkpoint"
+    daemon.command("rm", "rows")
+    checkpoints.write(path, {name: ("U8", (256,), checkpoints.random_bytes(name, 256)) for name in names})
+    daemon.command("load", path, "--name", "rows")
+    printed = daemon.command("inspect", "rows").stdout
+    assert "groups     2 of 2 in a row\n" in printed
+    assert printed.splitlines()[-1].split() == ["layers.*.self_attn.qkv_proj.weight", "2", "of", "2", "0.0", "MiB"]
+    assert max(map(len, printed[printed.index("GROUP") :].splitlines())) <= 80
 
 
 def test_load_ls_inspect_stats(daemon: Daemon, path: Path) -> None:

@@ -24,6 +24,7 @@ from weightd.errors import (
     DaemonBusyError,
     DaemonUnreachableError,
     DigestMismatchError,
+    DrainingError,
     InUseError,
     NotFoundError,
     PermissionDeniedError,
@@ -372,9 +373,10 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "base", "--format", "json", "--device", "host"]) == 0
     found = as_json(capsys)
     assert "tensors" not in found
+    assert found["groups"] == []
     assert found["checkpoint"]["names"] == ["org/base", "base"]
     assert found["sources"][0]["modified_at"] == "2026-01-02T03:04:05.000Z"
-    assert fake.calls == [("inspect", "base", "host")]
+    assert fake.calls == [("inspect", "base", "host"), ("attach", DIGEST, "host", True)]
     assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
     (tensor,) = as_json(capsys)["tensors"]
     assert (tensor["name"], tensor["shape"], tensor["digest"]) == ("w", [2, 3], "01" * 16)
@@ -384,8 +386,95 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2x3" in printed
     assert "model.safetensors" in printed
     assert re.search(r"^from +/models/base$", printed, re.M)
+    fake.calls.clear()
     assert main(["inspect", "base", "-q"]) == 0
     assert capsys.readouterr().out == f"{DIGEST}\n"
+    assert fake.calls == [("inspect", "base", None)]
+
+
+def layer(number: int, offset: int, *, dtype: str = "BF16", component: str = "") -> list[TensorInfo]:
+    """q, k, v of a layer, one behind the other from an offset on."""
+    return [
+        TensorInfo(component, f"m.layers.{number}.self_attn.{part}_proj.weight", dtype, (64, 64), 0,
+                   offset + at * 8192, 8192, b"\x01" * 16, 0, 0)
+        for at, part in enumerate("qkv")
+    ]  # fmt: skip
+
+
+def shows(fake: FakeClient, tensors: list[TensorInfo]) -> None:
+    attachment = FakeAttachment()
+    attachment.tensors = {TensorKey(one.component, one.name): one for one in tensors}  # type: ignore[misc]  # its own
+    fake.answers["attach"] = attachment
+
+
+def test_inspect_says_which_groups_lie_in_a_row(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    apart = [one._replace(offset=one.offset + 256 * at) for at, one in enumerate(layer(2, 1 << 20))]
+    shows(fake, [*layer(0, 0), *layer(1, 1 << 16), *apart])
+    assert main(["inspect", "base"]) == 0
+    printed = capsys.readouterr().out
+    assert "groups     2 of 3 in a row\n" in printed
+    assert printed.endswith(
+        "\nGROUP                                  IN A ROW      SIZE\n"
+        "m.layers.*.self_attn.qkv_proj.weight     2 of 3   0.1 MiB\n"
+        "1 group would lie in a row after `weightd rm` and `weightd load`,\n"
+        "unless other checkpoints have some of their tensors\n"
+    )
+    assert main(["inspect", "base", "--format", "json"]) == 0
+    found = as_json(capsys)
+    assert found["groups"][2] == {
+        "component": "", "name": "m.layers.2.self_attn.qkv_proj.weight", "tensors": 3, "bytes": 24576,
+        "in_a_row": False, "remembered": False, "reason": "",
+    }  # fmt: skip
+    assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
+    assert as_json(capsys)["groups"][0]["members"] == [f"m.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
+
+
+def test_inspect_says_nothing_of_groups_where_there_are_none(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.answers["attach"] = DrainingError("it drains")
+    assert main(["inspect", "base"]) == 0
+    assert "GROUP" not in (printed := capsys.readouterr().out)
+    assert "groups " not in printed
+    assert main(["inspect", "base", "--tensors"]) == DrainingError.exit_code
+    fake.calls.clear()
+    fake.answers["inspect"] = replace(fake.inspect("m"), checkpoint=replace(CHECKPOINT, content_digest=""))
+    fake.calls.clear()
+    assert main(["inspect", "base"]) == 0
+    assert [call[0] for call in fake.calls] == ["inspect"], "one that is being loaded has nothing to attach"
+
+
+@pytest.mark.parametrize("columns", [80, 60, 132])
+def test_groups_fit_the_terminal(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    long = [one._replace(name=f"{'very_long_name.' * 8}{one.name}", component="text_encoder") for one in layer(0, 0)]
+    odd = [one._replace(shape=(1, 5), length=10) for one in layer(1, 1 << 20)]
+    shows(fake, [*long, *odd])
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["inspect", "base"]) == 0
+    printed = capsys.readouterr().out
+    lines = printed[printed.index("\nGROUP") + 1 :].splitlines()
+    assert max(map(len, lines[:3])) <= columns
+    assert [line.split()[1:] for line in lines[1:3]] == [["-", "never", "0.0", "MiB"],
+                                                        ["text_encoder", "1", "of", "1", "0.0", "MiB"]]  # fmt: skip
+    assert "…" in lines[2]
+    assert lines[3] == "1 group never: one of its tensors has a length that is no multiple of 256 bytes"
+    assert main(["inspect", "base", "--no-trunc"]) == 0
+    assert f"{'very_long_name.' * 8}m.layers.*.self_attn.qkv_proj.weight" in capsys.readouterr().out
+
+
+def test_inspect_says_that_what_is_remembered_is_damaged(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = layer(0, 0)
+    shows(fake, tensors)
+    folder = Path(os.environ["XDG_CACHE_HOME"], "weightd", "groups")
+    folder.mkdir(parents=True, mode=0o700)
+    name = f"{remembered._structure(remembered._ordered(tensors))}.json"
+    (folder / name).write_text("no JSON")
+    assert main(["inspect", "base"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == f"weightd: a remembered order of tensors is ignored: {name} is damaged\n"
+    assert "groups     1 of 1 in a row" in captured.out
 
 
 # Loading
@@ -438,12 +527,13 @@ def test_variant(fake: FakeClient, tmp_path: Path, command: str) -> None:
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "model.fp16.safetensors").touch()
     assert main([command, str(tmp_path), "--variant", "fp16"]) == 0
-    resolved = fake.calls[-1][1]
+    resolved = fake.calls[0][1]
     assert resolved.name == f"fp16:{tmp_path}"
     assert [source.file for source in resolved.sources] == ["model.fp16.safetensors"]
     if command != "load":
+        fake.calls.clear()
         assert main([command, f"{tmp_path}/gone", "--variant", "fp16"]) == 0
-        assert fake.calls[-1][1] == f"fp16:{tmp_path}/gone"
+        assert fake.calls[0][1] == f"fp16:{tmp_path}/gone"
 
 
 def test_load_several(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:

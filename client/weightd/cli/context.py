@@ -46,7 +46,7 @@ FormatOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the identifier of each row.")]
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
-NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests and devices in full.")]
+NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests, devices and groups in full.")]
 _DEVICES = "host, cuda, cuda:N, or a GPU's UUID or a prefix of it"
 LoadDeviceOption = Annotated[
     str | None,
@@ -85,18 +85,24 @@ class _Saying(logging.Handler):
 
 @contextlib.contextmanager
 def saying_what_is_chosen(*, quiet: bool) -> Iterator[None]:
-    """Report on stderr which files are selected that the user did not name; with `quiet`, report nothing."""
-    log, handler = logging.getLogger("weightd.resolve"), logging.NullHandler() if quiet else _Saying()
-    level, propagate = log.level, log.propagate
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    """Report on stderr which files are selected that the user did not name, and which remembered groups are ignored.
+
+    With `quiet`, report nothing.
+    """
+    handler = logging.NullHandler() if quiet else _Saying()
+    logs = [logging.getLogger(name) for name in ("weightd.resolve", "weightd.remembered")]
+    before = [(log.level, log.propagate) for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
     try:
         yield
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
+        for log, (level, propagate) in zip(logs, before, strict=True):
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from weightd import remembered
 from weightd._sizes import size
 from weightd.cli.context import (
     DeviceOption,
@@ -21,9 +22,13 @@ from weightd.cli.context import (
     VariantOption,
     meant,
     open_client,
+    saying_what_is_chosen,
 )
 from weightd.cli.output import ago, digest, emit, emit_json, emit_table, plural, printable
 from weightd.cli.output import device as short_device
+from weightd.cli.rows import print_rows, rows_json, summary
+from weightd.errors import WeightdError
+from weightd.remembered import Row
 from weightd.types import CheckpointDetails, TensorInfo
 
 _LS_KEYS = (
@@ -211,21 +216,32 @@ def inspect(
     no_trunc: NoTruncOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Show one checkpoint with its components and files."""
+    """Show one checkpoint with its components and files.
+
+    Groups are tensors that frameworks fuse into one; if they lie in a row, the fused tensor needs no copy.
+    """
     listed: list[TensorInfo] = []
     with open_client(context, socket) as client:
         details = client.inspect(meant(reference, variant), device)
-        if tensors:
-            found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
-            with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
-                listed = list(attachment.tensors.values())
+        found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
+        if tensors or (found.content_digest and (output is OutputFormat.JSON or not quiet)):
+            try:
+                with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
+                    listed = list(attachment.tensors.values())
+            except WeightdError:  # its device is absent, the daemon drains, or it went meanwhile
+                if tensors:
+                    raise
+    with saying_what_is_chosen(quiet=quiet):
+        rows = remembered.rows(listed)
     if output is OutputFormat.JSON:
-        emit_json(_details_json(details) | ({"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}))
+        more = {"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}
+        emit_json(_details_json(details) | {"groups": rows_json(rows, members=tensors)} | more)
     elif quiet:
         emit(printable(details.checkpoint.content_digest))
     else:
-        _print_checkpoint(details, full=no_trunc)
+        _print_checkpoint(details, rows, full=no_trunc)
         _print_parts(details)
+        print_rows(rows, full=no_trunc)
         if tensors:
             _print_tensors(listed, full=no_trunc)
 
@@ -256,7 +272,7 @@ def _modified(mtime_ns: int) -> datetime:
     return datetime.fromtimestamp(mtime_ns / 1e9, UTC)
 
 
-def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
+def _print_checkpoint(details: CheckpointDetails, rows: Sequence[Row], *, full: bool) -> None:
     info = details.checkpoint
     kind = f" ({details.kind})" if details.kind != info.device else ""
     lines = {
@@ -272,6 +288,8 @@ def _print_checkpoint(details: CheckpointDetails, *, full: bool) -> None:
         "loaded": ago(info.loaded_at),
         "last used": ago(info.last_used_at),
     }
+    if rows:
+        lines["groups"] = summary(rows)
     if details.reference and details.reference not in info.names:
         lines["from"] = details.reference
     if details.note:
