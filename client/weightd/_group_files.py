@@ -101,7 +101,7 @@ def _merged(groups: Sequence[Sequence[int]], known: Groups) -> Groups:
     taken: set[int] = set()
     length = len(_encoded([]))
     for group in (*map(tuple, groups), *known):
-        length += len(_encoded([group])) - len(_encoded([])) + 1
+        length += 2 + sum(len(str(number)) + 1 for number in group)  # as `_encoded` writes it, with a comma
         if length > MAX_FILE_BYTES:
             break
         if taken.isdisjoint(group):

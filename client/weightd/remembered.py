@@ -74,11 +74,14 @@ def remember(attachment: Attachment, groups: Iterable[Members]) -> str:
     Returns a sentence for a report: how much memory is private for that, and what would have it shared; empty where
     there is nothing to say. Groups of tensors that the checkpoint does not have are left out. Errors: none.
     """
+    wanted = [_members(group) for group in groups]
+    if not wanted:
+        return ""
     order = _ordered(attachment._manifest.tensors)
     if any(one.dtype not in DTYPE_BITS for one in order):  # of a GGUF file; such loads take no groups
         return ""
     numbers = {_key(one): number for number, one in enumerate(order)}
-    asked = [tuple(numbers.get(member, -1) for member in _members(group)) for group in groups]
+    asked = [tuple(numbers.get(member, -1) for member in group) for group in wanted]
     asked = [group for group in asked if min(group, default=-1) >= 0 and not _in_a_row(order, group)]
     if not asked:
         return ""

@@ -90,11 +90,11 @@ def test_a_peer_without_an_identity_is_not_root(
     assert (lease["pid"], lease["uid"]) == (nobody.pid, None)
     found = daemon.connect().checkpoints()
     assert [(info.owner_uid, info.owner) for info in found] == [(None, "?")]
-    details = daemon.command("inspect", found[0].content_digest, "--format", "json").stdout
-    assert json.loads(details)["checkpoint"]["owner_uid"] is None
     events = [event for event in weightd_json(daemon.socket, "events") if "uid" in event]
     assert {event["event"] for event in events} >= {"load_begun", "load_ended", "attached"}
     assert {event["uid"] for event in events} == {None}
+    details = daemon.command("inspect", found[0].content_digest, "--format", "json").stdout
+    assert json.loads(details)["checkpoint"]["owner_uid"] is None
     assert nobody.run("result = attempt(client.pin, client.checkpoints()[0].content_digest)") == [
         "PermissionDeniedError",
         f"checkpoint {found[0].content_digest} belongs to a user without an identity; only it and admins may pin it",

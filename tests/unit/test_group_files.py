@@ -209,6 +209,7 @@ def test_a_file_holds_the_newest_as_far_as_they_fit() -> None:
     found = read(KEY, 2_000_000)
     assert found[: len(new)] == new
     assert len(new) < len(found) < len(new) + len(old)
+    assert MAX_FILE_BYTES - 20 < len(_group_files._encoded(found)) <= MAX_FILE_BYTES
 
 
 def test_the_files_that_were_used_longest_ago_go(folder: Path) -> None:
