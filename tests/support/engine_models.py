@@ -127,6 +127,9 @@ def _write_random(name: str, path: Path) -> None:
     for parameter in model.parameters():  # biases and norms start as zeros and ones: equal tensors would be stored once
         if parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):  # in float32 in DeepSeek's files, and not zero
+            buffer.data = torch.randn(buffer.shape) * 0.02
     model.save_pretrained(path)
 
 
