@@ -19,6 +19,7 @@ TESTED: dict[str, tuple[tuple[str, str], ...]] = {
     "transformers": (("4.56", "4.57"), ("5.0", "5.24")),
     "diffusers": (("0.35", "0.42"),),
     "sglang": (("0.5.23", "0.5.23"),),
+    "vllm": (("0.28", "0.32"),),
 }
 """By package: ranges of versions whose ends were run, and one or more in between (docs/integrations.md).
 
