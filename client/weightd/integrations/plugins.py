@@ -10,13 +10,13 @@ import sys
 from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
+from . import NAME
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-VLLM_FORMAT = "weightd"
-"""The value of vLLM's `--load-format`."""
 _VLLM_LOADERS = "vllm.model_executor.model_loader"
 
 
@@ -54,7 +54,7 @@ class _AfterVllmsLoaders:
 
 def _register_with_vllm(loaders: Any) -> None:
     """Register a loader that is imported when it is first asked for: it refuses versions of vLLM that were not run."""
-    if VLLM_FORMAT in loaders._LOAD_FORMAT_TO_MODEL_LOADER:  # of which vLLM would warn
+    if NAME in loaders._LOAD_FORMAT_TO_MODEL_LOADER:  # of which vLLM would warn
         return
 
     class WeightdModelLoader(loaders.BaseModelLoader):  # type: ignore[misc]  # known at run time only
@@ -63,4 +63,4 @@ def _register_with_vllm(loaders: Any) -> None:
 
             return integration.WeightdModelLoader(load_config)
 
-    loaders.register_model_loader(VLLM_FORMAT)(WeightdModelLoader)
+    loaders.register_model_loader(NAME)(WeightdModelLoader)

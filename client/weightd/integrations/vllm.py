@@ -19,9 +19,9 @@ import vllm
 from weightd.errors import FormatError, SharedWeightsError
 from weightd.resolve import is_path
 
+from . import NAME
 from .engines import NOT_REACHED, EngineLoad, EngineOptions
 from .guards import loading, refuse_while_shared
-from .plugins import VLLM_FORMAT
 from .sharing import note_left
 from .sharing import report as report
 from .versions import require_tested
@@ -190,7 +190,7 @@ class WeightdModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no 
         from vllm.model_executor.model_loader.utils import get_draft_load_config  # as old as the hook that we are in
 
         load_config = get_draft_load_config(vllm_config)
-        if load_config.load_format == VLLM_FORMAT:
+        if load_config.load_format == NAME:
             yield WeightdModelLoader(load_config), draft
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from . import NAME
 from .engines import EngineOptionError, class_name, refuse_settings
-from .plugins import VLLM_FORMAT
 
 if TYPE_CHECKING:
     import torch
 
-HOW: Final = f"start vLLM without --load-format {VLLM_FORMAT}"
+HOW: Final = f"start vLLM without --load-format {NAME}"
 WHERE: Final = "--model-loader-extra-config"
 
 _MODEL: Final = {"enable_sleep_mode": (False, "gives up the memory of weights and fills it again")}
