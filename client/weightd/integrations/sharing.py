@@ -5,7 +5,9 @@ The report is made anew for each call: code may cast, move, replace and write to
 
 from __future__ import annotations
 
+import itertools
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
@@ -78,17 +80,28 @@ class SharingReport:
         return line if self.writes_seen else f"{line}; this system does not tell what has been written to since"
 
 
-def remember(module: torch.nn.Module, attachment: Attachment, explain: Explain, missing: Collection[str] = ()) -> None:
+def remember(
+    module: torch.nn.Module,
+    attachments: Attachment | Iterable[Attachment],
+    explain: Explain,
+    missing: Collection[str] = (),
+    *,
+    quiet: bool = False,
+) -> None:
     """Let `report` know a module that has been loaded, and log what it says: a warning where something is private.
 
-    `explain` is asked now why parameters are private; `missing` names those, and buffers, that no file had.
+    `explain` is asked now why parameters are private; `missing` names those, and buffers, that no file had. `quiet`
+    logs nothing.
     """
     global _mapped
-    _mapped = [*_alive(), *attachment.ranges()]
+    every = attachments if isinstance(attachments, Iterable) else (attachments,)
+    _mapped = [*_alive(), *itertools.chain.from_iterable(one.ranges() for one in every)]
     extents = MappedExtents(_mapped)
     was = {name: _Was(one.dtype, one.device, one.shape) for name, one in module.named_parameters()}
     reasons = {name: explain(name, one) for name, one in module.named_parameters() if not _holds(extents, one)}
     _origins[module] = _Origin(was, reasons, frozenset(missing))
+    if quiet:
+        return
     found = report(module)
     level = logging.WARNING if found.copied or found.missing else logging.INFO
     log.log(level, "%s: %s", type(module).__name__, found)

@@ -6,6 +6,7 @@ that others read. So a version that is not between two that were run is refused 
 
 from __future__ import annotations
 
+import itertools
 import os
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,24 +18,33 @@ ALLOW_UNTESTED = "WEIGHTD_ALLOW_UNTESTED_VERSIONS"
 TESTED: dict[str, tuple[tuple[str, str], ...]] = {
     "transformers": (("4.56", "4.57"), ("5.0", "5.24")),
     "diffusers": (("0.35", "0.42"),),
+    "sglang": (("0.5.23", "0.5.23"),),
+    "vllm": (("0.28", "0.32"),),
 }
-"""By package: ranges of minor versions whose ends were run, and one or more in between (docs/integrations.md)."""
+"""By package: ranges of versions whose ends were run, and one or more in between (docs/integrations.md).
+
+A range of minor versions has all their patches.
+"""
 
 
 class UntestedVersionError(WeightdError):
     """A framework is missing, or of a version with which its integration was never run."""
 
 
-def require_tested(package: str) -> tuple[int, int]:
-    """The package's (major, minor) version. Errors: UntestedVersionError."""
-    extra = f"pip install '.[{package}]' in weightd's checkout"
+def require_tested(package: str, installed: str | None = None) -> tuple[int, int]:
+    """The package's (major, minor) version; `installed` is what it says of itself, where its metadata may say less.
+
+    Errors: UntestedVersionError.
+    """
+    extra = f"pip install '.[{package}]' in weightd's checkout" if installed is None else "install one of these"
     try:
-        installed = version(package)
+        installed = version(package) if installed is None else installed
     except PackageNotFoundError:
         raise UntestedVersionError(f"{package} is not installed; {extra}") from None
-    found = _minor(installed)
-    if any(_minor(first) <= found <= _minor(last) for first, last in TESTED[package]):
-        return found
+    found = _numbers(installed)[0], _numbers(installed)[1]
+    for first, last in TESTED[package]:
+        if _numbers(first) <= _numbers(installed)[: len(_numbers(first))] <= _numbers(last):
+            return found
     if os.environ.get(ALLOW_UNTESTED) == "1":
         return found
     ranges = " and ".join(f"{first} to {last}" for first, last in TESTED[package])
@@ -44,6 +54,6 @@ def require_tested(package: str) -> tuple[int, int]:
     )
 
 
-def _minor(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)
+def _numbers(text: str) -> tuple[int, ...]:
+    """Major, minor and, where it has one, patch of a version: those of 4.57.0.dev0 are 4, 57, 0."""
+    return tuple(int("".join(itertools.takewhile(str.isdigit, part)) or 0) for part in text.split(".")[:3])
