@@ -7,7 +7,9 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -255,3 +257,27 @@ def test_a_daemon_that_was_told_to_serve_a_gpu_alone_ends_with_75_while_its_driv
     assert isinstance(daemon.process, subprocess.Popen)
     assert daemon.process.returncode == 75
     assert re.search("weightd: .*device = 'cuda': the driver does not answer since .*, in cuInit", daemon.logged())
+
+
+@pytest.mark.backends("cuda_vmm", double_only=True)
+def test_a_daemon_can_be_stopped_while_its_driver_hangs_at_the_start(
+    start_daemon: StartDaemon, backend: Backend, tmp_path: Path
+) -> None:
+    """With the limit that users have: nobody waits for that."""
+    path, log = tmp_path / "hangs", tmp_path / "calls"
+    daemon = start_daemon(
+        hangs_in(backend, "cuInit", path).with_knobs(log=log), argv=launcher(), device="host,cuda", budget="64MiB"
+    )
+    assert daemon.stop() == 0
+    path.touch()
+    log.write_text("")
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(daemon.start)
+        eventually(lambda: "cuInit" in log.read_text(), what="the driver hangs")
+        before, process = time.monotonic(), daemon.process
+        assert process is not None
+        process.terminate()
+        with pytest.raises(AssertionError, match="did not start"):
+            starting.result(60)
+    assert process.returncode == 0
+    assert time.monotonic() - before < opening_thread.START_SECONDS / 2
