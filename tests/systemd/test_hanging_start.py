@@ -271,13 +271,17 @@ def test_a_daemon_can_be_stopped_while_its_driver_hangs_at_the_start(
     assert daemon.stop() == 0
     path.touch()
     log.write_text("")
-    with ThreadPoolExecutor(1) as pool:
-        starting = pool.submit(daemon.start)
+
+    def stops() -> float:
         eventually(lambda: "cuInit" in log.read_text(), what="the driver hangs")
-        before, process = time.monotonic(), daemon.process
-        assert process is not None
-        process.terminate()
+        assert daemon.process is not None
+        daemon.process.terminate()
+        return time.monotonic()
+
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(stops)
         with pytest.raises(AssertionError, match="did not start"):
-            starting.result(60)
-    assert process.returncode == 0
-    assert time.monotonic() - before < opening_thread.START_SECONDS / 2
+            daemon.start()
+    assert isinstance(daemon.process, subprocess.Popen)
+    assert daemon.process.returncode == 0
+    assert time.monotonic() - told.result() < opening_thread.START_SECONDS / 2
