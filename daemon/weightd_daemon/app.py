@@ -125,6 +125,8 @@ class Daemon:
         residency = Residency(listeners.publish)
         given = GivenDescriptors(self._given)
         served = await self._open_devices(stack, residency, sockets.lock.holders, given)
+        if self._stop.is_set():
+            return
         books = open_books(stack, self._settings, self._manager, served, residency, listeners, given)
         work = self._prepare_loads(stack, served, books, listeners, sockets.lock.writers)
         residency.join(books.store, books.catalog, books.manifests, books.descriptor_store, work.loads)
@@ -155,11 +157,19 @@ class Daemon:
     async def _open_devices(
         self, stack: contextlib.AsyncExitStack, residency: Residency, lock: int, given: GivenDescriptors
     ) -> Devices:
-        """Open the devices, with regard to what is kept of which. Errors: ConfigError."""
+        """Open the devices, with regard to what is kept of which, or stop. Errors: ConfigError."""
         holding = CudaHolderContext(asyncio.get_running_loop(), residency.on_lost, inherited=(lock,))
         served = Devices(self._settings, holding)
         stack.callback(served.close)
-        await on_thread(partial(served.open, given.kinds))  # the loop goes on telling the manager that it starts
+        # On a thread: the loop goes on telling the manager that it starts, and a driver that hangs holds up no stop.
+        opening = asyncio.ensure_future(on_thread(partial(served.open, given.kinds)))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([opening, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if opening.done():
+            await opening
+        else:
+            opening.cancel()
         return served
 
     async def _adopt(

@@ -1,12 +1,12 @@
 """`python -m support.launch FLAGS serve …`: a daemon with some of its parts exchanged.
 
 `--hello` and `--ack` (seconds) shorten the handle socket's deadlines, `--page` that of monitors, `--read` and
-`--unread` those of gRPC requests and answers, `--answer` that of a GPU's driver; `--look` is the pause between two
-looks at the sockets. `--backlog` is how many events may wait for a reader. `--loader` names hash functions of
-support/loader.py. `--bug` makes GetVersion raise what no handler may raise, `--stuck` makes it block the loop for good.
-`--deaf` names a class of events that no listener can take. `--nodes` is the folder of the GPUs' device files, and of
-what the driver says of them. `--points` is the file that names the point at which it
-kills itself (support/points.py).
+`--unread` those of gRPC requests and answers, `--answer` that of a GPU's driver, `--opening` that of its calls while a
+GPU is opened, but for cuInit, which has `--init`; `--look` is the pause between two looks at the sockets. `--backlog`
+is how many events may wait for a reader. `--loader` names hash functions of support/loader.py. `--bug` makes GetVersion
+raise what no handler may raise, `--stuck` makes it block the loop for good. `--deaf` names a class of events that no
+listener can take. `--nodes` is the folder of the GPUs' device files, and of what the driver says of them. `--points` is
+the file that names the point at which it kills itself (support/points.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from support import loop_watch, points
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.api import admission, error_mapping, grpc_server
-from weightd_daemon.devices import cuda_node, driver_thread
+from weightd_daemon.devices import cuda_node, driver_thread, opening_thread
 from weightd_daemon.handles import handle_server
 from weightd_daemon.loads.loader_process import DEFAULT_ARGV
 from weightd_daemon.loads.loads import Loads
@@ -38,6 +38,8 @@ def launcher(
     page: float | None = None,
     read: float | None = None,
     answer: float | None = None,
+    opening: float | None = None,
+    init: float | None = None,
     unread: float | None = None,
     look: float | None = None,
     backlog: int | None = None,
@@ -51,7 +53,7 @@ def launcher(
     """The `argv` of a Daemon that starts through this file."""
     given = {
         "hello": hello, "ack": ack, "page": page, "read": read, "unread": unread, "look": look, "backlog": backlog,
-        "answer": answer, "nodes": nodes,
+        "answer": answer, "opening": opening, "init": init, "nodes": nodes,
         "loader": loader or None, "points": points, "deaf": deaf or None,
     }  # fmt: skip
     flags = [f"--{key}={value}" for key, value in given.items() if value is not None]
@@ -69,6 +71,8 @@ def main() -> int:
     parser.add_argument("--look", type=float)
     parser.add_argument("--unread", type=float)
     parser.add_argument("--answer", type=float)
+    parser.add_argument("--opening", type=float)
+    parser.add_argument("--init", type=float)
     parser.add_argument("--backlog", type=int)
     parser.add_argument("--loader")
     parser.add_argument("--bug", action="store_true")
@@ -93,6 +97,10 @@ def main() -> int:
         cuda_node.DEV, cuda_node.GPUS = options.nodes, options.nodes / "gpus"
     if options.answer is not None:
         driver_thread.ANSWER_SECONDS = options.answer
+    if options.opening is not None:
+        opening_thread.CALL_SECONDS = options.opening
+    if options.init is not None:
+        opening_thread.START_SECONDS = options.init
     if options.unread is not None:
         error_mapping.UNREAD_SECONDS = options.unread
     if options.backlog is not None:

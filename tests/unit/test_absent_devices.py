@@ -26,7 +26,8 @@ from weightd_daemon.core.catalog import CatalogTag
 from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.devices import cuda_vmm, driver_thread, served
 from weightd_daemon.devices.absent import AbsentDevice, StandInDevice
-from weightd_daemon.devices.cuda_choice import Choice, ServedGpu
+from weightd_daemon.devices.cuda_choice import Choice
+from weightd_daemon.devices.cuda_opening import ServedGpu
 from weightd_daemon.devices.cuda_vmm import CudaVmmDevice
 from weightd_daemon.operations import absence
 

@@ -11,7 +11,7 @@ import pytest
 
 from weightd.errors import DeviceAbsentError, DeviceError, DeviceMismatchError, InvalidReferenceError, NotFoundError
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
-from weightd_daemon.devices import cuda_choice
+from weightd_daemon.devices import cuda_choice, cuda_opening
 from weightd_daemon.devices.budgets import budget_of, check_names, device_meant
 from weightd_daemon.devices.driver_thread import AnyThread
 from weightd_daemon.devices.naming import meant
@@ -33,6 +33,7 @@ class FakeDevice:
     full: ClassVar[set[tuple[int, str]]] = set()
     open: ClassVar[list[FakeDevice]] = []
     page = 2 << 20
+    creates_by, releases_by = "cuMemCreate", "cuMemRelease"
     default_share = 0.8
     loader_bytes = 0
 
@@ -65,11 +66,12 @@ class FakeDevice:
 
 @pytest.fixture(autouse=True)
 def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_choice.driver, "initialise", lambda: None)
     monkeypatch.setattr(cuda_choice.driver, "device_count", lambda: len(UUIDS))
     monkeypatch.setattr(cuda_choice.driver, "uuid_of", lambda ordinal: UUIDS[ordinal])
     monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
-    monkeypatch.setattr(cuda_choice, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
-    monkeypatch.setattr(cuda_choice, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
+    monkeypatch.setattr(cuda_opening, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
+    monkeypatch.setattr(cuda_opening, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
     for name in ("broken", "full", "open"):
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 

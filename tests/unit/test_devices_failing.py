@@ -17,10 +17,11 @@ import pytest
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
-from weightd_daemon.devices import cuda_choice
+from weightd_daemon.devices import cuda_opening
 from weightd_daemon.devices.absent import AbsentDevice
-from weightd_daemon.devices.cuda_choice import Choice, ServedGpu, choose_gpus, try_again
+from weightd_daemon.devices.cuda_choice import Choice, choose_gpus, try_again
 from weightd_daemon.devices.cuda_errors import explained
+from weightd_daemon.devices.cuda_opening import ServedGpu
 
 HOLDING: Any = None  # for holders, of which none is started here
 PAGE = 2 << 20
@@ -97,6 +98,7 @@ class IpcDevice:
 
     kind = "cuda_ipc"
     page = PAGE
+    creates_by, releases_by = "cuMemAlloc", "cuMemFree"
 
     def __init__(self, ordinal: int, _: object) -> None:
         self.uuid = cuda_driver.uuid_of(ordinal)
@@ -117,7 +119,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     driver = Driver()
     monkeypatch.setattr(cuda_driver, "call", driver.call)
     monkeypatch.setattr(cuda_driver, "_initialised_in", None)
-    monkeypatch.setattr(cuda_choice, "CudaIpcDevice", IpcDevice)
+    monkeypatch.setattr(cuda_opening, "CudaIpcDevice", IpcDevice)
     before = len(os.listdir("/proc/self/fd"))
     yield driver
     assert driver.allocated == 0, "segments of trials were not given back"
@@ -315,15 +317,15 @@ def test_a_package_that_is_missing_costs_nothing_that_is_kept(monkeypatch: pytes
 def test_what_was_opened_is_closed_where_the_choice_fails(gpus: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus.gpus = UUIDS
     closed: list[str] = []
-    monkeypatch.setattr(cuda_choice.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
+    monkeypatch.setattr(cuda_opening.CudaVmmDevice, "close", lambda self: closed.append(self.uuid))
 
     def broken(ordinal: int, *arguments: Any) -> ServedGpu:
         if ordinal == 1:
             raise AssertionError("a bug")
         return plain(ordinal, *arguments)
 
-    plain = cuda_choice._open
-    monkeypatch.setattr(cuda_choice, "_open", broken)
+    plain = cuda_opening._open
+    monkeypatch.setattr(cuda_opening, "_open", broken)
     with pytest.raises(AssertionError):
         choose("cuda")
     assert closed == [FIRST]

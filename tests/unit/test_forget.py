@@ -21,7 +21,7 @@ from weightd_daemon.core.lease import LeasePeer
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.devices import cuda_node, served
-from weightd_daemon.devices.cuda_choice import ServedGpu
+from weightd_daemon.devices.cuda_opening import ServedGpu
 from weightd_daemon.handles.attach import AttachHandler
 from weightd_daemon.operations import absence
 from weightd_daemon.operations.forget import DeviceForgetting

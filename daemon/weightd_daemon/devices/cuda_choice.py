@@ -1,46 +1,36 @@
-"""Selects the GPUs to serve and how to share the memory of each, from the settings and from a trial.
+"""Selects the GPUs to serve, from the settings, from what is kept, and from what the driver shows.
 
 A driver's bad moment must not cost anything: each call is tried twice, a GPU of which something is kept never changes
-the way in which its memory is shared, and a GPU that cannot be served now is absent, not gone (decision 0037).
+the way in which its memory is shared, and a GPU that cannot be served now is absent, not gone (decision 0037). A driver
+that hangs is one that fails: what calls it runs in steps that can be left behind (devices/opening_thread.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._mapping import cuda_driver as driver
-from weightd.errors import DeviceError, DeviceMismatchError, WeightdError
+from weightd.errors import DeviceError, WeightdError
 from weightd_daemon.config.notation import is_uuid, means, whole_uuid
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
 
+from . import opening_thread
 from .absent import AbsentDevice
 from .cuda_errors import NO_DEVICE, code_of, explained, is_unsupported
-from .cuda_ipc import CudaIpcDevice
-from .cuda_modes import tell_compute_mode, tell_mps
-from .cuda_vmm import CudaVmmDevice
+from .cuda_modes import tell_mps
+from .cuda_opening import FAILURES, ServedGpu, begin, names_of, open_all, twice
+from .opening_thread import next_call
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .absent import KeptKinds
     from .cuda_ipc import CudaHolderContext
-    from .device import Device
 
 log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-_FAILURES = (DeviceError, DeviceMismatchError)
-
-
-class ServedGpu(NamedTuple):
-    """A GPU that is served, and what settings may call it, most telling first."""
-
-    device: Device
-    names: tuple[str, ...]
 
 
 class Choice(NamedTuple):
@@ -64,14 +54,14 @@ class _Shown(NamedTuple):
 
     def named(self, said: str) -> list[driver.Ordinal]:
         """The GPUs that a name means, among those whose UUID is known."""
-        return [at for at, uuid in self.uuids.items() if any(means(said, name) for name in _names(uuid, at))]
+        return [at for at, uuid in self.uuids.items() if any(means(said, name) for name in names_of(uuid, at))]
 
     def untold(self, said: Iterable[str]) -> dict[driver.Ordinal, WeightdError]:
         """The errors of the GPUs that one of these names may mean and whose UUID is not known."""
         return {
             at: error
             for at, error in self.failed.items()
-            if any(name == "auto" or is_uuid(name) or name in _names("", at) for name in said)
+            if any(name == "auto" or is_uuid(name) or name in names_of("", at) for name in said)
         }
 
 
@@ -89,16 +79,16 @@ def choose_gpus(said: Sequence[str], transport: str, holding: CudaHolderContext,
     tell_mps()
     try:
         shown = _look()
-    except _FAILURES as error:
+    except FAILURES as error:
         return _without_driver(said, kept, error)
     with contextlib.ExitStack() as undo:
         choice = Choice([], [])
-        for ordinal, opened in _open_all(_meant(said, shown, kept), shown, transport, holding, kept).items():
+        meant = {ordinal: shown.uuids[ordinal] for ordinal in _meant(said, shown, kept)}
+        for ordinal, opened in open_all(meant, transport, holding, kept).items():
             uuid = shown.uuids[ordinal]
             if isinstance(opened, ServedGpu):
                 undo.callback(opened.device.close)
                 choice.served.append(opened)
-                tell_compute_mode(ordinal, uuid)
             elif uuid not in kept and "auto" in said and is_unsupported(opened):
                 log.warning("device %s is not served: %s", uuid, opened)
             else:
@@ -128,40 +118,32 @@ def try_again(
             raise DeviceError(_unseen(shown))
         if "auto" not in said and not any(ordinal in shown.named(name) for name in said):
             raise DeviceError(_unnamed(said))
-        gpu = _open(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid))
-    except _FAILURES as error:
+        return begin(ordinal, absent.uuid, transport, holding, kept.get(absent.uuid)).result()
+    except FAILURES as error:
         raise type(error)(explained(error), error.metadata) from error
-    tell_compute_mode(ordinal, absent.uuid)
-    return gpu
 
 
 # -- what the driver shows ---------------------------------------------------------------------------------------------
 
 
 def _look() -> _Shown:
-    """Ask the driver for its GPUs. Errors: DeviceMismatchError, DeviceError (it does not even say how many)."""
+    """What GPUs the driver shows. Errors: DeviceMismatchError, DeviceError (it does not say how many, or hangs)."""
+    return opening_thread.begin("the driver", "the driver", _ask, undo=lambda _: None).result()
+
+
+def _ask() -> _Shown:
+    """Ask the driver for its GPUs, in a step. Errors: DeviceMismatchError, DeviceError."""
     shown = _Shown({}, {})
-    for ordinal in range(_twice(driver.device_count)):
+    next_call("cuInit", opening_thread.START_SECONDS)
+    twice(driver.initialise)
+    next_call("cuDeviceGetCount")
+    for ordinal in range(twice(driver.device_count)):
+        next_call("cuDeviceGetUuid")
         try:
-            shown.uuids[ordinal] = _twice(partial(driver.uuid_of, ordinal))
-        except _FAILURES as error:
+            shown.uuids[ordinal] = twice(partial(driver.uuid_of, ordinal))
+        except FAILURES as error:
             shown.failed[ordinal] = error
     return shown
-
-
-def _twice(step: Callable[[], _T]) -> _T:
-    """Take a step, and once more if the driver refuses: what it says the first time may not be so."""
-    try:
-        return step()
-    except _FAILURES as error:
-        if not code_of(error):  # not the driver's word: a package is missing, or a holder did not answer in its minute
-            raise
-        log.info("the driver is asked once more: %s", error)
-        return step()
-
-
-def _names(uuid: str, ordinal: driver.Ordinal) -> tuple[str, ...]:
-    return uuid, f"cuda:{ordinal}", "cuda"
 
 
 # -- what is meant -----------------------------------------------------------------------------------------------------
@@ -251,68 +233,6 @@ def _without_driver(said: Sequence[str], kept: KeptKinds, error: WeightdError) -
     if "auto" not in said:
         refusal = ConfigError if "package" in error.metadata else TemporaryConfigError
         raise refusal(f"device = {','.join(said)!r}: {reason}", "device") from error
-    broken = code_of(error) not in ("", NO_DEVICE)
+    broken = code_of(error) != NO_DEVICE and not error.metadata.keys().isdisjoint(("call", "code"))
     log.log(logging.WARNING if broken else logging.INFO, "no GPU is served, only host memory: %s", reason)
     return Choice([], [])
-
-
-# -- how a GPU is shared -----------------------------------------------------------------------------------------------
-
-
-def _open_all(
-    ordinals: Sequence[driver.Ordinal], shown: _Shown, transport: str, holding: CudaHolderContext, kept: KeptKinds
-) -> dict[driver.Ordinal, ServedGpu | WeightdError]:
-    """Open GPUs side by side: a holder takes seconds to start. Returns each, or why it cannot be served."""
-
-    def attempt(ordinal: driver.Ordinal) -> ServedGpu | WeightdError:
-        uuid = shown.uuids[ordinal]
-        try:
-            return _open(ordinal, uuid, transport, holding, kept.get(uuid))
-        except _FAILURES as error:
-            return error
-
-    with ThreadPoolExecutor(max(1, len(ordinals))) as pool:
-        attempts = {ordinal: pool.submit(attempt, ordinal) for ordinal in ordinals}
-    if any(done.exception() for done in attempts.values()):  # a bug: it must not leave the others open
-        for done in attempts.values():
-            if not done.exception() and isinstance(opened := done.result(), ServedGpu):
-                opened.device.close()
-    return {ordinal: done.result() for ordinal, done in attempts.items()}
-
-
-def _open(
-    ordinal: driver.Ordinal, uuid: str, transport: str, holding: CudaHolderContext, kept: str | None
-) -> ServedGpu:
-    """A GPU by the transport that `kept` or the settings demand, else by the first that works.
-
-    CUDA IPC takes the place of exportable memory only where the driver says twice that it does not support that.
-    Errors: DeviceError, DeviceMismatchError.
-    """
-    if kept is not None and transport not in ("auto", kept):
-        raise DeviceError(f"transport = {transport!r}, and what is kept on it is shared by {kept}")
-    wanted = kept or transport
-    names = _names(uuid, ordinal)
-    if wanted == "cuda_ipc":
-        return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
-    try:
-        return ServedGpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
-    except DeviceError as error:
-        if wanted == "cuda_vmm" or not is_unsupported(error):
-            raise
-        log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
-        try:
-            return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
-        except DeviceError as other:
-            raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
-
-
-def _tried(device: Device) -> Device:
-    """A device that has made a segment. What the driver says that it can do is not always so (WSL, gVisor)."""
-    try:
-        device.release(device.create(device.page))
-    except MemoryError:
-        log.warning("device %s has no memory left for now", device.uuid)  # which says nothing against the transport
-    except BaseException:
-        device.close()
-        raise
-    return device

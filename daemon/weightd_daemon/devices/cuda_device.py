@@ -13,10 +13,12 @@ from .cuda_errors import OUT_OF_MEMORY, code_of
 from .cuda_node import open_node
 from .cuda_nvml import free_bytes
 from .driver_thread import DriverThread
+from .opening_thread import next_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_LOOKS_BY = "nvmlDeviceGetMemoryInfo"
 _LOOK_SECONDS = 0.5
 """How long somebody who looks on waits for NVML."""
 _CONTEXT_BYTES = 640 << 20
@@ -38,12 +40,16 @@ class CudaDevice:
 
     def __init__(self, ordinal: driver.Ordinal) -> None:
         """Errors: DeviceMismatchError (no such GPU), DeviceError."""
+        next_call("cuDeviceGetUuid")
         self.uuid = driver.uuid_of(ordinal)
+        next_call("cuDeviceGetName")
         self.name = driver.name_of(ordinal)
+        next_call("cuDeviceTotalMem")
         self._capacity = driver.total_memory(ordinal)
         self.calls = DriverThread(self.uuid)
         self._looking: asyncio.Future[None] | None = None
         self._free: int | None = None
+        next_call(_LOOKS_BY)
         self.look()  # NVML opens what it keeps open, and what takes it time, before the daemon is ready
         self.loader_bytes = min(_CONTEXT_BYTES, self._capacity // _CONTEXT_SHARE)
 
@@ -62,7 +68,7 @@ class CudaDevice:
     async def refresh(self) -> None:
         """Ask NVML anew, once at a time: a monitor may ask while it does not answer."""
         if self._looking is None or self._looking.done():
-            self._looking = asyncio.ensure_future(self.calls.run("nvmlDeviceGetMemoryInfo", self.look))
+            self._looking = asyncio.ensure_future(self.calls.run(_LOOKS_BY, self.look))
         await asyncio.wait([self._looking], timeout=_LOOK_SECONDS)
 
     def look(self) -> None:

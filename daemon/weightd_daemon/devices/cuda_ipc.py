@@ -24,6 +24,7 @@ from weightd.errors import DeviceError
 from .cuda_device import CudaDevice
 from .cuda_holder import ALLOCATE, FAILED, FREE, MESSAGE_BYTES, OK, REQUEST
 from .cuda_nvml import names_alike
+from .opening_thread import HOLDER_SECONDS, START_SECONDS, next_call
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +38,7 @@ _PAGE = 2 << 20
 
 _NOTE = "shared by CUDA IPC: clients can write to it, and it is lost when its holder process (pid {}) ends"
 
-_START_SECONDS = 60.0
+_START_SECONDS = START_SECONDS
 """A context takes a second, and several on a machine with many GPUs that were idle."""
 _END_SECONDS = 10.0
 _STARTS = "the start of its holder"
@@ -86,6 +87,7 @@ class CudaIpcDevice(CudaDevice):
         self._closing = threading.Lock()
         self._closed = False
         self.note = ""
+        next_call(_STARTS, HOLDER_SECONDS)
         try:
             self.calls.wait_for(_STARTS, self._started)
         except BaseException:

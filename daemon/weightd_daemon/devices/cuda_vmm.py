@@ -17,6 +17,7 @@ from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError
 
 from .cuda_device import CudaDevice
+from .opening_thread import next_call
 
 if TYPE_CHECKING:
     from .absent import StandInDevice
@@ -45,6 +46,7 @@ class CudaVmmDevice(CudaDevice):
     def __init__(self, ordinal: int) -> None:
         """Errors: DeviceMismatchError (no such GPU), DeviceError."""
         super().__init__(ordinal)
+        next_call("cuMemGetAllocationGranularity")
         self.page = driver.granularity(ordinal)
         self._ordinal = ordinal
         self._numbers = count(1)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from weightd_daemon.config.settings import Settings
 
-    from .cuda_choice import ServedGpu
     from .cuda_ipc import CudaHolderContext
+    from .cuda_opening import ServedGpu
     from .device import Device
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from weightd.errors import DeviceError, WeightdError
 from weightd_daemon.config.settings import ConfigError
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from weightd_daemon.core.events import Event
     from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.absent import TakesOver
-    from weightd_daemon.devices.cuda_choice import ServedGpu
-    from weightd_daemon.devices.device import Device
+    from weightd_daemon.devices.cuda_opening import ServedGpu
+    from weightd_daemon.devices.device import Calls, Device
     from weightd_daemon.devices.reclaimer import DeviceReclaimer
     from weightd_daemon.devices.served import Devices
     from weightd_daemon.persistence.gpu_nodes import GpuNodes
@@ -41,8 +41,18 @@ log = logging.getLogger(__name__)
 FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 """How long after a device was found absent it is tried again: at first, and at most."""
 
+END_SECONDS = 1.0
+"""How long a device that was closed is waited for before it is opened again; else that is for the next try."""
 _IMPORTS = "cuMemImportFromShareableHandle"
+_UNCLOSED = "it does not answer: what was opened of it before has yet to be closed"
 GIVEN_UP = "it was let go of (`weightd drain --forget`); reload the settings (SIGHUP) or restart to serve it again"
+
+
+class _Closed(NamedTuple):
+    """The thread of a device that was closed, and why it is absent if that thread does not end."""
+
+    calls: Calls
+    why: str
 
 
 class AbsentDevices:
@@ -69,6 +79,8 @@ class AbsentDevices:
         self._on_event = on_event
         self._let_go: set[str] = set()
         """Absent devices that were forgotten: these are tried again when somebody asks, not by themselves."""
+        self._closed: dict[str, _Closed] = {}
+        """The last device of each UUID that was closed, which its driver may keep from its end."""
         self._hurry: dict[str, asyncio.Event] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._came: Callable[[], None] = lambda: None
@@ -135,7 +147,7 @@ class AbsentDevices:
         device = served.devices[uuid]
         served.devices[uuid] = stand_in = StandInDevice(uuid, device.kind)
         self._reclaimers[uuid].device = stand_in
-        device.close()
+        self._close(device)
         index = next((int(name[5:]) for name in served.names[uuid] if name.startswith("cuda:")), None)
         served.absent[uuid] = AbsentDevice(uuid, index, None, GIVEN_UP)
         self._tell(served.absent[uuid])
@@ -180,7 +192,11 @@ class AbsentDevices:
                 )
 
     async def _try(self, uuid: str) -> None:
-        absent = self._served.absent[uuid]
+        absent, closed = self._served.absent[uuid], self._closed.get(uuid)
+        if closed is not None and not await on_thread(partial(closed.calls.join, END_SECONDS)):
+            self._stays(uuid, closed.why)  # it hangs: no try is to add a thread that does
+            return
+        self._closed.pop(uuid, None)
         kept = {uuid: device.kind for uuid, device in self._served.devices.items() if self._holds(uuid)}
         attempt = partial(self._served.open_again, absent, kept)
         try:
@@ -201,11 +217,11 @@ class AbsentDevices:
                 raise DeviceError(f"what was opened is {device.uuid}, shared as {device.kind}")
             imported = await self._import(device, stand_in)
         except (WeightdError, OSError) as error:
-            device.close()
+            self._close(device, str(error))
             self._stays(uuid, str(error))
             return
         except BaseException:  # a bug, or the end of the daemon
-            device.close()
+            self._close(device)
             raise
         await self._reclaimers[uuid].finish()  # what is being released is the stand-in's to release
         try:
@@ -216,7 +232,7 @@ class AbsentDevices:
         if self._is_let_go(uuid) or not budget:
             if imported:
                 cast("TakesOver", device).give_up(imported)
-            device.close()
+            self._close(device)
             return
         # From here to the end nothing else runs: the device is the stand-in's in each place at once.
         if imported or not stand_in.is_empty:
@@ -240,6 +256,13 @@ class AbsentDevices:
             await asyncio.sleep(0)
         if excess := memory.excess():
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
+
+    def _close(
+        self, device: Device, why: str = "it does not answer: what was opened of it has yet to be closed"
+    ) -> None:
+        """Close a device that was opened, and note `why` it cannot be opened again as long as that takes."""
+        device.close()
+        self._closed[device.uuid] = _Closed(device.calls, why)
 
     def _is_let_go(self, uuid: str) -> bool:
         """Whether an absent device is to take nothing over, even if a try is under way."""
