@@ -11,7 +11,6 @@ import logging
 import os
 import socket
 from array import array
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ import torch
 from support.memory import Segments
 from weightd.integrations.sharing import report
 
-STAND_INS = Path(__file__).resolve().parents[1] / "engines" / "stand_ins"
 PROMPTS = ((504, 357, 282, 464, 314), (1, 2, 3, 4, 5, 6, 7, 8))
 """Token ids that every vocabulary of the tests has."""
 TOKENS = 8
@@ -38,12 +36,7 @@ ENGINE = {
 """Settings of SGLang with which it serves on a CPU, without kernels of its own."""
 
 
-def variables() -> dict[str, str]:
-    """What processes with SGLang need beside `engine_variables`: packages that it imports, and the CPU."""
-    from support.daemon import environment
-
-    paths = [environment()["PYTHONPATH"], str(STAND_INS)]
-    return {"PYTHONPATH": os.pathsep.join(paths), "SGLANG_USE_CPU_ENGINE": "1"}
+WEIGHTD = {"model_loader_extra_config": '{"weightd": {}}'}
 
 
 class Served(NamedTuple):
@@ -55,15 +48,14 @@ class Served(NamedTuple):
     logits: torch.Tensor
 
 
-def compare(path: str) -> dict[str, Any]:
+def compare(path: str, computing: bool = True) -> dict[str, Any]:
     """Load a checkpoint both ways, compute with it, and say what came of it, in JSON's types.
 
     `unequal` names parameters and buffers that differ. `total` and `shared` are bytes of the parameters after they were
     computed with; `private` has name, bytes and reason of each that is in no segment of the daemon. `tokens` and
-    `logits` say whether those are equal.
+    `logits` say whether those are equal. `preloaded` is what SGLang is told was there before it measured its memory.
     """
-    own = serve(path)
-    ours = serve(path, model_loader_extra_config='{"weightd": {}}')
+    own, ours = (serve(path, computing, **options) for options in ({}, WEIGHTD))
     segments = Segments(os.getpid())
     reasons = {one.name: one.reason for one in report(ours.model).copied}
     total, shared, private = 0, 0, []
@@ -93,13 +85,15 @@ def compare(path: str) -> dict[str, Any]:
     return result
 
 
-def serve(path: str, **options: Any) -> Served:
-    """Load a model as SGLang's scheduler does, and let it answer the prompts."""
+def serve(path: str, computing: bool = True, **options: Any) -> Served:
+    """Load a model as SGLang's scheduler does, and let it answer the prompts; with less, it answers nothing."""
     from sglang.benchmark.one_batch import decode, extend
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
 
     runner = load(path, **options)
+    if not computing:
+        return Served(runner.model, runner.loader, [], torch.empty(0))
     runner.alloc_memory_pool()
     runner.init_attention_backends()
     runner.init_cuda_graphs()
