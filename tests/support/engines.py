@@ -38,6 +38,17 @@ def engine_environment(folder: Path) -> dict[str, str]:
     }
 
 
+def sglang_environment(folder: Path) -> dict[str, str]:
+    """The same for processes with SGLang, which find stand-ins for packages that do not fit a CPU."""
+    variables = engine_environment(folder)
+    stand_ins = Path(__file__).resolve().parents[1] / "engines" / "stand_ins"
+    return variables | {
+        "PYTHONPATH": os.pathsep.join([variables["PYTHONPATH"], str(stand_ins)]),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+
+
 class EngineProcess(Worker):
     """A worker whose processes, children included, all end when it is closed: it leads a group of its own."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import traceback
@@ -83,10 +84,11 @@ def serve(orders: TextIO, answers: TextIO, names: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Serve standard input; what the executed source prints goes to standard error."""
-    output = sys.stdout
-    sys.stdout = sys.stderr
-    serve(sys.stdin, output, {})
+    """Serve standard input; what the executed source and its children print goes to standard error."""
+    with os.fdopen(os.dup(sys.stdout.fileno()), "w") as output:
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        sys.stdout = sys.stderr
+        serve(sys.stdin, output, {})
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from weightd import remembered
 from weightd._references.files import ReferencedFile, in_order
 from weightd._transport.unreachable import when_reachable
 from weightd.binding import Binding, bind
@@ -32,7 +33,6 @@ from .sharing import SharingReport, remember, report
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from weightd._groups import Groups
     from weightd.attachment import Attachment
     from weightd.client import Client
 
@@ -139,7 +139,6 @@ class EngineLoad:
         self.device = torch.device(device)
         self.resident_bytes = 0
         self.binding: Binding | None = None
-        self.groups: Groups = ()
         self._log = log
         self._client: Client | None = None
         self._attachments: dict[tuple[str, ...], Attachment] = {}
@@ -213,7 +212,8 @@ class EngineLoad:
         )
         found = report(model)
         level = logging.WARNING if found.shared_ratio < _MOSTLY or found.missing else logging.INFO
-        self._log.log(level, "weightd: %s: %s", type(model).__name__, found)
+        advice = filter(None, [remembered.remember(one, self.binding.groups) for one in attachments])
+        self._log.log(level, "weightd: %s", "; ".join([f"{type(model).__name__}: {found}", *advice]))
         self.resident_bytes = sum(self._resident(one) for one in attachments)
         self.close()
         if found.shared_ratio < self.options.require:
@@ -234,7 +234,7 @@ class EngineLoad:
         if self._client is None:
             self._client = connect(self.options.socket, fallback="wait" if wait else "error")
         client, device = self._client, store_device(self.device)
-        return when_reachable(lambda: client.attach(chosen, device=device, groups=self.groups), wait=wait)
+        return when_reachable(lambda: client.attach(chosen, device=device, groups=remembered.groups_for), wait=wait)
 
     def _resident(self, attachment: Attachment) -> int:
         """Bytes that the model uses of an attachment, and that lay on the device before it was attached; never more."""
