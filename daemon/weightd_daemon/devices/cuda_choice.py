@@ -141,23 +141,34 @@ def try_again(
 def _look() -> _Shown:
     """Ask the driver for its GPUs. Errors: DeviceMismatchError, DeviceError (it does not even say how many)."""
     shown = _Shown({}, {})
-    for ordinal in range(_twice(driver.device_count)):
+    for ordinal in range(_twice("the GPUs", driver.device_count)):
         try:
-            shown.uuids[ordinal] = _twice(partial(driver.uuid_of, ordinal))
+            shown.uuids[ordinal] = _twice(f"cuda:{ordinal}", partial(driver.uuid_of, ordinal))
         except _FAILURES as error:
             shown.failed[ordinal] = error
     return shown
 
 
-def _twice(step: Callable[[], _T]) -> _T:
-    """Take a step, and once more if the driver refuses: what it says the first time may not be so."""
+_refusals: dict[str, str] = {}
+"""What the driver said when it was last asked twice for a thing: an absent GPU is tried again for as long as it is."""
+
+
+def _twice(what: str, step: Callable[[], _T]) -> _T:
+    """Take a step, and once more if the driver refuses: what it says the first time may not be so.
+
+    The log has that once, until the driver says something else of `what`.
+    """
     try:
-        return step()
+        taken = step()
     except _FAILURES as error:
         if not code_of(error):  # not the driver's word: a package is missing, or a holder did not answer in its minute
             raise
-        log.info("the driver is asked once more: %s", error)
+        if _refusals.get(what) != str(error):
+            _refusals[what] = str(error)
+            log.info("the driver is asked once more for %s: %s", what, error)
         return step()
+    _refusals.pop(what, None)
+    return taken
 
 
 def _names(uuid: str, ordinal: driver.Ordinal) -> tuple[str, ...]:
@@ -292,16 +303,17 @@ def _open(
         raise DeviceError(f"transport = {transport!r}, and what is kept on it is shared by {kept}")
     wanted = kept or transport
     names = _names(uuid, ordinal)
+    by_ipc, by_vmm = f"{uuid} by CUDA IPC", f"{uuid} by CUDA VMM"
     if wanted == "cuda_ipc":
-        return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+        return ServedGpu(_twice(by_ipc, lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
     try:
-        return ServedGpu(_twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
+        return ServedGpu(_twice(by_vmm, lambda: _tried(CudaVmmDevice(ordinal))), names)
     except DeviceError as error:
         if wanted == "cuda_vmm" or not is_unsupported(error):
             raise
         log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
         try:
-            return ServedGpu(_twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+            return ServedGpu(_twice(by_ipc, lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
         except DeviceError as other:
             raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
 
