@@ -16,6 +16,7 @@ from hypothesis import settings
 from support import fakecuda
 from support.backends import HOST, Backend
 from support.daemon import Daemon
+from support.longest import LONGEST
 from support.shared import SharedDaemons
 from support.users import user_of
 from support.worker import Worker
@@ -53,8 +54,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist hand out the files in the order of the tests, and not those with the most tests first."""
+    if hasattr(config.option, "loadscopereorder"):  # of pytest-xdist 3.7; without it, files come in another order
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the double cannot stand for, unless there is hardware."""
+    """Begin with the files that take longest, and leave out what the double cannot stand for, unless there is hardware.
+
+    A file is one worker's. One that takes minutes and is begun last has the other workers wait for it.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    ranks = {config.rootpath / file: rank for rank, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: (ranks.get(item.path, len(ranks)), item.path not in slow))
     if config.getoption("--gpu") == "hardware":
         return
     left_out = [item for item in items if item.get_closest_marker("hardware")]

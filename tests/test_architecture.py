@@ -75,16 +75,17 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "wire": ("core", "lookups"),
     "logs": ("config", "log_line"),
     "heap": ("libc",),
-    "devices": ("core", "config", "libc"),
+    "turns": (),
+    "devices": ("core", "config", "libc", "turns"),
     "formats": ("core",),
     "loader": ("core", "devices", "formats", "libc"),
-    "loads": ("core", "devices", "heap", "loader", "log_line"),
+    "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "wire"),
+    "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "turns", "wire"),
 }
 ROOTS = ("app", "bookkeeping", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.longest import LONGEST
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
@@ -27,6 +29,11 @@ def targets(command: str) -> list[str]:
 def variables(command: str) -> dict[str, str]:
     """What a command sets."""
     return dict(word.split("=", 1) for word in shlex.split(command)[1:] if "=" in word)
+
+
+def test_the_files_that_are_begun_first_are_there() -> None:
+    assert [file for file in LONGEST if not (ROOT / file).is_file()] == []
+    assert len({*LONGEST}) == len(LONGEST)
 
 
 def test_every_recipe_is_explained() -> None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import heap, logs
+from . import heap, logs, turns
 from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
 from .bookkeeping import DaemonBooks, open_books
@@ -136,6 +136,7 @@ class Daemon:
         if metrics is not None:
             listeners.add(metrics)
         heap.settle()
+        turns.share_interpreter()
         control, handles = await self._open_sockets(stack, sockets, services, residency, metrics)
         stack.callback(work.loads.cancel_all)  # first of all, so that waiters hear why before their calls are cut
         preloader = services.preloader

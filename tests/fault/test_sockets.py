@@ -176,3 +176,27 @@ def test_a_metrics_socket_of_another_is_left(start_daemon: StartDaemon, short_pa
     path.write_text("another's")
     assert daemon.stop() == 0
     assert path.read_text() == "another's"
+
+
+@pytest.mark.parametrize("place", ["hardlink_to", "rename"])
+def test_what_a_start_leaves_that_is_killed_before_its_sockets_have_their_places_goes_with_the_next(
+    start_daemon: StartDaemon, place: str
+) -> None:
+    daemon = start_daemon()
+    assert daemon.stop() == 0
+    killed = (
+        "import os, pathlib, sys; from weightd_daemon.__main__ import main\n"
+        f"pathlib.Path.{place} = lambda *_: os.kill(os.getpid(), 9)\n"
+        f"main(['serve', '--socket={daemon.socket}', '--device=host', '--state-dir={daemon.folder / 'state'}'])"
+    )
+    run = subprocess.run([sys.executable, "-c", killed], env=environment(), check=False, timeout=PATIENCE)
+    assert run.returncode == -signal.SIGKILL
+    assert len(left_beside(daemon)) == 1
+    daemon.start()
+    assert left_beside(daemon) == []
+    assert daemon.connect().version().pid == daemon.pid
+
+
+def left_beside(daemon: Daemon) -> list[Path]:
+    """Sockets that have not got their place."""
+    return [*daemon.folder.glob(f"{daemon.socket.name}[.~][0-9]*")]

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from weightd_daemon.core.digest import BlobIdentity
-from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest
+from weightd_daemon.core.manifest import _SORTED_AT_ONCE, ContentFile, ContentTensor, _in_order, content_digest
 
 FILE = ContentFile("", "model.safetensors", None)
 ROWS = [
@@ -43,6 +43,19 @@ def test_it_is_pinned() -> None:
 
 def test_order_does_not_matter() -> None:
     assert digest_of(ROWS[::-1]) == digest_of(ROWS)
+
+
+def test_the_order_of_many_does_not_matter_either() -> None:
+    """They are sorted in parts: of each component apart, and of many tensors some at a time."""
+    count = 2 * _SORTED_AT_ONCE + 100
+    numbers = [7919 * number % 9973 for number in range(count)]  # 9973 is a prime: no number comes twice
+    rows = [
+        (ContentTensor("b" if number % 3 else "a", f"{number:x}", "F32", (4,), 0, 16), ROWS[number % 2][1])
+        for number in numbers
+    ]
+    expected = sorted(rows, key=lambda row: row[0][:2])
+    assert [rows[at] for at in _in_order([entry for entry, _ in rows])] == expected
+    assert digest_of(rows) == digest_of(expected) == digest_of(rows[::-1])
 
 
 def test_files_and_their_names_do_not_matter() -> None:

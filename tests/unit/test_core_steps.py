@@ -14,14 +14,14 @@ from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
 from weightd_daemon.core.lease import LeasePeer, LeaseTable
-from weightd_daemon.core.loading import AT_ONCE, StoreTransaction
+from weightd_daemon.core.loading import ENDED_AT_ONCE, StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
-from weightd_daemon.core.store import FREED_AT_ONCE, ContentStore
+from weightd_daemon.core.store import COUNTED_AT_ONCE, FREED_AT_ONCE, ContentStore
 
 PAGE = 4096
 SLOT = slot_bytes(8)
-MANY = 2 * FREED_AT_ONCE + 10
+MANY = 16 * FREED_AT_ONCE + 10
 
 
 class Desk:
@@ -210,15 +210,15 @@ def test_nothing_is_freed_of_a_device_that_has_lost_its_memory() -> None:
 def test_a_load_of_many_tensors_ends_in_small_steps(sealed: bool) -> None:
     desk = Desk()
     load = desk.open()
-    blobs = desk.place(load, 0, 10 * AT_ONCE)
+    blobs = desk.place(load, 0, 10 * ENDED_AT_ONCE)
     if sealed:
         load.seal(desk.content("a", blobs), 1.0)
     costs, steps = [], load.ending()
     while load.number in desk.store.open_loads:
         costs.append(operations(lambda: next(steps, None)))
-    assert max(costs) < 200 * AT_ONCE
+    assert max(costs) < 200 * ENDED_AT_ONCE
     assert len(costs) >= 20
-    assert desk.store.blobs.sealed == (10 * AT_ONCE if sealed else 0)
+    assert desk.store.blobs.sealed == (10 * ENDED_AT_ONCE if sealed else 0)
     assert all(not blob.holds for blob in desk.store.blobs)
     desk.reclaim()
     assert (desk.memory.used > 0) == sealed
@@ -290,7 +290,7 @@ def test_what_others_seal_meanwhile_does_not_make_a_load_look_at_its_keys_again(
 def test_what_a_checkpoint_has_for_itself_is_counted_once_until_another_comes_or_goes() -> None:
     desk = Desk()
     first = desk.load("a", count=1000)
-    assert not desk.store.is_counted(first)
+    assert operations(lambda: desk.store.exclusive_bytes(first)) > 1000
     assert desk.store.exclusive_bytes(first) == 8000
     assert operations(lambda: desk.store.exclusive_bytes(first)) < 100
     load = desk.open()
@@ -300,3 +300,28 @@ def test_what_a_checkpoint_has_for_itself_is_counted_once_until_another_comes_or
     assert desk.store.exclusive_bytes(first) == 7920
     desk.store.remove(second)
     assert desk.store.exclusive_bytes(first) == 8000
+
+
+def test_what_a_checkpoint_has_for_itself_is_counted_in_steps() -> None:
+    desk = Desk()
+    first = desk.load("a", count=3 * COUNTED_AT_ONCE)
+    costs, steps = [], desk.store.count_exclusive(first)
+    while first.counted < 0:
+        costs.append(operations(lambda: next(steps, None)))
+    assert len(costs) == 4
+    assert max(costs) < 20 * COUNTED_AT_ONCE
+    assert operations(lambda: desk.store.exclusive_bytes(first)) < 100
+    assert desk.store.exclusive_bytes(first) == 24 * COUNTED_AT_ONCE
+    assert list(desk.store.count_exclusive(first)) == []
+
+
+def test_what_was_counted_while_another_came_is_not_kept() -> None:
+    desk = Desk()
+    first = desk.load("a", count=1000)
+    steps = desk.store.count_exclusive(first)
+    next(steps)
+    load = desk.open()
+    shared = [load.share_known(blob.number, blob.identity) for blob in [*first.unique.values()][:10]]
+    load.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
+    assert list(steps) == []
+    assert desk.store.exclusive_bytes(first) == 7920

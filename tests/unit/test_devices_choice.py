@@ -72,6 +72,7 @@ def three_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_choice.driver, "compute_mode", lambda _: 0)
     monkeypatch.setattr(cuda_opening, "CudaVmmDevice", lambda ordinal: FakeDevice("cuda_vmm", ordinal))
     monkeypatch.setattr(cuda_opening, "CudaIpcDevice", lambda ordinal, _: FakeDevice("cuda_ipc", ordinal))
+    monkeypatch.setattr(cuda_opening, "_refusals", {})
     for name in ("broken", "full", "open"):
         monkeypatch.setattr(FakeDevice, name, type(getattr(FakeDevice, name))())
 
@@ -366,3 +367,33 @@ def test_the_budget_of_a_number_waits_with_a_kept_gpu_for_a_driver_that_fails(
 
 def no_driver() -> int:
     raise DeviceError("cuInit failed", {"code": "CUDA_ERROR_SYSTEM_NOT_READY"})
+
+
+def test_a_refusal_that_stays_the_same_is_in_the_log_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An absent GPU is tried again every minute for as long as it is absent."""
+    caplog.set_level(logging.INFO)
+    says = ["CUDA_ERROR_ECC"]
+
+    def uuid_of(ordinal: int) -> str:
+        if ordinal == 1 and says:
+            raise DeviceError(f"cuda:1: {says[0]}", {"code": says[0]})
+        return UUIDS[ordinal]
+
+    def tries() -> list[str]:
+        caplog.clear()
+        for _ in range(3):
+            cuda_choice._look()
+        return [record.getMessage() for record in caplog.records]
+
+    monkeypatch.setattr(cuda_choice.driver, "uuid_of", uuid_of)
+    first = "the driver is asked once more for cuda:1: cuda:1: CUDA_ERROR_ECC"
+    assert tries() == [first]
+    assert tries() == []
+    says[0] = "CUDA_ERROR_SYSTEM_NOT_READY"
+    assert tries() == ["the driver is asked once more for cuda:1: cuda:1: CUDA_ERROR_SYSTEM_NOT_READY"]
+    says.clear()
+    assert tries() == []
+    says.append("CUDA_ERROR_ECC")
+    assert tries() == [first], "it had worked in between"

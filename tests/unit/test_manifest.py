@@ -59,6 +59,14 @@ def test_what_is_written_comes_back() -> None:
     assert len(manifest) == 4
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_are_read_as_one_message(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    whole = Message.FromString(encoded())
+    monkeypatch.setattr("weightd_daemon.handles.manifest_file._ENCODED_AT_ONCE", rows)
+    assert len(encoded()) > whole.ByteSize()
+    assert Message.FromString(encoded()) == whole
+
+
 def test_an_older_daemon_says_neither_kind_nor_form() -> None:
     message = Message.FromString(encoded())
     assert message.form == FORM

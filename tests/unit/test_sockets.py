@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket as sockets
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,6 +113,44 @@ def test_a_start_takes_nothing_from_one_who_listens(short_path: Path, control: C
     control.close()
     with locked(path):
         assert not path.exists(), "it was left by one that has ended"
+
+
+def dead() -> int:
+    """The number of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return process.pid
+
+
+def bound(path: Path, *, listens: bool = False) -> sockets.socket:
+    made = sockets.socket(sockets.AF_UNIX, sockets.SOCK_SEQPACKET)
+    made.bind(str(path))
+    if listens:
+        made.listen()
+    return made
+
+
+def test_what_a_killed_start_left_beside_the_sockets_is_removed(short_path: Path) -> None:
+    path, gone = short_path / "w.sock", dead()
+    for mark in ("~", "."):
+        bound(short_path / f"w.sock{mark}{gone}").close()
+    with locked(path):
+        assert sorted(one.name for one in short_path.iterdir()) == ["w.sock.lock", "w.sock.serving"]
+
+
+def test_what_may_be_anothers_stays_beside_the_sockets(short_path: Path) -> None:
+    path, gone = short_path / "w.sock", dead()
+    kept = {short_path / name for name in (f"w.sock~{os.getppid()}", f"v.sock~{gone}", f"w.sock~{gone}x", "w.sock~0")}
+    for name in kept:
+        bound(name).close()
+    listens, file, foreign = (short_path / f"w.sock{end}" for end in (f"~{gone}", f".{gone}", f"~{dead()}"))
+    file.write_text("no socket")
+    if os.geteuid() == 0:
+        bound(foreign).close()
+        os.chown(foreign, 1, -1)
+        kept.add(foreign)
+    with bound(listens, listens=True), locked(path):
+        assert {listens, file, *kept} <= {*short_path.iterdir()}
 
 
 def test_only_ones_own_is_removed(tmp_path: Path) -> None:

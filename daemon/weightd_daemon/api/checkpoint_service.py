@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from array import array
@@ -12,6 +11,7 @@ from typing import Any
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._transport.convert import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
+from weightd_daemon.core.blob import Blob
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.devices.naming import meant, place
@@ -20,6 +20,7 @@ from weightd_daemon.handles.connections import HandleSocketConnection
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, LoadGroups, LoadOutcome, LoadRequest, LoadStatus
 from weightd_daemon.loads.verification import LoadVerification
+from weightd_daemon.turns import LoopTurn
 from weightd_daemon.wire import time_to, user_name
 
 from .context import GrpcServiceContext
@@ -28,8 +29,8 @@ from .error_mapping import Context
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
 
-COUNTED_AT_ONCE = 20_000
-"""Blobs that a list looks at before others get their turn on the loop."""
+_COUNTED_AT_ONCE = 2000
+"""Blobs that are looked at before others may have their turn on the loop."""
 
 _NAME_STATES = {
     "resident": checkpoint_pb2.CHECKPOINT_STATE_RESIDENT,
@@ -100,15 +101,13 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.ListCheckpointsResponse:
         """Everything resident, absent or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
-        there, walked = [], 0
+        there, turn = [], LoopTurn()
         for checkpoint in list(self._parts.catalog.visible(who)):
-            if self._parts.store.checkpoints.get(checkpoint.key) is not checkpoint:
-                continue  # it went while others were counted
-            walked += 0 if self._parts.store.is_counted(checkpoint) else len(checkpoint.unique)
-            there.append(self._checkpoint(checkpoint))
-            if walked > COUNTED_AT_ONCE:
-                walked = 0
-                await asyncio.sleep(0)
+            await self._count(checkpoint, turn)
+            if self._parts.store.checkpoints.get(checkpoint.key) is checkpoint:  # else it went while one was counted
+                there.append(self._checkpoint(checkpoint))
+            if turn.is_over:
+                await turn.next()
         there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
         there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
         under_way = [
@@ -137,15 +136,12 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
         device = self._parts.devices[checkpoint.key.device]
+        turn = LoopTurn()
         components = [
-            checkpoint_pb2.Component(
-                name=name,
-                tensors=tensors,
-                total_bytes=sum(blob.length for blob in checkpoint.components.get(name, ())),
-                shared_bytes=sum(b.length for b in checkpoint.components.get(name, ()) if b.references > 1),
-            )
+            await _component(name, tensors, checkpoint.components.get(name, []), turn)
             for name, tensors in sorted(checkpoint.tensors.items())
         ]
+        await self._count(checkpoint, turn)
         return checkpoint_pb2.GetCheckpointResponse(
             checkpoint=self._checkpoint(checkpoint),
             components=components,
@@ -160,15 +156,15 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         self, request: checkpoint_pb2.PinCheckpointRequest, context: Context
     ) -> checkpoint_pb2.PinCheckpointResponse:
         """Keep a checkpoint."""
-        return checkpoint_pb2.PinCheckpointResponse(checkpoint=self._change(self._parts.catalog.pin, request, context))
+        changed = await self._change(self._parts.catalog.pin, request, context)
+        return checkpoint_pb2.PinCheckpointResponse(checkpoint=changed)
 
     async def Unpin(  # noqa: N802
         self, request: checkpoint_pb2.UnpinCheckpointRequest, context: Context
     ) -> checkpoint_pb2.UnpinCheckpointResponse:
         """Let a checkpoint be evicted again."""
-        return checkpoint_pb2.UnpinCheckpointResponse(
-            checkpoint=self._change(self._parts.catalog.unpin, request, context)
-        )
+        changed = await self._change(self._parts.catalog.unpin, request, context)
+        return checkpoint_pb2.UnpinCheckpointResponse(checkpoint=changed)
 
     async def Remove(  # noqa: N802
         self, request: checkpoint_pb2.RemoveCheckpointRequest, context: Context
@@ -238,13 +234,20 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             groups=_groups(request),
         )
 
-    def _change(
+    async def _change(
         self, change: Callable[[Principal, Checkpoint, str], None], request: Any, context: Context
     ) -> checkpoint_pb2.Checkpoint:
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
         change(who, checkpoint, request.reference)
+        await self._count(checkpoint, LoopTurn())
         return self._checkpoint(checkpoint)
+
+    async def _count(self, checkpoint: Checkpoint, turn: LoopTurn) -> None:
+        """Count little by little what is reported of a checkpoint; it may go meanwhile, and is then as it was."""
+        for _ in self._parts.store.count_exclusive(checkpoint):
+            if turn.is_over:
+                await turn.next()
 
     def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
         parts = self._parts
@@ -294,6 +297,17 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             owner_uid=request.who.uid,
             owner=user_name(request.who.uid),
         )
+
+
+async def _component(name: str, tensors: int, blobs: list[Blob], turn: LoopTurn) -> checkpoint_pb2.Component:
+    total = shared = 0
+    for start in range(0, len(blobs), _COUNTED_AT_ONCE):
+        some = blobs[start : start + _COUNTED_AT_ONCE]
+        total += sum([blob.key.length for blob in some])
+        shared += sum([blob.key.length for blob in some if blob.references > 1])
+        if turn.is_over:
+            await turn.next()
+    return checkpoint_pb2.Component(name=name, tensors=tensors, total_bytes=total, shared_bytes=shared)
 
 
 def _progress(progress: LoadStatus) -> checkpoint_pb2.LoadEvent:

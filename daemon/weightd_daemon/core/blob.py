@@ -136,8 +136,8 @@ class BlobTable:
         """Bytes of the sealed blobs on a device: kept as a sum, for it is asked often and there are many blobs."""
         return self._sealed_bytes.get(device, 0)
 
-    def seal(self, blobs: Collection[Blob]) -> None:
-        """A checkpoint refers to these blobs, all of one device, domain and load.
+    def seal(self, blobs: Collection[Blob], lengths: Counter[int] | None = None) -> None:
+        """A checkpoint refers to these blobs, all of one device, domain and load. `lengths` are theirs, if counted.
 
         Cheap: a seal is one step, however many.
         """
@@ -149,7 +149,7 @@ class BlobTable:
                 blob.move(sealed)  # which refuses
             blob.state = sealed
         device, domain = next(iter(blobs)).key[:2]
-        lengths = Counter([blob.key.length for blob in blobs])
+        lengths = Counter([blob.key.length for blob in blobs]) if lengths is None else lengths
         self._sealed_lengths.setdefault((device, domain), Counter()).update(lengths)
         self._sealed_bytes[device] = self.sealed_bytes(device) + sum(n * count for n, count in lengths.items())
         self.sealed += len(blobs)

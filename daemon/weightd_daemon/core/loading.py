@@ -6,7 +6,7 @@ A load says which bytes it has, and learns where equal bytes lie already. making
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.errors import DeviceError
 
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
 
 
 AT_ONCE = 1000
-"""Blobs that are rechecked in one step of the loop, or of which an ending load lets go."""
+"""Keys that are looked at in one step for what has to be compared again."""
+ENDED_AT_ONCE = 250
+"""Blobs of which an ending load lets go in one step."""
+
+
+class _Prepared(NamedTuple):
+    """What the seal of a content needs: the load's own blobs, their lengths, and what is left of its grants."""
+
+    content: Content
+    fresh: list[Blob]
+    lengths: Counter[int]
+    rest: list[Extent]
 
 
 class StoreTransaction:
@@ -60,7 +71,7 @@ class StoreTransaction:
         self._known = KnownBlobs(self._blobs, self.number)
         self._needed = self._largest = 0
         """Bytes of what has no match, and of the largest such tensor."""
-        self._rest: tuple[Content, list[Extent]] | None = None
+        self._prepared: _Prepared | None = None
 
     @property
     def place(self) -> tuple[str, str]:
@@ -69,7 +80,7 @@ class StoreTransaction:
 
     # -- room ------------------------------------------------------------------------------------------------------
 
-    def admit(self, lengths: Sequence[int], runs: int = 1) -> bool:
+    def admit(self, lengths: Iterable[int] | Counter[int], runs: int = 1) -> bool:
         """Whether tensors of these lengths can be copied in one pass without evicting; then their bytes are promised.
 
         Otherwise everything is to be hashed first. Errors: CapacityError for what no sharing can save.
@@ -284,8 +295,9 @@ class StoreTransaction:
 
         For the seal is one step of the loop, and a checkpoint may have 100,000 tensors.
         """
-        slots = [blob.slot for blob in content.tally.unique.values() if blob.load == self.number]
-        self._rest = content, without(self._memory.granted(self.number), slots)
+        fresh = [blob for blob in content.tally.unique.values() if blob.load == self.number]
+        rest = without(self._memory.granted(self.number), (blob.slot for blob in fresh))
+        self._prepared = _Prepared(content, fresh, Counter(blob.key.length for blob in fresh), rest)
 
     def seal(self, content: Content, now: float, manifest: object = None, manifest_bytes: int = 0) -> Checkpoint:
         """The load's blobs are sealed and the checkpoint is there. `rechecked` must hold; `end` is still to come.
@@ -301,12 +313,14 @@ class StoreTransaction:
             checkpoint = Checkpoint.of(key, content, self._owner, now, manifest_bytes)
             self._store.books.check_seal(self.number, checkpoint.books_bytes, self._store.evictable())
             self._room.evict_for_books(checkpoint.books_bytes)
-            if self._rest is None or self._rest[0] is not content:
+            if self._prepared is None or self._prepared.content is not content:
                 self.prepare(content)
-            assert self._rest is not None  # prepared
-            self._store.seal(CheckpointSealed(checkpoint, content, manifest, self.number, self._by, self._name))
-            self._memory.leave(self.number, self._rest[1])
-        self._rest = None
+            assert self._prepared is not None
+            _, fresh, lengths, rest = self._prepared
+            event = CheckpointSealed(checkpoint, content, manifest, self.number, self._by, self._name)
+            self._store.seal(event, fresh, lengths)
+            self._memory.leave(self.number, rest)
+        self._prepared = None
         self._store.books.forget(self.number)
         self._store.use(checkpoint, now)
         self._memory.expect(self.number)
@@ -324,17 +338,17 @@ class StoreTransaction:
     def ending(self) -> Iterator[None]:
         """Do what `end` does in steps, between which the loop may do other things. The last one gives memory back."""
         self._store.books.forget(self.number)
-        self._rest = None
+        self._prepared = None
         for blobs in (self._placed, self._held):
             while blobs:
-                some = [blobs.popitem()[1] for _ in range(min(AT_ONCE, len(blobs)))]
+                some = [blobs.popitem()[1] for _ in range(min(ENDED_AT_ONCE, len(blobs)))]
                 for blob in some:
                     blob.holds -= 1
                     if blob.state is BlobState.RESERVED:  # else sealed, or gone with the memory of the device
                         self._blobs.drop(blob, BlobState.ABORTED)
                 self._store.free(some)
                 yield
-        for _ in self._known.forget(AT_ONCE):
+        for _ in self._known.forget(ENDED_AT_ONCE):
             yield
         self._store.open_loads.remove(self.number)
         self._memory.return_grants(self.number)

@@ -7,6 +7,7 @@ adoption.py, which fills an empty store, call these two. The store touches no me
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceAbsentError, NotFoundError
@@ -20,15 +21,18 @@ from .eviction import chosen_beyond
 from .prospect import EvictionTrial
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections import Counter
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from .arena import Extent
     from .lease import Lease, LeasePeer, LeaseTable
     from .memory import MemoryAccounting
 
 
-FREED_AT_ONCE = 2000
+FREED_AT_ONCE = 250
 """Blobs that are given up in one step of the loop."""
+COUNTED_AT_ONCE = 2000
+"""Blobs that are counted in one step of the loop."""
 
 
 class ContentStore:
@@ -81,9 +85,16 @@ class ContentStore:
             checkpoint.exclusive, checkpoint.counted = checkpoint.exclusive_bytes, self._sharing
         return checkpoint.exclusive
 
-    def is_counted(self, checkpoint: Checkpoint) -> bool:
-        """Whether `exclusive_bytes` costs no walk through the checkpoint's blobs."""
-        return checkpoint.counted == self._sharing
+    def count_exclusive(self, checkpoint: Checkpoint) -> Iterator[None]:
+        """Count in steps, so that `exclusive_bytes` has nothing to do; if one comes or goes meanwhile, that counts."""
+        if checkpoint.counted == (sharing := self._sharing):
+            return
+        exclusive, blobs = 0, iter(list(checkpoint.unique.values()))
+        while some := list(islice(blobs, COUNTED_AT_ONCE)):
+            exclusive += sum([blob.key.length for blob in some if blob.references == 1])
+            yield
+        if sharing == self._sharing:
+            checkpoint.exclusive, checkpoint.counted = exclusive, sharing
 
     def is_leased(self, checkpoint: Checkpoint) -> bool:
         """Whether anybody holds a checkpoint at this moment."""
@@ -123,21 +134,22 @@ class ContentStore:
         self.open_loads.add(self._last_load)
         return self._last_load
 
-    def seal(self, sealed: CheckpointSealed) -> None:
-        """Tell of a checkpoint that a load has brought, then enter it.
+    def seal(self, sealed: CheckpointSealed, fresh: Collection[Blob], lengths: Counter[int]) -> None:
+        """Tell of a checkpoint that a load has brought, then enter it. `fresh` are the load's own blobs, with lengths.
 
         What the listener of events raises fails the seal, and nothing has changed.
         """
         self._on_event(sealed)
-        self.enter(sealed.checkpoint)
+        self._enter(sealed.checkpoint, fresh, lengths)
 
     def enter(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is resident from now on, and those of its blobs that are RESERVED are sealed with it."""
-        reserved = BlobState.RESERVED
-        fresh = [blob for blob in checkpoint.unique.values() if blob.state is reserved]
+        self._enter(checkpoint, [blob for blob in checkpoint.unique.values() if blob.state is BlobState.RESERVED], None)
+
+    def _enter(self, checkpoint: Checkpoint, fresh: Collection[Blob], lengths: Counter[int] | None) -> None:
         for blob in checkpoint.unique.values():
             blob.references += 1
-        self.blobs.seal(fresh)
+        self.blobs.seal(fresh, lengths)
         self.checkpoints[checkpoint.key] = checkpoint
         self._sharing += 1
         self.index.enter(checkpoint)

@@ -135,12 +135,12 @@ def _ask() -> _Shown:
     """Ask the driver for its GPUs, in a step. Errors: DeviceMismatchError, DeviceError."""
     shown = _Shown({}, {})
     next_call("cuInit", opening_thread.START_SECONDS)
-    twice(driver.initialise)
+    twice("the driver", driver.initialise)
     next_call("cuDeviceGetCount")
-    for ordinal in range(twice(driver.device_count)):
+    for ordinal in range(twice("the GPUs", driver.device_count)):
         next_call("cuDeviceGetUuid")
         try:
-            shown.uuids[ordinal] = twice(partial(driver.uuid_of, ordinal))
+            shown.uuids[ordinal] = twice(f"cuda:{ordinal}", partial(driver.uuid_of, ordinal))
         except FAILURES as error:
             shown.failed[ordinal] = error
     return shown

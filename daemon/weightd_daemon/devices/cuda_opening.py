@@ -48,16 +48,27 @@ def names_of(uuid: str, ordinal: Ordinal) -> tuple[str, ...]:
     return uuid, f"cuda:{ordinal}", "cuda"
 
 
-def twice(step: Callable[[], T]) -> T:
-    """Take a step, and once more if the driver refuses: what it says the first time may not be so."""
+_refusals: dict[str, str] = {}
+"""What the driver said when it was last asked twice for a thing: an absent GPU is tried again for as long as it is."""
+
+
+def twice(what: str, step: Callable[[], T]) -> T:
+    """Take a step, and once more if the driver refuses: what it says the first time may not be so.
+
+    The log has that once, until the driver says something else of `what`.
+    """
     try:
-        return step()
+        taken = step()
     except FAILURES as error:
         if not code_of(error):  # not the driver's word: a package is missing, or a holder did not answer in its minute
             raise
-        log.info("the driver is asked once more: %s", error)
+        if _refusals.get(what) != str(error):
+            _refusals[what] = str(error)
+            log.info("the driver is asked once more for %s: %s", what, error)
         next_call()
         return step()
+    _refusals.pop(what, None)
+    return taken
 
 
 def open_all(
@@ -111,16 +122,17 @@ def _open(ordinal: Ordinal, uuid: str, transport: str, holding: CudaHolderContex
         raise DeviceError(f"transport = {transport!r}, and what is kept on it is shared by {kept}")
     wanted = kept or transport
     names = names_of(uuid, ordinal)
+    by_ipc, by_vmm = f"{uuid} by CUDA IPC", f"{uuid} by CUDA VMM"
     if wanted == "cuda_ipc":
-        return ServedGpu(twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+        return ServedGpu(twice(by_ipc, lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
     try:
-        return ServedGpu(twice(lambda: _tried(CudaVmmDevice(ordinal))), names)
+        return ServedGpu(twice(by_vmm, lambda: _tried(CudaVmmDevice(ordinal))), names)
     except DeviceError as error:
         if wanted == "cuda_vmm" or not is_unsupported(error):
             raise
         log.info("cuda:%d is shared by CUDA IPC, for want of exportable memory: %s", ordinal, error)
         try:
-            return ServedGpu(twice(lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
+            return ServedGpu(twice(by_ipc, lambda: _tried(CudaIpcDevice(ordinal, holding))), names)
         except DeviceError as other:
             raise DeviceError(f"neither transport works: {error.message}; {other.message}", other.metadata) from other
 

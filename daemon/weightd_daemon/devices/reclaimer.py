@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import DeviceAbsentError
 from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
+from weightd_daemon.turns import LoopTurn
 
 from .segment_maker import SegmentMaker
 
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from .device import Device
 
 log = logging.getLogger(__name__)
-
-_REPORTED_AT_ONCE = 1000
-"""Reclaims that are reported done in one step of the loop."""
 
 
 class DeviceReclaimer:
@@ -85,17 +83,20 @@ class DeviceReclaimer:
         assert self._memory is not None  # kicked by the memory that it watches
         reclaims = self._memory.next_reclaims()
         while True:
+            turn = LoopTurn()
             while self._memory.freeing.go_on():
-                await asyncio.sleep(0)  # others have their turn on the loop
+                if turn.is_over:
+                    await turn.next()
                 reclaims += self._memory.next_reclaims()
             device = self.device
             # A driver's calls are timed one by one. Pages are punched by the thousand.
             for some in [reclaims] if device.sparse else [[reclaim] for reclaim in reclaims]:
                 await device.calls.run(device.releases_by, partial(self._carry_out, some))
-            for done, reclaim in enumerate(reclaims, start=1):
+            turn = LoopTurn()
+            for reclaim in reclaims:
                 self._memory.reclaimed(reclaim)
-                if done % _REPORTED_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+                if turn.is_over:
+                    await turn.next()
             self.notify()
             reclaims = self._memory.next_reclaims()
             if not reclaims and not self._memory.freeing:

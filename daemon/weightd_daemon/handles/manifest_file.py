@@ -12,15 +12,22 @@ from weightd._proto.v1 import handles_pb2
 from weightd_daemon.core.digest import EMPTY_DIGEST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
+    from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.checkpoint import Content
+    from weightd_daemon.core.manifest import ContentTensor
 
+_ENCODED_AT_ONCE = 4096
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Callable[[int], int]) -> bytes:
-    """The manifest of a content (protos/weightd/v1/handles.proto), in columns."""
+    """The manifest of a content (protos/weightd/v1/handles.proto), in columns.
+
+    It is encoded in parts, which protobuf reads as one message: to encode 100,000 tensors at once takes 30 ms, in which
+    no other thread runs, the loop's neither.
+    """
     components = sorted({entry.component for entry in content.entries} | {file.component for file in content.files})
     component_index = {name: number for number, name in enumerate(components)}
     segment_index = {segment: number for number, segment in enumerate(content.segments)}
@@ -33,8 +40,8 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
         )
         for file in content.files
     ]
-    entries, blobs = content.entries, content.blobs
-    return handles_pb2.Manifest(
+    blobs = content.blobs
+    head = handles_pb2.Manifest(
         form=FORM,
         content_digest=content.content_digest,
         device=device,
@@ -42,6 +49,24 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
         components=components,
         files=files,
         segment_bytes=[segment_bytes(segment) for segment in content.segments],
+        digests=b"".join([blob.key.digest if blob is not None else EMPTY_DIGEST for blob in blobs]),
+        views=[
+            handles_pb2.DerivedView(
+                name=view.name, component=component_index[view.component], members=view.members, shape=view.shape
+            )
+            for view in content.views
+        ],
+    )
+    starts = range(0, len(blobs), _ENCODED_AT_ONCE)
+    parts = [slice(start, start + _ENCODED_AT_ONCE) for start in starts]
+    columns = (_columns(content.entries[part], blobs[part], segment_index) for part in parts)
+    return b"".join([head.SerializeToString(), *(part.SerializeToString() for part in columns)])
+
+
+def _columns(
+    entries: Sequence[ContentTensor], blobs: Sequence[Blob | None], segment_index: Mapping[int, int]
+) -> handles_pb2.Manifest:
+    return handles_pb2.Manifest(
         names=[entry.name for entry in entries],
         file_indices=[entry.file for entry in entries],
         dtypes=[DTYPES[entry.dtype] for entry in entries],
@@ -50,15 +75,8 @@ def encode_manifest(content: Content, device: str, kind: str, segment_bytes: Cal
         segments=[segment_index[blob.segment] if blob is not None else 0 for blob in blobs],
         offsets=[blob.offset if blob is not None else 0 for blob in blobs],
         lengths=[entry.length for entry in entries],
-        digests=b"".join(blob.key.digest if blob is not None else EMPTY_DIGEST for blob in blobs),
         variants=[blob.variant if blob is not None else 0 for blob in blobs],
-        views=[
-            handles_pb2.DerivedView(
-                name=view.name, component=component_index[view.component], members=view.members, shape=view.shape
-            )
-            for view in content.views
-        ],
-    ).SerializeToString()
+    )
 
 
 def make_manifest(encoded: bytes) -> int:

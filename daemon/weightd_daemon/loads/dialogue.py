@@ -13,11 +13,11 @@ from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.checkpoint import MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content, books_of
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.manifest import ContentFile
-from weightd_daemon.core.sampling import sample
 from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of, failure_of, split_digests
 from weightd_daemon.loader.indexed import called
+from weightd_daemon.turns import LoopTurn
 
 from .instances import LoadedInstance, LoadedInstanceIndex
 from .messages import candidates, pairs_of, places_of
@@ -36,12 +36,8 @@ if TYPE_CHECKING:
 _Answer = tuple[wire.ToLoader, list[DeviceSegment]]
 _Pairs = list[tuple["Blob", "Blob"]]
 
-_OUTCOMES_AT_ONCE = 200
-"""Outcomes entered before others get their turn on the loop."""
-
-
-_AT_ONCE = 2000
-"""Tensors that are dealt with before others get their turn on the loop."""
+_AT_ONCE = 250
+"""Tensors that the core is given at once; after that others may have their turn on the loop."""
 
 
 class LoadDialogue:
@@ -146,9 +142,9 @@ class LoadDialogue:
             case "candidate":
                 return self._candidate(message.candidate)
             case "settle":
-                return self._settle(message.settle)
+                return await self._settle(message.settle)
             case "share":
-                return wire.ToLoader(share=self._share(message.share)), []
+                return wire.ToLoader(share=await self._share(message.share)), []
             case "finish":
                 return await self._finish(message.finish)
             case "full":
@@ -178,26 +174,28 @@ class LoadDialogue:
     async def _laid_out(self, laid_out: wire.LaidOut) -> wire.Known:
         self._groups = laid_out.groups, tuple(laid_out.ignored_groups)
         known = [] if self._verify else await self._share_known()
-        missing = [entry.length for entry, blob in zip(self._tensors.entries, self._blobs, strict=True) if blob is None]
-        one_pass = self._loading.admit([length for length in missing if length], laid_out.lanes)
+        one_pass = self._loading.admit(await asyncio.to_thread(self._tensors.missing), laid_out.lanes)
         chosen: list[int] = []
         if one_pass and not self._device.sparse:
-            unknown = [index for index, blob in enumerate(self._blobs) if blob is None]
-            resident = self._loading.resident_lengths()
-            chosen = [unknown[i] for i in sample([self._tensors.entries[index].length for index in unknown], resident)]
+            chosen = await asyncio.to_thread(self._tensors.sample, self._loading.resident_lengths())
         return wire.Known(known=known, hash_first=not one_pass, sample=chosen)
 
     async def _share_known(self) -> list[int]:
         """Tensors of files that are known not to have changed, whose very blobs are resident: nothing to read."""
         known: list[int] = []
+        turn = LoopTurn()
         instances: dict[tuple[int, int, int], LoadedInstance] = {}
         for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
             if trusted:
-                for at, found in enumerate(await self._index.get(self._sources[file].identity), start=1):
+                for found in await self._index.get(self._sources[file].identity):
                     instances[file, found.offset, found.length] = found
-                    await _in_turn(at)
+                    if turn.is_over:
+                        await turn.next()
+        if not instances:
+            return known
         for index, entry in enumerate(self._tensors.entries):
-            await _in_turn(index)
+            if turn.is_over:
+                await turn.next()
             instance = instances.get((entry.file, self._tensors.offsets[index], entry.length))
             if instance is not None:
                 identity = BlobIdentity(instance.digest, instance.length, instance.variant)
@@ -217,13 +215,19 @@ class LoadDialogue:
     async def _hashed(self, asked: wire.Hashed) -> wire.Matched:
         contents, counted = await asyncio.to_thread(self._tensors.contents, asked.digests)
         matched: set[tuple[bytes, int]] = set()
+        turn = LoopTurn()
         for start in range(0, len(counted), _AT_ONCE):
             matched |= self._loading.match(counted[start : start + _AT_ONCE])
-            await asyncio.sleep(0)
+            if turn.is_over:
+                await turn.next()
         while not self._loading.make_room(asked.lanes):
             await self._reclaimer.wait()
-        numbers = zip(asked.digests.tensors, contents, strict=True)
-        return wire.Matched(matched=[number for number, content in numbers if content in matched])
+
+        def answer() -> wire.Matched:
+            numbers = zip(asked.digests.tensors, contents, strict=True)
+            return wire.Matched(matched=[number for number, content in numbers if content in matched])
+
+        return await asyncio.to_thread(answer)
 
     async def _grant(self, asked: wire.Grant) -> _Answer:
         ends = list(asked.ends)
@@ -235,8 +239,9 @@ class LoadDialogue:
         blob = self._loading.candidate(asked.digest, self._tensors.entries[asked.tensor].length)
         return wire.ToLoader(candidate=candidates([blob])), [self._segment(blob.segment)] if blob else []
 
-    def _settle(self, asked: wire.Settle) -> _Answer:
+    async def _settle(self, asked: wire.Settle) -> _Answer:
         found: list[Blob | None] = []
+        turn = LoopTurn()
         differing = iter(asked.differing)
         for index, digest, segment, offset, differences in zip(
             asked.tensors, split_digests(asked.digests), asked.segments, asked.offsets, asked.differences, strict=True
@@ -247,11 +252,14 @@ class LoadDialogue:
             if placed:
                 self._blobs[index] = blob
             found.append(None if placed else blob)
+            if turn.is_over:
+                await turn.next()
         segments = [self._segment(number) for number in {blob.segment for blob in found if blob is not None}]
         return wire.ToLoader(settle=candidates(found)), segments
 
-    def _share(self, asked: wire.Share) -> wire.Shared:
+    async def _share(self, asked: wire.Share) -> wire.Shared:
         uses = []
+        turn = LoopTurn()
         for index, number, (segment, offset) in zip(asked.tensors, asked.blobs, places_of(asked), strict=True):
             blob = self._loading.share(number, segment, offset)
             self._blobs[index] = blob
@@ -259,6 +267,8 @@ class LoadDialogue:
                 uses.append(wire.USE_COPY)
             else:
                 uses.append(wire.USE_SLOT if (blob.segment, blob.offset) == (segment, offset) else wire.USE_BLOB)
+            if turn.is_over:
+                await turn.next()
         return wire.Shared(uses=uses)
 
     async def _finish(self, done: wire.Finish) -> _Answer:
@@ -304,12 +314,13 @@ class LoadDialogue:
     async def _merge(self, outcomes: list[tuple[int, int, bool]]) -> None:
         """Enter what the loader's comparisons brought."""
         replaced: dict[int, Blob] = {}
-        for done, (number, other, equal) in enumerate(outcomes, start=1):
+        turn = LoopTurn()
+        for number, other, equal in outcomes:
             replaced |= self._loading.recheck(number, other, equal=equal)
-            if done % _OUTCOMES_AT_ONCE == 0:
-                await asyncio.sleep(0)
+            if turn.is_over:
+                await turn.next()
         if replaced:
-            self._tensors.replace(replaced)
+            await asyncio.to_thread(self._tensors.replace, replaced)
 
     def _describe(self) -> Content:
         """The content, with all that its seal needs. Runs on a thread: 120,000 tensors take half a second."""
@@ -321,8 +332,10 @@ class LoadDialogue:
 
     async def forget(self) -> None:
         """Let go of what the job was about, little by little: to free the list of many tensors takes long."""
+        turn = LoopTurn()
         for _ in self._tensors.forget(_AT_ONCE):
-            await asyncio.sleep(0)
+            if turn.is_over:
+                await turn.next()
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -359,9 +372,3 @@ _TOLD: dict[str, Callable[[LoadDialogue, wire.ToDaemon], None]] = {
     ),
 }
 """Messages that have no answer, of those that belong to a load, and how a dialogue takes them."""
-
-
-async def _in_turn(number: int) -> None:
-    """Let others have their turn on the loop, once in a while."""
-    if number % _AT_ONCE == 0:
-        await asyncio.sleep(0)

@@ -18,6 +18,7 @@ from weightd_daemon.core.making_room import Evictor
 from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
 from weightd_daemon.log_line import Line
+from weightd_daemon.turns import LoopTurn
 
 from .dialogue import LoadDialogue
 from .flight import InFlightLoad
@@ -333,8 +334,10 @@ class Loads:
                 log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
                 loading.quarantine()
             await asyncio.shield(loader.exited)
+        turn = LoopTurn()
         for _ in loading.ending():
-            await asyncio.sleep(0)
+            if turn.is_over:
+                await turn.next()
         if steps is not None:
             await steps.forget()
             heap.freed(steps.books)

@@ -11,6 +11,7 @@ from weightd.errors import FormatError
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.digest import EMPTY_DIGEST, BlobIdentity
 from weightd_daemon.core.manifest import ContentFile, ContentTensor, content_digest, fused_views
+from weightd_daemon.core.sampling import sample
 from weightd_daemon.loader.channel import split_digests
 from weightd_daemon.loader.indexed import called
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class LoadTensors:
     """Table of a load's tensors, in the order of their numbers; a blob is None until there is one. Sizes are bytes.
 
-    `instances`, `contents` and `content` go through all of them: they are for a thread, while nothing changes here.
+    What goes through all of them is for a thread, while nothing else changes here.
     """
 
     def __init__(self) -> None:
@@ -62,11 +63,23 @@ class LoadTensors:
             if blob is not None and blob.number in replaced:
                 self.blobs[index] = replaced[blob.number]
 
+    def missing(self) -> Counter[int]:
+        """Return the lengths of the tensors with bytes that have no blob yet, and how often each comes."""
+        return Counter(
+            entry.length for entry, blob in zip(self.entries, self.blobs, strict=True) if blob is None and entry.length
+        )
+
+    def sample(self, resident: set[int]) -> list[int]:
+        """Return tensors without a blob that show whether the load shares any of the blobs of these lengths."""
+        unknown = [index for index, blob in enumerate(self.blobs) if blob is None]
+        return [unknown[at] for at in sample([self.entries[index].length for index in unknown], resident)]
+
     def contents(self, asked: wire.Digests) -> tuple[list[tuple[bytes, int]], list[tuple[tuple[bytes, int], int]]]:
         """Return digest and length of each tensor; and each such pair once, with how often it comes."""
         numbers = zip(asked.tensors, split_digests(asked.digests), strict=True)
         contents = [(digest, self.entries[index].length) for index, digest in numbers]
-        return contents, list(Counter(contents).items())
+        # From a generator: of a list, the whole is counted before another thread has the interpreter.
+        return contents, list(Counter(content for content in contents).items())
 
     def content(self) -> Content:
         """Return the content that they are: 120,000 take half a second."""

@@ -11,6 +11,7 @@ from weightd.errors import LeaseLostError, WeightdError
 from weightd_daemon.devices.device import DeviceSegment
 from weightd_daemon.loader._proto import loader_pb2 as wire
 from weightd_daemon.loader.channel import error_of
+from weightd_daemon.turns import LoopTurn
 
 from .loader_memory import make_room_for_verifying
 from .loader_process import LoadProcess, LoadProcessDiedError
@@ -18,7 +19,7 @@ from .messages import verify_job
 from .waiting import happens
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from .loader_pool import LoadProcessPool
     from .quota import LoadQuota
 
-BATCH = 10_000
+BATCH = 2000
 """Blobs of one job. All of a checkpoint in one message would be a long step of the loop."""
 
 
@@ -156,15 +157,23 @@ class LoadVerifications:
 
     async def _verify(self, verification: LoadVerification, check: Callable[[], None]) -> list[int]:
         blobs: dict[str, dict[int, Blob]] = {uuid: {} for uuid in self._devices}
+        turn = LoopTurn()
         for checkpoint in verification.chosen:
-            blobs[checkpoint.key.device].update(checkpoint.unique)
-            await asyncio.sleep(0)
+            here = blobs[checkpoint.key.device]
+            for batch in _batches(list(checkpoint.unique.values())):
+                here.update({blob.number: blob for blob in batch})
+                if turn.is_over:
+                    await turn.next()
+        for here in blobs.values():
+            verification.total_blobs += len(here)
+            for batch in _batches(here.values()):
+                verification.total_bytes += sum([blob.key.length for blob in batch])
+                if turn.is_over:
+                    await turn.next()
         check()
-        verification.total_blobs = sum(map(len, blobs.values()))
-        verification.total_bytes = sum(blob.length for here in blobs.values() for blob in here.values())
         bad: list[int] = []
         for uuid, here in blobs.items():
-            for batch in _batches(here):
+            for batch in _batches(here.values()):
                 bad += await self._hash(verification, self._devices[uuid], batch, check)
         return bad
 
@@ -209,7 +218,7 @@ class LoadVerifications:
                 loader.kill()
 
 
-def _batches(blobs: dict[int, Blob]) -> Iterator[list[Blob]]:
-    left = iter(blobs.values())
+def _batches(blobs: Collection[Blob]) -> Iterator[list[Blob]]:
+    left = iter(blobs)
     while batch := list(islice(left, BATCH)):
         yield batch

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import socket
 import stat
 import time
@@ -139,6 +140,7 @@ class DaemonSockets:
             self.lock.acquire()
             for path in (self._path, handles_path(self._path)):
                 _remove_stale(path)
+            _remove_unfinished(self._path)
         except PermissionDeniedError as error:
             raise AlreadyRunningError(f"socket {self._path}: {error}") from error
         except OSError as error:
@@ -276,6 +278,25 @@ def _remove_stale(path: Path) -> None:
             "Stop that process, or choose another with --socket"
         )
     path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove sockets that daemons of this path had bound, and had not put in their place, when they were killed.
+
+    The caller has the lock. What lies there is only taken for such a socket if it belongs to this user, its process is
+    gone, and nobody listens. Nothing depends on it: what cannot be removed stays.
+    """
+    named = re.compile(re.escape(path.name) + r"[.~]([1-9][0-9]*)")
+    with contextlib.suppress(OSError):
+        for found in list(path.parent.iterdir()):
+            match = named.fullmatch(found.name)
+            if match is None or (Path("/proc") / match[1]).exists():
+                continue
+            with contextlib.suppress(OSError):
+                status = found.lstat()
+                if stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid() and not _is_listened(found):
+                    found.unlink()
+                    log.info("socket %s was left by a process that was killed; it is removed", found)
 
 
 def _is_listened(path: Path) -> bool:

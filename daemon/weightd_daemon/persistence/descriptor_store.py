@@ -206,10 +206,10 @@ class PersistentDescriptorStore:
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
         table = await asyncio.to_thread(HandleSegmentTable.of, content)
         draft = PersistedManifestDraft(make_manifest(encoded), table)
-        if not self.stores or not device.lasting:
-            return draft
         try:
-            await self._store_draft(draft, device, content.segments)
+            await asyncio.sleep(0)  # to write it takes a moment, and so does the seal, which may be next
+            if self.stores and device.lasting:
+                await self._store_draft(draft, device, content.segments)
         except (OSError, TimeoutError) as error:
             draft.forget()
             what = {"content": content.content_digest[:19], "device": uuid}

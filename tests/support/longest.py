@@ -1,0 +1,15 @@
+"""The test files that take longest, the longest first: conftest.py begins with them.
+
+Of files that it does not name, those with a test marked `slow` come first. Order is all that matters, so a list that is
+somewhat out of date costs little. `pytest --durations=0 --durations-min=5` shows what takes long.
+"""
+
+from __future__ import annotations
+
+LONGEST = (
+    "tests/systemd/test_survival.py",
+    "tests/systemd/test_many.py",
+    "tests/systemd/test_many_tensors.py",
+    "tests/driver/test_gpu_probe.py",
+    "tests/driver/test_gpu_day.py",
+)
