@@ -58,13 +58,14 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "ctypes": ("weightd._libc", "weightd._mapping.cuda_driver", "weightd_daemon.libc"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
     "weightd_daemon.planning": (),
+    "weightd_daemon.diagnosis": (),
     **dict.fromkeys(
         (f"weightd_daemon.devices.{name}" for name in ("host", "host_io", "cuda_vmm", "cuda_ipc", "cuda_io")),
         ("weightd_daemon.app", "weightd_daemon.devices*"),
     ),
 }
 # Which rooms of the daemon a room may import: those below it. The composition roots may import all: app.py with
-# bookkeeping.py, and planning.py, which is what `weightd plan` runs without a daemon.
+# bookkeeping.py; planning.py, which `weightd plan` runs without a daemon; and diagnosis.py, for `weightd doctor`.
 DAEMON = "weightd_daemon"
 ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
@@ -87,7 +88,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
     "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "turns", "wire"),
 }
-ROOTS = ("app", "bookkeeping", "planning", "__main__")
+ROOTS = ("app", "bookkeeping", "diagnosis", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
 LAZILY_IN = dict.fromkeys(("torch", "weightd._tensors", "weightd._assign"), ("weightd.attachment",))
 
@@ -392,6 +393,8 @@ def test_modules_are_small() -> None:
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
         ("weightd_daemon.planning", "torch grpc typer rich"),
+        ("weightd_daemon.diagnosis", "torch grpc typer rich xxhash cuda pynvml"),
+        ("weightd.cli.health.daemon_look", "torch typer rich weightd_daemon"),
         ("weightd_daemon.loader.*", "torch numpy gguf grpc typer rich"),
     ],
 )

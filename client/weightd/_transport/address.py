@@ -105,10 +105,16 @@ def check_peer(connection: sockets.socket, socket: Path) -> None:
     """Refuse a daemon at the user's own address that is another user's. Errors: PermissionDeniedError."""
     if not is_own(socket):
         return
-    credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(credentials)
+    _, uid = listener_of(connection)
     if uid != os.geteuid():
         raise PermissionDeniedError(f"socket {socket}: who listens there is uid {uid}, and not you; it is not used")
+
+
+def listener_of(connection: sockets.socket) -> tuple[int, int]:
+    """The process id and the uid of whoever listens at the other end; the id is 0 if it is of another PID namespace."""
+    credentials = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
 
 
 def _own() -> list[Path]:

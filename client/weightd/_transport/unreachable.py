@@ -28,6 +28,7 @@ T = TypeVar("T")
 _SOCKET_PATH_BYTES = 107
 _PROBE_SECONDS = 1.0
 _RETRY_SECONDS = 0.2
+_OTHER = "its mode lets you in, so something else forbids it, such as SELinux or AppArmor"
 
 
 def when_reachable(call: Callable[[], T], *, wait: bool) -> T:
@@ -47,7 +48,7 @@ def unreachable(control: Path, error: OSError, timeout: float) -> WeightdError:
     Returns DaemonUnreachableError, DaemonBusyError, PermissionDeniedError or ResourceLimitError.
     """
     if isinstance(error, PermissionError):
-        return PermissionDeniedError(f"you may not reach the weightd daemon at {control}: {_barrier(control)}")
+        return PermissionDeniedError(f"you may not reach the weightd daemon at {control}: {barrier(control) or _OTHER}")
     if isinstance(error, TimeoutError | BlockingIOError):
         return DaemonBusyError(
             f"the weightd daemon at {control} does not answer within {timeout:g} s; try again, or see its log"
@@ -101,8 +102,11 @@ def _kind(path: Path) -> str:
     return {stat.S_IFSOCK: "socket", stat.S_IFDIR: "folder", stat.S_IFREG: "file"}.get(stat.S_IFMT(mode), "device")
 
 
-def _barrier(control: Path) -> str:
-    """The first thing on the way that keeps this user out: who may pass, and what this one can do about it."""
+def barrier(control: Path) -> str:
+    """The first thing on the way that keeps this user out: who may pass, and what this one can do about it.
+
+    Empty if no mode on the way does.
+    """
     steps = [(folder, "enter", os.X_OK) for folder in reversed(control.absolute().parents)]
     steps += [(path, "connect to", os.W_OK) for path in (handles_path(control), control)]
     for path, verb, needed in steps:
@@ -114,11 +118,11 @@ def _barrier(control: Path) -> str:
             except OSError:
                 return f"you may not {verb} {path}; ask whoever runs it"
             return _who_may(status, needed, f"{verb} {path}")
-    return "its mode lets you in, so something else forbids it, such as SELinux or AppArmor"
+    return ""
 
 
 def _who_may(status: os.stat_result, needed: int, act: str) -> str:
-    me, owner, group = _user(os.geteuid()), _user(status.st_uid), _group(status.st_gid)
+    me, owner, group = user_name(os.geteuid()), user_name(status.st_uid), group_name(status.st_gid)
     if status.st_uid == os.geteuid():
         return f"its mode keeps even you, its owner, from it: to {act}, `chmod u+rwx`"
     if not status.st_mode & needed << 3:
@@ -129,14 +133,16 @@ def _who_may(status: os.stat_result, needed: int, act: str) -> str:
     return f"{allowed}; to join it, root types `usermod -aG {group} {me}`, and you log in again"
 
 
-def _user(number: int) -> str:
+def user_name(number: int) -> str:
+    """The name of a user, or the number where it has none."""
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
         return str(number)
 
 
-def _group(number: int) -> str:
+def group_name(number: int) -> str:
+    """The name of a group, or the number where it has none."""
     try:
         return grp.getgrgid(number).gr_name
     except KeyError:

@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, listing, loading, operating, planning, unit
+from weightd.cli import changing, daemon, doctor, listing, loading, operating, planning, unit
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -79,6 +79,7 @@ app.command("stats")(listing.stats)
 app.command("verify")(loading.verify)
 app.command("events")(operating.events)
 app.command("drain")(operating.drain)
+app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
 app.command("unit")(unit.unit)

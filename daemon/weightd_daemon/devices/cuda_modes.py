@@ -37,15 +37,18 @@ def stay_outside_mps(environment: MutableMapping[str, str]) -> None:
 
 def tell_mps(environment: Mapping[str, str] = os.environ, default: Path = _DEFAULT_PIPES) -> None:
     """Log whether weightd's processes are clients of MPS, where there is reason to ask."""
+    if told := mps_told(environment, default):
+        log.info("%s", told)
+
+
+def mps_told(environment: Mapping[str, str] = os.environ, default: Path = _DEFAULT_PIPES) -> str:
+    """Whether weightd's processes are clients of MPS; empty where MPS does not run in its usual place."""
     pipes = environment.get(_PIPES, _NOWHERE)
     if pipes != _NOWHERE:
-        log.info(
-            "loaders and holders are clients of MPS, by %s=%s: clients of the daemon must be of its user", _PIPES, pipes
-        )
-    elif (default / "control").exists():
-        log.info(
-            "MPS runs here (%s), and loaders and holders stay outside; set %s to have them inside", default, _PIPES
-        )
+        return f"loaders and holders are clients of MPS, by {_PIPES}={pipes}: clients of the daemon must be of its user"
+    if (default / "control").exists():
+        return f"MPS runs here ({default}), and loaders and holders stay outside; set {_PIPES} to have them inside"
+    return ""
 
 
 def tell_compute_mode(ordinal: driver.Ordinal, uuid: str, environment: Mapping[str, str] = os.environ) -> None:
@@ -55,16 +58,20 @@ def tell_compute_mode(ordinal: driver.Ordinal, uuid: str, environment: Mapping[s
     except WeightdError as error:
         log.debug("the compute mode of %s is not known: %s", uuid, error)
         return
+    if what := forbidden_by(mode, environment):
+        log.warning("device %s is in compute mode %s", uuid, what)
+
+
+def forbidden_by(mode: int, environment: Mapping[str, str] = os.environ) -> str:
+    """The name of a compute mode and what it forbids; empty if it forbids nothing."""
     pipes = environment.get(_PIPES, _NOWHERE)
     if mode == _PROHIBITED:
-        what = "PROHIBITED: nothing can be loaded or attached; `nvidia-smi -c DEFAULT` allows it"
-    elif mode == _EXCLUSIVE and pipes != _NOWHERE:
-        what = f"EXCLUSIVE_PROCESS: clients must be clients of MPS ({_PIPES}={pipes}), as loaders are"
-    elif mode == _EXCLUSIVE:
-        what = (
+        return "PROHIBITED: nothing can be loaded or attached; `nvidia-smi -c DEFAULT` allows it"
+    if mode == _EXCLUSIVE and pipes != _NOWHERE:
+        return f"EXCLUSIVE_PROCESS: clients must be clients of MPS ({_PIPES}={pipes}), as loaders are"
+    if mode == _EXCLUSIVE:
+        return (
             "EXCLUSIVE_PROCESS: one process at a time has the GPU, so loads fail while a client is attached, and "
             "clients fail while a loader lives; `nvidia-smi -c DEFAULT` lets all in, and so does MPS"
         )
-    else:
-        return
-    log.warning("device %s is in compute mode %s", uuid, what)
+    return ""
