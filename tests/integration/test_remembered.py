@@ -92,6 +92,12 @@ def save(path: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return path
 
 
+def inspected(daemon: Daemon, path: Path) -> list[tuple[str, bool]]:
+    """Name and place of the remembered groups that `weightd inspect` shows."""
+    groups = json.loads(daemon.command("inspect", path, "--format", "json").stdout)["groups"]
+    return [(one["name"], one["in_a_row"]) for one in groups if one["remembered"]]
+
+
 def released(client: weightd.Client) -> None:
     gc.collect()
     assert not client.leases()
@@ -169,12 +175,18 @@ def test_weightd_load_places_what_is_remembered(daemon: Daemon, path: Path) -> N
     with daemon.connect() as client:
         with client.attach(path) as attachment:
             serve(attachment)
+        assert inspected(daemon, path) == [(f"net.{at}.odd.{{zeta,alpha,mu}}.weight", False) for at in range(LAYERS)]
+        assert (
+            "\nnet.*.odd.{zeta,alpha,mu}.weight     0 of 3   0.1 MiB\n3 groups would lie in a row after `weightd rm`"
+            in (daemon.command("inspect", path).stdout)
+        )
         released(client)
         client.remove(attachment.content_digest)
         assert json.loads(daemon.command("load", path, "--format", "json").stdout)[0]["order"] == "requested"
         with client.attach(path) as attachment:
             engine, binding, said = serve(attachment)
         assert (binding.copied_bytes, said) == (0, "")
+        assert [in_a_row for _, in_a_row in inspected(daemon, path)] == [True] * LAYERS
         assert equal(engine, stored())
 
 

@@ -143,6 +143,9 @@ def test_what_was_asked_for_and_did_not_come_is_no_promise() -> None:
         "net.*.{zeta,alpha,mu}.weight (1 parameter, 24.0 KiB) stay private although this load asked"
     )
     assert remembered.groups_for(stored(checkpoint())) == keys(2)
+    for result in (None, loaded(""), loaded("joined")):
+        said = remembered.remember(attached(checkpoint(), result), [group(0), group(1)])
+        assert "(2 parameters, 48.0 KiB) would be shared" in said, "known, but this load did not ask for it"
 
 
 def test_what_can_never_be_is_said_and_not_kept(cache: Path) -> None:
