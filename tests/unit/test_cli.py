@@ -842,6 +842,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "verify",
         "events",
         "drain",
+        "doctor",
         "ping",
         "version",
         "unit",

@@ -44,7 +44,7 @@ def doctor(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Leave out the checks that are good.")] = False,
     socket: SocketOption = None,
 ) -> None:
-    """Check what weightd needs of this machine and this user, and say what to do.
+    """Check this machine and this user for what weightd needs.
 
     Each check is good, doubtful, bad or unknown. A check that does not answer in 5 s is doubtful. Nothing is started,
     changed or written. The table of checks is in docs/operations.md.
