@@ -57,3 +57,11 @@ def spawn_engine(workers: list[EngineProcess], engine_folder: Path) -> SpawnEngi
 def _made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write what tests have recorded as a property: shares and sizes."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {value}")
