@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from support.memory import Segments
+from support.memory import Segments, written
 from support.plugins import without_onednn
 from weightd.integrations.sharing import report
 
@@ -66,7 +66,7 @@ def compare(path: str) -> dict[str, Any]:
     `tensors` counts what was compared. `unequal` names what differs before or after post-processing. `loaded` and
     `processed` are (bytes, shared bytes, private bytes and reason by name) of the parameters at these times.
     `captured` are parameters that objects other than modules hold, and their holders; `without_memory` are holders of
-    parameters that have none.
+    parameters that have none. `written` is how many bytes of the daemon's segments this process has a copy of.
     """
     own = load(path, "safetensors")
     ours = load(path, "weightd")
@@ -81,6 +81,7 @@ def compare(path: str) -> dict[str, Any]:
         "processed": _told(processed, reasons),
         "captured": captured,
         "without_memory": without_memory,
+        "written": written(os.getpid()),
     }
     del own, ours
     gc.collect()
