@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from support.daemon import Daemon
 from support.engines import EngineProcess, engine_environment
 
 SpawnEngine = Callable[..., EngineProcess]
+
+_CHECKPOINTS = "checkpoints"
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +27,7 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> 
 @pytest.fixture(scope="session")
 def checkpoints(session_folder: Path) -> dict[str, Path]:
     """Folders of checkpoints by name, for all names in `support.engine_models.EVERY`; see there."""
-    return engine_models.written(_made(session_folder / "checkpoints"))
+    return engine_models.written(_made(session_folder / _CHECKPOINTS))
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +40,14 @@ def engine_folder(session_folder: Path) -> Path:
 def engine_variables(engine_folder: Path) -> dict[str, str]:
     """The environment of a process with an engine that a test starts by itself; the daemon's socket is not in it."""
     return engine_environment(engine_folder)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the checkpoints, of half a GiB: pytest keeps the folders of the last three sessions."""
+    if hasattr(config, "workerinput"):
+        return  # another of pytest's processes may need them still
+    base: Path = config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # there is no other way to it
+    shutil.rmtree(base / _CHECKPOINTS, ignore_errors=True)
 
 
 @pytest.fixture
@@ -57,3 +68,11 @@ def spawn_engine(workers: list[EngineProcess], engine_folder: Path) -> SpawnEngi
 def _made(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Write what tests have recorded as a property: shares and sizes."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call":
+            for name, value in report.user_properties:
+                terminalreporter.write_line(f"{name}: {value}")

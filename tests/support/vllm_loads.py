@@ -9,13 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from support.memory import Segments
+from support.memory import Segments, written
 from support.plugins import without_onednn
 from weightd.integrations.sharing import report
 
@@ -52,6 +51,7 @@ def start(model: str) -> None:
     torch.accelerator.empty_cache = lambda: None  # raises in a CPU build; vLLM's own worker replaces it likewise
     load_general_plugins()
     without_onednn()
+    _look_before_processing()
     config = _configuration(model, "safetensors")
     with set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{os.environ['VLLM_CACHE_ROOT']}/{os.getpid()}", 0, "gloo")
@@ -66,7 +66,7 @@ def compare(path: str) -> dict[str, Any]:
     `tensors` counts what was compared. `unequal` names what differs before or after post-processing. `loaded` and
     `processed` are (bytes, shared bytes, private bytes and reason by name) of the parameters at these times.
     `captured` are parameters that objects other than modules hold, and their holders; `without_memory` are holders of
-    parameters that have none.
+    parameters that have none. `written` is how many bytes of the daemon's segments this process has a copy of.
     """
     own = load(path, "safetensors")
     ours = load(path, "weightd")
@@ -81,6 +81,7 @@ def compare(path: str) -> dict[str, Any]:
         "processed": _told(processed, reasons),
         "captured": captured,
         "without_memory": without_memory,
+        "written": written(os.getpid()),
     }
     del own, ours
     gc.collect()
@@ -94,11 +95,12 @@ def load(path: str, load_format: str) -> Loaded:
 
     config = _configuration(path, load_format)
     found: list[tuple[dict[str, torch.Tensor], Sharing]] = []
-    with (
-        set_current_vllm_config(config),
-        _before_processing(lambda model: found.append((values(model), sharing(model)))),
-    ):
-        model = get_model(vllm_config=config)
+    _looks.append(lambda model: found.append((values(model), sharing(model))))
+    try:
+        with set_current_vllm_config(config):
+            model = get_model(vllm_config=config)
+    finally:
+        _looks.pop()
     ((before, shared),) = found
     return Loaded(model, before, values(model), shared)
 
@@ -165,29 +167,25 @@ def _configuration(path: str, load_format: str) -> Any:
     ).create_engine_config()
 
 
-@contextmanager
-def _before_processing(look: Callable[[torch.nn.Module], None]) -> Iterator[None]:
-    """Call `look` with a model that is loaded, and whose layers have not post-processed their weights."""
+_looks: list[Callable[[torch.nn.Module], None]] = []
+
+
+def _look_before_processing() -> None:
+    """Have the last of `_looks` called with each model whose weights are loaded, and not post-processed yet.
+
+    Once in a process: whoever imports vLLM's function later has this one as well.
+    """
     import vllm.model_executor.model_loader.utils as utils
 
     original = utils.process_weights_after_loading
 
     def process(model: torch.nn.Module, *arguments: Any, **options: Any) -> None:
-        look(model)
+        _looks[-1](model)
         original(model, *arguments, **options)
 
-    modules = [
-        module
-        for name, module in sys.modules.items()
-        if name.startswith(("vllm.", "weightd.")) and vars(module).get(original.__name__) is original
-    ]
-    for module in modules:
-        setattr(module, original.__name__, process)
-    try:
-        yield
-    finally:
-        for module in modules:
-            setattr(module, original.__name__, original)
+    for module in list(sys.modules.values()):
+        if vars(module).get(original.__name__) is original:
+            setattr(module, original.__name__, process)
 
 
 def _unequal(own: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> list[str]:
