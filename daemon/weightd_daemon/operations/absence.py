@@ -217,8 +217,9 @@ class AbsentDevices:
                 raise DeviceError(f"what was opened is {device.uuid}, shared as {device.kind}")
             imported = await self._import(device, stand_in)
         except (WeightdError, OSError) as error:
-            self._close(device, str(error))
-            self._stays(uuid, str(error))
+            why = device.calls.problem.partition(";")[0] or str(error)  # what becomes of it is said by `AbsentDevice`
+            self._close(device, why)
+            self._stays(uuid, why)
             return
         except BaseException:  # a bug, or the end of the daemon
             self._close(device)
