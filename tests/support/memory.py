@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -29,3 +30,24 @@ def written(pid: int) -> int:
 def mappings(pid: int) -> int:
     """How many of our memfds, manifests included, the process has mapped; a split mapping counts more than once."""
     return Path(f"/proc/{pid}/maps").read_text().count("/memfd:weightd-")
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory in a process: all that is not a page of a file or of one of our segments.
+
+    A page of a segment that the process has written to is anonymous as well.
+    """
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(next(line for line in rollup.splitlines() if line.startswith("Anonymous:")).split()[1]) * 1024
+
+
+def attached_pss(pid: int) -> int:
+    """The part of a process's PSS that lies in our segments: of memory that n processes map, an nth in each."""
+    size, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            inside = re.search(r"/memfd:weightd-\d", line) is not None
+        elif inside and first == "Pss:":
+            size += int(line.split()[1]) * 1024
+    return size
