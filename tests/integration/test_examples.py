@@ -11,7 +11,8 @@ import pytest
 from support.daemon import ROOT, Daemon, environment
 
 EXAMPLES = ROOT / "examples"
-RUN_ELSEWHERE = {"demo.py", "two_checkpoints.py"}  # by test_demo.py, test_readme.py; with an underscore: no scripts
+# By test_demo.py, test_readme.py, test_servers.py and test_onnx_runtime.py. With an underscore: no scripts.
+RUN_ELSEWHERE = {"demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py"}
 
 
 def run(daemon: Daemon, name: str, *arguments: str | Path) -> str:

@@ -14,7 +14,11 @@ def dial(address: Address) -> socket.socket:
     if isinstance(address, Path):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(60)
-        connection.connect(str(address))
+        try:
+            connection.connect(str(address))
+        except OSError:
+            connection.close()
+            raise
         return connection
     return socket.create_connection(address, timeout=60)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 
@@ -47,3 +48,24 @@ class Segments:
     def hold(self, address: int, length: int) -> bool:
         """Whether a range of addresses lies in one segment, or in several that are mapped one behind the other."""
         return any(start <= address and address + length <= end for start, end in self.runs)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory in a process: all that is not a page of a file or of one of our segments.
+
+    A page of a segment that the process has written to is anonymous as well.
+    """
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return int(next(line for line in rollup.splitlines() if line.startswith("Anonymous:")).split()[1]) * 1024
+
+
+def attached_pss(pid: int) -> int:
+    """The part of a process's PSS that lies in our segments: of memory that n processes map, an nth in each."""
+    size, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            inside = re.search(r"/memfd:weightd-\d", line) is not None
+        elif inside and first == "Pss:":
+            size += int(line.split()[1]) * 1024
+    return size
