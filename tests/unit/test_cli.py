@@ -740,6 +740,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "verify",
         "events",
         "drain",
+        "doctor",
         "ping",
         "version",
         "unit",
