@@ -44,7 +44,7 @@ def doctor(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Leave out the checks that are good.")] = False,
     socket: SocketOption = None,
 ) -> None:
-    """Check this machine and this user for what weightd needs.
+    """Check this machine and this user, and say what to do.
 
     Each check is good, doubtful, bad or unknown. A check that does not answer in 5 s is doubtful. Nothing is started,
     changed or written. The table of checks is in docs/operations.md.
@@ -114,7 +114,12 @@ def _about(daemon: Mapping[str, Any]) -> list[str]:
         return []
     known = [f"--pid={daemon['pid']}"]
     known += [f"--uid={daemon['uid']}"] if daemon["uid"] >= 0 else []
-    return known + ([f"--state-dir={Path(daemon['index']).parent}"] if daemon["index"] else [])
+    if not daemon["index"]:
+        return known
+    folder = Path()
+    with contextlib.suppress(OSError):  # it is another user's, or of another PID namespace
+        folder = Path(f"/proc/{daemon['pid']}/cwd").readlink()
+    return [*known, f"--state-dir={folder / Path(daemon['index']).parent}"]
 
 
 def _ask_driver(stack: contextlib.ExitStack, host: Answer) -> tuple[Answer | None, Answer | None]:

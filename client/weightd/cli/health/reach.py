@@ -79,7 +79,8 @@ def _access(facts: _Facts) -> Finding:
         remedy = f"let the group into the folder: `chmod g+x {facts['path']}`, or set socket_mode to 0600"
         told = f"the socket is for group {status['group']}, and its folder keeps the group out"
         return Finding("access", Status.DOUBTFUL, told, remedy)
-    return Finding("access", Status.GOOD, f"{' and '.join(allowed)} may connect, and so may {user}")
+    listed = f"{' and '.join(allowed)} may connect"
+    return Finding("access", Status.GOOD, listed if status["owner"] == user else f"{listed}; {user} is among them")
 
 
 def judge_daemon(answer: Answer, ours: str) -> list[Finding]:

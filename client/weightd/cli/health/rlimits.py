@@ -139,7 +139,7 @@ def _locked_memory(theirs: Limits, *, gpu: bool | None) -> Finding:
 
 
 def _unread(check: str, whose: str = "the daemon's") -> Finding:
-    return Finding(check, Status.UNKNOWN, f"{whose} limits cannot be read by this user")
+    return Finding(check, Status.UNKNOWN, f"{whose} limits are not known")
 
 
 def _number(limit: int | None) -> str:
