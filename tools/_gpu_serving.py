@@ -181,11 +181,32 @@ def _map_while_busy() -> str:
         return _while_busy(attach, "mapping", stream)
 
 
-def _start_copies() -> tuple[driver.MappedAddressRange, Any]:
-    """Enqueue a tenth of a second of work. Returns the memory that is read, and the stream."""
+@question(
+    "default-stream",
+    "Does an event of an empty blocking stream come after the work of the default stream?",
+    "200 copies of 256 MiB on the NULL stream; cuEventRecord in a blocking stream without work, and in one that does "
+    "not block; cuEventQuery of both at once; cuEventSynchronize of the first, timed; then synchronise the NULL stream",
+    "whether a detach may wait for the default stream by such an event, as it does now, without using that stream",
+)
+def _default_stream() -> str:
+    with driver.on_device(ORDINAL):
+        blocking, other = (driver.call("cuStreamCreate", flags) for flags in (0, 1))
+        event, beside = (driver.call("cuEventCreate", 2) for _ in range(2))  # 2: without times
+        _start_copies(0)
+        driver.call("cuEventRecord", event, blocking)
+        driver.call("cuEventRecord", beside, other)
+        at_once, elsewhere = code("cuEventQuery", event), code("cuEventQuery", beside)
+        waited = _while_busy(lambda: code("cuEventSynchronize", event), "waiting for the event", 0)
+        return f"cuEventQuery: {at_once}, where the stream does not block: {elsewhere}; {waited}"
+
+
+def _start_copies(stream: Any = None) -> tuple[driver.MappedAddressRange, Any]:
+    """Enqueue a tenth of a second of work, on a stream of its own unless one is given. Returns the memory that is read,
+    and the stream.
+    """
     size = (2 if is_double() else 256) * MIB
     source, target = (mapped(driver.create(ORDINAL, size), size, writable=True) for _ in range(2))
-    stream = driver.call("cuStreamCreate", 1)
+    stream = driver.call("cuStreamCreate", 1) if stream is None else stream
     for _ in range(200):
         driver.call("cuMemcpyDtoDAsync", target.address, source.address, size, stream)
     return source, stream

@@ -148,6 +148,9 @@ def test_every_probe_runs_on_the_double(double: dict[str, str]) -> None:
     assert answers["two-importers"].startswith("yes; ")
     assert answers["one-access"].startswith("yes; ")
     assert answers["zeroed-for-others"].startswith("0 bytes of ")
+    assert answers["default-stream"].startswith(
+        "cuEventQuery: CUDA_SUCCESS, where the stream does not block: CUDA_SUCCESS"
+    )
     assert answers["after-fork"].startswith("cuInit: CUDA_ERROR_NOT_INITIALIZED")
 
 
