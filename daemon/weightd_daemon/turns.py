@@ -3,7 +3,7 @@
 A call passes the loop several times, and each time waits for the step that is under way there. So a task that has much
 to do pauses after a millisecond, not after as long as a step may take. Threads with such work do not block the loop,
 but only one thread at a time runs Python: another gets the interpreter after the switch interval, which by default is
-5 ms, as often as a call passes the loop. See docs/decisions/0040-turns.md.
+5 ms, as often as a call passes the loop. See docs/decisions/0042-turns.md.
 """
 
 from __future__ import annotations

@@ -339,6 +339,9 @@ def test_bad_configuration_is_78(flag: str, words: str, daemon: Daemon, tmp_path
         code, line = failure(daemon, command, flag, "--socket", tmp_path / "other.sock", "--state-dir", tmp_path)
         assert code == 78
         assert words in line
+
+
+def test_a_bad_configuration_file_is_78_and_says_where(daemon: Daemon, tmp_path: Path) -> None:
     file = tmp_path / "weightd.toml"
     file.write_text("\nbugdet = 1\n")
     code, line = failure(daemon, "serve", "--config", file)

@@ -115,15 +115,15 @@ def small(start_daemon: StartDaemon, tensors: None) -> Daemon:
     return start_daemon(budget=str(BUDGET + MIB), pool="8MiB")
 
 
-@pytest.fixture
-def pressure(tmp_path: Path) -> Pressure:
-    return Pressure(tmp_path / "pressure")
+@pytest.fixture(scope="module")
+def pressure(tmp_path_factory: pytest.TempPathFactory) -> Pressure:
+    return Pressure(tmp_path_factory.mktemp("pressure"))
 
 
-@pytest.fixture
-def kept(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of 12 MiB."""
-    return checkpoints.write_random(tmp_path / "kept.safetensors", 3, SIZE, seed="kept")
+    return checkpoints.write_random(tmp_path_factory.mktemp("kept") / "kept.safetensors", 3, SIZE, seed="kept")
 
 
 def load(daemon: Daemon, path: Path, name: str = "kept") -> None:

@@ -7,9 +7,17 @@ somewhat out of date costs little. `pytest --durations=0 --durations-min=5` show
 from __future__ import annotations
 
 LONGEST = (
+    "tests/integration/test_transformers.py",
+    "tests/integration/test_lifetimes.py",
+    "tests/integration/test_gpu.py",
+    "tests/integration/test_sweep.py",
+    "tests/systemd/test_driver_errors.py",
     "tests/systemd/test_survival.py",
     "tests/systemd/test_many.py",
     "tests/systemd/test_many_tensors.py",
     "tests/driver/test_gpu_probe.py",
     "tests/driver/test_gpu_day.py",
+    "tests/integration/test_command.py",
+    "tests/integration/test_capacity.py",
+    "tests/integration/test_diffusers.py",
 )
