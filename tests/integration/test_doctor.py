@@ -90,9 +90,8 @@ def test_it_runs_without_the_extra_daemon(tmp_path: Path) -> None:
 
 # Everything is imported before the step down: others may perhaps not read this interpreter or these sources.
 AS_OTHER = """
-import os, sys
-import weightd, weightd._transport.rpc
-weightd.connect
+import os, shutil, sys
+import weightd.client, weightd._transport.rpc
 from weightd.cli.health import daemon_look
 os.setgroups([]); os.setgid(int(sys.argv[1])); os.setuid(int(sys.argv[1]))
 for look in ("socket", "daemon"):

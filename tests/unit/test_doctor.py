@@ -216,6 +216,7 @@ CASES: list[tuple[str, Status, list[Finding]]] = [
     ("cgroup", BAD, memory(cgroup=GIB - 1)),
     ("cgroup", BAD, memory(ANSWERS, cgroup=GIB - 1, budget=MIB)),
     ("cgroup", UNKNOWN, memory(cgroup_known=False)),
+    ("cgroup", UNKNOWN, memory(ANSWERS | {"pid": 0}, cgroup=GIB - 1)),
     ("cgroup", UNKNOWN, memory(cgroup=GIB, settings_error="wrong")),
     ("overcommit", GOOD, memory(overcommit="1")),
     ("overcommit", DOUBTFUL, memory(overcommit="2")),

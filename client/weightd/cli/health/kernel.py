@@ -71,8 +71,9 @@ def _limits(facts: Mapping[str, Any], daemon: Mapping[str, Any]) -> list[Finding
     elif facts["settings_error"] or facts["budget_error"]:
         what = facts["settings_error"] or facts["budget_error"]
         wrong = Finding("budget", Status.BAD, what, "correct the setting; `weightd config` shows where it comes from")
-        return [wrong, _cgroup(facts, None)]
-    return [_budget(facts, budget, used), _cgroup(facts, budget)]
+        return [wrong, _cgroup(facts, None, known=facts["cgroup_known"])]
+    known = facts["cgroup_known"] and (not daemon or bool(daemon["pid"]))  # else the limit is this process's own
+    return [_budget(facts, budget, used), _cgroup(facts, budget, known=known)]
 
 
 def _budget(facts: Mapping[str, Any], budget: int | None, used: int) -> Finding:
@@ -87,8 +88,8 @@ def _budget(facts: Mapping[str, Any], budget: int | None, used: int) -> Finding:
     return Finding("budget", Status.GOOD, told)
 
 
-def _cgroup(facts: Mapping[str, Any], budget: int | None) -> Finding:
-    if not facts["cgroup_known"]:
+def _cgroup(facts: Mapping[str, Any], budget: int | None, *, known: bool) -> Finding:
+    if not known:
         return Finding("cgroup", Status.UNKNOWN, "the daemon's cgroup cannot be read by this user")
     limit = facts["cgroup"]
     if limit is None:
