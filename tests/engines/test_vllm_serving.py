@@ -142,6 +142,14 @@ def test_memory_is_attached_before_vllm_measures_it(engines: Engines, daemon: Da
     assert sorted(holders) == sorted(one.pid for one in (engines.first, engines.second, engines.tuned))
 
 
+def test_a_draft_is_attached_with_its_model(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    found = engines.own.run(
+        "result = serving.ahead_of_draft(path, draft)", path=str(checkpoints["llama"]), draft=str(checkpoints["qwen3"])
+    )
+    assert found["external"] == found["parameters"]
+    assert found["attached"] == found["loaded"], "the loads have mapped nothing more"
+
+
 @pytest.mark.parametrize(
     ("extra", "changes", "error"),
     [

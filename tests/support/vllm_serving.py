@@ -179,3 +179,26 @@ def measured_with(path: str) -> dict[str, int]:
     ):  # fmt: skip
         worker.init_device()
     return found
+
+
+def ahead_of_draft(path: str, draft: str) -> dict[str, int]:
+    """Ask for the bytes of a model and its draft, then load both: what was said, and what was mapped at each step."""
+    import os
+
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model, get_model_loader
+
+    speculative = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+    config = configuration(path, {}, speculative_config=speculative)
+    found = {"external": get_model_loader(config.load_config).get_external_weight_memory(config)}
+    found["attached"] = memory.mappings(os.getpid())
+    with set_current_vllm_config(config):
+        models = [
+            get_model(vllm_config=config),
+            get_model(
+                vllm_config=config, model_config=config.speculative_config.draft_model_config, prefix="draft_model"
+            ),
+        ]
+    found["loaded"] = memory.mappings(os.getpid())
+    found["parameters"] = sum(one.nbytes for model in models for one in model.parameters())
+    return found

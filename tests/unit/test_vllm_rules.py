@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from weightd.integrations.engines import EngineOptionError
+from weightd.integrations.versions import ALLOW_UNTESTED, UntestedVersionError, require_tested
 from weightd.integrations.vllm_rules import private_reason, refuse_configuration, refuse_online_quantisation
 
 LAYERS = "vllm.model_executor.layers"
@@ -67,6 +68,18 @@ def test_a_setting_that_writes_to_weights_is_refused(changed: dict[str, Any], wo
     with pytest.raises(EngineOptionError, match=words) as refused:
         refuse_configuration(configuration(**changed))
     assert "start vLLM without --load-format weightd" in str(refused.value)
+
+
+@pytest.mark.parametrize("version", ["0.28.0", "0.30.1", "0.31.0+cpu", "0.32.0"])
+def test_versions_that_were_run_pass(version: str) -> None:
+    assert require_tested("vllm", version) == (0, int(version.split(".")[1]))
+
+
+@pytest.mark.parametrize("version", ["0.27.1", "0.33.0", "1.0.0"])
+def test_other_versions_are_refused_in_words(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+    with pytest.raises(UntestedVersionError, match=rf"vllm {version} is not known .* was run with 0\.28 to 0\.32"):
+        require_tested("vllm", version)
 
 
 def test_quantisation_while_loading_is_refused_by_the_layer_that_has_it() -> None:

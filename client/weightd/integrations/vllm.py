@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+import torch
 import vllm
 
 from weightd.errors import FormatError, SharedWeightsError
@@ -44,8 +46,6 @@ from vllm.v1.worker.gpu_worker import Worker  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    import torch
 
     from weightd.attachment import Attachment
 
@@ -136,9 +136,11 @@ class WeightdModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no 
             with load.loading(), _read_by(stored, model_config.model):
                 files.load_weights(model, model_config)
             load.bind(model, private_reason)
+            _release_unused(load.device)
             with load.guarding():
                 process_weights_after_loading(model, model_config, load.device)
         load.finish(model)
+        _release_unused(load.device)
         _refuse_updates(type(model))
         model.eval()
         return model
@@ -146,7 +148,9 @@ class WeightdModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no 
     def _attach(self, vllm_config: Any, model_config: Any) -> _Attached:
         """Attach to the files that vLLM would load, before it builds anything. Errors: as `load_model`."""
         refuse_configuration(vllm_config)
-        device = self.load_config.device or vllm_config.device_config.device
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         load = EngineLoad(self._options, device, log)
         attachments: list[Attachment] = []
 
@@ -243,6 +247,13 @@ def _name(folder: str, model_config: Any) -> str:
 
 def _key(model_config: Any) -> tuple[str, str | None]:
     return model_config.model, model_config.revision
+
+
+def _release_unused(device: torch.device) -> None:
+    """Give what torch keeps of freed memory back to a GPU, as vLLM's own loaders do around post-processing."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 _refusing: set[type] = set()
