@@ -29,6 +29,7 @@ from weightd.resolve import Resolved, is_path, reference_name
 
 from . import guards
 from .sharing import SharingReport, remember, report
+from .weight_files import at_revision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -242,6 +243,14 @@ class EngineLoad:
         used = sum(nbytes for address, nbytes, _ in self.binding.places if attachment.holds(address, nbytes))
         loaded = attachment.loaded
         return used if loaded is None else max(0, used - (loaded.total_bytes - loaded.shared_bytes))
+
+
+def reference_of(folder: str, model: str, revision: str | None) -> str:
+    """What a folder with an engine's files is called: as the engine's user calls the model, where it is its folder."""
+    if is_path(model):
+        return model if os.path.realpath(folder) == os.path.realpath(model) else folder
+    cached = os.path.join(f"models--{model.replace('/', '--')}", "snapshots", os.path.basename(folder))
+    return os.fspath(at_revision(model, revision)) if folder.endswith(cached) else folder
 
 
 def store_device(device: torch.device) -> str:

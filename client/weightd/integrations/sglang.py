@@ -24,6 +24,7 @@ from .engines import (
     EngineOptions,
     by_quantisation,
     class_name,
+    reference_of,
     refuse_settings,
 )
 from .guards import refuse_while_shared
@@ -163,7 +164,7 @@ class WeightdModelLoader(sglang_loader.DefaultModelLoader):  # type: ignore[misc
         index = _INDEXES.get(self.load_config.load_format, _INDEX)
         if source.model_config is not None:
             files = maybe_add_mtp_safetensors(files, folder, _INDEX, source.model_config.hf_config)
-        return files, source.model_or_path, index
+        return files, reference_of(folder, source.model_or_path, source.revision), index
 
 
 def _is_quantised_by_loading(model_config: Any) -> bool:

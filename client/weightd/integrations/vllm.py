@@ -19,16 +19,14 @@ import torch
 import vllm
 
 from weightd.errors import FormatError, SharedWeightsError
-from weightd.resolve import is_path
 
 from . import NAME
-from .engines import NOT_REACHED, EngineLoad, EngineOptions
+from .engines import NOT_REACHED, EngineLoad, EngineOptions, reference_of
 from .guards import loading, refuse_while_shared
 from .sharing import note_left
 from .sharing import report as report
 from .versions import require_tested
 from .vllm_rules import HOW, WHERE, private_reason, refuse_configuration, refuse_online_quantisation
-from .weight_files import at_revision
 
 require_tested("vllm", vllm.__version__)
 
@@ -234,15 +232,7 @@ def _by_folder(paths: Iterable[str], model_config: Any) -> Iterator[tuple[list[s
         folders.setdefault(os.path.dirname(path), []).append(path)
     for folder, files in folders.items():
         index = next((name for name in _INDEXES if os.path.isfile(os.path.join(folder, name))), "")
-        yield files, _name(folder, model_config), index
-
-
-def _name(folder: str, model_config: Any) -> str:
-    model = model_config.model
-    if is_path(model):
-        return model if os.path.realpath(folder) == os.path.realpath(model) else folder
-    cached = os.path.join(f"models--{model.replace('/', '--')}", "snapshots", os.path.basename(folder))
-    return os.fspath(at_revision(model, model_config.revision)) if folder.endswith(cached) else folder
+        yield files, reference_of(folder, model_config.model, model_config.revision), index
 
 
 def _key(model_config: Any) -> tuple[str, str | None]:
