@@ -17,12 +17,17 @@ def written(pid: int) -> int:
 
     Not `Private_Dirty`: that counts a shared page, too, when this process happens to be the only one that maps it.
     """
+    return segments_of(pid, "Anonymous")
+
+
+def segments_of(pid: int, what: str = "Size") -> int:
+    """Bytes of our segments that the process has mapped, or what else the kernel counts of them, such as Pss."""
     size, inside = 0, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         first = line.split(maxsplit=1)[0]
         if not first.endswith(":"):
             inside = "/memfd:weightd-" in line
-        elif inside and first == "Anonymous:":
+        elif inside and first == f"{what}:":
             size += int(line.split()[1]) * 1024
     return size
 

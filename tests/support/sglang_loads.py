@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 from array import array
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ WEIGHTD = {"model_loader_extra_config": '{"weightd": {}}'}
 
 
 class Served(NamedTuple):
-    """A model that has computed: its parameters and buffers, the tokens after each prompt, and all logits."""
+    """A model that has computed: the likeliest tokens after each prompt, and logits by step, prompt and token."""
 
     model: torch.nn.Module
     loader: Any
@@ -85,8 +86,10 @@ def compare(path: str, computing: bool = True) -> dict[str, Any]:
     return result
 
 
-def serve(path: str, computing: bool = True, **options: Any) -> Served:
-    """Load a model as SGLang's scheduler does, and let it answer the prompts; with less, it answers nothing."""
+def serve(
+    path: str, computing: bool = True, prompts: Iterable[Iterable[int]] = PROMPTS, tokens: int = TOKENS, **options: Any
+) -> Served:
+    """Load a model as SGLang's scheduler does, and let it answer prompts, unless it is not to compute."""
     from sglang.benchmark.one_batch import decode, extend
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.sampling.sampling_params import SamplingParams
@@ -98,24 +101,34 @@ def serve(path: str, computing: bool = True, **options: Any) -> Served:
     runner.init_attention_backends()
     runner.init_cuda_graphs()
     requests = []
-    for number, prompt in enumerate(PROMPTS):
+    for number, prompt in enumerate(prompts):
         request = Req(
             rid=number,
             origin_input_text="",
             origin_input_ids=array("q", prompt),
-            sampling_params=SamplingParams(temperature=0, max_new_tokens=TOKENS),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=tokens),
         )
         request.full_untruncated_fill_ids = request.origin_input_ids
         request.logprob_start_len = -1
-        request.extend_end = len(prompt)
+        request.extend_end = len(request.origin_input_ids)
         requests.append(request)
     chosen, logits, batch = extend(requests, runner)
-    tokens, every = [chosen.tolist()], [logits]
-    for _ in range(TOKENS - 1):
+    steps, every = [chosen.tolist()], [logits]
+    for _ in range(tokens - 1):
         chosen, logits = decode(chosen, batch, runner)
-        tokens.append(chosen.tolist())
+        steps.append(chosen.tolist())
         every.append(logits)
-    return Served(runner.model, runner.loader, [list(one) for one in zip(*tokens, strict=True)], torch.cat(every))
+    return Served(runner.model, runner.loader, [list(one) for one in zip(*steps, strict=True)], torch.stack(every))
+
+
+def answer_alone(path: str, prompts: Iterable[Iterable[int]], tokens: int) -> list[tuple[list[int], list[float]]]:
+    """The likeliest tokens after each prompt and the logarithms of their probabilities, of SGLang's own load."""
+    found = serve(path, prompts=prompts, tokens=tokens)
+    likely = found.logits.float().log_softmax(-1)
+    return [
+        (chosen, [likely[step, number, token].item() for step, token in enumerate(chosen)])
+        for number, chosen in enumerate(found.tokens)
+    ]
 
 
 def load(path: str, **options: Any) -> Any:
