@@ -105,6 +105,7 @@ def short_collections() -> Iterator[None]:
     """
     gc.freeze()
     yield
+    gc.collect()  # what this module's tests left, or the next module would freeze it, with all that it keeps
     gc.unfreeze()
 
 

@@ -129,6 +129,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.patch.setattr(loading_module, "OWN_COPY_BELOW", SMALL)
         self.patch.setattr(loading_module, "AT_ONCE", 1)
         self.patch.setattr(store_module, "FREED_AT_ONCE", 1)
+        self.patch.setattr(store_module, "FREED_IN_A_STEP", 1)
         self.segments: dict[int, bytearray] = {}
         self.loads: list[Load] = []
         self.sealed_loads: list[Load] = []

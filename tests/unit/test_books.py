@@ -12,6 +12,7 @@ from support.filled import BLOBS, Filled
 from weightd._proto.v1 import checkpoint_pb2
 from weightd_daemon.api.checkpoint_service import CheckpointService
 from weightd_daemon.monitoring.metrics import Metrics
+from weightd_daemon.turns import LoopTurn
 
 
 def finished(call: Coroutine[Any, Any, Any]) -> Any:
@@ -21,6 +22,19 @@ def finished(call: Coroutine[Any, Any, Any]) -> Any:
             call.send(None)
         except StopIteration as ended:
             return ended.value
+
+
+def test_a_list_shows_what_goes_while_it_is_made_once_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of many is made in turns, between which checkpoints go and loads are sealed."""
+    parts: Any = Filled(3)
+    monkeypatch.setattr(LoopTurn, "is_over", True)
+    first = next(iter(parts.store.checkpoints.values()))
+    call = CheckpointService(parts).List(checkpoint_pb2.ListCheckpointsRequest(), None)  # type: ignore[arg-type]  # no context
+    call.send(None)
+    parts.store.evict(first, "capacity")
+    answer = finished(call)
+    assert len(answer.checkpoints) == 2
+    assert first.key.content_digest not in {row.content_digest for row in answer.checkpoints}
 
 
 def cost(checkpoints: int, what: str) -> int:

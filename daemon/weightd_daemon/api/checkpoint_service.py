@@ -101,20 +101,21 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.ListCheckpointsResponse:
         """Everything resident, absent or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
-        there, turn = [], LoopTurn()
-        for checkpoint in list(self._parts.catalog.visible(who)):
+        parts, turn = self._parts, LoopTurn()
+        # In one step with what is resident: a load that is sealed while they are counted would be in neither.
+        under_way = [
+            self._loading(load) for load in parts.loads.under_way if who.admin or load.request.who.domain == who.domain
+        ]
+        rows = []
+        for checkpoint in list(parts.catalog.visible(who)):
             await self._count(checkpoint, turn)
-            if self._parts.store.checkpoints.get(checkpoint.key) is checkpoint:  # else it went while one was counted
-                there.append(self._checkpoint(checkpoint))
+            if parts.store.checkpoints.get(checkpoint.key) is checkpoint:
+                rows.append((checkpoint, self._checkpoint(checkpoint)))
             if turn.is_over:
                 await turn.next()
-        there += [self._lost(lost.checkpoint) for lost in self._parts.catalog.lost(who)]
+        there = [row for one, row in rows if parts.store.checkpoints.get(one.key) is one]  # what went is lost, or gone
+        there += [self._lost(lost.checkpoint) for lost in parts.catalog.lost(who)]
         there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
-        under_way = [
-            self._loading(load)
-            for load in self._parts.loads.under_way
-            if who.admin or load.request.who.domain == who.domain
-        ]
         listed = self._parts.catalog.listed(who) if request.names else []
         names = [
             checkpoint_pb2.Name(
@@ -134,14 +135,17 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
     ) -> checkpoint_pb2.GetCheckpointResponse:
         """One checkpoint with its parts."""
         _, who = self._parts.caller(context)
-        checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
+        device_name, turn = meant(self._parts.devices, request.device), LoopTurn()
+        while True:
+            checkpoint = self._parts.catalog.find(who, request.reference, device_name)
+            components = [
+                await _component(name, tensors, checkpoint.components.get(name, []), turn)
+                for name, tensors in sorted(checkpoint.tensors.items())
+            ]
+            await self._count(checkpoint, turn)
+            if self._parts.store.checkpoints.get(checkpoint.key) is checkpoint:
+                break  # else it went while it was counted: find says so, or finds what has its name now
         device = self._parts.devices[checkpoint.key.device]
-        turn = LoopTurn()
-        components = [
-            await _component(name, tensors, checkpoint.components.get(name, []), turn)
-            for name, tensors in sorted(checkpoint.tensors.items())
-        ]
-        await self._count(checkpoint, turn)
         return checkpoint_pb2.GetCheckpointResponse(
             checkpoint=self._checkpoint(checkpoint),
             components=components,
@@ -244,7 +248,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         return self._checkpoint(checkpoint)
 
     async def _count(self, checkpoint: Checkpoint, turn: LoopTurn) -> None:
-        """Count little by little what is reported of a checkpoint; it may go meanwhile, and is then as it was."""
+        """Count little by little what is reported of a checkpoint; of one that goes meanwhile nothing is exclusive."""
         for _ in self._parts.store.count_exclusive(checkpoint):
             if turn.is_over:
                 await turn.next()

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from .memory import MemoryAccounting
 
 
-FREED_AT_ONCE = 250
-"""Blobs that are given up in one step of the loop."""
+FREED_AT_ONCE = 2000
+"""The most blobs that are given up in one step of the loop, and their segment then goes to the pool as a whole."""
+FREED_IN_A_STEP = 250
+"""Of more, how many are given up in each step."""
 COUNTED_AT_ONCE = 2000
 """Blobs that are counted in one step of the loop."""
 
@@ -237,8 +239,8 @@ class ContentStore:
     def _free_in_steps(self, blobs: list[Blob]) -> Iterator[None]:
         blobs.reverse()  # in the order of their places, in which sets of ranges grow at their ends
         while blobs:
-            some = blobs[-FREED_AT_ONCE:]
-            del blobs[-FREED_AT_ONCE:]
+            some = blobs[-FREED_IN_A_STEP:]
+            del blobs[-FREED_IN_A_STEP:]
             self._free(some)
             yield
 

@@ -44,7 +44,7 @@ FIRST_SECONDS, MOST_SECONDS = 5.0, 60.0
 END_SECONDS = 1.0
 """How long a device that was closed is waited for before it is opened again; else that is for the next try."""
 _IMPORTS = "cuMemImportFromShareableHandle"
-_UNCLOSED = "it does not answer: what was opened of it before has yet to be closed"
+_UNCLOSED = "it does not answer: what was opened of it has yet to be closed"
 GIVEN_UP = "it was let go of (`weightd drain --forget`); reload the settings (SIGHUP) or restart to serve it again"
 
 
@@ -258,9 +258,7 @@ class AbsentDevices:
         if excess := memory.excess():
             log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
 
-    def _close(
-        self, device: Device, why: str = "it does not answer: what was opened of it has yet to be closed"
-    ) -> None:
+    def _close(self, device: Device, why: str = _UNCLOSED) -> None:
         """Close a device that was opened, and note `why` it cannot be opened again as long as that takes."""
         device.close()
         self._closed[device.uuid] = _Closed(device.calls, why)
