@@ -168,7 +168,8 @@ class EngineLoad:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stored tensors of such files, by name, as an engine reads them."""
         attachment = self.attach(files, name, index)
-        return iter(self._made.pop(attachment, None) or _stored(attachment))
+        made = self._made.pop(attachment, None)
+        return iter(_stored(attachment) if made is None else made)
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
