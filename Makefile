@@ -58,7 +58,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-gpu gpu-probe gpu-wheels protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
@@ -124,6 +124,10 @@ bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"
 	@$(BIN)/python bench/service.py
+
+bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
+	@echo "bench-engines: bench/engines.py"
+	@PYTHONPATH=client:daemon:tests:bench $(ENGINES_VENV)/bin/python bench/engines.py
 
 bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
 	@echo "bench-gpu: bench/gpu.py"

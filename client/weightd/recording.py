@@ -100,7 +100,7 @@ class DeferredStorage:
         self.memory = torch.zeros(self.nbytes, dtype=torch.uint8, device=self._device)
         self.reason = reason
         for (start, length), source in self._copies.items():  # in the order of the engine's copies: they may overlap
-            self.memory[start : start + length].view(source.dtype).copy_(_in_a_row(source))
+            self.memory[start : start + length].view(source.dtype).copy_(source.as_strided((source.numel(),), (1,)))
         self._copies.clear()
 
     def real(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -208,6 +208,8 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Called instead of every operation of the thread."""
+        if not kwargs and func in _views:  # most of what loaders do
+            return func(*args)
         recording, kwargs = self._recording, dict(kwargs or {})
         tensors = [*_tensors(args), *_tensors(kwargs.values())]
         without = [one for one in tensors if recording.storage_of(one) is not None]
@@ -307,6 +309,7 @@ _LIKE = _EMPTY | {
 """Operations that take shape, dtype and device from a tensor, and no bytes."""
 
 _effects_of: dict[Any, tuple[tuple[tuple[int, str], ...], bool]] = {}
+_views: set[Any] = set()
 
 
 def _effects(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], bool]:
@@ -317,6 +320,8 @@ def _effects(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tup
         aliased = [(at, one) for at, one in arguments if one.alias_info is not None]
         writes = tuple((at, one.name) for at, one in aliased if one.alias_info.is_write)
         known = _effects_of[func] = writes, any(not one.alias_info.is_write for _, one in aliased)
+        if known == ((), True):
+            _views.add(func)
     places, views = known
     written: list[torch.Tensor] = []
     for at, name in places:
@@ -352,11 +357,6 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return all(
         size == 1 or mine == theirs for size, mine, theirs in zip(one.size(), one.stride(), other.stride(), strict=True)
     )
-
-
-def _in_a_row(tensor: torch.Tensor) -> torch.Tensor:
-    """The elements of a tensor that is one run, in the order of memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -140,6 +140,7 @@ def test_an_architecture_is_equal_and_shared(
     assert unexplained(found["processed"][2], expected.private | dict.fromkeys(expected.replaced, MADE_ANEW)) == {}
     assert found["without_memory"] == []
     assert found["written"] == 0, "bytes of the segments that this process has a copy of"
+    assert found["swept"] == 0, "a look at all objects of Python takes longer than the rest of a binding"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,12 @@ import pytest
 from support.daemon import ROOT, Daemon, environment
 
 EXAMPLES = ROOT / "examples"
-# By test_demo.py, test_readme.py, test_servers.py and test_onnx_runtime.py. With an underscore: no scripts.
-RUN_ELSEWHERE = {"demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py"}
+# By test_demo.py, test_readme.py, test_servers.py, test_onnx_runtime.py and tests/engines/test_switched_engines.py.
+# With an underscore: no scripts.
+RUN_ELSEWHERE = {
+    "demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py",
+    "switched_engines.py",
+}  # fmt: skip
 
 
 def run(daemon: Daemon, name: str, *arguments: str | Path) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +66,13 @@ def compare(path: str) -> dict[str, Any]:
 
     `tensors` counts what was compared. `unequal` names what differs before or after post-processing. `loaded` and
     `processed` are (bytes, shared bytes, private bytes and reason by name) of the parameters at these times.
+    `swept` are Python objects that were looked at for tensors outside of modules.
     `captured` are parameters that objects other than modules hold, and their holders; `without_memory` are holders of
     parameters that have none. `written` is how many bytes of the daemon's segments this process has a copy of.
     """
     own = load(path, "safetensors")
-    ours = load(path, "weightd")
+    with _sweeps() as swept:
+        ours = load(path, "weightd")
     processed = sharing(ours.model)
     reasons = {one.name: one.reason for one in report(ours.model).copied}
     captured, without_memory = held_outside(ours.model)
@@ -79,6 +82,7 @@ def compare(path: str) -> dict[str, Any]:
         "unequal": [*_unequal(own.before, ours.before), *_unequal(own.after, ours.after)],
         "loaded": _told(ours.shared_before, reasons),
         "processed": _told(processed, reasons),
+        "swept": sum(swept),
         "captured": captured,
         "without_memory": without_memory,
         "written": written(os.getpid()),
@@ -186,6 +190,24 @@ def _look_before_processing() -> None:
     for module in list(sys.modules.values()):
         if vars(module).get(original.__name__) is original:
             setattr(module, original.__name__, process)
+
+
+@contextmanager
+def _sweeps() -> Iterator[list[int]]:
+    """How many objects each sweep of a binding looks at."""
+    from weightd.binding import _Bound
+
+    original, found = _Bound.sweep, []
+
+    def sweep(bound: _Bound, refused: list[torch.Tensor]) -> int:
+        found.append(original(bound, refused))
+        return found[-1]
+
+    _Bound.sweep = sweep  # type: ignore[method-assign]  # of this one load
+    try:
+        yield found
+    finally:
+        _Bound.sweep = original  # type: ignore[method-assign]  # as above
 
 
 def _unequal(own: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> list[str]:

@@ -143,6 +143,7 @@ class EngineLoad:
         self._log = log
         self._client: Client | None = None
         self._attachments: dict[tuple[str, ...], Attachment] = {}
+        self._made: dict[Attachment, list[tuple[str, torch.Tensor]]] = {}
         self._recording = Recording(self.device)
 
     def attach(self, files: Iterable[str | os.PathLike[str]], name: str, index: str = "") -> Attachment:
@@ -167,7 +168,8 @@ class EngineLoad:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stored tensors of such files, by name, as an engine reads them."""
         attachment = self.attach(files, name, index)
-        return ((key.name, attachment.tensor(key.name, key.component)) for key in attachment.tensors)
+        made = self._made.pop(attachment, None)
+        return iter(_stored(attachment) if made is None else made)
 
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
@@ -178,6 +180,8 @@ class EngineLoad:
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
         """Inside, the engine loads its weights, whose copies are noted instead of made."""
+        # Inside, whatever makes a tensor costs a call of Python as well.
+        self._made = {attachment: _stored(attachment) for attachment in self._attachments.values()}
         with guards.loading(), in_this_thread(), self._recording.loading():
             yield
 
@@ -223,6 +227,7 @@ class EngineLoad:
 
     def close(self) -> None:
         """Let go of what only the load needed; whatever uses attached memory keeps it. More than once is fine."""
+        self._made.clear()
         for attachment in self._attachments.values():
             attachment.close()
         self._attachments.clear()
@@ -251,6 +256,11 @@ def reference_of(folder: str, model: str, revision: str | None) -> str:
         return model if os.path.realpath(folder) == os.path.realpath(model) else folder
     cached = os.path.join(f"models--{model.replace('/', '--')}", "snapshots", os.path.basename(folder))
     return os.fspath(at_revision(model, revision)) if folder.endswith(cached) else folder
+
+
+def _stored(attachment: Attachment) -> list[tuple[str, torch.Tensor]]:
+    """All tensors of an attachment by the names that they have in their files."""
+    return [(key.name, attachment.tensor(key.name, key.component)) for key in attachment.tensors]
 
 
 def store_device(device: torch.device) -> str:

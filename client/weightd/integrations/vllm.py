@@ -32,6 +32,7 @@ require_tested("vllm", vllm.__version__)
 
 from vllm.logger import init_logger  # noqa: E402  # only a version that was run
 from vllm.model_executor.model_loader import default_loader  # noqa: E402
+from vllm.model_executor.model_loader import utils as loader_utils  # noqa: E402
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader  # noqa: E402
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
 from vllm.model_executor.model_loader.utils import (  # noqa: E402
@@ -125,7 +126,7 @@ class WeightdModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no 
             return itertools.chain.from_iterable(load.weights(*files) for files in _by_folder(paths, model_config))
 
         with set_default_torch_dtype(model_config.dtype), load.device:
-            with load.building():
+            with load.building(), _without_notes():
                 model: torch.nn.Module = initialize_model(
                     vllm_config=vllm_config, model_config=model_config, prefix=prefix
                 )
@@ -220,6 +221,22 @@ def _read_by(read: Callable[[list[str]], Weights], model: str) -> Iterator[None]
         finally:
             for name, function in originals.items():
                 setattr(default_loader, name, function)
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Inside, vLLM builds models without its notes on how to load them anew in place, which is refused.
+
+    The notes are the parameters on the meta device. Those of a parameter without memory would share its storage, and
+    `bind` would look for them among all objects of the interpreter.
+    """
+    name = "record_metadata_for_reloading"
+    original = getattr(loader_utils, name)
+    try:
+        setattr(loader_utils, name, lambda model: None)
+        yield
+    finally:
+        setattr(loader_utils, name, original)
 
 
 def _by_folder(paths: Iterable[str], model_config: Any) -> Iterator[tuple[list[str], str, str]]:
