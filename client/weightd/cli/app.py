@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, doctor, listing, loading, operating, planning, unit
+from weightd.cli import changing, daemon, doctor, inspecting, listing, loading, operating, planning, unit, usage
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -70,12 +70,12 @@ app.command("load")(loading.load)
 app.command("ls")(listing.ls)
 app.command("list", hidden=True)(listing.ls)
 app.command("ps")(listing.ps)
-app.command("inspect")(listing.inspect)
+app.command("inspect")(inspecting.inspect)
 app.command("plan")(planning.plan)
 app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
-app.command("stats")(listing.stats)
+app.command("stats")(usage.stats)
 app.command("verify")(loading.verify)
 app.command("events")(operating.events)
 app.command("drain")(operating.drain)

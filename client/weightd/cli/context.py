@@ -46,7 +46,12 @@ FormatOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the identifier of each row.")]
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
-NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests, devices and groups in full.")]
+WideOption = Annotated[
+    bool,
+    typer.Option(
+        "--wide", "-w", "--no-trunc", help="Print everything in full: all columns, names, paths, digests and devices."
+    ),
+]
 _DEVICES = "host, cuda, cuda:N, or a GPU's UUID or a prefix of it"
 LoadDeviceOption = Annotated[
     str | None,
