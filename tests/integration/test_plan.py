@@ -215,7 +215,7 @@ def test_tables(tmp_path: Path) -> None:
     assert tables[1][0] == ["COMPONENT", "OF", "TENSORS", "SIZE", "SHARED"]
     assert [row[:2] for row in tables[1][1:4]] == [["encoder", str(a)], ["unet", str(a)], ["encoder", str(b)]]
     assert [row[2:4] for row in tables[2][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
-    assert "encoder = text 1.00 MiB, unet 128 KiB" in lines[-3]
+    assert "encoder = text 1.00 MiB, unet 100 KiB" in lines[-3]
     assert tables[3][0][:2] == ["3", "checkpoints,"]
     plain = run(checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB)).stdout
     assert plain.splitlines()[2:] == ["", "1 checkpoint, total 1.00 KiB, unique 1.00 KiB, saved 0 B (0.0 %)"]

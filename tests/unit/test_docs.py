@@ -20,7 +20,7 @@ from weightd._proto.v1 import daemon_pb2
 from weightd._transport import protocol
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
-from weightd.cli.operating import EVENT_KEYS
+from weightd.cli.events import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
 from weightd_daemon.api.context import TOKEN
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError

@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, doctor, inspecting, listing, loading, operating, planning, unit, usage
+from weightd.cli import changing, daemon, doctor, events, inspecting, listing, loading, operating, planning, unit, usage
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -77,7 +77,7 @@ app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
 app.command("verify")(loading.verify)
-app.command("events")(operating.events)
+app.command("events")(events.events)
 app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)

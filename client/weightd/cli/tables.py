@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from weightd.cli.output import emit, printable
+from weightd.cli.output import emit, flush, printable
 
 _CONSOLE_WIDTH = 1 << 14  # columns: wide enough that rich neither cuts nor folds a cell
+_CONSOLE_HEIGHT = 25
 _GAP, _NARROW_GAP = 3, 2
 _LEAST = 12
 """Columns that a cell keeps when it is shortened."""
@@ -74,9 +75,7 @@ def emit_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], w
     notes: list[str] = []
     if width is not None:
         heads, cells, gap, notes = _fit(heads, cells, width)
-    console = Console(file=sys.stdout, width=_CONSOLE_WIDTH, highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_CONSOLE_WIDTH, color_system=None)
+    console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for head in heads:
         table.add_column(Text(head.title), justify="right" if head.right else "left", overflow="fold")
@@ -94,6 +93,28 @@ def emit_text(text: str, width: int | None) -> None:
     """Write a sentence to stdout, in lines of at most `width` columns; in one line without a width."""
     text = printable(text)
     emit(text if width is None else textwrap.fill(text, max(width, _LEAST), break_on_hyphens=False))
+
+
+def emit_line(parts: Sequence[tuple[str, str]], width: int | None) -> None:
+    """Write one line at once: texts with their styles, cut at `width` columns if there is one."""
+    console = _console()
+    line = Text.assemble(*((printable(text), style) for text, style in parts))
+    if width is not None:
+        line.truncate(width, overflow="ellipsis")
+    with console.capture() as capture:
+        console.print(line, soft_wrap=True, end="")
+    emit(capture.get().rstrip())
+    flush()
+
+
+def _console() -> Console:
+    # With a height as well, for rich takes a dumb terminal to have 80 columns otherwise.
+    console = Console(
+        file=sys.stdout, width=_CONSOLE_WIDTH, height=_CONSOLE_HEIGHT, highlight=False, emoji=False, markup=False
+    )
+    if console.is_terminal:
+        return console
+    return Console(file=sys.stdout, width=_CONSOLE_WIDTH, height=_CONSOLE_HEIGHT, color_system=None)
 
 
 _Fitted = tuple[list[Column], list[list[str]], int, list[str]]
