@@ -19,6 +19,7 @@ from . import logs
 from .app import AlreadyRunningError, Daemon
 from .config.preload_entry import PreloadConfig
 from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load
+from .config.toml_file import toml_value
 from .devices.cuda_modes import stay_outside_mps
 from .loads.loader_process import DEFAULT_ARGV
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
                 f"--{setting.name.replace('_', '-')}",
                 dest=setting.name,
                 action="append" if setting.metadata["repeatable"] else "store",
-                metavar="N" if setting.type == "int" else "VALUE",
+                metavar=str(setting.metadata["metavar"]),
                 help=str(setting.metadata["help"]).replace("%", "%%"),
             )
         if name == "config":
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
+    """Print all settings with their origins: as JSON, or as TOML that `--config` reads."""
     rows = [(setting.name, _plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
     if as_json:
         table = {name: {"value": value, "origin": loaded.origins[name]} for name, value in rows}
@@ -106,8 +108,8 @@ def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
         return
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        shown = value if isinstance(value, int) else json.dumps(value)
-        sys.stdout.write(f"{name:<{width}} = {shown}  # {loaded.origins[name]}\n")
+        origin = loaded.origins[name].encode("unicode_escape").decode("ascii")
+        sys.stdout.write(f"{name:<{width}} = {toml_value(value)}  # {origin}\n")
 
 
 def _plain(value: Any) -> Any:

@@ -525,11 +525,18 @@ def test_serve_and_config_become_the_daemon(command: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    rest = ["--device", "host", "x", "-h", "--help", "--budget=1GiB", "--socket", "/b", "-x"]
-    main(["--socket", "/a", command, *rest])
+    main(["--socket", "/a", command, "--device", "host", "--device=cuda:0", "--budget=1GiB", "--socket", "/b"])
+    main(["--socket", "/a", command, "--config", "f.toml", "--max-loads=-1", "--preload="])
     main([command])
     daemon = [sys.executable, sys.executable, "-P", "-m", "weightd_daemon", command]
-    assert executed == [[*daemon, "--socket", "/a", *rest], daemon]
+    assert [*map(sorted, (executed[0], executed[1]))] == [
+        sorted([*daemon, "--socket=/b", "--device=host", "--device=cuda:0", "--budget=1GiB"]),
+        sorted([*daemon, "--config=f.toml", "--socket=/a", "--max-loads=-1", "--preload="]),
+    ]
+    assert executed[2] == daemon
+    if command == "config":
+        main(["config", "--format", "json"])
+        assert executed[3] == [*daemon, "--format=json"]
 
 
 def test_serve_without_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

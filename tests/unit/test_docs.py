@@ -187,11 +187,10 @@ def parse(arguments: list[str]) -> None:
     """Parse a command line of `weightd`, without running it. Errors: KeyError, SystemExit, and those of typer."""
     if arguments[0] == "--socket":
         arguments = arguments[2:]
-    if arguments[0] in ("serve", "config"):
+    command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]  # a group, as above
+    command.make_context(arguments[0], arguments[1:])
+    if arguments[0] in ("serve", "config"):  # and the process that the command becomes
         _parser().parse_args(arguments)
-    else:
-        command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]  # a group, as above
-        command.make_context(arguments[0], arguments[1:])
 
 
 @pytest.mark.parametrize(

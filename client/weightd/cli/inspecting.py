@@ -73,6 +73,12 @@ def inspect(
     """Show one checkpoint with its components and files.
 
     Groups are tensors that frameworks fuse into one; if they lie in a row, the fused tensor needs no copy.
+
+    \b
+    Examples:
+      weightd inspect base
+      weightd inspect base --tensors --wide
+      weightd inspect org/name --format json
     """
     listed: list[TensorInfo] = []
     with open_client(context, socket) as client:

@@ -78,7 +78,15 @@ def ls(
     ] = False,
     socket: SocketOption = None,
 ) -> None:
-    """List checkpoints."""
+    """List checkpoints.
+
+    \b
+    Examples:
+      weightd ls                     in the width of the terminal
+      weightd ls --wide              in full
+      weightd ls -q | xargs weightd pin
+      weightd ls --names
+    """
     if names:
         _names(context, output, socket, quiet=quiet, wide=wide)
         return
@@ -131,7 +139,13 @@ def ps(
     wide: WideOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """List leases: which process holds which checkpoint."""
+    """List leases: which process holds which checkpoint.
+
+    \b
+    Examples:
+      weightd ps
+      weightd ps --format json | jq '.[].pid'
+    """
     with open_client(context, socket) as client:
         found = client.leases()
     if output is OutputFormat.JSON:

@@ -65,6 +65,12 @@ def plan(
 
     REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
     the local Hugging Face cache. A directory that contains several models is refused: name each model.
+
+    \b
+    Examples:
+      weightd plan base.safetensors tuned.safetensors
+      weightd plan org/base org/tuned --format json
+      weightd plan --manifest workload.json
     """
     if not references and not manifest:
         raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
