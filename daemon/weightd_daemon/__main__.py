@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTORS = 24
 """Descriptors that must be free at the start. A daemon with monitoring and without a GPU needed 20 (measured)."""
+_OUTPUT_CLOSED = 141
+"""What a shell reports of a command that SIGPIPE ended, as for every other command of `weightd`."""
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
@@ -39,7 +41,12 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         sys.stderr.write(f"weightd: {error}\n")
         return error.exit_code
     if options.command == "config":
-        _print_config(loaded, as_json=options.format == "json")
+        try:
+            _print_config(loaded, as_json=options.format == "json")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `weightd config | head -1`; and nothing is left for the interpreter to flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _OUTPUT_CLOSED
         return 0
     logs.begin(loaded.settings)
 
