@@ -24,14 +24,6 @@ def layers_folded(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
-def shortened(name: str, width: int) -> str:
-    """A name in at most `width` columns (of 3 or more), its middle left out."""
-    if len(name) <= width:
-        return name
-    end = (width - 1) // 2
-    return f"{name[: width - 1 - end]}…{name[-end:]}"
-
-
 def counted(names: Iterable[str], most: int) -> str:
     """The first names, and how many more there are."""
     every = list(names)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-_KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_FOUR_DIGITS = 999.5
+"""What rounds to 1,000 is written in the next unit."""
 
 
-def size(count: int, *, fine: bool = False) -> str:
-    """Write bytes as GiB with two decimals, below 0.1 GiB as MiB with one.
+def size(count: int, *, fine: bool = True) -> str:
+    """Write bytes with three digits: `0 B`, `24.0 KiB`, `199 MiB`, `18.9 GiB`.
 
-    Below 1 MiB a `fine` size goes on with KiB and bytes: for a report of what may be a few tensors.
+    `fine` has no effect; callers that still pass it mean what every size is now.
     """
-    if count >= _GIB / 10:
-        return f"{count / _GIB:.2f} GiB"
-    if count >= _MIB or not fine:
-        return f"{count / _MIB:.1f} MiB"
-    return f"{count / _KIB:.1f} KiB" if count >= _KIB else f"{count} B"
+    del fine
+    if count < _FOUR_DIGITS:
+        return f"{count} B"
+    value, unit = float(count), 0
+    while value >= _FOUR_DIGITS and unit < len(_UNITS) - 1:
+        value, unit = value / 1024, unit + 1
+    digits = 3 if value < 0.9995 else 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {_UNITS[unit]}"

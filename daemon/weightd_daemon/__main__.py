@@ -19,6 +19,7 @@ from . import logs
 from .app import AlreadyRunningError, Daemon
 from .config.preload_entry import PreloadConfig
 from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load
+from .config.toml_file import toml_value
 from .devices.cuda_modes import stay_outside_mps
 from .loads.loader_process import DEFAULT_ARGV
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTORS = 24
 """Descriptors that must be free at the start. A daemon with monitoring and without a GPU needed 20 (measured)."""
+_OUTPUT_CLOSED = 141
+"""What a shell reports of a command that SIGPIPE ended, as for every other command of `weightd`."""
 
 
 def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAULT_ARGV) -> int:
@@ -38,7 +41,12 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         sys.stderr.write(f"weightd: {error}\n")
         return error.exit_code
     if options.command == "config":
-        _print_config(loaded, as_json=options.format == "json")
+        try:
+            _print_config(loaded, as_json=options.format == "json")
+            sys.stdout.flush()
+        except BrokenPipeError:  # `weightd config | head -1`; and nothing is left for the interpreter to flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _OUTPUT_CLOSED
         return 0
     logs.begin(loaded.settings)
 
@@ -90,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
                 f"--{setting.name.replace('_', '-')}",
                 dest=setting.name,
                 action="append" if setting.metadata["repeatable"] else "store",
-                metavar="N" if setting.type == "int" else "VALUE",
+                metavar=str(setting.metadata["metavar"]),
                 help=str(setting.metadata["help"]).replace("%", "%%"),
             )
         if name == "config":
@@ -99,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
+    """Print all settings with their origins: as JSON, or as TOML that `--config` reads."""
     rows = [(setting.name, _plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
     if as_json:
         table = {name: {"value": value, "origin": loaded.origins[name]} for name, value in rows}
@@ -106,8 +115,8 @@ def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
         return
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        shown = value if isinstance(value, int) else json.dumps(value)
-        sys.stdout.write(f"{name:<{width}} = {shown}  # {loaded.origins[name]}\n")
+        origin = loaded.origins[name].encode("unicode_escape").decode("ascii")
+        sys.stdout.write(f"{name:<{width}} = {toml_value(value)}  # {origin}\n")
 
 
 def _plain(value: Any) -> Any:

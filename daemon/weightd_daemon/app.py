@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd._sizes import size
+
 from . import heap, logs, turns
 from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
@@ -277,7 +279,7 @@ class Daemon:
                 shown.append(f"{uuid} is absent")
                 continue
             budget = store.memories[uuid].budget
-            shown.append(f"{called(device)}, budget {budget / 2**30:.2f} GiB")
+            shown.append(f"{called(device)}, budget {size(budget)}")
             log.info(Line("serving", {"device": uuid, "kind": device.kind, "budget": budget}))
             if device.note:
                 log.warning("device %s is %s", uuid, device.note)

@@ -89,7 +89,8 @@ def test_what_is_attached_stays_and_the_next_load_is_refused(start_daemon: Start
         load(daemon, path)
     with client.attach("a"), client.attach("b"):
         with pytest.raises(
-            weightd.CapacityError, match=r"the list of tensors needs 1\.0 MiB of the daemon's own memory"
+            weightd.CapacityError,
+            match=r"list of tensors needs (999 KiB|1\.\d\d MiB) of the daemon's own memory",
         ):
             client.load(empty(tmp_path, "c"))
         client.load(paths[0], name="again")  # what is resident needs nothing more
@@ -121,7 +122,7 @@ def test_stats_show_it(start_daemon: StartDaemon, tmp_path: Path) -> None:
     books = json.loads(daemon.command("stats", "--format", "json").stdout)["books"]
     assert books["limit_bytes"] == 100 * MIB
     assert 2 * LEAST < books["used_bytes"] < 3 * LEAST
-    line = f"books {size(books['used_bytes'])} of 100.0 MiB: the daemon's own memory for lists of tensors"
+    line = f"books {size(books['used_bytes'])} of 100 MiB: the daemon's own memory for lists of tensors"
     assert line in daemon.command("stats").stdout
 
 

@@ -99,7 +99,7 @@ def test_inspect_says_which_groups_lie_in_a_row(daemon: Daemon, path: Path, tmp_
     daemon.command("load", path, "--name", "rows")
     printed = daemon.command("inspect", "rows").stdout
     assert "groups     2 of 2 in a row\n" in printed
-    assert printed.splitlines()[-1].split() == ["layers.*.self_attn.qkv_proj.weight", "2", "of", "2", "0.0", "MiB"]
+    assert printed.splitlines()[-1].split() == ["layers.*.self_attn.qkv_proj.weight", "2", "of", "2", "1.50", "KiB"]
     assert max(map(len, printed[printed.index("GROUP") :].splitlines())) <= 80
 
 
@@ -194,7 +194,7 @@ def test_pin_unpin_rm(daemon: Daemon, path: Path) -> None:
     digest = as_json(daemon, "ls")[0]["content_digest"]
     assert daemon.command("pin", digest).returncode == 0
     assert as_json(daemon, "ls")[0]["pinned"] is True
-    assert "freed 3.0 MiB" in daemon.command("rm", "mine").stdout
+    assert "freed 3.00 MiB" in daemon.command("rm", "mine").stdout
     assert as_json(daemon, "ls") == []
     assert daemon.command("ls", "-q").stdout == ""
 

@@ -173,7 +173,7 @@ def test_the_command_reports(daemon: Daemon, tmp_path: Path) -> None:
     found = json.loads(daemon.command("drain", "--format", "json").stdout)
     assert 0 <= found.pop("seconds") < 20
     assert found == {"state": "drained", "checkpoints": 1, "freed_bytes": 300 * KIB}
-    assert daemon.command("drain").stdout == "drained 1 checkpoint, freed 0.3 MiB\n"
+    assert daemon.command("drain").stdout == "drained 1 checkpoint, freed 300 KiB\n"
     assert daemon.command("drain", "-q").stdout == ""
     assert json.loads(daemon.command("stats", "--format", "json").stdout)["state"] == "drained"
     assert daemon.command("drain", "--timeout", "-1", check=False).returncode == 2

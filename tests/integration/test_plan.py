@@ -85,7 +85,7 @@ def test_the_founding_figure() -> None:
     printed = run("--manifest", DEEPFLOYD).stdout
     assert printed in README.read_text()
     last = printed.splitlines()[-1]
-    assert last == "2 checkpoints, total 58.21 GiB, unique 39.33 GiB, saved 18.87 GiB (32.4 %)"
+    assert last == "2 checkpoints, total 58.2 GiB, unique 39.3 GiB, saved 18.9 GiB (32.4 %)"
     assert run("--manifest", DEEPFLOYD, "-q").stdout == f"{last}\n"
 
 
@@ -211,14 +211,14 @@ def test_tables(tmp_path: Path) -> None:
     tables = [[line.split() for line in table.splitlines()] for table in "\n".join(lines).split("\n\n")]
     assert len(tables) == 4
     assert tables[0][0] == ["CHECKPOINT", "TENSORS", "SIZE", "SHARED", "WITH"]
-    assert tables[0][1] == [str(a), "7", "1.2", "MiB", "1.2", "MiB", "2", "others"]
+    assert tables[0][1] == [str(a), "7", "1.20", "MiB", "1.20", "MiB", "2", "others"]
     assert tables[1][0] == ["COMPONENT", "OF", "TENSORS", "SIZE", "SHARED"]
     assert [row[:2] for row in tables[1][1:4]] == [["encoder", str(a)], ["unet", str(a)], ["encoder", str(b)]]
     assert [row[2:4] for row in tables[2][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
-    assert "encoder = text 1.0 MiB, unet 0.1 MiB" in lines[-3]
+    assert "encoder = text 1.00 MiB, unet 100 KiB" in lines[-3]
     assert tables[3][0][:2] == ["3", "checkpoints,"]
     plain = run(checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB)).stdout
-    assert plain.splitlines()[2:] == ["", "1 checkpoint, total 0.0 MiB, unique 0.0 MiB, saved 0.0 MiB (0.0 %)"]
+    assert plain.splitlines()[2:] == ["", "1 checkpoint, total 1.00 KiB, unique 1.00 KiB, saved 0 B (0.0 %)"]
 
 
 # -- the digest index ------------------------------------------------------------------------------------------------

@@ -177,7 +177,7 @@ def test_weightd_load_places_what_is_remembered(daemon: Daemon, path: Path) -> N
             serve(attachment)
         assert inspected(daemon, path) == [(f"net.{at}.odd.{{zeta,alpha,mu}}.weight", False) for at in range(LAYERS)]
         assert (
-            "\nnet.*.odd.{zeta,alpha,mu}.weight     0 of 3   0.1 MiB\n3 groups would lie in a row after `weightd rm`"
+            "\nnet.*.odd.{zeta,alpha,mu}.weight     0 of 3   72.0 KiB\n3 groups would lie in a row after `weightd rm`"
             in (daemon.command("inspect", path).stdout)
         )
         released(client)

@@ -121,10 +121,12 @@ class Reader:
 
 
 def told(text: str) -> Iterator[list[str]]:
-    """Each line's words, without what differs from run to run: times, process ids, leases, the user, the socket."""
+    """Each line's words, without what differs from run to run: times, process ids, leases, the user, the socket,
+    sizes below 1 MiB."""
     text = re.sub(r"\d+\.\d+ s\b", "SECONDS", text)
     text = re.sub(r"just now|\d+ seconds? ago", "LATELY", text)
     text = re.sub(r"\S+/weightd\.sock", "SOCKET", text)
+    text = re.sub(r"\b\d[\d.]* (KiB|B)\b", "LITTLE", text)
     text = _without_folder(text)
     text = re.sub(r"pid \d+", "PID", text)
     text = re.sub(r"^ *\d+ +\d+ +(\S+) ", "LEASE PID USER ", text, flags=re.MULTILINE)

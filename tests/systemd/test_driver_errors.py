@@ -260,7 +260,7 @@ def test_only_rm_and_forget_let_go_of_what_an_absent_device_keeps(
     daemon.command("drain", "--undo")
     assert [(c.name, c.state) for c in client.checkpoints()] == [("b", "absent"), ("c", "absent")]
     said = daemon.command("drain", "--forget", backend.uuid).stdout
-    assert said == f"device {backend.uuid} is forgotten: drained 2 checkpoints, freed 4.0 MiB\n"
+    assert said == f"device {backend.uuid} is forgotten: drained 2 checkpoints, freed 4.00 MiB\n"
     assert (backend.device_bytes(), client.checkpoints()) == (0, [])
     assert not [name for name in manager.names() if name.startswith(("seg", "man"))]
 

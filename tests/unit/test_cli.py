@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -12,11 +11,11 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import pytest
 
-import weightd
+from support.fake_client import CHECKPOINT, DIGEST, GIB, LOADED, RESULT, FakeAttachment, FakeClient, Terminal
 from weightd import remembered
 from weightd.cli import main
 from weightd.errors import (
@@ -33,36 +32,14 @@ from weightd.errors import (
 )
 from weightd.resolve import files_of
 from weightd.types import (
-    CheckpointDetails,
-    CheckpointInfo,
-    ComponentInfo,
-    DaemonEvent,
-    DeviceStats,
     DigestIndexStats,
-    DrainResult,
-    FileIdentity,
-    LeaseInfo,
-    LoadProgress,
-    LoadResult,
-    SourceFile,
-    Stats,
     TensorInfo,
     TensorKey,
-    VerifyProgress,
-    VersionInfo,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 pytest.importorskip("typer")
-context = pytest.importorskip("weightd.cli.context")
 output = pytest.importorskip("weightd.cli.output")
 
-GIB = 1 << 30
-MIB = 1 << 20
-DIGEST = "ab" * 32
-LOADED = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 LONG = "org/" + "long-name-" * 30
 LS_KEYS = [
     "name",
@@ -81,161 +58,6 @@ LS_KEYS = [
     "owner",
     "owner_uid",
 ]
-CHECKPOINT = CheckpointInfo(
-    names=("org/base", "base"),
-    content_digest=DIGEST,
-    device="host",
-    tensors=3,
-    total_bytes=2 * GIB,
-    exclusive_bytes=GIB,
-    shared_bytes=50 * MIB,
-    leases=2,
-    pinned=True,
-    loaded_at=LOADED,
-    last_used_at=None,
-    state="resident",
-    owner_uid=1000,
-    owner="ada",
-)
-RESULT = LoadResult("org/base", DIGEST, 3, 2 * GIB, GIB, GIB, 7, 1.25, "host")
-TENSOR = TensorInfo("unet", "w", "F32", (2, 3), 0, 256, 24, b"\x01" * 16, 0, 0)
-
-
-class FakeAttachment(contextlib.nullcontext[Any]):
-    tensors = {TensorKey("unet", "w"): TENSOR}  # noqa: RUF012 - never changed
-
-    def __enter__(self) -> Self:
-        return self
-
-
-class FakeClient:
-    """Records its calls; an entry in `answers` replaces an answer, and is raised if it is an exception."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-        self.answers: dict[str, Any] = {}
-        self.socket = Path("/run/w.sock")
-        self.asked: str | None = None
-        self.closed = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closed += 1
-
-    def _answer(self, call: str, default: Any, *arguments: object) -> Any:
-        self.calls.append((call, *arguments))
-        answer = self.answers.get(call, default)
-        if callable(answer):
-            answer = answer(*arguments)
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
-
-    def load_report(
-        self, reference: str, *, on_progress: Callable[[LoadProgress], None] | None = None, **options: Any
-    ) -> Any:
-        if on_progress is not None:
-            on_progress(LoadProgress("hashing", 1, 2))
-            on_progress(LoadProgress("copying", 2, 2))
-        return self._answer("load", RESULT, reference, options)
-
-    def checkpoints(self) -> Any:
-        return self._answer("checkpoints", [CHECKPOINT])
-
-    def inspect(self, reference: str, device: str | None = None) -> Any:
-        source = SourceFile(
-            "unet", "model.safetensors", FileIdentity(1, 2, 2 * GIB, LOADED.timestamp().__int__() * 10**9, 0)
-        )
-        return self._answer(
-            "inspect",
-            CheckpointDetails(
-                CHECKPOINT,
-                (ComponentInfo("unet", 3, 2 * GIB, GIB),),
-                4,
-                (source,),
-                "cuda_ipc",
-                "clients can write",
-                "/models/base",
-            ),
-            reference,
-            device,
-        )
-
-    def attach(self, reference: str, *, device: str | None, manifest_only: bool) -> Any:
-        return self._answer("attach", FakeAttachment(), reference, device, manifest_only)
-
-    def leases(self) -> Any:
-        lease = LeaseInfo(7, 4242, 1000, "ada", "python serve.py", "org/base", "host", 2 * GIB, LOADED, waiting=False)
-        return self._answer("leases", [lease])
-
-    def stats(self) -> Any:
-        device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3, 4 * GIB)
-        return self._answer(
-            "stats",
-            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
-        )
-
-    def pin(self, reference: str, device: str | None = None) -> Any:
-        return self._answer("pin", CHECKPOINT, reference, device)
-
-    def unpin(self, reference: str, device: str | None = None) -> Any:
-        return self._answer("unpin", CHECKPOINT, reference, device)
-
-    def remove(self, reference: str, device: str | None = None) -> Any:
-        return self._answer("remove", GIB, reference, device)
-
-    def verify(
-        self,
-        reference: str | None = None,
-        device: str | None = None,
-        on_progress: Callable[[VerifyProgress], None] | None = None,
-    ) -> Any:
-        return self._answer("verify", VerifyProgress(300, 300, 3 * GIB, 3 * GIB), reference, device, on_progress)
-
-    def version(self) -> Any:
-        return self._answer("version", VersionInfo("9.9", 77, 12.0))
-
-    def events(self, *, follow: bool) -> Any:
-        lease = ("org/base",), 0, 7, 4242, 1000, "ada", "python serve.py", "", "", 2 * GIB, 0, 0, 0.0, "", (), 0
-        attached = DaemonEvent(LOADED, "attached", DIGEST, "host", *lease)
-        return iter(self._answer("events", [attached, replace(attached, kind="drained")], follow))
-
-    def drain(self, *, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None]) -> Any:
-        on_holders(self.leases())
-        return self._answer("drain", DrainResult(3, 2 * GIB), timeout)
-
-    def undrain(self) -> Any:
-        return self._answer("undrain", None)
-
-    def ping(self) -> Any:
-        return self._answer("ping", 0.00125)
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
-    client = FakeClient()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def connect(socket: str | None) -> FakeClient:
-        client.asked = socket
-        unreachable = client.answers.get("connect")
-        if unreachable is not None:
-            raise unreachable
-        return client
-
-    monkeypatch.setattr(context, "connect", connect)
-    monkeypatch.setattr(weightd, "__version__", "1.2.3", raising=False)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    return client
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 def as_json(capsys: pytest.CaptureFixture[str]) -> Any:
@@ -414,8 +236,8 @@ def test_inspect_says_which_groups_lie_in_a_row(fake: FakeClient, capsys: pytest
     printed = capsys.readouterr().out
     assert "groups     2 of 3 in a row\n" in printed
     assert printed.endswith(
-        "\nGROUP                                  IN A ROW      SIZE\n"
-        "m.layers.*.self_attn.qkv_proj.weight     2 of 3   0.1 MiB\n"
+        "\nGROUP                                  IN A ROW       SIZE\n"
+        "m.layers.*.self_attn.qkv_proj.weight     2 of 3   72.0 KiB\n"
         "1 group would lie in a row after `weightd rm` and `weightd load`,\n"
         "unless other checkpoints have some of their tensors\n"
     )
@@ -456,8 +278,8 @@ def test_groups_fit_the_terminal(
     printed = capsys.readouterr().out
     lines = printed[printed.index("\nGROUP") + 1 :].splitlines()
     assert max(map(len, lines[:3])) <= columns
-    assert [line.split()[1:] for line in lines[1:3]] == [["-", "never", "0.0", "MiB"],
-                                                        ["text_encoder", "1", "of", "1", "0.0", "MiB"]]  # fmt: skip
+    assert [line.split()[1:] for line in lines[1:3]] == [["-", "never", "30", "B"],
+                                                        ["text_encoder", "1", "of", "1", "24.0", "KiB"]]  # fmt: skip
     assert "…" in lines[2]
     assert lines[3] == "1 group never: one of its tensors has a length that is no multiple of 256 bytes"
     assert main(["inspect", "base", "--no-trunc"]) == 0
@@ -703,11 +525,18 @@ def test_serve_and_config_become_the_daemon(command: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    rest = ["--device", "host", "x", "-h", "--help", "--budget=1GiB", "--socket", "/b", "-x"]
-    main(["--socket", "/a", command, *rest])
+    main(["--socket", "/a", command, "--device", "host", "--device=cuda:0", "--budget=1GiB", "--socket", "/b"])
+    main(["--socket", "/a", command, "--config", "f.toml", "--max-loads=-1", "--preload="])
     main([command])
     daemon = [sys.executable, sys.executable, "-P", "-m", "weightd_daemon", command]
-    assert executed == [[*daemon, "--socket", "/a", *rest], daemon]
+    assert [*map(sorted, (executed[0], executed[1]))] == [
+        sorted([*daemon, "--socket=/b", "--device=host", "--device=cuda:0", "--budget=1GiB"]),
+        sorted([*daemon, "--config=f.toml", "--socket=/a", "--max-loads=-1", "--preload="]),
+    ]
+    assert executed[2] == daemon
+    if command == "config":
+        main(["config", "--format", "json"])
+        assert executed[3] == [*daemon, "--format=json"]
 
 
 def test_serve_without_the_daemon(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -486,3 +486,15 @@ def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_pat
 )
 def test_where_monitors_read(said: str, address: tuple[str, int] | Path | None) -> None:
     assert load(None, {"metrics": said}, {}).settings.metrics_address == address
+
+
+def test_config_whose_reader_has_gone_is_quiet() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "weightd_daemon", "config"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, stdout=writer, stderr=subprocess.PIPE, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

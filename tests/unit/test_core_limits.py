@@ -33,7 +33,7 @@ def test_the_error_says_how_many_of_how_many_and_what_to_do() -> None:
     )
     with pytest.raises(CapacityError) as caught:
         UserLimits(bytes=4 * MIB).check(USER, "bytes", 3 * MIB, 2 * MIB)
-    assert "has 3.0 MiB of 4.0 MiB, and this takes 2.0 MiB; remove or unpin" in str(caught.value)
+    assert "has 3.00 MiB of 4.00 MiB, and this takes 2.00 MiB; remove or unpin" in str(caught.value)
     assert (caught.value.requested_bytes, caught.value.free_bytes) == (2 * MIB, MIB)
 
 

@@ -274,14 +274,14 @@ def test_a_budget_that_leaves_no_room_for_a_loader_is_a_warning(caplog: pytest.L
     assert not caplog.records
     budget_of(Settings(budget="9729MiB"), device, (UUIDS[0], "cuda:0", "cuda"))
     assert [record.message for record in caplog.records] == [
-        f"budget of {UUIDS[0]}: 9.50 GiB of 10.00 GiB leave less than the context of a loader may take, 0.50 GiB"
+        f"budget of {UUIDS[0]}: 9.50 GiB of 10.0 GiB leave less than the context of a loader may take, 512 MiB"
     ]
 
 
 @pytest.mark.parametrize("said", ["cuda:0=11GiB", "1GiB,GPU-aaaa0000=11GiB", "1000"])
 def test_a_budget_that_the_device_cannot_have_is_refused_by_its_name(said: str) -> None:
     device: Any = FakeDevice("cuda_vmm", 0)
-    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.00 GiB here"):
+    with pytest.raises(ConfigError, match=f"that of {UUIDS[0]} must be from 2097152 bytes to 10.0 GiB here"):
         budget_of(Settings(budget=said), device, (UUIDS[0], "cuda:0", "cuda"))
 
 

@@ -20,7 +20,7 @@ from weightd._proto.v1 import daemon_pb2
 from weightd._transport import protocol
 from weightd.cli.app import OUTPUT_CLOSED, app
 from weightd.cli.context import INTERRUPTED
-from weightd.cli.operating import EVENT_KEYS
+from weightd.cli.events import EVENT_KEYS
 from weightd_daemon.__main__ import _parser
 from weightd_daemon.api.context import TOKEN
 from weightd_daemon.config.settings import ConfigError, Settings, TemporaryConfigError
@@ -187,11 +187,10 @@ def parse(arguments: list[str]) -> None:
     """Parse a command line of `weightd`, without running it. Errors: KeyError, SystemExit, and those of typer."""
     if arguments[0] == "--socket":
         arguments = arguments[2:]
-    if arguments[0] in ("serve", "config"):
+    command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]  # a group, as above
+    command.make_context(arguments[0], arguments[1:])
+    if arguments[0] in ("serve", "config"):  # and the process that the command becomes
         _parser().parse_args(arguments)
-    else:
-        command = get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]  # a group, as above
-        command.make_context(arguments[0], arguments[1:])
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_the_refusal_names_the_context_and_has_the_numbers() -> None:
         gpu.make_room()
     assert str(caught.value) == (
         "no room on GPU-0 for the context of a loader process, which takes up to 64.0 MiB of the device beside tensors "
-        "(cuDevicePrimaryCtxRetain): 0.0 MiB free there, 0.0 MiB evictable, 16.0 MiB pinned, 0.0 MiB leased; "
+        "(cuDevicePrimaryCtxRetain): 0 B free there, 0 B evictable, 16.0 MiB pinned, 0 B leased; "
         "stop what else uses the device, remove or unpin a checkpoint, or lower --budget"
     )
     assert (caught.value.requested_bytes, caught.value.pinned_bytes) == (CONTEXT, 2 * CHECKPOINT)
@@ -155,5 +155,5 @@ def test_verifying_evicts_nothing() -> None:
     gpu.others = -PAGE
     with pytest.raises(CapacityError, match="cannot verify: no room on GPU-0 for the context of a loader") as caught:
         asyncio.run(make_room_for_verifying(gpu.as_any, gpu.as_any, CALL))
-    assert "2.0 MiB free there" in str(caught.value), "as it is now"
+    assert "2.00 MiB free there" in str(caught.value), "as it is now"
     assert len(gpu.store.checkpoints) == 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from weightd import _group_files, remembered
-from weightd._group_names import counted, fused_name, layers_folded, shortened
+from weightd._group_names import counted, fused_name, layers_folded
 from weightd._groups import StoredTensor
 from weightd.types import TensorInfo, TensorKey
 
@@ -245,8 +245,5 @@ def test_fused_name(names: list[str], name: str) -> None:
 
 def test_names_for_people() -> None:
     assert layers_folded("h.12.mlp.{0-7}.w1") == "h.*.mlp.{0-7}.w1"
-    assert shortened("abcdefghij", 10) == "abcdefghij"
-    assert shortened("abcdefghijk", 10) == "abcde…hijk"
-    assert [len(shortened("x" * 50, width)) for width in (3, 4, 20)] == [3, 4, 20]
     assert counted("abc", 3) == "a, b, c"
     assert counted("abcd", 2) == "a, b and 2 more"

@@ -55,7 +55,7 @@ def private(module: nn.Module) -> dict[str, tuple[int, str]]:
 def test_a_module_that_was_just_loaded_is_shared(load: Load) -> None:
     found = sharing.report(load(Pair()))
     assert (found.shared_bytes, found.copied, found.missing, found.writes_seen) == (2 * WIDE, (), (), True)
-    assert str(found) == "100 % of the parameters shared: 128.0 KiB, 0 B private"
+    assert str(found) == "100 % of the parameters shared: 128 KiB, 0 B private"
 
 
 @pytest.mark.parametrize(

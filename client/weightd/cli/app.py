@@ -11,7 +11,20 @@ import typer
 from typer.main import get_command
 
 import weightd
-from weightd.cli import changing, daemon, doctor, listing, loading, operating, planning, unit
+from weightd.cli import (
+    changing,
+    daemon,
+    doctor,
+    events,
+    inspecting,
+    listing,
+    loading,
+    operating,
+    planning,
+    serving,
+    unit,
+    usage,
+)
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
 from weightd.errors import WeightdError
@@ -38,7 +51,6 @@ app = typer.Typer(
     name="weightd",
     help="Hold checkpoints in memory once and share them between processes.",
     epilog=_EPILOG,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,27 +75,25 @@ def _options(
         raise typer.Exit(2)
 
 
-# The daemon's own options are not known here: everything after the word goes to it, --help included.
-_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command("serve", context_settings=_PASS_THROUGH)(daemon.serve)
+app.command("serve")(serving.serve)
 app.command("load")(loading.load)
 app.command("ls")(listing.ls)
 app.command("list", hidden=True)(listing.ls)
 app.command("ps")(listing.ps)
-app.command("inspect")(listing.inspect)
+app.command("inspect")(inspecting.inspect)
 app.command("plan")(planning.plan)
 app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
-app.command("stats")(listing.stats)
+app.command("stats")(usage.stats)
 app.command("verify")(loading.verify)
-app.command("events")(operating.events)
+app.command("events")(events.events)
 app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
 app.command("unit")(unit.unit)
-app.command("config", context_settings=_PASS_THROUGH)(daemon.config)
+app.command("config")(serving.config)
 
 
 def run(arguments: Sequence[str]) -> int:

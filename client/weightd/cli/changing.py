@@ -27,7 +27,13 @@ def pin(
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Protect a checkpoint from eviction until it is unpinned."""
+    """Protect a checkpoint from eviction until it is unpinned.
+
+    \b
+    Examples:
+      weightd pin base
+      weightd pin org/name --device cuda:0
+    """
     with open_client(context, socket) as client:
         client.pin(meant(reference, variant), device)
     if not quiet:
@@ -42,7 +48,12 @@ def unpin(
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Allow a checkpoint to be evicted again."""
+    """Allow a checkpoint to be evicted again.
+
+    \b
+    Examples:
+      weightd unpin base
+    """
     with open_client(context, socket) as client:
         info = client.unpin(meant(reference, variant), device)
     if not quiet:
@@ -61,6 +72,11 @@ def rm(
     """Remove checkpoints.
 
     Continues after an error, and exits with the code of the first error.
+
+    \b
+    Examples:
+      weightd rm base tuned
+      weightd rm base.safetensors --device host
     """
     with open_client(context, socket) as client:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,35 @@ class OutputFormat(StrEnum):
     JSON = "json"
 
 
+_ANSWER_SECONDS = 2.0
+"""How long a shell waits for the daemon's part of a completion."""
+
+
+def _answer(context: typer.Context, question: Callable[[Client], Iterable[str]], begin: str) -> list[str]:
+    """Ask the daemon what may complete a word that begins with `begin`; nothing if it does not answer in time."""
+    outer = None if context.parent is None else context.parent.params.get("socket")
+    answer: list[str] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception), connect(context.params.get("socket") or outer) as client:
+            answer.extend(question(client))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)
+    return sorted({word for word in answer if word.startswith(begin) and word.isprintable()})
+
+
+def checkpoint_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete a name of a checkpoint."""
+    return _answer(context, lambda client: [name.name for name in client.names()], incomplete)
+
+
+def device_names(context: typer.Context, incomplete: str) -> list[str]:
+    """Complete a device that the daemon serves."""
+    return _answer(context, lambda client: [device.uuid for device in client.stats().devices], incomplete)
+
+
 SocketOption = Annotated[
     str | None,
     typer.Option(
@@ -46,15 +76,32 @@ FormatOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the identifier of each row.")]
 SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
-NoTruncOption = Annotated[bool, typer.Option("--no-trunc", help="Print digests, devices and groups in full.")]
+WideOption = Annotated[
+    bool,
+    typer.Option(
+        "--wide", "-w", "--no-trunc", help="Print everything in full: all columns, names, paths, digests and devices."
+    ),
+]
 _DEVICES = "host, cuda, cuda:N, or a GPU's UUID or a prefix of it"
 LoadDeviceOption = Annotated[
     str | None,
-    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: the daemon's only GPU, or host]."),
+    typer.Option(
+        "--device",
+        "-d",
+        metavar="DEVICE",
+        autocompletion=device_names,
+        help=f"{_DEVICES} [default: the daemon's only GPU, or host].",
+    ),
 ]
 DeviceOption = Annotated[
     str | None,
-    typer.Option("--device", "-d", metavar="DEVICE", help=f"{_DEVICES} [default: the device that has the checkpoint]."),
+    typer.Option(
+        "--device",
+        "-d",
+        metavar="DEVICE",
+        autocompletion=device_names,
+        help=f"{_DEVICES} [default: the device that has the checkpoint].",
+    ),
 ]
 VariantOption = Annotated[
     str | None,
@@ -63,11 +110,20 @@ VariantOption = Annotated[
     ),
 ]
 ReferenceArgument = Annotated[
-    str, typer.Argument(metavar="REF", help="Name, content digest, file, directory or org/name[@revision].")
+    str,
+    typer.Argument(
+        metavar="REF",
+        autocompletion=checkpoint_names,
+        help="Name, content digest, file, directory or org/name[@revision].",
+    ),
 ]
 ReferencesArgument = Annotated[
     list[str],
-    typer.Argument(metavar="REF", help="Names, content digests, files, directories or org/name[@revision]."),
+    typer.Argument(
+        metavar="REF",
+        autocompletion=checkpoint_names,
+        help="Names, content digests, files, directories or org/name[@revision].",
+    ),
 ]
 
 

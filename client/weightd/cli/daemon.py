@@ -1,42 +1,18 @@
-"""The commands for the daemon itself: `serve` and `config` execute it, `ping` and `version` query it."""
+"""The commands `ping` and `version`, which query the daemon, and the check that it is installed."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from dataclasses import asdict
-from typing import NoReturn
 
 import typer
 
 import weightd
 from weightd._transport.address import find_socket
 from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, open_client, say
-from weightd.cli.output import emit, emit_json, flush, printable
+from weightd.cli.output import emit, emit_json, printable
 from weightd.errors import WeightdError
 from weightd.types import VersionInfo
-
-
-def serve(context: typer.Context) -> None:
-    """Run the daemon; `weightd serve --help` lists its options."""
-    _become_daemon("serve", context)
-
-
-def config(context: typer.Context) -> None:
-    """Print the settings that `serve` would use, with their origins."""
-    _become_daemon("config", context)
-
-
-def _become_daemon(command: str, context: typer.Context) -> NoReturn:
-    # The client may not import the daemon; a new image also leaves none of typer, rich or grpc in its memory.
-    require_daemon(command)
-    settings: CommandOptions = context.obj
-    arguments = [] if settings.socket is None else ["--socket", settings.socket]
-    flush()
-    # -P: a weightd_daemon that lies in the current directory must not be what starts.
-    command_line = [sys.executable, "-P", "-m", "weightd_daemon", command, *arguments, *context.args]
-    os.execv(sys.executable, command_line)  # noqa: S606 - no shell is what is wanted
 
 
 def require_daemon(command: str) -> None:
@@ -47,7 +23,13 @@ def require_daemon(command: str) -> None:
 
 
 def ping(context: typer.Context, output: FormatOption = OutputFormat.TABLE, socket: SocketOption = None) -> None:
-    """Ping the daemon and print the round-trip time."""
+    """Ping the daemon and print the round-trip time.
+
+    \b
+    Examples:
+      weightd ping
+      weightd ping --socket /run/weightd/weightd.sock
+    """
     with open_client(context, socket) as client:
         client.ping()  # sets up the channel
         seconds = client.ping()
@@ -59,7 +41,13 @@ def ping(context: typer.Context, output: FormatOption = OutputFormat.TABLE, sock
 
 
 def version(context: typer.Context, output: FormatOption = OutputFormat.TABLE, socket: SocketOption = None) -> None:
-    """Print the versions of the command and the daemon."""
+    """Print the versions of the command and the daemon.
+
+    \b
+    Examples:
+      weightd version
+      weightd version --format json
+    """
     settings: CommandOptions = context.obj
     daemon: VersionInfo | None = None
     failure: WeightdError | None = None

@@ -18,6 +18,7 @@ from weightd.cli.context import (
     SilentOption,
     SocketOption,
     VariantOption,
+    checkpoint_names,
     for_each,
     meant,
     open_client,
@@ -52,6 +53,12 @@ def load(
 
     REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
     the local Hugging Face cache. A directory that contains several models is refused: name each model.
+
+    \b
+    Examples:
+      weightd load base.safetensors --name base
+      weightd load org/name --variant fp16 --pin
+      weightd load model.gguf other/ --device host
     """
     if name is not None and len(references) > 1:
         raise typer.BadParameter(f"names one checkpoint, but {len(references)} are given", param_hint="--name")
@@ -113,7 +120,11 @@ def verify(
     context: typer.Context,
     reference: Annotated[
         str | None,
-        typer.Argument(metavar="[REF]", help="Name, content digest, file or directory [default: all checkpoints]."),
+        typer.Argument(
+            metavar="[REF]",
+            autocompletion=checkpoint_names,
+            help="Name, content digest, file or directory [default: all checkpoints].",
+        ),
     ] = None,
     device: DeviceOption = None,
     variant: VariantOption = None,
@@ -123,6 +134,11 @@ def verify(
     """Check resident bytes against their digests.
 
     Reads all resident bytes, and exits with 1 if any differ.
+
+    \b
+    Examples:
+      weightd verify                 every checkpoint
+      weightd verify base
     """
     with open_client(context, socket) as client, byte_bar(quiet=quiet) as advance:
 

@@ -1,4 +1,4 @@
-"""The operator's commands `events` and `drain`. The keys of their JSON are a contract."""
+"""The operator's command `drain`. The keys of its JSON are a contract."""
 
 from __future__ import annotations
 
@@ -18,41 +18,8 @@ from weightd.cli.context import (
     open_client,
     say,
 )
-from weightd.cli.output import digest, emit, emit_json, emit_json_line, plural
+from weightd.cli.output import digest, emit, emit_json, plural
 from weightd.types import LeaseInfo
-
-_CHECKPOINT = ("content_digest", "device", "names")
-_PROCESS = ("pid", "uid", "user", "command")
-_LEASE = ("lease", *_CHECKPOINT, "total_bytes", *_PROCESS)
-_LOAD = ("load", "device", "names", *_PROCESS)
-_LOADED = ("content_digest", "total_bytes", "unique_bytes", "read_bytes")
-EVENT_KEYS: dict[str, tuple[str, ...]] = {
-    "load_begun": _LOAD,
-    "load_ended": (*_LOAD, "reason", "message", "seconds", *_LOADED, "evicted", "evicted_others"),
-    "load_answered": (*_CHECKPOINT, "total_bytes", *_PROCESS),
-    "sealed": (*_CHECKPOINT, "total_bytes", "load", *_PROCESS),
-    "attached": _LEASE,
-    "detached": _LEASE,
-    "evicted": (*_CHECKPOINT, "total_bytes", "reason", "load", *_PROCESS),
-    "named": ("content_digest", "names", "previous_digest", *_PROCESS),
-    "unnamed": ("content_digest", "names", *_PROCESS),
-    "device_lost": ("device", "message"),
-    "device_absent": ("device", "message"),
-    "device_back": ("device",),
-}
-"""Keys of each kind of event in addition to `time` and `event`; other kinds have no more keys."""
-
-
-def events(
-    context: typer.Context,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Also print new events, until Ctrl-C.")] = False,
-    socket: SocketOption = None,
-) -> None:
-    """Print recent events as JSON lines."""
-    with open_client(context, socket) as client:
-        for event in client.events(follow=follow):
-            line = {"time": event.time, "event": event.kind}
-            emit_json_line(line | {key: getattr(event, key) for key in EVENT_KEYS.get(event.kind, ())})
 
 
 def drain(
@@ -82,6 +49,12 @@ def drain(
     drained until --undo.
 
     With --forget, only one device is emptied and let go of, even if it is absent; other devices continue to serve.
+
+    \b
+    Examples:
+      weightd drain --timeout 60
+      weightd drain --undo
+      weightd drain --forget GPU-0123abcd
     """
     if forget is not None and undo:
         raise typer.BadParameter("--forget and --undo exclude each other")

@@ -1,19 +1,13 @@
-"""Format values: sizes, times and digests for people, JSON for programs, and tables without borders."""
+"""Format values: times and digests for people, and JSON for programs."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-_WIDTH = 1 << 14  # columns: wide enough that no cell is cut or folded; a terminal folds the line, as docker's does
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{64})")
 _GPU = re.compile(r"(GPU-[0-9a-f]{8})-[0-9a-f-]+")
 _UNITS = ((86400 * 365, "year"), (86400 * 30, "month"), (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
@@ -96,24 +90,3 @@ def emit_json_line(value: Any) -> None:
 def emit_json(value: Any) -> None:
     """Write `value` to stdout as indented JSON; datetimes by `timestamp`, bytes in hex."""
     emit(json.dumps(value, indent=2, default=_encode))
-
-
-def emit_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write aligned columns to stdout; a name that begins with `>` is aligned right.
-
-    Every row is one line, uncut; where no terminal reads it, without colour.
-    """
-    console = Console(file=sys.stdout, width=_WIDTH, highlight=False, emoji=False, markup=False)
-    if not console.is_terminal:
-        console = Console(file=sys.stdout, width=_WIDTH, color_system=None)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(
-            Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
-        )
-    for row in rows:
-        # Text, not str: a name may hold brackets, which rich would take for markup.
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    with console.capture() as capture:
-        console.print(table)
-    emit("\n".join(line.rstrip() for line in capture.get().splitlines()))

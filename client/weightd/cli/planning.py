@@ -12,13 +12,35 @@ from typing import Annotated, Any
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
 from weightd.cli.daemon import require_daemon
-from weightd.cli.output import emit, emit_json, emit_table, plural
+from weightd.cli.output import emit, emit_json, plural
 from weightd.cli.progress import byte_bar
+from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 from weightd.errors import WeightdError, from_wire
 
 _Json = dict[str, Any]
+
+_CHECKPOINT_COLUMNS = (
+    Column("CHECKPOINT", elided=True),
+    Column("TENSORS", right=True, spare=2),
+    Column("SIZE", right=True),
+    Column("SHARED", right=True),
+    Column("WITH", spare=1),
+)
+_COMPONENT_COLUMNS = (
+    Column("COMPONENT", elided=True),
+    Column("OF", elided=True),
+    Column("TENSORS", right=True, spare=1),
+    Column("SIZE", right=True),
+    Column("SHARED", right=True),
+)
+_PAIR_COLUMNS = (
+    Column("SHARED", right=True),
+    Column("BETWEEN", elided=True),
+    Column("AND", elided=True),
+    Column("WHAT", elided=True),
+)
 
 
 def plan(
@@ -37,11 +59,18 @@ def plan(
     ] = None,
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the total.")] = False,
+    wide: WideOption = False,
 ) -> None:
     """Report what sharing would save, without a daemon.
 
     REF is a safetensors or GGUF file, a directory with the weights of one model or pipeline, or org/name[@revision] in
     the local Hugging Face cache. A directory that contains several models is refused: name each model.
+
+    \b
+    Examples:
+      weightd plan base.safetensors tuned.safetensors
+      weightd plan org/base org/tuned --format json
+      weightd plan --manifest workload.json
     """
     if not references and not manifest:
         raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
@@ -61,13 +90,16 @@ def plan(
     if output is OutputFormat.JSON:
         emit_json(found)
         return
+    width = terminal_width(wide=wide)
     if not quiet:
-        _print_checkpoints(found["checkpoints"])
-        _print_pairs(found["pairs"])
+        _print_checkpoints(found["checkpoints"], width)
+        _print_pairs(found["pairs"], width)
         emit("")
-    emit(
+    emit_text(
         f"{plural(len(found['checkpoints']), 'checkpoint')}, total {size(found['total_bytes'])}, "
-        f"unique {size(found['unique_bytes'])}, saved {size(found['saved_bytes'])} ({found['saved_ratio'] * 100:.1f} %)"
+        f"unique {size(found['unique_bytes'])}, "
+        f"saved {size(found['saved_bytes'])} ({found['saved_ratio'] * 100:.1f} %)",
+        width,
     )
 
 
@@ -100,7 +132,7 @@ def _ask(arguments: list[str], show: Callable[[int, int], None]) -> _Json:
     raise WeightdError(f"the process that reads the files ended without an answer (exit code {process.returncode})")
 
 
-def _print_checkpoints(checkpoints: list[_Json]) -> None:
+def _print_checkpoints(checkpoints: list[_Json], width: int | None) -> None:
     rows = [
         (
             found["name"],
@@ -111,11 +143,11 @@ def _print_checkpoints(checkpoints: list[_Json]) -> None:
         )
         for found in checkpoints
     ]
-    emit_table(("CHECKPOINT", ">TENSORS", ">SIZE", ">SHARED", "WITH"), rows)
+    emit_table(_CHECKPOINT_COLUMNS, rows, width)
     if any(component["name"] for found in checkpoints for component in found["components"]):
         emit("")
         emit_table(
-            ("COMPONENT", "OF", ">TENSORS", ">SIZE", ">SHARED"),
+            _COMPONENT_COLUMNS,
             [
                 (
                     component["name"] or "-",
@@ -127,18 +159,19 @@ def _print_checkpoints(checkpoints: list[_Json]) -> None:
                 for found in checkpoints
                 for component in sorted(found["components"], key=lambda part: -part["shared_bytes"])
             ],
+            width,
         )
 
 
-def _print_pairs(pairs: list[_Json]) -> None:
+def _print_pairs(pairs: list[_Json], width: int | None) -> None:
     if pairs:
         emit("")
         rows = [(size(pair["shared_bytes"]), *pair["checkpoints"], _parts(pair["parts"])) for pair in pairs]
-        emit_table((">SHARED", "BETWEEN", "AND", "WHAT"), rows)
+        emit_table(_PAIR_COLUMNS, rows, width)
 
 
 def _parts(parts: list[_Json]) -> str:
-    """`text_encoder 17.74 GiB, vae = unet/vae 0.31 GiB`, the biggest first; a dash if there are no components."""
+    """`text_encoder 17.7 GiB, vae = unet/vae 317 MiB`, the biggest first; a dash if there are no components."""
     if not any(name for part in parts for name in part["components"]):
         return "-"
     return ", ".join(f"{_named(*part['components'])} {size(part['shared_bytes'])}" for part in parts)

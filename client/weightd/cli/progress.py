@@ -7,12 +7,24 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from weightd._sizes import size
 from weightd.cli.output import printable
 
 Advance = Callable[[str, int, int], None]
 """Called with the current phase, bytes done and total bytes."""
+
+
+class _Bytes(ProgressColumn):
+    """`12.0 MiB of 2.25 GiB, 520 MiB/s`, in the units of every other size."""
+
+    def render(self, task: Task) -> Text:
+        whole = "" if task.total is None else f" of {size(int(task.total))}"
+        speed = task.finished_speed or task.speed
+        rate = "" if speed is None else f", {size(int(speed))}/s"
+        return Text(f"{size(int(task.completed))}{whole}{rate}", style="progress.download")
 
 
 @contextmanager
@@ -25,8 +37,7 @@ def byte_bar(*, quiet: bool) -> Iterator[Advance | None]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        _Bytes(),
         TimeRemainingColumn(),
         console=console,
         transient=True,

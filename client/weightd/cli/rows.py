@@ -6,14 +6,18 @@ import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from weightd._group_names import layers_folded, shortened
+from weightd._group_names import layers_folded
 from weightd._sizes import size
-from weightd.cli.output import emit, emit_table, plural, printable
+from weightd.cli.output import emit, plural, printable
+from weightd.cli.tables import Column, emit_table
 from weightd.remembered import Row
 
-_COLUMNS = ("GROUP", "COMPONENT", ">IN A ROW", ">SIZE")
-_LEAST = 20
-"""Columns of a name, however narrow the terminal is."""
+_COLUMNS = (
+    Column("GROUP", elided=True),
+    Column("COMPONENT", elided=True),
+    Column("IN A ROW", right=True),
+    Column("SIZE", right=True),
+)
 
 
 def rows_json(rows: Iterable[Row], *, members: bool) -> list[dict[str, Any]]:
@@ -47,27 +51,19 @@ def print_rows(rows: Sequence[Row], *, full: bool) -> None:
         alike.setdefault((row.component, layers_folded(row.name)), []).append(row)
     cells: list[tuple[str, ...]] = [
         (
-            printable(name),
-            printable(component or "-"),
+            name,
+            component or "-",
             _in_a_row(same),
             size(sum(row.nbytes for row in same)),
         )
         for (component, name), same in alike.items()
     ]
-    columns: tuple[str, ...] = _COLUMNS
+    columns: tuple[Column, ...] = _COLUMNS
     if not any(row.component for row in rows):
         columns = (columns[0], *columns[2:])
         cells = [(name, *others) for name, _, *others in cells]
-    if not full:
-        others = sum(
-            3 + max(len(header.lstrip(">")), *(len(row[at]) for row in cells))
-            for at, header in enumerate(columns)
-            if at
-        )
-        width = max(shutil.get_terminal_size().columns - others, _LEAST)  # 80 in a pipe
-        cells = [(shortened(name, width), *rest) for name, *rest in cells]
     emit("")
-    emit_table(columns, cells)
+    emit_table(columns, cells, None if full else shutil.get_terminal_size().columns)  # 80 in a pipe: names are long
     _advise(rows)
 
 

@@ -33,6 +33,11 @@ def unit(
     """Print a systemd unit for this installation of weightd.
 
     Exit codes: 0; 1 if the daemon is not installed, or systemd cannot start it from its path; 2 wrong usage.
+
+    \b
+    Examples:
+      weightd unit >weightd.service
+      weightd unit --user >weightd.service
     """
     require_daemon("unit")
     version = systemd_version()

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightd._settings import SETTINGS
 from weightd._transport.address import check_path, handles_path, serving_socket
 from weightd.errors import InvalidReferenceError
 from weightd_daemon.core.limits import UserLimits
@@ -44,8 +45,8 @@ def _default_state_dir() -> str:
     return "/var/lib/weightd" if os.geteuid() == 0 else str(Path.home() / ".local/state/weightd")
 
 
-def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
-    metadata = {"help": help_text, "repeatable": repeatable}
+def _setting(name: str, default: Any) -> Any:
+    metadata = SETTINGS[name]._asdict()
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,62 +56,29 @@ def _setting(default: Any, help_text: str, *, repeatable: bool = False) -> Any:
 class Settings:
     """All settings of the daemon, as text, numbers or tuples; `load` has checked them."""
 
-    socket: str = _setting(_default_socket, "path of the control socket; the handle socket is in the same directory")
-    socket_mode: str = _setting("0600", "mode of both sockets, octal; 0660 gives the group access")
-    device: str = _setting(
-        "auto",
-        "devices to serve: host, cuda (every GPU), cuda:N or GPU-UUID; separate several with commas or repeat the "
-        "flag; auto: host memory and every GPU",
-        repeatable=True,
-    )
-    transport: str = _setting("auto", "how GPU memory is shared: cuda_vmm or cuda_ipc; auto: tries cuda_vmm first")
-    budget: str = _setting(
-        "",
-        "memory that each device may use, such as 12GiB or 80%, or DEVICE=12GiB for one device; separate several with "
-        "commas or repeat the flag; empty: 80% of a GPU, half of host memory",
-        repeatable=True,
-    )
-    pool: str = _setting(
-        "",
-        "freed host memory to keep populated for the next load (freed GPU memory is returned); "
-        "empty: an eighth of the host budget, at most 2GiB",
-    )
-    books: str = _setting(
-        "",
-        "memory for the daemon's own books, its lists of tensors; 0: no limit; "
-        "empty: a tenth of the host budget, at least 256MiB",
-    )
-    state_dir: str = _setting(_default_state_dir, "directory of the digest index")
-    model_roots: tuple[str, ...] = _setting(
-        (),
-        "directories in which the daemon itself may open files; separate several with commas or repeat the flag",
-        repeatable=True,
-    )
-    preload: tuple[PreloadConfig, ...] = _setting(
-        (),
-        "files, directories or org/name[@revision] below model_roots to load at the start; separate several with "
-        "commas or repeat the flag; the file also accepts tables",
-        repeatable=True,
-    )
-    isolation: str = _setting("shared", "shared: all users share memory; uid: only processes of the same user do")
-    admins: str = _setting("", "users, by name or uid, with the rights of every owner; separate several with commas")
-    reader_threads: int = _setting(0, "reader threads of a load; 0: one per core, at most 4")
-    max_loads: int = _setting(4, "concurrent loads; further loads wait their turn")
-    max_connections: int = _setting(1024, "connections on the handle socket")
-    max_user_leases: int = _setting(4096, "leases that one user may hold; 0: no limit")
-    max_user_bytes: str = _setting(
-        "0", "total size of the checkpoints that one user was first to load or has pinned; 0: no limit"
-    )
-    max_user_loads: int = _setting(0, "concurrent loads of one user; further loads wait; 0: one less than max_loads")
-    max_user_offers: int = _setting(64, "announced loads of one user that no loader has started; 0: no limit")
-    max_user_names: int = _setting(0, "names that one user may own; 0: no limit")
-    metrics: str = _setting(
-        "",
-        "address of /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
-        "empty: off",
-    )
-    log_level: str = _setting("info", "debug, info, warning or error")
-    log_format: str = _setting("text", "text, or json: one object a line")
+    socket: str = _setting("socket", _default_socket)
+    socket_mode: str = _setting("socket_mode", "0600")
+    device: str = _setting("device", "auto")
+    transport: str = _setting("transport", "auto")
+    budget: str = _setting("budget", "")
+    pool: str = _setting("pool", "")
+    books: str = _setting("books", "")
+    state_dir: str = _setting("state_dir", _default_state_dir)
+    model_roots: tuple[str, ...] = _setting("model_roots", ())
+    preload: tuple[PreloadConfig, ...] = _setting("preload", ())
+    isolation: str = _setting("isolation", "shared")
+    admins: str = _setting("admins", "")
+    reader_threads: int = _setting("reader_threads", 0)
+    max_loads: int = _setting("max_loads", 4)
+    max_connections: int = _setting("max_connections", 1024)
+    max_user_leases: int = _setting("max_user_leases", 4096)
+    max_user_bytes: str = _setting("max_user_bytes", "0")
+    max_user_loads: int = _setting("max_user_loads", 0)
+    max_user_offers: int = _setting("max_user_offers", 64)
+    max_user_names: int = _setting("max_user_names", 0)
+    metrics: str = _setting("metrics", "")
+    log_level: str = _setting("log_level", "info")
+    log_format: str = _setting("log_format", "text")
 
     @property
     def devices(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import re
 import tomllib
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -95,3 +96,18 @@ class ConfigFile:
 
 def _spelled(key: str) -> str:
     return rf"[\"']?{re.escape(key)}[\"']?"
+
+
+def toml_value(value: object) -> str:
+    """Write text, a number, a truth value, or lists and tables of those, on one line of TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{key} = {toml_value(inner)}' for key, inner in value.items())} }}"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's; what is beyond ASCII stands for itself, and DEL must not. TOML has no other bytes.
+        value = value.encode(errors="replace").decode()
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)

@@ -1,0 +1,157 @@
+"""Tables of the `weightd` command at the widths of terminals: what is shortened, left out, said once, and coloured."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from rich.cells import cell_len
+
+from support.fake_client import CHECKPOINT, DIGEST, GIB, LOADED, FakeClient, Terminal
+from weightd.cli import main
+from weightd.types import LeaseInfo
+
+pytest.importorskip("typer")
+tables = pytest.importorskip("weightd.cli.tables")
+planning = pytest.importorskip("weightd.cli.planning")
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WIDTHS = (60, 80, 160)
+PATHS = [f"/home/alice/models/a/folder/with/a/long/name/{part * 9}/llama-{part}.safetensors" for part in "abc"]
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def on_terminal(*arguments: str) -> str:
+    """What a command writes to a terminal."""
+    with contextlib.redirect_stdout(Terminal()) as stream:  # not by a fixture: capturing begins anew after those
+        assert main(arguments) == 0
+    return stream.getvalue()
+
+
+def shown(*arguments: str) -> list[str]:
+    """The lines that a command shows on a terminal, without bold and colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", on_terminal(*arguments)).splitlines()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("command", ["ls", "ps", "stats", "inspect", "plan"])
+def test_every_table_fits(command: str, width: int, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers["checkpoints"] = [
+        replace(CHECKPOINT, names=(path,), owner=owner, device=device, state=state, pinned=pinned)
+        for path, owner, device, state, pinned in zip(
+            PATHS, ("alice", "bob", "weightd"), ("host", "GPU-0123abcd-11", "host"), ("resident", "loading", "lost"),
+            (True, False, False), strict=True,
+        )
+    ]  # fmt: skip
+    fake.answers["leases"] = [
+        LeaseInfo(at, 4242, at, f"user{at}", f"python serve.py {path}", path, "host", GIB, LOADED, waiting=at == 1)
+        for at, path in enumerate(PATHS)
+    ]
+    details = fake.inspect("base")
+    fake.answers["inspect"] = replace(
+        details, sources=tuple(details.sources[0]._replace(file=path) for path in PATHS), reference=PATHS[0]
+    )
+    checkpoint = {"tensors": 3, "total_bytes": GIB, "shared_bytes": GIB, "shared_with": 1}
+    pair = {"shared_bytes": GIB, "checkpoints": PATHS[:2], "parts": [{"components": PATHS[:2], "shared_bytes": GIB}]}
+    plan = {
+        "checkpoints": [
+            {**checkpoint, "name": path, "components": [{**checkpoint, "name": "text_encoder"}]} for path in PATHS
+        ],
+        "pairs": [pair], "total_bytes": GIB, "unique_bytes": GIB, "saved_bytes": 0, "saved_ratio": 0.0,
+    }  # fmt: skip
+    monkeypatch.setattr(planning, "_ask", lambda *_: plan)
+    monkeypatch.setattr(planning, "require_daemon", lambda _: None)
+    monkeypatch.setenv("COLUMNS", str(width))
+    arguments = [command, *(["base"] if command in ("inspect", "plan") else [])]
+    lines = shown(*arguments)
+    assert max(map(cell_len, lines)) <= width, "\n".join(lines)
+    if command != "stats" and width < 160:
+        assert any("…" in line for line in lines)
+    if command not in ("stats", "inspect"):
+        assert any(PATHS[1] in line for line in shown(*arguments, "--wide")), "in full"
+    if command == "ls":
+        assert len({line.split()[0] for line in lines[1:4]}) == 3, "what differs stays"
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_what_all_rows_say_is_said_once(width: int, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers["checkpoints"] = [replace(CHECKPOINT, names=(name,)) for name in ("base", "tuned")]
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = shown("ls")
+    assert "OWNER" not in lines[0]
+    assert lines[1].startswith("base ")
+    assert "in every row: DEVICE host, STATE resident, OWNER ada, PINNED yes" in " ".join(lines[3:])
+    assert "left out" not in " ".join(lines)
+    fake.answers["checkpoints"] = [CHECKPOINT, replace(CHECKPOINT, owner="eve")]
+    assert "OWNER" in shown("ls")[0], "not what differs"
+
+
+def test_one_row_that_fits_is_whole(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    lines = shown("ls")
+    assert len(lines) == 2
+    assert lines[0].split()[:5] == ["NAME", "DIGEST", "DEVICE", "STATE", "OWNER"]
+
+
+def test_wide_is_everything_in_full(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.answers["checkpoints"] = [replace(CHECKPOINT, names=(path,)) for path in PATHS]
+    monkeypatch.setenv("COLUMNS", "60")
+    for option in ("--wide", "-w", "--no-trunc"):
+        lines = shown("ls", option)
+        assert len(lines) == 4
+        assert "OWNER" in lines[0]
+        assert lines[1].split()[:2] == [PATHS[0], DIGEST]
+
+
+def test_a_pipe_gets_everything(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.answers["checkpoints"] = [replace(CHECKPOINT, names=(path,)) for path in PATHS]
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["ls"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4, "also if colours are wanted there"
+    assert all(path in line and "ada" in line for path, line in zip(PATHS, lines[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_states_have_colours(
+    environment: dict[str, str], coloured: bool, fake: FakeClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("COLUMNS", "160")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    fake.answers["checkpoints"] = [CHECKPOINT, replace(CHECKPOINT, state="lost")]
+    printed = on_terminal("ls")
+    assert ("\x1b[32mresident" in printed, "\x1b[31mlost" in printed) == (coloured, coloured)
+
+
+def test_elided() -> None:
+    assert tables.elided("abcdefghij", 10) == "abcdefghij"
+    assert tables.elided("abcdefghijk", 10) == "abcde…hijk"
+    assert [len(tables.elided("x" * 50, width)) for width in (3, 4, 20)] == [3, 4, 20]
+    assert cell_len(tables.elided("模型" * 20, 21)) <= 21, "characters of two columns"
+
+
+def test_inspect_shortens_where_it_came_from(fake: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake.answers["inspect"] = replace(fake.inspect("base"), reference=f"{tmp_path}/{'x' * 100}")
+    monkeypatch.setenv("COLUMNS", "60")
+    (line,) = (line for line in shown("inspect", "base") if line.startswith("from "))
+    assert len(line) == 60
+    assert "…" in line
+    assert f"{'x' * 100}" in "\n".join(shown("inspect", "base", "-w"))
