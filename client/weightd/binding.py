@@ -19,7 +19,7 @@ from ._tensors import strided
 from .errors import InvalidReferenceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from .recording import DeferredStorage, NotedCopy, Recording
     from .types import TensorKey
@@ -31,6 +31,7 @@ NOT_ADJACENT = "its parts do not lie one behind the other"
 NOT_LOADED = "nothing was loaded into it"
 _BUFFER = "a buffer, which frameworks write to"
 _NOT_A_PARAMETER = "no parameter"
+_OF_ANOTHER = "its bytes are those of another parameter, too"
 _INITIALISED = "made with values before it was loaded"
 
 
@@ -54,10 +55,10 @@ class BoundParameter(NamedTuple):
 class Binding(NamedTuple):
     """What became of a module's parameters; sizes are bytes, and each storage counts once.
 
-    `missing` names parameters that nothing was loaded into: they are zeros. `groups` are stored tensors that one
-    parameter is made of and that did not lie one behind the other. `objects` is how many Python objects were looked at
-    for tensors that no module has; 0 where there was no need to. `places` are address, bytes and name of what is
-    shared.
+    `missing` names parameters and buffers into which nothing was loaded, or only in part: the rest is zeros. `groups`
+    are stored tensors that one parameter is made of and that did not lie one behind the other. `objects` is how many
+    Python objects were looked at for tensors that no module has; 0 where there was no need to. `places` are address,
+    bytes and name of what is shared.
     """
 
     parameters: tuple[BoundParameter, ...]
@@ -91,22 +92,29 @@ class Binding(NamedTuple):
 def bind(module: torch.nn.Module, recording: Recording, *, private: Private = lambda name, owner: "") -> Binding:
     """Give every tensor that the recording left without memory its memory, in a module and wherever else it is held.
 
-    Buffers, plain attributes and the parameters that `private` names get memory of their own; so do parameters whose
-    noted bytes are no run of the store. Shared parameters need no gradient. Values are those of the engine's own load.
-    Tensors that are held outside of a module's parameters and buffers are found by a look at all objects of the
-    interpreter, about 0.3 s for a million; it is left out where the module's own tensors are all there are.
+    Buffers, plain attributes and the parameters that `private` names, under any of their names, have memory of their
+    own; so do parameters whose noted bytes are no run of the store, or those of another parameter, too. Shared
+    parameters need no gradient. Values are those of the engine's own load. Tensors that are held outside of a module's
+    parameters and buffers are found by a look at all objects of the interpreter, about 0.3 s for a million; it is left
+    out where the module's own tensors are all there are. A stored tensor that the engine keeps as a plain attribute
+    stays one.
     Errors: BindingError (a tensor stays without memory), those of `Attachment.span`.
     """
-    names = _names(module, recording)
+    owners = _owners(module)
+    names: dict[DeferredStorage, list[_Owner]] = {}
+    for one in owners:
+        if (storage := recording.storage_of(one.tensor)) is not None:
+            names.setdefault(storage, []).append(one)
     bound = _Bound(recording)
-    for storage, owners in names.items():
-        bound.settle(storage, owners, private)
-    tensors = [tensor for owners in names.values() for _, _, tensor, _ in owners]
-    refused = bound.swap(tensors)
+    for storage, some in names.items():
+        bound.settle(storage, some, private)
+    refused = bound.swap({id(one.tensor): one.tensor for some in names.values() for one in some}.values())
     objects = 0
     if refused or any(storage.used_elsewhere for storage in recording.deferred.values()):
         objects = bound.sweep(refused)
     _require_all(module, recording)
+    bound.settle_stored(owners, names, private)
+    recording.deferred.clear()  # with the private memory, which whoever replaces a parameter wants back
     return bound.result(module, names, objects)
 
 
@@ -119,23 +127,21 @@ class _Owner(NamedTuple):
     is_buffer: bool
 
 
-def _names(module: torch.nn.Module, recording: Recording) -> dict[DeferredStorage, list[_Owner]]:
-    """The tensors without memory that modules have, each once, by what they have instead."""
-    found: dict[DeferredStorage, list[_Owner]] = {}
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        rows = itertools.chain(
-            ((leaf, one, False) for leaf, one in owner._parameters.items()),
-            ((leaf, one, True) for leaf, one in owner._buffers.items()),
-        )
-        for leaf, tensor, is_buffer in rows:
-            if tensor is None or id(tensor) in seen or (storage := recording.storage_of(tensor)) is None:
-                continue
-            seen.add(id(tensor))
-            found.setdefault(storage, []).append(
-                _Owner(f"{prefix}.{leaf}" if prefix else leaf, owner, tensor, is_buffer)
-            )
+def _owners(module: torch.nn.Module) -> list[_Owner]:
+    """All parameters and buffers of a module under all of their names."""
+    found = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for tensors, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
+            for leaf, tensor in tensors.items():
+                if tensor is not None:
+                    found.append(_Owner(f"{prefix}.{leaf}" if prefix else leaf, owner, tensor, is_buffer))
     return found
+
+
+def _reason(owners: Iterable[_Owner], private: Private) -> str:
+    """Why a tensor with these names is to have memory of its own; empty where it need not."""
+    reasons = (_BUFFER if one.is_buffer else private(one.name, one.module) for one in owners)
+    return next(filter(None, reasons), "")
 
 
 class _Bound:
@@ -146,6 +152,8 @@ class _Bound:
         self._shared: set[DeferredStorage] = set()
         self._missing: set[DeferredStorage] = set()
         self._groups: list[tuple[TensorKey, ...]] = []
+        self._lent = _Ranges()
+        self._made_private: dict[int, str] = {}
 
     def settle(self, storage: DeferredStorage, owners: list[_Owner], private: Private) -> None:
         """Give a storage that modules use its memory."""
@@ -155,12 +163,16 @@ class _Bound:
             self._missing.add(storage)
             storage.materialize(NOT_LOADED)
             return
-        reasons = (_BUFFER if one.is_buffer else private(one.name, one.module) for one in owners)
-        if reason := next(filter(None, reasons), ""):
-            storage.materialize(reason)
-            return
         copies = storage.copies
         run, reason = _run(copies, storage.nbytes)
+        if sum(copy.length for copy in copies) < storage.nbytes:
+            self._missing.add(storage)
+        if reason_to_be_private := _reason(owners, private):
+            storage.materialize(reason_to_be_private)
+            return
+        if run is not None and not self._lent.add(run, storage.nbytes):
+            storage.materialize(_OF_ANOTHER)
+            return
         memory = None if run is None else self._span(run, storage.nbytes)
         if memory is not None:
             storage.be(memory)
@@ -170,6 +182,24 @@ class _Bound:
             reason = NOT_ADJACENT
             self._note_group(copies)
         storage.materialize(reason)
+
+    def settle_stored(
+        self, owners: Iterable[_Owner], names: Mapping[DeferredStorage, list[_Owner]], private: Private
+    ) -> None:
+        """Make private copies of stored tensors that the engine has made buffers of, or parameters that are to be."""
+        done = {id(one.tensor) for some in names.values() for one in some}
+        kept: dict[int, list[_Owner]] = {}
+        for one in owners:
+            if id(one.tensor) not in done and self._recording.is_stored(one.tensor):
+                kept.setdefault(id(one.tensor), []).append(one)
+        for some in kept.values():
+            tensor = some[0].tensor
+            reason = _reason(some, private)
+            if not reason and not self._lent.add(tensor.data_ptr(), tensor.nbytes):
+                reason = _OF_ANOTHER
+            if reason:
+                self._made_private[id(tensor)] = reason
+                self._swap(tensor, tensor.detach().clone(), tensor.requires_grad)
 
     def _span(self, address: int, length: int) -> torch.Tensor | None:
         for attachment in self._recording.attachments:
@@ -200,13 +230,17 @@ class _Bound:
                 storage.materialize(NOT_LOADED if not storage.copies else _NOT_A_PARAMETER)
             real = storage.real(tensor)
             gradient = tensor.requires_grad and storage not in self._shared and real.is_floating_point()
-            new = real if type(tensor) is torch.Tensor else torch.Tensor._make_subclass(type(tensor), real, gradient)
-            new.__dict__.update(tensor.__dict__)
             try:
-                torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]  # torch has no types here
+                self._swap(tensor, real, gradient)
             except RuntimeError:
                 refused.append(tensor)
         return refused
+
+    def _swap(self, tensor: torch.Tensor, real: torch.Tensor, gradient: bool) -> None:
+        """Put memory into a tensor object. Errors: RuntimeError (torch refuses)."""
+        new = real if type(tensor) is torch.Tensor else torch.Tensor._make_subclass(type(tensor), real, gradient)
+        new.__dict__.update(tensor.__dict__)
+        torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]  # torch has no types here
 
     def sweep(self, refused: list[torch.Tensor]) -> int:
         """Put memory into every other tensor object of the interpreter that has none; returns how many were looked at.
@@ -236,14 +270,35 @@ class _Bound:
         for name, parameter in module.named_parameters():
             storage = storages.get(id(parameter))
             if storage is None:
-                parameters[name] = BoundParameter(name, parameter.nbytes, _INITIALISED)
+                stored = self._recording.is_stored(parameter)
+                reason = "" if stored else self._made_private.get(id(parameter), _INITIALISED)
+                parameters[name] = BoundParameter(name, parameter.nbytes, reason)
+                if stored:
+                    starts.append((parameter.data_ptr(), parameter.nbytes, name))
             elif storage not in parameters:
                 shared = storage in self._shared
                 parameters[storage] = BoundParameter(name, storage.nbytes, "" if shared else storage.reason)
                 if shared:
                     starts.append((parameter.data_ptr(), storage.nbytes, name))
-        missing = tuple(one.name for storage in self._missing for one in names.get(storage, ()))
+        missing = tuple(names[storage][0].name for storage in self._missing if storage in names)
         return Binding(tuple(parameters.values()), missing, tuple(self._groups), objects, tuple(sorted(starts)))
+
+
+class _Ranges:
+    """Ranges of addresses that do not overlap."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, start: int, length: int) -> bool:
+        """Take a range in; false where it overlaps one that is there."""
+        at = bisect_right(self._starts, start)
+        if (at and self._ends[at - 1] > start) or (at < len(self._starts) and self._starts[at] < start + length):
+            return False
+        self._starts.insert(at, start)
+        self._ends.insert(at, start + length)
+        return True
 
 
 def _run(copies: list[NotedCopy], nbytes: int) -> tuple[int | None, str]:

@@ -249,7 +249,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
         tensor = args[0]
         asked = {"dtype": tensor.dtype, "layout": tensor.layout, "memory_format": torch.preserve_format}
         is_move = all(kwargs.get(name, value) in (None, value) for name, value in asked.items())
-        if is_move and tensor.device == self._recording.device:
+        if is_move and self._recording.is_stored(tensor):
             return _aten.alias.default(tensor)
         return func(*args, **{**kwargs, "device": self._recording.device})
 

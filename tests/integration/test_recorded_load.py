@@ -245,6 +245,78 @@ def test_a_read_while_loading_sees_what_was_loaded_so_far(attached: Attach) -> N
     assert equal(loaded.engine, toy_engine.own_load(toy_engine.checkpoint()))
 
 
+def test_memory_of_a_replaced_parameter_is_given_back(attached: Attach) -> None:
+    """Engines repack weights one layer at a time: nobody may keep what was there before."""
+    loaded = Loaded(attached())
+    before = loaded.engine.padded.data.untyped_storage()
+    assert torch._C._storage_Use_Count(before._cdata) == 2, "the parameter's, and ours"
+    loaded.engine.padded.data = torch.zeros(1, dtype=torch.bfloat16)
+    assert torch._C._storage_Use_Count(before._cdata) == 1
+
+
+def test_stored_tensors_that_an_engine_keeps_are_private_as_buffers_and_listed_as_parameters(attached: Attach) -> None:
+    class Keeping(Engine):
+        def load_weights(self, weights: Any) -> None:
+            every = dict(weights)
+            super().load_weights(every.items())
+            self.register_buffer("table", every["plain"])
+            self.kept = torch.nn.Parameter(every["z"], requires_grad=False)
+            self.refused = torch.nn.Parameter(every["x"], requires_grad=False)
+
+    loaded = Loaded(attached(), Keeping, private=lambda name, module: "no" if name == "refused" else "")
+    engine, reasons = loaded.engine, {one.name: one.reason for one in loaded.binding.parameters}
+    assert not loaded.shared(engine.get_buffer("table"))
+    assert torch.equal(engine.get_buffer("table"), toy_engine.checkpoint()["plain"])
+    assert (reasons["kept"], reasons["refused"]) == ("", "no")
+    assert loaded.shared(engine.get_parameter("kept"))
+    assert loaded.binding.name_at(engine.get_parameter("kept").data_ptr()) == "kept"
+    assert not loaded.shared(engine.get_parameter("refused"))
+
+
+def test_two_parameters_of_one_stored_tensor_stay_apart(attached: Attach) -> None:
+    class Twin(Engine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twin = torch.nn.Parameter(torch.empty_like(self.embed), requires_grad=False)
+
+        def load_weights(self, weights: Any) -> None:
+            every = dict(weights)
+            super().load_weights(every.items())
+            self.twin.data.copy_(every["embed"])
+
+    loaded = Loaded(attached(), Twin)
+    assert {one.name: one.reason for one in loaded.binding.parameters}["twin"].endswith("another parameter, too")
+    loaded.engine.twin.data.zero_()
+    assert torch.equal(loaded.engine.embed, toy_engine.checkpoint()["embed"])
+
+
+def test_a_tied_parameter_is_private_by_any_of_its_names(attached: Attach) -> None:
+    loaded = Loaded(attached(), private=lambda name, module: "no" if name == "head" else "")
+    assert {one.name: one.reason for one in loaded.binding.parameters}["embed"] == "no"
+    assert not loaded.shared(loaded.engine.embed)
+
+
+def test_what_is_loaded_in_part_is_missing(attached: Attach) -> None:
+    class Half(Engine):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights((name, one) for name, one in weights if "k_proj" not in name)
+
+    loaded = Loaded(attached(), Half)
+    assert set(loaded.binding.missing) == {"lonely", "qkv"}
+    assert not loaded.engine.qkv[SIZE : 2 * SIZE].any()
+
+
+def test_a_copy_that_an_engine_moves_and_changes_is_its_own(attached: Attach) -> None:
+    class Moving(Engine):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights(weights)
+            own = torch.ones(SIZE, dtype=torch.bfloat16)
+            own.to(self.lonely.device, copy=True).mul_(3)
+            self.lonely.data.copy_(own)
+
+    assert Loaded(attached(), Moving).engine.lonely.eq(1).all()
+
+
 def test_other_threads_are_left_alone(attached: Attach) -> None:
     made: list[torch.Tensor] = []
 

@@ -118,7 +118,7 @@ def steps(draw: st.DrawFn) -> Step:
 @given(st.lists(steps(), max_size=12))
 def test_values_are_those_of_the_engines_own_load(program: list[Step]) -> None:
     store = Store()
-    whole: list[Step] = [_initial(number, number % 3) for number in range(PARAMETERS + 1)] + program
+    whole: list[Step] = [_initial(number, 2 * number % STORED) for number in range(PARAMETERS + 1)] + program
     plain, expected = Engine(), []
     for step in whole:
         step(plain.all(), store.tensors(), expected)
@@ -157,5 +157,5 @@ def test_the_usual_load_is_shared() -> None:
         engine = Engine()
     with recording.loading():
         for number in range(PARAMETERS + 1):
-            _initial(number, number % 3)(engine.all(), store.tensors(), [])
+            _initial(number, 2 * number % STORED)(engine.all(), store.tensors(), [])
     assert all(one.shared for one in bind(engine, recording).parameters)

@@ -59,10 +59,10 @@ class LeastSharedError(InvalidReferenceError, RuntimeError):
 class EngineOptions:
     """What a server's command line says about weightd.
 
-    `fallback` says what to do without a daemon, or with one that has no room: "error" raises, "wait" waits for it,
-    "local" lets the engine load by itself, with a warning. `private` are patterns of parameters' names that get memory
-    of their own. `require` is the least share of a model's bytes that must be shared, from 0 to 1. `socket` is the
-    daemon's, where it is not the one that `connect` finds.
+    `fallback` says what to do without a daemon: "error" raises, "wait" waits for one, "local" lets the engine load by
+    itself, with a warning, and does so if the model does not fit, too. `private` are patterns of parameters' names that
+    get memory of their own. `require` is the least share of a model's bytes that must be shared, from 0 to 1. `socket`
+    is the daemon's, where it is not the one that `connect` finds.
     """
 
     fallback: str = "error"
@@ -174,7 +174,7 @@ class EngineLoad:
     @contextlib.contextmanager
     def building(self) -> Iterator[None]:
         """Inside, the engine makes its model, whose parameters get no memory."""
-        with guards.loading(), self._recording.building():
+        with guards.loading(), in_this_thread(), self._recording.building():
             yield
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ class EngineLoad:
     def guarding(self) -> Iterator[None]:
         """Inside, the engine processes its weights; it may not write to those that are shared (SharedWeightsError)."""
         assert self.binding is not None
-        with self._recording.guarding(self.binding.name_at):
+        with in_this_thread(), self._recording.guarding(self.binding.name_at):
             yield
 
     def finish(self, model: torch.nn.Module) -> SharingReport:

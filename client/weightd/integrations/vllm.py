@@ -96,9 +96,13 @@ class WeightdModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM has no 
         Errors: those of `load_model`.
         """
         places: dict[tuple[str, int, int], int] = {}
+        _close_ahead()  # of an engine that ended before it loaded
         for loader, model_config in self._with_draft(vllm_config):
-            attached = loader._attach(vllm_config, model_config)
-            _ahead[_key(model_config)] = attached
+            try:
+                attached = _ahead[_key(model_config)] = loader._attach(vllm_config, model_config)
+            except BaseException:
+                _close_ahead()
+                raise
             for attachment in attached.attachments:
                 for info in attachment.tensors.values():
                     places[attachment.content_digest, info.segment, info.offset] = info.length
@@ -250,6 +254,12 @@ def _by_folder(paths: Iterable[str], model_config: Any) -> Iterator[tuple[list[s
     for folder, files in folders.items():
         index = next((name for name in _INDEXES if os.path.isfile(os.path.join(folder, name))), "")
         yield files, reference_of(folder, model_config.model, model_config.revision), index
+
+
+def _close_ahead() -> None:
+    """Let go of what was attached and never loaded."""
+    while _ahead:
+        _ahead.popitem()[1].load.close()
 
 
 def _key(model_config: Any) -> tuple[str, str | None]:
