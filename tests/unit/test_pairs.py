@@ -56,7 +56,7 @@ def holds(fake: FakeClient, checkpoints: dict[CheckpointInfo, list[TensorInfo]])
 
 
 def as_json(capsys: pytest.CaptureFixture[str]) -> Any:
-    assert main(["stats", "--format", "json"]) == 0
+    assert main(["stats", "--wide", "--format", "json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -107,6 +107,15 @@ def test_it_fits(width: int, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) 
         assert main(["stats"]) == 0
     assert max(map(len, stream.getvalue().splitlines())) <= width, stream.getvalue()
     assert {"PINNED", "LEASED", "EVICTABLE"} <= set(stream.getvalue().split())
+
+
+def test_whoever_polls_asks_for_no_lists(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each list that is read is an event, and the daemon remembers so many."""
+    holds(fake, {one("a"): blobs("s"), one("b"): blobs("s")})
+    assert main(["stats", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["pairs"], found["devices"][0]["evictable_bytes"]) == (None, None)
+    assert "attach" not in {call[0] for call in fake.calls}
 
 
 @pytest.mark.parametrize("many", [True, False])

@@ -60,11 +60,13 @@ def stats(
     Examples:
       weightd stats
       weightd stats --wide           all figures and pairs
-      weightd stats --format json | jq '.devices[].evictable_bytes'
+      weightd stats --wide --format json | jq '.devices[].evictable_bytes'
     """
     with open_client(context, socket) as client:
         found = client.stats()
-        shares = SharingReport({}, ()) if quiet else sharing(client)
+        # It asks for each checkpoint's list of tensors, which is an event each: not for whoever polls.
+        wanted = not quiet and (wide or output is not OutputFormat.JSON)
+        shares = sharing(client) if wanted else SharingReport({}, (), "not asked for: --wide")
     if output is OutputFormat.JSON:
         emit_json(_json(found, shares))
         return
