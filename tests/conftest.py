@@ -86,7 +86,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test on what `pytest.mark.backends` names. On CUDA memory it is marked `gpu`, unless `double_only`.
 
-    So where there is no GPU, it runs on the double posing as one, and not beside that on the double as itself.
+    So where there is no GPU, it runs on the double posing as one, and not beside that on the double as itself. On the
+    kind that `swept` names it is marked `sweep`: it takes long, and `make test` runs it on another kind.
     """
     if "backend" not in metafunc.fixturenames:
         return
@@ -94,6 +95,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names: list[Any] = list(marker.args) if marker else ["host"]
     if marker and not marker.kwargs.get("double_only"):
         names = [name if name == "host" else pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in names]
+    if marker and (swept := marker.kwargs.get("swept")):
+        names = [pytest.param(name, marks=pytest.mark.sweep) if name == swept else name for name in names]
     metafunc.parametrize("backend", names, indirect=True)
 
 

@@ -189,6 +189,7 @@ def settled_descriptors(daemon: Daemon) -> tuple[list[str], int]:
 # -- the loader --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.backends("cuda_vmm", "cuda_ipc", double_only=True, swept="cuda_ipc")
 def test_in_the_loader(start_daemon: StartDaemon, backend: Backend, tmp_path: Path, base: Path, tuned: Path) -> None:
     faults = Faults(backend, tmp_path, "weightd_daemon.loader")
     daemon = start_daemon(faults.on, budget="64MiB", reader_threads=1)  # with one thread the calls are always the same
@@ -325,6 +326,7 @@ def processes(backend: Backend) -> list[str]:
     return list(OURS) if backend.kind == "cuda_ipc" else ["weightd_daemon"]
 
 
+@pytest.mark.backends("cuda_vmm", "cuda_ipc", double_only=True, swept="cuda_ipc")
 def test_while_the_daemon_starts(backend: Backend, tmp_path: Path) -> None:
     for process in processes(backend):
         faults = Faults(backend, tmp_path, OURS[process])

@@ -78,7 +78,7 @@ def expected(path: Path) -> list[float]:
 @pytest.mark.parametrize(
     "argv",
     [
-        pytest.param(UVICORN, id="uvicorn", marks=needs("fastapi", "uvicorn")),
+        pytest.param(UVICORN, id="uvicorn", marks=[needs("fastapi", "uvicorn"), pytest.mark.sweep]),
         pytest.param(GUNICORN_FASTAPI, id="gunicorn", marks=needs("fastapi", "gunicorn", "uvicorn_worker")),
         pytest.param(GUNICORN_WSGI, id="gunicorn-wsgi-preload", marks=needs("gunicorn")),
     ],

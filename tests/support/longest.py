@@ -7,6 +7,8 @@ somewhat out of date costs little. `pytest --durations=0 --durations-min=5` show
 from __future__ import annotations
 
 LONGEST = (
+    "tests/fault/test_driver_calls.py",
+    "tests/integration/test_servers.py",
     "tests/integration/test_transformers.py",
     "tests/integration/test_lifetimes.py",
     "tests/integration/test_gpu.py",

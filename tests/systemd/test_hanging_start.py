@@ -193,7 +193,14 @@ IMPATIENT = {"init": 1.0, "opening": 1.0, "answer": 1.0}
 
 
 @pytest.mark.backends("cuda_vmm", double_only=True)
-@pytest.mark.parametrize("function", ["cuInit", "cuMemGetAllocationGranularity", "nvmlInitWithFlags", "cuMemCreate"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        "cuInit",
+        "nvmlInitWithFlags",
+        *(pytest.param(name, marks=pytest.mark.sweep) for name in ("cuMemGetAllocationGranularity", "cuMemCreate")),
+    ],
+)
 def test_a_daemon_serves_the_rest_while_its_driver_hangs_and_everything_when_it_is_back(
     start_daemon: StartDaemon, manager: Manager, backend: Backend, tmp_path: Path, function: str
 ) -> None:
