@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,7 @@ def memory() -> dict[str, int]:
     return {"pss": fields["Pss"], "anonymous": fields["Anonymous"]}
 
 
-class _Engine:
+class _Engine(ABC):
     """What the two engines have in common: a weight phase with clocks in weightd's part of it."""
 
     def __init__(self, path: str, shared: bool) -> None:
@@ -86,17 +87,17 @@ class _Engine:
         self.clocks = Clocks()
         self.model: torch.nn.Module | None = None
 
+    @abstractmethod
     def prepare(self) -> None:
         """All that comes before the weight phase."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self) -> torch.nn.Module:
         """The weight phase."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_without_memory(self) -> torch.nn.Module:
         """The engine's model on torch's meta device, where a copy is no work."""
-        raise NotImplementedError
 
     def clock_weightd(self) -> None:
         """Put clocks into weightd's part of the load."""

@@ -52,7 +52,7 @@ class Desk:
         if kept:
             manager = Manager(self.folder / f"manager{len(self._managers)}")
             self._managers.append(manager)
-        daemon = Daemon(argv=argv or _PROGRAM, manager=manager, socket_mode="0666", **settings)  # type: ignore[arg-type]
+        daemon = Daemon(argv=argv or _PROGRAM, manager=manager, socket_mode="0666", **settings)  # type: ignore[arg-type]  # keywords are passed through
         daemon.folder.chmod(0o755)
         self._daemons.append(daemon)
         return daemon
@@ -107,7 +107,7 @@ def few_descriptors(desk: Desk) -> dict[str, object]:
     held = []
     for number in range(30):
         path = desk.file(f"n{number}")
-        desk.attempt(lambda path=path: held.append(client.attach(path)))  # type: ignore[misc]
+        desk.attempt(lambda path=path: held.append(client.attach(path)))  # type: ignore[misc]  # mypy infers no lambda with a default
     for attachment in held:
         attachment.close()
     client.close()
@@ -142,7 +142,7 @@ def _without_index(desk: Desk, daemon: Daemon) -> dict[str, object]:
     checkpoints.rest(path)
     for _ in range(3):
         with daemon.connect() as client:
-            desk.attempt(lambda client=client: desk.compare(client, path))  # type: ignore[misc]
+            desk.attempt(lambda client=client: desk.compare(client, path))  # type: ignore[misc]  # mypy infers no lambda with a default
         desk.empty(daemon)
     return {"warnings": daemon.logged().count("WARNING")}
 
@@ -183,7 +183,7 @@ def damaged_index(desk: Desk) -> dict[str, object]:
                 file.truncate(chance.randrange(size))
             damages += 1
         path = chance.choice(paths)
-        desk.attempt(lambda path=path: desk.compare(client, path, 6, 200_000))  # type: ignore[misc]
+        desk.attempt(lambda path=path: desk.compare(client, path, 6, 200_000))  # type: ignore[misc]  # mypy infers no lambda with a default
         client.remove(str(path))
     return {"damages": damages}
 

@@ -7,12 +7,8 @@ _FOUR_DIGITS = 999.5
 """What rounds to 1,000 is written in the next unit."""
 
 
-def size(count: int, *, fine: bool = True) -> str:
-    """Write bytes with three digits: `0 B`, `24.0 KiB`, `199 MiB`, `18.9 GiB`.
-
-    `fine` has no effect; callers that still pass it mean what every size is now.
-    """
-    del fine
+def size(count: int) -> str:
+    """Write bytes with three digits: `0 B`, `24.0 KiB`, `199 MiB`, `18.9 GiB`."""
     if count < _FOUR_DIGITS:
         return f"{count} B"
     value, unit = float(count), 0

@@ -77,10 +77,6 @@ class Binding(NamedTuple):
         """Bytes of parameters that are private."""
         return sum(one.nbytes for one in self.parameters if not one.shared)
 
-    def reason(self, name: str, parameter: object = None) -> str:
-        """Why a parameter is private; empty for one that is shared or unknown."""
-        return next((one.reason for one in self.parameters if one.name == name), "")
-
     def name_at(self, address: int) -> str:
         """The name of the shared parameter that lies at an address; for `Recording.guarding`."""
         at = bisect_right(self.places, (address, sys.maxsize, "")) - 1
@@ -111,7 +107,7 @@ def bind(module: torch.nn.Module, recording: Recording, *, private: Private = la
     refused = bound.swap({id(one.tensor): one.tensor for some in names.values() for one in some}.values())
     objects = 0
     if refused or any(storage.used_elsewhere for storage in recording.deferred.values()):
-        objects = bound.sweep(refused)
+        objects = bound.sweep()
     _require_all(module, recording)
     bound.settle_stored(owners, names, private)
     recording.deferred.clear()  # with the private memory, which whoever replaces a parameter wants back
@@ -242,7 +238,7 @@ class _Bound:
         new.__dict__.update(tensor.__dict__)
         torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]  # torch has no types here
 
-    def sweep(self, refused: list[torch.Tensor]) -> int:
+    def sweep(self) -> int:
         """Put memory into every other tensor object of the interpreter that has none; returns how many were looked at.
 
         Views refuse nothing, so they go first, and then what they were views of. Errors: BindingError.
@@ -259,7 +255,6 @@ class _Bound:
                     f"{tuple(left[0].shape)}: the engine keeps weak references to them, or uses them in a graph"
                 )
             others = left
-        refused.clear()
         return looked
 
     def result(self, module: torch.nn.Module, names: dict[DeferredStorage, list[_Owner]], objects: int) -> Binding:

@@ -226,4 +226,4 @@ def _named(order: Sequence[TensorInfo], groups: Sequence[tuple[int, ...]]) -> st
     patterns = Counter(layers_folded(fused_name([order[number].name for number in group])) for group in groups)
     nbytes = sum(order[number].length for group in groups for number in group)
     many = "1 parameter" if len(groups) == 1 else f"{len(groups)} parameters"
-    return f"{counted(patterns, _SHOWN)} ({many}, {size(nbytes, fine=True)})"
+    return f"{counted(patterns, _SHOWN)} ({many}, {size(nbytes)})"

@@ -70,7 +70,7 @@ class SharingReport:
     def __str__(self) -> str:
         permille = int(self.shared_ratio * 1000)  # never 100 % where a byte is private
         percent = f"{permille // 10}" if permille % 10 == 0 else f"{permille / 10:.1f}"
-        shared, copied = (size(count, fine=True) for count in (self.shared_bytes, self.copied_bytes))
+        shared, copied = (size(count) for count in (self.shared_bytes, self.copied_bytes))
         line = f"{percent} % of the parameters shared: {shared}, {copied} private"
         if self.copied:
             line += ": " + _listed([f"{tensor.name} ({tensor.reason})" for tensor in self.copied])
