@@ -88,7 +88,7 @@ class Binding(NamedTuple):
 def bind(module: torch.nn.Module, recording: Recording, *, private: Private = lambda name, owner: "") -> Binding:
     """Give every tensor that the recording left without memory its memory, in a module and wherever else it is held.
 
-    Buffers, plain attributes and the parameters that `private` names, under any of their names, have memory of their
+    Buffers, plain attributes and the parameters that `private` names, in any module that has them, have memory of their
     own; so do parameters whose noted bytes are no run of the store, or those of another parameter, too. Shared
     parameters need no gradient. Values are those of the engine's own load. Tensors that are held outside of a module's
     parameters and buffers are found by a look at all objects of the interpreter, about 0.3 s for a million; it is left
@@ -124,9 +124,9 @@ class _Owner(NamedTuple):
 
 
 def _owners(module: torch.nn.Module) -> list[_Owner]:
-    """All parameters and buffers of a module under all of their names."""
+    """All parameters and buffers of a module, under their names in each module that has them."""
     found = []
-    for prefix, owner in module.named_modules(remove_duplicate=False):
+    for prefix, owner in module.named_modules():  # each once: modules may contain each other in a circle
         for tensors, is_buffer in ((owner._parameters, False), (owner._buffers, True)):
             for leaf, tensor in tensors.items():
                 if tensor is not None:

@@ -296,6 +296,23 @@ def test_a_tied_parameter_is_private_by_any_of_its_names(attached: Attach) -> No
     assert not loaded.shared(loaded.engine.embed)
 
 
+def test_a_tied_parameter_of_another_module_is_private_by_that_modules_rules_and_circles_end(attached: Attach) -> None:
+    class Head(torch.nn.Module):
+        def __init__(self, engine: Engine) -> None:
+            super().__init__()
+            self.weight = engine.embed
+            self.engine = engine  # which contains this
+
+    class Circle(Engine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = Head(self)
+
+    loaded = Loaded(attached(), Circle, private=lambda name, module: "no" if isinstance(module, Head) else "")
+    assert {one.name: one.reason for one in loaded.binding.parameters}["embed"] == "no"
+    assert loaded.engine.last.weight is loaded.engine.embed
+
+
 def test_what_is_loaded_in_part_is_missing(attached: Attach) -> None:
     class Half(Engine):
         def load_weights(self, weights: Any) -> None:
