@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import engine_models
+from support.checkpoints import rest
 from support.daemon import Daemon
 from support.engines import EngineProcess, engine_environment
 
@@ -26,8 +27,13 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> 
 
 @pytest.fixture(scope="session")
 def checkpoints(session_folder: Path) -> dict[str, Path]:
-    """Folders of checkpoints by name, for all names in `support.engine_models.EVERY`; see there."""
-    return engine_models.written(_made(session_folder / _CHECKPOINTS))
+    """Folders of checkpoints by name, for all names in `support.engine_models.EVERY`; see there.
+
+    Their files have rested: a daemon that has loaded them once knows them again.
+    """
+    paths = engine_models.written(_made(session_folder / _CHECKPOINTS))
+    rest(*(file for path in paths.values() for file in path.iterdir()))
+    return paths
 
 
 @pytest.fixture(scope="session")
