@@ -244,6 +244,9 @@ class DeviceStats:
 
     `device_free_bytes` is what is free on the device itself, whoever uses the rest; None where nobody knows. `absence`
     is why the device cannot be used now, empty while it can; of one that is absent the budget is what it uses.
+    Blobs of pinned and of leased checkpoints take `pinned_bytes` and `leased_bytes`, and some count in both;
+    `evictable_bytes` is what an eviction of all others would free. Of what is reusable, `hole_bytes` lie in segments
+    that hold something; the rest is the pool.
     """
 
     uuid: str
@@ -258,6 +261,10 @@ class DeviceStats:
     segments: int
     device_free_bytes: int | None
     absence: str = ""
+    pinned_bytes: int = 0
+    leased_bytes: int = 0
+    evictable_bytes: int = 0
+    hole_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +288,8 @@ class BooksStats:
 class Stats:
     """A snapshot of the daemon's books. `state` is "serving", "draining" or "drained".
 
-    `digest_index` and `books` are None from a daemon that does not say.
+    `digest_index` and `books` are None from a daemon that does not say. While `revision` is the same, nothing has
+    changed of checkpoints, names, pins, leases and loads but their progress.
     """
 
     devices: tuple[DeviceStats, ...]
@@ -297,6 +305,7 @@ class Stats:
     state: str = "serving"
     digest_index: DigestIndexStats | None = None
     books: BooksStats | None = None
+    revision: int = 0
 
 
 @dataclass(frozen=True, slots=True)

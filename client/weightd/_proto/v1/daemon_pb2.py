@@ -26,17 +26,17 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from weightd._proto.v1 import lease_pb2 as weightd_dot___proto_dot_v1_dot_lease__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eweightd/_proto/v1/daemon.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dweightd/_proto/v1/lease.proto\"\x13\n\x11GetVersionRequest\"J\n\x12GetVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\x8e\x02\n\x06\x44\x65vice\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x12\n\nused_bytes\x18\x05 \x01(\x03\x12\x12\n\nlive_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ereusable_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fin_flight_bytes\x18\x08 \x01(\x03\x12\x12\n\nfree_bytes\x18\t \x01(\x03\x12\x10\n\x08segments\x18\n \x01(\x03\x12\x1e\n\x11\x64\x65vice_free_bytes\x18\x0b \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x61\x62sence\x18\x0c \x01(\tB\x14\n\x12_device_free_bytes\"\xeb\x02\n\x10GetStatsResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.weightd.v1.Device\x12\x15\n\rlogical_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bsaved_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bsaved_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x63heckpoints\x18\x06 \x01(\x03\x12\r\n\x05\x62lobs\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x19\n\x11\x64igest_collisions\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x12&\n\x05state\x18\x0b \x01(\x0e\x32\x17.weightd.v1.DaemonState\x12-\n\x0c\x64igest_index\x18\x0c \x01(\x0b\x32\x17.weightd.v1.DigestIndex\x12 \n\x05\x62ooks\x18\r \x01(\x0b\x32\x11.weightd.v1.Books\"0\n\x05\x42ooks\x12\x13\n\x0blimit_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\">\n\x0b\x44igestIndex\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x03 \x01(\x03\"P\n\x0c\x44rainRequest\x12\x1c\n\x0ftimeout_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x66orget\x18\x02 \x01(\tB\x12\n\x10_timeout_seconds\"m\n\nDrainEvent\x12+\n\x07holders\x18\x01 \x01(\x0b\x32\x18.weightd.v1.DrainHoldersH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.weightd.v1.DrainResultH\x00\x42\x07\n\x05\x65vent\"1\n\x0c\x44rainHolders\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.weightd.v1.Lease\"7\n\x0b\x44rainResult\x12\x13\n\x0b\x63heckpoints\x18\x01 \x01(\x03\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x10\n\x0eUndrainRequest\"\x11\n\x0fUndrainResponse\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\"\xb6\x03\n\x05\x45vent\x12.\n\nevent_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.weightd.v1.EventKind\x12\x16\n\x0e\x63ontent_digest\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05names\x18\x05 \x03(\t\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04load\x18\x07 \x01(\x03\x12\r\n\x05lease\x18\x08 \x01(\x04\x12\x10\n\x03pid\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x03uid\x18\n \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04user\x18\x0b \x01(\t\x12\x0f\n\x07\x63ommand\x18\x0c \x01(\t\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x0f\n\x07message\x18\x0e \x01(\t\x12\x14\n\x0cunique_bytes\x18\x0f \x01(\x03\x12\x12\n\nread_bytes\x18\x10 \x01(\x03\x12\x0f\n\x07seconds\x18\x11 \x01(\x01\x12\x17\n\x0fprevious_digest\x18\x12 \x01(\t\x12\x0f\n\x07\x65victed\x18\x13 \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x14 \x01(\x03\x42\x06\n\x04_pidB\x06\n\x04_uid*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x01\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x02\x12\x18\n\x14\x44\x41\x45MON_STATE_DRAINED\x10\x03*\xab\x03\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_KIND_LOAD_BEGUN\x10\x01\x12\x19\n\x15\x45VENT_KIND_LOAD_ENDED\x10\x02\x12\x15\n\x11\x45VENT_KIND_SEALED\x10\x03\x12\x17\n\x13\x45VENT_KIND_ATTACHED\x10\x04\x12\x17\n\x13\x45VENT_KIND_DETACHED\x10\x05\x12\x16\n\x12\x45VENT_KIND_EVICTED\x10\x06\x12\x1a\n\x16\x45VENT_KIND_DEVICE_LOST\x10\x07\x12\x17\n\x13\x45VENT_KIND_DRAINING\x10\x08\x12\x16\n\x12\x45VENT_KIND_DRAINED\x10\t\x12\x18\n\x14\x45VENT_KIND_UNDRAINED\x10\n\x12\x1c\n\x18\x45VENT_KIND_LOAD_ANSWERED\x10\x0b\x12\x14\n\x10\x45VENT_KIND_NAMED\x10\x0c\x12\x16\n\x12\x45VENT_KIND_UNNAMED\x10\r\x12\x1c\n\x18\x45VENT_KIND_DEVICE_ABSENT\x10\x0e\x12\x1a\n\x16\x45VENT_KIND_DEVICE_BACK\x10\x0f\x32\xe8\x02\n\rDaemonService\x12K\n\nGetVersion\x12\x1d.weightd.v1.GetVersionRequest\x1a\x1e.weightd.v1.GetVersionResponse\x12\x45\n\x08GetStats\x12\x1b.weightd.v1.GetStatsRequest\x1a\x1c.weightd.v1.GetStatsResponse\x12\x42\n\x0bWatchEvents\x12\x1e.weightd.v1.WatchEventsRequest\x1a\x11.weightd.v1.Event0\x01\x12;\n\x05\x44rain\x12\x18.weightd.v1.DrainRequest\x1a\x16.weightd.v1.DrainEvent0\x01\x12\x42\n\x07Undrain\x12\x1a.weightd.v1.UndrainRequest\x1a\x1b.weightd.v1.UndrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eweightd/_proto/v1/daemon.proto\x12\nweightd.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dweightd/_proto/v1/lease.proto\"\x13\n\x11GetVersionRequest\"J\n\x12GetVersionResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\x05\x12\x16\n\x0euptime_seconds\x18\x03 \x01(\x01\"\x11\n\x0fGetStatsRequest\"\xe7\x02\n\x06\x44\x65vice\x12\x0c\n\x04uuid\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x04 \x01(\x03\x12\x12\n\nused_bytes\x18\x05 \x01(\x03\x12\x12\n\nlive_bytes\x18\x06 \x01(\x03\x12\x16\n\x0ereusable_bytes\x18\x07 \x01(\x03\x12\x17\n\x0fin_flight_bytes\x18\x08 \x01(\x03\x12\x12\n\nfree_bytes\x18\t \x01(\x03\x12\x10\n\x08segments\x18\n \x01(\x03\x12\x1e\n\x11\x64\x65vice_free_bytes\x18\x0b \x01(\x03H\x00\x88\x01\x01\x12\x0f\n\x07\x61\x62sence\x18\x0c \x01(\t\x12\x14\n\x0cpinned_bytes\x18\r \x01(\x03\x12\x14\n\x0cleased_bytes\x18\x0e \x01(\x03\x12\x17\n\x0f\x65victable_bytes\x18\x0f \x01(\x03\x12\x12\n\nhole_bytes\x18\x10 \x01(\x03\x42\x14\n\x12_device_free_bytes\"\xfd\x02\n\x10GetStatsResponse\x12#\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x12.weightd.v1.Device\x12\x15\n\rlogical_bytes\x18\x02 \x01(\x03\x12\x16\n\x0eresident_bytes\x18\x03 \x01(\x03\x12\x13\n\x0bsaved_bytes\x18\x04 \x01(\x03\x12\x13\n\x0bsaved_ratio\x18\x05 \x01(\x01\x12\x13\n\x0b\x63heckpoints\x18\x06 \x01(\x03\x12\r\n\x05\x62lobs\x18\x07 \x01(\x03\x12\x0e\n\x06leases\x18\x08 \x01(\x03\x12\x19\n\x11\x64igest_collisions\x18\t \x01(\x03\x12\x11\n\tevictions\x18\n \x01(\x03\x12&\n\x05state\x18\x0b \x01(\x0e\x32\x17.weightd.v1.DaemonState\x12-\n\x0c\x64igest_index\x18\x0c \x01(\x0b\x32\x17.weightd.v1.DigestIndex\x12 \n\x05\x62ooks\x18\r \x01(\x0b\x32\x11.weightd.v1.Books\x12\x10\n\x08revision\x18\x0e \x01(\x04\"0\n\x05\x42ooks\x12\x13\n\x0blimit_bytes\x18\x01 \x01(\x03\x12\x12\n\nused_bytes\x18\x02 \x01(\x03\">\n\x0b\x44igestIndex\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07problem\x18\x02 \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x03 \x01(\x03\"P\n\x0c\x44rainRequest\x12\x1c\n\x0ftimeout_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x66orget\x18\x02 \x01(\tB\x12\n\x10_timeout_seconds\"m\n\nDrainEvent\x12+\n\x07holders\x18\x01 \x01(\x0b\x32\x18.weightd.v1.DrainHoldersH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.weightd.v1.DrainResultH\x00\x42\x07\n\x05\x65vent\"1\n\x0c\x44rainHolders\x12!\n\x06leases\x18\x01 \x03(\x0b\x32\x11.weightd.v1.Lease\"7\n\x0b\x44rainResult\x12\x13\n\x0b\x63heckpoints\x18\x01 \x01(\x03\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"\x10\n\x0eUndrainRequest\"\x11\n\x0fUndrainResponse\"$\n\x12WatchEventsRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\"\xb6\x03\n\x05\x45vent\x12.\n\nevent_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x04kind\x18\x02 \x01(\x0e\x32\x15.weightd.v1.EventKind\x12\x16\n\x0e\x63ontent_digest\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\r\n\x05names\x18\x05 \x03(\t\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x0c\n\x04load\x18\x07 \x01(\x03\x12\r\n\x05lease\x18\x08 \x01(\x04\x12\x10\n\x03pid\x18\t \x01(\x05H\x00\x88\x01\x01\x12\x10\n\x03uid\x18\n \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04user\x18\x0b \x01(\t\x12\x0f\n\x07\x63ommand\x18\x0c \x01(\t\x12\x0e\n\x06reason\x18\r \x01(\t\x12\x0f\n\x07message\x18\x0e \x01(\t\x12\x14\n\x0cunique_bytes\x18\x0f \x01(\x03\x12\x12\n\nread_bytes\x18\x10 \x01(\x03\x12\x0f\n\x07seconds\x18\x11 \x01(\x01\x12\x17\n\x0fprevious_digest\x18\x12 \x01(\t\x12\x0f\n\x07\x65victed\x18\x13 \x03(\t\x12\x16\n\x0e\x65victed_others\x18\x14 \x01(\x03\x42\x06\n\x04_pidB\x06\n\x04_uid*z\n\x0b\x44\x61\x65monState\x12\x1c\n\x18\x44\x41\x45MON_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x44\x41\x45MON_STATE_SERVING\x10\x01\x12\x19\n\x15\x44\x41\x45MON_STATE_DRAINING\x10\x02\x12\x18\n\x14\x44\x41\x45MON_STATE_DRAINED\x10\x03*\xab\x03\n\tEventKind\x12\x1a\n\x16\x45VENT_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45VENT_KIND_LOAD_BEGUN\x10\x01\x12\x19\n\x15\x45VENT_KIND_LOAD_ENDED\x10\x02\x12\x15\n\x11\x45VENT_KIND_SEALED\x10\x03\x12\x17\n\x13\x45VENT_KIND_ATTACHED\x10\x04\x12\x17\n\x13\x45VENT_KIND_DETACHED\x10\x05\x12\x16\n\x12\x45VENT_KIND_EVICTED\x10\x06\x12\x1a\n\x16\x45VENT_KIND_DEVICE_LOST\x10\x07\x12\x17\n\x13\x45VENT_KIND_DRAINING\x10\x08\x12\x16\n\x12\x45VENT_KIND_DRAINED\x10\t\x12\x18\n\x14\x45VENT_KIND_UNDRAINED\x10\n\x12\x1c\n\x18\x45VENT_KIND_LOAD_ANSWERED\x10\x0b\x12\x14\n\x10\x45VENT_KIND_NAMED\x10\x0c\x12\x16\n\x12\x45VENT_KIND_UNNAMED\x10\r\x12\x1c\n\x18\x45VENT_KIND_DEVICE_ABSENT\x10\x0e\x12\x1a\n\x16\x45VENT_KIND_DEVICE_BACK\x10\x0f\x32\xe8\x02\n\rDaemonService\x12K\n\nGetVersion\x12\x1d.weightd.v1.GetVersionRequest\x1a\x1e.weightd.v1.GetVersionResponse\x12\x45\n\x08GetStats\x12\x1b.weightd.v1.GetStatsRequest\x1a\x1c.weightd.v1.GetStatsResponse\x12\x42\n\x0bWatchEvents\x12\x1e.weightd.v1.WatchEventsRequest\x1a\x11.weightd.v1.Event0\x01\x12;\n\x05\x44rain\x12\x18.weightd.v1.DrainRequest\x1a\x16.weightd.v1.DrainEvent0\x01\x12\x42\n\x07Undrain\x12\x1a.weightd.v1.UndrainRequest\x1a\x1b.weightd.v1.UndrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weightd._proto.v1.daemon_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DAEMONSTATE']._serialized_start=1796
-  _globals['_DAEMONSTATE']._serialized_end=1918
-  _globals['_EVENTKIND']._serialized_start=1921
-  _globals['_EVENTKIND']._serialized_end=2348
+  _globals['_DAEMONSTATE']._serialized_start=1903
+  _globals['_DAEMONSTATE']._serialized_end=2025
+  _globals['_EVENTKIND']._serialized_start=2028
+  _globals['_EVENTKIND']._serialized_end=2455
   _globals['_GETVERSIONREQUEST']._serialized_start=110
   _globals['_GETVERSIONREQUEST']._serialized_end=129
   _globals['_GETVERSIONRESPONSE']._serialized_start=131
@@ -44,29 +44,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATSREQUEST']._serialized_start=207
   _globals['_GETSTATSREQUEST']._serialized_end=224
   _globals['_DEVICE']._serialized_start=227
-  _globals['_DEVICE']._serialized_end=497
-  _globals['_GETSTATSRESPONSE']._serialized_start=500
-  _globals['_GETSTATSRESPONSE']._serialized_end=863
-  _globals['_BOOKS']._serialized_start=865
-  _globals['_BOOKS']._serialized_end=913
-  _globals['_DIGESTINDEX']._serialized_start=915
-  _globals['_DIGESTINDEX']._serialized_end=977
-  _globals['_DRAINREQUEST']._serialized_start=979
-  _globals['_DRAINREQUEST']._serialized_end=1059
-  _globals['_DRAINEVENT']._serialized_start=1061
-  _globals['_DRAINEVENT']._serialized_end=1170
-  _globals['_DRAINHOLDERS']._serialized_start=1172
-  _globals['_DRAINHOLDERS']._serialized_end=1221
-  _globals['_DRAINRESULT']._serialized_start=1223
-  _globals['_DRAINRESULT']._serialized_end=1278
-  _globals['_UNDRAINREQUEST']._serialized_start=1280
-  _globals['_UNDRAINREQUEST']._serialized_end=1296
-  _globals['_UNDRAINRESPONSE']._serialized_start=1298
-  _globals['_UNDRAINRESPONSE']._serialized_end=1315
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=1317
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=1353
-  _globals['_EVENT']._serialized_start=1356
-  _globals['_EVENT']._serialized_end=1794
-  _globals['_DAEMONSERVICE']._serialized_start=2351
-  _globals['_DAEMONSERVICE']._serialized_end=2711
+  _globals['_DEVICE']._serialized_end=586
+  _globals['_GETSTATSRESPONSE']._serialized_start=589
+  _globals['_GETSTATSRESPONSE']._serialized_end=970
+  _globals['_BOOKS']._serialized_start=972
+  _globals['_BOOKS']._serialized_end=1020
+  _globals['_DIGESTINDEX']._serialized_start=1022
+  _globals['_DIGESTINDEX']._serialized_end=1084
+  _globals['_DRAINREQUEST']._serialized_start=1086
+  _globals['_DRAINREQUEST']._serialized_end=1166
+  _globals['_DRAINEVENT']._serialized_start=1168
+  _globals['_DRAINEVENT']._serialized_end=1277
+  _globals['_DRAINHOLDERS']._serialized_start=1279
+  _globals['_DRAINHOLDERS']._serialized_end=1328
+  _globals['_DRAINRESULT']._serialized_start=1330
+  _globals['_DRAINRESULT']._serialized_end=1385
+  _globals['_UNDRAINREQUEST']._serialized_start=1387
+  _globals['_UNDRAINREQUEST']._serialized_end=1403
+  _globals['_UNDRAINRESPONSE']._serialized_start=1405
+  _globals['_UNDRAINRESPONSE']._serialized_end=1422
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=1424
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=1460
+  _globals['_EVENT']._serialized_start=1463
+  _globals['_EVENT']._serialized_end=1901
+  _globals['_DAEMONSERVICE']._serialized_start=2458
+  _globals['_DAEMONSERVICE']._serialized_end=2818
 # @@protoc_insertion_point(module_scope)

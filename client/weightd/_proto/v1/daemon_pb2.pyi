@@ -73,7 +73,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Device(_message.Message):
-    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments", "device_free_bytes", "absence")
+    __slots__ = ("uuid", "kind", "name", "budget_bytes", "used_bytes", "live_bytes", "reusable_bytes", "in_flight_bytes", "free_bytes", "segments", "device_free_bytes", "absence", "pinned_bytes", "leased_bytes", "evictable_bytes", "hole_bytes")
     UUID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
@@ -86,6 +86,10 @@ class Device(_message.Message):
     SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ABSENCE_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    EVICTABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     uuid: str
     kind: str
     name: str
@@ -98,10 +102,14 @@ class Device(_message.Message):
     segments: int
     device_free_bytes: int
     absence: str
-    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., absence: _Optional[str] = ...) -> None: ...
+    pinned_bytes: int
+    leased_bytes: int
+    evictable_bytes: int
+    hole_bytes: int
+    def __init__(self, uuid: _Optional[str] = ..., kind: _Optional[str] = ..., name: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., live_bytes: _Optional[int] = ..., reusable_bytes: _Optional[int] = ..., in_flight_bytes: _Optional[int] = ..., free_bytes: _Optional[int] = ..., segments: _Optional[int] = ..., device_free_bytes: _Optional[int] = ..., absence: _Optional[str] = ..., pinned_bytes: _Optional[int] = ..., leased_bytes: _Optional[int] = ..., evictable_bytes: _Optional[int] = ..., hole_bytes: _Optional[int] = ...) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index", "books")
+    __slots__ = ("devices", "logical_bytes", "resident_bytes", "saved_bytes", "saved_ratio", "checkpoints", "blobs", "leases", "digest_collisions", "evictions", "state", "digest_index", "books", "revision")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     LOGICAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +123,7 @@ class GetStatsResponse(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_INDEX_FIELD_NUMBER: _ClassVar[int]
     BOOKS_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedCompositeFieldContainer[Device]
     logical_bytes: int
     resident_bytes: int
@@ -128,7 +137,8 @@ class GetStatsResponse(_message.Message):
     state: DaemonState
     digest_index: DigestIndex
     books: Books
-    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ..., digest_index: _Optional[_Union[DigestIndex, _Mapping]] = ..., books: _Optional[_Union[Books, _Mapping]] = ...) -> None: ...
+    revision: int
+    def __init__(self, devices: _Optional[_Iterable[_Union[Device, _Mapping]]] = ..., logical_bytes: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., saved_bytes: _Optional[int] = ..., saved_ratio: _Optional[float] = ..., checkpoints: _Optional[int] = ..., blobs: _Optional[int] = ..., leases: _Optional[int] = ..., digest_collisions: _Optional[int] = ..., evictions: _Optional[int] = ..., state: _Optional[_Union[DaemonState, str]] = ..., digest_index: _Optional[_Union[DigestIndex, _Mapping]] = ..., books: _Optional[_Union[Books, _Mapping]] = ..., revision: _Optional[int] = ...) -> None: ...
 
 class Books(_message.Message):
     __slots__ = ("limit_bytes", "used_bytes")

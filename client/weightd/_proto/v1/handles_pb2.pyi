@@ -145,20 +145,24 @@ class HandleReply(_message.Message):
     def __init__(self, hello: _Optional[_Union[HelloReply, _Mapping]] = ..., attach: _Optional[_Union[AttachReply, _Mapping]] = ..., batch: _Optional[_Union[DescriptorBatch, _Mapping]] = ..., offer: _Optional[_Union[OfferReply, _Mapping]] = ..., detach: _Optional[_Union[DetachReply, _Mapping]] = ..., error: _Optional[_Union[HandleError, _Mapping]] = ..., reclaim: _Optional[_Union[ReclaimReply, _Mapping]] = ...) -> None: ...
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol",)
+    __slots__ = ("protocol", "read_only")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    READ_ONLY_FIELD_NUMBER: _ClassVar[int]
     protocol: int
-    def __init__(self, protocol: _Optional[int] = ...) -> None: ...
+    read_only: bool
+    def __init__(self, protocol: _Optional[int] = ..., read_only: bool = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "token", "version")
+    __slots__ = ("protocol", "token", "version", "read_only")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    READ_ONLY_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     token: str
     version: str
-    def __init__(self, protocol: _Optional[int] = ..., token: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    read_only: bool
+    def __init__(self, protocol: _Optional[int] = ..., token: _Optional[str] = ..., version: _Optional[str] = ..., read_only: bool = ...) -> None: ...
 
 class AttachRequest(_message.Message):
     __slots__ = ("reference", "sources", "device", "components", "tensors", "manifest_only", "lease_file")
