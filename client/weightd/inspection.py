@@ -108,8 +108,8 @@ class LoadInfo:
     """A load under way. Loads of one content by several clients are one.
 
     `progress` is None while it waits for its turn. `bytes_per_second` is 0 and `remaining_seconds`, of the phase at
-    hand, None where they are not known. `pid` and `uid` are those of who asked first, as in LeaseInfo. `waiters` wait for its
-    end; without any it is detached.
+    hand, None where they are not known. `pid` and `uid` are those of who asked first, as in LeaseInfo. `waiters` wait
+    for its end; without any it is detached.
     """
 
     load: int
