@@ -61,7 +61,7 @@ ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPAT
 .PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
 
 demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes, show what it took
 	@echo "demo: examples/demo.py"

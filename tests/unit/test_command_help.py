@@ -149,3 +149,9 @@ def test_completion_is_shown(shell: str, capsys: pytest.CaptureFixture[str], mon
     with pytest.raises(SystemExit):
         main([])
     assert "_WEIGHTD_COMPLETE=complete_" in capsys.readouterr().out
+
+
+def test_a_wrong_choice_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--format", "yaml"]) == 2
+    said = "weightd: Invalid value for '--format': 'yaml' is not one of 'table', 'json'; see 'weightd ls --help'\n"
+    assert capsys.readouterr().err == said
