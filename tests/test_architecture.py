@@ -88,6 +88,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
     "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
     "api": (
+        "config",
         "core",
         "devices",
         "handles",
