@@ -37,11 +37,15 @@ class Part:
 
 
 class Sharer:
-    """A resident checkpoint as the index knows it. `pinned` and `leased` are as last noted."""
+    """A resident checkpoint as the index knows it. `pinned` and `leased` are as last noted.
 
-    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "parts", "pinned")
+    `number` is above 0; of two checkpoints the one with the lower came first.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
+    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "number", "parts", "pinned")
+
+    def __init__(self, number: int, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
+        self.number = number
         self.checkpoint = checkpoint
         self.parts: list[Part] = []
         self.exclusive_bytes = 0
@@ -69,14 +73,7 @@ class BlobUsers:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that use the blobs, each once."""
-        return [sharer.checkpoint for sharer, _ in groupby(self.parts, _sharer_of)]
-
-    def by_sharer(self) -> Iterator[Sharer]:
-        """The checkpoints as the index knows them, each once."""
-        return (sharer for sharer, _ in groupby(self.parts, _sharer_of))
-
-
-_sharer_of = attrgetter("sharer")
+        return [sharer.checkpoint for sharer, _ in groupby(self.parts, attrgetter("sharer"))]
 
 
 class DeviceSharing:
@@ -219,6 +216,7 @@ class SharingIndex:
         self.on_note: Callable[[], None] = lambda: None
         self.revision = 0
         """How often the sets have changed."""
+        self._last = 0
         self._is_leased = is_leased
         self._devices: dict[str, DeviceSharing] = {}
         self._noted: dict[Checkpoint, bool] = {}
@@ -282,7 +280,8 @@ class SharingIndex:
             return there.mark(there.sharers[checkpoint], pinned=pinned, leased=leased)
         self.revision += 1
         if self._noted.pop(checkpoint):
-            return there.come(Sharer(checkpoint, pinned=pinned, leased=leased))
+            self._last += 1
+            return there.come(Sharer(self._last, checkpoint, pinned=pinned, leased=leased))
         return there.go(there.sharers[checkpoint])
 
     # -- questions, which are answered right only when it is not behind ----------------------------------------------
