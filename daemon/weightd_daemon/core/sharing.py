@@ -340,6 +340,11 @@ class SharingIndex:
         """The sets and sums of a device."""
         return self._devices.get(device) or DeviceSharing()
 
+    def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of blobs that no other checkpoint uses; 0 of one that is not resident."""
+        sharer = self.sharer(checkpoint)
+        return sharer.exclusive_bytes if sharer else 0
+
     def sharer(self, checkpoint: Checkpoint) -> Sharer | None:
         """What is known of a checkpoint; None of one that is not resident."""
         return self.on(checkpoint.key.device).sharers.get(checkpoint)

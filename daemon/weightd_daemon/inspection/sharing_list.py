@@ -62,10 +62,10 @@ class SharingList:
         most = rows_of(request.page_size)
         shared, one, other = position_of(request.page_token, _CALL, _FIRST)
         reference = self._catalog.find(who, request.reference, device) if request.reference else None
+        response = inspection_pb2.ListSharingResponse(revision=self._store.revision.number)
         begin = (int(shared), -int(one), -int(other))
         found = await self._best(self._asked(who, reference, device), begin, most + 1, both=reference is not None)
         pairs = found[:most]
-        response = inspection_pb2.ListSharingResponse()
         if len(found) > most:
             last = pairs[-1]
             response.next_page_token = token_of(_CALL, (last[0], -last[1], -last[2]))
