@@ -96,3 +96,4 @@ def test_users_see_the_pairs_of_what_they_may_see(start_daemon: StartDaemon, use
     with daemon.connect() as admin:
         assert len(admin.sharing()) == 1, "equal bytes of two users are not shared"
         assert figures(admin) == [0, 9, 0, 9]
+    bob.run("a = client.attach('a'); a.close(); del a; client.remove('a')")
