@@ -370,3 +370,13 @@ def test_what_comes_and_goes_unseen_costs_nothing_and_is_not_kept() -> None:
     desk.store.remove(first)
     assert not desk.store.sharing.behind
     assert desk.store.sharing.sharer(first) is None
+
+
+def test_a_device_that_is_lost_while_the_index_goes_through_it_is_left_alone() -> None:
+    desk = Desk(tensors=8 * WORK_IN_A_STEP)
+    desk.load("a", count=3 * WORK_IN_A_STEP)
+    assert desk.store.sharing.go_on()
+    (lost,) = desk.store.lose("host", "it fell off the bus")
+    assert not desk.store.sharing.behind
+    catch_up(desk.store)
+    assert desk.store.sharing.on("host").used_bytes == desk.store.sharing.exclusive_bytes(lost) == 0
