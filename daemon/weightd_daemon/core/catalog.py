@@ -100,6 +100,14 @@ class Catalog:
         ]
         return sorted(found, key=lambda one: one[0])
 
+    def named(self, who: Principal, name: str) -> tuple[CatalogTag, str] | None:
+        """What a name that `who` may see points to, and its state as in `listed`; its own domain's come first."""
+        domain = who.domain
+        if who.admin and (domain, name) not in self._tags:
+            domain = next((other for other, called in self._tags if called == name), domain)
+        tag = self._tags.get((domain, name))
+        return None if tag is None else (tag, self._state(domain, tag.content_digest))
+
     def restore(self, domain: str, name: str, tag: CatalogTag) -> None:
         """Enter a name that an earlier daemon knew; a default one only if its content is resident."""
         if tag.is_default and not self._is_known(domain, tag.content_digest):
