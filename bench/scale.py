@@ -5,8 +5,9 @@
 
 A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
 At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, a page
-of pairs that share, reading all events, and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time)
-over log(size), from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
+of pairs that share, reading all events, and the restart after kill -9 that adopts everything. Then the exponent of
+each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not grow matters least.
+Tensors have 8 bytes.
 
 Times are CPU time of the daemon's loop, which a busy machine changes little; that of the restart is wall time.
 
