@@ -4,9 +4,10 @@
                           [--large 5,10,20,40] [--large-tensors 10000] [--rounds 5] [--format human|json]
 
 A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
-At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, reading
-all events, and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time)
-over log(size), from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, a page
+of pairs that share, reading all events, and the restart after kill -9 that adopts everything. Then the exponent of
+each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not grow matters least.
+Tensors have 8 bytes.
 
 Times are CPU time of the daemon's loop, which a busy machine changes little; that of the restart is wall time.
 
@@ -103,6 +104,7 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
             row["attach"] = median(daemon, rounds, lambda: client.attach("c1").close())
             row["ls"] = median(daemon, rounds, client.checkpoints)
             row["stats"] = median(daemon, rounds, client.stats)
+            row["sharing"] = median(daemon, rounds, lambda: client.sharing(most=5000))
             row["events"] = median(daemon, rounds, lambda: list(client.events()), EVENTS_PAUSE)
         daemon.kill()
         begun = time.perf_counter()
