@@ -88,6 +88,11 @@ class MemoryAccounting:
         return len(self._domain_of)
 
     @property
+    def numbers(self) -> list[int]:
+        """The numbers of the segments, ascending."""
+        return sorted(self._domain_of)
+
+    @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way: a request that fails now may succeed when it has arrived."""
         return bool(self._reclaims or self._promises.ending or self.freeing or self._creations)
