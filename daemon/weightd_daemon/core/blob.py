@@ -12,6 +12,8 @@ from .digest import BlobIdentity
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
+    from .sharing import BlobUsers
+
 OWN_COPY_BELOW = 64 << 10
 """Equal tensors of one checkpoint below this size are stored once each; larger ones are mapped twice by the client."""
 
@@ -46,10 +48,10 @@ class Blob:
     """One resident run of bytes, held once however many checkpoints refer to it.
 
     `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
-    `holds` counts loads that rely on the bytes staying.
+    `holds` counts loads that rely on the bytes staying. `users` is the sharing index's (sharing.py).
     """
 
-    __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "variant")
+    __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "users", "variant")
 
     def __init__(self, number: int, key: BlobKey, variant: int, segment: int, offset: int, load: int) -> None:
         self.number = number
@@ -61,6 +63,7 @@ class Blob:
         self.state = BlobState.RESERVED
         self.references = 0
         self.holds = 0
+        self.users: BlobUsers | None = None
 
     def __repr__(self) -> str:
         return f"Blob({self.number}, {self.key.digest.hex()[:8]}/{self.length}/{self.variant}, {self.state.value})"
