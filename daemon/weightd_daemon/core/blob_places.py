@@ -92,7 +92,7 @@ class BlobPlaces:
 
     def _strike(self, checkpoint: Checkpoint) -> Iterator[None]:
         memory = self._store.memories.get(checkpoint.key.device)
-        there = set(memory.numbers) if memory is not None else set()
+        there = memory.domains if memory is not None else {}
         for segment in checkpoint.segments:
             if segment not in there:
                 self._chunks.pop(segment, None)

@@ -88,9 +88,9 @@ class MemoryAccounting:
         return len(self._domain_of)
 
     @property
-    def numbers(self) -> list[int]:
-        """The numbers of the segments, ascending."""
-        return sorted(self._domain_of)
+    def domains(self) -> dict[int, str]:
+        """The sharing domain of each segment, in the order of their numbers."""
+        return dict(sorted(self._domain_of.items()))
 
     @property
     def reclaiming(self) -> bool:

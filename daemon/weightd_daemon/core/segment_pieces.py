@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import slot_bytes
 from .ranges import gaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from .blob import Blob
     from .blob_places import BlobPlaces
+    from .sharing import BlobUsers
     from .store import ContentStore
-
-U = TypeVar("U")
 
 _HIDDEN_AT_ONCE = 64 << 20
 """Bytes of a segment of others that are looked at in one step: at most some 8,000 ranges of pages."""
@@ -33,7 +32,7 @@ class PieceKind(enum.Enum):
     OTHERS = "others"
 
 
-class SegmentPiece(NamedTuple, Generic[U]):
+class SegmentPiece(NamedTuple):
     """Bytes [offset, end) of a segment, all of one kind and with the same users.
 
     `blobs` counts the blobs that begin there. `users` is None but for blobs that checkpoints use: those without are
@@ -45,30 +44,27 @@ class SegmentPiece(NamedTuple, Generic[U]):
     end: int
     kind: PieceKind
     blobs: int = 0
-    users: U | None = None
+    users: BlobUsers | None = None
     load: int = 0
 
 
-class SegmentPieces(Generic[U]):
+class SegmentPieces:
     """Says of the segments of one device what is where, a part at a time.
 
-    `users` says who uses a blob: neighbours for which it returns the same are one piece.
+    It is right when `places` and the sharing index have caught up; until then, blobs lack their users.
     """
 
-    def __init__(
-        self, store: ContentStore, device: str, places: BlobPlaces, users: Callable[[Blob], U]
-    ) -> None:
+    def __init__(self, store: ContentStore, device: str, places: BlobPlaces) -> None:
         self._store = store
         self._memory = store.memories[device]
         self._places = places
-        self._users = users
 
-    def following(self, segment: int, start: int) -> tuple[list[SegmentPiece[U]], int]:
+    def following(self, segment: int, start: int) -> tuple[list[SegmentPiece], int]:
         """The pieces from `start` on, at least one, and where they end. It is a step of at most some 4,000 blobs."""
         arena = self._memory.arena(self._memory.domain_of(segment))
         blobs, end = self._places.following(segment, start, arena.size(segment))
         unused = arena.unused(segment, start, end)
-        found: list[SegmentPiece[U]] = self._blobs(blobs, start)
+        found: list[SegmentPiece] = self._blobs(blobs, start)
         for kind, ranges in (
             (PieceKind.HOLE, unused.holes),
             (PieceKind.HOLLOW, unused.hollow),
@@ -82,33 +78,33 @@ class SegmentPieces(Generic[U]):
         found.sort(key=_offset)
         return found, end
 
-    def hidden(self, segment: int, start: int) -> tuple[list[SegmentPiece[U]], int]:
+    def hidden(self, segment: int, start: int) -> tuple[list[SegmentPiece], int]:
         """As `following`, for somebody who may not see what the segment holds: only where it has memory."""
         arena = self._memory.arena(self._memory.domain_of(segment))
         end = min(arena.size(segment), start + _HIDDEN_AT_ONCE)
         hollow = arena.unused(segment, start, end).hollow
-        found: list[SegmentPiece[U]] = [SegmentPiece(low, high, PieceKind.HOLLOW) for low, high in hollow]
+        found: list[SegmentPiece] = [SegmentPiece(low, high, PieceKind.HOLLOW) for low, high in hollow]
         found += [SegmentPiece(low, high, PieceKind.OTHERS) for low, high in gaps(start, end, hollow)]
         return sorted(found, key=_offset), end
 
-    def _blobs(self, blobs: Iterable[Blob], start: int) -> list[SegmentPiece[U]]:
+    def _blobs(self, blobs: Iterable[Blob], start: int) -> list[SegmentPiece]:
         """Blobs that follow each other and have the same users, as one piece each."""
-        found: list[SegmentPiece[U]] = []
-        low = high = count = 0
-        users: U | None = None
+        found: list[SegmentPiece] = []
+        low, high, count = start, -1, 0
+        users: BlobUsers | None = None
         for blob in blobs:
-            offset, used = blob.offset, self._users(blob)
-            if offset != high or used != users or not count:
+            offset = blob.offset
+            if offset != high or blob.users is not users:
                 if high > low:
                     found.append(SegmentPiece(low, high, PieceKind.BLOBS, count, users))
-                low, users, count = max(offset, start), used, 0
+                low, users, count = max(offset, start), blob.users, 0
             count += offset >= start
             high = offset + slot_bytes(blob.key.length)
         if high > low:
             found.append(SegmentPiece(low, high, PieceKind.BLOBS, count, users))
         return found
 
-    def _granted(self, segment: int, start: int, end: int) -> list[SegmentPiece[U]]:
+    def _granted(self, segment: int, start: int, end: int) -> list[SegmentPiece]:
         """What open loads were granted of [start, end). No checkpoint uses the blobs in the rest."""
         granted = sorted(
             (max(extent.offset, start), min(extent.end, end), load)
@@ -116,12 +112,12 @@ class SegmentPieces(Generic[U]):
             for extent in self._memory.granted(load)
             if extent.segment == segment and extent.offset < end and extent.end > start
         )
-        found: list[SegmentPiece[U]] = [
+        found: list[SegmentPiece] = [
             SegmentPiece(low, high, PieceKind.IN_FLIGHT, load=load) for low, high, load in granted
         ]
         rest = gaps(start, end, [extent[:2] for extent in granted])
         return found + [SegmentPiece(low, high, PieceKind.BLOBS) for low, high in rest]
 
 
-def _offset(piece: SegmentPiece[U]) -> int:
+def _offset(piece: SegmentPiece) -> int:
     return piece.offset
