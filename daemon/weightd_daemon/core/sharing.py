@@ -280,12 +280,16 @@ class SharingIndex:
             checkpoint = next(iter(self._noted))
             there = self._at(checkpoint.key.device)
             if self._noted.pop(checkpoint):
-                sharer = Sharer(checkpoint, pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key))
+                sharer = Sharer(
+                    checkpoint, pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key)
+                )
                 return there.come(sharer)
             return there.go(there.sharers[checkpoint])
         _, checkpoint = self._marked.popitem()
         there = self._at(checkpoint.key.device)
-        return there.mark(there.sharers[checkpoint], pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key))
+        return there.mark(
+            there.sharers[checkpoint], pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key)
+        )
 
     def _at(self, device: str) -> DeviceSharing:
         self._device = device
