@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arena import Extent, slot_bytes
 from .digest import BlobIdentity
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
-
-    from .sharing import BlobUsers
 
 OWN_COPY_BELOW = 64 << 10
 """Equal tensors of one checkpoint below this size are stored once each; larger ones are mapped twice by the client."""
@@ -48,7 +46,7 @@ class Blob:
     """One resident run of bytes, held once however many checkpoints refer to it.
 
     `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
-    `holds` counts loads that rely on the bytes staying. `users` is the sharing index's (sharing.py).
+    `holds` counts loads that rely on the bytes staying. `users` belongs to sharing.py, which imports this module.
     """
 
     __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "users", "variant")
@@ -63,7 +61,7 @@ class Blob:
         self.state = BlobState.RESERVED
         self.references = 0
         self.holds = 0
-        self.users: BlobUsers | None = None
+        self.users: Any = None
 
     def __repr__(self) -> str:
         return f"Blob({self.number}, {self.key.digest.hex()[:8]}/{self.length}/{self.variant}, {self.state.value})"

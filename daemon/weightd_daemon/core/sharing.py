@@ -1,9 +1,9 @@
 """Who shares with whom: the resident blobs, grouped by the checkpoints that use them.
 
 A *part* is one component of a resident checkpoint. Blobs that the same parts use have one `BlobUsers`, so a question
-about sharing goes through these few sets and not through the blobs. The sets follow the checkpoints with a delay: a seal
-or an eviction is one step of the loop and only notes the change here; `go_on` works notes off, a bounded piece a call.
-The sets are right whenever nothing is noted (`behind`).
+about sharing goes through these few sets and not through the blobs. The sets follow the checkpoints with a delay: a
+seal or an eviction is one step of the loop and only notes the change here; `go_on` works notes off, a bounded piece a
+call. The sets are right whenever nothing is noted (`behind`).
 
 A set is a tuple of its parts, which costs 8 bytes for each use of a blob, so no sharing pattern costs more than its
 tensors are charged for (`checkpoint.BYTES_OF_TENSOR`).
@@ -37,11 +37,15 @@ class Part:
 
 
 class Sharer:
-    """A resident checkpoint as the index knows it. `pinned` and `leased` are as last noted."""
+    """A resident checkpoint as the index knows it. `pinned` and `leased` are as last noted.
 
-    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "parts", "pinned")
+    `number` is above 0; of two checkpoints the one with the lower came first.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
+    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "number", "parts", "pinned")
+
+    def __init__(self, number: int, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
+        self.number = number
         self.checkpoint = checkpoint
         self.parts: list[Part] = []
         self.exclusive_bytes = 0
@@ -69,14 +73,7 @@ class BlobUsers:
 
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that use the blobs, each once."""
-        return [sharer.checkpoint for sharer, _ in groupby(self.parts, _sharer_of)]
-
-    def by_sharer(self) -> Iterator[Sharer]:
-        """The checkpoints as the index knows them, each once."""
-        return (sharer for sharer, _ in groupby(self.parts, _sharer_of))
-
-
-_sharer_of = attrgetter("sharer")
+        return [sharer.checkpoint for sharer, _ in groupby(self.parts, attrgetter("sharer"))]
 
 
 class DeviceSharing:
@@ -116,13 +113,13 @@ class DeviceSharing:
         """Count a checkpoint as pinned, as leased, as both or as neither, in steps."""
         pins, leases = pinned - sharer.pinned, leased - sharer.leased
         sharer.pinned, sharer.leased = pinned, leased
-        work = 0
-        for users in [users for part in sharer.parts for users in part.sets] if pins or leases else ():
+        if not pins and not leases:
+            return
+        for work, users in enumerate((users for part in sharer.parts for users in part.sets), 1):
             self._count(users, -users.length)
             users.pinned += pins
             users.leased += leases
             self._count(users, users.length)
-            work += 1
             if work % WORK_IN_A_STEP == 0:
                 yield
 
@@ -133,7 +130,7 @@ class DeviceSharing:
         moved: dict[BlobUsers | None, tuple[BlobUsers | None, list[int]]] = {}
         work = 0
         for blob in blobs:
-            before = blob.users
+            before: BlobUsers | None = blob.users
             move = moved.get(before)
             if move is None:
                 move = moved[before] = changed(before, part), []
@@ -219,11 +216,12 @@ class SharingIndex:
         self.on_note: Callable[[], None] = lambda: None
         self.revision = 0
         """How often the sets have changed."""
+        self._last = 0
         self._is_leased = is_leased
         self._devices: dict[str, DeviceSharing] = {}
         self._noted: dict[Checkpoint, bool] = {}
         """Checkpoints that have come (True) or gone (False), in that order."""
-        self._marked: dict[CheckpointKey, Checkpoint] = {}
+        self._marked: dict[Checkpoint, None] = {}
         """Checkpoints that were pinned or leased, or are so no longer."""
         self._steps: Iterator[None] | None = None
         self._device = ""
@@ -238,24 +236,22 @@ class SharingIndex:
 
     def went(self, checkpoint: Checkpoint) -> None:
         """A checkpoint is no longer resident."""
-        self._marked.pop(checkpoint.key, None)
+        self._marked.pop(checkpoint, None)
         if not self._noted.pop(checkpoint, False):
             self._noted[checkpoint] = False
             self.on_note()
 
     def marked(self, checkpoint: Checkpoint) -> None:
         """A resident checkpoint was pinned or leased, or is so no longer."""
-        self._marked[checkpoint.key] = checkpoint
+        self._marked[checkpoint] = None
         self.on_note()
 
     def lose(self, device: str) -> None:
         """Everything on a device is gone."""
         self._devices.pop(device, None)
-        for noted in (self._noted, {c: None for c in self._marked.values()}):
-            for checkpoint in [checkpoint for checkpoint in noted if checkpoint.key.device == device]:
-                self._noted.pop(checkpoint, None)
-                self._marked.pop(checkpoint.key, None)
-        if self._device == device:
+        self._noted = {one: come for one, come in self._noted.items() if one.key.device != device}
+        self._marked = {one: None for one in self._marked if one.key.device != device}
+        if self._device == device:  # whose blobs it may be going through
             self._steps = None
         self.revision += 1
 
@@ -270,36 +266,30 @@ class SharingIndex:
         """Work off a bounded piece of what was noted. Returns whether there is more."""
         if self._steps is None and (self._noted or self._marked):
             self._steps = self._begin()
-            self.revision += 1
-        if self._steps is not None and next(self._steps, _OVER) is _OVER:
+        if self._steps is not None and next(self._steps, "over") == "over":
             self._steps = None
         return self.behind
 
     def _begin(self) -> Iterator[None]:
-        if self._noted:
-            checkpoint = next(iter(self._noted))
-            there = self._at(checkpoint.key.device)
-            if self._noted.pop(checkpoint):
-                sharer = Sharer(
-                    checkpoint, pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key)
-                )
-                return there.come(sharer)
-            return there.go(there.sharers[checkpoint])
-        _, checkpoint = self._marked.popitem()
-        there = self._at(checkpoint.key.device)
-        return there.mark(
-            there.sharers[checkpoint], pinned=checkpoint.pinned, leased=self._is_leased(checkpoint.key)
-        )
-
-    def _at(self, device: str) -> DeviceSharing:
-        self._device = device
-        return self._devices.setdefault(device, DeviceSharing())
+        checkpoint = next(iter(self._noted or self._marked))
+        self._device = checkpoint.key.device
+        there = self._devices.setdefault(self._device, DeviceSharing())
+        pinned, leased = checkpoint.pinned, self._is_leased(checkpoint.key)
+        if checkpoint not in self._noted:
+            del self._marked[checkpoint]
+            return there.mark(there.sharers[checkpoint], pinned=pinned, leased=leased)
+        self.revision += 1
+        if self._noted.pop(checkpoint):
+            self._last += 1
+            return there.come(Sharer(self._last, checkpoint, pinned=pinned, leased=leased))
+        return there.go(there.sharers[checkpoint])
 
     # -- questions, which are answered right only when it is not behind ----------------------------------------------
 
     def of(self, blob: Blob) -> BlobUsers | None:
         """The parts that use a blob; None where no checkpoint does."""
-        return blob.users
+        users: BlobUsers | None = blob.users
+        return users
 
     def on(self, device: str) -> DeviceSharing:
         """The sets and sums of a device."""
@@ -308,6 +298,3 @@ class SharingIndex:
     def sharer(self, checkpoint: Checkpoint) -> Sharer | None:
         """What is known of a checkpoint; None of one that is not resident."""
         return self.on(checkpoint.key.device).sharers.get(checkpoint)
-
-
-_OVER = object()
