@@ -17,6 +17,7 @@ from weightd_daemon.core.principal import Principal
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.handles.connections import HandleSocketConnection
+from weightd_daemon.inspection.loads_under_way import PHASES
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, LoadGroups, LoadOutcome, LoadRequest, LoadStatus
 from weightd_daemon.loads.verification import LoadVerification
@@ -37,11 +38,6 @@ _NAME_STATES = {
     "absent": checkpoint_pb2.CHECKPOINT_STATE_ABSENT,
     "lost": checkpoint_pb2.CHECKPOINT_STATE_LOST,
     "evicted": checkpoint_pb2.CHECKPOINT_STATE_EVICTED,
-}
-_PHASES = {
-    "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
-    "hashing": checkpoint_pb2.LoadProgress.PHASE_HASHING,
-    "copying": checkpoint_pb2.LoadProgress.PHASE_COPYING,
 }
 
 
@@ -316,7 +312,7 @@ async def _component(name: str, tensors: int, blobs: list[Blob], turn: LoopTurn)
 
 def _progress(progress: LoadStatus) -> checkpoint_pb2.LoadEvent:
     report = checkpoint_pb2.LoadProgress(
-        phase=_PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
+        phase=PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
     )
     return checkpoint_pb2.LoadEvent(progress=report)
 
