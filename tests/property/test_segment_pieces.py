@@ -59,7 +59,7 @@ class MapMachine(StoreMachine):
         self.catch_up()
         memory, counted = self.memory, Counter[PieceKind]()
         blobs = 0
-        for segment, domain in memory.domains.items():
+        for segment, domain in memory.domains().items():
             whole = self.read_all(segment)
             arena = memory.arena(domain)
             self.is_right(segment, whole)
@@ -76,7 +76,7 @@ class MapMachine(StoreMachine):
         in_flight = self.store.in_flight_bytes(DEVICE) - sum(one.size for one in self.creating)
         assert counted[PieceKind.IN_FLIGHT] == in_flight
         assert counted[PieceKind.LEAVING] == sum(
-            memory.arena(domain).leaving for domain in set(memory.domains.values())
+            memory.arena(domain).leaving for domain in set(memory.domains().values())
         )
         assert blobs == sum(blob.references > 0 for blob in sealed_blobs(self.store))
         slots = sum(blob.slot.length for blob in sealed_blobs(self.store))
@@ -93,7 +93,7 @@ class MapMachine(StoreMachine):
                 blob for chunks in self.places._chunks.values() for chunk in chunks.values() for blob in chunk.values()
             ]
             assert set(known) == {blob for blob in sealed_blobs(self.store) if blob.references}
-        for segment in self.memory.domains:
+        for segment in self.memory.domains():
             shown = [piece for piece in self.read_all(segment) if piece.kind is PieceKind.BLOBS]
             slots = sum(blob.slot.length for blob in sealed_blobs(self.store) if blob.segment == segment)
             assert sum(piece.end - piece.offset for piece in shown) == slots

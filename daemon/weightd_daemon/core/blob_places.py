@@ -38,17 +38,20 @@ class BlobPlaces:
         self._chunks: dict[int, dict[int, _Chunk]] = {}
         """By segment and MiB of it, the blobs that begin there, by offset."""
 
+    @property
+    def behind(self) -> bool:
+        """Whether `catch_up` has anything to do."""
+        return self._known != self._store.checkpoints
+
     def catch_up(self) -> Iterator[None]:
         """Enter what has come and strike out what has gone, in steps, until there is no more.
 
         One call has to end before the next one begins.
         """
         there = self._store.checkpoints
-        while True:
+        while self.behind:
             gone = [checkpoint for key, checkpoint in self._known.items() if there.get(key) is not checkpoint]
             come = [checkpoint for key, checkpoint in there.items() if self._known.get(key) is not checkpoint]
-            if not gone and not come:
-                return
             for checkpoint in gone:
                 del self._known[checkpoint.key]
                 yield from self._strike(checkpoint)
@@ -92,7 +95,7 @@ class BlobPlaces:
 
     def _strike(self, checkpoint: Checkpoint) -> Iterator[None]:
         memory = self._store.memories.get(checkpoint.key.device)
-        there = memory.domains if memory is not None else {}
+        there = memory.domains() if memory is not None else {}
         for segment in checkpoint.segments:
             if segment not in there:
                 self._chunks.pop(segment, None)

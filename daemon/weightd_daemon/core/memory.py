@@ -87,7 +87,6 @@ class MemoryAccounting:
         """Number of segments."""
         return len(self._domain_of)
 
-    @property
     def domains(self) -> dict[int, str]:
         """The sharing domain of each segment, in the order of their numbers."""
         return dict(sorted(self._domain_of.items()))

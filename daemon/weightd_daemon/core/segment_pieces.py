@@ -92,12 +92,13 @@ class SegmentPieces:
         found: list[SegmentPiece] = []
         low, high, count = start, -1, 0
         users: BlobUsers | None = None
+        of = self._store.sharing.of
         for blob in blobs:
-            offset = blob.offset
-            if offset != high or blob.users is not users:
+            offset, used_by = blob.offset, of(blob)
+            if offset != high or used_by is not users:
                 if high > low:
                     found.append(SegmentPiece(low, high, PieceKind.BLOBS, count, users))
-                low, users, count = max(offset, start), blob.users, 0
+                low, users, count = max(offset, start), used_by, 0
             count += offset >= start
             high = offset + slot_bytes(blob.key.length)
         if high > low:
