@@ -127,9 +127,9 @@ def test_memory_in_flight_is_on_the_map(start_daemon: StartDaemon, short_path: P
 def test_of_others_the_map_says_how_much(start_daemon: StartDaemon, user: User, short_path: Path) -> None:
     short_path.chmod(0o755)
     daemon = open_to_all(start_daemon, isolation="uid")
-    path = checkpoints.write_random(short_path / "m.safetensors", 2, MIB)
     alice, bob = user(daemon, ALICE), user(daemon, BOB)
-    for one in (alice, bob):
+    for one, seed in ((alice, "a"), (bob, "b")):
+        path = checkpoints.write_random(short_path / f"{seed}.safetensors", 2, MIB, seed=seed)
         one.run("client.load_report(path, name='mine')", path=str(path))
     look = "m = client.device_map(); result = sorted((e.kind, e.length, e.blobs) for e in m.extents), len(m.names)"
     for one in (alice, bob):
@@ -138,7 +138,6 @@ def test_of_others_the_map_says_how_much(start_daemon: StartDaemon, user: User, 
         assert names == 1
         assert one.run("result = [t.users.others for t in client.tensors('mine')]") == [0, 0]
     digest = alice.run("result = client.checkpoints()[0].content_digest")
-    bob.run("client.remove('mine')")
     assert bob.run(f"result = attempt(client.tensors, {digest!r})[0]") == "NotFoundError"
     with daemon.connect() as admin:
         assert {one.kind for one in admin.device_map().extents} <= {"blobs", "hole", "hollow", "leaving"}
