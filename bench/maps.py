@@ -8,7 +8,8 @@ The books of a daemon are filled, without memory or files, with so many checkpoi
 - halves: 20 checkpoints at a time have the blobs of one in common, and of those each has half, drawn by chance;
 - checkered: every second blob of a checkpoint has gone with another one, so that each blob has holes around it.
 
-Then the whole map is asked for page by page on a loop, as clients do. Times are CPU time, over all threads; the longest step is that of the loop. The list of
+Then the whole map is asked for page by page on a loop, as clients do. Times are CPU time, over all threads; the longest
+step is that of the loop. The list of
 tensors is that of one checkpoint of as many tensors as `--tensors` says.
 
 Aim: a page of 5,000 rows in under 100 ms, and no step over 20 ms.
