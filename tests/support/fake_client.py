@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from weightd.inspection import SharedComponents, SharedPair
 from weightd.types import (
     CheckpointDetails,
     CheckpointInfo,
@@ -127,10 +128,16 @@ class FakeClient:
 
     def stats(self) -> Any:
         device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3, 4 * GIB)
+        device = replace(device, pinned_bytes=GIB, leased_bytes=GIB, evictable_bytes=MIB, hole_bytes=3 * MIB)
         return self._answer(
             "stats",
-            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
+            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2, revision=1),
         )
+
+    def sharing(self, reference: str | None = None, device: str | None = None, *, most: int | None = None) -> Any:
+        part = SharedComponents("unet", "unet", 50 * MIB)
+        pair = SharedPair("host", DIGEST, "cd" * 32, "org/base", "tuned", 50 * MIB, 20 * MIB, (part,))
+        return self._answer("sharing", [pair], reference, device, most)
 
     def pin(self, reference: str, device: str | None = None) -> Any:
         return self._answer("pin", CHECKPOINT, reference, device)

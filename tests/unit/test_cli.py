@@ -198,11 +198,12 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["groups"] == []
     assert found["checkpoint"]["names"] == ["org/base", "base"]
     assert found["sources"][0]["modified_at"] == "2026-01-02T03:04:05.000Z"
-    assert fake.calls == [("inspect", "base", "host"), ("attach", DIGEST, "host", True)]
+    asked = [("attach", DIGEST, "host", True), ("sharing", DIGEST, "host", None)]
+    assert fake.calls == [("inspect", "base", "host"), *asked]
     assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
     (tensor,) = as_json(capsys)["tensors"]
     assert (tensor["name"], tensor["shape"], tensor["digest"]) == ("w", [2, 3], "01" * 16)
-    assert fake.calls[-1] == ("attach", DIGEST, "host", True), "what was inspected, and nothing else that is so called"
+    assert fake.calls[-2:] == asked, "what was inspected, and nothing else that is so called"
     assert main(["inspect", "base", "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert "2x3" in printed

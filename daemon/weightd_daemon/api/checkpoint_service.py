@@ -104,7 +104,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         ]
         rows = []
         for checkpoint in list(parts.catalog.visible(who)):
-            await self._count(checkpoint, turn)
+            await parts.sharing.caught_up()
             if parts.store.checkpoints.get(checkpoint.key) is checkpoint:
                 rows.append((checkpoint, self._checkpoint(checkpoint)))
             if turn.is_over:
@@ -138,7 +138,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 await _component(name, tensors, checkpoint.components.get(name, []), turn)
                 for name, tensors in sorted(checkpoint.tensors.items())
             ]
-            await self._count(checkpoint, turn)
+            await self._parts.sharing.caught_up()
             if self._parts.store.checkpoints.get(checkpoint.key) is checkpoint:
                 break  # else it went while it was counted: find says so, or finds what has its name now
         device = self._parts.devices[checkpoint.key.device]
@@ -240,19 +240,14 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
         change(who, checkpoint, request.reference)
-        await self._count(checkpoint, LoopTurn())
+        await self._parts.sharing.caught_up()
         return self._checkpoint(checkpoint)
 
-    async def _count(self, checkpoint: Checkpoint, turn: LoopTurn) -> None:
-        """Count little by little what is reported of a checkpoint; of one that goes meanwhile nothing is exclusive."""
-        for _ in self._parts.store.count_exclusive(checkpoint):
-            if turn.is_over:
-                await turn.next()
-
     def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
+        """What is reported of a checkpoint; of one that has gone, nothing is exclusive. The index is caught up with."""
         parts = self._parts
         owner = parts.catalog.owner(checkpoint)
-        exclusive = parts.store.exclusive_bytes(checkpoint)
+        exclusive = parts.store.sharing.exclusive_bytes(checkpoint)
         return checkpoint_pb2.Checkpoint(
             names=parts.catalog.names(checkpoint),
             content_digest=checkpoint.key.content_digest,
