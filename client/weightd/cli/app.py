@@ -22,6 +22,7 @@ from weightd.cli import (
     operating,
     planning,
     serving,
+    token,
     unit,
     usage,
 )
@@ -94,6 +95,7 @@ app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
 
