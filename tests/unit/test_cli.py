@@ -674,6 +674,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "doctor",
         "ping",
         "version",
+        "token",
         "unit",
         "config",
     ]
