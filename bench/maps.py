@@ -6,7 +6,7 @@ The books of a daemon are filled, without memory or files, with so many checkpoi
 
 - apart: each checkpoint has blobs of its own, one behind the other, so that its extents are few and long;
 - halves: 20 checkpoints at a time have the blobs of one in common, and of those each has half, drawn by chance;
-- checkered: every second blob of a checkpoint has gone with another one, so that each blob has holes around it.
+- checkered: every second blob has gone with its checkpoint, so that each that is left has holes around it.
 
 Then the whole map is asked for page by page on a loop, as clients do. Times are CPU time, over all threads; the longest
 step is that of the loop. The list of
@@ -98,18 +98,20 @@ def fill(books: Books, shape: str, checkpoints: int, blobs: int) -> None:
     """Bring checkpoints with about so many blobs."""
     chance, each = random.Random(0), blobs // checkpoints
     common: list[Blob] = []
+    gone: list[Checkpoint] = []
     for number in range(checkpoints):
         if shape == "apart":
             books.add(each)
         elif shape == "checkered":
-            gone = books.add(2 * each)
-            books.add(1, list(gone.unique.values())[::2])
-            books.store.evict(gone, "removed")
-            books.settle()
+            gone.append(books.add(each))
+            books.add(1, list(gone[-1].unique.values())[::2])
         elif number % FAMILY:
             books.add(each, [blob for blob in common if chance.random() < 0.5])
         else:
             common = list(books.add(each).unique.values())
+    for checkpoint in gone:
+        books.store.evict(checkpoint, "removed")
+        books.settle()
 
 
 class Steps:

@@ -99,13 +99,16 @@ def test_a_look_is_no_use_no_lease_and_no_event(daemon: Daemon, tmp_path: Path) 
     path = checkpoints.write_random(tmp_path / "m.safetensors", 3, MIB)
     with daemon.connect() as client:
         client.load_report(path, name="m")
-        before = client.checkpoints(), client.stats().revision, len(list(client.events()))
+
+        def state() -> tuple[object, ...]:
+            return client.checkpoints(), client.leases(), client.stats().revision, len(list(client.events()))
+
+        before = state()
         client.device_map()
         client.tensors("m")
         daemon.command("map")
         daemon.command("inspect", "m", "--tensors")
-        assert client.leases() == []
-        assert (client.checkpoints(), client.stats().revision, len(list(client.events()))) == before
+        assert state() == before
 
 
 def test_memory_in_flight_is_on_the_map(start_daemon: StartDaemon, short_path: Path) -> None:
