@@ -29,7 +29,7 @@ class BlobPlaces:
     """The blobs that resident checkpoints use, by segment and offset.
 
     Until it has caught up, blobs of checkpoints that have come since are missing. Those of checkpoints that have gone
-    are never returned. A small tensor takes 37 bytes, which `checkpoint.BYTES_OF_TENSOR` covers; one of a MiB takes 290.
+    are never returned. A small blob takes 37 bytes, which `checkpoint.BYTES_OF_TENSOR` covers, one of a MiB 290.
     """
 
     def __init__(self, store: ContentStore) -> None:
