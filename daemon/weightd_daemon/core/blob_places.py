@@ -97,9 +97,8 @@ class BlobPlaces:
         blobs = iter(list(checkpoint.unique.values()))
         while some := list(islice(blobs, _AT_ONCE)):
             for blob in some:
-                if blob.references:  # else the checkpoint has gone meanwhile, and something else may lie there
-                    chunks = self._chunks.setdefault(blob.segment, {})
-                    chunks.setdefault(blob.offset >> _CHUNK_BITS, {})[blob.offset] = blob.number
+                chunks = self._chunks.setdefault(blob.segment, {})
+                chunks.setdefault(blob.offset >> _CHUNK_BITS, {})[blob.offset] = blob.number
             yield
 
     def _sweep(self, segment: int) -> Iterator[None]:
