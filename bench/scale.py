@@ -8,6 +8,10 @@ At each size it is timed: one more load, its removal, naming what is resident, a
 of the device, the tensors of one checkpoint, reading all events, and the restart after kill -9 that adopts everything.
 Then the exponent of each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not
 grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, a page
+of pairs that share, reading all events, and the restart after kill -9 that adopts everything. Then the exponent of
+each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not grow matters least.
+Tensors have 8 bytes.
 
 Times are CPU time of the daemon's loop, which a busy machine changes little; that of the restart is wall time.
 
@@ -106,6 +110,7 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
             row["stats"] = median(daemon, rounds, client.stats)
             row["map"] = median(daemon, rounds, client.device_map)
             row["tensors"] = median(daemon, rounds, lambda: client.tensors("c1"))
+            row["sharing"] = median(daemon, rounds, lambda: client.sharing(most=5000))
             row["events"] = median(daemon, rounds, lambda: list(client.events()), EVENTS_PAUSE)
         daemon.kill()
         begun = time.perf_counter()

@@ -25,7 +25,8 @@ class MapMachine(StoreMachine):
         super().__init__()
         self.patch.setattr(blob_places_module, "_AT_ONCE", 1)
         self.patch.setattr(blob_places_module, "_CHUNK_BITS", 11)
-        self.patch.setattr(segment_pieces_module, "_HIDDEN_AT_ONCE", 3 * PAGE)
+        self.patch.setattr(segment_pieces_module, "PART_BYTES", 3 * PAGE)
+        self.patch.setattr(blob_places_module, "PART_BYTES", 3 * PAGE)
 
     @initialize(looked=st.booleans())
     def choose(self, looked: bool) -> None:

@@ -22,6 +22,9 @@ _AT_ONCE = 1000
 _CHUNK_BITS = 20
 """A segment is looked at by the MiB, in which at most 4,096 blobs begin: they are sorted when somebody asks."""
 
+PART_BYTES = 16 << 20
+"""Bytes without a blob that are looked at in one step: they may be some 10,000 ranges."""
+
 _Chunk = dict[int, int]
 """Numbers of blobs by offset. Not the blobs: a dictionary of numbers costs no collection of garbage anything."""
 
@@ -76,7 +79,7 @@ class BlobPlaces:
         at = bisect_left(offsets, start)
         numbers = [chunk[offset] for offset in offsets[at:]]
         end = number + 1 if chunk else min((later for later in chunks if later > number), default=-1)
-        end = size if end < 0 else min(end << _CHUNK_BITS, size)
+        end = min(size if end < 0 else end << _CHUNK_BITS, size, start + PART_BYTES)
         before = self._blob(chunk[offsets[at - 1]] if at else self._last_before(chunks, number))
         found = [before] if before is not None and before.slot.end > start else []
         found += [blob for one in numbers if (blob := self._blob(one)) is not None]
