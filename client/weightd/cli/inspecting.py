@@ -31,9 +31,9 @@ from weightd.cli.partners import ask, print_partners
 from weightd.cli.rows import print_rows, rows_json, summary
 from weightd.cli.tables import Column, elided, emit_table, terminal_width
 from weightd.errors import WeightdError
-from weightd.inspection import SharedPair
+from weightd.inspection import SharedPair, StoredTensor
 from weightd.remembered import Row
-from weightd.types import CheckpointDetails, CheckpointInfo, TensorInfo
+from weightd.types import CheckpointDetails, CheckpointInfo
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -58,6 +58,7 @@ _TENSOR_COLUMNS = (
     Column("DTYPE", common=True),
     Column("SHAPE"),
     Column("BYTES", right=True),
+    Column("USED BY", right=True, common=True, spare=4),
     Column("SEGMENT", right=True, spare=2),
     Column("OFFSET", right=True, spare=1),
     Column("DIGEST", spare=3),
@@ -86,15 +87,14 @@ def inspect(
       weightd inspect base --tensors --wide
       weightd inspect org/name --format json
     """
-    listed: list[TensorInfo] = []
+    listed: list[StoredTensor] = []
     with open_client(context, socket) as client:
         details = client.inspect(meant(reference, variant), device)
         found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
         if tensors or (found.content_digest and (output is OutputFormat.JSON or not quiet)):
             try:
-                with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
-                    listed = list(attachment.tensors.values())
-            except WeightdError:  # its device is absent, the daemon drains, or it went meanwhile
+                listed = client.tensors(found.content_digest, found.device)
+            except WeightdError:  # it went meanwhile, or the daemon is older
                 if tensors:
                     raise
         asked = output is OutputFormat.JSON or not quiet
@@ -102,7 +102,7 @@ def inspect(
     with saying_what_is_chosen(quiet=quiet):
         rows = remembered.rows(listed)
     if output is OutputFormat.JSON:
-        more = {"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}
+        more = {"tensors": [_tensor_json(tensor) for tensor in listed]} if tensors else {}
         shared = {"partners": None if partners is None else [_partner_json(pair) for pair in partners]}
         emit_json(_details_json(details) | shared | {"groups": rows_json(rows, members=tensors)} | more)
     elif quiet:
@@ -229,7 +229,13 @@ def _print_parts(details: CheckpointDetails, *, wide: bool) -> None:
         )
 
 
-def _print_tensors(tensors: Sequence[TensorInfo], *, wide: bool) -> None:
+def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
+    table = asdict(tensor)
+    users = table.pop("users")
+    return table | {"checkpoints": users["checkpoints"], "others": users["others"]}
+
+
+def _print_tensors(tensors: Sequence[StoredTensor], *, wide: bool) -> None:
     emit("")
     emit_table(
         _TENSOR_COLUMNS,
@@ -240,6 +246,7 @@ def _print_tensors(tensors: Sequence[TensorInfo], *, wide: bool) -> None:
                 tensor.dtype,
                 "x".join(map(str, tensor.shape)) or "scalar",
                 str(tensor.length),
+                str(len(tensor.users.checkpoints) + tensor.users.others),
                 str(tensor.segment),
                 str(tensor.offset),
                 tensor.digest.hex()[: None if wide else 12],
