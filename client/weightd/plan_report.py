@@ -104,22 +104,26 @@ class NearDuplicate:
 class BudgetStep:
     """A checkpoint in the order of loading: `added_bytes` is what those before it do not hold yet.
 
-    `used_bytes` counts all up to this one, also those that do not fit. `removed` names the checkpoints to remove so that
-    this one fits instead; empty if it fits, or if it would not fit alone.
+    `total_bytes` is what all up to this one hold together, also those that do not fit. For one that does not, `remove`
+    names fitting checkpoints without which it fits; it is empty if even all of them would not do.
     """
 
     name: str
     added_bytes: int
-    used_bytes: int
+    total_bytes: int
     fits: bool
-    removed: tuple[str, ...]
+    remove: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetPlan:
-    """What fits `bytes`, and in which order: next is always the checkpoint that adds the fewest bytes."""
+    """What fits a budget, and in which order: next is always the checkpoint that adds the fewest bytes.
 
-    bytes: int
+    So none that comes after the first that does not fit would fit beside those before it. `fitting` counts the fitting
+    ones, and `used_bytes` is what they hold together.
+    """
+
+    budget_bytes: int
     used_bytes: int
     fitting: int
     order: tuple[BudgetStep, ...]
