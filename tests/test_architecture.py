@@ -86,7 +86,20 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "turns", "wire"),
+    "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
+    "api": (
+        "core",
+        "devices",
+        "handles",
+        "heap",
+        "inspection",
+        "loads",
+        "log_line",
+        "monitoring",
+        "operations",
+        "turns",
+        "wire",
+    ),
 }
 ROOTS = ("app", "bookkeeping", "diagnosis", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.
