@@ -1,7 +1,7 @@
 // Draws the sharing matrix: how much of each checkpoint's bytes each other one uses as well.
 
 import { element, redraw } from "weightd/dom.js";
-import { percent, printable, size } from "weightd/format.js";
+import { percent, plural, printable, size } from "weightd/format.js";
 
 export const MOST = 20; // checkpoints that the matrix has; people cannot read more at once
 
@@ -57,7 +57,8 @@ export class SharingMatrix {
           element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "Of the bytes of"), element("th", { scope: "col", class: "number" }, "only here"), heads)),
           element("tbody", {}, lines))),
       left > 0 ? element("p", { class: "hint" }, sharing > rows.length
-        ? `The ${rows.length} that share most of ${sharing} that share.` : `${left} that share nothing are left out.`) : null,
+        ? `The ${rows.length} checkpoints that share most; ${plural(left, "other")} are left out.`
+        : `Left out: ${plural(left, "checkpoint")} with nothing in common with any other.`) : null,
     ];
   }
 
