@@ -39,6 +39,9 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
+    "weightd.page": ("weightd.web.server", "weightd.cli*"),
+    "weightd.web": ("weightd.cli.browsing",),
+    "aiohttp": ("weightd.web.server",),
     "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),

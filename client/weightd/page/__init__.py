@@ -1,1 +1,1 @@
-"""Pages: the drawing code (`assets/`) of the report of `weightd plan --html` and of `weightd web`, and its documents."""
+"""Pages: the drawing code in `assets/`, and the documents that it draws: a plan's report, and `weightd web`."""
