@@ -42,6 +42,10 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd_daemon": ("weightd_fleet.planning", "weightd_fleet.publishing.*"),
     "weightd_fleet": (),
     "blake3": ("weightd_fleet.core.digests",),
+    "weightd.page": ("weightd.web.server", "weightd.cli*"),
+    "weightd.web": ("weightd.cli.browsing",),
+    "aiohttp": ("weightd.web.server",),
+    "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
         (
@@ -87,8 +91,32 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
-    "monitoring": ("core", "config", "devices", "handles", "loads", "log_line", "operations", "persistence", "wire"),
-    "api": ("core", "devices", "handles", "heap", "loads", "log_line", "monitoring", "operations", "turns", "wire"),
+    "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
+    "monitoring": (
+        "core",
+        "config",
+        "devices",
+        "handles",
+        "inspection",
+        "loads",
+        "log_line",
+        "operations",
+        "persistence",
+        "wire",
+    ),
+    "api": (
+        "core",
+        "devices",
+        "handles",
+        "heap",
+        "inspection",
+        "loads",
+        "log_line",
+        "monitoring",
+        "operations",
+        "turns",
+        "wire",
+    ),
 }
 ROOTS = ("app", "bookkeeping", "diagnosis", "planning", "__main__")
 # Exceptions, good only inside a function or under TYPE_CHECKING: attaching without tensors must not need torch.

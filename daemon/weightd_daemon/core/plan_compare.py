@@ -1,0 +1,101 @@
+"""Compares tensor lists of planned checkpoints: which tensors differ, and what could be equal as far as headers say."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+from weightd.plan_report import Difference, DifferingTensors
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+    from .plan import PlannedTensor
+
+LISTED = 20
+"""Most rows of a list of differing tensors."""
+
+_Label = tuple[str, str, str, tuple[int, ...]]
+
+
+def label(tensor: PlannedTensor) -> _Label:
+    """Component, name, dtype and shape: what two tensors agree in that are compared."""
+    return tensor.component, tensor.name, tensor.dtype, tensor.shape
+
+
+def compare(names: tuple[str, str], first: Iterable[PlannedTensor], second: Iterable[PlannedTensor]) -> Difference:
+    """Compare two checkpoints tensor by tensor; a tensor without an identity equals no other."""
+    left, right = ({label(tensor): tensor for tensor in tensors} for tensors in (first, second))
+    both = left.keys() & right.keys()
+    differing = [
+        tensor
+        for key, tensor in left.items()
+        if key in both and tensor.length and (tensor.identity is None or tensor.identity != right[key].identity)
+    ]
+    alone = [[tensor for key, tensor in tensors.items() if key not in both] for tensors in (left, right)]
+    return Difference(
+        checkpoints=names,
+        equal_tensors=len(both) - len(differing),
+        differing_tensors=len(differing),
+        differing_bytes=sum(tensor.length for tensor in differing),
+        differing=_summed(differing),
+        only_tensors=(len(alone[0]), len(alone[1])),
+        only=(_summed(alone[0]), _summed(alone[1])),
+    )
+
+
+def _summed(tensors: Iterable[PlannedTensor]) -> tuple[DifferingTensors, ...]:
+    """Tensors by their names with `*` for numbers: a model repeats its layers. The largest first."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        name = re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "*", tensor.name)
+        name = f"{tensor.component}/{name}" if tensor.component else name
+        counts[name] += 1
+        sizes[name] += tensor.length
+    biggest = sorted(counts, key=lambda name: (-sizes[name], name))[:LISTED]
+    return tuple(DifferingTensors(name, counts[name], sizes[name]) for name in biggest)
+
+
+def possibly_equal(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, list[PlannedTensor]]:
+    """The same checkpoints with identities as if all tensors were equal that can be: those of one length, in different
+    checkpoints. What is saved is then an upper bound, provided that no checkpoint has a tensor twice.
+
+    Which one equals which makes no difference to the sums. Tensors of one name, dtype and shape are matched first, so
+    that components are.
+    """
+    slots: dict[int, int] = {}
+    known: dict[int, dict[_Label, list[int]]] = defaultdict(dict)
+    result = {}
+    for name, tensors in checkpoints.items():
+        by_length: dict[int, list[PlannedTensor]] = defaultdict(list)
+        for tensor in tensors:
+            by_length[tensor.length].append(tensor)
+        found: list[PlannedTensor] = []
+        for length, same in by_length.items():
+            chosen = _slots(same, slots.get(length, 0), known[length])
+            slots[length] = max(slots.get(length, 0), len(same))
+            found += (tensor._replace(identity=slot) for tensor, slot in zip(same, chosen, strict=True))
+        result[name] = found
+    return result
+
+
+def _slots(tensors: Sequence[PlannedTensor], count: int, known: dict[_Label, list[int]]) -> list[Hashable]:
+    """A slot of its own for each tensor of one length: below `count` or, where those are taken, beyond.
+
+    `known` are the slots that earlier checkpoints' tensors have, by label, and is added to.
+    """
+    free = dict.fromkeys(range(max(count, len(tensors))))
+    chosen: list[int | None] = []
+    for tensor in tensors:
+        slot = next((slot for slot in known.get(label(tensor), ()) if slot in free), None)
+        if slot is not None:
+            del free[slot]
+        chosen.append(slot)
+    rest = iter(free)
+    for at, tensor in enumerate(tensors):
+        if chosen[at] is None:
+            chosen[at] = slot = next(rest)
+            known.setdefault(label(tensor), []).append(slot)
+    return list(chosen)
