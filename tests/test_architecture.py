@@ -39,13 +39,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
-    "weightd_daemon": ("weightd_fleet.planning", "weightd_fleet.publishing.*"),
+    "weightd_daemon": ("weightd_fleet.planning", "weightd_fleet.publishing*"),
     "weightd_fleet": (),
     "blake3": ("weightd_fleet.core.digests",),
     "weightd.page": ("weightd.web.server", "weightd.cli*"),
     "weightd.web": ("weightd.cli.browsing",),
     "aiohttp": ("weightd.web.server",),
-    "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
         (
@@ -77,6 +76,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
     "config": ("core",),
     "libc": (),
+    "answers": ("libc",),
     "lookups": (),
     "log_line": (),
     "wire": ("core", "lookups"),
