@@ -132,7 +132,7 @@ FLEET_CORE = "weightd_fleet.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
 CORE_MAY = {
     CORE: ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE),
-    FLEET_CORE: ("blake3", "numpy", "weightd.types", "weightd.errors", "weightd._sizes", FLEET_CORE),
+    FLEET_CORE: ("blake3", "numpy", "weightd.types", "weightd.errors", "weightd._references.index", FLEET_CORE),
 }
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off

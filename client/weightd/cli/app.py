@@ -17,6 +17,7 @@ from weightd.cli import (
     daemon,
     doctor,
     events,
+    fleet,
     inspecting,
     listing,
     loading,
@@ -98,6 +99,7 @@ app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
+app.add_typer(fleet.fleet)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -134,7 +134,7 @@ def find_atoms(checkpoints: Sequence[Ids], lengths: Bytes) -> Atoms:
     return Atoms(weights, members, members.transposed(len(weights)), sizes)
 
 
-def atoms_of(patterns: Mapping[Iterable[int], int], checkpoints: int) -> Atoms:
+def atoms_of(patterns: Mapping[tuple[int, ...], int], checkpoints: int) -> Atoms:
     """The atoms of `checkpoints` checkpoints from the bytes that each set of them has in common and no other has."""
     rows: list[list[int]] = [[] for _ in range(checkpoints)]
     for atom, holders in enumerate(patterns):
