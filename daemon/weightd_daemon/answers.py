@@ -1,7 +1,7 @@
 """How a program answers that a command has started: in lines of JSON on standard output.
 
 {"note"} is a choice that nobody asked for, {"what", "done", "total"} is progress in bytes. The last line is {"error",
-"message"}, or what the program was asked for. `weightd/cli/asking.py` reads these lines.
+"message"}, or what the program was asked for. `weightd/cli/programs.py` reads these lines.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from weightd.errors import FormatError
 from weightd_fleet.core.encoding import MAX_MANIFEST_BYTES
-from weightd_fleet.core.manifest import HubOrigin, Manifest, SmallFile, TensorRow, WeightFile
+from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest_rows import HubOrigin, SmallFile, TensorRow, WeightFile
 
 COMMIT = "0123456789" * 4
 SHA256 = "ab" * 32

@@ -13,7 +13,8 @@ from blake3 import blake3
 from support import checkpoints, gguf_files, hub_cache
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 from weightd_daemon.loader.source import LoaderSource
-from weightd_fleet.core.manifest import HubOrigin, Manifest
+from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest_rows import HubOrigin
 from weightd_fleet.publishing import small_files
 from weightd_fleet.publishing.publish import Published, publish
 from weightd_fleet.publishing.state import PublishedState, state_folder

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from weightd._sizes import size
-from weightd.cli.asking import ask
 from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
 from weightd.cli.output import emit, emit_json, plural
+from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 
@@ -99,7 +99,7 @@ def plan(
     \b
     Examples:
       weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
-      weightd fleet plan --nodes 8 --budget 80GiB --page 2MiB --replicas 2 org/base
+      weightd fleet plan --nodes 8 --budget 80GiB --replicas 2 --page 2MiB org/a
       weightd fleet plan --nodes 2 --budget 64GiB --manifest workload.json
     """
     if not references and not manifest:

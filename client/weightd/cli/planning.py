@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from weightd.cli.asking import ask
 from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit_json
 from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.plan_tables import print_plan, print_total
+from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import terminal_width
 from weightd.plan_report import read_report

@@ -10,77 +10,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from .digests import fleet_name
 from .encoding import Reader, Writer
 from .manifest_checks import MAX_DIMENSIONS, MAX_FILES, MAX_TENSORS, check
+from .manifest_rows import FilePiece, HubOrigin, SmallFile, TensorRow, WeightFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MAGIC = b"weightd-manifest\x01"
-
-
-class WeightFile(NamedTuple):
-    """A file with tensors: `size` is bytes, `frame` the digest of the `frame_bytes` outside the tensors, in order.
-
-    `hub_blob` is the name that a hub gives to the file's content, "" if it came from none.
-    """
-
-    component: str
-    file: str
-    size: int
-    frame_bytes: int
-    frame: bytes
-    hub_blob: str = ""
-
-    @property
-    def path(self) -> str:
-        """The file's path below the checkpoint's folder."""
-        return f"{self.component}/{self.file}" if self.component else self.file
-
-
-class TensorRow(NamedTuple):
-    """A tensor of a file: `offset` and `length` are bytes in it, `digest` is BLAKE3 of the tensor's bytes.
-
-    A tensor that an index says to be another file's does not count (`counts`): the file has it, the checkpoint has not.
-    """
-
-    component: str
-    file: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    length: int
-    digest: bytes
-    counts: bool = True
-
-
-class SmallFile(NamedTuple):
-    """A file beside the weights, such as config.json, whose content is one blob of `length` bytes."""
-
-    path: str
-    length: int
-    digest: bytes
-    hub_blob: str = ""
-
-
-class FilePiece(NamedTuple):
-    """A run of a file's bytes at `offset`: a tensor's, or if `row` is None the frame's from `frame_offset` on."""
-
-    offset: int
-    length: int
-    row: TensorRow | None
-    frame_offset: int
-
-
-class HubOrigin(NamedTuple):
-    """The revision on a hub that a checkpoint came from: `org/name`, and 40 hex digits."""
-
-    repository: str
-    commit: str
 
 
 @dataclass(frozen=True)
@@ -102,7 +42,7 @@ class Manifest:
     ) -> Self:
         """The manifest of these rows, in any order. Errors: FormatError for rows that cannot be."""
         made = cls(tuple(sorted(files)), tuple(sorted(tensors)), tuple(sorted(small_files)), origin)
-        check(made)
+        check(made.files, made.tensors, made.small_files, origin)
         return made
 
     @cached_property

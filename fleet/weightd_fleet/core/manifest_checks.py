@@ -17,7 +17,7 @@ from .encoding import MAX_NUMBER, MAX_TEXT_BYTES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .manifest import Manifest, TensorRow, WeightFile
+    from .manifest_rows import HubOrigin, SmallFile, TensorRow, WeightFile
 
 MAX_FILES: Final = 10_000
 """Most files with tensors; and most small files."""
@@ -35,38 +35,30 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY: Final = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
-def check(manifest: Manifest) -> None:
-    """Errors: FormatError."""
-    _check_counts(manifest)
-    _check_paths([file.path for file in manifest.files] + [small.path for small in manifest.small_files])
-    _check_origin(manifest)
-    by_file = {(file.component, file.file): file for file in manifest.files}
-    if len(by_file) != len(manifest.files):
-        _fail("lists a file twice")
-    seen = set()
-    for key, rows in groupby(manifest.tensors, lambda row: (row.component, row.file)):
-        file = by_file.get(key)
-        if file is None:
+def check(
+    files: Sequence[WeightFile],
+    tensors: Sequence[TensorRow],
+    small_files: Sequence[SmallFile],
+    origin: HubOrigin | None,
+) -> None:
+    """Check the rows of a manifest, of which the tensors are sorted. Errors: FormatError."""
+    if len(files) > MAX_FILES or len(small_files) > MAX_FILES:
+        _fail(f"lists more than {MAX_FILES} files")
+    if len(tensors) > MAX_TENSORS:
+        _fail(f"lists more than {MAX_TENSORS} tensors")
+    _check_paths([file.path for file in files] + [small.path for small in small_files])
+    _check_origin(origin, [file.hub_blob for file in files] + [small.hub_blob for small in small_files])
+    _check_small_files(small_files)
+    by_file: dict[tuple[str, str], list[TensorRow]] = {(file.component, file.file): [] for file in files}
+    for key, rows in groupby(tensors, lambda row: (row.component, row.file)):
+        if key not in by_file:
             _fail(f"has a tensor of the file {key[1][:200]!r}, which it does not list")
-        seen.add(key)
-        _check_tensors(file, list(rows))
-    for key in by_file.keys() - seen:
-        _check_tensors(by_file[key], [])
-    names = [(row.component, row.name) for row in manifest.tensors if row.counts]
+        by_file[key] += rows
+    for file in files:
+        _check_file(file, by_file[file.component, file.file])
+    names = [(row.component, row.name) for row in tensors if row.counts]
     if len(set(names)) != len(names):
         _fail("has two tensors of one name in a component")
-    for small in manifest.small_files:
-        if not 0 <= small.length <= MAX_SMALL_FILE_BYTES or len(small.digest) != BLOB_BYTES:
-            _fail(f"{small.path[:200]!r} has an impossible length or digest")
-
-
-def _check_counts(manifest: Manifest) -> None:
-    if len(manifest.files) > MAX_FILES or len(manifest.small_files) > MAX_FILES:
-        _fail(f"lists more than {MAX_FILES} files")
-    if len(manifest.tensors) > MAX_TENSORS:
-        _fail(f"lists more than {MAX_TENSORS} tensors")
-    if sum(small.length for small in manifest.small_files) > MAX_SMALL_BYTES:
-        _fail(f"has small files of more than {MAX_SMALL_BYTES} bytes together")
 
 
 def _check_paths(paths: Sequence[str]) -> None:
@@ -82,22 +74,28 @@ def _check_paths(paths: Sequence[str]) -> None:
             _fail(f"the path {path[:200]!r} lies below another file")
 
 
-def _check_origin(manifest: Manifest) -> None:
-    blobs = [file.hub_blob for file in manifest.files] + [small.hub_blob for small in manifest.small_files]
+def _check_origin(origin: HubOrigin | None, blobs: Sequence[str]) -> None:
     if any(_HUB_BLOB.fullmatch(blob) is None for blob in blobs):
         _fail("has a name of a hub's blob that is no SHA-1 or SHA-256")
-    if manifest.origin is None:
+    if origin is None:
         if any(blobs):
             _fail("has names of a hub's blobs, and no revision on a hub")
         return
-    repository, commit = manifest.origin
-    if not _REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
-        _fail(f"{repository[:200]!r} is not a repository on a hub")
-    if not _COMMIT.fullmatch(commit):
-        _fail(f"{commit[:200]!r} is not a commit of 40 hex digits")
+    if not _REPOSITORY.fullmatch(origin.repository) or "--" in origin.repository or ".." in origin.repository:
+        _fail(f"{origin.repository[:200]!r} is not a repository on a hub")
+    if not _COMMIT.fullmatch(origin.commit):
+        _fail(f"{origin.commit[:200]!r} is not a commit of 40 hex digits")
 
 
-def _check_tensors(file: WeightFile, rows: list[TensorRow]) -> None:
+def _check_small_files(small_files: Sequence[SmallFile]) -> None:
+    for small in small_files:
+        if not 0 <= small.length <= MAX_SMALL_FILE_BYTES or len(small.digest) != BLOB_BYTES:
+            _fail(f"{small.path[:200]!r} has an impossible length or digest")
+    if sum(small.length for small in small_files) > MAX_SMALL_BYTES:
+        _fail(f"has small files of more than {MAX_SMALL_BYTES} bytes together")
+
+
+def _check_file(file: WeightFile, rows: Sequence[TensorRow]) -> None:
     """The tensors of a file and its frame come to its size, and no two tensors overlap."""
     label = file.path[:200]
     if len(file.frame) != BLOB_BYTES or not 0 <= file.frame_bytes <= MAX_FRAME_BYTES:

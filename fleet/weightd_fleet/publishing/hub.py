@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from weightd._references.files import show
 from weightd._references.huggingface import repository_of
 from weightd.errors import FormatError
-from weightd_fleet.core.manifest import HubOrigin
+from weightd_fleet.core.manifest_rows import HubOrigin
 
 if TYPE_CHECKING:
     from hashlib import _Hash

@@ -14,7 +14,8 @@ from weightd.resolve import folder_of, is_path, open_sources, path_of, resolve
 from weightd_daemon.answers import THREADS
 from weightd_daemon.loader.indexed import indexes, owned
 from weightd_daemon.loader.source import LoaderSource
-from weightd_fleet.core.manifest import HubOrigin, Manifest, TensorRow, WeightFile
+from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest_rows import HubOrigin, TensorRow, WeightFile
 
 from .hub import HubCheck, blob_of, origin_of
 from .small_files import read_small_files

@@ -11,8 +11,8 @@ from weightd._references.files import open_regular, show
 from weightd._references.index import PICKLES
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd_fleet.core.digests import blob_digest
-from weightd_fleet.core.manifest import SmallFile
 from weightd_fleet.core.manifest_checks import MAX_FILES, MAX_SMALL_BYTES, MAX_SMALL_FILE_BYTES
+from weightd_fleet.core.manifest_rows import SmallFile
 
 from .hub import HubCheck, blob_of
 
