@@ -86,6 +86,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
+    "plans": ("core", "loader", "loads", "persistence"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
@@ -126,7 +127,15 @@ DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE)
+CORE_MAY = (
+    "xxhash",
+    "weightd.types",
+    "weightd.plan_report",
+    "weightd.errors",
+    "weightd.layouts",
+    "weightd._sizes",
+    CORE,
+)
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {

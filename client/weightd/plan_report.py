@@ -5,8 +5,9 @@ The process that reads files (weightd_daemon/planning.py) makes it; the command 
 
 from __future__ import annotations
 
+import functools
 import types
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -171,8 +172,12 @@ def read_report(values: Any) -> PlanReport:
 
 
 def _read(kind: type[T], values: Any) -> T:
-    hints = get_type_hints(kind)
-    return kind(**{field.name: _value(hints[field.name], values[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{name: _value(hint, values[name]) for name, hint in _hints(kind).items()})
+
+
+@functools.cache  # a report has thousands of pairs
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _value(hint: Any, value: Any) -> Any:

@@ -9,6 +9,7 @@ goes by digests; whether bytes are equal is compared only when they are loaded.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -90,9 +91,10 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
     else:
         digests = _digests(question, checkpoints, skipped, advance, note)
         tensors, read = checkpoints.known(digests.get), digests.read_bytes
-    report = replace(make_plan(tensors), read_bytes=read, at_most=question.headers, skipped=tuple(skipped))
+    contents = shared_contents(tensors)
+    report = replace(make_plan(tensors, contents), read_bytes=read, at_most=question.headers, skipped=tuple(skipped))
     if question.budget is not None:
-        report = replace(report, budget=fit(list(tensors), shared_contents(tensors), question.budget))
+        report = replace(report, budget=fit(list(tensors), contents, question.budget))
     return report if question.headers else _compared(report, checkpoints, tensors, advance, note)
 
 
@@ -229,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not die_with(options.parent):  # also by kill -9
         return 1
+    gc.disable()  # hundreds of thousands of tensors, none of them garbage; the process ends soon
     answers = _Answers()
     logging.getLogger().addHandler(logging.NullHandler())  # of a cache that cannot be used, the plan says so itself
     try:

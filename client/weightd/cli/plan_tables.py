@@ -21,8 +21,12 @@ _LISTED = 20
 """Most rows of a table that may have one for each pair."""
 _MATRIX = range(3, 11)
 """Of how many checkpoints there is a matrix: of two it says what the table of pairs does, of more it is too wide."""
-_NAMED = 3
-"""How many names of differing tensors a row has."""
+_COMPARED = 5
+"""For how many pairs is said which tensors differ."""
+_NAMED = 4
+"""How many names of differing tensors a line has."""
+_FEW = 20
+"""Tensors that only one checkpoint has are named if there are at most so many: more are of another model."""
 
 
 def print_plan(report: PlanReport, width: int | None) -> None:
@@ -31,14 +35,11 @@ def print_plan(report: PlanReport, width: int | None) -> None:
     _print_checkpoints(report, width)
     _print_matrix(report, width)
     _print_pairs(report, width, listed)
-    _print_differences(report.differences, width, listed)
+    _print_differences(report.differences, width)
     _print_near_duplicates(report, width, listed)
     if report.budget is not None:
         _print_budget(report.budget, width, at_most=report.at_most)
-    if report.skipped:
-        emit("")
-        rows = [(path, reason) for path, reason in ((skip.path, skip.reason) for skip in report.skipped)]
-        _emit_some((Column("SKIPPED", elided=True), Column("WHY", elided=True)), rows, width, listed)
+    _print_skipped(report, width, listed)
     emit("")
 
 
@@ -143,38 +144,31 @@ def _named(part: SharedPart) -> str:
     return first or "-" if first == second else f"{first or '-'} = {second or '-'}"
 
 
-def _print_differences(differences: Sequence[Difference], width: int | None, most: int | None) -> None:
+def _print_differences(differences: Sequence[Difference], width: int | None) -> None:
+    """Say for the first pairs which tensors differ, in lines: names do not fit a table."""
     found = [one for one in differences if one.differing_tensors or any(one.only_tensors)]
-    if found:
-        emit("")
-        columns = (
-            Column("DIFFER", right=True),
-            Column("OF", right=True),
-            Column("BETWEEN", elided=True),
-            Column("AND", elided=True),
-            Column("TENSORS THAT DIFFER", elided=True),
+    for one in found[:_COMPARED]:
+        first, second = one.checkpoints
+        counts = (
+            f"{plural(one.equal_tensors, 'tensor')} equal",
+            f"{one.differing_tensors} differ" if one.differing_tensors else "",
+            f"{one.only_tensors[0]} only in the first" if one.only_tensors[0] else "",
+            f"{one.only_tensors[1]} only in the second" if one.only_tensors[1] else "",
         )
-        rows = [
-            (
-                str(one.differing_tensors + sum(one.only_tensors)),
-                str(one.equal_tensors + one.differing_tensors + sum(one.only_tensors)),
-                *one.checkpoints,
-                _differing(one),
-            )
-            for one in found
-        ]
-        _emit_some(columns, rows, width, most)
+        emit("")
+        emit_text(f"{first} and {second}: {', '.join(filter(None, counts))}", width)
+        _print_names("differ", one.differing, width)
+        for number, rows, count in zip(("first", "second"), one.only, one.only_tensors, strict=True):
+            if count <= _FEW:
+                _print_names(f"only in the {number}", rows, width)
+    if len(found) > _COMPARED:
+        emit_text(f"and {plural(len(found) - _COMPARED, 'more pair')} with differences, in --format json", width)
 
 
-def _differing(one: Difference) -> str:
-    """`layers.*.q_proj.weight (32), lm_head.weight; only in the first: head.bias`."""
-    lists = (("", one.differing), ("only in the first: ", one.only[0]), ("only in the second: ", one.only[1]))
-    return "; ".join(f"{lead}{_names(rows)}" for lead, rows in lists if rows)
-
-
-def _names(rows: Sequence[DifferingTensors]) -> str:
-    named = ", ".join(row.name if row.count == 1 else f"{row.name} ({row.count})" for row in rows[:_NAMED])
-    return named + (", ..." if len(rows) > _NAMED else "")
+def _print_names(what: str, rows: Sequence[DifferingTensors], width: int | None) -> None:
+    if rows:
+        named = ", ".join(row.name if row.count == 1 else f"{row.name} ({row.count})" for row in rows[:_NAMED])
+        emit_text(f"- {what}: {named}{', ...' if len(rows) > _NAMED else ''}", width)
 
 
 def _print_near_duplicates(report: PlanReport, width: int | None, most: int | None) -> None:
@@ -201,23 +195,23 @@ def _near(found: NearDuplicate) -> tuple[str, str, str, str]:
 
 def _print_budget(budget: BudgetPlan, width: int | None, *, at_most: bool) -> None:
     emit("")
-    columns = (
+    columns = [
         Column("LOAD", right=True),
         Column("CHECKPOINT", elided=True),
         Column("ADDS", right=True),
-        Column("TOGETHER", right=True),
+        Column("TOGETHER", right=True, spare=1),
         Column("FITS"),
-        Column("FITS IF THESE ARE REMOVED", elided=True),
-    )
+        Column("REMOVE TO FIT", elided=True),
+    ]
     rows = [
-        (
+        [
             str(number),
             step.name,
             size(step.added_bytes),
             size(step.total_bytes),
             "yes" if step.fits else "no",
             ", ".join(step.remove) or "-",
-        )
+        ]
         for number, step in enumerate(budget.order, start=1)
     ]
     if budget.fitting == len(budget.order):
@@ -229,6 +223,16 @@ def _print_budget(budget: BudgetPlan, width: int | None, *, at_most: bool) -> No
         f"together {size(budget.used_bytes)}. Next is always the one that adds the fewest bytes to those before it.",
         width,
     )
+
+
+def _print_skipped(report: PlanReport, width: int | None, most: int | None) -> None:
+    """Say in lines what was skipped: reasons are sentences."""
+    if report.skipped:
+        emit("")
+        for skipped in report.skipped[:most]:
+            emit_text(f"skipped {skipped.path}: {skipped.reason}", width)
+        if hidden := len(report.skipped) - len(report.skipped[:most]):
+            emit_text(f"and {hidden:,} more; --wide and --format json list more", width)
 
 
 def _emit_some(

@@ -116,12 +116,12 @@ def plan(
                 advance(what, done, total)
 
         found = _ask([*arguments, "--", *(references or ())], show, note)
-    report = read_report(found)
     if html is not None:
-        write_report(html, report, notes)
+        write_report(html, found, notes)
     if output is OutputFormat.JSON:
         emit_json(found)
         return
+    report = read_report(found)
     width = terminal_width(wide=wide)
     if not quiet:
         print_plan(report, width)

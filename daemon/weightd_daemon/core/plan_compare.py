@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from weightd.plan_report import Difference, DifferingTensors
@@ -47,15 +47,18 @@ def compare(names: tuple[str, str], first: Iterable[PlannedTensor], second: Iter
 
 def _summed(tensors: Iterable[PlannedTensor]) -> tuple[DifferingTensors, ...]:
     """Tensors by their names with `*` for numbers: a model repeats its layers. The largest first."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    same: dict[str, list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
-        name = re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "*", tensor.name)
-        name = f"{tensor.component}/{name}" if tensor.component else name
-        counts[name] += 1
-        sizes[name] += tensor.length
-    biggest = sorted(counts, key=lambda name: (-sizes[name], name))[:LISTED]
-    return tuple(DifferingTensors(name, counts[name], sizes[name]) for name in biggest)
+        same[re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "*", _path(tensor))].append(tensor)
+    sums = [
+        DifferingTensors(name if len(some) > 1 else _path(some[0]), len(some), sum(tensor.length for tensor in some))
+        for name, some in same.items()
+    ]
+    return tuple(sorted(sums, key=lambda found: (-found.bytes, found.name))[:LISTED])
+
+
+def _path(tensor: PlannedTensor) -> str:
+    return f"{tensor.component}/{tensor.name}" if tensor.component else tensor.name
 
 
 def possibly_equal(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, list[PlannedTensor]]:
@@ -76,7 +79,7 @@ def possibly_equal(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> dict[s
         for length, same in by_length.items():
             chosen = _slots(same, slots.get(length, 0), known[length])
             slots[length] = max(slots.get(length, 0), len(same))
-            found += (tensor._replace(identity=slot) for tensor, slot in zip(same, chosen, strict=True))
+            found += (tensor.having(slot) for tensor, slot in zip(same, chosen, strict=True))
         result[name] = found
     return result
 
