@@ -58,7 +58,17 @@ def main() -> None:
         for number in range(options.checkpoints):
             width = 1024 + 64 * (number % options.families)
             write(Path(folder, f"model-{number:04}", "model.safetensors"), shapes(width))
-        command = [sys.executable, "-m", "weightd", "plan", "--scan", folder, "--headers", "--budget=80GiB", "--format=json"]
+        command = [
+            sys.executable,
+            "-m",
+            "weightd",
+            "plan",
+            "--scan",
+            folder,
+            "--headers",
+            "--budget=80GiB",
+            "--format=json",
+        ]
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         seconds = time.perf_counter() - began

@@ -70,10 +70,11 @@ class DifferingTensors:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How two checkpoints compare, tensor by tensor, under equal component, name, dtype and shape.
+    """How two checkpoints compare, tensor by tensor.
 
-    `equal_tensors` have equal bytes, `differing` have not; `only` are tensors that one of them has alone, in the order
-    of `checkpoints`. Each list names the largest and `differing_tensors` and `only_tensors` count all.
+    `equal_tensors` of both have equal bytes. `differing_tensors` agree in name, dtype and shape and have other bytes,
+    `differing_bytes` of one checkpoint. `only_tensors` are in one of them alone, in the order of `checkpoints`. The
+    lists name the largest.
     """
 
     checkpoints: tuple[str, str]

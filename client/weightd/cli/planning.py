@@ -16,7 +16,7 @@ from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, Vari
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit_json
 from weightd.cli.plan_page import require_writable, write_report
-from weightd.cli.plan_tables import print_plan, print_total
+from weightd.cli.plan_tables import PlanTables, print_total
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import terminal_width
 from weightd.errors import WeightdError, from_wire
@@ -124,7 +124,7 @@ def plan(
     report = read_report(found)
     width = terminal_width(wide=wide)
     if not quiet:
-        print_plan(report, width)
+        PlanTables(report, width).print()
     print_total(report, width)
 
 

@@ -25,24 +25,45 @@ def label(tensor: PlannedTensor) -> _Label:
 
 
 def compare(names: tuple[str, str], first: Iterable[PlannedTensor], second: Iterable[PlannedTensor]) -> Difference:
-    """Compare two checkpoints tensor by tensor; a tensor without an identity equals no other."""
-    left, right = ({label(tensor): tensor for tensor in tensors} for tensors in (first, second))
-    both = left.keys() & right.keys()
-    differing = [
-        tensor
-        for key, tensor in left.items()
-        if key in both and tensor.length and (tensor.identity is None or tensor.identity != right[key].identity)
-    ]
-    alone = [[tensor for key, tensor in tensors.items() if key not in both] for tensors in (left, right)]
+    """Compare two checkpoints tensor by tensor; a tensor without an identity equals no other.
+
+    Tensors are matched that agree in component, name, dtype and shape; of the rest those that agree in all but the
+    component, as of a model that is a component of a pipeline; and of the rest those with equal bytes.
+    """
+    left, right = list(first), list(second)
+    equal, differing = 0, []
+    for key in (label, _name, _content):
+        twins: dict[Hashable, list[PlannedTensor]] = defaultdict(list)
+        for tensor in right:
+            twins[key(tensor)].append(tensor)
+        unmatched = []
+        for tensor in left:
+            if not (same := twins.get(key(tensor))):
+                unmatched.append(tensor)
+            elif _content(tensor) == _content(same.pop()):
+                equal += 1
+            else:
+                differing.append(tensor)
+        left, right = unmatched, [tensor for some in twins.values() for tensor in some]
     return Difference(
         checkpoints=names,
-        equal_tensors=len(both) - len(differing),
+        equal_tensors=equal,
         differing_tensors=len(differing),
         differing_bytes=sum(tensor.length for tensor in differing),
         differing=_summed(differing),
-        only_tensors=(len(alone[0]), len(alone[1])),
-        only=(_summed(alone[0]), _summed(alone[1])),
+        only_tensors=(len(left), len(right)),
+        only=(_summed(left), _summed(right)),
     )
+
+
+def _name(tensor: PlannedTensor) -> Hashable:
+    return tensor.name, tensor.dtype, tensor.shape
+
+
+def _content(tensor: PlannedTensor) -> Hashable:
+    """Equal for tensors with equal bytes; like no other if that is not known."""
+    known = tensor.identity is not None or not tensor.length
+    return (tensor.length, tensor.identity if tensor.length else None) if known else object()
 
 
 def _summed(tensors: Iterable[PlannedTensor]) -> tuple[DifferingTensors, ...]:
