@@ -147,7 +147,8 @@ class PlanReport:
 
     `total_bytes` is what the tensors take without sharing, `unique_bytes` with it, `read_bytes` what was read to find
     out. If `at_most`, no bytes were compared: shared and saved figures are upper bounds, unique and exclusive ones
-    lower bounds. `differences` is empty then. `near_duplicates` is None if they were not looked for, and
+    lower bounds, provided that no checkpoint has one tensor twice. Pairs have no parts then, and `differences` is empty.
+    `near_duplicates` is None if they were not looked for, and
     `near_duplicates_left_out` counts pairs beyond the limit. `budget` is None without a budget.
     """
 

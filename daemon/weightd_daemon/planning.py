@@ -29,8 +29,9 @@ from weightd.scan import scan
 from .config.notation import parse_size
 from .config.settings import ConfigError, load
 from .core.plan import PlannedTensor, make_plan, shared_contents
+from .core.plan_bounds import make_bounds
 from .core.plan_budget import fit
-from .core.plan_compare import compare, possibly_equal
+from .core.plan_compare import compare
 from .formats import workload
 from .libc import die_with
 from .plans import near_duplicates
@@ -85,17 +86,17 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
         raise InvalidReferenceError(
             f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
         )
-    read = 0
     if question.headers:
-        tensors = possibly_equal(checkpoints.tensors)
+        tensors = checkpoints.tensors
+        report, contents = make_bounds(tensors)
     else:
         digests = _digests(question, checkpoints, skipped, advance, note)
-        tensors, read = checkpoints.known(digests.get), digests.read_bytes
-    contents = shared_contents(tensors)
-    report = replace(make_plan(tensors, contents), read_bytes=read, at_most=question.headers, skipped=tuple(skipped))
-    if question.budget is not None:
-        report = replace(report, budget=fit(list(tensors), contents, question.budget))
-    return report if question.headers else _compared(report, checkpoints, tensors, advance, note)
+        tensors = checkpoints.known(digests.get)
+        contents = shared_contents(tensors)
+        report = replace(make_plan(tensors, contents), read_bytes=digests.read_bytes)
+        report = _compared(report, checkpoints, tensors, advance, note)
+    budget = None if question.budget is None else fit(list(tensors), contents, question.budget)
+    return replace(report, budget=budget, skipped=tuple(skipped))
 
 
 def _read_headers(question: Question, checkpoints: PlannedCheckpoints, note: Note) -> list[SkippedPath]:

@@ -1,4 +1,4 @@
-"""Compares tensor lists of planned checkpoints: which tensors differ, and what could be equal as far as headers say."""
+"""Compares two planned checkpoints: which of their tensors differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from weightd.plan_report import Difference, DifferingTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable
 
     from .plan import PlannedTensor
 
@@ -80,46 +80,3 @@ def _summed(tensors: Iterable[PlannedTensor]) -> tuple[DifferingTensors, ...]:
 
 def _path(tensor: PlannedTensor) -> str:
     return f"{tensor.component}/{tensor.name}" if tensor.component else tensor.name
-
-
-def possibly_equal(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, list[PlannedTensor]]:
-    """The same checkpoints with identities as if all tensors were equal that can be: those of one length, in different
-    checkpoints. What is saved is then an upper bound, provided that no checkpoint has a tensor twice.
-
-    Which one equals which makes no difference to the sums. Tensors of one name, dtype and shape are matched first, so
-    that components are.
-    """
-    slots: dict[int, int] = {}
-    known: dict[int, dict[_Label, list[int]]] = defaultdict(dict)
-    result = {}
-    for name, tensors in checkpoints.items():
-        by_length: dict[int, list[PlannedTensor]] = defaultdict(list)
-        for tensor in tensors:
-            by_length[tensor.length].append(tensor)
-        found: list[PlannedTensor] = []
-        for length, same in by_length.items():
-            chosen = _slots(same, slots.get(length, 0), known[length])
-            slots[length] = max(slots.get(length, 0), len(same))
-            found += (tensor.having(slot) for tensor, slot in zip(same, chosen, strict=True))
-        result[name] = found
-    return result
-
-
-def _slots(tensors: Sequence[PlannedTensor], count: int, known: dict[_Label, list[int]]) -> list[Hashable]:
-    """A slot of its own for each tensor of one length: below `count` or, where those are taken, beyond.
-
-    `known` are the slots that earlier checkpoints' tensors have, by label, and is added to.
-    """
-    free = dict.fromkeys(range(max(count, len(tensors))))
-    chosen: list[int | None] = []
-    for tensor in tensors:
-        slot = next((slot for slot in known.get(label(tensor), ()) if slot in free), None)
-        if slot is not None:
-            del free[slot]
-        chosen.append(slot)
-    rest = iter(free)
-    for at, tensor in enumerate(tensors):
-        if chosen[at] is None:
-            chosen[at] = slot = next(rest)
-            known.setdefault(label(tensor), []).append(slot)
-    return list(chosen)
