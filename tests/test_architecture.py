@@ -89,6 +89,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
+    "plans": ("core", "loader", "loads", "persistence"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
@@ -131,7 +132,15 @@ CORE = "weightd_daemon.core"
 FLEET_CORE = "weightd_fleet.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
 CORE_MAY = {
-    CORE: ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE),
+    CORE: (
+        "xxhash",
+        "weightd.types",
+        "weightd.plan_report",
+        "weightd.errors",
+        "weightd.layouts",
+        "weightd._sizes",
+        CORE,
+    ),
     FLEET_CORE: ("blake3", "numpy", "weightd.types", "weightd.errors", "weightd._references.index", FLEET_CORE),
 }
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.

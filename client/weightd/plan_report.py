@@ -5,8 +5,9 @@ The process that reads files (weightd_daemon/planning.py) makes it; the command 
 
 from __future__ import annotations
 
+import functools
 import types
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -69,10 +70,11 @@ class DifferingTensors:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How two checkpoints compare, tensor by tensor, under equal component, name, dtype and shape.
+    """How two checkpoints compare, tensor by tensor.
 
-    `equal_tensors` have equal bytes, `differing` have not; `only` are tensors that one of them has alone, in the order
-    of `checkpoints`. Each list names the largest and `differing_tensors` and `only_tensors` count all.
+    `equal_tensors` of both have equal bytes. `differing_tensors` agree in name, dtype and shape and have other bytes,
+    `differing_bytes` of one checkpoint. `only_tensors` are in one of them alone, in the order of `checkpoints`. The
+    lists name the largest.
     """
 
     checkpoints: tuple[str, str]
@@ -145,7 +147,8 @@ class PlanReport:
 
     `total_bytes` is what the tensors take without sharing, `unique_bytes` with it, `read_bytes` what was read to find
     out. If `at_most`, no bytes were compared: shared and saved figures are upper bounds, unique and exclusive ones
-    lower bounds. `differences` is empty then. `near_duplicates` is None if they were not looked for, and
+    lower bounds, provided that no checkpoint has one tensor twice. Pairs have no parts then, and `differences` is empty.
+    `near_duplicates` is None if they were not looked for, and
     `near_duplicates_left_out` counts pairs beyond the limit. `budget` is None without a budget.
     """
 
@@ -171,8 +174,12 @@ def read_report(values: Any) -> PlanReport:
 
 
 def _read(kind: type[T], values: Any) -> T:
-    hints = get_type_hints(kind)
-    return kind(**{field.name: _value(hints[field.name], values[field.name]) for field in fields(kind)})  # type: ignore[arg-type]
+    return kind(**{name: _value(hint, values[name]) for name, hint in _hints(kind).items()})
+
+
+@functools.cache  # a report has thousands of pairs
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _value(hint: Any, value: Any) -> Any:

@@ -12,14 +12,14 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ._formats import SUFFIXES
+from ._formats import GGUF, SUFFIXES
 from ._references.files import show, translated
 from ._references.folders import shard_of
 from ._references.huggingface import cache_folder, repository_of, snapshots_of
 from ._references.survey import COMPOSED, SIGNS
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .plan_report import SkippedPath
-from .resolve import Resolved, folder_of, is_pickle, path_of, resolve
+from .resolve import Resolved, folder_of, is_path, is_pickle, path_of, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -100,7 +100,8 @@ class _Walk:
 
     def _repository(self, folder: Path, repository: str) -> list[Path]:
         """Enter the snapshots of a repository in the Hugging Face cache."""
-        here = os.path.realpath(folder.parent) == os.path.realpath(cache_folder())
+        # Where a path has the repository's name, that is what the name would stand for.
+        here = not is_path(repository) and os.path.realpath(folder.parent) == os.path.realpath(cache_folder())
         references = snapshots_of(folder, repository if here else None)
         if not references:
             self._skip(folder, "has no snapshot; download the repository again")
@@ -142,10 +143,12 @@ class _Walk:
         return [] if any(name in COMPOSED for name in files) else folders
 
     def _left_over(self, folder: Path, files: list[str], resolved: Resolved) -> None:
-        """Report weights in a folder that are not what is loaded from it."""
+        """Enter or report weights in a folder that are not what is loaded from it."""
         taken = {source.path.name for source in resolved.sources if not source.component}
         for name in _loose(files):
-            if name not in taken and not any(source.component for source in resolved.sources):
+            if name.endswith(GGUF.suffix) and name not in taken:
+                self._add(str(folder / name))
+            elif name not in taken and not any(source.component for source in resolved.sources):
                 self._skip(folder / name, f"is not among the files that {show(resolved.name)} is loaded from")
 
     def _add(self, reference: str) -> None:

@@ -8,6 +8,7 @@ It goes by digests; whether bytes are equal is compared only when they are loade
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -25,8 +26,9 @@ from .answers import THREADS, Answers, answer
 from .config.notation import parse_size
 from .config.settings import ConfigError, load
 from .core.plan import PlannedTensor, make_plan, shared_contents
+from .core.plan_bounds import make_bounds
 from .core.plan_budget import fit
-from .core.plan_compare import compare, possibly_equal
+from .core.plan_compare import compare
 from .formats import workload
 from .plans import near_duplicates
 from .plans.planned_files import PlannedCheckpoints
@@ -81,10 +83,14 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
     too many.
     """
     checkpoints, tensors, read, skipped = read_contents(question, advance=advance, note=note)
-    report = replace(make_plan(tensors), read_bytes=read, at_most=question.headers, skipped=tuple(skipped))
-    if question.budget is not None:
-        report = replace(report, budget=fit(list(tensors), shared_contents(tensors), question.budget))
-    return report if question.headers else _compared(report, checkpoints, tensors, advance, note)
+    if question.headers:
+        report, contents = make_bounds(tensors)
+    else:
+        contents = shared_contents(tensors)
+        report = replace(make_plan(tensors, contents), read_bytes=read)
+        report = _compared(report, checkpoints, tensors, advance, note)
+    budget = None if question.budget is None else fit(list(tensors), contents, question.budget)
+    return replace(report, budget=budget, skipped=tuple(skipped))
 
 
 def read_contents(question: Question, *, advance: Advance, note: Note) -> ReadContents:
@@ -98,7 +104,7 @@ def read_contents(question: Question, *, advance: Advance, note: Note) -> ReadCo
             f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
         )
     if question.headers:
-        return ReadContents(checkpoints, possibly_equal(checkpoints.tensors), 0, skipped)
+        return ReadContents(checkpoints, checkpoints.tensors, 0, skipped)
     digests = _digests(question, checkpoints, skipped, advance, note)
     return ReadContents(checkpoints, checkpoints.known(digests.get), digests.read_bytes, skipped)
 
@@ -217,6 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _asked(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+    gc.disable()  # hundreds of thousands of tensors, none of them garbage; the process ends soon
     logging.getLogger().addHandler(logging.NullHandler())  # of a cache that cannot be used, the plan says so itself
     question = Question(
         options.references,

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from weightd._references.files import show
 from weightd.cli.output import timestamp
 from weightd.errors import InvalidReferenceError
 from weightd.page.document import report_html
-from weightd.plan_report import PlanReport
 
 
 def require_writable(file: Path) -> None:
@@ -22,11 +21,12 @@ def require_writable(file: Path) -> None:
         raise InvalidReferenceError(f"{show(file)}: cannot be written; give a file in a folder that you may write to")
 
 
-def write_report(file: Path, report: PlanReport, notes: Sequence[str]) -> None:
-    """Write the page; `notes` are sentences for its foot. Errors: InvalidReferenceError (it cannot be written)."""
-    page = report_html(
-        {**asdict(report), "title": "weightd plan", "made_at": timestamp(datetime.now(UTC)), "notes": list(notes)}
-    )
+def write_report(file: Path, report: Mapping[str, Any], notes: Sequence[str]) -> None:
+    """Write a PlanReport, as JSON has it, as a page; `notes` are sentences for its foot.
+
+    Errors: InvalidReferenceError (it cannot be written).
+    """
+    page = report_html({**report, "title": "weightd plan", "made_at": timestamp(datetime.now(UTC)), "notes": [*notes]})
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:

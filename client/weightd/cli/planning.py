@@ -12,7 +12,7 @@ from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, Vari
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit_json
 from weightd.cli.plan_page import require_writable, write_report
-from weightd.cli.plan_tables import print_plan, print_total
+from weightd.cli.plan_tables import PlanTables, print_total
 from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import terminal_width
@@ -113,15 +113,15 @@ def plan(
 
         command = [*arguments, "--", *(references or ())]
         found: dict[str, Any] = ask("weightd_daemon.planning", command, show, note)["plan"]
-    report = read_report(found)
     if html is not None:
-        write_report(html, report, notes)
+        write_report(html, found, notes)
     if output is OutputFormat.JSON:
         emit_json(found)
         return
+    report = read_report(found)
     width = terminal_width(wide=wide)
     if not quiet:
-        print_plan(report, width)
+        PlanTables(report, width).print()
     print_total(report, width)
 
 

@@ -35,6 +35,10 @@ class PlannedTensor(NamedTuple):
     dtype: str = ""
     shape: tuple[int, ...] = ()
 
+    def having(self, identity: Hashable) -> PlannedTensor:
+        """The same tensor with another identity. Several times faster than `_replace`; there may be a million."""
+        return PlannedTensor(self.component, self.name, self.length, identity, self.dtype, self.shape)
+
 
 class SharedContent(NamedTuple):
     """Bytes that the very same components have: `length` in sum, and whether a checkpoint holds them once only.
@@ -56,11 +60,14 @@ def recurring(lengths: Iterable[int]) -> set[int]:
     return {length for length, count in Counter(lengths).items() if count > 1 and length}
 
 
-def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> PlanReport:
-    """What sharing would save among these checkpoints, by name."""
+def make_plan(
+    checkpoints: Mapping[str, Sequence[PlannedTensor]], contents: Sequence[SharedContent] | None = None
+) -> PlanReport:
+    """What sharing would save among these checkpoints, by name; `contents` are theirs, if they are known already."""
     exclusive: Counter[str] = Counter()
     shared: Counter[tuple[str, str]] = Counter()
-    contents = shared_contents(checkpoints)
+    if contents is None:
+        contents = shared_contents(checkpoints)
     unique = 0
     for content in contents:
         length, once, having = content

@@ -1,15 +1,15 @@
-"""Compares tensor lists of planned checkpoints: which tensors differ, and what could be equal as far as headers say."""
+"""Compares two planned checkpoints: which of their tensors differ."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from weightd.plan_report import Difference, DifferingTensors
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Hashable, Iterable
 
     from .plan import PlannedTensor
 
@@ -25,77 +25,58 @@ def label(tensor: PlannedTensor) -> _Label:
 
 
 def compare(names: tuple[str, str], first: Iterable[PlannedTensor], second: Iterable[PlannedTensor]) -> Difference:
-    """Compare two checkpoints tensor by tensor; a tensor without an identity equals no other."""
-    left, right = ({label(tensor): tensor for tensor in tensors} for tensors in (first, second))
-    both = left.keys() & right.keys()
-    differing = [
-        tensor
-        for key, tensor in left.items()
-        if key in both and tensor.length and (tensor.identity is None or tensor.identity != right[key].identity)
-    ]
-    alone = [[tensor for key, tensor in tensors.items() if key not in both] for tensors in (left, right)]
+    """Compare two checkpoints tensor by tensor; a tensor without an identity equals no other.
+
+    Tensors are matched that agree in component, name, dtype and shape; of the rest those that agree in all but the
+    component, as of a model that is a component of a pipeline; and of the rest those with equal bytes.
+    """
+    left, right = list(first), list(second)
+    equal, differing = 0, []
+    for key in (label, _name, _content):
+        twins: dict[Hashable, list[PlannedTensor]] = defaultdict(list)
+        for tensor in right:
+            twins[key(tensor)].append(tensor)
+        unmatched = []
+        for tensor in left:
+            if not (same := twins.get(key(tensor))):
+                unmatched.append(tensor)
+            elif _content(tensor) == _content(same.pop()):
+                equal += 1
+            else:
+                differing.append(tensor)
+        left, right = unmatched, [tensor for some in twins.values() for tensor in some]
     return Difference(
         checkpoints=names,
-        equal_tensors=len(both) - len(differing),
+        equal_tensors=equal,
         differing_tensors=len(differing),
         differing_bytes=sum(tensor.length for tensor in differing),
         differing=_summed(differing),
-        only_tensors=(len(alone[0]), len(alone[1])),
-        only=(_summed(alone[0]), _summed(alone[1])),
+        only_tensors=(len(left), len(right)),
+        only=(_summed(left), _summed(right)),
     )
+
+
+def _name(tensor: PlannedTensor) -> Hashable:
+    return tensor.name, tensor.dtype, tensor.shape
+
+
+def _content(tensor: PlannedTensor) -> Hashable:
+    """Equal for tensors with equal bytes; like no other if that is not known."""
+    known = tensor.identity is not None or not tensor.length
+    return (tensor.length, tensor.identity if tensor.length else None) if known else object()
 
 
 def _summed(tensors: Iterable[PlannedTensor]) -> tuple[DifferingTensors, ...]:
     """Tensors by their names with `*` for numbers: a model repeats its layers. The largest first."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    same: dict[str, list[PlannedTensor]] = defaultdict(list)
     for tensor in tensors:
-        name = re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "*", tensor.name)
-        name = f"{tensor.component}/{name}" if tensor.component else name
-        counts[name] += 1
-        sizes[name] += tensor.length
-    biggest = sorted(counts, key=lambda name: (-sizes[name], name))[:LISTED]
-    return tuple(DifferingTensors(name, counts[name], sizes[name]) for name in biggest)
+        same[re.sub(r"(?<![A-Za-z0-9])[0-9]+(?![A-Za-z0-9])", "*", _path(tensor))].append(tensor)
+    sums = [
+        DifferingTensors(name if len(some) > 1 else _path(some[0]), len(some), sum(tensor.length for tensor in some))
+        for name, some in same.items()
+    ]
+    return tuple(sorted(sums, key=lambda found: (-found.bytes, found.name))[:LISTED])
 
 
-def possibly_equal(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, list[PlannedTensor]]:
-    """The same checkpoints with identities as if all tensors were equal that can be: those of one length, in different
-    checkpoints. What is saved is then an upper bound, provided that no checkpoint has a tensor twice.
-
-    Which one equals which makes no difference to the sums. Tensors of one name, dtype and shape are matched first, so
-    that components are.
-    """
-    slots: dict[int, int] = {}
-    known: dict[int, dict[_Label, list[int]]] = defaultdict(dict)
-    result = {}
-    for name, tensors in checkpoints.items():
-        by_length: dict[int, list[PlannedTensor]] = defaultdict(list)
-        for tensor in tensors:
-            by_length[tensor.length].append(tensor)
-        found: list[PlannedTensor] = []
-        for length, same in by_length.items():
-            chosen = _slots(same, slots.get(length, 0), known[length])
-            slots[length] = max(slots.get(length, 0), len(same))
-            found += (tensor._replace(identity=slot) for tensor, slot in zip(same, chosen, strict=True))
-        result[name] = found
-    return result
-
-
-def _slots(tensors: Sequence[PlannedTensor], count: int, known: dict[_Label, list[int]]) -> list[Hashable]:
-    """A slot of its own for each tensor of one length: below `count` or, where those are taken, beyond.
-
-    `known` are the slots that earlier checkpoints' tensors have, by label, and is added to.
-    """
-    free = dict.fromkeys(range(max(count, len(tensors))))
-    chosen: list[int | None] = []
-    for tensor in tensors:
-        slot = next((slot for slot in known.get(label(tensor), ()) if slot in free), None)
-        if slot is not None:
-            del free[slot]
-        chosen.append(slot)
-    rest = iter(free)
-    for at, tensor in enumerate(tensors):
-        if chosen[at] is None:
-            chosen[at] = slot = next(rest)
-            known.setdefault(label(tensor), []).append(slot)
-    return list(chosen)
+def _path(tensor: PlannedTensor) -> str:
+    return f"{tensor.component}/{tensor.name}" if tensor.component else tensor.name

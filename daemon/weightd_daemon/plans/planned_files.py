@@ -113,9 +113,7 @@ class PlannedCheckpoints:
         """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
         return {
             name: [
-                tensor._replace(identity=digest_of(tensor.identity))
-                if isinstance(tensor.identity, TensorPlace)
-                else tensor
+                tensor.having(digest_of(tensor.identity)) if isinstance(tensor.identity, TensorPlace) else tensor
                 for tensor in tensors
             ]
             for name, tensors in self.tensors.items()
