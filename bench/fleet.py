@@ -23,7 +23,7 @@ import numpy as np
 from _daemon import machine
 
 from weightd_fleet.core.books import FleetDevice
-from weightd_fleet.core.catalogue import Catalogue, DeviceReport
+from weightd_fleet.core.catalogue import DeviceReport, FleetCatalogue
 from weightd_fleet.core.placing import place
 
 FAMILY = 20
@@ -53,10 +53,12 @@ def families(checkpoints: int, tensors: int, random: np.random.Generator) -> tup
     return found, np.exp(random.normal(16, 1.5, blobs)).astype(np.int64)
 
 
-def filled(checkpoints: list[np.ndarray], lengths: np.ndarray, nodes: int, random: np.random.Generator) -> Catalogue:
+def filled(
+    checkpoints: list[np.ndarray], lengths: np.ndarray, nodes: int, random: np.random.Generator
+) -> FleetCatalogue:
     """A catalogue of these checkpoints, and of nodes that each hold some."""
     digests = random.bytes(32 * len(lengths))
-    catalogue = Catalogue()
+    catalogue = FleetCatalogue()
     for number, blobs in enumerate(checkpoints):
         catalogue.add(
             f"b3:{number:064x}", [(digests[32 * blob : 32 * blob + 32], int(lengths[blob])) for blob in blobs.tolist()]

@@ -141,7 +141,15 @@ CORE_MAY = {
         "weightd._sizes",
         CORE,
     ),
-    FLEET_CORE: ("blake3", "numpy", "weightd.types", "weightd.errors", "weightd._references.index", FLEET_CORE),
+    FLEET_CORE: (
+        "blake3",
+        "numpy",
+        "weightd.types",
+        "weightd.errors",
+        "weightd._references.index",
+        "weightd._sizes",
+        FLEET_CORE,
+    ),
 }
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off

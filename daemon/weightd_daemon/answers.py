@@ -26,7 +26,7 @@ THREADS: Final = max(2, min(4, os.cpu_count() or 1))
 _PROGRESS_SECONDS: Final = 0.1
 
 
-class Answers:
+class ProgramAnswers:
     """Lines for the command that asks; of those about progress a few in a second."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Answers:
 
 def answer(
     name: str,
-    work: Callable[[argparse.Namespace, Answers], dict[str, Any]],
+    work: Callable[[argparse.Namespace, ProgramAnswers], dict[str, Any]],
     parser: argparse.ArgumentParser,
     arguments: list[str] | None,
 ) -> int:
@@ -64,7 +64,7 @@ def answer(
     options = parser.parse_args(arguments)
     if not die_with(options.parent):  # also by kill -9
         return 1
-    answers = Answers()
+    answers = ProgramAnswers()
     try:
         found = work(options, answers)
     except WeightdError as error:

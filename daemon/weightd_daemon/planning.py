@@ -22,7 +22,7 @@ from weightd.plan_report import SkippedPath
 from weightd.resolve import resolve
 from weightd.scan import scan
 
-from .answers import THREADS, Answers, answer
+from .answers import THREADS, ProgramAnswers, answer
 from .config.notation import parse_size
 from .config.settings import ConfigError, load
 from .core.plan import PlannedTensor, make_plan, shared_contents
@@ -222,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
     return answer("plan", lambda options, answers: {"plan": _asked(options, answers)}, _parser(), arguments)
 
 
-def _asked(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+def _asked(options: argparse.Namespace, answers: ProgramAnswers) -> dict[str, Any]:
     gc.disable()  # hundreds of thousands of tensors, none of them garbage; the process ends soon
     logging.getLogger().addHandler(logging.NullHandler())  # of a cache that cannot be used, the plan says so itself
     question = Question(

@@ -1,7 +1,7 @@
 """The program behind `weightd fleet plan` (`python -m weightd_fleet.planning`): which checkpoints go on which node.
 
 A composition root without a daemon: it reads what is planned with the code of `weightd plan`, and places it. It answers
-in lines of JSON (weightd_daemon/answers.py) and ends with {"plan"}.
+in lines of JSON (weightd_daemon/answers.py) and ends with {"plan", "report"}; the report is null unless asked for.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from weightd._sizes import size
@@ -17,17 +18,17 @@ from weightd.resolve import reference_name
 from weightd_daemon.answers import THREADS, answer
 from weightd_daemon.config.notation import parse_size
 from weightd_daemon.core.arena import slot_bytes
-from weightd_daemon.core.plan import PlannedTensor, shared_contents
+from weightd_daemon.core.plan import PlannedTensor, make_plan, shared_contents
 from weightd_daemon.planning import Question, index_folder, read_contents
 
 from .core.atoms import Atoms, atoms_of
 from .core.books import FleetDevice
-from .core.placing import FleetPlan, LeftOver, Placement, least_nodes, place
+from .core.placing import FleetPlan, LeftOverReplicas, ReplicaPlacement, least_nodes, place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weightd_daemon.answers import Answers
+    from weightd_daemon.answers import ProgramAnswers
 
 MAX_NODES: Final = 10_000
 MAX_REPLICAS: Final = 10_000
@@ -49,13 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--page", required=True)
     parser.add_argument("--replicas", type=int, required=True)
     parser.add_argument("--manifest", action="append", default=[])
+    parser.add_argument("--report", action="store_true", help="answer with the report of sharing, too")
     parser.add_argument("--variant")
     parser.add_argument("--state-dir")
     parser.add_argument("references", nargs="*")
     return answer("fleet plan", _asked, parser, arguments)
 
 
-def _asked(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+def _asked(options: argparse.Namespace, answers: ProgramAnswers) -> dict[str, Any]:
     node = FleetDevice("", "", _size("--budget", options.budget), _size("--page", options.page))
     if not (0 < options.nodes <= MAX_NODES and 0 < options.replicas <= MAX_REPLICAS):
         raise InvalidReferenceError(
@@ -69,9 +71,13 @@ def _asked(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
         state_dir=index_folder(options.state_dir),
         threads=THREADS,
     )
-    tensors = read_contents(question, advance=answers.advance, note=answers.note).tensors
-    names = [given.get(name, name) for name in tensors]
-    return {"plan": plan(names, atoms_of_tensors(tensors), _Fleet(options.nodes, node, options.replicas))}
+    contents = read_contents(question, advance=answers.advance, note=answers.note)
+    tensors = {given.get(name, name): some for name, some in contents.tensors.items()}
+    if len(tensors) < len(contents.tensors):
+        raise InvalidReferenceError("a reference and a checkpoint of a manifest have one name; give an absolute path")
+    found = plan(list(tensors), atoms_of_tensors(tensors), _Fleet(options.nodes, node, options.replicas))
+    report = asdict(replace(make_plan(tensors), read_bytes=contents.read_bytes)) if options.report else None
+    return {"plan": found, "report": report}
 
 
 def _given(references: Sequence[str], variant: str | None) -> dict[str, str]:
@@ -148,7 +154,7 @@ def _node(number: int, device: FleetDevice, found: FleetPlan, names: Sequence[st
     }
 
 
-def _placement(placed: Placement, devices: Sequence[FleetDevice], names: Sequence[str]) -> dict[str, Any]:
+def _placement(placed: ReplicaPlacement, devices: Sequence[FleetDevice], names: Sequence[str]) -> dict[str, Any]:
     partner = "" if placed.partner is None else names[placed.partner]
     why = (
         f"shares {size(placed.size_bytes - placed.alone_bytes)} of {size(placed.size_bytes)} there, "
@@ -167,7 +173,7 @@ def _placement(placed: Placement, devices: Sequence[FleetDevice], names: Sequenc
     }
 
 
-def _left_over(left: LeftOver, names: Sequence[str]) -> dict[str, Any]:
+def _left_over(left: LeftOverReplicas, names: Sequence[str]) -> dict[str, Any]:
     why = (
         "every node has a replica already: ask for fewer replicas or more nodes"
         if left.needs_nodes

@@ -122,6 +122,16 @@ def test_the_founding_figure_on_nodes() -> None:
     )
 
 
+def test_the_report_is_one_page(family: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    assert run("plan", "--nodes", "2", "--budget", "1300KiB", "--html", page, *family).returncode == 0
+    text = page.read_text()
+    assert "<title>weightd fleet plan</title>" in text
+    assert "node-1 holds " in text
+    code, line = failure("plan", "--nodes", "2", "--budget", "1GiB", "--html", tmp_path, *family)
+    assert (code, "cannot be written" in line) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError
-from weightd_fleet.core.catalogue import Catalogue, DeviceReport
+from weightd_fleet.core.catalogue import DeviceReport, FleetCatalogue
 from weightd_fleet.core.columns import BlobColumns
 
 REPORT = DeviceReport("n0/host", "n0", "run", 1, 10_000, 0, 0, 1, (), ())
@@ -43,7 +43,7 @@ class Model:
 @pytest.mark.parametrize("seed", range(8))
 def test_it_answers_as_sets_do_under_random_events(seed: int) -> None:
     chance = random.Random(seed)
-    catalogue, model = Catalogue(), Model()
+    catalogue, model = FleetCatalogue(), Model()
     for step in range(150):
         event = chance.choice(["add", "report", "report", "remove"])
         device = f"n{chance.randrange(6)}/host"
@@ -69,8 +69,8 @@ def test_it_answers_as_sets_do_under_random_events(seed: int) -> None:
                 assert catalogue.missing(at, checkpoint) == model.missing(at, checkpoint)
 
 
-def filled(**devices: tuple[str, ...]) -> Catalogue:
-    catalogue = Catalogue()
+def filled(**devices: tuple[str, ...]) -> FleetCatalogue:
+    catalogue = FleetCatalogue()
     catalogue.add(name(0), [(blob(0), 700), (blob(1), 300)])
     catalogue.add(name(1), [(blob(0), 700), (blob(2), 200)])
     catalogue.add(name(2), [(blob(3), 500)])
@@ -85,6 +85,10 @@ def test_the_device_that_misses_least_is_chosen() -> None:
     assert [(at.device, at.missing_bytes, at.partner, at.partner_bytes) for at in found.targets] == [
         ("base/host", 200, name(0), 700),
         ("empty/host", 900, "", 0),
+    ]
+    assert found.explain() == [
+        f"base/host: 200 B of 900 B missing; 700 B are those of {name(0)}",
+        "empty/host: 900 B of 900 B missing",
     ]
 
 
@@ -101,7 +105,9 @@ def test_only_what_cannot_be_evicted_takes_room() -> None:
     assert [at.missing_bytes for at in catalogue.choose(name(1), 1).targets] == [900]
     catalogue.report(replace(full, revision=3, firm_bytes=500, firm=(name(2),)))
     assert catalogue.choose(name(1), 1).targets == ()
-    assert catalogue.choose(name(1), 1).full_devices == 1
+    assert catalogue.choose(name(1), 1).explain() == [
+        "0 of 1 replicas placed: each node takes one, and 1 devices have no room for it"
+    ]
     catalogue.report(replace(full, revision=4, firm_bytes=1000, firm=(name(0),)))
     assert catalogue.choose(name(1), 1).targets == (), "200 bytes are missing, and there is no room for them"
     catalogue.report(replace(full, revision=5, budget_bytes=1200, firm_bytes=1000, firm=(name(0),)))

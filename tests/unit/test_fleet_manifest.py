@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from weightd.errors import FormatError
 from weightd_fleet.core.encoding import MAX_MANIFEST_BYTES
-from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import HubOrigin, SmallFile, TensorRow, WeightFile
 
 COMMIT = "0123456789" * 4
@@ -45,11 +45,11 @@ def manifests(draw: st.DrawFn) -> tuple[list[WeightFile], list[TensorRow], list[
 @settings(deadline=None)
 @given(manifests(), st.randoms())
 def test_round_trip_in_any_order(rows: tuple[list[Any], list[Any], list[Any]], chance: random.Random) -> None:
-    made = Manifest.of(*rows)
-    assert Manifest.decode(made.encoded) == made
+    made = FleetManifest.of(*rows)
+    assert FleetManifest.decode(made.encoded) == made
     for some in rows:
         chance.shuffle(some)
-    assert Manifest.of(*rows).name == made.name
+    assert FleetManifest.of(*rows).name == made.name
 
 
 FILES = [WeightFile("unet", "a.safetensors", 108, 100, DIGEST, SHA256), WeightFile("", "b.gguf", 20, 20, DIGEST)]
@@ -59,11 +59,11 @@ TENSORS = [
 ]
 SMALL = [SmallFile("config.json", 2, DIGEST, "ab" * 20), SmallFile("unet/config.json", 2, DIGEST)]
 ORIGIN = HubOrigin("org/name", COMMIT)
-WHOLE = Manifest.of(FILES, TENSORS, SMALL, ORIGIN)
+WHOLE = FleetManifest.of(FILES, TENSORS, SMALL, ORIGIN)
 
 
 def test_the_name_is_of_the_encoding_and_never_changes() -> None:
-    assert Manifest.decode(WHOLE.encoded) == WHOLE
+    assert FleetManifest.decode(WHOLE.encoded) == WHOLE
     assert WHOLE.name == "b3:8656859dbb23c0ffaa151603f4fc3889e45a1947e14c9342da5425812bcefd6d"
     assert WHOLE.tensor_bytes == 8
     assert WHOLE.blobs() == [(DIGEST, 4), (DIGEST, 4)]
@@ -72,15 +72,15 @@ def test_the_name_is_of_the_encoding_and_never_changes() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        Manifest.of(FILES, TENSORS, SMALL, HubOrigin("org/other", COMMIT)),
-        Manifest.of(FILES, [TENSORS[0]._replace(digest=b"e" * 32), TENSORS[1]], SMALL, ORIGIN),
-        Manifest.of(FILES, [TENSORS[0]._replace(dtype="F16"), TENSORS[1]], SMALL, ORIGIN),
-        Manifest.of(FILES, [TENSORS[0]._replace(counts=False), TENSORS[1]], SMALL, ORIGIN),
-        Manifest.of([FILES[0]._replace(frame=b"e" * 32), FILES[1]], TENSORS, SMALL, ORIGIN),
-        Manifest.of(FILES, TENSORS, SMALL[:1], ORIGIN),
+        FleetManifest.of(FILES, TENSORS, SMALL, HubOrigin("org/other", COMMIT)),
+        FleetManifest.of(FILES, [TENSORS[0]._replace(digest=b"e" * 32), TENSORS[1]], SMALL, ORIGIN),
+        FleetManifest.of(FILES, [TENSORS[0]._replace(dtype="F16"), TENSORS[1]], SMALL, ORIGIN),
+        FleetManifest.of(FILES, [TENSORS[0]._replace(counts=False), TENSORS[1]], SMALL, ORIGIN),
+        FleetManifest.of([FILES[0]._replace(frame=b"e" * 32), FILES[1]], TENSORS, SMALL, ORIGIN),
+        FleetManifest.of(FILES, TENSORS, SMALL[:1], ORIGIN),
     ],
 )
-def test_whatever_differs_has_another_name(other: Manifest) -> None:
+def test_whatever_differs_has_another_name(other: FleetManifest) -> None:
     assert other.name != WHOLE.name
 
 
@@ -114,21 +114,21 @@ def test_whatever_differs_has_another_name(other: Manifest) -> None:
 def test_rows_that_cannot_be_are_refused(change: dict[str, Any], said: str) -> None:
     rows = {"files": FILES, "tensors": TENSORS, "small_files": SMALL, "origin": ORIGIN} | change
     with pytest.raises(FormatError, match=said):
-        Manifest.of(**rows)
+        FleetManifest.of(**rows)
 
 
 def test_what_is_cut_off_or_not_canonical_is_refused() -> None:
     encoded = WHOLE.encoded
     for end in range(len(encoded)):
         with pytest.raises(FormatError):
-            Manifest.decode(encoded[:end])
+            FleetManifest.decode(encoded[:end])
     with pytest.raises(FormatError, match="canonical"):
-        Manifest.decode(encoded + b"\0")
+        FleetManifest.decode(encoded + b"\0")
     turned = replace(WHOLE, small_files=WHOLE.small_files[::-1])
     with pytest.raises(FormatError, match="canonical"):
-        Manifest.decode(turned.encoded)
+        FleetManifest.decode(turned.encoded)
     with pytest.raises(FormatError, match="over the limit"):
-        Manifest.decode(encoded + bytes(MAX_MANIFEST_BYTES))
+        FleetManifest.decode(encoded + bytes(MAX_MANIFEST_BYTES))
 
 
 def test_no_flipped_bit_keeps_the_name() -> None:
@@ -136,7 +136,7 @@ def test_no_flipped_bit_keeps_the_name() -> None:
         damaged = bytearray(WHOLE.encoded)
         damaged[at] ^= 1 << at % 8
         try:
-            assert Manifest.decode(bytes(damaged)).name != WHOLE.name
+            assert FleetManifest.decode(bytes(damaged)).name != WHOLE.name
         except FormatError as error:
             assert str(error).startswith("manifest: ")  # noqa: PT017  # either is fine, nothing else is
 
@@ -145,6 +145,6 @@ def test_no_flipped_bit_keeps_the_name() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_manifest_or_a_format_error(tail: bytes) -> None:
     try:
-        Manifest.decode(b"weightd-manifest\x01" + tail)
+        FleetManifest.decode(b"weightd-manifest\x01" + tail)
     except FormatError:
         return

@@ -13,10 +13,10 @@ from blake3 import blake3
 from support import checkpoints, gguf_files, hub_cache
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 from weightd_daemon.loader.source import LoaderSource
-from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import HubOrigin
 from weightd_fleet.publishing import small_files
-from weightd_fleet.publishing.publish import Published, publish
+from weightd_fleet.publishing.publish import PublishedCheckpoint, publish
 from weightd_fleet.publishing.state import PublishedState, state_folder
 
 
@@ -29,12 +29,12 @@ def state(tmp_path: Path) -> PublishedState:
     return PublishedState(tmp_path / "state")
 
 
-def published(state: PublishedState, reference: Path | str, notes: list[str] | None = None) -> Published:
+def published(state: PublishedState, reference: Path | str, notes: list[str] | None = None) -> PublishedCheckpoint:
     said: list[str] = [] if notes is None else notes
     return publish(str(reference), state, note=said.append)
 
 
-def rebuilt(manifest: Manifest, state: PublishedState, folder: Path) -> dict[str, bytes]:
+def rebuilt(manifest: FleetManifest, state: PublishedState, folder: Path) -> dict[str, bytes]:
     """The files of a manifest, made from its frames, and tensors found in `folder` by their digests."""
     tensors = {}
     for row in manifest.tensors:
@@ -216,7 +216,7 @@ def test_the_state_folder_is_private_and_checked(tmp_path: Path, state: Publishe
     blob.write_bytes(b"other")
     with pytest.raises(FormatError, match="is not what its name says"):
         state.blob(manifest.files[0].frame)
-    (folder / "manifests" / digits).write_bytes(Manifest.of([], []).encoded)
+    (folder / "manifests" / digits).write_bytes(FleetManifest.of([], []).encoded)
     with pytest.raises(FormatError, match="is the manifest of"):
         state.manifest(found.digest)
     (folder / "sources" / f"{digits}.json").write_text(json.dumps([]))

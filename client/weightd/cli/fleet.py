@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from weightd._sizes import size
 from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
 from weightd.cli.output import emit, emit_json, plural
+from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
@@ -82,6 +84,10 @@ def plan(
         str,
         typer.Option("--page", metavar="SIZE", help="Unit of allocation: 4KiB in host memory, 2MiB on most GPUs."),
     ] = "4KiB",
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as one HTML file, too."),
+    ] = None,
     variant: VariantOption = None,
     state_dir: Annotated[
         str | None,
@@ -101,16 +107,23 @@ def plan(
       weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
       weightd fleet plan --nodes 8 --budget 80GiB --replicas 2 --page 2MiB org/a
       weightd fleet plan --nodes 2 --budget 64GiB --manifest workload.json
+      weightd fleet plan --nodes 2 --budget 64GiB --html plan.html org/a org/b
     """
     if not references and not manifest:
         raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
     _require_fleet("plan")
+    if html is not None:
+        require_writable(html)
     arguments = [f"--nodes={nodes}", f"--budget={budget}", f"--replicas={replicas}", f"--page={page}"]
     arguments += [f"--manifest={file}" for file in manifest or ()]
     arguments += [] if variant is None else [f"--variant={variant}"]
     arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
+    arguments += [] if html is None else ["--report"]
     arguments += ["--", *(references or ())]
-    found = _ask(context, "weightd_fleet.planning", arguments, quiet=quiet)["plan"]
+    answer = _ask(context, "weightd_fleet.planning", arguments, quiet=quiet)
+    found = answer["plan"]
+    if html is not None:
+        write_report(html, answer["report"], [*_contents_of_nodes(found), *_sentences(found)], "weightd fleet plan")
     if output is OutputFormat.JSON:
         emit_json(found)
         return
@@ -118,9 +131,8 @@ def plan(
     if not quiet:
         _print_nodes(found, width)
         emit("")
-    emit_text(_summary(found), width)
-    for left in found["left_over"]:
-        emit_text(f"{left['checkpoint']}: {plural(left['replicas'], 'replica')} not placed: {left['why']}", width)
+    for sentence in _sentences(found):
+        emit_text(sentence, width)
 
 
 def _print_nodes(found: dict[str, Any], width: int | None) -> None:
@@ -145,6 +157,27 @@ def _print_nodes(found: dict[str, Any], width: int | None) -> None:
             )
     if rows:
         emit_table(_NODE_COLUMNS, rows, width)
+
+
+def _contents_of_nodes(found: dict[str, Any]) -> list[str]:
+    """`node-1 holds A, B: 39.3 GiB of 48.0 GiB.`, for each node that holds anything."""
+    return [
+        f"{node['name']} holds {', '.join(node['checkpoints'])}: "
+        f"{size(node['used_bytes'])} of {size(node['budget_bytes'])}."
+        for node in found["nodes"]
+        if node["checkpoints"]
+    ]
+
+
+def _sentences(found: dict[str, Any]) -> list[str]:
+    """What the plan comes to, and why something is left over."""
+    return [
+        _summary(found),
+        *(
+            f"{left['checkpoint']}: {plural(left['replicas'], 'replica')} not placed: {left['why']}"
+            for left in found["left_over"]
+        ),
+    ]
 
 
 def _summary(found: dict[str, Any]) -> str:

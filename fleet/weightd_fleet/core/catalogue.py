@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from weightd._sizes import size
 from weightd.errors import InvalidReferenceError, NotFoundError
 
 from .atoms import Atoms, find_atoms
@@ -63,9 +64,16 @@ class DeviceTarget:
     partner: str
     partner_bytes: int
 
+    def explain(self) -> str:
+        """Why this device, in a sentence."""
+        if not self.missing_bytes:
+            return f"{self.device}: has all of its {size(self.size_bytes)}"
+        missing = f"{self.device}: {size(self.missing_bytes)} of {size(self.size_bytes)} missing"
+        return f"{missing}; {size(self.partner_bytes)} are those of {self.partner}" if self.partner else missing
+
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class PlacementDecision:
     """The devices for some replicas of a checkpoint, the best first, and why there are no more.
 
     `full_devices` have no room for it even after evictions.
@@ -75,8 +83,18 @@ class Decision:
     replicas: int
     full_devices: int
 
+    def explain(self) -> list[str]:
+        """Why these devices, and why no more, a sentence each."""
+        told = [target.explain() for target in self.targets]
+        if len(self.targets) < self.replicas:
+            told.append(
+                f"{len(self.targets)} of {self.replicas} replicas placed: each node takes one, and {self.full_devices} "
+                "devices have no room for it"
+            )
+        return told
 
-class Catalogue:
+
+class FleetCatalogue:
     """Checkpoints and devices of a fleet. Not thread-safe."""
 
     def __init__(self) -> None:
@@ -176,7 +194,7 @@ class Catalogue:
             self._atoms = find_atoms(self._rows, self._blobs.lengths)
         return self._atoms
 
-    def choose(self, checkpoint: str, replicas: int) -> Decision:
+    def choose(self, checkpoint: str, replicas: int) -> PlacementDecision:
         """The devices for replicas of a checkpoint: the fewest missing bytes first, then the most free memory.
 
         Each node gets one. Devices that have the checkpoint count as replicas, and come first, for nothing is missing
@@ -197,7 +215,7 @@ class Catalogue:
             if fits[place] and report.node not in nodes:
                 nodes.add(report.node)
                 targets.append(self._target(report, number, int(missing[place])))
-        return Decision(tuple(targets), replicas, int((~fits).sum()))
+        return PlacementDecision(tuple(targets), replicas, int((~fits).sum()))
 
     # -- rows and tables ---------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ MAX_NUMBER: Final = 2**63 - 1
 _NUMBER: Final = struct.Struct("<Q")
 
 
-class Writer:
+class ManifestWriter:
     """Collects what is encoded."""
 
     def __init__(self) -> None:
@@ -44,8 +44,8 @@ class Writer:
         return b"".join(self._parts)
 
 
-class Reader:
-    """Reads what a Writer wrote, from bytes that may be anything. Every method raises FormatError."""
+class ManifestReader:
+    """Reads what a ManifestWriter wrote, from bytes that may be anything. Every method raises FormatError."""
 
     def __init__(self, encoded: bytes, magic: bytes) -> None:
         if len(encoded) > MAX_MANIFEST_BYTES:

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Self
 
 from .digests import fleet_name
-from .encoding import Reader, Writer
+from .encoding import ManifestReader, ManifestWriter
 from .manifest_checks import MAX_DIMENSIONS, MAX_FILES, MAX_TENSORS, check
 from .manifest_rows import FilePiece, HubOrigin, SmallFile, TensorRow, WeightFile
 
@@ -24,7 +24,7 @@ _MAGIC = b"weightd-manifest\x01"
 
 
 @dataclass(frozen=True)
-class Manifest:
+class FleetManifest:
     """A checkpoint as a fleet knows it. All rows are sorted, so that equal content has one encoding."""
 
     files: tuple[WeightFile, ...]
@@ -48,7 +48,7 @@ class Manifest:
     @cached_property
     def encoded(self) -> bytes:
         """The canonical encoding."""
-        writer = Writer()
+        writer = ManifestWriter()
         for text in self.origin or ("", ""):
             writer.text(text)
         writer.number(len(self.files))
@@ -82,7 +82,7 @@ class Manifest:
     @classmethod
     def decode(cls, encoded: bytes) -> Self:
         """The manifest of an encoding from anywhere. Errors: FormatError for anything but a canonical encoding."""
-        reader = Reader(encoded, _MAGIC)
+        reader = ManifestReader(encoded, _MAGIC)
         origin = HubOrigin(reader.text(), reader.text())
         files = [
             WeightFile(reader.text(), reader.text(), reader.number(), reader.number(), reader.digest(), reader.text())
@@ -123,7 +123,7 @@ class Manifest:
         return sum(row.length for row in self.tensors if row.counts)
 
 
-def _row(reader: Reader, files: list[WeightFile]) -> TensorRow:
+def _row(reader: ManifestReader, files: list[WeightFile]) -> TensorRow:
     number = reader.number()
     if number >= len(files):
         reader.fail("names a file that it does not list")

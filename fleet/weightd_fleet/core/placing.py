@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from .books import FleetDevice, PlacementBooks
-from .search import LocalSearch
+from .search import PlacementSearch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +27,7 @@ _FEW: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class ReplicaPlacement:
     """A replica on a device. Checkpoints and devices are numbers, sizes are bytes.
 
     `missing_bytes` have to be brought there, `alone_bytes` no other checkpoint placed there has. `partner` is the
@@ -44,7 +44,7 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOver:
+class LeftOverReplicas:
     """Replicas of a checkpoint that were placed nowhere, and why: too few nodes, or no budget has room."""
 
     checkpoint: int
@@ -60,8 +60,8 @@ class LeftOver:
 class FleetPlan:
     """What lies where: placements by device, what is left over, and the bytes used on each device."""
 
-    placements: tuple[Placement, ...]
-    left_over: tuple[LeftOver, ...]
+    placements: tuple[ReplicaPlacement, ...]
+    left_over: tuple[LeftOverReplicas, ...]
     used_bytes: tuple[int, ...]
 
     @property
@@ -83,7 +83,7 @@ def place(atoms: Atoms, replicas: Sequence[int], devices: Sequence[FleetDevice],
     few = len(order) <= _FEW
     for attempt in range(_ATTEMPTS if few else 2):
         books = PlacementBooks(atoms, devices)
-        search = LocalSearch(books, _greedy(books, replicas, order), effort)
+        search = PlacementSearch(books, _greedy(books, replicas, order), effort)
         search.run()
         left_bytes = sum(int(atoms.sizes[left]) * count for left, count in search.unplaced.items())
         if best is None or (left_bytes, books.total) < best[0]:
@@ -141,12 +141,12 @@ def _explained(books: PlacementBooks, unplaced: Counter[int]) -> FleetPlan:
     return FleetPlan(tuple(placements), tuple(left_over), tuple(books.used.tolist()))
 
 
-def _placement(books: PlacementBooks, checkpoint: int, device: int) -> Placement:
+def _placement(books: PlacementBooks, checkpoint: int, device: int) -> ReplicaPlacement:
     atoms = books.atoms
     others = books.on_device[device] & set(books.neighbours(checkpoint).tolist()) - {checkpoint}
     common = {other: atoms.common(checkpoint, other) for other in sorted(others)}
     partner = max(common, key=lambda other: common[other], default=None)
-    return Placement(
+    return ReplicaPlacement(
         checkpoint=checkpoint,
         device=device,
         size_bytes=int(atoms.sizes[checkpoint]),
@@ -157,9 +157,9 @@ def _placement(books: PlacementBooks, checkpoint: int, device: int) -> Placement
     )
 
 
-def _left_over(books: PlacementBooks, checkpoint: int, count: int) -> LeftOver:
+def _left_over(books: PlacementBooks, checkpoint: int, count: int) -> LeftOverReplicas:
     allowed = books.allowed(checkpoint)
     if not allowed.any():
-        return LeftOver(checkpoint, count, needs_nodes=True, least_bytes=0, most_room_bytes=0)
+        return LeftOverReplicas(checkpoint, count, needs_nodes=True, least_bytes=0, most_room_bytes=0)
     fresh, room = books.fresh(checkpoint)[allowed], (books.budgets - books.used)[allowed]
-    return LeftOver(checkpoint, count, False, int(fresh.min()), int(room.max()))
+    return LeftOverReplicas(checkpoint, count, False, int(fresh.min()), int(room.max()))

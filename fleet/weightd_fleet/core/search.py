@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .books import PlacementBooks
 
 
-class LocalSearch:
+class PlacementSearch:
     """Improves a placement step by step. `unplaced` counts the replicas of each checkpoint that have no device yet.
 
     `effort` is the number of placements that it may try.

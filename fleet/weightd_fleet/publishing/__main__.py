@@ -13,7 +13,7 @@ from .publish import publish
 from .state import PublishedState, state_folder
 
 if TYPE_CHECKING:
-    from weightd_daemon.answers import Answers
+    from weightd_daemon.answers import ProgramAnswers
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     return answer("fleet publish", _published, parser, arguments)
 
 
-def _published(options: argparse.Namespace, answers: Answers) -> dict[str, Any]:
+def _published(options: argparse.Namespace, answers: ProgramAnswers) -> dict[str, Any]:
     found = publish(
         options.reference,
         PublishedState(state_folder(options.state_dir)),

@@ -14,7 +14,7 @@ from weightd.resolve import folder_of, is_path, open_sources, path_of, resolve
 from weightd_daemon.answers import THREADS
 from weightd_daemon.loader.indexed import indexes, owned
 from weightd_daemon.loader.source import LoaderSource
-from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import HubOrigin, TensorRow, WeightFile
 
 from .hub import HubCheck, blob_of, origin_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedCheckpoint:
     """A published checkpoint; sizes are bytes. `checked_files` are those whose digests a hub's cache knew."""
 
     digest: str
@@ -67,7 +67,7 @@ def publish(
     variant: str | None = None,
     advance: Advance = lambda done, total: None,
     note: Callable[[str], None] = lambda line: None,
-) -> Published:
+) -> PublishedCheckpoint:
     """Publish a reference. `advance` is called with the bytes read and those to be read, from any thread; `note` with
     what was chosen or left out that nobody asked for, a line each.
 
@@ -89,7 +89,7 @@ def publish(
         )
     for line in left_out:
         note(line)
-    manifest = Manifest.of(
+    manifest = FleetManifest.of(
         [_file_row(file, content) for file, content in zip(files, read, strict=True)],
         [row for file, content in zip(files, read, strict=True) for row in _tensor_rows(file, content)],
         [each.row for each in small],
@@ -97,7 +97,7 @@ def publish(
     )
     blobs = [content.frame for content in read] + [each.content for each in small]
     path = state.put(manifest, blobs, _sources(resolved.name, files))
-    return Published(
+    return PublishedCheckpoint(
         digest=manifest.name,
         name=resolved.name,
         origin=origin,

@@ -22,7 +22,7 @@ from weightd._references.files import open_regular, show
 from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
 from weightd_fleet.core.digests import blob_digest, is_fleet_name
 from weightd_fleet.core.encoding import MAX_MANIFEST_BYTES
-from weightd_fleet.core.manifest import Manifest
+from weightd_fleet.core.manifest import FleetManifest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -53,7 +53,7 @@ class PublishedState:
             return [name for name in listed if is_fleet_name(name)]
         return []
 
-    def put(self, manifest: Manifest, blobs: Iterable[bytes], sources: dict[str, Any]) -> Path:
+    def put(self, manifest: FleetManifest, blobs: Iterable[bytes], sources: dict[str, Any]) -> Path:
         """Keep a manifest, the bytes of its blobs that are no tensors, and where its tensors lie.
 
         Returns the manifest's path. Errors: InvalidReferenceError (the manifest is too long), WeightdError (the folder
@@ -70,10 +70,10 @@ class PublishedState:
         self._write("sources", f"{digits}.json", json.dumps(sources).encode(), anew=True)
         return self._write("manifests", digits, manifest.encoded)
 
-    def manifest(self, name: str) -> Manifest:
+    def manifest(self, name: str) -> FleetManifest:
         """The manifest of a checkpoint that was published here. Errors: NotFoundError, FormatError (it was changed)."""
         path = self._folder / "manifests" / _digits(name)
-        manifest = Manifest.decode(self._read(path, MAX_MANIFEST_BYTES, name))
+        manifest = FleetManifest.decode(self._read(path, MAX_MANIFEST_BYTES, name))
         if manifest.name != name:
             raise FormatError(f"{show(path)}: is the manifest of {manifest.name}; remove it and publish again")
         return manifest
