@@ -15,12 +15,14 @@ from .books import FleetDevice, PlacementBooks
 from .search import PlacementSearch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from .atoms import Atoms
 
 EFFORT: Final = 8_000
-"""How many placements an attempt's search may try by default."""
+"""How many placements the searches of all attempts may try together."""
+EFFORT_FOR_FEW: Final = 32_000
+"""The same for at most _FEW checkpoints, which take a shorter time each."""
 _ATTEMPTS: Final = 6
 _FEW: Final = 100
 """With more checkpoints than this, a second attempt is made only if something is left over, and no third one."""
@@ -70,32 +72,21 @@ class FleetPlan:
         return sum(self.used_bytes)
 
 
-def place(atoms: Atoms, replicas: Sequence[int], devices: Sequence[FleetDevice], *, effort: int = EFFORT) -> FleetPlan:
+def place(atoms: Atoms, replicas: Sequence[int], devices: Sequence[FleetDevice]) -> FleetPlan:
     """Place so many replicas of each checkpoint, those included that devices hold already.
 
     No device goes over its budget by what is placed, and no node gets two replicas of a checkpoint. What is evictable
     may be evicted for it. Errors: ValueError (the numbers of checkpoints differ).
     """
-    if len(replicas) != len(atoms.members):
-        raise ValueError(f"{len(replicas)} numbers of replicas for {len(atoms.members)} checkpoints")
-    order = sorted(range(len(replicas)), key=lambda checkpoint: (-atoms.sizes[checkpoint], checkpoint))
-    best: tuple[tuple[int, int], PlacementBooks, Counter[int]] | None = None
-    few = len(order) <= _FEW
-    for attempt in range(_ATTEMPTS if few else 2):
-        books = PlacementBooks(atoms, devices)
-        search = PlacementSearch(books, _greedy(books, replicas, order), effort)
-        search.run()
+    best: tuple[tuple[int, int], PlacementSearch] | None = None
+    for search in _attempts(atoms, replicas, devices):
+        search.save_bytes()
         left_bytes = sum(int(atoms.sizes[left]) * count for left, count in search.unplaced.items())
-        if best is None or (left_bytes, books.total) < best[0]:
-            best = (left_bytes, books.total), books, search.unplaced
-        possible = [left for left in search.unplaced if books.allowed(left).any()]
-        if not possible and (search.unplaced or not few):
-            break
-        first = possible or order[attempt + 1 : attempt + 2]
-        order = first + [checkpoint for checkpoint in order if checkpoint not in first]
+        cost = (left_bytes, search.books.total)
+        if best is None or cost < best[0]:
+            best = cost, search
     assert best is not None
-    _, books, unplaced = best
-    return _explained(books, unplaced)
+    return _explained(best[1].books, best[1].unplaced)
 
 
 def least_nodes(atoms: Atoms, replicas: Sequence[int], node: FleetDevice, most: int) -> int | None:
@@ -106,7 +97,7 @@ def least_nodes(atoms: Atoms, replicas: Sequence[int], node: FleetDevice, most: 
 
     def places_all(nodes: int) -> bool:
         equal = [FleetDevice(f"{number}", f"{number}", node.budget_bytes, node.page_bytes) for number in range(nodes)]
-        return not place(atoms, replicas, equal).left_over
+        return any(not search.unplaced for search in _attempts(atoms, replicas, equal))
 
     if not places_all(most):
         return None
@@ -115,6 +106,26 @@ def least_nodes(atoms: Atoms, replicas: Sequence[int], node: FleetDevice, most: 
         middle = (low + high) // 2
         low, high = (low, middle) if places_all(middle) else (middle, high)
     return high
+
+
+def _attempts(atoms: Atoms, replicas: Sequence[int], devices: Sequence[FleetDevice]) -> Iterator[PlacementSearch]:
+    """Placements that each begin with other checkpoints, and what is left over placed as far as the effort goes."""
+    if len(replicas) != len(atoms.members):
+        raise ValueError(f"{len(replicas)} numbers of replicas for {len(atoms.members)} checkpoints")
+    order = sorted(range(len(replicas)), key=lambda checkpoint: (-atoms.sizes[checkpoint], checkpoint))
+    few = len(order) <= _FEW
+    attempts = _ATTEMPTS if few else 2
+    for attempt in range(attempts):
+        books = PlacementBooks(atoms, devices)
+        left_over = _greedy(books, replicas, order)
+        search = PlacementSearch(books, left_over, (EFFORT_FOR_FEW if few else EFFORT) // attempts)
+        search.place_left_over()
+        yield search
+        possible = [left for left in search.unplaced if books.allowed(left).any()]
+        if not possible and (search.unplaced or not few):
+            return
+        first = possible or order[attempt + 1 : attempt + 2]
+        order = first + [checkpoint for checkpoint in order if checkpoint not in first]
 
 
 def _greedy(books: PlacementBooks, replicas: Sequence[int], order: Sequence[int]) -> Counter[int]:
