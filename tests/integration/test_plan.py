@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from support import checkpoints, gguf_files, workloads
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
+from weightd.plan_report import PlanReport
 from weightd_daemon import planning
 from weightd_daemon.loader.source import LoaderSource
 from weightd_daemon.persistence.digest_index import FILE_NAME
@@ -26,7 +28,7 @@ from weightd_daemon.persistence.digest_index import FILE_NAME
 KIB = 1 << 10
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "weightd", "plan"]
-KEYS = ["total_bytes", "unique_bytes", "saved_bytes", "saved_ratio", "read_bytes", "checkpoints", "pairs"]
+KEYS = [field.name for field in fields(PlanReport)]
 README = Path(__file__).resolve().parents[2] / "README.md"
 DEEPFLOYD = workloads.DATA / "deepfloyd_if_I_II_f32.json.gz"
 
@@ -361,13 +363,13 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, change
     os.utime(path, (1, 1))
     told: list[tuple[int, int]] = []
 
-    def advance(done: int, total: int) -> None:
+    def advance(_: str, done: int, total: int) -> None:
         if not told:
             change(path)
         told.append((done, total))
 
     with pytest.raises(FormatError, match=fault):
-        planning.plan([str(path)], threads=2, advance=advance)
+        planning.plan(planning.Question([str(path)], threads=2), advance=advance)
     assert told[0] == (MIB, 8 * MIB)
 
 

@@ -12,11 +12,13 @@ from typer.main import get_command
 
 import weightd
 from weightd.cli import (
+    browsing,
     changing,
     daemon,
     device_map,
     doctor,
     events,
+    fleet,
     inspecting,
     listing,
     loading,
@@ -94,12 +96,14 @@ app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
 app.command("drain")(operating.drain)
+app.command("web")(browsing.web)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
 app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
+app.add_typer(fleet.fleet)
 
 
 def run(arguments: Sequence[str]) -> int:
