@@ -211,7 +211,7 @@ def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypa
         desk = Desk()
         desk.loads._reclaimers["GPU-0"] = cast("Any", None)
         desk.loads._devices["GPU-0"] = cast("Any", SimpleNamespace(kind="cuda_vmm", uuid="GPU-0"))
-        monkeypatch.setattr("weightd_daemon.loads.loads.LoadDialogue", Sealing)
+        monkeypatch.setattr("weightd_daemon.loads.reading.LoadDialogue", Sealing)
         monkeypatch.setattr(desk.loads, "_pool", AsyncMock())
         load, _, begins = desk.loads.start(desk.wish, desk.intake)
         assert begins

@@ -11,23 +11,17 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
-from weightd_daemon import heap
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import StoreTransaction
-from weightd_daemon.core.making_room import Evictor
-from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
-from weightd_daemon.log_line import Line
 from weightd_daemon.turns import LoopTurn
 
-from .dialogue import LoadDialogue
 from .flight import InFlightLoad
 from .instances import LoadedInstanceIndex
-from .loader_memory import LoaderMemory
-from .loader_pool import LEAVE_SECONDS, LoadProcessPool
-from .loader_process import DEFAULT_ARGV, LoadProcess, LoadProcessDiedError
-from .messages import load_job
+from .loader_pool import LoadProcessPool
+from .loader_process import DEFAULT_ARGV
 from .quota import LoadQuota
+from .reading import LoadFromFiles
 from .request import LoadOutcome, LoadRequest, Prepare
 from .verification import LoadVerifications
 
@@ -43,6 +37,7 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
     from .fair_queue import LoadQueue
+    from .work import LoadWork
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +171,7 @@ class Loads:
             now_ns = int(self._now() * 1e9)
             if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
                 self._flights[key] = load
-            load.task = asyncio.get_running_loop().create_task(self._run(load))
+            load.task = asyncio.get_running_loop().create_task(self._run(load, self._reading(load), self._fair_queue))
             load.task.add_done_callback(lambda _: self._forget(key, load))
         waiter = next(self._numbers)
         load.waiters[waiter] = request
@@ -242,59 +237,40 @@ class Loads:
         if self._flights.get(key) is load:
             del self._flights[key]
 
-    async def _run(self, load: InFlightLoad) -> None:
+    def _reading(self, load: InFlightLoad) -> LoadFromFiles:
+        return LoadFromFiles(
+            load=load, store=self._store, devices=self._devices, reclaimers=self._reclaimers, index=self._index,
+            prepare=self._prepare, now=self._now, threads=self.threads, pool=self._pool,
+            admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+            on_sealed=lambda checkpoint: self._sealed(load, checkpoint),
+        )  # fmt: skip
+
+    def _sealed(self, load: InFlightLoad, checkpoint: Checkpoint) -> None:
+        load.announced = 0
+        checkpoint.reference = checkpoint.reference or load.request.reference
+        # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
+        for waiting in load.waiters.values():
+            self.lease_for(waiting, checkpoint)
+        self._catalog.changed()
+
+    async def _run(self, load: InFlightLoad, work: LoadWork, queue: LoadQueue) -> None:
         request = load.request
         loading: StoreTransaction | None = None
         begun: LoadBegun | None = None
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
-        loader: LoadProcess | None = None
-        usable = False
-        steps: LoadDialogue | None = None
-
-        def on_sealed(checkpoint: Checkpoint) -> None:
-            load.announced = 0
-            checkpoint.reference = checkpoint.reference or request.reference
-            # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
-            for waiting in load.waiters.values():
-                self.lease_for(waiting, checkpoint)
-            self._catalog.changed()
-
         try:
-            device = self._devices[request.device]
             loading = StoreTransaction(
                 self._store, request.device, request.who.domain, request.who.uid, request.peer, request.name
             )
             load.number = loading.number
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
-            async with self._fair_queue.turn(request.who.uid):
-                steps = LoadDialogue(
-                    store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
-                    now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
-                    on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
-                    make_room=LoaderMemory(
-                        room=Evictor(self._store, loading.place, loading.number, request.peer), device=device,
-                        memory=self._store.memories[request.device], reclaimer=self._reclaimers[request.device],
-                        pool=self._pool,
-                    ).make_room,
-                )  # fmt: skip
-                loader = await self._pool.acquire()
-                await loader.send(load_job(request, device, self.threads))
-                await loader.send_descriptor(load.intake)
-                load.close_intake()
-                load.loader_there.set()
-                outcome = await steps.serve(loader)
-                assert steps.checkpoint is not None  # serve returns when it is sealed
-                self._finish(load, steps.checkpoint, outcome)
-                usable = True
+            async with queue.turn(request.who.uid):
+                checkpoint, outcome = await work.run(loading)
+                self._finish(load, checkpoint, outcome)
         except WeightdError as error:
-            usable = not isinstance(error, UNFIT)
             load.fail(error)
-        except LoadProcessDiedError:
-            load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
-            log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
         except Exception as error:  # a bug must fail its load, not hang its waiters
@@ -306,8 +282,7 @@ class Loads:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
             if loading is not None and begun is not None:
-                tidy = self._tidy(loader, loading, steps, usable=usable)
-                task = asyncio.get_running_loop().create_task(tidy)
+                task = asyncio.get_running_loop().create_task(_tidy(work, loading))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
                 self._on_event(load.ended(begun, clock() - began))
@@ -323,21 +298,12 @@ class Loads:
             outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
             load.done.set_result((checkpoint, outcome))
 
-    async def _tidy(
-        self, loader: LoadProcess | None, loading: StoreTransaction, steps: LoadDialogue | None, *, usable: bool
-    ) -> None:
-        """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
-        if loader is not None and not (usable and await self._pool.put_back(loader)):
-            loader.kill()
-            await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
-            if not loader.exited.done():
-                log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
-                loading.quarantine()
-            await asyncio.shield(loader.exited)
-        turn = LoopTurn()
-        for _ in loading.ending():
-            if turn.is_over:
-                await turn.next()
-        if steps is not None:
-            await steps.forget()
-            heap.freed(steps.books)
+
+async def _tidy(work: LoadWork, loading: StoreTransaction) -> None:
+    """End a load little by little, once nothing of its memory is open elsewhere."""
+    await work.let_go(loading)
+    turn = LoopTurn()
+    for _ in loading.ending():
+        if turn.is_over:
+            await turn.next()
+    await work.forget()
