@@ -177,6 +177,19 @@ class StoreTransaction:
         self._used.add(number)
         return blob
 
+    def share_resident(self, number: int) -> Blob | None:
+        """Use the bytes of the blob of that number, if it is resident where the load goes; otherwise None.
+
+        For a small blob that the load uses already, another of equal bytes is used. Where there is none, it is used
+        again, for there is nobody to copy it: clients map it once more.
+        """
+        self._check()
+        blob = self._blobs.get(number)
+        if blob is None or not blob.sealed or blob.key[:2] != self.place:  # law 9
+            return None
+        self._hold(blob)
+        return self.share(number, None, 0) or blob
+
     def candidate(self, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         self._check()

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 class InFlightLoad:
-    """A load under way, and the requests that wait for it."""
+    """A load under way, and the requests that wait for it. One that `composes` has neither files nor an intake."""
 
-    def __init__(self, request: LoadRequest, intake: int) -> None:
+    def __init__(self, request: LoadRequest, intake: int, *, composes: bool = False) -> None:
         self.request = request
+        self.composes = composes
         self.intake = intake
         """The descriptor that brings the files, until a loader has it; -1 then."""
         self.progress = LoadStatus()

@@ -16,33 +16,38 @@ from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.loader.source import rested
 from weightd_daemon.turns import LoopTurn
 
+from .composing import LoadFromResident
+from .fair_queue import LoadQueue
 from .flight import InFlightLoad
 from .instances import LoadedInstanceIndex
 from .loader_pool import LoadProcessPool
 from .loader_process import DEFAULT_ARGV
 from .quota import LoadQuota
 from .reading import LoadFromFiles
-from .request import LoadOutcome, LoadRequest, Prepare
+from .request import LoadComposition, LoadOutcome, LoadRequest, Prepare
 from .verification import LoadVerifications
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
     from weightd_daemon.core.events import CheckpointEvicted, Event
     from weightd_daemon.core.limits import UserLimits
     from weightd_daemon.core.store import ContentStore
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
-    from .fair_queue import LoadQueue
     from .work import LoadWork
 
 log = logging.getLogger(__name__)
 
 MAX_UNFINISHED = 32
 """Loads that one connection may have under way, each with a descriptor of its intake."""
+COMPOSING = 2
+"""Compositions that are executed at a time, one of each user; the others wait as they came."""
+MAX_COMPOSITIONS = 4
+"""Compositions that one user may have under way, each with a list of tensors of up to 8 MiB."""
 
 _STOPPING = "the daemon is stopping; load again when it is back"
 _UNFINISHED = "the load ended unfinished; load again"
@@ -64,6 +69,7 @@ class Loads:
         prepare: Prepare,
         now: Callable[[], float],
         on_event: Callable[[Event], None],
+        open_manifest: Callable[[CheckpointKey], int],
         lock: int,
         threads: int,
         fair_queue: LoadQueue,
@@ -78,9 +84,12 @@ class Loads:
         self._prepare = prepare
         self._now = now
         self._on_event = on_event
+        self._open_manifest = open_manifest
         self.threads = threads
         """With how many threads the next load reads."""
         self._fair_queue = fair_queue
+        self._compositions = LoadQueue(COMPOSING, 1)
+        """Of its own: a composition takes a moment, and would wait in the other behind loads that take minutes."""
         self._quota = LoadQuota(store, limits)
         self._pool = LoadProcessPool(argv, [lock])
         self._closing = False
@@ -140,7 +149,7 @@ class Loads:
 
     def untaken(self, uid: int | None) -> int:
         """Intakes that a user's loads hold until they have their turn."""
-        mine = (load for load in self.under_way if load.request.who.uid == uid)
+        mine = (load for load in self.under_way if load.request.who.uid == uid and not load.composes)
         return sum(not load.loader_there.is_set() for load in mine)
 
     def lease_for(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
@@ -157,11 +166,7 @@ class Loads:
         loader's end of the client's offer; a load that begins takes it over. Errors: DrainingError, LeaseLostError (the
         daemon stops), InUseError (too many of this connection).
         """
-        if self._closing:
-            raise LeaseLostError(_STOPPING)
-        self._store.leases.admit()
-        if len(self._waiters_of(request.peer.connection)) >= MAX_UNFINISHED:
-            raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
+        self._check_may_begin(request)
         key = (request.device, request.who.domain, request.who.uid, request.sources)
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
@@ -177,6 +182,39 @@ class Loads:
         load.waiters[waiter] = request
         load.detached = load.detached or request.detached
         return load, waiter, not joins
+
+    def compose(self, request: LoadRequest, composition: LoadComposition) -> tuple[InFlightLoad, int]:
+        """Begin a load of resident tensors. Returns the load and the number of its waiter.
+
+        Its sources are leased from now on, and it has its name and pin in the step that seals it. Errors:
+        DrainingError, LeaseLostError (the daemon stops), InUseError (too many of this user), NotFoundError (a source),
+        CapacityError (leases), DeviceError.
+        """
+        self._check_may_begin(request)
+        mine = [load for load in self.under_way if load.composes and load.request.who.uid == request.who.uid]
+        if len(mine) >= MAX_COMPOSITIONS:
+            raise InUseError(f"this user has {MAX_COMPOSITIONS} compositions under way; wait until one is done")
+        load = InFlightLoad(request, -1, composes=True)
+        who = request.who
+
+        def on_sealed(checkpoint: Checkpoint) -> None:
+            self.name_and_pin(request, checkpoint)
+            self._sealed(load, checkpoint)
+
+        work = LoadFromResident(
+            load=load, composition=composition, store=self._store, quota=self._quota, prepare=self._prepare,
+            open_manifest=self._open_manifest, now=self._now,
+            admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+            before_seal=lambda digest: self._catalog.check(who, request.name, digest) if request.name else None,
+            on_sealed=on_sealed,
+        )  # fmt: skip
+        self._all.add(load)
+        load.task = asyncio.get_running_loop().create_task(self._run(load, work, self._compositions))
+        load.task.add_done_callback(lambda _: work.release())
+        load.task.add_done_callback(lambda _: self._ended(load))
+        waiter = next(self._numbers)
+        load.waiters[waiter] = request
+        return load, waiter
 
     def leave(self, load: InFlightLoad, waiter: int) -> None:
         """A waiter is gone. The last one takes the load with it, unless the load is detached."""
@@ -230,10 +268,20 @@ class Loads:
             if request.peer.connection == connection
         ]
 
-    def _forget(self, key: _Key, load: InFlightLoad) -> None:
+    def _check_may_begin(self, request: LoadRequest) -> None:
+        if self._closing:
+            raise LeaseLostError(_STOPPING)
+        self._store.leases.admit()
+        if len(self._waiters_of(request.peer.connection)) >= MAX_UNFINISHED:
+            raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
+
+    def _ended(self, load: InFlightLoad) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         load.fail(LeaseLostError(_UNFINISHED))
         self._all.discard(load)
+
+    def _forget(self, key: _Key, load: InFlightLoad) -> None:
+        self._ended(load)
         if self._flights.get(key) is load:
             del self._flights[key]
 
@@ -289,7 +337,7 @@ class Loads:
 
     def _finish(self, load: InFlightLoad, checkpoint: Checkpoint, outcome: LoadOutcome) -> None:
         for request in load.waiters.values():
-            if request.detached:
+            if request.detached and not load.composes:  # which has its name since it was sealed
                 try:
                     self.name_and_pin(request, checkpoint)
                 except WeightdError as error:
