@@ -22,7 +22,7 @@ from .attachment import Attachment
 from .composing import check_sealed, compose_request
 from .errors import DaemonUnreachableError, ForkedError, FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Reference, Resolved, files_of, is_path, open_sources
-from .types import CheckpointInfo, LoadProgress, LoadResult, TensorKey
+from .types import CheckpointFile, CheckpointInfo, LoadProgress, LoadResult, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._references.files import OpenedReference
     from ._transport.handle_socket import SocketClient
     from ._transport.rpc import RpcClient
-    from .composing import ComposedFile, ComposedTensor
+    from .composing import ComposedTensor
 
 T = TypeVar("T")
 _FEED_SECONDS = 60.0
@@ -187,7 +187,7 @@ class Client(Operations):
 
     def compose(
         self,
-        files: Iterable[ComposedFile],
+        files: Iterable[CheckpointFile],
         tensors: Iterable[ComposedTensor],
         *,
         name: str | None = None,

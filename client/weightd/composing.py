@@ -2,7 +2,7 @@
 
 parts = client.load_memory(descriptor, name="part")  # a sealed memfd, in the form of a safetensors file
 source = TensorSource(parts.content_digest, "", "weight")
-client.compose([ComposedFile("", "model.safetensors")], [ComposedTensor(0, "weight", "F32", (2, 3), source)])
+client.compose([CheckpointFile("", "model.safetensors")], [ComposedTensor(0, "weight", "F32", (2, 3), source)])
 """
 
 from __future__ import annotations
@@ -17,16 +17,10 @@ from .errors import InvalidReferenceError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from .types import CheckpointFile
+
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 """What a memfd must be sealed with before it is loaded: nobody can change its bytes then."""
-
-
-class ComposedFile(NamedTuple):
-    """A file as the checkpoint records it: its component ("" for a plain checkpoint), name and metadata, if any."""
-
-    component: str
-    file: str
-    metadata: dict[str, str] | None = None
 
 
 class TensorSource(NamedTuple):
@@ -50,7 +44,9 @@ class ComposedTensor(NamedTuple):
     source: TensorSource | None = None
 
 
-def compose_request(files: Iterable[ComposedFile], tensors: Iterable[ComposedTensor]) -> composition_pb2.ComposeRequest:
+def compose_request(
+    files: Iterable[CheckpointFile], tensors: Iterable[ComposedTensor]
+) -> composition_pb2.ComposeRequest:
     """The request's lists. Errors: InvalidReferenceError (a dtype or number that the protocol does not have)."""
     request = composition_pb2.ComposeRequest()
     for file in files:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.core.checkpoint import Checkpoint, Content
-    from weightd_daemon.core.lease import Lease
     from weightd_daemon.core.loading import StoreTransaction
     from weightd_daemon.core.store import ContentStore
 
@@ -68,14 +67,12 @@ class LoadFromResident:
         self._on_sealed = on_sealed
         self._tensors = LoadTensors()
         self._books = 0
-        digests = dict.fromkeys(digest for digest, _ in composition.sources)
-        self._sources = {digest: self._find(digest) for digest in digests}
-        quota.check_leases(load.request.who, len(digests))
+        self.keys = {self._find(digest).key for digest in {digest for digest, _ in composition.sources}}
+        """The checkpoints that the tensors come from."""
+        quota.check_leases(load.request.who, len(self.keys))
         # Of no connection, for an attach of its checkpoint, or the end of the connection, would end such a lease.
         peer = replace(load.request.peer, connection=0)
-        self._leases: list[Lease] = [
-            store.leases.begin(checkpoint.key, peer, now(), waiting=True) for checkpoint in self._sources.values()
-        ]
+        self._leases = [store.leases.begin(key, peer, now(), waiting=True) for key in self.keys]
 
     async def run(self, loading: StoreTransaction) -> tuple[Checkpoint, LoadOutcome]:
         """Find the tensors' blobs, and seal a checkpoint of them.

@@ -199,6 +199,9 @@ class Loads:
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             self.name_and_pin(request, checkpoint)
+            for lease in self._store.leases.waiting_of(request.peer.connection):
+                if lease.checkpoint in work.keys:  # loaded for this, and not to be attached
+                    self._store.leases.end(lease.number)
             self._sealed(load, checkpoint)
 
         work = LoadFromResident(
