@@ -227,6 +227,19 @@ async def test_a_limit_of_the_user_that_is_reached_meanwhile_keeps_it_from_being
 
 
 @running
+async def test_books_that_have_no_room_refuse_it_before_its_manifest_is_made() -> None:
+    desk = Desk()
+    for source in desk.sources:
+        desk.store.leases.begin(source.key, PEER, 0.0, waiting=True)
+    desk.store.books.limit = desk.store.books.used + 1
+    load, _ = desk.compose()
+    await desk.all_over()
+    with pytest.raises(CapacityError, match="the limit books is reached"):
+        load.done.result()
+    assert not desk.at_gate.is_set()
+
+
+@running
 async def test_a_source_that_is_not_there_and_leases_that_may_not_be_had() -> None:
     limits = UserLimits(leases=SOURCES - 1)
     desk = Desk(limits)
@@ -254,22 +267,6 @@ async def test_a_user_has_so_many_under_way_and_another_one_its_own() -> None:
     desk.loads.leave(*mine[-1])
     desk.compose()
     await desk.loads.close()
-
-
-@running
-async def test_small_tensors_of_equal_bytes_are_used_once_each_as_long_as_there_are_some() -> None:
-    """Three rows of one blob, of which there is a twin: the third uses one of the two again."""
-    desk = Desk()
-    first, other = (next(iter(source.unique.values())) for source in desk.sources)
-    entries = [ContentTensor("", f"w{at}", "U8", (4096,), 0, 4096) for at in range(3)]
-    wanted = ComposedTensors([ContentFile("", "f", None)], entries, [0] * 3, ["t0"] * 3)
-    composition = LoadComposition(((desk.sources[0].key.content_digest, ""),), lambda: wanted)
-    desk.gate.set()
-    load, _ = desk.loads.compose(desk.wish, composition)
-    await desk.all_over()
-    checkpoint, _ = load.done.result()
-    assert checkpoint.components[""] == [first] * 3
-    assert other.references == 1
 
 
 def request(**columns: Any) -> composition_pb2.ComposeRequest:
