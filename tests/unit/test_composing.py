@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -84,9 +83,7 @@ class Desk:
         entries = tuple(ContentTensor("", f"t{at}", "U8", (4096,), 0, 4096) for at in range(BLOBS))
         files, blobs = (ContentFile("", "f", None),), tuple(checkpoint.unique.values())
         content = Content(key.content_digest, files, entries, blobs)
-        descriptor = make_manifest(encode_manifest(content, key.device, "cuda_vmm", lambda _: 1 << 20))
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return descriptor
+        return make_manifest(encode_manifest(content, key.device, "cuda_vmm", lambda _: 1 << 20))
 
     def compose(self, wish: LoadRequest | None = None) -> tuple[InFlightLoad, int]:
         """A checkpoint of the first tensor of each source."""

@@ -6,6 +6,8 @@ Leases keep the checkpoints that they come from until it is sealed. Their manife
 from __future__ import annotations
 
 import asyncio
+import mmap
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -67,12 +69,11 @@ class LoadFromResident:
         self._on_sealed = on_sealed
         self._tensors = LoadTensors()
         self._books = 0
-        self.keys = {self._find(digest).key for digest in {digest for digest, _ in composition.sources}}
-        """The checkpoints that the tensors come from."""
-        quota.check_leases(load.request.who, len(self.keys))
+        keys = {self._find(digest).key for digest in {digest for digest, _ in composition.sources}}
+        quota.check_leases(load.request.who, len(keys))
         # Of no connection, for an attach of its checkpoint, or the end of the connection, would end such a lease.
         peer = replace(load.request.peer, connection=0)
-        self._leases = [store.leases.begin(key, peer, now(), waiting=True) for key in self.keys]
+        self._leases = [store.leases.begin(key, peer, now(), waiting=True) for key in keys]
 
     async def run(self, loading: StoreTransaction) -> tuple[Checkpoint, LoadOutcome]:
         """Find the tensors' blobs, and seal a checkpoint of them.
@@ -141,8 +142,7 @@ class LoadFromResident:
         turn = LoopTurn()
         for content_digest, keys in rows.items():
             checkpoint = self._find(content_digest)  # a lease keeps it resident, but not from a loss
-            manifest = self._open_manifest(checkpoint.key)
-            found = await asyncio.to_thread(_blobs_of, manifest, checkpoint, keys)
+            found = await asyncio.to_thread(_blobs_of, self._map_manifest(checkpoint), checkpoint, keys)
             for row, key in keys.items():
                 blob, entry = found[key], wanted.entries[row]
                 length = blob.length if blob is not None else 0
@@ -156,6 +156,14 @@ class LoadFromResident:
                     raise NotFoundError(f"source {content_digest[:19]} went while it was used; load it again")
                 if turn.is_over:
                     await turn.next()
+
+    def _map_manifest(self, checkpoint: Checkpoint) -> mmap.mmap:
+        """A source's manifest, mapped: nothing is left open if the thread that is to read it never runs."""
+        descriptor = self._open_manifest(checkpoint.key)
+        try:
+            return mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
 
     def _describe(self, loading: StoreTransaction) -> Content:
         """The content, with all that its seal needs. Runs on a thread: 120,000 tensors take half a second."""
@@ -174,10 +182,11 @@ def _rows_by_source(wanted: ComposedTensors, composition: LoadComposition) -> Ma
     return found
 
 
-def _blobs_of(manifest: int, checkpoint: Checkpoint, keys: Mapping[int, TensorKey]) -> dict[TensorKey, Blob | None]:
-    """The blobs of these tensors of a checkpoint. The descriptor of its manifest is closed. Errors: NotFoundError."""
-    with open(manifest, "rb") as file:
-        tensors = Manifest(file.read())
+def _blobs_of(
+    manifest: mmap.mmap, checkpoint: Checkpoint, keys: Mapping[int, TensorKey]
+) -> dict[TensorKey, Blob | None]:
+    """The blobs of these tensors of a checkpoint; None for one without bytes. Errors: NotFoundError."""
+    tensors = Manifest(manifest[:])
     blobs = {(blob.segment, blob.offset): blob for blob in list(checkpoint.unique.values())}
     try:
         chosen = tensors.select((), {*keys.values()})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
+from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.loader.source import rested
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
+    from weightd_daemon.core.checkpoint import Checkpoint
     from weightd_daemon.core.events import CheckpointEvicted, Event
     from weightd_daemon.core.limits import UserLimits
     from weightd_daemon.core.store import ContentStore
@@ -196,11 +197,12 @@ class Loads:
             raise InUseError(f"this user has {MAX_COMPOSITIONS} compositions under way; wait until one is done")
         load = InFlightLoad(request, -1, composes=True)
         who = request.who
+        sources = {CheckpointKey(request.device, who.domain, digest) for digest, _ in composition.sources}
 
         def on_sealed(checkpoint: Checkpoint) -> None:
             self.name_and_pin(request, checkpoint)
             for lease in self._store.leases.waiting_of(request.peer.connection):
-                if lease.checkpoint in work.keys:  # loaded for this, and not to be attached
+                if lease.checkpoint in sources:  # loaded for this, and not to be attached
                     self._store.leases.end(lease.number)
             self._sealed(load, checkpoint)
 
