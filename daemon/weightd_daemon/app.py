@@ -18,6 +18,7 @@ from . import heap, logs, turns
 from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
 from .bookkeeping import DaemonBooks, open_books
+from .config.settings import SettingsInForce
 from .core.store import ContentStore
 from .devices.budgets import called, check_budgets, device_meant, resize
 from .devices.cuda_ipc import CudaHolderContext
@@ -25,6 +26,7 @@ from .devices.served import Devices
 from .handles.attach import AttachHandler
 from .handles.connections import HandleSocketConnections
 from .handles.handle_server import HandleServer
+from .inspection.sharing_upkeep import SharingUpkeep
 from .loads.fair_queue import LoadQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
@@ -83,9 +85,10 @@ class Daemon:
     """
 
     def __init__(
-        self, settings: Settings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str] = DEFAULT_ARGV
+        self, loaded: LoadedSettings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str] = DEFAULT_ARGV
     ) -> None:
-        self._settings = settings
+        self._settings = settings = loaded.settings
+        self._in_force = SettingsInForce(loaded)
         self._read = read
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
@@ -237,7 +240,10 @@ class Daemon:
             store=store, catalog=catalog, loads=loads, manifests=books.manifests, locks=books.locks,
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
-        statistics = Statistics(store, loads, connections, devices, drain, work.digests)
+        sharing = SharingUpkeep(store.sharing)
+        sharing.begin()
+        stack.push_async_callback(sharing.close)
+        statistics = Statistics(store, loads, connections, devices, drain, work.digests, sharing)
         forgetting = DeviceForgetting(
             store=store, loads=loads, absences=books.absences, reclaimers=books.reclaimers,
             settled=books.descriptor_store.settled,
@@ -245,6 +251,7 @@ class Daemon:
         parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
             drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
+            sharing=sharing, manifests=books.manifests, in_force=self._in_force,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 
@@ -330,7 +337,7 @@ class Daemon:
             lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
         }
         return ReloadOperation(
-            settings,
+            self._in_force,
             self._read,
             [
                 lambda new: check_budgets(new, served.devices, served.names, store.memories, served.absent),

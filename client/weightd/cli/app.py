@@ -14,6 +14,7 @@ import weightd
 from weightd.cli import (
     changing,
     daemon,
+    device_map,
     doctor,
     events,
     inspecting,
@@ -22,6 +23,7 @@ from weightd.cli import (
     operating,
     planning,
     serving,
+    token,
     unit,
     usage,
 )
@@ -88,12 +90,14 @@ app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
+app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
 app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
 

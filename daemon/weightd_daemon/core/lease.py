@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
 
+from .revision import BooksRevision
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
@@ -94,9 +96,12 @@ class LeaseTable:
         forget: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.draining = False
+        self.revision = BooksRevision()
         self._probe = probe
         self._on_event = on_event
         self._forget = forget
+        self.on_held: Callable[[Hashable], None] = lambda _: None
+        """Told of a checkpoint that has got its first lease, or has none in the books any more."""
         self._leases: dict[int, Lease] = {}
         self._by_checkpoint: dict[Hashable, dict[int, None]] = {}
         self._by_connection: dict[Hashable, dict[int, None]] = {}
@@ -263,16 +268,23 @@ class LeaseTable:
         self._index(lease)
 
     def _index(self, lease: Lease) -> None:
+        self.revision.move()
         self._leases[lease.number] = lease
+        first = lease.checkpoint not in self._by_checkpoint
         for index, key in self._indexes(lease):
             index.setdefault(key, {})[lease.number] = None
+        if first:
+            self.on_held(lease.checkpoint)
 
     def _drop(self, lease: Lease) -> None:
+        self.revision.move()
         for index, key in self._indexes(lease):
             numbers = index[key]
             del numbers[lease.number]
             if not numbers:
                 del index[key]
+        if lease.checkpoint not in self._by_checkpoint:
+            self.on_held(lease.checkpoint)
 
     def _indexes(self, lease: Lease) -> list[tuple[dict[Hashable, dict[int, None]], Hashable]]:
         found = [

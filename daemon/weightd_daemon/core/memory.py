@@ -87,6 +87,10 @@ class MemoryAccounting:
         """Number of segments."""
         return len(self._domain_of)
 
+    def domains(self) -> dict[int, str]:
+        """The sharing domain of each segment, in the order of their numbers."""
+        return dict(sorted(self._domain_of.items()))
+
     @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way: a request that fails now may succeed when it has arrived."""
@@ -317,6 +321,11 @@ class MemoryAccounting:
     def pooled_bytes(self) -> int:
         """Memory in empty segments that wait for the next load."""
         return sum(arena.empty_bytes for arena in self._arenas.values())
+
+    @property
+    def unused_segment_bytes(self) -> int:
+        """Memory in segments without a blob or a load: the pool, and what is on its way back to the system."""
+        return self.pooled_bytes() + self._reclaims.releasing
 
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""

@@ -7,8 +7,7 @@ adoption.py, which fills an empty store, call these two. The store touches no me
 
 from __future__ import annotations
 
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from weightd.errors import DeviceAbsentError, NotFoundError
 
@@ -19,10 +18,11 @@ from .checkpoint_index import CheckpointIndex
 from .events import CheckpointEvicted, CheckpointSealed, Event
 from .eviction import chosen_beyond
 from .prospect import EvictionTrial
+from .sharing import SharingIndex
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
     from .arena import Extent
     from .lease import Lease, LeasePeer, LeaseTable
@@ -33,8 +33,6 @@ FREED_AT_ONCE = 2000
 """The most blobs that are given up in one step of the loop, and their segment then goes to the pool as a whole."""
 FREED_IN_A_STEP = 250
 """Of more, how many are given up in each step."""
-COUNTED_AT_ONCE = 2000
-"""Blobs that are counted in one step of the loop."""
 
 
 class ContentStore:
@@ -42,10 +40,12 @@ class ContentStore:
 
     def __init__(self, *, leases: LeaseTable, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
+        self.revision = leases.revision
         self.blobs = BlobTable()
         self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
-        self.index = CheckpointIndex()
+        self.sharing = SharingIndex(lambda key: leases.count(key) > 0)
+        self.index = CheckpointIndex(self.sharing.marked)
         self.lost: dict[CheckpointKey, LostCheckpoint] = {}
         self.memories: dict[str, MemoryAccounting] = {}
         self.absent: dict[str, str] = {}
@@ -59,9 +59,8 @@ class ContentStore:
         self.touched: set[CheckpointKey] = set()
         """Checkpoints that were used since then."""
         self.collisions = self.evictions = self.uses = self._last_load = 0
-        self._sharing = 0
-        """How often a checkpoint has come or gone: what others share with it has changed."""
         self._on_event = on_event
+        leases.on_held = self._held
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -81,22 +80,13 @@ class ContentStore:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
-    def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
-        """Resident bytes that no other checkpoint uses; counted anew only after one has come or gone."""
-        if checkpoint.counted != self._sharing:
-            checkpoint.exclusive, checkpoint.counted = checkpoint.exclusive_bytes, self._sharing
-        return checkpoint.exclusive
+    def hole_bytes(self, device: str) -> int:
+        """Bytes with memory behind them in segments that hold something, beside what they hold: holes, page remainders.
 
-    def count_exclusive(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Count in steps, so that `exclusive_bytes` has nothing to do; if one comes or goes meanwhile, that counts."""
-        if checkpoint.counted == (sharing := self._sharing):
-            return
-        exclusive, blobs = 0, iter(list(checkpoint.unique.values()))
-        while some := list(islice(blobs, COUNTED_AT_ONCE)):
-            exclusive += sum([blob.key.length for blob in some if blob.references == 1])
-            yield
-        if sharing == self._sharing:
-            checkpoint.exclusive, checkpoint.counted = exclusive, sharing
+        The rest of what is neither live nor in flight is the pool, and what is on its way back to the system.
+        """
+        memory = self.memories[device]
+        return memory.used - self.live_bytes(device) - memory.in_flight - memory.unused_segment_bytes
 
     def is_leased(self, checkpoint: Checkpoint) -> bool:
         """Whether anybody holds a checkpoint at this moment."""
@@ -115,6 +105,14 @@ class ContentStore:
         if device in self.absent:
             what = f"{what}: " if what else ""
             raise DeviceAbsentError(f"{what}device {device} is absent: {self.absent[device]}", {"device": device})
+
+    def set_absent(self, device: str, reason: str) -> None:
+        """A device cannot be served now, for this reason (for people), or serves again if there is none."""
+        if reason:
+            self.absent[device] = reason
+        else:
+            self.absent.pop(device, None)
+        self.revision.move()
 
     def evictable(self, device: str = "") -> Iterator[Checkpoint]:
         """The checkpoints on a device, or on all, that may be evicted, least recently used first.
@@ -153,7 +151,8 @@ class ContentStore:
             blob.references += 1
         self.blobs.seal(fresh, lengths)
         self.checkpoints[checkpoint.key] = checkpoint
-        self._sharing += 1
+        self.revision.move()
+        self.sharing.came(checkpoint)
         self.index.enter(checkpoint)
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
@@ -161,6 +160,7 @@ class ContentStore:
     def use(self, checkpoint: Checkpoint, now: float) -> None:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
+        self.revision.move()
         checkpoint.used, checkpoint.last_used = self.uses, now
         self.index.use(checkpoint)
         self.touched.add(checkpoint.key)
@@ -181,7 +181,7 @@ class ContentStore:
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: LeasePeer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         self._strike(checkpoint)
-        self._sharing += 1
+        self.sharing.went(checkpoint)
         for blob in checkpoint.unique.values():
             blob.references -= 1
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]
@@ -220,8 +220,13 @@ class ContentStore:
                 self.evict(checkpoint, "capacity")
                 yield
 
+    def _held(self, key: Hashable) -> None:
+        if (checkpoint := self.checkpoints.get(cast("CheckpointKey", key))) is not None:
+            self.sharing.marked(checkpoint)
+
     def _strike(self, checkpoint: Checkpoint) -> None:
         del self.checkpoints[checkpoint.key]
+        self.revision.move()
         self.index.strike(checkpoint)
         self.books.strike(checkpoint)
 
@@ -261,6 +266,7 @@ class ContentStore:
         for blob in [blob for blob in self.blobs if blob.key.device == device]:
             self.blobs.drop(blob, BlobState.EVICTED if blob.sealed else BlobState.ABORTED)
         self.memories[device].lose(reason)
+        self.sharing.lose(device)
         lost = self.on_device(device)
         for checkpoint in lost:
             self._strike(checkpoint)
