@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("WEIGHTD_PROTOS_VENV", ROOT / ".venv-protos")).absolute()
 STUBS = {  # where the stubs of each folder of protos are
-    "v1": ROOT / "client" / "weightd" / "_proto" / "v1",
-    "internal": ROOT / "daemon" / "weightd_daemon" / "loader" / "_proto",
+    "weightd/v1": ROOT / "client" / "weightd" / "_proto" / "v1",
+    "weightd/internal": ROOT / "daemon" / "weightd_daemon" / "loader" / "_proto",
+    "weightd_fleet/v1": ROOT / "fleet" / "weightd_fleet" / "_proto" / "v1",
 }
 
 needs_venv = pytest.mark.skipif(
@@ -65,12 +66,13 @@ def test_stubs_are_what_the_protos_generate() -> None:
 
 
 def test_every_proto_has_its_stub() -> None:
-    folders = {path.name: path for path in (ROOT / "protos" / "weightd").iterdir()}
+    protos = ROOT / "protos"
+    folders = {str(path.relative_to(protos)): path for path in protos.glob("*/*") if path.is_dir()}
     assert folders.keys() == STUBS.keys()
     for name, stubs in STUBS.items():
-        protos = {path.stem for path in folders[name].glob("*.proto")}
-        assert protos
-        assert protos == {path.stem.removesuffix("_pb2") for path in stubs.glob("*_pb2.py")}
+        stems = {path.stem for path in folders[name].glob("*.proto")}
+        assert stems
+        assert stems == {path.stem.removesuffix("_pb2") for path in stubs.glob("*_pb2.py")}
 
 
 @needs_venv
@@ -85,7 +87,7 @@ def test_stubs_import_under_protobuf(major: int) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", USE, str(major), *modules],
-        env={"PYTHONPATH": f"{runtime}:{ROOT / 'client'}:{ROOT / 'daemon'}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{runtime}:{ROOT / 'client'}:{ROOT / 'daemon'}:{ROOT / 'fleet'}", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
         check=False,

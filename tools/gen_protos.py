@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Generate the committed stubs: of protos/weightd/v1 for the library, of protos/weightd/internal for the loader.
+"""Generate the committed stubs: of protos/weightd/v1 for the library, of
+protos/weightd/internal for the loader, of protos/weightd_fleet/v1 for the agents of a fleet.
 
     gen_protos.py           write them
     gen_protos.py --check   exit 1 when what is committed differs
@@ -36,6 +37,7 @@ class Stubs(NamedTuple):
 EVERY = (
     Stubs("weightd/v1", "client", "weightd/_proto/v1"),
     Stubs("weightd/internal", "daemon", "weightd_daemon/loader/_proto"),
+    Stubs("weightd_fleet/v1", "fleet", "weightd_fleet/_proto/v1"),
 )
 
 

@@ -19,6 +19,7 @@ from weightd.cli import (
     doctor,
     events,
     fleet,
+    fleet_agents,
     inspecting,
     listing,
     loading,
@@ -103,6 +104,9 @@ app.command("version")(daemon.version)
 app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
+fleet.fleet.command("agent")(fleet_agents.agent)
+fleet.fleet.command("fetch")(fleet_agents.fetch)
+fleet.fleet.command("ls")(fleet_agents.ls)
 app.add_typer(fleet.fleet)
 
 

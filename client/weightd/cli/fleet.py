@@ -30,19 +30,20 @@ _NODE_COLUMNS = (
 
 fleet = typer.Typer(
     name="fleet",
-    help="""Place checkpoints on several nodes by the bytes that they share, and publish them.
+    help="""Place checkpoints on several nodes by the bytes that they share, publish them, and fetch what is missing.
 
 \b
 Examples:
   weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
   weightd fleet publish org/tuned
+  weightd fleet fetch b3:1f0c… --from 10.0.0.5:7411 --tls-dir /etc/weightd/fleet
 """,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 
-def _require_fleet(command: str) -> None:
+def require_fleet(command: str) -> None:
     """Exit with an error if the extra is not installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
@@ -53,7 +54,8 @@ def _require_fleet(command: str) -> None:
         raise typer.Exit(1)
 
 
-def _ask(context: typer.Context, module: str, arguments: list[str], *, quiet: bool) -> dict[str, Any]:
+def ask_fleet(context: typer.Context, module: str, arguments: list[str], *, quiet: bool) -> dict[str, Any]:
+    """Run a program of the fleet's and return its answer; a bar shows its progress. Raises the program's error."""
     settings: CommandOptions = context.obj
     options = ["--debug"] if settings.debug else []
     with byte_bar(quiet=quiet) as advance:
@@ -111,7 +113,7 @@ def plan(
     """
     if not references and not manifest:
         raise typer.BadParameter("give at least one reference, or --manifest", param_hint="REF")
-    _require_fleet("plan")
+    require_fleet("plan")
     if html is not None:
         require_writable(html)
     arguments = [f"--nodes={nodes}", f"--budget={budget}", f"--replicas={replicas}", f"--page={page}"]
@@ -120,7 +122,7 @@ def plan(
     arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
     arguments += [] if html is None else ["--report"]
     arguments += ["--", *(references or ())]
-    answer = _ask(context, "weightd_fleet.planning", arguments, quiet=quiet)
+    answer = ask_fleet(context, "weightd_fleet.planning", arguments, quiet=quiet)
     found = answer["plan"]
     if html is not None:
         write_report(html, answer["report"], [*_contents_of_nodes(found), *_sentences(found)], "weightd fleet plan")
@@ -219,10 +221,10 @@ def publish(
       weightd fleet publish org/tuned
       weightd fleet publish ~/models/tuned --format json
     """
-    _require_fleet("publish")
+    require_fleet("publish")
     arguments = [] if variant is None else [f"--variant={variant}"]
     arguments += [] if state_dir is None else [f"--state-dir={state_dir}"]
-    found = _ask(context, "weightd_fleet.publishing", [*arguments, "--", reference], quiet=quiet)["published"]
+    found = ask_fleet(context, "weightd_fleet.publishing", [*arguments, "--", reference], quiet=quiet)["published"]
     if output is OutputFormat.JSON:
         emit_json(found)
     elif quiet:

@@ -46,6 +46,11 @@ class PublishedState:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @property
+    def folder(self) -> Path:
+        """Where the state is."""
+        return self._folder
+
     def names(self) -> list[str]:
         """The names of all that was published here, sorted."""
         with contextlib.suppress(FileNotFoundError):

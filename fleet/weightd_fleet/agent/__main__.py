@@ -1,0 +1,44 @@
+"""The program behind `weightd fleet agent` (`python -m weightd_fleet.agent`): runs until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+
+from weightd.errors import WeightdError
+
+from .addresses import parse_address
+from .agent import NodeSettings, running_agent
+
+log = logging.getLogger("weightd_fleet.agent")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run an agent. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="weightd fleet agent", allow_abbrev=False)
+    parser.add_argument("--listen", required=True)
+    parser.add_argument("--tls-dir")
+    parser.add_argument("--state-dir")
+    parser.add_argument("--socket")
+    parser.add_argument("--readers", type=int, default=2)
+    parser.add_argument("--patience", type=float, default=30.0)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    ending = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # also in gRPC's threads, which start below
+    settings = NodeSettings(options.state_dir, options.socket, options.tls_dir, options.patience)
+    try:
+        with running_agent(parse_address(options.listen), settings, options.readers, log.warning) as address:
+            sys.stdout.write(f"weightd agent is ready: {address}\n")
+            sys.stdout.flush()
+            signal.sigwait(ending)
+    except WeightdError as error:
+        sys.stderr.write(f"weightd: {error}\n")
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

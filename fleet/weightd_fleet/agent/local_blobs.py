@@ -1,0 +1,131 @@
+"""What this node has of checkpoints and can serve: published files, blobs of its state folder, resident tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightd._references.files import open_regular
+from weightd.errors import FormatError, NotFoundError, WeightdError
+from weightd_fleet.core.manifest_rows import WeightFile
+
+from .blobs import PIECE, file_pieces
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from weightd_fleet.core.manifest import FleetManifest
+    from weightd_fleet.publishing.state import PublishedState
+
+    from .blobs import BlobReader
+
+
+class _FileRun(NamedTuple):
+    path: Path
+    descriptor: int
+    offset: int
+    length: int
+
+
+class PublishedFiles:
+    """Tensors in published files whose identity is what it was when they were read. They are a BlobReader."""
+
+    def __init__(self) -> None:
+        self._runs: dict[bytes, _FileRun] = {}
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._runs
+
+    def add(self, path: Path, descriptor: int, manifest: FleetManifest, file: WeightFile) -> None:
+        """Add the tensors of an open file."""
+        for piece in manifest.pieces(file):
+            if piece.row is not None:
+                self._runs.setdefault(piece.row.digest, _FileRun(path, descriptor, piece.offset, piece.length))
+
+    def pieces(self, digest: bytes) -> Iterator[memoryview]:
+        """The bytes of a tensor, in pieces. Errors: FormatError."""
+        run = self._runs[digest]
+        return file_pieces(run.descriptor, run.offset, run.length, str(run.path))
+
+
+class StateBlobs:
+    """Frames and small files of a checkpoint, from the state folder. They are a BlobReader."""
+
+    def __init__(self, state: PublishedState, manifest: FleetManifest) -> None:
+        self._state = state
+        self._digests = {file.frame for file in manifest.files} | {small.digest for small in manifest.small_files}
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._digests
+
+    def pieces(self, digest: bytes) -> Iterator[memoryview]:
+        """The bytes of a blob, whole. Errors: NotFoundError, FormatError."""
+        content = memoryview(self._state.blob(digest))
+        for offset in range(0, len(content), PIECE):
+            yield content[offset : offset + PIECE]
+
+
+class BlobReaders:
+    """Several BlobReaders as one; the first that has a blob is read."""
+
+    def __init__(self, readers: Sequence[BlobReader]) -> None:
+        self._readers = readers
+
+    def __contains__(self, digest: bytes) -> bool:
+        return any(digest in reader for reader in self._readers)
+
+    def pieces(self, digest: bytes) -> Iterator[memoryview]:
+        """The bytes of a blob. Errors: NotFoundError, those of the reader."""
+        for reader in self._readers:
+            if digest in reader:
+                return reader.pieces(digest)
+        raise NotFoundError(f"blob {digest.hex()[:16]}: is not on this node")
+
+
+@contextlib.contextmanager
+def published_files(state: PublishedState, names: Sequence[str], wanted: Collection[bytes]) -> Iterator[PublishedFiles]:
+    """Open those published files of some checkpoints that have wanted tensors, as far as they are unchanged."""
+    missing = set(wanted)
+    found = PublishedFiles()
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            with contextlib.suppress(NotFoundError, FormatError):  # was never published as files, or was removed
+                manifest = state.manifest(name)
+                described = {(one.get("component"), one.get("file")): one for one in _listed(state, name)}
+                for file in manifest.files:
+                    rows = {piece.row.digest for piece in manifest.pieces(file) if piece.row is not None}
+                    if not rows & missing:
+                        continue
+                    opened = _open_unchanged(described.get((file.component, file.file)))
+                    if opened is not None:
+                        stack.callback(os.close, opened[1])
+                        found.add(*opened, manifest, file)
+                        missing -= rows
+        yield found
+
+
+def _listed(state: PublishedState, name: str) -> list[dict[str, Any]]:
+    return [one for one in state.sources(name)["files"] if isinstance(one, dict)]
+
+
+def _open_unchanged(described: dict[str, Any] | None) -> tuple[Path, int] | None:
+    """Path and descriptor of a published file; None if it is another by now."""
+    if described is None or not isinstance(described.get("path"), str):
+        return None
+    path = Path(described["path"])
+    try:
+        descriptor, _ = open_regular(path)
+    except WeightdError:
+        return None
+    if file_identity(descriptor) == described.get("identity"):
+        return path, descriptor
+    os.close(descriptor)
+    return None
+
+
+def file_identity(descriptor: int) -> list[int]:
+    """What a state folder keeps of a file: device, inode, size, and the times of its last changes."""
+    status = os.fstat(descriptor)
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,0 +1,119 @@
+"""What an agent serves, and to how many readers at once; one reader too many is told of others that have the bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from weightd.errors import DrainingError, FormatError, InvalidReferenceError, NotFoundError
+
+from .local_blobs import BlobReaders, StateBlobs, published_files
+from .peer_errors import MAX_SOURCES, PeerBusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weightd_fleet.core.manifest import FleetManifest
+    from weightd_fleet.publishing.state import PublishedState
+
+    from .addresses import AgentAddress
+    from .resident import ResidentTensors
+
+MAX_ROWS: Final = 100_000
+"""Most rows of one read."""
+_MAX_NAMES: Final = 1000
+
+
+class ServedCheckpoint(NamedTuple):
+    """A checkpoint that can be fetched here."""
+
+    name: str
+    manifest: FleetManifest
+
+
+class ReadAdmission:
+    """Admits at most `most` reads at once, and remembers for each checkpoint who has read it and serves it now."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._reading = 0
+        self._readers: OrderedDict[str, list[AgentAddress]] = OrderedDict()
+        self.draining = False
+
+    @contextlib.contextmanager
+    def admitted(self, name: str, serves_at: AgentAddress | None) -> Iterator[None]:
+        """Around a read. Errors: PeerBusyError, DrainingError."""
+        with self._lock:
+            if self.draining:
+                raise DrainingError("this agent is drained and serves nothing new; ask another one")
+            if self._reading >= self._most:
+                sources = [one for one in self._readers.get(name, []) if one != serves_at]
+                raise PeerBusyError(f"{self._most} reads are under way, and no more may be; try again", sources)
+            self._reading += 1
+        try:
+            yield
+            if serves_at is not None:
+                self._remember(name, serves_at)
+        finally:
+            with self._lock:
+                self._reading -= 1
+
+    def _remember(self, name: str, reader: AgentAddress) -> None:
+        with self._lock:
+            readers = self._readers.setdefault(name, [])
+            self._readers.move_to_end(name)
+            if reader not in readers:
+                readers.insert(0, reader)
+                del readers[MAX_SOURCES:]
+            while len(self._readers) > _MAX_NAMES:
+                self._readers.popitem(last=False)
+
+
+class ServedBlobs:
+    """The checkpoints and blobs that this node can serve: published, and resident or in unchanged files."""
+
+    def __init__(self, state: PublishedState, resident: ResidentTensors) -> None:
+        self._state = state
+        self._resident = resident
+
+    def manifest(self, name: str) -> FleetManifest:
+        """Errors: NotFoundError, FormatError, InvalidReferenceError (no name)."""
+        return self._state.manifest(name)
+
+    def checkpoints(self) -> list[ServedCheckpoint]:
+        """The published checkpoints of which this node has every byte."""
+        served = []
+        for name in self._state.names():
+            try:
+                manifest = self._state.manifest(name)
+            except (NotFoundError, FormatError):  # removed meanwhile, or damaged
+                continue
+            rest = {row.digest: row.length for row in manifest.tensors if row.length}
+            rest = {digest: rest[digest] for digest in rest.keys() - self._resident.find(set(rest.values()))}
+            with published_files(self._state, [name] if rest else [], rest) as files:
+                if all(digest in files for digest in rest):
+                    served.append(ServedCheckpoint(name, manifest))
+        return served
+
+    @contextlib.contextmanager
+    def rows(self, name: str, digests: Sequence[bytes]) -> Iterator[BlobReaders]:
+        """Hold some blobs of a checkpoint. Errors: NotFoundError, FormatError, InvalidReferenceError."""
+        if len(digests) > MAX_ROWS:
+            raise InvalidReferenceError(f"{len(digests)} rows are asked for, over the limit of {MAX_ROWS}")
+        manifest = self.manifest(name)
+        lengths = {row.digest: row.length for row in manifest.tensors}
+        own = StateBlobs(self._state, manifest)
+        wanted = {digest for digest in digests if digest not in own}
+        if unknown := next((digest for digest in wanted if digest not in lengths), None):
+            raise NotFoundError(f"{name}: has no row {unknown.hex()[:64]}")
+        with (
+            self._resident.hold(wanted, {lengths[digest] for digest in wanted}) as held,
+            published_files(self._state, [name], wanted) as files,
+        ):
+            found = BlobReaders([own, held, files])
+            if gone := next((digest for digest in wanted if lengths[digest] and digest not in found), None):
+                raise NotFoundError(f"{name}: its row {gone.hex()[:16]} is not on this node any more; ask another one")
+            yield found

@@ -1,0 +1,177 @@
+"""Two nodes: what is missing is moved and nothing else, and what arrives is what was published, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import weightd
+from support import checkpoints, gguf_files
+from support.agents import Agent, Receiver, agent, published
+from support.daemon import Daemon
+from weightd.errors import NotFoundError
+
+SIZE = 3000
+
+
+@pytest.fixture(scope="module")
+def two_daemons() -> Iterator[tuple[Daemon, Daemon]]:
+    daemons = Daemon(), Daemon()
+    yield daemons
+    for daemon in daemons:
+        daemon.close(check=True)
+
+
+@pytest.fixture
+def daemons(two_daemons: tuple[Daemon, Daemon]) -> Iterator[tuple[Daemon, Daemon]]:
+    """Two daemons that hold nothing."""
+    yield two_daemons
+    for daemon in two_daemons:
+        with weightd.connect(daemon.socket, timeout=60.0) as client:
+            for checkpoint in client.checkpoints():
+                client.remove(checkpoint.content_digest)
+
+
+@pytest.fixture
+def source(daemons: tuple[Daemon, Daemon], tmp_path: Path) -> Iterator[Agent]:
+    """The agent of the first daemon's node."""
+    with agent(tmp_path / "source", daemons[0].socket) as started:
+        yield started
+
+
+@pytest.fixture
+def receiver(daemons: tuple[Daemon, Daemon], tmp_path: Path) -> Receiver:
+    """The second daemon's node."""
+    return Receiver(tmp_path / "receiver", daemons[1].socket)
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of two files with small files beside them, and one that has three of its ten tensors."""
+    base, tuned = folder / "base", folder / "tuned"
+    checkpoints.write_random(base / "model.safetensors", 3, SIZE, "base")
+    tuned.mkdir()
+    shared = {number: ("base", number) for number in range(3)}
+    checkpoints.write_random(tuned / "model-00001-of-00002.safetensors", 6, SIZE, "tuned", shared)
+    tensors = {f"u{n}": ("U8", (SIZE + n,), checkpoints.random_bytes(("u", n), SIZE + n)) for n in range(4)}
+    tensors["empty"] = ("F32", (0, 3), b"")
+    checkpoints.write(tuned / "model-00002-of-00002.safetensors", tensors, {"format": "pt", "author": "somebody"})
+    owners = {f"t{n}": "model-00001-of-00002.safetensors" for n in range(6)}
+    owners |= dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
+    checkpoints.index(tuned, owners)
+    (tuned / "config.json").write_text('{"model_type": "toy"}')
+    (tuned / "empty.txt").write_text("")
+    return base, tuned
+
+
+MISSING = 3 * SIZE + sum(SIZE + n for n in range(4))
+WHOLE = MISSING + 3 * SIZE
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_memory_gets_the_missing_tensors_alone(
+    daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path
+) -> None:
+    base, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    with daemons[0].connect() as first, daemons[1].connect() as second:
+        expected = first.load(tuned, name="tuned")
+        second.load(base)
+        tuned.rename(tmp_path / "elsewhere")  # so that the tensors come from memory
+        receiver.part_bytes = 2 * SIZE
+        fetched = receiver.fetch(digest, source.address, sink="memory", name="tuned", pin=True)
+        assert (fetched.moved_bytes, fetched.local_bytes) == (MISSING, WHOLE - MISSING)
+        assert fetched.content_digest == expected.content_digest
+        found = {one.name: one for one in second.checkpoints()}
+        assert set(found) == {str(base), "tuned"}, "parts are left behind"
+        assert found["tuned"].pinned
+        assert not [lease for lease in second.leases() if not lease.waiting]
+        second.verify()
+        with first.attach("tuned") as there, second.attach("tuned") as here:
+            assert here.metadata("", "model-00002-of-00002.safetensors") == {"format": "pt", "author": "somebody"}
+            for key in there.tensors:
+                assert here.buffer(key.name) == there.buffer(key.name)
+        again = receiver.fetch(digest, source.address, sink="memory", name="tuned")
+        assert (again.moved_bytes, again.small_bytes) == (0, 0)
+
+
+def test_files_come_byte_for_byte(
+    daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path
+) -> None:
+    base, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    with daemons[1].connect() as second:
+        second.load(base)
+        fetched = receiver.fetch(digest, source.address)
+    assert (fetched.moved_bytes, fetched.local_bytes) == (MISSING, WHOLE - MISSING)
+    assert contents(Path(fetched.folder)) == contents(tuned)
+    assert not list((receiver.state / "staging").glob("*/*"))
+    again = receiver.fetch(digest)  # needs no peer
+    assert (again.moved_bytes, again.small_bytes) == (0, 0)
+
+
+def test_a_receiver_serves_what_it_has_fetched(
+    daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path
+) -> None:
+    _, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    receiver.fetch(digest, source.address, sink="memory")
+    with agent(receiver.state, daemons[1].socket) as second:
+        third = Receiver(tmp_path / "third")
+        fetched = third.fetch(digest, second.address, folder=tmp_path / "files")
+    assert fetched.moved_bytes == WHOLE
+    assert contents(tmp_path / "files") == contents(tuned)
+
+
+@pytest.mark.parametrize("sink", ["files", "memory"])
+def test_gguf(sink: str, daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path) -> None:
+    path = tmp_path / "m" / "model.gguf"
+    path.parent.mkdir()
+    tensors = {
+        "blk.0.weight": (2, (4, 32), checkpoints.random_bytes(0, 72)),  # Q4_0: 18 bytes for 32 values
+        "norm": (0, (40,), checkpoints.random_bytes(1, 160)),
+    }
+    path.write_bytes(gguf_files.whole(tensors, [gguf_files.key("general.name", 8, "toy")]))
+    digest = published(tmp_path / "source", path)
+    fetched = receiver.fetch(digest, source.address, sink=sink)
+    if sink == "files":
+        assert contents(Path(fetched.folder)) == {"model.gguf": path.read_bytes()}
+    else:
+        with daemons[0].connect() as first:
+            assert fetched.content_digest == first.load(path).content_digest
+
+
+def test_what_is_gone_is_not_offered(source: Agent, receiver: Receiver, tmp_path: Path) -> None:
+    _, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    (tuned / "model-00001-of-00002.safetensors").unlink()
+    with receiver.node() as node, node.peer(source.address) as peer:
+        assert peer.inventory() == []
+    with pytest.raises(NotFoundError, match="not on this node any more"):
+        receiver.fetch(digest, source.address)
+    with pytest.raises(NotFoundError, match="not published"):
+        receiver.fetch("b3:" + "0" * 64, source.address)
+
+
+def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path) -> None:
+    _, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    where = f"--from={source.address}"
+    listed = json.loads(daemons[1].command("fleet", "ls", where, "--format=json").stdout)
+    assert [one["digest"] for one in listed[0]["checkpoints"]] == [digest]
+    assert digest in daemons[1].command("fleet", "ls", where, "--wide").stdout
+    state = f"--state-dir={receiver.state}"
+    said = daemons[1].command("fleet", "fetch", digest, where, state, "--sink=memory", "--name=tuned", "--format=json")
+    found = json.loads(said.stdout)
+    assert (found["name"], found["moved_bytes"], found["local_bytes"]) == ("tuned", WHOLE, 0)
+    assert "resident" in daemons[1].command("fleet", "fetch", digest, where, state, "--sink=memory").stdout
+    refused = daemons[1].command("fleet", "fetch", "b3:0", where, state, check=False)
+    assert refused.returncode == 2
+    unreachable = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=5", check=False)
+    assert unreachable.returncode == 1
+    assert "127.0.0.1:1" in unreachable.stderr
