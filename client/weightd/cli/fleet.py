@@ -36,7 +36,7 @@ fleet = typer.Typer(
 Examples:
   weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
   weightd fleet publish org/tuned
-  weightd fleet fetch b3:1f0c… --from 10.0.0.5:7411 --tls-dir /etc/weightd/fleet
+  weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
 """,
     no_args_is_help=True,
     rich_markup_mode=None,

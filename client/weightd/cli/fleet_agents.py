@@ -128,8 +128,8 @@ def fetch(
 
     \b
     Examples:
-      weightd fleet fetch b3:1f0c… --from 127.0.0.1:7411
-      weightd fleet fetch b3:1f0c… --from 10.0.0.5:7411 --tls-dir /etc/weightd/fleet --sink memory --name tuned
+      weightd fleet fetch b3:1f0c9a --from 127.0.0.1:7411
+      weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
     """
     require_fleet("fetch")
     arguments = [*_connection(context, tls_dir, state_dir, patience), *(f"--from={peer}" for peer in peers)]
