@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def write(folder: Path, authority: trustme.CA, role: str, *, host: str = "127.0.0.1", expired: bool = False) -> Path:
-    """Write ca.pem, cert.pem and key.pem of a node with a role ("agent", "client", or "" for none). Returns the folder."""
+    """Write ca.pem, cert.pem and key.pem of a node with a role ("agent", "client", or "" for none); return `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     issuer = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
     signing = serialization.load_pem_private_key(authority.private_key_pem.bytes(), None)

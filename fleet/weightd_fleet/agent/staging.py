@@ -2,7 +2,7 @@
 
     staging/HEX.lock            held by the fetch of `b3:HEX` that is under way
     staging/HEX/DIGEST          a row, verified
-    staging/HEX/DIGEST.part     a row that is being received; removed by the next fetch
+    staging/HEX/DIGEST.part     a row that is being received; the next fetch removes it, unless it is whole
 
 A fetch that is killed leaves its rows, and the next one finds them. A row is verified once more when it is used, so
 that none needs to be on the disk before the next one is received.
@@ -79,11 +79,13 @@ class StagingFolder:
         with disk_errors(folder):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._rows: dict[bytes, int] = {}
-            for entry in os.scandir(folder):
-                if entry.name.endswith(_SUFFIX) or not _is_digest(entry.name):
-                    os.unlink(entry.path)
-                else:
-                    self._rows[bytes.fromhex(entry.name)] = entry.stat().st_size
+            for path in list(folder.iterdir()):
+                name = path.name.removesuffix(_SUFFIX)
+                if not _is_digest(name) or (path.name != name and not _is_whole(path, bytes.fromhex(name))):
+                    path.unlink()
+                    continue
+                os.rename(path, folder / name)
+                self._rows[bytes.fromhex(name)] = (folder / name).stat().st_size
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._rows
@@ -141,6 +143,15 @@ def _locked(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _is_whole(path: Path, digest: bytes) -> bool:
+    """Whether a row that a killed fetch left has all its bytes."""
+    hasher = new_hasher()
+    with open(path, "rb", buffering=0) as file:
+        for piece in file_pieces(file.fileno(), 0, os.fstat(file.fileno()).st_size, show(path)):
+            hasher.update(piece)
+    return hasher.digest() == digest
 
 
 def _is_digest(name: str) -> bool:

@@ -1,0 +1,113 @@
+"""kill -9 at each point of a fetch, on either side: the next fetch goes on, and receives no verified row again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import weightd
+from support import checkpoints
+from support.agents import Agent, Receiver, agent, published
+from support.daemon import Daemon, environment
+from weightd.errors import DaemonUnreachableError
+
+SIZE, ROWS = 3000, 6
+
+
+@pytest.fixture(scope="module")
+def shared_daemon() -> Iterator[Daemon]:
+    daemon = Daemon()
+    yield daemon
+    daemon.close(check=True)
+
+
+@pytest.fixture
+def daemon(shared_daemon: Daemon) -> Iterator[Daemon]:
+    """A daemon that holds nothing."""
+    yield shared_daemon
+    with weightd.connect(shared_daemon.socket, timeout=60.0) as client:
+        for checkpoint in client.checkpoints():
+            client.remove(checkpoint.content_digest)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """Two files with three rows each, and an index: five blobs of the checkpoint are no tensors."""
+    folder = tmp_path / "m"
+    owners = {}
+    for number in range(2):
+        name = f"model-0000{number + 1}-of-00002.safetensors"
+        tensors = {f"f{number}.{row}": (number, row) for row in range(3)}
+        owners |= dict.fromkeys(tensors, name)
+        data = {key: ("U8", (SIZE,), checkpoints.random_bytes(seed, SIZE)) for key, seed in tensors.items()}
+        checkpoints.write(folder / name, data)
+    checkpoints.index(folder, owners)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Agent]:
+    with agent(tmp_path / "source") as started:
+        yield started
+
+
+def killed(receiver: Receiver, source: Agent, digest: str, sink: str, point: str, number: int) -> None:
+    """Run a fetch that kills itself."""
+    arguments = [point, str(number), "asking", f"--parent={os.getpid()}", f"--from={source.address}", f"--sink={sink}"]
+    arguments += [f"--state-dir={receiver.state}", f"--socket={receiver.socket}", "--name=m", "fetch", digest]
+    done = subprocess.run(
+        [sys.executable, "-m", "support.fetch_points", *arguments],
+        env=environment(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == -9, done.stdout + done.stderr
+
+
+# The first three blobs of a fetch are two frames and the index.
+@pytest.mark.parametrize(
+    ("point", "number", "kept"),
+    [("received", 3 + 2, 2), ("verified", 3 + 2, 2), ("staged", 3 + 2, 2), ("renamed", 1, 3), ("renamed", 3, 6)],
+)
+def test_files(point: str, number: int, kept: int, source: Agent, model: Path, tmp_path: Path) -> None:
+    digest = published(tmp_path / "source", model)
+    receiver = Receiver(tmp_path / "receiver")
+    killed(receiver, source, digest, "files", point, number)
+    fetched = receiver.fetch(digest, source.address)
+    assert fetched.moved_bytes == (ROWS - kept) * SIZE
+    assert fetched.small_bytes == 0
+    for path in model.iterdir():
+        assert (Path(fetched.folder) / path.name).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in Path(fetched.folder).iterdir()) == sorted(os.listdir(model))
+
+
+@pytest.mark.parametrize(
+    ("point", "number", "kept"),
+    [("received", 3 + 2, 2), ("verified", 3 + 2, 2), ("staged", 3 + 2, 2), ("offered", 1, 6), ("composed", 1, 6)],
+)
+def test_memory(point: str, number: int, kept: int, daemon: Daemon, source: Agent, model: Path, tmp_path: Path) -> None:
+    digest = published(tmp_path / "source", model)
+    receiver = Receiver(tmp_path / "receiver", daemon.socket)
+    killed(receiver, source, digest, "memory", point, number)
+    fetched = receiver.fetch(digest, source.address, sink="memory", name="m")
+    assert fetched.moved_bytes == (ROWS - kept) * SIZE
+    assert fetched.small_bytes == 0
+    with daemon.connect() as client:
+        assert client.load(model).content_digest == fetched.content_digest
+        assert "m" in {name for found in client.checkpoints() for name in found.names}
+
+
+def test_a_source_that_is_killed(model: Path, tmp_path: Path) -> None:
+    digest = published(tmp_path / "source", model)
+    receiver = Receiver(tmp_path / "receiver")
+    dying = Agent(tmp_path / "source", argv=("-m", "support.fetch_points", "served", str(3 + 3), "agent"))
+    with pytest.raises(DaemonUnreachableError):
+        receiver.fetch(digest, dying.address)
+    dying.kill()
+    with agent(tmp_path / "source") as other:
+        fetched = receiver.fetch(digest, other.address)
+    assert fetched.moved_bytes < ROWS * SIZE
+    assert fetched.small_bytes == 0
