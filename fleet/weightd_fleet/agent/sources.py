@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _CALL_BYTES: Final = 256 << 20
 """Bytes of one call, if a row is not longer: after it another reader has a turn."""
 _CALL_ROWS: Final = 10_000
+BUSY_SECONDS: Final = 600.0
+"""How long a fetch waits for busy peers without receiving a row."""
 _PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 1.0
 
@@ -49,7 +51,7 @@ _PEERS_FAULT: Final = (
 class FetchSources:
     """The peers of one fetch. `note` is told of each one that is dropped, and why.
 
-    A peer that is busy is waited for, at most `busy_seconds` without a row from anybody.
+    A peer that is busy is waited for, at most BUSY_SECONDS without a row from anybody.
     """
 
     def __init__(
@@ -58,13 +60,11 @@ class FetchSources:
         connect: Callable[[AgentAddress], Peer],
         note: Callable[[str], None],
         serves_at: str = "",
-        busy_seconds: float = 600.0,
     ) -> None:
         self._addresses = list(dict.fromkeys(addresses))
         self._connect = connect
         self._note = note
         self._serves_at = serves_at
-        self._busy_seconds = busy_seconds
         self._dropped: set[AgentAddress] = set()
         self._failure: WeightdError | None = None
 
@@ -86,14 +86,14 @@ class FetchSources:
         `advance` is called with bytes that were verified. Errors: those of the last peer, or of the disk.
         """
         rest = dict(wanted)
-        deadline, pause = time.monotonic() + self._busy_seconds, _PAUSE
+        deadline, pause = time.monotonic() + BUSY_SECONDS, _PAUSE
         while rest:
             before = len(rest)
             busy = self._round(name, rest, staging, advance)
             if not self._addresses:
                 raise self._gone()
             if len(rest) < before:
-                deadline, pause = time.monotonic() + self._busy_seconds, _PAUSE
+                deadline, pause = time.monotonic() + BUSY_SECONDS, _PAUSE
             elif busy is not None:
                 if time.monotonic() > deadline:
                     raise busy

@@ -32,7 +32,10 @@ _SUFFIX: Final = ".part"
 
 
 class IncomingRow:
-    """A row that is being received: `digest` and `length` are what it must come to. Use it as a context manager."""
+    """A row that is being received: `digest` and `length` are what it must come to.
+
+    It is a context manager, at whose end a row that was not kept is removed.
+    """
 
     def __init__(self, folder: Path, digest: bytes, length: int) -> None:
         self.digest = digest
@@ -41,13 +44,15 @@ class IncomingRow:
         self._path = folder / digest.hex()
         self._hasher = new_hasher()
         with disk_errors(folder):
-            self._file = open(f"{self._path}{_SUFFIX}", "wb", buffering=0)  # noqa: SIM115 - `close` closes it
+            self._file = open(f"{self._path}{_SUFFIX}", "wb", buffering=0)  # noqa: SIM115  # the block's end closes it
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        with contextlib.suppress(OSError):  # usually it has been kept, and is not there under this name
+            os.unlink(f"{self._path}{_SUFFIX}")
 
     def write(self, data: bytes) -> None:
         """Add the next bytes. Errors: FormatError (more than the row has), CapacityError (the disk is full)."""
