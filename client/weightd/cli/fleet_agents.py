@@ -69,6 +69,10 @@ def agent(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve without TLS and without roles; only on the loopback.")
     ] = False,
+    advertise: Annotated[
+        str | None,
+        typer.Option("--advertise", metavar="HOST:PORT", help="Its address for other nodes [default: --listen]."),
+    ] = None,
     state_dir: _StateOption = None,
     readers: Annotated[
         int, typer.Option("--readers", metavar="N", min=1, max=16, help="How many peers may read bytes at once.")
@@ -90,6 +94,7 @@ def agent(
         raise typer.BadParameter("give either --tls-dir or --insecure")
     require_fleet("agent")
     arguments = [*_connection(context, tls_dir, state_dir, patience), f"--listen={listen}", f"--readers={readers}"]
+    arguments += [] if advertise is None else [f"--advertise={advertise}"]
     flush()
     # -P: a weightd_fleet that lies in the current directory must not be what starts.
     command_line = [sys.executable, "-P", "-m", "weightd_fleet.agent", *arguments]

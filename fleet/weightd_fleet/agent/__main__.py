@@ -19,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run an agent. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="weightd fleet agent", allow_abbrev=False)
     parser.add_argument("--listen", required=True)
+    parser.add_argument("--advertise")
     parser.add_argument("--tls-dir")
     parser.add_argument("--state-dir")
     parser.add_argument("--socket")
@@ -30,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)  # also in gRPC's threads, which start below
     settings = NodeSettings(options.state_dir, options.socket, options.tls_dir, options.patience)
     try:
-        with running_agent(parse_address(options.listen), settings, options.readers, log.warning) as address:
+        listen = parse_address(options.listen)
+        advertised = parse_address(options.advertise) if options.advertise else None
+        with running_agent(listen, settings, options.readers, log.warning, advertised) as address:
             sys.stdout.write(f"weightd agent is ready: {address}\n")
             sys.stdout.flush()
             signal.sigwait(ending)

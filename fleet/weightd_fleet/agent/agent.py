@@ -60,9 +60,15 @@ def fetching_node(settings: NodeSettings, serves_at: str = "") -> Iterator[Fetch
 
 @contextlib.contextmanager
 def running_agent(
-    listen: AgentAddress, settings: NodeSettings, readers: int, note: Callable[[str], None]
+    listen: AgentAddress,
+    settings: NodeSettings,
+    readers: int,
+    note: Callable[[str], None],
+    advertised: AgentAddress | None = None,
 ) -> Iterator[AgentAddress]:
-    """Run an agent, at most `readers` of which read at once. Yields where it listens.
+    """Run an agent that at most `readers` peers read from at once. Yields where it listens.
+
+    `advertised` is the address that other nodes are told, by default the one that it listens on.
 
     Errors: PermissionDeniedError (plain text beyond the loopback), InvalidReferenceError.
     """
@@ -77,7 +83,7 @@ def running_agent(
             ServedBlobs(node.state, node.resident), ReadAdmission(readers), fetch_for_client, secure=tls is not None
         )
         server, address = serve(service, listen, tls)
-        serves_at = str(address)
+        serves_at = str(advertised or address)
         try:
             yield address
         finally:

@@ -30,6 +30,10 @@ class HubRevision:
         """The blob of a file, or where a file without one goes."""
         return self._home / "blobs" / hub_blob if hub_blob else self.folder / path
 
+    def may_replace(self, hub_blob: str) -> bool:
+        """A blob may be replaced: its name says what it must hold."""
+        return bool(hub_blob)
+
     def enter(self, path: str, hub_blob: str) -> None:
         """Link a file to its blob. Errors: InvalidReferenceError (something else is in its place), OSError."""
         if not hub_blob:

@@ -32,6 +32,8 @@ _PIECE: Final = 2 << 20
 _READERS: Final = ("agent", "client")
 _CLIENTS: Final = ("client",)
 _WATCH_SECONDS: Final = 1.0
+READ_SECONDS: Final = 600.0
+"""How long a read may take: a call asks for 256 MiB, or for one row."""
 _THREADS: Final = 32
 _SINKS: Final = {peer_pb2.SINK_FILES: "files", peer_pb2.SINK_MEMORY: "memory"}
 
@@ -52,10 +54,11 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
         self._fetch = fetch
         self._secure = secure
         self.stopping = threading.Event()
+        self.read_seconds = READ_SECONDS
 
     def WatchInventory(self, request: Any, context: grpc.ServicerContext) -> Iterator[peer_pb2.Inventory]:  # noqa: N802
         """List what can be fetched, and follow it."""
-        return self._answer(_READERS, context, self._inventories(request, context))
+        return self._answer(_READERS, context, self._followed(context) if request.follow else self._inventories())
 
     def GetManifest(self, request: Any, context: grpc.ServicerContext) -> Iterator[peer_pb2.ManifestPiece]:  # noqa: N802
         """Send a manifest."""
@@ -63,7 +66,7 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
 
     def ReadRows(self, request: Any, context: grpc.ServicerContext) -> Iterator[peer_pb2.RowPiece]:  # noqa: N802
         """Send rows."""
-        return self._answer(_READERS, context, self._rows(request))
+        return self._answer(_READERS, context, self._timed(context, self._rows(request)))
 
     def Fetch(self, request: Any, context: grpc.ServicerContext) -> Iterator[peer_pb2.FetchEvent]:  # noqa: N802
         """Fetch from others."""
@@ -87,26 +90,40 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
             context.set_trailing_metadata(trailers_of(error))
             context.abort(grpc.StatusCode[error.grpc_code], error.message)
 
-    def _inventories(self, request: Any, context: grpc.ServicerContext) -> Iterator[peer_pb2.Inventory]:
+    def _followed(self, context: grpc.ServicerContext) -> Iterator[peer_pb2.Inventory]:
         sent: peer_pb2.Inventory | None = None
-        while context.is_active() and not self.stopping.is_set():
-            entries = []
-            for name, manifest in self._blobs.checkpoints():
-                repository, commit = manifest.origin or ("", "")
-                tensors = sum(row.counts for row in manifest.tensors)
-                entries.append(
-                    peer_pb2.InventoryEntry(
-                        name=name, total_bytes=manifest.tensor_bytes, tensors=tensors, repository=repository,
-                        commit=commit,
-                    )
-                )  # fmt: skip
-            now = peer_pb2.Inventory(entries=entries, draining=self._reads.draining)
-            if now != sent:
-                yield now
-                sent = now
-            if not request.follow:
-                return
-            self.stopping.wait(_WATCH_SECONDS)
+        with self._reads.watching():
+            while context.is_active() and not self.stopping.is_set():
+                (now,) = self._inventories()
+                if now != sent:
+                    yield now
+                    sent = now
+                self.stopping.wait(_WATCH_SECONDS)
+
+    def _inventories(self) -> Iterator[peer_pb2.Inventory]:
+        entries = []
+        for name, manifest in self._blobs.checkpoints():
+            repository, commit = manifest.origin or ("", "")
+            entries.append(
+                peer_pb2.InventoryEntry(
+                    name=name,
+                    total_bytes=manifest.tensor_bytes,
+                    tensors=sum(row.counts for row in manifest.tensors),
+                    repository=repository,
+                    commit=commit,
+                )
+            )
+        yield peer_pb2.Inventory(entries=entries, draining=self._reads.draining)
+
+    def _timed(self, context: grpc.ServicerContext, pieces: Iterator[Any]) -> Iterator[Any]:
+        """Cancel a read if its reader does not take all of it in time: it keeps others from reading."""
+        timer = threading.Timer(self.read_seconds, context.cancel)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield from pieces
+        finally:
+            timer.cancel()
 
     def _manifest(self, request: Any) -> Iterator[peer_pb2.ManifestPiece]:
         encoded = self._blobs.manifest(request.name).encoded

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightd.composing import TensorSource
-from weightd.errors import DaemonUnreachableError, NotFoundError
+from weightd.errors import DaemonUnreachableError, NotFoundError, PermissionDeniedError
 from weightd.types import TensorKey
 from weightd_daemon.answers import THREADS
 from weightd_fleet.core.digests import blob_digest
@@ -88,11 +88,11 @@ class ResidentTensors:
                 self._client = None
 
     def find(self, lengths: Collection[int]) -> set[bytes]:
-        """The digests of all resident tensors of these lengths; none where no daemon answers."""
+        """The digests of all resident tensors of these lengths; none if no daemon answers this user."""
         with self._lock:
             try:
                 return self._find(frozenset(lengths))
-            except DaemonUnreachableError:
+            except (DaemonUnreachableError, PermissionDeniedError):
                 return set()
 
     @contextlib.contextmanager
@@ -101,7 +101,7 @@ class ResidentTensors:
         wanted = set(digests)
         found: dict[bytes, tuple[Attachment, TensorKey]] = {}
         with contextlib.ExitStack() as stack:
-            with self._lock, contextlib.suppress(DaemonUnreachableError):
+            with self._lock, contextlib.suppress(DaemonUnreachableError, PermissionDeniedError):
                 self._find(frozenset(lengths))
                 for instance, known in list(self._known.items()):
                     keys = {digest: known.keys[digest] for digest in wanted & known.keys.keys()}

@@ -34,10 +34,14 @@ class ServedCheckpoint(NamedTuple):
 
 
 class ReadAdmission:
-    """Admits at most `most` reads at once, and remembers for each checkpoint who has read it and serves it now."""
+    """Admits at most `most` reads at once, and remembers for each checkpoint who has read it and serves it now.
 
-    def __init__(self, most: int) -> None:
+    Of those who follow the inventory it admits `watchers`.
+    """
+
+    def __init__(self, most: int, watchers: int = 8) -> None:
         self._most = most
+        self._watchers = threading.BoundedSemaphore(watchers)
         self._lock = threading.Lock()
         self._reading = 0
         self._readers: OrderedDict[str, list[AgentAddress]] = OrderedDict()
@@ -60,6 +64,16 @@ class ReadAdmission:
         finally:
             with self._lock:
                 self._reading -= 1
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around following the inventory. Errors: PeerBusyError."""
+        if not self._watchers.acquire(blocking=False):
+            raise PeerBusyError("too many follow the inventory; ask without following it")
+        try:
+            yield
+        finally:
+            self._watchers.release()
 
     def _remember(self, name: str, reader: AgentAddress) -> None:
         with self._lock:

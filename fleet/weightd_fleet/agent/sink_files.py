@@ -37,6 +37,9 @@ class FileLayoutOnDisk(Protocol):
     def place(self, path: str, hub_blob: str) -> Path:
         """Where the content of a file goes."""
 
+    def may_replace(self, hub_blob: str) -> bool:
+        """Whether other content in the place of a file is damage, and no file of the user's."""
+
     def enter(self, path: str, hub_blob: str) -> None:
         """Make a file that is complete available under its path. Errors: InvalidReferenceError, OSError."""
 
@@ -53,6 +56,10 @@ class PlainFolder:
     def place(self, path: str, hub_blob: str) -> Path:
         """The path below the folder."""
         return self.folder / path
+
+    def may_replace(self, hub_blob: str) -> bool:
+        """Never."""
+        return False
 
     def enter(self, path: str, hub_blob: str) -> None:
         """Nothing: the file is where it belongs."""
@@ -173,7 +180,7 @@ class FilesSink:
     def _write(self, path: str, hub_blob: str, size: int, fill: Callable[[Callable[[memoryview], None]], None]) -> None:
         """Write a file beside its place, check it, and move it there."""
         where = self._layout.place(path, hub_blob)
-        if os.path.lexists(where) and not hub_blob:
+        if os.path.lexists(where) and not self._layout.may_replace(hub_blob):
             raise InvalidReferenceError(f"{show(where)}: has other content; remove it, or give another folder")
         beside = where.with_name(where.name[: 255 - len(_SUFFIX)] + _SUFFIX)
         check = HubCheck(hub_blob, size)

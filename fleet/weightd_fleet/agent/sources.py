@@ -61,7 +61,8 @@ class FetchSources:
         note: Callable[[str], None],
         serves_at: str = "",
     ) -> None:
-        self._addresses = list(dict.fromkeys(addresses))
+        self._given = tuple(dict.fromkeys(addresses))
+        self._addresses = list(self._given)
         self._connect = connect
         self._note = note
         self._serves_at = serves_at
@@ -114,6 +115,8 @@ class FetchSources:
             except DaemonBusyError as error:
                 busy = error
                 self._add(error.sources if isinstance(error, PeerBusyError) else ())
+            except NotFoundError as error:
+                self._leave(address, error)
             except _PEERS_FAULT as error:
                 self._drop(address, error)
         return busy
@@ -159,6 +162,13 @@ class FetchSources:
         known = {*self._addresses, *self._dropped}
         new = [address for address in dict.fromkeys(addresses) if address not in known]
         self._addresses = (new + self._addresses)[:MAX_SOURCES]
+
+    def _leave(self, address: AgentAddress, error: NotFoundError) -> None:
+        """Leave a peer that lacks rows; one that another peer has named may be named again, when it has all of them."""
+        if address in self._given:
+            self._drop(address, error)
+        else:
+            self._addresses.remove(address)
 
     def _drop(self, address: AgentAddress, error: WeightdError) -> None:
         self._failure = error

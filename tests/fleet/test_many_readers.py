@@ -1,0 +1,137 @@
+"""Several fetches at once: one at a time of a checkpoint on a node, and a limited number of readers at a source."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from support import checkpoints
+from support.agents import Receiver, agent, published
+from support.daemon import eventually
+from support.hostile_peer import HostilePeer, hostile_peer
+from weightd.errors import DaemonBusyError, DaemonUnreachableError
+from weightd_fleet._proto.v1 import peer_pb2, peer_pb2_grpc
+from weightd_fleet.agent.addresses import AgentAddress
+from weightd_fleet.agent.peer import Peer
+from weightd_fleet.agent.serving import ReadAdmission
+
+SIZE, ROWS = 3000, 4
+Pieces = Iterator[Any]
+
+
+@pytest.fixture
+def digest(tmp_path: Path) -> str:
+    model = checkpoints.write_random(tmp_path / "m" / "model.safetensors", ROWS, SIZE)
+    return published(tmp_path / "source", model)
+
+
+def test_two_fetches_of_one_checkpoint_move_it_once(digest: str, tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_: HostilePeer, pieces: Pieces) -> Pieces:
+        begun.set()
+        assert go_on.wait(60)
+        yield from pieces
+
+    with hostile_peer(tmp_path / "source", slow) as (address, _), ThreadPoolExecutor(2) as pool:
+        fetches = [pool.submit(Receiver(tmp_path / "receiver").fetch, digest, address) for _ in range(2)]
+        assert begun.wait(60)
+        go_on.set()
+        moved = sorted(one.result(60).moved_bytes for one in fetches)
+    assert moved == [0, ROWS * SIZE]
+
+
+def test_admission() -> None:
+    reads = ReadAdmission(1, watchers=1)
+    one, two = AgentAddress("10.0.0.1", 1), AgentAddress("10.0.0.2", 1)
+    with reads.admitted("m", one), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", two):
+        pass
+    assert raised.value.sources == ()  # type: ignore[attr-defined]  # it is of the agents' own kind
+    with reads.admitted("n", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", two):
+        pass
+    assert raised.value.sources == (one,)  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError), reads.admitted("m", two):
+        raise RuntimeError
+    with reads.admitted("m", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", one):
+        pass
+    assert raised.value.sources == (), "a reader that failed, or asks itself, is named"  # type: ignore[attr-defined]
+    with reads.watching(), pytest.raises(DaemonBusyError), reads.watching():
+        pass
+
+
+def test_nodes_fill_from_each_other(digest: str, tmp_path: Path) -> None:
+    """The source serves one reader at a time; who has read serves those that are refused."""
+    nodes = 5
+    with ExitStack() as stack:
+        source, service = stack.enter_context(hostile_peer(tmp_path / "source", readers=1))
+        agents = [stack.enter_context(agent(tmp_path / f"n{number}")) for number in range(nodes)]
+
+        def fetch(address: AgentAddress) -> int:
+            order = peer_pb2.FetchRequest(name=digest, sources=[str(source)], sink=peer_pb2.SINK_FILES)
+            with Peer(address, None) as peer:
+                *_, last = peer.fetch(order, 60.0)
+            return int(last.result.moved_bytes)
+
+        first = fetch(agents[0].address)
+        held = threading.Event()
+        reading = threading.Event()
+
+        def hold(_: HostilePeer, pieces: Pieces) -> Pieces:
+            admitted = next(pieces)
+            reading.set()
+            assert held.wait(60)
+            yield admitted
+            yield from pieces
+
+        service.distort = hold
+        with ThreadPoolExecutor(nodes) as pool:
+            blocked = pool.submit(Receiver(tmp_path / "blocked").fetch, digest, source)
+            assert reading.wait(60)
+            moved = list(pool.map(fetch, [one.address for one in agents[1:]]))
+            held.set()
+            assert blocked.result(60).moved_bytes == ROWS * SIZE
+        assert [first, *moved] == [ROWS * SIZE] * nodes
+
+
+def test_a_reader_that_does_not_read_is_cut_off(tmp_path: Path) -> None:
+    model = checkpoints.write_random(tmp_path / "m" / "model.safetensors", 1, 64 << 20)
+    digest = published(tmp_path / "source", model)
+    with hostile_peer(tmp_path / "source", readers=1) as (address, service):
+        service.read_seconds = 0.5
+        with Peer(address, None) as peer, grpc.insecure_channel(str(address)) as channel:
+            (row,) = peer.manifest(digest).tensors
+            call = peer_pb2_grpc.PeerServiceStub(channel).ReadRows(
+                peer_pb2.ReadRowsRequest(name=digest, digests=[row.digest])
+            )
+            next(call)
+
+            def admitted() -> bool:
+                try:
+                    next(peer.rows(digest, [(row.digest, row.length)], ""))
+                except (DaemonBusyError, DaemonUnreachableError):
+                    return False
+                return True
+
+            eventually(admitted)
+            call.cancel()
+
+
+def test_the_inventory_is_followed(digest: str, tmp_path: Path) -> None:
+    with hostile_peer(tmp_path / "source") as (address, _), grpc.insecure_channel(str(address)) as channel:
+        stub = peer_pb2_grpc.PeerServiceStub(channel)
+        call = stub.WatchInventory(peer_pb2.WatchInventoryRequest(follow=True), timeout=60)
+        assert [entry.name for entry in next(call).entries] == [digest]
+        other = published(
+            tmp_path / "source", checkpoints.write_random(tmp_path / "o" / "model.safetensors", 1, SIZE, "other")
+        )
+        assert {entry.name for entry in next(call).entries} == {digest, other}
+        stub.Drain(peer_pb2.DrainRequest())
+        assert next(call).draining
+        call.cancel()
