@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from support import checkpoints, gguf_files
 from support.agents import Agent, Receiver, agent, published
 from support.daemon import Daemon
 from weightd.errors import NotFoundError
+from weightd_fleet.agent import resident
+from weightd_fleet.agent.sink_memory import MemorySink
 
 SIZE = 3000
 
@@ -98,6 +101,82 @@ def test_memory_gets_the_missing_tensors_alone(
                 assert here.buffer(key.name) == there.buffer(key.name)
         again = receiver.fetch(digest, source.address, sink="memory", name="tuned")
         assert (again.moved_bytes, again.small_bytes) == (0, 0)
+
+
+def test_one_part_is_held_beside_the_missing_bytes(
+    daemons: tuple[Daemon, Daemon],
+    source: Agent,
+    receiver: Receiver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    size, rows, part = 100_000, 12, 300_000
+    model = checkpoints.write_random(tmp_path / "m" / "model.safetensors", rows, size)
+    digest = published(tmp_path / "source", model)
+    receiver.part_bytes = part
+    parts: list[int] = []
+    take = MemorySink.take
+
+    def taken(self: MemorySink, batch: dict[bytes, int], blobs: Any) -> None:
+        waiting = [path.stat().st_size for path in (receiver.state / "staging").glob("*/*")]
+        parts.append(sum(bytes_ for bytes_ in waiting if bytes_ == size))
+        take(self, batch, blobs)
+
+    monkeypatch.setattr(MemorySink, "take", taken)
+    receiver.fetch(digest, source.address, sink="memory")
+    assert parts == [part] * 4
+    with daemons[1].connect() as second:
+        (device,) = second.stats().devices
+        pages = rows * 2 * 4096
+        assert device.used_bytes <= rows * size + pages, "a tensor is resident twice"
+
+
+def test_equal_and_small_tensors(
+    daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path
+) -> None:
+    small, large = checkpoints.random_bytes(0, 100), checkpoints.random_bytes(1, 100_000)
+    tensors = {f"s{n}": ("U8", (100,), small) for n in range(5)} | {
+        f"l{n}": ("U8", (100_000,), large) for n in range(3)
+    }
+    model = checkpoints.write(tmp_path / "m" / "model.safetensors", tensors)
+    digest = published(tmp_path / "source", model)
+    fetched = receiver.fetch(digest, source.address, sink="memory", name="m")
+    assert (fetched.moved_bytes, fetched.local_bytes) == (100_100, 0)
+    with daemons[0].connect() as first, daemons[1].connect() as second:
+        assert fetched.content_digest == first.load(model).content_digest
+        with second.attach("m") as attachment:
+            assert {bytes(attachment.buffer(f"s{n}")) for n in range(5)} == {small}
+            places = {(info.segment, info.offset) for info in attachment.tensors.values() if info.length == 100}
+            assert len(places) == 5, "equal small tensors share a place"
+    files = receiver.fetch(digest, source.address)
+    assert (Path(files.folder) / "model.safetensors").read_bytes() == model.read_bytes()
+    assert files.moved_bytes == 0
+
+
+def test_other_bytes_with_the_same_content_digest_are_not_taken_for_ours(
+    daemons: tuple[Daemon, Daemon], receiver: Receiver, tmp_path: Path
+) -> None:
+    """What was hashed counts for one instance of a checkpoint: after an eviction it is hashed again."""
+    model = checkpoints.write_random(tmp_path / "m" / "model.safetensors", 2, SIZE)
+    with daemons[1].connect() as second, receiver.node() as node:
+        second.load(model)
+        found = node.resident.find({SIZE})
+        assert len(found) == 2
+        second.attach(model).close()  # the load's own lease goes with it
+        second.remove(model)
+        second.load(model)
+        hashed: list[int] = []
+        original = resident.blob_digest
+
+        def counted(data: memoryview) -> bytes:
+            hashed.append(len(data))
+            return original(data)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(resident, "blob_digest", counted)
+            assert node.resident.find({SIZE}) == found
+            assert node.resident.find({SIZE}) == found
+        assert hashed == [SIZE] * 2
 
 
 def test_files_come_byte_for_byte(

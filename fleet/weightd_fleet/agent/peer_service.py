@@ -136,11 +136,16 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
             self._reads.admitted(request.name, reader),
             self._blobs.rows(request.name, request.digests) as found,
         ):
+            total = 0
             for row, digest in enumerate(request.digests):
                 offset = 0
                 for piece in found.pieces(digest) if digest in found else ():
                     yield peer_pb2.RowPiece(row=row, offset=offset, data=bytes(piece))
                     offset += len(piece)
+                total += offset
+            log.info(
+                "%s: sent %d bytes of %d rows to %s", request.name, total, len(request.digests), reader or "a client"
+            )
 
     def _fetched(self, request: Any) -> Iterator[peer_pb2.FetchEvent]:
         """Fetch in a thread of its own, which goes on if the caller leaves."""
