@@ -20,6 +20,7 @@ from weightd.errors import (
     DigestMismatchError,
     FormatError,
     InvalidReferenceError,
+    NotFoundError,
     WeightdError,
 )
 from weightd_fleet._proto.v1 import peer_pb2
@@ -225,6 +226,29 @@ def test_a_busy_peer_names_others(served: tuple[Path, str], tmp_path: Path) -> N
         fetched = Receiver(tmp_path / "receiver").fetch(digest, first)
     assert fetched.moved_bytes == ROWS * SIZE
     assert other.read
+
+
+def test_a_peer_that_was_named_is_waited_for(served: tuple[Path, str], tmp_path: Path) -> None:
+    """Who fetches is named before it has everything."""
+    state, digest = served
+    asked: list[int] = []
+
+    def lack(_: HostilePeer, pieces: Pieces) -> Pieces:
+        asked.append(1)
+        if len(asked) < 3:
+            raise NotFoundError("not yet")
+        yield from pieces
+
+    def refer(_: HostilePeer, pieces: Pieces) -> Pieces:
+        next(pieces)
+        raise PeerBusyError("busy", [second])
+        yield
+
+    receiver = Receiver(tmp_path / "receiver")
+    with hostile_peer(state, lack) as (second, _), hostile_peer(state, refer) as (first, _):
+        assert receiver.fetch(digest, first).moved_bytes == ROWS * SIZE
+    assert len(asked) >= 3
+    assert not receiver.notes
 
 
 def test_a_full_disk(served: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,10 @@ class FetchSources:
                 busy = error
                 self._add(error.sources if isinstance(error, PeerBusyError) else ())
             except NotFoundError as error:
-                self._leave(address, error)
+                if address in self._given:
+                    self._drop(address, error)
+                else:  # another peer named it, as one that has begun to fetch
+                    busy = DaemonBusyError(f"{error}; waited for it to have them")
             except _PEERS_FAULT as error:
                 self._drop(address, error)
         return busy
@@ -162,13 +165,6 @@ class FetchSources:
         known = {*self._addresses, *self._dropped}
         new = [address for address in dict.fromkeys(addresses) if address not in known]
         self._addresses = (new + self._addresses)[:MAX_SOURCES]
-
-    def _leave(self, address: AgentAddress, error: NotFoundError) -> None:
-        """Leave a peer that lacks rows; one that another peer has named may be named again, when it has all of them."""
-        if address in self._given:
-            self._drop(address, error)
-        else:
-            self._addresses.remove(address)
 
     def _drop(self, address: AgentAddress, error: WeightdError) -> None:
         self._failure = error
