@@ -178,7 +178,7 @@ def _read(kind: type[T], values: Any) -> T:
 
 
 @functools.cache  # a report has thousands of pairs
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -236,7 +236,9 @@ class PlanTables:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part // whole}%" if whole and part else "0"
+    if not part:
+        return "0"
+    return f"{100 * part // whole}%" if 100 * part >= whole else "<1%"
 
 
 def _parts(pair: PlannedPair) -> str:
