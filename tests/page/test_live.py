@@ -120,7 +120,7 @@ def test_what_to_remove(address: str, open_page: OpenPage, held: FakeHoldings) -
     page.get_by_label("What if pipeline/small were removed").check()
     page.get_by_label("What if pipeline/large were removed").check()
     text = page.locator("main").inner_text()
-    assert f"Without 4 checkpoints: {size(9254 * MIB)} less, 2.81 GiB of it shared only between them." in text
+    assert f"Without 4 checkpoints: {size(9456 * MIB)} less, 2.81 GiB of it shared only between them." in text
     assert "pipeline/large cannot be removed while processes hold it." in text
     needed = page.get_by_label("Bytes needed")
     needed.fill("10 GiB")
