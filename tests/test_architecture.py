@@ -102,6 +102,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "wire",
     ),
     "api": (
+        "config",
         "core",
         "devices",
         "handles",
