@@ -53,6 +53,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--gpu", choices=("double", "hardware"), default="double",
         help="run tests marked gpu on the double of the driver, which poses as hardware, or on a real GPU",
     )  # fmt: skip
+    parser.addoption("--chromium", metavar="PATH", help="run the tests of pages, in this browser")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the tests of pages, unless there is a browser: `make test-page` runs them."""
+    is_page = collection_path == Path(__file__).parent / "page"
+    return True if is_page and not config.getoption("--chromium") else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -103,6 +103,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "wire",
     ),
     "api": (
+        "config",
         "core",
         "devices",
         "handles",

@@ -26,7 +26,7 @@ export class MemoryMap {
   #colours;
   #map = null;
   #segments = [];
-  #layout = { boxes: [], height: 0, scale: 0 };
+  #layout = { boxes: [], height: 0 };
   #selected = new Set();
   #canvas;
   #tip;
@@ -119,7 +119,7 @@ export class MemoryMap {
       const end = box.x + ((extent.offset + extent.length) / segment.size) * box.width;
       if (end - painted < 0.5) continue;
       const from = Math.max(begin, painted);
-      const faded = this.#selected.size > 0 && !extent.users.some((digest) => this.#selected.has(digest));
+      const faded = this.#selected.size > 0 && extent.kind === "blobs" && !extent.users.some((digest) => this.#selected.has(digest));
       context.globalAlpha = faded ? 0.22 : 1;
       context.fillStyle = this.#fill(context, extent, values, fills, ratio);
       context.fillRect(from, box.y, end - from, BAR);
