@@ -125,7 +125,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
+bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, and planning
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/restart.py"
@@ -134,6 +134,8 @@ bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"
 	@$(BIN)/python bench/service.py
+	@echo "bench: bench/plan.py"
+	@$(BIN)/python bench/plan.py
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"

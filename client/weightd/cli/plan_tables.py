@@ -236,9 +236,12 @@ class PlanTables:
 
 
 def _percent(part: int, whole: int) -> str:
+    """Rounded, but neither nothing nor all unless it is."""
     if not part:
         return "0"
-    return f"{100 * part // whole}%" if 100 * part >= whole else "<1%"
+    if 100 * part < whole:
+        return "<1%"
+    return "100%" if part == whole else f"{min(99, round(100 * part / whole))}%"
 
 
 def _parts(pair: PlannedPair) -> str:
