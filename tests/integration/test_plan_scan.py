@@ -28,7 +28,7 @@ from weightd_daemon import planning
 from weightd_daemon.persistence.digest_index import FILE_NAME
 from weightd_daemon.plans import near_duplicates, tensor_digests
 
-KIB, MIB = 1 << 10, 1 << 20
+MIB, TIB = 1 << 20, 1 << 40
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -51,6 +51,16 @@ def scanned(*arguments: str | Path, cache: Path) -> dict[str, Any]:
 
 def u8(seed: object, size: int) -> tuple[str, tuple[int, ...], bytes]:
     return "U8", (size,), checkpoints.random_bytes(seed, size)
+
+
+def holes(path: Path, count: int, size: int) -> Path:
+    """A checkpoint of many equal tensors that takes long to read, and no room."""
+    each = {f"t{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(count)}
+    header = json.dumps(each).encode()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    os.truncate(path, 8 + len(header) + count * size)
+    return path
 
 
 def by_name(found: dict[str, Any]) -> dict[str, Any]:
@@ -105,18 +115,18 @@ def test_a_file_that_two_checkpoints_have_is_read_once(tmp_path: Path) -> None:
 
 
 def test_headers_alone_are_said_to_be_at_most(tmp_path: Path) -> None:
+    """And nothing else is read: of these files it would take hours."""
     models = tmp_path / "models"
     for name in "ab":
-        checkpoints.write_random(models / name / "model.safetensors", 2, MIB, seed=name)
-    found = scanned(models, "--headers", "--budget=3MiB", cache=tmp_path)
-    assert (found["at_most"], found["saved_bytes"], found["read_bytes"]) == (True, 2 * MIB, 0)
+        holes(models / name / "model.safetensors", 4, TIB)
+    found = scanned(models, "--headers", "--budget=6TiB", cache=tmp_path)
+    assert (found["at_most"], found["saved_bytes"], found["read_bytes"]) == (True, 4 * TIB, 0)
     assert (found["differences"], found["near_duplicates"]) == ([], None)
     assert [step["fits"] for step in found["budget"]["order"]] == [True, True]
-    assert scanned(models, cache=tmp_path)["saved_bytes"] == 0
-    printed = run("--scan", models, "--headers", "--budget=3MiB").stdout
+    printed = run("--scan", models, "--headers", "--budget=6TiB").stdout
     assert "SHARED AT MOST" in printed
-    assert "unique at least 2.00 MiB, saved at most 2.00 MiB (50.0 %)" in printed
-    assert "at most 2 of 2 checkpoints fit 3.00 MiB" in printed
+    assert "unique at least 4.00 TiB, saved at most 4.00 TiB (50.0 %)" in printed
+    assert "at most 2 of 2 checkpoints fit 6.00 TiB" in printed
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
@@ -190,16 +200,6 @@ def test_a_plan_that_was_stopped_goes_on(rested: Path, tmp_path: Path, monkeypat
         planning.plan(question, advance=stop)
     found = planning.plan(question)
     assert (found.saved_bytes, found.read_bytes) == (3 * MIB, 2 * MIB)
-
-
-def holes(path: Path, count: int, size: int) -> Path:
-    """A checkpoint of many equal tensors that takes long to read, and no room."""
-    each = {f"t{i}": {"dtype": "U8", "shape": [size], "data_offsets": [i * size, (i + 1) * size]} for i in range(count)}
-    header = json.dumps(each).encode()
-    path.parent.mkdir(parents=True)
-    path.write_bytes(struct.pack("<Q", len(header)) + header)
-    os.truncate(path, 8 + len(header) + count * size)
-    return path
 
 
 def test_ctrl_c_keeps_what_was_hashed(tmp_path: Path) -> None:
