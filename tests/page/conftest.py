@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +12,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from support.pages import OpenPage
+from support.served_page import served
 
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -31,7 +33,14 @@ def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
+def serve() -> Iterator[Callable[[Any], str]]:
+    """Serve the page of a client until the end of the test; returns its address."""
+    with ExitStack() as stack:
+        yield lambda client: stack.enter_context(served(client))
+
+
+@pytest.fixture
+def open_page(browser: Browser, serve: object) -> Iterator[OpenPage]:
     """Open pages, and see at the end that all were quiet and asked nobody but their own server."""
     opened: list[tuple[Page, str, tuple[str, ...], list[str], list[str]]] = []
 

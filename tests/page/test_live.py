@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from weightd._sizes import size
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+Serve = Callable[[FakeHoldings], str]
 REFUSED = ("401 (Unauthorized)",)
 GONE = ("ERR_CONNECTION_REFUSED", "ERR_EMPTY_RESPONSE", "ERR_CONNECTION_RESET", "401 (Unauthorized)")
 
@@ -29,9 +30,8 @@ def held() -> FakeHoldings:
 
 
 @pytest.fixture
-def address(held: FakeHoldings) -> Iterator[str]:
-    with served(held) as address:
-        yield address
+def address(held: FakeHoldings, serve: Serve) -> str:
+    return serve(held)
 
 
 def texts(page: Page, selector: str) -> list[str]:
@@ -153,49 +153,48 @@ def test_sorting_and_filtering(address: str, open_page: OpenPage) -> None:
     assert "2 of 5 checkpoints" in page.locator("main").inner_text()
 
 
-def test_names_are_text_whatever_they_hold(held: FakeHoldings, open_page: OpenPage) -> None:
+def test_names_are_text_whatever_they_hold(held: FakeHoldings, serve: Serve, open_page: OpenPage) -> None:
     evil = "<img src=//evil.example onerror=alert(1)>\u202e\x1b[31m</script>"
     held.hold(evil, [("evil", 9 * GIB), ("base0", 64 * MIB)], holders=1)
-    with served(held) as address:
-        page = open_page(address)
-        shown(page)
-        assert page.locator("img").count() == 0
-        written = r"<img src=//evil.example onerror=alert(1)>\u{202e}\u{1b}[31m</script>"
-        page.get_by_role("button", name=written).first.click()
-        assert page.locator(".detail h2").inner_text() == written
+    address = serve(held)
+    page = open_page(address)
+    shown(page)
+    assert page.locator("img").count() == 0
+    written = r"<img src=//evil.example onerror=alert(1)>\u{202e}\u{1b}[31m</script>"
+    page.get_by_role("button", name=written).first.click()
+    assert page.locator(".detail h2").inner_text() == written
 
 
-def test_it_draws_only_what_has_changed(open_page: OpenPage) -> None:
+def test_it_draws_only_what_has_changed(serve: Serve, open_page: OpenPage) -> None:
     held = crowd(1000)
-    with served(held) as address:
-        page = open_page(address)
-        shown(page)
-        until(page, "document.querySelector('.sharing .cell') !== null")
-        assert page.locator("[data-row]").count() < 80
-        assert page.locator("[aria-rowcount='1001']").count() == 1
-        assert page.locator(".sharing tbody tr").count() == 16
-        draws = "[weightd.parts.checkpoints.table.draws, weightd.parts.devices.map('host').draws]"
-        rows, maps = page.evaluate(draws)
-        held.hold("org/another", [("another", 900 * MIB)])
-        until(page, "weightd.state.checkpoints.length === 1001 && weightd.state.stats.checkpoints === 1001")
-        until(page, f"({draws})[1] === {maps + 1}")
-        assert page.evaluate(draws) == [rows + 1, maps + 1]
-        page.evaluate("document.querySelector('.window').scrollTop = 20000")
-        until(page, "Number(document.querySelector('.window [data-row]').ariaRowIndex) > 500")
-        assert page.locator("[data-row]").count() < 100
-        assert fits(page)
+    address = serve(held)
+    page = open_page(address)
+    shown(page)
+    until(page, "document.querySelector('.sharing .cell') !== null")
+    assert page.locator("[data-row]").count() < 80
+    assert page.locator("[aria-rowcount='1001']").count() == 1
+    assert page.locator(".sharing tbody tr").count() == 16
+    draws = "[weightd.parts.checkpoints.table.draws, weightd.parts.devices.map('host').draws]"
+    rows, maps = page.evaluate(draws)
+    held.hold("org/another", [("another", 900 * MIB)])
+    until(page, "weightd.state.checkpoints.length === 1001 && weightd.state.stats.checkpoints === 1001")
+    until(page, f"({draws})[1] === {maps + 1}")
+    assert page.evaluate(draws) == [rows + 1, maps + 1]
+    page.evaluate("document.querySelector('.window').scrollTop = 20000")
+    until(page, "Number(document.querySelector('.window [data-row]').ariaRowIndex) > 500")
+    assert page.locator("[data-row]").count() < 100
+    assert fits(page)
 
 
-def test_a_scroll_through_a_thousand_checkpoints_blocks_no_frame_for_long(open_page: OpenPage) -> None:
-    """It counts rows: a step that goes on by one screen makes the rows of about one screen, whatever the list has."""
-    with served(crowd(1000)) as address:
-        page = open_page(address)
-        shown(page)
-        before = page.evaluate("weightd.parts.checkpoints.table.draws")
-        for step in range(1, 6):
-            page.evaluate(f"document.querySelector('.window').scrollTop = {step * 408}")
-            until(page, f"Number(document.querySelector('.window [data-row]').ariaRowIndex) > {step * 12 - 12}")
-        assert page.evaluate("weightd.parts.checkpoints.table.draws") - before <= 5 * 12 + 2
+def test_a_scroll_makes_only_the_rows_that_come_into_view(serve: Serve, open_page: OpenPage) -> None:
+    address = serve(crowd(1000))
+    page = open_page(address)
+    shown(page)
+    before = page.evaluate("weightd.parts.checkpoints.table.draws")
+    for step in range(1, 6):
+        page.evaluate(f"document.querySelector('.window').scrollTop = {step * 408}")
+        until(page, f"Number(document.querySelector('.window [data-row]').ariaRowIndex) > {step * 12 - 12}")
+    assert page.evaluate("weightd.parts.checkpoints.table.draws") - before <= 5 * 12 + 2
 
 
 def test_a_daemon_that_goes_and_comes_back(held: FakeHoldings, address: str, open_page: OpenPage) -> None:

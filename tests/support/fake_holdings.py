@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -48,7 +48,10 @@ class _Held:
 
 @dataclass(slots=True)
 class FakeHoldings:
-    """Checkpoints of blobs, each a key and a length, on one device. Blobs of one key are shared."""
+    """Checkpoints of blobs, each a key and a length, on one device. Blobs of one key are shared.
+
+    `asked` counts its calls; those in `errors` raise.
+    """
 
     budget: int = 24 * GIB
     gone: bool = False
@@ -56,6 +59,8 @@ class FakeHoldings:
     revision: int = 1
     loading: list[LoadInfo] = field(default_factory=list)
     socket: Path = Path("/run/weightd/weightd.sock")
+    asked: Counter[str] = field(default_factory=Counter)
+    errors: dict[str, Exception] = field(default_factory=dict)
     _held: dict[str, _Held] = field(default_factory=dict)
     _places: dict[str, _Place] = field(default_factory=dict)
     _segments: list[int] = field(default_factory=list)
@@ -85,11 +90,11 @@ class FakeHoldings:
     # -- what a client answers ---------------------------------------------------------------------------------------
 
     def version(self) -> VersionInfo:
-        self._answer()
+        self._answer("version")
         return VersionInfo("9.9", self.pid, 12.0)
 
     def stats(self) -> Stats:
-        self._answer()
+        self._answer("stats")
         users = self._users()
         live = sum(place.length for place in self._places.values())
         total = sum(self._segments)
@@ -110,12 +115,12 @@ class FakeHoldings:
         )  # fmt: skip
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        self._answer()
+        self._answer("checkpoints")
         users = self._users()
         return [self._info(held, users) for held in self._held.values()]
 
     def leases(self) -> list[LeaseInfo]:
-        self._answer()
+        self._answer("leases")
         found = []
         for held in self._held.values():
             for _ in range(held.holders):
@@ -139,15 +144,15 @@ class FakeHoldings:
 
     def events(self, *, follow: bool = False) -> Iterator[DaemonEvent]:
         assert not follow
-        self._answer()
+        self._answer("events")
         return iter(self._events[-1024:])
 
     def loads(self) -> list[LoadInfo]:
-        self._answer()
+        self._answer("loads")
         return list(self.loading)
 
     def device_map(self, device: str | None = None) -> DeviceMap:
-        self._answer()
+        self._answer("device_map")
         users = {key: BlobUsers(tuple(by)) for key, by in self._users().items()}
         extents: list[MapExtent] = []
         for segment, size in enumerate(self._segments, 1):
@@ -162,7 +167,7 @@ class FakeHoldings:
         return DeviceMap("host", self.revision, segments, tuple(extents), names)
 
     def sharing(self, reference: str | None = None, device: str | None = None) -> list[SharedPair]:
-        self._answer()
+        self._answer("sharing")
         shared: dict[tuple[str, str], int] = defaultdict(int)
         only: dict[tuple[str, str], int] = defaultdict(int)
         for key, by in self._users().items():
@@ -183,7 +188,7 @@ class FakeHoldings:
         return sorted(found, key=lambda pair: -pair.shared_bytes)
 
     def tensors(self, reference: str, device: str | None = None) -> list[StoredTensor]:
-        self._answer()
+        self._answer("tensors")
         users = self._users()
         return [
             StoredTensor(
@@ -203,7 +208,7 @@ class FakeHoldings:
         ]
 
     def inspect(self, reference: str, device: str | None = None) -> CheckpointDetails:
-        self._answer()
+        self._answer("inspect")
         held = self._held[reference]
         segments = len({self._places[key].segment for key, _ in held.blobs})
         return CheckpointDetails(
@@ -212,7 +217,10 @@ class FakeHoldings:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _answer(self) -> None:
+    def _answer(self, call: str) -> None:
+        self.asked[call] += 1
+        if call in self.errors:
+            raise self.errors[call]
         if self.gone:
             raise DaemonUnreachableError(f"no daemon serves at {self.socket}: start it with `weightd serve`")
 
@@ -308,7 +316,9 @@ def crowd(count: int) -> FakeHoldings:
     held = FakeHoldings(budget=512 * GIB)
     for at in range(count):
         blobs = [(f"own{at}", (8 + at % 13) * MIB), (f"next{at}", 3 * MIB), (f"next{at + 1}", 3 * MIB)]
-        held.hold(f"org/model-{at:04}", [*blobs, (f"tenth{at % 10}", 5 * MIB)], holders=at % 7 == 0, used=at * 60)
+        held.hold(
+            f"org/model-{at:04}", [*blobs, (f"tenth{at % 10}", 5 * MIB)], holders=at % 7 == 0, used=43200 + at * 86400
+        )
     return held
 
 

@@ -55,6 +55,7 @@ export class Checkpoints {
     if ([...this.#device.options].map(({ value }) => value).join() !== uuids.join()) {
       this.#device.replaceChildren(...uuids.map((uuid) => element("option", { value: uuid }, printable(uuid))));
       this.#device.hidden = uuids.length < 2;
+      this.node.classList.toggle("one-device", uuids.length < 2);
     }
     const present = new Set(rows.map(keyOf));
     for (const key of this.#marked) if (!present.has(key)) this.#marked.delete(key);
@@ -79,7 +80,7 @@ export class Checkpoints {
       { key: "leases", title: "Leases", class: "number spare", value: (row) => number(row.leases), sort: (row) => row.leases },
       { key: "state", title: "State", class: "spare", value: stateOf, sort: stateOf },
       { key: "used", title: "Last used", class: "spare wide", value: (row) => ago(row.last_used_at), sort: (row) => row.last_used_at ?? "" },
-      { key: "device", title: "Device", class: "spare wide", value: (row) => printable(row.device.slice(0, 12)), sort: (row) => row.device },
+      { key: "device", title: "Device", class: "spare wide device", value: (row) => printable(row.device.slice(0, 12)), sort: (row) => row.device },
     ];
   }
 

@@ -7,9 +7,9 @@ import { BAR, placed, segmentsOf, under } from "weightd/map-layout.js";
 
 export const KINDS = {
   blobs: "in use",
-  hole: "free: a hole, for the next load",
-  hollow: "free: no memory behind it",
-  leaving: "free: being given back",
+  hole: "free, for the next load",
+  hollow: "free, no memory behind it",
+  leaving: "free, memory being given back",
   in_flight: "being loaded",
   set_aside: "set aside",
   others: "of other users",
@@ -213,8 +213,8 @@ export class MemoryMap {
     const holes = free("hole");
     const bytes = holes.reduce((sum, extent) => sum + extent.length, 0);
     const largest = Math.max(0, ...holes.map((extent) => extent.length));
-    const pieces = holes.length ? ` Holes: ${size(bytes)} in ${plural(holes.length, "piece")}, the largest ${size(largest)}.` : "";
-    const text = `${plural(this.#segments.length, "segment")}.${pieces}`;
+    const pieces = holes.length ? `, with ${size(bytes)} free for the next load in ${plural(holes.length, "piece")}, the largest ${size(largest)}` : "";
+    const text = `${plural(this.#segments.length, "segment")}${pieces}.`;
     if (this.#sentence.textContent !== text) this.#sentence.textContent = text;
     this.#canvas.setAttribute("aria-label", `Memory map of ${this.#map.device}: ${text} The table of segments below says the same.`);
   }
