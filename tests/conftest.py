@@ -38,12 +38,6 @@ settings.register_profile("weightd", deadline=None)
 settings.load_profile("weightd")
 
 
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what is run apart."""
-    named = any(APART.name in argument for argument in config.args)
-    return True if collection_path == APART and not named else None
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Let fixtures see whether the test itself failed."""
@@ -66,9 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out the tests of pages, unless there is a browser: `make test-page` runs them."""
-    is_page = collection_path == Path(__file__).parent / "page"
-    return True if is_page and not config.getoption("--chromium") else None
+    """Leave out what is run apart: containers unless they are named, pages unless there is a browser."""
+    named = any(APART.name in argument for argument in config.args)
+    is_container = collection_path == APART and not named
+    is_page = collection_path == Path(__file__).parent / "page" and not config.getoption("--chromium")
+    return True if is_container or is_page else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -2,8 +2,8 @@
 
 A composition root beside app.py, without a daemon: it reads files as the loader does, and the digest index as a daemon
 left it. It answers in lines of JSON on standard output: {"note"} for a choice that nobody asked for, {"what", "done",
-"total"} in bytes while it is "hashing" or "comparing", at the end {"plan"} or {"error", "message"}. It
-goes by digests; whether bytes are equal is compared only when they are loaded.
+"total"} in bytes while it is "hashing" or "comparing", at the end {"plan"} or {"error", "message"}. It goes by digests;
+whether bytes are equal is compared only when they are loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weightd._references.files import open_regular, show
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.plan_report import SkippedPath
 from weightd.resolve import resolve
-from weightd.scan import scan
+from weightd.scan import MOST_CHECKPOINTS, scan
 
 from .config.notation import parse_size
 from .config.settings import ConfigError, load
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     Advance = Callable[[str, int, int], None]
     Note = Callable[[str], None]
 
-MAX_CHECKPOINTS = 1000
 MOST_DIFFERENCES = 100
 """For how many pairs a plan says which tensors differ: those that share the most, and near duplicates."""
 _PROGRESS_SECONDS = 0.1
@@ -82,9 +81,9 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
     skipped = _read_headers(question, checkpoints, note)
     for manifest in question.manifests:
         _describe(Path(manifest), checkpoints)
-    if len(checkpoints.tensors) > MAX_CHECKPOINTS:
+    if len(checkpoints.tensors) > MOST_CHECKPOINTS:
         raise InvalidReferenceError(
-            f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
+            f"{len(checkpoints.tensors)} checkpoints are more than {MOST_CHECKPOINTS}; plan fewer at a time"
         )
     if question.headers:
         tensors = checkpoints.tensors
@@ -105,19 +104,17 @@ def _read_headers(question: Question, checkpoints: PlannedCheckpoints, note: Not
     if question.scan:
         found, skipped = scan(question.references)
     else:
-        found = list(
-            {one.name: one for one in (resolve(ref, question.variant) for ref in question.references)}.values()
-        )
-    for resolved in found:
-        for line in (*resolved.notes, resolved.hint):
-            if line:
-                note(line)
+        resolved = (resolve(reference, question.variant) for reference in question.references)
+        found = list({one.name: one for one in resolved}.values())
+    for one in found:
+        for line in filter(None, (*one.notes, one.hint)):
+            note(line)
         try:
-            checkpoints.read(resolved)
+            checkpoints.read(one)
         except WeightdError as error:
             if not question.scan:
                 raise
-            skipped.append(_skipped(resolved.name, error))
+            skipped.append(_skipped(one.name, error))
     return skipped
 
 

@@ -348,8 +348,8 @@ def test_a_folder_of_models_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_checkpoints_are_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "many.json"
-    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MAX_CHECKPOINTS)}))
-    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MAX_CHECKPOINTS
+    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MOST_CHECKPOINTS)}))
+    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MOST_CHECKPOINTS
     code, line = failure("--manifest", manifest, checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB))
     assert (code, "plan fewer at a time" in line) == (2, True)
 

@@ -151,7 +151,7 @@ def test_the_cache_is_scanned_by_repository_and_revision(hub: Path) -> None:
     result = scan()
     assert [one.name for one in result.found] == ["org/name", f"org/name@{OTHER}", "org/several"]
     assert {Path(skip.path).name: skip.reason for skip in result.skipped} == {
-        "datasets--org--data": "is no model of the Hugging Face cache",
+        "datasets--org--data": "is a dataset or a space of the Hugging Face cache, not a model",
         "models--org--gone": "has no snapshot; download the repository again",
     }
     assert [one.name for one in scan([hub.parent]).found] == [one.name for one in result.found], "from above as well"

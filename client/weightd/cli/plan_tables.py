@@ -108,9 +108,10 @@ class PlanTables:
                 size(component.shared_bytes),
             )
             for found in self._report.checkpoints
+            if any(component.name for component in found.components)
             for component in sorted(found.components, key=lambda part: -part.shared_bytes)
         ]
-        if any(component.name for found in self._report.checkpoints for component in found.components):
+        if rows:
             emit("")
             emit_table(columns, rows, self._width)
 
