@@ -60,7 +60,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions test-page test-containers lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-page lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
