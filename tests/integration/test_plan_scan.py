@@ -288,6 +288,7 @@ def whole(first: Path, second: Path) -> tuple[float, float]:
     return float((a == b).mean()), sum(map(len, map(zstandard.ZstdCompressor(level=1).compress, frames))) / a.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampled", [near_duplicates.SAMPLED_BYTES, 4 * MIB])
 def test_a_real_fine_tune_is_a_near_duplicate(family: Path, monkeypatch: pytest.MonkeyPatch, sampled: int) -> None:
     estimate = near_duplicates.estimate
@@ -312,6 +313,7 @@ def test_a_real_fine_tune_is_a_near_duplicate(family: Path, monkeypatch: pytest.
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tables_say_that_it_is_not_saved(family: Path, tmp_path: Path) -> None:
     printed = run("--scan", family, "--budget", "20MiB", cache=tmp_path).stdout
     assert "EQUAL ELEMENTS" in printed
