@@ -172,7 +172,7 @@ def test_a_page_takes_no_lease_and_is_no_use(web: Web) -> None:
 def test_a_port_that_is_taken_and_a_daemon_that_is_not_there(web: Web, tmp_path: Path) -> None:
     taken = web.daemon.command("web", "--no-open", "--port", str(web.port), check=False)
     assert taken.returncode == 2
-    assert f"--port {web.port}" in taken.stderr
+    assert taken.stderr == f"weightd: port {web.port} cannot be served: Address already in use\n"
     missing = web.daemon.command("web", "--no-open", "--socket", tmp_path / "none.sock", check=False)
     assert missing.returncode == 69
 

@@ -18,7 +18,6 @@ import typer
 
 from weightd.cli.context import SocketOption, open_client, say
 from weightd.cli.output import emit, flush
-from weightd.errors import InvalidReferenceError
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -54,10 +53,7 @@ def web(
         browser = sys.stdout.isatty() and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     with open_client(context, socket, read_only=True) as client:
         client.version()  # fails now if nobody answers, and not on the page
-        try:
-            asyncio.run(_serve(client, port, browser))
-        except OSError as error:
-            raise InvalidReferenceError(f"--port {port}: cannot be served: {error.strerror or error}") from error
+        asyncio.run(_serve(client, port, browser))
 
 
 async def _serve(client: Client, port: int, browser: bool) -> None:

@@ -45,7 +45,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         _, who = self._parts.caller(context)
         return await self._tensors.page(who, request, meant(self._parts.devices, request.device))
 
-    async def ListLoads(  # noqa: N802  # named by the proto
+    async def ListLoads(  # noqa: N802
         self, request: inspection_pb2.ListLoadsRequest, context: Context
     ) -> inspection_pb2.ListLoadsResponse:
         """The loads under way that the caller may see."""
