@@ -39,6 +39,9 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
+    "weightd.page": ("weightd.web.server", "weightd.cli*"),
+    "weightd.web": ("weightd.cli.browsing",),
+    "aiohttp": ("weightd.web.server",),
     "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
@@ -53,6 +56,7 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
     **dict.fromkeys(("pickle", "marshal", "shelve", "dill", "cloudpickle"), ()),
     "sqlite3": ("weightd_daemon.persistence.digest_index",),
+    "zstandard": ("weightd_daemon.plans.near_duplicates",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "prometheus_client": ("weightd_daemon.monitoring.metrics",),
     "ctypes": ("weightd._libc", "weightd._mapping.cuda_driver", "weightd_daemon.libc"),
@@ -83,6 +87,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
+    "plans": ("core", "loader", "loads", "persistence"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
@@ -124,7 +129,15 @@ DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE)
+CORE_MAY = (
+    "xxhash",
+    "weightd.types",
+    "weightd.plan_report",
+    "weightd.errors",
+    "weightd.layouts",
+    "weightd._sizes",
+    CORE,
+)
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {
@@ -418,7 +431,7 @@ def test_modules_are_small() -> None:
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd.integrations.plugins", "torch grpc numpy vllm sglang weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
-        ("weightd_daemon.planning", "torch grpc typer rich"),
+        ("weightd_daemon.planning", "torch grpc typer rich numpy zstandard"),
         ("weightd_daemon.diagnosis", "torch grpc typer rich xxhash cuda pynvml"),
         ("weightd.cli.health.daemon_look", "torch typer rich weightd_daemon"),
         ("weightd_daemon.loader.*", "torch numpy gguf grpc typer rich"),

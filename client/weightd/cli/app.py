@@ -12,6 +12,7 @@ from typer.main import get_command
 
 import weightd
 from weightd.cli import (
+    browsing,
     changing,
     daemon,
     device_map,
@@ -94,6 +95,7 @@ app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
 app.command("drain")(operating.drain)
+app.command("web")(browsing.web)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)

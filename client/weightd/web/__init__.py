@@ -1,0 +1,1 @@
+"""`weightd web`: a server on the loopback interface that shows one user what the daemon holds, and changes nothing."""
