@@ -24,6 +24,7 @@ from weightd.cli import (
     operating,
     planning,
     serving,
+    token,
     unit,
     usage,
 )
@@ -97,6 +98,7 @@ app.command("web")(browsing.web)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
 app.add_typer(fleet.fleet)

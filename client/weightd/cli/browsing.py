@@ -52,7 +52,7 @@ def web(
         raise typer.Exit(1)
     if browser is None:
         browser = sys.stdout.isatty() and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-    with open_client(context, socket) as client:
+    with open_client(context, socket, read_only=True) as client:
         client.version()  # fails now if nobody answers, and not on the page
         try:
             asyncio.run(_serve(client, port, browser))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from weightd_daemon.config.settings import SettingsInForce
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
+from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import MonitoringEventStream
@@ -38,6 +40,8 @@ class GrpcServiceContext(NamedTuple):
     absences: AbsentDevices
     forgetting: DeviceForgetting
     sharing: SharingUpkeep
+    manifests: ManifestHandles
+    in_force: SettingsInForce
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:
         """Whose call it is. Errors: PermissionDeniedError."""

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from weightd_daemon.turns import LoopTurn
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from weightd_daemon.core.sharing import SharingIndex
 
 
@@ -18,6 +20,7 @@ class SharingUpkeep:
     def __init__(self, index: SharingIndex) -> None:
         self._index = index
         self._noted = asyncio.Event()
+        self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -35,6 +38,20 @@ class SharingUpkeep:
 
     async def caught_up(self) -> None:
         """Wait until the index knows of everything that has happened; it is right until the caller pauses."""
+        async with self._lock:
+            await self._catch_up()
+
+    @contextlib.asynccontextmanager
+    async def still(self) -> AsyncIterator[SharingIndex]:
+        """Around steps that read the index: it is right at the beginning, and stays as it is though the loop goes on.
+
+        All others who ask wait meanwhile, so be quick. A device that is lost goes nevertheless.
+        """
+        async with self._lock:
+            await self._catch_up()
+            yield self._index
+
+    async def _catch_up(self) -> None:
         turn = LoopTurn()
         while self._index.go_on():
             if turn.is_over:

@@ -3,7 +3,7 @@
 import { element, redraw } from "weightd/dom.js";
 import { percent, plural, printable, size } from "weightd/format.js";
 
-export const MOST = 20; // checkpoints that the matrix has; people cannot read more at once
+export const MOST = 16; // checkpoints that the matrix has; people cannot read more at once
 
 /**
  * Chooses what the matrix shows. `items` are {key, name, bytes, alone}, `pairs` are {one, other, bytes} with keys.

@@ -7,9 +7,9 @@ import { BAR, placed, segmentsOf, under } from "weightd/map-layout.js";
 
 export const KINDS = {
   blobs: "in use",
-  hole: "free: a hole, for the next load",
-  hollow: "free: no memory behind it",
-  leaving: "free: being given back",
+  hole: "free, for the next load",
+  hollow: "free, no memory behind it",
+  leaving: "free, memory being given back",
   in_flight: "being loaded",
   set_aside: "set aside",
   others: "of other users",
@@ -26,7 +26,7 @@ export class MemoryMap {
   #colours;
   #map = null;
   #segments = [];
-  #layout = { boxes: [], height: 0, scale: 0 };
+  #layout = { boxes: [], height: 0 };
   #selected = new Set();
   #canvas;
   #tip;
@@ -119,7 +119,7 @@ export class MemoryMap {
       const end = box.x + ((extent.offset + extent.length) / segment.size) * box.width;
       if (end - painted < 0.5) continue;
       const from = Math.max(begin, painted);
-      const faded = this.#selected.size > 0 && !extent.users.some((digest) => this.#selected.has(digest));
+      const faded = this.#selected.size > 0 && extent.kind === "blobs" && !extent.users.some((digest) => this.#selected.has(digest));
       context.globalAlpha = faded ? 0.22 : 1;
       context.fillStyle = this.#fill(context, extent, values, fills, ratio);
       context.fillRect(from, box.y, end - from, BAR);
@@ -213,8 +213,8 @@ export class MemoryMap {
     const holes = free("hole");
     const bytes = holes.reduce((sum, extent) => sum + extent.length, 0);
     const largest = Math.max(0, ...holes.map((extent) => extent.length));
-    const pieces = holes.length ? ` Holes: ${size(bytes)} in ${plural(holes.length, "piece")}, the largest ${size(largest)}.` : "";
-    const text = `${plural(this.#segments.length, "segment")}.${pieces}`;
+    const pieces = holes.length ? `, with ${size(bytes)} free for the next load in ${plural(holes.length, "piece")}, the largest ${size(largest)}` : "";
+    const text = `${plural(this.#segments.length, "segment")}${pieces}.`;
     if (this.#sentence.textContent !== text) this.#sentence.textContent = text;
     this.#canvas.setAttribute("aria-label", `Memory map of ${this.#map.device}: ${text} The table of segments below says the same.`);
   }

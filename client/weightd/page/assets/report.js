@@ -103,7 +103,8 @@ function nearDuplicates() {
   const heads = ["Checkpoint", "And", { value: "Elements equal", class: "number" }, { value: "Difference, compressed", class: "number" }, { value: "Sampled", class: "number" }];
   return section("Near duplicates",
     element("p", { class: "hint" }, "Tensors of these pairs have equal names, types and shapes, and partly equal elements. weightd shares whole tensors only: none of this is saved by weightd today. The difference is lossless, as a share of the checkpoint’s size."),
-    rows.length ? plainTable("Near duplicates", heads, rows) : element("p", {}, "None."));
+    rows.length ? plainTable("Near duplicates", heads, rows) : element("p", {}, "None."),
+    report.near_duplicates_left_out ? element("p", { class: "hint" }, `${plural(report.near_duplicates_left_out, "pair")} were not compared.`) : null);
 }
 
 function skipped() {
