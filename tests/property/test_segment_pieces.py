@@ -25,7 +25,8 @@ class MapMachine(StoreMachine):
         super().__init__()
         self.patch.setattr(blob_places_module, "_AT_ONCE", 1)
         self.patch.setattr(blob_places_module, "_CHUNK_BITS", 11)
-        self.patch.setattr(segment_pieces_module, "_HIDDEN_AT_ONCE", 3 * PAGE)
+        self.patch.setattr(segment_pieces_module, "PART_BYTES", 3 * PAGE)
+        self.patch.setattr(blob_places_module, "PART_BYTES", 3 * PAGE)
 
     @initialize(looked=st.booleans())
     def choose(self, looked: bool) -> None:
@@ -43,14 +44,14 @@ class MapMachine(StoreMachine):
 
     @rule(pick=PICK, steps=st.integers(1, 4))
     def begin_to_catch_up(self, pick: int, steps: int) -> None:
-        """Somebody begins to catch up, and the rest comes after a change."""
+        """Somebody begins to catch up, and the rest comes after a change, or somebody else begins anew."""
         catching_up = self.places.catch_up()
         for _ in range(steps):
             next(catching_up, None)
         if pick % 2:
             self.remove(pick)
             self.free_some()
-        for _ in catching_up:
+        for _ in catching_up if pick % 3 else ():
             pass
 
     @rule()
@@ -92,7 +93,7 @@ class MapMachine(StoreMachine):
             known = [
                 blob for chunks in self.places._chunks.values() for chunk in chunks.values() for blob in chunk.values()
             ]
-            assert set(known) == {blob for blob in sealed_blobs(self.store) if blob.references}
+            assert set(known) == {blob.number for blob in sealed_blobs(self.store) if blob.references}
         for segment in self.memory.domains():
             shown = [piece for piece in self.read_all(segment) if piece.kind is PieceKind.BLOBS]
             slots = sum(blob.slot.length for blob in sealed_blobs(self.store) if blob.segment == segment)

@@ -15,6 +15,7 @@ from weightd.cli import (
     browsing,
     changing,
     daemon,
+    device_map,
     doctor,
     events,
     fleet,
@@ -91,6 +92,7 @@ app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
+app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
 app.command("drain")(operating.drain)

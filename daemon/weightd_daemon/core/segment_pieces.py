@@ -6,6 +6,7 @@ import enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from .arena import slot_bytes
+from .blob_places import PART_BYTES
 from .ranges import gaps
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from .blob_places import BlobPlaces
     from .sharing import BlobUsers
     from .store import ContentStore
-
-_HIDDEN_AT_ONCE = 64 << 20
-"""Bytes of a segment of others that are looked at in one step: at most some 8,000 ranges of pages."""
 
 
 class PieceKind(enum.Enum):
@@ -81,7 +79,7 @@ class SegmentPieces:
     def hidden(self, segment: int, start: int) -> tuple[list[SegmentPiece], int]:
         """As `following`, for somebody who may not see what the segment holds: only where it has memory."""
         arena = self._memory.arena(self._memory.domain_of(segment))
-        end = min(arena.size(segment), start + _HIDDEN_AT_ONCE)
+        end = min(arena.size(segment), start + PART_BYTES)
         hollow = arena.unused(segment, start, end).hollow
         found: list[SegmentPiece] = [SegmentPiece(low, high, PieceKind.HOLLOW) for low, high in hollow]
         found += [SegmentPiece(low, high, PieceKind.OTHERS) for low, high in gaps(start, end, hollow)]
