@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 
 from support import checkpoints, gguf_files, hub_cache
-from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, WeightdError
+from weightd.errors import FormatError, InvalidReferenceError, NotFoundError, PermissionDeniedError, WeightdError
 from weightd_daemon.loader.source import LoaderSource
 from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import HubOrigin
@@ -169,6 +169,23 @@ def test_what_travels_and_what_does_not(tmp_path: Path, state: PublishedState, m
     assert notes == [f"{folder}/big.txt: is left out, for it has more than 1000 bytes"]
     alone = state.manifest(published(state, folder / "model.safetensors").digest)
     assert alone.small_files == ()
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    tmp_path: Path, state: PublishedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pipeline(tmp_path / "pipeline")
+    (folder / "secret").mkdir()
+    real = os.scandir
+
+    def refuse(path: Path) -> object:
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionDeniedError, match="secret: may not be read by this user"):
+        published(state, folder)
 
 
 def test_a_file_that_changes_meanwhile_is_refused(tmp_path: Path, state: PublishedState) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightd._formats import SUFFIXES
-from weightd._references.files import open_regular, show
+from weightd._references.files import open_regular, show, translated
 from weightd._references.index import PICKLES
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd_fleet.core.digests import blob_digest
@@ -37,7 +37,7 @@ def read_small_files(
     """The small files below a folder, and notes on those that are left out, a line each.
 
     `weights` are the paths of the checkpoint's own files. Hidden files count in a hub's revision only, and folders that
-    are links never. Errors: those of opening a file; FormatError (other bytes than the hub's, or too many files).
+    are links never. Errors: those of opening a file or a folder; FormatError (other bytes than the hub's, or too many files).
     """
     found: list[ReadSmallFile] = []
     notes: list[str] = []
@@ -66,8 +66,11 @@ def read_small_files(
 
 def _files(folder: Path, depth: int, *, hidden: bool) -> Iterator[Path]:
     """The files below a folder, in order."""
-    with os.scandir(folder) as entries:
-        listed = sorted(entries, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise translated(folder, error) from error
     for entry in listed:
         if entry.is_dir(follow_symlinks=False):
             if depth < _MAX_DEPTH and not entry.name.startswith("."):
