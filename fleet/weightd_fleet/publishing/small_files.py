@@ -37,7 +37,8 @@ def read_small_files(
     """The small files below a folder, and notes on those that are left out, a line each.
 
     `weights` are the paths of the checkpoint's own files. Hidden files count in a hub's revision only, and folders that
-    are links never. Errors: those of opening a file or a folder; FormatError (other bytes than the hub's, or too many files).
+    are links never. Errors: those of opening a file or a folder; FormatError (other bytes than the hub's);
+    InvalidReferenceError (too many files, or bytes in them).
     """
     found: list[ReadSmallFile] = []
     notes: list[str] = []
