@@ -181,7 +181,7 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(ENGINES_VENV), caches, build output"
 	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
 

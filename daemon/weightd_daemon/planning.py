@@ -1,21 +1,17 @@
 """The program behind `weightd plan` (`python -m weightd_daemon.planning`): computes from files what sharing saves.
 
 A composition root beside app.py, without a daemon: it reads files as the loader does, and the digest index as a daemon
-left it. It answers in lines of JSON on standard output: {"note"} for a choice that nobody asked for, {"what", "done",
-"total"} in bytes while it is "hashing" or "comparing", at the end {"plan"} or {"error", "message"}. It goes by digests;
-whether bytes are equal is compared only when they are loaded.
+left it. It answers in lines of JSON (answers.py), at the end {"plan"}; while it works it is "hashing" or "comparing".
+It goes by digests; whether bytes are equal is compared only when they are loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import os
 import sys
-import time
-import traceback
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,6 +22,7 @@ from weightd.plan_report import SkippedPath
 from weightd.resolve import resolve
 from weightd.scan import MOST_CHECKPOINTS, scan
 
+from .answers import THREADS, ProgramAnswers, answer
 from .config.notation import parse_size
 from .config.settings import ConfigError, load
 from .core.plan import PlannedTensor, make_plan, shared_contents
@@ -33,7 +30,6 @@ from .core.plan_bounds import make_bounds
 from .core.plan_budget import fit
 from .core.plan_compare import compare
 from .formats import workload
-from .libc import die_with
 from .plans import near_duplicates
 from .plans.planned_files import PlannedCheckpoints
 from .plans.tensor_digests import KeptDigests, TensorDigests
@@ -48,7 +44,6 @@ if TYPE_CHECKING:
 
 MOST_DIFFERENCES = 100
 """For how many pairs a plan says which tensors differ: those that share the most, and near duplicates."""
-_PROGRESS_SECONDS = 0.1
 
 
 class Question(NamedTuple):
@@ -69,6 +64,15 @@ class Question(NamedTuple):
     threads: int = 1
 
 
+class ReadContents(NamedTuple):
+    """The checkpoints of a question, their tensors with what equal ones have in common, and the bytes read for that."""
+
+    checkpoints: PlannedCheckpoints
+    tensors: Mapping[str, Sequence[PlannedTensor]]
+    read_bytes: int
+    skipped: list[SkippedPath]
+
+
 def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note = lambda _: None) -> PlanReport:
     """Make the plan.
 
@@ -77,6 +81,19 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
     Errors: those of a reference and of a file; InvalidReferenceError for a checkpoint that is described twice, and for
     too many.
     """
+    checkpoints, tensors, read, skipped = read_contents(question, advance=advance, note=note)
+    if question.headers:
+        report, contents = make_bounds(tensors)
+    else:
+        contents = shared_contents(tensors)
+        report = replace(make_plan(tensors, contents), read_bytes=read)
+        report = _compared(report, checkpoints, tensors, advance, note)
+    budget = None if question.budget is None else fit(list(tensors), contents, question.budget)
+    return replace(report, budget=budget, skipped=tuple(skipped))
+
+
+def read_contents(question: Question, *, advance: Advance, note: Note) -> ReadContents:
+    """Read what is planned, as far as it takes to know which tensors are equal. Arguments and errors: as for `plan`."""
     checkpoints = PlannedCheckpoints()
     skipped = _read_headers(question, checkpoints, note)
     for manifest in question.manifests:
@@ -86,16 +103,9 @@ def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note =
             f"{len(checkpoints.tensors)} checkpoints are more than {MOST_CHECKPOINTS}; plan fewer at a time"
         )
     if question.headers:
-        tensors = checkpoints.tensors
-        report, contents = make_bounds(tensors)
-    else:
-        digests = _digests(question, checkpoints, skipped, advance, note)
-        tensors = checkpoints.known(digests.get)
-        contents = shared_contents(tensors)
-        report = replace(make_plan(tensors, contents), read_bytes=digests.read_bytes)
-        report = _compared(report, checkpoints, tensors, advance, note)
-    budget = None if question.budget is None else fit(list(tensors), contents, question.budget)
-    return replace(report, budget=budget, skipped=tuple(skipped))
+        return ReadContents(checkpoints, checkpoints.tensors, 0, skipped)
+    digests = _digests(question, checkpoints, skipped, advance, note)
+    return ReadContents(checkpoints, checkpoints.known(digests.get), digests.read_bytes, skipped)
 
 
 def _read_headers(question: Question, checkpoints: PlannedCheckpoints, note: Note) -> list[SkippedPath]:
@@ -204,61 +214,30 @@ def _read(path: Path) -> bytes:
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
-class _Answers:
-    """Lines for whoever asked; of those about progress a few in a second."""
-
-    def __init__(self) -> None:
-        self._told = 0.0
-
-    def say(self, answer: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-    def note(self, line: str) -> None:
-        self.say({"note": line})
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._told >= _PROGRESS_SECONDS:
-            self._told = now
-            self.say({"what": what, "done": done, "total": total})
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Answer one question. Returns the exit code: 0 also where the answer is an error."""
-    options = _parser().parse_args(arguments)
-    if not die_with(options.parent):  # also by kill -9
-        return 1
+    return answer("plan", lambda options, answers: {"plan": _asked(options, answers)}, _parser(), arguments)
+
+
+def _asked(options: argparse.Namespace, answers: ProgramAnswers) -> dict[str, Any]:
     gc.disable()  # hundreds of thousands of tensors, none of them garbage; the process ends soon
-    answers = _Answers()
     logging.getLogger().addHandler(logging.NullHandler())  # of a cache that cannot be used, the plan says so itself
-    try:
-        question = Question(
-            options.references,
-            options.manifest,
-            options.variant,
-            scan=options.scan,
-            headers=options.headers,
-            budget=_budget(options.budget),
-            state_dir=_state_dir(options.state_dir),
-            kept=Path(options.kept) if options.kept else None,
-            threads=max(2, min(4, os.cpu_count() or 1)),  # two also on one core: one reads while the other hashes
-        )
-        found = plan(question, advance=answers.advance, note=answers.note)
-    except WeightdError as error:
-        answers.say({"error": error.reason, "message": str(error)})
-    except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is the answer
-        if options.debug:
-            traceback.print_exc()
-        answers.say({"error": "INTERNAL", "message": f"plan: {type(error).__name__}: {error}"})
-    else:
-        answers.say({"plan": asdict(found)})
-    return 0
+    question = Question(
+        options.references,
+        options.manifest,
+        options.variant,
+        scan=options.scan,
+        headers=options.headers,
+        budget=_budget(options.budget),
+        state_dir=index_folder(options.state_dir),
+        kept=Path(options.kept) if options.kept else None,
+        threads=THREADS,
+    )
+    return asdict(plan(question, advance=answers.advance, note=answers.note))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weightd_daemon.planning", allow_abbrev=False)
-    parser.add_argument("--parent", type=int, required=True, help="process that asks; this one dies with it")
     parser.add_argument("--manifest", action="append", default=[])
     parser.add_argument("--variant")
     parser.add_argument("--state-dir")
@@ -266,7 +245,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--headers", action="store_true")
     parser.add_argument("--budget")
     parser.add_argument("--kept", help="folder of the digests that are kept")
-    parser.add_argument("--debug", action="store_true")
     parser.add_argument("references", nargs="*")
     return parser
 
@@ -279,7 +257,7 @@ def _budget(said: str | None) -> int | None:
         raise InvalidReferenceError(f"--budget: {error}") from error
 
 
-def _state_dir(said: str | None) -> Path | None:
+def index_folder(said: str | None) -> Path | None:
     """The folder of the digest index; None where the daemon's settings cannot be read: then files are read instead."""
     if said is not None:
         return Path(said)

@@ -1,4 +1,4 @@
-"""Write the report of `weightd plan` as one HTML file."""
+"""Write the report of `weightd plan` or `weightd fleet plan` as one HTML file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def require_writable(file: Path) -> None:
         raise InvalidReferenceError(f"{show(file)}: cannot be written; give a file in a folder that you may write to")
 
 
-def write_report(file: Path, report: Mapping[str, Any], notes: Sequence[str]) -> None:
+def write_report(file: Path, report: Mapping[str, Any], notes: Sequence[str], title: str = "weightd plan") -> None:
     """Write a PlanReport, as JSON has it, as a page; `notes` are sentences for its foot.
 
     Errors: InvalidReferenceError (it cannot be written).
     """
-    page = report_html({**report, "title": "weightd plan", "made_at": timestamp(datetime.now(UTC)), "notes": [*notes]})
+    page = report_html({**report, "title": title, "made_at": timestamp(datetime.now(UTC)), "notes": [*notes]})
     try:
         file.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,9 +13,9 @@ from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit_json
 from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.plan_tables import PlanTables, print_total
+from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import terminal_width
-from weightd.errors import WeightdError, from_wire
 from weightd.plan_report import read_report
 
 
@@ -117,7 +113,8 @@ def plan(
             if advance is not None:
                 advance(what, done, total)
 
-        found = _ask([*arguments, "--", *(references or ())], show, note)
+        command = [*arguments, "--", *(references or ())]
+        found: dict[str, Any] = ask("weightd_daemon.planning", command, show, note)["plan"]
     if html is not None:
         write_report(html, found, notes)
     if output is OutputFormat.JSON:
@@ -135,32 +132,3 @@ def _cache_dir() -> Path | None:
     cache = os.environ.get("XDG_CACHE_HOME", "")
     folder = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
     return Path(folder, "weightd", "plan") if os.path.isabs(folder) else None
-
-
-def _ask(arguments: list[str], show: Callable[[str, int, int], None], note: Callable[[str], None]) -> dict[str, Any]:
-    """Run the process that reads the files and return its answer. The process ends with this call in any case.
-
-    The code that reads and hashes files belongs to the daemon, which the client may not import.
-    """
-    # -P: a weightd_daemon that lies in the current directory must not be what starts. The group is the process's own,
-    # so that Ctrl-C reaches this one only, which then says so.
-    parent = f"--parent={os.getpid()}"
-    command = [sys.executable, "-P", "-m", "weightd_daemon.planning", parent, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, process_group=0) as process:
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                message: dict[str, Any] = json.loads(line)
-                if "plan" in message:
-                    answer: dict[str, Any] = message["plan"]
-                    return answer
-                if "note" in message:
-                    note(message["note"])
-                    continue
-                if "error" in message:
-                    raise from_wire(message["error"], message["message"])
-                show(message["what"], message["done"], message["total"])
-            process.wait()
-        finally:
-            process.kill()
-    raise WeightdError(f"the process that reads the files ended without an answer (exit code {process.returncode})")
