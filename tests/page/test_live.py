@@ -146,9 +146,8 @@ class Several(FakeHoldings):
 
     def stats(self) -> Stats:
         found = super().stats()
-        gpu = replace(
-            found.devices[0], uuid="GPU-0b5a8f7e-1", kind="cuda_vmm", name="A GPU", absence="its driver hangs"
-        )
+        (host,) = found.devices
+        gpu = replace(host, uuid="GPU-0b5a8f7e-1", kind="cuda_vmm", name="A GPU", absence="its driver hangs")
         return replace(found, devices=(host, gpu))
 
 
