@@ -91,7 +91,7 @@ def test_the_page_shows_what_the_commands_say(filled: Daemon, serve: Serve, open
         stats = asked(filled, "stats")
         assert tiles(page) == {
             "Resident": size(stats["resident_bytes"]),
-            "Would be, unshared": size(stats["logical_bytes"]),
+            "Logical": size(stats["logical_bytes"]),
             "Saved": size(stats["saved_bytes"]),
             "Checkpoints": str(stats["checkpoints"]),
             "Leases": str(stats["leases"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
 from itertools import product
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.fake_holdings import GIB, MIB, FakeHoldings, crowd, family
 from support.pages import WIDTHS, OpenPage, fits, shown, until
 from support.served_page import served
 from weightd._sizes import size
+from weightd.types import Stats
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -137,6 +139,29 @@ def test_what_to_remove(address: str, open_page: OpenPage, held: FakeHoldings) -
     needed.fill("30 GiB")
     assert "more than the whole budget" in page.locator("main").inner_text()
     assert held.budget == 24 * GIB
+
+
+class Several(FakeHoldings):
+    """As FakeHoldings, with a second device that is absent."""
+
+    def stats(self) -> Stats:
+        found = super().stats()
+        (host,) = found.devices
+        gpu = replace(host, uuid="GPU-0b5a8f7e-1", kind="cuda_vmm", name="A GPU", absence="its driver hangs")
+        return replace(found, devices=(host, gpu))
+
+
+def test_a_device_that_is_absent(serve: Serve, open_page: OpenPage) -> None:
+    held = Several()
+    held.hold("base", [("a", 8 * MIB)])
+    page = open_page(serve(held))
+    shown(page)
+    text = page.locator("section", has_text="A GPU (GPU-0b5a8f7e)").inner_text()
+    assert "The device is absent: its driver hangs" in text
+    assert page.locator("canvas.map:visible").count() == 1
+    page.get_by_label("Bytes needed").fill("1 GiB")
+    page.get_by_label("Device", exact=True).select_option("GPU-0b5a8f7e-1")
+    assert "The device is absent, nothing can be loaded there." in page.locator("main").inner_text()
 
 
 def test_sorting_and_filtering(address: str, open_page: OpenPage) -> None:

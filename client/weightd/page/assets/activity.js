@@ -30,7 +30,7 @@ export class Loads {
     return [
       { value: head, header: true, class: "path" },
       progress ? progressBar(`${name}: ${progress.phase}`, progress.done_bytes, progress.total_bytes) : "waits for its turn",
-      { value: progress ? `${size(progress.done_bytes)} of ${size(progress.total_bytes)}, ${percent(progress.done_bytes / Math.max(1, progress.total_bytes))}` : "", class: "number" },
+      { value: progress ? `${size(progress.done_bytes)} of ${size(progress.total_bytes)}, ${percent(progress.done_bytes / Math.max(1, progress.total_bytes))}` : "", class: "number wrap" },
       { value: left, class: "number" },
       { value: printable(load.command || load.user), class: "path spare" },
     ];

@@ -120,6 +120,7 @@ export class Checkpoints {
     const groups = device && this.#groupsOf(device.uuid);
     let text = "Enter a size, such as 14 GiB; what the new checkpoint shares with those that are here counts less.";
     if (this.#needed.value.trim() && needed === null) text = "This is no size: write 14 GiB or 800 MiB.";
+    else if (needed !== null && device?.absence) text = "The device is absent, nothing can be loaded there.";
     else if (needed !== null && !groups) text = "There is no map of the device, from which this is worked out.";
     else if (needed !== null) text = this.#roomFor(needed, device, groups);
     this.#room.classList.toggle("hint", needed === null);

@@ -108,8 +108,8 @@ function say(sentence) {
 function showTiles() {
   const { stats } = state;
   const shown = [
-    ["Resident", size(stats.resident_bytes), ""],
-    ["Would be, unshared", size(stats.logical_bytes), ""],
+    ["Resident", size(stats.resident_bytes), "each byte once"],
+    ["Logical", size(stats.logical_bytes), "without sharing"],
     ["Saved", size(stats.saved_bytes), percent(stats.saved_ratio)],
     ["Checkpoints", number(stats.checkpoints), `${number(stats.evictions)} evicted so far`],
     ["Leases", number(stats.leases), ""],
