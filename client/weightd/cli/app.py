@@ -22,6 +22,7 @@ from weightd.cli import (
     operating,
     planning,
     serving,
+    top,
     unit,
     usage,
 )
@@ -88,6 +89,7 @@ app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
+app.command("top")(top.top)
 app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)

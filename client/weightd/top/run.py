@@ -1,0 +1,18 @@
+"""Puts the parts together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightd.top.app import TopApp
+from weightd.top.lines import ASCII, UNICODE
+from weightd.top.reader import Reader
+
+if TYPE_CHECKING:
+    from weightd.client import Client
+
+
+def run(client: Client, *, plain: bool) -> None:
+    """Show the daemon until the user quits. The client is closed then. `plain` draws with ASCII alone."""
+    app = TopApp(client, lambda publish: Reader(client, publish), ASCII if plain else UNICODE)
+    app.run()
