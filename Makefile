@@ -58,10 +58,10 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 24
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
 
 demo: $(VENV)/.demo ## load two real checkpoints, serve them from four processes, show what it took
 	@echo "demo: examples/demo.py"
@@ -145,6 +145,10 @@ gpu-wheels: ## put into .whl what tools/gpu_day.sh carries to a machine without 
 protos: $(PROTOS_VENV)/.installed ## generate the stubs from protos
 	@echo "protos: tools/gen_protos.py"
 	@$(PROTOS_VENV)/bin/python tools/gen_protos.py
+
+man: $(VENV)/.installed ## write the manual pages from the help
+	@echo "man: tools/man_pages.py"
+	@$(BIN)/python tools/man_pages.py
 
 install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, settings (root; WEIGHTD= says of what)
 	@echo "install-systemd: $(DESTDIR)/etc, for $(WEIGHTD)"

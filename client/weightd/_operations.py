@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, TypeVar
 
 from ._devices import device_name
+from ._inspection_operations import InspectionOperations
 from ._proto.v1 import handles_pb2
 from ._transport.convert import source_to
 from ._transport.handle_socket import fit
 from .errors import DeviceError, FormatError, InvalidReferenceError, NotFoundError
-from .resolve import Resolved, files_of, is_path, open_sources, reference_name
+from .resolve import Reference, Resolved, files_of, is_path, open_sources, reference_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ._transport.rpc import RpcClient
     from .attachment import Attachment
     from .types import (
         CheckpointDetails,
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
         VersionInfo,
     )
 
-Reference = str | os.PathLike[str] | Resolved
 T = TypeVar("T")
 
 
-class Operations(ABC):
+class Operations(InspectionOperations):
     """The part of a client that neither loads nor attaches."""
 
     # -- looking -----------------------------------------------------------------------------------------------------
@@ -148,10 +147,6 @@ class Operations(ABC):
     def undrain(self) -> None:
         """Let attaches and loads in again, and serve devices that were forgotten. Errors: PermissionDeniedError."""
         self._rpc().undrain()
-
-    @abstractmethod
-    def _rpc(self) -> RpcClient:
-        """The gRPC client, connected anew where the daemon has gone. Errors: ForkedError, InvalidReferenceError."""
 
     @abstractmethod
     def _attach(

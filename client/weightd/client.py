@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeVar
 from ._devices import device_name
 from ._groups import Groups, add_groups
 from ._limits import check_grpc_can_start
-from ._operations import Operations, Reference
+from ._operations import Operations
 from ._proto.v1 import checkpoint_pb2, handles_pb2
 from ._references.files import inodes
 from ._transport.address import find_socket
@@ -19,7 +19,7 @@ from ._transport.handle_socket import feed, fit
 from ._transport.unreachable import when_reachable
 from .attachment import Attachment
 from .errors import DaemonUnreachableError, ForkedError, FormatError, InvalidReferenceError, NotFoundError
-from .resolve import Resolved, files_of, is_path, open_sources
+from .resolve import Reference, Resolved, files_of, is_path, open_sources
 from .types import CheckpointInfo, LoadProgress, LoadResult, TensorKey
 
 if TYPE_CHECKING:

@@ -55,6 +55,10 @@ class Resolved:
     hint: str = ""
 
 
+Reference = str | os.PathLike[str] | Resolved
+"""What names a checkpoint: a path, a name, a digest, or files that were chosen already."""
+
+
 def is_path(reference: str | os.PathLike[str]) -> bool:
     """Whether a reference is taken as a path: a Path object, what looks like a path, and whatever exists."""
     if isinstance(reference, os.PathLike):

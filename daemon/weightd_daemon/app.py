@@ -25,6 +25,7 @@ from .devices.served import Devices
 from .handles.attach import AttachHandler
 from .handles.connections import HandleSocketConnections
 from .handles.handle_server import HandleServer
+from .inspection.sharing_upkeep import SharingUpkeep
 from .loads.fair_queue import LoadQueue
 from .loads.loader_process import DEFAULT_ARGV
 from .loads.loads import Loads
@@ -236,7 +237,10 @@ class Daemon:
             store=store, catalog=catalog, loads=loads, manifests=books.manifests, locks=books.locks,
             connections=connections, devices=devices, default_device=default, limits=books.limits, now=time.time,
         )  # fmt: skip
-        statistics = Statistics(store, loads, connections, devices, drain, work.digests)
+        sharing = SharingUpkeep(store.sharing)
+        sharing.begin()
+        stack.push_async_callback(sharing.close)
+        statistics = Statistics(store, loads, connections, devices, drain, work.digests, sharing)
         forgetting = DeviceForgetting(
             store=store, loads=loads, absences=books.absences, reclaimers=books.reclaimers,
             settled=books.descriptor_store.settled,
@@ -244,6 +248,7 @@ class Daemon:
         parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
             drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
+            sharing=sharing,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 

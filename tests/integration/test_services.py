@@ -21,7 +21,12 @@ from support.wire import Peer
 from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc, daemon_pb2, daemon_pb2_grpc, errors_pb2
 
 StartDaemon = Callable[..., Daemon]
-SERVICES = ["weightd.v1.CheckpointService", "weightd.v1.DaemonService", "weightd.v1.LeaseService"]
+SERVICES = [
+    "weightd.v1.CheckpointService",
+    "weightd.v1.DaemonService",
+    "weightd.v1.InspectionService",
+    "weightd.v1.LeaseService",
+]
 MIB = 1 << 20
 
 

@@ -16,6 +16,7 @@ from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
+from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.monitoring.statistics import Statistics
 from weightd_daemon.operations.drain import DrainOperation
 
@@ -49,7 +50,8 @@ class Filled:
         connections: Any = self.connections
         drain = DrainOperation(store=self.store, loads=self.loads, on_event=lambda _: None, resumed=lambda: None)
         devices: Any = self.devices
-        self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests)
+        self.sharing = SharingUpkeep(self.store.sharing)
+        self.statistics = Statistics(self.store, self.loads, connections, devices, drain, digests, self.sharing)
         numbers = count()
         for uuid in DEVICES:
             self.store.memories[uuid] = PromptMemory(

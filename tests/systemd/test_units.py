@@ -271,6 +271,8 @@ def test_the_wheel_has_the_files(tmp_path: Path) -> None:
     wheel = next(wheels.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
+    pages = {file.name for file in (tmp_path / "site").glob("*.data/data/share/man/man1/*")}
+    assert pages == {file.name for file in (ROOT / "man/man1").iterdir()}
     folder = tmp_path / "site/weightd/cli/systemd"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         file.name: file.read_bytes() for file in UNITS.iterdir()

@@ -22,6 +22,7 @@ from weightd_daemon.config.toml_file import toml_value
 pytest.importorskip("typer")
 context = pytest.importorskip("weightd.cli.context")
 app = pytest.importorskip("weightd.cli.app")
+man_pages = pytest.importorskip("tools.man_pages")
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +50,15 @@ def test_every_command_has_examples_that_parse(
         command, *arguments = shlex.split(first)
         assert (command, arguments[0]) == ("weightd", "ls" if name == "list" else name)
         COMMANDS[name].make_context(name, arguments[1:])
+
+
+def test_manual_pages_say_what_the_help_says() -> None:
+    found = {path.name: path.read_text() for path in man_pages.FOLDER.iterdir()}
+    assert found == man_pages.pages(), "run `make man`"
+    assert {f"weightd-{name}.1" for name, command in COMMANDS.items() if not command.hidden} < set(found)
+    text = found["weightd-ls.1"]
+    assert ".SH EXAMPLES\n.EX\n  weightd ls" in text
+    assert "\\fB\\-q, \\-\\-quiet\\fR\nPrint only" in text
 
 
 @pytest.mark.parametrize("command", ["serve", "config"])
@@ -139,3 +149,9 @@ def test_completion_is_shown(shell: str, capsys: pytest.CaptureFixture[str], mon
     with pytest.raises(SystemExit):
         main([])
     assert "_WEIGHTD_COMPLETE=complete_" in capsys.readouterr().out
+
+
+def test_a_wrong_choice_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--format", "yaml"]) == 2
+    said = "weightd: Invalid value for '--format': 'yaml' is not one of 'table', 'json'; see 'weightd ls --help'\n"
+    assert capsys.readouterr().err == said

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, lease_pb2
 from weightd.errors import InvalidReferenceError
-from weightd.types import CheckpointInfo, DaemonEvent, FileIdentity, LeaseInfo, LoadResult, NameInfo, SourceFile
+from weightd.types import (
+    CheckpointInfo,
+    DaemonEvent,
+    FileIdentity,
+    LeaseInfo,
+    LoadProgress,
+    LoadResult,
+    NameInfo,
+    SourceFile,
+)
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
@@ -20,6 +29,12 @@ _STATES = {
     checkpoint_pb2.CHECKPOINT_STATE_ABSENT: "absent",
 }
 
+
+_PHASES = {
+    checkpoint_pb2.LoadProgress.PHASE_OPENING: "opening",
+    checkpoint_pb2.LoadProgress.PHASE_HASHING: "hashing",
+    checkpoint_pb2.LoadProgress.PHASE_COPYING: "copying",
+}
 
 _ORDERS = {
     checkpoint_pb2.LOAD_ORDER_REQUESTED: "requested",
@@ -61,6 +76,11 @@ def source_from(message: checkpoint_pb2.SourceFile) -> SourceFile:
     seen = message.identity
     identity = FileIdentity(seen.device, seen.inode, seen.size_bytes, seen.mtime_ns, seen.ctime_ns)
     return SourceFile(message.component, message.file, identity, message.is_index)
+
+
+def progress_from(message: checkpoint_pb2.LoadProgress) -> LoadProgress:
+    """How a load gets on, from its message."""
+    return LoadProgress(_PHASES.get(message.phase, "copying"), message.done_bytes, message.total_bytes)
 
 
 def result_from(message: checkpoint_pb2.LoadResult) -> LoadResult:

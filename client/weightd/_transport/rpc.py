@@ -14,6 +14,7 @@ from weightd._proto.v1 import (
     daemon_pb2,
     daemon_pb2_grpc,
     errors_pb2,
+    inspection_pb2_grpc,
     lease_pb2,
     lease_pb2_grpc,
 )
@@ -21,6 +22,7 @@ from weightd.errors import (
     DaemonUnreachableError,
     InvalidReferenceError,
     LeaseLostError,
+    ProtocolMismatchError,
     ServerError,
     WeightdError,
     from_wire,
@@ -44,7 +46,8 @@ from weightd.types import (
 )
 
 from .address import grpc_target
-from .convert import checkpoint_from, event_from, lease_from, name_from, result_from, source_from
+from .convert import checkpoint_from, event_from, lease_from, name_from, progress_from, result_from, source_from
+from .inspection_rpc import InspectionRpc
 from .unreachable import probe, unreachable
 
 if TYPE_CHECKING:
@@ -52,11 +55,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MAX_MESSAGE = 64 << 20
-_PHASES = {
-    checkpoint_pb2.LoadProgress.PHASE_OPENING: "opening",
-    checkpoint_pb2.LoadProgress.PHASE_HASHING: "hashing",
-    checkpoint_pb2.LoadProgress.PHASE_COPYING: "copying",
-}
 _STATES = {daemon_pb2.DAEMON_STATE_DRAINING: "draining", daemon_pb2.DAEMON_STATE_DRAINED: "drained"}
 
 
@@ -80,6 +78,8 @@ class RpcClient:
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._daemon = daemon_pb2_grpc.DaemonServiceStub(self._channel)
+        self.inspection = InspectionRpc(inspection_pb2_grpc.InspectionServiceStub(self._channel), self._call)
+        """The calls of InspectionService."""
 
     def close(self) -> None:
         """Close the channel."""
@@ -111,9 +111,7 @@ class RpcClient:
                     if request.detached and kind != "result":
                         return None
                     if kind == "progress" and on_progress is not None:
-                        progress = event.progress
-                        phase = _PHASES.get(progress.phase, "copying")
-                        on_progress(LoadProgress(phase, progress.done_bytes, progress.total_bytes))
+                        on_progress(progress_from(event.progress))
                     elif kind == "result":
                         result = result_from(event.result)  # the stream ends now: a cancelled call would count as such
             finally:
@@ -189,7 +187,8 @@ class RpcClient:
                 live_bytes=d.live_bytes, reusable_bytes=d.reusable_bytes, in_flight_bytes=d.in_flight_bytes,
                 free_bytes=d.free_bytes, segments=d.segments,
                 device_free_bytes=d.device_free_bytes if d.HasField("device_free_bytes") else None,
-                absence=d.absence,
+                absence=d.absence, pinned_bytes=d.pinned_bytes, leased_bytes=d.leased_bytes,
+                evictable_bytes=d.evictable_bytes, hole_bytes=d.hole_bytes,
             )
             for d in response.devices
         )  # fmt: skip
@@ -212,6 +211,7 @@ class RpcClient:
             books=BooksStats(response.books.limit_bytes, response.books.used_bytes)
             if response.HasField("books")
             else None,
+            revision=response.revision,
         )
 
     def events(self, *, follow: bool) -> Iterator[DaemonEvent]:
@@ -287,6 +287,10 @@ def _error_from(error: grpc.RpcError, path: Path, timeout: float) -> WeightdErro
             return unreachable(path, TimeoutError(), timeout)
         # gRPC knows the cause as a sentence; the kernel has it as a number
         return probe(path, timeout) or DaemonUnreachableError(f"the weightd daemon at {path} hung up: {details}")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return ProtocolMismatchError(
+            f"the weightd daemon at {path} is older than this client and does not know the call; update the daemon"
+        )
     if code is grpc.StatusCode.CANCELLED:
         return LeaseLostError("the call was cancelled; the daemon may be stopping")
     return ServerError(f"{code.name}: {details}")

@@ -32,6 +32,8 @@ from weightd.errors import WeightdError
 
 OUTPUT_CLOSED = 141  # what a shell reports of a command that SIGPIPE ended
 
+_OF_A_CHOICE = "Value error, "  # what newer typers put before what is wrong with a choice
+
 _EPILOG = """\b
 Exit codes:
   0    success
@@ -133,5 +135,6 @@ def _unexpected(settings: CommandOptions, error: Exception) -> int:
         say(f"{type(error).__name__}: {error}{hint}")
         return 1
     context = getattr(error, "ctx", None)
-    say(f"{str(describe()).rstrip('.')}; see '{context.command_path if context else 'weightd'} --help'")
+    said = str(describe()).replace(_OF_A_CHOICE, "").rstrip(".")
+    say(f"{said}; see '{context.command_path if context else 'weightd'} --help'")
     return int(getattr(error, "exit_code", 2))

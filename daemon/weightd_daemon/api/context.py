@@ -10,6 +10,7 @@ from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
+from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import MonitoringEventStream
 from weightd_daemon.monitoring.statistics import Statistics
@@ -36,6 +37,7 @@ class GrpcServiceContext(NamedTuple):
     statistics: Statistics
     absences: AbsentDevices
     forgetting: DeviceForgetting
+    sharing: SharingUpkeep
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:
         """Whose call it is. Errors: PermissionDeniedError."""

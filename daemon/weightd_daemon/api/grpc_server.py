@@ -16,6 +16,8 @@ from weightd._proto.v1 import (
     checkpoint_pb2_grpc,
     daemon_pb2,
     daemon_pb2_grpc,
+    inspection_pb2,
+    inspection_pb2_grpc,
     lease_pb2,
     lease_pb2_grpc,
 )
@@ -27,6 +29,7 @@ from .checkpoint_service import CheckpointService
 from .context import GrpcServiceContext
 from .daemon_service import DaemonService
 from .error_mapping import Context, GrpcErrorInterceptor
+from .inspection_service import InspectionService
 
 MAX_ANSWER = 64 << 20
 """Bytes of an answer: lists are as long as the books."""
@@ -41,6 +44,7 @@ _SERVICES = tuple(
         (checkpoint_pb2, "CheckpointService"),
         (lease_pb2, "LeaseService"),
         (daemon_pb2, "DaemonService"),
+        (inspection_pb2, "InspectionService"),
     )
 )
 
@@ -88,11 +92,8 @@ class GrpcServer:
         ]
         self._interceptors = [GrpcErrorInterceptor(RpcAdmission(parts.connections), on_call, before_answer)]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
-        self._checkpoints, self._leases, self._daemon = (
-            CheckpointService(parts),
-            LeaseService(parts),
-            DaemonService(parts),
-        )
+        self._checkpoints, self._leases = CheckpointService(parts), LeaseService(parts)
+        self._daemon, self._inspection = DaemonService(parts), InspectionService(parts)
         self._servers: list[grpc.aio.Server] = []
         self._serving = 0
 
@@ -103,6 +104,7 @@ class GrpcServer:
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(self._checkpoints, server)
         lease_pb2_grpc.add_LeaseServiceServicer_to_server(self._leases, server)
         daemon_pb2_grpc.add_DaemonServiceServicer_to_server(self._daemon, server)
+        inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self._inspection, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .arena import Extent, slot_bytes
 from .digest import BlobIdentity
@@ -46,10 +46,10 @@ class Blob:
     """One resident run of bytes, held once however many checkpoints refer to it.
 
     `number` is never used twice: it names this very instance, not just its content. `references` counts checkpoints,
-    `holds` counts loads that rely on the bytes staying.
+    `holds` counts loads that rely on the bytes staying. `users` belongs to sharing.py, which imports this module.
     """
 
-    __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "variant")
+    __slots__ = ("holds", "key", "load", "number", "offset", "references", "segment", "state", "users", "variant")
 
     def __init__(self, number: int, key: BlobKey, variant: int, segment: int, offset: int, load: int) -> None:
         self.number = number
@@ -61,6 +61,7 @@ class Blob:
         self.state = BlobState.RESERVED
         self.references = 0
         self.holds = 0
+        self.users: Any = None
 
     def __repr__(self) -> str:
         return f"Blob({self.number}, {self.key.digest.hex()[:8]}/{self.length}/{self.variant}, {self.state.value})"

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from weightd.types import SourceFile
 
@@ -22,10 +22,11 @@ class CheckpointIndex:
     """The resident checkpoints by their lists of files (`Checkpoint.sources`), their figures and their last use.
 
     And the bytes that they cost each user. A place is a device and a sharing domain. What is said of a checkpoint that
-    is not resident any more changes nothing here.
+    is not resident any more changes nothing here. `on_pin` is told of resident ones that a user has pinned or unpinned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_pin: Callable[[Checkpoint], None] = lambda _: None) -> None:
+        self._on_pin = on_pin
         self._by_files: dict[_Files, dict[CheckpointKey, Checkpoint]] = {}
         self._figures: Counter[tuple[str, str, int, int]] = Counter()
         self._by_use: dict[CheckpointKey, Checkpoint] = {}
@@ -63,11 +64,13 @@ class CheckpointIndex:
     def pin(self, checkpoint: Checkpoint, uid: int | None) -> None:
         """A user pins a checkpoint."""
         checkpoint.pins.add(uid)
+        self._say_pinned(checkpoint)
         self._charge(checkpoint, uid)
 
     def unpin(self, checkpoint: Checkpoint, uid: int | None) -> None:
         """A user has not pinned a checkpoint any more."""
         checkpoint.pins.discard(uid)
+        self._say_pinned(checkpoint)
         if self._is_here(checkpoint) and uid != checkpoint.owner and uid in self._charged[checkpoint.key]:
             self._charged[checkpoint.key].remove(uid)
             self._refund(checkpoint, uid)
@@ -78,6 +81,10 @@ class CheckpointIndex:
         Their books count, too: a tensor without bytes takes memory of the daemon.
         """
         return self._bytes[uid]
+
+    def _say_pinned(self, checkpoint: Checkpoint) -> None:
+        if self._is_here(checkpoint):
+            self._on_pin(checkpoint)
 
     def _charge(self, checkpoint: Checkpoint, uid: int | None) -> None:
         if self._is_here(checkpoint) and uid not in self._charged[checkpoint.key]:

@@ -97,6 +97,8 @@ class LeaseTable:
         self._probe = probe
         self._on_event = on_event
         self._forget = forget
+        self.on_held: Callable[[Hashable], None] = lambda _: None
+        """Told of a checkpoint that has got its first lease, or has none in the books any more."""
         self._leases: dict[int, Lease] = {}
         self._by_checkpoint: dict[Hashable, dict[int, None]] = {}
         self._by_connection: dict[Hashable, dict[int, None]] = {}
@@ -264,8 +266,11 @@ class LeaseTable:
 
     def _index(self, lease: Lease) -> None:
         self._leases[lease.number] = lease
+        first = lease.checkpoint not in self._by_checkpoint
         for index, key in self._indexes(lease):
             index.setdefault(key, {})[lease.number] = None
+        if first:
+            self.on_held(lease.checkpoint)
 
     def _drop(self, lease: Lease) -> None:
         for index, key in self._indexes(lease):
@@ -273,6 +278,8 @@ class LeaseTable:
             del numbers[lease.number]
             if not numbers:
                 del index[key]
+        if lease.checkpoint not in self._by_checkpoint:
+            self.on_held(lease.checkpoint)
 
     def _indexes(self, lease: Lease) -> list[tuple[dict[Hashable, dict[int, None]], Hashable]]:
         found = [

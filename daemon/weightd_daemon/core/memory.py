@@ -318,6 +318,11 @@ class MemoryAccounting:
         """Memory in empty segments that wait for the next load."""
         return sum(arena.empty_bytes for arena in self._arenas.values())
 
+    @property
+    def unused_segment_bytes(self) -> int:
+        """Memory in segments without a blob or a load: the pool, and what is on its way back to the system."""
+        return self.pooled_bytes() + self._reclaims.releasing
+
     def next_reclaims(self) -> list[Reclaim]:
         """The reclaims to carry out now; each is handed out once and reported by `reclaimed`."""
         if self._reclaims.waiting:

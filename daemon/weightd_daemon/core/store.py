@@ -8,7 +8,7 @@ adoption.py, which fills an empty store, call these two. The store touches no me
 from __future__ import annotations
 
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from weightd.errors import DeviceAbsentError, NotFoundError
 
@@ -19,10 +19,11 @@ from .checkpoint_index import CheckpointIndex
 from .events import CheckpointEvicted, CheckpointSealed, Event
 from .eviction import chosen_beyond
 from .prospect import EvictionTrial
+from .sharing import SharingIndex
 
 if TYPE_CHECKING:
     from collections import Counter
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
     from .arena import Extent
     from .lease import Lease, LeasePeer, LeaseTable
@@ -45,7 +46,8 @@ class ContentStore:
         self.blobs = BlobTable()
         self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
-        self.index = CheckpointIndex()
+        self.sharing = SharingIndex(lambda key: leases.count(key) > 0)
+        self.index = CheckpointIndex(self.sharing.marked)
         self.lost: dict[CheckpointKey, LostCheckpoint] = {}
         self.memories: dict[str, MemoryAccounting] = {}
         self.absent: dict[str, str] = {}
@@ -62,6 +64,7 @@ class ContentStore:
         self._sharing = 0
         """How often a checkpoint has come or gone: what others share with it has changed."""
         self._on_event = on_event
+        leases.on_held = self._held
 
     # -- what there is ---------------------------------------------------------------------------------------------
 
@@ -154,6 +157,7 @@ class ContentStore:
         self.blobs.seal(fresh, lengths)
         self.checkpoints[checkpoint.key] = checkpoint
         self._sharing += 1
+        self.sharing.came(checkpoint)
         self.index.enter(checkpoint)
         self.books.enter(checkpoint)
         self.lost.pop(checkpoint.key, None)
@@ -181,6 +185,7 @@ class ContentStore:
     def evict(self, checkpoint: Checkpoint, reason: str, load: int = 0, by: LeasePeer | None = None) -> int:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         self._strike(checkpoint)
+        self.sharing.went(checkpoint)
         self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
@@ -219,6 +224,10 @@ class ContentStore:
             if there and not self.stays(checkpoint):
                 self.evict(checkpoint, "capacity")
                 yield
+
+    def _held(self, key: Hashable) -> None:
+        if (checkpoint := self.checkpoints.get(cast("CheckpointKey", key))) is not None:
+            self.sharing.marked(checkpoint)
 
     def _strike(self, checkpoint: Checkpoint) -> None:
         del self.checkpoints[checkpoint.key]
@@ -261,6 +270,7 @@ class ContentStore:
         for blob in [blob for blob in self.blobs if blob.key.device == device]:
             self.blobs.drop(blob, BlobState.EVICTED if blob.sealed else BlobState.ABORTED)
         self.memories[device].lose(reason)
+        self.sharing.lose(device)
         lost = self.on_device(device)
         for checkpoint in lost:
             self._strike(checkpoint)

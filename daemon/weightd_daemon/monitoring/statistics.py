@@ -11,6 +11,7 @@ from weightd._proto.v1 import daemon_pb2
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.connections import HandleSocketConnections
+from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.operations.drain import DrainOperation
 from weightd_daemon.persistence.digest_index import PersistentDigestIndex
@@ -31,10 +32,13 @@ class Statistics(NamedTuple):
     devices: Mapping[str, Device]
     drain: DrainOperation
     digests: PersistentDigestIndex
+    sharing: SharingUpkeep
 
     async def refresh(self) -> None:
-        """Look anew at what each device has free; that takes a moment at most."""
+        """Look anew at what each device has free, which leases are held, and who shares with whom."""
         await asyncio.gather(*(device.refresh() for device in self.devices.values()))
+        self.store.leases.held()  # strikes out those that have ended
+        await self.sharing.caught_up()
 
     def read(self) -> daemon_pb2.GetStatsResponse:
         """Every figure, in one step of the loop. It takes time in proportion to devices and checkpoints."""
@@ -44,6 +48,7 @@ class Statistics(NamedTuple):
             used, live, in_flight = memory.used, store.live_bytes(uuid), store.in_flight_bytes(uuid)
             device = self.devices[uuid]
             budget = used if uuid in store.absent else memory.budget
+            sharing = store.sharing.on(uuid)
             devices.append(
                 daemon_pb2.Device(
                     uuid=uuid,
@@ -58,6 +63,10 @@ class Statistics(NamedTuple):
                     segments=memory.segments,
                     device_free_bytes=device.available(),
                     absence=store.absent.get(uuid, ""),
+                    pinned_bytes=sharing.pinned_bytes,
+                    leased_bytes=sharing.leased_bytes,
+                    evictable_bytes=0 if uuid in store.absent else sharing.evictable_bytes,  # law 12
+                    hole_bytes=used - live - in_flight - memory.unused_segment_bytes,
                 )
             )
         logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())
@@ -70,7 +79,7 @@ class Statistics(NamedTuple):
             saved_ratio=(logical - resident) / logical if logical else 0.0,
             checkpoints=len(store.checkpoints),
             blobs=store.blobs.sealed,
-            leases=store.leases.held(),
+            leases=len(store.leases),
             digest_collisions=store.collisions,
             evictions=store.evictions,
             state=_STATES[self.drain.state],

@@ -1,0 +1,25 @@
+"""InspectionService: what monitors ask. The answers are made in `inspection`."""
+
+from __future__ import annotations
+
+from weightd._proto.v1 import inspection_pb2, inspection_pb2_grpc
+from weightd_daemon.devices.naming import meant
+from weightd_daemon.inspection.sharing_list import SharingList
+
+from .context import GrpcServiceContext
+from .error_mapping import Context
+
+
+class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
+    """gRPC service that shows maps, sharing, tensors, loads and settings, and changes nothing."""
+
+    def __init__(self, parts: GrpcServiceContext) -> None:
+        self._parts = parts
+        self._sharing = SharingList(parts.store, parts.catalog, parts.sharing)
+
+    async def ListSharing(  # noqa: N802  # named by the proto
+        self, request: inspection_pb2.ListSharingRequest, context: Context
+    ) -> inspection_pb2.ListSharingResponse:
+        """A page of the pairs that share."""
+        _, who = self._parts.caller(context)
+        return await self._sharing.page(who, request, meant(self._parts.devices, request.device))

@@ -1,0 +1,1 @@
+"""What monitors ask: answers of InspectionService. Nothing here changes anything, the order of eviction included."""
