@@ -32,15 +32,17 @@ def top(
     if importlib.util.find_spec("textual") is None:
         say("top needs textual, which is not installed: pip install '.[top]' in weightd's checkout")
         raise typer.Exit(1)
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
-        say("top needs a terminal that can move its cursor; `weightd stats`, `ls`, `ps` and `events -f` do not")
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # textual writes to stderr
+    if not all(stream.isatty() for stream in streams) or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
+        say("top needs a terminal that can move its cursor; use `weightd stats`, `weightd ls` or `weightd ps`")
         raise typer.Exit(1)
     with open_client(context, socket) as client:
         client.stats()  # an error here is a line and an exit code, as of the other commands
         # Imported now, so that the other commands do not pay for textual, which takes a third of a second.
         from weightd.top.run import run
 
-        run(client, plain=ascii_only or not _has_unicode())
+        code = run(client, plain=ascii_only or not _has_unicode())
+    raise typer.Exit(code)
 
 
 def _has_unicode() -> bool:

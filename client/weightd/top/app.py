@@ -6,16 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from operator import is_not
+from time import monotonic
 from typing import TYPE_CHECKING, ClassVar
 
 from textual import on, work
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
+from textual.containers import Horizontal
 from textual.message import Message
 from textual.widgets import Footer, Input
 
 from weightd.errors import WeightdError
-from weightd.top.changes import CHANGES, Change
+from weightd.top.changes import CHANGES, Change, refused
 from weightd.top.details import details
 from weightd.top.lines import Glyphs, clean, wrapped
 from weightd.top.panels import devices, head, loads, recent
@@ -26,6 +28,8 @@ from weightd.top.table import about, table
 from weightd.top.widgets import LinesView
 
 if TYPE_CHECKING:
+    from textual.screen import Screen
+
     from weightd.client import Client
     from weightd.top.reader import Reader
     from weightd.types import CheckpointDetails
@@ -34,22 +38,26 @@ _FEW_LINES = 30
 """A terminal with fewer lines explains the bars of at most one device, and has fewer events."""
 _ABOUT_LINES = 3
 _NOTICE_LINES = 4
+_NOTICE_SECONDS = 20.0
 
 
 class TopApp(App[None]):
     """`weightd top`. `start` begins to read the daemon, given the function to publish snapshots with."""
 
     ENABLE_COMMAND_PALETTE = False
+    AUTO_FOCUS = None
     CSS = """
     Screen { background: ansi_default; color: ansi_default; layout: vertical; overflow: hidden; }
     #table { height: 1fr; }
-    #filter { height: 1; border: none; padding: 0; background: ansi_default; display: none; }
-    #filter.shown { display: block; }
+    #find { height: 1; display: none; }
+    #find.shown { display: block; }
+    #label { width: 6; }
+    #filter { height: 1; width: 1fr; border: none; padding: 0; background: ansi_default; }
     Footer { background: ansi_default; color: ansi_default; }
     FooterKey { background: ansi_default; color: ansi_default; }
     FooterKey .footer-key--key { background: ansi_default; color: ansi_default; text-style: bold; }
     FooterKey .footer-key--description { background: ansi_default; color: ansi_default; }
-    QuestionScreen { background: ansi_default; align: left bottom; }
+    QuestionScreen { background: transparent; align: left bottom; }
     LinesScreen { background: ansi_default; }
     #scroll { height: 1fr; scrollbar-size: 0 0; background: ansi_default; }
     #box { padding: 0 1; background: ansi_default; }
@@ -58,11 +66,11 @@ class TopApp(App[None]):
         Binding("q,ctrl+c", "quit", "Quit", key_display="q", priority=False),
         Binding("s", "sort", "Sort"),
         Binding("S", "reverse", "Reverse", show=False),
-        Binding("slash", "filter", "Filter", key_display="/"),
+        Binding("slash", "filter", "Find", key_display="/"),
         Binding("enter", "details", "Show", key_display="Enter"),
         Binding("p", "change('pin')", "Pin"),
         Binding("u", "change('unpin')", "Unpin"),
-        Binding("r", "change('remove')", "Remove"),
+        Binding("r", "change('remove')", "Rm"),
         Binding("question_mark", "help", "Help", key_display="?"),
         Binding("escape", "all", "All rows", show=False),
         Binding("down,j", "by(1)", "Down", show=False),
@@ -83,12 +91,13 @@ class TopApp(App[None]):
     def __init__(
         self, client: Client, make_reader: Callable[[Callable[[Snapshot], None]], Reader], glyphs: Glyphs
     ) -> None:
-        super().__init__()
-        self.theme = "ansi-dark"  # the terminal's own colours, light or dark
+        super().__init__(ansi_color=True)  # the terminal's own colours, light or dark
+        self.theme = "ansi-dark"
         self.view = View()
         self.snapshot = Snapshot(datetime.now(UTC))
         self.notice: tuple[str, str] = ("", "")
         """What a change came to, and the style of that sentence."""
+        self._noticed = 0.0
         self._client = client
         self._glyphs = glyphs
         self._reader = make_reader(self.publish)
@@ -109,12 +118,14 @@ class TopApp(App[None]):
         yield LinesView(self._glyphs, id="table", fitted=False)
         for panel in ("about", "notice", "events"):
             yield LinesView(self._glyphs, id=panel)
-        yield Input(placeholder="text in a name, digest, user or command", id="filter", compact=True)
+        with Horizontal(id="find"):
+            yield LinesView(self._glyphs, id="label")
+            yield Input(placeholder="text in a name, digest, user or command", id="filter", compact=True, disabled=True)
         yield Footer(compact=True, show_command_palette=False)
 
     def on_mount(self) -> None:
         """Begin to read."""
-        self.query_one("#filter", Input).can_focus = False
+        self.query_one("#label", LinesView).show([(("find: ", "title"),)])
         self.draw()
         self._reader.start()
 
@@ -135,11 +146,16 @@ class TopApp(App[None]):
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _main(self) -> Screen[object]:
+        """The screen with the table, also while another one is above it."""
+        return self.screen_stack[0]
+
     def draw(self) -> None:
         """Make the lines of all panels; only those that differ are written to the terminal."""
-        main = self.screen_stack[0] if self.screen_stack else None
-        if main is None or not main.is_mounted:
+        if not self.is_running:
             return
+        main = self._main
         width, height = main.size
         if not width:
             return
@@ -152,15 +168,17 @@ class TopApp(App[None]):
             panels["devices"] = devices(answers, width, glyphs, explained=explained)
             panels["loads"] = loads(answers, width, glyphs)
         row = self._rows[self._at] if self._rows else None
+        if monotonic() > self._noticed + _NOTICE_SECONDS:
+            self.notice = ("", "")
         text, style = self.notice
         if answers is not None:
             told = about(row, self._everything, glyphs) if row or not self.view.wanted else "no row has that text"
-            panels["about"] = wrapped(told, width, _ABOUT_LINES)
+            panels["about"] = wrapped(f"{glyphs.selected} {told}", width, _ABOUT_LINES, indent="  ")
         panels["notice"] = wrapped(clean(text, glyphs), width, _NOTICE_LINES, style)
-        panels["events"] = recent(snapshot, width, max(min(8, (height - 12) // 3), 0), glyphs)
+        panels["events"] = recent(snapshot, width, max(min(8, (height - 6) // 3), 0), glyphs)
         for name in ("head", "devices", "loads", "about", "notice", "events"):
             main.query_one(f"#{name}", LinesView).show(panels.get(name, []))
-        taken = sum(map(len, panels.values())) + 1 + self.query_one("#filter").has_class("shown")
+        taken = sum(map(len, panels.values())) + 1 + self._main.query_one("#find").has_class("shown")
         room = max(height - taken, 2)
         self._first = min(max(self._first, self._at - room + 2), self._at, max(len(self._rows) - room + 1, 0))
         lines = table(self._rows, self.view, self._first, room, width, snapshot.at, glyphs)
@@ -219,8 +237,8 @@ class TopApp(App[None]):
     def action_filter(self) -> None:
         """Ask for a text that rows must have."""
         entry = self.query_one("#filter", Input)
-        entry.add_class("shown")
-        entry.can_focus = True
+        self.query_one("#find").add_class("shown")
+        entry.disabled = False
         entry.focus()
         self.draw()
 
@@ -232,9 +250,9 @@ class TopApp(App[None]):
     @on(Input.Submitted, "#filter")
     def _on_filter_done(self) -> None:
         entry = self.query_one("#filter", Input)
-        entry.can_focus = False
+        entry.disabled = True
         self.set_focus(None)
-        entry.set_class(bool(entry.value), "shown")
+        self.query_one("#find").set_class(bool(entry.value), "shown")
         self.draw()
 
     def action_all(self) -> None:
@@ -293,10 +311,10 @@ class TopApp(App[None]):
         try:
             said, style = change.call(self._client, row), "good"
         except WeightdError as error:
-            said, style = str(error), "bad"
+            said, style = refused(error, row), "bad"
         self.call_from_thread(self._say, said, style)
         self._reader.wake()
 
     def _say(self, text: str, style: str = "") -> None:
-        self.notice = (text, style)
+        self.notice, self._noticed = (text, style), monotonic()
         self.draw()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._sizes import size
 from weightd.cli.output import device as short_device
+from weightd.errors import WeightdError
 from weightd.top.rows import CheckpointRow
 from weightd.top.table import holders, listed
 
@@ -57,6 +58,11 @@ def _unpin(client: Client, row: CheckpointRow) -> str:
 
 def _remove(client: Client, row: CheckpointRow) -> str:
     return f"removed {row.name}, freed {size(client.remove(_reference(row), row.info.device))}"
+
+
+def refused(error: WeightdError, row: CheckpointRow) -> str:
+    """Say why a change failed in the daemon's words, with the name of the checkpoint for its digest."""
+    return str(error).replace(row.info.content_digest, row.name) if row.info.content_digest else str(error)
 
 
 def _reference(row: CheckpointRow) -> str:

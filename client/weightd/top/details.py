@@ -14,6 +14,7 @@ from weightd.top.columns import aligned
 from weightd.top.lines import Glyphs, Line, clean, padded, wrapped
 from weightd.top.panels import age
 from weightd.top.rows import CheckpointRow, Partner
+from weightd.top.table import short_command
 from weightd.types import CheckpointDetails
 
 _LABEL = 10
@@ -71,7 +72,7 @@ def details(
                 each.user,
                 "unknown" if each.private is None else size(each.private),
                 age(each.since, now),
-                each.command,
+                short_command(each.command),
             ]
             for each in row.processes
         ]

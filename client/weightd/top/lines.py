@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -16,6 +17,7 @@ Span = tuple[str, str]
 """Text, and the name of its style: a key of `widgets.STYLES`, or "" for none."""
 Line = tuple[Span, ...]
 
+_SIZE = re.compile(r"(\d) ([KMGT]?i?B\b)")
 _LEAST = 3
 """Columns that `elided` needs."""
 
@@ -70,9 +72,14 @@ def wrapped(text: str, width: int, most: int, style: str = "", indent: str = "")
     if most <= 0:
         return []
     broken = textwrap.wrap(
-        text, max(width, _LEAST), max_lines=most, placeholder=" …", subsequent_indent=indent, break_on_hyphens=False
+        _SIZE.sub("\\1\u00a0\\2", text),
+        max(width, _LEAST),
+        max_lines=most,
+        placeholder=" …",
+        subsequent_indent=indent,
+        break_on_hyphens=False,
     )
-    return [((line, style),) for line in broken]
+    return [((line.replace("\u00a0", " "), style),) for line in broken]
 
 
 def flowed(items: Iterable[Line], width: int, indent: str = "", gap: str = "  ") -> list[Line]:

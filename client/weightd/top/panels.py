@@ -26,6 +26,7 @@ from weightd.top.lines import (
     wrapped,
 )
 from weightd.top.memory import DeviceParts, parts
+from weightd.top.rows import called
 from weightd.top.snapshot import Answers, Snapshot
 from weightd.types import DaemonEvent, DeviceStats
 
@@ -132,7 +133,9 @@ def loads(answers: Answers, width: int, glyphs: Glyphs) -> list[Line]:
     several = len({device.uuid for device in answers.stats.devices}) > 1
     shown = found[:_MOST_LOADS]
     ahead = [_load_figures(load, glyphs, several=several) for load in shown]
-    names = [clean(", ".join(load.names) or load.reference or f"load {load.load}", glyphs) for load in shown]
+    names = [
+        clean(", ".join(map(called, load.names)) or load.reference or f"load {load.load}", glyphs) for load in shown
+    ]
     room = max(width - max(map(width_of, ahead)) - len("loading ") - 2, 8)
     label = min(max(map(len, names)), room)
     lines: list[Line] = []
@@ -181,9 +184,9 @@ def recent(snapshot: Snapshot, width: int, most: int, glyphs: Glyphs) -> list[Li
     refused = refusal(snapshot.events, snapshot.at)
     lines: list[Line] = []
     if refused is not None:
-        name = ", ".join(refused.names) or f"load {refused.load}"
-        text = f"{refused.time.astimezone():%H:%M:%S} does not fit: {name}: {refused.message}"
-        lines = wrapped(clean(text, glyphs), width, min(most, 4), "bad", " " * 9)
+        name = shortened(", ".join(map(called, refused.names)) or f"load {refused.load}", _COMMAND)
+        text = f"{refused.time.astimezone():%H:%M:%S} not loaded: {name}: {refused.message}"
+        lines = wrapped(clean(text, glyphs), width, min(most - 1, 4), "bad", "  ")
     left = most - len(lines)
     others = [event for event in snapshot.events[-most:] if event is not refused] if most else []
     return [*lines, *(_event(event, width, glyphs) for event in others[len(others) - min(left, len(others)) :])]

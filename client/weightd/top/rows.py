@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -44,14 +44,10 @@ class CheckpointRow(NamedTuple):
     """A checkpoint with its partners, the biggest first, and the processes that hold it. Unknown partners are None."""
 
     key: Key
+    name: str
     info: CheckpointInfo
     partners: tuple[Partner, ...] | None
     processes: tuple[ProcessRow, ...]
-
-    @property
-    def name(self) -> str:
-        """What the checkpoint is called: its first name, or its digest."""
-        return called(self.info.name, self.info.content_digest)
 
 
 class Row(NamedTuple):
@@ -83,14 +79,22 @@ ORDERS: Mapping[str, Callable[[CheckpointRow], Any]] = {
 """Sort keys, the biggest or latest first, by the name of the order."""
 
 
-def called(name: str, content_digest: str) -> str:
-    """Return what people call a checkpoint: its name, or the start of its digest."""
-    return name or digest(content_digest)
+def called(name: str, content_digest: str = "") -> str:
+    """Return what people call a checkpoint: its name, of a path the last part, or the start of its digest."""
+    return (name.rstrip("/").rpartition("/")[2] or name if name.startswith("/") else name) or digest(content_digest)
+
+
+def _names(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
+    """What each checkpoint is called by its first name or digest; of two paths that end alike, the whole paths."""
+    short = {info.name or info.content_digest: called(info.name, info.content_digest) for info in checkpoints}
+    counted = Counter(short.values())
+    return {whole: name if counted[name] == 1 or not whole.startswith("/") else whole for whole, name in short.items()}
 
 
 def checkpoint_rows(answers: Answers) -> list[CheckpointRow]:
     """Make a row of each checkpoint; loads under way are left out where they are listed by themselves."""
-    partners = None if answers.pairs is None else _partners(answers.pairs)
+    names = _names(answers.checkpoints)
+    partners = None if answers.pairs is None else _partners(answers.pairs, names)
     processes = _processes(answers)
     found = []
     for info in answers.checkpoints:
@@ -98,24 +102,29 @@ def checkpoint_rows(answers: Answers) -> list[CheckpointRow]:
             continue
         key = (info.device, info.content_digest or info.name)
         theirs = None if partners is None else tuple(partners.get((info.device, info.content_digest), ()))
-        found.append(CheckpointRow(key, info, theirs, tuple(processes.get(key, ()))))
+        name = names[info.name or info.content_digest]
+        found.append(CheckpointRow(key, name, info, theirs, tuple(processes.get(key, ()))))
     return found
 
 
-def _partners(pairs: Sequence[SharedPair]) -> dict[Key, list[Partner]]:
+def _partners(pairs: Sequence[SharedPair], names: Mapping[str, str]) -> dict[Key, list[Partner]]:
     found: dict[Key, list[Partner]] = defaultdict(list)
     for pair in pairs:
         mirrored = tuple(SharedComponents(part.other, part.one, part.shared_bytes) for part in pair.components)
         shared, only = pair.shared_bytes, pair.only_bytes
         found[pair.device, pair.one].append(
-            Partner(called(pair.other_name, pair.other), pair.other, shared, only, pair.components)
+            Partner(_named(pair.other_name, pair.other, names), pair.other, shared, only, pair.components)
         )
         found[pair.device, pair.other].append(
-            Partner(called(pair.one_name, pair.one), pair.one, shared, only, mirrored)
+            Partner(_named(pair.one_name, pair.one, names), pair.one, shared, only, mirrored)
         )
     for partners in found.values():
         partners.sort(key=lambda partner: (-partner.shared_bytes, partner.name))
     return found
+
+
+def _named(name: str, content_digest: str, names: Mapping[str, str]) -> str:
+    return names.get(name or content_digest) or called(name, content_digest)
 
 
 def _processes(answers: Answers) -> dict[Key, list[ProcessRow]]:
@@ -132,9 +141,15 @@ def _processes(answers: Answers) -> dict[Key, list[ProcessRow]]:
             who = "unknown" if lease.pid is None else str(lease.pid)
             grouped[held][(*held, who, lease.user)].append(lease)
     return {
-        held: [_process(key, leases, answers.private) for key, leases in sorted(by_process.items())]
+        held: [_process(key, leases, answers.private) for key, leases in sorted(by_process.items(), key=_started)]
         for held, by_process in grouped.items()
     }
+
+
+def _started(process: tuple[Key, list[LeaseInfo]]) -> tuple[int, Key]:
+    """Order processes by number, not by its digits."""
+    key, leases = process
+    return leases[0].pid or 0, key
 
 
 def _process(key: Key, leases: list[LeaseInfo], private: Mapping[int, int | None]) -> ProcessRow:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from weightd.client import Client
 
 
-def run(client: Client, *, plain: bool) -> None:
-    """Show the daemon until the user quits. The client is closed then. `plain` draws with ASCII alone."""
+def run(client: Client, *, plain: bool) -> int:
+    """Show the daemon until the user quits, and return the exit code. The client is closed then. `plain` draws with ASCII alone."""
     app = TopApp(client, lambda publish: Reader(client, publish), ASCII if plain else UNICODE)
     app.run()
+    return app.return_code or 0

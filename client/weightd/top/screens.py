@@ -101,7 +101,7 @@ class LinesScreen(ModalScreen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape,q,enter,question_mark", "dismiss", "Back", key_display="Esc"),
-        Binding("down,j", "by(1)", "Down", show=False),
+        Binding("down,j", "by(1)", "Scroll", key_display="j k"),
         Binding("up,k", "by(-1)", "Up", show=False),
         Binding("pagedown,space", "by(10)", "Further down", show=False),
         Binding("pageup", "by(-10)", "Further up", show=False),

@@ -14,7 +14,7 @@ from weightd.cli.tables import STATES, Column
 from weightd.top.columns import aligned
 from weightd.top.lines import Glyphs, Line, clean, padded, plain, shortened
 from weightd.top.panels import age
-from weightd.top.rows import CheckpointRow, Partner, ProcessRow, Row, View
+from weightd.top.rows import CheckpointRow, Partner, ProcessRow, Row, View, called
 
 _COLUMNS = {
     "name": Column("CHECKPOINT", elided=True),
@@ -30,6 +30,8 @@ _COLUMNS = {
     "used": Column("USED", right=True, spare=6),
 }
 _MOST_HOLDERS = 3
+_NAME = 36
+"""Columns that names keep in sentences."""
 _MOST_PARTNERS = 3
 
 
@@ -60,7 +62,7 @@ def _title(key: str, column: Column, view: View, glyphs: Glyphs) -> str:
 def _cells(row: CheckpointRow, now: datetime) -> list[str]:
     info = row.info
     return [
-        ", ".join(info.names) or row.name,
+        ", ".join([row.name, *info.names[1:]]),
         info.state,
         short_device(info.device),
         info.owner,
@@ -109,8 +111,18 @@ def _process(process: ProcessRow, widths: tuple[int, int, int], width: int, now:
         f"  {glyphs.branch} {padded(_pid(process), pid, right=True)}  {padded(clean(process.user, glyphs), user)}  "
         f"{padded(_private(process), private)}  {padded(age(process.since, now), 4, right=True)}  "
     )
-    command = "waits to attach" if process.waiting else clean(process.command, glyphs)
+    command = "waits to attach" if process.waiting else clean(short_command(process.command), glyphs)
     return (start, "dim" if process.waiting else ""), (shortened(command, width - cell_len(start)), "dim")
+
+
+def short_command(command: str) -> str:
+    """Return a command line without the folder of its program."""
+    program, blank, rest = command.partition(" ")
+    return f"{called(program)}{blank}{rest}"
+
+
+def _short(name: str) -> str:
+    return shortened(name, _NAME)
 
 
 def about(row: Row | None, everything: Sequence[CheckpointRow], glyphs: Glyphs) -> str:
@@ -124,8 +136,8 @@ def about(row: Row | None, everything: Sequence[CheckpointRow], glyphs: Glyphs) 
 def _about_checkpoint(row: CheckpointRow) -> str:
     info = row.info
     if info.state != "resident":
-        return f"{row.name} is {info.state}."
-    back = f"{row.name}: removing it gives back {size(info.exclusive_bytes)} of {size(info.total_bytes)}."
+        return f"{_short(row.name)} is {info.state}."
+    back = f"{_short(row.name)}: removing it gives back {size(info.exclusive_bytes)} of {size(info.total_bytes)}."
     return f"{back} {_about_sharing(row)} {_about_holders(row)}"
 
 
@@ -135,7 +147,7 @@ def _about_sharing(row: CheckpointRow) -> str:
         return f"{size(row.info.shared_bytes)} are shared."
     if not partners:
         return "It shares with nobody that you may see." if row.info.shared_bytes else "It shares nothing."
-    named = [f"{size(each.shared_bytes)} with {each.name}" for each in partners[:_MOST_PARTNERS]]
+    named = [f"{size(each.shared_bytes)} with {_short(each.name)}" for each in partners[:_MOST_PARTNERS]]
     more = [f"with {plural(len(partners) - len(named), 'other')}"] if len(partners) > len(named) else []
     return f"It shares {listed([*named, *more])}."
 
@@ -159,14 +171,14 @@ def holders(row: CheckpointRow) -> list[str]:
 
 
 def _about_process(process: ProcessRow, everything: Sequence[CheckpointRow]) -> str:
-    held = [row.name for row in everything if any(_same(process, each) for each in row.processes)]
-    copied = (
-        "How much of them it has copied by writing is not known"
+    held = [_short(row.name) for row in everything if any(_same(process, each) for each in row.processes)]
+    copies = (
+        "How much it has copied by writing to weights is not known"
         if process.private is None
-        else f"By writing it has copied {size(process.private)} of them, which are its own"
+        else f"It has {size(process.private)} of private copies, made by writing to weights"
     )
     who = "A process with an unknown id" if process.pid is None else f"pid {process.pid}"
-    return f"{who} ({process.user or '?'}) holds {listed(held)}. {copied}. {process.command}"
+    return f"{who} ({process.user or '?'}) holds {listed(held)}. {copies}. {short_command(process.command)}"
 
 
 def _same(one: ProcessRow, other: ProcessRow) -> bool:

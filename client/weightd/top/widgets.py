@@ -69,6 +69,7 @@ class LinesView(Widget):
         self._glyphs = glyphs
         self._fitted = fitted
         self._lines: list[Line] = []
+        self.display = not fitted
 
     def show(self, lines: Sequence[Line]) -> None:
         """Replace the lines."""
@@ -88,7 +89,7 @@ class LinesView(Widget):
         """Draw one line."""
         line = self._lines[y] if y < len(self._lines) else ()
         strip = Strip([Segment(self._drawn(text), STYLES[style]) for text, style in line])
-        return strip.adjust_cell_length(self.size.width)
+        return strip.adjust_cell_length(self.size.width, STYLES[""])
 
     def on_click(self, event: events.Click) -> None:
         """Tell which line was clicked."""
