@@ -38,6 +38,9 @@ T = TypeVar("T")
 class Operations(InspectionOperations):
     """The part of a client that neither loads nor attaches."""
 
+    _read_only = False
+    """Whether the connection only looks."""
+
     # -- looking -----------------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[CheckpointInfo]:
@@ -157,7 +160,12 @@ class Operations(InspectionOperations):
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _known(self, call: Callable[[str, str], T], reference: Reference, device: str | None) -> T:
-        """Like `_named`, and if that names nothing, either, call with the content of the files that stand there."""
+        """Like `_named`, and if that names nothing, either, call with the content of the files that stand there.
+
+        What stands at a path, only an attach can tell, which a read-only client may not: there it is a name.
+        """
+        if self._read_only:
+            return call(reference.name if isinstance(reference, Resolved) else str(reference), device_name(device))
         try:
             return self._named(call, reference, device)
         except NotFoundError:

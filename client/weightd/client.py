@@ -52,17 +52,24 @@ def again_if_replaced(reference: Reference, use: Callable[[Resolved], T]) -> T:
 
 
 def connect(
-    socket: str | os.PathLike[str] | None = None, *, timeout: float = 5.0, fallback: Literal["error", "wait"] = "error"
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float = 5.0,
+    fallback: Literal["error", "wait"] = "error",
+    read_only: bool = False,
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
     `timeout` is seconds for each answer. With `fallback="wait"` this waits for a daemon to come up, or to have room.
-    Errors: DaemonUnreachableError, PermissionDeniedError (this user may not reach it), ProtocolMismatchError,
-    ResourceLimitError.
+    A client that is `read_only` looks at the daemon and can neither change anything nor load or attach: those calls
+    raise PermissionDeniedError. A reference is a name or a digest there, never a path. Errors: DaemonUnreachableError,
+    PermissionDeniedError (this user may not reach it), ProtocolMismatchError, ResourceLimitError.
     """
     if fallback not in ("error", "wait"):
         raise InvalidReferenceError(f"fallback {fallback!r}: must be 'error' or 'wait'")
-    return when_reachable(lambda: Client(find_socket(socket), timeout=timeout), wait=fallback == "wait")
+    return when_reachable(
+        lambda: Client(find_socket(socket), timeout=timeout, read_only=read_only), wait=fallback == "wait"
+    )
 
 
 class Client(Operations):
@@ -71,12 +78,13 @@ class Client(Operations):
     When the daemon has been restarted, the next call connects anew. Attachments do not depend on the connection.
     """
 
-    def __init__(self, path: Path, *, timeout: float = 5.0) -> None:
+    def __init__(self, path: Path, *, timeout: float = 5.0, read_only: bool = False) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
         self._control: RpcClient | None = None
-        self._connection = DaemonConnection(path, timeout)
+        self._connection = DaemonConnection(path, timeout, read_only=read_only)
+        self._read_only = read_only
         self.socket = path
         """The daemon's control socket."""
 

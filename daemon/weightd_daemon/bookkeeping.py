@@ -64,6 +64,7 @@ def open_books(
     stack.callback(lease_files.close)
     locks = HandleLeaseLocks(manifests, lease_files)
     store = ContentStore(leases=LeaseTable(locks.is_locked, publish, locks.forget), on_event=residency.on_event)
+    store.revision.number = time.time_ns()  # no number that an earlier daemon has had
     catalog = Catalog(store, limits, changed=residency.on_changed, on_event=publish)
     event_stream = MonitoringEventStream(store=store, catalog=catalog, now=time.time)
     listeners.add(event_stream)

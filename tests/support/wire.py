@@ -17,12 +17,13 @@ from weightd.types import FileIdentity, SourceFile
 class Peer:
     """One connection on a daemon's handle socket. Descriptors that arrive are kept in `descriptors` until the end."""
 
-    def __init__(self, control: str | Path, *, hello: bool = True) -> None:
+    def __init__(self, control: str | Path, *, hello: bool = True, read_only: bool = False) -> None:
         self.descriptors: list[int] = []
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(60)
         self.socket.connect(f"{control}.handles")
-        self.token = self.ask(hello=handles_pb2.HelloRequest(protocol=1)).hello.token if hello else ""
+        greeting = handles_pb2.HelloRequest(protocol=1, read_only=read_only)
+        self.token = self.ask(hello=greeting).hello.token if hello else ""
 
     def __enter__(self) -> Self:
         return self

@@ -42,11 +42,12 @@ class _Held(NamedTuple):
 class DaemonConnection:
     """A client's connection to the daemon at a path, renewed after its end. `timeout` is seconds for each answer."""
 
-    def __init__(self, path: Path, timeout: float) -> None:
+    def __init__(self, path: Path, timeout: float, *, read_only: bool = False) -> None:
         """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError."""
         self.path = path
         self.timeout = timeout
-        self.handles = SocketClient(path, timeout)
+        self.read_only = read_only
+        self.handles = SocketClient(path, timeout, read_only=read_only)
         self._lock = threading.RLock()
         self._held: dict[int, _Held] = {}
         self._ended: deque[int] = deque(maxlen=_MOST_ENDED)
@@ -93,7 +94,7 @@ class DaemonConnection:
                 _watch(self)
 
     def _connect(self) -> SocketClient:
-        handles = SocketClient(self.path, self.timeout)
+        handles = SocketClient(self.path, self.timeout, read_only=self.read_only)
         try:
             self._claim(handles)
         except LeaseLostError:  # it hung up: it is older than this, and does not speak of that

@@ -66,9 +66,13 @@ class ReceivedDescriptors(NamedTuple):
 
 
 class SocketClient:
-    """The client's end of one connection to the daemon's handle socket; calls on the control socket carry its token."""
+    """The client's end of one connection to the daemon's handle socket; calls on the control socket carry its token.
 
-    def __init__(self, path: Path, timeout: float) -> None:
+    One that is `read_only` has a token that changes nothing, and is of no other use. Errors: those of `unreachable`,
+    ProtocolMismatchError (also where the daemon knows no read-only connections).
+    """
+
+    def __init__(self, path: Path, timeout: float, *, read_only: bool = False) -> None:
         self.path = path
         self._timeout = timeout
         self.on_broken: Callable[[], None] = lambda: None
@@ -85,8 +89,13 @@ class SocketClient:
             self._socket.settimeout(timeout)
             self._connect(timeout)
             check_peer(self._socket, path)
-            hello = handles_pb2.HandleRequest(hello=handles_pb2.HelloRequest(protocol=PROTOCOL))
-            reply = self._ask(hello, "hello").hello
+            hello = handles_pb2.HelloRequest(protocol=PROTOCOL, read_only=read_only)
+            reply = self._ask(handles_pb2.HandleRequest(hello=hello), "hello").hello
+            if read_only and not reply.read_only:
+                raise ProtocolMismatchError(
+                    f"the weightd daemon at {path} is version {reply.version}, which has no read-only connections; "
+                    "update the daemon"
+                )
         except BaseException:
             self._socket.close()
             raise

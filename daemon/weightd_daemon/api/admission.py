@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from weightd._limits import MAX_LOAD_REQUEST
 from weightd.errors import DaemonBusyError, InvalidReferenceError, LeaseLostError, PermissionDeniedError
+from weightd_daemon.handles.read_only import WITHOUT_TOKEN, check_allowed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -36,8 +37,6 @@ READ_SECONDS = 15.0
 """How long a request may take to arrive once it is its turn."""
 
 _LOAD = "/weightd.v1.CheckpointService/Load"
-_OPEN = ("/weightd.v1.DaemonService/GetVersion", "/grpc.health.", "/grpc.reflection.")
-"""What is answered without a token."""
 _NOBODY = "nobody"
 """All who call without a token count as one."""
 
@@ -79,10 +78,10 @@ class RpcAdmission:
     def enter(self, method: str, token: str, *, streams: bool = False) -> Iterator[AdmittedRpc]:
         """Let a call in until the block ends; one that `streams` may send more than one request.
 
-        Errors: PermissionDeniedError (no such token), DaemonBusyError (too many calls), LeaseLostError (a load without
-        an offer).
+        Errors: PermissionDeniedError (no such token, or one that is read-only), DaemonBusyError (too many calls),
+        LeaseLostError (a load without an offer).
         """
-        needs_token = not method.startswith(_OPEN)
+        needs_token = not method.startswith(WITHOUT_TOKEN)
         connection: HandleSocketConnection | None = None
         if needs_token or token:
             try:
@@ -98,6 +97,8 @@ class RpcAdmission:
                 connection.number: (MAX_CALLS_OF_CONNECTION, "of this connection"),
                 ("uid", connection.uid): (MAX_CALLS_OF_USER, "of this user"),
             }
+            if connection.read_only:
+                check_allowed(method)
             if is_load and not connection.offers:
                 raise LeaseLostError("an offer is not there; a load needs one of its own connection")
         for key, (most, whose) in bounds.items():

@@ -203,6 +203,7 @@ class Catalog:
             more = checkpoint.total_bytes + checkpoint.books_bytes
             self._limits.check(who, "bytes", self._store.index.bytes_of(who.uid), more)
         self._store.index.pin(checkpoint, who.uid)
+        self._store.revision.move()
         self.repinned.add(checkpoint.key)
         self.changed()
 
@@ -211,6 +212,7 @@ class Catalog:
         self.check_owner(who, checkpoint, "unpin", name)
         for uid in [*checkpoint.pins] if who.admin else [who.uid]:
             self._store.index.unpin(checkpoint, uid)
+        self._store.revision.move()
         self.repinned.add(checkpoint.key)
         self.changed()
 
@@ -238,6 +240,7 @@ class Catalog:
             return 0
         if self._lost(checkpoint) is not None:
             del self._store.lost[checkpoint.key]
+            self._store.revision.move()
             for name in self._pointless(checkpoint):  # no eviction tells of them
                 self._drop(checkpoint.key.domain, name, by)
             self.changed()
@@ -282,6 +285,7 @@ class Catalog:
         self._named.setdefault((domain, tag.content_digest), set()).add(name)
         self._owned[tag.owner] += 1
         self.renamed.add((domain, name))
+        self._store.revision.move()
 
     def _untag(self, domain: str, name: str) -> None:
         tag = self._tags.pop((domain, name))
@@ -293,6 +297,7 @@ class Catalog:
         if not self._owned[tag.owner]:
             del self._owned[tag.owner]
         self.renamed.add((domain, name))
+        self._store.revision.move()
 
     def _find(self, who: Principal, reference: str, device: str) -> Checkpoint:
         """As `find`, with the lost checkpoints."""

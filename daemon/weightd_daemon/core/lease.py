@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from weightd.errors import DrainingError
 
+from .revision import BooksRevision
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
@@ -94,6 +96,7 @@ class LeaseTable:
         forget: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.draining = False
+        self.revision = BooksRevision()
         self._probe = probe
         self._on_event = on_event
         self._forget = forget
@@ -265,6 +268,7 @@ class LeaseTable:
         self._index(lease)
 
     def _index(self, lease: Lease) -> None:
+        self.revision.move()
         self._leases[lease.number] = lease
         first = lease.checkpoint not in self._by_checkpoint
         for index, key in self._indexes(lease):
@@ -273,6 +277,7 @@ class LeaseTable:
             self.on_held(lease.checkpoint)
 
     def _drop(self, lease: Lease) -> None:
+        self.revision.move()
         for index, key in self._indexes(lease):
             numbers = index[key]
             del numbers[lease.number]

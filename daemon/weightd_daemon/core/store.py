@@ -43,6 +43,7 @@ class ContentStore:
 
     def __init__(self, *, leases: LeaseTable, on_event: Callable[[Event], None]) -> None:
         self.leases = leases
+        self.revision = leases.revision
         self.blobs = BlobTable()
         self.books = BookkeepingMemory()
         self.checkpoints: dict[CheckpointKey, Checkpoint] = {}
@@ -119,6 +120,14 @@ class ContentStore:
             what = f"{what}: " if what else ""
             raise DeviceAbsentError(f"{what}device {device} is absent: {self.absent[device]}", {"device": device})
 
+    def set_absent(self, device: str, reason: str) -> None:
+        """A device cannot be served now, for this reason (for people), or serves again if there is none."""
+        if reason:
+            self.absent[device] = reason
+        else:
+            self.absent.pop(device, None)
+        self.revision.move()
+
     def evictable(self, device: str = "") -> Iterator[Checkpoint]:
         """The checkpoints on a device, or on all, that may be evicted, least recently used first.
 
@@ -156,6 +165,7 @@ class ContentStore:
             blob.references += 1
         self.blobs.seal(fresh, lengths)
         self.checkpoints[checkpoint.key] = checkpoint
+        self.revision.move()
         self._sharing += 1
         self.sharing.came(checkpoint)
         self.index.enter(checkpoint)
@@ -165,6 +175,7 @@ class ContentStore:
     def use(self, checkpoint: Checkpoint, now: float) -> None:
         """A checkpoint is attached, or loaded again: it gets the next number. `now` is for people only."""
         self.uses += 1
+        self.revision.move()
         checkpoint.used, checkpoint.last_used = self.uses, now
         self.index.use(checkpoint)
         self.touched.add(checkpoint.key)
@@ -231,6 +242,7 @@ class ContentStore:
 
     def _strike(self, checkpoint: Checkpoint) -> None:
         del self.checkpoints[checkpoint.key]
+        self.revision.move()
         self.index.strike(checkpoint)
         self.books.strike(checkpoint)
 

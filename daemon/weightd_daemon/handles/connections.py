@@ -37,6 +37,8 @@ class HandleSocketConnection:
     peer: LeasePeer
     """As the books name it."""
     token: str
+    read_only: bool = False
+    """Whether it only looks, as it has said (read_only.py)."""
     offers: dict[int, int] = field(default_factory=dict)
     """The daemon's ends of intakes that no load has taken yet, by offer number."""
 

@@ -27,6 +27,7 @@ from weightd_daemon.log_line import Line
 
 from .entrance import HandleSocketEntrance, error_frame
 from .log_rate import HandleLogRate
+from .read_only import check_allowed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -154,8 +155,10 @@ class _Conversation:
             raise _ProtocolError(f"{kind} before the batch was acknowledged")
         if not self._greeted and kind != "hello":
             raise _ProtocolError(f"{kind} before hello")
-        self._server._attacher.ended(self._connection, request.ended)
         with self._reporting(kind):
+            if self._connection.read_only and kind is not None:
+                check_allowed(kind)
+            self._server._attacher.ended(self._connection, request.ended)
             self._handle(kind, request)
 
     def _handle(self, kind: str | None, request: handles_pb2.HandleRequest) -> None:
@@ -206,7 +209,10 @@ class _Conversation:
         self._greeted = True
         self._deadline.cancel()
         self._server._connections.greeted(self._connection)
-        reply = handles_pb2.HelloReply(protocol=PROTOCOL, token=self._connection.token, version=__version__)
+        self._connection.read_only = hello.read_only
+        reply = handles_pb2.HelloReply(
+            protocol=PROTOCOL, token=self._connection.token, version=__version__, read_only=hello.read_only
+        )
         self._send(handles_pb2.HandleReply(hello=reply))
 
     def _timed(self, start: float, attach: Callable[[], bool]) -> None:

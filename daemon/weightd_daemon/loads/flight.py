@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from weightd.errors import WeightdError
 from weightd_daemon.core.events import LoadBegun, LoadEnded
 
+from .pace import LoadPace
 from .request import LoadOutcome, LoadRequest, LoadStatus
 from .waiting import happens
 
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.revision import BooksRevision
 
 
 class InFlightLoad:
-    """A load under way, and the requests that wait for it."""
+    """A load under way, and the requests that wait for it.
 
-    def __init__(self, request: LoadRequest, intake: int) -> None:
+    `begun` is when it was asked for, in seconds since the epoch; `revision` moves when it ends, or waiters come or go.
+    """
+
+    def __init__(self, request: LoadRequest, intake: int, begun: float, revision: BooksRevision) -> None:
         self.request = request
+        self.begun = begun
+        self._revision = revision
         self.intake = intake
         """The descriptor that brings the files, until a loader has it; -1 then."""
         self.progress = LoadStatus()
+        self._pace = LoadPace()
         self.detached = request.detached
         self.announced = 0
         """Bytes that it will bring; 0 before that is known, and when they are there."""
@@ -46,12 +54,33 @@ class InFlightLoad:
         self.files_there = asyncio.Event()
         """Set when the loader has the files."""
 
+    def join(self, waiter: int, request: LoadRequest) -> None:
+        """One more waits for it."""
+        self.waiters[waiter] = request
+        self.detached = self.detached or request.detached
+        self._revision.move()
+
+    def leave(self, waiter: int) -> None:
+        """One no longer waits. What a detached request asks for, a name or a pin, stays wanted."""
+        request = self.waiters.pop(waiter, None)
+        if request is not None:
+            self._revision.move()
+            if request.detached:
+                self.waiters[-waiter] = request
+
+    def succeed(self, checkpoint: Checkpoint, outcome: LoadOutcome) -> None:
+        """Tell those who wait that it has succeeded; nothing happens where they have been told how it went."""
+        if not self.done.done():
+            self.done.set_result((checkpoint, outcome))
+            self._revision.move()
+
     def fail(self, error: WeightdError) -> None:
         """Tell those who wait that it has failed; nothing happens where they have been told how it went."""
         if not self.done.done():
             # Without its traceback: that would keep the load's steps, and they a list of all its tensors.
             self.done.set_exception(error.with_traceback(None))
             self.done.exception()  # seen: a load without waiters must not warn about it
+            self._revision.move()
 
     def cancel(self, error: WeightdError) -> None:
         """End it now, with an error for those who wait."""
@@ -83,8 +112,13 @@ class InFlightLoad:
     def report(self, progress: LoadStatus) -> None:
         """New figures."""
         self.progress = progress
+        self._pace.note(asyncio.get_running_loop().time(), progress.phase, progress.done)
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def rate(self) -> float:
+        """Bytes a second of its phase, lately; 0 where that is not known."""
+        return self._pace.rate(asyncio.get_running_loop().time())
 
     async def events(self) -> AsyncGenerator[LoadStatus, None]:
         """Progress, at once and until the load is done; its error is not raised here."""

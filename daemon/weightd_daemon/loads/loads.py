@@ -171,7 +171,7 @@ class Loads:
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
         if load is None or not joins:
-            load = InFlightLoad(request, intake)
+            load = InFlightLoad(request, intake, self._now(), self._store.revision)
             self._all.add(load)
             now_ns = int(self._now() * 1e9)
             if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
@@ -179,15 +179,12 @@ class Loads:
             load.task = asyncio.get_running_loop().create_task(self._run(load))
             load.task.add_done_callback(lambda _: self._forget(key, load))
         waiter = next(self._numbers)
-        load.waiters[waiter] = request
-        load.detached = load.detached or request.detached
+        load.join(waiter, request)
         return load, waiter, not joins
 
     def leave(self, load: InFlightLoad, waiter: int) -> None:
         """A waiter is gone. The last one takes the load with it, unless the load is detached."""
-        request = load.waiters.pop(waiter, None)
-        if request is not None and request.detached:
-            load.waiters[-waiter] = request  # its name and pin are still wanted
+        load.leave(waiter)
         if not load.done.done() and not load.detached and not load.waiters:
             load.abandoned = True
             load.cancel(LeaseLostError("the load was cancelled: nobody waits for it any more"))
@@ -266,6 +263,7 @@ class Loads:
                 self._store, request.device, request.who.domain, request.who.uid, request.peer, request.name
             )
             load.number = loading.number
+            self._store.revision.move()
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
             async with self._fair_queue.turn(request.who.uid):
@@ -319,9 +317,7 @@ class Loads:
                     self.name_and_pin(request, checkpoint)
                 except WeightdError as error:
                     log.warning("detached load stays without its name %s: %s", request.name, error.message)
-        if not load.done.done():
-            outcome = outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others)
-            load.done.set_result((checkpoint, outcome))
+        load.succeed(checkpoint, outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others))
 
     async def _tidy(
         self, loader: LoadProcess | None, loading: StoreTransaction, steps: LoadDialogue | None, *, usable: bool

@@ -89,4 +89,5 @@ class Statistics(NamedTuple):
                 failures=self.digests.failures,
             ),
             books=daemon_pb2.Books(limit_bytes=store.books.limit, used_bytes=store.books.used),
+            revision=store.revision.number,
         )

@@ -122,9 +122,9 @@ class AbsentDevices:
         self._reclaimers[uuid].notify()
         if uuid in self._served.absent or uuid in self._store.leaving:
             return
-        problem, was = self._served.devices[uuid].calls.problem, self._store.absent.pop(uuid, "")
-        if problem:
-            self._store.absent[uuid] = problem
+        problem, was = self._served.devices[uuid].calls.problem, self._store.absent.get(uuid, "")
+        if problem != was:
+            self._store.set_absent(uuid, problem)
         if problem and not was:
             self._on_event(DeviceAbsent(uuid, problem))
         elif was and not problem:
@@ -245,7 +245,8 @@ class AbsentDevices:
         self.nodes.keep(uuid)
         memory.change_page(device.page)
         memory.resize(budget, pool_of(self.settings, device, budget))
-        del served.absent[uuid], store.absent[uuid]
+        del served.absent[uuid]
+        store.set_absent(uuid, "")
         store.books.limit = books_of(self.settings, {uuid: memory.budget for uuid, memory in store.memories.items()})
         if uuid in self._tasks:  # else nobody was told that it is absent
             there = {"device": uuid, "kind": device.kind, "budget": budget, "checkpoints": len(store.on_device(uuid))}
@@ -284,6 +285,7 @@ class AbsentDevices:
         if self._is_let_go(uuid) or absent.reason == reason:
             return
         absent = AbsentDevice(uuid, absent.index, absent.kind, reason, said=absent.said)
-        self._served.absent[uuid], self._store.absent[uuid] = absent, absent.words
+        self._served.absent[uuid] = absent
+        self._store.set_absent(uuid, absent.words)
         if uuid in self._tasks:  # else it is told of in a moment
             log.info(Line("device still absent", {"device": uuid}, because=reason))

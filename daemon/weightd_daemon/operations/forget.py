@@ -63,7 +63,7 @@ class DeviceForgetting:
             raise InvalidReferenceError(f"device {uuid} is no GPU that could be let go of; `weightd drain` empties it")
         store.leaving.add(uuid)
         try:
-            store.absent[uuid] = _LEAVING
+            store.set_absent(uuid, _LEAVING)
             self._loads.lose(uuid, DeviceAbsentError(f"device {uuid} is absent: {_LEAVING}", {"device": uuid}))
             loop, count = asyncio.get_running_loop(), 0
             end = float("inf") if seconds is None else loop.time() + seconds
@@ -87,10 +87,7 @@ class DeviceForgetting:
             before = absences.depart(uuid)
         finally:
             store.leaving.discard(uuid)
-            if before is None:
-                del store.absent[uuid]
-            else:
-                store.absent[uuid] = before
+            store.set_absent(uuid, before or "")
             if absences.serves(uuid):
                 absences.nodes.keep(uuid)
             absences.look(uuid)  # it may answer again by now, or no longer

@@ -1,0 +1,111 @@
+"""Read-only connections: they see what others see, and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+import weightd
+from support import checkpoints
+from support.daemon import Daemon
+from support.wire import Peer
+from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, handles_pb2, inspection_pb2, lease_pb2
+from weightd_daemon.handles.read_only import ALLOWED
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def filled(daemon: Daemon, tmp_path: Path) -> Daemon:
+    """A daemon with one checkpoint, `m`, that its owner has pinned."""
+    with daemon.connect() as client:
+        client.load(checkpoints.write_random(tmp_path / "m.safetensors", 2, MIB), name="m", pin=True)
+    return daemon
+
+
+def methods() -> Iterator[str]:
+    """Every method of our services."""
+    for proto in (checkpoint_pb2, daemon_pb2, inspection_pb2, lease_pb2):
+        for service in proto.DESCRIPTOR.services_by_name.values():
+            yield from (f"/{service.full_name}/{method.name}" for method in service.methods)
+
+
+def call(channel: grpc.Channel, method: str, token: str) -> Any:
+    """Call a method with a request that says nothing. Returns the first answer, or the error."""
+    calling = channel.unary_stream(method, request_serializer=bytes, response_deserializer=bytes)
+    answers = calling(b"", metadata=(("weightd-token", token),), timeout=60)
+    try:
+        return next(answers, b"")
+    except grpc.RpcError as error:
+        return error
+    finally:
+        answers.cancel()
+
+
+def test_every_call_is_allowed_or_refused_by_name(filled: Daemon) -> None:
+    with Peer(filled.socket, read_only=True) as peer, grpc.insecure_channel(f"unix:{filled.socket}") as channel:
+        for method in methods():
+            answer = call(channel, method, peer.token)
+            if method in ALLOWED:
+                code = answer.code() if isinstance(answer, grpc.RpcError) else None
+                assert code is not grpc.StatusCode.PERMISSION_DENIED, method
+            else:
+                assert answer.code() is grpc.StatusCode.PERMISSION_DENIED, method
+                assert answer.details().startswith(f"{method.rpartition('/')[2]} is refused"), method
+    with filled.connect() as client:
+        assert [(c.names, c.pinned) for c in client.checkpoints()] == [(("m",), True)]
+
+
+def test_every_frame_but_hello_is_refused_by_name(filled: Daemon) -> None:
+    frames: list[dict[str, Any]] = [
+        {"attach": handles_pb2.AttachRequest(reference="m")},
+        {"attach": handles_pb2.AttachRequest(reference="m", manifest_only=True)},
+        {"offer": handles_pb2.OfferRequest()},
+        {"detach": handles_pb2.DetachRequest(lease=1)},
+        {"reclaim": handles_pb2.ReclaimRequest(lease=1)},
+    ]
+    with Peer(filled.socket, read_only=True) as peer:
+        for frame in frames:
+            error = peer.ask(**frame).error
+            assert (error.reason, error.message.split()[0]) == ("PERMISSION_DENIED", *frame)
+        assert not peer.descriptors
+
+
+def test_a_read_only_client(filled: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with weightd.connect(filled.socket, timeout=60, read_only=True) as client:
+        refused: list[Callable[[], object]] = [
+            lambda: client.load(tmp_path / "m.safetensors"),
+            lambda: client.attach("m"),
+            lambda: client.pin("m"),
+            lambda: client.unpin("m"),
+            lambda: client.remove("m"),
+            lambda: client.verify("m"),
+            client.drain,
+            client.undrain,
+        ]
+        for act in refused:
+            with pytest.raises(weightd.PermissionDeniedError, match="read-only"):
+                act()
+        (checkpoint,) = client.checkpoints()
+        assert checkpoint.names == ("m",)
+        (tmp_path / "m").mkdir()
+        monkeypatch.chdir(tmp_path)  # where `m` is a path, too: a name it stays
+        assert client.inspect("m").checkpoint == checkpoint
+        assert client.leases() == []
+        assert client.stats().checkpoints == 1
+        filled.kill()
+        filled.start()
+        with pytest.raises(weightd.PermissionDeniedError, match="read-only"):
+            client.pin("m")
+
+
+def test_a_connection_is_what_it_said_it_is(daemon: Daemon) -> None:
+    with Peer(daemon.socket, hello=False) as peer:
+        reply = peer.ask(hello=handles_pb2.HelloRequest(protocol=1, read_only=True)).hello
+        assert reply.read_only
+    with Peer(daemon.socket, hello=False) as peer:
+        assert not peer.ask(hello=handles_pb2.HelloRequest(protocol=1)).hello.read_only
