@@ -131,6 +131,15 @@ class FakeClient:
             Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
         )
 
+    def loads(self) -> Any:
+        return self._answer("loads", [])
+
+    def sharing(self) -> Any:
+        return self._answer("sharing", [])
+
+    def close(self) -> None:
+        self.closed += 1
+
     def pin(self, reference: str, device: str | None = None) -> Any:
         return self._answer("pin", CHECKPOINT, reference, device)
 

@@ -22,7 +22,7 @@ _MOST_LINES = 4
 _PARTS = (Column("COMPONENT", elided=True), Column("TENSORS", right=True, spare=1), Column("SIZE", right=True),
           Column("SHARED", right=True))  # fmt: skip
 _PARTNERS = (Column("SHARES WITH", elided=True), Column("COMMON", right=True),
-             Column("REMOVING BOTH FREES", right=True), Column("COMPONENTS", elided=True, spare=1))  # fmt: skip
+             Column("BOTH GIVE BACK", right=True), Column("COMPONENTS", elided=True, spare=1))  # fmt: skip
 _PROCESSES = (Column("PID", right=True), Column("USER"), Column("PRIVATE", right=True), Column("SINCE", right=True),
               Column("COMMAND", elided=True))  # fmt: skip
 

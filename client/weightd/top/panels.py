@@ -33,7 +33,8 @@ from weightd.types import DaemonEvent, DeviceStats
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
 _REFUSAL_AGE = timedelta(minutes=10)
 _MOST_LOADS = 4
-_LOAD_BAR = 20
+_NARROW = 60
+_LEAST_BAR, _MOST_BAR = 7, 20
 _COMMAND = 24
 """Columns that names and commands keep in events."""
 
@@ -95,7 +96,7 @@ def devices(answers: Answers, width: int, glyphs: Glyphs, *, explained: bool = T
         bar = _device_bar(split, device.budget_bytes, width - label - 1 - len(used), glyphs)
         lines.append(((name, "title"), *bar, (used, "")))
         if explained:
-            lines += flowed(_legend(split, device, glyphs), width, " " * (label + 1))
+            lines += flowed(_legend(split, device, glyphs), width, " " * (label + 1 if width >= _NARROW else 2))
     return lines
 
 
@@ -132,22 +133,22 @@ def loads(answers: Answers, width: int, glyphs: Glyphs) -> list[Line]:
         return []
     several = len({device.uuid for device in answers.stats.devices}) > 1
     shown = found[:_MOST_LOADS]
-    ahead = [_load_figures(load, glyphs, several=several) for load in shown]
+    bar = min(max(width // 8, _LEAST_BAR), _MOST_BAR)
+    ahead = [_load_figures(load, bar, glyphs, several=several) for load in shown]
     names = [
         clean(", ".join(map(called, load.names)) or load.reference or f"load {load.load}", glyphs) for load in shown
     ]
-    room = max(width - max(map(width_of, ahead)) - len("loading ") - 2, 8)
+    room = max(width - max(map(width_of, ahead)) - 2, 12)
     label = min(max(map(len, names)), room)
     lines: list[Line] = []
     for name, figures in zip(names, ahead, strict=True):
-        start: Line = (("loading ", "head"), (padded(shortened(name, label), label) + "  ", "title"))
-        lines.append((*start, *figures))
+        lines.append(((padded(shortened(name, label), label) + "  ", "title"), *figures))
     if len(found) > len(shown):
         lines.append(((f"and {plural(len(found) - len(shown), 'load')} more", "dim"),))
     return lines
 
 
-def _load_figures(load: LoadInfo, glyphs: Glyphs, *, several: bool) -> Line:
+def _load_figures(load: LoadInfo, bar: int, glyphs: Glyphs, *, several: bool) -> Line:
     where = f"  to {short_device(load.device)}" if several else ""
     who = f"  by {clean(load.user, glyphs)}" if load.user else ""
     progress = load.progress
@@ -159,7 +160,7 @@ def _load_figures(load: LoadInfo, glyphs: Glyphs, *, several: bool) -> Line:
     figures = f" {share * 100:3.0f} % of {size(progress.total_bytes)}{rate}{end}"
     return (
         (f"{progress.phase} ", ""),
-        *progress_bar(share, _LOAD_BAR, glyphs),
+        *progress_bar(share, bar, glyphs),
         (figures, ""),
         (f"{where}{who}", "dim"),
     )

@@ -34,7 +34,7 @@ _JOIN_SECONDS = 2.0
 class PrivateCopies:
     """The private bytes of processes that hold weights, read rarely, for it costs milliseconds a process.
 
-    Those of the processes in `look` are read at once, all others every ten seconds, or less often if that takes long.
+    Those of new processes and of `first` are read at once, all every ten seconds, or less often if that takes long.
     """
 
     def __init__(self, read: Callable[[int], int | None] = private_bytes) -> None:
@@ -113,7 +113,7 @@ class Reader:
             thread.join(_JOIN_SECONDS)
 
     def wake(self, first: Iterable[int] = ()) -> None:
-        """Ask now; private copies of the processes `first` are read at once, and in each later round."""
+        """Ask now, and read the private copies of the processes `first` again."""
         self._first = frozenset(first)
         self._wake.set()
 
@@ -154,7 +154,8 @@ class Reader:
             if before.loads:  # they get on without a new revision
                 answers = replace(answers, loads=tuple(client.loads()))
         pids = {lease.pid for lease in answers.leases if lease.pid is not None}
-        answers = replace(answers, private=self._copies.look(pids, self._first, time.monotonic()))
+        first, self._first = self._first, frozenset()
+        answers = replace(answers, private=self._copies.look(pids, first, time.monotonic()))
         asked.revision, asked.answers = stats.revision, answers
         return answers
 

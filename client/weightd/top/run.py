@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def run(client: Client, *, plain: bool) -> int:
-    """Show the daemon until the user quits, and return the exit code. The client is closed then. `plain` draws with ASCII alone."""
+    """Show the daemon until the user quits, close the client, and return the exit code.
+
+    `plain` draws with ASCII alone.
+    """
     app = TopApp(client, lambda publish: Reader(client, publish), ASCII if plain else UNICODE)
     app.run()
     return app.return_code or 0

@@ -111,7 +111,7 @@ def _process(process: ProcessRow, widths: tuple[int, int, int], width: int, now:
         f"  {glyphs.branch} {padded(_pid(process), pid, right=True)}  {padded(clean(process.user, glyphs), user)}  "
         f"{padded(_private(process), private)}  {padded(age(process.since, now), 4, right=True)}  "
     )
-    command = "waits to attach" if process.waiting else clean(short_command(process.command), glyphs)
+    command = "loaded it, and has not attached" if process.waiting else clean(short_command(process.command), glyphs)
     return (start, "dim" if process.waiting else ""), (shortened(command, width - cell_len(start)), "dim")
 
 
