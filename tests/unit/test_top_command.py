@@ -18,18 +18,16 @@ if TYPE_CHECKING:
 top = pytest.importorskip("weightd.cli.top")
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A terminal that can move its cursor; `capsys` has put its own stderr there before."""
-    monkeypatch.setenv("TERM", "xterm-256color")
+def be_terminal(monkeypatch: pytest.MonkeyPatch, kind: str = "xterm-256color") -> None:
+    """Play a terminal. Not as a fixture: pytest puts streams of its own there between setup and test."""
+    monkeypatch.setenv("TERM", kind)
     for name in ("stdin", "stdout"):
         monkeypatch.setattr(sys, name, Terminal())
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
 
-def test_a_missing_extra_is_named(
-    terminal: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    be_terminal(monkeypatch)
     find: Any = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "textual" else find(name))
     assert main(["top"]) == 1
@@ -46,17 +44,18 @@ def test_without_a_terminal_other_commands_are_named(
 
 
 @pytest.mark.parametrize("term", ["dumb", "", "unknown"])
-@pytest.mark.usefixtures("terminal")
 def test_a_dumb_terminal_is_refused(
     term: str, fake: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TERM", term)
+    be_terminal(monkeypatch, term)
     assert main(["top"]) == 1
     assert "can move its cursor" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("terminal")
-def test_without_a_daemon_it_ends_as_other_commands_do(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_daemon_it_ends_as_other_commands_do(
+    fake: FakeClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    be_terminal(monkeypatch)
     fake.answers["connect"] = DaemonUnreachableError("no daemon")
     assert main(["top"]) == 69
     assert capsys.readouterr().err == "weightd: no daemon\n"
