@@ -99,6 +99,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "wire",
     ),
     "api": (
+        "config",
         "core",
         "devices",
         "handles",

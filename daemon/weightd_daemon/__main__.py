@@ -9,16 +9,15 @@ import json
 import os
 import resource
 import sys
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightd._limits import DAEMON, out_of_descriptors
 
 from . import logs
 from .app import AlreadyRunningError, Daemon
-from .config.preload_entry import PreloadConfig
-from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load
+from .config.settings import ConfigError, LoadedSettings, Settings, TemporaryConfigError, load, plain
 from .config.toml_file import toml_value
 from .devices.cuda_modes import stay_outside_mps
 from .loads.loader_process import DEFAULT_ARGV
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
     try:
         if limit := out_of_descriptors("starting", DAEMON, needed=_DESCRIPTORS):
             raise limit
-        return asyncio.run(_serve(loaded.settings, read, loader_argv))
+        return asyncio.run(_serve(loaded, read, loader_argv))
     except ConfigError as error:
         where = f"{loaded.origins[error.key]}: " if error.key else ""
         sys.stderr.write(f"weightd: {where}{error}\n")
@@ -73,8 +72,8 @@ def main(arguments: list[str] | None = None, loader_argv: Sequence[str] = DEFAUL
         return 1
 
 
-async def _serve(settings: Settings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str]) -> int:
-    return await Daemon(settings, read, loader_argv).run()
+async def _serve(loaded: LoadedSettings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str]) -> int:
+    return await Daemon(loaded, read, loader_argv).run()
 
 
 def _raise_descriptor_limit() -> None:
@@ -108,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
     """Print all settings with their origins: as JSON, or as TOML that `--config` reads."""
-    rows = [(setting.name, _plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
+    rows = [(setting.name, plain(getattr(loaded.settings, setting.name))) for setting in fields(Settings)]
     if as_json:
         table = {name: {"value": value, "origin": loaded.origins[name]} for name, value in rows}
         sys.stdout.write(json.dumps(table, indent=2) + "\n")
@@ -117,13 +116,6 @@ def _print_config(loaded: LoadedSettings, *, as_json: bool) -> None:
     for name, value in rows:
         origin = loaded.origins[name].encode("unicode_escape").decode("ascii")
         sys.stdout.write(f"{name:<{width}} = {toml_value(value)}  # {origin}\n")
-
-
-def _plain(value: Any) -> Any:
-    """Convert a value for JSON."""
-    if isinstance(value, PreloadConfig):
-        return {key: said for key, said in asdict(value).items() if key != "where"}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 if __name__ == "__main__":

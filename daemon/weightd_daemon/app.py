@@ -18,6 +18,7 @@ from . import heap, logs, turns
 from .api.context import GrpcServiceContext
 from .api.grpc_server import GrpcServer
 from .bookkeeping import DaemonBooks, open_books
+from .config.settings import SettingsInForce
 from .core.store import ContentStore
 from .devices.budgets import called, check_budgets, device_meant, resize
 from .devices.cuda_ipc import CudaHolderContext
@@ -84,9 +85,10 @@ class Daemon:
     """
 
     def __init__(
-        self, settings: Settings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str] = DEFAULT_ARGV
+        self, loaded: LoadedSettings, read: Callable[[], LoadedSettings], loader_argv: Sequence[str] = DEFAULT_ARGV
     ) -> None:
-        self._settings = settings
+        self._settings = settings = loaded.settings
+        self._in_force = SettingsInForce(loaded)
         self._read = read
         self._socket = Path(settings.socket)
         self._loader_argv = loader_argv
@@ -248,7 +250,7 @@ class Daemon:
         parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
             drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
-            sharing=sharing,
+            sharing=sharing, in_force=self._in_force,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 
@@ -334,7 +336,7 @@ class Daemon:
             lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
         }
         return ReloadOperation(
-            settings,
+            self._in_force,
             self._read,
             [
                 lambda new: check_budgets(new, served.devices, served.names, store.memories, served.absent),

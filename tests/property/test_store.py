@@ -595,7 +595,7 @@ class StoreMachine(RuleBasedStateMachine):
         checkpoint = one_of(sorted(self.store.checkpoints.values(), key=lambda c: c.key), pick)
         if checkpoint is None:
             return
-        checkpoint.pins ^= {1000}
+        (self.store.index.unpin if checkpoint.pinned else self.store.index.pin)(checkpoint, 1000)
 
     @rule(pick=PICK)
     def remove(self, pick: int) -> None:
@@ -719,7 +719,30 @@ class StoreMachine(RuleBasedStateMachine):
         granted = [extent for load in self.there for extent in load.granted] + [*self.untaken.values()]
         assert in_flight == sum(extent.length for extent in granted) + sum(one.size for one in self.creating)
         assert used - live - in_flight >= 0
+        arenas = [self.memory.arena(domain) for domain in DOMAINS]
+        holding = sum(arena.populated(segment) for arena in arenas for segment in arena if not arena.is_empty(segment))
+        assert self.store.hole_bytes(DEVICE) == holding - live - sum(extent.length for extent in granted)
         assert used <= self.memory.budget
+
+    @invariant()
+    def who_shares_is_known(self) -> None:
+        index = self.store.sharing
+        while index.go_on():
+            pass
+        sums, there = index.on(DEVICE), set(self.store.checkpoints.values())
+        pinned = {c for c in there if c.pinned}
+        leased = {c for c in there if self.store.leases.count(c.key)}
+        assert sums.used_bytes == self.bytes_of(there)
+        assert sums.pinned_bytes == self.bytes_of(pinned)
+        assert sums.leased_bytes == self.bytes_of(leased)
+        assert sums.evictable_bytes == self.bytes_of(there) - self.bytes_of(pinned | leased)
+        for checkpoint in there:
+            alone = sum(blob.length for blob in checkpoint.unique.values() if blob.references == 1)
+            assert index.exclusive_bytes(checkpoint) == alone
+
+    def bytes_of(self, checkpoints: set[Checkpoint]) -> int:
+        """Bytes of the blobs that some checkpoints use, each counted once."""
+        return sum(b.length for b in sealed_blobs(self.store) if any(b.number in c.unique for c in checkpoints))
 
     @invariant()
     def the_least_recently_used_are_known(self) -> None:

@@ -70,6 +70,7 @@ class FakeClient:
         self.answers: dict[str, Any] = {}
         self.socket = Path("/run/w.sock")
         self.asked: str | None = None
+        self.read_only = False
         self.closed = 0
 
     def __enter__(self) -> Self:

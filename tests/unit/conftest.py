@@ -19,8 +19,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeClient:
     client = FakeClient()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def connect(socket: str | None) -> FakeClient:
-        client.asked = socket
+    def connect(socket: str | None, *, read_only: bool = False) -> FakeClient:
+        client.asked, client.read_only = socket, read_only
         unreachable = client.answers.get("connect")
         if unreachable is not None:
             raise unreachable

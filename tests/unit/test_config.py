@@ -52,7 +52,7 @@ def test_without_a_word_everything_is_default() -> None:
 def test_flags_come_before_the_environment_and_that_before_the_file(tmp_path: Path) -> None:
     path = toml(tmp_path, 'max_loads = 1\nbudget = "1GiB"\nlog_level = "debug"\n')
     environment = {"WEIGHTD_MAX_LOADS": "2", "WEIGHTD_BUDGET": "2GiB", "WEIGHTD_ISOLATION": ""}
-    settings, origins = load(path, {"max_loads": "3", "socket_mode": None}, environment)
+    settings, origins, _ = load(path, {"max_loads": "3", "socket_mode": None}, environment)
     assert (settings.max_loads, origins["max_loads"]) == (3, "--max-loads")
     assert (settings.budget, origins["budget"]) == ("2GiB", "WEIGHTD_BUDGET")
     assert (settings.log_level, origins["log_level"]) == ("debug", f"{path}: line 3")
@@ -373,7 +373,7 @@ def test_help_describes_every_setting() -> None:
 def test_the_example_has_every_setting_and_each_can_be_uncommented(tmp_path: Path) -> None:
     example = (Path(__file__).resolve().parents[2] / "systemd" / "weightd.toml").read_text()
     assert load(toml(tmp_path, example), {}, {}).settings == Settings()  # as it is, it changes nothing
-    settings, origins = load(toml(tmp_path, re.sub(r"^# (\w+ =|\[\[)", r"\1", example, flags=re.MULTILINE)), {}, {})
+    settings, origins, _ = load(toml(tmp_path, re.sub(r"^# (\w+ =|\[\[)", r"\1", example, flags=re.MULTILINE)), {}, {})
     assert [name for name, origin in origins.items() if origin == "default"] == []
     values = {name for name in NAMES if getattr(settings, name) != getattr(Settings(), name)}
     # Where the file cannot say the default, or the default depends on the user.

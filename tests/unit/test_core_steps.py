@@ -17,7 +17,8 @@ from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.loading import ENDED_AT_ONCE, StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
-from weightd_daemon.core.store import COUNTED_AT_ONCE, FREED_IN_A_STEP, ContentStore
+from weightd_daemon.core.sharing import WORK_IN_A_STEP
+from weightd_daemon.core.store import FREED_IN_A_STEP, ContentStore
 
 PAGE = 4096
 SLOT = slot_bytes(8)
@@ -297,41 +298,75 @@ def test_what_others_seal_meanwhile_does_not_make_a_load_look_at_its_keys_again(
     assert number <= 20
 
 
-def test_what_a_checkpoint_has_for_itself_is_counted_once_until_another_comes_or_goes() -> None:
-    desk = Desk()
-    first = desk.load("a", count=1000)
-    assert operations(lambda: desk.store.exclusive_bytes(first)) > 1000
-    assert desk.store.exclusive_bytes(first) == 8000
-    assert operations(lambda: desk.store.exclusive_bytes(first)) < 100
+def catch_up(store: ContentStore) -> list[int]:
+    """What each step of the sharing index costs, in operations, until it has caught up."""
+    costs = []
+    while store.sharing.behind:
+        costs.append(operations(store.sharing.go_on))
+    return costs
+
+
+def share(desk: Desk, name: str, blobs: list[Blob]) -> Checkpoint:
+    """A checkpoint that has the same blobs."""
     load = desk.open()
-    shared = [load.share_known(blob.number, blob.identity) for blob in [*first.unique.values()][:10]]
-    second = load.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
+    shared = [load.share_known(blob.number, blob.identity) for blob in blobs]
+    checkpoint = load.seal(desk.content(name, [blob for blob in shared if blob is not None]), 2.0)
     load.end()
-    assert desk.store.exclusive_bytes(first) == 7920
-    desk.store.remove(second)
-    assert desk.store.exclusive_bytes(first) == 8000
+    return checkpoint
 
 
-def test_what_a_checkpoint_has_for_itself_is_counted_in_steps() -> None:
+def test_what_a_checkpoint_has_for_itself_follows_those_that_come_and_go() -> None:
     desk = Desk()
-    first = desk.load("a", count=3 * COUNTED_AT_ONCE)
-    costs, steps = [], desk.store.count_exclusive(first)
-    while first.counted < 0:
-        costs.append(operations(lambda: next(steps, None)))
-    assert len(costs) == 4
-    assert max(costs) < 20 * COUNTED_AT_ONCE
-    assert operations(lambda: desk.store.exclusive_bytes(first)) < 100
-    assert desk.store.exclusive_bytes(first) == 24 * COUNTED_AT_ONCE
-    assert list(desk.store.count_exclusive(first)) == []
+    sharing, first = desk.store.sharing, desk.load("a", count=1000)
+    assert sharing.exclusive_bytes(first) == 0, "it is not looked at in the step of the seal"
+    catch_up(desk.store)
+    assert sharing.exclusive_bytes(first) == 8000
+    second = share(desk, "b", [*first.unique.values()][:10])
+    catch_up(desk.store)
+    assert (sharing.exclusive_bytes(first), sharing.exclusive_bytes(second)) == (7920, 0)
+    desk.store.remove(second)
+    catch_up(desk.store)
+    assert (sharing.exclusive_bytes(first), sharing.exclusive_bytes(second)) == (8000, 0)
 
 
-def test_what_was_counted_while_another_came_is_not_kept() -> None:
+def test_who_shares_is_found_in_steps() -> None:
+    desk = Desk(tensors=8 * WORK_IN_A_STEP)
+    first = desk.load("a", count=3 * WORK_IN_A_STEP)
+    coming = catch_up(desk.store)
+    second = share(desk, "b", [*first.unique.values()][::2])
+    splitting = catch_up(desk.store)
+    desk.store.index.pin(first, 1000)
+    pinning = catch_up(desk.store)
+    desk.store.remove(second)
+    going = catch_up(desk.store)
+    assert min(map(len, (coming, splitting, going))) >= 2
+    assert max(coming + splitting + pinning + going) < 50 * WORK_IN_A_STEP
+    assert len(desk.store.sharing.on("host").sets) == 1
+
+
+def test_one_of_many_sets_is_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightd_daemon.core.sharing.WORK_IN_A_STEP", 50)
+    desk = Desk()
+    first = desk.load("a", count=256)
+    blobs = [*first.unique.values()]
+    others = [share(desk, f"b{bit}", [b for at, b in enumerate(blobs) if at >> bit & 1]) for bit in range(8)]
+    catch_up(desk.store)
+    assert len(desk.store.sharing.on("host").sets) == 256, "each blob has users of its own"
+    desk.store.index.pin(first, 1000)
+    pinning = catch_up(desk.store)
+    desk.store.remove(first)
+    going = catch_up(desk.store)
+    assert min(len(pinning), len(going)) > 4
+    assert max(pinning + going) < 200 * 50
+    for other in others:
+        desk.store.remove(other)
+    catch_up(desk.store)
+    assert desk.store.sharing.on("host").sets == {}
+
+
+def test_what_comes_and_goes_unseen_costs_nothing_and_is_not_kept() -> None:
     desk = Desk()
     first = desk.load("a", count=1000)
-    steps = desk.store.count_exclusive(first)
-    next(steps)
-    load = desk.open()
-    shared = [load.share_known(blob.number, blob.identity) for blob in [*first.unique.values()][:10]]
-    load.seal(desk.content("b", [blob for blob in shared if blob is not None]), 2.0)
-    assert list(steps) == []
-    assert desk.store.exclusive_bytes(first) == 7920
+    desk.store.remove(first)
+    assert not desk.store.sharing.behind
+    assert desk.store.sharing.sharer(first) is None

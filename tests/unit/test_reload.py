@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
-from weightd_daemon.config.settings import Settings
+from weightd_daemon.config.settings import LoadedSettings, Settings, SettingsInForce
 from weightd_daemon.operations.reload import ReloadOperation
 
 
@@ -29,9 +28,14 @@ def test_a_change_in_steps_is_made_to_its_end_before_the_next() -> None:
                 seen.append("another")
                 await asyncio.sleep(0)
 
-        read: Any = lambda: (changed, {})  # noqa: E731  # stands for what reads files
+        in_force = SettingsInForce(LoadedSettings(before, {}))
         reload = ReloadOperation(
-            before, read, [], {"books": change_books}, lambda _: seen.append("again"), contextlib.nullcontext
+            in_force,
+            lambda: LoadedSettings(changed, {}),
+            [],
+            {"books": change_books},
+            lambda _: seen.append("again"),
+            contextlib.nullcontext,
         )
         serving = asyncio.create_task(serve())
         await reload._reload()

@@ -179,18 +179,18 @@ class CommandOptions:
         say(str(error))
 
 
-def connect(socket: str | None) -> Client:
+def connect(socket: str | None, *, read_only: bool = False) -> Client:
     """Connect to the daemon at `socket` or at the standard paths; raises DaemonUnreachableError."""
     # Imported here, so that `weightd serve` and `--help` do not pay for the client.
     from weightd import connect as connect_client
 
-    return connect_client(socket)
+    return connect_client(socket, read_only=read_only)
 
 
-def open_client(context: typer.Context, socket: str | None) -> Client:
+def open_client(context: typer.Context, socket: str | None, *, read_only: bool = False) -> Client:
     """Connect to the daemon; a `--socket` after the command's name wins over one before it."""
     settings: CommandOptions = context.obj
-    return connect(socket or settings.socket)
+    return connect(socket or settings.socket, read_only=read_only)
 
 
 def meant(reference: str, variant: str | None) -> str | Resolved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tomllib
 from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Annotated, Any, NoReturn
@@ -11,11 +12,14 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from weightd._settings import SETTINGS
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, open_client
 from weightd.cli.daemon import require_daemon
-from weightd.cli.output import flush
+from weightd.cli.output import emit, emit_json, flush
 
 _ConfigOption = Annotated[str | None, typer.Option("--config", metavar="FILE", help="TOML file with settings")]
+_RunningOption = Annotated[
+    bool, typer.Option("--running", help="Print the settings of the running daemon; only --socket goes with it.")
+]
 
 
 def _become_daemon(command: str, context: typer.Context, options: dict[str, Any]) -> NoReturn:
@@ -50,22 +54,44 @@ def _serve(context: typer.Context, **options: Any) -> None:
     _become_daemon("serve", context, options)
 
 
-def _config(context: typer.Context, **options: Any) -> None:
+def _config(context: typer.Context, *, running: bool, **options: Any) -> None:
     """Print the settings that `serve` would use, with their origins.
 
-    The output is TOML, which --config reads back.
+    The output is TOML, which --config reads back. With --running, it has the settings of the running daemon, and what
+    defaults that depend on the machine, such as the budget, have come to there.
 
     \b
     Examples:
       weightd config                       the settings that apply here
       weightd config --config weightd.toml --budget 80%
       weightd config --budget 16GiB >weightd.toml
+      weightd config --running             the settings that the daemon goes by
     """
+    if running:
+        _print_running(context, options)
+        return
     if options["format"] is OutputFormat.TABLE:
         options["format"] = None
     else:
         options["format"] = str(options["format"].value)
     _become_daemon("config", context, options)
+
+
+def _print_running(context: typer.Context, options: dict[str, Any]) -> None:
+    """Print the settings of the daemon; no setting but its socket may be given."""
+    for name, said in options.items():
+        if said is not None and name not in ("socket", "format"):
+            raise typer.BadParameter(f"--running and --{name.replace('_', '-')} exclude each other")
+    with open_client(context, options["socket"], read_only=True) as client:
+        settings = client.settings()
+    if options["format"] is OutputFormat.JSON:
+        table = {one.key: {"value": tomllib.loads(f"it = {one.value}")["it"], "origin": one.origin} for one in settings}
+        emit_json(table)
+        return
+    width = max((len(one.key) for one in settings), default=0)
+    for one in settings:
+        origin = one.origin.encode("unicode_escape").decode("ascii")
+        emit(f"{one.key:<{width}} = {one.value}  # {origin}")
 
 
 def _with_settings(function: Callable[..., None], **more: tuple[Any, object]) -> Callable[..., None]:
@@ -85,4 +111,4 @@ def _with_settings(function: Callable[..., None], **more: tuple[Any, object]) ->
 
 
 serve = _with_settings(_serve)
-config = _with_settings(_config, format=(FormatOption, OutputFormat.TABLE))
+config = _with_settings(_config, format=(FormatOption, OutputFormat.TABLE), running=(_RunningOption, False))

@@ -17,6 +17,7 @@ from weightd_daemon.core.principal import Principal
 from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.handles.attach import shown, sources_from
 from weightd_daemon.handles.connections import HandleSocketConnection
+from weightd_daemon.inspection.loads_under_way import PHASES
 from weightd_daemon.loads import flight
 from weightd_daemon.loads.request import NO_GROUPS, LoadGroups, LoadOutcome, LoadRequest, LoadStatus
 from weightd_daemon.loads.verification import LoadVerification
@@ -37,11 +38,6 @@ _NAME_STATES = {
     "absent": checkpoint_pb2.CHECKPOINT_STATE_ABSENT,
     "lost": checkpoint_pb2.CHECKPOINT_STATE_LOST,
     "evicted": checkpoint_pb2.CHECKPOINT_STATE_EVICTED,
-}
-_PHASES = {
-    "opening": checkpoint_pb2.LoadProgress.PHASE_OPENING,
-    "hashing": checkpoint_pb2.LoadProgress.PHASE_HASHING,
-    "copying": checkpoint_pb2.LoadProgress.PHASE_COPYING,
 }
 
 
@@ -108,7 +104,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         ]
         rows = []
         for checkpoint in list(parts.catalog.visible(who)):
-            await self._count(checkpoint, turn)
+            await parts.sharing.caught_up()
             if parts.store.checkpoints.get(checkpoint.key) is checkpoint:
                 rows.append((checkpoint, self._checkpoint(checkpoint)))
             if turn.is_over:
@@ -142,7 +138,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
                 await _component(name, tensors, checkpoint.components.get(name, []), turn)
                 for name, tensors in sorted(checkpoint.tensors.items())
             ]
-            await self._count(checkpoint, turn)
+            await self._parts.sharing.caught_up()
             if self._parts.store.checkpoints.get(checkpoint.key) is checkpoint:
                 break  # else it went while it was counted: find says so, or finds what has its name now
         device = self._parts.devices[checkpoint.key.device]
@@ -244,19 +240,14 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         _, who = self._parts.caller(context)
         checkpoint = self._parts.catalog.find(who, request.reference, meant(self._parts.devices, request.device))
         change(who, checkpoint, request.reference)
-        await self._count(checkpoint, LoopTurn())
+        await self._parts.sharing.caught_up()
         return self._checkpoint(checkpoint)
 
-    async def _count(self, checkpoint: Checkpoint, turn: LoopTurn) -> None:
-        """Count little by little what is reported of a checkpoint; of one that goes meanwhile nothing is exclusive."""
-        for _ in self._parts.store.count_exclusive(checkpoint):
-            if turn.is_over:
-                await turn.next()
-
     def _checkpoint(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
+        """What is reported of a checkpoint; of one that has gone, nothing is exclusive. The index is caught up with."""
         parts = self._parts
         owner = parts.catalog.owner(checkpoint)
-        exclusive = parts.store.exclusive_bytes(checkpoint)
+        exclusive = parts.store.sharing.exclusive_bytes(checkpoint)
         return checkpoint_pb2.Checkpoint(
             names=parts.catalog.names(checkpoint),
             content_digest=checkpoint.key.content_digest,
@@ -316,7 +307,7 @@ async def _component(name: str, tensors: int, blobs: list[Blob], turn: LoopTurn)
 
 def _progress(progress: LoadStatus) -> checkpoint_pb2.LoadEvent:
     report = checkpoint_pb2.LoadProgress(
-        phase=_PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
+        phase=PHASES[progress.phase], done_bytes=progress.done, total_bytes=progress.total
     )
     return checkpoint_pb2.LoadEvent(progress=report)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from weightd_daemon.config.settings import SettingsInForce
 from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
@@ -38,6 +39,7 @@ class GrpcServiceContext(NamedTuple):
     absences: AbsentDevices
     forgetting: DeviceForgetting
     sharing: SharingUpkeep
+    in_force: SettingsInForce
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:
         """Whose call it is. Errors: PermissionDeniedError."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from weightd._proto.v1 import inspection_pb2, inspection_pb2_grpc
 from weightd_daemon.devices.naming import meant
+from weightd_daemon.inspection.loads_under_way import list_loads
+from weightd_daemon.inspection.running_settings import list_settings
 from weightd_daemon.inspection.sharing_list import SharingList
 
 from .context import GrpcServiceContext
@@ -23,3 +25,17 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         """A page of the pairs that share."""
         _, who = self._parts.caller(context)
         return await self._sharing.page(who, request, meant(self._parts.devices, request.device))
+
+    async def ListLoads(  # noqa: N802
+        self, request: inspection_pb2.ListLoadsRequest, context: Context
+    ) -> inspection_pb2.ListLoadsResponse:
+        """The loads under way that the caller may see."""
+        _, who = self._parts.caller(context)
+        return await list_loads(self._parts.loads, who)
+
+    async def GetSettings(  # noqa: N802
+        self, request: inspection_pb2.GetSettingsRequest, context: Context
+    ) -> inspection_pb2.GetSettingsResponse:
+        """The settings in force, for every user."""
+        self._parts.caller(context)
+        return list_settings(self._parts.in_force, self._parts.store, self._parts.devices)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,11 +23,23 @@ from .preload_entry import PreloadConfig, preloads_from
 from .toml_file import ConfigError, ConfigFile, TemporaryConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     _Find = Callable[[str, int, str], str]
 
-__all__ = ["ConfigError", "LoadedSettings", "Settings", "TemporaryConfigError", "load"]
+__all__ = [
+    "DEFAULT",
+    "ConfigError",
+    "LoadedSettings",
+    "Settings",
+    "SettingsInForce",
+    "TemporaryConfigError",
+    "load",
+    "plain",
+]
+
+DEFAULT = "default"
+"""Origin of a value that nobody has set."""
 
 _SOCKET_PATH_BYTES = 107
 _LAST_PORT = 65535
@@ -167,10 +179,32 @@ class Settings:
 
 
 class LoadedSettings(NamedTuple):
-    """The settings, and the origin of each value."""
+    """The settings, the origin of each value, and the file that was read (None where there is none)."""
 
     settings: Settings
     origins: dict[str, str]
+    file: Path | None = None
+
+
+class SettingsInForce:
+    """The settings that the daemon goes by: those of its start, and what it has read again since."""
+
+    def __init__(self, loaded: LoadedSettings) -> None:
+        self.loaded = loaded
+
+    def take(self, read: LoadedSettings, left: Iterable[str]) -> None:
+        """Go by other settings from now on, but for those `left` that need a restart."""
+        now = self.loaded
+        values = {key: getattr(now.settings, key) for key in left}
+        origins = read.origins | {key: now.origins[key] for key in left}
+        self.loaded = LoadedSettings(replace(read.settings, **values), origins, read.file)
+
+
+def plain(value: Any) -> Any:
+    """Convert the value of a setting to text, numbers, lists and tables, as JSON and TOML have them."""
+    if isinstance(value, PreloadConfig):
+        return {key: said for key, said in asdict(value).items() if key != "where"}
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def default_config_path() -> Path | None:
@@ -188,7 +222,7 @@ def load(
     """Combine the settings of all sources; a repeated flag is a list. Errors: ConfigError."""
     kinds = {f.name: str(f.type) for f in fields(Settings)}
     values: dict[str, Any] = {}
-    origins = dict.fromkeys(kinds, "default")
+    origins = dict.fromkeys(kinds, DEFAULT)
     path = config or default_config_path()
     if path is not None:
         file = ConfigFile(path)
@@ -208,7 +242,7 @@ def load(
                 values[key] = _convert(key, said, kind, origin, lambda key, *_: origins[key])
     settings = Settings(**values)
     _check(settings, origins)
-    return LoadedSettings(settings, origins)
+    return LoadedSettings(settings, origins, path)
 
 
 def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> object:

@@ -118,10 +118,6 @@ class Checkpoint:
     runs: list[tuple[Extent, list[Blob]]] = field(default_factory=list)
     """As in _ContentTally."""
     manifest_bytes: int = 0
-    exclusive: int = 0
-    """Its exclusive bytes as last counted (ContentStore.exclusive_bytes)."""
-    counted: int = -1
-    """When that was: how often a checkpoint had come or gone by then."""
 
     @classmethod
     def of(
@@ -142,11 +138,6 @@ class Checkpoint:
     def books_bytes(self) -> int:
         """What it takes of the daemon's own books (books.py), whatever it takes of its device."""
         return books_of(self.tensor_count, self.manifest_bytes)
-
-    @property
-    def exclusive_bytes(self) -> int:
-        """Resident bytes that no other checkpoint uses."""
-        return sum(blob.length for blob in self.unique.values() if blob.references == 1)
 
     @property
     def pinned(self) -> bool:

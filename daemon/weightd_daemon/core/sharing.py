@@ -5,8 +5,8 @@ about sharing goes through these few sets and not through the blobs. The sets fo
 seal or an eviction is one step of the loop and only notes the change here; `go_on` works notes off, a bounded piece a
 call. The sets are right whenever nothing is noted (`behind`).
 
-A set is a tuple of its parts, which costs 8 bytes for each use of a blob, so no sharing pattern costs more than its
-tensors are charged for (`checkpoint.BYTES_OF_TENSOR`).
+A set lists its parts, and each part its sets: at most one entry for each use of a blob, so no pattern of sharing takes
+more memory than its tensors are charged for (`checkpoint.BYTES_OF_TENSOR`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from __future__ import annotations
 from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
+
+from xxhash import xxh3_128_intdigest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,11 +28,13 @@ WORK_IN_A_STEP = 2000
 
 
 class Part:
-    """One component of a resident checkpoint, and the sets that it is in."""
+    """One component of a resident checkpoint, and the sets that it is in. No two parts of a device have one number."""
 
-    __slots__ = ("component", "sets", "sharer")
+    __slots__ = ("component", "key", "sets", "sharer")
 
-    def __init__(self, sharer: Sharer, component: str) -> None:
+    def __init__(self, number: int, sharer: Sharer, component: str) -> None:
+        self.key = xxh3_128_intdigest(number.to_bytes(8, "little"))
+        """What it adds to the key of a set (BlobUsers.key)."""
         self.sharer = sharer
         self.component = component
         self.sets: set[BlobUsers] = set()
@@ -53,34 +57,57 @@ class Sharer:
         self.pinned = pinned
         self.leased = leased
 
+    @property
+    def most_shared_bytes(self) -> int:
+        """An upper bound of what it can have in common with another: more only by what it has twice."""
+        return self.checkpoint.total_bytes - self.exclusive_bytes
+
 
 class BlobUsers:
-    """The parts that use a blob, ordered by when they came; those of one checkpoint follow each other.
+    """A set of parts, ordered by when they came, and what exactly these use: how many `blobs`, of what `length` in all.
 
-    `sharers` counts their checkpoints, `pinned` and `leased` their parts of such checkpoints. `blobs` and `length` are
-    the number and the bytes of the blobs that exactly these parts use.
+    The parts of one checkpoint follow each other. `sharers` counts the checkpoints, `pinned` and `leased` the parts of
+    those that are pinned or leased. `key` is the exclusive or of the parts' keys: equal sets have equal keys, and it
+    takes a moment to say which key a set will have without a part.
     """
 
-    __slots__ = ("blobs", "leased", "length", "parts", "pinned", "sharers")
+    __slots__ = ("blobs", "key", "leased", "length", "parts", "pinned", "sharers")
 
-    def __init__(self, parts: tuple[Part, ...], sharers: int, pinned: int, leased: int) -> None:
-        self.parts = parts
-        self.sharers = sharers
-        self.pinned = pinned
-        self.leased = leased
-        self.blobs = 0
-        self.length = 0
+    def __init__(self) -> None:
+        self.parts: list[Part] = []
+        self.key = self.sharers = self.pinned = self.leased = self.blobs = self.length = 0
 
     def checkpoints(self) -> list[Checkpoint]:
         """The checkpoints that use the blobs, each once."""
         return [sharer.checkpoint for sharer, _ in groupby(self.parts, attrgetter("sharer"))]
+
+    def add(self, part: Part) -> None:
+        """The blobs have one more user, the latest of all."""
+        sharer = part.sharer
+        self.sharers += not self.parts or self.parts[-1].sharer is not sharer
+        self.pinned += sharer.pinned
+        self.leased += sharer.leased
+        self.key ^= part.key
+        self.parts.append(part)
+        part.sets.add(self)
+
+    def remove(self, part: Part) -> None:
+        """The blobs have one user less."""
+        sharer, parts = part.sharer, self.parts
+        at = parts.index(part)
+        del parts[at]
+        self.sharers -= not any(other.sharer is sharer for other in parts[max(at - 1, 0) : at + 1])
+        self.pinned -= sharer.pinned
+        self.leased -= sharer.leased
+        self.key ^= part.key
 
 
 class DeviceSharing:
     """The sets and sums of one device. Sums are bytes of blobs that some checkpoint uses, each counted once."""
 
     def __init__(self) -> None:
-        self.sets: dict[tuple[Part, ...], BlobUsers] = {}
+        self.sets: dict[int, BlobUsers] = {}
+        """By key. Of different sets with one key it has one, and the others are not merged with what becomes equal."""
         self.sharers: dict[Checkpoint, Sharer] = {}
         self.used_bytes = 0
         self.pinned_bytes = 0
@@ -89,6 +116,7 @@ class DeviceSharing:
         """What leased checkpoints use."""
         self.kept_bytes = 0
         """What pinned or leased checkpoints use."""
+        self._parts = 0
 
     @property
     def evictable_bytes(self) -> int:
@@ -99,14 +127,15 @@ class DeviceSharing:
         """Enter a checkpoint in steps."""
         self.sharers[sharer.checkpoint] = sharer
         for component, blobs in sharer.checkpoint.components.items():
-            part = Part(sharer, component)
+            self._parts += 1
+            part = Part(self._parts, sharer, component)
             sharer.parts.append(part)
-            yield from self._move(blobs, part, self._with)
+            yield from self._come(part, blobs)
 
     def go(self, sharer: Sharer) -> Iterator[None]:
         """Strike a checkpoint out in steps."""
         for part in sharer.parts:
-            yield from self._move(sharer.checkpoint.components[part.component], part, self._without)
+            yield from self._go(part, sharer.checkpoint.components[part.component])
         del self.sharers[sharer.checkpoint]
 
     def mark(self, sharer: Sharer, *, pinned: bool, leased: bool) -> Iterator[None]:
@@ -123,87 +152,103 @@ class DeviceSharing:
             if work % WORK_IN_A_STEP == 0:
                 yield
 
-    def _move(
-        self, blobs: list[Blob], part: Part, changed: Callable[[BlobUsers | None, Part], BlobUsers | None]
-    ) -> Iterator[None]:
-        """Give each blob the set that its own is `changed` to by the coming or going of a part."""
-        moved: dict[BlobUsers | None, tuple[BlobUsers | None, list[int]]] = {}
+    def _come(self, part: Part, blobs: list[Blob]) -> Iterator[None]:
+        """A part uses these blobs as well: those of a set of which it uses only some leave it for another set."""
+        found: dict[BlobUsers | None, BlobUsers] = {}
+        for some in _cut(blobs):
+            for blob in some:
+                before: BlobUsers | None = blob.users
+                if before is None or before.parts:  # else the component has this blob twice
+                    after = found.get(before)
+                    if after is None:
+                        after = found[before] = BlobUsers()
+                    after.blobs += 1
+                    after.length += blob.key.length
+                    blob.users = after
+            yield
+        moved: dict[BlobUsers, BlobUsers | None] = {}
         work = 0
-        for blob in blobs:
-            before: BlobUsers | None = blob.users
-            move = moved.get(before)
-            if move is None:
-                move = moved[before] = changed(before, part), []
-                work += 1 + (len(before.parts) if before is not None else 0)
-            if move[0] is not before:
-                blob.users = move[0]
-                move[1].append(blob.key.length)
+        for before, after in found.items():
+            if before is None:
+                after.add(part)
+                self._enter(after)
+            elif after.blobs == before.blobs:
+                self._strike(before)
+                before.add(part)
+                self._enter(before)
+                moved[after] = before
+            else:
+                self._split(before, after)
+                after.add(part)
+                self._enter(after)
+                work += len(after.parts)
             work += 1
             if work >= WORK_IN_A_STEP:
-                self._settle(moved)
-                moved, work = {}, 0
+                work = 0
                 yield
-        self._settle(moved)
+        yield from _move(blobs, moved)
 
-    def _settle(self, moved: dict[BlobUsers | None, tuple[BlobUsers | None, list[int]]]) -> None:
-        for before, (after, lengths) in moved.items():
-            count, length = len(lengths), sum(lengths)
-            if before is not None and lengths:
-                self._add(before, -count, -length)
-            if after is not None and lengths:
-                self._add(after, count, length)
+    def _split(self, before: BlobUsers, after: BlobUsers) -> None:
+        """Some blobs leave a set: their own has the same parts, for the moment."""
+        self._count(before, -after.length)
+        before.blobs -= after.blobs
+        before.length -= after.length
+        for part in before.parts:
+            after.add(part)
 
-    def _with(self, before: BlobUsers | None, part: Part) -> BlobUsers | None:
-        """The set with one more part, the latest of all."""
-        if before is None:
-            return self._interned((part,), 1, part.sharer.pinned, part.sharer.leased)
-        last, sharer = before.parts[-1], part.sharer
-        if last is part:  # the component has this blob twice
-            return before
-        return self._interned(
-            (*before.parts, part),
-            before.sharers + (last.sharer is not sharer),
-            before.pinned + sharer.pinned,
-            before.leased + sharer.leased,
-        )
+    def _go(self, part: Part, blobs: list[Blob]) -> Iterator[None]:
+        """A part does not use these blobs any more: sets that are the same without it become one."""
+        moved: dict[BlobUsers, BlobUsers | None] = {}
+        work = 0
+        for users in list(part.sets):
+            work += 1 + len(users.parts)
+            self._strike(users)
+            users.remove(part)
+            same = self.sets.get(users.key)
+            if not users.parts:
+                moved[users] = None
+            elif same is not None and same.parts == users.parts:
+                for other in users.parts:
+                    other.sets.remove(users)
+                same.blobs += users.blobs
+                same.length += users.length
+                self._count(same, users.length)
+                moved[users] = same
+            else:
+                self._enter(users)
+            if work >= WORK_IN_A_STEP:
+                work = 0
+                yield
+        yield from _move(blobs, moved)
 
-    def _without(self, before: BlobUsers | None, part: Part) -> BlobUsers | None:
-        """The set without a part."""
-        if before is None or before not in part.sets:  # the component has this blob twice
-            return before
-        at, parts, sharer = before.parts.index(part), before.parts, part.sharer
-        rest = parts[:at] + parts[at + 1 :]
-        if not rest:
-            return None
-        others = (at and parts[at - 1].sharer is sharer) or (at < len(rest) and rest[at].sharer is sharer)
-        return self._interned(
-            rest, before.sharers - (not others), before.pinned - sharer.pinned, before.leased - sharer.leased
-        )
+    def _enter(self, users: BlobUsers) -> None:
+        self.sets.setdefault(users.key, users)
+        self._count(users, users.length)
 
-    def _interned(self, parts: tuple[Part, ...], sharers: int, pinned: int, leased: int) -> BlobUsers:
-        users = self.sets.get(parts)
-        if users is None:
-            users = self.sets[parts] = BlobUsers(parts, sharers, pinned, leased)
-            for part in parts:
-                part.sets.add(users)
-        return users
-
-    def _add(self, users: BlobUsers, blobs: int, length: int) -> None:
-        users.blobs += blobs
-        users.length += length
-        self._count(users, length)
-        if users.sharers == 1:
-            users.parts[0].sharer.exclusive_bytes += length
-        if not users.blobs:
-            del self.sets[users.parts]
-            for part in users.parts:
-                part.sets.remove(users)
+    def _strike(self, users: BlobUsers) -> None:
+        if self.sets.get(users.key) is users:
+            del self.sets[users.key]
+        self._count(users, -users.length)
 
     def _count(self, users: BlobUsers, length: int) -> None:
         self.used_bytes += length
         self.pinned_bytes += length if users.pinned else 0
         self.leased_bytes += length if users.leased else 0
         self.kept_bytes += length if users.pinned or users.leased else 0
+        if users.sharers == 1:
+            users.parts[0].sharer.exclusive_bytes += length
+
+
+def _move(blobs: list[Blob], moved: dict[BlobUsers, BlobUsers | None]) -> Iterator[None]:
+    """Give the blobs of sets that are no more those that they are in now, in steps."""
+    for some in _cut(blobs) if moved else ():
+        for blob in some:
+            blob.users = moved.get(blob.users, blob.users)
+        yield
+
+
+def _cut(blobs: list[Blob]) -> Iterator[list[Blob]]:
+    return (blobs[start : start + WORK_IN_A_STEP] for start in range(0, len(blobs), WORK_IN_A_STEP))
 
 
 class SharingIndex:
@@ -294,6 +339,11 @@ class SharingIndex:
     def on(self, device: str) -> DeviceSharing:
         """The sets and sums of a device."""
         return self._devices.get(device) or DeviceSharing()
+
+    def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes of blobs that no other checkpoint uses; 0 of one that is not resident."""
+        sharer = self.sharer(checkpoint)
+        return sharer.exclusive_bytes if sharer else 0
 
     def sharer(self, checkpoint: Checkpoint) -> Sharer | None:
         """What is known of a checkpoint; None of one that is not resident."""

@@ -7,7 +7,6 @@ adoption.py, which fills an empty store, call these two. The store touches no me
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 from weightd.errors import DeviceAbsentError, NotFoundError
@@ -34,8 +33,6 @@ FREED_AT_ONCE = 2000
 """The most blobs that are given up in one step of the loop, and their segment then goes to the pool as a whole."""
 FREED_IN_A_STEP = 250
 """Of more, how many are given up in each step."""
-COUNTED_AT_ONCE = 2000
-"""Blobs that are counted in one step of the loop."""
 
 
 class ContentStore:
@@ -62,8 +59,6 @@ class ContentStore:
         self.touched: set[CheckpointKey] = set()
         """Checkpoints that were used since then."""
         self.collisions = self.evictions = self.uses = self._last_load = 0
-        self._sharing = 0
-        """How often a checkpoint has come or gone: what others share with it has changed."""
         self._on_event = on_event
         leases.on_held = self._held
 
@@ -85,22 +80,13 @@ class ContentStore:
         """The leases that hold a checkpoint at this moment."""
         return self.leases.of(checkpoint.key)
 
-    def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
-        """Resident bytes that no other checkpoint uses; counted anew only after one has come or gone."""
-        if checkpoint.counted != self._sharing:
-            checkpoint.exclusive, checkpoint.counted = checkpoint.exclusive_bytes, self._sharing
-        return checkpoint.exclusive
+    def hole_bytes(self, device: str) -> int:
+        """Bytes with memory behind them in segments that hold something, beside what they hold: holes, page remainders.
 
-    def count_exclusive(self, checkpoint: Checkpoint) -> Iterator[None]:
-        """Count in steps, so that `exclusive_bytes` has nothing to do; if one comes or goes meanwhile, that counts."""
-        if checkpoint.counted == (sharing := self._sharing):
-            return
-        exclusive, blobs = 0, iter(list(checkpoint.unique.values()))
-        while some := list(islice(blobs, COUNTED_AT_ONCE)):
-            exclusive += sum([blob.key.length for blob in some if blob.references == 1])
-            yield
-        if sharing == self._sharing:
-            checkpoint.exclusive, checkpoint.counted = exclusive, sharing
+        The rest of what is neither live nor in flight is the pool, and what is on its way back to the system.
+        """
+        memory = self.memories[device]
+        return memory.used - self.live_bytes(device) - memory.in_flight - memory.unused_segment_bytes
 
     def is_leased(self, checkpoint: Checkpoint) -> bool:
         """Whether anybody holds a checkpoint at this moment."""
@@ -166,7 +152,6 @@ class ContentStore:
         self.blobs.seal(fresh, lengths)
         self.checkpoints[checkpoint.key] = checkpoint
         self.revision.move()
-        self._sharing += 1
         self.sharing.came(checkpoint)
         self.index.enter(checkpoint)
         self.books.enter(checkpoint)
@@ -197,7 +182,6 @@ class ContentStore:
         """A checkpoint goes, whoever holds it, perhaps to make room for a load. Returns as `remove` does."""
         self._strike(checkpoint)
         self.sharing.went(checkpoint)
-        self._sharing += 1
         for blob in checkpoint.unique.values():
             blob.references -= 1
         unused = [blob for blob in checkpoint.unique.values() if not blob.references]

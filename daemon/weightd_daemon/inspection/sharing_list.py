@@ -62,10 +62,10 @@ class SharingList:
         most = rows_of(request.page_size)
         shared, one, other = position_of(request.page_token, _CALL, _FIRST)
         reference = self._catalog.find(who, request.reference, device) if request.reference else None
+        response = inspection_pb2.ListSharingResponse(revision=self._store.revision.number)
         begin = (int(shared), -int(one), -int(other))
         found = await self._best(self._asked(who, reference, device), begin, most + 1, both=reference is not None)
         pairs = found[:most]
-        response = inspection_pb2.ListSharingResponse()
         if len(found) > most:
             last = pairs[-1]
             response.next_page_token = token_of(_CALL, (last[0], -last[1], -last[2]))
@@ -86,17 +86,18 @@ class SharingList:
         turn = LoopTurn()
         for checkpoint in asked:
             async with self._upkeep.still() as index:
-                if (one := index.sharer(checkpoint)) is None:  # it has gone meanwhile
+                one = index.sharer(checkpoint)
+                if one is None or not _range(one, best, begin, most):  # it has gone meanwhile, or has too little
                     continue
                 partners = Partners(one, later=not both)
                 for _ in partners.count():
                     if turn.is_over:
                         await turn.next()
-            for other, shared in partners.shared.items():
-                if shared <= begin[0] and (len(best) < most or shared >= best[0].shared_bytes):
-                    pair = _Pair(shared, -one.number, -other.number, partners.only.get(other, 0), one, other)
-                    if pair < begin:
-                        (heapq.heappush if len(best) < most else heapq.heappushpop)(best, pair)
+            wanted = _range(one, best, begin, most)
+            for other, shared in [(other, shared) for other, shared in partners.shared.items() if shared in wanted]:
+                pair = _Pair(shared, -one.number, -other.number, partners.only.get(other, 0), one, other)
+                if pair < begin:
+                    (heapq.heappush if len(best) < most else heapq.heappushpop)(best, pair)
                 if turn.is_over:
                     await turn.next()
             if turn.is_over:
@@ -147,3 +148,11 @@ class SharingList:
             if turn.is_over:
                 await turn.next()
         return found
+
+
+def _range(one: Sharer, best: list[_Pair], begin: tuple[int, int, int], most: int) -> range:
+    """How many bytes a checkpoint may have in common with another for a pair that is behind `begin` and in `best`."""
+    least = 1
+    if len(best) == most:
+        least = best[0].shared_bytes + (-one.number < best[0].before_one)
+    return range(least, min(begin[0] - (-one.number > begin[1]), one.most_shared_bytes) + 1)

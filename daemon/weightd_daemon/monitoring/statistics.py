@@ -66,7 +66,7 @@ class Statistics(NamedTuple):
                     pinned_bytes=sharing.pinned_bytes,
                     leased_bytes=sharing.leased_bytes,
                     evictable_bytes=0 if uuid in store.absent else sharing.evictable_bytes,  # law 12
-                    hole_bytes=used - live - in_flight - memory.unused_segment_bytes,
+                    hole_bytes=store.hole_bytes(uuid),
                 )
             )
         logical = sum(checkpoint.total_bytes for checkpoint in store.checkpoints.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from weightd_daemon.config.toml_file import ConfigError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from weightd_daemon.config.settings import LoadedSettings, Settings
+    from weightd_daemon.config.settings import LoadedSettings, Settings, SettingsInForce
 
     Check = Callable[[Settings], None]
     Change = Callable[[Settings], Iterable[None] | None]
@@ -34,14 +34,14 @@ class ReloadOperation:
 
     def __init__(
         self,
-        settings: Settings,
+        in_force: SettingsInForce,
         read: Callable[[], LoadedSettings],
         checks: Sequence[Check],
         changes: Mapping[str, Change],
         again: Change,
         announced: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._settings = settings
+        self._in_force = in_force
         self._read = read
         self._checks = checks
         self._changes = changes
@@ -63,14 +63,16 @@ class ReloadOperation:
         origins: Mapping[str, str] = {}
         try:
             # On a thread: a file may lie where reading hangs, and so may the database of users.
-            settings, origins = await on_thread(self._read)
+            read = await on_thread(self._read)
+            settings, origins = read.settings, read.origins
             for check in self._checks:
                 check(settings)
         except ConfigError as error:
             where = f"{origins[error.key]}: " if error.key else ""
             log.error("settings are not taken up, those of before stay: %s%s", where, error)  # noqa: TRY400  # not a bug
             return
-        changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(self._settings, f.name)]
+        before = self._in_force.loaded.settings
+        changed = [f.name for f in fields(settings) if getattr(settings, f.name) != getattr(before, f.name)]
         changes = {self._changes[name]: None for name in changed if name in self._changes}  # each once, in order
         for change in [*changes, self._again]:
             for _ in change(settings) or ():
@@ -78,7 +80,7 @@ class ReloadOperation:
         taken = [name for name in changed if name in self._changes]
         left = [name for name in changed if name not in self._changes]
         # What was left is still what was set at the start, so that the next time names it again.
-        self._settings = replace(settings, **{name: getattr(self._settings, name) for name in left})
+        self._in_force.take(read, left)
         log.info("settings read again; changed: %s", ", ".join(taken) or "nothing")
         if left:
             log.warning("needs a restart: %s", ", ".join(left))
