@@ -58,7 +58,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -98,6 +98,10 @@ test-safetensors: $(VENV)/.installed ## safetensors' own tests with weightd in i
 test-engines: $(ENGINES_VENV)/.installed ## tests of the integrations with vLLM and SGLang, on the CPU (makes an environment of gigabytes)
 	@echo "test-engines: pytest tests/engines"
 	@$(ENGINES_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/engines $(PYTEST_ARGS)
+
+test-containers: $(VENV)/.installed ## build the image on a base of Debian's, and run daemon and clients from it (root, buildah, debootstrap)
+	@echo "test-containers: pytest tests/containers"
+	@$(BIN)/python -m pytest tests/containers $(PYTEST_ARGS)
 
 test-engine-versions: $(ENGINE_VERSIONS:%=$(ENGINES_VENV)/vllm-%/.tested) ## models on weightd's memory in older versions of vLLM (downloads them)
 

@@ -27,12 +27,21 @@ StartDaemon = Callable[..., Daemon]
 # `make test-engines` runs these, in an environment that has the engines.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["engines"]
 
+APART = Path(__file__).parent / "containers"
+"""`make test-containers` runs these: what is in there runs only where it is named."""
+
 # A shell that runs the tests in the background has it ignored, and so would every process that gets a Ctrl-C here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No example is too slow: how long one takes is the machine's business.
 settings.register_profile("weightd", deadline=None)
 settings.load_profile("weightd")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what is run apart."""
+    named = any(APART.name in argument for argument in config.args)
+    return True if collection_path == APART and not named else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,13 +6,16 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, TypeVar
 
 from ._devices import device_name
+from ._name_changes import name_changes
+from ._transport.convert import check_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ._transport.rpc import RpcClient
     from .inspection import DeviceMap, LoadInfo, SettingInfo, SharedPair, StoredTensor
     from .resolve import Reference
+    from .types import NameInfo
 
 T = TypeVar("T")
 
@@ -60,6 +63,19 @@ class InspectionOperations(ABC):
     def settings_file(self) -> str:
         """The settings file that the daemon has read; empty where there was none."""
         return self._rpc().inspection.settings()[1]
+
+    def watch(self, name: str) -> Iterator[NameInfo | None]:
+        """Yield what a name means, at once if there is such a name and whenever that changes, without end.
+
+        It changes when the name moves to other content, and when its content comes or goes: a name that was chosen
+        outlives an eviction with the state "evicted". None says that the name has gone. Changes that follow each other
+        fast may come as one.
+        When the daemon is restarted, this waits until it is back, and yields what has changed meanwhile. Errors:
+        InvalidReferenceError (no name can be like that), InUseError (too many readers of events), and what keeps
+        this from connecting at first.
+        """
+        check_name(name)
+        return name_changes(self._rpc, name)
 
     @abstractmethod
     def _rpc(self) -> RpcClient:

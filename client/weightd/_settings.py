@@ -70,6 +70,9 @@ SETTINGS: dict[str, SettingInfo] = {
         "address of /metrics, /healthz and /readyz: 127.0.0.1:PORT, [::1]:PORT or the path of a Unix socket; "
         "empty: off",
     ),
+    "metrics_access": SettingInfo(
+        "local|remote", "local: metrics is an address that only this machine reaches; remote: any address of it"
+    ),
     "log_level": SettingInfo("LEVEL", "debug, info, warning or error"),
     "log_format": SettingInfo("text|json", "text, or json: one object a line"),
 }

@@ -11,11 +11,12 @@ import pytest
 from support.daemon import ROOT, Daemon, environment
 
 EXAMPLES = ROOT / "examples"
-# By test_demo.py, test_readme.py, test_servers.py, test_onnx_runtime.py and tests/engines/test_switched_engines.py.
+# By test_demo.py, test_readme.py, test_servers.py, test_onnx_runtime.py, test_wire_client.py and
+# tests/engines/test_switched_engines.py.
 # With an underscore: no scripts.
 RUN_ELSEWHERE = {
     "demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py",
-    "switched_engines.py",
+    "switched_engines.py", "wire_client.py",
 }  # fmt: skip
 
 

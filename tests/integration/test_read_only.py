@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import pytest
 
 import weightd
 from support import checkpoints
-from support.daemon import Daemon
+from support.daemon import Daemon, environment, eventually
 from support.wire import Peer
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, handles_pb2, inspection_pb2, lease_pb2
 from weightd_daemon.handles.read_only import ALLOWED
@@ -109,3 +113,46 @@ def test_a_connection_is_what_it_said_it_is(daemon: Daemon) -> None:
         assert reply.read_only
     with Peer(daemon.socket, hello=False) as peer:
         assert not peer.ask(hello=handles_pb2.HelloRequest(protocol=1)).hello.read_only
+
+
+def hold(daemon: Daemon, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+    """`weightd token`, and the first line that it prints."""
+    command = subprocess.Popen(
+        [sys.executable, "-m", "weightd", "token", *arguments],
+        env=environment(daemon.socket), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert command.stdout is not None
+    return command, command.stdout.readline().strip()
+
+
+def test_the_token_of_the_command_looks_until_ctrl_c(filled: Daemon) -> None:
+    command, token = hold(filled)
+    with grpc.insecure_channel(f"unix:{filled.socket}") as channel:
+        listed = call(channel, "/weightd.v1.CheckpointService/List", token)
+        assert [one.names for one in checkpoint_pb2.ListCheckpointsResponse.FromString(listed).checkpoints] == [["m"]]
+        refused = call(channel, "/weightd.v1.CheckpointService/Unpin", token)
+        assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
+        command.send_signal(signal.SIGINT)
+        printed, error = command.communicate(timeout=60)
+        assert (command.returncode, error) == (130, "weightd: interrupted\n")
+        header = f"grpcurl -plaintext -unix -H 'weightd-token: {token}' {filled.socket} weightd.v1.DaemonService/"
+        assert header in printed
+        eventually(lambda: filled.connections() == 0, what="the end of its connection")
+        assert call(channel, "/weightd.v1.CheckpointService/List", token).code() is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_the_command_ends_with_its_reader_and_with_the_daemon(filled: Daemon) -> None:
+    command, line = hold(filled, "--format", "json")
+    assert json.loads(line).keys() == {"token", "metadata", "socket"}
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.wait(60) == 141
+    assert command.stderr is not None
+    assert command.stderr.read() == ""
+    command.stderr.close()
+    command, _ = hold(filled)
+    filled.kill()
+    _, error = command.communicate(timeout=60)
+    assert command.returncode == 69
+    assert error.startswith(f"weightd: the weightd daemon at {filled.socket} closed the connection")
+    filled.start()

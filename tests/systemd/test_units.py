@@ -273,6 +273,8 @@ def test_the_wheel_has_the_files(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     pages = {file.name for file in (tmp_path / "site").glob("*.data/data/share/man/man1/*")}
     assert pages == {file.name for file in (ROOT / "man/man1").iterdir()}
+    protos = {file.name: file.read_bytes() for file in (ROOT / "protos/weightd/v1").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "site/weightd/protos/weightd/v1").iterdir()} == protos
     folder = tmp_path / "site/weightd/cli/systemd"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         file.name: file.read_bytes() for file in UNITS.iterdir()

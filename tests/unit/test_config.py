@@ -65,7 +65,8 @@ def test_every_setting_has_a_key_a_variable_and_a_flag(tmp_path: Path, key: str)
     values = {"socket": "/x/s.sock", "socket_mode": "0660", "device": "host", "budget": "1M", "pool": "1M",
               "state_dir": "/x", "isolation": "uid", "admins": "12", "log_level": "error",
               "transport": "cuda_ipc", "model_roots": "/x,~/y", "preload": "/x/a,org/name", "max_user_bytes": "1G",
-              "log_format": "json", "metrics": "127.0.0.1:9464"}  # fmt: skip
+              "log_format": "json", "metrics": "127.0.0.1:9464",
+              "metrics_access": "remote"}  # fmt: skip
     value = values.get(key, "7")
     quoted = value if key not in values else json.dumps(value)
     roots = {"model_roots": "/x"} if key == "preload" else {}
@@ -132,18 +133,20 @@ BAD = [
     ("pool", "9" * 400, "size"),
     ("pool", "cuda=1GiB", "size"),
     ("isolation", "none", "shared, uid"),
-    ("metrics", "9464", "only this machine"),
+    ("metrics", "9464", "an IP address and a port"),
     ("metrics", "0.0.0.0:9464", "only this machine"),
     ("metrics", "192.0.2.1:9464", "only this machine"),
-    ("metrics", "127.0.0.1", "only this machine"),
-    ("metrics", "127.0.0.1:0", "only this machine"),
-    ("metrics", "127.0.0.1:65536", "only this machine"),
-    ("metrics", "127.0.0.1:9464 ", "only this machine"),
+    ("metrics", "127.0.0.1", "an IP address and a port"),
+    ("metrics", "127.0.0.1:0", "an IP address and a port"),
+    ("metrics", "127.0.0.1:65536", "an IP address and a port"),
+    ("metrics", "127.0.0.1:9464 ", "an IP address and a port"),
     ("metrics", "[::]:9464", "only this machine"),
-    ("metrics", "::1:9464", "only this machine"),
-    ("metrics", "localhost:9464", "only this machine"),
-    ("metrics", "w.sock", "only this machine"),
+    ("metrics", "::1:9464", "an IP address and a port"),
+    ("metrics", "localhost:9464", "an IP address and a port"),
+    ("metrics", "w.sock", "an IP address and a port"),
+    ("metrics", "1.2.3:9464", "an IP address and a port"),
     ("metrics", "/" + "x" * 107, "shorter"),
+    ("metrics_access", "all", "local, remote"),
     ("admins", "no-such-user-here", "no user no-such-user-here"),
     ("admins", "0 4294967295", "no user 4294967295"),
     ("reader_threads", "-1", "at least 0"),
@@ -486,6 +489,15 @@ def test_a_budget_that_the_machine_does_not_have_is_refused(budget: str, tmp_pat
 )
 def test_where_monitors_read(said: str, address: tuple[str, int] | Path | None) -> None:
     assert load(None, {"metrics": said}, {}).settings.metrics_address == address
+
+
+@pytest.mark.parametrize("said", ["0.0.0.0:9464", "192.0.2.1:9464", "[::]:9464"])
+def test_monitors_elsewhere_have_to_be_asked_for(said: str) -> None:
+    with pytest.raises(ConfigError, match="unless metrics_access is remote"):
+        load(None, {"metrics": said}, {})
+    host, _, port = said.rpartition(":")
+    settings = load(None, {"metrics": said, "metrics_access": "remote"}, {}).settings
+    assert settings.metrics_address == (host.strip("[]"), int(port))
 
 
 def test_config_whose_reader_has_gone_is_quiet() -> None:

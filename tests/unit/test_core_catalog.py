@@ -420,3 +420,15 @@ def test_the_counts_of_names_are_what_they_count(steps: list[tuple[int, int, boo
         assert shelf.catalog._owned == Counter(tag.owner for tag in tags.values())
         assert {(d, n) for (d, _), names in shelf.catalog._named.items() for n in names} == tags.keys()
         assert all(not tag.is_default or shelf.catalog._is_known(d, tag.content_digest) for (d, _), tag in tags.items())
+
+
+def test_one_name_is_seen_by_who_may_see_it_its_own_domain_first(shelf: Shelf) -> None:
+    apart = Principal(1002, admin=False, domain="uid-1002")
+    shelf.add(A, "name")
+    assert shelf.catalog.named(BOB, "name") == (CatalogTag(A, 1000), "resident")
+    assert shelf.catalog.named(apart, "name") is None
+    assert shelf.catalog.named(Principal(0, admin=True, domain="uid-0"), "name") == (CatalogTag(A, 1000), "resident")
+    shelf.catalog.set(apart, "name", B)
+    assert shelf.catalog.named(apart, "name") == (CatalogTag(B, 1002), "evicted")
+    assert shelf.catalog.named(ROOT, "name") == (CatalogTag(A, 1000), "resident")
+    assert shelf.catalog.named(ROOT, "other") is None

@@ -51,7 +51,7 @@ from .inspection_rpc import InspectionRpc
 from .unreachable import probe, unreachable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
     from pathlib import Path
 
 _MAX_MESSAGE = 64 << 20
@@ -74,6 +74,7 @@ class RpcClient:
             ("grpc.max_send_message_length", _MAX_MESSAGE),
             ("grpc.enable_http_proxy", 0),
         ]
+        self._closed = False
         self._channel = grpc.insecure_channel(grpc_target(path), options=options)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
         self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
@@ -83,6 +84,7 @@ class RpcClient:
 
     def close(self) -> None:
         """Close the channel."""
+        self._closed = True
         self._channel.close()
 
     def load(
@@ -129,6 +131,11 @@ class RpcClient:
         """Every name."""
         response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest(names=True))
         return [name_from(name) for name in response.names]
+
+    def name(self, name: str) -> NameInfo | None:
+        """One name; None where there is no such."""
+        response = self._call(self._checkpoints.List, checkpoint_pb2.ListCheckpointsRequest(names=True, name=name))
+        return next((name_from(one) for one in response.names if one.name == name), None)
 
     def get(self, reference: str, device: str) -> CheckpointDetails:
         """One checkpoint."""
@@ -226,6 +233,20 @@ class RpcClient:
             finally:
                 call.cancel()
 
+    def name_changes(self, name: str) -> Generator[NameInfo | None, None, None]:
+        """What a name means, at once and whenever that may have changed; it may be the same as before."""
+        with self._errors():
+            call = self._daemon.WatchEvents(daemon_pb2.WatchEventsRequest(follow=True), metadata=self._metadata)
+            try:
+                now = self.name(name)  # the call has begun: what changes from here on is among its events
+                yield now
+                for event in call:
+                    if _concerns(event, name, now):
+                        now = self.name(name)
+                        yield now
+            finally:
+                call.cancel()
+
     def drain(
         self, timeout: float | None, on_holders: Callable[[list[LeaseInfo]], None] | None, forget: str = ""
     ) -> DrainResult:
@@ -266,6 +287,26 @@ class RpcClient:
             yield
         except grpc.RpcError as error:
             raise _error_from(error, self._path, self._timeout) from None
+        except ValueError as error:  # of grpc, where another thread has closed the channel
+            if isinstance(error, WeightdError) or not self._closed:
+                raise
+            raise LeaseLostError("the client was closed, or connected anew, during the call; call again") from None
+
+
+_OF_NAMES = {daemon_pb2.EVENT_KIND_NAMED, daemon_pb2.EVENT_KIND_UNNAMED}
+_OF_CONTENTS = {daemon_pb2.EVENT_KIND_SEALED, daemon_pb2.EVENT_KIND_EVICTED}
+_OF_DEVICES = {
+    daemon_pb2.EVENT_KIND_DEVICE_LOST, daemon_pb2.EVENT_KIND_DEVICE_ABSENT, daemon_pb2.EVENT_KIND_DEVICE_BACK,
+}  # fmt: skip
+
+
+def _concerns(event: daemon_pb2.Event, name: str, now: NameInfo | None) -> bool:
+    """Whether an event may have changed what a name means, which was `now`, or the state of that."""
+    if event.kind in _OF_NAMES:
+        return name in event.names
+    if now is None:
+        return False
+    return event.kind in _OF_DEVICES or (event.kind in _OF_CONTENTS and event.content_digest == now.content_digest)
 
 
 def _error_from(error: grpc.RpcError, path: Path, timeout: float) -> WeightdError:

@@ -23,6 +23,7 @@ from weightd.cli import (
     planning,
     serving,
     top,
+    token,
     unit,
     usage,
 )
@@ -96,6 +97,7 @@ app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)
+app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
 

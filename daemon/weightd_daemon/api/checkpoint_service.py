@@ -12,6 +12,7 @@ from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc
 from weightd._transport.convert import source_to
 from weightd.errors import DeviceError, DigestMismatchError, InvalidReferenceError, PermissionDeniedError
 from weightd_daemon.core.blob import Blob
+from weightd_daemon.core.catalog import CatalogTag
 from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.core.principal import Principal
 from weightd_daemon.devices.naming import meant, place
@@ -98,6 +99,9 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         """Everything resident, absent or lost that the caller may see, then the loads under way; names if asked for."""
         _, who = self._parts.caller(context)
         parts, turn = self._parts, LoopTurn()
+        if request.name:
+            found = parts.catalog.named(who, request.name)
+            return checkpoint_pb2.ListCheckpointsResponse(names=[_name(request.name, *found)] if found else [])
         # In one step with what is resident: a load that is sealed while they are counted would be in neither.
         under_way = [
             self._loading(load) for load in parts.loads.under_way if who.admin or load.request.who.domain == who.domain
@@ -113,17 +117,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         there += [self._lost(lost.checkpoint) for lost in parts.catalog.lost(who)]
         there.sort(key=lambda checkpoint: (not checkpoint.names, list(checkpoint.names), checkpoint.content_digest))
         listed = self._parts.catalog.listed(who) if request.names else []
-        names = [
-            checkpoint_pb2.Name(
-                name=name,
-                content_digest=tag.content_digest,
-                state=_NAME_STATES[state],
-                owner_uid=tag.owner,
-                owner=user_name(tag.owner),
-                is_default=tag.is_default,
-            )
-            for name, tag, state in listed
-        ]
+        names = [_name(*one) for one in listed]
         return checkpoint_pb2.ListCheckpointsResponse(checkpoints=there + under_way, names=names)
 
     async def Get(  # noqa: N802
@@ -292,6 +286,13 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
             owner_uid=request.who.uid,
             owner=user_name(request.who.uid),
         )
+
+
+def _name(name: str, tag: CatalogTag, state: str) -> checkpoint_pb2.Name:
+    return checkpoint_pb2.Name(
+        name=name, content_digest=tag.content_digest, state=_NAME_STATES[state], owner_uid=tag.owner,
+        owner=user_name(tag.owner), is_default=tag.is_default,
+    )  # fmt: skip
 
 
 async def _component(name: str, tensors: int, blobs: list[Blob], turn: LoopTurn) -> checkpoint_pb2.Component:

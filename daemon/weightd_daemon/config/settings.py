@@ -10,6 +10,7 @@ import pwd
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,6 +44,7 @@ DEFAULT = "default"
 
 _SOCKET_PATH_BYTES = 107
 _LAST_PORT = 65535
+_LOOPBACK = ("127.0.0.1", "::1")
 
 
 def _default_socket() -> str:
@@ -89,6 +91,7 @@ class Settings:
     max_user_offers: int = _setting("max_user_offers", 64)
     max_user_names: int = _setting("max_user_names", 0)
     metrics: str = _setting("metrics", "")
+    metrics_access: str = _setting("metrics_access", "local")
     log_level: str = _setting("log_level", "info")
     log_format: str = _setting("log_format", "text")
 
@@ -149,12 +152,13 @@ class Settings:
             if len(os.fsencode(self.metrics)) > _SOCKET_PATH_BYTES:
                 raise ValueError(f"the path is over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
             return Path(self.metrics)
-        found = re.fullmatch(r"(127\.0\.0\.1|\[::1\]):([1-9][0-9]{0,4})", self.metrics)
-        if not found or int(found[2]) > _LAST_PORT:
+        host, port = _host_and_port(self.metrics)
+        if self.metrics_access != "remote" and host not in _LOOPBACK:
             raise ValueError(
-                "must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read the pages"
+                "must be 127.0.0.1:PORT, [::1]:PORT or /the/path/of/a.sock: only this machine may read the pages, "
+                "unless metrics_access is remote"
             )
-        return found[1].strip("[]"), int(found[2])
+        return host, port
 
     @property
     def admin_uids(self) -> frozenset[int]:
@@ -289,6 +293,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     choices = {
         "transport": ("auto", "cuda_vmm", "cuda_ipc"),
         "isolation": ("shared", "uid"),
+        "metrics_access": ("local", "remote"),
         "log_level": ("debug", "info", "warning", "error"),
         "log_format": ("text", "json"),
     }
@@ -327,6 +332,17 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         _ = settings.admin_uids
     except KeyError as error:
         refuse("admins", f"no user {error.args[0]}", TemporaryConfigError)
+
+
+def _host_and_port(text: str) -> tuple[str, int]:
+    """Address and port of text such as 127.0.0.1:9464 or [::1]:9464. Errors: ValueError."""
+    found = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[0-9.]+):([1-9][0-9]{0,4})", text)
+    try:
+        if found and int(found[2]) <= _LAST_PORT:
+            return str(ip_address(found[1].strip("[]"))), int(found[2])
+    except ValueError:
+        pass
+    raise ValueError("must be an IP address and a port, as in 127.0.0.1:9464 or [::1]:9464, or /the/path/of/a.sock")
 
 
 def _uid(name: str) -> int:

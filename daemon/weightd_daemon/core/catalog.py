@@ -100,6 +100,14 @@ class Catalog:
         ]
         return sorted(found, key=lambda one: one[0])
 
+    def named(self, who: Principal, name: str) -> tuple[CatalogTag, str] | None:
+        """What a name that `who` may see points to, and its state as in `listed`; its own domain's come first."""
+        domains = [who.domain, *(domain for domain, other in self._tags if who.admin and other == name)]
+        for domain in domains:
+            if (tag := self._tags.get((domain, name))) is not None:
+                return tag, self._state(domain, tag.content_digest)
+        return None
+
     def restore(self, domain: str, name: str, tag: CatalogTag) -> None:
         """Enter a name that an earlier daemon knew; a default one only if its content is resident."""
         if tag.is_default and not self._is_known(domain, tag.content_digest):

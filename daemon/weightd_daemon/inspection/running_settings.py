@@ -1,7 +1,7 @@
 """The settings in force, as monitors see them: with what defaults have come to on this machine.
 
-Every user may read them. They say nothing that is secret: what they name is how much there is for whom, and where the
-daemon looks for files, which errors and the start line tell as well.
+Every user may read them, users that are kept apart as well: they contain no secrets, and without them nobody could tell
+why a load is refused. See docs/decisions/0046-looks-change-nothing.md.
 """
 
 from __future__ import annotations

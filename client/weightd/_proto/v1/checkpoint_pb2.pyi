@@ -184,10 +184,12 @@ class Checkpoint(_message.Message):
     def __init__(self, names: _Optional[_Iterable[str]] = ..., content_digest: _Optional[str] = ..., device: _Optional[str] = ..., tensors: _Optional[int] = ..., total_bytes: _Optional[int] = ..., exclusive_bytes: _Optional[int] = ..., shared_bytes: _Optional[int] = ..., leases: _Optional[int] = ..., pinned: bool = ..., load_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., last_use_time: _Optional[_Union[_timestamp_pb2.Timestamp, _Mapping]] = ..., state: _Optional[_Union[CheckpointState, str]] = ..., owner_uid: _Optional[int] = ..., owner: _Optional[str] = ...) -> None: ...
 
 class ListCheckpointsRequest(_message.Message):
-    __slots__ = ("names",)
+    __slots__ = ("names", "name")
     NAMES_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     names: bool
-    def __init__(self, names: bool = ...) -> None: ...
+    name: str
+    def __init__(self, names: bool = ..., name: _Optional[str] = ...) -> None: ...
 
 class Name(_message.Message):
     __slots__ = ("name", "content_digest", "state", "owner_uid", "owner", "is_default")
