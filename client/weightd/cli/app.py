@@ -22,8 +22,8 @@ from weightd.cli import (
     operating,
     planning,
     serving,
-    top,
     token,
+    top,
     unit,
     usage,
 )

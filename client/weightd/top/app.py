@@ -50,7 +50,6 @@ class TopApp(App[None]):
     Screen { background: ansi_default; color: ansi_default; layout: vertical; overflow: hidden; }
     #table { height: 1fr; }
     #find { height: 1; display: none; }
-    #find.shown { display: block; }
     #label { width: 6; }
     #filter { height: 1; width: 1fr; border: none; padding: 0; background: ansi_default; }
     Footer { background: ansi_default; color: ansi_default; }
@@ -66,7 +65,8 @@ class TopApp(App[None]):
         Binding("q,ctrl+c", "quit", "Quit", key_display="q", priority=False),
         Binding("s", "sort", "Sort"),
         Binding("S", "reverse", "Reverse", show=False),
-        Binding("slash", "filter", "Find", key_display="/"),
+        # With priority, so that it is done before the next key, which is the filter's already, is handed on.
+        Binding("slash", "filter", "Find", key_display="/", priority=True),
         Binding("enter", "details", "Show", key_display="Enter"),
         Binding("p", "change('pin')", "Pin"),
         Binding("u", "change('unpin')", "Unpin"),
@@ -178,7 +178,7 @@ class TopApp(App[None]):
         panels["events"] = recent(snapshot, width, max(min(8, (height - 6) // 3), 0), glyphs)
         for name in ("head", "devices", "loads", "about", "notice", "events"):
             main.query_one(f"#{name}", LinesView).show(panels.get(name, []))
-        taken = sum(map(len, panels.values())) + 1 + self._main.query_one("#find").has_class("shown")
+        taken = sum(map(len, panels.values())) + 1 + self._main.query_one("#find").display
         room = max(height - taken, 2)
         self._first = min(max(self._first, self._at - room + 2), self._at, max(len(self._rows) - room + 1, 0))
         lines = table(self._rows, self.view, self._first, room, width, snapshot.at, glyphs)
@@ -234,12 +234,18 @@ class TopApp(App[None]):
         self.view = replace(self.view, reverse=not self.view.reverse)
         self.draw()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave the key of the filter to the filter itself and to other screens."""
+        if action == "filter":
+            return self.focused is None and len(self.screen_stack) == 1
+        return super().check_action(action, parameters)
+
     def action_filter(self) -> None:
         """Ask for a text that rows must have."""
         entry = self.query_one("#filter", Input)
-        self.query_one("#find").add_class("shown")
+        self.query_one("#find").display = True
         entry.disabled = False
-        entry.focus()
+        self.set_focus(entry)
         self.draw()
 
     @on(Input.Changed, "#filter")
@@ -252,7 +258,7 @@ class TopApp(App[None]):
         entry = self.query_one("#filter", Input)
         entry.disabled = True
         self.set_focus(None)
-        self.query_one("#find").set_class(bool(entry.value), "shown")
+        self.query_one("#find").display = bool(entry.value)
         self.draw()
 
     def action_all(self) -> None:
