@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from support.fake_client import CHECKPOINT, GIB, LOADED, MIB
 from weightd.inspection import LoadInfo, SharedComponents, SharedPair
-from weightd.top.snapshot import Answers, Snapshot
+from weightd.top.snapshot import DaemonAnswers, DaemonSnapshot
 from weightd.types import CheckpointInfo, DaemonEvent, DeviceStats, LeaseInfo, LoadProgress, Stats
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from textual.strip import Strip
 
     from weightd.client import Client
-    from weightd.top.app import TopApp
+    from weightd.top.application import TopApp
 
 NOW = LOADED + timedelta(hours=2)
 PATH = "/models/smol/SmolLM2-135M-Instruct.safetensors"
@@ -93,14 +93,14 @@ REFUSED = event(
 )  # fmt: skip
 EVENTS = (event("sealed", 60, names=("tuned",)), REFUSED, event("attached", 20, lease=1, total_bytes=200 * MIB))
 STATS = Stats((HOST,), 640 * MIB, 456 * MIB, 216 * MIB, 0.32, 5, 300, 4, 0, 2, revision=7)
-ANSWERS = Answers(STATS, CHECKPOINTS, LEASES, (LOAD,), PAIRS, {4242: 12 * MIB, 99: None})
-SNAPSHOT = Snapshot(NOW, ANSWERS, EVENTS)
+ANSWERS = DaemonAnswers(STATS, CHECKPOINTS, LEASES, (LOAD,), PAIRS, {4242: 12 * MIB, 99: None})
+SNAPSHOT = DaemonSnapshot(NOW, ANSWERS, EVENTS)
 
 
 class StillReader:
     """A reader that publishes one snapshot, and notes what it is asked."""
 
-    def __init__(self, publish: Callable[[Snapshot], None], snapshot: Snapshot = SNAPSHOT) -> None:
+    def __init__(self, publish: Callable[[DaemonSnapshot], None], snapshot: DaemonSnapshot = SNAPSHOT) -> None:
         self._publish = publish
         self.snapshot = snapshot
         self.woken: list[frozenset[int]] = []

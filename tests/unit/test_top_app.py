@@ -12,7 +12,7 @@ from support.fake_client import FakeClient
 from weightd.errors import DaemonUnreachableError, InUseError
 
 pytest.importorskip("textual")
-app_module = pytest.importorskip("weightd.top.app")
+app_module = pytest.importorskip("weightd.top.application")
 lines = pytest.importorskip("weightd.top.lines")
 widgets = pytest.importorskip("weightd.top.widgets")
 snapshots = pytest.importorskip("support.top_snapshots")
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from textual.pilot import Pilot
 
     from support.top_snapshots import StillReader
-    from weightd.top.app import TopApp
+    from weightd.top.application import TopApp
 
 SIZES = [(60, 30), (80, 30), (160, 48)]
 ACTIONS = [("p", "pin", "pinned pipelines/sd-b"), ("u", "unpin", "unpinned pipelines/sd-b; other users keep it pinned")]

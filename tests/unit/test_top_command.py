@@ -15,7 +15,7 @@ from weightd.errors import DaemonUnreachableError
 if TYPE_CHECKING:
     from support.fake_client import FakeClient
 
-top = pytest.importorskip("weightd.cli.top")
+top = pytest.importorskip("weightd.cli.watching")
 
 
 def be_terminal(monkeypatch: pytest.MonkeyPatch, kind: str = "xterm-256color") -> None:

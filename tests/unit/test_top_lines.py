@@ -15,7 +15,7 @@ pytest.importorskip("typer")
 lines = pytest.importorskip("weightd.top.lines")
 memory = pytest.importorskip("weightd.top.memory")
 panels = pytest.importorskip("weightd.top.panels")
-rows = pytest.importorskip("weightd.top.rows")
+rows = pytest.importorskip("weightd.top.checkpoint_rows")
 table = pytest.importorskip("weightd.top.table")
 details = pytest.importorskip("weightd.top.details")
 snapshots = pytest.importorskip("support.top_snapshots")
@@ -73,12 +73,12 @@ def test_every_part_of_a_bar_is_seen(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("glyphs", [lines.UNICODE, lines.ASCII])
 def test_tables_and_panels_fit(width: int, glyphs: Any) -> None:
-    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.View())
+    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.TableView())
     shown = panels.head(snapshots.SNAPSHOT, width, glyphs) + panels.recent(snapshots.SNAPSHOT, width, 8, glyphs)
     if width >= 40:
         shown += panels.devices(ANSWERS, width, glyphs)
     if width >= 60:
-        shown += table.table(found, rows.View(selected=found[1].key), 0, 20, width, NOW, glyphs)
+        shown += table.table(found, rows.TableView(selected=found[1].key), 0, 20, width, NOW, glyphs)
     assert max(map(lines.width_of, shown)) <= width
 
 
@@ -96,8 +96,8 @@ def test_a_hostile_name_steers_no_terminal() -> None:
     lease = snapshots.lease(1, 1, "\x1b[2Jx\u202e\n", "\x1b]0;t\x07", "\x9b")
     answers = replace(ANSWERS, checkpoints=(evil,), leases=(lease,), pairs=())
     everything = rows.checkpoint_rows(answers)
-    found = rows.chosen(everything, rows.View())
-    shown = texts(table.table(found, rows.View(), 0, 20, 160, NOW, U))
+    found = rows.chosen(everything, rows.TableView())
+    shown = texts(table.table(found, rows.TableView(), 0, 20, 160, NOW, U))
     shown += [table.about(row, everything, U) for row in found]
     shown += texts(details.details(everything[0], None, everything, 160, NOW, U))
     shown += texts(
@@ -175,20 +175,20 @@ def test_a_refusal_stays_until_it_is_old_or_the_load_succeeds() -> None:
 
 
 def test_processes_stand_under_what_they_hold() -> None:
-    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.View())
+    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.TableView())
     assert called(found) == [
         "SmolLM2-135M-Instruct.safetensors", "pipelines/sd-a", "pid None", "pipelines/sd-b",
         "base", "pid 99", "pid 4242", "tuned", "pid 4242",
     ]  # fmt: skip
     twice = replace(ANSWERS, leases=(*ANSWERS.leases, snapshots.lease(8, 4242, "tuned", snapshots.SERVE)))
-    assert called(rows.chosen(rows.checkpoint_rows(twice), rows.View())) == called(found)
+    assert called(rows.chosen(rows.checkpoint_rows(twice), rows.TableView())) == called(found)
 
 
 def test_sorting_and_filtering() -> None:
     everything = rows.checkpoint_rows(ANSWERS)
 
     def names(**view: Any) -> list[str]:
-        return [row.checkpoint.name for row in rows.chosen(everything, rows.View(**view)) if row.process is None]
+        return [row.checkpoint.name for row in rows.chosen(everything, rows.TableView(**view)) if row.process is None]
 
     assert names(sort="name") == [
         "SmolLM2-135M-Instruct.safetensors",
@@ -202,13 +202,13 @@ def test_sorting_and_filtering() -> None:
     assert names(sort="used")[-1] == names(sort="used", reverse=True)[0] == "SmolLM2-135M-Instruct.safetensors"
     assert names(wanted="SD-") == ["pipelines/sd-a", "pipelines/sd-b"]
     assert names(wanted="c" * 9) == ["pipelines/sd-a"]
-    assert called(rows.chosen(everything, rows.View(wanted="chat.py"))) == ["base", "pid 99"]
+    assert called(rows.chosen(everything, rows.TableView(wanted="chat.py"))) == ["base", "pid 99"]
     assert names(wanted="nothing") == []
     assert set(rows.ORDERS) <= set(table._COLUMNS)
 
 
 def test_the_selection_stays_with_its_row() -> None:
-    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.View())
+    found = rows.chosen(rows.checkpoint_rows(ANSWERS), rows.TableView())
     assert rows.place(found, found[4].key, 0) == 4
     assert rows.place(found, ("host", "gone"), 3) == 3
     assert rows.place(found, None, 99) == len(found) - 1
@@ -237,7 +237,7 @@ def test_what_is_loading_is_listed_once() -> None:
 
 def about(wanted: str, answers: Any = ANSWERS) -> str:
     everything = rows.checkpoint_rows(answers)
-    row = next(row for row in rows.chosen(everything, rows.View()) if wanted in called([row]))
+    row = next(row for row in rows.chosen(everything, rows.TableView()) if wanted in called([row]))
     return table.about(row, everything, U)
 
 

@@ -14,14 +14,14 @@ from weightd.errors import DaemonUnreachableError, ProtocolMismatchError
 
 reading = pytest.importorskip("weightd.top.reader")
 private = pytest.importorskip("weightd.top.private")
-gpus = pytest.importorskip("weightd.top.gpus")
+gpus = pytest.importorskip("weightd.top.gpu_totals")
 snapshots = pytest.importorskip("support.top_snapshots")
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from weightd.top.snapshot import Snapshot
+    from weightd.top.snapshot import DaemonSnapshot
 
 MAPS = b"""\
 7f0000000000-7f0000400000 rw-p 00000000 00:01 2052 /memfd:weightd-12 (deleted)
@@ -48,9 +48,9 @@ class Asked:
             "sharing": list(whole.pairs), "loads": [], "events": list(snapshots.EVENTS),
         } | answers  # fmt: skip
         self.read: list[int] = []
-        self.published: list[Snapshot] = []
+        self.published: list[DaemonSnapshot] = []
         self.totals: list[tuple[str, ...]] = []
-        self.reader = reading.Reader(
+        self.reader = reading.DaemonReader(
             snapshots.client_of(self.client), self.published.append, reading.PrivateCopies(self._private), self._totals
         )
 

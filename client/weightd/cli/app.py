@@ -23,9 +23,9 @@ from weightd.cli import (
     planning,
     serving,
     token,
-    top,
     unit,
     usage,
+    watching,
 )
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
@@ -92,7 +92,7 @@ app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
-app.command("top")(top.top)
+app.command("top")(watching.top)
 app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightd._sizes import size
 from weightd.cli.output import device as short_device
 from weightd.errors import WeightdError
-from weightd.top.rows import CheckpointRow
+from weightd.top.checkpoint_rows import CheckpointRow
 from weightd.top.table import holders, listed
 
 if TYPE_CHECKING:
     from weightd.client import Client
 
 
-class Change(NamedTuple):
+class CheckpointChange(NamedTuple):
     """A question, and the call that a yes leads to; it returns a sentence. Errors: those of the client's method."""
 
     question: Callable[[CheckpointRow], str]
@@ -70,8 +70,8 @@ def _reference(row: CheckpointRow) -> str:
     return row.info.content_digest or row.info.name
 
 
-CHANGES: Mapping[str, Change] = {
-    "pin": Change(_pin_question, _pin),
-    "unpin": Change(_unpin_question, _unpin),
-    "remove": Change(_remove_question, _remove),
+CHANGES: Mapping[str, CheckpointChange] = {
+    "pin": CheckpointChange(_pin_question, _pin),
+    "unpin": CheckpointChange(_unpin_question, _unpin),
+    "remove": CheckpointChange(_remove_question, _remove),
 }

@@ -11,6 +11,7 @@ from weightd.cli.output import device as short_device
 from weightd.cli.output import plural
 from weightd.cli.tables import STATES
 from weightd.inspection import LoadInfo
+from weightd.top.checkpoint_rows import called
 from weightd.top.lines import (
     Glyphs,
     Line,
@@ -26,8 +27,7 @@ from weightd.top.lines import (
     wrapped,
 )
 from weightd.top.memory import DeviceParts, parts
-from weightd.top.rows import called
-from weightd.top.snapshot import Answers, Snapshot
+from weightd.top.snapshot import DaemonAnswers, DaemonSnapshot
 from weightd.types import DaemonEvent, DeviceStats
 
 _UNITS = ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
@@ -55,7 +55,7 @@ def duration(seconds: float) -> str:
     return "0 s"
 
 
-def head(snapshot: Snapshot, width: int, glyphs: Glyphs) -> list[Line]:
+def head(snapshot: DaemonSnapshot, width: int, glyphs: Glyphs) -> list[Line]:
     """The first line: the daemon's state and what sharing saves; below it why the daemon does not answer."""
     answers = snapshot.answers
     left: list[Span] = [("weightd top", "title")]
@@ -80,7 +80,7 @@ def head(snapshot: Snapshot, width: int, glyphs: Glyphs) -> list[Line]:
     return lines
 
 
-def devices(answers: Answers, width: int, glyphs: Glyphs, *, explained: bool = True) -> list[Line]:
+def devices(answers: DaemonAnswers, width: int, glyphs: Glyphs, *, explained: bool = True) -> list[Line]:
     """A bar for each device; `explained` adds the figures of its parts, which are the bar's legend, too."""
     stats = answers.stats.devices
     titles = [clean(_device_title(device), glyphs) for device in stats]
@@ -126,7 +126,7 @@ def _legend(split: DeviceParts, device: DeviceStats, glyphs: Glyphs) -> list[Lin
     return shown
 
 
-def loads(answers: Answers, width: int, glyphs: Glyphs) -> list[Line]:
+def loads(answers: DaemonAnswers, width: int, glyphs: Glyphs) -> list[Line]:
     """A line for each load under way: what, how far, how fast, until when, for whom."""
     found = answers.loads or ()
     if not found:
@@ -180,7 +180,7 @@ def refusal(events: Sequence[DaemonEvent], now: datetime) -> DaemonEvent | None:
     return None
 
 
-def recent(snapshot: Snapshot, width: int, most: int, glyphs: Glyphs) -> list[Line]:
+def recent(snapshot: DaemonSnapshot, width: int, most: int, glyphs: Glyphs) -> list[Line]:
     """The last events in at most `most` lines, the newest last; above them the load that did not fit lately."""
     refused = refusal(snapshot.events, snapshot.at)
     lines: list[Line] = []

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from weightd.errors import DaemonUnreachableError, WeightdError
 from weightd.inspection import SharedPair
-from weightd.top.gpus import total_bytes
+from weightd.top.gpu_totals import total_bytes
 from weightd.top.private import private_bytes
-from weightd.top.snapshot import Answers, Snapshot
+from weightd.top.snapshot import DaemonAnswers, DaemonSnapshot
 from weightd.types import DaemonEvent, Stats
 
 if TYPE_CHECKING:
@@ -63,12 +63,12 @@ class _Asked:
     """What is remembered between two rounds. `revision` is None where everything is to be asked."""
 
     revision: int | None = None
-    answers: Answers | None = None
+    answers: DaemonAnswers | None = None
     content: frozenset[tuple[str, ...]] = field(default_factory=frozenset)
     gpus: tuple[str, ...] = ()
 
 
-class Reader:
+class DaemonReader:
     """Reads a daemon in two threads and calls `publish` from one of them, once a second or when `wake` is called.
 
     `client` is used by these threads alone, so that a question that is slow holds up no key.
@@ -77,7 +77,7 @@ class Reader:
     def __init__(
         self,
         client: Client,
-        publish: Callable[[Snapshot], None],
+        publish: Callable[[DaemonSnapshot], None],
         copies: PrivateCopies | None = None,
         totals: Callable[[Iterable[str]], dict[str, int]] = total_bytes,
     ) -> None:
@@ -117,7 +117,7 @@ class Reader:
         self._first = frozenset(first)
         self._wake.set()
 
-    def look(self) -> Snapshot:
+    def look(self) -> DaemonSnapshot:
         """Ask one round of questions. Errors become the snapshot's problem."""
         now = datetime.now(UTC)
         if self._anew.is_set():
@@ -128,9 +128,9 @@ class Reader:
         except WeightdError as error:
             self._anew.set()
             self._since = self._since or now
-            return Snapshot(now, self._asked.answers, self._last_events(), str(error), self._since)
+            return DaemonSnapshot(now, self._asked.answers, self._last_events(), str(error), self._since)
         self._since = None
-        return Snapshot(now, answers, self._last_events())
+        return DaemonSnapshot(now, answers, self._last_events())
 
     def _ask(self) -> None:
         while not self._stopped.is_set():
@@ -142,7 +142,7 @@ class Reader:
             self._publish(snapshot)
             self._wake.wait(max(PERIOD - (time.monotonic() - begun), PERIOD / 10))
 
-    def _round(self) -> Answers:
+    def _round(self) -> DaemonAnswers:
         client, asked, before = self._client, self._asked, self._asked.answers
         stats = client.stats()
         # Revision 0 is of a daemon that does not count, or that has nothing yet; the figures are asked first, so that
@@ -159,10 +159,10 @@ class Reader:
         asked.revision, asked.answers = stats.revision, answers
         return answers
 
-    def _everything(self, stats: Stats) -> Answers:
+    def _everything(self, stats: Stats) -> DaemonAnswers:
         client, asked, before = self._client, self._asked, self._asked.answers
         checkpoints = tuple(client.checkpoints())
-        answers = Answers(stats, checkpoints, tuple(client.leases()))
+        answers = DaemonAnswers(stats, checkpoints, tuple(client.leases()))
         gpus = tuple(device.uuid for device in stats.devices if device.kind != "host")
         totals = before.totals if before is not None and gpus == asked.gpus else self._totals(gpus)
         asked.gpus = gpus

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightd.top.app import TopApp
+from weightd.top.application import TopApp
 from weightd.top.lines import ASCII, UNICODE
-from weightd.top.reader import Reader
+from weightd.top.reader import DaemonReader
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -17,6 +17,6 @@ def run(client: Client, *, plain: bool) -> int:
 
     `plain` draws with ASCII alone.
     """
-    app = TopApp(client, lambda publish: Reader(client, publish), ASCII if plain else UNICODE)
+    app = TopApp(client, lambda publish: DaemonReader(client, publish), ASCII if plain else UNICODE)
     app.run()
     return app.return_code or 0

@@ -11,7 +11,7 @@ from weightd.types import CheckpointInfo, DaemonEvent, LeaseInfo, Stats
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class DaemonAnswers:
     """The answers to one round of questions. Parts that did not change between two rounds are the same objects.
 
     `loads` and `pairs` are None where the daemon cannot tell; `missing` says why. `private` has the bytes of private
@@ -30,14 +30,14 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class DaemonSnapshot:
     """The last answers and events, at a moment in UTC.
 
     While the daemon does not answer, `problem` says why, `since` is when that began, and the answers are old ones.
     """
 
     at: datetime
-    answers: Answers | None = None
+    answers: DaemonAnswers | None = None
     events: tuple[DaemonEvent, ...] = ()
     problem: str = ""
     since: datetime | None = None

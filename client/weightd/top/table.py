@@ -11,10 +11,10 @@ from weightd._sizes import size
 from weightd.cli.output import device as short_device
 from weightd.cli.output import plural
 from weightd.cli.tables import STATES, Column
+from weightd.top.checkpoint_rows import CheckpointRow, Partner, ProcessRow, TableRow, TableView, called
 from weightd.top.columns import aligned
 from weightd.top.lines import Glyphs, Line, clean, padded, plain, shortened
 from weightd.top.panels import age
-from weightd.top.rows import CheckpointRow, Partner, ProcessRow, Row, View, called
 
 _COLUMNS = {
     "name": Column("CHECKPOINT", elided=True),
@@ -36,7 +36,7 @@ _MOST_PARTNERS = 3
 
 
 def table(
-    rows: Sequence[Row], view: View, first: int, height: int, width: int, now: datetime, glyphs: Glyphs
+    rows: Sequence[TableRow], view: TableView, first: int, height: int, width: int, now: datetime, glyphs: Glyphs
 ) -> list[Line]:
     """The head and the rows from index `first` on that fit `height` lines of `width` columns."""
     window = rows[first : first + max(height - 1, 0)]
@@ -55,7 +55,7 @@ def table(
     return lines
 
 
-def _title(key: str, column: Column, view: View, glyphs: Glyphs) -> str:
+def _title(key: str, column: Column, view: TableView, glyphs: Glyphs) -> str:
     return f"{column.title}{glyphs.sorted}" if key == view.sort else column.title
 
 
@@ -125,7 +125,7 @@ def _short(name: str) -> str:
     return shortened(name, _NAME)
 
 
-def about(row: Row | None, everything: Sequence[CheckpointRow], glyphs: Glyphs) -> str:
+def about(row: TableRow | None, everything: Sequence[CheckpointRow], glyphs: Glyphs) -> str:
     """What a removal of the selected checkpoint gives back, who shares with it, and who holds it."""
     if row is None:
         return "nothing is loaded"

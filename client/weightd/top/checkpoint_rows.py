@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from weightd.cli.output import digest
 from weightd.inspection import SharedComponents, SharedPair
-from weightd.top.snapshot import Answers
+from weightd.top.snapshot import DaemonAnswers
 from weightd.types import CheckpointInfo, LeaseInfo
 
 Key = tuple[str, ...]
@@ -50,7 +50,7 @@ class CheckpointRow(NamedTuple):
     processes: tuple[ProcessRow, ...]
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A line of the table: a checkpoint, or one of its processes."""
 
     key: Key
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class TableView:
     """What keys have chosen: the order, what is looked for, and the selected row."""
 
     sort: str = "alone"
@@ -91,7 +91,7 @@ def _names(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
     return {whole: name if counted[name] == 1 or not whole.startswith("/") else whole for whole, name in short.items()}
 
 
-def checkpoint_rows(answers: Answers) -> list[CheckpointRow]:
+def checkpoint_rows(answers: DaemonAnswers) -> list[CheckpointRow]:
     """Make a row of each checkpoint; loads under way are left out where they are listed by themselves."""
     names = _names(answers.checkpoints)
     partners = None if answers.pairs is None else _partners(answers.pairs, names)
@@ -127,7 +127,7 @@ def _named(name: str, content_digest: str, names: Mapping[str, str]) -> str:
     return names.get(name or content_digest) or called(name, content_digest)
 
 
-def _processes(answers: Answers) -> dict[Key, list[ProcessRow]]:
+def _processes(answers: DaemonAnswers) -> dict[Key, list[ProcessRow]]:
     """The processes by the key of the checkpoint that they hold. Several leases of one process are one row."""
     known: dict[tuple[str, str], Key] = {}
     for info in answers.checkpoints:
@@ -159,7 +159,7 @@ def _process(key: Key, leases: list[LeaseInfo], private: Mapping[int, int | None
     return ProcessRow(key, first.pid, first.user, first.command, first.since, waiting, copied)
 
 
-def chosen(checkpoints: Sequence[CheckpointRow], view: View) -> list[Row]:
+def chosen(checkpoints: Sequence[CheckpointRow], view: TableView) -> list[TableRow]:
     """Sort and filter: each checkpoint is followed by its processes.
 
     What a filter finds in a checkpoint keeps all its processes; found in processes, only those.
@@ -167,15 +167,15 @@ def chosen(checkpoints: Sequence[CheckpointRow], view: View) -> list[Row]:
     ordered = sorted(checkpoints, key=lambda row: row.name)  # equal rows keep their places
     ordered.sort(key=ORDERS[view.sort], reverse=view.reverse)
     wanted = view.wanted.casefold()
-    found: list[Row] = []
+    found: list[TableRow] = []
     for row in ordered:
         processes = row.processes
         if wanted and not _has(wanted, *row.info.names, row.info.content_digest, row.info.state, row.info.device):
             processes = tuple(each for each in processes if _has(wanted, str(each.pid), each.user, each.command))
             if not processes:
                 continue
-        found.append(Row(row.key, row, None))
-        found += [Row(process.key, row, process) for process in processes]
+        found.append(TableRow(row.key, row, None))
+        found += [TableRow(process.key, row, process) for process in processes]
     return found
 
 
@@ -183,7 +183,7 @@ def _has(wanted: str, *texts: str) -> bool:
     return any(wanted in text.casefold() for text in texts)
 
 
-def place(rows: Sequence[Row], selected: Key | None, before: int) -> int:
+def place(rows: Sequence[TableRow], selected: Key | None, before: int) -> int:
     """Return the index of the selected row; if it has gone, that of the row that took its place `before`."""
     for at, row in enumerate(rows):
         if row.key == selected:

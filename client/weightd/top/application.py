@@ -17,13 +17,13 @@ from textual.message import Message
 from textual.widgets import Footer, Input
 
 from weightd.errors import WeightdError
-from weightd.top.changes import CHANGES, Change, refused
+from weightd.top.changes import CHANGES, CheckpointChange, refused
+from weightd.top.checkpoint_rows import ORDERS, CheckpointRow, TableRow, TableView, checkpoint_rows, chosen, place
 from weightd.top.details import details
 from weightd.top.lines import Glyphs, clean, wrapped
 from weightd.top.panels import devices, head, loads, recent
-from weightd.top.rows import ORDERS, CheckpointRow, Row, View, checkpoint_rows, chosen, place
 from weightd.top.screens import LinesScreen, QuestionScreen, help_lines
-from weightd.top.snapshot import Answers, Snapshot
+from weightd.top.snapshot import DaemonAnswers, DaemonSnapshot
 from weightd.top.table import about, table
 from weightd.top.widgets import LinesView
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from textual.screen import Screen
 
     from weightd.client import Client
-    from weightd.top.reader import Reader
+    from weightd.top.reader import DaemonReader
     from weightd.types import CheckpointDetails
 
 _FEW_LINES = 30
@@ -84,17 +84,17 @@ class TopApp(App[None]):
     class Read(Message):
         """The reader has published a snapshot."""
 
-        def __init__(self, snapshot: Snapshot) -> None:
+        def __init__(self, snapshot: DaemonSnapshot) -> None:
             super().__init__()
             self.snapshot = snapshot
 
     def __init__(
-        self, client: Client, make_reader: Callable[[Callable[[Snapshot], None]], Reader], glyphs: Glyphs
+        self, client: Client, make_reader: Callable[[Callable[[DaemonSnapshot], None]], DaemonReader], glyphs: Glyphs
     ) -> None:
         super().__init__(ansi_color=True)  # the terminal's own colours, light or dark
         self.theme = "ansi-dark"
-        self.view = View()
-        self.snapshot = Snapshot(datetime.now(UTC))
+        self.view = TableView()
+        self.snapshot = DaemonSnapshot(datetime.now(UTC))
         self.notice: tuple[str, str] = ("", "")
         """What a change came to, and the style of that sentence."""
         self._noticed = 0.0
@@ -102,12 +102,12 @@ class TopApp(App[None]):
         self._glyphs = glyphs
         self._reader = make_reader(self.publish)
         self._everything: list[CheckpointRow] = []
-        self._rows: list[Row] = []
+        self._rows: list[TableRow] = []
         self._made_of: tuple[object, ...] = ()
         self._at = 0
         self._first = 0
 
-    def publish(self, snapshot: Snapshot) -> None:
+    def publish(self, snapshot: DaemonSnapshot) -> None:
         """Show a snapshot soon; called from any thread."""
         self.post_message(self.Read(snapshot))
 
@@ -184,7 +184,7 @@ class TopApp(App[None]):
         lines = table(self._rows, self.view, self._first, room, width, snapshot.at, glyphs)
         main.query_one("#table", LinesView).show(lines)
 
-    def _choose(self, answers: Answers | None) -> None:
+    def _choose(self, answers: DaemonAnswers | None) -> None:
         """Make the rows if anything that they are made of has changed, and find the selected one again."""
         if answers is None:
             return
@@ -313,7 +313,7 @@ class TopApp(App[None]):
         await self.push_screen(QuestionScreen(question, self._glyphs), answered)
 
     @work(thread=True, group="change", exit_on_error=False)
-    def _change(self, change: Change, row: CheckpointRow) -> None:
+    def _change(self, change: CheckpointChange, row: CheckpointRow) -> None:
         try:
             said, style = change.call(self._client, row), "good"
         except WeightdError as error:
