@@ -116,7 +116,7 @@ def test_a_daemon_is_watched(
     )
     screen = terminal()
     screen.shows(
-        "host memory", "pinned 8.00 MiB", "idle 2.00 MiB", f"{holder.pid}", "private 1.00 MiB", "attached base"
+        "host memory", "leased 8.00 MiB", "idle 2.00 MiB", f"{holder.pid}", "private 1.00 MiB", "attached base"
     )
     screen.shows(
         "base: removing it gives back 2.00 MiB of 8.00 MiB. It shares 6.00 MiB with tuned. It is pinned and held"

@@ -23,7 +23,7 @@ NOW = LOADED + timedelta(hours=2)
 PATH = "/models/smol/SmolLM2-135M-Instruct.safetensors"
 HOST = DeviceStats(
     "host", "host", "host memory", GIB, 736 * MIB, 456 * MIB, 40 * MIB, 240 * MIB, 288 * MIB, 9, 4 * GIB,
-    pinned_bytes=200 * MIB, leased_bytes=284 * MIB, evictable_bytes=172 * MIB, hole_bytes=8 * MIB,
+    pinned_bytes=200 * MIB, leased_bytes=184 * MIB, evictable_bytes=172 * MIB, hole_bytes=8 * MIB,
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def event(kind: str, seconds: int, **more: object) -> DaemonEvent:
 
 REFUSED = event(
     "load_ended", 40, names=("/models/huge.safetensors",), reason="CAPACITY",
-    message="900 MiB do not fit on host: 288 MiB free, 172 MiB evictable, 200 MiB pinned, 84.0 MiB leased, of a budget "
+    message="900 MiB do not fit on host: 288 MiB free, 172 MiB evictable, 100 MiB pinned, 184 MiB leased, of a budget "
     "of 1.00 GiB; remove or unpin a checkpoint",
 )  # fmt: skip
 EVENTS = (event("sealed", 60, names=("tuned",)), REFUSED, event("attached", 20, lease=1, total_bytes=200 * MIB))

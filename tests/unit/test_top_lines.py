@@ -38,7 +38,7 @@ def called(found: list[Any]) -> list[str]:
 def test_parts_add_up_to_the_budget() -> None:
     split = memory.parts(snapshots.HOST)
     assert sum(count for _, count in split.named()) == GIB
-    assert (split.pinned, split.leased, split.idle) == (200 * MIB, 84 * MIB, 172 * MIB)
+    assert (split.pinned, split.leased, split.idle) == (100 * MIB, 184 * MIB, 172 * MIB)
     assert (split.in_flight, split.holes, split.pool, split.free) == (240 * MIB, 8 * MIB, 32 * MIB, 288 * MIB)
     assert (split.others, split.outside, split.room) == (0, None, 500 * MIB)
 

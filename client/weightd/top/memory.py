@@ -10,7 +10,8 @@ from weightd.types import DeviceStats
 class DeviceParts(NamedTuple):
     """Bytes of one device by use; all but `outside` add up to the budget.
 
-    Checkpoints that are pinned and leased count as pinned; those that are neither are `idle` and can be evicted.
+    Checkpoints that are pinned and leased count as leased, as in the daemon's errors; those that are neither are `idle`
+    and can be evicted.
     `others` is what the budget allows and the device has not, because other processes use it. `outside` is what others
     use of the whole GPU, None where that is not known.
     """
@@ -46,8 +47,8 @@ class DeviceParts(NamedTuple):
 
 def parts(stats: DeviceStats, total: int | None = None) -> DeviceParts:
     """Split the budget of a device up; `total` are the bytes of a whole GPU, if they are known."""
-    pinned = min(stats.pinned_bytes, stats.live_bytes)
-    leased = min(stats.leased_bytes, max(stats.live_bytes - pinned - stats.evictable_bytes, 0))
+    leased = min(stats.leased_bytes, stats.live_bytes)
+    pinned = min(stats.pinned_bytes, max(stats.live_bytes - leased - stats.evictable_bytes, 0))
     holes = min(stats.hole_bytes, stats.reusable_bytes)
     available = stats.free_bytes
     if stats.device_free_bytes is not None:

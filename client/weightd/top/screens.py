@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 _MOST_LINES = 12
 HELP: tuple[tuple[str, str], ...] = (
     ("", "Memory of each device, from left to right:"),
-    ("pinned", "checkpoints that a pin keeps"),
-    ("leased", "checkpoints that processes hold, and no pin"),
+    ("pinned", "checkpoints that a pin keeps, and no process"),
+    ("leased", "checkpoints that processes hold"),
     ("idle", "checkpoints that nobody keeps: evicted when a load needs room"),
     ("in flight", "granted to loads that have not ended"),
     ("holes", "freed between checkpoints; the next load can use it"),
