@@ -4,14 +4,19 @@
                           [--large 5,10,20,40] [--large-tensors 10000] [--rounds 5] [--format human|json]
 
 A daemon in host memory, under a stand-in for the service manager (tests/support/manager.py), is filled step by step.
-At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, reading
-all events, and the restart after kill -9 that adopts everything. Then the exponent of each: the slope of log(time)
-over log(size), from the upper half of the sizes, where what does not grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, the map
+of the device, the tensors of one checkpoint, reading all events, and the restart after kill -9 that adopts everything.
+Then the exponent of each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not
+grow matters least. Tensors have 8 bytes.
+At each size it is timed: one more load, its removal, naming what is resident, a pin, an attach, `ls`, `stats`, a page
+of pairs that share, reading all events, and the restart after kill -9 that adopts everything. Then the exponent of
+each: the slope of log(time) over log(size), from the upper half of the sizes, where what does not grow matters least.
+Tensors have 8 bytes.
 
 Times are CPU time of the daemon's loop, which a busy machine changes little; that of the restart is wall time.
 
 Aim: no exponent of one operation is above 1.15, which leaves room for n log n and for noise; loads, removals, names,
-pins and attaches do not grow (0.3). So n of these cost n.
+pins, attaches and lists of tensors do not grow (0.3). So n of these cost n.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.daemon import Daemon
 from support.manager import Manager
 
-FLAT = ("load", "remove", "name", "pin", "attach")
+FLAT = ("load", "remove", "name", "pin", "attach", "tensors")
 AIM, AIM_FLAT = 1.15, 0.3
 EVENTS_PAUSE = 1.0
 """Seconds after which the daemon sends a user all recent events without holding them back."""
@@ -103,6 +108,9 @@ def measure(daemon: Daemon, folder: Path, sizes: list[int], tensors: int, rounds
             row["attach"] = median(daemon, rounds, lambda: client.attach("c1").close())
             row["ls"] = median(daemon, rounds, client.checkpoints)
             row["stats"] = median(daemon, rounds, client.stats)
+            row["map"] = median(daemon, rounds, client.device_map)
+            row["tensors"] = median(daemon, rounds, lambda: client.tensors("c1"))
+            row["sharing"] = median(daemon, rounds, lambda: client.sharing(most=5000))
             row["events"] = median(daemon, rounds, lambda: list(client.events()), EVENTS_PAUSE)
         daemon.kill()
         begun = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ._devices import device_name
@@ -33,16 +34,18 @@ class InspectionOperations(ABC):
         """
         return self._rpc().inspection.device_map(device_name(device))
 
-    def sharing(self, reference: Reference | None = None, device: str | None = None) -> list[SharedPair]:
+    def sharing(
+        self, reference: Reference | None = None, device: str | None = None, *, most: int | None = None
+    ) -> list[SharedPair]:
         """The pairs of resident checkpoints that have bytes in common, those with most first: all, or those of one.
 
-        Where `reference` is given, it is `one` of each pair. `device` None is every device. Errors: NotFoundError,
-        InvalidReferenceError, DeviceError (it was lost).
+        Where `reference` is given, it is `one` of each pair. `device` None is every device. `most`, above 0, is how
+        many pairs to ask for; None is all. Errors: NotFoundError, InvalidReferenceError, DeviceError (it was lost).
         """
         inspection = self._rpc().inspection
         if reference is None:
-            return inspection.sharing("", device_name(device))
-        return self._known(inspection.sharing, reference, device)
+            return inspection.sharing("", device_name(device), most)
+        return self._known(partial(inspection.sharing, most=most), reference, device)
 
     def tensors(self, reference: Reference, device: str | None = None) -> list[StoredTensor]:
         """The tensors of a resident checkpoint, and which checkpoints use their bytes.

@@ -131,6 +131,10 @@ class Manifest:
             raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint")
         return found
 
+    def rows(self, rows: Sequence[int]) -> list[TensorInfo]:
+        """The tensors of these rows; no others become rows."""
+        return self._read(rows)
+
     def _read(self, rows: Sequence[int] | None = None) -> list[TensorInfo]:
         """Those rows, or all of them, checked."""
         message, sizes, components = self._message, self.segment_bytes, self._component_of_file

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .types import NameInfo
 
 _AGAIN_SECONDS = 0.2
+_PASSING = (DaemonUnreachableError, EventsLostError, LeaseLostError)
+"""What ends a stream of events and not the watch: the daemon restarts, or the events were read too slowly."""
 
 
 def name_changes(connected: Callable[[], RpcClient], name: str) -> Iterator[NameInfo | None]:
@@ -29,13 +31,11 @@ def name_changes(connected: Callable[[], RpcClient], name: str) -> Iterator[Name
 def _changes(rpc: RpcClient, connected: Callable[[], RpcClient], name: str) -> Iterator[NameInfo | None]:
     seen: tuple[str, str] | None = None
     while True:
-        try:
-            with contextlib.closing(rpc.name_changes(name)) as changes:
-                for now in changes:
-                    means = None if now is None else (now.content_digest, now.state)
-                    if means != seen:
-                        seen = means
-                        yield now
-        except (DaemonUnreachableError, EventsLostError, LeaseLostError):  # it restarts, or we read too slowly
-            time.sleep(_AGAIN_SECONDS)
+        with contextlib.suppress(*_PASSING), contextlib.closing(rpc.name_changes(name)) as changes:
+            for now in changes:
+                means = None if now is None else (now.content_digest, now.state)
+                if means != seen:
+                    seen = means
+                    yield now
+        time.sleep(_AGAIN_SECONDS)
         rpc = when_reachable(connected, wait=True)

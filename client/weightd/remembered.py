@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 from . import _group_files, layouts
 from ._group_names import counted, fused_name, layers_folded
@@ -38,6 +38,15 @@ log = logging.getLogger(__name__)
 _SHOWN = 3
 """Patterns of names that a sentence shows."""
 _SALT = b"weightd groups 1\n"
+
+
+class _Placed(layouts.Named, Protocol):
+    """A tensor in memory: `segment` tells segments apart, `offset` is bytes."""
+
+    @property
+    def segment(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
 
 
 class Row(NamedTuple):
@@ -99,7 +108,7 @@ def remember(attachment: Attachment, groups: Iterable[Members]) -> str:
     return _sentence(attachment, order, [*fit, *longer], known, cannot, problem)
 
 
-def rows(tensors: Iterable[TensorInfo]) -> list[Row]:
+def rows(tensors: Iterable[_Placed]) -> list[Row]:
     """The groups that the table and remembered loads know among all tensors of a checkpoint, in its order."""
     order = _ordered(tensors)
     table, kept = _table(order), dict.fromkeys(_known(order))
@@ -146,7 +155,7 @@ def _known(order: Sequence[layouts.Named]) -> _group_files.Groups:
         return []
 
 
-def _in_a_row(order: Sequence[TensorInfo], group: Iterable[int]) -> bool:
+def _in_a_row(order: Sequence[_Placed], group: Iterable[int]) -> bool:
     there = (order[number] for number in group)
     return layouts.adjacent((one.segment, one.offset, one.length) for one in there)
 

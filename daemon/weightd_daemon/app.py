@@ -250,7 +250,7 @@ class Daemon:
         parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
             drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
-            sharing=sharing, in_force=self._in_force,
+            sharing=sharing, manifests=books.manifests, in_force=self._in_force,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 

@@ -69,6 +69,8 @@ def test_the_figures_are_those_of_the_books(
     assert now[f"weightd_device_budget_bytes{{{place}}}"] == device.budget_bytes
     assert now[f"weightd_device_used_bytes{{{place}}}"] == device.used_bytes
     assert now[f"weightd_device_segments{{{place}}}"] == device.segments
+    for figure in ("pinned_bytes", "leased_bytes", "evictable_bytes", "hole_bytes"):
+        assert now[f"weightd_device_{figure}{{{place}}}"] == getattr(device, figure)
     whole = ("logical_bytes", "resident_bytes", "saved_bytes", "blobs")
     assert {key: now[f"weightd_{key}"] for key in whole} == {key: getattr(stats, key) for key in whole}
     assert now["weightd_saved_bytes"] == 100 * KIB

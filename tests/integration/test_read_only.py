@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import pytest
 
 import weightd
 from support import checkpoints
+from support.background import background
 from support.daemon import Daemon, environment, eventually
 from support.wire import Peer
 from weightd._proto.v1 import checkpoint_pb2, daemon_pb2, handles_pb2, inspection_pb2, lease_pb2
@@ -156,3 +158,22 @@ def test_the_command_ends_with_its_reader_and_with_the_daemon(filled: Daemon) ->
     assert command.returncode == 69
     assert error.startswith(f"weightd: the weightd daemon at {filled.socket} closed the connection")
     filled.start()
+
+
+def test_a_daemon_that_knows_no_read_only_connections_is_not_trusted(short_path: Path) -> None:
+    """It answers hello as before, and its token could change everything."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(short_path / "w.sock.handles"))
+        listener.listen()
+
+        def answer() -> None:
+            accepted, _ = listener.accept()
+            with accepted:
+                accepted.recv(65536)
+                hello = handles_pb2.HelloReply(protocol=1, token="all", version="0.0.9")
+                accepted.send(handles_pb2.HandleReply(hello=hello).SerializeToString())
+
+        answered = background(answer)
+        with pytest.raises(weightd.ProtocolMismatchError, match=r"0\.0\.9, which has no read-only connections"):
+            weightd.connect(short_path / "w.sock", timeout=60, read_only=True)
+        answered.result(60)

@@ -59,7 +59,8 @@ def test_what_can_change_changes_and_the_rest_is_named(start_daemon: StartDaemon
 def test_every_setting_does_what_its_documentation_says(start_daemon: StartDaemon, tmp_path: Path) -> None:
     other = {"socket_mode": "0666", "transport": "cuda_ipc", "budget": "64MiB", "pool": "1MiB", "isolation": "uid",
              "admins": "54321", "max_user_bytes": "1GiB", "log_level": "warning", "log_format": "json",
-             "model_roots": ["/x"], "preload": ["/x/y"], "metrics": "127.0.0.1:7"}  # fmt: skip
+             "model_roots": ["/x"], "preload": ["/x/y"], "metrics": "127.0.0.1:7",
+             "metrics_access": "remote"}  # fmt: skip
     flags = {"socket", "state_dir", "device"}  # this daemon has flags for these, which count more than the file
     values = {name.name: other.get(name.name, 7) for name in fields(Settings) if name.name not in flags}
     served = Configured(start_daemon, tmp_path / "w.toml", 'log_level = "info"\n')

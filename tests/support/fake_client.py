@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from weightd.inspection import (
+    BlobUsers,
+    DeviceMap,
+    MapExtent,
+    MapSegment,
+    SharedComponents,
+    SharedPair,
+    StoredTensor,
+)
 from weightd.types import (
     CheckpointDetails,
     CheckpointInfo,
@@ -22,8 +30,6 @@ from weightd.types import (
     LoadResult,
     SourceFile,
     Stats,
-    TensorInfo,
-    TensorKey,
     VerifyProgress,
     VersionInfo,
 )
@@ -52,14 +58,20 @@ CHECKPOINT = CheckpointInfo(
     owner="ada",
 )
 RESULT = LoadResult("org/base", DIGEST, 3, 2 * GIB, GIB, GIB, 7, 1.25, "host")
-TENSOR = TensorInfo("unet", "w", "F32", (2, 3), 0, 256, 24, b"\x01" * 16, 0, 0)
-
-
-class FakeAttachment(contextlib.nullcontext[Any]):
-    tensors = {TensorKey("unet", "w"): TENSOR}  # noqa: RUF012 - never changed
-
-    def __enter__(self) -> Self:
-        return self
+TENSOR = StoredTensor(
+    "unet", "w", "F32", (2, 3), 24, b"\x01" * 16, 0, 3, 256, "model.safetensors", BlobUsers((f"sha256:{DIGEST}",))
+)
+MAP = DeviceMap(
+    "host", 7, (MapSegment(3, 2 * GIB), MapSegment(5, GIB)),
+    (
+        MapExtent(3, 0, GIB, "blobs", 2, BlobUsers((f"sha256:{DIGEST}",))),
+        MapExtent(3, GIB, GIB // 2, "blobs", 1, BlobUsers((f"sha256:{DIGEST}", "sha256:" + "cd" * 32))),
+        MapExtent(3, GIB + GIB // 2, GIB // 2, "hole"),
+        MapExtent(5, 0, GIB // 4, "in_flight", load=9),
+        MapExtent(5, GIB // 4, GIB - GIB // 4, "hollow"),
+    ),
+    {f"sha256:{DIGEST}": "org/base", "sha256:" + "cd" * 32: ""},
+)  # fmt: skip
 
 
 class FakeClient:
@@ -118,8 +130,11 @@ class FakeClient:
             device,
         )
 
-    def attach(self, reference: str, *, device: str | None, manifest_only: bool) -> Any:
-        return self._answer("attach", FakeAttachment(), reference, device, manifest_only)
+    def tensors(self, reference: str, device: str | None = None) -> Any:
+        return self._answer("tensors", [TENSOR], reference, device)
+
+    def device_map(self, device: str | None = None) -> Any:
+        return self._answer("device_map", MAP, device)
 
     def leases(self) -> Any:
         lease = LeaseInfo(7, 4242, 1000, "ada", "python serve.py", "org/base", "host", 2 * GIB, LOADED, waiting=False)
@@ -127,19 +142,22 @@ class FakeClient:
 
     def stats(self) -> Any:
         device = DeviceStats("host", "host", "host memory", 8 * GIB, 3 * GIB, 2 * GIB, GIB, 0, 5 * GIB, 3, 4 * GIB)
+        device = replace(device, pinned_bytes=GIB, leased_bytes=GIB, evictable_bytes=MIB, hole_bytes=3 * MIB)
         return self._answer(
             "stats",
-            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2),
+            Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2, revision=1),
         )
 
     def loads(self) -> Any:
         return self._answer("loads", [])
 
-    def sharing(self) -> Any:
-        return self._answer("sharing", [])
-
     def close(self) -> None:
         self.closed += 1
+
+    def sharing(self, reference: str | None = None, device: str | None = None, *, most: int | None = None) -> Any:
+        part = SharedComponents("unet", "unet", 50 * MIB)
+        pair = SharedPair("host", DIGEST, "cd" * 32, "org/base", "tuned", 50 * MIB, 20 * MIB, (part,))
+        return self._answer("sharing", [pair], reference, device, most)
 
     def pin(self, reference: str, device: str | None = None) -> Any:
         return self._answer("pin", CHECKPOINT, reference, device)

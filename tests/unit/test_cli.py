@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from support.fake_client import CHECKPOINT, DIGEST, GIB, LOADED, RESULT, FakeAttachment, FakeClient, Terminal
+from support.fake_client import CHECKPOINT, DIGEST, GIB, LOADED, RESULT, TENSOR, FakeClient, Terminal
 from weightd import remembered
 from weightd.cli import main
 from weightd.errors import (
@@ -23,18 +23,16 @@ from weightd.errors import (
     DaemonBusyError,
     DaemonUnreachableError,
     DigestMismatchError,
-    DrainingError,
     InUseError,
     NotFoundError,
     PermissionDeniedError,
     ProtocolMismatchError,
     WeightdError,
 )
+from weightd.inspection import StoredTensor
 from weightd.resolve import files_of
 from weightd.types import (
     DigestIndexStats,
-    TensorInfo,
-    TensorKey,
 )
 
 pytest.importorskip("typer")
@@ -198,11 +196,16 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["groups"] == []
     assert found["checkpoint"]["names"] == ["org/base", "base"]
     assert found["sources"][0]["modified_at"] == "2026-01-02T03:04:05.000Z"
-    assert fake.calls == [("inspect", "base", "host"), ("attach", DIGEST, "host", True)]
+    asked = [("tensors", DIGEST, "host"), ("sharing", DIGEST, "host", None)]
+    assert fake.calls == [("inspect", "base", "host"), *asked]
     assert main(["inspect", "base", "--format", "json", "--tensors"]) == 0
     (tensor,) = as_json(capsys)["tensors"]
-    assert (tensor["name"], tensor["shape"], tensor["digest"]) == ("w", [2, 3], "01" * 16)
-    assert fake.calls[-1] == ("attach", DIGEST, "host", True), "what was inspected, and nothing else that is so called"
+    assert tensor == {
+        "component": "unet", "name": "w", "dtype": "F32", "shape": [2, 3], "length": 24, "digest": "01" * 16,
+        "variant": 0, "segment": 3, "offset": 256, "file": "model.safetensors", "checkpoints": [f"sha256:{DIGEST}"],
+        "others": 0,
+    }  # fmt: skip
+    assert fake.calls[-2:] == asked, "what was inspected, and nothing else that is so called"
     assert main(["inspect", "base", "--tensors"]) == 0
     printed = capsys.readouterr().out
     assert "2x3" in printed
@@ -214,23 +217,19 @@ def test_inspect(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert fake.calls == [("inspect", "base", None)]
 
 
-def layer(number: int, offset: int, *, dtype: str = "BF16", component: str = "") -> list[TensorInfo]:
+def layer(number: int, offset: int, *, dtype: str = "BF16", component: str = "") -> list[StoredTensor]:
     """q, k, v of a layer, one behind the other from an offset on."""
-    return [
-        TensorInfo(component, f"m.layers.{number}.self_attn.{part}_proj.weight", dtype, (64, 64), 0,
-                   offset + at * 8192, 8192, b"\x01" * 16, 0, 0)
-        for at, part in enumerate("qkv")
-    ]  # fmt: skip
+    names = [f"m.layers.{number}.self_attn.{part}_proj.weight" for part in "qkv"]
+    one = replace(TENSOR, component=component, dtype=dtype, shape=(64, 64), length=8192)
+    return [replace(one, name=name, offset=offset + at * 8192) for at, name in enumerate(names)]
 
 
-def shows(fake: FakeClient, tensors: list[TensorInfo]) -> None:
-    attachment = FakeAttachment()
-    attachment.tensors = {TensorKey(one.component, one.name): one for one in tensors}  # type: ignore[misc]  # its own
-    fake.answers["attach"] = attachment
+def shows(fake: FakeClient, tensors: list[StoredTensor]) -> None:
+    fake.answers["tensors"] = tensors
 
 
 def test_inspect_says_which_groups_lie_in_a_row(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
-    apart = [one._replace(offset=one.offset + 256 * at) for at, one in enumerate(layer(2, 1 << 20))]
+    apart = [replace(one, offset=one.offset + 256 * at) for at, one in enumerate(layer(2, 1 << 20))]
     shows(fake, [*layer(0, 0), *layer(1, 1 << 16), *apart])
     assert main(["inspect", "base"]) == 0
     printed = capsys.readouterr().out
@@ -254,24 +253,24 @@ def test_inspect_says_which_groups_lie_in_a_row(fake: FakeClient, capsys: pytest
 def test_inspect_says_nothing_of_groups_where_there_are_none(
     fake: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake.answers["attach"] = DrainingError("it drains")
+    fake.answers["tensors"] = ProtocolMismatchError("it is too old")
     assert main(["inspect", "base"]) == 0
     assert "GROUP" not in (printed := capsys.readouterr().out)
     assert "groups " not in printed
-    assert main(["inspect", "base", "--tensors"]) == DrainingError.exit_code
+    assert main(["inspect", "base", "--tensors"]) == ProtocolMismatchError.exit_code
     fake.calls.clear()
     fake.answers["inspect"] = replace(fake.inspect("m"), checkpoint=replace(CHECKPOINT, content_digest=""))
     fake.calls.clear()
     assert main(["inspect", "base"]) == 0
-    assert [call[0] for call in fake.calls] == ["inspect"], "one that is being loaded has nothing to attach"
+    assert [call[0] for call in fake.calls] == ["inspect"], "one that is being loaded has no tensors"
 
 
 @pytest.mark.parametrize("columns", [80, 60, 132])
 def test_groups_fit_the_terminal(
     fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    long = [one._replace(name=f"{'very_long_name.' * 8}{one.name}", component="text_encoder") for one in layer(0, 0)]
-    odd = [one._replace(shape=(1, 5), length=10) for one in layer(1, 1 << 20)]
+    long = [replace(one, name=f"{'very_long_name.' * 8}{one.name}", component="text_encoder") for one in layer(0, 0)]
+    odd = [replace(one, shape=(1, 5), length=10) for one in layer(1, 1 << 20)]
     shows(fake, [*long, *odd])
     monkeypatch.setenv("COLUMNS", str(columns))
     assert main(["inspect", "base"]) == 0
@@ -668,12 +667,14 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "unpin",
         "rm",
         "stats",
+        "map",
         "verify",
         "events",
         "drain",
         "doctor",
         "ping",
         "version",
+        "token",
         "unit",
         "config",
     ]

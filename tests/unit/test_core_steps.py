@@ -370,3 +370,24 @@ def test_what_comes_and_goes_unseen_costs_nothing_and_is_not_kept() -> None:
     desk.store.remove(first)
     assert not desk.store.sharing.behind
     assert desk.store.sharing.sharer(first) is None
+
+
+def test_a_device_that_is_lost_while_the_index_goes_through_it_is_left_alone() -> None:
+    desk = Desk(tensors=8 * WORK_IN_A_STEP)
+    desk.load("a", count=3 * WORK_IN_A_STEP)
+    assert desk.store.sharing.go_on()
+    (lost,) = desk.store.lose("host", "it fell off the bus")
+    assert not desk.store.sharing.behind
+    catch_up(desk.store)
+    assert desk.store.sharing.on("host").used_bytes == desk.store.sharing.exclusive_bytes(lost) == 0
+
+
+def test_for_the_index_a_seal_and_an_eviction_leave_a_note_however_many_tensors_there_are() -> None:
+    desk = Desk()
+    first = desk.load("a")
+    sharing = desk.store.sharing
+    catch_up(desk.store)
+    assert operations(lambda: sharing.went(first)) < 50
+    catch_up(desk.store)
+    assert operations(lambda: sharing.came(first)) < 50
+    assert operations(lambda: sharing.marked(first)) < 50

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from weightd._proto.v1 import inspection_pb2_grpc
 
+_MOST_ROWS = 5000
+"""Rows that a page may have."""
 _ATTEMPTS = 3
 """How often a map is asked for that changes between its pages."""
 
@@ -61,14 +63,17 @@ class InspectionRpc:
                 return _map_from(pages, pages[0].revision)
         return _map_from(pages, None)
 
-    def sharing(self, reference: str, device: str) -> list[SharedPair]:
-        """Pairs that have bytes in common, each once: of one that moved between pages the later figures."""
-        request = inspection_pb2.ListSharingRequest(reference=reference, device=device, page_size=self._page_size)
+    def sharing(self, reference: str, device: str, most: int | None = None) -> list[SharedPair]:
+        """At most so many pairs that have bytes in common, each once: of one that moved the later figures."""
+        rows = self._page_size if most is None else min(most, _MOST_ROWS)
+        request = inspection_pb2.ListSharingRequest(reference=reference, device=device, page_size=rows)
         pairs: dict[tuple[str, str, str], SharedPair] = {}
         for page in self._pages(self._stub.ListSharing, request):
             for pair in map(_pair_reader(page.checkpoints), page.pairs):
                 pairs[pair.device, pair.one, pair.other] = pair
-        return list(pairs.values())
+            if most is not None and len(pairs) >= most:
+                break
+        return list(pairs.values())[:most]
 
     def tensors(self, reference: str, device: str) -> list[StoredTensor]:
         """The tensors of a checkpoint."""

@@ -14,6 +14,7 @@ import weightd
 from weightd.cli import (
     changing,
     daemon,
+    device_map,
     doctor,
     events,
     inspecting,
@@ -90,6 +91,7 @@ app.command("pin")(changing.pin)
 app.command("unpin")(changing.unpin)
 app.command("rm")(changing.rm)
 app.command("stats")(usage.stats)
+app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
 app.command("top")(watching.top)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,11 +27,16 @@ from weightd.cli.context import (
 from weightd.cli.listing import LS_KEYS, pick
 from weightd.cli.output import ago, digest, emit, emit_json, plural, printable
 from weightd.cli.output import device as short_device
+from weightd.cli.partners import ask, print_partners
 from weightd.cli.rows import print_rows, rows_json, summary
 from weightd.cli.tables import Column, elided, emit_table, terminal_width
 from weightd.errors import WeightdError
+from weightd.inspection import SharedPair, StoredTensor
 from weightd.remembered import Row
-from weightd.types import CheckpointDetails, TensorInfo
+from weightd.types import CheckpointDetails, CheckpointInfo
+
+if TYPE_CHECKING:
+    from weightd.client import Client
 
 _LABEL = 10
 _LEAST_VALUE = 20
@@ -53,6 +58,7 @@ _TENSOR_COLUMNS = (
     Column("DTYPE", common=True),
     Column("SHAPE"),
     Column("BYTES", right=True),
+    Column("USED BY", right=True, common=True, spare=4),
     Column("SEGMENT", right=True, spare=2),
     Column("OFFSET", right=True, spare=1),
     Column("DIGEST", spare=3),
@@ -70,8 +76,9 @@ def inspect(
     wide: WideOption = False,
     socket: SocketOption = None,
 ) -> None:
-    """Show one checkpoint with its components and files.
+    """Show one checkpoint: components, files, who shares with it.
 
+    What ONLY THEY have, nobody else uses: it is freed when both have gone, beside what each has alone.
     Groups are tensors that frameworks fuse into one; if they lie in a row, the fused tensor needs no copy.
 
     \b
@@ -80,30 +87,56 @@ def inspect(
       weightd inspect base --tensors --wide
       weightd inspect org/name --format json
     """
-    listed: list[TensorInfo] = []
+    listed: list[StoredTensor] = []
     with open_client(context, socket) as client:
         details = client.inspect(meant(reference, variant), device)
         found = details.checkpoint  # on whatever device: the reference alone might be loaded on another
         if tensors or (found.content_digest and (output is OutputFormat.JSON or not quiet)):
             try:
-                with client.attach(found.content_digest, device=found.device, manifest_only=True) as attachment:
-                    listed = list(attachment.tensors.values())
-            except WeightdError:  # its device is absent, the daemon drains, or it went meanwhile
+                listed = client.tensors(found.content_digest, found.device)
+            except WeightdError:  # it went meanwhile, or the daemon is older
                 if tensors:
                     raise
+        asked = output is OutputFormat.JSON or not quiet
+        partners = _partners(client, found, every=wide or output is OutputFormat.JSON) if asked else None
     with saying_what_is_chosen(quiet=quiet):
         rows = remembered.rows(listed)
     if output is OutputFormat.JSON:
-        more = {"tensors": [tensor._asdict() for tensor in listed]} if tensors else {}
-        emit_json(_details_json(details) | {"groups": rows_json(rows, members=tensors)} | more)
+        more = {"tensors": [_tensor_json(tensor) for tensor in listed]} if tensors else {}
+        shared = {"partners": None if partners is None else [_partner_json(pair) for pair in partners]}
+        emit_json(_details_json(details) | shared | {"groups": rows_json(rows, members=tensors)} | more)
     elif quiet:
         emit(printable(details.checkpoint.content_digest))
     else:
         _print_checkpoint(details, rows, wide=wide)
         _print_parts(details, wide=wide)
+        print_partners(partners or (), terminal_width(wide=wide), wide=wide)
         print_rows(rows, full=wide)
         if tensors:
             _print_tensors(listed, wide=wide)
+
+
+def _partners(client: Client, found: CheckpointInfo, *, every: bool) -> list[SharedPair] | None:
+    """What a checkpoint shares with which others; None where that is not known."""
+    if not found.content_digest or not found.shared_bytes:  # one that is being loaded has none yet
+        return []
+    try:
+        return ask(client, found.content_digest, found.device, every=every)
+    except WeightdError:  # it went meanwhile
+        return None
+
+
+def _partner_json(pair: SharedPair) -> dict[str, Any]:
+    return {
+        "name": pair.other_name,
+        "content_digest": pair.other,
+        "shared_bytes": pair.shared_bytes,
+        "only_bytes": pair.only_bytes,
+        "components": [
+            {"component": part.one, "partner_component": part.other, "shared_bytes": part.shared_bytes}
+            for part in pair.components
+        ],
+    }
 
 
 def _details_json(details: CheckpointDetails) -> dict[str, Any]:
@@ -196,7 +229,13 @@ def _print_parts(details: CheckpointDetails, *, wide: bool) -> None:
         )
 
 
-def _print_tensors(tensors: Sequence[TensorInfo], *, wide: bool) -> None:
+def _tensor_json(tensor: StoredTensor) -> dict[str, Any]:
+    table = asdict(tensor)
+    users = table.pop("users")
+    return table | {"checkpoints": users["checkpoints"], "others": users["others"]}
+
+
+def _print_tensors(tensors: Sequence[StoredTensor], *, wide: bool) -> None:
     emit("")
     emit_table(
         _TENSOR_COLUMNS,
@@ -207,6 +246,7 @@ def _print_tensors(tensors: Sequence[TensorInfo], *, wide: bool) -> None:
                 tensor.dtype,
                 "x".join(map(str, tensor.shape)) or "scalar",
                 str(tensor.length),
+                str(len(tensor.users.checkpoints) + tensor.users.others),
                 str(tensor.segment),
                 str(tensor.offset),
                 tensor.digest.hex()[: None if wide else 12],

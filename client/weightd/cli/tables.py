@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from rich.cells import cell_len
@@ -39,7 +40,7 @@ class Column(NamedTuple):
 
     `elided` cells are shortened in the middle. A `common` column is left out where all rows agree, and its value is
     said below the table. Columns with a `spare` number above 0 are left out if the table is still too wide, the highest
-    number first.
+    number first. `marks` are colours of single characters.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Column(NamedTuple):
     common: bool = False
     spare: int = 0
     colours: Mapping[str, str] = {}
+    marks: Mapping[str, str] = {}
 
 
 class Fitted(NamedTuple):
@@ -90,7 +92,7 @@ def emit_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], w
         table.add_column(Text(head.title), justify="right" if head.right else "left", overflow="fold")
     for row in cells:
         # Text, not str: a name may hold brackets, which rich would take for markup.
-        table.add_row(*(Text(cell, head.colours.get(cell, "")) for head, cell in zip(heads, row, strict=True)))
+        table.add_row(*(_coloured(cell, head) for head, cell in zip(heads, row, strict=True)))
     with console.capture() as capture:
         console.print(table)
     emit("\n".join(line.rstrip() for line in capture.get().splitlines()))
@@ -114,6 +116,12 @@ def emit_line(parts: Sequence[tuple[str, str]], width: int | None) -> None:
         console.print(line, soft_wrap=True, end="")
     emit(capture.get().rstrip())
     flush()
+
+
+def _coloured(cell: str, head: Column) -> Text:
+    if head.marks:
+        return Text.assemble(*(("".join(same), head.marks.get(mark, "")) for mark, same in groupby(cell)))
+    return Text(cell, head.colours.get(cell, ""))
 
 
 def _console() -> Console:

@@ -18,7 +18,7 @@ _SECONDS = 5.0
 
 
 def token(context: typer.Context, output: FormatOption = OutputFormat.TABLE, socket: SocketOption = None) -> None:
-    """Print a read-only token for gRPC tools, and keep it valid until Ctrl-C.
+    """Hold a read-only token for gRPC tools until Ctrl-C.
 
     A call passes the token as metadata, with the key weightd-token. It can look at everything that you may see, and
     change nothing. The first line of the output is the token.

@@ -13,8 +13,9 @@ from weightd.cli.context import FormatOption, OutputFormat, QuietOption, SocketO
 from weightd.cli.listing import say_state
 from weightd.cli.output import device as short_device
 from weightd.cli.output import emit, emit_json, plural, printable
-from weightd.cli.pairs import DeviceHolds, SharedPair, SharingReport, sharing
+from weightd.cli.partners import ask, pair_json, print_pairs
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
+from weightd.inspection import SharedPair
 from weightd.types import DeviceStats, Stats
 
 _COLUMNS = (
@@ -27,21 +28,14 @@ _COLUMNS = (
     Column("PINNED", right=True),
     Column("LEASED", right=True),
     Column("EVICTABLE", right=True),
+    Column("HOLES", right=True, spare=6),
     Column("REUSABLE", right=True, spare=4),
     Column("IN FLIGHT", right=True, spare=7),
     Column("FREE", right=True, spare=1),
     Column("SEGMENTS", right=True, spare=8),
 )
-_PAIR_COLUMNS = (
-    Column("SHARED", right=True),
-    Column("BETWEEN", elided=True),
-    Column("AND", elided=True),
-    Column("COMPONENTS", elided=True, common=True, spare=1),
-    Column("DEVICE", common=True, spare=2),
-)
-_NOTHING = DeviceHolds(0, 0, 0)
-_MOST_PAIRS = 10
-"""Pairs that the table has; --wide prints all."""
+
+_FIGURES = ("pinned_bytes", "leased_bytes", "evictable_bytes", "hole_bytes")
 
 
 def stats(
@@ -53,8 +47,9 @@ def stats(
 ) -> None:
     """Show memory use, savings, and who shares with whom.
 
-    EVICTABLE is what an eviction of all checkpoints that are neither pinned nor leased would free; REUSABLE is freed
-    memory that the daemon keeps: holes in segments, and the pool.
+    EVICTABLE is what an eviction of all checkpoints that are neither pinned nor leased would free now. REUSABLE is
+    freed memory that the daemon keeps: HOLES in segments that are in use, and the pool. Of pairs, ONLY THEY is what
+    nobody else uses: it is freed when both have gone, beside what each has alone.
 
     \b
     Examples:
@@ -64,11 +59,11 @@ def stats(
     """
     with open_client(context, socket) as client:
         found = client.stats()
-        # It asks for each checkpoint's list of tensors, which is an event each: not for whoever polls.
+        # There may be very many pairs: not for a program that polls.
         wanted = not quiet and (wide or output is not OutputFormat.JSON)
-        shares = sharing(client) if wanted else SharingReport({}, (), "not asked for: --wide")
+        pairs = ask(client, every=wide) if wanted else None
     if output is OutputFormat.JSON:
-        emit_json(_json(found, shares))
+        emit_json(_json(found, pairs))
         return
     if quiet:
         for device in found.devices:
@@ -80,7 +75,7 @@ def stats(
             device.kind,
             device.name,
             *map(size, (device.budget_bytes, device.used_bytes, device.live_bytes)),
-            *_held(device, shares),
+            *_held(found, device),
             *map(size, (device.reusable_bytes, device.in_flight_bytes, device.free_bytes)),
             str(device.segments),
         )
@@ -88,8 +83,8 @@ def stats(
     ]
     width = terminal_width(wide=wide)
     emit_table(_COLUMNS, rows, width)
-    if shares.missing:
-        emit_text(f"PINNED, LEASED, EVICTABLE and pairs are not known: {shares.missing}", width)
+    if pairs is None:
+        emit_text("PINNED, LEASED, EVICTABLE, HOLES and pairs are not known: the daemon is too old to say", width)
     for device in found.devices:
         if device.absence:
             emit_text(f"{device.uuid} is absent: {device.absence}", width)
@@ -116,46 +111,18 @@ def stats(
     if index is not None and (index.problem or index.failures):
         now = f"cannot be used: {index.problem}; loads read more" if index.problem else "can be used again"
         emit_text(f"digest index {index.path} {now}, {plural(index.failures, 'failure')} since the start", width)
-    _print_pairs(shares.pairs, width, wide=wide)
+    print_pairs(pairs or (), width, wide=wide)
     say_state(found.state)
 
 
-def _json(found: Stats, shares: SharingReport) -> dict[str, Any]:
-    """The daemon's statistics, with what was computed here; figures that are not known are null."""
-    unknown = dict.fromkeys(("pinned_bytes", "leased_bytes", "evictable_bytes"))
+def _json(found: Stats, pairs: Sequence[SharedPair] | None) -> dict[str, Any]:
+    """The daemon's statistics; figures that it is too old to know, and pairs that were not asked for, are null."""
     table = asdict(found)
-    for device in table["devices"]:
-        held = None if shares.missing else shares.devices.get(device["uuid"], _NOTHING)
-        device.update(unknown if held is None or device["absence"] else asdict(held))
-    return table | {"pairs": None if shares.missing else [asdict(pair) for pair in shares.pairs]}
+    if not found.revision:
+        for device in table["devices"]:
+            device.update(dict.fromkeys(_FIGURES))
+    return table | {"pairs": None if pairs is None else [pair_json(pair) for pair in pairs]}
 
 
-def _held(device: DeviceStats, shares: SharingReport) -> tuple[str, str, str]:
-    if shares.missing or device.absence:
-        return "-", "-", "-"
-    held = shares.devices.get(device.uuid, _NOTHING)
-    return size(held.pinned_bytes), size(held.leased_bytes), size(held.evictable_bytes)
-
-
-def _print_pairs(pairs: Sequence[SharedPair], width: int | None, *, wide: bool) -> None:
-    if not pairs:
-        return
-    shown = pairs if wide else pairs[:_MOST_PAIRS]
-    rows: list[tuple[str, ...]] = [
-        (
-            size(pair.shared_bytes),
-            *pair.checkpoints,
-            ", ".join(pair.components) or "-",
-            short_device(pair.device, full=wide),
-        )
-        for pair in shown
-    ]
-    columns = list(_PAIR_COLUMNS)
-    if all(pair.device == "host" for pair in pairs):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    if not any(pair.components for pair in pairs):
-        columns, rows = [*columns[:3], *columns[4:]], [(*row[:3], *row[4:]) for row in rows]
-    emit("")
-    emit_table(columns, rows, width)
-    if len(shown) < len(pairs):
-        emit_text(f"and {plural(len(pairs) - len(shown), 'pair')} more; --wide lists all", width)
+def _held(found: Stats, device: DeviceStats) -> list[str]:
+    return [size(getattr(device, figure)) if found.revision else "-" for figure in _FIGURES]

@@ -28,6 +28,8 @@ _PRIVATE_SHARE = 0.005
 """The part of a core that reading private copies may take. The kernel walks all pages of a process for it."""
 _EVENTS = 100
 """Events that are kept to be shown."""
+_PAIRS = 5_000
+"""Pairs that are asked for, those with most in common: a page."""
 _JOIN_SECONDS = 2.0
 
 
@@ -172,7 +174,7 @@ class DaemonReader:
         if before is not None and content == asked.content and asked.revision is not None:
             pairs = before.pairs  # pins and leases change no bytes
         else:
-            pairs, why = _told(client.sharing)
+            pairs, why = _told(lambda: client.sharing(most=_PAIRS))
             missing = missing or why
         asked.content = content
         return replace(answers, loads=loads, pairs=pairs, totals=totals, missing=missing)

@@ -11,6 +11,7 @@ from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
+from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.loads.loads import Loads
 from weightd_daemon.monitoring.event_stream import MonitoringEventStream
@@ -39,6 +40,7 @@ class GrpcServiceContext(NamedTuple):
     absences: AbsentDevices
     forgetting: DeviceForgetting
     sharing: SharingUpkeep
+    manifests: ManifestHandles
     in_force: SettingsInForce
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from weightd._proto.v1 import inspection_pb2, inspection_pb2_grpc
-from weightd_daemon.devices.naming import meant
+from weightd_daemon.devices.naming import meant, place
 from weightd_daemon.inspection.loads_under_way import list_loads
 from weightd_daemon.inspection.running_settings import list_settings
+from weightd_daemon.inspection.segment_map import SegmentMaps
 from weightd_daemon.inspection.sharing_list import SharingList
+from weightd_daemon.inspection.stored_tensors import StoredTensors
 
 from .context import GrpcServiceContext
 from .error_mapping import Context
@@ -18,13 +20,30 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
     def __init__(self, parts: GrpcServiceContext) -> None:
         self._parts = parts
         self._sharing = SharingList(parts.store, parts.catalog, parts.sharing)
+        self._tensors = StoredTensors(parts.store, parts.catalog, parts.manifests, parts.sharing)
+        self._maps = SegmentMaps(parts.store, parts.catalog, parts.sharing)
 
-    async def ListSharing(  # noqa: N802  # named by the proto
+    async def GetMap(  # noqa: N802  # named by the proto
+        self, request: inspection_pb2.GetMapRequest, context: Context
+    ) -> inspection_pb2.GetMapResponse:
+        """A page of the map of a device."""
+        parts = self._parts
+        _, who = parts.caller(context)
+        return await self._maps.page(who, request, place(parts.devices, parts.default_device, request.device))
+
+    async def ListSharing(  # noqa: N802
         self, request: inspection_pb2.ListSharingRequest, context: Context
     ) -> inspection_pb2.ListSharingResponse:
         """A page of the pairs that share."""
         _, who = self._parts.caller(context)
         return await self._sharing.page(who, request, meant(self._parts.devices, request.device))
+
+    async def ListTensors(  # noqa: N802
+        self, request: inspection_pb2.ListTensorsRequest, context: Context
+    ) -> inspection_pb2.ListTensorsResponse:
+        """A page of the tensors of a checkpoint."""
+        _, who = self._parts.caller(context)
+        return await self._tensors.page(who, request, meant(self._parts.devices, request.device))
 
     async def ListLoads(  # noqa: N802
         self, request: inspection_pb2.ListLoadsRequest, context: Context

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd.types import ALIGNMENT
 
-from .ranges import RangeSet
+from .ranges import RangeSet, gaps
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -47,6 +47,19 @@ def without(granted: Iterable[Extent], keep: Iterable[Extent]) -> list[Extent]:
     for extent in keep:
         by_segment[extent.segment].remove(extent.offset, extent.end)
     return [Extent(segment, start, end - start) for segment, ranges in by_segment.items() for start, end in ranges]
+
+
+class UnusedRanges(NamedTuple):
+    """Bytes of a part of a segment that hold nothing, as ranges [start, end) that ascend."""
+
+    holes: list[tuple[int, int]]
+    """Free, with memory behind them."""
+    hollow: list[tuple[int, int]]
+    """Free, without."""
+    leaving: list[tuple[int, int]]
+    """On their way back to the system."""
+    set_aside: list[tuple[int, int]]
+    """In quarantine, or free in a frozen segment: somebody else may still use them."""
 
 
 class _Segment:
@@ -277,11 +290,7 @@ class Arena:
         for free_start, free_end in books.free.within(low, high):
             first, last = round_up(free_start, self.page), free_end // self.page * self.page
             hollow = books.sparse.within(first, last)
-            position = first
-            for sparse_start, sparse_end in [*hollow, (last, last)]:
-                if position < sparse_start:
-                    leaving.append(Extent(segment, position, sparse_start - position))
-                position = sparse_end
+            leaving += [Extent(segment, position, sparse - position) for position, sparse in gaps(first, last, hollow)]
         for extent in leaving:
             books.free.remove(extent.offset, extent.end)
             books.leaving.add(extent.offset, extent.end)
@@ -304,6 +313,20 @@ class Arena:
         for start, end in books.leaving:
             ranges.add(start, end)
         return ranges
+
+    def unused(self, segment: int, start: int, end: int) -> UnusedRanges:
+        """What of [start, end) holds nothing."""
+        books = self._segments[segment]
+        holes: list[tuple[int, int]] = []
+        hollow: list[tuple[int, int]] = []
+        for low, high in books.free.within(start, end):
+            without_memory = books.sparse.within(low, high)
+            holes += gaps(low, high, without_memory)
+            hollow += without_memory
+        set_aside = books.quarantined.within(start, end)
+        if books.frozen:
+            holes, set_aside = [], sorted(holes + set_aside)
+        return UnusedRanges(holes, hollow, books.leaving.within(start, end), set_aside)
 
     def populated_hole_bytes(self) -> int:
         """Bytes of whole free pages that have memory behind them: what the next load can have at once."""

@@ -102,11 +102,11 @@ class Catalog:
 
     def named(self, who: Principal, name: str) -> tuple[CatalogTag, str] | None:
         """What a name that `who` may see points to, and its state as in `listed`; its own domain's come first."""
-        domains = [who.domain, *(domain for domain, other in self._tags if who.admin and other == name)]
-        for domain in domains:
-            if (tag := self._tags.get((domain, name))) is not None:
-                return tag, self._state(domain, tag.content_digest)
-        return None
+        domain = who.domain
+        if who.admin and (domain, name) not in self._tags:
+            domain = next((other for other, called in self._tags if called == name), domain)
+        tag = self._tags.get((domain, name))
+        return None if tag is None else (tag, self._state(domain, tag.content_digest))
 
     def restore(self, domain: str, name: str, tag: CatalogTag) -> None:
         """Enter a name that an earlier daemon knew; a default one only if its content is resident."""

@@ -87,6 +87,10 @@ class MemoryAccounting:
         """Number of segments."""
         return len(self._domain_of)
 
+    def domains(self) -> dict[int, str]:
+        """The sharing domain of each segment, in the order of their numbers."""
+        return dict(sorted(self._domain_of.items()))
+
     @property
     def reclaiming(self) -> bool:
         """Whether memory is on its way: a request that fails now may succeed when it has arrived."""

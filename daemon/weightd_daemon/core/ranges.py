@@ -6,7 +6,19 @@ from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+
+def gaps(start: int, end: int, parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is left of [start, end) without these parts of it, which ascend and do not overlap."""
+    left, position = [], start
+    for low, high in parts:
+        if position < low:
+            left.append((position, low))
+        position = high
+    if position < end:
+        left.append((position, end))
+    return left
 
 
 class RangeSet:

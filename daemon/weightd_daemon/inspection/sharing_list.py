@@ -73,7 +73,7 @@ class SharingList:
         return response
 
     def _asked(self, who: Principal, reference: Checkpoint | None, device: str) -> list[Checkpoint]:
-        """The checkpoints whose pairs are asked for."""
+        """The checkpoints whose pairs are asked for, in the order in which they came."""
         if reference is not None:
             return [reference]
         return [one for one in self._catalog.visible(who) if device in ("", one.key.device)]
@@ -151,8 +151,9 @@ class SharingList:
 
 
 def _range(one: Sharer, best: list[_Pair], begin: tuple[int, int, int], most: int) -> range:
-    """How many bytes a checkpoint may have in common with another for a pair that is behind `begin` and in `best`."""
-    least = 1
-    if len(best) == most:
-        least = best[0].shared_bytes + (-one.number < best[0].before_one)
+    """How many bytes a checkpoint may have in common with another for a pair that is behind `begin` and in `best`.
+
+    As checkpoints are asked for in the order of their numbers, its pairs are behind those with as much in common.
+    """
+    least = best[0].shared_bytes + 1 if len(best) == most else 1
     return range(least, min(begin[0] - (-one.number > begin[1]), one.most_shared_bytes) + 1)

@@ -38,6 +38,12 @@ _ATTACH_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1
 _LOAD_BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _EVICTIONS = ("capacity", "removed", "lost", "drained")
 _DEVICE = ("device", "kind")
+_DEVICE_FIGURES = {
+    "pinned_bytes": "Bytes of blobs of pinned checkpoints.",
+    "leased_bytes": "Bytes of blobs of leased checkpoints; what is pinned, too, counts in both.",
+    "evictable_bytes": "Bytes of blobs that an eviction of all that is neither pinned nor leased would free.",
+    "hole_bytes": "Reusable bytes in segments that hold something; the other reusable bytes are the pool.",
+}
 _METHODS = [
     f"{service.name}/{method.name}"
     for file in (checkpoint_pb2, lease_pb2, daemon_pb2)
@@ -173,6 +179,10 @@ class _Books(Collector):
             labels=_DEVICE,
         )  # fmt: skip
         segments = GaugeMetricFamily("weightd_device_segments", "Segments.", labels=_DEVICE)
+        figures = {
+            field: GaugeMetricFamily(f"weightd_device_{field}", text, labels=_DEVICE)
+            for field, text in _DEVICE_FIGURES.items()
+        }
         absent = GaugeMetricFamily(
             "weightd_device_absent", "1 while the device cannot be served; its budget is what it uses then.",
             labels=_DEVICE,
@@ -190,10 +200,12 @@ class _Books(Collector):
             budget.add_metric(place, device.budget_bytes)
             used.add_metric(place, device.used_bytes)
             segments.add_metric(place, device.segments)
+            for field, family in figures.items():
+                family.add_metric(place, getattr(device, field))
             absent.add_metric(place, bool(device.absence))
             if device.HasField("device_free_bytes"):
                 system.add_metric(place, device.device_free_bytes)
-        yield from (memory, budget, used, system, segments, absent)
+        yield from (memory, budget, used, *figures.values(), system, segments, absent)
 
         yield _gauge("weightd_logical_bytes", "What all checkpoints would take if none shared.", books.logical_bytes)
         yield _gauge("weightd_resident_bytes", "Bytes of blobs, each counted once.", books.resident_bytes)

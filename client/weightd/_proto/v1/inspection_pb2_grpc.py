@@ -79,7 +79,10 @@ class InspectionServiceServicer(object):
     """
 
     def GetMap(self, request, context):
-        """GetMap returns what lies where on a device, segment by segment. Rows are extents. Errors: NOT_FOUND.
+        """GetMap returns what lies where on a device, segment by segment. Rows are extents. A page has fewer rows than asked for
+        where it would take long, or where something changes while it is made: the books are those of its revision. Memory that
+        loads are granted, and memory that is given back, moves within a revision. Errors: NOT_FOUND, INVALID_ARGUMENT (the
+        daemon serves several devices and none is named).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
