@@ -84,6 +84,12 @@ def called(name: str, content_digest: str = "") -> str:
     return (name.rstrip("/").rpartition("/")[2] or name if name.startswith("/") else name) or digest(content_digest)
 
 
+def short_command(command: str) -> str:
+    """Return a command line without the folder of its program."""
+    program, blank, rest = command.partition(" ")
+    return f"{called(program)}{blank}{rest}"
+
+
 def _names(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
     """What each checkpoint is called by its first name or digest; of two paths that end alike, the whole paths."""
     short = {info.name or info.content_digest: called(info.name, info.content_digest) for info in checkpoints}

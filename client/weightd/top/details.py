@@ -10,11 +10,10 @@ from weightd.cli.output import device as short_device
 from weightd.cli.output import digest, plural
 from weightd.cli.tables import Column
 from weightd.inspection import SharedComponents
-from weightd.top.checkpoint_rows import CheckpointRow, Partner
+from weightd.top.checkpoint_rows import CheckpointRow, Partner, short_command
 from weightd.top.columns import aligned
 from weightd.top.lines import Glyphs, Line, clean, padded, wrapped
 from weightd.top.panels import age
-from weightd.top.table import short_command
 from weightd.types import CheckpointDetails
 
 _LABEL = 10

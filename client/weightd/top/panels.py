@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from weightd._sizes import size
@@ -11,7 +12,7 @@ from weightd.cli.output import device as short_device
 from weightd.cli.output import plural
 from weightd.cli.tables import STATES
 from weightd.inspection import LoadInfo
-from weightd.top.checkpoint_rows import called
+from weightd.top.checkpoint_rows import called, short_command
 from weightd.top.lines import (
     Glyphs,
     Line,
@@ -198,6 +199,7 @@ def _event(event: DaemonEvent, width: int, glyphs: Glyphs) -> Line:
     style = "bad" if failed else COLOURS.get(event.kind, "")
     start = f"{event.time.astimezone():%H:%M:%S} "
     kind = f"{event.kind.replace('_', ' ')} "
+    event = replace(event, command=short_command(event.command))
     text = clean(sentence(event, None), glyphs)
     if len(start) + len(kind) + len(text) > width:
         text = clean(sentence(event, _COMMAND), glyphs)

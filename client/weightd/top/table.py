@@ -11,7 +11,7 @@ from weightd._sizes import size
 from weightd.cli.output import device as short_device
 from weightd.cli.output import plural
 from weightd.cli.tables import STATES, Column
-from weightd.top.checkpoint_rows import CheckpointRow, Partner, ProcessRow, TableRow, TableView, called
+from weightd.top.checkpoint_rows import CheckpointRow, Partner, ProcessRow, TableRow, TableView, short_command
 from weightd.top.columns import aligned
 from weightd.top.lines import Glyphs, Line, clean, padded, plain, shortened
 from weightd.top.panels import age
@@ -113,12 +113,6 @@ def _process(process: ProcessRow, widths: tuple[int, int, int], width: int, now:
     )
     command = "loaded it, and has not attached" if process.waiting else clean(short_command(process.command), glyphs)
     return (start, "dim" if process.waiting else ""), (shortened(command, width - cell_len(start)), "dim")
-
-
-def short_command(command: str) -> str:
-    """Return a command line without the folder of its program."""
-    program, blank, rest = command.partition(" ")
-    return f"{called(program)}{blank}{rest}"
 
 
 def _short(name: str) -> str:
