@@ -119,7 +119,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
+bench: $(VENV)/.installed ## measure attach, load, `weightd top`, and what asking a full daemon costs
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/restart.py"
@@ -128,6 +128,8 @@ bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"
 	@$(BIN)/python bench/service.py
+	@echo "bench: bench/top.py"
+	@$(BIN)/python bench/top.py
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"

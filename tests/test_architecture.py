@@ -424,6 +424,7 @@ def test_modules_are_small() -> None:
         ("weightd.attachment", "torch grpc numpy gguf typer rich weightd_daemon"),
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd.integrations.plugins", "torch grpc numpy vllm sglang weightd_daemon"),
+        ("weightd.cli.app", "torch grpc textual weightd.top weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
         ("weightd_daemon.planning", "torch grpc typer rich"),
         ("weightd_daemon.diagnosis", "torch grpc typer rich xxhash cuda pynvml"),

@@ -167,6 +167,30 @@ def test_keys_select_sort_and_filter() -> None:
     stage.play(script)
 
 
+def test_the_selected_row_is_in_sight() -> None:
+    stage = Stage()
+    many = tuple(snapshots.checkpoint(f"{at:02}", f"name-{at:02}", at, 0) for at in range(60))
+    answers = replace(snapshots.ANSWERS, checkpoints=many, leases=(), pairs=(), loads=())
+
+    async def script(pilot: Pilot[None]) -> None:
+        stage.app.publish(replace(snapshots.SNAPSHOT, answers=answers))
+        await pilot.pause()
+        for keys, name in (
+            (["home"], "name-59"),
+            (["end"], "name-00"),
+            (["pageup"], "name-10"),
+            (["k"] * 9, "name-19"),
+        ):
+            await pilot.press(*keys)
+            await pilot.pause()
+            table = stage.text().split("▸")[0]
+            assert name in table
+            assert f"▸ {name}: removing" in stage.text()
+            assert len([line for line in table.splitlines() if line.startswith("name-")]) >= 5
+
+    stage.play(script)
+
+
 def test_a_click_selects() -> None:
     stage = Stage()
 

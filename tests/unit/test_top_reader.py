@@ -112,6 +112,15 @@ def test_everything_is_asked_of_a_daemon_that_does_not_count_or_is_another() -> 
     assert (asked.snapshot.problem, asked.snapshot.since) == ("", None)
 
 
+def test_a_bug_is_shown_instead_of_an_old_screen() -> None:
+    asked = Asked(checkpoints=ZeroDivisionError("division"))
+    asked.round()
+    assert asked.snapshot.problem == "ZeroDivisionError: division"
+    asked.client.answers["checkpoints"] = []
+    asked.round()
+    assert asked.snapshot.problem == ""
+
+
 def test_an_older_daemon_shows_what_it_can() -> None:
     asked = Asked(loads=ProtocolMismatchError("too old"), sharing=ProtocolMismatchError("too old"))
     asked.round()

@@ -39,6 +39,7 @@ _FEW_LINES = 30
 _ABOUT_LINES = 3
 _NOTICE_LINES = 4
 _NOTICE_SECONDS = 20.0
+_WHEEL_ROWS = 3
 
 
 class TopApp(App[None]):
@@ -221,6 +222,14 @@ class TopApp(App[None]):
         if message.line and at < len(self._rows):
             self._select(at)
             self.draw()
+
+    def on_mouse_scroll_down(self) -> None:
+        """Select a row further down."""
+        self.action_by(_WHEEL_ROWS)
+
+    def on_mouse_scroll_up(self) -> None:
+        """Select a row further up."""
+        self.action_by(-_WHEEL_ROWS)
 
     def action_sort(self) -> None:
         """Sort by the next order."""

@@ -127,10 +127,11 @@ class DaemonReader:
             self._asked.revision = None
         try:
             answers = self._round()
-        except WeightdError as error:
+        except Exception as error:  # noqa: BLE001 - if the thread ended, an old screen would look alive
+            problem = str(error) if isinstance(error, WeightdError) else f"{type(error).__name__}: {error}"
             self._anew.set()
             self._since = self._since or now
-            return DaemonSnapshot(now, self._asked.answers, self._last_events(), str(error), self._since)
+            return DaemonSnapshot(now, self._asked.answers, self._last_events(), problem, self._since)
         self._since = None
         return DaemonSnapshot(now, answers, self._last_events())
 
