@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.daemon import eventually
 from support.fake_client import FakeClient
 from weightd.errors import DaemonUnreachableError, ProtocolMismatchError
 
@@ -82,7 +83,7 @@ def test_only_what_has_changed_is_asked() -> None:
     asked.client.answers["stats"] = replace(snapshots.STATS, revision=9)
     asked.client.answers["checkpoints"] = list(snapshots.CHECKPOINTS[1:])
     assert asked.round() == ["stats", "checkpoints", "leases", "loads", "sharing"]
-    assert asked.totals == [()]
+    assert asked.totals == []
 
 
 def test_loads_are_asked_while_there_are_any() -> None:
@@ -110,6 +111,25 @@ def test_everything_is_asked_of_a_daemon_that_does_not_count_or_is_another() -> 
     asked.client.answers["stats"] = snapshots.STATS  # with the same revision
     assert asked.round() == ["stats", "checkpoints", "leases", "loads", "sharing"]
     assert (asked.snapshot.problem, asked.snapshot.since) == ("", None)
+
+
+def test_totals_are_asked_once_for_the_same_gpus_and_hold_nothing_up() -> None:
+    gpu = replace(snapshots.HOST, uuid="GPU-1", kind="cuda_vmm")
+    asked = Asked(stats=replace(snapshots.STATS, devices=(snapshots.HOST, gpu), revision=0))
+    answered = threading.Event()
+
+    def totals(uuids: Iterable[str]) -> dict[str, int]:
+        asked.totals.append(tuple(uuids))
+        answered.wait(60)
+        return {"GPU-1": 80 << 30}
+
+    asked.reader._totals = totals
+    asked.round()
+    asked.round()
+    assert asked.snapshot.answers.totals == {}
+    answered.set()
+    eventually(lambda: asked.round() and asked.snapshot.answers.totals == {"GPU-1": 80 << 30})
+    assert asked.totals == [("GPU-1",)]
 
 
 def test_a_bug_is_shown_instead_of_an_old_screen() -> None:

@@ -119,7 +119,7 @@ def _legend(split: DeviceParts, device: DeviceStats, glyphs: Glyphs) -> list[Lin
         for name, count in split.named()
         if count or name == "free"
     ]
-    if split.outside is not None:
+    if split.outside:
         shown.append(((f"others use {size(split.outside)} of the whole GPU", "dim"),))
     shown.append((("a load can get ", ""), (size(split.room), "title")))
     if split.idle and device.budget_bytes:

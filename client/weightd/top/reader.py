@@ -87,6 +87,7 @@ class DaemonReader:
         self._publish = publish
         self._copies = copies or PrivateCopies()
         self._totals = totals
+        self._known_totals: dict[str, int] = {}
         self._asked = _Asked()
         self._events: deque[DaemonEvent] = deque(maxlen=_EVENTS)
         self._lock = threading.Lock()  # of the events
@@ -158,7 +159,8 @@ class DaemonReader:
                 answers = replace(answers, loads=tuple(client.loads()))
         pids = {lease.pid for lease in answers.leases if lease.pid is not None}
         first, self._first = self._first, frozenset()
-        answers = replace(answers, private=self._copies.look(pids, first, time.monotonic()))
+        private = self._copies.look(pids, first, time.monotonic())
+        answers = replace(answers, private=private, totals=self._known_totals)
         asked.revision, asked.answers = stats.revision, answers
         return answers
 
@@ -167,8 +169,10 @@ class DaemonReader:
         checkpoints = tuple(client.checkpoints())
         answers = DaemonAnswers(stats, checkpoints, tuple(client.leases()))
         gpus = tuple(device.uuid for device in stats.devices if device.kind != "host")
-        totals = before.totals if before is not None and gpus == asked.gpus else self._totals(gpus)
-        asked.gpus = gpus
+        if gpus != asked.gpus:
+            asked.gpus = gpus
+            # In a thread of its own, which a driver that hangs may keep.
+            threading.Thread(target=self._learn_totals, args=(gpus,), name="weightd-top-nvml", daemon=True).start()
         content = frozenset((info.device, info.content_digest, info.name, info.state) for info in checkpoints)
         loads, missing = _told(client.loads)
         pairs: tuple[SharedPair, ...] | None
@@ -178,7 +182,10 @@ class DaemonReader:
             pairs, why = _told(lambda: client.sharing(most=_PAIRS))
             missing = missing or why
         asked.content = content
-        return replace(answers, loads=loads, pairs=pairs, totals=totals, missing=missing)
+        return replace(answers, loads=loads, pairs=pairs, missing=missing)
+
+    def _learn_totals(self, gpus: tuple[str, ...]) -> None:
+        self._known_totals = self._totals(gpus)
 
     def _last_events(self) -> tuple[DaemonEvent, ...]:
         with self._lock:
