@@ -33,8 +33,9 @@ class MapExtent:
 
     `kind` is "blobs", "hole" (free, with memory behind it), "hollow" (free, without), "leaving" (its memory is being
     given back), "in_flight" (granted to the load `load`), "set_aside" (a process that nobody could end may still write
-    there, or the books do not know it) or "others" (of a segment whose content this user may not see). `users` is None but
-    for blobs; blobs without users, which `blobs` does not count, are of checkpoints that have gone, and are freed soon.
+    there, or the books do not know it) or "others" (of a segment whose content this user may not see). `users` is None
+    but for blobs; blobs without users, which `blobs` does not count, are of checkpoints that have gone, and are freed
+    soon.
     """
 
     segment: int
