@@ -27,6 +27,7 @@ _GIVES = {
     "cuda": "memory of NVIDIA GPUs",
     "gguf": "GGUF files",
     "metrics": "the page for Prometheus",
+    "top": "`weightd top`",
 }
 _BASE = "base-packages"
 

@@ -28,7 +28,7 @@ class Finding:
     remedy: str = ""
 
 
-EXTRAS = ("cli", "daemon", "torch", "transformers", "diffusers", "cuda", "gguf", "metrics")
+EXTRAS = ("cli", "daemon", "torch", "transformers", "diffusers", "cuda", "gguf", "metrics", "top")
 """The extras that a user may want; the others are for developers."""
 
 AREAS: dict[str, tuple[str, ...]] = {
