@@ -114,6 +114,12 @@ def test_who_is_compared(tmp_path: Path) -> None:
     assert plan(*paths.values(), headers=True).near_duplicates is None, "that would be reading more than headers"
 
 
+def test_tensors_without_bytes_are_equal(tmp_path: Path) -> None:
+    first = tensors(1, MIB) | {"empty": np.zeros((0, 4), np.float32)}
+    paths = [checkpoints.write(tmp_path / f"{name}.safetensors", first) for name in "ab"]
+    assert plan(*paths).near_duplicates == ()
+
+
 def test_the_number_of_pairs_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "MOST_PAIRS", 2)
     paths = [checkpoints.write_random(tmp_path / f"{seed}.safetensors", 1, 4096, seed) for seed in range(4)]

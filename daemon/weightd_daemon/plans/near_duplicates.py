@@ -74,7 +74,7 @@ def candidates(
         size[name] = sum(tensor.length for tensor in places)
         if size[name] and all(isinstance(tensor.identity, TensorPlace) for tensor in places):
             alike[frozenset(map(label, places))].append(name)
-            bytes_of = frozenset((label(tensor), tensor.identity) for tensor in tensors[name])
+            bytes_of = frozenset((label(tensor), tensor.identity) for tensor in tensors[name] if tensor.length)
             content[name] = contents.setdefault(bytes_of, len(contents))
     return [
         (first, second)
@@ -147,7 +147,7 @@ def _differing(
     found = []
     for key, (place, tensor) in first.items():
         other, twin = second[key]
-        if tensor.length and (tensor.identity is None or tensor.identity != twin.identity):
+        if tensor.length and tensor.identity != twin.identity:
             assert isinstance(place, TensorPlace), place
             assert isinstance(other, TensorPlace), other
             found.append(TensorPair(place, other, _element(tensor.dtype)))

@@ -110,10 +110,14 @@ class PlannedCheckpoints:
         return list(dict.fromkeys(identity for identity in every if isinstance(identity, TensorPlace)))
 
     def known(self, digest_of: Callable[[TensorPlace], Hashable]) -> dict[str, list[PlannedTensor]]:
-        """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
+        """All of them, with digests for places. A tensor without a digest keeps its place: it equals only itself, as
+        another checkpoint has it that has the same file.
+        """
         return {
             name: [
-                tensor.having(digest_of(tensor.identity)) if isinstance(tensor.identity, TensorPlace) else tensor
+                tensor.having(digest_of(tensor.identity) or tensor.identity)
+                if isinstance(tensor.identity, TensorPlace)
+                else tensor
                 for tensor in tensors
             ]
             for name, tensors in self.tensors.items()
