@@ -137,8 +137,10 @@ def test_the_token_of_the_command_looks_until_ctrl_c(filled: Daemon) -> None:
         command.send_signal(signal.SIGINT)
         printed, error = command.communicate(timeout=60)
         assert (command.returncode, error) == (130, "weightd: interrupted\n")
-        header = f"grpcurl -plaintext -unix -H 'weightd-token: {token}' {filled.socket} weightd.v1.DaemonService/"
-        assert header in printed
+        (line,) = (line for line in printed.splitlines() if "grpcurl " in line and "-plaintext" in line)
+        assert f"-expand-headers -H 'weightd-token: ${{WEIGHTD_TOKEN}}' {filled.socket} weightd.v1." in line
+        assert token not in line, "every user can read command lines"
+        assert f"export WEIGHTD_TOKEN={token}\n" in printed
         eventually(lambda: filled.connections() == 0, what="the end of its connection")
         assert call(channel, "/weightd.v1.CheckpointService/List", token).code() is grpc.StatusCode.PERMISSION_DENIED
 
