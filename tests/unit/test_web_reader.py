@@ -165,7 +165,7 @@ def test_answers_are_json() -> None:
         encoded(object())
 
 
-def test_it_ends_also_when_it_is_told_to_as_it_falls_asleep(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_when_told_to_as_it_falls_asleep(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make(held)
     monkeypatch.setattr(reader_module, "_IDLE", -1.0)  # nobody looks
 
