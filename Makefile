@@ -129,7 +129,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
+bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, and planning
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/restart.py"
@@ -138,6 +138,8 @@ bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"
 	@$(BIN)/python bench/service.py
+	@echo "bench: bench/plan.py"
+	@$(BIN)/python bench/plan.py
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"
@@ -179,7 +181,7 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 clean: ## remove environments, caches and build output
 	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(ENGINES_VENV), caches, build output"
 	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	@find client daemon tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE_ROOTS = (ROOT / "client", ROOT / "daemon")
+SOURCE_ROOTS = (ROOT / "client", ROOT / "daemon", ROOT / "fleet")
 MOST_LINES = 400
 # No subject: everything would fit.
 VAGUE = {"common", "misc", "helper", "helpers", "util", "utils"}
@@ -39,10 +39,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd.torch": ("weightd.integrations*",),
     "weightd.integrations": (),
     "weightd.cli": ("weightd.__main__",),
+    "weightd_daemon": ("weightd_fleet.planning", "weightd_fleet.publishing*"),
+    "weightd_fleet": (),
+    "blake3": ("weightd_fleet.core.digests",),
     "weightd.page": ("weightd.web.server", "weightd.cli*"),
     "weightd.web": ("weightd.cli.browsing",),
     "aiohttp": ("weightd.web.server",),
-    "weightd_daemon": (),
     **dict.fromkeys(
         ("grpc", "grpc_health", "grpc_reflection", "grpc_status"),
         (
@@ -56,11 +58,12 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("cuda", "pynvml"), ("weightd._mapping.cuda_*", "weightd_daemon.devices.cuda_*")),
     **dict.fromkeys(("pickle", "marshal", "shelve", "dill", "cloudpickle"), ()),
     "sqlite3": ("weightd_daemon.persistence.digest_index",),
+    "zstandard": ("weightd_daemon.plans.near_duplicates",),
     "gguf": ("weightd.gguf", "weightd_daemon.formats.gguf"),
     "prometheus_client": ("weightd_daemon.monitoring.metrics",),
     "ctypes": ("weightd._libc", "weightd._mapping.cuda_driver", "weightd_daemon.libc"),
     "weightd_daemon.app": ("weightd_daemon.__main__",),
-    "weightd_daemon.planning": (),
+    "weightd_daemon.planning": ("weightd_fleet.planning",),
     "weightd_daemon.diagnosis": (),
     **dict.fromkeys(
         (f"weightd_daemon.devices.{name}" for name in ("host", "host_io", "cuda_vmm", "cuda_ipc", "cuda_io")),
@@ -74,6 +77,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "core": (),
     "config": ("core",),
     "libc": (),
+    "answers": ("libc",),
     "lookups": (),
     "log_line": (),
     "wire": ("core", "lookups"),
@@ -86,6 +90,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
     "persistence": ("core", "devices", "handles", "loads", "log_line"),
+    "plans": ("core", "loader", "loads", "persistence"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),
     "inspection": ("core", "config", "devices", "handles", "loads", "turns", "wire"),
@@ -126,8 +131,28 @@ OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 DYNAMIC = {"import_module", "__import__"}
 
 CORE = "weightd_daemon.core"
+FLEET_CORE = "weightd_fleet.core"
 # weightd.layouts says what belongs together, to the loader, to the core that lists it and to the client that uses it.
-CORE_MAY = ("xxhash", "weightd.types", "weightd.errors", "weightd.layouts", "weightd._sizes", CORE)
+CORE_MAY = {
+    CORE: (
+        "xxhash",
+        "weightd.types",
+        "weightd.plan_report",
+        "weightd.errors",
+        "weightd.layouts",
+        "weightd._sizes",
+        CORE,
+    ),
+    FLEET_CORE: (
+        "blake3",
+        "numpy",
+        "weightd.types",
+        "weightd.errors",
+        "weightd._references.index",
+        "weightd._sizes",
+        FLEET_CORE,
+    ),
+}
 # Standard library that the pure core has no business with: files, clock, randomness, processes, threads, sockets.
 # fmt: off
 IMPURE = {
@@ -192,10 +217,11 @@ def violations(module: str, source: str, *, is_package: bool = False) -> list[st
             allowed = may(module, patterns) or (lazy and may(module, LAZILY_IN.get(package, ())))
             if within(name, package) and not within(module, package) and not allowed:
                 found.append(f"{module}:{line} imports {name}; {package} belongs to {', '.join(patterns) or 'nobody'}")
-        if within(module, CORE) and not any(within(name, package) for package in CORE_MAY):
-            top = name.split(".")[0]
-            if top in IMPURE or top not in sys.stdlib_module_names:
-                found.append(f"{module}:{line} imports {name}; the core is pure")
+        for core, allowed_there in CORE_MAY.items():
+            if within(module, core) and not any(within(name, package) for package in allowed_there):
+                top = name.split(".")[0]
+                if top in IMPURE or top not in sys.stdlib_module_names:
+                    found.append(f"{module}:{line} imports {name}; the core is pure")
         room, other = room_of(module), room_of(name)
         if room and other and room != other and room not in ROOTS and other not in ROOMS.get(room, ()):
             found.append(f"{module}:{line} imports {name}; {room} may import {', '.join(ROOMS.get(room, ()))}")
@@ -218,9 +244,15 @@ def modules() -> Iterator[tuple[str, Path]]:
                 yield ".".join(part for part in parts if part != "__init__"), path
 
 
-def test_walk_sees_both_trees() -> None:
+def test_walk_sees_every_tree() -> None:
     names = {name for name, _ in modules()}
-    assert {"weightd", "weightd.errors", "weightd_daemon.app", "weightd_daemon.core.store"} <= names
+    assert {
+        "weightd",
+        "weightd.errors",
+        "weightd_daemon.app",
+        "weightd_daemon.core.store",
+        "weightd_fleet.core",
+    } <= names
 
 
 def test_every_room_has_its_place() -> None:
@@ -269,6 +301,12 @@ def test_imports_run_one_way() -> None:
         ("weightd_daemon.api.grpc_server", "from weightd_daemon.app import Daemon"),
         ("weightd_daemon.devices.cuda_io", "def view():\n    import ctypes"),
         ("weightd_daemon.monitoring.http", "from prometheus_client import Counter"),
+        ("weightd.cli.fleet", "from weightd_fleet import planning"),
+        ("weightd_daemon.loads.flight", "from weightd_fleet.core.atoms import Atoms"),
+        ("weightd_fleet.core.placing", "import time"),
+        ("weightd_fleet.core.placing", "from weightd_fleet.publishing import state"),
+        ("weightd_fleet.core.manifest", "from blake3 import blake3"),
+        ("weightd_fleet.core.manifest", "from weightd_daemon.core.digest import new_hasher"),
     ],
 )
 def test_walk_finds_a_violation(module: str, source: str) -> None:
@@ -288,6 +326,8 @@ def test_walk_finds_a_violation(module: str, source: str) -> None:
         ("weightd_daemon.core", "from . import ranges"),
         ("weightd_daemon.app", "from weightd_daemon.devices import host\nimport weightd_daemon.api.grpc_server"),
         ("weightd_daemon.loader.job", "from weightd_daemon.devices.device import Device\nimport torchlike"),
+        ("weightd_fleet.core.placing", "import numpy as np\nfrom .books import PlacementBooks"),
+        ("weightd_fleet.publishing.reading", "from weightd_daemon.loader.source import LoaderSource"),
     ],
 )
 def test_walk_lets_the_rest_pass(module: str, source: str) -> None:
@@ -392,7 +432,7 @@ def namesakes(paths: Iterable[PurePath]) -> list[str]:
     return found + sorted(str(part) for name in VAGUE & where.keys() for part in where[name])
 
 
-@pytest.mark.parametrize("package", ["client/weightd", "daemon/weightd_daemon"])
+@pytest.mark.parametrize("package", ["client/weightd", "daemon/weightd_daemon", "fleet/weightd_fleet"])
 def test_no_two_modules_have_one_name(package: str) -> None:
     files = (path.relative_to(ROOT / package) for path in (ROOT / package).rglob("*.py") if "_proto" not in path.parts)
     assert namesakes(files) == []
@@ -421,10 +461,11 @@ def test_modules_are_small() -> None:
         ("weightd.torch", "grpc typer rich weightd_daemon"),
         ("weightd.integrations.plugins", "torch grpc numpy vllm sglang weightd_daemon"),
         ("weightd_daemon.app", "torch numpy"),
-        ("weightd_daemon.planning", "torch grpc typer rich"),
+        ("weightd_daemon.planning", "torch grpc typer rich numpy zstandard"),
         ("weightd_daemon.diagnosis", "torch grpc typer rich xxhash cuda pynvml"),
         ("weightd.cli.health.daemon_look", "torch typer rich weightd_daemon"),
         ("weightd_daemon.loader.*", "torch numpy gguf grpc typer rich"),
+        ("weightd_fleet.core.*", "torch grpc typer rich weightd_daemon"),
     ],
 )
 def test_import_brings_no(module: str, absent: str) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = (ROOT / "client" / "weightd", ROOT / "daemon" / "weightd_daemon")
+PACKAGES = (ROOT / "client" / "weightd", ROOT / "daemon" / "weightd_daemon", ROOT / "fleet" / "weightd_fleet")
 
 
 class Drawn(NamedTuple):
@@ -28,7 +28,7 @@ class Drawn(NamedTuple):
 
 
 def classes() -> list[Drawn]:
-    """Every public class that lies in a folder of the client or the daemon."""
+    """Every public class that lies in a folder of the client, the daemon or the fleet."""
     found = []
     for package in PACKAGES:
         for path in sorted(package.rglob("*.py")):

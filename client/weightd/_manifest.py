@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from ._proto.v1 import handles_pb2
 from .errors import NotFoundError, ServerError
-from .types import TensorInfo, TensorKey
+from .types import CheckpointFile, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -29,14 +29,6 @@ DTYPES: Final[dict[str, handles_pb2.DType]] = {
 
 _NAMES: Final[dict[int, str]] = {number: name for name, number in DTYPES.items()}
 _DIGEST_BYTES: Final = 16
-
-
-class File(NamedTuple):
-    """A source file's place in the checkpoint, with its own metadata (None where it has none)."""
-
-    component: str
-    file: str
-    metadata: dict[str, str] | None
 
 
 class ListedView(NamedTuple):
@@ -83,10 +75,10 @@ class Manifest:
         return len(self._message.names)
 
     @cached_property
-    def files(self) -> tuple[File, ...]:
+    def files(self) -> tuple[CheckpointFile, ...]:
         """Source files; `TensorInfo.file` is an index into them."""
         return tuple(
-            File(component, file.file, dict(file.metadata) if file.has_metadata else None)
+            CheckpointFile(component, file.file, dict(file.metadata) if file.has_metadata else None)
             for component, file in zip(self._component_of_file, self._message.files, strict=True)
         )
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ._mapping.segments import MappedSegments, Memory
     from ._transport.connection import DaemonConnection
     from ._transport.handle_socket import ReceivedDescriptors
-    from .types import LoadResult
+    from .types import CheckpointFile, LoadResult
 
 Writable = Literal["copy"] | None
 
@@ -134,6 +134,11 @@ class Attachment:
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:
         """Every attached tensor's place, by (component, name), in file order."""
         return MappingProxyType(self._tensors)
+
+    @property
+    def files(self) -> tuple[CheckpointFile, ...]:
+        """The files of the checkpoint, as it records them; `TensorInfo.file` is an index into them."""
+        return self._manifest.files
 
     @property
     def torch_device(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from ._devices import device_name
@@ -11,24 +12,25 @@ from ._groups import Groups, add_groups
 from ._limits import check_grpc_can_start
 from ._operations import Operations
 from ._proto.v1 import checkpoint_pb2, handles_pb2
-from ._references.files import inodes
+from ._references.files import ReferencedFile, inodes
 from ._transport.address import find_socket
 from ._transport.connection import DaemonConnection
 from ._transport.convert import check_name, source_to
 from ._transport.handle_socket import feed, fit
 from ._transport.unreachable import when_reachable
 from .attachment import Attachment
+from .composing import check_sealed, compose_request
 from .errors import DaemonUnreachableError, ForkedError, FormatError, InvalidReferenceError, NotFoundError
 from .resolve import Reference, Resolved, files_of, is_path, open_sources
-from .types import CheckpointInfo, LoadProgress, LoadResult, TensorKey
+from .types import CheckpointFile, CheckpointInfo, LoadProgress, LoadResult, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
     from ._references.files import OpenedReference
     from ._transport.handle_socket import SocketClient
     from ._transport.rpc import RpcClient
+    from .composing import ComposedTensor
 
 T = TypeVar("T")
 _FEED_SECONDS = 60.0
@@ -168,6 +170,55 @@ class Client(Operations):
                 return self._load(opened, request, groups, on_progress)
 
         return again_if_replaced(reference, load)
+
+    def load_memory(
+        self,
+        descriptor: int,
+        *,
+        name: str | None = None,
+        device: str | None = None,
+        pin: bool = False,
+        detached: bool = False,
+    ) -> LoadResult | None:
+        """Load a checkpoint that is in memory: a memfd with what a safetensors or GGUF file has, sealed (`SEALS`).
+
+        The descriptor stays the caller's; it may be closed when this returns. Without a `name` the checkpoint has none.
+        A detached load goes on without us; then this returns None. Errors: as of `load`, and InvalidReferenceError (not
+        sealed).
+        """
+        check_sealed(descriptor)
+        file = ReferencedFile("", "memory", Path(f"/proc/self/fd/{descriptor}"))
+        # Always read and compared: the inode's number may have been another memfd's.
+        return self.load_report(
+            Resolved("", (file,)), name=name, device=device, pin=pin, detached=detached, verify=True
+        )
+
+    def compose(
+        self,
+        files: Iterable[CheckpointFile],
+        tensors: Iterable[ComposedTensor],
+        *,
+        name: str | None = None,
+        device: str | None = None,
+        pin: bool = False,
+        detached: bool = False,
+        reference: str = "",
+    ) -> LoadResult:
+        """Make a checkpoint out of tensors that are resident on one device already; no byte is read or moved.
+
+        The checkpoint is what a load of such files would bring, with the same content digest, and keeps its bytes when
+        its sources are removed. If this fails, nothing has changed. Without a `name` it has none; `reference` is for
+        people: what the content was found by. It stays until it is attached or we leave; one that is `detached` is made
+        even if we leave, and may be evicted at once. Errors: InvalidReferenceError, NotFoundError (a source or tensor
+        of one), CapacityError (books, or a limit of the user), InUseError (too many under way), PermissionDeniedError,
+        DeviceError, DeviceAbsentError, LeaseLostError (the daemon ended), DaemonUnreachableError.
+        """
+        if name is not None:
+            check_name(name)
+        request = compose_request(files, tensors)
+        request.name, request.device, request.reference = name or "", device_name(device), reference
+        request.pin, request.detached = pin, detached
+        return self._rpc().compose(request)
 
     def attach(
         self,

@@ -232,7 +232,8 @@ def _refuse_variant(path: Path, variant: str | None) -> None:
         )
 
 
-def _is_pickle(name: str) -> bool:
+def is_pickle(name: str) -> bool:
+    """Whether a file's name says that it is a pickle of weights, which can run code and is not loaded."""
     return name.lower().endswith(PICKLES) and not _NO_WEIGHTS.match(name)
 
 
@@ -262,7 +263,7 @@ def _from_directory(root: Path, variant: str | None, nothing: str) -> ReferenceC
     if below := checkpoints_below(root):
         raise InvalidReferenceError(f"{show(root)}: has no weights of its own; {below}")
     for name in files:
-        if _is_pickle(name):
+        if is_pickle(name):
             _refuse_pickle(root / name)
     raise NotFoundError(nothing)
 
@@ -289,7 +290,7 @@ def _components(root: Path, names: Iterable[tuple[str, bool]], variant: str | No
                 notes.append(f"{show(root / name)}: has no weights of variant {variant}; its plain ones are taken")
         sources += chosen.sources
         notes += chosen.notes
-        if not chosen.sources and any(_is_pickle(file) for file in list_files(root / name)):
+        if not chosen.sources and any(is_pickle(file) for file in list_files(root / name)):
             notes.append(f"{show(root / name)}: is left out, for its weights are pickles; convert them to safetensors")
     return ReferenceChoice(tuple(sources), tuple(notes)) if has_variant or not variant else ReferenceChoice()
 

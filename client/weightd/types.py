@@ -60,6 +60,14 @@ class SourceFile(NamedTuple):
     is_index: bool = False
 
 
+class CheckpointFile(NamedTuple):
+    """A file as its checkpoint records it: component, name, and its own metadata (None where it has none)."""
+
+    component: str
+    file: str
+    metadata: dict[str, str] | None = None
+
+
 class TensorKey(NamedTuple):
     """A tensor's name in a checkpoint."""
 

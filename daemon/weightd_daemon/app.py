@@ -210,8 +210,9 @@ class Daemon:
         fair_queue = LoadQueue(settings.max_loads, settings.loads_of_one)
         loads = Loads(
             store=books.store, catalog=books.catalog, devices=served.devices, reclaimers=books.reclaimers, index=index,
-            prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.publish, lock=lock,
-            threads=settings.threads, fair_queue=fair_queue, limits=books.limits, argv=self._loader_argv,
+            prepare=books.descriptor_store.prepare, now=time.time, on_event=listeners.publish,
+            open_manifest=books.manifests.open, lock=lock, threads=settings.threads, fair_queue=fair_queue,
+            limits=books.limits, argv=self._loader_argv,
         )  # fmt: skip
         stack.push_async_callback(loads.close)
         return _Work(loads, fair_queue, index)

@@ -1,213 +1,205 @@
 """The program behind `weightd plan` (`python -m weightd_daemon.planning`): computes from files what sharing saves.
 
 A composition root beside app.py, without a daemon: it reads files as the loader does, and the digest index as a daemon
-left it. It answers in lines of JSON on standard output: {"note"} for a choice that nobody asked for, {"done", "total"}
-in bytes while it hashes, at the end {"plan"} or {"error", "message"}. It goes by digests; whether bytes are equal is
-compared only when they are loaded.
+left it. It answers in lines of JSON (answers.py), at the end {"plan"}; while it works it is "hashing" or "comparing".
+It goes by digests; whether bytes are equal is compared only when they are loaded.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
+import gc
+import logging
 import os
-import resource
 import sys
-import threading
-import time
-import traceback
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._references.files import open_regular, show
-from weightd.errors import FormatError, InvalidReferenceError, WeightdError
-from weightd.resolve import open_sources, resolve
+from weightd.errors import InvalidReferenceError, WeightdError
+from weightd.plan_report import SkippedPath
+from weightd.resolve import resolve
+from weightd.scan import MOST_CHECKPOINTS, scan
 
+from .answers import THREADS, ProgramAnswers, answer
+from .config.notation import parse_size
 from .config.settings import ConfigError, load
-from .core.digest import new_hasher
-from .core.plan import PlannedTensor, make_plan, recurring
+from .core.plan import PlannedTensor, make_plan, shared_contents
+from .core.plan_bounds import make_bounds
+from .core.plan_budget import fit
+from .core.plan_compare import compare
 from .formats import workload
-from .libc import die_with
-from .loader.indexed import indexes, owned
-from .loader.source import LoaderSource
-from .persistence.digest_index import known_digests
+from .plans import near_duplicates
+from .plans.planned_files import PlannedCheckpoints
+from .plans.tensor_digests import KeptDigests, TensorDigests
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from weightd.resolve import Resolved
+    from weightd.plan_report import NearDuplicate, PlanReport
 
-    Advance = Callable[[int, int], None]
+    Advance = Callable[[str, int, int], None]
+    Note = Callable[[str], None]
 
-MAX_CHECKPOINTS = 1000
-_PIECE = 1 << 20
-_PROGRESS_SECONDS = 0.1
-
-
-class _Place(NamedTuple):
-    """Where a tensor lies: the number of its file, and bytes in there. Its identity, until its digest is known."""
-
-    file: int
-    offset: int
-    length: int
+MOST_DIFFERENCES = 100
+"""For how many pairs a plan says which tensors differ: those that share the most, and near duplicates."""
 
 
-class _Checkpoints:
-    """The tensors of each checkpoint, by its name."""
+class Question(NamedTuple):
+    """What to plan, and how.
 
-    def __init__(self) -> None:
-        self.tensors: dict[str, list[PlannedTensor]] = {}
-        self._names: set[tuple[str, str, str]] = set()
-
-    def add(self, checkpoint: str, file: str, tensor: PlannedTensor) -> None:
-        """Enter a tensor of a file. Errors: FormatError (a load would refuse it too)."""
-        key = (checkpoint, tensor.component, tensor.name)
-        if key in self._names:
-            where = f" of component {tensor.component!r}" if tensor.component else ""
-            raise FormatError(f"{file}: tensor {tensor.name[:200]!r} is in another file{where} too")
-        self._names.add(key)
-        self.tensors.setdefault(checkpoint, []).append(tensor)
-
-    def places(self) -> list[_Place]:
-        """Where the tensors lie that are in a file."""
-        every = (tensor.identity for tensors in self.tensors.values() for tensor in tensors)
-        return [identity for identity in every if isinstance(identity, _Place)]
-
-    def known(self, digests: Mapping[Hashable, bytes]) -> dict[str, list[PlannedTensor]]:
-        """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
-        return {
-            name: [
-                tensor._replace(identity=digests.get(tensor.identity))
-                if isinstance(tensor.identity, _Place)
-                else tensor
-                for tensor in tensors
-            ]
-            for name, tensors in self.tensors.items()
-        }
-
-
-def plan(
-    references: Sequence[str],
-    manifests: Sequence[str] = (),
-    *,
-    variant: str | None = None,
-    state_dir: Path | None = None,
-    threads: int = 1,
-    advance: Advance = lambda done, total: None,
-    note: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
-    """The plan for these references, of a variant where one is given, and workload manifests, as JSON shows it.
-
-    `advance` is called with the bytes that are hashed and those to be hashed, from any thread; `note` with what was
-    chosen that nobody asked for, a line each. Errors: those of a reference and of a file; InvalidReferenceError for a
-    checkpoint that is described twice, and for too many.
+    With `scan` the references are folders to search, none meaning the Hugging Face cache, and what cannot be read is
+    skipped. Digests that were computed are kept in the folder `kept`, if there is one. `budget` is bytes.
     """
-    checkpoints = _Checkpoints()
-    with contextlib.ExitStack() as stack:
-        found_files = {found.name: found for found in (resolve(reference, variant) for reference in references)}
-        for line in (line for found in found_files.values() for line in (*found.notes, found.hint) if line):
+
+    references: Sequence[str] = ()
+    manifests: Sequence[str] = ()
+    variant: str | None = None
+    scan: bool = False
+    headers: bool = False
+    budget: int | None = None
+    state_dir: Path | None = None
+    kept: Path | None = None
+    threads: int = 1
+
+
+class ReadContents(NamedTuple):
+    """The checkpoints of a question, their tensors with what equal ones have in common, and the bytes read for that."""
+
+    checkpoints: PlannedCheckpoints
+    tensors: Mapping[str, Sequence[PlannedTensor]]
+    read_bytes: int
+    skipped: list[SkippedPath]
+
+
+def plan(question: Question, *, advance: Advance = lambda *_: None, note: Note = lambda _: None) -> PlanReport:
+    """Make the plan.
+
+    `advance` is called as work gets on, from any thread: with "hashing" or "comparing", and the bytes that are done, of
+    how many. `note` is called with what was chosen that nobody asked for, a line each.
+    Errors: those of a reference and of a file; InvalidReferenceError for a checkpoint that is described twice, and for
+    too many.
+    """
+    checkpoints, tensors, read, skipped = read_contents(question, advance=advance, note=note)
+    if question.headers:
+        report, contents = make_bounds(tensors)
+    else:
+        contents = shared_contents(tensors)
+        report = replace(make_plan(tensors, contents), read_bytes=read)
+        report = _compared(report, checkpoints, tensors, advance, note)
+    budget = None if question.budget is None else fit(list(tensors), contents, question.budget)
+    return replace(report, budget=budget, skipped=tuple(skipped))
+
+
+def read_contents(question: Question, *, advance: Advance, note: Note) -> ReadContents:
+    """Read what is planned, as far as it takes to know which tensors are equal. Arguments and errors: as for `plan`."""
+    checkpoints = PlannedCheckpoints()
+    skipped = _read_headers(question, checkpoints, note)
+    for manifest in question.manifests:
+        _describe(Path(manifest), checkpoints)
+    if len(checkpoints.tensors) > MOST_CHECKPOINTS:
+        raise InvalidReferenceError(
+            f"{len(checkpoints.tensors)} checkpoints are more than {MOST_CHECKPOINTS}; plan fewer at a time"
+        )
+    if question.headers:
+        return ReadContents(checkpoints, checkpoints.tensors, 0, skipped)
+    digests = _digests(question, checkpoints, skipped, advance, note)
+    return ReadContents(checkpoints, checkpoints.known(digests.get), digests.read_bytes, skipped)
+
+
+def _read_headers(question: Question, checkpoints: PlannedCheckpoints, note: Note) -> list[SkippedPath]:
+    """Enter the checkpoints of the references by their headers. Returns what a scan skipped."""
+    skipped: list[SkippedPath] = []
+    if question.scan:
+        found, skipped = scan(question.references)
+    else:
+        resolved = (resolve(reference, question.variant) for reference in question.references)
+        found = list({one.name: one for one in resolved}.values())
+    for one in found:
+        for line in filter(None, (*one.notes, one.hint)):
             note(line)
-        sources = _open(found_files.values(), checkpoints, stack)
-        for manifest in manifests:
-            _describe(Path(manifest), checkpoints)
-        if len(checkpoints.tensors) > MAX_CHECKPOINTS:
-            raise InvalidReferenceError(
-                f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
-            )
-        digests = _known(sources, state_dir)
-        read = _hash(sources, checkpoints.places(), digests, threads, advance)
-        for source in sources:
-            source.check_unchanged()
-    found = asdict(make_plan(checkpoints.known(digests)))
-    pairs, planned = found.pop("pairs"), found.pop("checkpoints")
-    return {**found, "read_bytes": read, "checkpoints": planned, "pairs": pairs}
+        try:
+            checkpoints.read(one)
+        except WeightdError as error:
+            if not question.scan:
+                raise
+            skipped.append(_skipped(one.name, error))
+    return skipped
 
 
-def _open(references: Iterable[Resolved], checkpoints: _Checkpoints, stack: contextlib.ExitStack) -> list[LoaderSource]:
-    """Open every file of the references, and enter what their headers say."""
-    sources: list[LoaderSource] = []
-    for resolved in references:
-        name = resolved.name
-        checkpoints.tensors[name] = []  # its files may be empty
-        opened = stack.enter_context(open_sources(resolved))
-        files = [
-            (where, LoaderSource(show(where.path), descriptor))
-            for where, descriptor in zip(resolved.sources, opened.fds, strict=True)
-        ]
-        weights = [(where, source) for where, source in files if not where.is_index]
-        read_index = indexes({where.component: source for where, source in files if where.is_index})
-        tensors = [(where.component, where.file, source.layout().tensors) for where, source in weights]
-        with opened.errors_by_path():
-            counted = owned(tensors, read_index)
-        for (where, source), specs in zip(weights, counted, strict=True):
-            for spec in specs:
-                place = _Place(len(sources), spec.offset, spec.length)
-                checkpoints.add(name, source.name, PlannedTensor(where.component, spec.name, spec.length, place))
-            sources.append(source)
-    return sources
+def _skipped(name: str, error: WeightdError) -> SkippedPath:
+    return SkippedPath(show(name), str(error).removeprefix(f"{show(name)}: "))
 
 
-def _known(sources: Sequence[LoaderSource], state_dir: Path | None) -> dict[Hashable, bytes]:
-    """The digests that the index has."""
-    trusted = {number: source.identity for number, source in enumerate(sources) if source.trusted}
-    known = known_digests(state_dir, trusted.values()) if state_dir else {}
-    return {
-        _Place(number, *where): digest
-        for number, identity in trusted.items()
-        for where, digest in known.get(identity, {}).items()
-    }
-
-
-def _hash(
-    sources: Sequence[LoaderSource],
-    places: Sequence[_Place],
-    digests: dict[Hashable, bytes],
-    threads: int,
+def _digests(
+    question: Question,
+    checkpoints: PlannedCheckpoints,
+    skipped: list[SkippedPath],
     advance: Advance,
-) -> int:
-    """Add the digests of tensors that may equal another. Returns the bytes read."""
-    lengths = recurring(place.length for place in places)
-    wanted = [place for place in places if place.length in lengths and place not in digests]
-    total = sum(place.length for place in wanted)
-    done = 0
-    counting = threading.Lock()
-    local = threading.local()
-
-    def digest(place: _Place) -> bytes:
-        nonlocal done
-        if not hasattr(local, "buffer"):
-            local.buffer = memoryview(bytearray(_PIECE))
-        hasher = new_hasher()
-        for offset in range(0, place.length, _PIECE):
-            piece = local.buffer[: min(_PIECE, place.length - offset)]
-            sources[place.file].read_into(piece, place.offset + offset)
-            hasher.update(piece)
-            with counting:
-                done += len(piece)
-                advance(done, total)
-        return hasher.digest()
-
-    with ThreadPoolExecutor(threads) as pool:
-        digests.update(zip(wanted, pool.map(digest, wanted), strict=True))
-    return total
+    note: Note,
+) -> TensorDigests:
+    """The digests of all tensors that may equal another. A scan loses the checkpoints whose files cannot be read."""
+    kept = KeptDigests(question.kept) if question.kept else None
+    try:
+        digests = TensorDigests(checkpoints.files, kept)
+        digests.look_up(question.state_dir)
+        errors = digests.read(
+            checkpoints.places(), question.threads, lambda done, total: advance("hashing", done, total)
+        )
+        if kept and kept.problem:
+            note(f"{kept.problem}; what was hashed is not kept")
+    finally:
+        if kept:
+            kept.close()
+    if errors and not question.scan:
+        raise next(iter(errors.values()))
+    skipped += (_skipped(name, error) for name, error in checkpoints.remove_files(errors).items())
+    return digests
 
 
-def _describe(path: Path, checkpoints: _Checkpoints) -> None:
+def _compared(
+    report: PlanReport,
+    checkpoints: PlannedCheckpoints,
+    tensors: Mapping[str, Sequence[PlannedTensor]],
+    advance: Advance,
+    note: Note,
+) -> PlanReport:
+    """The report with which tensors differ between checkpoints, and how much."""
+    near = near_duplicates.candidates(checkpoints, tensors)
+    pairs = dict.fromkeys([*near[:MOST_DIFFERENCES], *(pair.checkpoints for pair in report.pairs[:MOST_DIFFERENCES])])
+    differences = tuple(compare(pair, tensors[pair[0]], tensors[pair[1]]) for pair in pairs)
+    report = replace(report, differences=differences)
+    if not near:
+        return replace(report, near_duplicates=())
+    if missing := near_duplicates.missing_extra():
+        note(missing)
+        return report
+    listed = near[: near_duplicates.MOST_PAIRS]
+    found: list[NearDuplicate] = []
+    for done, pair in enumerate(listed):
+        advance("comparing", done * near_duplicates.SAMPLED_BYTES, len(listed) * near_duplicates.SAMPLED_BYTES)
+        try:
+            found.append(near_duplicates.estimate(pair, checkpoints, tensors))
+        except WeightdError as error:
+            note(f"{show(pair[0])} and {show(pair[1])} cannot be compared: {error}")
+    return replace(report, near_duplicates=tuple(found), near_duplicates_left_out=len(near) - len(listed))
+
+
+def _describe(path: Path, checkpoints: PlannedCheckpoints) -> None:
     """Enter the checkpoints of a workload manifest."""
-    label = show(path)
-    here: set[str] = set()
-    for file, tensors in workload.read_workload(label, _read(path)).items():
+    manifest = show(path)
+    found: dict[str, list[tuple[str, PlannedTensor]]] = {}
+    for file, rows in workload.read_workload(manifest, _read(path)).items():
         checkpoint, component = workload.placed(file)
-        if checkpoint in checkpoints.tensors and checkpoint not in here:
-            raise InvalidReferenceError(f"{label}: checkpoint {checkpoint!r} is planned already; rename one of them")
-        here.add(checkpoint)
-        checkpoints.tensors.setdefault(checkpoint, [])
-        for name, dtype, shape, content, length in tensors:
-            tensor = PlannedTensor(component, name, length, (content, dtype, shape))
-            checkpoints.add(checkpoint, f"{label}: {file}", tensor)
+        tensors = found.setdefault(checkpoint, [])
+        for name, dtype, shape, content, length in rows:
+            tensor = PlannedTensor(component, name, length, (content, dtype, shape), dtype, shape)
+            tensors.append((f"{manifest}: {file}", tensor))
+    for checkpoint, tensors in found.items():
+        if checkpoint in checkpoints.tensors:
+            raise InvalidReferenceError(f"{manifest}: checkpoint {checkpoint!r} is planned already; rename one of them")
+        checkpoints.add(checkpoint, tensors)
 
 
 def _read(path: Path) -> bytes:
@@ -222,64 +214,50 @@ def _read(path: Path) -> bytes:
 # -- the process -------------------------------------------------------------------------------------------------------
 
 
-class _Answers:
-    """Lines for whoever asked; of those about progress a few in a second."""
-
-    def __init__(self) -> None:
-        self._told = 0.0
-
-    def say(self, answer: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
-
-    def advance(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._told >= _PROGRESS_SECONDS:
-            self._told = now
-            self.say({"done": done, "total": total})
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Answer one question. Returns the exit code: 0 also where the answer is an error."""
-    options = _parser().parse_args(arguments)
-    if not die_with(options.parent):  # also by kill -9
-        return 1
-    answers = _Answers()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # all files are open at a time
-    try:
-        found = plan(
-            options.references,
-            options.manifest,
-            variant=options.variant,
-            note=lambda line: answers.say({"note": line}),
-            state_dir=_state_dir(options.state_dir),
-            threads=max(2, min(4, os.cpu_count() or 1)),  # two also on one core: one reads while the other hashes
-            advance=answers.advance,
-        )
-    except WeightdError as error:
-        answers.say({"error": error.reason, "message": str(error)})
-    except Exception as error:  # noqa: BLE001  # the boundary of the process: whatever broke is the answer
-        if options.debug:
-            traceback.print_exc()
-        answers.say({"error": "INTERNAL", "message": f"plan: {type(error).__name__}: {error}"})
-    else:
-        answers.say({"plan": found})
-    return 0
+    return answer("plan", lambda options, answers: {"plan": _asked(options, answers)}, _parser(), arguments)
+
+
+def _asked(options: argparse.Namespace, answers: ProgramAnswers) -> dict[str, Any]:
+    gc.disable()  # hundreds of thousands of tensors, none of them garbage; the process ends soon
+    logging.getLogger().addHandler(logging.NullHandler())  # of a cache that cannot be used, the plan says so itself
+    question = Question(
+        options.references,
+        options.manifest,
+        options.variant,
+        scan=options.scan,
+        headers=options.headers,
+        budget=_budget(options.budget),
+        state_dir=index_folder(options.state_dir),
+        kept=Path(options.kept) if options.kept else None,
+        threads=THREADS,
+    )
+    return asdict(plan(question, advance=answers.advance, note=answers.note))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="weightd_daemon.planning", allow_abbrev=False)
-    parser.add_argument("--parent", type=int, required=True, help="process that asks; this one dies with it")
     parser.add_argument("--manifest", action="append", default=[])
     parser.add_argument("--variant")
     parser.add_argument("--state-dir")
-    parser.add_argument("--debug", action="store_true")
+    parser.add_argument("--scan", action="store_true")
+    parser.add_argument("--headers", action="store_true")
+    parser.add_argument("--budget")
+    parser.add_argument("--kept", help="folder of the digests that are kept")
     parser.add_argument("references", nargs="*")
     return parser
 
 
-def _state_dir(said: str | None) -> Path | None:
+def _budget(said: str | None) -> int | None:
+    """Errors: InvalidReferenceError."""
+    try:
+        return None if said is None else parse_size(said)
+    except ValueError as error:
+        raise InvalidReferenceError(f"--budget: {error}") from error
+
+
+def index_folder(said: str | None) -> Path | None:
     """The folder of the digest index; None where the daemon's settings cannot be read: then files are read instead."""
     if said is not None:
         return Path(said)

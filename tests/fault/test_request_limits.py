@@ -19,7 +19,15 @@ import weightd
 from support.daemon import Daemon, eventually
 from support.launch import launcher
 from support.wire import Peer
-from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc, daemon_pb2, daemon_pb2_grpc, handles_pb2
+from weightd._proto.v1 import (
+    checkpoint_pb2,
+    checkpoint_pb2_grpc,
+    composition_pb2,
+    composition_pb2_grpc,
+    daemon_pb2,
+    daemon_pb2_grpc,
+    handles_pb2,
+)
 from weightd_daemon.api import admission, grpc_server
 
 StartDaemon = Callable[..., Daemon]
@@ -46,12 +54,16 @@ def outcome(call: Callable[[], Any]) -> tuple[str, str]:
     return "OK", ""
 
 
-def many(daemon: Daemon, ask: Callable[[checkpoint_pb2_grpc.CheckpointServiceStub], Any]) -> Counter[str]:
+def many(
+    daemon: Daemon,
+    ask: Callable[[Any], Any],
+    made: Callable[[grpc.Channel], Any] = checkpoint_pb2_grpc.CheckpointServiceStub,
+) -> Counter[str]:
     """How 64 calls end that are made on 8 channels at once."""
 
     def some(_: int) -> list[str]:
         with channel(daemon) as own:
-            stub = checkpoint_pb2_grpc.CheckpointServiceStub(own)
+            stub = made(own)
             return [outcome(lambda: ask(stub))[0] for _ in range(8)]
 
     with ThreadPoolExecutor(8) as threads:
@@ -77,6 +89,26 @@ def test_calls_without_a_token_cost_no_memory(daemon: Daemon) -> None:
         peer.ask(offer=handles_pb2.OfferRequest())
         assert outcome(lambda: load(heavy(60 * MIB), metadata=metadata))[0] == "RESOURCE_EXHAUSTED"
     assert daemon.rss() < before + 20 * MIB
+
+
+def test_compositions_that_cannot_be_cost_no_memory(daemon: Daemon) -> None:
+    """A list of tensors without their shapes: what is too long is not received, and the rest is let go of.
+
+    All that was received is 448 MiB; what Python keeps between other things is much less.
+    """
+    daemon.connect().version()
+    before = daemon.rss()
+    for size, codes in ((7 * MIB, {"INVALID_ARGUMENT", "FAILED_PRECONDITION"}), (60 * MIB, {"RESOURCE_EXHAUSTED"})):
+        request = composition_pb2.ComposeRequest(names=[f"{n:06}".ljust(1000, "t") for n in range(size // 1003)])
+        with Peer(daemon.socket) as peer:
+            options = {"metadata": (("weightd-token", peer.token),), "timeout": 60}
+            ended = many(
+                daemon, lambda stub, r=request, o=options: stub.Compose(r, **o),
+                composition_pb2_grpc.CompositionServiceStub,
+            )  # fmt: skip
+        assert ended.keys() <= codes
+    eventually(lambda: daemon.rss() < before + 120 * MIB, what="no request is left")
+    assert daemon.connect().checkpoints() == []
 
 
 def test_long_references_cost_no_memory_and_are_refused_first(daemon: Daemon) -> None:

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 from support import checkpoints, gguf_files, workloads
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
+from weightd.plan_report import PlanReport
 from weightd_daemon import planning
 from weightd_daemon.loader.source import LoaderSource
 from weightd_daemon.persistence.digest_index import FILE_NAME
@@ -26,7 +28,7 @@ from weightd_daemon.persistence.digest_index import FILE_NAME
 KIB = 1 << 10
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "weightd", "plan"]
-KEYS = ["total_bytes", "unique_bytes", "saved_bytes", "saved_ratio", "read_bytes", "checkpoints", "pairs"]
+KEYS = [field.name for field in fields(PlanReport)]
 README = Path(__file__).resolve().parents[2] / "README.md"
 DEEPFLOYD = workloads.DATA / "deepfloyd_if_I_II_f32.json.gz"
 
@@ -209,14 +211,21 @@ def test_tables(tmp_path: Path) -> None:
     a, b, c = pipelines(tmp_path)
     lines = run(a, b, c).stdout.splitlines()
     tables = [[line.split() for line in table.splitlines()] for table in "\n".join(lines).split("\n\n")]
-    assert len(tables) == 4
+    assert len(tables) == 8
     assert tables[0][0] == ["CHECKPOINT", "TENSORS", "SIZE", "SHARED", "WITH"]
     assert tables[0][1] == [str(a), "7", "1.20", "MiB", "1.20", "MiB", "2", "others"]
     assert tables[1][0] == ["COMPONENT", "OF", "TENSORS", "SIZE", "SHARED"]
     assert [row[:2] for row in tables[1][1:4]] == [["encoder", str(a)], ["unet", str(a)], ["encoder", str(b)]]
-    assert [row[2:4] for row in tables[2][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
-    assert "encoder = text 1.00 MiB, unet 100 KiB" in lines[-3]
-    assert tables[3][0][:2] == ["3", "checkpoints,"]
+    assert tables[2][0] == ["#", "HAS", "IN", "COMMON", "WITH", "1", "2", "3"]
+    assert [row[1:] for row in tables[2][1:]] == [
+        [str(a), "-", "91%", "91%"], [str(b), "86%", "-", "86%"], [str(c), "91%", "91%", "-"],
+    ]  # fmt: skip
+    assert [row[2:4] for row in tables[3][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
+    assert any("encoder = text 1.00 MiB, unet 100 KiB" in line for line in lines)
+    assert [row[:3] for row, *_ in tables[4:7]] == [
+        [str(a), "and", f"{b}:"], [str(a), "and", f"{c}:"], [str(b), "and", f"{c}:"],
+    ]  # fmt: skip
+    assert tables[7][0][:2] == ["3", "checkpoints,"]
     plain = run(checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB)).stdout
     assert plain.splitlines()[2:] == ["", "1 checkpoint, total 1.00 KiB, unique 1.00 KiB, saved 0 B (0.0 %)"]
 
@@ -339,8 +348,8 @@ def test_a_folder_of_models_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_checkpoints_are_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "many.json"
-    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MAX_CHECKPOINTS)}))
-    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MAX_CHECKPOINTS
+    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MOST_CHECKPOINTS)}))
+    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MOST_CHECKPOINTS
     code, line = failure("--manifest", manifest, checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB))
     assert (code, "plan fewer at a time" in line) == (2, True)
 
@@ -361,13 +370,13 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path, change
     os.utime(path, (1, 1))
     told: list[tuple[int, int]] = []
 
-    def advance(done: int, total: int) -> None:
+    def advance(_: str, done: int, total: int) -> None:
         if not told:
             change(path)
         told.append((done, total))
 
     with pytest.raises(FormatError, match=fault):
-        planning.plan([str(path)], threads=2, advance=advance)
+        planning.plan(planning.Question([str(path)], threads=2), advance=advance)
     assert told[0] == (MIB, 8 * MIB)
 
 

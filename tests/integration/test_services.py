@@ -23,6 +23,7 @@ from weightd._proto.v1 import checkpoint_pb2, checkpoint_pb2_grpc, daemon_pb2, d
 StartDaemon = Callable[..., Daemon]
 SERVICES = [
     "weightd.v1.CheckpointService",
+    "weightd.v1.CompositionService",
     "weightd.v1.DaemonService",
     "weightd.v1.InspectionService",
     "weightd.v1.LeaseService",

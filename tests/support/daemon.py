@@ -41,7 +41,7 @@ def eventually(check: Callable[[], object], seconds: float = PATIENCE, what: str
 def environment(socket: Path | None = None) -> dict[str, str]:
     """The environment of a child process: our sources, and no setting of whoever runs the tests."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WEIGHTD_")}
-    ours = [str(ROOT / folder) for folder in ("client", "daemon", "tests")]
+    ours = [str(ROOT / folder) for folder in ("client", "daemon", "fleet", "tests")]
     inherited = os.environ.get("PYTHONPATH")  # packages that the interpreter lacks may lie there: tools/gpu_day.sh
     clean["PYTHONPATH"] = os.pathsep.join([*ours, *([inherited] if inherited else [])])
     clean["XDG_CONFIG_HOME"] = "/nonexistent"

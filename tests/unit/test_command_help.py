@@ -30,12 +30,19 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, Any] = app.get_command(app.app).commands
 
 
+NESTED: dict[str, Any] = {
+    f"{group} {name}": command
+    for group, commands in COMMANDS.items()
+    for name, command in getattr(commands, "commands", {}).items()
+}
+
+
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *NESTED])
 def test_every_command_has_examples_that_parse(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -48,8 +55,9 @@ def test_every_command_has_examples_that_parse(
     for line in lines:
         first = re.split(r"\s{2,}| \| | >", line.strip())[0]
         command, *arguments = shlex.split(first)
-        assert (command, arguments[0]) == ("weightd", "ls" if name == "list" else name)
-        COMMANDS[name].make_context(name, arguments[1:])
+        words = ["ls"] if name == "list" else name.split()
+        assert [command, *arguments[: len(words)]] == ["weightd", *words]
+        (COMMANDS | NESTED)[name].make_context(name, arguments[len(words) :])
 
 
 def test_manual_pages_say_what_the_help_says() -> None:

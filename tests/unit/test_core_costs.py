@@ -42,7 +42,7 @@ class Desk:
         unused = cast("Any", None)
         self.loads = Loads(
             store=self.store, catalog=Catalog(self.store, UserLimits()), devices={}, reclaimers={}, index=unused,
-            prepare=unused, now=lambda: 1.0, on_event=lambda _: None, lock=-1, threads=1,
+            prepare=unused, now=lambda: 1.0, on_event=lambda _: None, open_manifest=unused, lock=-1, threads=1,
             fair_queue=LoadQueue(1, 1), limits=UserLimits(),
         )  # fmt: skip
         for number in range(there):

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightd.plan_report import PlannedPair, PlanReport, SharedPart
 from weightd_daemon.core.blob import OWN_COPY_BELOW
-from weightd_daemon.core.plan import PlannedTensor, SharingPlan, _PlannedPair, _SharedPart, make_plan, recurring
+from weightd_daemon.core.plan import PlannedTensor, make_plan, recurring
 
 BIG = OWN_COPY_BELOW
 SMALL = OWN_COPY_BELOW - 1
@@ -24,7 +25,7 @@ def tensors(*contents: tuple[str, int, int | None]) -> list[PlannedTensor]:
     return [PlannedTensor(component, f"t{i}", length, what) for i, (component, length, what) in enumerate(contents)]
 
 
-def figures(plan: SharingPlan) -> tuple[int, int, int]:
+def figures(plan: PlanReport) -> tuple[int, int, int]:
     return plan.total_bytes, plan.unique_bytes, plan.saved_bytes
 
 
@@ -38,7 +39,7 @@ def test_what_two_have_in_common_is_held_once() -> None:
     )
     assert figures(plan) == (8 * BIG, 7 * BIG, BIG)
     assert plan.saved_ratio == 1 / 8
-    assert plan.pairs == (_PlannedPair(("a", "b"), BIG, (_SharedPart(("encoder", "text"), BIG),)),)
+    assert plan.pairs == (PlannedPair(("a", "b"), BIG, (SharedPart(("encoder", "text"), BIG),)),)
     a, b, c = plan.checkpoints
     assert (a.name, a.tensors, a.total_bytes, a.exclusive_bytes, a.shared_bytes) == ("a", 2, 3 * BIG, 2 * BIG, BIG)
     assert (a.shared_with, b.shared_with, c.shared_with) == (1, 1, 0)
@@ -128,7 +129,7 @@ def test_the_figures_agree_with_each_other(contents: list[Contents]) -> None:
     assert shared == {}
 
 
-def in_any_order(plan: SharingPlan) -> dict[str, Any]:
+def in_any_order(plan: PlanReport) -> dict[str, Any]:
     """A plan without the order of what it was given."""
     found = asdict(plan)
     found["checkpoints"] = sorted(found["checkpoints"], key=lambda checkpoint: str(checkpoint["name"]))

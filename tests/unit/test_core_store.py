@@ -205,6 +205,22 @@ def test_known_blobs_are_shared_without_bytes_but_a_small_one_once() -> None:
     assert books.open("uid:7").share_known(large_number, huge.identity) is None
 
 
+def test_resident_blobs_are_shared_by_number_and_small_ones_again_only_without_a_twin() -> None:
+    books = Books()
+    first, twin = books.load("aa", SMALL).unique.values()
+    (large,) = books.load("b").unique.values()
+    load = books.open()
+    assert [load.share_resident(first.number) for _ in range(3)] == [first, twin, first]
+    assert [load.share_resident(large.number) for _ in range(2)] == [large, large]
+    assert load.share_resident(999) is None
+    assert books.open("uid:7").share_resident(large.number) is None
+    for checkpoint in list(books.store.checkpoints.values()):
+        books.store.remove(checkpoint)
+    assert set(sealed_blobs(books.store)) == {first, twin, large}
+    load.end()
+    assert sealed_blobs(books.store) == []
+
+
 def test_different_bytes_of_one_digest_get_variants() -> None:
     books = Books()
     (there,) = books.load("a").unique.values()

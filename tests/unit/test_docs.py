@@ -36,18 +36,15 @@ OPERATIONS = ROOT / "docs" / "operations.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 LIFETIMES = ROOT / "docs" / "lifetimes.md"
 
+PACKAGES = ("daemon/weightd_daemon", "client/weightd", "fleet/weightd_fleet")
 # Folders that a path in a document may start from: documents name modules as `loader/source.py`.
 BASES = [
     ROOT,
-    *(ROOT / name for name in ("client", "daemon", "daemon/weightd_daemon", "client/weightd", "protos/weightd/v1")),
+    *(ROOT / name for name in ("client", "daemon", "fleet", "protos/weightd/v1")),
+    *(ROOT / name for name in PACKAGES),
 ]
-SUBFOLDERS = tuple(
-    path.name
-    for root in ("daemon/weightd_daemon", "client/weightd")
-    for path in (ROOT / root).iterdir()
-    if path.is_dir()
-)
-OUR_FOLDERS = ("bench", "client", "daemon", "docs", "examples", "protos", "systemd", "tests", "tools")
+SUBFOLDERS = tuple(path.name for root in PACKAGES for path in (ROOT / root).iterdir() if path.is_dir())
+OUR_FOLDERS = ("bench", "client", "daemon", "docs", "examples", "fleet", "protos", "systemd", "tests", "tools")
 
 
 def prose(path: Path) -> str:
@@ -218,7 +215,13 @@ def test_installations_name_extras_and_recipes_that_exist() -> None:
 
 def test_nobody_is_sent_to_an_index_for_weightd() -> None:
     """It is on none: whoever registers the name first would be installed."""
-    files = [*DOCS, *ROOT.glob("client/**/*.py"), *ROOT.glob("daemon/**/*.py"), *ROOT.glob("examples/*.py")]
+    files = [
+        *DOCS,
+        *ROOT.glob("client/**/*.py"),
+        *ROOT.glob("daemon/**/*.py"),
+        *ROOT.glob("fleet/**/*.py"),
+        *ROOT.glob("examples/*.py"),
+    ]
     assert len(files) > 100
     assert [
         path for path in files if re.search(r"pip install[^\n]*\bweightd\[|pip install weightd", path.read_text())

@@ -51,7 +51,7 @@ class Desk:
         nothing, unused = dict[str, Any](), cast("Any", None)
         self.loads = Loads(
             store=self.books.store, catalog=self.books.catalog, devices={**self.books.devices}, reclaimers=nothing,
-            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, lock=-1, threads=1,
+            index=unused, prepare=unused, now=lambda: 0.0, on_event=self.hear, open_manifest=unused, lock=-1, threads=1,
             fair_queue=LoadQueue(1, 1), limits=UserLimits(),
         )  # fmt: skip
         self.wish = LoadRequest(
@@ -78,7 +78,8 @@ def loads_of(books: Filled, limits: UserLimits) -> Loads:
     nothing, unused = dict[str, Any](), cast("Any", None)
     return Loads(
         store=books.store, catalog=books.catalog, devices=nothing, reclaimers=nothing, index=unused,
-        prepare=unused, now=lambda: 5.0, on_event=unused, lock=-1, threads=1, fair_queue=LoadQueue(1, 1), limits=limits,
+        prepare=unused, now=lambda: 5.0, on_event=unused, open_manifest=unused, lock=-1, threads=1,
+        fair_queue=LoadQueue(1, 1), limits=limits,
     )  # fmt: skip
 
 
@@ -211,7 +212,7 @@ def test_whoever_waits_for_a_load_has_a_lease_in_the_step_that_seals_it(monkeypa
         desk = Desk()
         desk.loads._reclaimers["GPU-0"] = cast("Any", None)
         desk.loads._devices["GPU-0"] = cast("Any", SimpleNamespace(kind="cuda_vmm", uuid="GPU-0"))
-        monkeypatch.setattr("weightd_daemon.loads.loads.LoadDialogue", Sealing)
+        monkeypatch.setattr("weightd_daemon.loads.reading.LoadDialogue", Sealing)
         monkeypatch.setattr(desk.loads, "_pool", AsyncMock())
         load, _, begins = desk.loads.start(desk.wish, desk.intake)
         assert begins
@@ -241,7 +242,7 @@ def test_a_load_takes_no_less_than_no_time_when_the_clock_is_set_back() -> None:
         loads = Loads(
             store=books.store, catalog=books.catalog, devices={"GPU-0": device}, reclaimers={"GPU-0": anything},
             index=anything, prepare=anything, now=lambda: float(next(backwards)), on_event=events.append,
-            lock=lock, threads=1, fair_queue=LoadQueue(1, 1), limits=UserLimits(),
+            open_manifest=anything, lock=lock, threads=1, fair_queue=LoadQueue(1, 1), limits=UserLimits(),
             argv=["/bin/false"],
         )  # fmt: skip
         intake, other = os.pipe()

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from support.counting import operations
-from weightd._manifest import DTYPES, FORM, File, Manifest
+from weightd._manifest import DTYPES, FORM, Manifest
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import NotFoundError, ServerError
-from weightd.types import TensorInfo, TensorKey
+from weightd.types import CheckpointFile, TensorInfo, TensorKey
 from weightd_daemon.core.blob import Blob, BlobKey
 from weightd_daemon.core.checkpoint import Content
 from weightd_daemon.core.digest import EMPTY_DIGEST
@@ -53,7 +53,7 @@ def test_what_is_written_comes_back() -> None:
     manifest = Manifest(encoded("cuda_vmm"))
     assert (manifest.content_digest, manifest.device, manifest.kind) == (CONTENT.content_digest, "GPU-1", "cuda_vmm")
     assert manifest.components == ("a", "b")
-    assert manifest.files == (File("a", "one", {"key": "value"}), File("b", "two", None))
+    assert manifest.files == (CheckpointFile("a", "one", {"key": "value"}), CheckpointFile("b", "two", None))
     assert manifest.segment_bytes == (SIZE, 2 * SIZE)
     assert manifest.tensors == ROWS
     assert len(manifest) == 4

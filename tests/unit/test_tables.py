@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +12,19 @@ from rich.cells import cell_len
 
 from support.fake_client import CHECKPOINT, DIGEST, GIB, LOADED, FakeClient, Terminal
 from weightd.cli import main
+from weightd.plan_report import (
+    BudgetPlan,
+    BudgetStep,
+    Difference,
+    DifferingTensors,
+    NearDuplicate,
+    PlannedCheckpoint,
+    PlannedComponent,
+    PlannedPair,
+    PlanReport,
+    SharedPart,
+    SkippedPath,
+)
 from weightd.types import LeaseInfo
 
 pytest.importorskip("typer")
@@ -43,6 +56,26 @@ def shown(*arguments: str) -> list[str]:
     return re.sub(r"\x1b\[[0-9;]*m", "", on_terminal(*arguments)).splitlines()
 
 
+def plan_report() -> PlanReport:
+    """A report with everything that can be in one."""
+    component = PlannedComponent("text_encoder", 3, GIB, GIB)
+    named = DifferingTensors("model.layers.*.self_attn.q_proj.weight", 32, GIB)
+    return PlanReport(
+        total_bytes=3 * GIB,
+        unique_bytes=GIB,
+        saved_bytes=2 * GIB,
+        saved_ratio=2 / 3,
+        read_bytes=0,
+        checkpoints=tuple(PlannedCheckpoint(path, 3, GIB, 0, GIB, 1, (component,)) for path in PATHS),
+        pairs=(PlannedPair((PATHS[0], PATHS[1]), GIB, (SharedPart((PATHS[0], PATHS[1]), GIB),)),),
+        pairs_left_out=3,
+        differences=(Difference((PATHS[0], PATHS[1]), 9, 32, GIB, (named,), (1, 0), ((named,), ())),),
+        near_duplicates=(NearDuplicate(PATHS[0], PATHS[1], 0.96, 0.1, 1 << 26),),
+        budget=BudgetPlan(GIB, GIB, 1, tuple(BudgetStep(path, GIB, GIB, path == PATHS[0], ()) for path in PATHS)),
+        skipped=(SkippedPath(PATHS[2], "may not be read by this user; check its permissions"),),
+    )
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("command", ["ls", "ps", "stats", "inspect", "plan"])
 def test_every_table_fits(command: str, width: int, fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,15 +94,7 @@ def test_every_table_fits(command: str, width: int, fake: FakeClient, monkeypatc
     fake.answers["inspect"] = replace(
         details, sources=tuple(details.sources[0]._replace(file=path) for path in PATHS), reference=PATHS[0]
     )
-    checkpoint = {"tensors": 3, "total_bytes": GIB, "shared_bytes": GIB, "shared_with": 1}
-    pair = {"shared_bytes": GIB, "checkpoints": PATHS[:2], "parts": [{"components": PATHS[:2], "shared_bytes": GIB}]}
-    plan = {
-        "checkpoints": [
-            {**checkpoint, "name": path, "components": [{**checkpoint, "name": "text_encoder"}]} for path in PATHS
-        ],
-        "pairs": [pair], "total_bytes": GIB, "unique_bytes": GIB, "saved_bytes": 0, "saved_ratio": 0.0,
-    }  # fmt: skip
-    monkeypatch.setattr(planning, "_ask", lambda *_: plan)
+    monkeypatch.setattr(planning, "_ask", lambda *_: asdict(plan_report()))
     monkeypatch.setattr(planning, "require_daemon", lambda _: None)
     monkeypatch.setenv("COLUMNS", str(width))
     arguments = [command, *(["base"] if command in ("inspect", "plan") else [])]

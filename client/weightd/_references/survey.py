@@ -23,8 +23,10 @@ _DEPTH: Final = 4
 _FOLDERS: Final = 2000
 """Most folders that are looked into."""
 _LISTED: Final = 5
-_SIGNS: Final = (*SUFFIXES, f"{SUFFIX}.index.json")
-_LISTS: Final = ("model_index.json", "modules.json")
+SIGNS: Final = (*SUFFIXES, f"{SUFFIX}.index.json")
+"""How files end that make a folder look like a checkpoint."""
+COMPOSED: Final = ("model_index.json", "modules.json")
+"""Files that make a folder one checkpoint of components, which lie below it."""
 
 
 def checkpoints_below(root: Path) -> str:
@@ -74,7 +76,7 @@ class _Search:
             return
         self._seen.add((status.st_dev, status.st_ino))
         files = [name for name, is_folder in names.items() if not is_folder]
-        if place.depth and any(name.endswith(_SIGNS) or name in _LISTS for name in files):
+        if place.depth and any(name.endswith(SIGNS) or name in COMPOSED for name in files):
             self._found.append(str(place.path))
         elif place.depth < _DEPTH:
             folders = sorted(name for name, is_folder in names.items() if is_folder)

@@ -11,6 +11,8 @@ from weightd._limits import MAX_LOAD_REQUEST, out_of_descriptors
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
+    composition_pb2,
+    composition_pb2_grpc,
     daemon_pb2,
     daemon_pb2_grpc,
     errors_pb2,
@@ -77,6 +79,7 @@ class RpcClient:
         self._closed = False
         self._channel = grpc.insecure_channel(grpc_target(path), options=options)
         self._checkpoints = checkpoint_pb2_grpc.CheckpointServiceStub(self._channel)
+        self._compositions = composition_pb2_grpc.CompositionServiceStub(self._channel)
         self._leases = lease_pb2_grpc.LeaseServiceStub(self._channel)
         self._daemon = daemon_pb2_grpc.DaemonServiceStub(self._channel)
         self.inspection = InspectionRpc(inspection_pb2_grpc.InspectionServiceStub(self._channel), self._call)
@@ -121,6 +124,16 @@ class RpcClient:
         if result is None:
             raise ServerError("the daemon ended the load without a result")
         return result
+
+    def compose(self, request: composition_pb2.ComposeRequest) -> LoadResult:
+        """Run a composition to its end. Errors: InvalidReferenceError (the list is too long), those of the daemon."""
+        if (size := request.ByteSize()) > MAX_LOAD_REQUEST:
+            raise InvalidReferenceError(
+                f"the list of {len(request.names)} tensors takes {size} bytes, and a composition may have "
+                f"{MAX_LOAD_REQUEST}; shorten the names, or give the tensors the same names in their sources"
+            )
+        with self._errors():
+            return result_from(self._compositions.Compose(request, metadata=self._metadata).result)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """Every checkpoint."""

@@ -18,6 +18,7 @@ from weightd.cli import (
     device_map,
     doctor,
     events,
+    fleet,
     inspecting,
     listing,
     loading,
@@ -102,6 +103,7 @@ app.command("version")(daemon.version)
 app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
+app.add_typer(fleet.fleet)
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -185,6 +185,8 @@ def _print_checkpoint(details: CheckpointDetails, rows: Sequence[Row], *, wide: 
         lines["groups"] = summary(rows)
     if details.reference and details.reference not in info.names:
         lines["from"] = details.reference
+    if not details.sources:
+        lines["files"] = "none: it was composed of resident tensors"
     if details.note:
         lines["note"] = details.note
     width = terminal_width(wide=wide)

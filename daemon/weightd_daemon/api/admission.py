@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOKEN = "weightd-token"  # noqa: S105  # the metadata key, not a secret
 MAX_REQUEST = 64 << 10
-"""Bytes of a request other than a load's: as of a frame on the handle socket."""
+"""Bytes of a request other than a load's or a composition's: as of a frame on the handle socket."""
 MAX_CALLS_OF_CONNECTION = 128
 """Calls under way with one token, streams included."""
 MAX_CALLS_OF_USER = 4096
@@ -37,6 +37,7 @@ READ_SECONDS = 15.0
 """How long a request may take to arrive once it is its turn."""
 
 _LOAD = "/weightd.v1.CheckpointService/Load"
+_COMPOSE = "/weightd.v1.CompositionService/Compose"
 _NOBODY = "nobody"
 """All who call without a token count as one."""
 
@@ -89,7 +90,6 @@ class RpcAdmission:
             except PermissionDeniedError:
                 if needs_token:
                     raise
-        is_load = method == _LOAD
         if connection is None:
             bounds: dict[object, tuple[int, str]] = {_NOBODY: (MAX_CALLS_WITHOUT_TOKEN, "of callers without a token")}
         else:
@@ -99,7 +99,7 @@ class RpcAdmission:
             }
             if connection.read_only:
                 check_allowed(method)
-            if is_load and not connection.offers:
+            if method == _LOAD and not connection.offers:
                 raise LeaseLostError("an offer is not there; a load needs one of its own connection")
         for key, (most, whose) in bounds.items():
             if self._calls[key] >= most:
@@ -108,7 +108,8 @@ class RpcAdmission:
         payer = next(reversed(bounds))
         readers = self._readers.setdefault((payer, streams), asyncio.Semaphore(READERS))
         try:
-            yield AdmittedRpc(method, MAX_LOAD_REQUEST if is_load else MAX_REQUEST, readers)
+            most = MAX_LOAD_REQUEST if method in (_LOAD, _COMPOSE) else MAX_REQUEST
+            yield AdmittedRpc(method, most, readers)
         finally:
             self._calls.subtract(bounds.keys())
             for key in bounds:

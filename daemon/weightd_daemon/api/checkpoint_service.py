@@ -27,6 +27,7 @@ from weightd_daemon.wire import time_to, user_name
 
 from .context import GrpcServiceContext
 from .error_mapping import Context
+from .results import result_to
 
 MAX_GROUPED = 200_000
 """Tensors in the groups of one load: the largest mixtures of experts have half as many."""
@@ -343,22 +344,9 @@ def _order(outcome: LoadOutcome, wish: LoadRequest, load: LoadRequest | None) ->
 
 def _result(name: str, outcome: LoadOutcome, wish: LoadRequest, load: LoadRequest | None) -> checkpoint_pb2.LoadEvent:
     """The last event: for one wish, of the load that was begun with another or the same, if there was one."""
-    order = _order(outcome, wish, load)
-    own = order == checkpoint_pb2.LOAD_ORDER_REQUESTED
-    result = checkpoint_pb2.LoadResult(
-        name=name,
-        content_digest=outcome.content_digest,
-        tensors=outcome.tensors,
-        total_bytes=outcome.total_bytes,
-        unique_bytes=outcome.unique_bytes,
-        shared_bytes=outcome.total_bytes - outcome.unique_bytes,
-        read_bytes=outcome.read_bytes,
-        seconds=outcome.seconds,
-        device=wish.device,
-        evicted=outcome.evicted,
-        evicted_others=outcome.evicted_others,
-        order=order,
-        groups=outcome.groups if own else 0,
-        ignored_groups=outcome.ignored_groups if own else (),
-    )
+    result = result_to(name, outcome, wish.device)
+    result.order = _order(outcome, wish, load)
+    if result.order == checkpoint_pb2.LOAD_ORDER_REQUESTED:
+        result.groups = outcome.groups
+        result.ignored_groups.extend(outcome.ignored_groups)
     return checkpoint_pb2.LoadEvent(result=result)

@@ -75,10 +75,7 @@ class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
             failure: _Answer | None = None
             try:
                 with self._admission.enter(method, token, streams=handler.request_streaming) as call:
-                    if handler.request_streaming:  # reflection's
-                        await self._answer(method, handler, _requests(handler, call, context), context)
-                    elif (request := await _receive(handler, call, context)) is not None:
-                        answer = await self._answer(method, handler, request, context)
+                    answer = await self._serve(method, handler, call, context)
                 code = "OK"
             except _PeerLeftError:
                 return
@@ -87,6 +84,7 @@ class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                 raise
             except Exception as error:  # noqa: BLE001  # the boundary: mapped, never swallowed
                 failure = _answer_to(_known(method, error))
+                error.with_traceback(None)  # its frames have the request, and a load that failed keeps its error
                 code = failure.code
             finally:
                 self._on_call(method.rpartition(".")[2], code)
@@ -99,6 +97,16 @@ class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                     await _write(context, answer)
 
         return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
+
+    async def _serve(self, method: str, handler: Any, call: AdmittedRpc, context: Context) -> Any | None:
+        """Receive what a call asks, and answer it as `_answer` does.
+
+        Not in the frame of the call itself, which an aborted call's error keeps in gRPC: it would keep the request.
+        """
+        if handler.request_streaming:  # reflection's
+            return await self._answer(method, handler, _requests(handler, call, context), context)
+        request = await _receive(handler, call, context)
+        return None if request is None else await self._answer(method, handler, request, context)
 
     async def _answer(self, method: str, handler: Any, request: Any, context: Context) -> Any | None:
         """Run a handler. Returns its only answer; sends those that it yields, and returns None."""

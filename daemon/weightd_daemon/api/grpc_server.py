@@ -14,6 +14,8 @@ from weightd._limits import DAEMON, MAX_LOAD_REQUEST, check_grpc_can_start
 from weightd._proto.v1 import (
     checkpoint_pb2,
     checkpoint_pb2_grpc,
+    composition_pb2,
+    composition_pb2_grpc,
     daemon_pb2,
     daemon_pb2_grpc,
     inspection_pb2,
@@ -26,6 +28,7 @@ from weightd_daemon.wire import add_leases
 
 from .admission import MAX_CALLS_OF_CONNECTION, RpcAdmission
 from .checkpoint_service import CheckpointService
+from .composition_service import CompositionService
 from .context import GrpcServiceContext
 from .daemon_service import DaemonService
 from .error_mapping import Context, GrpcErrorInterceptor
@@ -42,6 +45,7 @@ _SERVICES = tuple(
     proto.DESCRIPTOR.services_by_name[name].full_name
     for proto, name in (
         (checkpoint_pb2, "CheckpointService"),
+        (composition_pb2, "CompositionService"),
         (lease_pb2, "LeaseService"),
         (daemon_pb2, "DaemonService"),
         (inspection_pb2, "InspectionService"),
@@ -93,6 +97,7 @@ class GrpcServer:
         self._interceptors = [GrpcErrorInterceptor(RpcAdmission(parts.connections), on_call, before_answer)]
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # public, but not in its types
         self._checkpoints, self._leases = CheckpointService(parts), LeaseService(parts)
+        self._compositions = CompositionService(parts)
         self._daemon, self._inspection = DaemonService(parts), InspectionService(parts)
         self._servers: list[grpc.aio.Server] = []
         self._serving = 0
@@ -102,6 +107,7 @@ class GrpcServer:
         check_grpc_can_start(DAEMON)
         server = grpc.aio.server(interceptors=self._interceptors, options=self._options)
         checkpoint_pb2_grpc.add_CheckpointServiceServicer_to_server(self._checkpoints, server)
+        composition_pb2_grpc.add_CompositionServiceServicer_to_server(self._compositions, server)
         lease_pb2_grpc.add_LeaseServiceServicer_to_server(self._leases, server)
         daemon_pb2_grpc.add_DaemonServiceServicer_to_server(self._daemon, server)
         inspection_pb2_grpc.add_InspectionServiceServicer_to_server(self._inspection, server)

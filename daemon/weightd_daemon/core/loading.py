@@ -6,22 +6,24 @@ A load says which bytes it has, and learns where equal bytes lie already. making
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from weightd.errors import DeviceError
 
 from .alike import DuplicateBlobs
-from .arena import round_up, slot_bytes, without
+from .arena import round_up, slot_bytes
 from .blob import OWN_COPY_BELOW, Blob, BlobKey, BlobState
-from .checkpoint import Checkpoint, CheckpointKey, Content
+from .checkpoint import Checkpoint, CheckpointKey
 from .events import CheckpointSealed
 from .known import KnownBlobs
 from .making_room import Evictor
+from .prepared import PreparedSeal
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from .arena import Extent
+    from .checkpoint import Content
     from .digest import BlobIdentity
     from .lease import LeasePeer
     from .store import ContentStore
@@ -31,15 +33,6 @@ AT_ONCE = 1000
 """Keys that are looked at in one step for what has to be compared again."""
 ENDED_AT_ONCE = 250
 """Blobs of which an ending load lets go in one step."""
-
-
-class _Prepared(NamedTuple):
-    """What the seal of a content needs: the load's own blobs, their lengths, and what is left of its grants."""
-
-    content: Content
-    fresh: list[Blob]
-    lengths: Counter[int]
-    rest: list[Extent]
 
 
 class StoreTransaction:
@@ -71,7 +64,7 @@ class StoreTransaction:
         self._known = KnownBlobs(self._blobs, self.number)
         self._needed = self._largest = 0
         """Bytes of what has no match, and of the largest such tensor."""
-        self._prepared: _Prepared | None = None
+        self._prepared: PreparedSeal | None = None
 
     @property
     def place(self) -> tuple[str, str]:
@@ -184,6 +177,19 @@ class StoreTransaction:
         self._used.add(number)
         return blob
 
+    def share_resident(self, number: int) -> Blob | None:
+        """Use the bytes of the blob of that number, if it is resident where the load goes; otherwise None.
+
+        For a small blob that the load uses already, another of equal bytes is used. Where there is none, it is used
+        again, for there is nobody to copy it: clients map it once more.
+        """
+        self._check()
+        blob = self._blobs.get(number)
+        if blob is None or not blob.sealed or blob.key[:2] != self.place:  # law 9
+            return None
+        self._hold(blob)
+        return self.share(number, None, 0) or blob
+
     def candidate(self, digest: bytes, length: int) -> Blob | None:
         """A blob that bytes with this digest may equal; None when there is none."""
         self._check()
@@ -295,9 +301,7 @@ class StoreTransaction:
 
         For the seal is one step of the loop, and a checkpoint may have 100,000 tensors.
         """
-        fresh = [blob for blob in content.tally.unique.values() if blob.load == self.number]
-        rest = without(self._memory.granted(self.number), (blob.slot for blob in fresh))
-        self._prepared = _Prepared(content, fresh, Counter(blob.key.length for blob in fresh), rest)
+        self._prepared = PreparedSeal.of(content, self.number, self._memory.granted(self.number))
 
     def seal(self, content: Content, now: float, manifest: object = None, manifest_bytes: int = 0) -> Checkpoint:
         """The load's blobs are sealed and the checkpoint is there. `rechecked` must hold; `end` is still to come.

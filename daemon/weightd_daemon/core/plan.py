@@ -7,15 +7,22 @@ one, so of these there are as many as the checkpoint with the most names has.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections import Counter
-from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, NamedTuple
+
+from weightd.plan_report import PlannedCheckpoint, PlannedComponent, PlannedPair, PlanReport, SharedPart
 
 from .blob import OWN_COPY_BELOW
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Mapping, Sequence
+
+
+MOST_PAIRS = 10_000
+"""How many pairs a plan lists: every pair of 141 checkpoints, of a thousand one in fifty."""
 
 
 class PlannedTensor(NamedTuple):
@@ -25,66 +32,27 @@ class PlannedTensor(NamedTuple):
     name: str
     length: int
     identity: Hashable
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+    def having(self, identity: Hashable) -> PlannedTensor:
+        """The same tensor with another identity. Several times faster than `_replace`; there may be a million."""
+        return PlannedTensor(self.component, self.name, self.length, identity, self.dtype, self.shape)
 
 
-@dataclass(frozen=True, slots=True)
-class _PlannedComponent:
-    """One part of a checkpoint; `shared_bytes` are those of its tensors that other checkpoints have as well."""
+class SharedContent(NamedTuple):
+    """Bytes that the very same components have: `length` in sum, and whether a checkpoint holds them once only.
 
-    name: str
-    tensors: int
-    total_bytes: int
-    shared_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedCheckpoint:
-    """One checkpoint: `exclusive_bytes` would be held for it alone, `shared_bytes` is the rest of its tensors' bytes.
-
-    `shared_with` counts the other checkpoints that have any of its bytes.
+    `having` lists by checkpoint the components that have them, once for each tensor, sorted.
     """
 
-    name: str
-    tensors: int
-    total_bytes: int
-    exclusive_bytes: int
-    shared_bytes: int
-    shared_with: int
-    components: tuple[_PlannedComponent, ...]
+    length: int
+    once: bool
+    having: Mapping[str, Sequence[str]]
 
-
-@dataclass(frozen=True, slots=True)
-class _SharedPart:
-    """Bytes that a component of one checkpoint has in common with a component of another, named in a pair's order."""
-
-    components: tuple[str, str]
-    shared_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class _PlannedPair:
-    """What two checkpoints would hold together, once instead of twice; `parts` adds up to it, the biggest first."""
-
-    checkpoints: tuple[str, str]
-    shared_bytes: int
-    parts: tuple[_SharedPart, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class SharingPlan:
-    """Bytes that checkpoints would share if all were resident.
-
-    Checkpoints come in the order given, components by name, pairs that share the biggest first.
-
-    `total_bytes` is what the tensors take without sharing, `unique_bytes` with it.
-    """
-
-    total_bytes: int
-    unique_bytes: int
-    saved_bytes: int
-    saved_ratio: float
-    checkpoints: tuple[_PlannedCheckpoint, ...]
-    pairs: tuple[_PlannedPair, ...]
+    def held(self) -> dict[str, Sequence[str]]:
+        """The components for which a checkpoint holds a copy: the first one where it holds them once."""
+        return {name: components[: 1 if self.once else None] for name, components in self.having.items()}
 
 
 def recurring(lengths: Iterable[int]) -> set[int]:
@@ -92,71 +60,96 @@ def recurring(lengths: Iterable[int]) -> set[int]:
     return {length for length, count in Counter(lengths).items() if count > 1 and length}
 
 
-def make_plan(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> SharingPlan:
-    """What sharing would save among these checkpoints, by name."""
+def make_plan(
+    checkpoints: Mapping[str, Sequence[PlannedTensor]], contents: Sequence[SharedContent] | None = None
+) -> PlanReport:
+    """What sharing would save among these checkpoints, by name; `contents` are theirs, if they are known already."""
     exclusive: Counter[str] = Counter()
     shared: Counter[tuple[str, str]] = Counter()
-    parts: dict[tuple[str, str], Counter[tuple[str, str]]] = {}
+    if contents is None:
+        contents = shared_contents(checkpoints)
     unique = 0
-    for length, once, having in _contents(checkpoints):
-        held = {name: components[: 1 if once else None] for name, components in having.items()}
-        unique += length * max(map(len, held.values()))
+    for content in contents:
+        length, once, having = content
+        held = content.held()
+        # Of a checkpoint with the most copies, the others have as many as the next one has.
+        next_most, most = sorted((0, *map(len, held.values())))[-2:]
+        unique += length * most
         for name, components in having.items():
-            elsewhere = max((len(other) for at, other in held.items() if at != name), default=0)
+            elsewhere = next_most if len(held[name]) == most else most
             exclusive[name] += length * max(0, len(held[name]) - elsewhere)
             for component in components if once and elsewhere else components[:elsewhere]:
                 shared[name, component] += length
-        for (name, first), (at, second) in combinations(held.items(), 2):
-            for part in zip(first, second, strict=False):  # as many as both have
-                parts.setdefault((name, at), Counter())[part] += length
-    partners = Counter(name for pair in parts for name in pair)
+    sizes = _pair_sizes(contents)
+    partners = Counter(name for pair in sizes for name in pair)
     found = tuple(
         _checkpoint(name, tensors, exclusive[name], shared, partners[name]) for name, tensors in checkpoints.items()
     )
     total = sum(checkpoint.total_bytes for checkpoint in found)
-    pairs = (
-        _PlannedPair(pair, by_part.total(), tuple(_SharedPart(*part) for part in _biggest_first(by_part)))
-        for pair, by_part in parts.items()
-    )
-    return SharingPlan(
+    pairs = _pairs(contents, heapq.nsmallest(MOST_PAIRS, sizes, key=lambda pair: (-sizes[pair], pair)))
+    return PlanReport(
         total_bytes=total,
         unique_bytes=unique,
         saved_bytes=total - unique,
         saved_ratio=(total - unique) / total if total else 0.0,
+        read_bytes=0,
         checkpoints=found,
-        pairs=tuple(sorted(pairs, key=lambda pair: (-pair.shared_bytes, pair.checkpoints))),
+        pairs=pairs,
+        pairs_left_out=len(sizes) - len(pairs),
     )
 
 
-def _contents(
-    checkpoints: Mapping[str, Sequence[PlannedTensor]],
-) -> Iterator[tuple[int, bool, dict[str, tuple[str, ...]]]]:
-    """Bytes that the very same components have, in sum: length, whether held once, and who has them.
-
-    By checkpoint, its components that have them are listed once for each tensor, sorted. In sum, because a hundred
-    fine-tunes have thousands of pairs and hundreds of tensors in common, but few patterns of who has what.
+def shared_contents(checkpoints: Mapping[str, Sequence[PlannedTensor]]) -> list[SharedContent]:
+    """What checkpoints have, in sum: a hundred fine-tunes have thousands of pairs and hundreds of tensors in common,
+    but few patterns of who has what.
     """
     found: dict[tuple[int, Hashable], dict[str, list[str]]] = {}
     for name, tensors in checkpoints.items():
-        for component, _, length, identity in sorted(tensors, key=lambda tensor: tensor[:2]):
-            if length:
-                content = (length, object() if identity is None else identity)
-                found.setdefault(content, {}).setdefault(name, []).append(component)
+        for tensor in sorted(tensors, key=lambda tensor: tensor[:2]):
+            if tensor.length:
+                content = (tensor.length, object() if tensor.identity is None else tensor.identity)
+                found.setdefault(content, {}).setdefault(name, []).append(tensor.component)
     sums: Counter[tuple[bool, tuple[tuple[str, tuple[str, ...]], ...]]] = Counter()
     for (length, _), having in found.items():
         pattern = tuple((name, tuple(components)) for name, components in having.items())
         sums[length >= OWN_COPY_BELOW, pattern] += length
-    return ((length, once, dict(pattern)) for (once, pattern), length in sums.items())
+    return [SharedContent(length, once, dict(pattern)) for (once, pattern), length in sums.items()]
+
+
+def _pair_sizes(contents: Iterable[SharedContent]) -> Counter[tuple[str, str]]:
+    """The bytes that two checkpoints have in common, for all that have any."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for content in contents:
+        copies = [(name, len(components)) for name, components in content.held().items()]
+        for (name, first), (at, second) in combinations(copies, 2):
+            sizes[name, at] += content.length * min(first, second)
+    return sizes
+
+
+def _pairs(contents: Iterable[SharedContent], listed: Sequence[tuple[str, str]]) -> tuple[PlannedPair, ...]:
+    """The listed pairs, in their order, with what they share by component."""
+    parts: dict[tuple[str, str], Counter[tuple[str, str]]] = {pair: Counter() for pair in listed}
+    for content in contents:
+        held = content.held()
+        few = math.comb(len(held), 2) < len(listed)
+        for pair in combinations(held, 2) if few else listed:
+            if pair in parts and pair[0] in held and pair[1] in held:
+                for part in zip(held[pair[0]], held[pair[1]], strict=False):  # as many as both have
+                    parts[pair][part] += content.length
+    return tuple(
+        PlannedPair(pair, by_part.total(), tuple(SharedPart(*part) for part in _biggest_first(by_part)))
+        for pair, by_part in parts.items()
+    )
 
 
 def _checkpoint(
     name: str, tensors: Sequence[PlannedTensor], exclusive: int, shared: Counter[tuple[str, str]], partners: int
-) -> _PlannedCheckpoint:
+) -> PlannedCheckpoint:
     sizes: dict[str, list[int]] = {}
     for tensor in tensors:
         sizes.setdefault(tensor.component, []).append(tensor.length)
     total = sum(tensor.length for tensor in tensors)
-    return _PlannedCheckpoint(
+    return PlannedCheckpoint(
         name=name,
         tensors=len(tensors),
         total_bytes=total,
@@ -164,7 +157,7 @@ def _checkpoint(
         shared_bytes=total - exclusive,
         shared_with=partners,
         components=tuple(
-            _PlannedComponent(component, len(lengths), sum(lengths), shared[name, component])
+            PlannedComponent(component, len(lengths), sum(lengths), shared[name, component])
             for component, lengths in sorted(sizes.items())
         ),
     )

@@ -18,7 +18,7 @@ from .lease_files import HandleLeaseOwner
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    from weightd._proto.v1 import checkpoint_pb2, handles_pb2
+    from weightd._proto.v1 import checkpoint_pb2, composition_pb2, handles_pb2
     from weightd.types import SourceFile
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint
@@ -45,6 +45,13 @@ def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceF
 
     Errors: InvalidReferenceError (too many, a bad name, one named twice, an index in the wrong place).
     """
+    check_files(messages)
+    _check_indexes(messages)
+    return tuple(map(source_from, messages))
+
+
+def check_files(messages: Sequence[checkpoint_pb2.SourceFile] | Sequence[composition_pb2.ComposedFile]) -> None:
+    """Whether a checkpoint may have these files. Errors: InvalidReferenceError (too many, a bad name, one twice)."""
     if len(messages) > MAX_SOURCES:
         raise InvalidReferenceError(f"the request names {len(messages)} files; a checkpoint may have {MAX_SOURCES}")
     seen: set[tuple[str, str]] = set()
@@ -58,8 +65,6 @@ def sources_from(messages: Sequence[checkpoint_pb2.SourceFile]) -> tuple[SourceF
         if key in seen:
             raise InvalidReferenceError(f"file {'/'.join(filter(None, key))!r} is named twice; name each file once")
         seen.add(key)
-    _check_indexes(messages)
-    return tuple(map(source_from, messages))
 
 
 def shown(reference: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
-from weightd_daemon.core.checkpoint import MANIFEST_BYTES_OF_TENSOR, Checkpoint, Content, books_of
+from weightd_daemon.core.checkpoint import MANIFEST_BYTES_OF_TENSOR, Checkpoint, CheckpointKey, Content, books_of
 from weightd_daemon.core.digest import BlobIdentity
 from weightd_daemon.core.manifest import ContentFile
 from weightd_daemon.devices.device import DeviceSegment
@@ -304,6 +304,8 @@ class LoadDialogue:
 
     def _seal(self, content: Content, draft: LoadManifestDraft) -> None:
         """One step: before anything is awaited after it, the checkpoint must be leased, and be in the root record."""
+        if CheckpointKey(*self._loading.place, content.content_digest) in self._store.checkpoints:
+            self._unique = 0  # what it has placed, such as copies of small tensors, goes with it
         self.checkpoint = self._loading.seal(content, self._now(), draft, draft.size)
         self.checkpoint.origin = self.checkpoint.origin or tuple(s for s in self._sources if not s.is_index)
         if self.trusted:

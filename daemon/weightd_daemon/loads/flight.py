@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 
 
 class InFlightLoad:
-    """A load under way, and the requests that wait for it.
+    """A load under way, and the requests that wait for it. One that `composes` has neither files nor an intake.
 
     `begun` is when it was asked for, in seconds since the epoch; `revision` moves when it ends, or waiters come or go.
     """
 
-    def __init__(self, request: LoadRequest, intake: int, begun: float, revision: BooksRevision) -> None:
+    def __init__(
+        self, request: LoadRequest, intake: int, begun: float, revision: BooksRevision, *, composes: bool = False
+    ) -> None:
         self.request = request
+        self.composes = composes
         self.begun = begun
         self._revision = revision
         self.intake = intake

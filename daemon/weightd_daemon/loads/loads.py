@@ -11,24 +11,21 @@ from typing import TYPE_CHECKING
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, InUseError, LeaseLostError, ServerError, WeightdError
 from weightd.types import SourceFile
-from weightd_daemon import heap
+from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.events import LoadAnswered, LoadBegun
 from weightd_daemon.core.loading import StoreTransaction
-from weightd_daemon.core.making_room import Evictor
-from weightd_daemon.loader.channel import UNFIT
 from weightd_daemon.loader.source import rested
-from weightd_daemon.log_line import Line
 from weightd_daemon.turns import LoopTurn
 
-from .dialogue import LoadDialogue
+from .composing import LoadFromResident
+from .fair_queue import LoadQueue
 from .flight import InFlightLoad
 from .instances import LoadedInstanceIndex
-from .loader_memory import LoaderMemory
-from .loader_pool import LEAVE_SECONDS, LoadProcessPool
-from .loader_process import DEFAULT_ARGV, LoadProcess, LoadProcessDiedError
-from .messages import load_job
+from .loader_pool import LoadProcessPool
+from .loader_process import DEFAULT_ARGV
 from .quota import LoadQuota
-from .request import LoadOutcome, LoadRequest, Prepare
+from .reading import LoadFromFiles
+from .request import LoadComposition, LoadOutcome, LoadRequest, Prepare
 from .verification import LoadVerifications
 
 if TYPE_CHECKING:
@@ -42,12 +39,16 @@ if TYPE_CHECKING:
     from weightd_daemon.devices.device import Device
     from weightd_daemon.devices.reclaimer import DeviceReclaimer
 
-    from .fair_queue import LoadQueue
+    from .work import LoadWork
 
 log = logging.getLogger(__name__)
 
 MAX_UNFINISHED = 32
 """Loads that one connection may have under way, each with a descriptor of its intake."""
+COMPOSING = 2
+"""Compositions that are executed at a time, one of each user; the others wait as they came."""
+MAX_COMPOSITIONS = 4
+"""Compositions that one user may have under way, each with a list of tensors of up to 8 MiB."""
 
 _STOPPING = "the daemon is stopping; load again when it is back"
 _UNFINISHED = "the load ended unfinished; load again"
@@ -69,6 +70,7 @@ class Loads:
         prepare: Prepare,
         now: Callable[[], float],
         on_event: Callable[[Event], None],
+        open_manifest: Callable[[CheckpointKey], int],
         lock: int,
         threads: int,
         fair_queue: LoadQueue,
@@ -83,9 +85,12 @@ class Loads:
         self._prepare = prepare
         self._now = now
         self._on_event = on_event
+        self._open_manifest = open_manifest
         self.threads = threads
         """With how many threads the next load reads."""
         self._fair_queue = fair_queue
+        self._compositions = LoadQueue(COMPOSING, 1)
+        """Of its own: a composition takes a moment, and would wait in the other behind loads that take minutes."""
         self._quota = LoadQuota(store, limits)
         self._pool = LoadProcessPool(argv, [lock])
         self._closing = False
@@ -145,7 +150,7 @@ class Loads:
 
     def untaken(self, uid: int | None) -> int:
         """Intakes that a user's loads hold until they have their turn."""
-        mine = (load for load in self.under_way if load.request.who.uid == uid)
+        mine = (load for load in self.under_way if load.request.who.uid == uid and not load.composes)
         return sum(not load.loader_there.is_set() for load in mine)
 
     def lease_for(self, request: LoadRequest, checkpoint: Checkpoint) -> None:
@@ -162,11 +167,7 @@ class Loads:
         loader's end of the client's offer; a load that begins takes it over. Errors: DrainingError, LeaseLostError (the
         daemon stops), InUseError (too many of this connection).
         """
-        if self._closing:
-            raise LeaseLostError(_STOPPING)
-        self._store.leases.admit()
-        if len(self._waiters_of(request.peer.connection)) >= MAX_UNFINISHED:
-            raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
+        self._check_may_begin(request)
         key = (request.device, request.who.domain, request.who.uid, request.sources)
         load = self._flights.get(key)
         joins = load is not None and not load.done.done() and (load.request.verify or not request.verify)
@@ -176,11 +177,48 @@ class Loads:
             now_ns = int(self._now() * 1e9)
             if all(rested(source.identity, now_ns) for source in request.sources):  # else equal ones may differ
                 self._flights[key] = load
-            load.task = asyncio.get_running_loop().create_task(self._run(load))
+            load.task = asyncio.get_running_loop().create_task(self._run(load, self._reading(load), self._fair_queue))
             load.task.add_done_callback(lambda _: self._forget(key, load))
         waiter = next(self._numbers)
         load.join(waiter, request)
         return load, waiter, not joins
+
+    def compose(self, request: LoadRequest, composition: LoadComposition) -> tuple[InFlightLoad, int]:
+        """Begin a load of resident tensors. Returns the load and the number of its waiter.
+
+        Its sources are leased from now on, and it has its name and pin in the step that seals it. Errors:
+        DrainingError, LeaseLostError (the daemon stops), InUseError (too many of this user), NotFoundError (a source),
+        CapacityError (leases), DeviceError.
+        """
+        self._check_may_begin(request)
+        mine = [load for load in self.under_way if load.composes and load.request.who.uid == request.who.uid]
+        if len(mine) >= MAX_COMPOSITIONS:
+            raise InUseError(f"this user has {MAX_COMPOSITIONS} compositions under way; wait until one is done")
+        load = InFlightLoad(request, -1, self._now(), self._store.revision, composes=True)
+        who = request.who
+        sources = {CheckpointKey(request.device, who.domain, digest) for digest, _ in composition.sources}
+
+        def on_sealed(checkpoint: Checkpoint) -> None:
+            self.name_and_pin(request, checkpoint)
+            for lease in self._store.leases.waiting_of(request.peer.connection):
+                if lease.checkpoint in sources:  # loaded for this, and not to be attached
+                    self._store.leases.end(lease.number)
+            self._sealed(load, checkpoint)
+
+        work = LoadFromResident(
+            load=load, composition=composition, store=self._store, quota=self._quota, prepare=self._prepare,
+            open_manifest=self._open_manifest, now=self._now,
+            admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+            before_seal=lambda digest: self._catalog.check(who, request.name, digest) if request.name else None,
+            on_sealed=on_sealed,
+        )  # fmt: skip
+        self._all.add(load)
+        load.task = asyncio.get_running_loop().create_task(self._run(load, work, self._compositions))
+        load.task.add_done_callback(lambda _: work.release())
+        load.task.add_done_callback(lambda _: self._ended(load))
+        waiter = next(self._numbers)
+        load.join(waiter, request)
+        return load, waiter
 
     def leave(self, load: InFlightLoad, waiter: int) -> None:
         """A waiter is gone. The last one takes the load with it, unless the load is detached."""
@@ -232,33 +270,46 @@ class Loads:
             if request.peer.connection == connection
         ]
 
-    def _forget(self, key: _Key, load: InFlightLoad) -> None:
+    def _check_may_begin(self, request: LoadRequest) -> None:
+        if self._closing:
+            raise LeaseLostError(_STOPPING)
+        self._store.leases.admit()
+        if len(self._waiters_of(request.peer.connection)) >= MAX_UNFINISHED:
+            raise InUseError(f"this connection has {MAX_UNFINISHED} loads under way; wait until one is done")
+
+    def _ended(self, load: InFlightLoad) -> None:
         load.close_intake()  # a task that is cancelled before its first step never ran
         load.fail(LeaseLostError(_UNFINISHED))
         self._all.discard(load)
+
+    def _forget(self, key: _Key, load: InFlightLoad) -> None:
+        self._ended(load)
         if self._flights.get(key) is load:
             del self._flights[key]
 
-    async def _run(self, load: InFlightLoad) -> None:
+    def _reading(self, load: InFlightLoad) -> LoadFromFiles:
+        return LoadFromFiles(
+            load=load, store=self._store, devices=self._devices, reclaimers=self._reclaimers, index=self._index,
+            prepare=self._prepare, now=self._now, threads=self.threads, pool=self._pool,
+            admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
+            on_sealed=lambda checkpoint: self._sealed(load, checkpoint),
+        )  # fmt: skip
+
+    def _sealed(self, load: InFlightLoad, checkpoint: Checkpoint) -> None:
+        load.announced = 0
+        checkpoint.reference = checkpoint.reference or load.request.reference
+        # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
+        for waiting in load.waiters.values():
+            self.lease_for(waiting, checkpoint)
+        self._catalog.changed()
+
+    async def _run(self, load: InFlightLoad, work: LoadWork, queue: LoadQueue) -> None:
         request = load.request
         loading: StoreTransaction | None = None
         begun: LoadBegun | None = None
         clock = asyncio.get_running_loop().time  # wall time may be stepped meanwhile
         began = clock()
-        loader: LoadProcess | None = None
-        usable = False
-        steps: LoadDialogue | None = None
-
-        def on_sealed(checkpoint: Checkpoint) -> None:
-            load.announced = 0
-            checkpoint.reference = checkpoint.reference or request.reference
-            # Law 4: each waiter gets its lease in this very step, before anything else runs that might evict.
-            for waiting in load.waiters.values():
-                self.lease_for(waiting, checkpoint)
-            self._catalog.changed()
-
         try:
-            device = self._devices[request.device]
             loading = StoreTransaction(
                 self._store, request.device, request.who.domain, request.who.uid, request.peer, request.name
             )
@@ -266,33 +317,11 @@ class Loads:
             self._store.revision.move()
             begun = LoadBegun(loading.number, request.peer, request.device, request.who.domain, request.name)
             self._on_event(begun)
-            async with self._fair_queue.turn(request.who.uid):
-                steps = LoadDialogue(
-                    store=self._store, device=device, reclaimer=self._reclaimers[request.device], index=self._index,
-                    prepare=self._prepare, loading=loading, sources=request.sources, verify=request.verify,
-                    now=self._now, admit=lambda *figures: self._quota.admit(load, self.under_way, *figures),
-                    on_files=load.files_there.set, on_progress=load.report, on_sealed=on_sealed,
-                    make_room=LoaderMemory(
-                        room=Evictor(self._store, loading.place, loading.number, request.peer), device=device,
-                        memory=self._store.memories[request.device], reclaimer=self._reclaimers[request.device],
-                        pool=self._pool,
-                    ).make_room,
-                )  # fmt: skip
-                loader = await self._pool.acquire()
-                await loader.send(load_job(request, device, self.threads))
-                await loader.send_descriptor(load.intake)
-                load.close_intake()
-                load.loader_there.set()
-                outcome = await steps.serve(loader)
-                assert steps.checkpoint is not None  # serve returns when it is sealed
-                self._finish(load, steps.checkpoint, outcome)
-                usable = True
+            async with queue.turn(request.who.uid):
+                checkpoint, outcome = await work.run(loading)
+                self._finish(load, checkpoint, outcome)
         except WeightdError as error:
-            usable = not isinstance(error, UNFIT)
             load.fail(error)
-        except LoadProcessDiedError:
-            load.fail(LeaseLostError("the loader process of this load died; nothing was kept, load again"))
-            log.warning(Line("loader died", {"pid": loader.pid if loader else None}))
         except asyncio.CancelledError:
             pass  # by `leave` or `close`, which have told the waiters
         except Exception as error:  # a bug must fail its load, not hang its waiters
@@ -304,36 +333,26 @@ class Loads:
             load.close_intake()
             load.fail(LeaseLostError(_UNFINISHED))  # whatever ended it, nobody waits without end
             if loading is not None and begun is not None:
-                tidy = self._tidy(loader, loading, steps, usable=usable)
-                task = asyncio.get_running_loop().create_task(tidy)
+                task = asyncio.get_running_loop().create_task(_tidy(work, loading))
                 self._background.add(task)
                 task.add_done_callback(self._background.discard)
                 self._on_event(load.ended(begun, clock() - began))
 
     def _finish(self, load: InFlightLoad, checkpoint: Checkpoint, outcome: LoadOutcome) -> None:
         for request in load.waiters.values():
-            if request.detached:
+            if request.detached and not load.composes:  # which has its name since it was sealed
                 try:
                     self.name_and_pin(request, checkpoint)
                 except WeightdError as error:
                     log.warning("detached load stays without its name %s: %s", request.name, error.message)
         load.succeed(checkpoint, outcome._replace(evicted=tuple(load.evicted), evicted_others=load.evicted_others))
 
-    async def _tidy(
-        self, loader: LoadProcess | None, loading: StoreTransaction, steps: LoadDialogue | None, *, usable: bool
-    ) -> None:
-        """Bring the loader home, then end the load: no memory goes back before nothing has it open any more."""
-        if loader is not None and not (usable and await self._pool.put_back(loader)):
-            loader.kill()
-            await asyncio.wait([loader.exited], timeout=LEAVE_SECONDS)
-            if not loader.exited.done():
-                log.warning(Line("loader", {"pid": loader.pid}, "does not die; its memory stays in quarantine"))
-                loading.quarantine()
-            await asyncio.shield(loader.exited)
-        turn = LoopTurn()
-        for _ in loading.ending():
-            if turn.is_over:
-                await turn.next()
-        if steps is not None:
-            await steps.forget()
-            heap.freed(steps.books)
+
+async def _tidy(work: LoadWork, loading: StoreTransaction) -> None:
+    """End a load little by little, once nothing of its memory is open elsewhere."""
+    await work.let_go(loading)
+    turn = LoopTurn()
+    for _ in loading.ending():
+        if turn.is_over:
+            await turn.next()
+    await work.forget()

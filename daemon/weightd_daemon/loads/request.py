@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from weightd.types import SourceFile
     from weightd_daemon.core.lease import LeasePeer
+    from weightd_daemon.core.manifest import ContentFile, ContentTensor
     from weightd_daemon.core.principal import Principal
 
 
@@ -44,6 +45,30 @@ class LoadRequest:
     reference: str = ""
     groups: LoadGroups = NO_GROUPS
     """Tensors that should lie one behind the other, by their numbers in all of the files' headers; not checked yet."""
+
+
+class ComposedTensors(NamedTuple):
+    """What a checkpoint that is composed is to be: its files and tensors, and the name of each tensor in its source.
+
+    `sources` are indices into those of the request; what they are for a tensor without bytes has no meaning.
+    """
+
+    files: Sequence[ContentFile]
+    entries: Sequence[ContentTensor]
+    sources: Sequence[int]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadComposition:
+    """The resident tensors that a load consists of, in place of files.
+
+    `sources` are content digests and components. `read` decodes and checks the rest, on a thread, once it is the load's
+    turn: a list of 100,000 tensors waits as it came. Errors of `read`: InvalidReferenceError.
+    """
+
+    sources: tuple[tuple[str, str], ...]
+    read: Callable[[], ComposedTensors]
 
 
 @dataclass(slots=True)

@@ -18,7 +18,8 @@ from weightd_daemon.loader.indexed import called
 from .instances import LoadedInstance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Self
 
     from weightd_daemon.core.blob import Blob
     from weightd_daemon.loader._proto import loader_pb2 as wire
@@ -37,6 +38,15 @@ class LoadTensors:
         self.blobs: list[Blob | None] = []
         self.total_bytes = 0
         self._names: set[tuple[str, str]] = set()
+
+    @classmethod
+    def of(cls, files: Sequence[ContentFile], entries: Sequence[ContentTensor]) -> Self:
+        """The table of tensors that are all known, and checked; none has a blob yet."""
+        tensors = cls()
+        tensors.files, tensors.entries = [*files], [*entries]
+        tensors.blobs = [None] * len(entries)
+        tensors.total_bytes = sum(entry.length for entry in entries)
+        return tensors
 
     def add(self, rows: wire.Tensors) -> None:
         """Enter tensors of a file. Errors: FormatError (one of that name is in another file)."""

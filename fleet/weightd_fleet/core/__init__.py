@@ -1,0 +1,1 @@
+"""The pure core of the fleet: manifests, atoms, the catalogue, placing. No I/O, clock, grpc or daemon."""
