@@ -119,7 +119,7 @@ function showTiles() {
 
 function showMatrix() {
   const { pairs, more, missing } = state.pairs;
-  setText(matrixNote, missing ? printable(missing) : `A cell says how much of the row’s bytes the column’s checkpoint uses as well.${more ? ` It knows the ${number(pairs.length)} pairs with most in common.` : ""}`);
+  setText(matrixNote, missing ? printable(missing) : `A cell says how much of the row’s bytes the column’s checkpoint uses as well.${more ? ` Of more than ${number(pairs.length)} pairs those with most in common are known: a dot may also be less.` : ""}`);
   const several = state.stats.devices.length > 1;
   matrix.show(
     state.checkpoints.filter(({ state: each }) => each === "resident").map((row) => ({
