@@ -129,7 +129,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, and planning
+bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, planning, and weightd top
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/restart.py"
@@ -140,6 +140,8 @@ bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, and pla
 	@$(BIN)/python bench/service.py
 	@echo "bench: bench/plan.py"
 	@$(BIN)/python bench/plan.py
+	@echo "bench: bench/top.py"
+	@$(BIN)/python bench/top.py
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"

@@ -36,7 +36,9 @@ def web(
     ] = None,
     socket: SocketOption = None,
 ) -> None:
-    """Show the daemon in a browser: a memory map, who shares with whom, holders, loads, events.
+    """Show the daemon in a browser, live.
+
+    The page has a memory map, who shares with whom, holders, loads and events, and what to remove to make room.
 
     The page is served until Ctrl-C, on this machine only, at an address with a token that only you know. It changes
     nothing. From another machine, forward the port: ssh -L PORT:127.0.0.1:PORT HOST.

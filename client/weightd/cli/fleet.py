@@ -30,7 +30,7 @@ _NODE_COLUMNS = (
 
 fleet = typer.Typer(
     name="fleet",
-    help="""Place checkpoints on several nodes by the bytes that they share, and publish them.
+    help="""Place checkpoints on several nodes, and publish them.
 
 \b
 Examples:
