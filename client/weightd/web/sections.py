@@ -53,7 +53,7 @@ class _Costly:
         self._not_before = time.monotonic() + _SHARE * seconds
 
 
-class DaemonReader:
+class SectionReader:
     """The sections of the page: daemon, stats, checkpoints, leases, loads, events, pairs, and a map for each device.
 
     A thread reads; `changed` is called from it when a section has changed. `sections` is replaced, never changed, so
