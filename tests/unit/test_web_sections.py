@@ -167,7 +167,7 @@ def test_answers_are_json() -> None:
 
 def test_it_ends_when_told_to_as_it_falls_asleep(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = make(held)
-    monkeypatch.setattr(reader_module, "_IDLE", -1.0)  # nobody looks
+    monkeypatch.setattr(sections_module, "_IDLE", -1.0)  # nobody looks
 
     class Wake(threading.Event):
         def clear(self) -> None:
