@@ -12,7 +12,7 @@ import pytest
 from support.filled import BLOBS, DEVICES, WHO, Filled
 from weightd._proto.v1 import inspection_pb2
 from weightd.errors import InvalidReferenceError
-from weightd_daemon.core.checkpoint import Content
+from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.principal import Principal
@@ -164,6 +164,27 @@ def test_a_page_is_of_one_revision(books: Books, monkeypatch: pytest.MonkeyPatch
     pages = books.pages()
     assert [page.revision for page in pages[1:]] == [books.store.revision.number] * (len(pages) - 1)
     assert pages[0].revision < pages[1].revision
+    assert covered(pages) == covered(books.pages())
+
+
+def test_users_are_those_of_one_revision(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page still has to add when a checkpoint goes has other users by then: it ends before that."""
+    whole = books.pages()
+    small = books.store.checkpoints[CheckpointKey(DEVICE, "", "sha256:" + "f" * 64)]
+    changes = [lambda: books.store.evict(small, "removed")]
+
+    async def change(_: LoopTurn) -> None:
+        if changes:
+            changes.pop()()
+            await books.sharing.caught_up()
+
+    with monkeypatch.context() as at_once:
+        at_once.setattr(LoopTurn, "is_over", property(lambda _: True))
+        at_once.setattr(LoopTurn, "next", change)
+        pages = books.pages()
+    assert pages[0].revision == whole[0].revision
+    assert [one for one in named(whole) if one in list(named(pages[:1]))] == list(named(pages[:1]))
+    assert {page.revision for page in pages[1:]} == {books.store.revision.number}
     assert covered(pages) == covered(books.pages())
 
 
