@@ -16,8 +16,11 @@ from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.partners import Partners
 from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.sharing import Part
 from weightd_daemon.core.store import ContentStore
+from weightd_daemon.inspection import sharing_list as sharing_list_module
 from weightd_daemon.inspection.sharing_list import SharingList
 from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 
@@ -137,6 +140,45 @@ def test_pairs_have_what_only_they_use_and_their_components() -> None:
     plain.add(**{"": "a"})
     plain.add(**{"": "a"})
     assert not plain.page().pairs[0].components
+
+
+def test_components_that_share_in_too_many_ways_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    many = {f"c{number}": "a" for number in range(101)}
+    desk.add(**many)
+    desk.add(**many)
+    desk.add(vae="a")
+    first, *rest = desk.page().pairs
+    assert (first.shared_bytes, len(first.components)) == (1, 0)
+    assert [len(pair.components) for pair in rest] == [101, 101]
+    whole = [row for page in pages(desk, 0) for row in page]
+    monkeypatch.setattr(sharing_list_module, "_MOST_OF_PAGE", 101)
+    assert pages(desk, 0) == [whole[:2], whole[2:]]
+
+
+def test_a_checkpoint_of_many_components_is_counted_in_short_steps() -> None:
+    desk = Desk()
+    many = {f"c{number}": "a" for number in range(3000)}
+    one, other = desk.add(**many), desk.add(**many)
+    asyncio.run(desk.upkeep.caught_up())
+    sharer = desk.store.sharing.sharer(other)
+    assert sharer is not None
+    asked = 0
+
+    class Parts(list[Part]):
+        def index(self, *arguments: Any) -> int:
+            nonlocal asked
+            asked += 1
+            return super().index(*arguments)
+
+    users = desk.store.sharing.of(one.components["c0"][0])
+    assert users is not None
+    users.parts = Parts(users.parts)
+    for later in (False, True):
+        asked = 0
+        for _ in Partners(sharer, later=later).count():
+            asked = 0
+        assert asked <= 1, "to find each part among all takes the square of them"
 
 
 def test_each_sees_what_it_may_see_of_the_device_that_it_names() -> None:

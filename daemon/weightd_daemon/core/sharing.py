@@ -178,23 +178,25 @@ class DeviceSharing:
                 self._enter(before)
                 moved[after] = before
             else:
-                self._split(before, after)
+                yield from self._split(before, after)
                 after.add(part)
                 self._enter(after)
-                work += len(after.parts)
+                work += len(after.parts) % WORK_IN_A_STEP
             work += 1
             if work >= WORK_IN_A_STEP:
                 work = 0
                 yield
         yield from _move(blobs, moved)
 
-    def _split(self, before: BlobUsers, after: BlobUsers) -> None:
-        """Some blobs leave a set: their own has the same parts, for the moment."""
+    def _split(self, before: BlobUsers, after: BlobUsers) -> Iterator[None]:
+        """Some blobs leave a set, in steps: their own has the same parts, for the moment."""
         self._count(before, -after.length)
         before.blobs -= after.blobs
         before.length -= after.length
-        for part in before.parts:
+        for work, part in enumerate(before.parts, 1):
             after.add(part)
+            if work % WORK_IN_A_STEP == 0:
+                yield
 
     def _go(self, part: Part, blobs: list[Blob]) -> Iterator[None]:
         """A part does not use these blobs any more: sets that are the same without it become one."""

@@ -7,7 +7,9 @@ once more, and keeps the best pairs behind the last of the page before.
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
 from collections import defaultdict
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightd._proto.v1 import inspection_pb2
@@ -28,6 +30,10 @@ if TYPE_CHECKING:
     from .sharing_upkeep import SharingUpkeep
 
 _CALL = "ListSharing"
+_MOST_COMPONENTS = 10_000
+"""Ways in which the components of two checkpoints may be paired: where there are more, none is told of."""
+_MOST_OF_PAGE = 200_000
+"""The same, of a page."""
 _FIRST = ((1 << 63) - 1, 0, 0)
 """The place before all pairs: bytes in common, and the numbers of both."""
 
@@ -65,8 +71,8 @@ class SharingList:
         response = inspection_pb2.ListSharingResponse(revision=self._store.revision.number)
         begin = (int(shared), -int(one), -int(other))
         found = await self._best(self._asked(who, reference, device), begin, most + 1, both=reference is not None)
-        pairs = found[:most]
-        if len(found) > most:
+        pairs = found[: min(most, _fitting(found))]
+        if len(found) > len(pairs):
             last = pairs[-1]
             response.next_page_token = token_of(_CALL, (last[0], -last[1], -last[2]))
         await self._describe(pairs, response)
@@ -136,7 +142,7 @@ class SharingList:
         """What is between which components of the pairs, where either has any."""
         wanted: dict[Sharer, set[Sharer]] = defaultdict(set)
         for pair in pairs:
-            if any(part.component for sharer in (pair.one, pair.other) for part in sharer.parts):
+            if any(part.component for sharer in (pair.one, pair.other) for part in sharer.parts) and _ways(pair):
                 wanted[pair.one].add(pair.other)
         found: dict[Sharer, dict[Sharer, dict[ComponentPair, int]]] = defaultdict(dict)
         turn = LoopTurn()
@@ -148,6 +154,17 @@ class SharingList:
             if turn.is_over:
                 await turn.next()
         return found
+
+
+def _ways(pair: _Pair) -> int:
+    """In how many ways the components of two checkpoints may be paired; 0 where that is too many."""
+    ways = len(pair.one.parts) * len(pair.other.parts)
+    return ways if ways <= _MOST_COMPONENTS else 0
+
+
+def _fitting(pairs: list[_Pair]) -> int:
+    """How many of these pairs a page takes."""
+    return bisect_right(list(accumulate(map(_ways, pairs))), _MOST_OF_PAGE)
 
 
 def _range(one: Sharer, best: list[_Pair], begin: tuple[int, int, int], most: int) -> range:
