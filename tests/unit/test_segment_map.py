@@ -12,6 +12,7 @@ import pytest
 from support.filled import BLOBS, DEVICES, WHO, Filled
 from weightd._proto.v1 import inspection_pb2
 from weightd.errors import InvalidReferenceError
+from weightd_daemon.core import blob_places as blob_places_module
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
@@ -241,6 +242,25 @@ def test_a_made_up_token_leads_somewhere_or_nowhere(books: Books, position: tupl
     for extent in all_extents(pages):
         assert (extent.segment, extent.offset) >= position
         assert extent.length > 0
+
+
+def test_a_step_does_not_go_through_the_whole_segment(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map of one tensor a MiB has as many steps as the segment has MiB."""
+    monkeypatch.setattr(blob_places_module, "_CHUNK_BITS", 12)
+    books.pages()
+    walks = 0
+
+    class Chunks(dict[int, Any]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal walks
+            walks += 1
+            return super().__iter__()
+
+    chunks = books.maps._places._chunks
+    chunks.update({segment: Chunks(found) for segment, found in chunks.items()})
+    steps = sum(len(found) for found in chunks.values())
+    assert covered(books.pages()) == covered(books.pages(2))
+    assert walks <= len(chunks) < steps
 
 
 def test_a_lost_device_is_empty(books: Books) -> None:
