@@ -19,7 +19,7 @@ from weightd_daemon.loads.request import ComposedTensors, LoadComposition, LoadR
 from .results import result_to
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Sized
 
     from weightd_daemon.core.principal import Principal
     from weightd_daemon.handles.connections import HandleSocketConnection
@@ -90,7 +90,8 @@ def _sources(request: composition_pb2.ComposeRequest) -> tuple[tuple[str, str], 
 
 def tensors_from(request: composition_pb2.ComposeRequest) -> ComposedTensors:
     """The files and tensors of a request. Takes half a second of 100,000. Errors: InvalidReferenceError."""
-    columns = (request.names, request.file_indices, request.dtypes, request.ranks, request.source_indices)
+    columns: list[Sized] = [request.names, request.file_indices, request.dtypes]
+    columns += request.ranks, request.source_indices
     count = max(map(len, columns))
     if count > MAX_TENSORS:
         raise InvalidReferenceError(f"the request has {count} tensors; a composition may have {MAX_TENSORS}")

@@ -262,7 +262,7 @@ class SharingIndex:
     def __init__(self, is_leased: Callable[[CheckpointKey], bool]) -> None:
         self.on_note: Callable[[], None] = lambda: None
         self.revision = 0
-        """How often the sets have changed."""
+        """How often a checkpoint has come or gone, as far as that is known: who shares with whom has changed."""
         self._last = 0
         self._is_leased = is_leased
         self._devices: dict[str, DeviceSharing] = {}
@@ -341,6 +341,10 @@ class SharingIndex:
     def on(self, device: str) -> DeviceSharing:
         """The sets and sums of a device."""
         return self._devices.get(device) or DeviceSharing()
+
+    def numbered(self) -> dict[int, Sharer]:
+        """Every resident checkpoint by its number."""
+        return {one.number: one for there in self._devices.values() for one in there.sharers.values()}
 
     def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
         """Bytes of blobs that no other checkpoint uses; 0 of one that is not resident."""

@@ -1,13 +1,14 @@
 """ListSharing: the pairs of checkpoints that have bytes in common, those with most first.
 
-Pairs are not kept: n checkpoints with one tensor in common are n²/2 of them. Each page goes through the sets of blobs
-once more, and keeps the best pairs behind the last of the page before.
+Not all pairs are kept: n checkpoints with one tensor in common are n²/2 of them. To find a page, the sets of blobs are
+gone through, and the best pairs behind the last of the page before are kept: some more than for this page, as numbers,
+and until a checkpoint comes or goes.
 """
 
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from weightd_daemon.core.catalog import Catalog
-    from weightd_daemon.core.checkpoint import Checkpoint
+    from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
     from weightd_daemon.core.principal import Principal
     from weightd_daemon.core.sharing import Sharer
     from weightd_daemon.core.store import ContentStore
@@ -34,6 +35,10 @@ _MOST_COMPONENTS = 10_000
 """Ways in which the components of two checkpoints may be paired: where there are more, none is told of."""
 _MOST_OF_PAGE = 200_000
 """The same, of a page."""
+_KEPT = 20_000
+"""Pairs that are found at once for who goes on behind the first page: 170 bytes each."""
+_KNOWN = 4
+"""Answers that are kept: those asked for last."""
 _FIRST = ((1 << 63) - 1, 0, 0)
 """The place before all pairs: bytes in common, and the numbers of both."""
 
@@ -50,6 +55,29 @@ class _Pair(NamedTuple):
     other: Sharer
 
 
+_Place = tuple[int, int, int]
+"""As a pair begins; what is listed behind it is smaller."""
+_Question = tuple[bool, str, str, "CheckpointKey | None"]
+"""Who asks, as an admin and of which domain, and about which device or checkpoint."""
+
+
+class _KnownPairs(NamedTuple):
+    """All pairs behind a place, or the first of them, ascending: no record of one that has gone is to stay for them."""
+
+    revision: int
+    """Of the index."""
+    begin: _Place
+    pairs: list[tuple[int, int, int, int]]
+    are_all: bool
+
+    def behind(self, begin: _Place, most: int) -> list[tuple[int, int, int, int]] | None:
+        """At most so many pairs behind a place, in their order; None where that is not known."""
+        end = bisect_left(self.pairs, begin)
+        if begin > self.begin or (end < most and not self.are_all):
+            return None
+        return self.pairs[max(0, end - most) : end][::-1]
+
+
 class SharingList:
     """Answers ListSharing."""
 
@@ -57,6 +85,7 @@ class SharingList:
         self._store = store
         self._catalog = catalog
         self._upkeep = upkeep
+        self._known: dict[_Question, _KnownPairs] = {}
 
     async def page(
         self, who: Principal, request: inspection_pb2.ListSharingRequest, device: str
@@ -70,7 +99,7 @@ class SharingList:
         reference = self._catalog.find(who, request.reference, device) if request.reference else None
         response = inspection_pb2.ListSharingResponse(revision=self._store.revision.number)
         begin = (int(shared), -int(one), -int(other))
-        found = await self._best(self._asked(who, reference, device), begin, most + 1, both=reference is not None)
+        found = await self._found(who, reference, device, begin, most + 1)
         pairs = found[: min(most, _fitting(found))]
         if len(found) > len(pairs):
             last = pairs[-1]
@@ -78,15 +107,36 @@ class SharingList:
         await self._describe(pairs, response)
         return response
 
+    async def _found(
+        self, who: Principal, reference: Checkpoint | None, device: str, begin: _Place, most: int
+    ) -> list[_Pair]:
+        """At most so many pairs behind a place, in their order: those that are known, as long as they are right."""
+        question = (who.admin, who.domain, device, reference.key if reference else None)
+        await self._upkeep.caught_up()
+        index, known = self._store.sharing, self._known.pop(question, None)
+        revision = index.revision
+        if known is not None and known.revision == revision:
+            self._known[question] = known
+            if (pairs := known.behind(begin, most)) is not None:
+                sharers = index.numbered()
+                return [_Pair(*pair, sharers[-pair[1]], sharers[-pair[2]]) for pair in pairs]
+        kept = most if begin[0] == _FIRST[0] else max(most, _KEPT)
+        asked = self._asked(who, reference, device)  # in one step with the revision
+        found = await self._best(asked, begin, kept, both=reference is not None)
+        if index.revision == revision:
+            numbers = [pair[:4] for pair in reversed(found)]
+            self._known[question] = _KnownPairs(revision, begin, numbers, len(found) < kept)
+            for oldest in [*self._known][:-_KNOWN]:
+                del self._known[oldest]
+        return found[:most]
+
     def _asked(self, who: Principal, reference: Checkpoint | None, device: str) -> list[Checkpoint]:
         """The checkpoints whose pairs are asked for, in the order in which they came."""
         if reference is not None:
             return [reference]
         return [one for one in self._catalog.visible(who) if device in ("", one.key.device)]
 
-    async def _best(
-        self, asked: Iterable[Checkpoint], begin: tuple[int, int, int], most: int, *, both: bool
-    ) -> list[_Pair]:
+    async def _best(self, asked: Iterable[Checkpoint], begin: _Place, most: int, *, both: bool) -> list[_Pair]:
         """At most so many pairs behind a place, in their order: those with later checkpoints, or with `both` all."""
         best: list[_Pair] = []
         turn = LoopTurn()
@@ -167,7 +217,7 @@ def _fitting(pairs: list[_Pair]) -> int:
     return bisect_right(list(accumulate(map(_ways, pairs))), _MOST_OF_PAGE)
 
 
-def _range(one: Sharer, best: list[_Pair], begin: tuple[int, int, int], most: int) -> range:
+def _range(one: Sharer, best: list[_Pair], begin: _Place, most: int) -> range:
     """How many bytes a checkpoint may have in common with another for a pair that is behind `begin` and in `best`.
 
     As checkpoints are asked for in the order of their numbers, its pairs are behind those with as much in common.
