@@ -198,17 +198,20 @@ def test_few_lists_of_pairs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_components_that_share_in_too_many_ways_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk()
-    many = {f"c{number}": "a" for number in range(101)}
-    desk.add(**many)
-    desk.add(**many)
-    desk.add(vae="a")
-    first, *rest = desk.page().pairs
-    assert (first.shared_bytes, len(first.components)) == (1, 0)
-    assert [len(pair.components) for pair in rest] == [101, 101]
-    whole = [row for page in pages(desk, 0) for row in page]
-    monkeypatch.setattr(sharing_list_module, "_MOST_OF_PAGE", 101)
-    assert pages(desk, 0) == [whole[:2], whole[2:]]
+    """Also few of them, if their names are long: what a page takes has a bound."""
+    short, long = {f"c{at}": "a" for at in range(300)}, {"c" * 1000 + f"{at}": "a" for at in range(30)}
+    for many, one_pair in (short, 10_000), (long, 40_000):
+        desk = Desk()
+        desk.add(**many)
+        desk.add(**many)
+        desk.add(vae="a")
+        first, *rest = desk.page().pairs
+        assert (first.shared_bytes, len(first.components)) == (1, 0)
+        assert [len(pair.components) for pair in rest] == [len(many)] * 2
+        whole = [row for page in pages(desk, 0) for row in page]
+        with monkeypatch.context() as small:
+            small.setattr(sharing_list_module, "_MOST_OF_PAGE", one_pair)
+            assert pages(desk, 0) == [whole[:2], whole[2:]]
 
 
 def test_a_checkpoint_of_many_components_is_counted_in_short_steps() -> None:

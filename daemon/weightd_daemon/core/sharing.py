@@ -46,12 +46,14 @@ class Sharer:
     `number` is above 0; of two checkpoints the one with the lower came first.
     """
 
-    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "number", "parts", "pinned")
+    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "name_bytes", "number", "parts", "pinned")
 
     def __init__(self, number: int, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
         self.number = number
         self.checkpoint = checkpoint
         self.parts: list[Part] = []
+        self.name_bytes = 0
+        """Bytes of the names of its components."""
         self.exclusive_bytes = 0
         """Bytes of blobs that no other checkpoint uses."""
         self.pinned = pinned
@@ -130,6 +132,7 @@ class DeviceSharing:
             self._parts += 1
             part = Part(self._parts, sharer, component)
             sharer.parts.append(part)
+            sharer.name_bytes += len(component.encode())
             yield from self._come(part, blobs)
 
     def go(self, sharer: Sharer) -> Iterator[None]:

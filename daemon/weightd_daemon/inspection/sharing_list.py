@@ -31,10 +31,12 @@ if TYPE_CHECKING:
     from .sharing_upkeep import SharingUpkeep
 
 _CALL = "ListSharing"
-_MOST_COMPONENTS = 10_000
-"""Ways in which the components of two checkpoints may be paired: where there are more, none is told of."""
-_MOST_OF_PAGE = 200_000
+_MOST_OF_PAIR = 1 << 20
+"""Bytes that the pairs of components of two checkpoints may take: where they might take more, none is told of."""
+_MOST_OF_PAGE = 16 << 20
 """The same, of a page."""
+_NUMBERS_BYTES = 16
+"""Of one pair of components: its number of bytes, and what tells the fields apart."""
 _KEPT = 20_000
 """Pairs that are found at once for who goes on behind the first page: 170 bytes each."""
 _KNOWN = 4
@@ -192,7 +194,7 @@ class SharingList:
         """What is between which components of the pairs, where either has any."""
         wanted: dict[Sharer, set[Sharer]] = defaultdict(set)
         for pair in pairs:
-            if any(part.component for sharer in (pair.one, pair.other) for part in sharer.parts) and _ways(pair):
+            if _component_bytes(pair):
                 wanted[pair.one].add(pair.other)
         found: dict[Sharer, dict[Sharer, dict[ComponentPair, int]]] = defaultdict(dict)
         turn = LoopTurn()
@@ -206,15 +208,19 @@ class SharingList:
         return found
 
 
-def _ways(pair: _Pair) -> int:
-    """In how many ways the components of two checkpoints may be paired; 0 where that is too many."""
-    ways = len(pair.one.parts) * len(pair.other.parts)
-    return ways if ways <= _MOST_COMPONENTS else 0
+def _component_bytes(pair: _Pair) -> int:
+    """What all pairs of components of two checkpoints would take; 0 where that is too much, or neither has any."""
+    one, other = pair.one, pair.other
+    if not one.name_bytes and not other.name_bytes:
+        return 0
+    ones, others = len(one.parts), len(other.parts)
+    size = ones * other.name_bytes + others * one.name_bytes + _NUMBERS_BYTES * ones * others
+    return size if size <= _MOST_OF_PAIR else 0
 
 
 def _fitting(pairs: list[_Pair]) -> int:
     """How many of these pairs a page takes."""
-    return bisect_right(list(accumulate(map(_ways, pairs))), _MOST_OF_PAGE)
+    return bisect_right(list(accumulate(map(_component_bytes, pairs))), _MOST_OF_PAGE)
 
 
 def _range(one: Sharer, best: list[_Pair], begin: _Place, most: int) -> range:
