@@ -20,7 +20,7 @@ from weightd_daemon.turns import LoopTurn
 from .pages import position_of, rows_of, token_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from weightd_daemon.core.catalog import Catalog
     from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
@@ -46,7 +46,7 @@ _FIRST = ((1 << 63) - 1, 0, 0)
 
 
 class _Pair(NamedTuple):
-    """Two checkpoints; of two such tuples the smaller one is listed later."""
+    """Two checkpoints, and what they have in common. Of two such tuples the smaller one is listed later."""
 
     shared_bytes: int
     before_one: int
@@ -59,6 +59,8 @@ class _Pair(NamedTuple):
 
 _Place = tuple[int, int, int]
 """As a pair begins; what is listed behind it is smaller."""
+_Numbers = tuple[int, int, int, int]
+"""What a pair has beside its checkpoints. Plain: thousands of anything else cost collections of garbage time."""
 _Question = tuple[bool, str, str, "CheckpointKey | None"]
 """Who asks, as an admin and of which domain, and about which device or checkpoint."""
 
@@ -69,10 +71,10 @@ class _KnownPairs(NamedTuple):
     revision: int
     """Of the index."""
     begin: _Place
-    pairs: list[tuple[int, int, int, int]]
+    pairs: list[_Numbers]
     are_all: bool
 
-    def behind(self, begin: _Place, most: int) -> list[tuple[int, int, int, int]] | None:
+    def behind(self, begin: _Place, most: int) -> list[_Numbers] | None:
         """At most so many pairs behind a place, in their order; None where that is not known."""
         end = bisect_left(self.pairs, begin)
         if begin > self.begin or (end < most and not self.are_all):
@@ -120,17 +122,15 @@ class SharingList:
         if known is not None and known.revision == revision:
             self._known[question] = known
             if (pairs := known.behind(begin, most)) is not None:
-                sharers = index.numbered()
-                return [_Pair(*pair, sharers[-pair[1]], sharers[-pair[2]]) for pair in pairs]
+                return _pairs(pairs, index.numbered())
         kept = most if begin[0] == _FIRST[0] else max(most, _KEPT)
         asked = self._asked(who, reference, device)  # in one step with the revision
-        found = await self._best(asked, begin, kept, both=reference is not None)
+        found, sharers = await self._best(asked, begin, kept, both=reference is not None)
         if index.revision == revision:
-            numbers = [pair[:4] for pair in reversed(found)]
-            self._known[question] = _KnownPairs(revision, begin, numbers, len(found) < kept)
+            self._known[question] = _KnownPairs(revision, begin, found[::-1], len(found) < kept)
             for oldest in [*self._known][:-_KNOWN]:
                 del self._known[oldest]
-        return found[:most]
+        return _pairs(found[:most], sharers)
 
     def _asked(self, who: Principal, reference: Checkpoint | None, device: str) -> list[Checkpoint]:
         """The checkpoints whose pairs are asked for, in the order in which they came."""
@@ -138,9 +138,15 @@ class SharingList:
             return [reference]
         return [one for one in self._catalog.visible(who) if device in ("", one.key.device)]
 
-    async def _best(self, asked: Iterable[Checkpoint], begin: _Place, most: int, *, both: bool) -> list[_Pair]:
-        """At most so many pairs behind a place, in their order: those with later checkpoints, or with `both` all."""
-        best: list[_Pair] = []
+    async def _best(
+        self, asked: Iterable[Checkpoint], begin: _Place, most: int, *, both: bool
+    ) -> tuple[list[_Numbers], dict[int, Sharer]]:
+        """At most so many pairs behind a place, in their order: those with later checkpoints, or with `both` all.
+
+        And the checkpoints by number, for some may have gone by then.
+        """
+        best: list[_Numbers] = []
+        sharers: dict[int, Sharer] = {}
         turn = LoopTurn()
         for checkpoint in asked:
             async with self._upkeep.still() as index:
@@ -153,8 +159,9 @@ class SharingList:
                         await turn.next()
             wanted = _range(one, best, begin, most)
             for other, shared in [(other, shared) for other, shared in partners.shared.items() if shared in wanted]:
-                pair = _Pair(shared, -one.number, -other.number, partners.only.get(other, 0), one, other)
+                pair = shared, -one.number, -other.number, partners.only.get(other, 0)
                 if pair < begin:
+                    sharers[one.number], sharers[other.number] = one, other
                     (heapq.heappush if len(best) < most else heapq.heappushpop)(best, pair)
                 if turn.is_over:
                     await turn.next()
@@ -165,7 +172,7 @@ class SharingList:
             ordered.append(heapq.heappop(best))
             if turn.is_over:
                 await turn.next()
-        return ordered[::-1]
+        return ordered[::-1], sharers
 
     async def _describe(self, pairs: list[_Pair], response: inspection_pb2.ListSharingResponse) -> None:
         components = await self._components(pairs)
@@ -223,10 +230,14 @@ def _fitting(pairs: list[_Pair]) -> int:
     return bisect_right(list(accumulate(map(_component_bytes, pairs))), _MOST_OF_PAGE)
 
 
-def _range(one: Sharer, best: list[_Pair], begin: _Place, most: int) -> range:
+def _pairs(found: Iterable[_Numbers], sharers: Mapping[int, Sharer]) -> list[_Pair]:
+    return [_Pair(*numbers, sharers[-numbers[1]], sharers[-numbers[2]]) for numbers in found]
+
+
+def _range(one: Sharer, best: list[_Numbers], begin: _Place, most: int) -> range:
     """How many bytes a checkpoint may have in common with another for a pair that is behind `begin` and in `best`.
 
     As checkpoints are asked for in the order of their numbers, its pairs are behind those with as much in common.
     """
-    least = best[0].shared_bytes + 1 if len(best) == most else 1
+    least = best[0][0] + 1 if len(best) == most else 1
     return range(least, min(begin[0] - (-one.number > begin[1]), one.most_shared_bytes) + 1)
