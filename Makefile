@@ -44,6 +44,8 @@ WHEELS_FOR ?= --python-version 3.12 --platform manylinux2014_x86_64
 SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
 ENGINES_VENV ?= .venv-engines
+# The browser of test-page.
+CHROMIUM ?= /usr/bin/chromium
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
 # The version of torch that the engines' wheels are built for.
 ENGINES_TORCH ?= torch==2.13.0
@@ -58,7 +60,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-page lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -105,6 +107,14 @@ test-containers: $(VENV)/.installed ## build the image on a base of Debian's, an
 
 test-engine-versions: $(ENGINE_VERSIONS:%=$(ENGINES_VENV)/vllm-%/.tested) ## models on weightd's memory in older versions of vLLM (downloads them)
 
+test-page: $(VENV)/.installed ## tests of the web page and the report, in Chromium (CHROMIUM= says which)
+	@if test -x '$(CHROMIUM)'; then \
+		echo "test-page: pytest tests/page, in $(CHROMIUM)"; \
+		$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --chromium='$(CHROMIUM)' tests/page $(PYTEST_ARGS); \
+	else \
+		echo "test-page: SKIPPED: no page was tested, for there is no $(CHROMIUM) (Debian: apt-get install chromium)"; \
+	fi
+
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
 	@$(BIN)/ruff check --quiet .
@@ -119,7 +129,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon costs
+bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, planning, and weightd top
 	@echo "bench: bench/attach.py"
 	@$(BIN)/python bench/attach.py
 	@echo "bench: bench/restart.py"
@@ -128,6 +138,10 @@ bench: $(VENV)/.installed ## measure attach, load, and what asking a full daemon
 	@$(BIN)/python bench/load.py
 	@echo "bench: bench/service.py"
 	@$(BIN)/python bench/service.py
+	@echo "bench: bench/plan.py"
+	@$(BIN)/python bench/plan.py
+	@echo "bench: bench/top.py"
+	@$(BIN)/python bench/top.py
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import struct
 import subprocess
 import sys
@@ -72,8 +73,12 @@ def main() -> None:
         began = time.perf_counter()
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
         seconds = time.perf_counter() - began
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
         report = json.loads(done.stdout)
-    print(f"{len(report['checkpoints'])} checkpoints of {options.families} families: {seconds:.1f} s")
+    print(
+        f"{len(report['checkpoints'])} checkpoints of {options.families} families: {seconds:.1f} s, "
+        f"{used.ru_utime + used.ru_stime:.1f} s of CPU time"
+    )
     print(f"total {report['total_bytes'] / 2**40:.1f} TiB, saved at most {report['saved_ratio'] * 100:.1f} %")
 
 

@@ -27,8 +27,8 @@ StartDaemon = Callable[..., Daemon]
 # `make test-engines` runs these, in an environment that has the engines.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["engines"]
 
-APART = Path(__file__).parent / "containers"
-"""`make test-containers` runs these: what is in there runs only where it is named."""
+APART = [Path(__file__).parent / name for name in ("containers", "page")]
+"""`make test-containers` and `make test-page` run these: what is in there runs only where it is named."""
 
 # A shell that runs the tests in the background has it ignored, and so would every process that gets a Ctrl-C here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,8 +40,8 @@ settings.load_profile("weightd")
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out what is run apart."""
-    named = any(APART.name in argument for argument in config.args)
-    return True if collection_path == APART and not named else None
+    named = any(collection_path.name in argument for argument in config.args)
+    return True if collection_path in APART and not named else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -62,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--gpu", choices=("double", "hardware"), default="double",
         help="run tests marked gpu on the double of the driver, which poses as hardware, or on a real GPU",
     )  # fmt: skip
+    parser.addoption("--chromium", metavar="PATH", default="/usr/bin/chromium", help="the browser of tests/page")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import functools
 import types
 from dataclasses import dataclass, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
-
-T = TypeVar("T")
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +143,11 @@ class PlanReport:
 
     Checkpoints come in the order given, components by name, pairs that share the biggest first.
 
-    `total_bytes` is what the tensors take without sharing, `unique_bytes` with it, `read_bytes` what was read to find
+    `total_bytes` is what the tensors take without sharing, `unique_bytes` with it, `read_bytes` what was hashed to find
     out. If `at_most`, no bytes were compared: shared and saved figures are upper bounds, unique and exclusive ones
-    lower bounds, provided that no checkpoint has one tensor twice. Pairs have no parts then, and `differences` is empty.
-    `near_duplicates` is None if they were not looked for, and
-    `near_duplicates_left_out` counts pairs beyond the limit. `budget` is None without a budget.
+    lower bounds, provided that no checkpoint has one tensor twice; pairs have no parts, `differences` is empty.
+    `near_duplicates` is None if they were not looked for. What ends in `_left_out` counts what is beyond a limit.
+    `budget` is None without a budget.
     """
 
     total_bytes: int
@@ -170,15 +168,16 @@ class PlanReport:
 
 def read_report(values: Any) -> PlanReport:
     """The report that `dataclasses.asdict` and JSON made `values` of."""
-    return _read(PlanReport, values)
+    report: PlanReport = _read(PlanReport, values)
+    return report
 
 
-def _read(kind: type[T], values: Any) -> T:
+def _read(kind: Any, values: Any) -> Any:
     return kind(**{name: _value(hint, values[name]) for name, hint in _hints(kind).items()})
 
 
 @functools.cache  # a report has thousands of pairs
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind)
 
 

@@ -72,6 +72,7 @@ class _Walk:
         self._names: set[str] = set()
 
     def below(self, root: Path) -> None:
+        """Enter the checkpoints in a folder and below it."""
         waiting, linked = [root], list[Path]()
         while waiting or linked:
             folder = waiting.pop() if waiting else linked.pop(0)
@@ -81,9 +82,7 @@ class _Walk:
     def _look(self, folder: Path) -> list[Path]:
         """Enter the checkpoints of one folder. Returns the folders in it that are to be looked into."""
         try:
-            status = folder.stat()
-            with os.scandir(folder) as entries:
-                names = {entry.name: os.path.isdir(entry) for entry in entries if not entry.name.startswith(".")}
+            status, names = folder.stat(), _entries(folder)
         except OSError as error:
             self._skip(folder, str(translated(folder, error)))
             return []
@@ -94,7 +93,7 @@ class _Walk:
         if (repository := repository_of(folder)) is not None:
             return self._repository(folder, repository)
         if folder.name.startswith(_NOT_MODELS) and "snapshots" in names:
-            self._skip(folder, "is no model of the Hugging Face cache")
+            self._skip(folder, "is a dataset or a space of the Hugging Face cache, not a model")
             return []
         return self._folder(str(folder), folder, names)
 
@@ -109,14 +108,14 @@ class _Walk:
         for reference in references:
             try:
                 snapshot = folder_of(reference)
-                with os.scandir(snapshot) as entries:
-                    names = {entry.name: os.path.isdir(entry) for entry in entries if not entry.name.startswith(".")}
+                names = _entries(snapshot)
             except (WeightdError, OSError) as error:
                 self._skip(reference, str(error))
-            else:
-                taken = len(self.found)
-                more = self._folder(reference, snapshot, names)
-                below += more if len(self.found) == taken else []  # else what lies below is of the same repository
+                continue
+            before = len(self.found)
+            more = self._folder(reference, snapshot, names)
+            if len(self.found) == before:  # otherwise what lies below belongs to this checkpoint
+                below += more
         return below
 
     def _folder(self, reference: str, folder: Path, names: dict[str, bool]) -> list[Path]:
@@ -169,6 +168,13 @@ class _Walk:
     def _skip(self, path: Path | str, reason: str) -> None:
         shown = show(path)
         self.skipped.append(SkippedPath(shown, reason.removeprefix(f"{shown}: ")))
+
+
+def _entries(folder: Path) -> dict[str, bool]:
+    """The names in a folder but hidden ones, and whether each is a folder. Errors: OSError."""
+    with os.scandir(folder) as entries:
+        # Not entry.is_dir(): that raises for a symlink to itself.
+        return {entry.name: os.path.isdir(entry) for entry in entries if not entry.name.startswith(".")}
 
 
 def _loose(files: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from weightd._references.files import open_regular, show
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.plan_report import SkippedPath
 from weightd.resolve import resolve
-from weightd.scan import scan
+from weightd.scan import MOST_CHECKPOINTS, scan
 
 from .answers import THREADS, ProgramAnswers, answer
 from .config.notation import parse_size
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     Advance = Callable[[str, int, int], None]
     Note = Callable[[str], None]
 
-MAX_CHECKPOINTS = 1000
 MOST_DIFFERENCES = 100
 """For how many pairs a plan says which tensors differ: those that share the most, and near duplicates."""
 
@@ -99,9 +98,9 @@ def read_contents(question: Question, *, advance: Advance, note: Note) -> ReadCo
     skipped = _read_headers(question, checkpoints, note)
     for manifest in question.manifests:
         _describe(Path(manifest), checkpoints)
-    if len(checkpoints.tensors) > MAX_CHECKPOINTS:
+    if len(checkpoints.tensors) > MOST_CHECKPOINTS:
         raise InvalidReferenceError(
-            f"{len(checkpoints.tensors)} checkpoints are more than {MAX_CHECKPOINTS}; plan fewer at a time"
+            f"{len(checkpoints.tensors)} checkpoints are more than {MOST_CHECKPOINTS}; plan fewer at a time"
         )
     if question.headers:
         return ReadContents(checkpoints, checkpoints.tensors, 0, skipped)
@@ -115,19 +114,17 @@ def _read_headers(question: Question, checkpoints: PlannedCheckpoints, note: Not
     if question.scan:
         found, skipped = scan(question.references)
     else:
-        found = list(
-            {one.name: one for one in (resolve(ref, question.variant) for ref in question.references)}.values()
-        )
-    for resolved in found:
-        for line in (*resolved.notes, resolved.hint):
-            if line:
-                note(line)
+        resolved = (resolve(reference, question.variant) for reference in question.references)
+        found = list({one.name: one for one in resolved}.values())
+    for one in found:
+        for line in filter(None, (*one.notes, one.hint)):
+            note(line)
         try:
-            checkpoints.read(resolved)
+            checkpoints.read(one)
         except WeightdError as error:
             if not question.scan:
                 raise
-            skipped.append(_skipped(resolved.name, error))
+            skipped.append(_skipped(one.name, error))
     return skipped
 
 

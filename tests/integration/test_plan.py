@@ -126,6 +126,17 @@ def test_a_reference_counts_once_and_a_copy_counts_twice(tmp_path: Path) -> None
     assert planned(a, b)["saved_ratio"] == 0.5
 
 
+def test_a_file_that_two_checkpoints_have_is_shared_without_being_read(tmp_path: Path) -> None:
+    file = checkpoints.write(tmp_path / "file.safetensors", {"x": u8(1, MIB), "y": u8(2, 3000)})
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").symlink_to(file)
+    found = planned(tmp_path / "a", tmp_path / "b")
+    assert (found["total_bytes"], found["unique_bytes"], found["read_bytes"]) == (2 * (MIB + 3000), MIB + 3000, 0)
+    (difference,) = found["differences"]
+    assert (difference["equal_tensors"], difference["differing_tensors"]) == (2, 0)
+
+
 def test_manifests_and_files_together(tmp_path: Path) -> None:
     row = {"name": "w", "dtype": "F16", "shape": [512], "content": "x"}
     first, second = tmp_path / "1.json", tmp_path / "2.json"
@@ -211,14 +222,21 @@ def test_tables(tmp_path: Path) -> None:
     a, b, c = pipelines(tmp_path)
     lines = run(a, b, c).stdout.splitlines()
     tables = [[line.split() for line in table.splitlines()] for table in "\n".join(lines).split("\n\n")]
-    assert len(tables) == 4
+    assert len(tables) == 8
     assert tables[0][0] == ["CHECKPOINT", "TENSORS", "SIZE", "SHARED", "WITH"]
     assert tables[0][1] == [str(a), "7", "1.20", "MiB", "1.20", "MiB", "2", "others"]
     assert tables[1][0] == ["COMPONENT", "OF", "TENSORS", "SIZE", "SHARED"]
     assert [row[:2] for row in tables[1][1:4]] == [["encoder", str(a)], ["unet", str(a)], ["encoder", str(b)]]
-    assert [row[2:4] for row in tables[2][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
-    assert "encoder = text 1.00 MiB, unet 100 KiB" in lines[-3]
-    assert tables[3][0][:2] == ["3", "checkpoints,"]
+    assert tables[2][0] == ["#", "HAS", "IN", "COMMON", "WITH", "1", "2", "3"]
+    assert [row[1:] for row in tables[2][1:]] == [
+        [str(a), "-", "91%", "91%"], [str(b), "86%", "-", "86%"], [str(c), "91%", "91%", "-"],
+    ]  # fmt: skip
+    assert [row[2:4] for row in tables[3][1:]] == [[str(a), str(b)], [str(a), str(c)], [str(b), str(c)]]
+    assert any("encoder = text 1.00 MiB, unet 100 KiB" in line for line in lines)
+    assert [row[:3] for row, *_ in tables[4:7]] == [
+        [str(a), "and", f"{b}:"], [str(a), "and", f"{c}:"], [str(b), "and", f"{c}:"],
+    ]  # fmt: skip
+    assert tables[7][0][:2] == ["3", "checkpoints,"]
     plain = run(checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB)).stdout
     assert plain.splitlines()[2:] == ["", "1 checkpoint, total 1.00 KiB, unique 1.00 KiB, saved 0 B (0.0 %)"]
 
@@ -341,8 +359,8 @@ def test_a_folder_of_models_is_refused(tmp_path: Path) -> None:
 
 def test_too_many_checkpoints_are_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "many.json"
-    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MAX_CHECKPOINTS)}))
-    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MAX_CHECKPOINTS
+    manifest.write_text(json.dumps({f"c{i}": [] for i in range(planning.MOST_CHECKPOINTS)}))
+    assert len(planned("--manifest", manifest)["checkpoints"]) == planning.MOST_CHECKPOINTS
     code, line = failure("--manifest", manifest, checkpoints.write_random(tmp_path / "m.safetensors", 1, KIB))
     assert (code, "plan fewer at a time" in line) == (2, True)
 

@@ -148,6 +148,12 @@ class FakeClient:
             Stats((device,), 4 * GIB, int(2.7 * GIB), int(1.3 * GIB), 0.324, 3, 300, 1, 0, 2, revision=1),
         )
 
+    def loads(self) -> Any:
+        return self._answer("loads", [])
+
+    def close(self) -> None:
+        self.closed += 1
+
     def sharing(self, reference: str | None = None, device: str | None = None, *, most: int | None = None) -> Any:
         part = SharedComponents("unet", "unet", 50 * MIB)
         pair = SharedPair("host", DIGEST, "cd" * 32, "org/base", "tuned", 50 * MIB, 20 * MIB, (part,))

@@ -275,6 +275,9 @@ def test_the_wheel_has_the_files(tmp_path: Path) -> None:
     assert pages == {file.name for file in (ROOT / "man/man1").iterdir()}
     protos = {file.name: file.read_bytes() for file in (ROOT / "protos/weightd/v1").iterdir()}
     assert {file.name: file.read_bytes() for file in (tmp_path / "site/weightd/protos/weightd/v1").iterdir()} == protos
+    assets = ROOT / "client/weightd/page/assets"
+    carried = tmp_path / "site/weightd/page/assets"
+    assert sorted(file.name for file in carried.iterdir()) == sorted(file.name for file in assets.iterdir())
     folder = tmp_path / "site/weightd/cli/systemd"
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         file.name: file.read_bytes() for file in UNITS.iterdir()

@@ -670,6 +670,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "map",
         "verify",
         "events",
+        "top",
+        "web",
         "drain",
         "doctor",
         "ping",
@@ -677,6 +679,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "token",
         "unit",
         "config",
+        "fleet",
     ]
     assert "69   no daemon, or the daemon is draining\n" in printed
     codes = {int(code) for code in re.findall(r"^\s*(\d+)  ", printed.split("Exit codes:")[1], re.MULTILINE)}

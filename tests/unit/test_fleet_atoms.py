@@ -43,8 +43,8 @@ def test_common_bytes(checkpoints: list[list[int]], lengths: list[int]) -> None:
     for first, mine in enumerate(sets):
         sharing = [other for other, theirs in enumerate(sets) if mine & theirs]
         assert atoms.neighbours(first).tolist() == sharing
-        for second, theirs in enumerate(sets):
-            assert atoms.common(first, second) == sum(lengths[blob] for blob in mine & theirs)
+        expected = [(other, sum(lengths[blob] for blob in mine & sets[other])) for other in sharing]
+        assert [(int(other), int(shared)) for other, shared in zip(*atoms.common(first), strict=True)] == expected
 
 
 @given(CHECKPOINTS, LENGTHS, st.data())

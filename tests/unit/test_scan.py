@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -91,8 +92,10 @@ def test_what_cannot_be_a_checkpoint_is_skipped_with_its_reason(tmp_path: Path) 
     (tmp_path / "broken" / "model.safetensors.index.json").write_text("{")
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "model_index.json").write_text('{"unet": ["diffusers", "UNet"]}')
+    model(tmp_path / os.fsdecode(b"not-\xff-utf8"))
     reasons = skipped(tmp_path)
     assert found(tmp_path) == ["good"]
+    assert any("not valid UTF-8; rename it" in reason for reason in reasons.values())
     for path, reason in (
         ("pickled/pytorch_model.bin", "a pickle, which can run code"),
         ("part", "shard 2 of 2 is missing"),
@@ -148,7 +151,7 @@ def test_the_cache_is_scanned_by_repository_and_revision(hub: Path) -> None:
     result = scan()
     assert [one.name for one in result.found] == ["org/name", f"org/name@{OTHER}", "org/several"]
     assert {Path(skip.path).name: skip.reason for skip in result.skipped} == {
-        "datasets--org--data": "is no model of the Hugging Face cache",
+        "datasets--org--data": "is a dataset or a space of the Hugging Face cache, not a model",
         "models--org--gone": "has no snapshot; download the repository again",
     }
     assert [one.name for one in scan([hub.parent]).found] == [one.name for one in result.found], "from above as well"

@@ -29,6 +29,7 @@ from weightd.cli import (
     token,
     unit,
     usage,
+    watching,
 )
 from weightd.cli.context import INTERRUPTED, CommandInterruptedError, CommandOptions, SocketOption, say
 from weightd.cli.output import StdoutClosedError, emit, flush
@@ -96,8 +97,9 @@ app.command("stats")(usage.stats)
 app.command("map")(device_map.device_map)
 app.command("verify")(loading.verify)
 app.command("events")(events.events)
-app.command("drain")(operating.drain)
+app.command("top")(watching.top)
 app.command("web")(browsing.web)
+app.command("drain")(operating.drain)
 app.command("doctor")(doctor.doctor)
 app.command("ping")(daemon.ping)
 app.command("version")(daemon.version)

@@ -18,7 +18,6 @@ import typer
 
 from weightd.cli.context import SocketOption, open_client, say
 from weightd.cli.output import emit, flush
-from weightd.errors import InvalidReferenceError
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -37,7 +36,9 @@ def web(
     ] = None,
     socket: SocketOption = None,
 ) -> None:
-    """Show the daemon in a browser: a memory map, who shares with whom, holders, loads, events.
+    """Show the daemon in a browser, live.
+
+    The page has a memory map, who shares with whom, holders, loads and events, and what to remove to make room.
 
     The page is served until Ctrl-C, on this machine only, at an address with a token that only you know. It changes
     nothing. From another machine, forward the port: ssh -L PORT:127.0.0.1:PORT HOST.
@@ -52,12 +53,9 @@ def web(
         raise typer.Exit(1)
     if browser is None:
         browser = sys.stdout.isatty() and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
-    with open_client(context, socket) as client:
+    with open_client(context, socket, read_only=True) as client:
         client.version()  # fails now if nobody answers, and not on the page
-        try:
-            asyncio.run(_serve(client, port, browser))
-        except OSError as error:
-            raise InvalidReferenceError(f"--port {port}: cannot be served: {error.strerror or error}") from error
+        asyncio.run(_serve(client, port, browser))
 
 
 async def _serve(client: Client, port: int, browser: bool) -> None:

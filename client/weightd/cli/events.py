@@ -47,7 +47,7 @@ _NARROW = 100
 """Columns of a terminal below which a line has no date."""
 _SHORT = 24
 """Columns that names and commands keep in a line that does not fit."""
-_COLOURS = {
+COLOURS = {
     "sealed": "green",
     "evicted": "yellow",
     "draining": "yellow",
@@ -154,16 +154,19 @@ def _print(event: DaemonEvent, width: int | None) -> None:
     """Write one line, cut at `width` columns; names and commands are shortened first."""
     moment = event.time.astimezone()
     start = f"{moment:%H:%M:%S}" if width is not None and width < _NARROW else f"{moment:%Y-%m-%d %H:%M:%S}"
-    rest = _sentence(event, None)
+    rest = sentence(event, None)
     if width is not None and len(start) + _KIND + 4 + len(rest) > width:
-        rest = _sentence(event, _SHORT)
+        rest = sentence(event, _SHORT)
     failed = event.kind == "load_ended" and event.reason != "OK"
-    colour = "red" if failed else _COLOURS.get(event.kind, "")
+    colour = "red" if failed else COLOURS.get(event.kind, "")
     emit_line([(f"{start}  ", ""), (f"{event.kind:<{_KIND}}  ", colour), (rest, "")], width)
 
 
-def _sentence(event: DaemonEvent, most: int | None) -> str:
-    """`org/base on host, 2.00 GiB, lease 7, by ada (pid 4242: python serve.py)`, as far as the event has it."""
+def sentence(event: DaemonEvent, most: int | None) -> str:
+    """Describe an event: `org/base on host, 2.00 GiB, lease 7, by ada (pid 4242: python serve.py)`.
+
+    Names and commands take at most `most` columns each, if it is given.
+    """
 
     def short(text: str) -> str:
         return text if most is None else elided(text, most)

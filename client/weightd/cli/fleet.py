@@ -30,7 +30,7 @@ _NODE_COLUMNS = (
 
 fleet = typer.Typer(
     name="fleet",
-    help="""Place checkpoints on several nodes by the bytes that they share, publish them, and fetch what is missing.
+    help="""Place checkpoints on several nodes, publish them, and fetch what is missing on one.
 
 \b
 Examples:

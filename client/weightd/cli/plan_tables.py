@@ -108,9 +108,10 @@ class PlanTables:
                 size(component.shared_bytes),
             )
             for found in self._report.checkpoints
+            if any(component.name for component in found.components)
             for component in sorted(found.components, key=lambda part: -part.shared_bytes)
         ]
-        if any(component.name for found in self._report.checkpoints for component in found.components):
+        if rows:
             emit("")
             emit_table(columns, rows, self._width)
 
@@ -236,7 +237,12 @@ class PlanTables:
 
 
 def _percent(part: int, whole: int) -> str:
-    return f"{100 * part // whole}%" if whole and part else "0"
+    """Rounded, but neither nothing nor all unless it is."""
+    if not part:
+        return "0"
+    if 100 * part < whole:
+        return "<1%"
+    return "100%" if part == whole else f"{min(99, round(100 * part / whole))}%"
 
 
 def _parts(pair: PlannedPair) -> str:

@@ -97,7 +97,9 @@ def plan(
     arguments += [] if variant is None else [f"--variant={variant}"]
     arguments += [] if budget is None else [f"--budget={budget}"]
     arguments += ["--headers"] if headers else []
-    arguments += ["--scan", f"--kept={cache_dir or _cache_dir()}"] if scan else []
+    arguments += ["--scan"] if scan else []
+    if scan and (kept := cache_dir or _cache_dir()):
+        arguments.append(f"--kept={kept}")
     arguments += ["--debug"] if settings.debug else []
     notes: list[str] = []
 
@@ -125,7 +127,8 @@ def plan(
     print_total(report, width)
 
 
-def _cache_dir() -> Path:
-    """Where digests are kept: `$XDG_CACHE_HOME/weightd/plan`, by default below `~/.cache`."""
+def _cache_dir() -> Path | None:
+    """Where digests are kept: `$XDG_CACHE_HOME/weightd/plan`, by default below `~/.cache`; None without a home."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path("~/.cache").expanduser()) / "weightd" / "plan"
+    folder = cache if os.path.isabs(cache) else os.path.expanduser("~/.cache")
+    return Path(folder, "weightd", "plan") if os.path.isabs(folder) else None

@@ -52,6 +52,15 @@ class Column(NamedTuple):
     marks: Mapping[str, str] = {}
 
 
+class Fitted(NamedTuple):
+    """A table in a width: the columns that are left, their cells, the gap between two, and notes about the rest."""
+
+    heads: list[Column]
+    cells: list[list[str]]
+    gap: int
+    notes: list[str]
+
+
 def terminal_width(*, wide: bool) -> int | None:
     """Return the columns that a table may have: those of the terminal. None for no limit: a pipe, or with `wide`."""
     return None if wide or not sys.stdout.isatty() else shutil.get_terminal_size().columns
@@ -76,7 +85,7 @@ def emit_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], w
     gap = _GAP
     notes: list[str] = []
     if width is not None:
-        heads, cells, gap, notes = _fit(heads, cells, width)
+        heads, cells, gap, notes = fit(heads, cells, width)
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
     for head in heads:
@@ -125,15 +134,12 @@ def _console() -> Console:
     return Console(file=sys.stdout, width=_CONSOLE_WIDTH, height=_CONSOLE_HEIGHT, color_system=None)
 
 
-_Fitted = tuple[list[Column], list[list[str]], int, list[str]]
-
-
 def _plain(title: str) -> Column:
     return Column(title.removeprefix(">"), right=title.startswith(">"))
 
 
-def _fit(heads: list[Column], cells: list[list[str]], width: int) -> _Fitted:
-    """Return the columns and rows that fit `width`, the gap between columns, and the notes about the rest."""
+def fit(heads: list[Column], cells: list[list[str]], width: int) -> Fitted:
+    """Choose and shorten the columns of rows that are printable already, so that they fit `width` columns."""
     natural = [max(cell_len(text) for text in (head.title, *column)) for head, column in _columns(heads, cells)]
     kept = list(range(len(heads)))
     same, spared = [], []
@@ -162,7 +168,7 @@ def _fit(heads: list[Column], cells: list[list[str]], width: int) -> _Fitted:
         notes.append(f"in every row: {', '.join(said)}")
     if spared:
         notes.append(f"left out: {', '.join(heads[at].title for at in sorted(spared))}; --wide shows everything")
-    return [heads[at] for at in kept], fitted, gap, notes
+    return Fitted([heads[at] for at in kept], fitted, gap, notes)
 
 
 def _columns(heads: list[Column], cells: list[list[str]]) -> list[tuple[Column, list[str]]]:

@@ -52,7 +52,7 @@ def pair_rows(pairs: Iterable[SharedPair]) -> list[dict[str, Any]]:
 
 
 def tensor_rows(tensors: Iterable[StoredTensor]) -> list[list[Any]]:
-    """Return for each tensor: component, name, dtype, shape, length, segment, offset, and how many checkpoints use it."""
+    """Return of each tensor component, name, dtype, shape, length, segment, offset, and how many checkpoints use it."""
     return [
         [
             tensor.component,

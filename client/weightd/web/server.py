@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from weightd.errors import WeightdError
+from weightd.errors import InvalidReferenceError, WeightdError
 from weightd.page.document import read_assets, web_document
 
 from .access import knows_token, refusal
 from .answers import encoded, pair_rows, tensor_rows
-from .reader import DaemonReader
+from .sections import SectionReader
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -44,14 +45,18 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 async def serving(client: Client, port: int) -> AsyncIterator[str]:
     """Serve on a port (0: any) until the block ends; the value is the address to open, with the token.
 
-    The token stands behind `#`, a part of the address that browsers do not send. Raises OSError (the port is taken).
+    The token stands behind `#`, a part of the address that browsers do not send. Errors: InvalidReferenceError (the
+    port is taken, or not this user's to take).
     """
     token = secrets.token_urlsafe(24)
     server = PageServer(client, token)
     runner = web.AppRunner(server.application(), access_log=None, shutdown_timeout=_PARTING)
     await runner.setup()
     try:
-        await web.TCPSite(runner, HOST, port).start()
+        try:
+            await web.TCPSite(runner, HOST, port).start()
+        except OSError as error:
+            raise InvalidReferenceError(f"port {port} cannot be served: {os.strerror(error.errno or 0)}") from error
         server.reader.start()
         try:
             yield f"http://{HOST}:{runner.addresses[0][1]}/#token={token}"
@@ -73,7 +78,7 @@ class PageServer:
         self._news = asyncio.Event()
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self.reader = DaemonReader(client, self._told)
+        self.reader = SectionReader(client, self._told)
 
     def application(self) -> web.Application:
         """Return the application to serve."""

@@ -79,7 +79,8 @@ class TensorDigests:
 
     def look_up(self, state_dir: Path | None) -> None:
         """Add what earlier plans and the daemon whose index lies in `state_dir` know of these files."""
-        rested = {file.identity: number for number, file in enumerate(self._files) if file.rested}
+        numbers = {file.identity: number for number, file in enumerate(self._files)}
+        rested = [file.identity for file in self._files if file.rested]
         trusted = [file.identity for file in self._files if file.trusted]
         for known in (
             self._kept.get(rested) if self._kept else {},
@@ -87,7 +88,7 @@ class TensorDigests:
         ):
             for identity, digests in known.items():
                 for where, digest in digests.items():
-                    place = TensorPlace(rested[identity], *where)
+                    place = TensorPlace(numbers[identity], *where)
                     self._digests[place.file][place] = digest
 
     def get(self, place: TensorPlace) -> bytes | None:

@@ -80,10 +80,10 @@ class Atoms:
         """The checkpoints that have any byte in common with this one, itself among them unless it is empty."""
         return self.holders.union(self.members[checkpoint])
 
-    def common(self, first: int, second: int) -> int:
-        """Bytes that two checkpoints have in common."""
-        both = np.intersect1d(self.members[first], self.members[second], assume_unique=True)
-        return int(self.weights[both].sum())
+    def common(self, checkpoint: int) -> tuple[Ids, Bytes]:
+        """The neighbours of a checkpoint, and the bytes that it has in common with each."""
+        sharing, mine = self.neighbours(checkpoint), self.members[checkpoint]
+        return sharing, self._of_those(sharing, mine) @ self.weights[mine]
 
     def absent(self, resident: Table, checkpoint: int) -> Bytes:
         """The bytes of a checkpoint that are missing in each place, by which checkpoints are resident there.

@@ -270,18 +270,14 @@ class FleetCatalogue:
 
     def _target(self, report: DeviceReport, number: int, missing: int) -> DeviceTarget:
         atoms = self.atoms()
-        resident = np.flatnonzero(self._resident[self._places[report.device]])
-        common = {
-            int(other): atoms.common(number, int(other))
-            for other in np.intersect1d(resident, atoms.neighbours(number))
-            if other != number
-        }
-        partner = max(common, key=lambda other: common[other], default=None)
+        sharing, common = atoms.common(number)
+        common = common * (self._resident[self._places[report.device], sharing] & (sharing != number))
+        best = int(np.argmax(common)) if common.any() else None
         return DeviceTarget(
             device=report.device,
             node=report.node,
             size_bytes=int(atoms.sizes[number]),
             missing_bytes=missing,
-            partner="" if partner is None else self._names[partner],
-            partner_bytes=0 if partner is None else common[partner],
+            partner="" if best is None else self._names[sharing[best]],
+            partner_bytes=0 if best is None else int(common[best]),
         )

@@ -144,28 +144,34 @@ def _greedy(books: PlacementBooks, replicas: Sequence[int], order: Sequence[int]
 
 def _explained(books: PlacementBooks, unplaced: Counter[int]) -> FleetPlan:
     placements = [
-        _placement(books, checkpoint, device)
-        for device, placed in enumerate(books.on_device)
-        for checkpoint in sorted(placed)
+        placement
+        for checkpoint, where in enumerate(books.of_checkpoint)
+        if where
+        for placement in _placements(books, checkpoint)
     ]
+    placements.sort(key=lambda placement: (placement.device, placement.checkpoint))
     left_over = [_left_over(books, checkpoint, count) for checkpoint, count in sorted(unplaced.items())]
     return FleetPlan(tuple(placements), tuple(left_over), tuple(books.used.tolist()))
 
 
-def _placement(books: PlacementBooks, checkpoint: int, device: int) -> ReplicaPlacement:
-    atoms = books.atoms
-    others = books.on_device[device] & set(books.neighbours(checkpoint).tolist()) - {checkpoint}
-    common = {other: atoms.common(checkpoint, other) for other in sorted(others)}
-    partner = max(common, key=lambda other: common[other], default=None)
-    return ReplicaPlacement(
-        checkpoint=checkpoint,
-        device=device,
-        size_bytes=int(atoms.sizes[checkpoint]),
-        missing_bytes=int(books.missing(checkpoint)[device]),
-        alone_bytes=books.alone(checkpoint, device),
-        partner=partner,
-        partner_bytes=common[partner] if partner is not None else 0,
-    )
+def _placements(books: PlacementBooks, checkpoint: int) -> Iterator[ReplicaPlacement]:
+    """The replicas of a checkpoint, and what each shares where it is."""
+    common = {
+        int(other): int(shared)
+        for other, shared in zip(*books.atoms.common(checkpoint), strict=True)
+        if other != checkpoint and shared
+    }
+    for device in books.of_checkpoint[checkpoint]:
+        partner = max(common.keys() & books.on_device[device], key=lambda other: (common[other], -other), default=None)
+        yield ReplicaPlacement(
+            checkpoint=checkpoint,
+            device=device,
+            size_bytes=int(books.atoms.sizes[checkpoint]),
+            missing_bytes=int(books.missing(checkpoint)[device]),
+            alone_bytes=books.alone(checkpoint, device),
+            partner=partner,
+            partner_bytes=0 if partner is None else common[partner],
+        )
 
 
 def _left_over(books: PlacementBooks, checkpoint: int, count: int) -> LeftOverReplicas:

@@ -27,6 +27,10 @@ _GIVES = {
     "cuda": "memory of NVIDIA GPUs",
     "gguf": "GGUF files",
     "metrics": "the page for Prometheus",
+    "plan": "near duplicates in `weightd plan`",
+    "top": "`weightd top`",
+    "web": "`weightd web`",
+    "fleet": "`weightd fleet`",
 }
 _BASE = "base-packages"
 

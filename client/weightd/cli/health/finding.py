@@ -28,7 +28,9 @@ class Finding:
     remedy: str = ""
 
 
-EXTRAS = ("cli", "daemon", "torch", "transformers", "diffusers", "cuda", "gguf", "metrics")
+EXTRAS = (
+    "cli", "daemon", "torch", "transformers", "diffusers", "cuda", "gguf", "metrics", "plan", "top", "web", "fleet",
+)  # fmt: skip
 """The extras that a user may want; the others are for developers."""
 
 AREAS: dict[str, tuple[str, ...]] = {

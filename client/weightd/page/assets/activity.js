@@ -18,7 +18,7 @@ export class Loads {
   /** Shows loads as the daemon lists them. */
   show(loads) {
     this.node.hidden = loads.length === 0;
-    redraw(this.#rows, JSON.stringify(loads), () => plainTable("Loads under way", ["Load", "Progress", { value: "Done", class: "number" }, "Left", { value: "For", class: "spare" }], loads.map((load) => this.#row(load))));
+    redraw(this.#rows, JSON.stringify(loads), () => plainTable("Loads under way", ["Load", "Progress", { value: "Done", class: "number" }, { value: "Left", class: "number" }, { value: "For", class: "spare" }], loads.map((load) => this.#row(load))));
   }
 
   #row(load) {
@@ -26,11 +26,12 @@ export class Loads {
     const { progress } = load;
     const left = load.remaining_seconds === null ? "" : duration(load.remaining_seconds);
     const rate = load.bytes_per_second ? `, ${size(Math.round(load.bytes_per_second))}/s` : "";
+    const head = element("span", {}, name, element("small", {}, progress ? ` ${progress.phase}${rate}` : ""));
     return [
-      { value: name, header: true, class: "path" },
+      { value: head, header: true, class: "path" },
       progress ? progressBar(`${name}: ${progress.phase}`, progress.done_bytes, progress.total_bytes) : "waits for its turn",
-      { value: progress ? `${size(progress.done_bytes)} of ${size(progress.total_bytes)}, ${percent(progress.done_bytes / Math.max(1, progress.total_bytes))}` : "", class: "number" },
-      `${progress ? progress.phase : ""}${rate}${left ? `, ${left}` : ""}`,
+      { value: progress ? `${size(progress.done_bytes)} of ${size(progress.total_bytes)}, ${percent(progress.done_bytes / Math.max(1, progress.total_bytes))}` : "", class: "number wrap" },
+      { value: left, class: "number" },
       { value: printable(load.command || load.user), class: "path spare" },
     ];
   }
@@ -49,7 +50,7 @@ export class Holders {
       { key: "bytes", title: "Size", class: "number", value: ({ bytes }) => size(bytes), sort: ({ bytes }) => bytes },
       { key: "user", title: "User", class: "spare", value: ({ user }) => printable(user), sort: ({ user }) => user },
       { key: "since", title: "Since", class: "spare", value: ({ since, waiting }) => (waiting ? "kept for it" : ago(since)), sort: ({ since }) => since },
-      { key: "command", title: "Command", class: "grow", value: ({ command }) => printable(command), sort: ({ command }) => command },
+      { key: "command", title: "Command", class: "grow spare", value: ({ command }) => printable(command), sort: ({ command }) => command },
     ], ({ lease }) => String(lease), { order: { key: "since", down: true }, rows: 8 });
     this.node = section("Who holds what", this.#none, this.#table.node);
   }

@@ -55,6 +55,7 @@ export class Checkpoints {
     if ([...this.#device.options].map(({ value }) => value).join() !== uuids.join()) {
       this.#device.replaceChildren(...uuids.map((uuid) => element("option", { value: uuid }, printable(uuid))));
       this.#device.hidden = uuids.length < 2;
+      this.node.classList.toggle("one-device", uuids.length < 2);
     }
     const present = new Set(rows.map(keyOf));
     for (const key of this.#marked) if (!present.has(key)) this.#marked.delete(key);
@@ -78,8 +79,8 @@ export class Checkpoints {
       bytes("alone", "Only here", (row) => row.exclusive_bytes),
       { key: "leases", title: "Leases", class: "number spare", value: (row) => number(row.leases), sort: (row) => row.leases },
       { key: "state", title: "State", class: "spare", value: stateOf, sort: stateOf },
-      { key: "used", title: "Last used", class: "spare", value: (row) => ago(row.last_used_at), sort: (row) => row.last_used_at ?? "" },
-      { key: "device", title: "Device", class: "spare", value: (row) => printable(row.device.slice(0, 12)), sort: (row) => row.device },
+      { key: "used", title: "Last used", class: "spare wide", value: (row) => ago(row.last_used_at), sort: (row) => row.last_used_at ?? "" },
+      { key: "device", title: "Device", class: "spare wide device", value: (row) => printable(row.device.slice(0, 12)), sort: (row) => row.device },
     ];
   }
 
@@ -112,14 +113,17 @@ export class Checkpoints {
   /** Says what the marked checkpoints would free, and what has to go for the bytes that are needed. */
   #answer() {
     const marked = this.#rows.filter((row) => this.#marked.has(keyOf(row)));
-    setText(this.#sum, marked.length ? this.#removed(marked) : "");
+    this.#sum.classList.toggle("hint", marked.length === 0);
+    setText(this.#sum, marked.length ? this.#removed(marked) : "Tick checkpoints to see what their removal would free, together.");
     const needed = parseSize(this.#needed.value);
     const device = this.#stats.devices.find(({ uuid }) => uuid === this.#device.value);
     const groups = device && this.#groupsOf(device.uuid);
     let text = "Enter a size, such as 14 GiB; what the new checkpoint shares with those that are here counts less.";
     if (this.#needed.value.trim() && needed === null) text = "This is no size: write 14 GiB or 800 MiB.";
+    else if (needed !== null && device?.absence) text = "The device is absent, nothing can be loaded there.";
     else if (needed !== null && !groups) text = "There is no map of the device, from which this is worked out.";
     else if (needed !== null) text = this.#roomFor(needed, device, groups);
+    this.#room.classList.toggle("hint", needed === null);
     setText(this.#room, text);
   }
 
@@ -152,5 +156,5 @@ export class Checkpoints {
 }
 
 function stateOf(row) {
-  return row.pinned ? `${row.state}, pinned` : row.state;
+  return row.pinned && row.state === "resident" ? "pinned" : row.state;
 }

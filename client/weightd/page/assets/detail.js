@@ -109,11 +109,9 @@ export class Detail {
     this.#asked += 1;
     const asked = this.#asked;
     const query = { digest: this.#row.content_digest, device: this.#row.device };
-    let made;
     try {
       const found = await this.#ask("/api/checkpoint", query);
-      made = () => this.#describe(found, query);
-      if (asked === this.#asked) redraw(this.#parts, JSON.stringify(found), made);
+      if (asked === this.#asked) redraw(this.#parts, JSON.stringify(found), () => this.#describe(found, query));
     } catch (error) {
       if (asked === this.#asked) redraw(this.#parts, String(error), () => element("p", { class: "hint" }, printable(error.message)));
     }
@@ -145,7 +143,7 @@ export class Detail {
   }
 
   async #list(query) {
-    const asked = this.#asked;
+    const key = this.key;
     let shown;
     try {
       const rows = (await this.#ask("/api/tensors", query)).map((row, at) => [...row, at]);
@@ -158,7 +156,7 @@ export class Detail {
     } catch (error) {
       shown = [element("p", { class: "hint" }, printable(error.message))];
     }
-    if (asked !== this.#asked && this.#row === null) return;
+    if (this.key !== key) return; // another one was opened meanwhile
     this.#parts.querySelector("p:last-child")?.remove();
     this.#tensors.replaceChildren(...shown);
   }

@@ -2,7 +2,7 @@
 
 import { drawBar } from "weightd/bars.js";
 import { element, redraw, setText } from "weightd/dom.js";
-import { called, printable, size } from "weightd/format.js";
+import { brief, called, printable, size } from "weightd/format.js";
 import { MemoryMap } from "weightd/memory-map.js";
 import { section } from "weightd/parts.js";
 
@@ -58,9 +58,9 @@ export class Devices {
 
   #make(device) {
     const map = new MemoryMap(this.#colours, (digests) => this.#onPick(digests, device.uuid));
-    const parts = { map, bar: element("div"), legend: element("ul", { class: "legend", "aria-label": "Colours of checkpoints" }), trouble: element("p", { class: "hint" }), budget: element("p") };
+    const parts = { map, bar: element("div"), legend: element("ul", { class: "legend", "aria-label": "Colours of checkpoints" }), elsewhere: element("p", { class: "hint" }), trouble: element("p", { class: "hint" }), budget: element("p") };
     const title = device.kind === "host" ? "Host memory" : `${printable(device.name)} (${printable(device.uuid.slice(0, 12))})`;
-    parts.node = section(title, parts.budget, parts.bar, parts.trouble, parts.legend, map.node);
+    parts.node = section(title, parts.budget, parts.bar, parts.elsewhere, parts.trouble, parts.legend, map.node);
     this.node.append(parts.node);
     return parts;
   }
@@ -68,6 +68,8 @@ export class Devices {
   #update(device, parts, map) {
     setText(parts.budget, `${size(device.used_bytes)} of ${size(device.budget_bytes)} used`);
     drawBar(parts.bar, `What the budget of ${device.kind === "host" ? "host memory" : printable(device.name)} is used for`, budgetParts(device), device.budget_bytes);
+    const elsewhere = device.device_free_bytes !== null && device.device_free_bytes < device.free_bytes;
+    setText(parts.elsewhere, elsewhere ? `The device itself has ${size(device.device_free_bytes)} free: other processes use the rest.` : "");
     const missing = device.absence ? `The device is absent: ${device.absence}` : map === undefined ? "The map is being read." : map.missing ? `There is no map: ${map.missing}` : "";
     setText(parts.trouble, printable(missing));
     parts.trouble.hidden = missing === "";
@@ -84,7 +86,7 @@ export class Devices {
     redraw(legend, JSON.stringify([shown.map((digest) => [digest, map.names[digest], this.#colours.variable(digest)]), rest]), () => [
       ...shown.map((digest) => element("li", {},
         element("i", { class: `swatch ${this.#colours.variable(digest).slice(2)}` }),
-        element("button", { class: "link", data: { key: digest }, onclick: () => this.#onPick([digest], uuid) }, called(map.names[digest], digest)))),
+        element("button", { class: "link", data: { key: digest }, title: called(map.names[digest], digest), onclick: () => this.#onPick([digest], uuid) }, brief(called(map.names[digest], digest))))),
       rest > 0 ? element("li", {}, element("i", { class: "swatch colour-others" }), `${rest} more`) : null,
     ]);
   }

@@ -5,16 +5,17 @@ export const BAR = 30; // pixels of a segment's height
 const GAP = 4; // pixels between segments of a row
 const ROW_GAP = 8; // pixels between rows
 const LEAST = 5; // pixels of the smallest segment's width
-const ROWS = 6; // rows that a device takes, unless it has too many segments
+const ROWS = 5; // rows that a device takes, if its segments are alike
 
 /**
- * Places segments in rows, in their order, each a box as wide as its bytes: `scale` pixels a byte.
- * `sizes` are bytes, `width` is pixels. Returns {boxes: [{x, y, width}], height, scale}.
+ * Places segments in rows, in their order, each a box as wide as its bytes; a row is filled by some of the largest.
+ * `sizes` are bytes, `width` is pixels. Returns {boxes: [{x, y, width}], height}.
  */
 export function placed(sizes, width) {
   const total = sizes.reduce((sum, bytes) => sum + bytes, 0);
   const largest = Math.max(...sizes, 1);
-  const scale = Math.min(width / largest, (ROWS * width * 0.8) / Math.max(total, 1));
+  const inRow = Math.ceil(total / (largest * ROWS));
+  const scale = (width - (inRow - 1) * GAP) / Math.max(inRow * largest, 1);
   const boxes = [];
   let x = 0;
   let y = 0;
@@ -27,7 +28,7 @@ export function placed(sizes, width) {
     boxes.push({ x, y: y + LABEL, width: wide });
     x += wide + GAP;
   }
-  return { boxes, height: sizes.length ? y + LABEL + BAR : 0, scale };
+  return { boxes, height: sizes.length ? y + LABEL + BAR : 0 };
 }
 
 /**

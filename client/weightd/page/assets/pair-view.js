@@ -80,9 +80,14 @@ export class PairView {
       element("p", {}, `Of the tensors that both have, ${number(found.equal_tensors)} ${equal} and ${number(found.differing_tensors)} differ (${size(found.differing_bytes)}).`),
       rows.length ? element("details", { open: true }, element("summary", {}, "Tensors that differ"), plainTable("Tensors that differ", ["Tensor", { value: "Number", class: "number" }, { value: "Bytes", class: "number" }], rows)) : null,
       ...only.map(({ list, count }, at) => (count
-        ? element("details", {}, element("summary", {}, `${plural(count, "tensor")} only in ${printable(names[at])}`), element("p", { class: "path" }, list.slice(0, MOST_LISTED).map(printable).join(", ")))
+        ? element("details", {}, element("summary", {}, `${plural(count, "tensor")} only in ${printable(names[at])}`), element("p", { class: "path" }, list.slice(0, MOST_LISTED).map(named).join(", ")))
         : null)));
   }
+}
+
+/** A tensor's name; of several that differ in numbers, the name they have in common and how many they are. */
+function named({ name, count }) {
+  return count === 1 ? printable(name) : `${printable(name)} (${number(count)})`;
 }
 
 /** A key for two names in either order. */

@@ -8,7 +8,7 @@ let sections = 0;
 export function section(title, ...children) {
   sections += 1;
   const id = `section-${sections}`;
-  return element("section", { "aria-labelledby": id }, element("h2", { id }, title), ...children);
+  return element("section", { "aria-labelledby": id }, element("h2", { id }, title), ...children.filter(Boolean));
 }
 
 /** One figure with its label, and a second figure in small. */

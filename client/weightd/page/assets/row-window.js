@@ -64,7 +64,8 @@ export class RowWindow {
   #sort() {
     const column = this.#columns.find(({ key }) => key === this.#order.key);
     const sign = this.#order.down ? -1 : 1;
-    const keyed = this.#rows.map((row) => [column.sort(row), this.#identify(row), row]);
+    const first = this.#columns[0];
+    const keyed = this.#rows.map((row) => [column.sort(row), first.sort(row), row]);
     keyed.sort((one, other) => sign * compared(one[0], other[0]) || compared(one[1], other[1]));
     this.#sorted = keyed.map(([, , row]) => row);
     this.#heads.forEach((head, at) => {
