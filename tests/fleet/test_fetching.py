@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 import weightd
-from support import checkpoints, gguf_files
+from support import certificates, checkpoints, gguf_files
 from support.agents import Agent, Receiver, agent, published
 from support.daemon import Daemon
 from weightd.errors import NotFoundError
@@ -38,17 +39,23 @@ def daemons(two_daemons: tuple[Daemon, Daemon]) -> Iterator[tuple[Daemon, Daemon
                 client.remove(checkpoint.content_digest)
 
 
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The certificates of both nodes' agents."""
+    return certificates.write(tmp_path_factory.mktemp("tls"), trustme.CA(), "agent")
+
+
 @pytest.fixture
-def source(daemons: tuple[Daemon, Daemon], tmp_path: Path) -> Iterator[Agent]:
+def source(daemons: tuple[Daemon, Daemon], tls: Path, tmp_path: Path) -> Iterator[Agent]:
     """The agent of the first daemon's node."""
-    with agent(tmp_path / "source", daemons[0].socket) as started:
+    with agent(tmp_path / "source", daemons[0].socket, f"--tls-dir={tls}") as started:
         yield started
 
 
 @pytest.fixture
-def receiver(daemons: tuple[Daemon, Daemon], tmp_path: Path) -> Receiver:
+def receiver(daemons: tuple[Daemon, Daemon], tls: Path, tmp_path: Path) -> Receiver:
     """The second daemon's node."""
-    return Receiver(tmp_path / "receiver", daemons[1].socket)
+    return Receiver(tmp_path / "receiver", daemons[1].socket, tls)
 
 
 def pair(folder: Path) -> tuple[Path, Path]:
@@ -200,8 +207,8 @@ def test_a_receiver_serves_what_it_has_fetched(
     _, tuned = pair(tmp_path)
     digest = published(tmp_path / "source", tuned)
     receiver.fetch(digest, source.address, sink="memory")
-    with agent(receiver.state, daemons[1].socket) as second:
-        third = Receiver(tmp_path / "third")
+    with agent(receiver.state, daemons[1].socket, f"--tls-dir={receiver.tls}") as second:
+        third = Receiver(tmp_path / "third", tls=receiver.tls)
         fetched = third.fetch(digest, second.address, folder=tmp_path / "files")
     assert fetched.moved_bytes == WHOLE
     assert contents(tmp_path / "files") == contents(tuned)
@@ -240,16 +247,16 @@ def test_what_is_gone_is_not_offered(source: Agent, receiver: Receiver, tmp_path
 def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Receiver, tmp_path: Path) -> None:
     _, tuned = pair(tmp_path)
     digest = published(tmp_path / "source", tuned)
-    where = f"--from={source.address}"
-    listed = json.loads(daemons[1].command("fleet", "ls", where, "--format=json").stdout)
+    where, tls = f"--from={source.address}", f"--tls-dir={receiver.tls}"
+    listed = json.loads(daemons[1].command("fleet", "ls", where, tls, "--format=json").stdout)
     assert [one["digest"] for one in listed[0]["checkpoints"]] == [digest]
-    assert digest in daemons[1].command("fleet", "ls", where, "--wide").stdout
-    state = f"--state-dir={receiver.state}"
-    said = daemons[1].command("fleet", "fetch", digest, where, state, "--sink=memory", "--name=tuned", "--format=json")
+    assert digest in daemons[1].command("fleet", "ls", where, tls, "--wide").stdout
+    own = (f"--state-dir={receiver.state}", tls)
+    said = daemons[1].command("fleet", "fetch", digest, where, *own, "--sink=memory", "--name=tuned", "--format=json")
     found = json.loads(said.stdout)
     assert (found["name"], found["moved_bytes"], found["local_bytes"]) == ("tuned", WHOLE, 0)
-    assert "resident" in daemons[1].command("fleet", "fetch", digest, where, state, "--sink=memory").stdout
-    refused = daemons[1].command("fleet", "fetch", "b3:0", where, state, check=False)
+    assert "resident" in daemons[1].command("fleet", "fetch", digest, where, *own, "--sink=memory").stdout
+    refused = daemons[1].command("fleet", "fetch", "b3:0", where, *own, check=False)
     assert refused.returncode == 2
     unreachable = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=5", check=False)
     assert unreachable.returncode == 1

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class NodeSettings:
     """Where a node keeps its state, which daemon it has, and how it proves itself; None are the defaults.
 
-    `tls` None is plain text, which peers on the loopback alone may be spoken to in. `patience` is seconds.
+    `tls` None is plain text, which peers on the loopback alone may be spoken to in. `patience` is how many seconds a
+    peer, or the daemon, may be silent.
     """
 
     state_dir: str | None = None
@@ -43,7 +44,7 @@ def fetching_node(settings: NodeSettings, serves_at: str = "") -> Iterator[Fetch
     tls = TlsFolder(Path(settings.tls)) if settings.tls else None
 
     def connect() -> weightd.Client:
-        return weightd.connect(settings.socket)
+        return weightd.connect(settings.socket, timeout=settings.patience)
 
     resident = ResidentTensors(connect)
     try:
