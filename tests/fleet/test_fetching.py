@@ -14,9 +14,11 @@ import weightd
 from support import certificates, checkpoints, gguf_files
 from support.agents import Agent, Receiver, agent, published
 from support.daemon import Daemon
-from weightd.errors import NotFoundError
+from weightd.errors import FormatError, NotFoundError
 from weightd_fleet.agent import resident
 from weightd_fleet.agent.sink_memory import MemorySink
+from weightd_fleet.core.manifest import FleetManifest
+from weightd_fleet.publishing.state import PublishedState
 
 SIZE = 3000
 
@@ -199,6 +201,37 @@ def test_files_come_byte_for_byte(
     assert not list((receiver.state / "staging").glob("*/*"))
     again = receiver.fetch(digest)  # needs no peer
     assert (again.moved_bytes, again.small_bytes) == (0, 0)
+
+
+def test_published_files_are_not_moved_unless_they_have_changed(
+    source: Agent, receiver: Receiver, tmp_path: Path
+) -> None:
+    base, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    published(receiver.state, base)
+    moved = receiver.fetch(digest, source.address, folder=tmp_path / "one").moved_bytes
+    assert moved == MISSING
+    third = Receiver(tmp_path / "third", tls=receiver.tls)
+    published(third.state, base)
+    checkpoints.write_random(base / "model.safetensors", 3, SIZE, "something else")
+    fetched = third.fetch(digest, source.address, folder=tmp_path / "two")
+    assert fetched.moved_bytes == WHOLE
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tuned)
+
+
+def test_a_header_that_is_not_the_manifests(source: Agent, receiver: Receiver, tmp_path: Path) -> None:
+    """A publisher can lie in the manifest itself: then the checkpoint is refused, whole."""
+    digest = published(tmp_path / "source", checkpoints.write_random(tmp_path / "m" / "model.safetensors", 2, SIZE))
+    state = PublishedState(tmp_path / "source")
+    manifest = state.manifest(digest)
+    first, second = manifest.tensors
+    swapped = [first._replace(name=second.name), second._replace(name=first.name)]
+    lying = FleetManifest.of(manifest.files, swapped)
+    state.put(lying, [], state.sources(digest))
+    with pytest.raises(FormatError, match="other tensors than the manifest"):
+        receiver.fetch(lying.name, source.address, sink="memory", name="lying")
+    with weightd.connect(receiver.socket, timeout=60.0) as client:
+        assert [one.names for one in client.checkpoints() if one.names] == []
 
 
 def test_a_receiver_serves_what_it_has_fetched(

@@ -1,4 +1,7 @@
-"""Fetch a checkpoint: find what of it is on this node, receive the rest from peers, and hand all to a sink."""
+"""Fetch a checkpoint: find what of it is on this node, receive the rest from peers, and hand all to a sink.
+
+A sink says which tensors it wants and takes them batch by batch, so that only one batch is staged at a time.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ def _fetch(
 ) -> Fetched:
     name = order.local_name or (manifest.origin.repository if manifest.origin else manifest.name)
     small = _small_blobs(manifest)
-    local = BlobReaders([staged, held, files, _Known(node.state, manifest)])
+    local = BlobReaders([staged, held, files, _KeptBlobs(node.state, manifest)])
     missing_small = {digest: length for digest, length in small.items() if digest not in local}
     with _sink(node, order, manifest, held, files, name) as sink:
         to_move = sum(length for digest, length in sink.wanted.items() if digest not in local)
@@ -140,7 +143,7 @@ def _small_blobs(manifest: FleetManifest) -> dict[bytes, int]:
     return frames | {small.digest: small.length for small in manifest.small_files if small.length}
 
 
-class _Known(StateBlobs):
+class _KeptBlobs(StateBlobs):
     """Those frames and small files that the state folder has."""
 
     def __init__(self, state: PublishedState, manifest: FleetManifest) -> None:

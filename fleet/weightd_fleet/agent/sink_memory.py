@@ -188,13 +188,10 @@ def _file(file: WeightFile, manifest: FleetManifest, blobs: BlobReader) -> Check
     with _memory() as descriptor:
         frame = b"".join(blobs.pieces(file.frame)) if file.frame_bytes else b""
         os.ftruncate(descriptor, file.size)  # sparse: tensors take no memory
-        rows = {}
         for piece in manifest.pieces(file):
             if piece.row is None:
                 _write(descriptor, frame[piece.frame_offset : piece.frame_offset + piece.length], piece.offset)
-        for row in manifest.tensors:
-            if (row.component, row.file) == (file.component, file.file):
-                rows[row.name] = (row.dtype, row.shape, row.offset, row.length)
+        rows = {row.name: (row.dtype, row.shape, row.offset, row.length) for row in manifest.rows_of(file)}
         layout = LoaderSource(file.path, descriptor).layout()
         found = {one.name: (one.dtype, tuple(one.shape), one.offset, one.length) for one in layout.tensors}
     if found != rows:

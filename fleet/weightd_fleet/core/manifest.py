@@ -98,11 +98,22 @@ class FleetManifest:
             reader.fail("is not in its canonical form")
         return made
 
+    @cached_property
+    def _by_file(self) -> dict[tuple[str, str], list[TensorRow]]:
+        found: dict[tuple[str, str], list[TensorRow]] = {}
+        for row in self.tensors:
+            found.setdefault((row.component, row.file), []).append(row)
+        return found
+
+    def rows_of(self, file: WeightFile) -> list[TensorRow]:
+        """The tensors of a file."""
+        return self._by_file.get((file.component, file.file), [])
+
     def pieces(self, file: WeightFile) -> list[FilePiece]:
         """The pieces that a file consists of, in order and without holes; none is empty."""
         found: list[FilePiece] = []
         position = framed = 0
-        rows = (row for row in self.tensors if (row.component, row.file) == (file.component, file.file) and row.length)
+        rows = (row for row in self.rows_of(file) if row.length)
         for row in sorted(rows, key=lambda row: row.offset):
             if gap := row.offset - position:
                 found.append(FilePiece(position, gap, None, framed))
