@@ -28,18 +28,21 @@ _NODE_COLUMNS = (
     Column("WITH", elided=True, spare=1),
 )
 
-fleet = typer.Typer(
-    name="fleet",
-    help="""Place checkpoints on several nodes, and publish them.
+fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 
-\b
-Examples:
-  weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
-  weightd fleet publish org/tuned
-""",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+
+@fleet.callback(invoke_without_command=True)
+def _without_command(context: typer.Context) -> None:
+    """Place checkpoints on several nodes, and publish them.
+
+    \b
+    Examples:
+      weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
+      weightd fleet publish org/tuned
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def _require_fleet(command: str) -> None:
@@ -97,10 +100,10 @@ def plan(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
     wide: WideOption = False,
 ) -> None:
-    """Compute which checkpoints to place on which node, so that few bytes are held twice.
+    """Compute on which nodes checkpoints take the least memory.
 
-    Needs no daemon, no engine and no other node: the nodes are imagined, all with the same budget. Equal bytes are
-    found as by `weightd plan`.
+    Checkpoints that share most are placed together, so that few bytes are held twice. This needs no daemon, no engine
+    and no other node: the nodes are imagined, all with the same budget. Equal bytes are found as by `weightd plan`.
 
     \b
     Examples:
@@ -181,16 +184,25 @@ def _sentences(found: dict[str, Any]) -> list[str]:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    """`6 checkpoints fit on 2 nodes; without sharing they need 3. They take 1.70 GiB of memory, and 2.36 GiB apart.`"""
+    """`6 checkpoints fit on 2 nodes; without sharing 3 nodes are needed. They take 1.70 GiB; without sharing 2.36 GiB.`
+
+    Where not all fit, the last sentence is about those that were placed.
+    """
     names = {placement["checkpoint"] for placement in found["placements"]} | set(found["unplaced"])
-    taken = f"They take {size(found['placed_bytes'])}; without sharing {size(found['total_bytes'])}."
+    apart = sum(placement["size_bytes"] for placement in found["placements"])
+    taken = f"{size(found['placed_bytes'])}; without sharing {size(apart)}."
     checkpoints = plural(len(names), "checkpoint")
-    apart = found["least_nodes_apart"]
-    need = "none is large enough" if apart is None else f"{plural(apart, 'node')} are needed"
-    need = need.replace("1 node are", "1 node is")
     if found["least_nodes"] is None:
-        return f"{len(found['unplaced'])} of {checkpoints} do not fit on {plural(len(found['nodes']), 'node')}. {taken}"
-    return f"{checkpoints} fit on {plural(found['least_nodes'], 'node')}; without sharing {need}. {taken}"
+        unplaced = len(found["unplaced"])
+        verb = "does" if unplaced == 1 else "do"
+        placed = f" What was placed takes {taken}" if found["placements"] else ""
+        return f"{unplaced} of {checkpoints} {verb} not fit on {plural(len(found['nodes']), 'node')}.{placed}"
+    least_apart = found["least_nodes_apart"]
+    need = "none is large enough" if least_apart is None else f"{plural(least_apart, 'node')} are needed"
+    need = need.replace("1 node are", "1 node is")
+    fit = "fits" if len(names) == 1 else "fit"
+    them = "It takes" if len(names) == 1 else "They take"
+    return f"{checkpoints} {fit} on {plural(found['least_nodes'], 'node')}; without sharing {need}. {them} {taken}"
 
 
 @fleet.command("publish")
@@ -209,10 +221,11 @@ def publish(
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the digest.")] = False,
 ) -> None:
-    """Read a checkpoint once and name it by its bytes: b3: and 64 hex digits.
+    """Read a checkpoint once and name it by its bytes.
 
-    The name stands for every byte of the checkpoint's files, and of the small files beside them. Files in the Hugging
-    Face cache are compared with the digests by which the hub names them. The manifest is kept on this node.
+    The name, b3: and 64 hex digits, stands for every byte of the checkpoint's files, and of the small files beside
+    them. Files in the Hugging Face cache are compared with the digests by which the hub names them. The manifest is
+    kept on this node.
 
     \b
     Examples:
