@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise, product
 from pathlib import Path
@@ -178,3 +179,22 @@ def test_sizes_are_written_as_the_command_writes_them(
     )
     script = "async (values) => { const { size } = await import('weightd/format.js'); return values.map(size); }"
     assert page.evaluate(script, values) == [size(value) for value in values]
+
+
+def test_paths_are_shown_below_their_common_folder(write: Callable[[dict[str, Any]], str], open_page: OpenPage) -> None:
+    data = json.loads(
+        json.dumps(plan()).replace('"org/', '"/models/family/org/').replace('"pipe/', '"/models/family/pipe/')
+    )
+    data["checkpoints"].pop()
+    page = open_page(write(data))
+    text = page.locator("main").inner_text()
+    assert "Names are below /models/family/" in text
+    assert text.count("/models/family/") == 1
+    assert "They share 18.0 GiB: 53 % of pipe/large, 78 % of pipe/small." in text
+
+
+def test_names_of_paths_are_brief(write: Callable[[dict[str, Any]], str], open_page: OpenPage) -> None:
+    page = open_page(write(plan()))
+    script = "async (names) => { const { brief } = await import('weightd/format.js'); return names.map(brief); }"
+    names = ["/models/a/model.gguf", "/model.gguf", "/a/b", "org/base", "/x/y/z/w", "a/b/c/d"]
+    assert page.evaluate(script, names) == ["…/a/model.gguf", "/model.gguf", "/a/b", "org/base", "…/z/w", "a/b/c/d"]

@@ -166,7 +166,9 @@ class FakeHoldings:
         names = {held.digest: held.name for held in self._held.values()}
         return DeviceMap("host", self.revision, segments, tuple(extents), names)
 
-    def sharing(self, reference: str | None = None, device: str | None = None) -> list[SharedPair]:
+    def sharing(
+        self, reference: str | None = None, device: str | None = None, *, most: int | None = None
+    ) -> list[SharedPair]:
         self._answer("sharing")
         shared: dict[tuple[str, str], int] = defaultdict(int)
         only: dict[tuple[str, str], int] = defaultdict(int)
@@ -185,7 +187,7 @@ class FakeHoldings:
         found = [
             SharedPair("host", one, other, names[one], names[other], size, alone) for one, other, size, alone in pairs
         ]
-        return sorted(found, key=lambda pair: -pair.shared_bytes)
+        return sorted(found, key=lambda pair: -pair.shared_bytes)[:most]
 
     def tensors(self, reference: str, device: str | None = None) -> list[StoredTensor]:
         self._answer("tensors")

@@ -17,7 +17,7 @@ from weightd.page.document import read_assets, web_document
 
 from .access import knows_token, refusal
 from .answers import encoded, pair_rows, tensor_rows
-from .reader import DaemonReader
+from .sections import SectionReader
 
 if TYPE_CHECKING:
     from weightd.client import Client
@@ -78,7 +78,7 @@ class PageServer:
         self._news = asyncio.Event()
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self.reader = DaemonReader(client, self._told)
+        self.reader = SectionReader(client, self._told)
 
     def application(self) -> web.Application:
         """Return the application to serve."""

@@ -2,7 +2,7 @@
 
 import { drawBar } from "weightd/bars.js";
 import { element, redraw, setText } from "weightd/dom.js";
-import { called, printable, size } from "weightd/format.js";
+import { brief, called, printable, size } from "weightd/format.js";
 import { MemoryMap } from "weightd/memory-map.js";
 import { section } from "weightd/parts.js";
 
@@ -86,7 +86,7 @@ export class Devices {
     redraw(legend, JSON.stringify([shown.map((digest) => [digest, map.names[digest], this.#colours.variable(digest)]), rest]), () => [
       ...shown.map((digest) => element("li", {},
         element("i", { class: `swatch ${this.#colours.variable(digest).slice(2)}` }),
-        element("button", { class: "link", data: { key: digest }, onclick: () => this.#onPick([digest], uuid) }, called(map.names[digest], digest)))),
+        element("button", { class: "link", data: { key: digest }, title: called(map.names[digest], digest), onclick: () => this.#onPick([digest], uuid) }, brief(called(map.names[digest], digest))))),
       rest > 0 ? element("li", {}, element("i", { class: "swatch colour-others" }), `${rest} more`) : null,
     ]);
   }

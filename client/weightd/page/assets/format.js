@@ -79,6 +79,11 @@ export function shortDigest(digest) {
   return digest.replace(/^sha256:/, "").slice(0, 12);
 }
 
+/** A name that is short where it is a path: its last two parts. Elsewhere the page has all of it. */
+export function brief(name) {
+  return printable(name.replace(/^\/.*(?=(\/[^/]+){2}$)/, "…"));
+}
+
 /** What to call a checkpoint: its name, else its digest. */
 export function called(name, digest) {
   return name ? printable(name) : shortDigest(digest);

@@ -16,7 +16,7 @@ const AGES = 30000; // milliseconds between two drawings of "3 minutes ago"
 
 const connection = new Connection();
 const colours = new Colours();
-const state = { daemon: null, stats: null, checkpoints: [], leases: [], loads: [], events: [], pairs: { pairs: [], left: 0 }, maps: new Map() };
+const state = { daemon: null, stats: null, checkpoints: [], leases: [], loads: [], events: [], pairs: { pairs: [], more: false }, maps: new Map() };
 const groups = new Map(); // of devices, made when asked for
 
 const status = element("p", { class: "status", role: "status" });
@@ -118,8 +118,8 @@ function showTiles() {
 }
 
 function showMatrix() {
-  const { pairs, left = 0, missing } = state.pairs;
-  setText(matrixNote, missing ? printable(missing) : `A cell says how much of the row’s bytes the column’s checkpoint uses as well.${left ? ` ${number(left)} pairs with less in common are left out.` : ""}`);
+  const { pairs, more, missing } = state.pairs;
+  setText(matrixNote, missing ? printable(missing) : `A cell says how much of the row’s bytes the column’s checkpoint uses as well.${more ? ` Of more than ${number(pairs.length)} pairs those with most in common are known: a dot may also be less.` : ""}`);
   const several = state.stats.devices.length > 1;
   matrix.show(
     state.checkpoints.filter(({ state: each }) => each === "resident").map((row) => ({

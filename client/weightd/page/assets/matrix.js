@@ -1,7 +1,7 @@
 // Draws the sharing matrix: how much of each checkpoint's bytes each other one uses as well.
 
 import { element, redraw } from "weightd/dom.js";
-import { percent, plural, printable, size } from "weightd/format.js";
+import { brief, percent, plural, printable, size } from "weightd/format.js";
 
 export const MOST = 16; // checkpoints that the matrix has; people cannot read more at once
 
@@ -66,7 +66,7 @@ export class SharingMatrix {
     const name = printable(row.name);
     return element("th", { scope: "row" },
       element("button", { class: "link", title: name, data: { key: `row ${row.key}` }, onclick: () => this.#onPick(row.key) },
-        element("b", {}, `${at + 1} `), element("span", { class: "name" }, name)),
+        element("b", {}, `${at + 1} `), element("span", { class: "name" }, brief(row.name))),
       element("small", {}, size(row.bytes)));
   }
 

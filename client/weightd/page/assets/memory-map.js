@@ -2,7 +2,7 @@
 
 import { OTHERS, PLENTY, stripes, valuesOf } from "weightd/colours.js";
 import { element, plainTable, redraw } from "weightd/dom.js";
-import { called, number, plural, size } from "weightd/format.js";
+import { brief, called, number, plural, printable, size } from "weightd/format.js";
 import { BAR, placed, segmentsOf, under } from "weightd/map-layout.js";
 
 export const KINDS = {
@@ -79,17 +79,13 @@ export class MemoryMap {
     if (width === 0) return;
     const ratio = window.devicePixelRatio || 1;
     const values = valuesOf(COLOURS);
-    const names = this.#named().map(({ digest }) => [digest, this.#colours.variable(digest)]);
+    const names = this.#map.checkpoints.map((digest) => [this.#map.names[digest], this.#colours.variable(digest)]);
     const key = JSON.stringify([width, ratio, values, names, [...this.#selected], this.#map.segments, this.#map.extents, this.#map.users]);
     if (key === this.#drawn) return;
     this.#drawn = key;
     this.#paint(width, ratio, values);
     this.#describe();
     this.#fillTable();
-  }
-
-  #named() {
-    return this.#map.checkpoints.map((digest) => ({ digest, name: called(this.#map.names[digest], digest) }));
   }
 
   #paint(width, ratio, values) {
@@ -176,7 +172,7 @@ export class MemoryMap {
   #users(extent, most) {
     const { users, others } = extent;
     if (users.length + others > most) return plural(users.length + others, "checkpoint");
-    return [...users.map((digest) => called(this.#map.names[digest], digest)), ...(others ? [plural(others, "other")] : [])].join(" + ");
+    return [...users.map((digest) => brief(called(this.#map.names[digest], digest))), ...(others ? [plural(others, "other")] : [])].join(" + ");
   }
 
   #at(event) {
@@ -216,7 +212,7 @@ export class MemoryMap {
     const pieces = holes.length ? `, with ${size(bytes)} free for the next load in ${plural(holes.length, "piece")}, the largest ${size(largest)}` : "";
     const text = `${plural(this.#segments.length, "segment")}${pieces}.`;
     if (this.#sentence.textContent !== text) this.#sentence.textContent = text;
-    this.#canvas.setAttribute("aria-label", `Memory map of ${this.#map.device}: ${text} The table of segments below says the same.`);
+    this.#canvas.setAttribute("aria-label", `Memory map of ${printable(this.#map.device)}: ${text} The table of segments below says the same.`);
   }
 
   #fillTable() {
@@ -230,11 +226,7 @@ export class MemoryMap {
       const parts = [...sums].sort((one, other) => other[1] - one[1]).map(([what, bytes]) => `${what} ${size(bytes)}`);
       return [{ value: number(segment.segment), header: true }, { value: size(segment.size), class: "number" }, parts.join(", ")];
     });
-    const caption = `Segments of ${printableDevice(this.#map.device)}${this.#segments.length > MOST_ROWS ? `, the first ${number(MOST_ROWS)}` : ""}`;
+    const caption = `Segments of ${printable(this.#map.device)}${this.#segments.length > MOST_ROWS ? `, the first ${number(MOST_ROWS)}` : ""}`;
     this.#table.lastElementChild.replaceChildren(plainTable(caption, ["Segment", { value: "Size", class: "number" }, "What lies there"], rows));
   }
-}
-
-function printableDevice(device) {
-  return called(device, device);
 }

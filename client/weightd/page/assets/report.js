@@ -8,16 +8,28 @@ import { PairView } from "weightd/pair-view.js";
 import { RowWindow } from "weightd/row-window.js";
 import { section, tile } from "weightd/parts.js";
 
-const report = JSON.parse(document.getElementById("report").textContent);
+const text = document.getElementById("report").textContent;
+const folder = commonFolder(JSON.parse(text).checkpoints.map(({ name }) => name));
+const paths = new Set(folder ? JSON.parse(text).checkpoints.map(({ name }) => name) : []);
+const report = JSON.parse(text, (_, value) => (paths.has(value) ? value.slice(folder.length) : value));
 const atMost = report.at_most ? "at most " : "";
 const atLeast = report.at_most ? "at least " : "";
 const figure = (value) => ({ value, class: "number" });
+
+/** The folder that all names have in common, with its slash at the end; empty unless all are absolute paths. */
+function commonFolder(names) {
+  if (names.length < 2 || !names.every((name) => name.startsWith("/"))) return "";
+  let common = names[0];
+  for (const name of names) while (!name.startsWith(common)) common = common.slice(0, -1);
+  return common.slice(0, common.lastIndexOf("/") + 1);
+}
 
 function head() {
   const made = report.made_at ? ` · ${new Date(report.made_at).toLocaleString()}` : "";
   return [
     element("h1", {}, printable(report.title ?? "What sharing would save")),
     element("p", { class: "hint" }, `weightd plan${made}`),
+    folder ? element("p", { class: "hint path" }, `Names are below ${printable(folder)}`) : null,
     report.at_most
       ? element("p", { class: "notice" }, "Read from headers only: names, types and shapes, not bytes. Every shared and saved figure is the most that it can be.")
       : null,

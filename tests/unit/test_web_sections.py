@@ -12,26 +12,26 @@ from support.fake_holdings import MIB, FakeHoldings, family
 from weightd.errors import NotFoundError, ProtocolMismatchError
 from weightd.inspection import BlobUsers, DeviceMap, MapExtent, MapSegment
 from weightd.types import Stats
-from weightd.web import reader as reader_module
+from weightd.web import sections as sections_module
 from weightd.web.answers import encoded, map_columns
-from weightd.web.reader import DaemonReader
+from weightd.web.sections import SectionReader
 
 
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> FakeHoldings:
-    monkeypatch.setattr(reader_module, "_SHARE", 0)
+    monkeypatch.setattr(sections_module, "_SHARE", 0)
     held = FakeHoldings()
     held.hold("base", [("a", 8 * MIB), ("b", MIB)])
     held.hold("tuned", [("a", 8 * MIB), ("c", MIB)])
     return held
 
 
-def value(reader: DaemonReader, section: str) -> Any:
+def value(reader: SectionReader, section: str) -> Any:
     return json.loads(reader.sections[section].content)
 
 
-def make(held: FakeHoldings) -> DaemonReader:
-    return DaemonReader(held, lambda: None)  # type: ignore[arg-type]  # it answers what is asked
+def make(held: FakeHoldings) -> SectionReader:
+    return SectionReader(held, lambda: None)  # type: ignore[arg-type]  # it answers what is asked
 
 
 def test_it_keeps_everything(held: FakeHoldings) -> None:
@@ -91,7 +91,7 @@ def test_lists_that_change_while_they_are_read_are_read_again(
 
 
 def test_costly_questions_are_asked_seldom(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "_SHARE", 1e9)
+    monkeypatch.setattr(sections_module, "_SHARE", 1e9)
     reader = make(held)
     reader.read()
     held.remove("tuned")
@@ -123,13 +123,13 @@ def test_an_answer_that_is_missing_says_why(held: FakeHoldings) -> None:
     assert len(value(reader, "checkpoints")) == 2
 
 
-def test_pairs_beyond_the_most_are_counted(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader_module, "MOST_PAIRS", 1)
+def test_pairs_beyond_the_most_are_left_out(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections_module, "MOST_PAIRS", 1)
     held.hold("third", [("a", 8 * MIB)])
     reader = make(held)
     reader.read()
     assert len(value(reader, "pairs")["pairs"]) == 1
-    assert value(reader, "pairs")["left"] == 2
+    assert value(reader, "pairs")["more"] is True
 
 
 def test_a_map_in_columns() -> None:

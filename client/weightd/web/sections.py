@@ -26,7 +26,8 @@ _SHARE = 10
 _ATTEMPTS = 3
 """How often the lists are read that change while they are read."""
 MOST_EVENTS = 50
-MOST_PAIRS = 5_000
+MOST_PAIRS = 2_000
+"""A thousand checkpoints can be half a million pairs; those with most in common come first."""
 
 
 class Section(NamedTuple):
@@ -52,7 +53,7 @@ class _Costly:
         self._not_before = time.monotonic() + _SHARE * seconds
 
 
-class DaemonReader:
+class SectionReader:
     """The sections of the page: daemon, stats, checkpoints, leases, loads, events, pairs, and a map for each device.
 
     A thread reads; `changed` is called from it when a section has changed. `sections` is replaced, never changed, so
@@ -147,8 +148,8 @@ class DaemonReader:
         return map_columns(self.client.device_map(uuid))
 
     def _read_pairs(self) -> dict[str, Any]:
-        pairs = self.client.sharing()
-        return {"pairs": pair_rows(pairs[:MOST_PAIRS]), "left": max(0, len(pairs) - MOST_PAIRS)}
+        pairs = self.client.sharing(most=MOST_PAIRS + 1)
+        return {"pairs": pair_rows(pairs[:MOST_PAIRS]), "more": len(pairs) > MOST_PAIRS}
 
     def _costly(self, section: str, state: object, ask: Callable[[], Any]) -> dict[str, Any]:
         """Return the section, or nothing if it need not or should not be asked for now."""
