@@ -186,6 +186,22 @@ def test_equal_last_parts_are_told_apart(fake: FakeClient, monkeypatch: pytest.M
         assert len({line.split()[0] for line in shown("ls")[1:4]}) == 3
 
 
+@pytest.mark.parametrize(
+    ("components", "said"),
+    [
+        (("vae", "vae"), "vae 1.00 GiB"),
+        (("unet", "model"), "unet = model 1.00 GiB"),
+        (("", "text_encoder"), "text_encoder 1.00 GiB"),
+        (("", ""), "-"),
+    ],
+)
+def test_what_a_pair_shares_is_named(components: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = PlannedPair(("org/a", "org/b"), GIB, (SharedPart(components, GIB),))
+    monkeypatch.setattr(planning, "ask", lambda *_: {"plan": asdict(replace(plan_report(), pairs=(pair,)))})
+    (row,) = (line for line in shown("plan", "org/a", "--wide") if re.match(r"\S+ GiB +org/a", line))
+    assert re.split(r" {2,}", row.strip())[1:] == ["org/a", "org/b", said]
+
+
 def test_what_to_remove_is_said_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     names = tuple(f"org/tuned-{number}" for number in range(5))
     steps = (BudgetStep("wanted", GIB, GIB, fits=False, remove=names), BudgetStep("huge", GIB, GIB, False, ()))

@@ -268,8 +268,8 @@ def _parts(pair: PlannedPair) -> str:
 
 
 def _named(part: SharedPart) -> str:
-    first, second = part.components
-    return first or "-" if first == second else f"{first or '-'} = {second or '-'}"
+    """The component's name, or both names if they differ; a checkpoint without components has none."""
+    return " = ".join(dict.fromkeys(filter(None, part.components))) or "-"
 
 
 def _counts(one: Difference) -> str:
