@@ -178,6 +178,11 @@ def test_elided() -> None:
     assert tables.elided("org/adapter-merged", 15) == "org/ada…-merged", "a repository is no path"
 
 
+def test_a_size_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.emit_text("unique 19.5 MiB, saved 1.88 KiB (0.1 %)", 27, "  ")
+    assert capsys.readouterr().out == "unique 19.5 MiB, saved\n  1.88 KiB (0.1 %)\n"
+
+
 def test_equal_last_parts_are_told_apart(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [f"/srv/models/with/a/long/name/run-{number}/model.safetensors" for number in range(3)]
     fake.answers["checkpoints"] = [replace(CHECKPOINT, names=(path,)) for path in paths]

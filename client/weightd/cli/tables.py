@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -22,6 +23,8 @@ _CONSOLE_HEIGHT = 25
 _GAP, _NARROW_GAP = 3, 2
 _LEAST = 12
 """Columns that a cell keeps when it is shortened."""
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=[KMGT]?i?B\b|%)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 STATES: Mapping[str, str] = {
     "resident": "green",
     "serving": "green",
@@ -110,11 +113,13 @@ def emit_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], w
 def emit_text(text: str, width: int | None, indent: str = "") -> None:
     """Write a sentence to stdout, in lines of at most `width` columns; in one line without a width.
 
-    All lines but the first begin with `indent`.
+    All lines but the first begin with `indent`. A number and its unit stay in one line.
     """
     text = printable(text)
     if width is not None:
-        text = textwrap.fill(text, max(width, _LEAST), break_on_hyphens=False, subsequent_indent=indent)
+        whole = _BEFORE_UNIT.sub(_NO_BREAK, text)
+        lines = textwrap.fill(whole, max(width, _LEAST), break_on_hyphens=False, subsequent_indent=indent)
+        text = lines.replace(_NO_BREAK, " ")
     emit(text)
 
 
