@@ -126,7 +126,9 @@ async def measure(shape: str, checkpoints: int, blobs: int) -> dict[str, Any]:
     first, found["first page"] = await steps.of(page())
     _, found["first page again"] = await steps.of(page())
     if first.next_page_token:
-        _, found["second page"] = await steps.of(page(first.next_page_token))
+        second, found["second page"] = await steps.of(page(first.next_page_token))
+        if second.next_page_token:
+            _, found["third page"] = await steps.of(page(second.next_page_token))
     digest = f"sha256:{checkpoints // 2:064x}"
     of_one, found["pairs of one"] = await steps.of(page(reference=digest))
     found["rows"] = [len(first.pairs), len(of_one.pairs)]

@@ -126,6 +126,17 @@ def test_a_reference_counts_once_and_a_copy_counts_twice(tmp_path: Path) -> None
     assert planned(a, b)["saved_ratio"] == 0.5
 
 
+def test_a_file_that_two_checkpoints_have_is_shared_without_being_read(tmp_path: Path) -> None:
+    file = checkpoints.write(tmp_path / "file.safetensors", {"x": u8(1, MIB), "y": u8(2, 3000)})
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").symlink_to(file)
+    found = planned(tmp_path / "a", tmp_path / "b")
+    assert (found["total_bytes"], found["unique_bytes"], found["read_bytes"]) == (2 * (MIB + 3000), MIB + 3000, 0)
+    (difference,) = found["differences"]
+    assert (difference["equal_tensors"], difference["differing_tensors"]) == (2, 0)
+
+
 def test_manifests_and_files_together(tmp_path: Path) -> None:
     row = {"name": "w", "dtype": "F16", "shape": [512], "content": "x"}
     first, second = tmp_path / "1.json", tmp_path / "2.json"

@@ -134,11 +134,14 @@ def test_the_token_of_the_command_looks_until_ctrl_c(filled: Daemon) -> None:
         assert [one.names for one in checkpoint_pb2.ListCheckpointsResponse.FromString(listed).checkpoints] == [["m"]]
         refused = call(channel, "/weightd.v1.CheckpointService/Unpin", token)
         assert refused.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert command.stdout is not None
+        printed = [next(command.stdout).strip() for _ in range(5)]
+        assert printed[3] == f"export WEIGHTD_TOKEN={token}"
+        header = "-expand-headers -H 'weightd-token: ${WEIGHTD_TOKEN}'"  # every user can read command lines
+        assert printed[4].startswith(f"grpcurl -plaintext -unix {header} {filled.socket} weightd.v1.DaemonService/")
         command.send_signal(signal.SIGINT)
-        printed, error = command.communicate(timeout=60)
+        _, error = command.communicate(timeout=60)
         assert (command.returncode, error) == (130, "weightd: interrupted\n")
-        header = f"grpcurl -plaintext -unix -H 'weightd-token: {token}' {filled.socket} weightd.v1.DaemonService/"
-        assert header in printed
         eventually(lambda: filled.connections() == 0, what="the end of its connection")
         assert call(channel, "/weightd.v1.CheckpointService/List", token).code() is grpc.StatusCode.PERMISSION_DENIED
 

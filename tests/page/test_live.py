@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import webbrowser
 from collections.abc import Callable
 from dataclasses import replace
 from http.server import HTTPServer, SimpleHTTPRequestHandler
@@ -16,6 +17,7 @@ from support.fake_holdings import GIB, MIB, FakeHoldings, crowd, family
 from support.pages import WIDTHS, OpenPage, fits, shown, until
 from support.served_page import served
 from weightd._sizes import size
+from weightd.cli import browsing
 from weightd.types import Stats
 
 if TYPE_CHECKING:
@@ -34,6 +36,19 @@ def held() -> FakeHoldings:
 @pytest.fixture
 def address(held: FakeHoldings, serve: Serve) -> str:
     return serve(held)
+
+
+def test_the_file_by_which_the_command_opens_a_browser_leads_to_the_page(
+    browser: Browser, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
+    page = browser.new_page()
+    with browsing._opened(address):
+        page.goto(opened[0])
+        page.wait_for_url(address)
+        page.get_by_role("heading", name="Checkpoints").wait_for()
+    page.close()
 
 
 def texts(page: Page, selector: str) -> list[str]:

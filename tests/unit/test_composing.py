@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from weightd.errors import (
     PermissionDeniedError,
 )
 from weightd.types import CheckpointFile
+from weightd_daemon.api import composition_service as composition_service_module
 from weightd_daemon.api.composition_service import MAX_DIMENSIONS, tensors_from
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
 from weightd_daemon.core.events import Event, LoadBegun, LoadEnded
@@ -117,7 +119,7 @@ class Desk:
             [blob for checkpoint in self.sources for blob in checkpoint.unique]
         )
         begun = [event.load for event in self.told if isinstance(event, LoadBegun)]
-        assert [event.begun.load for event in self.told if isinstance(event, LoadEnded)] == begun
+        assert sorted(event.begun.load for event in self.told if isinstance(event, LoadEnded)) == begun
 
 
 def running(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -182,6 +184,35 @@ async def test_nothing_is_left_of_one_that_ends_in_the_step_in_which_it_began() 
     load, waiter = desk.compose()
     assert len(desk.store.leases) == SOURCES
     desk.loads.leave(load, waiter)
+    await desk.all_over()
+    desk.check_nothing_is_left()
+
+
+@running
+async def test_one_whose_caller_has_left_has_its_turn_until_its_thread_ends() -> None:
+    """Nobody can end a thread: who composes and leaves again and again would take all that the daemon has."""
+    desk, begun, may_end = Desk(), [0], threading.Event()
+
+    def read() -> ComposedTensors:
+        begun[0] += 1
+        may_end.wait()
+        raise InvalidReferenceError("read to its end")
+
+    sources = tuple((checkpoint.key.content_digest, "") for checkpoint in desk.sources)
+    try:
+        for _ in range(3):
+            load, waiter = desk.loads.compose(desk.wish, LoadComposition(sources, read))
+            async with asyncio.timeout(60):
+                while not begun[0]:  # noqa: ASYNC110  # the thread tells nobody
+                    await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            desk.loads.leave(load, waiter)
+            with pytest.raises(LeaseLostError):
+                await load.done
+        assert begun == [1]
+    finally:
+        may_end.set()
     await desk.all_over()
     desk.check_nothing_is_left()
 
@@ -309,6 +340,13 @@ def test_a_request_becomes_rows() -> None:
 def test_a_request_that_cannot_be(columns: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidReferenceError, match=message):
         tensors_from(request(**columns))
+
+
+def test_a_request_of_too_many_tensors_is_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition_service_module, "MAX_TENSORS", 1)
+    assert tensors_from(request()).names == ["w"]
+    with pytest.raises(InvalidReferenceError, match="2 tensors; a composition may have 1"):
+        tensors_from(request(names=["w", "v"]))
 
 
 def test_a_list_of_tensors_survives_the_way() -> None:

@@ -92,6 +92,7 @@ def test_whatever_differs_has_another_name(other: FleetManifest) -> None:
         ({"files": [FILES[0]._replace(component="/etc"), FILES[1]], "tensors": []}, "none below a folder"),
         ({"files": [FILES[1]._replace(file="x" * 256)], "tensors": []}, "none below a folder"),
         ({"small_files": [SmallFile("unet", 2, DIGEST)]}, "below another file"),
+        ({"small_files": [SmallFile(path, 2, DIGEST) for path in ("d", "d!", "d/e/f")]}, "'d/e/f' lies below another"),
         ({"small_files": [SmallFile("b.gguf", 2, DIGEST)]}, "one path"),
         ({"small_files": [SmallFile("c", 65 << 20, DIGEST)]}, "impossible length"),
         ({"small_files": [SmallFile("c", 2, b"short")]}, "impossible length or digest"),

@@ -137,6 +137,8 @@ def test_a_revision_of_a_hub_is_checked_and_named(
         for name, content in contents(folder).items()
     }
     assert published(state, snapshot).digest == found.digest, "by path it is the same revision"
+    detour = folder / ".." / "cache" / snapshot.relative_to(tmp_path / "cache")
+    assert published(state, detour).digest == found.digest, "whatever the path"
     assert published(state, folder).digest != found.digest, "a folder of one's own is of no revision"
 
 
@@ -150,6 +152,32 @@ def test_bytes_that_are_not_the_hubs_are_refused(name: str, tmp_path: Path, stat
     with pytest.raises(FormatError, match=r"its content is not the hub's, .* download it again"):
         published(state, snapshot)
     assert state.names() == []
+
+
+def test_files_of_a_revision_that_no_digest_names_are_told(tmp_path: Path, state: PublishedState) -> None:
+    snapshot = hub_cache.put(tmp_path / "cache", "org/name", pipeline(tmp_path / "download"))
+    (snapshot / "unet" / "config.json").unlink()
+    (snapshot / "unet" / "config.json").write_text('{"changed": true}')
+    notes: list[str] = []
+    assert published(state, snapshot, notes).checked_files == 3
+    assert notes == [f"{snapshot}/unet/config.json: is no link to a blob of the hub's cache, and was not compared"]
+
+
+def test_a_link_does_not_publish_a_file_from_elsewhere(tmp_path: Path, state: PublishedState) -> None:
+    folder = tmp_path / "model"
+    checkpoints.write(folder / "model.safetensors", {"a": tensor(1)})
+    (folder / "config.json").write_text("{}")
+    (folder / "same.json").symlink_to("config.json")
+    (tmp_path / "id_rsa").write_text("secret")
+    (folder / "README.md").symlink_to("../id_rsa")
+    notes: list[str] = []
+    manifest = state.manifest(published(state, folder, notes).digest)
+    assert [small.path for small in manifest.small_files] == ["config.json", "same.json"]
+    assert notes == [f"{folder}/README.md: is left out, for it is a link to a file outside of the checkpoint"]
+    snapshot = hub_cache.put(tmp_path / "cache", "org/name", pipeline(tmp_path / "download"))
+    (snapshot / "README.md").symlink_to(tmp_path / "id_rsa")
+    manifest = state.manifest(published(state, snapshot).digest)
+    assert "README.md" not in {small.path for small in manifest.small_files}
 
 
 def test_what_travels_and_what_does_not(tmp_path: Path, state: PublishedState, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ def test_a_token_leads_back_to_its_position() -> None:
         token_of("GetMap", (1 << 63, "a")),
         token_of("GetMap", (True, "a")),
         token_of("GetMap", (1, "a" * 1024)),
+        token_of("GetMap", (1, "\ud800")),  # no error could be told of it, for it cannot be encoded
         *(base64.urlsafe_b64encode(raw).decode() for raw in (b"\xff", b"{}", b"7", b"[" * 700, b'["GetMap",1e3,"a"]')),
     ],
 )

@@ -96,6 +96,19 @@ def test_a_sample_is_near_the_whole_and_always_the_same(tmp_path: Path, monkeypa
     assert plan(*paths).near_duplicates == (near,)
 
 
+def test_small_tensors_count_by_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tensors(1, 8 * MIB) | {f"small{name}": values for name, values in tensors(512, 8196).items()}
+    second = {name: changed(values, 0.9 if "small" in name else 0.05, 1) for name, values in first.items()}
+    paths = [checkpoints.write(tmp_path / f"{name}.safetensors", some) for name, some in (("a", first), ("b", second))]
+    estimate = near_duplicates.estimate
+    monkeypatch.setattr(near_duplicates, "estimate", lambda *arguments: estimate(*arguments, 4 * MIB))
+    (near,) = plan(*paths).near_duplicates or ()
+    assert 3.9 * MIB < near.sampled_bytes <= 4 * MIB
+    equal, ratio = full(first, second)
+    assert near.equal_elements == pytest.approx(equal, abs=0.02)
+    assert near.delta_ratio == pytest.approx(ratio, abs=0.02)
+
+
 def test_who_is_compared(tmp_path: Path) -> None:
     base = tensors(2, MIB)
     tuned = base | {"t1": changed(base["t1"], 0.5, 1)}
@@ -112,6 +125,12 @@ def test_who_is_compared(tmp_path: Path) -> None:
     assert pairs == [("base", "tuned"), ("copy", "tuned")]
     assert plan(paths["base"], paths["copy"]).near_duplicates == ()
     assert plan(*paths.values(), headers=True).near_duplicates is None, "that would be reading more than headers"
+
+
+def test_tensors_without_bytes_are_equal(tmp_path: Path) -> None:
+    first = tensors(1, MIB) | {"empty": np.zeros((0, 4), np.float32)}
+    paths = [checkpoints.write(tmp_path / f"{name}.safetensors", first) for name in "ab"]
+    assert plan(*paths).near_duplicates == ()
 
 
 def test_the_number_of_pairs_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ import pytest
 from support.filled import BLOBS, DEVICES, WHO, Filled
 from weightd._proto.v1 import inspection_pb2
 from weightd.errors import InvalidReferenceError
-from weightd_daemon.core.checkpoint import Content
+from weightd_daemon.core import blob_places as blob_places_module
+from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.core.principal import Principal
@@ -167,6 +168,27 @@ def test_a_page_is_of_one_revision(books: Books, monkeypatch: pytest.MonkeyPatch
     assert covered(pages) == covered(books.pages())
 
 
+def test_users_are_those_of_one_revision(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page still has to add when a checkpoint goes has other users by then: it ends before that."""
+    whole = books.pages()
+    small = books.store.checkpoints[CheckpointKey(DEVICE, "", "sha256:" + "f" * 64)]
+    changes = [lambda: books.store.evict(small, "removed")]
+
+    async def change(_: LoopTurn) -> None:
+        if changes:
+            changes.pop()()
+            await books.sharing.caught_up()
+
+    with monkeypatch.context() as at_once:
+        at_once.setattr(LoopTurn, "is_over", property(lambda _: True))
+        at_once.setattr(LoopTurn, "next", change)
+        pages = books.pages()
+    assert pages[0].revision == whole[0].revision
+    assert [one for one in named(whole) if one in list(named(pages[:1]))] == list(named(pages[:1]))
+    assert {page.revision for page in pages[1:]} == {books.store.revision.number}
+    assert covered(pages) == covered(books.pages())
+
+
 def test_a_stranger_sees_how_much_and_nothing_else(books: Books) -> None:
     pages = books.pages(who=STRANGER)
     assert {extent.kind for extent in all_extents(pages)} == {MapExtent.KIND_OTHERS}
@@ -220,6 +242,25 @@ def test_a_made_up_token_leads_somewhere_or_nowhere(books: Books, position: tupl
     for extent in all_extents(pages):
         assert (extent.segment, extent.offset) >= position
         assert extent.length > 0
+
+
+def test_a_step_does_not_go_through_the_whole_segment(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A map of one tensor a MiB has as many steps as the segment has MiB."""
+    monkeypatch.setattr(blob_places_module, "_CHUNK_BITS", 12)
+    books.pages()
+    walks = 0
+
+    class Chunks(dict[int, Any]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal walks
+            walks += 1
+            return super().__iter__()
+
+    chunks = books.maps._places._chunks
+    chunks.update({segment: Chunks(found) for segment, found in chunks.items()})
+    steps = sum(len(found) for found in chunks.values())
+    assert covered(books.pages()) == covered(books.pages(2))
+    assert walks <= len(chunks) < steps
 
 
 def test_a_lost_device_is_empty(books: Books) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import combinations, count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,11 @@ from weightd_daemon.core.catalog import Catalog
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
 from weightd_daemon.core.lease import LeaseTable
 from weightd_daemon.core.limits import UserLimits
+from weightd_daemon.core.partners import Partners
 from weightd_daemon.core.principal import Principal
+from weightd_daemon.core.sharing import Part
 from weightd_daemon.core.store import ContentStore
+from weightd_daemon.inspection import sharing_list as sharing_list_module
 from weightd_daemon.inspection.sharing_list import SharingList
 from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 
@@ -137,6 +141,102 @@ def test_pairs_have_what_only_they_use_and_their_components() -> None:
     plain.add(**{"": "a"})
     plain.add(**{"": "a"})
     assert not plain.page().pairs[0].components
+
+
+def test_pairs_are_counted_once_while_nothing_comes_or_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    there = [desk.add(**{"": content}) for content in ("abc", "abc", "bc", "c", "c")]
+    desk.add(domain="uid:2", **{"": "abc"})
+    desk.add(domain="uid:2", **{"": "abc"})
+    counted = 0
+
+    class Counting(Partners):
+        def count(self) -> Iterator[None]:
+            nonlocal counted
+            counted += 1
+            return super().count()
+
+    monkeypatch.setattr(sharing_list_module, "Partners", Counting)
+
+    def counts(who: Principal = ADMIN, **request: Any) -> int:
+        nonlocal counted
+        counted = 0
+        desk.page(who, **request)
+        return counted
+
+    reference = there[0].key.content_digest
+    token, token_of_alice = desk.page(page_size=1).next_page_token, desk.page(ALICE, page_size=1).next_page_token
+    assert counts(page_size=1) == 0
+    assert counts(page_size=1, page_token=token) > 0, "from here on, more than a page is kept"
+    for _ in range(4):
+        page = desk.page(page_size=1, page_token=token)
+        token = page.next_page_token
+    assert counts(page_size=1, page_token=token) == 0
+    assert counts(reference=reference) > 0
+    assert counts(reference=reference) == 0
+    desk.store.use(there[0], 1.0)
+    desk.catalog.set(ALICE, "tuned", reference)
+    assert counts(page_size=1, page_token=token) == 0, "an attach or a name changes no pair"
+    assert "tuned" in [name.name for name in desk.page(reference=reference).checkpoints]
+    assert rows(desk.page(ALICE, page_size=1, page_token=token_of_alice)) == [(1, 3, 6)]
+    desk.store.evict(there[1], "removed")
+    assert counts(page_size=1, page_token=token) > 0
+    assert [row[:2] for row in rows(desk.page())] == [(6, 7), (1, 3), (1, 4), (1, 5), (3, 4), (3, 5), (4, 5)]
+    desk.store.memories["host"] = SimpleNamespace(lose=lambda _: None)  # type: ignore[assignment]  # all that is asked
+    desk.store.lose("host", "it fell")
+    assert rows(desk.page()) == []
+
+
+def test_few_lists_of_pairs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    for checkpoint in [desk.add(**{"": "a"}) for _ in range(8)]:
+        desk.page(reference=checkpoint.key.content_digest)
+    assert len(desk.list._known) == sharing_list_module._KNOWN
+    monkeypatch.setattr(sharing_list_module, "_KEPT", 3)
+    whole = rows(desk.page())
+    assert [row for page in pages(desk, 1) for row in page] == whole
+
+
+def test_components_that_share_in_too_many_ways_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also few of them, if their names are long: what a page takes has a bound."""
+    short, long = {f"c{at}": "a" for at in range(300)}, {"c" * 1000 + f"{at}": "a" for at in range(30)}
+    for many, one_pair in (short, 10_000), (long, 40_000):
+        desk = Desk()
+        desk.add(**many)
+        desk.add(**many)
+        desk.add(vae="a")
+        first, *rest = desk.page().pairs
+        assert (first.shared_bytes, len(first.components)) == (1, 0)
+        assert [len(pair.components) for pair in rest] == [len(many)] * 2
+        whole = [row for page in pages(desk, 0) for row in page]
+        with monkeypatch.context() as small:
+            small.setattr(sharing_list_module, "_MOST_OF_PAGE", one_pair)
+            assert pages(desk, 0) == [whole[:2], whole[2:]]
+
+
+def test_a_checkpoint_of_many_components_is_counted_in_short_steps() -> None:
+    desk = Desk()
+    many = {f"c{number}": "a" for number in range(3000)}
+    one, other = desk.add(**many), desk.add(**many)
+    asyncio.run(desk.upkeep.caught_up())
+    sharer = desk.store.sharing.sharer(other)
+    assert sharer is not None
+    asked = 0
+
+    class Parts(list[Part]):
+        def index(self, *arguments: Any) -> int:
+            nonlocal asked
+            asked += 1
+            return super().index(*arguments)
+
+    users = desk.store.sharing.of(one.components["c0"][0])
+    assert users is not None
+    users.parts = Parts(users.parts)
+    for later in (False, True):
+        asked = 0
+        for _ in Partners(sharer, later=later).count():
+            asked = 0
+        assert asked <= 1, "to find each part among all takes the square of them"
 
 
 def test_each_sees_what_it_may_see_of_the_device_that_it_names() -> None:

@@ -21,6 +21,7 @@ from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.inspection import stored_tensors as stored_tensors_module
 from weightd_daemon.inspection.pages import token_of
 from weightd_daemon.inspection.stored_tensors import StoredTensors
+from weightd_daemon.turns import LoopTurn
 
 DEVICE = DEVICES[0]
 PAGE = 4096
@@ -142,6 +143,24 @@ def test_what_goes_while_its_manifest_is_read_is_not_found(books: Books, monkeyp
     monkeypatch.setattr(stored_tensors_module, "_read", removed)
     with pytest.raises(NotFoundError):
         books.page()
+
+
+def test_users_are_those_of_one_moment(books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a page is made, a checkpoint with all of its tensors comes, and the index catches up when it may."""
+    whole, changes = books.page(), [lambda: books.bring("three", [PAGE] * TENSORS)]
+
+    async def change(_: LoopTurn) -> None:
+        if changes:
+            changes.pop()()
+            tasks.append(asyncio.ensure_future(books.sharing.caught_up()))
+        await asyncio.sleep(0)
+
+    tasks: list[Any] = []
+    monkeypatch.setattr(LoopTurn, "is_over", property(lambda _: True))
+    monkeypatch.setattr(LoopTurn, "next", change)
+    page = books.page()
+    assert page.revision == whole.revision < books.store.revision.number
+    assert users(page) == users(whole)
 
 
 def test_a_stranger_finds_nothing_by_name_digest_or_token(books: Books) -> None:

@@ -17,6 +17,7 @@ HOST = {"Host": "127.0.0.1:8080"}
         {"Host": "[::1]:80"},
         HOST | {"Origin": "http://127.0.0.1:8080", "Sec-Fetch-Site": "same-origin"},
         HOST | {"Sec-Fetch-Site": "none"},
+        HOST | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"},
     ],
 )
 def test_the_own_page_may_ask(headers: dict[str, str]) -> None:
@@ -38,6 +39,8 @@ def test_the_own_page_may_ask(headers: dict[str, str]) -> None:
         (HOST | {"Origin": "null"}, "Origin"),
         (HOST | {"Sec-Fetch-Site": "cross-site"}, "another page"),
         (HOST | {"Sec-Fetch-Site": "same-site"}, "another page"),
+        (HOST | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, "another page"),
+        (HOST | {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, "another"),
     ],
 )
 def test_foreign_pages_may_not(headers: dict[str, str], named: str) -> None:
@@ -54,7 +57,11 @@ def test_nothing_can_be_changed(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ["", "secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secret ", "bearer secret", "Bearer é"]
+    "given",
+    [
+        *("", "secret", "Bearer", "Bearer ", "Bearer secre", "Bearer secret ", "bearer secret", "Bearer é"),
+        "Bearer \udcff",
+    ],
 )
 def test_a_wrong_token(given: str) -> None:
     assert not knows_token({"Authorization": given}, "secret")

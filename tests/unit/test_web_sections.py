@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -162,3 +163,22 @@ def test_answers_are_json() -> None:
     }
     with pytest.raises(TypeError, match="object"):
         encoded(object())
+
+
+def test_it_ends_when_told_to_as_it_falls_asleep(held: FakeHoldings, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = make(held)
+    monkeypatch.setattr(sections_module, "_IDLE", -1.0)  # nobody looks
+
+    class Wake(threading.Event):
+        def clear(self) -> None:
+            """The last moment before it waits: others may set the event first."""
+            reader._stop.set()
+            self.set()
+            super().clear()
+
+    reader._wake = Wake()
+    reader.start()
+    reader._thread.join(10)
+    ended = not reader._thread.is_alive()
+    reader.stop()
+    assert ended

@@ -40,9 +40,11 @@ def token(context: typer.Context, output: FormatOption = OutputFormat.TABLE, soc
             emit("")
             emit("It is valid until this command ends. To pass it with grpcurl:")
             emit("")
-            header = shlex.quote(f"weightd-token: {connection.token}")
             where = printable(shlex.quote(str(path)))
-            emit(f"  grpcurl -plaintext -unix -H {header} {where} weightd.v1.DaemonService/GetStats")
+            # In the environment: command lines can be read by every user, who could then look in this one's name.
+            emit(f"  export WEIGHTD_TOKEN={shlex.quote(connection.token)}")
+            header = "-expand-headers -H 'weightd-token: ${WEIGHTD_TOKEN}'"
+            emit(f"  grpcurl -plaintext -unix {header} {where} weightd.v1.DaemonService/GetStats")
             flush()
         _hold(connection)
     finally:

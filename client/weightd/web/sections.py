@@ -88,10 +88,13 @@ class SectionReader:
         self._wake.set()
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while True:
+            self._wake.clear()  # before it is asked whether to wait: what comes afterwards ends the wait
+            if self._stop.is_set():
+                return
             if time.monotonic() - self._looked_at > _IDLE:
-                self._wake.clear()
                 self._wake.wait()
+                continue
             before = self.sections
             self.read()
             if self.sections is not before:

@@ -19,7 +19,7 @@ from weightd_daemon.loads.request import ComposedTensors, LoadComposition, LoadR
 from .results import result_to
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Sequence, Sized
 
     from weightd_daemon.core.principal import Principal
     from weightd_daemon.handles.connections import HandleSocketConnection
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 MAX_SOURCES = 1000
 """Sources of one composition: each takes a lease."""
+MAX_TENSORS = 200_000
+"""Tensors of one composition: the largest mixtures of experts have half as many. More would fit into a request, and
+what goes through them in one call to C keeps the loop from its turn."""
 MAX_DIMENSIONS = 64
 MAX_TENSOR_NAME = 4096
 """Bytes; both as in a safetensors file."""
@@ -87,18 +90,22 @@ def _sources(request: composition_pb2.ComposeRequest) -> tuple[tuple[str, str], 
 
 def tensors_from(request: composition_pb2.ComposeRequest) -> ComposedTensors:
     """The files and tensors of a request. Takes half a second of 100,000. Errors: InvalidReferenceError."""
-    files, names = _files(request), list(request.names)
+    columns: list[Sized] = [request.names, request.file_indices, request.dtypes]
+    columns += request.ranks, request.source_indices
+    count = max(map(len, columns))
+    if count > MAX_TENSORS:
+        raise InvalidReferenceError(f"the request has {count} tensors; a composition may have {MAX_TENSORS}")
+    files, names, ranks = _files(request), list(request.names), list(request.ranks)
     numbers, sources = list(request.file_indices), list(request.source_indices)
-    ranks, dimensions = list(request.ranks), list(request.dimensions)
-    if {len(numbers), len(request.dtypes), len(ranks), len(sources)} != {len(names)} or sum(ranks) != len(dimensions):
+    if any(len(column) != len(names) for column in columns) or sum(ranks) != len(request.dimensions):
         raise InvalidReferenceError("the request has columns of different lengths")
-    if min(dimensions, default=0) < 0 or max(ranks, default=0) > MAX_DIMENSIONS:
+    if max(ranks, default=0) > MAX_DIMENSIONS or any(length < 0 for length in request.dimensions):
         raise InvalidReferenceError(f"the request has a shape that cannot be; at most {MAX_DIMENSIONS} dimensions")
     if max(numbers, default=-1) >= len(files):
         raise InvalidReferenceError("the request has a tensor of a file that it does not name")
     entries: list[ContentTensor] = []
     seen: set[tuple[str, str]] = set()
-    shapes = iter(dimensions)
+    shapes = iter(request.dimensions)
     for name, number, dtype, rank, source in zip(names, numbers, request.dtypes, ranks, sources, strict=True):
         entry = _entry(files[number].component, name, dtype, tuple(itertools.islice(shapes, rank)), number)
         if entry[:2] in seen:

@@ -42,6 +42,8 @@ class BlobPlaces:
         """By checkpoint that was entered, its segments. The record itself would stay in memory when it has gone."""
         self._chunks: dict[int, dict[int, _Chunk]] = {}
         """By segment and MiB of it, what begins there."""
+        self._order: dict[int, list[int]] = {}
+        """By segment that was asked for since one was added or struck out, the numbers of these MiB, ascending."""
 
     @property
     def behind(self) -> bool:
@@ -72,15 +74,16 @@ class BlobPlaces:
 
         The part ends with a blob, or where the next one may begin. The first blob may begin before `start`.
         """
-        chunks = self._chunks.get(segment, {})
+        chunks, order = self._chunks.get(segment, {}), self._ordered(segment)
         number = start >> _CHUNK_BITS
         chunk = chunks.get(number, {})
         offsets = sorted(chunk)
-        at = bisect_left(offsets, start)
+        at, place = bisect_left(offsets, start), bisect_left(order, number)
         numbers = [chunk[offset] for offset in offsets[at:]]
-        end = number + 1 if chunk else min((later for later in chunks if later > number), default=-1)
+        end = number + 1 if chunk else order[place] if place < len(order) else -1
         end = min(size if end < 0 else end << _CHUNK_BITS, size, start + PART_BYTES)
-        before = self._blob(chunk[offsets[at - 1]] if at else self._last_before(chunks, number))
+        last = chunks[order[place - 1]] if place else {}
+        before = self._blob(chunk[offsets[at - 1]] if at else last[max(last)] if last else 0)
         found = [before] if before is not None and before.slot.end > start else []
         found += [blob for one in numbers if (blob := self._blob(one)) is not None]
         return found, max(end, found[-1].slot.end) if found else end
@@ -90,18 +93,22 @@ class BlobPlaces:
         blob = self._store.blobs.get(number)
         return blob if blob is not None and blob.references else None
 
-    def _last_before(self, chunks: dict[int, _Chunk], number: int) -> int:
-        """The number of the last blob that begins before the MiB of that number; 0 where there is none."""
-        earlier = [before for before in chunks if before < number]
-        chunk = chunks[max(earlier)] if earlier else {}
-        return chunk[max(chunk)] if chunk else 0
+    def _ordered(self, segment: int) -> list[int]:
+        """The numbers of the MiB of a segment in which blobs begin, ascending."""
+        order = self._order.get(segment)
+        if order is None and segment in self._chunks:
+            order = self._order[segment] = sorted(self._chunks[segment])
+        return order or []
 
     def _enter(self, checkpoint: Checkpoint) -> Iterator[None]:
         blobs = iter(list(checkpoint.unique.values()))
         while some := list(islice(blobs, _AT_ONCE)):
             for blob in some:
-                chunks = self._chunks.setdefault(blob.segment, {})
-                chunks.setdefault(blob.offset >> _CHUNK_BITS, {})[blob.offset] = blob.number
+                chunks, number = self._chunks.setdefault(blob.segment, {}), blob.offset >> _CHUNK_BITS
+                if number not in chunks:
+                    chunks[number] = {}
+                    self._order.pop(blob.segment, None)
+                chunks[number][blob.offset] = blob.number
             yield
 
     def _sweep(self, segment: int) -> Iterator[None]:
@@ -113,6 +120,7 @@ class BlobPlaces:
                     del chunk[offset]
             if not chunk:
                 del chunks[number]
+                self._order.pop(segment, None)
             yield
         if not chunks:
             self._chunks.pop(segment, None)

@@ -32,18 +32,22 @@ class Partners:
 
     def count(self) -> Iterator[None]:
         """Count in steps."""
+        counted: set[BlobUsers] = set()
         work = 0
-        for users, at in _sets_of(self._one):
-            work += 1 + self._count_set(users, at if self._later else 0)
-            if work >= WORK_IN_A_STEP:
-                work = 0
-                yield
+        for part in self._one.parts:
+            for users in part.sets:
+                work += 1
+                if users.sharers > 1 and users not in counted:  # the first of its parts there, so the others follow
+                    counted.add(users)
+                    work += len(users.parts)
+                    self._count_set(users, users.parts.index(part) if self._later else 0)
+                if work >= WORK_IN_A_STEP:
+                    work = 0
+                    yield
 
-    def _count_set(self, users: BlobUsers, start: int) -> int:
-        """Count the checkpoints whose parts are at `start` or later. Returns how many parts that were."""
+    def _count_set(self, users: BlobUsers, start: int) -> None:
+        """Count the checkpoints whose parts are at `start` or later."""
         one, length, shared = self._one, users.length, self.shared
-        if users.sharers == 1:
-            return 0
         last = one
         for part in users.parts[start:] if start else users.parts:
             if (sharer := part.sharer) is not last and sharer is not one:
@@ -51,7 +55,6 @@ class Partners:
                 last = sharer
         if users.sharers == 2 and last is not one:
             self.only[last] += length
-        return len(users.parts) - start
 
 
 def count_components(
@@ -69,12 +72,3 @@ def count_components(
             if work >= WORK_IN_A_STEP:
                 work = 0
                 yield
-
-
-def _sets_of(sharer: Sharer) -> Iterator[tuple[BlobUsers, int]]:
-    """The sets that a checkpoint is in, each once, with the place of its first part there."""
-    for part in sharer.parts:
-        for users in part.sets:
-            at = users.parts.index(part) if users.sharers > 1 else 0
-            if not at or users.parts[at - 1].sharer is not sharer:
-                yield users, at

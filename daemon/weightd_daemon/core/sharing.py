@@ -46,12 +46,14 @@ class Sharer:
     `number` is above 0; of two checkpoints the one with the lower came first.
     """
 
-    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "number", "parts", "pinned")
+    __slots__ = ("checkpoint", "exclusive_bytes", "leased", "name_bytes", "number", "parts", "pinned")
 
     def __init__(self, number: int, checkpoint: Checkpoint, *, pinned: bool, leased: bool) -> None:
         self.number = number
         self.checkpoint = checkpoint
         self.parts: list[Part] = []
+        self.name_bytes = 0
+        """Bytes of the names of its components."""
         self.exclusive_bytes = 0
         """Bytes of blobs that no other checkpoint uses."""
         self.pinned = pinned
@@ -130,6 +132,7 @@ class DeviceSharing:
             self._parts += 1
             part = Part(self._parts, sharer, component)
             sharer.parts.append(part)
+            sharer.name_bytes += len(component.encode())
             yield from self._come(part, blobs)
 
     def go(self, sharer: Sharer) -> Iterator[None]:
@@ -178,23 +181,25 @@ class DeviceSharing:
                 self._enter(before)
                 moved[after] = before
             else:
-                self._split(before, after)
+                yield from self._split(before, after)
                 after.add(part)
                 self._enter(after)
-                work += len(after.parts)
+                work += len(after.parts) % WORK_IN_A_STEP
             work += 1
             if work >= WORK_IN_A_STEP:
                 work = 0
                 yield
         yield from _move(blobs, moved)
 
-    def _split(self, before: BlobUsers, after: BlobUsers) -> None:
-        """Some blobs leave a set: their own has the same parts, for the moment."""
+    def _split(self, before: BlobUsers, after: BlobUsers) -> Iterator[None]:
+        """Some blobs leave a set, in steps: their own has the same parts, for the moment."""
         self._count(before, -after.length)
         before.blobs -= after.blobs
         before.length -= after.length
-        for part in before.parts:
+        for work, part in enumerate(before.parts, 1):
             after.add(part)
+            if work % WORK_IN_A_STEP == 0:
+                yield
 
     def _go(self, part: Part, blobs: list[Blob]) -> Iterator[None]:
         """A part does not use these blobs any more: sets that are the same without it become one."""
@@ -260,7 +265,7 @@ class SharingIndex:
     def __init__(self, is_leased: Callable[[CheckpointKey], bool]) -> None:
         self.on_note: Callable[[], None] = lambda: None
         self.revision = 0
-        """How often the sets have changed."""
+        """How often a checkpoint has come or gone, as far as that is known: who shares with whom has changed."""
         self._last = 0
         self._is_leased = is_leased
         self._devices: dict[str, DeviceSharing] = {}
@@ -339,6 +344,10 @@ class SharingIndex:
     def on(self, device: str) -> DeviceSharing:
         """The sets and sums of a device."""
         return self._devices.get(device) or DeviceSharing()
+
+    def numbered(self) -> dict[int, Sharer]:
+        """Every resident checkpoint by its number."""
+        return {one.number: one for there in self._devices.values() for one in there.sharers.values()}
 
     def exclusive_bytes(self, checkpoint: Checkpoint) -> int:
         """Bytes of blobs that no other checkpoint uses; 0 of one that is not resident."""

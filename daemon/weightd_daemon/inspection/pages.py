@@ -44,6 +44,7 @@ def position_of(token: str, call: str, first: Position) -> Position:
         raise wrong
     try:
         values = json.loads(base64.b64decode(token.encode(), altchars=b"-_", validate=True))
+        json.dumps(values, ensure_ascii=False).encode()  # half a surrogate could be in no error
     except (ValueError, RecursionError):
         raise wrong from None
     if not isinstance(values, list) or values[:1] != [call] or len(values) != 1 + len(first):

@@ -71,6 +71,8 @@ class SegmentMaps:
                     position = piece.end
                     if turn.is_over:
                         await turn.next()
+                        if self._store.revision.number != revision:  # then the users of the next piece may be others
+                            break
         return response
 
     async def _catch_up(self) -> None:

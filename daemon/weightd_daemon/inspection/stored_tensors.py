@@ -65,22 +65,21 @@ class StoredTensors:
             key = self._catalog.find(who, request.reference, device).key
         checkpoint = self._resident(who, key)
         rows, count = await self._rows(checkpoint, start, most)
-        await self._upkeep.caught_up()
-        self._resident(who, key, checkpoint)
-        response = inspection_pb2.ListTensorsResponse(revision=self._store.revision.number)
-        of = self._store.sharing.of
-        used_by = [of(blob) if blob is not None else None for _, _, blob in rows]  # in one step, and of one revision
-        users, turn = PageUsers(self._catalog, response), LoopTurn()
-        for (tensor, file, blob), used in zip(rows, used_by, strict=True):
-            response.tensors.add(
-                component=tensor.component, name=tensor.name, dtype=tensor.dtype, shape=tensor.shape,
-                length=tensor.length, digest=tensor.digest, variant=tensor.variant, file=file, users=users.index(used),
-                segment=blob.segment if blob is not None else 0, offset=tensor.offset,
-            )  # fmt: skip
-            if users.named >= _MOST_NAMED:
-                break
-            if turn.is_over:
-                await turn.next()
+        async with self._upkeep.still() as index:  # a set of users changes with what comes and goes
+            self._resident(who, key, checkpoint)
+            response = inspection_pb2.ListTensorsResponse(revision=self._store.revision.number)
+            users, turn = PageUsers(self._catalog, response), LoopTurn()
+            for tensor, file, blob in rows:
+                used = index.of(blob) if blob is not None else None
+                response.tensors.add(
+                    component=tensor.component, name=tensor.name, dtype=tensor.dtype, shape=tensor.shape,
+                    length=tensor.length, digest=tensor.digest, variant=tensor.variant, file=file,
+                    users=users.index(used), segment=blob.segment if blob is not None else 0, offset=tensor.offset,
+                )  # fmt: skip
+                if users.named >= _MOST_NAMED:
+                    break
+                if turn.is_over:
+                    await turn.next()
         end = start + len(response.tensors)
         if end < count:
             response.next_page_token = token_of(_CALL, (*key, end))

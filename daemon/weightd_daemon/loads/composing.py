@@ -9,7 +9,7 @@ import asyncio
 import mmap
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from weightd._manifest import Manifest
 from weightd.errors import InvalidReferenceError, NotFoundError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .flight import InFlightLoad
     from .quota import LoadQuota
     from .request import ComposedTensors, LoadComposition, Prepare
+
+T = TypeVar("T")
 
 _AT_ONCE = 250
 """Tensors that are forgotten at once."""
@@ -83,13 +85,13 @@ class LoadFromResident:
         """
         clock = asyncio.get_running_loop().time
         began = clock()
-        wanted = await asyncio.to_thread(self._read)
+        wanted = await _on_thread(self._read)
         count, total = len(self._tensors.entries), self._tensors.total_bytes
         loading.reserve_books(self._books, total, count)
         self._admit(total, self._books, count, "")
         self._load.report(LoadStatus(total=total))
         await self._share(loading, wanted)
-        content = await asyncio.to_thread(self._describe, loading)
+        content = await _on_thread(self._describe, loading)
         draft = await self._prepare(content, self._load.request.device)
         try:
             self._books = books_of(count, draft.size)
@@ -138,11 +140,11 @@ class LoadFromResident:
 
     async def _share(self, loading: StoreTransaction, wanted: ComposedTensors) -> None:
         """Give each tensor with bytes the blob that it has in its source."""
-        rows = await asyncio.to_thread(_rows_by_source, wanted, self._composition)
+        rows = await _on_thread(_rows_by_source, wanted, self._composition)
         turn = LoopTurn()
         for content_digest, keys in rows.items():
             checkpoint = self._find(content_digest)  # a lease keeps it resident, but not from a loss
-            found = await asyncio.to_thread(_blobs_of, self._map_manifest(checkpoint), checkpoint, keys)
+            found = await _on_thread(_blobs_of, self._map_manifest(checkpoint), checkpoint, keys)
             for row, key in keys.items():
                 blob, entry = found[key], wanted.entries[row]
                 length = blob.length if blob is not None else 0
@@ -170,6 +172,20 @@ class LoadFromResident:
         content = self._tensors.content()
         loading.prepare(content)
         return content
+
+
+async def _on_thread(work: Callable[..., T], *arguments: object) -> T:
+    """Run it on a thread. Where the load is cancelled meanwhile, it has its turn until the thread ends.
+
+    For nobody can end a thread: it goes on to take memory, and one of the few that all share.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # which nobody hears
+        await asyncio.wait([running])
+        raise
 
 
 def _rows_by_source(wanted: ComposedTensors, composition: LoadComposition) -> Mapping[str, dict[int, TensorKey]]:

@@ -9,8 +9,9 @@ evenly spaced blocks are compared, so that each tensor counts by its size, and t
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from weightd.plan_report import NearDuplicate
@@ -74,7 +75,7 @@ def candidates(
         size[name] = sum(tensor.length for tensor in places)
         if size[name] and all(isinstance(tensor.identity, TensorPlace) for tensor in places):
             alike[frozenset(map(label, places))].append(name)
-            bytes_of = frozenset((label(tensor), tensor.identity) for tensor in tensors[name])
+            bytes_of = frozenset((label(tensor), tensor.identity) for tensor in tensors[name] if tensor.length)
             content[name] = contents.setdefault(bytes_of, len(contents))
     return [
         (first, second)
@@ -147,7 +148,7 @@ def _differing(
     found = []
     for key, (place, tensor) in first.items():
         other, twin = second[key]
-        if tensor.length and (tensor.identity is None or tensor.identity != twin.identity):
+        if tensor.length and tensor.identity != twin.identity:
             assert isinstance(place, TensorPlace), place
             assert isinstance(other, TensorPlace), other
             found.append(TensorPair(place, other, _element(tensor.dtype)))
@@ -155,26 +156,30 @@ def _differing(
 
 
 def _blocks(differing: Sequence[TensorPair], most_bytes: int) -> Iterator[_Block]:
-    """All blocks of the tensors, or evenly spaced ones of at most `most_bytes` together."""
-    total = sum(pair.first.length for pair in differing)
+    """All bytes of the tensors in blocks, or evenly spaced blocks of at most `most_bytes` together.
+
+    The spaced ones are taken of all tensors put one behind the other, and go on in the next tensor where one ends:
+    blocks cut short there would make small tensors count for less than their bytes.
+    """
+    ends = list(accumulate(pair.first.length for pair in differing))
+    total = ends[-1]
     if total <= most_bytes:
         for pair in differing:
-            yield from (_block(pair, offset) for offset in range(0, pair.first.length, _BLOCK))
+            length = pair.first.length
+            yield from (_Block(pair, offset, min(_BLOCK, length - offset)) for offset in range(0, length, _BLOCK))
         return
     taken = most_bytes // _BLOCK
-    positions = ((2 * number + 1) * total // (2 * taken) for number in range(taken))
-    tensors = iter(differing)
-    pair = next(tensors)
-    begin = 0
-    for position in positions:
-        while position >= begin + pair.first.length:
-            begin += pair.first.length
-            pair = next(tensors)
-        yield _block(pair, (position - begin) // _BLOCK * _BLOCK)
-
-
-def _block(pair: TensorPair, offset: int) -> _Block:
-    return _Block(pair, offset, min(_BLOCK, pair.first.length - offset))
+    for number in range(taken):
+        start = (2 * number + 1) * total // (2 * taken) - _BLOCK // 2
+        for at in range(bisect_right(ends, start), len(differing)):
+            pair = differing[at]
+            begin = ends[at] - pair.first.length
+            if begin >= start + _BLOCK:
+                break
+            first = -(-max(start - begin, 0) // pair.element) * pair.element
+            last = min(start + _BLOCK - begin, pair.first.length) // pair.element * pair.element
+            if first < last:
+                yield _Block(pair, first, last - first)
 
 
 def _read(blocks: Iterable[_Block], files: Sequence[PlannedFile]) -> Iterator[tuple[int, bytes, bytes]]:

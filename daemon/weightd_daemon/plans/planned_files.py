@@ -15,7 +15,7 @@ from weightd_daemon.loader.indexed import indexes, owned
 from weightd_daemon.loader.source import LoaderSource, rested
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from weightd.resolve import Resolved
     from weightd.types import FileIdentity
@@ -109,11 +109,15 @@ class PlannedCheckpoints:
         every = (tensor.identity for tensors in self.tensors.values() for tensor in tensors)
         return list(dict.fromkeys(identity for identity in every if isinstance(identity, TensorPlace)))
 
-    def known(self, digest_of: Callable[[TensorPlace], Hashable]) -> dict[str, list[PlannedTensor]]:
-        """All of them, with digests for places; a tensor in a file that has no digest is equal to no other."""
+    def known(self, digest_of: Callable[[TensorPlace], bytes | None]) -> dict[str, list[PlannedTensor]]:
+        """All of them, with digests for places. A tensor without a digest keeps its place: it equals only itself, as
+        another checkpoint has it that has the same file.
+        """
         return {
             name: [
-                tensor.having(digest_of(tensor.identity)) if isinstance(tensor.identity, TensorPlace) else tensor
+                tensor.having(digest_of(tensor.identity) or tensor.identity)
+                if isinstance(tensor.identity, TensorPlace)
+                else tensor
                 for tensor in tensors
             ]
             for name, tensors in self.tensors.items()

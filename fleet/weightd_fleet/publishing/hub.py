@@ -37,11 +37,12 @@ def origin_of(folder: Path) -> HubOrigin | None:
 def blob_of(path: Path, folder: Path) -> str:
     """The name of the blob that a file of a revision's folder is a link to; "" if it is a file of its own."""
     try:
-        target = Path(os.path.normpath(path.parent / os.readlink(path)))
+        target = path.parent / os.readlink(path)
     except OSError:
         return ""
     known = _SHA256.fullmatch(target.name) or _GIT.fullmatch(target.name)
-    return target.name if known and target.parent == folder.parent.parent / "blobs" else ""
+    blobs = folder.parent.parent / "blobs"
+    return target.name if known and os.path.realpath(target.parent) == os.path.realpath(blobs) else ""
 
 
 class HubCheck:

@@ -89,6 +89,11 @@ def publish(
         )
     for line in left_out:
         note(line)
+    if folder and origin:
+        unchecked = [file.path for file in files if not file.hub_blob]
+        unchecked += [folder / each.row.path for each in small if not each.row.hub_blob]
+        for path in unchecked:
+            note(f"{show(path)}: is no link to a blob of the hub's cache, and was not compared")
     manifest = FleetManifest.of(
         [_file_row(file, content) for file, content in zip(files, read, strict=True)],
         [row for file, content in zip(files, read, strict=True) for row in _tensor_rows(file, content)],

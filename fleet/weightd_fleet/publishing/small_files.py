@@ -37,8 +37,9 @@ def read_small_files(
     """The small files below a folder, and notes on those that are left out, a line each.
 
     `weights` are the paths of the checkpoint's own files. Hidden files count in a hub's revision only, and folders that
-    are links never. Errors: those of opening a file or a folder; FormatError (other bytes than the hub's);
-    InvalidReferenceError (too many files, or bytes in them).
+    are links never. Of files that are links, those count that lead to a file in the folder, or to a blob of the
+    revision: others could be any file of the user's. Errors: those of opening a file or a folder; FormatError (other
+    bytes than the hub's); InvalidReferenceError (too many files, or bytes in them).
     """
     found: list[ReadSmallFile] = []
     notes: list[str] = []
@@ -46,6 +47,10 @@ def read_small_files(
     for path in _files(folder, 0, hidden=from_hub):
         name = str(path.relative_to(folder))
         if name in weights or name.lower().endswith((*SUFFIXES, *PICKLES, *_OTHER_WEIGHTS)):
+            continue
+        blob = blob_of(path, folder) if from_hub else ""
+        if not blob and not _is_below(path, folder):
+            notes.append(f"{show(path)}: is left out, for it is a link to a file outside of the checkpoint")
             continue
         content = _read(path)
         if content is None:
@@ -57,7 +62,6 @@ def read_small_files(
                 f"{show(folder)}: holds more than {MAX_FILES} files beside the weights, or more than "
                 f"{MAX_SMALL_BYTES} bytes of them; publish a folder that holds the checkpoint alone"
             )
-        blob = blob_of(path, folder) if from_hub else ""
         check = HubCheck(blob, len(content))
         check.update(content)
         check.finish(path)
@@ -78,6 +82,11 @@ def _files(folder: Path, depth: int, *, hidden: bool) -> Iterator[Path]:
                 yield from _files(Path(entry.path), depth + 1, hidden=hidden)
         elif os.path.isfile(entry.path) and (hidden or not entry.name.startswith(".")):
             yield Path(entry.path)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    """Whether a file lies in a folder, whatever links lead to it."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def _read(path: Path) -> bytes | None:
