@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, require, say
 from weightd.cli.output import emit, emit_json, plural
 from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.programs import ask
@@ -47,13 +46,7 @@ def _without_command(context: typer.Context) -> None:
 
 def _require_fleet(command: str) -> None:
     """Exit with an error if the extra is not installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        say(
-            f"fleet {command} needs {', '.join(missing)}, which is not installed: "
-            "pip install '.[fleet]' in weightd's checkout"
-        )
-        raise typer.Exit(1)
+    require(f"fleet {command}", _NEEDED, "fleet")
 
 
 def _ask(context: typer.Context, module: str, arguments: list[str], *, quiet: bool) -> dict[str, Any]:
