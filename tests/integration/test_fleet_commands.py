@@ -88,6 +88,8 @@ def test_what_does_not_fit_is_named_with_the_reason(family: list[Path]) -> None:
     assert found["least_nodes"] is None
     finished = run("plan", "--nodes", "1", "--budget", "1300KiB", *family)
     assert finished.returncode == 0
+    taken = f"What was placed takes {size(found['placed_bytes'])}; without sharing 2.00 MiB."
+    assert f"\n1 of 3 checkpoints does not fit on 1 node. {taken}\n" in finished.stdout, "of 2 that were placed"
     assert finished.stdout.endswith(
         f"{family[2]}: 1 replica not placed: needs 1.00 MiB or more on a node, and the emptiest has 12.0 KiB left\n"
     )

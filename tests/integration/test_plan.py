@@ -354,7 +354,8 @@ def test_a_folder_of_models_is_refused(tmp_path: Path) -> None:
         checkpoints.write(tmp_path / "models" / name / "model.safetensors", {"t": u8(name, KIB)})
     code, line = failure(tmp_path / "models")
     assert code == 2
-    assert f"2 checkpoints lie below it; give those that you mean, as {tmp_path}/models/a {tmp_path}/models/b" in line
+    advice = f"as {tmp_path}/models/a {tmp_path}/models/b; --scan plans every checkpoint below a folder"
+    assert f"2 checkpoints lie below it; give those that you mean, {advice}" in line
 
 
 def test_too_many_checkpoints_are_refused(tmp_path: Path) -> None:

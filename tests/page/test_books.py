@@ -17,6 +17,7 @@ from support.pages import OpenPage, shown, until
 from support.served_page import served
 from weightd._sizes import size
 from weightd.client import Client
+from weightd.top.memory import parts as split
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -105,6 +106,11 @@ def test_the_page_shows_what_the_commands_say(filled: Daemon, serve: Serve, open
         )
         assert sum(part["bytes"] for part in parts) == device["budget_bytes"]
         assert all(part["bytes"] >= 0 for part in parts)
+        by_use = {part["kind"]: part["bytes"] for part in parts}
+        (counted,) = (split(found) for found in filled.connect().stats().devices)
+        assert (by_use["pinned"], by_use["leased"], by_use["idle"]) == (counted.pinned, counted.leased, counted.idle), (
+            "as weightd top says it"
+        )
         said = " ".join(page.locator(".legend").first.inner_text().split())
         assert [
             part["label"] for part in parts if part["bytes"] and f"{part['label']} {size(part['bytes'])}" not in said

@@ -139,7 +139,7 @@ def test_it_says_what_fits_and_what_to_leave_out(write: Callable[[dict[str, Any]
     page = open_page(write(plan()))
     text = page.locator("main").inner_text()
     assert "3 of 4 checkpoints fit" in text
-    assert "no; without org/base it would" in text
+    assert "no: remove org/base" in text
     assert "none of this is saved by weightd today" in text
     assert "2 pairs were not compared." in text
     assert page.locator("img").count() == 0

@@ -685,8 +685,11 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     codes = {int(code) for code in re.findall(r"^\s*(\d+)  ", printed.split("Exit codes:")[1], re.MULTILINE)}
     assert {0, 1, 2, 3, 4, 5, 69, 75, 76, 77, 78, 130} == codes
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
-    assert main([]) == 2
-    assert "Usage:" in capsys.readouterr().err
+    assert main(["fleet", "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+    for group in ([], ["fleet"]):
+        assert main(group) == 2
+        assert capsys.readouterr().err.startswith("Usage: weightd"), "the help as it is, and no error around it"
 
 
 @pytest.mark.parametrize("command", ["load", "inspect", "pin", "unpin", "rm", "verify"])

@@ -94,13 +94,13 @@ def test_every_table_fits(command: str, width: int, fake: FakeClient, monkeypatc
     fake.answers["inspect"] = replace(
         details, sources=tuple(details.sources[0]._replace(file=path) for path in PATHS), reference=PATHS[0]
     )
-    monkeypatch.setattr(planning, "_ask", lambda *_: asdict(plan_report()))
+    monkeypatch.setattr(planning, "ask", lambda *_: {"plan": asdict(plan_report())})
     monkeypatch.setattr(planning, "require_daemon", lambda _: None)
     monkeypatch.setenv("COLUMNS", str(width))
     arguments = [command, *(["base"] if command in ("inspect", "plan") else [])]
     lines = shown(*arguments)
     assert max(map(cell_len, lines)) <= width, "\n".join(lines)
-    if command != "stats" and width < 160:
+    if command != "stats" and width == min(WIDTHS):
         assert any("…" in line for line in lines)
     if command not in ("stats", "inspect"):
         assert any(PATHS[1] in line for line in shown(*arguments, "--wide")), "in full"
@@ -171,6 +171,56 @@ def test_elided() -> None:
     assert tables.elided("abcdefghijk", 10) == "abcde…hijk"
     assert [len(tables.elided("x" * 50, width)) for width in (3, 4, 20)] == [3, 4, 20]
     assert cell_len(tables.elided("模型" * 20, 21)) <= 21, "characters of two columns"
+    path = "/srv/models/experiments/run-0042/model-final.safetensors"
+    assert tables.elided(path, 30) == "/srv/…/model-final.safetensors", "the last part of a path stays"
+    assert tables.elided(path, 23) == "model-final.safetensors"
+    assert tables.elided(path, 15) == "model-f…tensors"
+    assert tables.elided("org/adapter-merged", 15) == "org/ada…-merged", "a repository is no path"
+
+
+def test_a_size_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    tables.emit_text("unique 19.5 MiB, saved 1.88 KiB (0.1 %)", 27, "  ")
+    assert capsys.readouterr().out == "unique 19.5 MiB, saved\n  1.88 KiB (0.1 %)\n"
+
+
+def test_equal_last_parts_are_told_apart(fake: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [f"/srv/models/with/a/long/name/run-{number}/model.safetensors" for number in range(3)]
+    fake.answers["checkpoints"] = [replace(CHECKPOINT, names=(path,)) for path in paths]
+    for width in WIDTHS:
+        monkeypatch.setenv("COLUMNS", str(width))
+        assert len({line.split()[0] for line in shown("ls")[1:4]}) == 3
+
+
+@pytest.mark.parametrize(
+    ("components", "said"),
+    [
+        (("vae", "vae"), "vae 1.00 GiB"),
+        (("unet", "model"), "unet = model 1.00 GiB"),
+        (("", "text_encoder"), "text_encoder 1.00 GiB"),
+        (("", ""), "-"),
+    ],
+)
+def test_what_a_pair_shares_is_named(components: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = PlannedPair(("org/a", "org/b"), GIB, (SharedPart(components, GIB),))
+    monkeypatch.setattr(planning, "ask", lambda *_: {"plan": asdict(replace(plan_report(), pairs=(pair,)))})
+    (row,) = (line for line in shown("plan", "org/a", "--wide") if re.match(r"\S+ GiB +org/a", line))
+    assert re.split(r" {2,}", row.strip())[1:] == ["org/a", "org/b", said]
+
+
+def test_what_to_remove_is_said_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = tuple(f"org/tuned-{number}" for number in range(5))
+    steps = (BudgetStep("wanted", GIB, GIB, fits=False, remove=names), BudgetStep("huge", GIB, GIB, False, ()))
+    checkpoints = tuple(PlannedCheckpoint(name, 1, size, 0, 0, 0, ()) for name, size in (("wanted", 1), ("huge", GIB)))
+    report = replace(plan_report(), checkpoints=checkpoints, budget=BudgetPlan(GIB - 1, 0, 0, steps))
+    monkeypatch.setattr(planning, "ask", lambda *_: {"plan": asdict(report)})
+    for width in WIDTHS:
+        monkeypatch.setenv("COLUMNS", str(width))
+        lines = shown("plan", "wanted")
+        at = next(number for number, line in enumerate(lines) if line.startswith("LOAD"))
+        table = lines[at : at + 8]
+        assert all(any(name in line for line in table) for name in names), "\n".join(table)
+        assert max(map(cell_len, table)) <= width
+        assert any(line.rstrip().endswith("too large") for line in table), width
 
 
 def test_inspect_shortens_where_it_came_from(fake: FakeClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightd.cli.context import SocketOption, open_client, say
+from weightd.cli.context import SocketOption, open_client, require
 from weightd.cli.output import emit, flush
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ def web(
       weightd web
       weightd web --no-open --port 8080
     """
-    if importlib.util.find_spec("aiohttp") is None:
-        say("web needs aiohttp, which is not installed: pip install '.[web]' in weightd's checkout")
-        raise typer.Exit(1)
+    require("web", ["aiohttp"], "web")
     if browser is None:
         browser = sys.stdout.isatty() and any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     with open_client(context, socket, read_only=True) as client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import sys
 import threading
@@ -137,6 +138,14 @@ class _Saying(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
+
+
+def require(command: str, packages: Iterable[str], extra: str) -> None:
+    """Exit with an error that names the extra if a package is not installed that the command needs."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        needed = ", ".join(missing)
+        say(f"{command} needs {needed}, which is not installed: pip install '.[{extra}]' in weightd's checkout")
+        raise typer.Exit(1)
 
 
 @contextlib.contextmanager

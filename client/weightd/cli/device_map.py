@@ -111,7 +111,7 @@ def _print(found: DeviceMap, *, wide: bool) -> None:
         Column("SEGMENT", right=True),
         Column("SIZE", right=True),
         Column("MAP", marks=colours),
-        Column("CHECKPOINTS", elided=True),
+        Column("CHECKPOINTS", listed=True),
     )
     emit_table(columns, rows, width)
     emit("")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, require, say
 from weightd.cli.output import emit, emit_json, plural
 from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.programs import ask
@@ -28,30 +27,27 @@ _NODE_COLUMNS = (
     Column("WITH", elided=True, spare=1),
 )
 
-fleet = typer.Typer(
-    name="fleet",
-    help="""Place checkpoints on several nodes, publish them, and fetch what is missing on one.
+fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 
-\b
-Examples:
-  weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
-  weightd fleet publish org/tuned
-  weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
-""",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
+
+@fleet.callback(invoke_without_command=True)
+def _without_command(context: typer.Context) -> None:
+    """Place checkpoints on several nodes, publish them, and fetch what is missing on one.
+
+    \b
+    Examples:
+      weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
+      weightd fleet publish org/tuned
+      weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)
 
 
 def require_fleet(command: str) -> None:
     """Exit with an error if the extra is not installed."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        say(
-            f"fleet {command} needs {', '.join(missing)}, which is not installed: "
-            "pip install '.[fleet]' in weightd's checkout"
-        )
-        raise typer.Exit(1)
+    require(f"fleet {command}", _NEEDED, "fleet")
 
 
 def ask_fleet(context: typer.Context, module: str, arguments: list[str], *, quiet: bool) -> dict[str, Any]:
@@ -99,10 +95,10 @@ def plan(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
     wide: WideOption = False,
 ) -> None:
-    """Compute which checkpoints to place on which node, so that few bytes are held twice.
+    """Compute on which nodes checkpoints take the least memory.
 
-    Needs no daemon, no engine and no other node: the nodes are imagined, all with the same budget. Equal bytes are
-    found as by `weightd plan`.
+    Checkpoints that share most are placed together, so that few bytes are held twice. This needs no daemon, no engine
+    and no other node: the nodes are imagined, all with the same budget. Equal bytes are found as by `weightd plan`.
 
     \b
     Examples:
@@ -183,16 +179,25 @@ def _sentences(found: dict[str, Any]) -> list[str]:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    """`6 checkpoints fit on 2 nodes; without sharing they need 3. They take 1.70 GiB of memory, and 2.36 GiB apart.`"""
+    """`6 checkpoints fit on 2 nodes; without sharing 3 nodes are needed. They take 1.70 GiB; without sharing 2.36 GiB.`
+
+    Where not all fit, the last sentence is about those that were placed.
+    """
     names = {placement["checkpoint"] for placement in found["placements"]} | set(found["unplaced"])
-    taken = f"They take {size(found['placed_bytes'])}; without sharing {size(found['total_bytes'])}."
+    apart = sum(placement["size_bytes"] for placement in found["placements"])
+    taken = f"{size(found['placed_bytes'])}; without sharing {size(apart)}."
     checkpoints = plural(len(names), "checkpoint")
-    apart = found["least_nodes_apart"]
-    need = "none is large enough" if apart is None else f"{plural(apart, 'node')} are needed"
-    need = need.replace("1 node are", "1 node is")
     if found["least_nodes"] is None:
-        return f"{len(found['unplaced'])} of {checkpoints} do not fit on {plural(len(found['nodes']), 'node')}. {taken}"
-    return f"{checkpoints} fit on {plural(found['least_nodes'], 'node')}; without sharing {need}. {taken}"
+        unplaced = len(found["unplaced"])
+        verb = "does" if unplaced == 1 else "do"
+        placed = f" What was placed takes {taken}" if found["placements"] else ""
+        return f"{unplaced} of {checkpoints} {verb} not fit on {plural(len(found['nodes']), 'node')}.{placed}"
+    least_apart = found["least_nodes_apart"]
+    need = "none is large enough" if least_apart is None else f"{plural(least_apart, 'node')} are needed"
+    need = need.replace("1 node are", "1 node is")
+    fit = "fits" if len(names) == 1 else "fit"
+    them = "It takes" if len(names) == 1 else "They take"
+    return f"{checkpoints} {fit} on {plural(found['least_nodes'], 'node')}; without sharing {need}. {them} {taken}"
 
 
 @fleet.command("publish")
@@ -211,10 +216,11 @@ def publish(
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the digest.")] = False,
 ) -> None:
-    """Read a checkpoint once and name it by its bytes: b3: and 64 hex digits.
+    """Read a checkpoint once and name it by its bytes.
 
-    The name stands for every byte of the checkpoint's files, and of the small files beside them. Files in the Hugging
-    Face cache are compared with the digests by which the hub names them. The manifest is kept on this node.
+    The name, b3: and 64 hex digits, stands for every byte of the checkpoint's files, and of the small files beside
+    them. Files in the Hugging Face cache are compared with the digests by which the hub names them. The manifest is
+    kept on this node.
 
     \b
     Examples:

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from weightd._sizes import size
 from weightd.cli.output import emit, plural
 from weightd.cli.tables import Column, emit_table, emit_text
-from weightd.plan_report import BudgetPlan, Difference, DifferingTensors, PlannedPair, PlanReport, SharedPart
+from weightd.plan_report import (
+    BudgetPlan,
+    BudgetStep,
+    Difference,
+    DifferingTensors,
+    PlannedPair,
+    PlanReport,
+    SharedPart,
+)
 
 _LISTED = 20
 """Most rows of a table, in a terminal, that may have one for each pair."""
@@ -46,6 +54,7 @@ class PlanTables:
     def __init__(self, report: PlanReport, width: int | None) -> None:
         self._report = report
         self._width = width
+        self._sizes = {found.name: found.total_bytes for found in report.checkpoints}
         self._most = None if width is None else _LISTED
         paths = [found.name for found in report.checkpoints if os.path.isabs(found.name)]
         self._folder = os.path.commonpath(map(os.path.dirname, paths)) if width is not None and len(paths) > 1 else "/"
@@ -158,7 +167,7 @@ class PlanTables:
     def _print_names(self, what: str, rows: Sequence[DifferingTensors]) -> None:
         if rows:
             named = ", ".join(row.name if row.count == 1 else f"{row.name} ({row.count})" for row in rows[:_NAMED])
-            emit_text(f"- {what}: {named}{', ...' if len(rows) > _NAMED else ''}", self._width)
+            emit_text(f"- {what}: {named}{', ...' if len(rows) > _NAMED else ''}", self._width, "  ")
 
     def _print_near_duplicates(self) -> None:
         if not self._report.near_duplicates:
@@ -193,7 +202,7 @@ class PlanTables:
             Column("ADDS", right=True),
             Column("TOGETHER", right=True, spare=1),
             Column("FITS"),
-            Column("REMOVE TO FIT", elided=True),
+            Column("REMOVE TO FIT", listed=True),
         ]
         rows = [
             [
@@ -202,7 +211,7 @@ class PlanTables:
                 size(step.added_bytes),
                 size(step.total_bytes),
                 "yes" if step.fits else "no",
-                ", ".join(map(self._name, step.remove)) or "-",
+                self._to_remove(step, budget.budget_bytes),
             ]
             for number, step in enumerate(budget.order, start=1)
         ]
@@ -216,6 +225,12 @@ class PlanTables:
             f"{size(budget.used_bytes)}. Next is always the one that adds the fewest bytes to those before it.",
             self._width,
         )
+
+    def _to_remove(self, step: BudgetStep, budget_bytes: int) -> str:
+        """Say without which checkpoints one fits, or that it never does."""
+        if not step.fits and self._sizes[step.name] > budget_bytes and not step.remove:
+            return "too large"
+        return ", ".join(map(self._name, step.remove)) or "-"
 
     def _print_skipped(self) -> None:
         """Say in lines what was skipped: reasons are sentences."""
@@ -253,8 +268,8 @@ def _parts(pair: PlannedPair) -> str:
 
 
 def _named(part: SharedPart) -> str:
-    first, second = part.components
-    return first or "-" if first == second else f"{first or '-'} = {second or '-'}"
+    """The component's name, or both names if they differ; a checkpoint without components has none."""
+    return " = ".join(dict.fromkeys(filter(None, part.components))) or "-"
 
 
 def _counts(one: Difference) -> str:

@@ -16,6 +16,7 @@ from weightd.cli.plan_tables import PlanTables, print_total
 from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import terminal_width
+from weightd.errors import InvalidReferenceError
 from weightd.plan_report import read_report
 
 
@@ -114,7 +115,12 @@ def plan(
                 advance(what, done, total)
 
         command = [*arguments, "--", *(references or ())]
-        found: dict[str, Any] = ask("weightd_daemon.planning", command, show, note)["plan"]
+        try:
+            found: dict[str, Any] = ask("weightd_daemon.planning", command, show, note)["plan"]
+        except InvalidReferenceError as error:
+            if scan or not any(map(os.path.isdir, references or ())):
+                raise
+            raise InvalidReferenceError(f"{error}; --scan plans every checkpoint below a folder") from error
     if html is not None:
         write_report(html, found, notes)
     if output is OutputFormat.JSON:

@@ -8,8 +8,8 @@ from typing import Any
 
 from weightd._group_names import layers_folded
 from weightd._sizes import size
-from weightd.cli.output import emit, plural, printable
-from weightd.cli.tables import Column, emit_table
+from weightd.cli.output import emit, plural
+from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 from weightd.remembered import Row
 
 _COLUMNS = (
@@ -64,7 +64,7 @@ def print_rows(rows: Sequence[Row], *, full: bool) -> None:
         cells = [(name, *others) for name, _, *others in cells]
     emit("")
     emit_table(columns, cells, None if full else shutil.get_terminal_size().columns)  # 80 in a pipe: names are long
-    _advise(rows)
+    _advise(rows, terminal_width(wide=full))
 
 
 def _in_a_row(same: Sequence[Row]) -> str:
@@ -73,7 +73,7 @@ def _in_a_row(same: Sequence[Row]) -> str:
     return f"{sum(row.in_a_row for row in same)} of {len(same)}"
 
 
-def _advise(rows: Iterable[Row]) -> None:
+def _advise(rows: Iterable[Row], width: int | None) -> None:
     """Say what would place the rest in a row, and what would not."""
     apart = [row for row in rows if not row.in_a_row]
     never = [row for row in apart if row.reason]
@@ -81,4 +81,4 @@ def _advise(rows: Iterable[Row]) -> None:
         emit(f"{plural(len(apart) - len(never), 'group')} would lie in a row after `weightd rm` and `weightd load`,")
         emit("unless other checkpoints have some of their tensors")
     for reason in dict.fromkeys(row.reason for row in never):
-        emit(f"{plural(sum(row.reason == reason for row in never), 'group')} never: {printable(reason)}")
+        emit_text(f"{plural(sum(row.reason == reason for row in never), 'group')} never: {reason}", width)

@@ -1,8 +1,9 @@
-"""Tables without borders that fit the terminal: columns left out or said once, names shortened in the middle."""
+"""Tables without borders that fit the terminal: columns left out or said once, names shortened, lists in lines."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -22,6 +23,8 @@ _CONSOLE_HEIGHT = 25
 _GAP, _NARROW_GAP = 3, 2
 _LEAST = 12
 """Columns that a cell keeps when it is shortened."""
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=[KMGT]?i?B\b|%)")
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 STATES: Mapping[str, str] = {
     "resident": "green",
     "serving": "green",
@@ -38,7 +41,8 @@ STATES: Mapping[str, str] = {
 class Column(NamedTuple):
     """A column, and what may happen to it in a terminal.
 
-    `elided` cells are shortened in the middle. A `common` column is left out where all rows agree, and its value is
+    `elided` cells are shortened. `listed` cells are names with commas between them, and are broken into lines, so that
+    none is lost. A `common` column is left out where all rows agree, and its value is
     said below the table. Columns with a `spare` number above 0 are left out if the table is still too wide, the highest
     number first. `marks` are colours of single characters.
     """
@@ -50,6 +54,7 @@ class Column(NamedTuple):
     spare: int = 0
     colours: Mapping[str, str] = {}
     marks: Mapping[str, str] = {}
+    listed: bool = False
 
 
 class Fitted(NamedTuple):
@@ -67,10 +72,15 @@ def terminal_width(*, wide: bool) -> int | None:
 
 
 def elided(text: str, width: int) -> str:
-    """Return `text` in at most `width` columns (3 or more), with its middle left out."""
+    """Return `text` in at most `width` columns (3 or more), with its middle left out; a path keeps its last part."""
     if cell_len(text) <= width:
         return text
     end = (width - 1) // 2
+    last = text[text.rstrip("/").rfind("/") :]
+    if (text.startswith("/") or text.count("/") > 1) and cell_len(last) > end:
+        if cell_len(last) >= width:
+            return elided(last[1:], width)
+        end = cell_len(last)
     return f"{_start(text, width - 1 - end)}…{_start(text[::-1], end)[::-1]}"
 
 
@@ -100,10 +110,17 @@ def emit_table(columns: Sequence[str | Column], rows: Sequence[Sequence[str]], w
         emit_text(note, width)
 
 
-def emit_text(text: str, width: int | None) -> None:
-    """Write a sentence to stdout, in lines of at most `width` columns; in one line without a width."""
+def emit_text(text: str, width: int | None, indent: str = "") -> None:
+    """Write a sentence to stdout, in lines of at most `width` columns; in one line without a width.
+
+    All lines but the first begin with `indent`. A number and its unit stay in one line.
+    """
     text = printable(text)
-    emit(text if width is None else textwrap.fill(text, max(width, _LEAST), break_on_hyphens=False))
+    if width is not None:
+        whole = _BEFORE_UNIT.sub(_NO_BREAK, text)
+        lines = textwrap.fill(whole, max(width, _LEAST), break_on_hyphens=False, subsequent_indent=indent)
+        text = lines.replace(_NO_BREAK, " ")
+    emit(text)
 
 
 def emit_line(parts: Sequence[tuple[str, str]], width: int | None) -> None:
@@ -147,7 +164,7 @@ def fit(heads: list[Column], cells: list[list[str]], width: int) -> Fitted:
         same = [at for at in kept if heads[at].common and len({row[at] for row in cells}) == 1]
         kept = [at for at in kept if at not in same]
     least = [
-        min(most, max(_LEAST, len(head.title))) if head.elided else most
+        min(most, max(_LEAST, len(head.title))) if head.elided or head.listed else most
         for most, head in zip(natural, heads, strict=True)
     ]
     while sum(least[at] for at in kept) + _NARROW_GAP * (len(kept) - 1) > width:
@@ -159,8 +176,7 @@ def fit(heads: list[Column], cells: list[list[str]], width: int) -> Fitted:
     gap = _GAP if sum(natural[at] for at in kept) + _GAP * (len(kept) - 1) <= width else _NARROW_GAP
     widths = _shared_out([natural[at] for at in kept], [least[at] for at in kept], width - gap * (len(kept) - 1))
     columns = [
-        _elided_column([row[at] for row in cells], most) if heads[at].elided else [row[at] for row in cells]
-        for at, most in zip(kept, widths, strict=True)
+        _fitted_column(heads[at], [row[at] for row in cells], most) for at, most in zip(kept, widths, strict=True)
     ]
     fitted = [list(row) for row in zip(*columns, strict=True)]
     notes = []
@@ -173,6 +189,25 @@ def fit(heads: list[Column], cells: list[list[str]], width: int) -> Fitted:
 
 def _columns(heads: list[Column], cells: list[list[str]]) -> list[tuple[Column, list[str]]]:
     return [(head, [row[at] for row in cells]) for at, head in enumerate(heads)]
+
+
+def _fitted_column(head: Column, texts: list[str], width: int) -> list[str]:
+    if head.listed:
+        return [_lines(text.split(", "), width) for text in texts]
+    return _elided_column(texts, width) if head.elided else texts
+
+
+def _lines(names: list[str], width: int) -> str:
+    """Return names in lines of at most `width` columns, with commas between them; only a longer name is shortened."""
+    lines: list[str] = []
+    for number, name in enumerate(names, start=1):
+        comma = "," if number < len(names) else ""
+        word = f"{elided(name, width - len(comma))}{comma}"
+        if lines and cell_len(lines[-1]) + 1 + cell_len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 def _elided_column(texts: list[str], width: int) -> list[str]:

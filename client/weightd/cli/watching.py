@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from typing import Annotated
 
 import typer
 
-from weightd.cli.context import SocketOption, open_client, say
+from weightd.cli.context import SocketOption, open_client, require, say
 
 
 def top(
@@ -29,9 +28,7 @@ def top(
       weightd top --ascii
       weightd top --socket /run/weightd/weightd.sock
     """
-    if importlib.util.find_spec("textual") is None:
-        say("top needs textual, which is not installed: pip install '.[top]' in weightd's checkout")
-        raise typer.Exit(1)
+    require("top", ["textual"], "top")
     streams = (sys.stdin, sys.stdout, sys.stderr)  # textual writes to stderr
     if not all(stream.isatty() for stream in streams) or os.environ.get("TERM", "dumb") in ("", "dumb", "unknown"):
         say("top needs a terminal that can move its cursor; use `weightd stats`, `weightd ls` or `weightd ps`")

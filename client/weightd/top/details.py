@@ -95,9 +95,12 @@ def _partner(row: CheckpointRow, partner: Partner, everything: Sequence[Checkpoi
 
 
 def _component(part: SharedComponents) -> str:
-    """`vae 317 MiB`, or `unet = model 1.60 GiB` where the parts have different names."""
-    names = [part.one or "-"] if part.one == part.other else [part.one or "-", part.other or "-"]
-    return f"{' = '.join(names)} {size(part.shared_bytes)}"
+    """`vae 317 MiB`, or `unet = model 1.60 GiB` where the parts have different names.
+
+    A checkpoint without components has none.
+    """
+    names = dict.fromkeys(filter(None, (part.one, part.other)))
+    return f"{' = '.join(names) or '-'} {size(part.shared_bytes)}"
 
 
 def _block(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int, glyphs: Glyphs) -> list[Line]:

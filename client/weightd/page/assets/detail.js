@@ -124,7 +124,7 @@ export class Detail {
     const rows = partners.missing ? [] : partners.map((pair) => [
       { value: element("button", { class: "link", data: { key: pair.other }, onclick: () => this.#onPick(pair.other, pair.device) }, called(pair.other_name, pair.other)), header: true },
       number_(size(pair.shared_bytes)), number_(percent(pair.shared_bytes / Math.max(1, this.#row.total_bytes))), number_(size(pair.only_bytes)),
-      pair.components.filter(([one, other]) => one || other).map(([one, other, bytes]) => `${printable(one === other ? one : `${one || "–"} = ${other || "–"}`)} ${size(bytes)}`).join(", ") || "–",
+      pair.components.filter(([one, other]) => one || other).map(([one, other, bytes]) => `${printable([...new Set([one, other].filter(Boolean))].join(" = "))} ${size(bytes)}`).join(", ") || "–",
     ]);
     const list = element("button", { onclick: () => this.#list(query) }, `Show the ${plural(this.#row.tensors, "tensor")}`);
     return [

@@ -6,13 +6,14 @@ import { brief, called, printable, size } from "weightd/format.js";
 import { MemoryMap } from "weightd/memory-map.js";
 import { section } from "weightd/parts.js";
 
-/** The parts of a device's budget, as `drawBar` takes them. What is both pinned and leased counts as pinned. */
+/** The parts of a device's budget, as `drawBar` takes them. What is both pinned and leased counts as leased, as in `weightd top`. */
 export function budgetParts(device) {
-  const idle = Math.min(device.live_bytes, device.evictable_bytes);
-  const pinned = Math.min(device.pinned_bytes, device.live_bytes - idle);
+  const leased = Math.min(device.leased_bytes, device.live_bytes);
+  const pinned = Math.min(device.pinned_bytes, Math.max(device.live_bytes - leased - device.evictable_bytes, 0));
+  const idle = device.live_bytes - leased - pinned;
   return [
-    { label: "pinned", bytes: pinned, kind: "pinned" },
-    { label: "held by processes", bytes: device.live_bytes - idle - pinned, kind: "leased" },
+    { label: "pinned only", bytes: pinned, kind: "pinned" },
+    { label: "held by processes", bytes: leased, kind: "leased" },
     { label: "idle, may be evicted", bytes: idle, kind: "idle" },
     { label: "being loaded", bytes: device.in_flight_bytes, kind: "in_flight" },
     { label: "holes", bytes: device.hole_bytes, kind: "hole" },

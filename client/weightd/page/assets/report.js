@@ -61,13 +61,15 @@ function budget() {
     { label: "used", bytes: used, kind: "held" },
     { label: "free", bytes: whole - used, kind: "free" },
   ], whole);
+  const sizes = new Map(report.checkpoints.map(({ name, total_bytes: bytes }) => [name, bytes]));
+  const why = (name, remove) => (remove.length ? `: remove ${remove.map(printable).join(", ")}` : sizes.get(name) > whole ? ": larger than the budget" : "");
   const rows = order.map(({ name, added_bytes: added, total_bytes: sum, fits, remove = [] }) => [
-    { value: printable(name), header: true }, figure(size(added)), figure(size(sum)),
-    fits ? "yes" : remove.length ? `no; without ${remove.map(printable).join(", ")} it would` : "no",
+    { value: printable(name), header: true, class: "path" }, figure(size(added)), { value: size(sum), class: "number spare" },
+    { value: fits ? "yes" : `no${why(name, remove)}`, class: "path" },
   ]);
   return section(`What fits ${size(whole)}`,
-    element("p", { class: "hint" }, `${fitting} of ${plural(order.length, "checkpoint")} fit, in this order: next comes always the checkpoint that adds least to what is there.`),
-    bar, plainTable("What fits the budget", ["Checkpoint", { value: "Adds", class: "number" }, { value: "Sum", class: "number" }, "Fits"], rows));
+    element("p", { class: "hint" }, `${fitting} of ${plural(order.length, "checkpoint")} fit, in this order: next is always the one that adds the fewest bytes to those before it.`),
+    bar, plainTable("What fits the budget", ["Checkpoint", { value: "Adds", class: "number" }, { value: "Sum", class: "number spare" }, "Fits"], rows));
 }
 
 function checkpoints(pick) {
