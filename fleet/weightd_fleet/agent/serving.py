@@ -99,14 +99,15 @@ class ServedBlobs:
 
     def checkpoints(self) -> list[ServedCheckpoint]:
         """The published checkpoints of which this node has every byte."""
-        served = []
+        published = {}
         for name in self._state.names():
-            try:
-                manifest = self._state.manifest(name)
-            except (NotFoundError, FormatError):  # removed meanwhile, or damaged
-                continue
-            rest = {row.digest: row.length for row in manifest.tensors if row.length}
-            rest = {digest: rest[digest] for digest in rest.keys() - self._resident.find(set(rest.values()))}
+            with contextlib.suppress(NotFoundError, FormatError):  # removed meanwhile, or damaged
+                published[name] = self._state.manifest(name)
+        lengths = {row.length for manifest in published.values() for row in manifest.tensors if row.length}
+        resident = self._resident.find(lengths)
+        served = []
+        for name, manifest in published.items():
+            rest = {row.digest for row in manifest.tensors if row.length} - resident
             with published_files(self._state, [name] if rest else [], rest) as files:
                 if all(digest in files for digest in rest):
                     served.append(ServedCheckpoint(name, manifest))
