@@ -69,6 +69,13 @@ def test_manual_pages_say_what_the_help_says() -> None:
     assert "\\fB\\-q, \\-\\-quiet\\fR\nPrint only" in text
 
 
+def test_every_summary_of_a_group_fits_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = [name for name, command in COMMANDS.items() if getattr(command, "commands", None)]
+    assert groups == ["fleet"]
+    assert main(["fleet", "--help"]) == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
 @pytest.mark.parametrize("command", ["serve", "config"])
 def test_every_setting_is_an_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(SETTINGS) == [setting.name for setting in fields(Settings)]

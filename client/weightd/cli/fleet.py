@@ -32,7 +32,7 @@ fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 
 @fleet.callback(invoke_without_command=True)
 def _without_command(context: typer.Context) -> None:
-    """Place checkpoints on several nodes, publish them, and fetch what is missing on one.
+    """Place checkpoints on several nodes, publish and fetch them.
 
     \b
     Examples:

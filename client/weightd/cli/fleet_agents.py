@@ -79,7 +79,7 @@ def agent(
     ] = 2,
     patience: _PatienceOption = 30.0,
 ) -> None:
-    """Serve what this node has published to other nodes, in the foreground.
+    """Serve this node's checkpoints to others, in the foreground.
 
     An agent is a client of this node's daemon. It serves tensors that are resident in host memory, and published files
     that have not changed. Between nodes it needs TLS: a certificate of the fleet's own authority, with the URI
@@ -125,7 +125,7 @@ def fetch(
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
-    """Fetch a checkpoint from other nodes: only the tensors that this node does not have.
+    """Fetch from other nodes what this one lacks of a checkpoint.
 
     Every byte is checked against the digest before it is used. With `--sink files` the checkpoint's files are written,
     byte for byte; with `--sink memory` the daemon gets the missing tensors and composes the checkpoint. A fetch that
