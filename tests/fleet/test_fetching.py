@@ -285,7 +285,8 @@ def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Recei
     assert [one["digest"] for one in listed[0]["checkpoints"]] == [digest]
     assert digest in daemons[1].command("fleet", "ls", where, tls, "--wide").stdout
     own = (f"--state-dir={receiver.state}", tls)
-    said = daemons[1].command("fleet", "fetch", digest, where, *own, "--sink=memory", "--name=tuned", "--format=json")
+    memory = ("--sink=memory", f"--socket={daemons[1].socket}")
+    said = daemons[1].command("fleet", "fetch", digest, where, *own, *memory, "--name=tuned", "--format=json")
     found = json.loads(said.stdout)
     assert (found["name"], found["moved_bytes"], found["local_bytes"]) == ("tuned", WHOLE, 0)
     assert "resident" in daemons[1].command("fleet", "fetch", digest, where, *own, "--sink=memory").stdout
@@ -293,4 +294,7 @@ def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Recei
     assert refused.returncode == 2
     unreachable = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=5", check=False)
     assert unreachable.returncode == 1
-    assert "127.0.0.1:1" in unreachable.stderr
+    refused_there = (
+        "weightd: peer 127.0.0.1:1: cannot be reached: Failed to connect to remote host: Connection refused\n"
+    )
+    assert unreachable.stderr == refused_there

@@ -38,7 +38,7 @@ def _without_command(context: typer.Context) -> None:
     Examples:
       weightd fleet plan --nodes 3 --budget 24GiB org/base org/tuned
       weightd fleet publish org/tuned
-      weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
+      weightd fleet fetch b3:DIGEST --from 10.0.0.5:7411 --tls-dir tls
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, WideOption, say
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, WideOption, say
 from weightd.cli.fleet import ask_fleet, require_fleet
 from weightd.cli.output import emit_json, flush
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
@@ -56,9 +56,12 @@ class SinkChoice(StrEnum):
     MEMORY = "memory"
 
 
-def _connection(context: typer.Context, tls_dir: str | None, state_dir: str | None, patience: float) -> list[str]:
+def _connection(
+    context: typer.Context, tls_dir: str | None, state_dir: str | None, patience: float, socket: str | None = None
+) -> list[str]:
     settings: CommandOptions = context.obj
-    said = (("tls-dir", tls_dir), ("state-dir", state_dir), ("socket", settings.socket), ("patience", patience))
+    socket = socket or settings.socket
+    said = (("tls-dir", tls_dir), ("state-dir", state_dir), ("socket", socket), ("patience", patience))
     return [f"--{name}={value}" for name, value in said if value is not None]
 
 
@@ -78,6 +81,7 @@ def agent(
         int, typer.Option("--readers", metavar="N", min=1, max=16, help="How many peers may read bytes at once.")
     ] = 2,
     patience: _PatienceOption = 30.0,
+    socket: SocketOption = None,
 ) -> None:
     """Serve this node's checkpoints to others, in the foreground.
 
@@ -93,7 +97,8 @@ def agent(
     if (tls_dir is None) is not insecure:
         raise typer.BadParameter("give either --tls-dir or --insecure")
     require_fleet("agent")
-    arguments = [*_connection(context, tls_dir, state_dir, patience), f"--listen={listen}", f"--readers={readers}"]
+    arguments = _connection(context, tls_dir, state_dir, patience, socket)
+    arguments += [f"--listen={listen}", f"--readers={readers}"]
     arguments += [] if advertise is None else [f"--advertise={advertise}"]
     flush()
     # -P: a weightd_fleet that lies in the current directory must not be what starts.
@@ -124,6 +129,7 @@ def fetch(
     patience: _PatienceOption = 30.0,
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    socket: SocketOption = None,
 ) -> None:
     """Fetch from other nodes what this one lacks of a checkpoint.
 
@@ -133,11 +139,11 @@ def fetch(
 
     \b
     Examples:
-      weightd fleet fetch b3:1f0c9a --from 127.0.0.1:7411
-      weightd fleet fetch b3:1f0c9a --from 10.0.0.5:7411 --tls-dir tls
+      weightd fleet fetch b3:DIGEST --from 127.0.0.1:7411
+      weightd fleet fetch b3:DIGEST --from 10.0.0.5:7411 --tls-dir tls
     """
     require_fleet("fetch")
-    arguments = [*_connection(context, tls_dir, state_dir, patience), *(f"--from={peer}" for peer in peers)]
+    arguments = [*_connection(context, tls_dir, state_dir, patience, socket), *(f"--from={peer}" for peer in peers)]
     arguments += [f"--sink={sink.value}", f"--name={name or ''}", f"--folder={folder or ''}"]
     arguments += ["--pin"] if pin else []
     found = ask_fleet(context, _PROGRAM, [*arguments, "--", "fetch", digest], quiet=quiet)["fetched"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 from weightd.errors import DaemonBusyError, DaemonUnreachableError, PermissionDeniedError, WeightdError, from_wire
@@ -15,6 +16,8 @@ REASON: Final = "weightd-reason"
 SOURCES: Final = "weightd-sources"
 MAX_SOURCES: Final = 64
 _MAX_MESSAGE: Final = 1000
+_NOT_REACHED: Final = re.compile(r"^failed to connect to all addresses; last error: (?:\w+: )?(?:ipv[46]:\S+: )?")
+"""How gRPC begins to say that nobody answers; what follows is the cause."""
 _OF_READS: Final = {"NOT_FOUND", "BUSY", "DRAINING", "PERMISSION_DENIED", "INVALID_REFERENCE", "FORMAT"}
 """What a peer may say of a read. It may not pose as an error of this node, such as a full device."""
 
@@ -38,7 +41,8 @@ def error_from(
 ) -> WeightdError:
     """The error that a peer's answer stands for; `code` is gRPC's. Whatever is not well formed is left out."""
     said = {key: value for key, value in trailers if isinstance(value, str)}
-    text = f"peer {peer}: {message[:_MAX_MESSAGE].encode('unicode_escape').decode()}"
+    message = _NOT_REACHED.sub("cannot be reached: ", message[:_MAX_MESSAGE])
+    text = f"peer {peer}: {message.encode('unicode_escape').decode()}"
     if said.get(REASON) == PeerBusyError.reason:
         sources: list[AgentAddress] = []
         for one in said.get(SOURCES, "").split(",")[:MAX_SOURCES]:
