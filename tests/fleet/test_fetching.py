@@ -297,4 +297,4 @@ def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Recei
     refused_there = (
         "weightd: peer 127.0.0.1:1: cannot be reached: Failed to connect to remote host: Connection refused\n"
     )
-    assert unreachable.stderr == refused_there
+    assert unreachable.stderr == f"weightd: peer 127.0.0.1:1: {why}\n"
