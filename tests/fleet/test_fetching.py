@@ -294,7 +294,5 @@ def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Recei
     assert refused.returncode == 2
     unreachable = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=5", check=False)
     assert unreachable.returncode == 1
-    refused_there = (
-        "weightd: peer 127.0.0.1:1: cannot be reached: Failed to connect to remote host: Connection refused\n"
-    )
+    why = "cannot be reached: Failed to connect to remote host: Connection refused"
     assert unreachable.stderr == f"weightd: peer 127.0.0.1:1: {why}\n"
