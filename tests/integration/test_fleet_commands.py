@@ -129,7 +129,10 @@ def test_the_report_is_one_page(family: list[Path], tmp_path: Path) -> None:
     assert run("plan", "--nodes", "2", "--budget", "1300KiB", "--html", page, *family).returncode == 0
     text = page.read_text()
     assert "<title>weightd fleet plan</title>" in text
-    assert "node-1 holds " in text
+    drawn = json.loads(text.partition('id="report">')[2].partition("</script>")[0])["nodes"]
+    assert [node["name"] for node in drawn] == ["node-1", "node-2"]
+    for node in drawn:
+        assert (0 < node["alone_bytes"] <= node["used_bytes"] <= node["budget_bytes"]) == bool(node["checkpoints"])
     code, line = failure("plan", "--nodes", "2", "--budget", "1GiB", "--html", tmp_path, *family)
     assert (code, "cannot be written" in line) == (2, True)
 

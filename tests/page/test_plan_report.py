@@ -11,6 +11,7 @@ import pytest
 from support import checkpoints
 from support.pages import OpenPage
 from weightd._sizes import size
+from weightd.cli import main
 from weightd.cli.plan_page import write_report
 from weightd_daemon import planning
 
@@ -50,3 +51,25 @@ def test_the_page_of_a_real_plan(tmp_path: Path, open_page: OpenPage, headers: b
     (last,) = (step for step in report.budget.order if not step.fits)
     removed = ", ".join(str(Path(name).relative_to(models)) for name in last.remove)
     assert f"no; without {removed} it would" in text if removed else "no" in text
+
+
+def test_the_page_of_a_plan_of_nodes(tmp_path: Path, open_page: OpenPage) -> None:
+    names = ("base", "tuned", "other")
+    for number, name in enumerate(names):
+        values = [-1, -2, -3, -4] if name == "other" else [1, 2, 3, 100 + number]
+        tensors = {f"layers.{i}.weight": np.full(MIB // 4, value, np.float32) for i, value in enumerate(values)}
+        checkpoints.write(tmp_path / "models" / name / "model.safetensors", tensors)
+    command = ["fleet", "plan", "--nodes=3", "--budget=6MiB", f"--html={tmp_path}/r.html", f"--state-dir={tmp_path}/s"]
+    assert main([*command, "--quiet", *(str(tmp_path / "models" / name) for name in names)]) == 0
+    page = open_page((tmp_path / "r.html").as_uri(), width=900)
+    section = page.get_by_role("region", name="What each node holds")
+    text = section.inner_text()
+    assert "base, tuned: 5.01 MiB of 6.00 MiB" in text
+    assert "other: 4.00 MiB of 6.00 MiB" in text
+    assert "Empty: 6.00 MiB" in text
+    legends = [" ".join(one.inner_text().split()) for one in section.get_by_role("list").all()]
+    assert sorted(legends) == [
+        "free 6.00 MiB",
+        "of one checkpoint 2.00 MiB shared there 3.01 MiB free 0.992 MiB",
+        "of one checkpoint 4.00 MiB free 2.00 MiB",
+    ]

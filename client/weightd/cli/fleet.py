@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,7 +122,8 @@ def plan(
     answer = ask_fleet(context, "weightd_fleet.planning", arguments, quiet=quiet)
     found = answer["plan"]
     if html is not None:
-        write_report(html, answer["report"], [*_contents_of_nodes(found), *_sentences(found)], "weightd fleet plan")
+        report = {**answer["report"], "nodes": _drawn_nodes(found)}
+        write_report(html, report, _sentences(found), "weightd fleet plan")
     if output is OutputFormat.JSON:
         emit_json(found)
         return
@@ -157,13 +159,17 @@ def _print_nodes(found: dict[str, Any], width: int | None) -> None:
         emit_table(_NODE_COLUMNS, rows, width)
 
 
-def _contents_of_nodes(found: dict[str, Any]) -> list[str]:
-    """`node-1 holds A, B: 39.3 GiB of 48.0 GiB.`, for each node that holds anything."""
+def _drawn_nodes(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The nodes as the page draws them: with the bytes that one of a node's checkpoints has alone.
+
+    The rest of a page that a segment ends in counts as shared, but on a node with one checkpoint.
+    """
+    alone: Counter[str] = Counter()
+    for placement in found["placements"]:
+        alone[placement["node"]] += placement["alone_bytes"]
     return [
-        f"{node['name']} holds {', '.join(node['checkpoints'])}: "
-        f"{size(node['used_bytes'])} of {size(node['budget_bytes'])}."
+        {**node, "alone_bytes": alone[node["name"]] if len(node["checkpoints"]) > 1 else node["used_bytes"]}
         for node in found["nodes"]
-        if node["checkpoints"]
     ]
 
 

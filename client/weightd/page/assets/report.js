@@ -14,6 +14,7 @@ const paths = new Set(folder ? JSON.parse(text).checkpoints.map(({ name }) => na
 const report = JSON.parse(text, (_, value) => (paths.has(value) ? value.slice(folder.length) : value));
 const atMost = report.at_most ? "at most " : "";
 const atLeast = report.at_most ? "at least " : "";
+const MOST_NODES = 200;
 const figure = (value) => ({ value, class: "number" });
 
 /** The folder that all names have in common, with its slash at the end; empty unless all are absolute paths. */
@@ -70,6 +71,26 @@ function budget() {
   return section(`What fits ${size(whole)}`,
     element("p", { class: "hint" }, `${fitting} of ${plural(order.length, "checkpoint")} fit, in this order: next is always the one that adds the fewest bytes to those before it.`),
     bar, plainTable("What fits the budget", ["Checkpoint", { value: "Adds", class: "number" }, { value: "Sum", class: "number spare" }, "Fits"], rows));
+}
+
+function nodes() {
+  const left = report.nodes.length - MOST_NODES;
+  const drawn = report.nodes.slice(0, MOST_NODES).map(({ name, checkpoints: held, used_bytes: used, alone_bytes: alone, budget_bytes: whole }) => {
+    const bar = element("div");
+    drawBar(bar, printable(name), [
+      { label: "of one checkpoint", bytes: alone, kind: "held" },
+      { label: "shared there", bytes: used - alone, kind: "saved" },
+      { label: "free", bytes: whole - used, kind: "free" },
+    ], whole);
+    return [
+      element("h3", {}, printable(name)),
+      element("p", { class: "hint path" }, held.length ? `${held.map(printable).join(", ")}: ${size(used)} of ${size(whole)}` : `Empty: ${size(whole)}`),
+      bar,
+    ];
+  });
+  return section("What each node holds",
+    element("p", { class: "hint" }, "What several checkpoints of a node share lies there once."), ...drawn.flat(),
+    left > 0 ? element("p", { class: "hint" }, `${plural(left, "more node")}: not drawn.`) : null);
 }
 
 function checkpoints(pick) {
@@ -131,6 +152,7 @@ const pick = (one, other) => view.choose(one, other);
 document.querySelector("main").append(...[
   ...head(), ...totals(),
   report.budget ? budget() : null,
+  report.nodes ? nodes() : null,
   checkpoints(pick),
   report.checkpoints.length > 1 ? matrix(pick) : null,
   report.checkpoints.length > 1 ? view.node : null,
