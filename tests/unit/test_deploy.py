@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,13 @@ def test_what_is_asked_for_is_there(series: Mapping[str, list[dict[str, str]]], 
     labels = {label for name, _ in selectors for one in series[name] for label in one} | set(OF_PROMETHEUS)
     for grouping in re.findall(r"by \(([^)]*)\)", parsed):
         assert set(grouping.replace(" ", "").split(",")) <= labels, where
+
+
+def test_the_image_is_given_what_the_wheel_takes() -> None:
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    taken = [*wheel["packages"], *wheel["force-include"], *wheel["shared-data"]]
+    copied = re.findall(r"^COPY (\w+) /src/\1$", (ROOT / "deploy/Dockerfile").read_text(), re.MULTILINE)
+    assert {path.partition("/")[0] for path in taken} <= set(copied)
 
 
 def test_alerts_say_what_has_happened_and_what_to_do() -> None:
