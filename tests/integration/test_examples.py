@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
 # With an underscore: no scripts.
 RUN_ELSEWHERE = {
     "demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py",
-    "switched_engines.py", "wire_client.py",
+    "model_family.py", "switched_engines.py", "wire_client.py",
 }  # fmt: skip
 
 
