@@ -137,6 +137,10 @@ def test_a_daemon_is_watched(
     screen.type("\x1b")
     screen.shows("base: removing it gives back 8.00 MiB of 8.00 MiB. It shares nothing.")
     holder.close()
+    eventually(lambda: not client.leases())
+    screen.type("")
+    screen.resize(101, 40)  # which draws all of it anew: else only what has changed of a line is written
+    os.kill(screen.process.pid, signal.SIGWINCH)
     screen.shows("It is pinned.")
     daemon.stop()
     screen.shows("NO ANSWER", "what follows is old", "no weightd daemon at")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,7 @@ def test_a_folder_outside_is_reached_by_a_link(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "hub"
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)  # its word would count
     monkeypatch.setenv("HF_HUB_CACHE", str(folder))
     monkeypatch.chdir(tmp_path)
     return folder
