@@ -80,7 +80,7 @@ def expected(path: Path) -> list[float]:
     [
         pytest.param(UVICORN, id="uvicorn", marks=[needs("fastapi", "uvicorn"), pytest.mark.sweep]),
         pytest.param(GUNICORN_FASTAPI, id="gunicorn", marks=needs("fastapi", "gunicorn", "uvicorn_worker")),
-        pytest.param(GUNICORN_WSGI, id="gunicorn-wsgi-preload", marks=needs("gunicorn")),
+        pytest.param(GUNICORN_WSGI, id="gunicorn-wsgi-preload", marks=[needs("gunicorn"), pytest.mark.sweep]),
     ],
 )
 def test_workers_of_a_web_server(
