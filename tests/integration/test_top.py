@@ -38,9 +38,12 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         self.resize(columns, lines)
         self.before = termios.tcgetattr(theirs)
+        variables = environment(socket) | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        for size in ("COLUMNS", "LINES"):  # they would count for more than the terminal's own
+            variables.pop(size, None)
         self.process = subprocess.Popen(
             leashed([sys.executable, "-m", "weightd", "top"]), stdin=theirs, stdout=theirs, stderr=theirs,
-            env=environment(socket) | {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}, start_new_session=True,
+            env=variables, start_new_session=True,
         )  # fmt: skip
         self._theirs = theirs
         self._written = bytearray()
