@@ -15,6 +15,8 @@ from support import checkpoints
 from support.agents import Agent, Receiver, agent, published
 from support.daemon import Daemon, environment
 from weightd.errors import DaemonUnreachableError
+from weightd_fleet.agent.staging import StagingFolder
+from weightd_fleet.core.digests import blob_digest
 
 SIZE, ROWS = 3000, 6
 
@@ -111,3 +113,14 @@ def test_a_source_that_is_killed(model: Path, tmp_path: Path) -> None:
         fetched = receiver.fetch(digest, other.address)
     assert fetched.moved_bytes < ROWS * SIZE
     assert fetched.small_bytes == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"other bytes"])
+def test_a_staged_row_that_a_crash_has_cut_off_is_fetched_again(content: bytes, tmp_path: Path) -> None:
+    whole = blob_digest(b"whole")
+    for digest, found in ((whole, b"whole"), (blob_digest(b"cut off"), content)):
+        (tmp_path / digest.hex()).write_bytes(found)
+    staged = StagingFolder(tmp_path)
+    assert blob_digest(b"cut off") not in staged
+    assert whole in staged
+    assert [path.name for path in tmp_path.iterdir()] == [whole.hex()]

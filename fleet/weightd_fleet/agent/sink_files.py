@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from weightd._references.files import show
 from weightd.errors import InvalidReferenceError, WeightdError
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from .blobs import BlobReader
     from .local_blobs import PublishedFiles
-
-_SUFFIX: Final = ".incomplete"
 
 
 class FileLayoutOnDisk(Protocol):
@@ -182,11 +181,15 @@ class FilesSink:
         where = self._layout.place(path, hub_blob)
         if os.path.lexists(where) and not self._layout.may_replace(hub_blob):
             raise InvalidReferenceError(f"{show(where)}: has other content; remove it, or give another folder")
-        beside = where.with_name(where.name[: 255 - len(_SUFFIX)] + _SUFFIX)
+        # Another fetch may write the same blob of a cache now. Each has a name of its own, or one would move the
+        # other's unfinished file. What a killed fetch of this checkpoint left is removed.
+        prefix = f".weightd-{self._manifest.name.removeprefix('b3:')[:16]}-"
+        beside = where.with_name(f"{prefix}{secrets.token_hex(8)}")
         check = HubCheck(hub_blob, size)
         with disk_errors(where.parent):
             where.parent.mkdir(parents=True, exist_ok=True)
-            beside.unlink(missing_ok=True)
+            for left in where.parent.glob(f"{prefix}*"):
+                left.unlink(missing_ok=True)
             with open(beside, "xb", buffering=0) as file:
 
                 def put(data: memoryview) -> None:

@@ -4,8 +4,8 @@
     staging/HEX/DIGEST          a row, verified
     staging/HEX/DIGEST.part     a row that is being received; the next fetch removes it, unless it is whole
 
-A fetch that is killed leaves its rows, and the next one finds them. A row is verified once more when it is used, so
-that none needs to be on the disk before the next one is received.
+A fetch that is killed leaves its rows, and the next one finds them. It verifies them, and each again when it is used:
+so none needs to be on the disk before the next one is received, and one that a crash has cut off is fetched again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class StagingFolder:
             self._rows: dict[bytes, int] = {}
             for path in list(folder.iterdir()):
                 name = path.name.removesuffix(_SUFFIX)
-                if not _is_digest(name) or (path.name != name and not _is_whole(path, bytes.fromhex(name))):
+                if not _is_digest(name) or not _is_whole(path, bytes.fromhex(name)):
                     path.unlink()
                     continue
                 os.rename(path, folder / name)
