@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -11,7 +11,13 @@ import pytest
 
 from support import checkpoints, hub_cache
 from support.agents import Agent, Receiver, agent, published
-from weightd.errors import FormatError, InvalidReferenceError
+from weightd.errors import FormatError, InvalidReferenceError, WeightdError
+from weightd_fleet.agent.hub_layout import HubRevision
+from weightd_fleet.agent.local_blobs import PublishedFiles
+from weightd_fleet.agent.sink_files import FilesSink
+from weightd_fleet.core.digests import blob_digest
+from weightd_fleet.core.manifest import FleetManifest
+from weightd_fleet.core.manifest_rows import HubOrigin, SmallFile
 from weightd_fleet.publishing.state import PublishedState
 
 REPOSITORY = "org/tuned"
@@ -108,3 +114,31 @@ def test_something_else_is_in_the_way(revision: Path, source: Agent, tmp_path: P
     with pytest.raises(InvalidReferenceError, match="other content"):
         receiver.fetch(digest, source.address, folder=mine)
     assert (mine / "model.safetensors").read_text() == "mine"
+
+
+def test_a_blob_that_two_fetches_write_is_whole(tmp_path: Path) -> None:
+    """Of two revisions that have the same blob: the other fetch ends in the middle of it."""
+    content = b"first half, other half"
+    blob = hub_cache.blob_name(content, lfs=False)
+    sinks = []
+    for commit in ("a" * 40, "b" * 40):
+        origin = HubOrigin(REPOSITORY, commit)
+        small = SmallFile("config.json", len(content), blob_digest(content), blob)
+        manifest = FleetManifest.of([], [], [small], origin)
+        sinks.append(FilesSink(manifest, HubRevision(tmp_path, origin), PublishedFiles()))
+    ours, theirs = sinks
+
+    def cut_off(put: Callable[[memoryview], None]) -> None:
+        put(memoryview(content[:4]))
+        raise ConnectionResetError
+
+    def interrupted(put: Callable[[memoryview], None]) -> None:
+        put(memoryview(content[:10]))
+        with pytest.raises(WeightdError):
+            theirs._write("config.json", blob, len(content), cut_off)
+        put(memoryview(content[10:]))
+
+    ours._write("config.json", blob, len(content), interrupted)
+    assert (tmp_path / "models--org--tuned" / "blobs" / blob).read_bytes() == content
+    theirs._write("config.json", blob, len(content), lambda put: put(memoryview(content)))
+    assert {path.read_bytes() for path in (tmp_path / "models--org--tuned" / "blobs").glob(blob)} == {content}
