@@ -145,8 +145,8 @@ class ResidentTensors:
     def _list(self, instance: _Instance) -> None:
         assert self._client is not None  # _instances has connected
         with contextlib.suppress(NotFoundError):  # evicted meanwhile
-            with self._client.attach(instance.content_digest, device=DEVICE, manifest_only=True) as attachment:
-                lengths = {key: info.length for key, info in attachment.tensors.items() if info.length}
+            listed = self._client.tensors(instance.content_digest, DEVICE)
+            lengths = {TensorKey(one.component, one.name): one.length for one in listed if one.length}
             self._known[instance] = _KnownTensors(lengths)
 
     def _attach(self, instance: _Instance, keys: Collection[TensorKey]) -> Attachment | None:
