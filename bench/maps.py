@@ -23,13 +23,12 @@ import gc
 import json
 import random
 import sys
-import time
-from asyncio import events
 from collections.abc import Awaitable, Callable, Iterable
 from itertools import count
 from typing import Any
 
 from _daemon import machine
+from _steps import Steps
 
 from weightd._proto.v1 import inspection_pb2
 from weightd_daemon import heap
@@ -114,36 +113,14 @@ def fill(books: Books, shape: str, checkpoints: int, blobs: int) -> None:
         books.settle()
 
 
-class Steps:
-    """The CPU time of the longest step of the loop."""
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-        run = events.Handle._run
-
-        def timed(handle: events.Handle) -> None:
-            began = time.thread_time()
-            run(handle)
-            self.longest = max(self.longest, time.thread_time() - began)
-
-        events.Handle._run = timed  # type: ignore[method-assign]  # exchanged
-
-    async def of(self, call: Callable[[], Awaitable[Any]]) -> tuple[Any, float, float]:
-        """What a call returns, its CPU time over all threads and that of its longest step, in milliseconds."""
-        await asyncio.sleep(0)
-        self.longest, began = 0.0, time.process_time()
-        found = await asyncio.create_task(call())  # type: ignore[arg-type]  # it is a coroutine
-        return found, (time.process_time() - began) * 1e3, self.longest * 1e3
-
-
 async def pages(steps: Steps, call: Callable[[str], Awaitable[Any]], rows: Callable[[Any], int]) -> dict[str, Any]:
     """Ask for all pages."""
     counted, times, longest, token = [], [], 0.0, ""
     while True:
-        page, took, step = await steps.of(lambda: call(token))  # noqa: B023  # called here
+        page, cost = await steps.of(lambda: call(token))  # noqa: B023  # called here
         counted.append(rows(page))
-        times.append(took)
-        longest = max(longest, step)
+        times.append(cost.process_ms)
+        longest = max(longest, cost.step_ms)
         token = page.next_page_token
         if not token:
             break
@@ -166,11 +143,11 @@ async def measure_map(shape: str, checkpoints: int, blobs: int) -> dict[str, Any
     def ask(token: str) -> Awaitable[inspection_pb2.GetMapResponse]:
         return maps.page(WHO, inspection_pb2.GetMapRequest(page_token=token), "host")
 
-    _, took, step = await steps.of(upkeep.caught_up)
+    _, cost = await steps.of(upkeep.caught_up)
     found: dict[str, Any] = {
         "blobs": books.store.blobs.sealed,
-        "sharing_ms": round(took),
-        "sharing_step_ms": round(step, 1),
+        "sharing_ms": round(cost.process_ms),
+        "sharing_step_ms": round(cost.step_ms, 1),
         "first": await pages(steps, ask, lambda page: len(page.extents)),
         "again": await pages(steps, ask, lambda page: len(page.extents)),
     }

@@ -22,14 +22,13 @@ import gc
 import json
 import random
 import sys
-import time
 import tracemalloc
-from asyncio import events
 from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Any
 
 from _daemon import machine
+from _steps import CallCost, Steps
 
 from weightd._proto.v1 import inspection_pb2
 from weightd_daemon import heap
@@ -84,27 +83,9 @@ def fill(books: Books, shape: str, checkpoints: int, blobs: int) -> int:
     return uses
 
 
-class Steps:
-    """The CPU time of the longest step of the loop."""
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-        run = events.Handle._run
-
-        def timed(handle: events.Handle) -> None:
-            began = time.thread_time()
-            run(handle)
-            self.longest = max(self.longest, time.thread_time() - began)
-
-        events.Handle._run = timed  # type: ignore[method-assign]  # exchanged
-
-    async def of(self, call: Callable[[], Awaitable[Any]]) -> tuple[Any, dict[str, float]]:
-        """What a call returns, its CPU time and that of its longest step, in milliseconds."""
-        await asyncio.sleep(0)
-        self.longest, began = 0.0, time.thread_time()
-        found = await asyncio.create_task(call())  # type: ignore[arg-type]  # it is a coroutine
-        spent = time.thread_time() - began
-        return found, {"ms": round(spent * 1e3, 1), "step_ms": round(self.longest * 1e3, 1)}
+def shown(cost: CallCost) -> dict[str, float]:
+    """CPU milliseconds of the loop's thread, and of the longest step."""
+    return {"ms": round(cost.thread_ms, 1), "step_ms": round(cost.step_ms, 1)}
 
 
 async def measure(shape: str, checkpoints: int, blobs: int) -> dict[str, Any]:
@@ -117,31 +98,40 @@ async def measure(shape: str, checkpoints: int, blobs: int) -> dict[str, Any]:
     upkeep = SharingUpkeep(store.sharing)
     listing = SharingList(store, Catalog(store, UserLimits()), upkeep)
     found: dict[str, Any] = {"blobs": store.blobs.sealed, "uses": uses}
-    _, found["catch up"] = await steps.of(upkeep.caught_up)
+    _, cost = await steps.of(upkeep.caught_up)
+    found["catch up"] = shown(cost)
     found["sets"] = len(store.sharing.on("host").sets)
 
     def page(token: str = "", reference: str = "") -> Callable[[], Awaitable[inspection_pb2.ListSharingResponse]]:
         return lambda: listing.page(WHO, inspection_pb2.ListSharingRequest(page_token=token, reference=reference), "")
 
-    first, found["first page"] = await steps.of(page())
-    _, found["first page again"] = await steps.of(page())
+    first, cost = await steps.of(page())
+    found["first page"] = shown(cost)
+    _, cost = await steps.of(page())
+    found["first page again"] = shown(cost)
     if first.next_page_token:
-        second, found["second page"] = await steps.of(page(first.next_page_token))
+        second, cost = await steps.of(page(first.next_page_token))
+        found["second page"] = shown(cost)
         if second.next_page_token:
-            _, found["third page"] = await steps.of(page(second.next_page_token))
+            _, cost = await steps.of(page(second.next_page_token))
+            found["third page"] = shown(cost)
     digest = f"sha256:{checkpoints // 2:064x}"
-    of_one, found["pairs of one"] = await steps.of(page(reference=digest))
+    of_one, cost = await steps.of(page(reference=digest))
+    found["pairs of one"] = shown(cost)
     found["rows"] = [len(first.pairs), len(of_one.pairs)]
     one = next(one for one in store.checkpoints.values() if one.key.content_digest == digest)
     store.index.pin(one, 0)
-    _, found["after a pin"] = await steps.of(upkeep.caught_up)
+    _, cost = await steps.of(upkeep.caught_up)
+    found["after a pin"] = shown(cost)
     store.index.unpin(one, 0)
     for blob in one.unique.values():
         blob.holds += 1  # so that it stays, for the next load
     store.evict(one, "removed")
-    _, found["after an eviction"] = await steps.of(upkeep.caught_up)
+    _, cost = await steps.of(upkeep.caught_up)
+    found["after an eviction"] = shown(cost)
     books.add(checkpoints, list(one.unique.values()))
-    _, found["after a load"] = await steps.of(upkeep.caught_up)
+    _, cost = await steps.of(upkeep.caught_up)
+    found["after a load"] = shown(cost)
     return found
 
 
