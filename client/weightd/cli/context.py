@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -109,6 +110,17 @@ VariantOption = Annotated[
     typer.Option(
         "--variant", metavar="NAME", help="Select a variant's weights in a directory or repository, such as fp16."
     ),
+]
+WorkloadOption = Annotated[
+    list[str] | None,
+    typer.Option("--manifest", metavar="FILE", help="Plan the checkpoints of a workload manifest; repeatable."),
+]
+HtmlOption = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML file, too.")
+]
+IndexOption = Annotated[
+    str | None,
+    typer.Option("--state-dir", metavar="DIR", help="Directory of the digest index [default: as for `serve`]."),
 ]
 ReferenceArgument = Annotated[
     str,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, require, say
+from weightd.cli.context import (
+    CommandOptions,
+    FormatOption,
+    HtmlOption,
+    IndexOption,
+    OutputFormat,
+    VariantOption,
+    WideOption,
+    WorkloadOption,
+    require,
+    say,
+)
 from weightd.cli.output import emit, emit_json, plural
 from weightd.cli.plan_page import require_writable, write_report
 from weightd.cli.programs import ask
@@ -72,10 +82,7 @@ def plan(
     references: Annotated[
         list[str] | None, typer.Argument(metavar="REF", help="Files, directories or org/name[@revision].")
     ] = None,
-    manifest: Annotated[
-        list[str] | None,
-        typer.Option("--manifest", metavar="FILE", help="Plan the checkpoints of a workload manifest; repeatable."),
-    ] = None,
+    manifest: WorkloadOption = None,
     replicas: Annotated[
         int, typer.Option("--replicas", metavar="N", min=1, max=10_000, help="Replicas of each, on different nodes.")
     ] = 1,
@@ -83,15 +90,9 @@ def plan(
         str,
         typer.Option("--page", metavar="SIZE", help="Unit of allocation: 4KiB in host memory, 2MiB on most GPUs."),
     ] = "4KiB",
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Write the report as one HTML file, too."),
-    ] = None,
+    html: HtmlOption = None,
     variant: VariantOption = None,
-    state_dir: Annotated[
-        str | None,
-        typer.Option("--state-dir", metavar="DIR", help="Directory of the digest index [default: as for `serve`]."),
-    ] = None,
+    state_dir: IndexOption = None,
     output: FormatOption = OutputFormat.TABLE,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
     wide: WideOption = False,

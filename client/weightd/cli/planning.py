@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, VariantOption, WideOption, say
+from weightd.cli.context import (
+    CommandOptions,
+    FormatOption,
+    HtmlOption,
+    IndexOption,
+    OutputFormat,
+    VariantOption,
+    WideOption,
+    WorkloadOption,
+    say,
+)
 from weightd.cli.daemon import require_daemon
 from weightd.cli.output import emit_json
 from weightd.cli.plan_page import require_writable, write_report
@@ -26,10 +36,7 @@ def plan(
         list[str] | None,
         typer.Argument(metavar="REF", help="Files, directories or org/name[@revision]; folders with --scan."),
     ] = None,
-    manifest: Annotated[
-        list[str] | None,
-        typer.Option("--manifest", metavar="FILE", help="Plan the checkpoints of a workload manifest; repeatable."),
-    ] = None,
+    manifest: WorkloadOption = None,
     scan: Annotated[
         bool,
         typer.Option(
@@ -48,15 +55,9 @@ def plan(
             "--budget", metavar="SIZE", help="Report what fits this much memory, such as 24GiB, in which order."
         ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", metavar="FILE", help="Write the report as one HTML file, too."),
-    ] = None,
+    html: HtmlOption = None,
     variant: VariantOption = None,
-    state_dir: Annotated[
-        str | None,
-        typer.Option("--state-dir", metavar="DIR", help="Directory of the digest index [default: as for `serve`]."),
-    ] = None,
+    state_dir: IndexOption = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
