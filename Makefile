@@ -43,6 +43,8 @@ WHEELS_FOR ?= --python-version 3.12 --platform manylinux2014_x86_64
 # Whose own tests the drop-in is to pass: the version that `make test` has, and the next.
 SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
+# Ray, Kubernetes' client and validators: behind the packages of the virtual environment, as test-versions has it.
+FLEET_VENV ?= .venv-fleet
 ENGINES_VENV ?= .venv-engines
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
@@ -60,7 +62,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-page lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -104,6 +106,10 @@ test-engines: $(ENGINES_VENV)/.installed ## tests of the integrations with vLLM 
 test-containers: $(VENV)/.installed ## build the image on a base of Debian's, and run daemon and clients from it (root, buildah, debootstrap)
 	@echo "test-containers: pytest tests/containers"
 	@$(BIN)/python -m pytest tests/containers $(PYTEST_ARGS)
+
+test-fleet: $(FLEET_VENV)/.installed ## tests of fleets on Ray and Kubernetes, on one machine (makes an environment)
+	@echo "test-fleet: pytest tests/fleet_engines"
+	@$(FLEET_VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile tests/fleet_engines $(PYTEST_ARGS)
 
 test-engine-versions: $(ENGINE_VERSIONS:%=$(ENGINES_VENV)/vllm-%/.tested) ## models on weightd's memory in older versions of vLLM (downloads them)
 
@@ -181,8 +187,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(ENGINES_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(ENGINES_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -202,12 +208,22 @@ $(VENV)/.demo: $(VENV)/.installed
 
 # Everything but the packages named comes from $(VENV): a .pth file puts its packages, and weightd, which a .pth file of
 # its own puts there, behind those of this environment.
+define make-venv-behind
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >$(1)/lib/base.pth
+@mv $(1)/lib/base.pth "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+endef
+
 $(VERSIONS_VENV)/%/.made: $(VENV)/.installed
 	@echo "venv: $*"
-	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' >$(@D)/lib/base.pth
-	@mv $(@D)/lib/base.pth "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(call make-venv-behind,$(@D))
 	@$(@D)/bin/python -m pip install --quiet $(subst +, ,$*)
+	@touch $@
+
+$(FLEET_VENV)/.installed: $(VENV)/.installed tests/fleet_engines/requirements.txt
+	@echo "venv: $(FLEET_VENV), with tests/fleet_engines/requirements.txt (the first time takes a minute)"
+	$(call make-venv-behind,$(@D))
+	@$(@D)/bin/python -m pip install --quiet --requirement tests/fleet_engines/requirements.txt
 	@touch $@
 
 $(VERSIONS_VENV)/%/.tested: $(VERSIONS_VENV)/%/.made $(VENV)/.demo

@@ -27,8 +27,8 @@ StartDaemon = Callable[..., Daemon]
 # `make test-engines` runs these, in an environment that has the engines.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["engines"]
 
-APART = [Path(__file__).parent / name for name in ("containers", "page")]
-"""`make test-containers` and `make test-page` run these: what is in there runs only where it is named."""
+APART = [Path(__file__).parent / name for name in ("containers", "fleet_engines", "page")]
+"""`make test-containers`, `test-fleet` and `test-page` run these: what is in there runs only where it is named."""
 
 # A shell that runs the tests in the background has it ignored, and so would every process that gets a Ctrl-C here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

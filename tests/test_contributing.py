@@ -36,6 +36,12 @@ def test_the_files_that_are_begun_first_are_there() -> None:
     assert len({*LONGEST}) == len(LONGEST)
 
 
+def test_no_merge_was_left_half_way() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    marks = re.compile(r"^(?:[<>|]{7}|={7}$|>>=)", re.M)
+    assert [page.name for page in pages if marks.search(page.read_text())] == []
+
+
 def test_every_recipe_is_explained() -> None:
     recipes = set(re.findall(r"^([a-z-]+):.*##", MAKEFILE, re.M)) - {"help"}
     assert recipes == {target for command in COMMANDS for target in targets(command)}
