@@ -8,6 +8,14 @@ import pytest
 
 from support.ray_nodes import RayCluster, ray_cluster
 
+RAYS_WARNINGS = ("ignore:Using extra keyword arguments on `Field` is deprecated:DeprecationWarning",)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ignore warnings of Ray's own code."""
+    for line in RAYS_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:

@@ -2,7 +2,8 @@
 
     python -m support.ray_cluster '{"head": ADDRESS, "nodes": [{"address": …, "labels": {…}, "variables": {…}}, …]}'
 
-Standard output says in JSON where it is and the ids of the nodes, then answers each order: the number of a node to kill.
+Standard output says in JSON where it is, with the ids of its nodes, then answers each order: the number of a node to
+kill.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class RayCluster:
                 self._process = subprocess.Popen(
                     leashed([sys.executable, "-m", "support.ray_cluster", json.dumps(order)]),
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-                    env=environment() | self._variables(),
+                    env=environment() | self.variables(),
                 )  # fmt: skip
             if answer := self._answer():
                 self.address = answer["address"]
@@ -142,6 +142,11 @@ class RayCluster:
         process.stdout.close()
         eventually(lambda: not self.processes(), what="Ray's processes to end")
 
+    def variables(self) -> dict[str, str]:
+        """What the environment of Ray's processes has beside that of other processes of tests."""
+        # RAY_TMPDIR holds the sessions and the address of "the current cluster", which else is one for all users.
+        return {"RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
     def _answer(self) -> dict[str, Any] | None:
         """The next line of the process; None if it ends, or takes too long."""
         assert self._process is not None
@@ -149,10 +154,6 @@ class RayCluster:
         readable, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)
         line = self._process.stdout.readline() if readable else ""
         return json.loads(line) if line else None
-
-    def _variables(self) -> dict[str, str]:
-        # RAY_TMPDIR holds the sessions and the address of "the current cluster", which else is one for all users.
-        return {"RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
 
 @contextlib.contextmanager

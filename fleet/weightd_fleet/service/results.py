@@ -165,8 +165,7 @@ class LoadReport:
     def explain(self) -> str:
         """What was loaded where, and which targets were skipped, a line each."""
         loaded = (
-            f"{one.name}: {size(one.moved_bytes)} received, {size(one.local_bytes)} were there"
-            for one in self.replicas
+            f"{one.name}: {size(one.moved_bytes)} received, {size(one.local_bytes)} were there" for one in self.replicas
         )
         return "\n".join([*loaded, *(f"{one.name}: skipped: {one.why}" for one in self.skipped)])
 
