@@ -45,7 +45,7 @@ def _answered(options: argparse.Namespace, _: ProgramAnswers) -> dict[str, Any]:
 
 def _asked(options: argparse.Namespace, ask: Any) -> dict[str, Any]:
     if options.what == "ls":
-        return {"checkpoints": list(map(asdict, ask("checkpoints"))), "nodes": list(map(asdict, ask("nodes")))}
+        return {"checkpoints": list(map(asdict, ask("checkpoints"))), "nodes": _nodes(ask)}
     if options.what == "place":
         placed = ask("place", options.subject, options.replicas or 1)
         return asdict(placed) | {"options": placed.options() if placed.targets else None}
@@ -54,16 +54,22 @@ def _asked(options: argparse.Namespace, ask: Any) -> dict[str, Any]:
     if options.what == "drain":
         return asdict(ask("drain", options.subject, options.keep_replicas))
     stats = ask("stats")
-    nodes = [_figures(node) for node in map(asdict, ask("nodes"))]
-    return asdict(stats) | {"since": stats.since.isoformat(), "each": nodes}
+    return asdict(stats) | {"since": stats.since.isoformat(), "each": _nodes(ask)}
 
 
-def _figures(node: dict[str, Any]) -> dict[str, Any]:
-    """A node without its lists of checkpoints."""
-    devices = [
-        {key: value for key, value in device.items() if not isinstance(value, tuple)} for device in node["devices"]
+def _nodes(ask: Any) -> list[dict[str, Any]]:
+    """The nodes without their lists of checkpoints."""
+    nodes = map(asdict, ask("nodes"))
+    return [
+        {key: value for key, value in node.items() if key != "serves"}
+        | {
+            "devices": [
+                {key: value for key, value in device.items() if not isinstance(value, tuple)}
+                for device in node["devices"]
+            ]
+        }
+        for node in nodes
     ]
-    return {key: value for key, value in node.items() if key != "serves"} | {"devices": devices}
 
 
 if __name__ == "__main__":

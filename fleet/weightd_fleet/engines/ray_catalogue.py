@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import ray
 
 from weightd.errors import InvalidReferenceError
 from weightd_fleet.service.fleet_service import AgentAccess, FleetService
-from weightd_fleet.service.state import FleetMember
+from weightd_fleet.service.members import FleetMember
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,15 +53,16 @@ class RayCatalogue:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
         self._settings = settings
         self._service = FleetService(settings.access, ray.get_runtime_context().get_node_id())
+        self._service.update(members())
         threading.Thread(target=self._follow, name="members", daemon=True).start()
 
     def _follow(self) -> None:
         while True:
+            time.sleep(_MEMBERS_SECONDS)
             try:
                 self._service.update(members())
             except Exception:  # the head may be restarting
                 log.exception("the nodes of the cluster cannot be listed")
-            threading.Event().wait(_MEMBERS_SECONDS)
 
     def settings(self) -> CatalogueSettings:
         """How it was started."""

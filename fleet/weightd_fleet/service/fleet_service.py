@@ -12,6 +12,7 @@ from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.resident import DEVICE
 from weightd_fleet.agent.tls import TlsFolder
 
+from .fleet_state import FleetState
 from .following import FollowedMembers
 from .loading import FleetLoads
 from .results import (
@@ -24,7 +25,6 @@ from .results import (
     ReplicasLeftOver,
     ReplicaTarget,
 )
-from .state import FleetState
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from weightd_fleet.core.catalogue import PlacementDecision
     from weightd_fleet.core.placing import LeftOverReplicas
 
+    from .members import FleetMember
     from .results import FleetCheckpoint, FleetNode, LoadReport, WantedCheckpoint
-    from .state import FleetMember
 
 AGENT_PORT: Final = 7411
 MOST_REPLICAS: Final = 10_000
+_REFILL_SECONDS: Final = 10.0
+"""How long a question waits after a start for agents that have not answered yet."""
 
 
 class AgentAccess(NamedTuple):
@@ -78,15 +80,16 @@ class FleetService:
 
     def nodes(self) -> tuple[FleetNode, ...]:
         """All nodes."""
-        return self._state.nodes()
+        return self._told().nodes()
 
     def checkpoints(self) -> tuple[FleetCheckpoint, ...]:
         """All checkpoints that a node has."""
-        return self._state.checkpoints()
+        return self._told().checkpoints()
 
     def stats(self) -> FleetStats:
         """Figures of the fleet."""
-        nodes, checkpoints = self._state.nodes(), self._state.checkpoints()
+        state = self._told()
+        nodes, checkpoints = state.nodes(), state.checkpoints()
         memories = [device for node in nodes for device in node.devices if device.device == DEVICE]
         return FleetStats(
             nodes=len(nodes),
@@ -100,12 +103,12 @@ class FleetService:
             moved_bytes=self._loads.moved_bytes,
             catalogue_node=self._runs_on,
             since=self._since,
-            refilled_seconds=self._state.refilled_seconds,
+            refilled_seconds=state.refilled_seconds,
         )
 
     def place(self, reference: str, replicas: int = 1) -> Placement:
         """Choose nodes for replicas of a checkpoint."""
-        checkpoint = self._state.named(reference)
+        checkpoint = self._told().named(reference)
         found = self._state.choose(checkpoint, _counted(replicas))
         targets = tuple(
             ReplicaTarget(
@@ -130,7 +133,7 @@ class FleetService:
         pin: bool = False,
     ) -> LoadReport:
         """Make replicas resident: on certain nodes, or on the best ones, of which those in a placement come first."""
-        checkpoint = self._state.named(reference)
+        checkpoint = self._told().named(reference)
         if on is not None and not isinstance(on, Placement):
             nodes = [self._state.node_named(node) for node in on]
             if replicas not in (None, len(nodes)):
@@ -145,14 +148,14 @@ class FleetService:
 
     def plan(self, references: Sequence[str], replicas: int = 1) -> ReplicaPlan:
         """Plan where checkpoints go together."""
-        named = {self._state.named(reference): reference for reference in references}
+        named = {self._told().named(reference): reference for reference in references}
         if len(named) < len(references):
             raise InvalidReferenceError("two references stand for one checkpoint; name it once, and ask for replicas")
         return self._plan({checkpoint: _counted(replicas) for checkpoint in named}, named)
 
     def apply(self, spec: Sequence[WantedCheckpoint]) -> AppliedSpec:
         """Load, and pin, what is wanted and missing."""
-        wanted = {self._state.named(item.reference): item for item in spec}
+        wanted = {self._told().named(item.reference): item for item in spec}
         if len(wanted) < len(spec):
             raise InvalidReferenceError("two references stand for one checkpoint; name it once, with its replicas")
         plan = self._plan(
@@ -181,7 +184,7 @@ class FleetService:
         """Copy what would be held by too few others, then end the service of a node's agent."""
         if not 0 <= keep_replicas <= MOST_REPLICAS:
             raise InvalidReferenceError(f"keep {keep_replicas} replicas: must be from 0 to {MOST_REPLICAS}")
-        leaving = self._state.node_named(node)
+        leaving = self._told().node_named(node)
         if leaving.state == "unknown":
             raise NotFoundError(f"node {leaving.name}: cannot be drained: {leaving.problem}")
         copied: list[LoadReport] = []
@@ -200,6 +203,11 @@ class FleetService:
 
     def _peer(self, address: AgentAddress) -> Peer:
         return Peer(address, self._tls, self._patience)
+
+    def _told(self) -> FleetState:
+        """The state, after a start once the agents have told what they hold."""
+        self._state.wait_for_refill(_REFILL_SECONDS)
+        return self._state
 
     def _load_best(
         self,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from weightd_fleet.agent.inventory import NodeInventory
     from weightd_fleet.agent.peer import Peer
 
-    from .state import FleetMember, FleetState
+    from .fleet_state import FleetState
+    from .members import FleetMember
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Order fetches from agents: each reads from the nodes with the fewest readers, and where one is full, the next fetches."""
+"""Order fetches from agents: each reads from the nodes with the fewest readers, and full nodes are passed over."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from weightd_fleet.agent.addresses import AgentAddress
     from weightd_fleet.agent.peer import Peer
 
+    from .fleet_state import FleetState
     from .results import FleetNode
-    from .state import FleetState
 
 _MOST_SOURCES: Final = 8
 _FETCH_SECONDS: Final = 6 * 3600.0
@@ -99,7 +99,7 @@ class FleetLoads:
             kind = CapacityError if any(full) or not full else DaemonUnreachableError
             raise kind(f"{reference}: {len(loaded)} of {replicas} replicas are resident{there}: {why}")
         for replica in loaded:
-            self._await(checkpoint, replica.node)
+            self._await(checkpoint, replica.node, pin=pin)
         return LoadReport(reference, checkpoint, tuple(loaded), tuple(skipped))
 
     def drain(self, node: FleetNode) -> None:
@@ -112,12 +112,13 @@ class FleetLoads:
 
     def _fetch(self, reference: str, checkpoint: str, target: FleetNode, *, pin: bool) -> LoadedReplica:
         began = time.monotonic()
+        name = self._state.name_of(checkpoint) if reference == checkpoint else reference
         with self._reading(checkpoint, target.node) as sources:
             request = peer_pb2.FetchRequest(
                 name=checkpoint,
                 sources=sources,
                 sink=peer_pb2.SINK_MEMORY,
-                local_name="" if reference == checkpoint else reference,
+                local_name="" if name == checkpoint else name,
                 pin=pin,
             )
             result = self._result(target, request)
@@ -168,9 +169,10 @@ class FleetLoads:
             with self._lock:
                 self._running[node].remove(peer)
 
-    def _await(self, checkpoint: str, node: str) -> None:
+    def _await(self, checkpoint: str, node: str, *, pin: bool) -> None:
         """Wait until the catalogue has heard of a replica, so that whoever asks next is told of it."""
-        self._state.wait_until(lambda: node in self._state.holders(checkpoint), _SEEN_SECONDS)
+        wanted = {True} if pin else {True, False}
+        self._state.wait_until(lambda: self._state.holders(checkpoint).get(node) in wanted, _SEEN_SECONDS)
 
 
 class _Waiting:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from weightd_fleet.agent.inventory import ServableCheckpoint
 
-    from .state import FleetMember
+    from .members import FleetMember
 
 _SHORTEST: Final = 6
 """Digits of a node's id that may stand for it if no other begins with them."""
@@ -43,6 +43,10 @@ class FleetNames:
         """What a checkpoint was published as, the shortest first."""
         return tuple(sorted(self._names.get(checkpoint, ()), key=lambda name: (len(name), name)))
 
+    def own_name(self, checkpoint: str) -> str:
+        """What a checkpoint was published as, and no other one was; "" if there is no such name."""
+        return next((name for name in self.of(checkpoint) if len(self._checkpoints[name]) == 1), "")
+
     def size_bytes(self, checkpoint: str) -> int:
         """Bytes of a checkpoint's tensors."""
         return self._sizes[checkpoint]
@@ -62,7 +66,7 @@ class FleetNames:
             raise InvalidReferenceError(
                 f"{reference[:200]}: {len(found)} checkpoints have this name; give one of {listed}"
             )
-        return found.pop()
+        return next(iter(found))
 
 
 class NodeNames:

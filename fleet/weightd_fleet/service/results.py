@@ -211,7 +211,7 @@ class ReplicaPlan:
         """Where each replica goes and why, and why others go nowhere, a line each."""
         return "\n".join(
             [
-                *(f"{one.reference} on {one.name}: {one.why}" for one in self.replicas),
+                *(f"{one.reference} on {one.why}" for one in self.replicas),
                 *(f"{one.reference}: {one.replicas} not placed: {one.why}" for one in self.left_over),
             ]
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from weightd_fleet.agent.resident import DEVICE
 from weightd_fleet.core.catalogue import DeviceReport, FleetCatalogue, PlacementDecision
@@ -22,15 +22,9 @@ if TYPE_CHECKING:
     from weightd_fleet.agent.inventory import DeviceInventory, NodeInventory
     from weightd_fleet.core.manifest import FleetManifest
 
+    from .members import FleetMember
+
 _NOT_YET: Final = "its agent has not answered yet"
-
-
-class FleetMember(NamedTuple):
-    """A node that the engine counts as alive: its id, what people call it, and its host name or IP address."""
-
-    node: str
-    name: str
-    host: str
 
 
 class _NodeRecord:
@@ -137,6 +131,10 @@ class FleetState:
 
     # -- what it answers ---------------------------------------------------------------------------------------------
 
+    def wait_for_refill(self, seconds: float) -> None:
+        """Wait until each member has been heard, or could not be."""
+        self.wait_until(lambda: self.refilled_seconds is not None, seconds)
+
     def wait_until(self, so: Callable[[], bool], seconds: float) -> bool:
         """Wait until something is so, which is asked after each change. Returns whether it is."""
         with self._changed:
@@ -161,10 +159,9 @@ class FleetState:
             return self._current_names().checkpoint(reference)
 
     def name_of(self, checkpoint: str) -> str:
-        """What people call a checkpoint."""
+        """What people call a checkpoint; its own name if others are called the same, or it is called nothing."""
         with self._changed:
-            names = self._current_names().of(checkpoint)
-        return names[0] if names else checkpoint
+            return self._current_names().own_name(checkpoint) or checkpoint
 
     def node_named(self, reference: str) -> FleetNode:
         """The node of an id, a name or an address. Errors: NotFoundError, InvalidReferenceError (several)."""
@@ -173,9 +170,12 @@ class FleetState:
             return _node(self._nodes[NodeNames(members).node(reference)])
 
     def choose(self, checkpoint: str, replicas: int) -> PlacementDecision:
-        """The devices for replicas of a checkpoint, best first. Errors: NotFoundError."""
+        """The devices for replicas of a checkpoint, best first. Errors: NotFoundError.
+
+        Where equally much is missing in memory, a node that has the bytes in files comes first: it moves fewer.
+        """
         with self._changed:
-            return self._catalogue.choose(checkpoint, replicas)
+            return self._catalogue.choose(checkpoint, replicas, self.servers(checkpoint).keys())
 
     def plan(self, wanted: Mapping[str, int]) -> JointPlan:
         """Where so many replicas of checkpoints go together. Errors: NotFoundError."""
