@@ -1,4 +1,4 @@
-"""The commands of `fleet` for a cluster of Ray: `stats`, `place`, `load`, `drain`, `catalogue`, and `ls` without `--from`.
+"""The commands of `fleet` that ask the catalogue of a Ray cluster: `stats`, `place`, `load`, `drain`, `catalogue`, `ls`.
 
 They start the fleet's program, which asks the catalogue.
 """
