@@ -7,8 +7,8 @@
         nodes.load("org/tuned", on=placed, pin=True)
     Engine.options(**placed.options()).remote()
 
-Needs the extra `fleet-ray`. A reference is what a checkpoint was published as, or its name in the fleet, `b3:…`; a node is
-the id that Ray gives it, its name, or its address.
+Needs the extra `fleet-ray`. A reference is what a checkpoint was published as, or its name in the fleet, `b3:…`; a node
+is the id that Ray gives it, its name, or its address.
 """
 
 from __future__ import annotations
@@ -76,16 +76,18 @@ def connect(
         from weightd_fleet.engines.ray_connection import connect_catalogue
     except ModuleNotFoundError as error:
         raise InvalidReferenceError(
-            f"weightd.fleet needs {error.name}, which is not installed: pip install '.[fleet-ray]' in weightd's checkout"
+            f"weightd.fleet needs {error.name}, which is not installed: pip install '.[fleet-ray]' in weightd's "
+            "checkout"
         ) from error
-    return Fleet(*connect_catalogue(address, port=port, tls_dir=tls_dir, start=start))
+    catalogue = connect_catalogue(address, port=port, tls_dir=tls_dir, start_it=start)
+    return Fleet(catalogue.ask, catalogue.leave)
 
 
 class Fleet:
     """A fleet's catalogue, which answers while its head lives. Safe for use from several threads.
 
-    All methods raise DaemonUnreachableError (the catalogue does not answer), NotFoundError (no such checkpoint or node),
-    and InvalidReferenceError (a reference that several checkpoints were published as: it lists them).
+    All methods raise DaemonUnreachableError (the catalogue does not answer), NotFoundError (no such checkpoint or
+    node), and InvalidReferenceError (a reference that several checkpoints were published as: it lists them).
     """
 
     def __init__(self, ask: Callable[..., Any], close: Callable[[], None]) -> None:
@@ -146,7 +148,7 @@ class Fleet:
         return self._ask("plan", tuple(references), replicas)  # type: ignore[no-any-return]
 
     def apply(self, spec: Iterable[WantedCheckpoint | Mapping[str, Any] | str]) -> AppliedSpec:
-        """Make the fleet have what is wanted: load, and pin, what is missing. Nothing is removed, unpinned or moved away.
+        """Make the fleet have what is wanted: load, and pin, what is missing. Nothing is removed, unpinned or moved.
 
         An item is a WantedCheckpoint, a mapping with its fields, or a reference. Whatever finds no place is reported,
         and is no error.

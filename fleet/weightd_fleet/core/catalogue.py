@@ -179,6 +179,10 @@ class FleetCatalogue:
         """The last report of each device, by the devices' names."""
         return tuple(sorted(self._reports, key=lambda report: report.device))
 
+    def checkpoints(self) -> tuple[str, ...]:
+        """The checkpoints in the order in which they were added, which is the one of the atoms' rows."""
+        return tuple(self._names)
+
     def sources(self, checkpoint: str) -> tuple[str, ...]:
         """The devices on which a checkpoint is resident, by name. Errors: NotFoundError."""
         column = self._resident[: len(self._reports), self._number(checkpoint)]

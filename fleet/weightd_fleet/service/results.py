@@ -262,10 +262,10 @@ class DrainReport:
 class FleetStats:
     """Figures of the fleet, and of the catalogue that says them.
 
-    `resident_bytes` is the memory that the daemons use on all live nodes; `logical_bytes` what the resident checkpoints
-    would take if none shared. `transfers` are fetches that the catalogue waits for now, `moved_bytes` is what those that
-    it has seen end moved. The catalogue runs on `catalogue_node` since `since`, and then knew nothing; all agents that
-    answer had told it what they hold after `refilled_seconds`, None until they have.
+    `resident_bytes` is the host memory that the daemons use on nodes that answer; `logical_bytes` is what the resident
+    checkpoints would take if none shared. The catalogue waits for `transfers` fetches now; those that ended moved
+    `moved_bytes`. It runs on `catalogue_node` since `since`, and knew nothing then; after `refilled_seconds` all agents
+    that answer had told it what they hold (None until they have).
     """
 
     nodes: int
