@@ -31,14 +31,14 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 import weightd
-from weightd_fleet.engines.ray_serve import NodeResidency
+from weightd.fleet import NodeResidency
 
 
 @serve.deployment(
     max_ongoing_requests=2,
     ray_actor_options={"num_cpus": 0},
     request_router_config=RequestRouterConfig(
-        request_router_class="weightd_fleet.engines.ray_serve:WeightdRouter", request_routing_stats_period_s=1
+        request_router_class="weightd.fleet:WeightdRouter", request_routing_stats_period_s=1
     ),
 )
 class Models:

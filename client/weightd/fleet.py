@@ -9,6 +9,8 @@
 
 Needs the extra `fleet-ray`. A reference is what a checkpoint was published as, or its name in the fleet, `b3:…`; a node
 is the id that Ray gives it, its name, or its address.
+
+`WeightdRouter` and `NodeResidency` are for deployments of Ray Serve (docs/fleet.md).
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
 
+    from weightd_fleet.engines.ray_serve import NodeResidency as NodeResidency
+    from weightd_fleet.engines.ray_serve import WeightdRouter as WeightdRouter
+
 __all__ = [
     "AppliedSpec",
     "DrainReport",
@@ -57,6 +62,15 @@ __all__ = [
     "WantedCheckpoint",
     "connect",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is for Ray Serve when it is first named: Ray comes with it."""
+    if name in ("NodeResidency", "WeightdRouter"):
+        from weightd_fleet.engines import ray_serve
+
+        return getattr(ray_serve, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def connect(

@@ -2,7 +2,7 @@
 
     @serve.deployment(
         request_router_config=RequestRouterConfig(
-            request_router_class="weightd_fleet.engines.ray_serve:WeightdRouter", request_routing_stats_period_s=1
+            request_router_class="weightd.fleet:WeightdRouter", request_routing_stats_period_s=1
         )
     )
     class Models:

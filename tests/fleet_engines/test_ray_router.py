@@ -1,9 +1,9 @@
-"""The order in which WeightdRouter tries replicas, without a cluster."""
+"""The order in which WeightdRouter tries replicas, and what they tell it, without a cluster."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +11,13 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from weightd_fleet.engines.ray_serve import STATS_KEY, WeightdRouter, resident_bytes
+import weightd
+from support import checkpoints
+from support.daemon import Daemon, eventually
+from weightd_fleet.engines.ray_serve import STATS_KEY, NodeResidency, WeightdRouter, resident_bytes
 
 MODEL = "tuned"
 DEPLOYMENT = DeploymentID("models")
-Rank = Callable[..., list[list[str]]]
 
 
 def replica(name: str, node: str, resident: dict[str, int] | None = None, loaded: tuple[str, ...] = ()) -> Any:
@@ -101,3 +103,39 @@ def test_statistics_of_another_form_say_nothing(stats: object) -> None:
     strange = replica("strange", "n0")
     strange.routing_stats = stats
     assert ranks([strange, replica("near", "n1", {MODEL: 1})]) == [["near"], ["strange"]]
+
+
+def test_a_node_tells_what_is_resident_and_asks_for_the_list_when_it_has_changed(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = daemon.connect()
+    lists = []
+    checkpoints_of = client.checkpoints
+    monkeypatch.setattr(client, "checkpoints", lambda: lists.append(None) or checkpoints_of())
+    residency, elsewhere = NodeResidency(client), NodeResidency(client, "cuda:0")
+
+    def told() -> Any:
+        return asyncio.run(residency.routing_stats())
+
+    assert told() == {STATS_KEY: {}}
+    files = {
+        name: checkpoints.write_random(tmp_path / f"{name}.safetensors", tensors, 4096, name)
+        for name, tensors in (("small", 1), ("large", 3))
+    }
+    with weightd.connect(daemon.socket, timeout=60.0) as loading:
+        for name, file in files.items():
+            loading.load(file, name=name)
+    assert list(told()[STATS_KEY].items()) == [("large", 3 * 4096), ("small", 4096)], "in another order it is news"
+    eventually(lambda: not client.leases())
+    asked = len(lists)
+    assert told() == told()
+    assert len(lists) == asked
+    client.remove("large")
+    assert told() == {STATS_KEY: {"small": 4096}}
+    assert asyncio.run(elsewhere.routing_stats()) == {STATS_KEY: {}}
+    daemon.kill()
+    assert told() == {STATS_KEY: {}}, "Serve would go on with what it said last"
+    daemon.start()
+    assert told() == {STATS_KEY: {}}
+    client.load(files["large"], name="large")
+    assert told() == {STATS_KEY: {"large": 3 * 4096}}
