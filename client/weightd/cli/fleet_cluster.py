@@ -1,4 +1,4 @@
-"""The commands of `fleet` that ask the catalogue of a Ray cluster: `stats`, `place`, `load`, `drain`, `catalogue`, `ls`.
+"""Commands that ask the catalogue of a Ray cluster: `ls`, `stats`, `place`, `load`, `drain`, `catalogue`.
 
 They start the fleet's program, which asks the catalogue.
 """
@@ -125,7 +125,7 @@ def stats(
     emit_text(
         f"{plural(found['checkpoints'], 'checkpoint')}, {plural(found['replicas'], 'replica')} in memory: "
         f"{size(found['resident_bytes'])} used, {size(found['logical_bytes'])} without sharing. "
-        f"{plural(found['transfers'], 'fetch').replace('fetchs', 'fetches')} running, {size(found['moved_bytes'])} moved.",
+        f"{plural(found['transfers'], 'transfer')} running, {size(found['moved_bytes'])} moved.",
         width,
     )
     _say_problems(found["each"])
