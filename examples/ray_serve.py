@@ -36,7 +36,7 @@ from weightd.fleet import NodeResidency
 
 @serve.deployment(
     max_ongoing_requests=2,
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={"num_cpus": 0.5},  # some, so that none is on a head without CPUs, which needs no daemon then
     request_router_config=RequestRouterConfig(
         request_router_class="weightd.fleet:WeightdRouter", request_routing_stats_period_s=1
     ),
@@ -87,7 +87,8 @@ def main() -> None:
 
     ray.init(arguments.address, log_to_driver=False)
     serve.start(proxy_location="Disabled")  # requests come from this process; without this line, by HTTP as well
-    handle = serve.run(Models.options(num_replicas=arguments.replicas).bind(references), route_prefix=None)
+    deployment = Models.options(num_replicas=arguments.replicas)
+    handle = serve.run(deployment.bind(references), name="weightd-example", route_prefix=None)
     for _ in range(2):
         for name in references:
             asked = [handle.options(multiplexed_model_id=name).remote() for _ in range(2 * arguments.replicas)]
@@ -96,7 +97,7 @@ def main() -> None:
                 print(f"{name}: {answer['tensors']} tensors in process {answer['pid']} on node {answer['node']}")
     for node, answer in {answer["node"]: answer for answer in answers.values()}.items():
         print(f"node {node}: {answer['logical'] / 2**20:.1f} MiB of models in {answer['resident'] / 2**20:.1f} MiB")
-    serve.shutdown()
+    serve.delete("weightd-example")
     ray.shutdown()
 
 

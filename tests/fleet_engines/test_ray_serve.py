@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle as Handle
 
 DEV, IF2, LLAMA, QV = MODELS = ("FLUX.1-dev", "IF-II-L-v1.0", "Llama-3.1-8B", "Llama-3.1-8B-qv-merged")
+SHORT = {DEV: "dev", IF2: "if2", LLAMA: "llama", QV: "qv"}
 HOMES = {DEV: 0, IF2: 0, LLAMA: 1, QV: 1}
 SCALE = 1 / 4
 """Of the workloads' rows in `*__s64`: 0.36 GB instead of 1.42. What the models share is the same to four digits."""
@@ -76,8 +77,11 @@ def restore(nodes: list[RayNode], paths: dict[str, str]) -> None:
 
 def memory_of(nodes: list[RayNode]) -> int:
     """Bytes resident on all nodes."""
-    clients = [node.daemon.connect() for node in nodes]
-    return sum(client.stats().resident_bytes for client in clients)
+    total = 0
+    for node in nodes:
+        with weightd.connect(node.daemon.socket, timeout=60.0) as client:
+            total += client.stats().resident_bytes
+    return total
 
 
 @contextlib.contextmanager
@@ -89,14 +93,13 @@ def deployed(
     each: int,
     **options: Any,
 ) -> Iterator[Handle]:
-    """An application with so many replicas on each of some nodes, whose router knows what is resident there."""
+    """An application with so many replicas on each node, whose router knows what is resident there."""
     here = f"in({','.join(node.ray_id for node in nodes)})"
-    handle = served_models.run(
-        "app", router, paths, num_replicas=each * len(nodes), max_replicas_per_node=each,
-        ray_actor_options={"label_selector": {"ray.io/node-id": here}}, **options,
-    )  # fmt: skip
     known = {node.ray_id: {name for name, home in HOMES.items() if home == node.number} for node in nodes}
-    try:
+    with served_models.served(
+        router, paths, num_replicas=each * len(nodes), max_replicas_per_node=each,
+        ray_actor_options={"num_cpus": 0, "label_selector": {"ray.io/node-id": here}}, **options,
+    ) as handle:  # fmt: skip
         eventually(
             lambda: (
                 len(replicas()) == each * len(nodes)
@@ -105,8 +108,6 @@ def deployed(
             what="statistics of all replicas",
         )
         yield handle
-    finally:
-        serve.delete("app")
 
 
 def ask(handle: Handle, name: str) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def is_loaded(name: str) -> bool:
     return any(name in one.multiplexed_model_ids for one in replicas())
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(name[:5] for name in order))
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "-".join(SHORT[name] for name in order))
 def test_the_router_loads_nothing_that_is_resident(
     nodes: list[RayNode], paths: dict[str, str], order: tuple[str, ...]
 ) -> None:
@@ -150,7 +151,7 @@ def test_replicas_of_a_node_share_and_a_hot_model_stays_on_its_node(
         go_on = tmp_path / "go-on"
 
         def hold(number: int) -> Any:
-            """A request for the model of the first node that takes long; the number is how many are under way then."""
+            """A request for a model that takes long; the number is how many are under way then."""
             response = handle.options(multiplexed_model_id=LLAMA).hold.remote(str(tmp_path), str(go_on))
             eventually(lambda: len(list(tmp_path.glob("*.pid"))) == number)
             return response

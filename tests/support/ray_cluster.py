@@ -31,11 +31,12 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what Ray prints
-    # Ray rewrites 127.0.0.1, and without an address takes the machine's outward one.
+    # The head has no daemon, and so no CPUs for replicas. Ray rewrites 127.0.0.1, and without an address it takes the
+    # machine's outward one.
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
-            **NODE, "node_ip_address": order["head"], "num_cpus": 1, "_system_config": SYSTEM_CONFIG,
+            **NODE, "node_ip_address": order["head"], "num_cpus": 0, "_system_config": SYSTEM_CONFIG,
         },
     )  # fmt: skip
     try:

@@ -6,7 +6,10 @@ There is one application at a time. Its router lives in the process that asks it
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from ray.serve.request_router import RequestRouter, RunningReplica
 
 PAGE = 4096
+_numbers = itertools.count()
 _routers: list[RequestRouter] = []
 _calls = 0
 
@@ -95,19 +99,23 @@ class Models:
         """Do nothing."""
 
 
-def run(app: str, router: type[RequestRouter], paths: dict[str, str], **options: Any) -> Handle:
-    """Run an application. `options` are those of the deployment."""
-    _routers.clear()
+@contextlib.contextmanager
+def served(router: type[RequestRouter], paths: dict[str, str], **options: Any) -> Iterator[Handle]:
+    """An application until the end of the block. `options` are those of the deployment."""
+    # A handle keeps the router that it began with, and Serve keeps handles by the name of the application.
+    name = f"models-{next(_numbers)}"
     deployment = serve.deployment(
         Models,
         request_router_config=RequestRouterConfig(request_router_class=router, request_routing_stats_period_s=0.2),
-        ray_actor_options={"num_cpus": 0, **options.pop("ray_actor_options", {})},
         graceful_shutdown_timeout_s=1,
         **options,
     )
-    handle = serve.run(deployment.bind(paths), name=app, route_prefix=None)
-    handle.ready.remote().result(timeout_s=60)  # the first request makes the router
-    return handle
+    try:
+        handle = serve.run(deployment.bind(paths), name=name, route_prefix=None)
+        handle.ready.remote().result(timeout_s=60)  # the first request makes the router
+        yield handle
+    finally:
+        serve.delete(name)
 
 
 def replicas() -> list[RunningReplica]:
