@@ -170,7 +170,9 @@ def ls(
     output: FormatOption = OutputFormat.TABLE,
     wide: WideOption = False,
 ) -> None:
-    """List the checkpoints of a cluster of Ray, or with `--from` those that agents can serve.
+    """List checkpoints of a Ray cluster, or of agents.
+
+    With `--from` it lists those that these agents can serve, without a cluster.
 
     \b
     Examples:

@@ -94,7 +94,7 @@ def stats(
     output: FormatOption = OutputFormat.TABLE,
     wide: WideOption = False,
 ) -> None:
-    """Show the nodes of a cluster of Ray, and how much memory sharing saves there.
+    """Show the nodes of a Ray cluster and their memory.
 
     FIRM is memory that cannot be evicted now: it is pinned or leased.
 
@@ -138,7 +138,7 @@ def place(
     address: AddressOption = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """Say on which nodes replicas of a checkpoint add the fewest bytes.
+    """Say on which nodes replicas add the fewest bytes.
 
     Nothing is moved or reserved. The JSON has the options for Ray that let an actor run on these nodes alone.
 
@@ -173,7 +173,7 @@ def load(
     address: AddressOption = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """Make replicas of a checkpoint resident in the host memory of nodes.
+    """Make replicas resident in nodes' host memory.
 
     Each node fetches from others what it lacks, and nothing else. Without `--on` the nodes are those of
     `weightd fleet place`, and one that is full or does not answer is passed over.
@@ -205,9 +205,9 @@ def drain(
     address: AddressOption = None,
     output: FormatOption = OutputFormat.TABLE,
 ) -> None:
-    """Copy from a node what too few others have, then end its agent's service.
+    """Copy what only a node has, and end its service.
 
-    The node's daemon goes on, and so do the processes that use it. The agent serves again after a restart.
+    Checkpoints that too few other nodes hold in memory are copied before the agent ends its service. The node's daemon goes on, and so do the processes that use it. The agent serves again after a restart.
 
     \b
     Examples:
@@ -251,9 +251,9 @@ def catalogue(
     ] = None,
     address: AddressOption = None,
 ) -> None:
-    """Start the catalogue of a cluster of Ray on its head, or restart it with other settings.
+    """Start or restart the catalogue of a Ray cluster.
 
-    It keeps nothing that the agents do not tell again: a restart interrupts who waits for a load, and no load. The
+    It runs on the cluster's head. It keeps nothing that the agents do not tell again: a restart interrupts who waits for a load, and no load. The
     certificate must give the role weightd://client.
 
     \b
