@@ -19,7 +19,7 @@ from .results import FleetCheckpoint, FleetNode, NodeDevice
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from weightd_fleet.agent.inventory import DeviceInventory, NodeInventory
+    from weightd_fleet.agent.inventory import DeviceInventory, NodeInventory, ServableCheckpoint
     from weightd_fleet.core.manifest import FleetManifest
 
     from .members import FleetMember
@@ -54,9 +54,14 @@ class _NodeRecord:
         memory = self.host_memory
         return {one.name: one.pinned for one in memory.checkpoints} if memory else {}
 
-    def serves(self) -> set[str]:
+    @property
+    def entries(self) -> tuple[ServableCheckpoint, ...]:
         """The checkpoints of which it has every byte."""
-        return {entry.name for entry in self.inventory.entries} if self.inventory else set()
+        return self.inventory.entries if self.inventory else ()
+
+    def serves(self) -> set[str]:
+        """Their names in the fleet."""
+        return {entry.name for entry in self.entries}
 
 
 class FleetState:
@@ -113,13 +118,16 @@ class FleetState:
         record = self._nodes.get(node)
         if record is None:
             return
-        if record.is_open and record.host_memory is not None:
-            self._catalogue.remove(_device(node))
+        was_there = record.is_open and record.host_memory is not None
+        before = record.entries
         record.inventory, record.problem = inventory, problem
+        if record.entries != before:  # what is resident changes much more often
+            self._names = None
         if record.is_open and (memory := record.host_memory) is not None:
             self._revision += 1
             self._catalogue.report(_report(node, memory, self._revision))
-        self._names = None
+        elif was_there:
+            self._catalogue.remove(_device(node))
         self._changed.notify_all()
 
     def _settle(self, node: str) -> None:
@@ -169,6 +177,12 @@ class FleetState:
             members = [record.member for record in self._nodes.values()]
             return _node(self._nodes[NodeNames(members).node(reference)])
 
+    def node_name(self, node: str) -> str:
+        """What people call a node; its id if it has left."""
+        with self._changed:
+            record = self._nodes.get(node)
+            return record.member.name if record else node
+
     def choose(self, checkpoint: str, replicas: int) -> PlacementDecision:
         """The devices for replicas of a checkpoint, best first. Errors: NotFoundError.
 
@@ -199,8 +213,7 @@ class FleetState:
 
     def _current_names(self) -> FleetNames:
         if self._names is None:
-            inventories = [record.inventory for record in self._nodes.values() if record.inventory]
-            self._names = FleetNames(entry for inventory in inventories for entry in inventory.entries)
+            self._names = FleetNames(entry for record in self._nodes.values() for entry in record.entries)
         return self._names
 
     def _checkpoint(self, checkpoint: str, names: FleetNames) -> FleetCheckpoint:
