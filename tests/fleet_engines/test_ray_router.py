@@ -77,15 +77,15 @@ def test_a_full_replica_is_passed_over_within_its_rank() -> None:
 
 def test_a_model_that_is_nowhere_begins_at_one_place_among_those_with_the_fewest_models() -> None:
     idle = [replica(f"r{number}", f"n{number // 2}", {}) for number in range(6)]
-    busy = [replica("busy", "n9", {}, loaded=("other",))]
-    found = {tuple(map(tuple, ranks(order + busy))) for order in (idle, idle[::-1], idle[3:] + idle[:3])}
-    assert len({order[0] for order in found}) == 1, "it depends on the order of the replicas"
+    busy = [replica(f"busy{number}", f"b{number}", {}, loaded=("other",)) for number in range(6)]
+    found = [ranks(order + busy) for order in (idle, idle[::-1], idle[3:] + idle[:3])]
+    assert len({order[0][0] for order in found}) == 1, "it depends on the order of the replicas"
     (first, beside, *_), *_ = found
-    assert len(first) == 1
-    assert "busy" not in (*first, *beside)
+    assert [len(first), len(beside)] == [1, 1]
     assert int(first[0][1:]) // 2 == int(beside[0][1:]) // 2, "the second place is not on the node of the first"
-    homes = {ranks(idle, f"model-{number}")[0][0] for number in range(40)}
+    homes = {ranks(idle + busy, f"model-{number}")[0][0] for number in range(40)}
     assert len(homes) > 3, "all models begin at the same places"
+    assert homes <= {one.replica_id.unique_id for one in idle}, "one of them has a model already"
 
 
 def test_without_a_model_all_replicas_are_alike() -> None:
@@ -111,7 +111,7 @@ def test_a_node_tells_what_is_resident_and_asks_for_the_list_when_it_has_changed
     client = daemon.connect()
     lists = []
     checkpoints_of = client.checkpoints
-    monkeypatch.setattr(client, "checkpoints", lambda: lists.append(None) or checkpoints_of())
+    monkeypatch.setattr(client, "checkpoints", lambda: lists.append(None) or checkpoints_of()[::-1])
     residency, elsewhere = NodeResidency(client), NodeResidency(client, "cuda:0")
 
     def told() -> Any:
@@ -120,18 +120,20 @@ def test_a_node_tells_what_is_resident_and_asks_for_the_list_when_it_has_changed
     assert told() == {STATS_KEY: {}}
     files = {
         name: checkpoints.write_random(tmp_path / f"{name}.safetensors", tensors, 4096, name)
-        for name, tensors in (("small", 1), ("large", 3))
+        for name, tensors in (("small", 1), ("large", 3), ("middle", 2))
     }
     with weightd.connect(daemon.socket, timeout=60.0) as loading:
         for name, file in files.items():
             loading.load(file, name=name)
-    assert list(told()[STATS_KEY].items()) == [("large", 3 * 4096), ("small", 4096)], "in another order it is news"
+    sizes = {"large": 3 * 4096, "middle": 2 * 4096, "small": 4096}
+    assert list(told()[STATS_KEY].items()) == list(sizes.items()), "in another order it is news"
     eventually(lambda: not client.leases())
     asked = len(lists)
     assert told() == told()
     assert len(lists) == asked
     client.remove("large")
-    assert told() == {STATS_KEY: {"small": 4096}}
+    del sizes["large"]
+    assert told() == {STATS_KEY: sizes}
     assert asyncio.run(elsewhere.routing_stats()) == {STATS_KEY: {}}
     daemon.kill()
     assert told() == {STATS_KEY: {}}, "Serve would go on with what it said last"

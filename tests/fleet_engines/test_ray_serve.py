@@ -43,6 +43,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The models' folders by name."""
     folder = tmp_path_factory.mktemp("models")
     workloads.write_models(folder, MODELS, SCALE)
+    checkpoints.rest(*folder.rglob("*.safetensors"))  # or what is resident would be read again
     return {name: str(folder / name) for name in MODELS}
 
 

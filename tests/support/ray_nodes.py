@@ -30,6 +30,26 @@ STARTS = 2
 """A start can hang for minutes, for reasons unknown: it is killed then, and tried again."""
 
 
+def ray_variables(folder: Path) -> dict[str, str]:
+    """What the environment of Ray's processes has beside that of other processes of tests.
+
+    Below a folder of the test's own lie the sessions, and the address of the current cluster, which is else one for all
+    users of the machine.
+    """
+    return {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+
+
+def ray_processes(folder: Path) -> list[int]:
+    """All processes of Ray that have a folder in their environment."""
+    mark = f"RAY_TMPDIR={folder}\0".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
+                found.append(int(entry.name))
+    return found
+
+
 class RayNode:
     """A node: its loopback address, its daemon, its agent or None, and the id by which Ray knows it."""
 
@@ -114,15 +134,9 @@ class RayCluster:
         finally:
             ray.shutdown()
 
-    def processes(self) -> list[int]:
-        """All processes of this cluster, by what is in their environment."""
-        mark = f"RAY_TMPDIR={self.folder}\0".encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and mark in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
-        return found
+    def variables(self) -> dict[str, str]:
+        """Return `ray_variables` of this cluster."""
+        return ray_variables(self.folder)
 
     def stop(self) -> None:
         """End Ray, by force if it takes too long."""
@@ -135,17 +149,12 @@ class RayCluster:
             process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(20 if self.address else 0.1)
-        for pid in self.processes():  # they have our own folder in their environment
+        for pid in ray_processes(self.folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(START_SECONDS)
         process.stdout.close()
-        eventually(lambda: not self.processes(), what="Ray's processes to end")
-
-    def variables(self) -> dict[str, str]:
-        """What the environment of Ray's processes has beside that of other processes of tests."""
-        # RAY_TMPDIR holds the sessions and the address of "the current cluster", which else is one for all users.
-        return {"RAY_TMPDIR": str(self.folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        eventually(lambda: not ray_processes(self.folder), what="Ray's processes to end")
 
     def _answer(self) -> dict[str, Any] | None:
         """The next line of the process; None if it ends, or takes too long."""

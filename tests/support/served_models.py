@@ -108,6 +108,7 @@ def served(router: type[RequestRouter], paths: dict[str, str], **options: Any) -
         Models,
         request_router_config=RequestRouterConfig(request_router_class=router, request_routing_stats_period_s=0.2),
         graceful_shutdown_timeout_s=1,
+        graceful_shutdown_wait_loop_s=0.1,
         **options,
     )
     try:
