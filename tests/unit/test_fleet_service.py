@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from weightd.errors import CapacityError, FormatError, InvalidReferenceError, NotFoundError
+from support import checkpoints
+from weightd.errors import CapacityError, DaemonUnreachableError, FormatError, InvalidReferenceError, NotFoundError
 from weightd.fleet import Fleet, Placement, WantedCheckpoint
 from weightd_fleet._proto.v1 import peer_pb2
 from weightd_fleet.agent.addresses import AgentAddress
@@ -18,9 +20,13 @@ from weightd_fleet.agent.inventory import (
     decode,
     encode,
 )
+from weightd_fleet.agent.resident import ResidentTensors
+from weightd_fleet.agent.serving import ServedBlobs
 from weightd_fleet.core.digests import blob_digest
 from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import TensorRow, WeightFile
+from weightd_fleet.publishing.publish import publish
+from weightd_fleet.publishing.state import PublishedState
 from weightd_fleet.service.fleet_state import FleetState
 from weightd_fleet.service.members import FleetMember
 from weightd_fleet.service.references import FleetNames, NodeNames
@@ -191,3 +197,25 @@ def test_a_placement_without_targets_has_no_options() -> None:
     )
     with pytest.raises(CapacityError, match="org/a: no node to run on: 0 of 1 replicas placed"):
         nowhere.options()
+
+
+def test_an_inventory_decodes_each_manifest_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent makes an inventory a second for each who follows it."""
+    paths = [checkpoints.write_random(tmp_path / name / "model.safetensors", 2, 100, name).parent for name in "ab"]
+    state = PublishedState(tmp_path / "state")
+    names = [publish(str(path), state).digest for path in paths]
+    decoded: list[int] = []
+    decode_manifest = FleetManifest.decode
+    monkeypatch.setattr(FleetManifest, "decode", lambda raw: decoded.append(len(raw)) or decode_manifest(raw))
+
+    def unreachable() -> Any:
+        raise DaemonUnreachableError("no weightd daemon")
+
+    blobs = ServedBlobs(state, ResidentTensors(unreachable))
+    for _ in range(3):
+        told = blobs.inventory(draining=False)
+        assert {one.name: one.reference for one in told.entries} == dict(zip(names, map(str, paths), strict=True))
+        assert (told.devices, told.problem) == ((), "no weightd daemon")
+    assert len(decoded) == 2
+    (paths[0] / "model.safetensors").unlink()
+    assert [one.name for one in blobs.inventory(draining=True).entries] == [names[1]]

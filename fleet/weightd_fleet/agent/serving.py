@@ -18,7 +18,7 @@ from weightd.errors import (
 )
 
 from .inventory import DeviceInventory, NodeInventory, ServableCheckpoint
-from .local_blobs import BlobReaders, StateBlobs, published_files
+from .local_blobs import BlobReaders, StateBlobs, published_files, tensors_in_files
 from .peer_errors import MAX_SOURCES, PeerBusyError
 from .resident import DEVICE
 
@@ -174,9 +174,8 @@ class ServedBlobs:
         served = []
         for name, manifest in published.items():
             rest = {row.digest for row in manifest.tensors if row.length} - resident
-            with published_files(self._state, [name] if rest else [], rest) as files:
-                if all(digest in files for digest in rest):
-                    served.append(ServedCheckpoint(name, manifest))
+            if not rest or rest <= tensors_in_files(self._state, manifest):
+                served.append(ServedCheckpoint(name, manifest))
         return served
 
     @contextlib.contextmanager
