@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from support import checkpoints
+from weightd.cli import main
 from weightd.errors import CapacityError, DaemonUnreachableError, FormatError, InvalidReferenceError, NotFoundError
-from weightd.fleet import Fleet, Placement, WantedCheckpoint
+from weightd.fleet import Fleet, Placement, WantedCheckpoint, connect
 from weightd_fleet._proto.v1 import peer_pb2
 from weightd_fleet.agent.addresses import AgentAddress
 from weightd_fleet.agent.inventory import (
@@ -219,3 +221,16 @@ def test_an_inventory_decodes_each_manifest_once(tmp_path: Path, monkeypatch: py
     assert len(decoded) == 2
     (paths[0] / "model.safetensors").unlink()
     assert [one.name for one in blobs.inventory(draining=True).entries] == [names[1]]
+
+
+def test_without_ray_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InvalidReferenceError, match=r"weightd.fleet needs ray, .* pip install '.\[fleet-ray\]'"):
+        connect()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "ray" else sys)
+    assert main(["fleet", "ls"]) == 1
+    assert capsys.readouterr().err == (
+        "weightd: fleet ls needs ray, which is not installed: pip install '.[fleet-ray]' in weightd's checkout\n"
+    )

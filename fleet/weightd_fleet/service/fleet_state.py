@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from weightd_fleet.agent.resident import DEVICE
@@ -156,9 +157,29 @@ class FleetState:
 
     def checkpoints(self) -> tuple[FleetCheckpoint, ...]:
         """All checkpoints that a node has, by their names."""
+        resident: dict[str, list[str]] = defaultdict(list)
+        pinned: dict[str, list[str]] = defaultdict(list)
+        served: dict[str, list[str]] = defaultdict(list)
         with self._changed:
             names = self._current_names()
-            found = [self._checkpoint(checkpoint, names) for checkpoint in names.checkpoints()]
+            for node, record in sorted(self._nodes.items()):
+                for checkpoint, is_pinned in record.resident().items():
+                    resident[checkpoint].append(node)
+                    if is_pinned:
+                        pinned[checkpoint].append(node)
+                for checkpoint in record.serves():
+                    served[checkpoint].append(node)
+        found = [
+            FleetCheckpoint(
+                checkpoint=checkpoint,
+                names=names.of(checkpoint),
+                size_bytes=names.size_bytes(checkpoint),
+                resident_on=tuple(resident[checkpoint]),
+                pinned_on=tuple(pinned[checkpoint]),
+                served_by=tuple(served[checkpoint]),
+            )
+            for checkpoint in names.checkpoints()
+        ]
         return tuple(sorted(found, key=lambda one: (one.names or (one.checkpoint,), one.checkpoint)))
 
     def named(self, reference: str) -> str:
@@ -215,19 +236,6 @@ class FleetState:
         if self._names is None:
             self._names = FleetNames(entry for record in self._nodes.values() for entry in record.entries)
         return self._names
-
-    def _checkpoint(self, checkpoint: str, names: FleetNames) -> FleetCheckpoint:
-        resident = {
-            node: held for node, one in self._nodes.items() if (held := one.resident().get(checkpoint)) is not None
-        }
-        return FleetCheckpoint(
-            checkpoint=checkpoint,
-            names=names.of(checkpoint),
-            size_bytes=names.size_bytes(checkpoint),
-            resident_on=tuple(sorted(resident)),
-            pinned_on=tuple(sorted(node for node, pinned in resident.items() if pinned)),
-            served_by=tuple(sorted(node for node, one in self._nodes.items() if checkpoint in one.serves())),
-        )
 
 
 def _node(record: _NodeRecord) -> FleetNode:
