@@ -75,8 +75,9 @@ class FleetLoads:
     ) -> LoadReport:
         """Make replicas resident on the first of some targets that take one.
 
-        Errors: CapacityError, or DaemonUnreachableError if none answers (too few take one; it says why each did not, and
-        what was loaded stays), NotFoundError (no node serves the checkpoint), and those of a fetch that any target has.
+        Errors: CapacityError, or DaemonUnreachableError if none answers (too few take one; it says why each did not,
+        and what was loaded stays), NotFoundError (no node serves the checkpoint), and those of a fetch that every
+        target would have.
         """
         waiting = _Waiting(targets)
         failed: list[tuple[FleetNode, WeightdError]] = []
