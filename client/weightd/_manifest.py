@@ -1,7 +1,7 @@
 """Read a manifest: check its columns and return its tensors as rows. Used by daemon and client; no torch, no grpc.
 
-Columns are checked where they are read. What is right beyond one row, such as whether tensors overlap, only
-the daemon asks, when it takes a manifest up.
+Columns are checked where they are read. What is right beyond one row, such as whether tensors overlap, only the daemon
+asks, when it takes a manifest up.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Manifest:
             raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint")
         return found
 
-    def names(self, rows: Sequence[int] | None = None) -> list[TensorKey]:
-        """The keys of these tensors, or of all."""
+    def keys(self, rows: Sequence[int] | None = None) -> list[TensorKey]:
+        """Component and name of these tensors, or of all."""
         message = self._message
         components = map(self._component_of_file.__getitem__, _taken(message.file_indices, rows))
         return list(map(TensorKey._make, zip(components, _taken(message.names, rows), strict=True)))
@@ -182,8 +182,8 @@ class Manifest:
     ) -> tuple[list[str], list[str], list[tuple[int, ...]], list[int], list[int], list[int]]:
         """The columns of `stored`, checked.
 
-        They are checked at a glance, as a loop over rows takes longer than all else together. What fails at a glance is
-        looked at row by row: that names the tensor, and accepts one without bytes wherever it is said to lie.
+        They are checked as a whole, as a loop over rows takes longer than all else together. If that fails, they are
+        checked row by row: that names the tensor, and accepts one without bytes wherever it is said to lie.
         """
         message, sizes, dimensions = self._message, self.segment_bytes, self._dimensions
         starts, ranks = _taken(self._starts, rows), _taken(message.ranks, rows)

@@ -179,7 +179,7 @@ def test_tensors_are_made_without_rows_and_each_with_a_storage_of_its_own(
     attach: Attach, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted from the daemon's answer on. With a row and a view for each tensor it was 278 instructions a tensor."""
-    for refused in ("row", "rows", "names"):
+    for refused in ("row", "rows", "keys"):
         monkeypatch.setattr(Manifest, refused, None)
     attach({"t": (0, 0)}).state_dict()  # torch is imported
     nobody: Any = Nobody()
