@@ -29,7 +29,7 @@ class Case(NamedTuple):
 def tried(scene: Scene, point: Point, action: str) -> Case:
     """Have a deed meet a failure, bring back what was killed, and do the deed again."""
     scene.trigger.arm(point.name, action)
-    outcome, lost, problem = "", 0, ""
+    outcome, lost, problem, note = "", 0, "", ""
     began = time.time()
     try:
         outcome = scene.do(point.deed)
@@ -39,13 +39,18 @@ def tried(scene: Scene, point: Point, action: str) -> Case:
         if (again := scene.do(point.deed)) != "ok":
             problem = f"afterwards: {again}"
         seconds = time.time() - began
-        scene.check()
+        note = scene.check()
     except LostError as error:
-        lost, problem, seconds = 1, str(error), time.time() - began
+        lost, seconds = 1, time.time() - began
+        if scene.lasting:
+            problem = str(error)
+        else:
+            note = "what was on the GPU is lost"
+            scene.renew()
     except AssertionError as error:
         problem, seconds = str(error).splitlines()[0][:200], time.time() - began
     finally:
         scene.trigger.disarm()
         with contextlib.suppress(AssertionError):
             scene.recover()
-    return Case(point, action, outcome, lost, seconds, problem)
+    return Case(point, action, "; ".join(filter(None, [outcome, note])), lost, seconds, problem)
