@@ -91,15 +91,15 @@ class Scene:
         self.lasting = backend.kind != "cuda_ipc"
         self._base = self._file("base")
         self._load_base()
-        self._witness = Worker(self.daemon.socket, {**backend.environment, VARIABLE: ""})
-        self._witness.run(_CLIENT + _WITNESS)
+        self.witness = Worker(self.daemon.socket, {**backend.environment, VARIABLE: ""})
+        self.witness.run(_CLIENT + _WITNESS)
         self._backend = backend
         self._worker: Worker | None = None
         self._agent: Agent | None = None
         self._deeds = 0
 
     def close(self) -> None:
-        for worker in (self._witness, self._worker):
+        for worker in (self.witness, self._worker):
             if worker is not None:
                 worker.kill()
         if self._agent is not None:
@@ -164,7 +164,7 @@ class Scene:
             named = {name for checkpoint in client.checkpoints() for name in checkpoint.names}
             if "base" not in named:
                 raise LostError(f"the checkpoint base is not resident any more; these are: {sorted(named)}")
-            if self._witness.run("result = differ(attachment, expected)", expected=_digests("base")):
+            if self.witness.run("result = differ(attachment, expected)", expected=_digests("base")):
                 raise LostError("the witness reads other bytes")
             found = client.load_report(self._base, name="base")
             if found is None or found.read_bytes:
@@ -185,12 +185,12 @@ class Scene:
 
     def renew(self) -> None:
         """Begin anew with another daemon, where the memory went with the process that held it."""
-        self._witness.kill()
+        self.witness.kill()
         self.daemon.kill()
         self.daemon.start()
         self._load_base()
-        self._witness = Worker(self.daemon.socket, {**self._backend.environment, VARIABLE: ""})
-        self._witness.run(_CLIENT + _WITNESS)
+        self.witness = Worker(self.daemon.socket, {**self._backend.environment, VARIABLE: ""})
+        self.witness.run(_CLIENT + _WITNESS)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from failpoints.matrix import tried
 from failpoints.points import POINTS, Point
 from failpoints.scene import LostError, Scene
 from support.backends import HOST
+from support.daemon import eventually
 from weightd import _failpoints
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +61,9 @@ def test_nothing_is_lost(scene: Scene, point: Point, action: str) -> None:
 
 
 def test_a_loss_is_seen(scene: Scene) -> None:
+    scene.witness.kill()
     with scene.daemon.connect() as client:
+        eventually(lambda: client.leases() == [], what="the witness has let go")
         client.remove("base")
     with pytest.raises(LostError, match="base is not resident any more"):
         scene.check()
