@@ -174,14 +174,12 @@ class Scene:
             for checkpoint in client.checkpoints():
                 if "base" not in checkpoint.names:
                     eventually(lambda one=checkpoint: _removed(client, one.content_digest), what="all let go")  # type: ignore[misc]  # mypy infers no lambda with a default
-            try:
-                eventually(lambda: self._is_as_before(client), 10.0)
+            if self._agree(client):
                 return ""
-            except AssertionError:
-                self.daemon.kill()
-                self.daemon.start()
-                eventually(lambda: self._is_as_before(client), what="the next daemon has what its books say")
-                return "its memory comes back with the next daemon"
+            self.daemon.kill()
+            self.daemon.start()
+            assert self._agree(client), f"the next daemon has other books: {client.check_books()}"
+            return "its memory comes back with the next daemon"
 
     def renew(self) -> None:
         """Begin anew with another daemon, where the memory went with the process that held it."""
@@ -194,13 +192,20 @@ class Scene:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _is_as_before(self, client: weightd.Client) -> bool:
-        devices = client.stats().devices
-        used = sum(device.used_bytes for device in devices)
-        in_flight = sum(device.in_flight_bytes for device in devices)
-        if self.daemon.backend.is_host:
-            return not in_flight and self.daemon.allocates(used, used)
-        return not in_flight and used == self.daemon.backend.bytes_on_double()
+    def _agree(self, client: weightd.Client) -> bool:
+        """Whether all memory is in the books, soon, and none of it is a load's."""
+
+        def agree() -> bool:
+            devices = client.stats().devices
+            used = sum(device.used_bytes for device in devices)
+            there = self.daemon.allocated() if self.daemon.backend.is_host else self.daemon.backend.bytes_on_double()
+            in_flight = any(device.in_flight_bytes for device in devices)
+            return not in_flight and used == there and all(figure.agrees for figure in client.check_books())
+
+        with contextlib.suppress(AssertionError):
+            eventually(agree, 10.0)
+            return True
+        return False
 
     def _load_base(self) -> None:
         checkpoints.rest(self._base)

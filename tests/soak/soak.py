@@ -293,10 +293,17 @@ class Soak:
             eventually(lambda: not client.leases(), what=f"leases are held by nobody: {client.leases()}")
             eventually(lambda: not client.loads(), what=f"loads go on for nobody: {client.loads()}")
             client.verify()
+            self._check_books(client, "when all clients have gone")
             for checkpoint in client.checkpoints():
                 client.remove(checkpoint.content_digest)
+            self._check_books(client, "when all is removed")
         with contextlib.suppress(AssertionError):  # the report compares
             eventually(self._has_settled)
+
+    def _check_books(self, client: weightd.Client, when: str) -> None:
+        for figure in client.check_books():
+            if not figure.agrees:
+                self.plan.find(f"the books do not agree {when}", figure=figure._asdict())
 
     @staticmethod
     def _has_no_pool(client: weightd.Client) -> bool:
