@@ -8,7 +8,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from failpoints.injection import ACTIONS
@@ -21,22 +21,30 @@ from support.backends import HOST, Backend
 HEAD = (Path(__file__).parent / "head.md").read_text()
 
 
-def page(cases: Sequence[Case]) -> str:
-    """The document."""
+TITLES = {
+    "host": "Host memory",
+    "cuda_vmm": "CUDA VMM, on the double",
+    "cuda_ipc": "CUDA IPC, on the double",
+}
+
+
+def page(cases: Mapping[str, Sequence[Case]]) -> str:
+    """The document, of the cases on each kind of memory."""
     when = time.strftime("%Y-%m-%d", time.gmtime())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
     lines = [HEAD, f"Measured on {when}: {machine}; load average {load} at the end."]
-    lost = sum(case.lost for case in cases if case.point.process != "holder")
-    bad = sum(bool(case.problem) for case in cases)
-    points = len({case.point.name for case in cases})
-    lines.append(
-        f"{len(cases)} failures at {points} points; lost, but for the holder's: {lost}; "
-        f"calls that did not succeed afterwards: {bad}.\n"
-    )
-    lines += table(cases)
-    lines.append("")
-    return "\n".join(lines)
+    for memory, some in cases.items():
+        lost, bad = sum(case.lost for case in some), sum(bool(case.problem) for case in some)
+        tried = f"{len(some)} failures at {len({case.point.name for case in some})} points"
+        lines += [
+            "",
+            f"## {TITLES[memory]}",
+            "",
+            f"{tried}; lost: {lost}; calls that did not succeed afterwards: {bad}.",
+        ]
+        lines += ["", *table(some)]
+    return "\n".join([*lines, ""])
 
 
 def table(cases: Sequence[Case]) -> list[str]:
@@ -56,12 +64,11 @@ def _shown(case: Case) -> str:
 
 
 def points_of(memory: str, chosen: Sequence[str]) -> list[Point]:
-    """The points that are tried on a kind of memory: the holder's on CUDA IPC, all others on host memory."""
+    """The points that are tried on a kind of memory."""
     return [
         point
         for point in POINTS
-        if (point.process == "holder") == (memory == "cuda_ipc")
-        and (not chosen or any(point.name.startswith(one) for one in chosen))
+        if memory in point.memories and (not chosen or any(point.name.startswith(one) for one in chosen))
     ]
 
 
@@ -91,15 +98,17 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the document")
     options = parser.parse_args()
     actions = options.actions.split(",")
-    cases = try_all(HOST, points_of("host", options.points), actions)
-    if of_holder := points_of("cuda_ipc", options.points):
-        with tempfile.TemporaryDirectory(prefix="weightd-driver-") as driver:
-            fakecuda.build(Path(driver))
-            fakecuda.preload(Path(driver))
-            cases += try_all(Backend("cuda_ipc", "cuda_ipc", Path(driver)), of_holder, actions)
+    cases = {}
+    with tempfile.TemporaryDirectory(prefix="weightd-driver-") as driver:
+        fakecuda.build(Path(driver))
+        fakecuda.preload(Path(driver))
+        for memory in TITLES:
+            if points := points_of(memory, options.points):
+                backend = HOST if memory == "host" else Backend(memory, memory, Path(driver))
+                cases[memory] = try_all(backend, points, actions)
     if options.write is not None:
         options.write.write_text(page(cases))
-    return int(any(case.problem for case in cases))
+    return int(any(case.problem for some in cases.values() for case in some))
 
 
 if __name__ == "__main__":

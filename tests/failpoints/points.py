@@ -6,12 +6,16 @@ from typing import NamedTuple
 
 
 class Point(NamedTuple):
-    """`process` is who reaches it: daemon, loader, holder, client, fetch or agent; `deed` what a test does for that."""
+    """`process` is who reaches it: daemon, loader, holder, client, fetch or agent; `deed` what a test does for that.
+
+    It is tried on the kinds of memory that `memories` names.
+    """
 
     name: str
     process: str
     deed: str
     what: str
+    memories: tuple[str, ...] = ("host", "cuda_vmm")
 
 
 POINTS = (
@@ -20,7 +24,7 @@ POINTS = (
     Point("load.job", "daemon", "load", "a loader is there, and is told the job"),
     Point("loader.files", "loader", "load", "the loader has all files"),
     Point("loader.read", "loader", "load", "a piece of a file is read"),
-    Point("load.segment", "daemon", "load", "a segment of host memory is made"),
+    Point("load.segment", "daemon", "load", "a segment of host memory is made", ("host",)),
     Point("load.grant", "daemon", "load", "an extent has been granted to the load"),
     Point("loader.copy", "loader", "load", "tensors are read, hashed and copied into it"),
     Point("load.settle", "daemon", "load", "the daemon has entered what was copied"),
@@ -37,7 +41,7 @@ POINTS = (
     Point("client.received", "client", "load", "the client has them, and maps nothing yet"),
     Point("client.mapped", "client", "load", "the client has mapped the lease and the segments"),
     Point("evict.drop", "daemon", "evict", "a manifest leaves the service manager"),
-    Point("evict.punch", "daemon", "evict", "pages are punched out of a segment of host memory"),
+    Point("evict.punch", "daemon", "evict", "pages are punched out of a segment of host memory", ("host",)),
     Point("evict.release", "daemon", "evict", "a segment is released"),
     Point("restore.begin", "daemon", "restart", "a daemon takes up what is kept"),
     Point("restore.adopted", "daemon", "restart", "segments and checkpoints are in the books again, leases are not"),
@@ -45,12 +49,12 @@ POINTS = (
     Point("client.claim", "client", "restart", "a client tells the next daemon what it holds"),
     Point("compose.shared", "daemon", "compose", "the parts' tensors are found and held"),
     Point("compose.seal", "daemon", "compose", "the manifest of the composed checkpoint is stored"),
-    Point("fetch.serve", "agent", "fetch", "another node's agent sends a blob"),
-    Point("fetch.write", "fetch", "fetch", "received bytes are staged"),
-    Point("fetch.keep", "fetch", "fetch", "a verified blob is entered"),
-    Point("fetch.load", "fetch", "fetch", "a part is loaded from memory"),
-    Point("fetch.compose", "fetch", "fetch", "the checkpoint is composed of the parts"),
-    Point("fetch.rename", "fetch", "fetch_files", "a file that was fetched gets its name"),
-    Point("holder.allocate", "holder", "load", "the holder of a GPU's memory allocates"),
-    Point("holder.free", "holder", "evict", "the holder frees"),
+    Point("fetch.serve", "agent", "fetch", "another node's agent sends a blob", ("host",)),
+    Point("fetch.write", "fetch", "fetch", "received bytes are staged", ("host",)),
+    Point("fetch.keep", "fetch", "fetch", "a verified blob is entered", ("host",)),
+    Point("fetch.load", "fetch", "fetch", "a part is loaded from memory", ("host",)),
+    Point("fetch.compose", "fetch", "fetch", "the checkpoint is composed of the parts", ("host",)),
+    Point("fetch.rename", "fetch", "fetch_files", "a file that was fetched gets its name", ("host",)),
+    Point("holder.allocate", "holder", "load", "the holder of a GPU's memory allocates", ("cuda_ipc",)),
+    Point("holder.free", "holder", "evict", "the holder frees", ("cuda_ipc",)),
 )

@@ -49,7 +49,7 @@ def cases() -> list[object]:
             marks=[] if (point.name, action) in NARROW else [pytest.mark.sweep],
         )
         for point in POINTS
-        if point.process != "holder"
+        if "host" in point.memories
         for action in ACTIONS
     ]  # fmt: skip
 
