@@ -10,7 +10,7 @@ from bisect import bisect_right
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from . import _fused
+from . import _failpoints, _fused
 from ._manifest import Manifest
 from ._mapping import host
 from ._mapping.opening import open_segments
@@ -60,8 +60,10 @@ class Attachment:
         reply = received.reply
         lease: host.HostMapping | None = None
         try:
+            _failpoints.reach("client.received")
             lease = host.map_lease(received.lease, received.lease_bytes)
             self._segments: MappedSegments | None = self._open(received, lease, components, keys, peers)
+            _failpoints.reach("client.mapped")
         except BaseException:
             if lease is not None:
                 lease.close()  # now, and not when the last traceback that knows of it is gone
