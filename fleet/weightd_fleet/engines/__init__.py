@@ -1,0 +1,1 @@
+"""What a fleet has from the system that runs it: nodes of Ray, nodes of Kubernetes."""
