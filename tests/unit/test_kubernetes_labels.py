@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from support.kubernetes import GIB, checkpoint, label
 from weightd.errors import DaemonUnreachableError
 from weightd.types import CheckpointInfo
 from weightd_fleet.engines.kubernetes_labels import (
@@ -22,22 +23,7 @@ from weightd_fleet.engines.kubernetes_labels import (
     size_class,
 )
 
-GIB = 1 << 30
 OTHERS = {"kubernetes.io/hostname": "n0", "weightd.io/enabled": "true", "weightd.io/c-short": "1"}
-
-
-def checkpoint(
-    number: int, size: int = GIB, *, pinned: bool = True, named: bool = True, state: str = "resident"
-) -> CheckpointInfo:
-    return CheckpointInfo(
-        names=(f"org/m{number}",) if named else (), content_digest=f"{number:064x}"[::-1], device="host", tensors=1,
-        total_bytes=size, exclusive_bytes=size, shared_bytes=0, leases=0, pinned=pinned, loaded_at=None,
-        last_used_at=None, state=state, owner_uid=0, owner="root",
-    )  # fmt: skip
-
-
-def label(number: int) -> str:
-    return "weightd.io/c-" + f"{number:064x}"[::-1][:16]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Labels of a node of Kubernetes that say which checkpoints are pinned on it, so that pods can prefer the node.
 
-The label `weightd.io/c-` with the first 16 digits of a content digest has as its value the size class of the checkpoint.
+The key is `weightd.io/c-` and the first 16 digits of a content digest, the value the size class of the checkpoint.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class NodeLabels:
         self._silent = False
         self._read_at = clock()
         self._present: dict[str, str] | None = None
-        self._failures = 0
+        self._delay = INTERVAL
 
     def step(self) -> float:
         """Bring the node's labels up to date. Returns the seconds until the next step, 30 or more."""
@@ -103,14 +103,14 @@ class NodeLabels:
             self._update(wanted)
         except NodeError as error:
             self._present = None  # a request that failed may have been carried out
-            if not self._failures:
+            if self._delay == INTERVAL:
                 log.warning("labels of the node are not up to date, and are tried again: %s", error)
-            self._failures += 1
-            return min(INTERVAL * 2**self._failures, LONGEST_DELAY)
-        if self._failures:
+            self._delay = min(2 * self._delay, LONGEST_DELAY)
+            return self._delay
+        if self._delay > INTERVAL:
             log.info("labels of the node are up to date again")
-        self._failures = 0
-        return INTERVAL
+        self._delay = INTERVAL
+        return self._delay
 
     def _wanted(self) -> dict[str, str] | None:
         """The labels that the node should have; None while nobody knows."""
