@@ -136,7 +136,7 @@ dist: $(DIST_VENV)/.installed ## build the sdist, and from it the wheel, into di
 check-dist: dist ## try the wheel with each extra in fresh environments of each Python (PYTHONS=, EXTRAS=; many minutes)
 	@echo "check-dist: tools/check_dist.py"
 	@$(DIST_VENV)/bin/python tools/check_dist.py --torch '$(DIST_TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) \
-		$(PYTHONS:%=--python %) $(EXTRAS:%=--extra %) dist/*.whl
+		$(addprefix --python ,$(PYTHONS)) $(addprefix --extra ,$(EXTRAS)) dist/*.whl
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
