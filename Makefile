@@ -56,6 +56,12 @@ ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
 ENGINES_TORCH ?= torch==2.13.0
 # Older versions of vLLM that the environment of test-engines fits: each is unpacked, and comes before the one there.
 ENGINE_VERSIONS ?= 0.28.0 0.30.0 0.31.0
+# Tools that build and check what is released, and the interpreters that it is tried with: by default all that are found.
+DIST_VENV ?= .venv-dist
+PYTHONS ?=
+# Extras that are tried; by default all. Those that need torch are tried where this very version is to be had.
+EXTRAS ?=
+DIST_TORCH ?= torch==2.13.0+cpu
 # What install-systemd installs a service of: by default this checkout, in its virtual environment.
 WEIGHTD ?= $(BIN)/weightd
 WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
@@ -65,7 +71,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean dist check-dist
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -131,6 +137,17 @@ soak: $(VENV)/.installed ## clients, files and kills at random against one daemo
 faults: $(VENV)/.installed ## an error, a delay and a kill at every named point; writes docs/faults.md (minutes)
 	@echo "faults: python -m failpoints"
 	@PYTHONPATH=client:daemon:fleet:tests $(BIN)/python -m failpoints --write docs/faults.md
+
+dist: $(DIST_VENV)/.installed ## build the sdist, and from it the wheel, into dist, and check what PyPI would refuse
+	@echo "dist: python -m build, twine check"
+	@rm -rf dist
+	@$(DIST_VENV)/bin/python -m build --no-isolation --outdir dist . >/dev/null
+	@$(DIST_VENV)/bin/python -m twine check --strict dist/*
+
+check-dist: dist ## try the wheel with each extra in fresh environments of each Python (PYTHONS=, EXTRAS=; many minutes)
+	@echo "check-dist: tools/check_dist.py"
+	@$(DIST_VENV)/bin/python tools/check_dist.py --torch '$(DIST_TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) \
+		$(addprefix --python ,$(PYTHONS)) $(addprefix --extra ,$(EXTRAS)) dist/*.whl
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -198,8 +215,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(ENGINES_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(DIST_VENV), $(ENGINES_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(DIST_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -235,6 +252,13 @@ $(FLEET_VENV)/.installed: $(VENV)/.installed tests/fleet_engines/requirements.tx
 	@echo "venv: $(FLEET_VENV), with tests/fleet_engines/requirements.txt (the first time takes a minute)"
 	$(call make-venv-behind,$(@D))
 	@$(@D)/bin/python -m pip install --quiet --requirement tests/fleet_engines/requirements.txt
+	@touch $@
+
+# The backend is of the range that pyproject.toml asks for; without isolation a build fetches nothing.
+$(DIST_VENV)/.installed: pyproject.toml
+	@echo "venv: $(DIST_VENV), with build, hatchling and twine"
+	@test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
+	@$(DIST_VENV)/bin/python -m pip install --quiet build 'hatchling>=1.27' twine
 	@touch $@
 
 $(VERSIONS_VENV)/%/.tested: $(VERSIONS_VENV)/%/.made $(VENV)/.demo
