@@ -54,14 +54,24 @@ def make_cold(paths: list[Path]) -> None:
     """Drop files, which nobody maps, from the page cache, and make sure that they are gone."""
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            for part in range(8):
-                try:
-                    os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 8 * part, os.RWF_NOWAIT)
-                except BlockingIOError:
-                    continue
-                raise SystemExit(f"{path.name} is still in the page cache")
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what the looks may have brought
+            end = time.monotonic() + 10
+            while is_cached(file.fileno()):
+                if time.monotonic() > end:
+                    raise SystemExit(f"{path.name} is still in the page cache")
+                time.sleep(0.01)
+
+
+def is_cached(descriptor: int) -> bool:
+    """Drop a file from the page cache, and say whether any part that was looked at is still there."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    for part in range(8):
+        try:
+            os.preadv(descriptor, [bytearray(1)], os.fstat(descriptor).st_size // 8 * part, os.RWF_NOWAIT)
+        except BlockingIOError:
+            continue
+        return True
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # what the looks may have brought
+    return False
 
 
 def disk_seconds(paths: list[Path]) -> float:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from support import checkpoints
+from support.backends import Backend
 from support.content import content
 from support.daemon import PATIENCE, Daemon, environment, eventually
 from support.fuse import hanging_file
 from support.leash import leashed
+from support.shared import SharedDaemons
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
@@ -68,49 +70,62 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("hashed_first", [False, True])
-def test_a_load_reads_each_byte_from_storage_once(
-    kind: str, hashed_first: bool, start_daemon: StartDaemon, tmp_path: Path
-) -> None:
-    size = sum(map(sum, KINDS[kind]))
-    daemon = start_daemon(budget=str(size * 5 // 4), pool="0")
-    client = daemon.connect()
-    first = checkpoints.write_random(tmp_path / "first.safetensors", 1, size // 2 if hashed_first else 4096)
-    with daemon.connect() as loading:
-        loading.load(first, name="first")  # starts a loader, which serves the next load, too
-    eventually(lambda: not client.leases(), what="the first checkpoint can be evicted")
-    (loader,) = daemon.loaders()
-    folder = tmp_path / "m"
+@pytest.fixture
+def shared(shared_daemons: SharedDaemons, backend: Backend) -> Iterator[Daemon]:
+    """A daemon that holds nothing."""
+    with shared_daemons.on(backend) as daemon:
+        yield daemon
+
+
+def load_cold(daemon: Daemon, files: list[list[int]], folder: Path) -> None:
+    """Load such files when nothing has them cached; they are read once, and are what is attached then."""
     folder.mkdir()
-    reference, paths = written(folder, KINDS[kind])
+    reference, paths = written(folder, files)
     total = sum(path.stat().st_size for path in paths)
+    processes = *daemon.loaders(), os.getpid()  # the client reads headers
+    assert len(processes) == 2, "a loader that serves this load has to be there"
     make_cold(paths)
-    processes = loader, os.getpid()  # the client reads headers
     before = read_from_storage(*processes)
-    result = client.load_report(reference, name="m")
-    assert daemon.loaders() == [loader]
+    with daemon.connect() as client:
+        result = client.load_report(reference, name="m")
     read = read_from_storage(*processes) - before
     assert result is not None
-    assert result.read_bytes == size
+    assert result.read_bytes == sum(map(sum, files))
     pages = (len(paths) + 1) * 8192  # where each file ends, and where the filesystem says that it lies
     assert total - pages <= read <= total + pages
-    with client.attach("m") as attachment:
-        for number, lengths in enumerate(KINDS[kind]):
+    with daemon.connect() as client, client.attach("m") as attachment:
+        for number, lengths in enumerate(files):
             for at, length in enumerate(lengths):
-                assert content(attachment, f"{number}.{at}") == checkpoints.random_bytes(("m", number, at), length)
+                expected = checkpoints.random_bytes((folder.name, number, at), length)
+                assert content(attachment, f"{number}.{at}") == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_load_reads_each_byte_from_storage_once(kind: str, shared: Daemon, tmp_path: Path) -> None:
+    with shared.connect() as client:
+        client.load(checkpoints.write_random(tmp_path / "first.safetensors", 1, 4096))  # starts a loader
+    load_cold(shared, KINDS[kind], tmp_path / "m")
+
+
+def test_a_load_that_is_hashed_first_reads_each_byte_from_storage_once(
+    start_daemon: StartDaemon, tmp_path: Path
+) -> None:
+    size = sum(map(sum, KINDS["shards"]))
+    daemon = start_daemon(budget=str(size * 5 // 4), pool="0")
+    with daemon.connect() as loading:
+        loading.load(checkpoints.write_random(tmp_path / "first.safetensors", 1, size // 2))
+    client = daemon.connect()
+    eventually(lambda: not client.leases(), what="it can be evicted for the next load")
+    load_cold(daemon, KINDS["shards"], tmp_path / "m")
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_load_asks_the_server_of_a_file_for_each_byte_once(
-    cached: bool, start_daemon: StartDaemon, tmp_path: Path
-) -> None:
+def test_a_load_asks_the_server_of_a_file_for_each_byte_once(cached: bool, shared: Daemon, tmp_path: Path) -> None:
     """Past the page cache, too, where bytes that were read ahead would be read again."""
-    daemon = start_daemon()
     path = checkpoints.write_random(tmp_path / "m.safetensors", 6, 3 * MIB + 4096)
     with hanging_file(tmp_path / "mount", path, EVER, cached=cached) as file:
         command = file.command([sys.executable, "-m", "weightd", "load", str(file.path)])
-        subprocess.run(leashed(command), env=environment(daemon.socket), check=True, timeout=PATIENCE)
+        subprocess.run(leashed(command), env=environment(shared.socket), check=True, timeout=PATIENCE)
         size = path.stat().st_size
         asked = sum(max(0, min(count, size - offset)) for offset, count in file.reads())
-    assert size <= asked <= size + 4096  # a piece and the next may begin in one page
+    assert size <= asked <= size + 4096  # the header may end in a page that is read with it
