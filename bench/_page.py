@@ -1,7 +1,8 @@
-"""The tables of docs/performance.md, made of the results of benchmarks.
+"""The tables of docs/performance.md and of README, made of the results of benchmarks.
 
-The page's prose is written by hand, and has no figures. Between `<!-- made: NAME -->` and `<!-- end -->` stands what is
-made: for the name of a part its picture and table; `losses`, what other sides do better; `runs` and `versions`.
+Prose is written by hand, and has no figures. Between `<!-- made: NAME -->` and `<!-- end -->` stands what is made: for
+the name of a part its picture and table; `losses`, what other sides do better; `summary`, some of all; `runs` and
+`versions`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,29 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from _daemon import Spread
     from _results import Comparison, Part
 
+PAGES = ("docs/performance.md", "README.md")
 BESIDE_PEERS = ("peers", "attach", "cold", "memory", "forward")
 """Parts whose other sides are what one would use instead of weightd."""
 BLOCK = re.compile(r"(<!-- made: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.S)
 NOT_MEASURED = "*Not measured yet.*"
+QUOTED = (
+    ("peers", "warm", "safetensors mmap"),
+    ("peers", "warm", "safetensors pread"),
+    ("peers", "warm", "fastsafetensors"),
+    ("peers", "warm", "Run:ai streamer"),
+    ("peers", "first", "safetensors mmap"),
+    ("peers", "cold", "safetensors mmap"),
+    ("memory", "4 × 4", "safetensors mmap"),
+    ("memory", "4 × 4", "safetensors pread"),
+    ("forward", "token", "private"),
+)
+"""What the summary has: part, comparison, and the side that weightd is beside."""
 
 
 def figure(value: float) -> str:
@@ -44,14 +58,17 @@ def picture(name: str) -> str:
     return f"performance-{name}.svg"
 
 
+def homeless(text: str, parts: Mapping[str, Part]) -> list[str]:
+    """Parts for which a page has no place."""
+    return sorted(parts.keys() - {name for _, name, *_ in BLOCK.findall(text)})
+
+
 def renewed(text: str, parts: Mapping[str, Part]) -> str:
-    """The page with what is made of these results; ValueError if it has no place for a part."""
-    places = [name for _, name, *_ in BLOCK.findall(text)]
-    homeless = sorted(parts.keys() - set(places))
-    if homeless:
-        raise ValueError(f"docs/performance.md has no place for {', '.join(homeless)}: write <!-- made: NAME -->")
-    order = [parts[name] for name in places if name in parts]
-    whole: dict[str, Callable[[list[Part]], list[str]]] = {"losses": losses, "runs": runs, "versions": versions}
+    """The page with what is made of these results."""
+    order = list(parts.values())
+    whole: dict[str, Callable[[list[Part]], list[str]]] = {
+        "losses": losses, "summary": summary, "runs": runs, "versions": versions,
+    }  # fmt: skip
 
     def made(match: re.Match[str]) -> str:
         name = match[2]
@@ -66,21 +83,60 @@ def renewed(text: str, parts: Mapping[str, Part]) -> str:
     return BLOCK.sub(made, text)
 
 
+class Standing(NamedTuple):
+    """How weightd stands beside one side in one comparison."""
+
+    comparison: Comparison
+    other: str
+
+    @property
+    def ratio(self) -> Spread:
+        return self.comparison.ratio(self.other)
+
+    @property
+    def times_worse(self) -> float:
+        """By which factor weightd is worse; below 1 it is better."""
+        return self.ratio.median if self.comparison.better == "less" else 1 / self.ratio.median
+
+    @property
+    def lost(self) -> bool:
+        """Whether weightd is worse by more than the spread."""
+        return self.ratio.low > 1 if self.comparison.better == "less" else self.ratio.high < 1
+
+
+def _standings(found: Iterable[Standing]) -> list[str]:
+    """A table, the worst first."""
+    rows = [
+        [
+            one.what, f"{figure(one.spread(one.subject).median)} {one.unit}", standing.other,
+            f"{figure(one.spread(standing.other).median)} {one.unit}", f"{spread(standing.ratio)} ×",
+        ]
+        for standing in sorted(found, key=lambda standing: -standing.times_worse)
+        for one in [standing.comparison]
+    ]  # fmt: skip
+    return table(["what", "weightd", "beside", "", "weightd takes"], rows)
+
+
 def losses(parts: list[Part]) -> list[str]:
-    """What another side does better by more than the spread, the worst first."""
-    found: list[tuple[float, list[str]]] = []
-    for part in parts:
-        for one in part.comparisons.values() if part.head["part"] in BESIDE_PEERS else ():
-            for other in list(one.samples)[1:]:
-                ratio = one.ratio(other)
-                if ratio.low > 1 if one.better == "less" else ratio.high < 1:
-                    worse = ratio.median if one.better == "less" else 1 / ratio.median
-                    found.append((worse, [
-                        one.what, f"{figure(one.spread(one.subject).median)} {one.unit}", other,
-                        f"{figure(one.spread(other).median)} {one.unit}", f"{spread(ratio)} ×",
-                    ]))  # fmt: skip
-    rows = [row for _, row in sorted(found, key=lambda pair: -pair[0])]
-    return table(["what", "weightd", "beside", "", "weightd takes"], rows) or ["Nothing, by more than the spread."]
+    """What another side does better by more than the spread."""
+    standings = [
+        Standing(one, other)
+        for part in parts
+        if part.head["part"] in BESIDE_PEERS
+        for one in part.comparisons.values()
+        for other in list(one.samples)[1:]
+    ]
+    return _standings(filter(lambda standing: standing.lost, standings)) or ["Nothing, by more than the spread."]
+
+
+def summary(parts: list[Part]) -> list[str]:
+    """Some comparisons of those that were measured."""
+    found = {part.head["part"]: part.comparisons for part in parts}
+    return _standings(
+        Standing(found[part][name], other)
+        for part, name, other in QUOTED
+        if part in found and name in found[part] and other in found[part][name].samples
+    ) or [NOT_MEASURED]
 
 
 def section(part: Part) -> list[str]:

@@ -118,7 +118,7 @@ class Report:
         body = self._head | {
             "load_average": [round(value, 2) for value in (*self._load, os.getloadavg()[0])],
             "seconds": round(time.monotonic() - self._begun, 1),
-            "comparisons": [_plain(comparison) for comparison in self.comparisons],
+            "comparisons": [to_json(comparison) for comparison in self.comparisons],
         }
         path = folder / f"{body['date']}-{self.part}.json"
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def read(path: Path) -> Part:
             raise ValueError(f"its form is not {FORM}")
         fields = {field.name for field in dataclasses.fields(Comparison)}
         found = [Comparison(**{key: row[key] for key in row.keys() & fields}) for row in body.pop("comparisons")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of a benchmark: {error}") from None
     return Part(path, body, {comparison.name: comparison for comparison in found})
 
@@ -195,7 +195,8 @@ def show(part: str, comparison: Comparison) -> str:
     return line
 
 
-def _plain(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """A row of `comparisons`, with medians and ratios, which are computed from the samples and never read."""
     samples = {side: [_round(value) for value in values] for side, values in comparison.samples.items()}
     rounded = dataclasses.replace(comparison, samples=samples)
     return dataclasses.asdict(rounded) | {
@@ -205,7 +206,6 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 
 
 def _quartiles(spread: Spread) -> dict[str, float]:
-    """What a reader of the JSON wants to see; it is computed from the samples, and never read."""
     return {"median": _round(spread.median), "low": _round(spread.low), "high": _round(spread.high)}
 
 

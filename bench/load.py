@@ -157,7 +157,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def report(results: dict[str, Any], report: Report) -> None:
+def record(results: dict[str, Any], report: Report) -> None:
     """Put the seconds into the form of results."""
     for name, predicted in (
         ("fresh", "0.7 × sendfile, 1.0 × without hashing"),
@@ -209,10 +209,10 @@ def main() -> None:
     parser.add_argument("--format", choices=("human", "json"), default="human")
     add_options(parser)
     options = parser.parse_args()
-    written = Report("load", {"bytes": options.size, "tensors": TENSORS})
+    report = Report("load", {"bytes": options.size, "tensors": TENSORS})
     results = measure(options)
-    report(results, written)
-    written.write(options.results)
+    record(results, report)
+    report.write(options.results)
     if options.format == "json":
         print(json.dumps(results, indent=2))
     else:

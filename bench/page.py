@@ -1,4 +1,4 @@
-"""Make the tables of docs/performance.md and its pictures of the newest results of each part.
+"""Make the tables of docs/performance.md and README, and the page's pictures, of the newest results of each part.
 
     .venv-peers/bin/python bench/page.py
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-from _page import digest, picture, renewed
+from _page import PAGES, digest, homeless, picture, renewed
 from _results import FOLDER, Part, latest
 from matplotlib import pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
 OURS, OTHER = "#1f6f8b", "#b8b8b8"
 COLUMNS = 3
 
@@ -71,11 +71,14 @@ def main() -> None:
     mpl.use("svg")
     mpl.rcParams |= {"svg.hashsalt": "weightd", "svg.fonttype": "none", "font.family": "sans-serif"}
     parts = latest(FOLDER)
-    page = DOCS / "performance.md"
-    page.write_text(renewed(page.read_text(), parts))
+    if missing := homeless((ROOT / PAGES[0]).read_text(), parts):
+        parser.error(f"{PAGES[0]} has no place for {', '.join(missing)}: write <!-- made: NAME --> and <!-- end -->")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(renewed(page.read_text(), parts))
     for name, part in parts.items():
-        draw(part, DOCS / "images" / picture(name))
-    print(f"docs/performance.md: {', '.join(parts)}")
+        draw(part, ROOT / "docs/images" / picture(name))
+    print(f"{' and '.join(PAGES)}: {', '.join(parts)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,12 @@ PARTS = {
     "known": Part("known.py"),
     "memory": Part("memory.py"),
     "forward": Part("forward.py"),
-    "scale": Part("scale.py", ("--checkpoints", "50,100,200", "--large", "", "--rounds", "3"), 150),
+    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 60),
+    "scale": Part(
+        "scale.py",
+        ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
+        150,
+    ),
 }
 
 
