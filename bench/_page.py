@@ -58,7 +58,7 @@ def picture(name: str) -> str:
     return f"performance-{name}.svg"
 
 
-def homeless(text: str, parts: Mapping[str, Part]) -> list[str]:
+def homeless(text: str, parts: Mapping[str, object]) -> list[str]:
     """Parts for which a page has no place."""
     return sorted(parts.keys() - {name for _, name, *_ in BLOCK.findall(text)})
 

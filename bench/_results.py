@@ -86,9 +86,13 @@ class Report:
     """One run of a part."""
 
     def __init__(
-        self, part: str, parameters: Mapping[str, Any], packages: Sequence[str] = (), versions: Mapping[str, str] = {}
+        self,
+        part: str,
+        parameters: Mapping[str, Any],
+        packages: Sequence[str] = (),
+        versions: Mapping[str, str] | None = None,
     ) -> None:
-        """`versions` are of what is no package of this interpreter; the load average of now is noted."""
+        """Note the load average, the machine, and versions: of packages, and those given."""
         self.part = part
         self.comparisons: list[Comparison] = []
         self._begun = time.monotonic()
@@ -99,7 +103,7 @@ class Report:
             "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])]),
             "commit": _commit(),
             "machine": machine(),
-            "versions": {name: importlib.metadata.version(name) for name in packages} | dict(versions),
+            "versions": {name: importlib.metadata.version(name) for name in packages} | dict(versions or {}),
             "parameters": dict(parameters),
         }
         self._load = [os.getloadavg()[0]]

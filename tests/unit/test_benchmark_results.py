@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
 
 import check  # noqa: E402
+import suite  # noqa: E402
 from _results import Comparison, Report, latest, read, turns  # noqa: E402
 
 EVEN = [1.0, 1.1, 0.9, 1.0]
@@ -176,3 +177,25 @@ def test_a_folder_without_results_is_said(
     with pytest.raises(SystemExit):
         check.main()
     assert "has no results: `make bench` writes them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", suite.PARTS)
+def test_a_part_of_the_suite_is_a_script(name: str) -> None:
+    source = (ROOT / "bench" / suite.PARTS[name].script).read_text()
+    assert f'Report("{name}"' in source or f'"{name}",' in source
+    assert "add_options(parser" in source
+    assert '"--folder"' in source
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("", ""),
+    ("raise SystemExit(3)", "ended with 3"),
+    ("import time; time.sleep(1000)", "took more than 1 s"),
+])  # fmt: skip
+def test_a_part_that_fails_costs_only_itself(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part.py").write_text(source)
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    limit = 1.0 if "took" in said else 60.0
+    assert suite.run(suite.Part("part.py", limit=limit), tmp_path, None, quick=True) == said
