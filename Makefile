@@ -159,7 +159,7 @@ bench-service: $(VENV)/.installed ## measure restarts, asking a full daemon, pla
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"
-	@PYTHONPATH=client:daemon:tests:bench $(ENGINES_VENV)/bin/python bench/engines.py
+	@PYTHONPATH=client:daemon:tests:bench $(ENGINES_VENV)/bin/python bench/engines.py --results bench/results
 
 bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
 	@echo "bench-gpu: bench/gpu.py"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from _results import Comparison, Part
 
 PAGES = ("docs/performance.md", "README.md")
-BESIDE_PEERS = ("peers", "attach", "cold", "memory", "forward")
+BESIDE_PEERS = ("peers", "attach", "cold", "memory", "forward", "engines-vllm", "engines-sglang")
 """Parts whose other sides are what one would use instead of weightd."""
 BLOCK = re.compile(r"(<!-- made: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.S)
 NOT_MEASURED = "*Not measured yet.*"
