@@ -3,7 +3,8 @@
     python bench/check.py COMMITTED NEW
 
 Both are folders of results; the newest of each part counts. A ratio has moved if the quartiles of both runs do not
-meet, and the medians are a tenth apart at least: repeated samples of memory have no spread at all. Seconds are not
+meet, and the medians are a tenth apart at least: repeated samples of memory have no spread at all. An exponent has
+moved if the medians are 0.3 apart, for the spread of a few slopes near zero says little. Seconds are not
 compared, which are another machine's or another day's. Ends with 1 if a ratio is worse, or a comparison is gone.
 """
 
@@ -31,10 +32,13 @@ class Finding(NamedTuple):
     line: str
 
 
-def moved(before: Spread, after: Spread) -> bool:
-    """Whether two spreads are apart."""
+LEAST_OF_EXPONENTS = 0.3
+
+
+def moved(before: Spread, after: Spread, least: float) -> bool:
+    """Whether two spreads are apart, and their medians by so much."""
     apart = after.low > before.high or after.high < before.low
-    return apart and abs(after.median - before.median) > LEAST * max(abs(after.median), abs(before.median))
+    return apart and abs(after.median - before.median) > least
 
 
 def compare_one(what: str, before: Comparison, after: Comparison) -> Iterator[Finding]:
@@ -43,7 +47,9 @@ def compare_one(what: str, before: Comparison, after: Comparison) -> Iterator[Fi
         new = after.ratios().get(side)
         if new is None:
             yield Finding(True, f"gone: {what}: {side}, which was {old.median:.2f} ×")
-        elif moved(old, new):
+            continue
+        least = LEAST * max(old.median, new.median) if before.unit else LEAST_OF_EXPONENTS
+        if moved(old, new, least):
             worse = (new.median > old.median) == (before.better == "less")
             line = f"{what}: {side}: {old.median:.2f} × ({old.low:.2f}–{old.high:.2f}), now {new.median:.2f} × "
             yield Finding(worse, f"{'worse' if worse else 'better'}: {line}({new.low:.2f}–{new.high:.2f})")

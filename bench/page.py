@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 OURS, OTHER = "#1f6f8b", "#b8b8b8"
 COLUMNS = 3
+EXPONENT = "exponent"
 
 
 def bars(axes: Axes, rows: list[tuple[str, float, float, float]], title: str, unit: str) -> None:
@@ -29,7 +30,7 @@ def bars(axes: Axes, rows: list[tuple[str, float, float, float]], title: str, un
     labels = [label for label, *_ in rows]
     medians = [median for _, median, *_ in rows]
     errors = [[median - low for _, median, low, _ in rows], [high - median for _, median, _, high in rows]]
-    colours = [OURS if label.startswith("weightd") else OTHER for label in labels]
+    colours = [OURS if label.startswith("weightd") or unit == EXPONENT else OTHER for label in labels]
     axes.barh(labels, medians, xerr=errors, color=colours, ecolor="#444444", capsize=2, height=0.7)
     axes.invert_yaxis()
     axes.set_title(title, fontsize=8, loc="left")
@@ -48,7 +49,7 @@ def draw(part: Part, path: Path) -> None:
     alone = [one for one in part.comparisons.values() if len(one.samples) == 1]
     if alone:
         rows = [(one.name, *one.spread(one.subject)[:3]) for one in alone]
-        panels.append((rows, "", alone[0].unit or "exponent"))
+        panels.append((rows, "", alone[0].unit or EXPONENT))
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     tallest = max(len(rows) for rows, *_ in panels)
