@@ -22,7 +22,7 @@ PAGE = (ROOT / "docs/performance.md").read_text()
 _, _, FAST = (ROOT / "README.md").read_text().partition("\n## How fast is it?\n")
 FAST, _, _ = FAST.partition("\n## ")
 PARTS = latest(FOLDER)
-NUMBER = re.compile(r"(?<![\w.,])-?\d[\d,]*(?:\.\d+)?(?!\w)")
+NUMBER = re.compile(r"(?<![\w.,])-?\d+(?:,\d{3})*(?:\.\d+)?(?!\w)")
 
 
 def made(*comparisons: Comparison, part: str = "peers", path: Path = Path("made-up.json"), **head: Any) -> Part:
