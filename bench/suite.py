@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "peers": Part("peers.py", limit=180),
-    "attach": Part("attach.py", ("--large", "1GiB")),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100")),
     "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0")),
     "known": Part("known.py"),
     "memory": Part("memory.py"),
