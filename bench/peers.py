@@ -79,17 +79,17 @@ def measure(options: argparse.Namespace, folder: Path, report: Report) -> None:
         make_warm(path)
     ours = warm.pop("weightd, first")
     report.add(Comparison(
-        "warm", "a process loads a checkpoint that is in memory and reads every page of it", "s", warm,
+        "warm", "load a checkpoint that is in memory, and read every page", "s", warm,
         "by hand, of 2 GB: 1.2 × safetensors' mmap, 0.26 × its pread, 0.17 × fastsafetensors, 0.07 × Run:ai",
     ))  # fmt: skip
     others = {side: values for side, values in warm.items() if side not in {"weightd", OF_TORCH}}
     report.add(Comparison(
-        "first", "the same where the daemon does not have the checkpoint yet and loads it into fresh memory", "s",
+        "first", "load a checkpoint that the daemon does not have yet, and read every page", "s",
         {"weightd": ours, **others},
         "an order of magnitude slower than mmap, which copies nothing; as fast as pread, which fills as much memory",
     ))  # fmt: skip
     report.add(Comparison(
-        "cold", "the same where the file is not in the page cache either", "s", chilled,
+        "cold", "load a checkpoint that is on the disk only, and read every page", "s", chilled,
         "by hand, of 2 GB, before cold loads were mended: 1.4 × safetensors' mmap, 1.2 × fastsafetensors",
     ))  # fmt: skip
 
