@@ -179,6 +179,10 @@ def test_a_folder_without_results_is_said(
     assert "has no results: `make bench` writes them" in capsys.readouterr().err
 
 
+def test_the_suite_is_bounded() -> None:
+    assert sum(part.limit for part in suite.PARTS.values()) <= suite.MOST_SECONDS
+
+
 @pytest.mark.parametrize("name", suite.PARTS)
 def test_a_part_of_the_suite_is_a_script(name: str) -> None:
     source = (ROOT / "bench" / suite.PARTS[name].script).read_text()
