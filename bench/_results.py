@@ -160,15 +160,17 @@ def latest(folder: Path) -> dict[str, Part]:
     return {part.head["part"]: part for part in map(read, sorted(folder.glob("*.json")))}
 
 
-def turns(sides: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 120.0) -> dict[str, list[float]]:
+def turns(
+    sides: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 120.0, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Call the sides in turns, forwards and backwards, and return what they return.
 
-    One round before the first is not counted. It ends after so many rounds, or after so many seconds if there have been
-    three by then.
+    One round before the first, the warm-up, is not counted. It ends after so many rounds, or after so many seconds if
+    there have been three by then.
     """
     found: dict[str, list[float]] = {side: [] for side in sides}
     end = time.monotonic() + seconds
-    for number in range(-1, rounds):
+    for number in range(-warm_up, rounds):
         if number >= LEAST_ROUNDS and time.monotonic() > end:
             break
         for side in sides if number % 2 else reversed(sides):

@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="where to put the checkpoint for the time (default: the system's)")
-    add_options(parser, rounds=9, seconds=15)
+    add_options(parser, rounds=15, seconds=18)
     options = parser.parse_args()
     passes = Passes(options.layers)
     weights = passes.weights()

@@ -81,7 +81,7 @@ def main() -> None:
                         name: (lambda side=side: grown(side, daemon, paths[:number], processes))  # noqa: B023  # called here
                         for name, side in sides.items()
                     },
-                    options.rounds, options.seconds,
+                    options.rounds, options.seconds, warm_up=False,
                 )  # fmt: skip
                 ours, private = (number + 1) / 2 / number, 1 / processes * (number + 1) / 2 / number
                 what = f"memory of {_count(processes, 'process', 'es')} with {_count(number, 'model', 's')}"

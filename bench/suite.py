@@ -32,11 +32,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "peers": Part("peers.py", limit=200),
+    "peers": Part("peers.py", limit=190),
     "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100"), 60),
     "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0"), 110),
     "known": Part("known.py", limit=90),
-    "memory": Part("memory.py", limit=90),
+    "memory": Part("memory.py", limit=100),
     "forward": Part("forward.py", limit=80),
     "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 50),
     "scale": Part(

@@ -102,6 +102,7 @@ def test_sides_take_turns_in_both_orders() -> None:
     found = turns({"a": lambda: side("a"), "b": lambda: side("b")}, rounds=3)
     assert "".join(calls) == "ab" + "ba" + "ab" + "ba"
     assert found == {"a": [4.0, 5.0, 8.0], "b": [3.0, 6.0, 7.0]}, "the first round does not count"
+    assert turns({"a": lambda: side("a")}, rounds=2, warm_up=False) == {"a": [9.0, 10.0]}
 
 
 def test_turns_end_in_time_but_not_before_three_rounds() -> None:
