@@ -86,9 +86,13 @@ class Report:
     """One run of a part."""
 
     def __init__(
-        self, part: str, parameters: Mapping[str, Any], packages: Sequence[str] = (), versions: Mapping[str, str] = {}
+        self,
+        part: str,
+        parameters: Mapping[str, Any],
+        packages: Sequence[str] = (),
+        versions: Mapping[str, str] | None = None,
     ) -> None:
-        """`versions` are of what is no package of this interpreter; the load average of now is noted."""
+        """Note the load average, the machine, and versions: of packages, and those given."""
         self.part = part
         self.comparisons: list[Comparison] = []
         self._begun = time.monotonic()
@@ -99,7 +103,7 @@ class Report:
             "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])]),
             "commit": _commit(),
             "machine": machine(),
-            "versions": {name: importlib.metadata.version(name) for name in packages} | dict(versions),
+            "versions": {name: importlib.metadata.version(name) for name in packages} | dict(versions or {}),
             "parameters": dict(parameters),
         }
         self._load = [os.getloadavg()[0]]
@@ -118,7 +122,7 @@ class Report:
         body = self._head | {
             "load_average": [round(value, 2) for value in (*self._load, os.getloadavg()[0])],
             "seconds": round(time.monotonic() - self._begun, 1),
-            "comparisons": [_plain(comparison) for comparison in self.comparisons],
+            "comparisons": [to_json(comparison) for comparison in self.comparisons],
         }
         path = folder / f"{body['date']}-{self.part}.json"
         folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,7 @@ def read(path: Path) -> Part:
             raise ValueError(f"its form is not {FORM}")
         fields = {field.name for field in dataclasses.fields(Comparison)}
         found = [Comparison(**{key: row[key] for key in row.keys() & fields}) for row in body.pop("comparisons")]
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of a benchmark: {error}") from None
     return Part(path, body, {comparison.name: comparison for comparison in found})
 
@@ -156,15 +160,17 @@ def latest(folder: Path) -> dict[str, Part]:
     return {part.head["part"]: part for part in map(read, sorted(folder.glob("*.json")))}
 
 
-def turns(sides: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 120.0) -> dict[str, list[float]]:
+def turns(
+    sides: Mapping[str, Callable[[], float]], rounds: int, seconds: float = 120.0, *, warm_up: bool = True
+) -> dict[str, list[float]]:
     """Call the sides in turns, forwards and backwards, and return what they return.
 
-    One round before the first is not counted. It ends after so many rounds, or after so many seconds if there have been
-    three by then.
+    One round before the first, the warm-up, is not counted. It ends after so many rounds, or after so many seconds if
+    there have been three by then.
     """
     found: dict[str, list[float]] = {side: [] for side in sides}
     end = time.monotonic() + seconds
-    for number in range(-1, rounds):
+    for number in range(-warm_up, rounds):
         if number >= LEAST_ROUNDS and time.monotonic() > end:
             break
         for side in sides if number % 2 else reversed(sides):
@@ -195,7 +201,8 @@ def show(part: str, comparison: Comparison) -> str:
     return line
 
 
-def _plain(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """A row of `comparisons`, with medians and ratios, which are computed from the samples and never read."""
     samples = {side: [_round(value) for value in values] for side, values in comparison.samples.items()}
     rounded = dataclasses.replace(comparison, samples=samples)
     return dataclasses.asdict(rounded) | {
@@ -205,7 +212,6 @@ def _plain(comparison: Comparison) -> dict[str, Any]:
 
 
 def _quartiles(spread: Spread) -> dict[str, float]:
-    """What a reader of the JSON wants to see; it is computed from the samples, and never read."""
     return {"median": _round(spread.median), "low": _round(spread.low), "high": _round(spread.high)}
 
 
