@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import _fused
-from ._manifest import Manifest
+from ._manifest import Manifest, odd
 from ._mapping import host
 from ._mapping.opening import open_segments
 from ._mapping.ranges import MappedExtents
@@ -90,6 +90,8 @@ class Attachment:
         self.kind: str = manifest.kind
         if components or keys:  # the daemon has looked as well, unless the request was too long to name them
             self._tensors = _by_key(manifest.select(components, keys))
+        if max(received.reply.segments, default=-1) >= len(manifest.segment_bytes):
+            raise odd(f"has {len(manifest.segment_bytes)} segments, and the daemon sent others")
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         if most:

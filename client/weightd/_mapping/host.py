@@ -10,11 +10,13 @@ goes when the last thing that needs it is gone, in whatever order things are dro
 from __future__ import annotations
 
 import mmap
+import os
 import weakref
 from typing import TYPE_CHECKING, Final
 
 from weightd._libc import map_private, reserve, unmap, view_at
 from weightd._limits import limit_error
+from weightd.errors import ServerError
 
 from .ranges import MappedRange
 
@@ -87,6 +89,8 @@ class MappedHostSegments:
     def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
         self._ranges: dict[tuple[int, int], MappedRange] = {}
+        if min((one.size for one in wanted), default=1) <= 0:
+            raise ServerError("the daemon sent a segment without bytes")
         size = sum(_whole_pages(one.size) * one.copies for one in wanted)
         if not size:
             return
@@ -102,6 +106,8 @@ class MappedHostSegments:
                 assert isinstance(one.handle, int)  # `open_segments` has looked
                 for copy in range(one.copies):
                     mapping = map_segment(one.handle, one.size, lease, place)
+                    if os.fstat(one.handle).st_size < one.size:  # reading past a file's end kills the process
+                        raise ServerError(f"the daemon sent a segment that lacks some of the {one.size} bytes it says")
                     place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                     self._buffers[one.segment, copy] = mapping.buffer()
