@@ -45,6 +45,18 @@ SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
 # Ray, Kubernetes' client and validators: behind the packages of the virtual environment, as test-versions has it.
 FLEET_VENV ?= .venv-fleet
+# Atheris, the coverage-guided fuzzer of fuzz: behind the packages of the virtual environment, likewise.
+FUZZ_VENV ?= .venv-fuzz
+ATHERIS ?= atheris==3.0.0
+# The tests that reach the branches of coverage.
+COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py \
+	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
+	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
+	tests/integration/test_sharing.py tests/fault/test_clients.py tests/fault/test_loader.py \
+	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py
+# How long each target is fuzzed, and which; all of them by default.
+SECONDS ?= 60
+TARGET ?=
 ENGINES_VENV ?= .venv-engines
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
@@ -62,7 +74,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page fuzz coverage lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -120,6 +132,17 @@ test-page: $(VENV)/.installed ## tests of the web page and the report, in Chromi
 	else \
 		echo "test-page: SKIPPED: no page was tested, for there is no $(CHROMIUM) (Debian: apt-get install chromium)"; \
 	fi
+
+fuzz: $(FUZZ_VENV)/.installed ## fuzz what reads hostile bytes, guided by coverage (SECONDS= for each TARGET=)
+	@echo "fuzz: support.fuzzing, $(SECONDS) s for each of $(or $(TARGET),all targets)"
+	@PYTHONPATH=client:daemon:fleet:tests $(FUZZ_VENV)/bin/python -m support.fuzzing --seconds $(SECONDS) $(TARGET)
+
+coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (half an hour)
+	@echo "coverage: pytest of $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))"
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m coverage run -m pytest -q $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -187,8 +210,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(ENGINES_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(FUZZ_VENV), $(ENGINES_VENV), caches, build output"
+	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(FUZZ_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -224,6 +247,12 @@ $(FLEET_VENV)/.installed: $(VENV)/.installed tests/fleet_engines/requirements.tx
 	@echo "venv: $(FLEET_VENV), with tests/fleet_engines/requirements.txt (the first time takes a minute)"
 	$(call make-venv-behind,$(@D))
 	@$(@D)/bin/python -m pip install --quiet --requirement tests/fleet_engines/requirements.txt
+	@touch $@
+
+$(FUZZ_VENV)/.installed: $(VENV)/.installed
+	@echo "venv: $(FUZZ_VENV), with $(ATHERIS)"
+	$(call make-venv-behind,$(@D))
+	@$(@D)/bin/python -m pip install --quiet $(ATHERIS)
 	@touch $@
 
 $(VERSIONS_VENV)/%/.tested: $(VERSIONS_VENV)/%/.made $(VENV)/.demo
