@@ -7,8 +7,8 @@ VENV ?= .venv
 PROTOS_PYTHON ?= $(PYTHON)
 PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
-# Most tests wait for processes to start. More workers than two make some of them wait too long on a small machine.
-PYTEST_WORKERS ?= 2
+# Most tests wait for processes to start: three workers keep two cores busy.
+PYTEST_WORKERS ?= 3
 # Interpreter of the recipes that need a GPU. Another one than the virtual environment's must have the packages of the
 # extra `dev`; then nothing is installed, and no network is needed.
 PYTHON_GPU ?= $(BIN)/python
