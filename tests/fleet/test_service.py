@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,23 +83,24 @@ def test_what_is_asked_for_must_be_one_checkpoint(nodes: FleetNodes, tmp_path: P
 
 
 def test_a_full_node_is_passed_over(nodes: FleetNodes, tmp_path: Path) -> None:
-    """The catalogue believes that n2 has room, as it does for a second after a load that it did not order."""
+    """The catalogue believes that n2 has room, as it does for a second after a pin that it does not know of."""
     held, wanted = checkpoint(tmp_path, "base"), checkpoint(tmp_path, "wanted")
     nodes.publish(2, held)
     name = nodes.publish(0, wanted, load=False)
+    n2 = nodes.members[2].node
+    placed = nodes.service.place(name, replicas=3)
+    assert n2 in placed.nodes
+    n2_first = replace(placed, replicas=2, targets=tuple(sorted(placed.targets, key=lambda one: one.node != n2)))
     with nodes.daemons[2].connect() as client:
         client.pin(str(held))
-        n2 = nodes.members[2].node
-        first = nodes.service.place(name, replicas=3)
-        assert n2 in first.nodes  # until its agent tells of the pin
-        behind = type(first)(first.reference, name, 2, tuple(sorted(first.targets, key=lambda one: one.node != n2)), "")
-        loaded = nodes.service.load(name, behind)
+    loaded = nodes.service.load(name, n2_first)
     assert len(loaded.replicas) == 2
     assert n2 not in loaded.nodes
     assert [one.name for one in loaded.skipped] == ["n2"]
     assert "do not fit on host" in loaded.skipped[0].why
     with pytest.raises(CapacityError, match="0 of 1 replicas are resident: n2: "):
         nodes.service.load(name, ["n2"])
+    eventually(lambda: nodes.node(2).devices[0].pinned)
     with pytest.raises(CapacityError, match="3 replicas asked for, and 2 nodes have room"):
         nodes.service.load(name, replicas=3)
     assert nodes.service.place(name, 3).shortage.startswith("2 of 3 replicas placed")

@@ -228,11 +228,19 @@ def test_a_node_dies(cluster: RayCluster, nodes: fleet.Fleet, models: dict[str, 
 
 def test_no_catalogue(cluster: RayCluster, nodes: fleet.Fleet) -> None:
     ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
-    with pytest.raises(DaemonUnreachableError, match="cannot be asked"):
-        nodes.stats()
+
+    def ended() -> bool:
+        try:
+            nodes.stats()
+        except DaemonUnreachableError as error:
+            return "cannot be asked" in str(error)
+        return False
+
+    eventually(ended)
     with pytest.raises(DaemonUnreachableError, match="start it with `weightd fleet catalogue`"):
         fleet.connect(start=False)
     refused = command(cluster, "ls", check=False)
     assert (refused.returncode, "no catalogue runs in this cluster" in refused.stderr) == (69, True)
     command(cluster, "catalogue", "--port=1")
     assert {node.state for node in fleet.connect(start=False).nodes()} == {"unknown"}, "nobody listens at port 1"
+    assert "3 of 3 nodes answer" in command(cluster, "catalogue", f"--port={AGENT_PORT}").stdout

@@ -207,7 +207,8 @@ def drain(
 ) -> None:
     """Copy what only a node has, and end its service.
 
-    Checkpoints that too few other nodes hold in memory are copied before the agent ends its service. The node's daemon goes on, and so do the processes that use it. The agent serves again after a restart.
+    Checkpoints that too few other nodes hold in memory are copied before the agent ends its service. The node's daemon
+    goes on, and so do the processes that use it. The agent serves again after a restart.
 
     \b
     Examples:
@@ -253,8 +254,8 @@ def catalogue(
 ) -> None:
     """Start or restart the catalogue of a Ray cluster.
 
-    It runs on the cluster's head. It keeps nothing that the agents do not tell again: a restart interrupts who waits for a load, and no load. The
-    certificate must give the role weightd://client.
+    It runs on the cluster's head, and keeps nothing that the agents do not tell again: a restart interrupts who waits
+    for a load, and no load. The certificate must give the role weightd://client.
 
     \b
     Examples:

@@ -18,7 +18,7 @@ from weightd.errors import (
 )
 
 from .inventory import DeviceInventory, NodeInventory, ServableCheckpoint
-from .local_blobs import BlobReaders, StateBlobs, published_files
+from .local_blobs import BlobReaders, StateBlobs, published_files, tensors_in_files
 from .peer_errors import MAX_SOURCES, PeerBusyError
 from .resident import DEVICE
 
@@ -174,9 +174,8 @@ class ServedBlobs:
         served = []
         for name, manifest in published.items():
             rest = {row.digest for row in manifest.tensors if row.length} - resident
-            with published_files(self._state, [name] if rest else [], rest) as files:
-                if all(digest in files for digest in rest):
-                    served.append(ServedCheckpoint(name, manifest))
+            if not rest or rest <= tensors_in_files(self._state, manifest):
+                served.append(ServedCheckpoint(name, manifest))
         return served
 
     @contextlib.contextmanager
@@ -188,13 +187,15 @@ class ServedBlobs:
         lengths = {row.digest: row.length for row in manifest.tensors}
         own = StateBlobs(self._state, manifest)
         wanted = {digest for digest in digests if digest not in own}
-        if unknown := next((digest for digest in wanted if digest not in lengths), None):
-            raise NotFoundError(f"{name}: has no row {unknown.hex()[:64]}")
+        for digest in wanted - lengths.keys():
+            raise NotFoundError(f"{name}: has no row {digest.hex()[:64]!r}")
         with (
             self._resident.hold(wanted, {lengths[digest] for digest in wanted}) as held,
             published_files(self._state, [name], wanted) as files,
         ):
             found = BlobReaders([own, held, files])
-            if gone := next((digest for digest in wanted if lengths[digest] and digest not in found), None):
-                raise NotFoundError(f"{name}: its row {gone.hex()[:16]} is not on this node any more; ask another one")
+            for digest in wanted:
+                if lengths[digest] and digest not in found:
+                    row = digest.hex()[:16]
+                    raise NotFoundError(f"{name}: its row {row} is not on this node any more; ask another one")
             yield found

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PORT: Final = "WEIGHTD_FLEET_PORT"
 _TLS_DIR: Final = "WEIGHTD_FLEET_TLS_DIR"
+_PAUSE: Final = 0.05
 _REACH_SECONDS: Final = 10.0
 _ANSWER_SECONDS: Final = 60.0
 """How long a question may take that needs no transfer: the catalogue may have to be started, or to be restarted."""
@@ -78,14 +79,25 @@ def restart_catalogue(address: str | None, *, port: int | None, tls_dir: str | N
     """A catalogue with these settings in the place of the one that runs, if any. Errors: DaemonUnreachableError."""
     leave = _join(address)
     try:
-        with contextlib.suppress(ValueError):  # there is none
-            ray.kill(ray.get_actor(NAME, namespace=NAMESPACE), no_restart=True)
+        _stop()
         handle = RayCatalogueHandle(start(_wanted(port, tls_dir)), leave)
         handle.settings()
     except BaseException:
         leave()
         raise
     return handle
+
+
+def _stop() -> None:
+    """End the catalogue that runs, if any. Errors: DaemonBusyError."""
+    deadline = time.monotonic() + _ANSWER_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            ray.kill(ray.get_actor(NAME, namespace=NAMESPACE), no_restart=True)
+        except ValueError:  # its name is free
+            return
+        time.sleep(_PAUSE)
+    raise DaemonBusyError(f"the fleet's catalogue does not end within {_ANSWER_SECONDS} s; try again")
 
 
 def _wanted(port: int | None, tls_dir: str | None) -> CatalogueSettings:

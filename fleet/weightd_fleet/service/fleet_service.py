@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightd._sizes import size
-from weightd.errors import CapacityError, InvalidReferenceError, NotFoundError, WeightdError
+from weightd.errors import CapacityError, InvalidReferenceError, NotFoundError
 from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.resident import DEVICE
 from weightd_fleet.agent.tls import TlsFolder
@@ -113,7 +113,7 @@ class FleetService:
         targets = tuple(
             ReplicaTarget(
                 node=target.node,
-                name=self._name(target.node),
+                name=self._state.node_name(target.node),
                 device=DEVICE,
                 size_bytes=target.size_bytes,
                 missing_bytes=target.missing_bytes,
@@ -239,7 +239,7 @@ class FleetService:
                     reference=references[one.checkpoint],
                     checkpoint=one.checkpoint,
                     node=node,
-                    name=self._name(node),
+                    name=self._state.node_name(node),
                     device=DEVICE,
                     size_bytes=one.size_bytes,
                     missing_bytes=one.missing_bytes,
@@ -252,14 +252,8 @@ class FleetService:
         )
         return ReplicaPlan(tuple(replicas), left_over, found.used_bytes)
 
-    def _name(self, node: str) -> str:
-        try:
-            return self._state.node_named(node).name
-        except WeightdError:
-            return node  # it has left meanwhile
-
     def _why(self, node: str, total: int, missing: int, partner: str, partner_bytes: int) -> str:
-        name = self._name(node)
+        name = self._state.node_name(node)
         if not missing:
             return f"{name}: has all of its {size(total)}"
         told = f"{name}: {size(missing)} of {size(total)} missing"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
 from weightd_fleet.agent.resident import DEVICE
@@ -19,7 +20,7 @@ from .results import FleetCheckpoint, FleetNode, NodeDevice
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from weightd_fleet.agent.inventory import DeviceInventory, NodeInventory
+    from weightd_fleet.agent.inventory import DeviceInventory, NodeInventory, ServableCheckpoint
     from weightd_fleet.core.manifest import FleetManifest
 
     from .members import FleetMember
@@ -54,9 +55,14 @@ class _NodeRecord:
         memory = self.host_memory
         return {one.name: one.pinned for one in memory.checkpoints} if memory else {}
 
-    def serves(self) -> set[str]:
+    @property
+    def entries(self) -> tuple[ServableCheckpoint, ...]:
         """The checkpoints of which it has every byte."""
-        return {entry.name for entry in self.inventory.entries} if self.inventory else set()
+        return self.inventory.entries if self.inventory else ()
+
+    def serves(self) -> set[str]:
+        """Their names in the fleet."""
+        return {entry.name for entry in self.entries}
 
 
 class FleetState:
@@ -113,13 +119,16 @@ class FleetState:
         record = self._nodes.get(node)
         if record is None:
             return
-        if record.is_open and record.host_memory is not None:
-            self._catalogue.remove(_device(node))
+        was_there = record.is_open and record.host_memory is not None
+        before = record.entries
         record.inventory, record.problem = inventory, problem
+        if record.entries != before:  # what is resident changes much more often
+            self._names = None
         if record.is_open and (memory := record.host_memory) is not None:
             self._revision += 1
             self._catalogue.report(_report(node, memory, self._revision))
-        self._names = None
+        elif was_there:
+            self._catalogue.remove(_device(node))
         self._changed.notify_all()
 
     def _settle(self, node: str) -> None:
@@ -148,9 +157,29 @@ class FleetState:
 
     def checkpoints(self) -> tuple[FleetCheckpoint, ...]:
         """All checkpoints that a node has, by their names."""
+        resident: dict[str, list[str]] = defaultdict(list)
+        pinned: dict[str, list[str]] = defaultdict(list)
+        served: dict[str, list[str]] = defaultdict(list)
         with self._changed:
             names = self._current_names()
-            found = [self._checkpoint(checkpoint, names) for checkpoint in names.checkpoints()]
+            for node, record in sorted(self._nodes.items()):
+                for checkpoint, is_pinned in record.resident().items():
+                    resident[checkpoint].append(node)
+                    if is_pinned:
+                        pinned[checkpoint].append(node)
+                for checkpoint in record.serves():
+                    served[checkpoint].append(node)
+        found = [
+            FleetCheckpoint(
+                checkpoint=checkpoint,
+                names=names.of(checkpoint),
+                size_bytes=names.size_bytes(checkpoint),
+                resident_on=tuple(resident[checkpoint]),
+                pinned_on=tuple(pinned[checkpoint]),
+                served_by=tuple(served[checkpoint]),
+            )
+            for checkpoint in names.checkpoints()
+        ]
         return tuple(sorted(found, key=lambda one: (one.names or (one.checkpoint,), one.checkpoint)))
 
     def named(self, reference: str) -> str:
@@ -168,6 +197,12 @@ class FleetState:
         with self._changed:
             members = [record.member for record in self._nodes.values()]
             return _node(self._nodes[NodeNames(members).node(reference)])
+
+    def node_name(self, node: str) -> str:
+        """What people call a node; its id if it has left."""
+        with self._changed:
+            record = self._nodes.get(node)
+            return record.member.name if record else node
 
     def choose(self, checkpoint: str, replicas: int) -> PlacementDecision:
         """The devices for replicas of a checkpoint, best first. Errors: NotFoundError.
@@ -199,22 +234,8 @@ class FleetState:
 
     def _current_names(self) -> FleetNames:
         if self._names is None:
-            inventories = [record.inventory for record in self._nodes.values() if record.inventory]
-            self._names = FleetNames(entry for inventory in inventories for entry in inventory.entries)
+            self._names = FleetNames(entry for record in self._nodes.values() for entry in record.entries)
         return self._names
-
-    def _checkpoint(self, checkpoint: str, names: FleetNames) -> FleetCheckpoint:
-        resident = {
-            node: held for node, one in self._nodes.items() if (held := one.resident().get(checkpoint)) is not None
-        }
-        return FleetCheckpoint(
-            checkpoint=checkpoint,
-            names=names.of(checkpoint),
-            size_bytes=names.size_bytes(checkpoint),
-            resident_on=tuple(sorted(resident)),
-            pinned_on=tuple(sorted(node for node, pinned in resident.items() if pinned)),
-            served_by=tuple(sorted(node for node, one in self._nodes.items() if checkpoint in one.serves())),
-        )
 
 
 def _node(record: _NodeRecord) -> FleetNode:

@@ -15,6 +15,7 @@ from weightd.errors import (
     FormatError,
     NotFoundError,
     ResourceLimitError,
+    WeightdError,
 )
 from weightd_fleet._proto.v1 import peer_pb2
 from weightd_fleet.agent.addresses import parse_address
@@ -74,20 +75,19 @@ class FleetLoads:
     ) -> LoadReport:
         """Make replicas resident on the first of some targets that take one.
 
-        Errors: CapacityError (too few take one; it says why each did not, and what was loaded stays), NotFoundError (no
-        node serves the checkpoint), and those of a fetch that no other target would be spared.
+        Errors: CapacityError, or DaemonUnreachableError if none answers (too few take one; it says why each did not,
+        and what was loaded stays), NotFoundError (no node serves the checkpoint), and those of a fetch that every
+        target would have.
         """
         waiting = _Waiting(targets)
-        skipped: list[SkippedTarget] = []
-        full: list[bool] = []
+        failed: list[tuple[FleetNode, WeightdError]] = []
 
         def fill() -> LoadedReplica | None:
             for target in waiting:
                 try:
                     return self._fetch(reference, checkpoint, target, pin=pin)
                 except _OF_THE_TARGET as error:
-                    skipped.append(SkippedTarget(target.node, target.name, str(error)))
-                    full.append(not isinstance(error, DaemonUnreachableError))
+                    failed.append((target, error))
             return None
 
         with ThreadPoolExecutor(min(replicas, _MOST_REPLICAS)) as pool:
@@ -95,12 +95,14 @@ class FleetLoads:
         loaded = [replica for replica in ended if replica is not None]
         if len(loaded) < replicas:
             there = f" (on {', '.join(one.name for one in loaded)})" if loaded else ""
-            why = "; ".join(f"{one.name}: {one.why}" for one in skipped)
-            kind = CapacityError if any(full) or not full else DaemonUnreachableError
+            why = "; ".join(f"{target.name}: {error}" for target, error in failed)
+            unreachable = all(isinstance(error, DaemonUnreachableError) for _, error in failed)
+            kind = DaemonUnreachableError if unreachable else CapacityError
             raise kind(f"{reference}: {len(loaded)} of {replicas} replicas are resident{there}: {why}")
         for replica in loaded:
             self._await(checkpoint, replica.node, pin=pin)
-        return LoadReport(reference, checkpoint, tuple(loaded), tuple(skipped))
+        skipped = tuple(SkippedTarget(target.node, target.name, str(error)) for target, error in failed)
+        return LoadReport(reference, checkpoint, tuple(loaded), skipped)
 
     def drain(self, node: FleetNode) -> None:
         """End the service of a node's agent. Errors: DaemonUnreachableError, PermissionDeniedError."""

@@ -193,6 +193,10 @@ class ReplicasLeftOver:
     replicas: int
     why: str
 
+    def explain(self) -> str:
+        """The same in a line."""
+        return f"{self.reference}: {self.replicas} not placed: {self.why}"
+
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPlan:
@@ -212,7 +216,7 @@ class ReplicaPlan:
         return "\n".join(
             [
                 *(f"{one.reference} on {one.why}" for one in self.replicas),
-                *(f"{one.reference}: {one.replicas} not placed: {one.why}" for one in self.left_over),
+                *(one.explain() for one in self.left_over),
             ]
         )
 
@@ -240,7 +244,7 @@ class AppliedSpec:
             [
                 *(f"{one.reference} on {line}" for one in self.loaded for line in one.explain().splitlines()),
                 *(f"{one.reference} on {one.name}: was there" for one in self.present),
-                *(f"{one.reference}: {one.replicas} not placed: {one.why}" for one in self.left_over),
+                *(one.explain() for one in self.left_over),
             ]
         )
 
