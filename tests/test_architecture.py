@@ -53,7 +53,8 @@ ONLY_IN: dict[str, tuple[str, ...]] = {
     "weightd_fleet": ("weightd.fleet",),
     "weightd_fleet.agent": ("weightd_fleet.service*", "weightd_fleet.engines*"),
     "weightd_fleet.service": ("weightd.fleet", "weightd_fleet.engines*"),
-    "weightd_fleet.engines": ("weightd.fleet",),
+    "weightd_fleet.engines": ("weightd.fleet", "weightd_fleet.agent.__main__"),
+    "kubernetes": ("weightd_fleet.engines.kubernetes_node",),
     "blake3": ("weightd_fleet.core.digests",),
     "weightd.page": ("weightd.web.server", "weightd.cli*"),
     "weightd.web": ("weightd.cli.browsing",),
@@ -332,6 +333,8 @@ def test_imports_run_one_way() -> None:
         ("weightd_fleet.core.placing", "import time"),
         ("weightd_fleet.core.placing", "from weightd_fleet.publishing import state"),
         ("weightd_fleet.core.manifest", "from blake3 import blake3"),
+        ("weightd_fleet.agent.agent", "def label():\n    from weightd_fleet.engines import kubernetes_node"),
+        ("weightd_fleet.engines.kubernetes_labels", "from kubernetes import client"),
         ("weightd_fleet.core.manifest", "from weightd_daemon.core.digest import new_hasher"),
     ],
 )

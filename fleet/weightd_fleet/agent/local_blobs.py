@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightd import _failpoints
 from weightd._references.files import open_regular
 from weightd.errors import FormatError, NotFoundError, WeightdError
 from weightd_fleet.core.manifest_rows import WeightFile
@@ -78,6 +79,7 @@ class BlobReaders:
 
     def pieces(self, digest: bytes) -> Iterator[memoryview]:
         """The bytes of a blob. Errors: NotFoundError, those of the reader."""
+        _failpoints.reach("fetch.serve")
         for reader in self._readers:
             if digest in reader:
                 return reader.pieces(digest)

@@ -1,1 +1,1 @@
-"""What runs the service of a fleet, a room for each engine: who the nodes are, and how drivers reach the catalogue."""
+"""What a fleet has from the system that runs it: nodes, actors and requests of Ray; labels of nodes in Kubernetes."""
