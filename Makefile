@@ -7,8 +7,8 @@ VENV ?= .venv
 PROTOS_PYTHON ?= $(PYTHON)
 PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
-# Most tests wait for processes to start. More workers than two make some of them wait too long on a small machine.
-PYTEST_WORKERS ?= 2
+# Most tests wait for processes to start: three workers keep two cores busy.
+PYTEST_WORKERS ?= 3
 # Interpreter of the recipes that need a GPU. Another one than the virtual environment's must have the packages of the
 # extra `dev`; then nothing is installed, and no network is needed.
 PYTHON_GPU ?= $(BIN)/python
@@ -46,6 +46,9 @@ SAFETENSORS_VENV ?= .venv-safetensors
 # Ray, Kubernetes' client and validators: behind the packages of the virtual environment, as test-versions has it.
 FLEET_VENV ?= .venv-fleet
 ENGINES_VENV ?= .venv-engines
+# How long the soak takes, and what else it is told: SOAK_ARGS="--memory cuda_vmm --seed 7".
+SECONDS ?= 60
+SOAK_ARGS ?=
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
@@ -68,7 +71,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page dist check-dist lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults dist check-dist lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -126,6 +129,14 @@ test-page: $(VENV)/.installed ## tests of the web page and the report, in Chromi
 	else \
 		echo "test-page: SKIPPED: no page was tested, for there is no $(CHROMIUM) (Debian: apt-get install chromium)"; \
 	fi
+
+soak: $(VENV)/.installed ## clients, files and kills at random against one daemon, every byte compared (SECONDS=, SOAK_ARGS=)
+	@echo "soak: python -m soak, for $(SECONDS) s"
+	@PYTHONPATH=client:daemon:tests $(BIN)/python -m soak --seconds $(SECONDS) $(SOAK_ARGS)
+
+faults: $(VENV)/.installed ## an error, a delay and a kill at every named point; writes docs/faults.md (minutes)
+	@echo "faults: python -m failpoints"
+	@PYTHONPATH=client:daemon:fleet:tests $(BIN)/python -m failpoints --write docs/faults.md
 
 dist: $(DIST_VENV)/.installed ## build the sdist, and from it the wheel, into dist, and check what PyPI would refuse
 	@echo "dist: python -m build, twine check"

@@ -8,8 +8,11 @@ starts attaches only once, as many fresh processes as `--fresh` says do it once 
 
 A third checkpoint has 20,000 tensors of 2 KiB and a little more: all are attached and made, and one of them, in turns.
 
+Beside it, in turns with it, safetensors loads the same files by mmap, and of the large one every page is read, with
+`populate` and without.
+
 Aims: the large one takes at most 1.5 × the time of the small one; 300 tensors, connection included, under 5 ms; one of
-20,000 at most a quarter of all of them.
+20,000 at most a quarter of all of them; attach and every tensor at most half of what safetensors takes.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import weightd
 
 HERE = Path(__file__).parent
 TENSORS = 300
-AIM_MS, AIM_RATIO = 5.0, 1.5
+AIM_MS, AIM_RATIO, AIM_BESIDE = 5.0, 1.5, 0.5
 MANY, AIM_FEW = 20_000, 0.25
 MANY_BYTES = MANY * 2048
 
@@ -35,7 +38,13 @@ MANY_BYTES = MANY * 2048
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All of it; times in milliseconds."""
     sizes = {"small": options.small, "large": options.large}
-    results: dict[str, Any] = {"machine": machine(), "tensors": TENSORS, "sizes": sizes, "segments": {}}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "tensors": TENSORS,
+        "sizes": sizes,
+        "segments": {},
+        "beside_ms": {},
+    }
     with (
         scratch(options.folder) as folder,
         serving(
@@ -47,18 +56,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 path = folder / f"{name}.safetensors"
                 write_checkpoint(path, size, TENSORS, seed)
                 client.load(path, name=f"checkpoint-{name}", pin=True)
-                path.unlink()
                 results["segments"][name] = client.inspect(f"checkpoint-{name}").segments
             path = folder / "many.safetensors"
             write_checkpoint(path, MANY_BYTES, MANY, len(sizes))
             client.load(path, name="many", pin=True)
-            path.unlink()
             with client.attach("many", manifest_only=True) as attachment:
                 tensor = list(attachment.tensors)[MANY // 2].name
         names = [f"checkpoint-{name}" for name in sizes]
         rounds = run_attacher(daemon.socket, options.rounds, names)
         fresh = [run_attacher(daemon.socket, 1, names[:1]) for _ in range(options.fresh)]
         few = run_attacher(daemon.socket, options.few, ["--few", "many", tensor])
+        for name, checkpoint, times in (("small", names[0], options.rounds // 4), ("many", "many", options.few)):
+            file = str(folder / f"{name}.safetensors")
+            beside = run_attacher(daemon.socket, times, ["--beside", checkpoint, file])
+            results["beside_ms"][name] = {way: Spread.of(series)._asdict() for way, series in beside.items()}
+        file = str(folder / "large.safetensors")
+        touched = run_attacher(daemon.socket, options.few, ["--touch", names[1], file])
+        results["touch_ms"] = {way: Spread.of(series)._asdict() for way, series in touched.items()}
     if any(answer["grpc"] for answer in (rounds, few, *fresh)):
         raise SystemExit("grpc was imported on the attach path")
     results["torch"] = rounds["torch"]
@@ -98,6 +112,14 @@ def show(results: dict[str, Any]) -> None:
     print(f"  all of {MANY:,} tensors: {Spread(**results['few_ms']['all']).show('ms')}")
     print(f"  one of them: {Spread(**results['few_ms']['one']).show('ms')}")
     print(f"  one / all: {results['few_ratio']:.3f}, aim ≤ {AIM_FEW}")
+    for name, tensors in (("small", TENSORS), ("many", MANY)):
+        rows = {way: Spread(**row) for way, row in results["beside_ms"][name].items()}
+        print(f"  {tensors:,} tensors, in turns with safetensors (aim ≤ {AIM_BESIDE} ×):")
+        for way, row in rows.items():
+            print(f"    {way:28} {row.median / rows['safetensors'].median:5.2f} ×  {row.show('ms')}")
+    print(f"  {results['sizes']['large'] / 2**20:,.0f} MiB, every page read:")
+    for way, row in results["touch_ms"].items():
+        print(f"    {way:28} {Spread(**row).show('ms', digits=1)}")
     print("  where it goes (ms, medians):      small   large")
     for step, row in results["steps_ms"].items():
         print(f"    {step:28} {row['small']:8.3f} {row['large']:7.3f}")

@@ -50,7 +50,7 @@ TRIALS: dict[str, Trial] = {
     "web": Trial("web", "weightd.web.server"),
     "plan": Trial("plan,daemon", "weightd_daemon.plans.near_duplicates weightd_daemon.planning"),
     "fleet": Trial("fleet", "weightd_fleet.planning weightd_fleet.publishing.publish weightd_fleet.agent.agent"),
-    "fleet-ray": Trial("fleet-ray", "weightd_fleet.agent.agent ray"),
+    "fleet-ray": Trial("fleet-ray", "weightd.fleet weightd_fleet.engines.ray_catalogue ray"),
     "fleet-k8s": Trial("fleet-k8s", "weightd_fleet.engines.kubernetes_node"),
     "torch": Trial("torch", "weightd.torch", torch=True),
     "transformers": Trial("transformers", "weightd.integrations.transformers transformers", torch=True),

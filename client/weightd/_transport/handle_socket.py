@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
 
+from weightd import _failpoints
 from weightd._limits import limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
@@ -262,6 +263,7 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
         while sent < len(descriptors):
             batch = descriptors[sent : sent + _FEED_BATCH]
             frame = handles_pb2.IntakeBatch(first=sent, descriptors=len(batch))
+            _failpoints.reach("client.feed")
             socket.send_fds(intake, [frame.SerializeToString()], batch)
             answer = intake.recv(MAX_FRAME)
             if not answer:

@@ -11,7 +11,8 @@ import typer
 
 from weightd._sizes import size
 from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, WideOption, require, say
-from weightd.cli.fleet import ask_fleet, require_fleet
+from weightd.cli.fleet_cluster import AddressOption, print_checkpoints
+from weightd.cli.fleet_group import ask_fleet, require_fleet
 from weightd.cli.output import emit_json, flush
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 
@@ -166,19 +167,28 @@ def fetch(
 
 def ls(
     context: typer.Context,
-    peers: _FromOption,
+    peers: Annotated[
+        list[str] | None, typer.Option("--from", metavar="HOST:PORT", help="An agent to ask; repeatable.")
+    ] = None,
+    address: AddressOption = None,
     tls_dir: _TlsOption = None,
     state_dir: _StateOption = None,
     patience: _PatienceOption = 30.0,
     output: FormatOption = OutputFormat.TABLE,
     wide: WideOption = False,
 ) -> None:
-    """List the checkpoints that agents can serve.
+    """List checkpoints of a Ray cluster, or of agents.
+
+    With `--from` it lists those that these agents can serve, without a cluster.
 
     \b
     Examples:
+      weightd fleet ls
       weightd fleet ls --from 127.0.0.1:7411
     """
+    if not peers:
+        print_checkpoints(context, address, output, wide=wide)
+        return
     require_fleet("ls")
     arguments = [*_connection(context, tls_dir, state_dir, patience), *(f"--from={peer}" for peer in peers)]
     found = ask_fleet(context, _PROGRAM, [*arguments, "--", "ls"], quiet=True)["peers"]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
@@ -106,6 +107,7 @@ class LoaderCopier:
 
     def copy(self, unit: LoaderUnit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
+        _failpoints.reach("loader.copy")
         rest = [tensor for tensor in unit.tensors if not self._compare_first(tensor)]
         if len(rest) == 1:
             self._copy_one(rest[0])

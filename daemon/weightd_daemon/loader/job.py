@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from weightd import _failpoints
 from weightd._limits import LOADER, limit_error
 from weightd.errors import ServerError, WeightdError
 from weightd.layouts import Arrangement, arrangement
@@ -148,6 +149,7 @@ class _LoadJob:
         files: list[int | LoaderSource] = []
         self._stack.callback(close_all, files)
         receive_files(intake, names, files)
+        _failpoints.reach("loader.files")
         self._channel.send(wire.ToDaemon(received=wire.Received()))
         self._sources = [
             file if isinstance(file, LoaderSource) else LoaderSource(name, file)
@@ -311,6 +313,7 @@ class _LoadJob:
 
     def _finish(self, copier: LoaderCopier) -> None:
         """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""
+        _failpoints.reach("loader.finish")
         done = wire.Finish(read=self._read)
         while (pairs := self._channel.call(wire.ToDaemon(finish=done)).finish).placed:
             done = wire.Finish(read=self._read, placed=pairs.placed, sealed=pairs.sealed)

@@ -7,6 +7,7 @@ import os
 import stat
 import time
 
+from weightd import _failpoints
 from weightd._references.index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
@@ -93,6 +94,7 @@ class LoaderSource:
         done = 0
         while done < len(buffer):
             try:
+                _failpoints.reach("loader.read")
                 count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
             except OSError as error:
                 raise FormatError(f"{self.name}: cannot be read at byte {offset + done}: {error.strerror}") from error

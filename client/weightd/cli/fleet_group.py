@@ -26,7 +26,7 @@ from weightd.cli.programs import ask
 from weightd.cli.progress import byte_bar
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 
-_NEEDED = ("weightd_fleet", "weightd_daemon", "blake3", "numpy", "xxhash")
+NEEDED = ("weightd_fleet", "weightd_daemon", "blake3", "numpy", "xxhash")
 
 _NODE_COLUMNS = (
     Column("NODE"),
@@ -43,7 +43,7 @@ fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 
 @fleet.callback(invoke_without_command=True)
 def _without_command(context: typer.Context) -> None:
-    """Place checkpoints on several nodes, publish and fetch them.
+    """Place checkpoints on several nodes, publish and fetch them, alone or on a cluster of Ray.
 
     \b
     Examples:
@@ -58,7 +58,7 @@ def _without_command(context: typer.Context) -> None:
 
 def require_fleet(command: str) -> None:
     """Exit with an error if the extra is not installed."""
-    require(f"fleet {command}", _NEEDED, "fleet")
+    require(f"fleet {command}", NEEDED, "fleet")
 
 
 def ask_fleet(context: typer.Context, module: str, arguments: list[str], *, quiet: bool) -> dict[str, Any]:
