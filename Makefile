@@ -49,6 +49,12 @@ ENGINES_VENV ?= .venv-engines
 # How long the soak takes, and what else it is told: SOAK_ARGS="--memory cuda_vmm --seed 7".
 SECONDS ?= 60
 SOAK_ARGS ?=
+# What `make bench` measures weightd beside. The next safetensors is in a folder of its own, for a process has one.
+PEERS_VENV ?= .venv-peers
+PEERS_SAFETENSORS ?= 0.9.0rc1
+# Options of bench/suite.py, such as --parts=attach,memory.
+BENCH_ARGS ?=
+ENVIRONMENTS = $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(PEERS_VENV) $(DIST_VENV) $(ENGINES_VENV)
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
@@ -71,7 +77,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults dist check-dist lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean dist check-dist bench-check bench-service
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -163,23 +169,26 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(VENV)/.installed ## measure attach, load, asking a full daemon, planning, and weightd top
-	@echo "bench: bench/attach.py"
-	@$(BIN)/python bench/attach.py
-	@echo "bench: bench/restart.py"
-	@$(BIN)/python bench/restart.py
-	@echo "bench: bench/load.py"
-	@$(BIN)/python bench/load.py
-	@echo "bench: bench/service.py"
-	@$(BIN)/python bench/service.py
-	@echo "bench: bench/plan.py"
-	@$(BIN)/python bench/plan.py
-	@echo "bench: bench/top.py"
-	@$(BIN)/python bench/top.py
+bench: $(PEERS_VENV)/.installed ## measure weightd beside its peers, write docs/performance.md (ten minutes)
+	@echo "bench: bench/suite.py, bench/page.py"
+	@$(PEERS_VENV)/bin/python bench/suite.py $(BENCH_ARGS)
+	@$(PEERS_VENV)/bin/python bench/page.py
+
+bench-check: $(PEERS_VENV)/.installed ## measure again, and say which ratios differ from those in bench/results
+	@echo "bench-check: bench/suite.py, bench/check.py"
+	@rm -rf .bench
+	@$(PEERS_VENV)/bin/python bench/suite.py --results .bench $(BENCH_ARGS)
+	@$(PEERS_VENV)/bin/python bench/check.py bench/results .bench
+
+bench-service: $(VENV)/.installed ## measure restarts, asking a full daemon, planning, and weightd top
+	@for script in restart service plan top; do \
+		echo "bench-service: bench/$$script.py"; \
+		$(BIN)/python bench/$$script.py || exit 1; \
+	done
 
 bench-engines: $(ENGINES_VENV)/.installed ## measure what vLLM and SGLang take for weights, alone and on weightd (a quarter of an hour)
 	@echo "bench-engines: bench/engines.py"
-	@PYTHONPATH=client:daemon:tests:bench $(ENGINES_VENV)/bin/python bench/engines.py
+	@PYTHONPATH=client:daemon:tests:bench $(ENGINES_VENV)/bin/python bench/engines.py --results bench/results
 
 bench-gpu: $(GPU_VENV) ## measure on a GPU: memory, attach, load, compute
 	@echo "bench-gpu: bench/gpu.py"
@@ -215,8 +224,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(DIST_VENV), $(ENGINES_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(DIST_VENV) $(ENGINES_VENV) .whl build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(ENVIRONMENTS), caches, build output"
+	@rm -rf $(ENVIRONMENTS) .whl .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -259,6 +268,13 @@ $(DIST_VENV)/.installed: pyproject.toml
 	@echo "venv: $(DIST_VENV), with build, hatchling and twine"
 	@test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
 	@$(DIST_VENV)/bin/python -m pip install --quiet build 'hatchling>=1.27' twine
+	@touch $@
+
+$(PEERS_VENV)/.installed: $(VENV)/.installed bench/requirements-peers.txt
+	@echo "venv: $(PEERS_VENV), with bench/requirements-peers.txt and safetensors $(PEERS_SAFETENSORS)"
+	$(call make-venv-behind,$(PEERS_VENV))
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --requirement bench/requirements-peers.txt
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps --target $(PEERS_VENV)/safetensors-next --upgrade safetensors==$(PEERS_SAFETENSORS)
 	@touch $@
 
 $(VERSIONS_VENV)/%/.tested: $(VERSIONS_VENV)/%/.made $(VENV)/.demo

@@ -1,6 +1,7 @@
 """How long attaching takes, and where the time goes.
 
     python bench/attach.py [--small 64MiB] [--large 4GiB] [--rounds 200] [--fresh 9] [--format human|json]
+        [--results FOLDER]
 
 Two checkpoints of 300 tensors are loaded; the second is 64 times as large. One process attaches to both in turns:
 connect, attach, make every tensor, let go. torch and protobuf are imported, grpc is not (checked). As a process that
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from _daemon import Spread, machine, parse_size, scratch, serving, write_checkpoint
+from _results import LEAST_ROUNDS, Comparison, Report, add_options
 
 import weightd
 
@@ -44,6 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "sizes": sizes,
         "segments": {},
         "beside_ms": {},
+        "samples": {},
     }
     with (
         scratch(options.folder) as folder,
@@ -66,12 +69,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rounds = run_attacher(daemon.socket, options.rounds, names)
         fresh = [run_attacher(daemon.socket, 1, names[:1]) for _ in range(options.fresh)]
         few = run_attacher(daemon.socket, options.few, ["--few", "many", tensor])
-        for name, checkpoint, times in (("small", names[0], options.rounds // 4), ("many", "many", options.few)):
+        times = max(LEAST_ROUNDS, options.rounds // 4)
+        for name, checkpoint, count in (("small", names[0], times), ("many", "many", options.few)):
             file = str(folder / f"{name}.safetensors")
-            beside = run_attacher(daemon.socket, times, ["--beside", checkpoint, file])
+            beside = run_attacher(daemon.socket, count, ["--beside", checkpoint, file])
+            results["samples"][name] = beside
             results["beside_ms"][name] = {way: Spread.of(series)._asdict() for way, series in beside.items()}
         file = str(folder / "large.safetensors")
         touched = run_attacher(daemon.socket, options.few, ["--touch", names[1], file])
+        results["samples"]["touch"] = touched
         results["touch_ms"] = {way: Spread.of(series)._asdict() for way, series in touched.items()}
     if any(answer["grpc"] for answer in (rounds, few, *fresh)):
         raise SystemExit("grpc was imported on the attach path")
@@ -98,6 +104,21 @@ def run_attacher(socket: Path, rounds: int, names: list[str]) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "_attacher.py"), str(socket), str(rounds), *names]
     answer: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return answer
+
+
+def record(results: dict[str, Any], report: Report) -> None:
+    """Put what stands beside safetensors into the form of results."""
+    for name, tensors in (("small", TENSORS), ("many", MANY)):
+        found = results["samples"][name]
+        ways = {"weightd": "connect and attach", "weightd, connected": "attach", "safetensors mmap": "safetensors"}
+        samples = {side: found[way] for side, way in ways.items()}
+        what = f"have all of {tensors:,} tensors"
+        report.add(Comparison(f"{tensors} tensors", what, "ms", samples, f"at most {AIM_BESIDE} × safetensors"))
+    touched = results["samples"]["touch"]
+    ways = {"weightd": "attach", "weightd, populate": "attach, populate", "safetensors mmap": "safetensors"}
+    samples = {side: touched[f"{way}: both"] for side, way in ways.items()}
+    what = "have all tensors of the large checkpoint and read every page"
+    report.add(Comparison("read", what, "ms", samples, "as much with populate as without: moved, not saved"))
 
 
 def show(results: dict[str, Any]) -> None:
@@ -131,13 +152,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=parse_size, default="64MiB", help="bytes of the small checkpoint")
     parser.add_argument("--large", type=parse_size, default="4GiB", help="bytes of the large checkpoint")
-    parser.add_argument("--rounds", type=int, default=200, help="attaches to each, in one process")
     parser.add_argument("--fresh", type=int, default=9, help="fresh processes that attach once")
     parser.add_argument("--few", type=int, default=9, help="attaches to all and to one of 20,000 tensors, in turns")
     parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
+    add_options(parser, rounds=200)
     options = parser.parse_args()
+    parameters = {"small": options.small, "large": options.large, "tensors": TENSORS}
+    report = Report("attach", parameters, packages=("weightd", "torch", "safetensors"))
     results = measure(options)
+    record(results, report)
+    report.write(options.results)
     if options.format == "json":
         print(json.dumps(results, indent=2))
     else:
