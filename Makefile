@@ -45,16 +45,28 @@ SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
 # Ray, Kubernetes' client and validators: behind the packages of the virtual environment, as test-versions has it.
 FLEET_VENV ?= .venv-fleet
+# Atheris, the coverage-guided fuzzer of fuzz: behind the packages of the virtual environment, likewise.
+FUZZ_VENV ?= .venv-fuzz
+ATHERIS ?= atheris==3.0.0
+# The tests that reach the branches of coverage.
+COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py \
+	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
+	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
+	tests/integration/test_sharing.py tests/fault/test_clients.py tests/fault/test_loader.py \
+	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py
+# Which targets are fuzzed; all of them by default.
+TARGET ?=
 ENGINES_VENV ?= .venv-engines
-# How long the soak takes, and what else it is told: SOAK_ARGS="--memory cuda_vmm --seed 7".
+# How long the soak takes, and fuzzing of each target.
 SECONDS ?= 60
+# What else the soak is told: SOAK_ARGS="--memory cuda_vmm --seed 7".
 SOAK_ARGS ?=
 # What `make bench` measures weightd beside. The next safetensors is in a folder of its own, for a process has one.
 PEERS_VENV ?= .venv-peers
 PEERS_SAFETENSORS ?= 0.9.0rc1
 # Options of bench/suite.py, such as --parts=attach,memory.
 BENCH_ARGS ?=
-ENVIRONMENTS = $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(PEERS_VENV) $(DIST_VENV) $(ENGINES_VENV)
+ENVIRONMENTS = $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(FUZZ_VENV) $(PEERS_VENV) $(DIST_VENV) $(ENGINES_VENV)
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
@@ -77,7 +89,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean dist check-dist bench-check bench-service
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean dist check-dist bench-check bench-service fuzz coverage
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -154,6 +166,17 @@ check-dist: dist ## try the wheel with each extra in fresh environments of each 
 	@echo "check-dist: tools/check_dist.py"
 	@$(DIST_VENV)/bin/python tools/check_dist.py --torch '$(DIST_TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) \
 		$(addprefix --python ,$(PYTHONS)) $(addprefix --extra ,$(EXTRAS)) dist/*.whl
+
+fuzz: $(FUZZ_VENV)/.installed ## fuzz what reads hostile bytes, guided by coverage (SECONDS= for each TARGET=)
+	@echo "fuzz: support.fuzzing, $(SECONDS) s for each of $(or $(TARGET),all targets)"
+	@PYTHONPATH=client:daemon:fleet:tests $(FUZZ_VENV)/bin/python -m support.fuzzing --seconds $(SECONDS) $(TARGET)
+
+coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (half an hour)
+	@echo "coverage: pytest of $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))"
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m coverage run -m pytest -q $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -268,6 +291,12 @@ $(DIST_VENV)/.installed: pyproject.toml
 	@echo "venv: $(DIST_VENV), with build, hatchling and twine"
 	@test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
 	@$(DIST_VENV)/bin/python -m pip install --quiet build 'hatchling>=1.27' twine
+	@touch $@
+
+$(FUZZ_VENV)/.installed: $(VENV)/.installed
+	@echo "venv: $(FUZZ_VENV), with $(ATHERIS)"
+	$(call make-venv-behind,$(@D))
+	@$(@D)/bin/python -m pip install --quiet $(ATHERIS)
 	@touch $@
 
 $(PEERS_VENV)/.installed: $(VENV)/.installed bench/requirements-peers.txt

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import _failpoints, _fused
-from ._manifest import Manifest
+from ._manifest import Manifest, odd
 from ._mapping import host
 from ._mapping.opening import open_segments
 from ._mapping.ranges import MappedExtents
@@ -95,6 +95,8 @@ class Attachment:
             self._tensors = TensorRows(manifest, manifest.select(components, keys))
         else:
             self._tensors = TensorRows(manifest)
+        if max(received.reply.segments, default=-1) >= len(manifest.segment_bytes):
+            raise odd(f"has {len(manifest.segment_bytes)} segments, and the daemon sent others")
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         if most:

@@ -15,7 +15,7 @@ from weightd._libc import reserve, unmap
 from weightd._mapping import host
 from weightd._mapping.host import HostMapping, MappedHostSegments
 from weightd._mapping.segments import SegmentToMap
-from weightd.errors import ResourceLimitError, WeightdError
+from weightd.errors import ResourceLimitError, ServerError, WeightdError
 
 PAGE = mmap.PAGESIZE
 
@@ -74,6 +74,19 @@ def test_a_failure_leaves_neither_mappings_nor_reserved_addresses(wanted: list[S
         MappedHostSegments(broken, Lease())
     assert mappings() == 0
     assert Path("/proc/self/maps").read_text().count("---p 00000000 00:00 0") == before
+
+
+@pytest.mark.parametrize(
+    ("size", "why"), [(2 * PAGE, "lacks some of the"), (0, "without bytes"), (-PAGE, "without bytes")]
+)
+def test_a_segment_that_is_not_as_long_as_it_says_is_not_mapped(
+    wanted: list[SegmentToMap], size: int, why: str
+) -> None:
+    """Reading it would kill the process."""
+    lying = wanted[0]._replace(size=size)
+    with pytest.raises(ServerError, match=why):
+        MappedHostSegments([wanted[1], lying], Lease())
+    assert mappings() == 0
 
 
 def test_what_a_failure_unmaps_is_unmapped_once(wanted: list[SegmentToMap], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,13 +187,15 @@ class ServedBlobs:
         lengths = {row.digest: row.length for row in manifest.tensors}
         own = StateBlobs(self._state, manifest)
         wanted = {digest for digest in digests if digest not in own}
-        if unknown := next((digest for digest in wanted if digest not in lengths), None):
-            raise NotFoundError(f"{name}: has no row {unknown.hex()[:64]}")
+        for digest in wanted - lengths.keys():
+            raise NotFoundError(f"{name}: has no row {digest.hex()[:64]!r}")
         with (
             self._resident.hold(wanted, {lengths[digest] for digest in wanted}) as held,
             published_files(self._state, [name], wanted) as files,
         ):
             found = BlobReaders([own, held, files])
-            if gone := next((digest for digest in wanted if lengths[digest] and digest not in found), None):
-                raise NotFoundError(f"{name}: its row {gone.hex()[:16]} is not on this node any more; ask another one")
+            for digest in wanted:
+                if lengths[digest] and digest not in found:
+                    row = digest.hex()[:16]
+                    raise NotFoundError(f"{name}: its row {row} is not on this node any more; ask another one")
             yield found
