@@ -127,8 +127,10 @@ class Environment:
     @contextlib.contextmanager
     def daemon(self, socket: Path) -> Iterator[None]:
         """A daemon on a socket. Errors: TrialError."""
-        command = [self._bin / "weightd", "serve", "--device=host", "--budget=64MiB", f"--socket={socket}"]
-        process = subprocess.Popen([*command, f"--state-dir={socket.parent}"], stdout=subprocess.PIPE, text=True)
+        command = [self._bin / "weightd", "serve", "--device=host", "--budget=64MiB", "--log-level=warning"]
+        process = subprocess.Popen(
+            [*command, f"--socket={socket}", f"--state-dir={socket.parent}"], stdout=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdout is not None
             if not process.stdout.readline().startswith("weightd is ready"):
