@@ -50,7 +50,7 @@ TRIALS: dict[str, Trial] = {
     "web": Trial("web", "weightd.web.server"),
     "plan": Trial("plan,daemon", "weightd_daemon.plans.near_duplicates weightd_daemon.planning"),
     "fleet": Trial("fleet", "weightd_fleet.planning weightd_fleet.publishing.publish weightd_fleet.agent.agent"),
-    "fleet-ray": Trial("fleet-ray", "weightd_fleet.agent.agent ray"),
+    "fleet-ray": Trial("fleet-ray", "weightd.fleet weightd_fleet.engines.ray_catalogue ray"),
     "fleet-k8s": Trial("fleet-k8s", "weightd_fleet.engines.kubernetes_node"),
     "torch": Trial("torch", "weightd.torch", torch=True),
     "transformers": Trial("transformers", "weightd.integrations.transformers transformers", torch=True),
@@ -127,8 +127,10 @@ class Environment:
     @contextlib.contextmanager
     def daemon(self, socket: Path) -> Iterator[None]:
         """A daemon on a socket. Errors: TrialError."""
-        command = [self._bin / "weightd", "serve", "--device=host", "--budget=64MiB", f"--socket={socket}"]
-        process = subprocess.Popen([*command, f"--state-dir={socket.parent}"], stdout=subprocess.PIPE, text=True)
+        command = [self._bin / "weightd", "serve", "--device=host", "--budget=64MiB", "--log-level=warning"]
+        process = subprocess.Popen(
+            [*command, f"--socket={socket}", f"--state-dir={socket.parent}"], stdout=subprocess.PIPE, text=True
+        )
         try:
             assert process.stdout is not None
             if not process.stdout.readline().startswith("weightd is ready"):

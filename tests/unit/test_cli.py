@@ -681,7 +681,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "config",
         "fleet",
     ]
-    assert "69   no daemon, or the daemon is draining\n" in printed
+    assert "69   no daemon, no catalogue of a fleet, or the daemon is draining\n" in printed
     codes = {int(code) for code in re.findall(r"^\s*(\d+)  ", printed.split("Exit codes:")[1], re.MULTILINE)}
     assert {0, 1, 2, 3, 4, 5, 69, 75, 76, 77, 78, 130} == codes
     assert "..." not in printed.split("Commands:")[1], "every summary fits its line"
