@@ -1,5 +1,7 @@
 """Attach to checkpoints in turns, and time each step. For bench/attach.py: SOCKET ROUNDS NAME..., or
-SOCKET ROUNDS --few NAME TENSOR: all tensors of one checkpoint, and one of them.
+SOCKET ROUNDS --few NAME TENSOR: all tensors of one checkpoint, and one of them, or
+SOCKET ROUNDS --beside NAME PATH: the checkpoint of a file, beside safetensors' own load of that file, or
+SOCKET ROUNDS --touch NAME PATH: the same up to a read of each page, with `populate` and without.
 
 The whole is timed without the clocks inside it: every other attach runs as users run it, the ones between are taken
 apart.
@@ -9,16 +11,18 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, Self
 
+import safetensors.torch
 import torch
 
 import weightd
 import weightd.torch
-from weightd import _manifest, attachment
+from weightd import _manifest, _tensor_rows, attachment
 from weightd._mapping import host
 from weightd._proto.v1 import handles_pb2
 from weightd._transport import handle_socket
@@ -41,8 +45,7 @@ class Clocks:
             (host, "map_lease", "map the manifest"),
             (host, "map_segment", "map the segments"),
             (_manifest.Manifest, "__init__", "manifest: protobuf"),
-            (_manifest.Manifest, "_read", "manifest: columns to rows"),
-            (attachment, "_copies", "manifest: equal addresses"),
+            (_tensor_rows.TensorRows.copies, "func", "manifest: equal addresses"),
             (attachment.Attachment, "state_dict", "make the tensors"),
         ]
         for owner, name, label in places:
@@ -104,10 +107,82 @@ def few(socket: str, rounds: int, name: str, tensor: str) -> dict[str, Any]:
     return {"all": [every for every, _ in times], "one": [one for _, one in times], "grpc": "grpc" in sys.modules}
 
 
+def clocked(act: Callable[[], Any]) -> tuple[float, Any]:
+    """Milliseconds of a call, and what it returned."""
+    gc.collect()
+    start = time.perf_counter()
+    result = act()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def beside(socket: str, rounds: int, name: str, path: str) -> dict[str, Any]:
+    """Times of each round, in milliseconds; the ways take turns, and each makes every tensor but "attach alone"."""
+    gc.disable()
+    os.environ["WEIGHTD_SOCKET"] = socket  # for load_file
+    client = weightd.connect(socket)
+
+    def attached() -> tuple[Any, ...]:
+        attachment = client.attach(name)
+        return attachment, attachment.state_dict()
+
+    def connected() -> tuple[Any, ...]:
+        new = weightd.connect(socket)
+        attachment = new.attach(name)
+        return attachment, attachment.state_dict(), new
+
+    ways: dict[str, Callable[[], Any]] = {
+        "safetensors": lambda: safetensors.torch.load_file(path),
+        "attach alone": lambda: (client.attach(name),),
+        "attach": attached,
+        "connect and attach": connected,
+        "weightd.torch.load_file": lambda: weightd.torch.load_file(path),
+    }
+    found: dict[str, Any] = {way: [] for way in ways}
+    for round_ in range(rounds + 1):
+        for way, act in ways.items():
+            ms, result = clocked(act)
+            if round_:  # the first imports, and connects the client that load_file shares
+                found[way].append(ms)
+            if isinstance(result, tuple):
+                result[0].close()
+                if len(result) > 2:
+                    result[2].close()
+            del result
+    return found
+
+
+def touch(socket: str, rounds: int, name: str, path: str) -> dict[str, Any]:
+    """Times of each round, in milliseconds: to make all tensors, and then to read a byte of each of their pages."""
+    gc.disable()
+    client = weightd.connect(socket)
+
+    def attached(*, populate: bool) -> tuple[Any, ...]:
+        attachment = client.attach(name, populate=populate)
+        return attachment.state_dict(), attachment
+
+    ways: dict[str, Callable[[], Any]] = {
+        "safetensors": lambda: (safetensors.torch.load_file(path),),
+        "attach": lambda: attached(populate=False),
+        "attach, populate": lambda: attached(populate=True),
+    }
+    found: dict[str, Any] = {f"{way}: {what}": [] for way in ways for what in ("make", "touch", "both")}
+    for _ in range(rounds):
+        for way, act in ways.items():
+            made, result = clocked(act)
+            pages = [tensor.view(torch.uint8).reshape(-1)[::4096] for tensor in result[0].values()]
+            touched, _ = clocked(lambda pages=pages: [page.sum() for page in pages])
+            for what, ms in (("make", made), ("touch", touched), ("both", made + touched)):
+                found[f"{way}: {what}"].append(ms)
+            for lent in result[1:]:
+                lent.close()
+            del result, pages
+    return found
+
+
 if __name__ == "__main__":
     assert handles_pb2.HandleRequest  # protobuf is imported before the clock starts
     socket, rounds, *rest = sys.argv[1:]
-    if rest[0] == "--few":
-        print(json.dumps(few(socket, int(rounds), *rest[1:])))
+    if parted := {"--few": few, "--beside": beside, "--touch": touch}.get(rest[0]):
+        print(json.dumps(parted(socket, int(rounds), *rest[1:])))
     else:
         print(json.dumps(main(socket, int(rounds), rest)))

@@ -1,6 +1,7 @@
 """How long attaching takes, and where the time goes.
 
     python bench/attach.py [--small 64MiB] [--large 4GiB] [--rounds 200] [--fresh 9] [--format human|json]
+        [--results FOLDER]
 
 Two checkpoints of 300 tensors are loaded; the second is 64 times as large. One process attaches to both in turns:
 connect, attach, make every tensor, let go. torch and protobuf are imported, grpc is not (checked). As a process that
@@ -8,8 +9,11 @@ starts attaches only once, as many fresh processes as `--fresh` says do it once 
 
 A third checkpoint has 20,000 tensors of 2 KiB and a little more: all are attached and made, and one of them, in turns.
 
+Beside it, in turns with it, safetensors loads the same files by mmap, and of the large one every page is read, with
+`populate` and without.
+
 Aims: the large one takes at most 1.5 × the time of the small one; 300 tensors, connection included, under 5 ms; one of
-20,000 at most a quarter of all of them.
+20,000 at most a quarter of all of them; attach and every tensor at most half of what safetensors takes.
 """
 
 from __future__ import annotations
@@ -22,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from _daemon import Spread, machine, parse_size, scratch, serving, write_checkpoint
+from _results import LEAST_ROUNDS, Comparison, Report, add_options
 
 import weightd
 
 HERE = Path(__file__).parent
 TENSORS = 300
-AIM_MS, AIM_RATIO = 5.0, 1.5
+AIM_MS, AIM_RATIO, AIM_BESIDE = 5.0, 1.5, 0.5
 MANY, AIM_FEW = 20_000, 0.25
 MANY_BYTES = MANY * 2048
 
@@ -35,7 +40,14 @@ MANY_BYTES = MANY * 2048
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All of it; times in milliseconds."""
     sizes = {"small": options.small, "large": options.large}
-    results: dict[str, Any] = {"machine": machine(), "tensors": TENSORS, "sizes": sizes, "segments": {}}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "tensors": TENSORS,
+        "sizes": sizes,
+        "segments": {},
+        "beside_ms": {},
+        "samples": {},
+    }
     with (
         scratch(options.folder) as folder,
         serving(
@@ -47,18 +59,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 path = folder / f"{name}.safetensors"
                 write_checkpoint(path, size, TENSORS, seed)
                 client.load(path, name=f"checkpoint-{name}", pin=True)
-                path.unlink()
                 results["segments"][name] = client.inspect(f"checkpoint-{name}").segments
             path = folder / "many.safetensors"
             write_checkpoint(path, MANY_BYTES, MANY, len(sizes))
             client.load(path, name="many", pin=True)
-            path.unlink()
             with client.attach("many", manifest_only=True) as attachment:
                 tensor = list(attachment.tensors)[MANY // 2].name
         names = [f"checkpoint-{name}" for name in sizes]
         rounds = run_attacher(daemon.socket, options.rounds, names)
         fresh = [run_attacher(daemon.socket, 1, names[:1]) for _ in range(options.fresh)]
         few = run_attacher(daemon.socket, options.few, ["--few", "many", tensor])
+        times = max(LEAST_ROUNDS, options.rounds // 4)
+        for name, checkpoint, count in (("small", names[0], times), ("many", "many", options.few)):
+            file = str(folder / f"{name}.safetensors")
+            beside = run_attacher(daemon.socket, count, ["--beside", checkpoint, file])
+            results["samples"][name] = beside
+            results["beside_ms"][name] = {way: Spread.of(series)._asdict() for way, series in beside.items()}
+        file = str(folder / "large.safetensors")
+        touched = run_attacher(daemon.socket, options.few, ["--touch", names[1], file])
+        results["samples"]["touch"] = touched
+        results["touch_ms"] = {way: Spread.of(series)._asdict() for way, series in touched.items()}
     if any(answer["grpc"] for answer in (rounds, few, *fresh)):
         raise SystemExit("grpc was imported on the attach path")
     results["torch"] = rounds["torch"]
@@ -86,6 +106,21 @@ def run_attacher(socket: Path, rounds: int, names: list[str]) -> dict[str, Any]:
     return answer
 
 
+def record(results: dict[str, Any], report: Report) -> None:
+    """Put what stands beside safetensors into the form of results."""
+    for name, tensors in (("small", TENSORS), ("many", MANY)):
+        found = results["samples"][name]
+        ways = {"weightd": "connect and attach", "weightd, connected": "attach", "safetensors mmap": "safetensors"}
+        samples = {side: found[way] for side, way in ways.items()}
+        what = f"have all of {tensors:,} tensors"
+        report.add(Comparison(f"{tensors} tensors", what, "ms", samples, f"at most {AIM_BESIDE} × safetensors"))
+    touched = results["samples"]["touch"]
+    ways = {"weightd": "attach", "weightd, populate": "attach, populate", "safetensors mmap": "safetensors"}
+    samples = {side: touched[f"{way}: both"] for side, way in ways.items()}
+    what = "have all tensors of the large checkpoint and read every page"
+    report.add(Comparison("read", what, "ms", samples, "as much with populate as without: moved, not saved"))
+
+
 def show(results: dict[str, Any]) -> None:
     """Print for people."""
     print(f"attach: {TENSORS} tensors, connection included; torch {results['torch']}; {results['machine']}")
@@ -98,6 +133,14 @@ def show(results: dict[str, Any]) -> None:
     print(f"  all of {MANY:,} tensors: {Spread(**results['few_ms']['all']).show('ms')}")
     print(f"  one of them: {Spread(**results['few_ms']['one']).show('ms')}")
     print(f"  one / all: {results['few_ratio']:.3f}, aim ≤ {AIM_FEW}")
+    for name, tensors in (("small", TENSORS), ("many", MANY)):
+        rows = {way: Spread(**row) for way, row in results["beside_ms"][name].items()}
+        print(f"  {tensors:,} tensors, in turns with safetensors (aim ≤ {AIM_BESIDE} ×):")
+        for way, row in rows.items():
+            print(f"    {way:28} {row.median / rows['safetensors'].median:5.2f} ×  {row.show('ms')}")
+    print(f"  {results['sizes']['large'] / 2**20:,.0f} MiB, every page read:")
+    for way, row in results["touch_ms"].items():
+        print(f"    {way:28} {Spread(**row).show('ms', digits=1)}")
     print("  where it goes (ms, medians):      small   large")
     for step, row in results["steps_ms"].items():
         print(f"    {step:28} {row['small']:8.3f} {row['large']:7.3f}")
@@ -109,13 +152,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", type=parse_size, default="64MiB", help="bytes of the small checkpoint")
     parser.add_argument("--large", type=parse_size, default="4GiB", help="bytes of the large checkpoint")
-    parser.add_argument("--rounds", type=int, default=200, help="attaches to each, in one process")
     parser.add_argument("--fresh", type=int, default=9, help="fresh processes that attach once")
     parser.add_argument("--few", type=int, default=9, help="attaches to all and to one of 20,000 tensors, in turns")
     parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
+    add_options(parser, rounds=200)
     options = parser.parse_args()
+    parameters = {"small": options.small, "large": options.large, "tensors": TENSORS}
+    report = Report("attach", parameters, packages=("weightd", "torch", "safetensors"))
     results = measure(options)
+    record(results, report)
+    report.write(options.results)
     if options.format == "json":
         print(json.dumps(results, indent=2))
     else:

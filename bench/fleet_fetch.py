@@ -1,6 +1,7 @@
 """Receivers of one checkpoint from one source on the loopback: all at once, against one after the other.
 
     python bench/fleet_fetch.py [--receivers 8] [--mib 256] [--tensors 64] [--readers 2] [--format human|json]
+        [--rounds 3] [--results FOLDER]
 
 Every node is an agent of its own, without TLS and without a daemon, and fetches into files. "All at once" orders all
 fetches at the same moment: the source serves `--readers` of them, and refers others to nodes that have read. The bytes
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _daemon import machine, write_checkpoint
+from _results import LEAST_ROUNDS, Comparison, Report, add_options
 
 from weightd_fleet._proto.v1 import peer_pb2
 from weightd_fleet.agent.addresses import AgentAddress, parse_address
@@ -79,11 +81,12 @@ def run(folder: Path, digest: str, source_state: Path, receivers: int, readers: 
         return {"seconds": seconds, "source_bytes": sent(source_state), "moved_bytes": sum(moved)}
 
 
-def measure(receivers: int, mib: int, tensors: int, readers: int) -> dict[str, Any]:
+def measure(receivers: int, mib: int, tensors: int, readers: int, below: Path | None) -> dict[str, Any]:
+    """One round."""
     found: dict[str, Any] = {
         "machine": machine(), "receivers": receivers, "readers": readers, "tensors": tensors,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="weightd-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="weightd-bench-", dir=below) as name:
         folder = Path(name)
         write_checkpoint(folder / "m.safetensors", mib << 20, tensors, seed=0)
         published = publish(str(folder / "m.safetensors"), PublishedState(folder / "source"))
@@ -115,14 +118,39 @@ def main() -> int:
     parser.add_argument("--tensors", type=int, default=64)
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--format", choices=["human", "json"], default="human")
+    parser.add_argument("--folder", type=Path, help="where to put nodes for the time (default: the system's)")
+    add_options(parser, rounds=3, seconds=100)
     options = parser.parse_args()
-    found = measure(options.receivers, options.mib, options.tensors, options.readers)
-    if options.format == "json":
-        print(json.dumps(found))
-    else:
-        show(found)
+    parameters = {name: getattr(options, name) for name in ("receivers", "mib", "tensors", "readers")}
+    report = Report("fetch", parameters)
+    begun, rounds = time.monotonic(), []
+    while len(rounds) < options.rounds and (len(rounds) < LEAST_ROUNDS or time.monotonic() < begun + options.seconds):
+        rounds.append(measure(*parameters.values(), options.folder))
+        if options.format == "json":
+            print(json.dumps(rounds[-1]))
+        else:
+            show(rounds[-1])
+    if len(rounds) > 1:
+        record(rounds, report)
+        report.write(options.results)
+    return 0 if all(map(complete, rounds)) else 1
+
+
+def complete(found: dict[str, Any]) -> bool:
+    """Whether all receivers got all."""
     whole = found["bytes"] * found["receivers"]
-    return 0 if found["in_turn"]["moved_bytes"] == found["at_once"]["moved_bytes"] == whole else 1
+    return bool(found["in_turn"]["moved_bytes"] == found["at_once"]["moved_bytes"] == whole)
+
+
+def record(rounds: list[dict[str, Any]], report: Report) -> None:
+    """Put the rounds into the form of results."""
+    for name, what, unit, key, scale, predicted in (
+        ("seconds", "all fetches", "s", "seconds", 1, "1.0: all nodes share two cores, which both ways keep busy"),
+        ("sent", "what the source sends for them", "MiB", "source_bytes", 1 << 20, "0.5, as one day before"),
+    ):
+        ways = (("weightd, at once", "at_once"), ("one after the other", "in_turn"))
+        samples = {side: [found[way][key] / scale for found in rounds] for side, way in ways}
+        report.add(Comparison(name, what, unit, samples, predicted))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Load throughput, hashing and comparing included, beside `sendfile` of the same file into a fresh memfd.
 
-    python bench/load.py [--size 2GiB] [--pairs 9] [--ping-size 4GiB] [--folder DIR] [--format human|json]
+    python bench/load.py [--size 2GiB] [--rounds 9] [--ping-size 4GiB] [--folder DIR] [--format human|json]
+        [--results FOLDER]
 
 Everything is read from a warm page cache. `sendfile` runs on one thread: it is the least that filling fresh memory
 costs there, for it neither looks at the bytes nor copies them twice. A load reads on as many threads as there are cores
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from _daemon import Daemon, Spread, machine, parse_size, percentile, scratch, serving, write_checkpoint
+from _results import Comparison, Report, add_options
 
 import weightd
 
@@ -79,10 +81,10 @@ def settle(client: weightd.Client) -> None:
         time.sleep(0.15)
 
 
-def compare(hashing: Daemon, plain: Daemon, files: list[Path], pairs: int) -> dict[str, Any]:
+def compare(hashing: Daemon, plain: Daemon, files: list[Path], rounds: int) -> dict[str, Any]:
     """Rounds of sendfile, a load, and a load without hashing, the latter two in turns; the first is not counted."""
     seconds: dict[str, list[float]] = {"sendfile": [], "load": [], "load_unhashed": []}
-    for number in range(pairs + 1):
+    for number in range(rounds + 1):
         path = files[number % len(files)]
         steps = [("load", hashing), ("load_unhashed", plain)]
         found = {"sendfile": sendfile_seconds(path)}
@@ -130,7 +132,7 @@ def measure_pings(daemon: Daemon, path: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All of it."""
-    results: dict[str, Any] = {"machine": machine(), "size": options.size, "pairs": options.pairs}
+    results: dict[str, Any] = {"machine": machine(), "size": options.size, "rounds": options.rounds}
     unhashed = HERE / "_unhashed.py"
     with scratch(options.folder) as folder:
         files = [folder / "a.safetensors", folder / "b.safetensors"]
@@ -143,7 +145,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 plain = stack.enter_context(serving(folder, "plain", *sizes, "--pool", str(pool), script=unhashed))
                 if name == "pooled":  # the first round fills the pools, and is not counted
                     load_seconds(hashing, files[1]), load_seconds(plain, files[1])
-                results[name] = compare(hashing, plain, used, options.pairs)
+                results[name] = compare(hashing, plain, used, options.rounds)
                 results[name]["peak_rss"] = hashing.peak_rss()
         for path in files:
             path.unlink()
@@ -153,6 +155,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             with serving(folder, "pinged", "--budget", str(options.ping_size * 9 // 8)) as daemon:
                 results["ping"] = measure_pings(daemon, large)
     return results
+
+
+def record(results: dict[str, Any], report: Report) -> None:
+    """Put the seconds into the form of results."""
+    for name, predicted in (
+        ("fresh", "0.7 × sendfile, 1.0 × without hashing"),
+        ("pooled", "0.2 × sendfile, 1.2 × without hashing"),
+    ):
+        seconds = results[name]["seconds"]
+        samples = {
+            "weightd": seconds["load"],
+            "weightd, not hashing": seconds["load_unhashed"],
+            "sendfile, one thread": seconds["sendfile"],
+        }
+        report.add(Comparison(name, f"a load into {name} memory", "s", samples, predicted))
 
 
 def show(results: dict[str, Any]) -> None:
@@ -185,14 +202,17 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default="2GiB", help="bytes of a checkpoint (two are made)")
-    parser.add_argument("--pairs", type=int, default=9, help="rounds that are counted")
     parser.add_argument(
         "--ping-size", type=parse_size, default="4GiB", help="bytes of the load that is pinged; 0: none"
     )
     parser.add_argument("--folder", type=Path, help="where to put checkpoints for the time (default: the system's)")
     parser.add_argument("--format", choices=("human", "json"), default="human")
+    add_options(parser)
     options = parser.parse_args()
+    report = Report("load", {"bytes": options.size, "tensors": TENSORS})
     results = measure(options)
+    record(results, report)
+    report.write(options.results)
     if options.format == "json":
         print(json.dumps(results, indent=2))
     else:

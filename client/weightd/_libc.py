@@ -14,6 +14,7 @@ from typing import Any, Final
 _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
 _MAP_NORESERVE: Final = 0x4000
+_MADV_POPULATE_READ: Final = 22
 _FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -26,6 +27,7 @@ _libc.mmap.argtypes = (
     ctypes.c_int,
     ctypes.c_long,
 )
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 unmap: Final[Callable[[int, int], int]] = _libc.munmap
@@ -62,6 +64,13 @@ def _map(at: int | None, size: int, protection: int, flags: int, descriptor: int
         code = ctypes.get_errno()
         raise OSError(code, f"mapping {size} bytes failed: {os.strerror(code)}")
     return int(address)
+
+
+def populate_read(address: int, size: int) -> None:
+    """Read-fault every page of a mapped range that begins with a page, in one call. Errors: OSError."""
+    if _libc.madvise(address, size, _MADV_POPULATE_READ):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def view_at(address: int, size: int, keeps: object = None) -> memoryview:

@@ -1,23 +1,25 @@
 """Read a manifest: check its columns and return its tensors as rows. Used by daemon and client; no torch, no grpc.
 
-Columns are checked where they are turned into rows. What is right beyond one row, such as whether tensors overlap, only
-the daemon asks, when it takes a manifest up.
+Columns are checked where they are read. What is right beyond one row, such as whether tensors overlap, only the daemon
+asks, when it takes a manifest up.
 """
 
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from itertools import accumulate, compress, repeat
+from math import prod
+from operator import add, eq, gt, mul, or_
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from ._proto.v1 import handles_pb2
 from .errors import NotFoundError, ServerError
-from .types import CheckpointFile, TensorInfo, TensorKey
+from .types import DTYPE_BITS, CheckpointFile, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 FORM: Final = 1
 """The form that the daemon writes. 0 is that of daemons before forms had numbers, and reads the same."""
@@ -28,7 +30,13 @@ DTYPES: Final[dict[str, handles_pb2.DType]] = {
 """Numbers of dtypes, by safetensors' names (and "GGML_…")."""
 
 _NAMES: Final[dict[int, str]] = {number: name for name, number in DTYPES.items()}
+_BITS: Final[dict[int, int]] = {DTYPES[name]: bits for name, bits in DTYPE_BITS.items()}
 _DIGEST_BYTES: Final = 16
+_NOT_THERE: Final = "has a tensor of a segment or dtype that is not there"
+
+T = TypeVar("T")
+StoredRow = tuple[str, str, tuple[int, ...], int, int, int]
+"""A tensor's name, dtype, shape, segment, offset and length."""
 
 
 class ListedView(NamedTuple):
@@ -85,7 +93,7 @@ class Manifest:
     @cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """Every tensor, in the order of the rows."""
-        return tuple(self._read())
+        return tuple(self.rows())
 
     @cached_property
     def views(self) -> tuple[ListedView, ...]:
@@ -98,65 +106,135 @@ class Manifest:
             found.append(ListedView(self.components[view.component], view.name, tuple(view.members), shape))
         return tuple(found)
 
-    def select(self, components: Collection[str], keys: Collection[TensorKey]) -> list[TensorInfo]:
-        """The tensors of components, and those that keys name, in the order of the rows; no others become rows.
+    def select(self, components: Collection[str], keys: Collection[TensorKey]) -> list[int]:
+        """The numbers of the rows of components, and of the tensors that keys name, in the order of the rows.
 
-        Errors: NotFoundError.
+        No tensor becomes a row for it. Errors: NotFoundError.
         """
         for component in components:
             if component not in self.components:
                 raise NotFoundError(f"component {component!r} is not in the checkpoint")
+        of_file = self._component_of_file
         files, names = list(self._message.file_indices), list(self._message.names)
-        whole = {number for number, component in enumerate(self._component_of_file) if component in components}
+        whole = {number for number, component in enumerate(of_file) if component in components}
         wanted = {key.name for key in keys}
-        columns = enumerate(zip(names, files, strict=True))
-        rows = [row for row, (name, file) in columns if name in wanted or file in whole]
+        asked = map(or_, map(wanted.__contains__, names), map(whole.__contains__, files))
         missing, found = set(keys), []
-        for info in self._read(rows):
-            key = TensorKey(info.component, info.name)
-            if key in keys or info.component in components:
+        for row in compress(range(len(names)), asked):
+            key = TensorKey(of_file[files[row]], names[row])
+            if key in keys or files[row] in whole:
                 missing.discard(key)
-                found.append(info)
+                found.append(row)
         if missing:
             key = min(missing)
             inside = f" of component {key.component!r}" if key.component else ""
             raise NotFoundError(f"tensor {key.name!r}{inside} is not in the checkpoint")
         return found
 
-    def rows(self, rows: Sequence[int]) -> list[TensorInfo]:
-        """The tensors of these rows; no others become rows."""
-        return self._read(rows)
+    def keys(self, rows: Sequence[int] | None = None) -> list[TensorKey]:
+        """Component and name of these tensors, or of all."""
+        message = self._message
+        components = map(self._component_of_file.__getitem__, _taken(message.file_indices, rows))
+        return list(map(TensorKey._make, zip(components, _taken(message.names, rows), strict=True)))
 
-    def _read(self, rows: Sequence[int] | None = None) -> list[TensorInfo]:
-        """Those rows, or all of them, checked."""
-        message, sizes, components = self._message, self.segment_bytes, self._component_of_file
-        dimensions, digests = list(message.dimensions), message.digests
-        starts = list(accumulate(message.ranks, initial=0))
-        if starts.pop() != len(dimensions) or min(dimensions, default=0) < 0:
-            raise odd("has shapes that cannot be")
-        columns: Sequence[Sequence[Any]] = (
-            message.names, message.file_indices, message.dtypes, message.ranks, starts, message.segments,
-            message.offsets, message.lengths, message.variants,
-        )  # fmt: skip
-        if rows is not None:
-            columns = [[column[row] for row in rows] for column in columns]
-        found = []
+    def row(self, number: int) -> TensorInfo:
+        """One tensor; no other becomes a row."""
+        message = self._message
+        name, file = message.names[number], message.file_indices[number]
+        segment, offset, length = message.segments[number], message.offsets[number], message.lengths[number]
+        start = self._starts[number]
         try:
-            for row, name, file, dtype, rank, start, segment, offset, length, variant in zip(
-                range(len(self)) if rows is None else rows, *columns, strict=True
-            ):
-                if length and (offset < 0 or length < 0 or offset + length > sizes[segment]):
-                    raise odd(f"places {length} bytes of tensor {name[:200]!r} beyond their segment")
-                digest = digests[_DIGEST_BYTES * row : _DIGEST_BYTES * (row + 1)]
-                shape = tuple(dimensions[start : start + rank])
-                found.append(
-                    TensorInfo(
-                        components[file], name, _NAMES[dtype], shape, segment, offset, length, digest, variant, file
-                    )
-                )
+            if length and (offset < 0 or length < 0 or offset + length > self.segment_bytes[segment]):
+                raise odd(f"places {length} bytes of tensor {name[:200]!r} beyond their segment")
+            dtype, shape = message.dtypes[number], self._dimensions[start : start + message.ranks[number]]
+            bits = _BITS.get(dtype)
+            if bits is not None and prod(shape) * bits != length * 8:
+                raise odd(f"gives tensor {name[:200]!r} {length} bytes, which are none of its shape")
+            return TensorInfo(
+                self._component_of_file[file],
+                name,
+                _NAMES[dtype],
+                shape,
+                segment,
+                offset,
+                length,
+                self._digest(number),
+                message.variants[number],
+                file,
+            )
         except (IndexError, KeyError):
-            raise odd("has a tensor of a segment or dtype that is not there") from None
-        return found
+            raise odd(_NOT_THERE) from None
+
+    def rows(self, rows: Sequence[int] | None = None) -> list[TensorInfo]:
+        """These tensors, or all; no others become rows."""
+        files, variants = (_taken(column, rows) for column in (self._message.file_indices, self._message.variants))
+        names, dtypes, shapes, segments, offsets, lengths = self._columns(rows)
+        components = map(self._component_of_file.__getitem__, files)
+        digests = map(self._digest, range(len(self)) if rows is None else rows)
+        columns = components, names, dtypes, shapes, segments, offsets, lengths, digests, variants, files
+        return list(map(TensorInfo._make, zip(*columns, strict=True)))
+
+    def stored(self, rows: Sequence[int] | None = None) -> Iterator[StoredRow]:
+        """What it takes to make these tensors, or all, and no more: name, dtype, shape, segment, offset, length."""
+        return zip(*self._columns(rows), strict=True)
+
+    def places(self, rows: Sequence[int] | None = None) -> tuple[list[int], list[int], list[int]]:
+        """Segments, offsets and lengths of these tensors, or of all, unchecked."""
+        message = self._message
+        return _taken(message.segments, rows), _taken(message.offsets, rows), _taken(message.lengths, rows)
+
+    def _columns(
+        self, rows: Sequence[int] | None
+    ) -> tuple[list[str], list[str], list[tuple[int, ...]], list[int], list[int], list[int]]:
+        """The columns of `stored`, checked.
+
+        They are checked as a whole, as a loop over rows takes longer than all else together. If that fails, they are
+        checked row by row: that names the tensor, and accepts one without bytes wherever it is said to lie, and blocks
+        of GGUF, whose sizes no shape tells.
+        """
+        message, sizes, dimensions = self._message, self.segment_bytes, self._dimensions
+        starts, ranks = _taken(self._starts, rows), _taken(message.ranks, rows)
+        segments, offsets, lengths = self.places(rows)
+        try:
+            inside = min(offsets, default=0) >= 0 and min(lengths, default=0) >= 0
+            inside = inside and not any(map(gt, map(add, offsets, lengths), map(sizes.__getitem__, segments)))
+        except IndexError:
+            inside = False
+        numbers = _taken(message.dtypes, rows)
+        shapes = [dimensions[start : start + rank] for start, rank in zip(starts, ranks, strict=True)]
+        sizes_in_bits = map(mul, map(prod, shapes), map(_BITS.get, numbers, repeat(0)))
+        if not inside or not all(map(eq, sizes_in_bits, map(mul, lengths, repeat(8)))):
+            for row in range(len(self)) if rows is None else rows:
+                self.row(row)
+        try:
+            dtypes = list(map(_NAMES.__getitem__, numbers))
+        except KeyError:
+            raise odd(_NOT_THERE) from None
+        return _taken(message.names, rows), dtypes, shapes, segments, offsets, lengths
+
+    def _digest(self, row: int) -> bytes:
+        return self._digests[_DIGEST_BYTES * row : _DIGEST_BYTES * (row + 1)]
+
+    @cached_property
+    def _digests(self) -> bytes:
+        return self._message.digests  # protobuf copies it each time
+
+    @cached_property
+    def _dimensions(self) -> tuple[int, ...]:
+        return tuple(self._message.dimensions)
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where in `_dimensions` each shape begins."""
+        starts = list(accumulate(self._message.ranks, initial=0))
+        if starts.pop() != len(self._dimensions) or min(self._dimensions, default=0) < 0:
+            raise odd("has shapes that cannot be")
+        return starts
+
+
+def _taken(column: Sequence[T], rows: Sequence[int] | None) -> list[T]:
+    """What a column has in these rows, or in all."""
+    return list(column[:]) if rows is None else [column[row] for row in rows]
 
 
 def odd(what: str, advice: str = "that is a bug: please report it") -> ServerError:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
+from torch import frombuffer
 
+from ._manifest import odd
 from .errors import DeviceMismatchError, FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._mapping.segments import Memory
-    from .types import TensorInfo
 
 _DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -39,6 +40,9 @@ _DTYPES: dict[str, torch.dtype] = {
 }
 
 
+_PLAIN = {name: dtype for name, dtype in _DTYPES.items() if name != "F4"}
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """torch's dtype for a safetensors dtype name. Errors: FormatError (torch has none, as for F6_E2M3)."""
     try:
@@ -47,21 +51,26 @@ def torch_dtype(name: str) -> torch.dtype:
         raise FormatError(f"dtype {name}: torch has no such dtype; read the bytes with Attachment.buffer") from None
 
 
-def make_tensor(memory: Memory | None, info: TensorInfo, device: str) -> torch.Tensor:
+def make_tensor(memory: Memory | None, device: str, name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor on `memory`, which it keeps; None where it has no bytes. `device` is torch's name for where that is.
 
-    It has a storage of its own, exactly as long as its bytes. Errors: FormatError, DeviceMismatchError.
+    It has a storage of its own, exactly as long as its bytes. Errors: FormatError, DeviceMismatchError, ServerError
+    (these are not the bytes of such a tensor).
     """
-    shape = info.shape
-    if info.dtype.startswith("GGML_"):  # blocks along the last dimension: their bytes, as the package gguf gives them
-        rows = math.prod(shape[:-1])
-        return _raw(memory, device, torch.uint8).view(*shape[:-1], info.length // rows if rows else 0)
-    dtype = torch_dtype(info.dtype)
-    if info.dtype == "F4":  # torch counts pairs
+    if (plain := _PLAIN.get(dtype)) is not None:
+        flat = frombuffer(memory, dtype=plain) if isinstance(memory, memoryview) else _raw(memory, device, plain)
+    elif dtype.startswith("GGML_"):  # blocks along the last dimension: their bytes, as the package gguf gives them
+        flat, rows = _raw(memory, device, torch.uint8), prod(shape[:-1])
+        shape = (*shape[:-1], flat.numel() // rows if rows else 0)
+    else:
+        flat = _raw(memory, device, torch_dtype(dtype))  # F4, or none: torch counts pairs
         if not shape or shape[-1] % 2:
-            raise FormatError(f"tensor {info.name!r}: torch holds F4 in pairs; its last dimension is odd")
+            raise FormatError(f"tensor {name!r}: torch holds F4 in pairs; its last dimension is odd")
         shape = (*shape[:-1], shape[-1] // 2)
-    return _raw(memory, device, dtype).view(shape)
+    if flat.numel() != prod(shape):
+        raise odd(f"has a tensor {name[:200]!r} of {flat.numel()} elements, which are not those of {list(shape)}")
+    # In place: a view would be a second tensor. And torch parses numbers in half the time of a tuple of them.
+    return flat if len(shape) == 1 else flat.resize_(*shape) if shape else flat.resize_(())
 
 
 def strided(
@@ -74,7 +83,7 @@ def strided(
 def _raw(memory: Memory | None, device: str, dtype: torch.dtype) -> torch.Tensor:
     """The last step, and the only one that depends on the device: memory as a tensor of one dimension."""
     if isinstance(memory, memoryview):
-        return torch.frombuffer(memory, dtype=dtype)
+        return frombuffer(memory, dtype=dtype)
     if device != "cpu":
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]  # torch has no types here

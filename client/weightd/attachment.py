@@ -8,15 +8,15 @@ import sys
 import warnings
 from bisect import bisect_right
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import _failpoints, _fused
-from ._manifest import Manifest
+from ._manifest import Manifest, odd
 from ._mapping import host
 from ._mapping.opening import open_segments
 from ._mapping.ranges import MappedExtents
 from ._mapping.segments import SegmentToMap
+from ._tensor_rows import TensorRows
 from .errors import InvalidReferenceError, NotFoundError, WeightdError
 from .gguf import GgufTensor
 from .types import DerivedView, StoredPlace, TensorInfo, TensorKey
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from ._manifest import StoredRow
     from ._mapping.ranges import MappedRange
     from ._mapping.segments import MappedSegments, Memory
     from ._transport.connection import DaemonConnection
@@ -91,11 +92,15 @@ class Attachment:
         self.device: str = manifest.device
         self.kind: str = manifest.kind
         if components or keys:  # the daemon has looked as well, unless the request was too long to name them
-            self._tensors = _by_key(manifest.select(components, keys))
+            self._tensors = TensorRows(manifest, manifest.select(components, keys))
+        else:
+            self._tensors = TensorRows(manifest)
+        if max(received.reply.segments, default=-1) >= len(manifest.segment_bytes):
+            raise odd(f"has {len(manifest.segment_bytes)} segments, and the daemon sent others")
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         if most:
-            for key, copy in self._copies.items():
+            for key, copy in self._tensors.copies.items():
                 segment = self._tensors[key].segment
                 if segment in most:
                     most[segment] = max(most[segment], copy + 1)
@@ -127,6 +132,16 @@ class Attachment:
         with contextlib.suppress(OSError, WeightdError):  # the daemon looks for itself when the connection ends
             self._connection.detach(self._lease)
 
+    def populate(self) -> None:
+        """Map the pages of the attached tensors now; otherwise each page is a fault at its first access.
+
+        That moves the time of the faults, and saves little of it. Other threads of Python run meanwhile. On a GPU
+        nothing is to be done. Errors: InvalidReferenceError (closed), ResourceLimitError, WeightdError (the kernel is
+        older than Linux 5.14, or a page cannot be read).
+        """
+        if self._opened.places() and self.kind == "host":
+            host.populate((address, length) for address, length, _ in self._by_address)
+
     def drop(self) -> None:
         """Close without a word to the daemon, which looks for itself. For finalizers: they must not wait."""
         self._closed = True
@@ -134,8 +149,11 @@ class Attachment:
 
     @property
     def tensors(self) -> Mapping[TensorKey, TensorInfo]:
-        """Every attached tensor's place, by (component, name), in file order."""
-        return MappingProxyType(self._tensors)
+        """Every attached tensor's place, by (component, name), in file order; it is made when it is asked for.
+
+        Errors, of each use: ServerError (the manifest places a tensor where it cannot be).
+        """
+        return self._tensors
 
     @property
     def files(self) -> tuple[CheckpointFile, ...]:
@@ -192,8 +210,13 @@ class Attachment:
         On the host a memoryview, writable (copy-on-write); on a GPU a `cuda.core.Buffer`, for any DLPack consumer.
         Errors: NotFoundError, InvalidReferenceError (closed), DeviceError, ForkedError (on a GPU, in a forked child).
         """
-        memory = self._memory(self._opened, self._find(name, component))
-        return memoryview(b"") if memory is None else memory
+        segments, info = self._opened, self._find(name, component)
+        if not info.length:
+            return memoryview(b"")
+        try:
+            return segments.buffer(info.segment, self._copy(info), info.offset, info.length)
+        except KeyError:
+            raise _only_manifest(name) from None
 
     def gguf_tensor(self, name: str, component: str = "") -> GgufTensor:
         """One tensor as ggml describes it: type, shape, bytes, and `dequantize`. Errors: those of `buffer`."""
@@ -207,7 +230,8 @@ class Attachment:
         Errors: NotFoundError, FormatError (torch has no such dtype), InvalidReferenceError (closed),
         DeviceMismatchError (torch cannot use the device), DeviceError, ForkedError (on a GPU, in a forked child).
         """
-        return self._tensor(self._opened, self._find(name, component), writable)
+        info = self._find(name, component)
+        return self._make(self._opened, [info[1:7]], {name: self._copy(info)}, writable)[name]
 
     def view(self, name: str, component: str = "", *, writable: Writable = None) -> torch.Tensor:
         """One of `views` as a tensor with a storage of its own. It has the addresses of its members: use it or them.
@@ -219,19 +243,15 @@ class Attachment:
         except KeyError:
             inside = f" of component {component!r}" if component else ""
             raise NotFoundError(f"view {name!r}{inside} is not attached; `views` has those that are") from None
-        return self._tensor(self._opened, found.info, writable, found.copy)
+        return self._make(self._opened, [found.info[1:7]], {name: found.copy}, writable)[name]
 
     def state_dict(self, component: str | None = None, *, writable: Writable = None) -> dict[str, torch.Tensor]:
         """The tensors of one component by name, in file order; `component` may be left out where there is one only.
 
         `writable` is as in `tensor`. Errors: InvalidReferenceError (which component?), those of `tensor`.
         """
-        segments = self._opened
-        return {info.name: self._tensor(segments, info, writable) for info in self._of(component)}
-
-    def _of(self, component: str | None) -> list[TensorInfo]:
-        """The attached tensors of one component."""
-        attached = {info.component for info in self._tensors.values()} or {""}
+        segments, rows = self._opened, self._tensors
+        attached = rows.components or {""}
         if component is None:
             if len(attached) > 1:
                 names = ", ".join(map(repr, sorted(attached)))
@@ -239,20 +259,12 @@ class Attachment:
             (component,) = attached
         elif component not in attached:
             raise NotFoundError(f"component {component!r} is not attached; there are {sorted(attached)}")
-        return [info for info in self._tensors.values() if info.component == component]
-
-    @cached_property
-    def _tensors(self) -> dict[TensorKey, TensorInfo]:
-        """What is attached; of the manifest alone, when it is asked for."""
-        return _by_key(self._manifest.tensors)
-
-    @cached_property
-    def _copies(self) -> dict[TensorKey, int]:
-        return _copies(self._tensors.values())
+        copies = {key.name: copy for key, copy in rows.copies.items() if key.component == component}
+        return self._make(segments, rows.stored(component), copies, writable)
 
     @cached_property
     def _views(self) -> dict[TensorKey, _fused.View]:
-        return _fused.views(self._manifest.views, self._manifest.tensors, self._tensors, self._copies)
+        return _fused.views(self._manifest.views, self._manifest.tensors, self._tensors, self._tensors.copies)
 
     def holds(self, address: int, length: int) -> bool:
         """Whether `length` bytes at an address of this process lie in memory that is attached.
@@ -308,9 +320,10 @@ class Attachment:
     @cached_property
     def _by_address(self) -> list[tuple[int, int, TensorKey]]:
         """Address, length and name of each attached tensor that has bytes, by address."""
+        copies = self._tensors.copies
         begin = {(segment, copy): address for address, _, segment, copy in self._places}
         return sorted(
-            (begin[info.segment, self._copies.get(key, 0)] + info.offset, info.length, key)
+            (begin[info.segment, copies.get(key, 0)] + info.offset, info.length, key)
             for key, info in self._tensors.items()
             if info.length
         )
@@ -340,30 +353,33 @@ class Attachment:
             inside = f" of component {component!r}" if component else ""
             raise NotFoundError(f"tensor {name!r}{inside} is not attached") from None
 
-    def _tensor(
-        self, segments: MappedSegments, info: TensorInfo, writable: Writable, copy: int | None = None
-    ) -> torch.Tensor:
+    def _copy(self, info: TensorInfo) -> int:
+        """Which mapping of the segment is this tensor's."""
+        copies = self._tensors.copies
+        return copies.get(TensorKey(info.component, info.name), 0) if copies else 0
+
+    def _make(
+        self, segments: MappedSegments, rows: Iterable[StoredRow], copies: Mapping[str, int], writable: Writable
+    ) -> dict[str, torch.Tensor]:
+        """Tensors by name; `copies` has those whose bytes are not in the first mapping of their segment."""
         if writable not in (None, "copy"):
             raise InvalidReferenceError(f"writable {writable!r}: must be None or 'copy'")
-        tensor = self._make_tensor(self._memory(segments, info, copy), info, segments.torch_device)
-        return tensor.clone() if writable else tensor
+        made, make, buffer, device = {}, self._make_tensor, segments.buffer, segments.torch_device
+        # One call for the bytes and one for the tensor: there may be 20,000.
+        for name, dtype, shape, segment, offset, length in rows:
+            try:
+                memory = buffer(segment, copies.get(name, 0), offset, length) if length else None
+            except KeyError:
+                raise _only_manifest(name) from None
+            tensor = make(memory, device, name, dtype, shape)
+            made[name] = tensor.clone() if writable else tensor
+        return made
 
     @cached_property
-    def _make_tensor(self) -> Callable[[Memory | None, TensorInfo, str], torch.Tensor]:
+    def _make_tensor(self) -> Callable[[Memory | None, str, str, str, tuple[int, ...]], torch.Tensor]:
         from ._tensors import make_tensor
 
         return make_tensor
-
-    def _memory(self, segments: MappedSegments, info: TensorInfo, copy: int | None = None) -> Memory | None:
-        """The bytes of a tensor, in its mapping of the segment or that said; None where it has none."""
-        if not info.length:
-            return None
-        if copy is None:
-            copy = self._copies.get(TensorKey(info.component, info.name), 0) if self._copies else 0
-        try:
-            return segments.buffer(info.segment, copy, info.offset, info.length)
-        except KeyError:
-            raise NotFoundError(f"tensor {info.name!r}: only the manifest is attached") from None
 
     @property
     def _opened(self) -> MappedSegments:
@@ -372,19 +388,5 @@ class Attachment:
         return self._segments
 
 
-def _by_key(tensors: Iterable[TensorInfo]) -> dict[TensorKey, TensorInfo]:
-    return {TensorKey(info.component, info.name): info for info in tensors}
-
-
-def _copies(tensors: Iterable[TensorInfo]) -> dict[TensorKey, int]:
-    """For names whose bytes lie where an earlier name's lie: which further mapping of the segment is theirs."""
-    names: dict[tuple[int, int], int] = {}
-    copies: dict[TensorKey, int] = {}
-    for info in tensors:
-        if info.length:
-            place = info.segment, info.offset
-            number = names.get(place, 0)
-            names[place] = number + 1
-            if number:
-                copies[TensorKey(info.component, info.name)] = number
-    return copies
+def _only_manifest(name: str) -> NotFoundError:
+    return NotFoundError(f"tensor {name!r}: only the manifest is attached")

@@ -231,6 +231,7 @@ class Client(Operations):
         manifest_only: bool = False,
         groups: Groups = (),
         peers: bool = False,
+        populate: bool = False,
     ) -> Attachment:
         """Map a checkpoint into this process: all of it, some components, or some tensors.
 
@@ -239,6 +240,7 @@ class Client(Operations):
         resident checkpoint, on any device where `device` is None. A tensor is its name, or (component, name). `groups`
         are as in `load`, for where something has to be loaded; `Attachment.loaded` tells what came of that. `peers`
         lets the other GPUs of this process read the memory as well, where the hardware can (`Attachment.peers`).
+        `populate` maps all pages now, and not at their first access (`Attachment.populate`); on a GPU it does nothing.
         Errors: NotFoundError, InvalidReferenceError, DeviceMismatchError (no such device, or this process does not see
         it), DeviceAbsentError (it is kept, on a device that cannot be used now), DeviceError (its driver failed, or
         what lay there was lost), those of `load` for a path, DaemonUnreachableError.
@@ -254,13 +256,21 @@ class Client(Operations):
         if isinstance(reference, Resolved) or (
             is_path(reference) and not self._means_name(reference, request.device, to_load=True)
         ):
-            return again_if_replaced(
+            attachment = again_if_replaced(
                 reference, lambda files: self._attach_resolved(files, request, parts, keys, groups, peers)
             )
-        request.reference = str(reference)
-        if not fit(request):
-            raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
-        return self._attach(request, parts, keys, peers=peers)
+        else:
+            request.reference = str(reference)
+            if not fit(request):
+                raise InvalidReferenceError("the reference is too long; name a checkpoint or a digest")
+            attachment = self._attach(request, parts, keys, peers=peers)
+        if populate:
+            try:
+                attachment.populate()
+            except BaseException:
+                attachment.close()
+                raise
+        return attachment
 
     # -- inside ------------------------------------------------------------------------------------------------------
 

@@ -261,7 +261,7 @@ class safe_open:  # noqa: N801  # safetensors' name
         if self._numpy:
             return lambda: make_array(memory, info)
         device = attached.torch_device
-        return lambda: make_tensor(memory, info, device)
+        return lambda: make_tensor(memory, device, info.name, info.dtype, info.shape)
 
     @functools.cached_property
     def _begins(self) -> dict[str, int]:

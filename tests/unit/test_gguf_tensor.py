@@ -106,7 +106,7 @@ def test_torch_gets_the_bytes_of_each_row(kind: str, shape: tuple[int, ...]) -> 
     number = gguf.GGMLQuantizationType[kind]
     tensor = make(number, shape)
     info = TensorInfo("", "a", f"GGML_{kind}", shape, 0, 0, length(number, shape), b"", 0, 0)
-    made = make_tensor(tensor.bytes if info.length else None, info, "cpu")
+    made = make_tensor(tensor.bytes if info.length else None, "cpu", info.name, info.dtype, info.shape)
     assert made.dtype is torch.uint8
     assert made.numpy().tobytes() == bytes(tensor.bytes)
     if info.length:

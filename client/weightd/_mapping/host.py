@@ -9,23 +9,28 @@ goes when the last thing that needs it is gone, in whatever order things are dro
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import weakref
 from typing import TYPE_CHECKING, Final
 
-from weightd._libc import map_private, reserve, unmap, view_at
+from weightd._libc import map_private, populate_read, reserve, unmap, view_at
 from weightd._limits import limit_error
+from weightd.errors import ServerError, WeightdError
 
 from .ranges import MappedRange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from .segments import SegmentToMap
 
 
 _ALIGNMENT: Final = 2 << 20
 """Bytes: the kernel maps huge pages at multiples of it only."""
+_POPULATED_AT_ONCE: Final = 256 << 20
+"""Bytes; between two calls Python may deliver a signal."""
 
 
 class HostMapping:
@@ -78,6 +83,43 @@ def map_segment(descriptor: int, size: int, lease: object, at: int) -> HostMappi
     return HostMapping(descriptor, size, writable=True, keeps=lease, at=at)
 
 
+def populate(ranges: Iterable[tuple[int, int]]) -> None:
+    """Have the kernel map the pages of attached ranges (address, bytes; by address) now, and not at the first access.
+
+    Nothing beside these ranges is touched: to read a hole of a segment would allocate a page for it. Errors:
+    ResourceLimitError, WeightdError (the kernel is older than Linux 5.14, or a page cannot be read).
+    """
+    for start, stop in _page_runs(ranges):
+        for address in range(start, stop, _POPULATED_AT_ONCE):
+            size = min(_POPULATED_AT_ONCE, stop - address)
+            try:
+                populate_read(address, size)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    raise WeightdError(
+                        f"populate needs Linux 5.14, and this is {os.uname().release}; attach without populate"
+                    ) from error
+                if limit := limit_error(error, f"populating {size} bytes"):
+                    raise limit from error
+                raise WeightdError(
+                    f"populating {size} bytes failed: {error.strerror}; attach without populate"
+                ) from error
+
+
+def _page_runs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """The pages of ranges that are in order, joined where they touch: begin and end of each run."""
+    begin = end = 0
+    for address, length in ranges:
+        first = address // mmap.PAGESIZE * mmap.PAGESIZE
+        if first > end:
+            if end:
+                yield begin, end
+            begin = first
+        end = max(end, first + _whole_pages(address + length - first))
+    if end:
+        yield begin, end
+
+
 class MappedHostSegments:
     """Map the segments of one attachment in host memory; see `segments.MappedSegments`."""
 
@@ -87,6 +129,8 @@ class MappedHostSegments:
     def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
         self._ranges: dict[tuple[int, int], MappedRange] = {}
+        if min((one.size for one in wanted), default=1) <= 0:
+            raise ServerError("the daemon sent a segment without bytes")
         size = sum(_whole_pages(one.size) * one.copies for one in wanted)
         if not size:
             return
@@ -102,6 +146,8 @@ class MappedHostSegments:
                 assert isinstance(one.handle, int)  # `open_segments` has looked
                 for copy in range(one.copies):
                     mapping = map_segment(one.handle, one.size, lease, place)
+                    if os.fstat(one.handle).st_size < one.size:  # reading past a file's end kills the process
+                        raise ServerError(f"the daemon sent a segment that lacks some of the {one.size} bytes it says")
                     place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                     self._buffers[one.segment, copy] = mapping.buffer()

@@ -40,6 +40,7 @@ from .schedule import (  # fmt: skip
     on_threads,
     parted,
     repeated,
+    rows,
     split,
     units,
 )
@@ -184,7 +185,9 @@ class _LoadJob:
         total = sum(unit.length for lane in work for unit in lane)
         progress = self._counting("copying", total)
         for part in parted(work, again) if again else (work,):
-            on_threads(part, self._job.threads, progress(copier.copy), copier.reserve)
+            in_rows = rows(part, self._job.threads)
+            copier.expect(in_rows)
+            on_threads(in_rows, progress(copier.copy), copier.reserve)
         self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
@@ -273,7 +276,9 @@ class _LoadJob:
             digests.update(hasher.hash(unit))
 
         total = sum(unit.length for lane in work for unit in lane)
-        on_threads(work, self._job.threads, self._counting("hashing", total)(step))
+        in_rows = rows(work, self._job.threads)
+        hasher.expect(in_rows)
+        on_threads(in_rows, self._counting("hashing", total)(step))
         return digests
 
     def _copier(

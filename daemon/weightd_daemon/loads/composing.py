@@ -208,7 +208,7 @@ def _blobs_of(
     tensors = Manifest(manifest[:])
     blobs = {(blob.segment, blob.offset): blob for blob in list(checkpoint.unique.values())}
     try:
-        chosen = tensors.select((), {*keys.values()})
+        chosen = tensors.rows(tensors.select((), {*keys.values()}))
     except NotFoundError as error:
         raise NotFoundError(f"source {tensors.content_digest[:19]}: {error.message}") from None
     segments = checkpoint.segments

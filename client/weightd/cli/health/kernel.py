@@ -161,8 +161,9 @@ def _huge_pages(kernel: Kernel) -> Finding:
     told = f"shmem_enabled is {chosen[1]}"
     if chosen[1] in ("never", "deny"):
         remedy = f"as root: `echo advise >{_FILES['shmem_enabled']}`, before anything is loaded"
-        return Finding(check, Status.DOUBTFUL, f"{told}: a client's first access takes longer", remedy)
-    return Finding(check, Status.GOOD, told)
+        told += ": shared memory has small pages, and a client's first access takes a fault for every 4 KiB, not 2 MiB"
+        return Finding(check, Status.DOUBTFUL, f"{told} (2 GB: 158 ms instead of 18 where it was measured)", remedy)
+    return Finding(check, Status.GOOD, f"{told}: shared memory may have huge pages, which make first accesses cheap")
 
 
 def _pagemap(kernel: Kernel) -> Finding:

@@ -1,0 +1,93 @@
+"""Run the parts of `make bench`, each for a bounded time, and write what each found.
+
+    .venv-peers/bin/python bench/suite.py [--parts peers,attach,...] [--quick] [--results bench/results]
+
+A part is a script of this folder, which writes DATE-PART.json. One that fails or takes longer than its limit costs
+only itself: the others run, and the suite ends with 1. In all it takes ten minutes on two cores, fifteen at most.
+`--quick` takes three rounds of each comparison, of the same sizes, so that its ratios can be compared with those of a
+whole run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from _results import FOLDER, LEAST_ROUNDS
+
+HERE = Path(__file__).resolve().parent
+
+
+class Part(NamedTuple):
+    """How a part is run: script, arguments, and seconds after which it is killed."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    limit: float = 60
+
+
+PARTS = {
+    "peers": Part("peers.py", limit=190),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100"), 60),
+    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0"), 110),
+    "known": Part("known.py", limit=90),
+    "memory": Part("memory.py", ("--rounds", "2"), 100),
+    "forward": Part("forward.py", limit=80),
+    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 50),
+    "scale": Part(
+        "scale.py",
+        ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
+        100,
+    ),
+}
+MOST_SECONDS = 900
+"""All limits together."""
+
+
+def run(part: Part, results: Path, folder: Path | None, quick: bool) -> str:
+    """Run a part. Returns how it failed, or nothing."""
+    command = [sys.executable, str(HERE / part.script), "--results", str(results)]
+    command += ["--folder", str(folder)] if folder else []
+    command += ["--rounds", str(LEAST_ROUNDS)] if quick else []
+    command += part.arguments  # the last word: some parts need few rounds, or many
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True) as process:
+        try:
+            code = process.wait(part.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 15)  # with its daemons and peers
+            return f"took more than {part.limit:.0f} s"
+    return f"ended with {code}" if code else ""
+
+
+def main() -> int:
+    """Run what is asked for; 1 if any part failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, in turn (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="three rounds of each comparison")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="where to write (default: bench/results)")
+    parser.add_argument(
+        "--folder", type=Path, help="where to put files for the time: on a disk (default: the system's)"
+    )
+    options = parser.parse_args()
+    names = options.parts.split(",")
+    if unknown := [name for name in names if name not in PARTS]:
+        parser.error(f"no part is called {', '.join(unknown)}: there are {', '.join(PARTS)}")
+    failed = []
+    for name in names:
+        begun = time.monotonic()
+        print(f"suite: {name}", file=sys.stderr, flush=True)
+        if fault := run(PARTS[name], options.results, options.folder, options.quick):
+            failed.append(f"{name} {fault}")
+        print(f"suite: {name} took {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+    if failed:
+        print(f"suite: {'; '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The form of benchmarks' results, and what `make bench-check` says about two runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
+
+import check  # noqa: E402
+import suite  # noqa: E402
+from _results import Comparison, Report, latest, read, turns  # noqa: E402
+
+EVEN = [1.0, 1.1, 0.9, 1.0]
+
+
+def comparison(
+    ours: float, name: str = "warm", *, unit: str = "s", better: str = "less", others: tuple[str, ...] = ("mmap",)
+) -> Comparison:
+    """weightd takes so much more than others, with a spread of a few per cent."""
+    samples = {"weightd": [round(ours * value, 3) for value in EVEN]} | {other: [1.0] * len(EVEN) for other in others}
+    return Comparison(name, "a load", unit, samples, better="more" if better == "more" else "less")
+
+
+def write(folder: Path, *comparisons: Comparison, size: int = 1, part: str = "peers") -> Path:
+    """A folder with the results of a run."""
+    report = Report(part, {"bytes": size})
+    for one in comparisons:
+        report.add(one)
+    assert report.write(folder) is not None
+    return folder
+
+
+def compared(folder: Path, before: list[Comparison], after: list[Comparison], monkeypatch: pytest.MonkeyPatch) -> int:
+    """What bench/check.py ends with."""
+    old, new = write(folder / "old", *before), write(folder / "new", *after)
+    monkeypatch.setattr(sys, "argv", ["check.py", str(old), str(new)])
+    return check.main()
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    one = comparison(2.0)
+    write(tmp_path, one)
+    (part,) = latest(tmp_path).values()
+    assert part.comparisons == {"warm": one}
+    assert part.head["parameters"] == {"bytes": 1}
+    assert {"machine", "versions", "commit", "load_average", "seconds", "date", "command"} <= part.head.keys()
+
+
+def test_ratios_are_those_of_rounds(tmp_path: Path) -> None:
+    """A machine that slows down by a factor of a hundred for some rounds changes no ratio."""
+    samples = {"weightd": [1.0, 100.0, 10.0], "mmap": [2.0, 200.0, 20.0]}
+    write(tmp_path, Comparison("warm", "a load", "s", samples))
+    body = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert body["comparisons"][0]["ratios"]["mmap"] == {"median": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_the_youngest_result_of_a_part_counts(tmp_path: Path) -> None:
+    path = next(write(tmp_path, comparison(2.0)).glob("*.json"))
+    path.rename(tmp_path / "1999-01-01-peers.json")
+    write(tmp_path, comparison(3.0))
+    assert latest(tmp_path)["peers"].comparisons["warm"] == comparison(3.0)
+
+
+def test_nothing_is_written_without_a_folder() -> None:
+    assert Report("peers", {}).write(None) is None
+
+
+def test_sides_with_other_numbers_of_samples_were_not_in_turns() -> None:
+    with pytest.raises(ValueError, match="not in turns"):
+        Comparison("warm", "a load", "s", {"weightd": [1.0, 2.0], "mmap": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match="two samples"):
+        Comparison("warm", "a load", "s", {"weightd": [1.0]})
+
+
+def test_two_comparisons_of_one_name_are_an_error() -> None:
+    report = Report("peers", {})
+    report.add(comparison(2.0))
+    with pytest.raises(ValueError, match="two comparisons"):
+        report.add(comparison(3.0))
+
+
+def test_a_file_of_another_form_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "2026-01-02-peers.json"
+    for text in ("{", "{}", '{"form": 2}', '{"form": 1, "comparisons": [{"name": "warm"}]}', "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"2026-01-02-peers\.json is no result"):
+            read(path)
+
+
+def test_sides_take_turns_in_both_orders() -> None:
+    calls: list[str] = []
+
+    def side(name: str) -> float:
+        calls.append(name)
+        return float(len(calls))
+
+    found = turns({"a": lambda: side("a"), "b": lambda: side("b")}, rounds=3)
+    assert "".join(calls) == "ab" + "ba" + "ab" + "ba"
+    assert found == {"a": [4.0, 5.0, 8.0], "b": [3.0, 6.0, 7.0]}, "the first round does not count"
+    assert turns({"a": lambda: side("a")}, rounds=2, warm_up=False) == {"a": [9.0, 10.0]}
+
+
+def test_turns_end_in_time_but_not_before_three_rounds() -> None:
+    assert turns({"a": lambda: 1.0}, rounds=100, seconds=0.0) == {"a": [1.0] * 3}
+
+
+def test_the_same_run_has_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compared(tmp_path, [comparison(2.0)], [comparison(2.0)], monkeypatch) == 0
+    assert capsys.readouterr().out == "1 ratios, of which 0 have moved by more than the spread, or are gone\n"
+
+
+def test_a_ratio_within_the_spread_has_not_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compared(tmp_path, [comparison(2.0)], [comparison(2.04)], monkeypatch) == 0
+
+
+@pytest.mark.parametrize(("better", "after", "said"), [
+    ("less", 3.0, "worse"), ("less", 1.0, "better"), ("more", 1.0, "worse"), ("more", 3.0, "better"),
+])  # fmt: skip
+def test_a_ratio_that_has_moved_is_named(
+    better: str, after: float, said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    ended = compared(tmp_path, [comparison(2.0, better=better)], [comparison(after, better=better)], monkeypatch)
+    assert ended == (said == "worse")
+    assert capsys.readouterr().out.startswith(f"{said}: peers/warm: mmap: 2.00 ×")
+
+
+def test_what_has_no_spread_moves_by_a_tenth_at_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exact(value: float) -> Comparison:
+        return Comparison("1 × 1", "memory", "MiB", {"weightd": [value, value], "mmap": [100.0, 100.0]})
+
+    assert compared(tmp_path, [exact(100.0)], [exact(105.0)], monkeypatch) == 0
+    assert compared(tmp_path, [exact(100.0)], [exact(120.0)], monkeypatch) == 1
+
+
+def test_an_exponent_is_compared_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = (comparison(value, unit="", others=()) for value in (0.2, 1.0))
+    assert compared(tmp_path, [before], [after], monkeypatch) == 1
+    assert "worse: peers/warm: weightd: 0.20 ×" in capsys.readouterr().out
+
+
+def test_seconds_of_one_side_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compared(tmp_path, [comparison(1.0, others=())], [comparison(9.0, others=())], monkeypatch) == 0
+
+
+def test_what_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [comparison(2.0, others=("mmap", "pread")), comparison(2.0, "cold")]
+    assert compared(tmp_path, before, [comparison(2.0)], monkeypatch) == 1
+    said = capsys.readouterr().out
+    assert "gone: peers/warm: pread, which was 2.00 ×" in said
+    assert "gone: peers/cold" in said
+
+
+def test_runs_of_other_sizes_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = write(tmp_path / "old", comparison(2.0)), write(tmp_path / "new", comparison(9.0), size=2)
+    monkeypatch.setattr(sys, "argv", ["check.py", str(old), str(new)])
+    assert check.main() == 1
+    assert "not compared: peers: {'bytes': 1} before, {'bytes': 2} now" in capsys.readouterr().out
+
+
+def test_a_folder_without_results_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["check.py", str(write(tmp_path / "old", comparison(2.0))), str(tmp_path)])
+    with pytest.raises(SystemExit):
+        check.main()
+    assert "has no results: `make bench` writes them" in capsys.readouterr().err
+
+
+def test_the_suite_is_bounded() -> None:
+    assert sum(part.limit for part in suite.PARTS.values()) <= suite.MOST_SECONDS
+
+
+@pytest.mark.parametrize("name", suite.PARTS)
+def test_a_part_of_the_suite_is_a_script(name: str) -> None:
+    source = (ROOT / "bench" / suite.PARTS[name].script).read_text()
+    assert f'Report("{name}"' in source or f'"{name}",' in source
+    assert "add_options(parser" in source
+    assert '"--folder"' in source
+
+
+@pytest.mark.parametrize(("source", "said"), [
+    ("", ""),
+    ("raise SystemExit(3)", "ended with 3"),
+    ("import time; time.sleep(1000)", "took more than 1 s"),
+])  # fmt: skip
+def test_a_part_that_fails_costs_only_itself(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part.py").write_text(source)
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    limit = 1.0 if "took" in said else 60.0
+    assert suite.run(suite.Part("part.py", limit=limit), tmp_path, None, quick=True) == said
