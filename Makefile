@@ -7,8 +7,8 @@ VENV ?= .venv
 PROTOS_PYTHON ?= $(PYTHON)
 PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
-# Most tests wait for processes to start. More workers than two make some of them wait too long on a small machine.
-PYTEST_WORKERS ?= 2
+# Most tests wait for processes to start: three workers keep two cores busy.
+PYTEST_WORKERS ?= 3
 # Interpreter of the recipes that need a GPU. Another one than the virtual environment's must have the packages of the
 # extra `dev`; then nothing is installed, and no network is needed.
 PYTHON_GPU ?= $(BIN)/python
@@ -45,12 +45,28 @@ SAFETENSORS ?= 0.8.0 0.9.0rc1
 SAFETENSORS_VENV ?= .venv-safetensors
 # Ray, Kubernetes' client and validators: behind the packages of the virtual environment, as test-versions has it.
 FLEET_VENV ?= .venv-fleet
+# Atheris, the coverage-guided fuzzer of fuzz: behind the packages of the virtual environment, likewise.
+FUZZ_VENV ?= .venv-fuzz
+ATHERIS ?= atheris==3.0.0
+# The tests that reach the branches of coverage.
+COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py \
+	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
+	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
+	tests/integration/test_sharing.py tests/fault/test_clients.py tests/fault/test_loader.py \
+	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py
+# Which targets are fuzzed; all of them by default.
+TARGET ?=
 ENGINES_VENV ?= .venv-engines
+# How long the soak takes, and fuzzing of each target.
+SECONDS ?= 60
+# What else the soak is told: SOAK_ARGS="--memory cuda_vmm --seed 7".
+SOAK_ARGS ?=
 # What `make bench` measures weightd beside. The next safetensors is in a folder of its own, for a process has one.
 PEERS_VENV ?= .venv-peers
 PEERS_SAFETENSORS ?= 0.9.0rc1
 # Options of bench/suite.py, such as --parts=attach,memory.
 BENCH_ARGS ?=
+ENVIRONMENTS = $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(FUZZ_VENV) $(PEERS_VENV) $(DIST_VENV) $(ENGINES_VENV)
 # The browser of test-page.
 CHROMIUM ?= /usr/bin/chromium
 ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
@@ -58,6 +74,12 @@ ENGINES_REQUIREMENTS = $(wildcard tests/engines/requirements*.txt)
 ENGINES_TORCH ?= torch==2.13.0
 # Older versions of vLLM that the environment of test-engines fits: each is unpacked, and comes before the one there.
 ENGINE_VERSIONS ?= 0.28.0 0.30.0 0.31.0
+# Tools that build and check what is released, and the interpreters that it is tried with: by default all that are found.
+DIST_VENV ?= .venv-dist
+PYTHONS ?=
+# Extras that are tried; by default all. Those that need torch are tried where this very version is to be had.
+EXTRAS ?=
+DIST_TORCH ?= torch==2.13.0+cpu
 # What install-systemd installs a service of: by default this checkout, in its virtual environment.
 WEIGHTD ?= $(BIN)/weightd
 WEIGHTD_VENV = $(if $(filter $(BIN)/weightd,$(WEIGHTD)),$(VENV)/.installed)
@@ -67,7 +89,7 @@ GPU_VENV = $(if $(filter $(BIN)/python,$(PYTHON_GPU)),$(VENV)/.installed)
 ON_GPU = PYTHONPATH=$(CURDIR)/client:$(CURDIR)/daemon$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON_GPU)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page lint format types bench bench-check bench-service bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean
+.PHONY: help demo unit test test-all test-gpu test-gpu-dry test-versions test-cuda-versions test-safetensors test-engines test-containers test-engine-versions test-fleet test-page soak faults lint format types bench bench-engines bench-gpu gpu-probe gpu-wheels protos man install-systemd clean dist check-dist bench-check bench-service fuzz coverage
 
 help: ## list the recipes
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 29
@@ -125,6 +147,36 @@ test-page: $(VENV)/.installed ## tests of the web page and the report, in Chromi
 	else \
 		echo "test-page: SKIPPED: no page was tested, for there is no $(CHROMIUM) (Debian: apt-get install chromium)"; \
 	fi
+
+soak: $(VENV)/.installed ## clients, files and kills at random against one daemon, every byte compared (SECONDS=, SOAK_ARGS=)
+	@echo "soak: python -m soak, for $(SECONDS) s"
+	@PYTHONPATH=client:daemon:tests $(BIN)/python -m soak --seconds $(SECONDS) $(SOAK_ARGS)
+
+faults: $(VENV)/.installed ## an error, a delay and a kill at every named point; writes docs/faults.md (minutes)
+	@echo "faults: python -m failpoints"
+	@PYTHONPATH=client:daemon:fleet:tests $(BIN)/python -m failpoints --write docs/faults.md
+
+dist: $(DIST_VENV)/.installed ## build the sdist, and from it the wheel, into dist, and check what PyPI would refuse
+	@echo "dist: python -m build, twine check"
+	@rm -rf dist
+	@$(DIST_VENV)/bin/python -m build --no-isolation --outdir dist . >/dev/null
+	@$(DIST_VENV)/bin/python -m twine check --strict dist/*
+
+check-dist: dist ## try the wheel with each extra in fresh environments of each Python (PYTHONS=, EXTRAS=; many minutes)
+	@echo "check-dist: tools/check_dist.py"
+	@$(DIST_VENV)/bin/python tools/check_dist.py --torch '$(DIST_TORCH)' $(if $(TORCH_INDEX),--index $(TORCH_INDEX)) \
+		$(addprefix --python ,$(PYTHONS)) $(addprefix --extra ,$(EXTRAS)) dist/*.whl
+
+fuzz: $(FUZZ_VENV)/.installed ## fuzz what reads hostile bytes, guided by coverage (SECONDS= for each TARGET=)
+	@echo "fuzz: support.fuzzing, $(SECONDS) s for each of $(or $(TARGET),all targets)"
+	@PYTHONPATH=client:daemon:fleet:tests $(FUZZ_VENV)/bin/python -m support.fuzzing --seconds $(SECONDS) $(TARGET)
+
+coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (half an hour)
+	@echo "coverage: pytest of $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))"
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m coverage run -m pytest -q $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"
@@ -195,8 +247,8 @@ install-systemd: $(WEIGHTD_VENV) ## install the system's service: unit, user, se
 	@echo "  systemctl restart weightd         # starts it; an upgrade never stops and starts"
 
 clean: ## remove environments, caches and build output
-	@echo "clean: $(VENV), $(PROTOS_VENV), $(VERSIONS_VENV), $(FLEET_VENV), $(PEERS_VENV), $(ENGINES_VENV), caches, build output"
-	@rm -rf $(VENV) $(PROTOS_VENV) $(VERSIONS_VENV) $(SAFETENSORS_VENV) $(FLEET_VENV) $(PEERS_VENV) $(ENGINES_VENV) .whl .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@echo "clean: $(ENVIRONMENTS), caches, build output"
+	@rm -rf $(ENVIRONMENTS) .whl .bench build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find client daemon fleet tests tools bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps. Each is touched last, so that a recipe that was interrupted runs again.
@@ -232,6 +284,19 @@ $(FLEET_VENV)/.installed: $(VENV)/.installed tests/fleet_engines/requirements.tx
 	@echo "venv: $(FLEET_VENV), with tests/fleet_engines/requirements.txt (the first time takes a minute)"
 	$(call make-venv-behind,$(@D))
 	@$(@D)/bin/python -m pip install --quiet --requirement tests/fleet_engines/requirements.txt
+	@touch $@
+
+# The backend is of the range that pyproject.toml asks for; without isolation a build fetches nothing.
+$(DIST_VENV)/.installed: pyproject.toml
+	@echo "venv: $(DIST_VENV), with build, hatchling and twine"
+	@test -x $(DIST_VENV)/bin/python || $(PYTHON) -m venv $(DIST_VENV)
+	@$(DIST_VENV)/bin/python -m pip install --quiet build 'hatchling>=1.27' twine
+	@touch $@
+
+$(FUZZ_VENV)/.installed: $(VENV)/.installed
+	@echo "venv: $(FUZZ_VENV), with $(ATHERIS)"
+	$(call make-venv-behind,$(@D))
+	@$(@D)/bin/python -m pip install --quiet $(ATHERIS)
 	@touch $@
 
 $(PEERS_VENV)/.installed: $(VENV)/.installed bench/requirements-peers.txt

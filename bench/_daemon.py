@@ -78,20 +78,25 @@ def scratch(folder: Path | None) -> Iterator[Path]:
         yield Path(path)
 
 
-def write_checkpoint(path: Path, size: int, tensors: int, seed: int) -> None:
+def write_checkpoint(path: Path, size: int, tensors: int, seed: int, *, prefix: str = "", equal: bool = False) -> None:
     """A safetensors file of `tensors` BF16 tensors, about `size` random bytes in all, left in the page cache.
 
-    As in a Llama: of nine tensors in a layer seven are matrices of several sizes and two are small norms.
+    As in a Llama: of nine tensors in a layer seven are matrices of several sizes and two are small norms; unless all
+    are `equal` in size. Names begin with `prefix`.
     """
-    weights = [(1.0, 0.25, 0.25, 1.0, 2.6, 2.6, 2.6, 0.0, 0.0)[number % 9] for number in range(tensors)]
+    pattern = (1.0,) if equal else (1.0, 0.25, 0.25, 1.0, 2.6, 2.6, 2.6, 0.0, 0.0)
+    weights = [pattern[number % len(pattern)] for number in range(tensors)]
     columns = 1024
     rows = [max(1, round(size * weight / sum(weights) / columns / 2)) for weight in weights]
     header: dict[str, object] = {}
     offset = 0
     for number, count in enumerate(rows):
         length = count * columns * 2
-        name = f"model.layers.{number // 9}.part.{number % 9}.weight"
-        header[name] = {"dtype": "BF16", "shape": [count, columns], "data_offsets": [offset, offset + length]}
+        header[prefix + tensor_name(number)] = {
+            "dtype": "BF16",
+            "shape": [count, columns],
+            "data_offsets": [offset, offset + length],
+        }
         offset += length
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -107,6 +112,11 @@ def write_checkpoint(path: Path, size: int, tensors: int, seed: int) -> None:
             pass
     past = time.time() - 3600
     os.utime(path, (past, past))
+
+
+def tensor_name(number: int) -> str:
+    """The name of a tensor of `write_checkpoint`."""
+    return f"model.layers.{number // 9}.part.{number % 9}.weight"
 
 
 class Spread(NamedTuple):

@@ -55,16 +55,20 @@ def write(path: Path, tensors: Shapes, tuned: tuple[str, ...] = ()) -> None:
     print(f"wrote {path}: {len(tensors)} tensors, {offset / 2**20:.1f} MiB")
 
 
-def main() -> None:
-    """Write both."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="where to [default: here]")
-    folder = parser.parse_args().folder
+def write_both(folder: Path) -> None:
+    """Write base.safetensors and tuned.safetensors."""
     base = shapes()
     last = f"layers.{LAYERS - 1}.attn"
     write(folder / "base.safetensors", base)
     more: Shapes = {"classifier.weight": (CLASSES, WIDTH)}
     write(folder / "tuned.safetensors", base | more, tuned=(f"{last}.q.weight", f"{last}.v.weight"))
+
+
+def main() -> None:
+    """Write both where the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="where to [default: here]")
+    write_both(parser.parse_args().folder)
 
 
 if __name__ == "__main__":

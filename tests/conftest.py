@@ -9,7 +9,6 @@ import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -102,12 +101,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "backend" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("backends")
-    names: list[Any] = list(marker.args) if marker else ["host"]
-    if marker and not marker.kwargs.get("double_only"):
-        names = [name if name == "host" else pytest.param(f"gpu-{name}", marks=pytest.mark.gpu) for name in names]
-    if marker and (swept := marker.kwargs.get("swept")):
-        names = [pytest.param(name, marks=pytest.mark.sweep) if name == swept else name for name in names]
-    metafunc.parametrize("backend", names, indirect=True)
+    names = marker.args if marker else ("host",)
+    options = marker.kwargs if marker else {}
+    parameters = []
+    for name in names:
+        posing = name != "host" and marker is not None and not options.get("double_only")
+        marks = [pytest.mark.gpu] * posing + [pytest.mark.sweep] * (name == options.get("swept"))
+        parameters.append(pytest.param(f"gpu-{name}" if posing else name, marks=marks))
+    metafunc.parametrize("backend", parameters, indirect=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

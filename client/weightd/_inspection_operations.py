@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from ._transport.rpc import RpcClient
-    from .inspection import DeviceMap, LoadInfo, SettingInfo, SharedPair, StoredTensor
+    from .inspection import BooksFigure, DeviceMap, LoadInfo, SettingInfo, SharedPair, StoredTensor
     from .resolve import Reference
     from .types import NameInfo
 
@@ -66,6 +66,13 @@ class InspectionOperations(ABC):
     def settings_file(self) -> str:
         """The settings file that the daemon has read; empty where there was none."""
         return self._rpc().inspection.settings()[1]
+
+    def check_books(self) -> list[BooksFigure]:
+        """The daemon's books against what the kernel and the devices say, for admins; `BooksFigure.agrees` says if.
+
+        It takes some seconds where they do not agree at once. Errors: PermissionDeniedError.
+        """
+        return self._rpc().inspection.check_books()
 
     def watch(self, name: str) -> Iterator[NameInfo | None]:
         """Yield what a name means, at once if there is such a name and whenever that changes, without end.

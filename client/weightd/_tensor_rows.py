@@ -23,9 +23,13 @@ class TensorRows(Mapping[TensorKey, TensorInfo]):
     def __init__(self, manifest: Manifest, rows: Sequence[int] | None = None) -> None:
         self._manifest = manifest
         self._rows = rows
+        self._made: dict[TensorKey, TensorInfo] = {}
 
     def __getitem__(self, key: TensorKey) -> TensorInfo:
-        return self._manifest.row(self._numbers[key])
+        info = self._made.get(key)
+        if info is None:
+            info = self._made[key] = self._manifest.row(self._numbers[key])
+        return info
 
     def __contains__(self, key: object) -> bool:
         return key in self._numbers
@@ -37,7 +41,7 @@ class TensorRows(Mapping[TensorKey, TensorInfo]):
         return len(self._numbers)
 
     def __repr__(self) -> str:
-        return f"<weightd.TensorRows of {len(self)} tensors>"
+        return f"<TensorRows of {len(self)} tensors>"
 
     def values(self) -> ValuesView[TensorInfo]:
         """Every row."""
@@ -68,8 +72,8 @@ class TensorRows(Mapping[TensorKey, TensorInfo]):
             return {}
         seen: dict[tuple[int, int], int] = {}
         copies: dict[TensorKey, int] = {}
-        names = self._manifest.names(self._rows)
-        for key, segment, offset, length in zip(names, segments, offsets, lengths, strict=True):
+        keys = self._manifest.keys(self._rows)
+        for key, segment, offset, length in zip(keys, segments, offsets, lengths, strict=True):
             if length:
                 number = seen.get((segment, offset), 0)
                 seen[segment, offset] = number + 1
@@ -81,8 +85,8 @@ class TensorRows(Mapping[TensorKey, TensorInfo]):
     def _numbers(self) -> dict[TensorKey, int]:
         """The number of each tensor's row."""
         rows = range(len(self._manifest)) if self._rows is None else self._rows
-        return dict(zip(self._manifest.names(self._rows), rows, strict=True))
+        return dict(zip(self._manifest.keys(self._rows), rows, strict=True))
 
     @cached_property
     def _all(self) -> dict[TensorKey, TensorInfo]:
-        return dict(zip(self._manifest.names(self._rows), self._manifest.rows(self._rows), strict=True))
+        return dict(zip(self._manifest.keys(self._rows), self._manifest.rows(self._rows), strict=True))

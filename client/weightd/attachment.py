@@ -10,8 +10,8 @@ from bisect import bisect_right
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from . import _fused
-from ._manifest import Manifest
+from . import _failpoints, _fused
+from ._manifest import Manifest, odd
 from ._mapping import host
 from ._mapping.opening import open_segments
 from ._mapping.ranges import MappedExtents
@@ -60,8 +60,10 @@ class Attachment:
         reply = received.reply
         lease: host.HostMapping | None = None
         try:
+            _failpoints.reach("client.received")
             lease = host.map_lease(received.lease, received.lease_bytes)
             self._segments: MappedSegments | None = self._open(received, lease, components, keys, peers)
+            _failpoints.reach("client.mapped")
         except BaseException:
             if lease is not None:
                 lease.close()  # now, and not when the last traceback that knows of it is gone
@@ -93,6 +95,8 @@ class Attachment:
             self._tensors = TensorRows(manifest, manifest.select(components, keys))
         else:
             self._tensors = TensorRows(manifest)
+        if max(received.reply.segments, default=-1) >= len(manifest.segment_bytes):
+            raise odd(f"has {len(manifest.segment_bytes)} segments, and the daemon sent others")
         # A segment is mapped once, and once more for each further name that has the same address in it.
         most: dict[int, int] = dict.fromkeys(received.reply.segments, 1)
         if most:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
+from . import _failpoints
 from ._devices import device_name
 from ._groups import Groups, add_groups
 from ._limits import check_grpc_can_start
@@ -302,6 +303,7 @@ class Client(Operations):
     ) -> LoadResult | None:
         rpc = self._rpc()
         offer, intake = self._handles.offer()  # last: the daemon keeps what is offered until a load takes it
+        _failpoints.reach("client.offered")
         with intake:
             request.offer_id = offer
             return rpc.load(request, lambda: feed(intake, opened.fds, _FEED_SECONDS), on_progress)

@@ -281,4 +281,5 @@ GRPC_CODES = tuple(sorted({kind.grpc_code for kind in _BY_REASON.values()}))
 
 def from_wire(reason: str, message: str, metadata: Mapping[str, str] | None = None) -> WeightdError:
     """Build the error that `reason` names; an unknown reason becomes a ServerError."""
-    return _BY_REASON.get(reason, ServerError)(message, metadata)
+    said = message if message.strip() else f"{reason or 'an error'}, without a message"
+    return _BY_REASON.get(reason, ServerError)(said, metadata)

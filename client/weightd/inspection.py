@@ -129,6 +129,21 @@ class LoadInfo:
     waiters: int
 
 
+class BooksFigure(NamedTuple):
+    """A figure of the daemon's books, bytes or a count, and what `source` found; None where that cannot tell.
+
+    `device` is empty for the daemon as a whole. `what` and `source` are for people.
+    """
+
+    device: str
+    what: str
+    books: int
+    found: int | None
+    source: str
+    agrees: bool
+    in_bytes: bool
+
+
 class SettingInfo(NamedTuple):
     """One setting in force: its value as TOML, and where it comes from, for people."""
 

@@ -251,7 +251,7 @@ class Daemon:
         parts = GrpcServiceContext(
             store, catalog, loads, connections, devices, default, now=time.time, event_stream=books.event_stream,
             drain=drain, statistics=statistics, absences=books.absences, forgetting=forgetting,
-            sharing=sharing, manifests=books.manifests, in_force=self._in_force,
+            sharing=sharing, manifests=books.manifests, locks=books.locks, in_force=self._in_force,
         )  # fmt: skip
         return _Services(parts, attacher, preloader)
 

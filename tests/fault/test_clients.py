@@ -25,7 +25,7 @@ Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
 PARTS = 300
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 def part(index: int) -> bytes:

@@ -27,7 +27,7 @@ StartDaemon = Callable[..., Daemon]
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 def gone(pid: int) -> bool:

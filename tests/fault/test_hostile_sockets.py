@@ -133,7 +133,7 @@ def test_errors_leave_the_connection_usable(client: weightd.Client, daemon: Daem
     eventually(lambda: client.leases() == [])
 
 
-@pytest.mark.backends(*EVERY)
+@pytest.mark.backends(*EVERY, swept="cuda_ipc")
 def test_another_request_while_a_batch_is_outstanding(daemon: Daemon, tmp_path: Path) -> None:
     for i in range(260):
         checkpoints.write_random(tmp_path / f"part{i}" / "m.safetensors", 1, 300, seed=i)

@@ -23,7 +23,7 @@ from support.worker import Worker
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 
-pytestmark = pytest.mark.backends(*EVERY)
+pytestmark = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from support.limits import room_for
 from support.worker import Worker
 from weightd import _limits, errors
 from weightd._limits import DAEMON, LOADER, THIS_PROCESS, limit_error
-from weightd_daemon.loader.schedule import LoaderUnit, on_threads
+from weightd_daemon.loader.schedule import LoaderUnit, on_threads, rows
 
 Spawn = Callable[[Daemon], Worker]
 StartDaemon = Callable[..., Daemon]
@@ -237,7 +237,7 @@ def test_threads_that_cannot_be_had_leave_their_work_to_others(allowed: int, mon
     monkeypatch.setattr(threading.Thread, "start", limited)
     units = [LoaderUnit(number, ()) for number in range(20)]
     done: list[int] = []
-    on_threads([[unit] for unit in units], 4, lambda unit: done.append(unit.file))
+    on_threads(rows([[unit] for unit in units], 4), lambda unit: done.append(unit.file))
     assert sorted(done) == list(range(20))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from weightd_fleet._proto.v1 import peer_pb2
 from weightd_fleet.agent.addresses import AgentAddress
 from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.tls import TlsFolder, require_loopback
+from weightd_fleet.service.fleet_service import AgentAccess, FleetService
+from weightd_fleet.service.members import FleetMember
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,28 @@ def test_agents_may_not_order(secured: tuple[Agent, str], authority: trustme.CA,
         order = peer_pb2.FetchRequest(name=digest, sources=["127.0.0.1:1"], sink=peer_pb2.SINK_FILES)
         with pytest.raises(PermissionDeniedError):
             next(peer.fetch(order, 60.0))
+
+
+def test_a_catalogue_needs_the_role_of_a_client(
+    secured: tuple[Agent, str], authority: trustme.CA, tmp_path: Path
+) -> None:
+    source, digest = secured
+    for role, answer in (("", "unknown"), ("agent", "live"), ("client", "live")):
+        tls = certificates.write(tmp_path / f"tls{role}", authority, role)
+        with contextlib.closing(FleetService(AgentAccess(source.address.port, str(tls)), "here")) as service:
+            service.update([FleetMember("id", "n0", source.address.host)])
+            (node,) = service.nodes()
+            assert (node.state, node.serves) == (answer, (digest,) if answer == "live" else ())
+            if role == "agent":
+                with pytest.raises(PermissionDeniedError, match="'client'"):
+                    service.load(digest, ["n0"])
+                with pytest.raises(PermissionDeniedError, match="'client'"):
+                    service.drain("n0")
+            elif role == "client":
+                with pytest.raises(DaemonUnreachableError, match="no weightd daemon"):
+                    service.load(digest, ["n0"])
+            else:
+                assert "weightd://agent" in node.problem
 
 
 @pytest.mark.parametrize("fault", ["foreign", "expired", "plaintext"])

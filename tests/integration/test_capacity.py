@@ -22,7 +22,7 @@ from weightd.types import DeviceStats
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 def make(folder: Path, name: str, count: int, shared: Mapping[int, object] | None = None) -> Path:

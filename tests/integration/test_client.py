@@ -26,6 +26,7 @@ from support.worker import Worker
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.handle_socket import SocketClient, feed
 from weightd.client import Client
+from weightd.errors import WeightdError
 
 Spawn = Callable[[Daemon], Worker]
 StartDaemon = Callable[..., Daemon]
@@ -206,6 +207,46 @@ def test_a_finalizer_says_nothing_to_the_daemon(
     assert said == []
     client = daemon.connect()
     eventually(lambda: not client.leases(), what="the lease's end")
+
+
+# -- populate ----------------------------------------------------------------------------------------------------------
+
+
+def test_populate_maps_the_pages_of_the_tensors_that_are_attached(daemon: Daemon, tmp_path: Path) -> None:
+    path = checkpoints.write(
+        tmp_path / "p.safetensors",
+        {name: ("U8", (1 << 20,), checkpoints.random_bytes(name, 1 << 20)) for name in "abc"},
+    )
+    client = daemon.connect()
+    client.load(path, name="p", pin=True)
+    for populate in (False, True):
+        with client.attach("p", tensors=["a", "c"], populate=populate) as attachment:
+            resident = sum(resident_bytes(one.address) for one in attachment.ranges())
+            assert 2 << 20 <= resident < 3 << 20 if populate else resident == 0
+            assert attachment.buffer("c") == checkpoints.random_bytes("c", 1 << 20)
+    with client.attach("p", manifest_only=True, populate=True) as attachment:
+        assert attachment.ranges() == []
+
+
+def test_an_attach_that_cannot_populate_leaves_no_lease(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(address: int, size: int) -> None:
+        raise OSError(errno.EINVAL, "no such advice")
+
+    client = daemon.connect()
+    client.load(saved(tmp_path, "a"), name="a", pin=True)
+    monkeypatch.setattr("weightd._mapping.host.populate_read", fail)
+    with pytest.raises(WeightdError, match=r"populate needs Linux 5\.14"):
+        client.attach("a", populate=True)
+    eventually(lambda: not client.leases(), what="the lease's end")
+
+
+def resident_bytes(address: int) -> int:
+    """Bytes of the mapping at an address whose pages are mapped."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(f"{address:x}-"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Rss:"))
 
 
 # -- long requests -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
 SIZES = {"small": 5000, "at the limit": 64 << 10, "large": 3 * MIB}
 
-pytestmark = pytest.mark.backends(*EVERY)
+pytestmark = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 def data(seed: object, size: int) -> bytes:

@@ -22,7 +22,7 @@ from weightd_daemon.persistence.digest_index import FILE_NAME
 
 MIB = 1 << 20
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 def two(folder: Path) -> tuple[Path, Path]:

@@ -11,12 +11,12 @@ import pytest
 from support.daemon import ROOT, Daemon, environment
 
 EXAMPLES = ROOT / "examples"
-# By test_demo.py, test_readme.py, test_servers.py, test_onnx_runtime.py, test_wire_client.py and
-# tests/engines/test_switched_engines.py.
+# By test_demo.py, test_readme.py, test_servers.py, test_onnx_runtime.py, test_wire_client.py,
+# tests/engines/test_switched_engines.py and tests/fleet_engines/test_ray_serve.py.
 # With an underscore: no scripts.
 RUN_ELSEWHERE = {
     "demo.py", "two_checkpoints.py", "fastapi_workers.py", "gunicorn_workers.py", "onnx_sessions.py",
-    "model_family.py", "switched_engines.py", "wire_client.py",
+    "model_family.py", "ray_serve.py", "switched_engines.py", "wire_client.py",
 }  # fmt: skip
 
 

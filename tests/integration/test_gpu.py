@@ -233,7 +233,7 @@ def test_a_forked_child_calls_no_driver_function(
     assert not [call for call in fakecuda.calls(log) if call.after_fork]
 
 
-@on_the_double
+@pytest.mark.backends(*CUDA, double_only=True, swept="cuda_ipc")
 def test_clients_come_and_go_and_leave_nothing(daemon: Daemon, backend: Backend, spawn: Spawn, tmp_path: Path) -> None:
     """64 clients of 8 processes attach and detach 100 times each: descriptors, mappings and bytes are as before."""
     path = make(tmp_path, "base")

@@ -22,7 +22,7 @@ StartDaemon = Callable[..., Daemon]
 Arrays = dict[str, np.ndarray]
 MIB = 1 << 20
 WIDTH, INNER, EXPERTS = 128, 256, 4
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ SIZE = 4 * MIB
 """Of each tensor. The kept checkpoint has three, so that with it under lease 20 MiB are left."""
 IDLE_SECONDS = 10.0
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 where_memory_outlives_the_daemon = pytest.mark.backends("host", "cuda_vmm")
 
 ATTACH = """

@@ -21,7 +21,7 @@ from weightd.resolve import resolve
 CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME")
 A, B, C = (letter * 40 for letter in "abc")
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 @pytest.fixture

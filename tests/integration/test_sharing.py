@@ -18,7 +18,7 @@ from support.worker import Worker
 Spawn = Callable[[Daemon], Worker]
 MIB = 1 << 20
 
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 @everywhere

@@ -28,7 +28,7 @@ from support.leash import leashed
 
 _HEADER = struct.Struct("<IIQQIIII")
 _LOOKUP, _FORGET, _GETATTR, _OPEN, _READ, _RELEASE, _FLUSH = 1, 2, 3, 14, 15, 18, 25
-_INIT, _INTERRUPT, _BATCH_FORGET = 26, 36, 42
+_INIT, _INTERRUPT, _BATCH_FORGET, _STATFS = 26, 36, 42, 17
 _DIRECT_IO = 1
 _NEWNS, _MS_PRIVATE, _MS_REC = 0x20000, 1 << 18, 1 << 14
 _FOLDER, _FILE = 1, 2
@@ -38,10 +38,14 @@ NAME = "f.safetensors"
 class HangingFile:
     """The file, at `path` as those see it that `command` runs. The server ends with `abort`, and so do all reads."""
 
-    def __init__(self, folder: Path, content: Path, hangs_at: int) -> None:
+    def __init__(self, folder: Path, content: Path, hangs_at: int, *, cached: bool) -> None:
         self.path = folder / NAME
+        self._reads = folder.with_name(folder.name + "-reads")
         self._server = subprocess.Popen(
-            leashed([sys.executable, "-m", "support.fuse", str(folder), str(content), str(hangs_at)]),
+            leashed([
+                sys.executable, "-m", "support.fuse", str(folder), str(content), str(hangs_at), str(self._reads),
+                str(int(cached)),
+            ]),
             stdout=subprocess.PIPE, bufsize=0, env=environment(),
         )  # fmt: skip
         line = self._said()
@@ -63,6 +67,11 @@ class HangingFile:
         """What runs a command so that it sees the file."""
         return ["nsenter", f"--mount=/proc/{self._server.pid}/ns/mnt", "--", *argv]
 
+    def reads(self) -> list[tuple[int, int]]:
+        """(offset, size) of the reads that the server was asked for, in their order."""
+        lines = [line.split() for line in self._reads.read_text().splitlines()]
+        return [(int(offset), int(size)) for offset, size in lines]
+
     def abort(self) -> None:
         """End the server. The kernel answers all that it has not: who waits for it can end."""
         self._server.send_signal(signal.SIGKILL)
@@ -72,8 +81,11 @@ class HangingFile:
 
 
 @contextmanager
-def hanging_file(folder: Path, content: Path, hangs_at: int) -> Iterator[HangingFile]:
-    """A file with the bytes of `content`, of which those from `hangs_at` on are never answered. Skips without FUSE."""
+def hanging_file(folder: Path, content: Path, hangs_at: int, *, cached: bool = False) -> Iterator[HangingFile]:
+    """A file with the bytes of `content`, of which those from `hangs_at` on are never answered. Skips without FUSE.
+
+    Reads go past the page cache unless it is `cached`.
+    """
     for reason, missing in (
         ("only root can mount", os.geteuid() != 0),
         ("there is no /dev/fuse", not Path("/dev/fuse").exists()),
@@ -82,7 +94,7 @@ def hanging_file(folder: Path, content: Path, hangs_at: int) -> Iterator[Hanging
         if missing:
             pytest.skip(f"NOT TESTED: FUSE cannot be used here: {reason}")
     folder.mkdir()
-    file = HangingFile(folder, content, hangs_at)
+    file = HangingFile(folder, content, hangs_at, cached=cached)
     try:
         yield file
     finally:
@@ -92,6 +104,7 @@ def hanging_file(folder: Path, content: Path, hangs_at: int) -> Iterator[Hanging
 def main() -> None:
     """Mount, say so, and serve until killed."""
     folder, content, hangs_at = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes(), int(sys.argv[3])
+    reads, cached = os.open(sys.argv[4], os.O_WRONLY | os.O_CREAT, 0o600), bool(int(sys.argv[5]))
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(code: int, what: str) -> None:
@@ -107,7 +120,12 @@ def main() -> None:
     while True:
         request = os.read(device, 1 << 20)
         _, code, unique, node, *_ = _HEADER.unpack_from(request)
-        answer = _answer(code, node, request[_HEADER.size :], content, hangs_at)
+        body = request[_HEADER.size :]
+        if code == _READ:
+            os.write(reads, "{} {}\n".format(*struct.unpack_from("<QI", body, 8)).encode())
+        answer = _answer(code, node, body, content, hangs_at)
+        if code == _OPEN and cached:
+            answer = 0, struct.pack("<QII", 1, 0, 0)
         if answer is not None:
             number, body = answer
             os.write(device, struct.pack("<IiQ", 16 + len(body), -number, unique) + body)
@@ -130,6 +148,8 @@ def _answer(code: int, node: int, body: bytes, content: bytes, hangs_at: int) ->
     if code == _READ:
         _, offset, size = struct.unpack_from("<QQI", body)
         return None if offset + size > hangs_at else (0, content[offset : offset + size])
+    if code == _STATFS:  # the kernel adds which kind of filesystem it is
+        return 0, bytes(80)
     if code in (_FORGET, _INTERRUPT, _BATCH_FORGET):
         return None
     return (0, b"") if code in (_RELEASE, _FLUSH) else (errno.ENOSYS, b"")

@@ -22,4 +22,5 @@ LONGEST = (
     "tests/integration/test_command.py",
     "tests/integration/test_capacity.py",
     "tests/integration/test_diffusers.py",
+    "tests/fuzz/test_message_mutations.py",
 )

@@ -12,18 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from support import template
 from support.daemon import environment
-from support.leash import leashed
 
 
 class Worker:
-    """A spawned process with `weightd` imported. `run` executes source in it and returns what it put in `result`."""
+    """A process of its own. `run` executes source in it and returns what it put in `result`."""
 
     def __init__(self, socket: Path, more: Mapping[str, str] | None = None) -> None:
-        self.process = subprocess.Popen(
-            leashed([sys.executable, "-m", "support.worker"]),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(socket) | dict(more or {}),
-        )  # fmt: skip
+        self.process = template.start(environment(socket) | dict(more or {}))
 
     @property
     def pid(self) -> int:
@@ -92,4 +89,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:]:
+        template.serve(int(sys.argv[1]), main)
+    else:
+        main()

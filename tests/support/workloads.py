@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,20 @@ def scaled(files: dict[str, list[Row]], scale: float) -> dict[str, list[Row]]:
         ]
         for file, rows in files.items()
     }
+
+
+FAMILIES = (
+    "flux1_dev_schnell_bf16__s64", "deepfloyd_if_I_II_f32__s64", "llama31_8b_base_plus_qv_lora_merged_bf16__s64",
+)  # fmt: skip
+"""Three pairs: what the tests of fleets place, six checkpoints of 2.5 GB together."""
+
+
+def write_models(folder: Path, names: Iterable[str], scale: float = 1.0) -> dict[str, list[Row]]:
+    """Write checkpoints of FAMILIES below `folder`, each in the folder of its name. Returns their manifest."""
+    files = {file: rows for family in FAMILIES for file, rows in manifest(family).items()}
+    files = scaled({file: rows for file, rows in files.items() if file.split("/")[0] in names}, scale)
+    write_files(folder, files)
+    return files
 
 
 def write(folder: Path, name: str) -> dict[str, list[Row]]:

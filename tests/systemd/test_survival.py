@@ -96,7 +96,7 @@ def check_resident(client: weightd.Client, folder: Path, point: str) -> set[str]
 
 
 @pytest.mark.slow
-@pytest.mark.backends("host", "cuda_vmm")
+@pytest.mark.backends("host", "cuda_vmm", swept="cuda_vmm")
 def test_killed_at_every_point(start_daemon: StartDaemon, manager: Manager, tmp_path: Path, spawn: Spawn) -> None:
     bases = [saved(tmp_path, "base", number) for number in range(BASES)]
     passing = [saved(tmp_path, "passing", number) for number in range(PASSING)]

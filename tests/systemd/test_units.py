@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import weightd
 from support.daemon import ROOT, environment
 from weightd.cli import main
 from weightd.cli import unit as unit_command
@@ -269,6 +270,7 @@ def test_wrong_usage_is_2(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_wheel_has_the_files(tmp_path: Path) -> None:
     wheels = pytest.importorskip("hatchling.builders.wheel", reason="no hatchling: pip install '.[dev]'")
     wheel = next(wheels.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    assert Path(wheel).name == f"weightd-{weightd.__version__}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     pages = {file.name for file in (tmp_path / "site").glob("*.data/data/share/man/man1/*")}

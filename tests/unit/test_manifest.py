@@ -107,7 +107,7 @@ def test_each_way_to_read_a_row_gives_the_same() -> None:
     assert manifest.rows([3, 0]) == [ROWS[3], ROWS[0]]
     assert list(manifest.stored()) == [row[1:7] for row in ROWS]
     assert list(manifest.stored([2])) == [ROWS[2][1:7]]
-    assert manifest.names() == [(row.component, row.name) for row in ROWS]
+    assert manifest.keys() == [(row.component, row.name) for row in ROWS]
     assert [*zip(*manifest.places([1, 3]), strict=True)] == [row[4:7] for row in (ROWS[1], ROWS[3])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,8 +13,9 @@ import pytest
 
 from weightd._libc import reserve, unmap
 from weightd._mapping import host
-from weightd._mapping.host import MappedHostSegments
+from weightd._mapping.host import HostMapping, MappedHostSegments
 from weightd._mapping.segments import SegmentToMap
+from weightd.errors import ResourceLimitError, ServerError, WeightdError
 
 PAGE = mmap.PAGESIZE
 
@@ -74,6 +76,19 @@ def test_a_failure_leaves_neither_mappings_nor_reserved_addresses(wanted: list[S
     assert Path("/proc/self/maps").read_text().count("---p 00000000 00:00 0") == before
 
 
+@pytest.mark.parametrize(
+    ("size", "why"), [(2 * PAGE, "lacks some of the"), (0, "without bytes"), (-PAGE, "without bytes")]
+)
+def test_a_segment_that_is_not_as_long_as_it_says_is_not_mapped(
+    wanted: list[SegmentToMap], size: int, why: str
+) -> None:
+    """Reading it would kill the process."""
+    lying = wanted[0]._replace(size=size)
+    with pytest.raises(ServerError, match=why):
+        MappedHostSegments([wanted[1], lying], Lease())
+    assert mappings() == 0
+
+
 def test_what_a_failure_unmaps_is_unmapped_once(wanted: list[SegmentToMap], monkeypatch: pytest.MonkeyPatch) -> None:
     """By the second time the addresses may be somebody else's."""
     unmapped, made = [], []
@@ -104,3 +119,71 @@ def test_reserved_addresses_are_aligned() -> None:
         assert all(address % alignment == 0 for address in found)
         for address in found:
             assert unmap(address, 3 * PAGE) == 0
+
+
+# -- populate ----------------------------------------------------------------------------------------------------------
+
+
+def present(address: int, pages: int) -> list[int]:
+    """Which pages of a mapping this process has mapped."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // PAGE * 8)
+        entries = file.read(pages * 8)
+    return [page for page in range(pages) if entries[page * 8 + 7] & 0x80]
+
+
+@pytest.fixture
+def sparse() -> Iterator[int]:
+    """A memfd of 200 pages, of which 1, 2, 65 and 129 have memory: a fault maps what lies around it, up to 16 pages."""
+    descriptor = os.memfd_create("t")
+    os.ftruncate(descriptor, 200 * PAGE)
+    for page in (1, 2, 65, 129):
+        os.pwrite(descriptor, b"x" * PAGE, page * PAGE)
+    yield descriptor
+    os.close(descriptor)
+
+
+def test_populate_maps_the_pages_of_ranges_and_allocates_none(sparse: int) -> None:
+    mapping = HostMapping(sparse, 200 * PAGE, writable=True)
+    at, before = mapping.address, os.fstat(sparse).st_blocks
+    assert present(at, 200) == []
+    host.populate([(at + PAGE, 10), (at + PAGE + 256, PAGE), (at + 65 * PAGE + 256, 256)])
+    assert present(at, 200) == [1, 2, 65]
+    assert os.fstat(sparse).st_blocks == before, "a hole has no memory now, either"
+
+
+def test_populate_calls_once_for_what_lies_together(sparse: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(host, "populate_read", lambda address, size: calls.append((address, size)))
+    host.populate((64 * PAGE + 256 * number, 256) for number in range(10_000))
+    host.populate([(PAGE, 1), (3 * PAGE, 2 * PAGE)])
+    host.populate([])
+    assert calls == [(64 * PAGE, 625 * PAGE), (PAGE, PAGE), (3 * PAGE, 2 * PAGE)]
+    calls.clear()
+    host.populate([(PAGE, 600 << 20)])
+    assert [size >> 20 for _, size in calls] == [256, 256, 88]
+    assert [address for address, _ in calls] == [PAGE, PAGE + (256 << 20), PAGE + (512 << 20)]
+
+
+def test_pages_beyond_the_end_of_a_file_cannot_be_populated(sparse: int) -> None:
+    mapping = HostMapping(sparse, 202 * PAGE, writable=True)
+    with pytest.raises(WeightdError, match=r"populating 8192 bytes failed: Bad address; attach without populate"):
+        host.populate([(mapping.address + 200 * PAGE, 2 * PAGE)])
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "says"),
+    [
+        (errno.EINVAL, WeightdError, r"populate needs Linux 5\.14, and this is .*; attach without populate"),
+        (errno.ENOMEM, ResourceLimitError, "populating 4096 bytes: "),
+    ],
+)
+def test_an_old_kernel_and_a_full_one_are_named(
+    monkeypatch: pytest.MonkeyPatch, code: int, kind: type[WeightdError], says: str
+) -> None:
+    def fail(address: int, size: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(host, "populate_read", fail)
+    with pytest.raises(kind, match=says):
+        host.populate([(PAGE, 1)])

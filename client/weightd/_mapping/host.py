@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from weightd._libc import map_private, populate_read, reserve, unmap, view_at
 from weightd._limits import limit_error
-from weightd.errors import WeightdError
+from weightd.errors import ServerError, WeightdError
 
 from .ranges import MappedRange
 
@@ -129,6 +129,8 @@ class MappedHostSegments:
     def __init__(self, wanted: Sequence[SegmentToMap], lease: object) -> None:
         self._buffers: dict[tuple[int, int], memoryview] = {}
         self._ranges: dict[tuple[int, int], MappedRange] = {}
+        if min((one.size for one in wanted), default=1) <= 0:
+            raise ServerError("the daemon sent a segment without bytes")
         size = sum(_whole_pages(one.size) * one.copies for one in wanted)
         if not size:
             return
@@ -144,6 +146,8 @@ class MappedHostSegments:
                 assert isinstance(one.handle, int)  # `open_segments` has looked
                 for copy in range(one.copies):
                     mapping = map_segment(one.handle, one.size, lease, place)
+                    if os.fstat(one.handle).st_size < one.size:  # reading past a file's end kills the process
+                        raise ServerError(f"the daemon sent a segment that lacks some of the {one.size} bytes it says")
                     place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                     self._buffers[one.segment, copy] = mapping.buffer()

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from weightd import _failpoints
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import LeaseLostError, WeightdError
 
@@ -110,6 +111,7 @@ class DaemonConnection:
     def _claim(self, handles: SocketClient) -> None:
         for number, held in self.live().items():
             request = handles_pb2.ReclaimRequest(lease=number, content_digest=held.content_digest, device=held.device)
+            _failpoints.reach("client.claim")
             if not handles.reclaim(request):
                 self._held.pop(number, None)
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from google.protobuf.message import DecodeError
 
+from weightd import _failpoints
 from weightd._limits import limit_error, out_of_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd.errors import DaemonBusyError, LeaseLostError, ProtocolMismatchError, ServerError, WeightdError, from_wire
 
 from .address import check_peer, handles_path
-from .protocol import IPC_HANDLE_BYTES, MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
+from .protocol import IPC_HANDLE_BYTES, MAX_DESCRIPTORS, MAX_FRAME, MAX_MANIFEST_BYTES, PROTOCOL, receive_fds
 from .unreachable import unreachable
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class ReceivedDescriptors(NamedTuple):
     def read_manifest(self) -> bytes:
         """The encoded manifest. Errors: OSError, ServerError (it is shorter than the daemon says)."""
         size, parts = self.reply.manifest_bytes, bytearray()
+        if not 0 < size <= min(os.fstat(self.manifest).st_size, MAX_MANIFEST_BYTES):
+            raise ServerError(f"the daemon sent a manifest that cannot have the {size} bytes that it says")
         while len(parts) < size:
             part = os.pread(self.manifest, size - len(parts), len(parts))
             if not part:
@@ -159,6 +162,8 @@ class SocketClient:
                         raise ServerError("the daemon sent a batch without descriptors or handles")
                 if len(descriptors) < lent or any(len(handle) != IPC_HANDLE_BYTES for handle in handles):
                     raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
+                if len(descriptors) + len(handles) > lent + len(reply.segments):
+                    raise ServerError(f"the daemon sent more than the handles of {len(reply.segments)} segments")
             except BaseException:
                 if descriptors:
                     self._socket.close()  # batches may be outstanding
@@ -173,9 +178,12 @@ class SocketClient:
         with self._lock:
             request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
             number = self._ask(request, "offer", descriptors).offer.offer_id
-        if len(descriptors) != 1:
-            raise ServerError("the daemon's offer came without its intake")
-        return number, socket.socket(fileno=descriptors[0])
+        if len(descriptors) == 1:
+            with suppress(OSError):  # it is no socket
+                return number, socket.socket(fileno=descriptors[0])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ServerError(f"the daemon's offer came with {len(descriptors)} descriptors, and not with its intake")
 
     def detach(self, lease: int) -> bool:
         """Say that a lease may have ended; True when it has. A forked child says nothing: it is not its socket.
@@ -214,8 +222,9 @@ class SocketClient:
         try:
             with suppress(BrokenPipeError, ConnectionResetError):  # it has hung up, and may have said why
                 self._socket.sendall(request.SerializeToString())
-            data, received, flags = _receive(self._socket, MAX_DESCRIPTORS if descriptors is not None else 1)
-            (descriptors if descriptors is not None else []).extend(received)
+            data, received, flags = _receive(self._socket, MAX_DESCRIPTORS if descriptors is not None else 0)
+            if descriptors is not None:
+                descriptors.extend(received)
             if not data:
                 raise ConnectionResetError("the daemon closed the connection")
             if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
@@ -262,6 +271,7 @@ def feed(intake: socket.socket, descriptors: Sequence[int], timeout: float) -> N
         while sent < len(descriptors):
             batch = descriptors[sent : sent + _FEED_BATCH]
             frame = handles_pb2.IntakeBatch(first=sent, descriptors=len(batch))
+            _failpoints.reach("client.feed")
             socket.send_fds(intake, [frame.SerializeToString()], batch)
             answer = intake.recv(MAX_FRAME)
             if not answer:

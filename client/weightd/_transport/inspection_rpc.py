@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weightd._proto.v1 import inspection_pb2
 from weightd.inspection import (
     BlobUsers,
+    BooksFigure,
     DeviceMap,
     LoadInfo,
     MapExtent,
@@ -93,6 +94,17 @@ class InspectionRpc:
         """The settings in force, and the file that was read."""
         response = self._call(self._stub.GetSettings, inspection_pb2.GetSettingsRequest())
         return [SettingInfo(setting.key, setting.value, setting.origin) for setting in response.settings], response.file
+
+    def check_books(self) -> list[BooksFigure]:
+        """The books against the kernel and the devices."""
+        response = self._call(self._stub.CheckBooks, inspection_pb2.CheckBooksRequest())
+        return [
+            BooksFigure(
+                one.device, one.what, one.books, one.found if one.HasField("found") else None, one.source, one.agrees,
+                one.in_bytes,
+            )
+            for one in response.figures
+        ]  # fmt: skip
 
     def _pages(self, method: Any, request: Any) -> Iterator[Any]:
         """Every page. `request` is left as it was."""

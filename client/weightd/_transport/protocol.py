@@ -15,6 +15,9 @@ MAX_FRAME: Final = 64 << 10
 MAX_DESCRIPTORS: Final = 253
 """Descriptors in one message: the kernel takes no more."""
 
+MAX_MANIFEST_BYTES: Final = 1 << 30
+"""Longest manifest that either end reads."""
+
 IPC_HANDLE_BYTES: Final = 64
 """Length of a CUDA IPC handle."""
 

@@ -18,8 +18,9 @@ from weightd.cli import (
     device_map,
     doctor,
     events,
-    fleet,
     fleet_agents,
+    fleet_cluster,
+    fleet_group,
     inspecting,
     listing,
     loading,
@@ -47,7 +48,7 @@ Exit codes:
   3    not found
   4    in use
   5    does not fit
-  69   no daemon, or the daemon is draining
+  69   no daemon, no catalogue of a fleet, or the daemon is draining
   75   try again: daemon full or not answering, device absent, or a system limit reached
   76   another protocol version
   77   not permitted, or no access to the daemon
@@ -106,10 +107,15 @@ app.command("version")(daemon.version)
 app.command("token")(token.token)
 app.command("unit")(unit.unit)
 app.command("config")(serving.config)
-fleet.fleet.command("agent")(fleet_agents.agent)
-fleet.fleet.command("fetch")(fleet_agents.fetch)
-fleet.fleet.command("ls")(fleet_agents.ls)
-app.add_typer(fleet.fleet)
+fleet_group.fleet.command("agent")(fleet_agents.agent)
+fleet_group.fleet.command("fetch")(fleet_agents.fetch)
+fleet_group.fleet.command("ls")(fleet_agents.ls)
+fleet_group.fleet.command("stats")(fleet_cluster.stats)
+fleet_group.fleet.command("place")(fleet_cluster.place)
+fleet_group.fleet.command("load")(fleet_cluster.load)
+fleet_group.fleet.command("drain")(fleet_cluster.drain)
+fleet_group.fleet.command("catalogue")(fleet_cluster.catalogue)
+app.add_typer(fleet_group.fleet)
 
 
 def run(arguments: Sequence[str]) -> int:

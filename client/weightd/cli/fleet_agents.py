@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from weightd._sizes import size
-from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, WideOption, say
-from weightd.cli.fleet import ask_fleet, require_fleet
+from weightd.cli.context import CommandOptions, FormatOption, OutputFormat, SocketOption, WideOption, require, say
+from weightd.cli.fleet_cluster import AddressOption, print_checkpoints
+from weightd.cli.fleet_group import ask_fleet, require_fleet
 from weightd.cli.output import emit_json, flush
 from weightd.cli.tables import Column, emit_table, emit_text, terminal_width
 
@@ -81,6 +82,10 @@ def agent(
         int, typer.Option("--readers", metavar="N", min=1, max=16, help="How many peers may read bytes at once.")
     ] = 2,
     patience: _PatienceOption = 30.0,
+    node_labels: Annotated[
+        str | None,
+        typer.Option("--node-labels", metavar="NODE", help="Label this node of Kubernetes by what is pinned on it."),
+    ] = None,
     socket: SocketOption = None,
 ) -> None:
     """Serve this node's checkpoints to others, in the foreground.
@@ -97,9 +102,12 @@ def agent(
     if (tls_dir is None) is not insecure:
         raise typer.BadParameter("give either --tls-dir or --insecure")
     require_fleet("agent")
+    if node_labels is not None:
+        require("fleet agent --node-labels", ["kubernetes"], "fleet-k8s")
     arguments = _connection(context, tls_dir, state_dir, patience, socket)
     arguments += [f"--listen={listen}", f"--readers={readers}"]
     arguments += [] if advertise is None else [f"--advertise={advertise}"]
+    arguments += [] if node_labels is None else [f"--node-labels={node_labels}"]
     flush()
     # -P: a weightd_fleet that lies in the current directory must not be what starts.
     command_line = [sys.executable, "-P", "-m", "weightd_fleet.agent", *arguments]
@@ -159,19 +167,28 @@ def fetch(
 
 def ls(
     context: typer.Context,
-    peers: _FromOption,
+    peers: Annotated[
+        list[str] | None, typer.Option("--from", metavar="HOST:PORT", help="An agent to ask; repeatable.")
+    ] = None,
+    address: AddressOption = None,
     tls_dir: _TlsOption = None,
     state_dir: _StateOption = None,
     patience: _PatienceOption = 30.0,
     output: FormatOption = OutputFormat.TABLE,
     wide: WideOption = False,
 ) -> None:
-    """List the checkpoints that agents can serve.
+    """List checkpoints of a Ray cluster, or of agents.
+
+    With `--from` it lists those that these agents can serve, without a cluster.
 
     \b
     Examples:
+      weightd fleet ls
       weightd fleet ls --from 127.0.0.1:7411
     """
+    if not peers:
+        print_checkpoints(context, address, output, wide=wide)
+        return
     require_fleet("ls")
     arguments = [*_connection(context, tls_dir, state_dir, patience), *(f"--from={peer}" for peer in peers)]
     found = ask_fleet(context, _PROGRAM, [*arguments, "--", "ls"], quiet=True)["peers"]

@@ -9,6 +9,7 @@ import typer
 
 from weightd import remembered
 from weightd._sizes import size
+from weightd.cli.books import check_books
 from weightd.cli.context import (
     CommandInterruptedError,
     DeviceOption,
@@ -28,6 +29,7 @@ from weightd.cli.context import (
 from weightd.cli.output import device as short_device
 from weightd.cli.output import digest, emit, emit_json, plural, printable
 from weightd.cli.progress import byte_bar
+from weightd.errors import InvalidReferenceError
 from weightd.resolve import files_of
 from weightd.types import LoadProgress, LoadResult, VerifyProgress
 
@@ -128,18 +130,31 @@ def verify(
     ] = None,
     device: DeviceOption = None,
     variant: VariantOption = None,
+    books: Annotated[
+        bool, typer.Option("--books", help="Compare the daemon's books with the kernel instead. For admins.")
+    ] = False,
+    output: FormatOption = OutputFormat.TABLE,
     quiet: SilentOption = False,
     socket: SocketOption = None,
 ) -> None:
     """Check resident bytes against their digests.
 
-    Reads all resident bytes, and exits with 1 if any differ.
+    Reads all resident bytes, and exits with 1 if any differ. With --books, reads none, and compares what the daemon
+    believes to hold with the memory, descriptors and locks that the kernel and the devices know of.
 
     \b
     Examples:
       weightd verify                 every checkpoint
       weightd verify base
+      weightd verify --books
     """
+    if books:
+        if reference is not None or device is not None or variant is not None:
+            raise InvalidReferenceError("--books checks the whole daemon: leave REF, --device and --variant out")
+        check_books(context, output, socket, quiet=quiet)
+        return
+    if output is not OutputFormat.TABLE:
+        raise InvalidReferenceError("--format is for --books: what verify prints else is a sentence")
     with open_client(context, socket) as client, byte_bar(quiet=quiet) as advance:
 
         def show(progress: VerifyProgress) -> None:

@@ -11,6 +11,7 @@ from weightd_daemon.core.principal import Principal
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.device import Device
 from weightd_daemon.handles.connections import HandleSocketConnection, HandleSocketConnections
+from weightd_daemon.handles.lease_locks import HandleLeaseLocks
 from weightd_daemon.handles.manifests import ManifestHandles
 from weightd_daemon.inspection.sharing_upkeep import SharingUpkeep
 from weightd_daemon.loads.loads import Loads
@@ -41,6 +42,7 @@ class GrpcServiceContext(NamedTuple):
     forgetting: DeviceForgetting
     sharing: SharingUpkeep
     manifests: ManifestHandles
+    locks: HandleLeaseLocks
     in_force: SettingsInForce
 
     def caller(self, context: Context) -> tuple[HandleSocketConnection, Principal]:

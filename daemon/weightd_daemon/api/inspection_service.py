@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from weightd._proto.v1 import inspection_pb2, inspection_pb2_grpc
+from weightd.errors import PermissionDeniedError
 from weightd_daemon.devices.naming import meant, place
+from weightd_daemon.inspection.books_check import BooksCheck
 from weightd_daemon.inspection.loads_under_way import list_loads
 from weightd_daemon.inspection.running_settings import list_settings
 from weightd_daemon.inspection.segment_map import SegmentMaps
@@ -21,6 +23,7 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         self._parts = parts
         self._sharing = SharingList(parts.store, parts.catalog, parts.sharing)
         self._tensors = StoredTensors(parts.store, parts.catalog, parts.manifests, parts.sharing)
+        self._books = BooksCheck(parts.store, parts.devices, parts.locks)
         self._maps = SegmentMaps(parts.store, parts.catalog, parts.sharing)
 
     async def GetMap(  # noqa: N802  # named by the proto
@@ -58,3 +61,12 @@ class InspectionService(inspection_pb2_grpc.InspectionServiceServicer):
         """The settings in force, for every user."""
         self._parts.caller(context)
         return list_settings(self._parts.in_force, self._parts.store, self._parts.devices)
+
+    async def CheckBooks(  # noqa: N802
+        self, request: inspection_pb2.CheckBooksRequest, context: Context
+    ) -> inspection_pb2.CheckBooksResponse:
+        """The books against the kernel and the devices, for admins: figures are of all users together."""
+        _, who = self._parts.caller(context)
+        if not who.admin:
+            raise PermissionDeniedError("only admins may check the books: the daemon's own user, root, and `admins`")
+        return await self._books.check()

@@ -20,8 +20,11 @@ def parse_size(text: str) -> int:
     """Bytes from "12GiB", "500M" or "1073741824"; units are powers of 1024. Errors: ValueError."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if not match:
-        raise ValueError(f"{text!r} is not a size such as 12GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ValueError(f"{text!r:.100} is not a size such as 12GiB")
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size >= 1 << 63:
+        raise ValueError(f"{text!r:.100} is more than 64 bits can count")
+    return size
 
 
 def parse_budget(text: str) -> float | int:
@@ -30,9 +33,9 @@ def parse_budget(text: str) -> float | int:
     try:
         amount = float(percent[1]) / 100 if percent else parse_size(text)
     except ValueError:
-        raise ValueError(f"{text!r} is not a size such as 12GiB, nor a share such as 80%") from None
+        raise ValueError(f"{text!r:.100} is not a size such as 12GiB, nor a share such as 80%") from None
     if amount <= 0 or (isinstance(amount, float) and amount > 1):
-        raise ValueError(f"{text!r}: must be more than 0 and at most 100%")
+        raise ValueError(f"{text!r:.100}: must be more than 0 and at most 100%")
     return amount
 
 
@@ -46,7 +49,7 @@ def parse_device(text: str) -> str:
     if prefix in _UUID_PREFIXES and len(digits) >= _UUID_LEAST and _UUID_SHAPE.startswith(shape):
         return prefix + digits
     raise ValueError(
-        f"{text!r} is not a device; "
+        f"{text!r:.100} is not a device; "
         f"use host, cuda, cuda:N, or GPU- or MIG- and a UUID or its first {_UUID_LEAST} digits or more"
     )
 

@@ -43,6 +43,7 @@ DEFAULT = "default"
 """Origin of a value that nobody has set."""
 
 _SOCKET_PATH_BYTES = 107
+_MOST_NUMBER = (1 << 31) - 1
 _LAST_PORT = 65535
 _LOOPBACK = ("127.0.0.1", "::1")
 
@@ -234,7 +235,9 @@ def load(
             if key not in kinds:
                 near = get_close_matches(key, kinds, 1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
-                raise ConfigError(f"{file.where(key)}: {key}: no such setting{hint}; there are {', '.join(kinds)}")
+                raise ConfigError(
+                    f"{file.where(key)}: {_shown(key)}: no such setting{hint}; there are {', '.join(kinds)}"
+                )
             origins[key] = file.where(key)
             values[key] = _convert(key, value, kinds[key], f"{origins[key]}: {key}", file.where)
     for key, kind in kinds.items():
@@ -262,21 +265,21 @@ def _convert(key: str, value: object, kind: str, where: str, find: _Find) -> obj
             return int(value)
     except ValueError:
         pass
-    raise ConfigError(f"{where}: {value!r} is not {'a number' if kind == 'int' else 'text'}")
+    raise ConfigError(f"{where}: {value!r:.200} is not {'a number' if kind == 'int' else 'text'}")
 
 
 def _convert_list(key: str, value: object, kind: str, where: str, find: _Find) -> tuple[object, ...]:
     """Convert a list, or text with commas; empty text is an empty list. Errors: ConfigError."""
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, list):
-        raise ConfigError(f"{where}: {value!r} is not a list")
+        raise ConfigError(f"{where}: {value!r:.200} is not a list")
     items = [item.strip() if isinstance(item, str) else item for item in items]
     if items == [""]:
         return ()
     if "Preload" in kind:
         return preloads_from(items, lambda number, inner: find(key, number, inner))
     if not all(isinstance(item, str) for item in items):
-        raise ConfigError(f"{where}: {value!r} is not a list of text")
+        raise ConfigError(f"{where}: {value!r:.200} is not a list of text")
     return tuple(items)
 
 
@@ -284,12 +287,17 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
     """Refuse invalid values. Errors: ConfigError naming the origin; TemporaryConfigError if nothing else is wrong."""
 
     def refuse(key: str, why: str, kind: type[ConfigError] = ConfigError) -> None:
-        raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r}: {why}")
+        raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r:.200}: {why}")
 
     for key in (each.name for each in fields(Settings) if each.type == "int"):
         least = int(key in ("max_loads", "max_connections"))
         if getattr(settings, key) < least:
             refuse(key, f"must be at least {least}")
+        if getattr(settings, key) > _MOST_NUMBER:
+            refuse(key, f"must be at most {_MOST_NUMBER}")
+    for key in (each.name for each in fields(Settings) if each.type == "str"):
+        if "\0" in getattr(settings, key):
+            refuse(key, "must not have a zero byte")
     choices = {
         "transport": ("auto", "cuda_vmm", "cuda_ipc"),
         "isolation": ("shared", "uid"),
@@ -323,7 +331,7 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
             refuse(key, str(error))
     for root in settings.model_roots:
         if not root.startswith(("/", "~")) or "\0" in root:
-            refuse("model_roots", f"{root!r} is not an absolute path")
+            refuse("model_roots", f"{root!r:.200} is not an absolute path")
     if settings.preload and not settings.model_roots:
         raise ConfigError(
             f"{origins['preload']}: preload: may not open any file; list the directories of its files in model_roots"
@@ -345,10 +353,15 @@ def _host_and_port(text: str) -> tuple[str, int]:
     raise ValueError("must be an IP address and a port, as in 127.0.0.1:9464 or [::1]:9464, or /the/path/of/a.sock")
 
 
+def _shown(word: str) -> str:
+    """A word as an error shows it: quoted where it is long, or would not print as it is."""
+    return word if word.isprintable() and len(word) <= 100 else f"{word!r:.100}"
+
+
 def _uid(name: str) -> int:
-    if name.isdigit() and int(name) < (1 << 32) - 1:  # the highest uid_t is nobody's
+    if re.fullmatch("[0-9]{1,10}", name) and int(name) < (1 << 32) - 1:  # the highest uid_t is nobody's
         return int(name)
     try:
         return pwd.getpwnam(name).pw_uid
     except KeyError:
-        raise KeyError(name) from None
+        raise KeyError(_shown(name)) from None

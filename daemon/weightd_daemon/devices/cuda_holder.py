@@ -14,6 +14,7 @@ import struct
 import sys
 from typing import Any
 
+from weightd import _failpoints
 from weightd._mapping import cuda_driver as driver
 from weightd.errors import DeviceError, WeightdError
 from weightd_daemon.libc import die_with
@@ -56,9 +57,11 @@ def _serve(channel: socket.socket) -> None:
     while request := channel.recv(MESSAGE_BYTES):
         what, number, size = REQUEST.unpack(request)
         if what == FREE:
+            _failpoints.reach("holder.free")
             driver.call("cuMemFree", addresses.pop(number))  # where it fails, this context is at its end, and we too
             continue
         try:
+            _failpoints.reach("holder.allocate")
             addresses[number] = driver.call("cuMemAlloc", size)
             handle = _prepared(addresses[number], size)
         except DeviceError as error:

@@ -15,6 +15,7 @@ import stat
 from itertools import count
 from pathlib import Path
 
+from weightd import _failpoints
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import DeviceError, ResourceLimitError
 from weightd_daemon.libc import punch_hole
@@ -82,6 +83,7 @@ class HostDevice:
         segment = next(self._numbers)
         descriptor = -1
         try:
+            _failpoints.reach("load.segment")
             descriptor = os.memfd_create(f"weightd-{segment}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.ftruncate(descriptor, size)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)

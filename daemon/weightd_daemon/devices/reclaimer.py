@@ -8,6 +8,7 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd.errors import DeviceAbsentError
 from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.reclaims import ExtentReclaim, Reclaim
@@ -107,8 +108,10 @@ class DeviceReclaimer:
             try:
                 if isinstance(reclaim, ExtentReclaim):
                     extent = reclaim.extent
+                    _failpoints.reach("evict.punch")
                     self.device.punch(extent.segment, extent.offset, extent.length)
                 else:
+                    _failpoints.reach("evict.release")
                     self._before_release(reclaim.segment)
                     self.device.release(reclaim.segment)
             except Exception:  # whatever broke, the rest of the queue must be done and reported

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd._transport.convert import source_from
 from weightd.errors import DeviceError, InvalidReferenceError, NotFoundError
 from weightd_daemon.core.catalog import CONTROL, NAME_BYTES
@@ -157,6 +158,7 @@ class AttachHandler:
         lease = self._store.leases.begin(checkpoint.key, connection.peer, now)
         owner = HandleLeaseOwner(who.uid, who.domain) if request.lease_file else None
         try:
+            _failpoints.reach("attach.lock")
             locked = self._locks.lock(checkpoint.key, lease.number, owner)
         except OSError:
             self._store.leases.end(lease.number)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf.message import DecodeError
 
+from weightd import _failpoints
 from weightd._limits import DAEMON, limit_error
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.protocol import MAX_DESCRIPTORS, MAX_FRAME, PROTOCOL, receive_fds
@@ -284,6 +285,7 @@ class _Conversation:
                 descriptors=len(lent) + len(descriptors),
                 handles=[handle for handle in first if isinstance(handle, bytes)],
             )
+            _failpoints.reach("attach.send")
             self._send(handles_pb2.HandleReply(attach=reply), [*lent, *descriptors])
         except BaseException:
             answer.locked.close()

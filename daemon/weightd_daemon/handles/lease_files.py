@@ -136,6 +136,11 @@ class HandleLeaseFiles:
         start, end = self._bytes_of[lease] if at is None else (at, at + 1)
         return first_lock(file.descriptor, start, end) is not None
 
+    def lock_ranges(self) -> list[tuple[int, int, int]]:
+        """The descriptor of each file, and from where to before where its leases are locked."""
+        end = _first_byte(1 << _CHECKPOINT_BITS)
+        return [(file.descriptor, 0, end) for files in self._files.values() for file in files]
+
     def forget(self, lease: int) -> None:
         """A lease is struck from the books; that it has no file is no error."""
         file = self._file_of.pop(lease, None)

@@ -75,6 +75,10 @@ class ManifestHandles:
         """Lease `number` counts as held from now on as long as any byte of the leases up to `last` is locked."""
         self._crowded[key] = (number, last)
 
+    def lock_ranges(self) -> list[tuple[int, int, int]]:
+        """The descriptor of each manifest, and from where to before where leases are locked on it."""
+        return [(descriptor, LOCK_BASE, LOCK_BASE << 1) for descriptor in self._descriptors.values()]
+
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""
         return os.fstat(self._descriptors[key]).st_size

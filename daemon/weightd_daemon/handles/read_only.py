@@ -21,6 +21,7 @@ ALLOWED = frozenset({
     "/weightd.v1.InspectionService/ListTensors",
     "/weightd.v1.InspectionService/ListLoads",
     "/weightd.v1.InspectionService/GetSettings",
+    "/weightd.v1.InspectionService/CheckBooks",
 })  # fmt: skip
 """Frames of the handle socket, and gRPC methods: none changes anything, lends memory, or has the daemon read it."""
 

@@ -14,6 +14,8 @@ import struct
 import threading
 from typing import TYPE_CHECKING
 
+from google.protobuf.message import DecodeError
+
 from weightd._limits import LOADER, out_of_descriptors
 from weightd._transport.protocol import receive_fds
 from weightd.errors import DeviceError, ResourceLimitError, ServerError, WeightdError, from_wire
@@ -110,19 +112,27 @@ class LoaderChannel:
         body = self._reader.read(length)
         if len(body) < length:
             raise LoaderChannelClosedError
-        message = wire.ToLoader.FromString(body)
+        try:
+            message = wire.ToLoader.FromString(body)
+        except DecodeError:
+            raise ServerError(f"{length} bytes came that are no message") from None
         described = []
         for segment in message.segments:
             if segment.HasField("handle"):
-                self.segments[segment.number] = DeviceSegment(segment.number, segment.size, segment.handle)
+                self._enter(DeviceSegment(segment.number, segment.size, segment.handle))
             else:
                 described.append(segment)
         for start in range(0, len(described), BATCH):
             part = described[start : start + BATCH]
             received = self._receive_descriptors(len(part), "receiving segments")
             for segment, descriptor in zip(part, received, strict=True):
-                self.segments[segment.number] = DeviceSegment(segment.number, segment.size, descriptor)
+                self._enter(DeviceSegment(segment.number, segment.size, descriptor))
         return message
+
+    def _enter(self, segment: DeviceSegment) -> None:
+        before, self.segments[segment.number] = self.segments.get(segment.number), segment
+        if before is not None and isinstance(before.handle, int):
+            os.close(before.handle)
 
     def _receive_descriptors(self, count: int, what: str) -> list[int]:
         data, received, flags = receive_fds(self._descriptors, 1, count)

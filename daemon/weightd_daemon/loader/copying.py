@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd.errors import FormatError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.devices.segment_io import PIECE
 from weightd_daemon.libc import equal
 
 from ._proto import loader_pb2 as wire
+from .read_ahead import LoaderReadAhead
 from .schedule import LoaderTensor, LoaderUnit, batches
 from .slots import LoaderSlot, LoaderSlotRow, LoaderSlots
 
@@ -68,6 +70,7 @@ class LoaderCopier:
         self._io = io
         self._sources = sources
         self._new_hasher = new_hasher
+        self._reading = LoaderReadAhead(sources)
         self._digests = digests or {}
         self._matched = matched
         self._slots: dict[int, LoaderSlots] = {}
@@ -98,6 +101,10 @@ class LoaderCopier:
             while self._stagings:
                 stack.callback(self._stagings.pop().close)
 
+    def expect(self, rows: Iterable[Iterable[LoaderUnit]]) -> None:
+        """From now on the units of these rows are read, each row about in its order: what follows is read ahead."""
+        self._reading = LoaderReadAhead(self._sources, rows)
+
     def reserve(self, unit: LoaderUnit) -> None:
         """Take the slots of a unit. Called in the units' order, so that extents are filled without a rest."""
         for run in _runs(tuple(tensor for tensor in unit.tensors if tensor.number not in self._matched)):
@@ -106,6 +113,7 @@ class LoaderCopier:
 
     def copy(self, unit: LoaderUnit) -> None:
         """Deal with one unit: afterwards each of its tensors has a blob."""
+        _failpoints.reach("loader.copy")
         rest = [tensor for tensor in unit.tensors if not self._compare_first(tensor)]
         if len(rest) == 1:
             self._copy_one(rest[0])
@@ -114,13 +122,13 @@ class LoaderCopier:
 
     def hash(self, unit: LoaderUnit) -> list[tuple[int, bytes]]:
         """Only hash a unit. Returns (index, digest) of each tensor."""
-        source, staging = self._sources[unit.file], self._staging()
+        staging = self._staging()
         buffer = staging.acquire()
         found = []
         for tensor in unit.tensors:
             hasher = self._new_hasher()
             for offset, size in pieces(tensor.spec.length):
-                source.read_into(buffer.view[:size], tensor.spec.offset + offset)
+                self._reading.read_into(buffer.view[:size], tensor, offset)
                 hasher.update(buffer.view[:size])
             found.append((tensor.number, hasher.digest()))
         staging.put_back(buffer)
@@ -133,12 +141,11 @@ class LoaderCopier:
     # -- one large tensor, piece by piece --------------------------------------------------------------------------
 
     def _copy_one(self, tensor: LoaderTensor) -> None:
-        source, staging = self._sources[tensor.file], self._staging()
-        slot = self._slot([tensor])
+        staging, slot = self._staging(), self._slot([tensor])
         hasher = self._new_hasher()
         for offset, size in pieces(tensor.spec.length):
             buffer = staging.acquire()
-            source.read_into(buffer.view[:size], tensor.spec.offset + offset)
+            self._reading.read_into(buffer.view[:size], tensor, offset)
             hasher.update(buffer.view[:size])
             staging.write(buffer, size, slot.segment, slot.offset + offset)
         staging.synchronize()
@@ -148,17 +155,15 @@ class LoaderCopier:
     # -- neighbours that fit into one piece: one read, one write, one question ---------------------------------------
 
     def _copy_group(self, unit: LoaderUnit) -> None:
-        source, staging = self._sources[unit.file], self._staging()
+        staging = self._staging()
         whole = staging.acquire()
-        first, last = unit.tensors[0].spec, unit.tensors[-1].spec
-        span = last.offset + last.length - first.offset
-        source.read_into(whole.view[:span], first.offset)
+        self._reading.read_into(whole.view[: unit.end - unit.start], unit.tensors[0])
         found: list[Copied] = []
         for run in _runs(unit.tensors):
             slot = self._slot(run)
             packed, position = staging.acquire(), 0
             for tensor in run:
-                start = tensor.spec.offset - first.offset
+                start = tensor.spec.offset - unit.start
                 view = whole.view[start : start + tensor.spec.length]
                 hasher = self._new_hasher()
                 hasher.update(view)
@@ -245,18 +250,17 @@ class LoaderCopier:
         """
         if tensor.number not in self._matched:
             return False
-        source, spec = self._sources[tensor.file], tensor.spec
         digest = self._digests[tensor.number]
 
         def read(buffer: DeviceStagingBuffer, size: int, position: int) -> None:
-            source.read_into(buffer.view[:size], spec.offset + position)
+            self._reading.read_into(buffer.view[:size], tensor, position)
 
         question = wire.Candidate(tensor=tensor.number, digest=digest)
         answer = self._channel.call(wire.ToDaemon(candidate=question)).candidate
         ((there, blob, segment, offset),) = zip(
             answer.found, answer.blobs, answer.segments, answer.offsets, strict=True
         )
-        if not there or not self._equal(spec.length, read, segment, offset):
+        if not there or not self._equal(tensor.spec.length, read, segment, offset):
             return False
         share = wire.Share(tensors=[tensor.number], blobs=[blob])
         (use,) = self._channel.call(wire.ToDaemon(share=share)).share.uses

@@ -13,6 +13,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
+from weightd import _failpoints
 from weightd._limits import LOADER, limit_error
 from weightd.errors import ServerError, WeightdError
 from weightd.layouts import Arrangement, arrangement
@@ -39,6 +40,7 @@ from .schedule import (  # fmt: skip
     on_threads,
     parted,
     repeated,
+    rows,
     split,
     units,
 )
@@ -148,6 +150,7 @@ class _LoadJob:
         files: list[int | LoaderSource] = []
         self._stack.callback(close_all, files)
         receive_files(intake, names, files)
+        _failpoints.reach("loader.files")
         self._channel.send(wire.ToDaemon(received=wire.Received()))
         self._sources = [
             file if isinstance(file, LoaderSource) else LoaderSource(name, file)
@@ -182,7 +185,9 @@ class _LoadJob:
         total = sum(unit.length for lane in work for unit in lane)
         progress = self._counting("copying", total)
         for part in parted(work, again) if again else (work,):
-            on_threads(part, self._job.threads, progress(copier.copy), copier.reserve)
+            in_rows = rows(part, self._job.threads)
+            copier.expect(in_rows)
+            on_threads(in_rows, progress(copier.copy), copier.reserve)
         self._read = total  # once, however often it took: this is what was not known to be resident
         for source in self._sources:
             source.check_unchanged()
@@ -271,7 +276,9 @@ class _LoadJob:
             digests.update(hasher.hash(unit))
 
         total = sum(unit.length for lane in work for unit in lane)
-        on_threads(work, self._job.threads, self._counting("hashing", total)(step))
+        in_rows = rows(work, self._job.threads)
+        hasher.expect(in_rows)
+        on_threads(in_rows, self._counting("hashing", total)(step))
         return digests
 
     def _copier(
@@ -311,6 +318,7 @@ class _LoadJob:
 
     def _finish(self, copier: LoaderCopier) -> None:
         """Compare with what other loads sealed meanwhile, until there is nothing left to compare."""
+        _failpoints.reach("loader.finish")
         done = wire.Finish(read=self._read)
         while (pairs := self._channel.call(wire.ToDaemon(finish=done)).finish).placed:
             done = wire.Finish(read=self._read, placed=pairs.placed, sealed=pairs.sealed)

@@ -52,6 +52,10 @@ class LoaderUnit(NamedTuple):
         return self.tensors[0].spec.offset
 
     @property
+    def end(self) -> int:
+        return self.tensors[-1].spec.offset + self.tensors[-1].spec.length
+
+    @property
     def length(self) -> int:
         return sum(tensor.spec.length for tensor in self.tensors)
 
@@ -201,21 +205,27 @@ def lanes_in_file(
     return next((count for count in range(most, 1, -1) if most_lanes(placed, count, home) <= runs), 1)
 
 
+def rows(work: Iterable[Lane], threads: int) -> list[list[LoaderUnit]]:
+    """The units of each of several threads, in order: whole lanes, each to the thread that has least by then."""
+    found: list[list[LoaderUnit]] = [[] for _ in range(threads)]
+    sizes = [0] * threads
+    for lane in work:
+        least = sizes.index(min(sizes))
+        found[least] += lane
+        sizes[least] += sum(unit.length for unit in lane)
+    return found
+
+
 def on_threads(
-    work: Iterable[Lane],
-    threads: int,
+    rows: Iterable[Iterable[LoaderUnit]],
     step: Callable[[LoaderUnit], None],
     begin: Callable[[LoaderUnit], None] = lambda _: None,
 ) -> None:
-    """Work lanes off on several threads; the first error stops all and is raised.
+    """Work rows off, each on a thread; the first error stops all and is raised.
 
-    `begin` is called for the units of a lane one after the other, in their order; `step` on any thread after that.
+    `begin` is called for the units of a row one after the other, in their order; `step` on any thread after that.
     """
-    shares = [_Share() for _ in range(threads)]
-    for lane in work:
-        least = min(shares, key=lambda share: share.size)
-        least.units.extend(lane)
-        least.size += sum(unit.length for unit in lane)
+    shares = [_Share(row) for row in rows]
     errors: list[BaseException] = []
 
     def run(own: _Share) -> None:
@@ -255,7 +265,6 @@ def on_threads(
 class _Share:
     """A thread's units, which others help with when they have none left."""
 
-    def __init__(self) -> None:
-        self.units: deque[LoaderUnit] = deque()
-        self.size = 0
+    def __init__(self, units: Iterable[LoaderUnit]) -> None:
+        self.units = deque(units)
         self.taking = threading.Lock()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import stat
 import time
 
+from weightd import _failpoints
 from weightd._references.index import MAX_JSON_BYTES, weight_map
 from weightd.errors import FormatError, InvalidReferenceError
 from weightd.types import FileIdentity, FileLayout
@@ -22,6 +24,20 @@ _LOCAL_FILESYSTEMS = {
     0x2FC12FC1,  # zfs
 }
 """f_type of filesystems whose inode, size and times this kernel itself keeps."""
+
+_CACHING_FILESYSTEMS = _LOCAL_FILESYSTEMS | {
+    0x6969,  # NFS
+    0x794C7630,  # overlayfs, which passes the advice on to what lies below
+    0x73717368,  # squashfs
+    0xE0F5E1E2,  # erofs
+}
+"""f_type of filesystems whose reads all go through the page cache, where bytes that were asked for ahead wait.
+
+Others, such as FUSE, SMB and 9p, may read past it, as they or the mount say: bytes read ahead would be read twice.
+"""
+
+_ADVICE = 512 << 10
+"""Bytes of one piece of advice: the kernel cuts longer ones at the disk's largest request or its own read-ahead."""
 
 RESTED_SECONDS = 2
 """A file that is changed within this of its last change may get the same timestamps again, where ticks are long."""
@@ -41,10 +57,6 @@ def rested(identity: FileIdentity, now_ns: int) -> bool:
     return abs(now_ns - identity.ctime_ns) >= RESTED_SECONDS * 1_000_000_000
 
 
-def _is_local(descriptor: int) -> bool:
-    return filesystem_type(descriptor) in _LOCAL_FILESYSTEMS
-
-
 class LoaderSource:
     """Source file opened by the loader. Every read is checked: a file that shrinks or changes meanwhile is an error.
 
@@ -62,8 +74,10 @@ class LoaderSource:
             raise InvalidReferenceError(f"{name}: is not a regular file")
         self.identity = _identity(status)
         self._links = status.st_nlink
-        self.trusted = _is_local(descriptor) and rested(self.identity, time.time_ns())
+        filesystem = filesystem_type(descriptor)
+        self.trusted = filesystem in _LOCAL_FILESYSTEMS and rested(self.identity, time.time_ns())
         """Whether the identity stands for the content from now on (design: the digest index)."""
+        self._caches = filesystem in _CACHING_FILESYSTEMS and not flags & os.O_DIRECT
         self._layout: FileLayout | None = None
         self._held: bytes | None = None
         if hold is not None and self.identity.size <= hold:
@@ -93,12 +107,38 @@ class LoaderSource:
         done = 0
         while done < len(buffer):
             try:
+                _failpoints.reach("loader.read")
                 count = os.preadv(self.descriptor, [buffer[done:]], offset + done)
             except OSError as error:
                 raise FormatError(f"{self.name}: cannot be read at byte {offset + done}: {error.strerror}") from error
             if count == 0:
                 raise FormatError(f"{self.name}: shrank while it was read (no byte at {offset + done}); load it again")
             done += count
+
+    def read_cached(self, buffer: memoryview, offset: int) -> int:
+        """Fill `buffer` from `offset` on, as far as no read waits for a disk. Returns how many bytes that are.
+
+        No byte may mean that the filesystem does not know without waiting, or that the file cannot be read there.
+        """
+        if self._held is not None:
+            self.read_into(buffer, offset)
+            return len(buffer)
+        done = 0
+        with contextlib.suppress(OSError):  # a read that may wait says what is wrong
+            while done < len(buffer) and (
+                count := os.preadv(self.descriptor, [buffer[done:]], offset + done, os.RWF_NOWAIT)
+            ):
+                done += count
+        return done
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Ask the kernel to read a range into the page cache without waiting for it; nothing is lost if it does not."""
+        if self._caches and self._held is None:
+            with contextlib.suppress(OSError):
+                for start in range(offset, offset + length, _ADVICE):
+                    os.posix_fadvise(
+                        self.descriptor, start, min(_ADVICE, offset + length - start), os.POSIX_FADV_WILLNEED
+                    )
 
     def check_unchanged(self) -> None:
         """Errors: FormatError when the file was changed since it was opened, or while it was read if it is held.

@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
+from weightd import _failpoints
 from weightd._manifest import Manifest
 from weightd.errors import InvalidReferenceError, NotFoundError
 from weightd.types import TensorKey
@@ -91,11 +92,13 @@ class LoadFromResident:
         self._admit(total, self._books, count, "")
         self._load.report(LoadStatus(total=total))
         await self._share(loading, wanted)
+        _failpoints.reach("compose.shared")
         content = await _on_thread(self._describe, loading)
         draft = await self._prepare(content, self._load.request.device)
         try:
             self._books = books_of(count, draft.size)
             self._admit(total, self._books, count, content.content_digest)
+            _failpoints.reach("compose.seal")
             self._before_seal(content.content_digest)
             # One step from here: before anything is awaited, the checkpoint has its name, its lease and its record.
             checkpoint = loading.seal(content, self._now(), draft, draft.size)

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd._limits import DAEMON, limit_error
 from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd.types import FileIdentity, SourceFile
@@ -233,6 +234,7 @@ class LoadDialogue:
         ends = list(asked.ends)
         while (extent := self._loading.grant(ends[-1], asked.need, ends)) is None:
             await self._reclaimer.wait()
+        _failpoints.reach("load.grant")
         return wire.ToLoader(grant=wire.Extent(**extent._asdict())), [self._segment(extent.segment)]
 
     def _candidate(self, asked: wire.Candidate) -> _Answer:
@@ -254,6 +256,7 @@ class LoadDialogue:
             found.append(None if placed else blob)
             if turn.is_over:
                 await turn.next()
+        _failpoints.reach("load.settle")
         segments = [self._segment(number) for number in {blob.segment for blob in found if blob is not None}]
         return wire.ToLoader(settle=candidates(found)), segments
 
@@ -284,7 +287,9 @@ class LoadDialogue:
                 return self._compare(pairs)
             self.books = books_of(len(self._tensors.entries), draft.size)
             self._admit(self._tensors.total_bytes, self.books, len(self._tensors.entries), content.content_digest)
+            _failpoints.reach("seal.books")
             self._seal(content, draft)
+            _failpoints.reach("seal.sealed")
         finally:
             draft.discard()
         await self._remember()

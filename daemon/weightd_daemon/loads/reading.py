@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd.errors import LeaseLostError, WeightdError
 from weightd_daemon import heap
 from weightd_daemon.core.making_room import Evictor
@@ -84,6 +85,7 @@ class LoadFromFiles:
         )  # fmt: skip
         try:
             self._loader = loader = await self._pool.acquire()
+            _failpoints.reach("load.job")
             await loader.send(load_job(request, device, self._threads))
             await loader.send_descriptor(load.intake)
             load.close_intake()

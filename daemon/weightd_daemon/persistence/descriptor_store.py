@@ -18,6 +18,7 @@ from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING
 
+from weightd import _failpoints
 from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 from weightd_daemon.handles.segment_table import HandleSegmentTable
 from weightd_daemon.log_line import Line
@@ -131,6 +132,7 @@ class PersistentDescriptorStore:
 
     async def begin(self) -> None:
         """Take up what was kept, and keep on from there. Nobody may have connected yet."""
+        _failpoints.reach("restore.begin")
         given, record = self._given, self._record
         record.root = given.root
         record.last_id = max([given.number("last_id"), *given.used_ids])
@@ -142,6 +144,7 @@ class PersistentDescriptorStore:
                 given, store=self._store, catalog=self._catalog, devices=self._devices,
                 manifests=self._manifests, last_lease=record.last_lease, now=self._now(),
             )  # fmt: skip
+        _failpoints.reach("restore.adopted")
         lease_files = self._lease_files.adopt(
             given.descriptors, record.kept, self._store.leases, record.last_lease, self._now()
         )
@@ -158,6 +161,7 @@ class PersistentDescriptorStore:
             if excess := self._store.memories[uuid].excess():
                 log.warning("device %s: %d bytes more than its budget are leased or pinned, and stay", uuid, excess)
         self.flip()
+        _failpoints.reach("restore.written")
         if given.all:
             counts = {
                 "checkpoints": len(record.kept),
@@ -205,6 +209,7 @@ class PersistentDescriptorStore:
         device, size = self._devices[uuid], self._store.memories[uuid].size
         encoded = await asyncio.to_thread(encode_manifest, content, uuid, device.kind, size)
         table = await asyncio.to_thread(HandleSegmentTable.of, content)
+        _failpoints.reach("seal.manifest")
         draft = PersistedManifestDraft(make_manifest(encoded), table)
         try:
             await asyncio.sleep(0)  # to write it takes a moment, and so does the seal, which may be next
@@ -233,6 +238,7 @@ class PersistentDescriptorStore:
             self._stored.add(_segment_name(number))
             give_up = partial(self._forget_segment, place, number)
             try:
+                _failpoints.reach("seal.segment")
                 self._manager.store(_segment_name(number), handle, give_up)
             except OSError:
                 give_up()
@@ -242,6 +248,7 @@ class PersistentDescriptorStore:
         self._stored.add(name)
         refused: list[str] = []
         self._manager.store(name, draft.descriptor, partial(refused.append, name))
+        _failpoints.reach("seal.barrier")
         await self._manager.barrier(_BARRIER_SECONDS)
         if refused or any((device.uuid, segment) not in self._record.segments for segment in segments):
             raise OSError("the service manager did not take all that was to be kept")
@@ -276,6 +283,7 @@ class PersistentDescriptorStore:
         """Let the manager close what it keeps under a name. If it does not, it goes when the next daemon starts."""
         self._stored.discard(name)
         try:
+            _failpoints.reach("evict.drop")
             self._manager.drop(name)
         except OSError as error:
             log.warning("the service manager does not let go of %r: %s", name, error)

@@ -15,6 +15,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd._manifest import Manifest
+from weightd._transport.protocol import MAX_MANIFEST_BYTES
 from weightd.errors import DeviceError, ServerError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core.adoption import BlobPlace, CheckpointDescription, StoreAdoption, number_uses
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
     from .given import GivenDescriptors
 
 log = logging.getLogger(__name__)
-
-MANIFEST_BYTES = 1 << 30
-"""Longest manifest that is read."""
 
 _U64 = (1 << 64) - 1
 _I64 = 1 << 63
@@ -236,7 +234,7 @@ def _read_manifest(
 ) -> tuple[CheckpointDescription, HandleSegmentTable]:
     """What a manifest says, its places in the numbers of this daemon. Errors: of _CANNOT_BE."""
     size = os.fstat(descriptor).st_size
-    if not is_manifest(descriptor) or size > MANIFEST_BYTES:
+    if not is_manifest(descriptor) or size > MAX_MANIFEST_BYTES:
         raise ValueError("its manifest is not sealed")
     manifest = Manifest(os.pread(descriptor, size, 0))
     if (manifest.content_digest, manifest.device, manifest.kind) != (key.content_digest, key.device, kind):

@@ -24,6 +24,8 @@ import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightd import _failpoints
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -187,7 +189,9 @@ class _Log:
         header = _header(SCHEMA, kind, self.generation, self._number, payload, self._before)
         if self.bytes + len(header) + len(payload) > SLOT_BYTES:
             raise OSError(f"{self.bytes + len(payload)} bytes are too many")
+        _failpoints.reach("flip.write")
         _write(self._descriptor, header + payload, _start(self.generation) + self.bytes)
+        _failpoints.reach("flip.written")
         self.bytes += len(header) + len(payload)
         self._number += 1
         self._before = header[-hashlib.sha256().digest_size :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import signal
 import sys
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--socket")
     parser.add_argument("--readers", type=int, default=2)
     parser.add_argument("--patience", type=float, default=30.0)
+    parser.add_argument("--node-labels")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     ending = {signal.SIGTERM, signal.SIGINT}
@@ -33,7 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         listen = parse_address(options.listen)
         advertised = parse_address(options.advertise) if options.advertise else None
-        with running_agent(listen, settings, options.readers, log.warning, advertised) as address:
+        with (
+            running_agent(listen, settings, options.readers, log.warning, advertised) as address,
+            _node_labels(options.node_labels, settings),
+        ):
             sys.stdout.write(f"weightd agent is ready: {address}\n")
             sys.stdout.flush()
             signal.sigwait(ending)
@@ -41,6 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"weightd: {error}\n")
         return error.exit_code
     return 0
+
+
+def _node_labels(node: str | None, settings: NodeSettings) -> contextlib.AbstractContextManager[None]:
+    """Label a node of Kubernetes, if one is named. Errors: InvalidReferenceError."""
+    if node is None:
+        return contextlib.nullcontext()
+    # Not before it is asked for: kubernetes belongs to an extra of its own.
+    from weightd_fleet.engines.kubernetes_labels import labelled_by_daemon
+    from weightd_fleet.engines.kubernetes_node import KubernetesNode
+
+    return labelled_by_daemon(KubernetesNode(node), settings.socket, settings.patience)
 
 
 if __name__ == "__main__":

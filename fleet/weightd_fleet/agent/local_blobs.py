@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightd import _failpoints
 from weightd._references.files import open_regular
 from weightd.errors import FormatError, NotFoundError, WeightdError
 from weightd_fleet.core.manifest_rows import WeightFile
@@ -78,6 +79,7 @@ class BlobReaders:
 
     def pieces(self, digest: bytes) -> Iterator[memoryview]:
         """The bytes of a blob. Errors: NotFoundError, those of the reader."""
+        _failpoints.reach("fetch.serve")
         for reader in self._readers:
             if digest in reader:
                 return reader.pieces(digest)
@@ -93,7 +95,7 @@ def published_files(state: PublishedState, names: Sequence[str], wanted: Collect
         for name in names:
             with contextlib.suppress(NotFoundError, FormatError):  # was never published as files, or was removed
                 manifest = state.manifest(name)
-                described = {(one.get("component"), one.get("file")): one for one in _listed(state, name)}
+                described = _described(state, name)
                 for file in manifest.files:
                     rows = {piece.row.digest for piece in manifest.pieces(file) if piece.row is not None}
                     if not rows & missing:
@@ -106,8 +108,23 @@ def published_files(state: PublishedState, names: Sequence[str], wanted: Collect
         yield found
 
 
-def _listed(state: PublishedState, name: str) -> list[dict[str, Any]]:
-    return [one for one in state.sources(name)["files"] if isinstance(one, dict)]
+def tensors_in_files(state: PublishedState, manifest: FleetManifest) -> set[bytes]:
+    """The tensors of a checkpoint in those of its published files that are unchanged. Nothing of them is read."""
+    found: set[bytes] = set()
+    with contextlib.suppress(NotFoundError, FormatError):
+        described = _described(state, manifest.name)
+        for file in manifest.files:
+            opened = _open_unchanged(described.get((file.component, file.file)))
+            if opened is not None:
+                os.close(opened[1])
+                found.update(row.digest for row in manifest.rows_of(file))
+    return found
+
+
+def _described(state: PublishedState, name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The published files of a checkpoint by component and name. Errors: NotFoundError, FormatError."""
+    listed = (one for one in state.sources(name)["files"] if isinstance(one, dict))
+    return {(str(one.get("component")), str(one.get("file"))): one for one in listed}
 
 
 def _open_unchanged(described: dict[str, Any] | None) -> tuple[Path, int] | None:

@@ -14,6 +14,7 @@ from weightd_fleet.core.encoding import MAX_MANIFEST_BYTES
 from weightd_fleet.core.manifest import FleetManifest
 
 from .blobs import PIECE
+from .inventory import MAX_ENTRIES, decode
 from .peer_errors import error_from
 from .tls import require_loopback
 
@@ -21,19 +22,22 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from .addresses import AgentAddress
+    from .inventory import NodeInventory
     from .tls import TlsFolder
 
 MESSAGE_BYTES: Final = 8 << 20
 """Most bytes of a message in either direction."""
 _SLOWEST: Final = 4 << 20
 """Bytes a second that a peer must send on average."""
-_MAX_ENTRIES: Final = 100_000
+_OVER: Final = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
 )
+_CHANNEL: Final = (*OPTIONS, ("grpc.use_local_subchannel_pool", 1))
+"""A new channel connects at once, whatever became of those before it to the same address."""
 
 
 class Peer:
@@ -48,15 +52,19 @@ class Peer:
         self.address = address
         self._patience = patience
         if tls is None:
-            self._channel = grpc.insecure_channel(str(address), options=OPTIONS)
+            self._channel = grpc.insecure_channel(str(address), options=_CHANNEL)
         else:
-            self._channel = grpc.secure_channel(str(address), tls.channel(), options=OPTIONS)
+            self._channel = grpc.secure_channel(str(address), tls.channel(), options=_CHANNEL)
         self._stub = peer_pb2_grpc.PeerServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all calls, which may run in other threads."""
         self._channel.close()
 
     def inventory(self) -> list[peer_pb2.InventoryEntry]:
@@ -64,11 +72,27 @@ class Peer:
         with self._errors():
             call = self._stub.WatchInventory(peer_pb2.WatchInventoryRequest(), timeout=self._patience)
             entries = [entry for inventory in call for entry in inventory.entries]
-        if len(entries) > _MAX_ENTRIES:
-            raise FormatError(
-                f"peer {self.address}: lists {len(entries)} checkpoints, over the limit of {_MAX_ENTRIES}"
-            )
+        if len(entries) > MAX_ENTRIES:
+            raise FormatError(f"peer {self.address}: lists {len(entries)} checkpoints, over the limit of {MAX_ENTRIES}")
         return entries
+
+    def follow(self) -> Iterator[NodeInventory]:
+        """What the peer holds, now and after each change, for at most `patience` seconds: so a silent one is noticed.
+
+        Then it ends without an error, as it does when another thread closes the connection.
+        """
+        told = False
+        with self._errors():
+            call = self._stub.WatchInventory(peer_pb2.WatchInventoryRequest(follow=True), timeout=self._patience)
+            try:
+                for message in call:
+                    told = True
+                    yield decode(message, self.address)
+            except grpc.RpcError:
+                if call.code() not in _OVER or (call.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not told):
+                    raise
+            finally:
+                call.cancel()
 
     def manifest(self, name: str) -> FleetManifest:
         """The manifest that a name stands for. Its bytes are proven by the name."""

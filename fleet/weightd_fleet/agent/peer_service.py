@@ -14,6 +14,7 @@ from weightd.errors import InvalidReferenceError, ServerError, WeightdError
 from weightd_fleet._proto.v1 import peer_pb2, peer_pb2_grpc
 
 from .addresses import AgentAddress, parse_address
+from .inventory import encode
 from .peer import OPTIONS
 from .peer_errors import MAX_SOURCES, trailers_of
 from .requests import FetchOrder
@@ -101,19 +102,7 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
                 self.stopping.wait(_WATCH_SECONDS)
 
     def _inventories(self) -> Iterator[peer_pb2.Inventory]:
-        entries = []
-        for name, manifest in self._blobs.checkpoints():
-            repository, commit = manifest.origin or ("", "")
-            entries.append(
-                peer_pb2.InventoryEntry(
-                    name=name,
-                    total_bytes=manifest.tensor_bytes,
-                    tensors=sum(row.counts for row in manifest.tensors),
-                    repository=repository,
-                    commit=commit,
-                )
-            )
-        yield peer_pb2.Inventory(entries=entries, draining=self._reads.draining)
+        yield encode(self._blobs.inventory(draining=self._reads.draining))
 
     def _timed(self, context: grpc.ServicerContext, pieces: Iterator[Any]) -> Iterator[Any]:
         """Cancel a read if its reader does not take all of it in time: it keeps others from reading."""

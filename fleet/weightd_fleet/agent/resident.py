@@ -14,13 +14,16 @@ from weightd_daemon.answers import THREADS
 from weightd_fleet.core.digests import blob_digest
 
 from .blobs import PIECE
+from .inventory import ResidentCheckpoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from datetime import datetime
 
     from weightd.attachment import Attachment
     from weightd.client import Client
+    from weightd.types import CheckpointInfo, DeviceStats
+    from weightd_fleet.core.manifest import FleetManifest
 
 DEVICE: Final = "host"
 """Agents read and compose in host memory."""
@@ -44,6 +47,10 @@ class _KnownTensors:
     def add(self, key: TensorKey, digest: bytes) -> None:
         self.digests[key] = digest
         self.keys.setdefault(digest, key)
+
+    def has_exactly(self, digests: dict[TensorKey, bytes]) -> bool:
+        """Whether these are all of its tensors that have bytes, by name and digest."""
+        return self.lengths.keys() == digests.keys() and self.digests == digests
 
 
 class HeldTensors:
@@ -95,6 +102,33 @@ class ResidentTensors:
             except (DaemonUnreachableError, PermissionDeniedError):
                 return set()
 
+    def stats(self) -> tuple[DeviceStats, ...]:
+        """The daemon's books of each device. Errors: DaemonUnreachableError, PermissionDeniedError."""
+        with self._lock:
+            return self._connected().stats().devices
+
+    def whole(self, manifests: Iterable[FleetManifest]) -> list[ResidentCheckpoint]:
+        """Those of some manifests whose every tensor is resident in one checkpoint, under its own name.
+
+        Errors: DaemonUnreachableError, PermissionDeniedError.
+        """
+        wanted = {
+            manifest.name: {
+                TensorKey(row.component, row.name): row.digest for row in manifest.tensors if row.counts and row.length
+            }
+            for manifest in manifests
+        }
+        found: dict[str, ResidentCheckpoint] = {}
+        with self._lock:
+            for instance, info in self._instances().items():
+                known = self._known.get(instance)
+                for name, digests in wanted.items() if known else ():
+                    if known is not None and known.has_exactly(digests):
+                        before = found.get(name, ResidentCheckpoint(name, pinned=False, firm=False))
+                        firm = before.firm or info.pinned or info.leases > 0
+                        found[name] = ResidentCheckpoint(name, before.pinned or info.pinned, firm)
+        return list(found.values())
+
     @contextlib.contextmanager
     def hold(self, digests: Collection[bytes], lengths: Collection[int]) -> Iterator[HeldTensors]:
         """Hold those of some tensors that are resident. `lengths` are theirs in bytes."""
@@ -133,12 +167,15 @@ class ResidentTensors:
             for key, digest in zip(keys, digests, strict=True):
                 known.add(key, digest)
 
-    def _instances(self) -> set[_Instance]:
+    def _connected(self) -> Client:
         if self._client is None:
             self._client = self._connect()
+        return self._client
+
+    def _instances(self) -> dict[_Instance, CheckpointInfo]:
         return {
-            _Instance(found.content_digest, found.loaded_at)
-            for found in self._client.checkpoints()
+            _Instance(found.content_digest, found.loaded_at): found
+            for found in self._connected().checkpoints()
             if found.device == DEVICE and found.state == "resident"
         }
 

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from weightd.errors import DrainingError, FormatError, InvalidReferenceError, NotFoundError
+from weightd.errors import (
+    DaemonUnreachableError,
+    DrainingError,
+    FormatError,
+    InvalidReferenceError,
+    NotFoundError,
+    PermissionDeniedError,
+)
 
-from .local_blobs import BlobReaders, StateBlobs, published_files
+from .inventory import DeviceInventory, NodeInventory, ServableCheckpoint
+from .local_blobs import BlobReaders, StateBlobs, published_files, tensors_in_files
 from .peer_errors import MAX_SOURCES, PeerBusyError
+from .resident import DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -92,6 +102,8 @@ class ServedBlobs:
     def __init__(self, state: PublishedState, resident: ResidentTensors) -> None:
         self._state = state
         self._resident = resident
+        self._lock = threading.Lock()
+        self._decoded: dict[str, FleetManifest] = {}
 
     def manifest(self, name: str) -> FleetManifest:
         """Errors: NotFoundError, FormatError, InvalidReferenceError (no name)."""
@@ -99,18 +111,71 @@ class ServedBlobs:
 
     def checkpoints(self) -> list[ServedCheckpoint]:
         """The published checkpoints of which this node has every byte."""
-        published = {}
-        for name in self._state.names():
-            with contextlib.suppress(NotFoundError, FormatError):  # removed meanwhile, or damaged
-                published[name] = self._state.manifest(name)
+        return self._served(self._published())
+
+    def inventory(self, *, draining: bool) -> NodeInventory:
+        """What this node can serve, and what the devices of its daemon hold."""
+        published = self._published()
+        served = self._served(published)  # it hashes what is resident and new
+        devices: tuple[DeviceInventory, ...] = ()
+        problem = ""
+        try:
+            devices = self._devices(published)
+        except (DaemonUnreachableError, PermissionDeniedError) as error:
+            problem = str(error)
+        return NodeInventory(tuple(map(self._entry, served)), devices, draining, problem)
+
+    def _entry(self, served: ServedCheckpoint) -> ServableCheckpoint:
+        manifest = served.manifest
+        try:
+            reference = self._state.sources(served.name).get("reference")
+        except (NotFoundError, FormatError):
+            reference = ""
+        repository, commit = manifest.origin or ("", "")
+        return ServableCheckpoint(
+            name=served.name,
+            total_bytes=manifest.tensor_bytes,
+            tensors=sum(row.counts for row in manifest.tensors),
+            repository=repository,
+            commit=commit,
+            reference=reference if isinstance(reference, str) else "",
+        )
+
+    def _devices(self, published: dict[str, FleetManifest]) -> tuple[DeviceInventory, ...]:
+        """The devices that can be used now. Errors: DaemonUnreachableError, PermissionDeniedError."""
+        present = [device for device in self._resident.stats() if not device.absence]
+        whole = tuple(sorted(self._resident.whole(published.values())))
+        return tuple(
+            DeviceInventory(
+                device=device.uuid,
+                kind=device.kind,
+                budget_bytes=device.budget_bytes,
+                used_bytes=device.used_bytes,
+                firm_bytes=max(0, device.live_bytes + device.in_flight_bytes - device.evictable_bytes),
+                page_bytes=mmap.PAGESIZE,
+                checkpoints=whole if device.uuid == DEVICE else (),
+            )
+            for device in present
+        )
+
+    def _published(self) -> dict[str, FleetManifest]:
+        """The manifests of all that was published. Each is decoded once: a name has one manifest."""
+        with self._lock:
+            published = {}
+            for name in self._state.names():
+                with contextlib.suppress(NotFoundError, FormatError):  # removed meanwhile, or damaged
+                    published[name] = self._decoded.get(name) or self._state.manifest(name)
+            self._decoded = published
+            return published
+
+    def _served(self, published: dict[str, FleetManifest]) -> list[ServedCheckpoint]:
         lengths = {row.length for manifest in published.values() for row in manifest.tensors if row.length}
         resident = self._resident.find(lengths)
         served = []
         for name, manifest in published.items():
             rest = {row.digest for row in manifest.tensors if row.length} - resident
-            with published_files(self._state, [name] if rest else [], rest) as files:
-                if all(digest in files for digest in rest):
-                    served.append(ServedCheckpoint(name, manifest))
+            if not rest or rest <= tensors_in_files(self._state, manifest):
+                served.append(ServedCheckpoint(name, manifest))
         return served
 
     @contextlib.contextmanager
@@ -122,13 +187,15 @@ class ServedBlobs:
         lengths = {row.digest: row.length for row in manifest.tensors}
         own = StateBlobs(self._state, manifest)
         wanted = {digest for digest in digests if digest not in own}
-        if unknown := next((digest for digest in wanted if digest not in lengths), None):
-            raise NotFoundError(f"{name}: has no row {unknown.hex()[:64]}")
+        for digest in wanted - lengths.keys():
+            raise NotFoundError(f"{name}: has no row {digest.hex()[:64]!r}")
         with (
             self._resident.hold(wanted, {lengths[digest] for digest in wanted}) as held,
             published_files(self._state, [name], wanted) as files,
         ):
             found = BlobReaders([own, held, files])
-            if gone := next((digest for digest in wanted if lengths[digest] and digest not in found), None):
-                raise NotFoundError(f"{name}: its row {gone.hex()[:16]} is not on this node any more; ask another one")
+            for digest in wanted:
+                if lengths[digest] and digest not in found:
+                    row = digest.hex()[:16]
+                    raise NotFoundError(f"{name}: its row {row} is not on this node any more; ask another one")
             yield found

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from weightd import _failpoints
 from weightd._references.files import show
 from weightd.errors import InvalidReferenceError, WeightdError
 from weightd_fleet.core.digests import new_hasher
@@ -203,6 +204,7 @@ class FilesSink:
             self._rename(beside, where)
 
     def _rename(self, beside: Path, where: Path) -> None:
+        _failpoints.reach("fetch.rename")
         os.rename(beside, where)
 
 

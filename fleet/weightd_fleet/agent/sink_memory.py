@@ -14,6 +14,7 @@ import struct
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+from weightd import _failpoints
 from weightd.composing import SEALS, ComposedTensor, TensorSource
 from weightd.errors import FormatError, ResourceLimitError, WeightdError
 from weightd.types import CheckpointFile
@@ -126,11 +127,13 @@ class MemorySink:
         return found.pop() if len(found) > 1 else found[0]
 
     def _load(self, descriptor: int) -> str:
+        _failpoints.reach("fetch.load")
         loaded = self._client.load_memory(descriptor, device=DEVICE)
         assert loaded is not None  # not detached
         return loaded.content_digest
 
     def _compose(self, files: list[CheckpointFile], tensors: list[ComposedTensor]) -> str:
+        _failpoints.reach("fetch.compose")
         composed = self._client.compose(
             files, tensors, name=self._name, device=DEVICE, pin=self._pin, reference=self._manifest.name
         )

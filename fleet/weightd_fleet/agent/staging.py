@@ -18,6 +18,7 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Final, Self
 
+from weightd import _failpoints
 from weightd._references.files import show
 from weightd.errors import CapacityError, DaemonBusyError, DigestMismatchError, FormatError, WeightdError
 from weightd_fleet.core.digests import new_hasher
@@ -61,6 +62,7 @@ class IncomingRow:
             raise FormatError(f"row {self.digest.hex()[:16]}: comes with more bytes than the manifest says")
         self._hasher.update(data)
         with disk_errors(self._path.parent):
+            _failpoints.reach("fetch.write")
             view = memoryview(data)
             while view:
                 view = view[self._file.write(view) :]
@@ -73,6 +75,7 @@ class IncomingRow:
     def keep(self) -> None:
         """Enter the row among those that are verified."""
         with disk_errors(self._path.parent):
+            _failpoints.reach("fetch.keep")
             os.rename(f"{self._path}{_SUFFIX}", self._path)
 
 

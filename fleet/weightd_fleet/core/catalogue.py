@@ -20,7 +20,7 @@ from .columns import BlobColumns
 from .digests import is_fleet_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from numpy.typing import NDArray
 
@@ -179,6 +179,10 @@ class FleetCatalogue:
         """The last report of each device, by the devices' names."""
         return tuple(sorted(self._reports, key=lambda report: report.device))
 
+    def checkpoints(self) -> tuple[str, ...]:
+        """The checkpoints in the order in which they were added, which is the one of the atoms' rows."""
+        return tuple(self._names)
+
     def sources(self, checkpoint: str) -> tuple[str, ...]:
         """The devices on which a checkpoint is resident, by name. Errors: NotFoundError."""
         column = self._resident[: len(self._reports), self._number(checkpoint)]
@@ -194,11 +198,12 @@ class FleetCatalogue:
             self._atoms = find_atoms(self._rows, self._blobs.lengths)
         return self._atoms
 
-    def choose(self, checkpoint: str, replicas: int) -> PlacementDecision:
+    def choose(self, checkpoint: str, replicas: int, near: Collection[str] = ()) -> PlacementDecision:
         """The devices for replicas of a checkpoint: the fewest missing bytes first, then the most free memory.
 
-        Each node gets one. Devices that have the checkpoint count as replicas, and come first, for nothing is missing
-        there. On each other one, what is not evictable leaves room for it. Errors: NotFoundError.
+        Where equally many are missing, nodes in `near` come first. Each node gets one. Devices that have the checkpoint
+        count as replicas, and come first, for nothing is missing there. On each other one, what is not evictable leaves
+        room for it. Errors: NotFoundError.
         """
         number = self._number(checkpoint)
         missing = self._absent(self._resident, number)
@@ -208,13 +213,16 @@ class FleetCatalogue:
         fits = (firm + needed <= budgets) | self._resident[: len(self._reports), number]
         targets: list[DeviceTarget] = []
         nodes: set[str] = set()
-        for place in np.lexsort((used - budgets, missing)).tolist():
+        far = np.array([report.node not in near for report in self._reports], np.bool_)
+        sharing, common = self.atoms().common(number)
+        for place in np.lexsort((used - budgets, far, missing)).tolist():
             report = self._reports[place]
             if len(targets) == replicas:
                 break
             if fits[place] and report.node not in nodes:
                 nodes.add(report.node)
-                targets.append(self._target(report, number, int(missing[place])))
+                held = common * (self._resident[place, sharing] & (sharing != number))
+                targets.append(self._target(report, number, int(missing[place]), sharing, held))
         return PlacementDecision(tuple(targets), replicas, int((~fits).sum()))
 
     # -- rows and tables ---------------------------------------------------------------------------------------------
@@ -268,15 +276,13 @@ class FleetCatalogue:
         """The bytes of a checkpoint that no checkpoint has that the table shows, for each device."""
         return self.atoms().absent(table[: len(self._reports)], number)
 
-    def _target(self, report: DeviceReport, number: int, missing: int) -> DeviceTarget:
-        atoms = self.atoms()
-        sharing, common = atoms.common(number)
-        common = common * (self._resident[self._places[report.device], sharing] & (sharing != number))
+    def _target(self, report: DeviceReport, number: int, missing: int, sharing: Ids, common: Bytes) -> DeviceTarget:
+        """A device; `common` are the bytes that each checkpoint in `sharing` has in common, if it is resident there."""
         best = int(np.argmax(common)) if common.any() else None
         return DeviceTarget(
             device=report.device,
             node=report.node,
-            size_bytes=int(atoms.sizes[number]),
+            size_bytes=int(self.atoms().sizes[number]),
             missing_bytes=missing,
             partner="" if best is None else self._names[sharing[best]],
             partner_bytes=0 if best is None else int(common[best]),

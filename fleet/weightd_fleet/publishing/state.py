@@ -104,11 +104,11 @@ class PublishedState:
 
     def _read(self, path: Path, most: int, what: str) -> bytes:
         try:
-            descriptor, _ = open_regular(path)
+            descriptor, status = open_regular(path)
         except NotFoundError:
             raise NotFoundError(f"{what}: not published on this node ({show(self._folder)}); publish it") from None
         with open(descriptor, "rb") as file:
-            content = file.read(most + 1)
+            content = file.read(min(status.st_size, most) + 1)  # it allocates what is asked for
         if len(content) > most:
             raise FormatError(f"{show(path)}: has more than {most} bytes; remove it and publish again")
         return content

@@ -259,3 +259,31 @@ class Setting(_message.Message):
     value: str
     origin: str
     def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ..., origin: _Optional[str] = ...) -> None: ...
+
+class CheckBooksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckBooksResponse(_message.Message):
+    __slots__ = ("figures",)
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
+    figures: _containers.RepeatedCompositeFieldContainer[BooksFigure]
+    def __init__(self, figures: _Optional[_Iterable[_Union[BooksFigure, _Mapping]]] = ...) -> None: ...
+
+class BooksFigure(_message.Message):
+    __slots__ = ("device", "what", "books", "found", "source", "agrees", "in_bytes")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    BOOKS_FIELD_NUMBER: _ClassVar[int]
+    FOUND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    AGREES_FIELD_NUMBER: _ClassVar[int]
+    IN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    what: str
+    books: int
+    found: int
+    source: str
+    agrees: bool
+    in_bytes: bool
+    def __init__(self, device: _Optional[str] = ..., what: _Optional[str] = ..., books: _Optional[int] = ..., found: _Optional[int] = ..., source: _Optional[str] = ..., agrees: bool = ..., in_bytes: bool = ...) -> None: ...

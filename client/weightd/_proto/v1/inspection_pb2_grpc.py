@@ -66,6 +66,11 @@ class InspectionServiceStub(object):
                 request_serializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsRequest.SerializeToString,
                 response_deserializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsResponse.FromString,
                 _registered_method=True)
+        self.CheckBooks = channel.unary_unary(
+                '/weightd.v1.InspectionService/CheckBooks',
+                request_serializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksRequest.SerializeToString,
+                response_deserializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksResponse.FromString,
+                _registered_method=True)
 
 
 class InspectionServiceServicer(object):
@@ -118,6 +123,14 @@ class InspectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CheckBooks(self, request, context):
+        """CheckBooks compares the books with what the kernel and the devices say, for admins. It has no pages, and takes some
+        seconds where they do not agree. Errors: PERMISSION_DENIED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InspectionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +158,11 @@ def add_InspectionServiceServicer_to_server(servicer, server):
                     servicer.GetSettings,
                     request_deserializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsRequest.FromString,
                     response_serializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsResponse.SerializeToString,
+            ),
+            'CheckBooks': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckBooks,
+                    request_deserializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksRequest.FromString,
+                    response_serializer=weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -289,6 +307,33 @@ class InspectionService(object):
             '/weightd.v1.InspectionService/GetSettings',
             weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsRequest.SerializeToString,
             weightd_dot___proto_dot_v1_dot_inspection__pb2.GetSettingsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckBooks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/weightd.v1.InspectionService/CheckBooks',
+            weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksRequest.SerializeToString,
+            weightd_dot___proto_dot_v1_dot_inspection__pb2.CheckBooksResponse.FromString,
             options,
             channel_credentials,
             insecure,

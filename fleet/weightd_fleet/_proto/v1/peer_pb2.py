@@ -24,41 +24,45 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd_fleet/_proto/v1/peer.proto\x12\x10weightd_fleet.v1\"\'\n\x15WatchInventoryRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\"P\n\tInventory\x12\x31\n\x07\x65ntries\x18\x01 \x03(\x0b\x32 .weightd_fleet.v1.InventoryEntry\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"h\n\x0eInventoryEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07tensors\x18\x03 \x01(\x04\x12\x12\n\nrepository\x18\x04 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x05 \x01(\t\"\"\n\x12GetManifestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1d\n\rManifestPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"C\n\x0fReadRowsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\x12\x11\n\tserves_at\x18\x03 \x01(\t\"5\n\x08RowPiece\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"t\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07sources\x18\x02 \x03(\t\x12$\n\x04sink\x18\x03 \x01(\x0e\x32\x16.weightd_fleet.v1.Sink\x12\x12\n\nlocal_name\x18\x04 \x01(\t\x12\x0b\n\x03pin\x18\x05 \x01(\x08\"{\n\nFetchEvent\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.weightd_fleet.v1.FetchProgressH\x00\x12/\n\x06result\x18\x02 \x01(\x0b\x32\x1d.weightd_fleet.v1.FetchResultH\x00\x42\x07\n\x05\x65vent\"8\n\rFetchProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\x92\x01\n\x0b\x46\x65tchResult\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x13\n\x0blocal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsmall_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontent_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x66older\x18\x06 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*=\n\x04Sink\x12\x14\n\x10SINK_UNSPECIFIED\x10\x00\x12\x0e\n\nSINK_FILES\x10\x01\x12\x0f\n\x0bSINK_MEMORY\x10\x02\x32\x9f\x03\n\x0bPeerService\x12X\n\x0eWatchInventory\x12\'.weightd_fleet.v1.WatchInventoryRequest\x1a\x1b.weightd_fleet.v1.Inventory0\x01\x12V\n\x0bGetManifest\x12$.weightd_fleet.v1.GetManifestRequest\x1a\x1f.weightd_fleet.v1.ManifestPiece0\x01\x12K\n\x08ReadRows\x12!.weightd_fleet.v1.ReadRowsRequest\x1a\x1a.weightd_fleet.v1.RowPiece0\x01\x12G\n\x05\x46\x65tch\x12\x1e.weightd_fleet.v1.FetchRequest\x1a\x1c.weightd_fleet.v1.FetchEvent0\x01\x12H\n\x05\x44rain\x12\x1e.weightd_fleet.v1.DrainRequest\x1a\x1f.weightd_fleet.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"weightd_fleet/_proto/v1/peer.proto\x12\x10weightd_fleet.v1\"\'\n\x15WatchInventoryRequest\x12\x0e\n\x06\x66ollow\x18\x01 \x01(\x08\"\x95\x01\n\tInventory\x12\x31\n\x07\x65ntries\x18\x01 \x03(\x0b\x32 .weightd_fleet.v1.InventoryEntry\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x32\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32!.weightd_fleet.v1.DeviceInventory\x12\x0f\n\x07problem\x18\x04 \x01(\t\"{\n\x0eInventoryEntry\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07tensors\x18\x03 \x01(\x04\x12\x12\n\nrepository\x18\x04 \x01(\t\x12\x0e\n\x06\x63ommit\x18\x05 \x01(\t\x12\x11\n\treference\x18\x06 \x01(\t\"\xbc\x01\n\x0f\x44\x65viceInventory\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x14\n\x0c\x62udget_bytes\x18\x03 \x01(\x04\x12\x12\n\nused_bytes\x18\x04 \x01(\x04\x12\x12\n\nfirm_bytes\x18\x05 \x01(\x04\x12\x12\n\npage_bytes\x18\x06 \x01(\x04\x12\x39\n\x0b\x63heckpoints\x18\x07 \x03(\x0b\x32$.weightd_fleet.v1.ResidentCheckpoint\"@\n\x12ResidentCheckpoint\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06pinned\x18\x02 \x01(\x08\x12\x0c\n\x04\x66irm\x18\x03 \x01(\x08\"\"\n\x12GetManifestRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x1d\n\rManifestPiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"C\n\x0fReadRowsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64igests\x18\x02 \x03(\x0c\x12\x11\n\tserves_at\x18\x03 \x01(\t\"5\n\x08RowPiece\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"t\n\x0c\x46\x65tchRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07sources\x18\x02 \x03(\t\x12$\n\x04sink\x18\x03 \x01(\x0e\x32\x16.weightd_fleet.v1.Sink\x12\x12\n\nlocal_name\x18\x04 \x01(\t\x12\x0b\n\x03pin\x18\x05 \x01(\x08\"{\n\nFetchEvent\x12\x33\n\x08progress\x18\x01 \x01(\x0b\x32\x1f.weightd_fleet.v1.FetchProgressH\x00\x12/\n\x06result\x18\x02 \x01(\x0b\x32\x1d.weightd_fleet.v1.FetchResultH\x00\x42\x07\n\x05\x65vent\"8\n\rFetchProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"\x92\x01\n\x0b\x46\x65tchResult\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x07 \x01(\t\x12\x13\n\x0bmoved_bytes\x18\x02 \x01(\x04\x12\x13\n\x0blocal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bsmall_bytes\x18\x04 \x01(\x04\x12\x16\n\x0e\x63ontent_digest\x18\x05 \x01(\t\x12\x0e\n\x06\x66older\x18\x06 \x01(\t\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse*=\n\x04Sink\x12\x14\n\x10SINK_UNSPECIFIED\x10\x00\x12\x0e\n\nSINK_FILES\x10\x01\x12\x0f\n\x0bSINK_MEMORY\x10\x02\x32\x9f\x03\n\x0bPeerService\x12X\n\x0eWatchInventory\x12\'.weightd_fleet.v1.WatchInventoryRequest\x1a\x1b.weightd_fleet.v1.Inventory0\x01\x12V\n\x0bGetManifest\x12$.weightd_fleet.v1.GetManifestRequest\x1a\x1f.weightd_fleet.v1.ManifestPiece0\x01\x12K\n\x08ReadRows\x12!.weightd_fleet.v1.ReadRowsRequest\x1a\x1a.weightd_fleet.v1.RowPiece0\x01\x12G\n\x05\x46\x65tch\x12\x1e.weightd_fleet.v1.FetchRequest\x1a\x1c.weightd_fleet.v1.FetchEvent0\x01\x12H\n\x05\x44rain\x12\x1e.weightd_fleet.v1.DrainRequest\x1a\x1f.weightd_fleet.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weightd_fleet._proto.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SINK']._serialized_start=959
-  _globals['_SINK']._serialized_end=1020
+  _globals['_SINK']._serialized_start=1305
+  _globals['_SINK']._serialized_end=1366
   _globals['_WATCHINVENTORYREQUEST']._serialized_start=56
   _globals['_WATCHINVENTORYREQUEST']._serialized_end=95
-  _globals['_INVENTORY']._serialized_start=97
-  _globals['_INVENTORY']._serialized_end=177
-  _globals['_INVENTORYENTRY']._serialized_start=179
-  _globals['_INVENTORYENTRY']._serialized_end=283
-  _globals['_GETMANIFESTREQUEST']._serialized_start=285
-  _globals['_GETMANIFESTREQUEST']._serialized_end=319
-  _globals['_MANIFESTPIECE']._serialized_start=321
-  _globals['_MANIFESTPIECE']._serialized_end=350
-  _globals['_READROWSREQUEST']._serialized_start=352
-  _globals['_READROWSREQUEST']._serialized_end=419
-  _globals['_ROWPIECE']._serialized_start=421
-  _globals['_ROWPIECE']._serialized_end=474
-  _globals['_FETCHREQUEST']._serialized_start=476
-  _globals['_FETCHREQUEST']._serialized_end=592
-  _globals['_FETCHEVENT']._serialized_start=594
-  _globals['_FETCHEVENT']._serialized_end=717
-  _globals['_FETCHPROGRESS']._serialized_start=719
-  _globals['_FETCHPROGRESS']._serialized_end=775
-  _globals['_FETCHRESULT']._serialized_start=778
-  _globals['_FETCHRESULT']._serialized_end=924
-  _globals['_DRAINREQUEST']._serialized_start=926
-  _globals['_DRAINREQUEST']._serialized_end=940
-  _globals['_DRAINRESPONSE']._serialized_start=942
-  _globals['_DRAINRESPONSE']._serialized_end=957
-  _globals['_PEERSERVICE']._serialized_start=1023
-  _globals['_PEERSERVICE']._serialized_end=1438
+  _globals['_INVENTORY']._serialized_start=98
+  _globals['_INVENTORY']._serialized_end=247
+  _globals['_INVENTORYENTRY']._serialized_start=249
+  _globals['_INVENTORYENTRY']._serialized_end=372
+  _globals['_DEVICEINVENTORY']._serialized_start=375
+  _globals['_DEVICEINVENTORY']._serialized_end=563
+  _globals['_RESIDENTCHECKPOINT']._serialized_start=565
+  _globals['_RESIDENTCHECKPOINT']._serialized_end=629
+  _globals['_GETMANIFESTREQUEST']._serialized_start=631
+  _globals['_GETMANIFESTREQUEST']._serialized_end=665
+  _globals['_MANIFESTPIECE']._serialized_start=667
+  _globals['_MANIFESTPIECE']._serialized_end=696
+  _globals['_READROWSREQUEST']._serialized_start=698
+  _globals['_READROWSREQUEST']._serialized_end=765
+  _globals['_ROWPIECE']._serialized_start=767
+  _globals['_ROWPIECE']._serialized_end=820
+  _globals['_FETCHREQUEST']._serialized_start=822
+  _globals['_FETCHREQUEST']._serialized_end=938
+  _globals['_FETCHEVENT']._serialized_start=940
+  _globals['_FETCHEVENT']._serialized_end=1063
+  _globals['_FETCHPROGRESS']._serialized_start=1065
+  _globals['_FETCHPROGRESS']._serialized_end=1121
+  _globals['_FETCHRESULT']._serialized_start=1124
+  _globals['_FETCHRESULT']._serialized_end=1270
+  _globals['_DRAINREQUEST']._serialized_start=1272
+  _globals['_DRAINREQUEST']._serialized_end=1286
+  _globals['_DRAINRESPONSE']._serialized_start=1288
+  _globals['_DRAINRESPONSE']._serialized_end=1303
+  _globals['_PEERSERVICE']._serialized_start=1369
+  _globals['_PEERSERVICE']._serialized_end=1784
 # @@protoc_insertion_point(module_scope)

@@ -22,26 +22,60 @@ class WatchInventoryRequest(_message.Message):
     def __init__(self, follow: bool = ...) -> None: ...
 
 class Inventory(_message.Message):
-    __slots__ = ("entries", "draining")
+    __slots__ = ("entries", "draining", "devices", "problem")
     ENTRIES_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     entries: _containers.RepeatedCompositeFieldContainer[InventoryEntry]
     draining: bool
-    def __init__(self, entries: _Optional[_Iterable[_Union[InventoryEntry, _Mapping]]] = ..., draining: bool = ...) -> None: ...
+    devices: _containers.RepeatedCompositeFieldContainer[DeviceInventory]
+    problem: str
+    def __init__(self, entries: _Optional[_Iterable[_Union[InventoryEntry, _Mapping]]] = ..., draining: bool = ..., devices: _Optional[_Iterable[_Union[DeviceInventory, _Mapping]]] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class InventoryEntry(_message.Message):
-    __slots__ = ("name", "total_bytes", "tensors", "repository", "commit")
+    __slots__ = ("name", "total_bytes", "tensors", "repository", "commit", "reference")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     REPOSITORY_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
     name: str
     total_bytes: int
     tensors: int
     repository: str
     commit: str
-    def __init__(self, name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., repository: _Optional[str] = ..., commit: _Optional[str] = ...) -> None: ...
+    reference: str
+    def __init__(self, name: _Optional[str] = ..., total_bytes: _Optional[int] = ..., tensors: _Optional[int] = ..., repository: _Optional[str] = ..., commit: _Optional[str] = ..., reference: _Optional[str] = ...) -> None: ...
+
+class DeviceInventory(_message.Message):
+    __slots__ = ("device", "kind", "budget_bytes", "used_bytes", "firm_bytes", "page_bytes", "checkpoints")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    USED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIRM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTS_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    kind: str
+    budget_bytes: int
+    used_bytes: int
+    firm_bytes: int
+    page_bytes: int
+    checkpoints: _containers.RepeatedCompositeFieldContainer[ResidentCheckpoint]
+    def __init__(self, device: _Optional[str] = ..., kind: _Optional[str] = ..., budget_bytes: _Optional[int] = ..., used_bytes: _Optional[int] = ..., firm_bytes: _Optional[int] = ..., page_bytes: _Optional[int] = ..., checkpoints: _Optional[_Iterable[_Union[ResidentCheckpoint, _Mapping]]] = ...) -> None: ...
+
+class ResidentCheckpoint(_message.Message):
+    __slots__ = ("name", "pinned", "firm")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    FIRM_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    pinned: bool
+    firm: bool
+    def __init__(self, name: _Optional[str] = ..., pinned: bool = ..., firm: bool = ...) -> None: ...
 
 class GetManifestRequest(_message.Message):
     __slots__ = ("name",)
