@@ -27,8 +27,8 @@ STEP = 4 << 20
 class LoaderReadAhead:
     """Reads pieces of tensors. `rows` are the units of each thread, in the order in which it works them off.
 
-    A row whose bytes are in the page cache costs nothing more than reading them: nothing is asked for before the first
-    read that would have to wait. A tensor that is in no row is read, and nothing ahead of it.
+    Nothing is asked for before the first read of a row that would have to wait, so what is in the page cache costs no
+    more than reading it. Filesystems that cannot tell count as waiting. Ahead of a tensor in no row nothing is read.
     """
 
     def __init__(self, sources: Sequence[LoaderSource], rows: Iterable[Iterable[LoaderUnit]] = ()) -> None:
