@@ -73,7 +73,7 @@ def attaches(socket: Path, at_once: int, seconds: float) -> list[float]:
 def measure(options: argparse.Namespace, report: Report) -> None:
     """All of it."""
     crowded = CROWDED.format(f"{options.attached:,}")
-    with scratch(None) as folder, ExitStack() as stack:
+    with scratch(options.folder) as folder, ExitStack() as stack:
         sockets = {}
         for side in (crowded, EMPTY):
             name = "crowded" if side == crowded else "empty"
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--attached", type=int, default=1000, help="clients that stay attached to the first daemon")
     parser.add_argument("--at-once", default="1,8,64", help="numbers of clients that attach at once")
     parser.add_argument("--seconds-each", type=float, default=2.0, help="for which they do so in each round")
+    parser.add_argument("--folder", type=Path, help="where to put files for the time (default: the system's)")
     add_options(parser, rounds=5)
     options = parser.parse_args()
     parameters: dict[str, Any] = {"attached": options.attached, "at_once": options.at_once}

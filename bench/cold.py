@@ -1,6 +1,6 @@
 """Cold loads: from the disk into memory, beside the disk itself and beside what one would use instead.
 
-    python bench/cold.py [--size 1GiB] [--cases sizes,busy,...] [--peers PYTHON] [--rounds 8] [--results FOLDER]
+    .venv-peers/bin/python bench/cold.py [--size 1GiB] [--cases sizes,busy,...] [--rounds 8] [--results FOLDER]
 
 Before each load the files are dropped from the page cache, and it is checked that they are gone. The sides of a round
 follow each other, in turns forwards and backwards, so that a disk that changes its speed changes it for all.
@@ -8,8 +8,8 @@ follow each other, in turns forwards and backwards, so that a disk that changes 
 - weightd: a load into memory that a removed checkpoint has left (pooled), or that the kernel has yet to give (fresh),
   hashing and comparing included.
 - disk: the same files read with `O_DIRECT` by one reader, 8 MiB at a time, into one buffer.
-- safetensors mmap, fastsafetensors: until a byte of each page was read. They run under `--peers`, a Python that has
-  torch and them; what it lacks is left out. They do not hash, and mmap's pages are the page cache itself.
+- safetensors mmap, fastsafetensors: a fresh process, until a byte of each page was read. What this interpreter lacks is
+  left out. They do not hash, and mmap's pages are the page cache itself.
 - before: weightd of another checkout (`--before FOLDER`), where one is named.
 
 Cases: `sizes` is a file of 290 tensors as in a Llama; `equal` one of tensors of 16 MiB; `shards` eight files; `small`
@@ -28,10 +28,11 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from _daemon import Daemon, parse_size, scratch, serving, tensor_name, write_checkpoint
 from _results import Comparison, Report, add_options, turns
+from _sides import Side, installed, make_cold
 
 import weightd
 
@@ -46,32 +47,8 @@ EQUAL = 16 << 20
 SMALL = 4 << 20
 SHARDS = 8
 CASES = ("sizes", "busy", "equal", "shards", "small")
-PEERS = {"safetensors mmap": "mmap", "fastsafetensors": "fastsafetensors"}
+PEERS = ("safetensors mmap", "fastsafetensors")
 PREDICTED = "0.9 of the disk's speed pooled and 0.8 fresh: reads are in flight while pieces are hashed and copied"
-
-
-def make_cold(paths: list[Path]) -> None:
-    """Drop files, which nobody maps, from the page cache, and make sure that they are gone."""
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            end = time.monotonic() + 10
-            while is_cached(file.fileno()):
-                if time.monotonic() > end:
-                    raise SystemExit(f"{path.name} is still in the page cache")
-                time.sleep(0.01)
-
-
-def is_cached(descriptor: int) -> bool:
-    """Drop a file from the page cache, and say whether any part that was looked at is still there."""
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    for part in range(8):
-        try:
-            os.preadv(descriptor, [bytearray(1)], os.fstat(descriptor).st_size // 8 * part, os.RWF_NOWAIT)
-        except BlockingIOError:
-            continue
-        return True
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # what the looks may have brought
-    return False
 
 
 def disk_seconds(paths: list[Path]) -> float:
@@ -85,32 +62,6 @@ def disk_seconds(paths: list[Path]) -> float:
             position += count
         os.close(descriptor)
     return time.perf_counter() - start
-
-
-class Peer:
-    """A process of bench/_cold_peer.py."""
-
-    def __init__(self, python: str, way: str) -> None:
-        self._process = subprocess.Popen(
-            [python, str(HERE / "_cold_peer.py"), way],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        self.there = self._process.stdout.readline() == "ready\n"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # closes its input, at which it ends
-
-    def seconds(self, paths: list[Path]) -> float:
-        """How long it takes to load files and read every page."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps([str(path) for path in paths]) + "\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
 
 
 def load_seconds(daemon: Daemon, folder: Path, size: int) -> float:
@@ -168,17 +119,15 @@ def measure(case: str, options: argparse.Namespace, folder: Path, report: Report
 
     def cold(seconds: Callable[[], float]) -> Callable[[], float]:
         def side() -> float:
-            make_cold(paths)
+            for path in paths:
+                make_cold(path)
             return seconds()
 
         return side
 
     with ExitStack() as stack:
-        peers = {}
-        for side, way in PEERS.items() if options.peers else ():
-            peer = stack.enter_context(Peer(options.peers, way))
-            if peer.there:
-                peers[side] = cold(lambda peer=peer: peer.seconds(paths))
+        started = [stack.enter_context(Side(name)) for name in PEERS if name in installed()]
+        peers = {peer.name: cold(lambda peer=peer: peer.load(*paths)["read"]) for peer in started}
         for memory, pool in (("pooled", size * 2), ("fresh", 0)):
             sizes = ("--budget", str(size * 2), "--pool", str(pool))
             daemons = {"weightd": stack.enter_context(serving(folder, f"{case}-{memory}", *sizes))}
@@ -223,12 +172,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default="1GiB", help="bytes of a checkpoint (default: %(default)s)")
     parser.add_argument("--cases", default=",".join(CASES), help="which, with commas (default: %(default)s)")
-    parser.add_argument("--peers", metavar="PYTHON", help="an interpreter that has torch, safetensors, fastsafetensors")
     parser.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout of weightd to compare with")
     parser.add_argument("--folder", type=Path, help="where to put files for the time: on a disk, not in memory")
     add_options(parser, rounds=8, seconds=60)
     options = parser.parse_args()
-    report = Report("cold", {"bytes": options.size}, packages=("safetensors",))
+    report = Report("cold", {"bytes": options.size}, versions=installed())
     with scratch(options.folder) as folder:
         for case in options.cases.split(","):
             measure(case, options, folder, report)

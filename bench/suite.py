@@ -32,17 +32,19 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "peers": Part("peers.py", limit=190),
-    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100"), 60),
-    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 110),
-    "known": Part("known.py", limit=90),
-    "memory": Part("memory.py", ("--rounds", "2"), 100),
-    "forward": Part("forward.py", limit=80),
-    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 50),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100")),
+    "peers": Part("peers.py", limit=160),
+    "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--rounds", "5", "--seconds", "20"), 130),
+    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 100),
+    "known": Part("known.py", limit=80),
+    "memory": Part("memory.py", ("--rounds", "2"), 90),
+    "forward": Part("forward.py", limit=70),
+    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 40),
+    "clients": Part("clients.py", ("--attached", "500", "--seconds-each", "1")),
     "scale": Part(
         "scale.py",
         ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
-        100,
+        90,
     ),
 }
 MOST_SECONDS = 900
