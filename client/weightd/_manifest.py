@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import accumulate
-from math import prod
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from google.protobuf.message import DecodeError
 
 from ._proto.v1 import handles_pb2
 from .errors import NotFoundError, ServerError
-from .types import DTYPE_BITS, CheckpointFile, TensorInfo, TensorKey
+from .types import CheckpointFile, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -29,7 +28,6 @@ DTYPES: Final[dict[str, handles_pb2.DType]] = {
 """Numbers of dtypes, by safetensors' names (and "GGML_…")."""
 
 _NAMES: Final[dict[int, str]] = {number: name for name, number in DTYPES.items()}
-_BITS: Final[dict[int, int]] = {DTYPES[name]: bits for name, bits in DTYPE_BITS.items()}
 _DIGEST_BYTES: Final = 16
 
 
@@ -150,9 +148,6 @@ class Manifest:
                 if length and (offset < 0 or length < 0 or offset + length > sizes[segment]):
                     raise odd(f"places {length} bytes of tensor {name[:200]!r} beyond their segment")
                 shape = tuple(dimensions[start : start + rank])
-                bits = _BITS.get(dtype)
-                if bits is not None and prod(shape) * bits != length * 8:
-                    raise odd(f"gives tensor {name[:200]!r} {length} bytes, which are none of its shape")
                 digest = digests[_DIGEST_BYTES * row : _DIGEST_BYTES * (row + 1)]
                 found.append(
                     TensorInfo(
