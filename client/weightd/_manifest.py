@@ -147,8 +147,8 @@ class Manifest:
             ):
                 if length and (offset < 0 or length < 0 or offset + length > sizes[segment]):
                     raise odd(f"places {length} bytes of tensor {name[:200]!r} beyond their segment")
-                shape = tuple(dimensions[start : start + rank])
                 digest = digests[_DIGEST_BYTES * row : _DIGEST_BYTES * (row + 1)]
+                shape = tuple(dimensions[start : start + rank])
                 found.append(
                     TensorInfo(
                         components[file], name, _NAMES[dtype], shape, segment, offset, length, digest, variant, file
