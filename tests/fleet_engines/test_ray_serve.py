@@ -14,7 +14,7 @@ import pytest
 from ray import serve
 
 import weightd
-from support import checkpoints, memory, served_models, workloads
+from support import checkpoints, memory, routers_seen, served_models, workloads
 from support.daemon import ROOT, environment, eventually
 from support.ray_nodes import RayCluster, RayNode, ray_cluster
 from support.served_models import DefaultRouter, WatchedRouter, replicas, resident
@@ -168,8 +168,8 @@ def test_replicas_of_a_node_share_and_a_hot_model_stays_on_its_node(
         held += [hold(3), hold(4)]  # its node is busy: the other one loads it, once for both replicas
         assert len(list(tmp_path.glob("*.pid"))) == 4
         last = handle.options(multiplexed_model_id=LLAMA).remote()  # all are full
-        calls = served_models.calls()
-        eventually(lambda: served_models.calls() > calls + 1, what="Serve to ask the router again")
+        calls = len(routers_seen.asked_for)
+        eventually(lambda: len(routers_seen.asked_for) > calls + 1, what="Serve to ask the router again")
         go_on.touch()
         answers = [response.result(timeout_s=60) for response in held]
         assert [answer["node"] for answer in answers] == ["n1", "n1", "n0", "n0"]

@@ -19,36 +19,36 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve.config import RequestRouterConfig
 
 import weightd
+from support import routers_seen
 from support.daemon import eventually
 from weightd_fleet.engines.ray_serve import STATS_KEY, NodeResidency, WeightdRouter
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle as Handle
-    from ray.serve.request_router import RequestRouter, RunningReplica
+    from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 PAGE = 4096
 _numbers = itertools.count()
-_routers: list[RequestRouter] = []
-_calls = 0
 
 
 class DefaultRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]  # Ray has no types
     """Serve's own router."""
 
     def initialize_state(self, **_: Any) -> None:
-        _routers.append(self)
+        routers_seen.made.append(self)
 
 
 class WatchedRouter(WeightdRouter):
     """Our router."""
 
     def initialize_state(self, **_: Any) -> None:
-        _routers.append(self)
+        routers_seen.made.append(self)
 
-    async def choose_replicas(self, *arguments: Any, **more: Any) -> list[list[RunningReplica]]:
-        global _calls
-        _calls += 1
-        return await super().choose_replicas(*arguments, **more)
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        routers_seen.asked_for.append(pending_request)
+        return await super().choose_replicas(candidate_replicas, pending_request)
 
 
 class Models:
@@ -121,15 +121,10 @@ def served(router: type[RequestRouter], paths: dict[str, str], **options: Any) -
 
 def replicas() -> list[RunningReplica]:
     """The replicas that the router knows."""
-    return list(_routers[-1].curr_replicas.values())
+    return list(routers_seen.made[-1].curr_replicas.values())
 
 
 def resident(replica: RunningReplica) -> dict[str, int]:
     """What is resident on a replica's node, by what the router was told of it."""
     found: dict[str, int] = replica.routing_stats.get(STATS_KEY, {})
     return found
-
-
-def calls() -> int:
-    """How often WatchedRouter was asked for replicas."""
-    return _calls
