@@ -32,11 +32,11 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100")),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "40"), 90),
     "peers": Part("peers.py", limit=160),
     "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--rounds", "5", "--seconds", "20"), 130),
     "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 100),
-    "known": Part("known.py", limit=80),
+    "known": Part("known.py", limit=70),
     "memory": Part("memory.py", ("--rounds", "2"), 90),
     "forward": Part("forward.py", limit=70),
     "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 40),
