@@ -40,7 +40,7 @@ PARTS = {
     "memory": Part("memory.py", ("--rounds", "2"), 90),
     "forward": Part("forward.py", limit=70),
     "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 40),
-    "clients": Part("clients.py", ("--seconds-each", "1")),
+    "clients": Part("clients.py", ("--attached", "500", "--seconds-each", "1")),
     "scale": Part(
         "scale.py",
         ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
