@@ -43,7 +43,9 @@ fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 
 @fleet.callback(invoke_without_command=True)
 def _without_command(context: typer.Context) -> None:
-    """Place checkpoints on several nodes, publish and fetch them, alone or on a cluster of Ray.
+    """Place checkpoints on several nodes, publish and fetch them.
+
+    Some commands ask the catalogue of a fleet on a cluster of Ray.
 
     \b
     Examples:
