@@ -121,7 +121,9 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where to put nodes for the time (default: the system's)")
     add_options(parser, rounds=3, seconds=100)
     options = parser.parse_args()
-    parameters = {name: getattr(options, name) for name in ("receivers", "mib", "tensors", "readers")}
+    parameters = {
+        "receivers": options.receivers, "MiB": options.mib, "tensors": options.tensors, "readers": options.readers,
+    }  # fmt: skip
     report = Report("fetch", parameters)
     begun, rounds = time.monotonic(), []
     while len(rounds) < options.rounds and (len(rounds) < LEAST_ROUNDS or time.monotonic() < begun + options.seconds):

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to put the checkpoint for the time: on a disk, not in memory"
     )
-    add_options(parser, rounds=7, seconds=60)
+    add_options(parser, rounds=7, seconds=45)
     options = parser.parse_args()
     report = Report("peers", {"bytes": options.size, "tensors": TENSORS}, versions=installed())
     with scratch(options.folder) as folder:

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 PARTS = {
     "peers": Part("peers.py", limit=190),
     "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "100"), 60),
-    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0"), 110),
+    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 110),
     "known": Part("known.py", limit=90),
     "memory": Part("memory.py", ("--rounds", "2"), 100),
     "forward": Part("forward.py", limit=80),

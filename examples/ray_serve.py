@@ -79,11 +79,11 @@ class Models:
 def main() -> None:
     """Deploy, ask several times for each model at once, and show who answered."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="NAME=REFERENCE")
+    parser.add_argument("models", nargs="*", metavar="NAME=REFERENCE", type=named)
     parser.add_argument("--address", default="local", help="of a Ray cluster that runs [default: start one here]")
     parser.add_argument("--replicas", type=int, default=2)
     arguments = parser.parse_args()
-    references = dict(model.split("=", 1) for model in arguments.models) or written(Path.cwd())
+    references = dict(arguments.models) or written(Path.cwd())
 
     ray.init(arguments.address, log_to_driver=False)
     serve.start(proxy_location="Disabled")  # requests come from this process; without this line, by HTTP as well
@@ -99,6 +99,14 @@ def main() -> None:
         print(f"node {node}: {answer['logical'] / 2**20:.1f} MiB of models in {answer['resident'] / 2**20:.1f} MiB")
     serve.delete("weightd-example")
     ray.shutdown()
+
+
+def named(text: str) -> tuple[str, str]:
+    """A model's name and reference."""
+    name, separator, reference = text.partition("=")
+    if not (name and separator and reference):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=REFERENCE")
+    return name, reference
 
 
 def written(folder: Path) -> dict[str, str]:

@@ -69,7 +69,7 @@ def make_tensor(memory: Memory | None, device: str, name: str, dtype: str, shape
         shape = (*shape[:-1], shape[-1] // 2)
     if flat.numel() != prod(shape):
         raise odd(f"has a tensor {name[:200]!r} of {flat.numel()} elements, which are not those of {list(shape)}")
-    # In place: a view would be a second tensor. And torch parses numbers in half the time of a tuple of them.
+    # In place: a view would be a second tensor. And torch parses numbers faster than a tuple of them.
     return flat if len(shape) == 1 else flat.resize_(*shape) if shape else flat.resize_(())
 
 

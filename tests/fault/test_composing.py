@@ -64,7 +64,7 @@ def test_killed_around_the_seal_it_is_there_as_a_whole_or_not_at_all(
         assert loaded is not None
         digests.append(loaded.content_digest)
     used = client.stats().devices[0].used_bytes
-    for point in ("manifest", "barrier", "torn", "flip"):
+    for point in ("seal.barrier", "compose.seal", "torn", "flip.written"):
         armed.write_text(point)
         with pytest.raises((weightd.DaemonUnreachableError, weightd.LeaseLostError)):
             compose(client, digests)
@@ -75,11 +75,11 @@ def test_killed_around_the_seal_it_is_there_as_a_whole_or_not_at_all(
         client = daemon.connect()
         there = {info.name: info.pinned for info in client.checkpoints()}
         parts = dict.fromkeys((f"part{part}" for part in range(PARTS)), False)
-        assert there == parts | ({"whole": True} if point == "flip" else {}), point
+        assert there == parts | ({"whole": True} if point == "flip.written" else {}), point
         result = compose(client, digests)
         assert result.read_bytes == 0
         check(client)
-        if point != "flip":
+        if point != "flip.written":
             client.remove("whole")
         assert client.stats().devices[0].used_bytes == used, point
     for digest in digests:

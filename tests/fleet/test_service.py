@@ -78,8 +78,9 @@ def test_what_is_asked_for_must_be_one_checkpoint(nodes: FleetNodes, tmp_path: P
         nodes.service.load(after, ["n9"])
     with pytest.raises(InvalidReferenceError, match="two references stand for one checkpoint"):
         nodes.service.plan([after, after])
-    with pytest.raises(InvalidReferenceError, match="0 replicas"):
-        nodes.service.place(after, 0)
+    for ask in (nodes.service.place, lambda name, count: nodes.service.load(name, None, count)):
+        with pytest.raises(InvalidReferenceError, match="0 replicas"):
+            ask(after, 0)
 
 
 def test_a_full_node_is_passed_over(nodes: FleetNodes, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_the_command_prints_them_and_exits_with_0(daemon: Daemon) -> None:
     assert done.stdout.rstrip().endswith("figures agree")
     rows = json.loads(daemon.command("verify", "--books", "--format=json").stdout)
     assert {row["what"] for row in rows} == {"segments", "memory", "manifests", "leases"}
+    assert json.loads(daemon.command("verify", "--format=json").stdout) == {"blobs": 0, "bytes": 0}
     refused = daemon.command("verify", "base", "--books", check=False)
     assert (refused.returncode, "leave REF" in refused.stderr) == (2, True), refused.stderr
 

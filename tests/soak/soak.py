@@ -175,7 +175,8 @@ class Soak:
                 self._armed.write_text(self._chance.choice(POINTS))
             if now >= next_sample:
                 next_sample = now + _SAMPLE_SECONDS
-                self.happened.rss.append((round(now - began, 1), self.daemon.pid, self.daemon.rss()))
+                with contextlib.suppress(StopIteration, OSError):  # it has just been killed at a point
+                    self.happened.rss.append((round(now - began, 1), self.daemon.pid, self.daemon.rss()))
             time.sleep(self._chance.uniform(0, 2 * self.options.tick))
 
     def _tend_clients(self, now: float) -> None:

@@ -17,6 +17,7 @@ LONGEST = (
     "tests/systemd/test_survival.py",
     "tests/systemd/test_many.py",
     "tests/systemd/test_many_tensors.py",
+    "tests/soak/test_soak.py",
     "tests/driver/test_gpu_probe.py",
     "tests/driver/test_gpu_day.py",
     "tests/integration/test_command.py",

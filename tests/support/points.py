@@ -1,27 +1,36 @@
-"""Named points at which a daemon kills itself: the one that a file names, when it is next reached."""
+"""Named points at which a daemon kills itself: the one that a file names, when it is next reached.
+
+They are those of weightd/_failpoints.py, and one that only a test can make: "torn", in the midst of a write to the root
+record. tests/failpoints tries errors and delays, too, and all processes, one failure at a time.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from weightd_daemon.core.loading import StoreTransaction
-from weightd_daemon.devices.reclaimer import DeviceReclaimer
+from weightd import _failpoints
 from weightd_daemon.persistence import root_record
-from weightd_daemon.persistence.descriptor_store import PersistentDescriptorStore
-from weightd_daemon.persistence.service_manager import ServiceManagerStore
 
-POINTS = ("reserve", "copy", "segment", "manifest", "barrier", "torn", "flip", "evict", "return", "release")
-"""In the order of a seal, then of an eviction; "torn" is in the middle of writing the root record."""
+POINTS = (
+    "load.grant",
+    "load.settle",
+    "seal.segment",
+    "seal.barrier",
+    "seal.books",
+    "torn",
+    "flip.written",
+    "evict.drop",
+    "evict.release",
+)
+"""In the order of a seal, then of an eviction."""
 
 
 def install(armed: Path) -> None:
-    """Exchange the functions at these points by ones that look into the file `armed`."""
+    """Look into the file `armed` at every point."""
 
-    def reached(point: str) -> None:
+    def reach(point: str) -> None:
         try:
             if armed.read_text() != point:
                 return
@@ -30,41 +39,12 @@ def install(armed: Path) -> None:
             return
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def after(owner: Any, name: str, point: str, when: Callable[..., bool] = lambda *_: True) -> None:
-        original = getattr(owner, name)
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            result = original(*arguments, **options)
-            if when(result, *arguments):
-                reached(point)
-            return result
-
-        setattr(owner, name, wrapped)
-
-    def before(owner: Any, name: str, point: str, when: Callable[..., bool] = lambda *_: True) -> None:
-        original = getattr(owner, name)
-
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            if when(*arguments):
-                reached(point)
-            return original(*arguments, **options)
-
-        setattr(owner, name, wrapped)
-
-    after(StoreTransaction, "grant", "reserve", lambda extent, *_: extent is not None)
-    after(StoreTransaction, "settle", "copy")
-    after(ServiceManagerStore, "store", "segment", lambda _, __, name, *___: name.startswith("seg."))
-    after(ServiceManagerStore, "store", "manifest", lambda _, __, name, *___: name.startswith("man."))
-    before(StoreTransaction, "seal", "barrier")
-    after(root_record.PersistentRootRecord, "append", "flip")
-    before(PersistentDescriptorStore, "drop", "evict", lambda _, name: name.startswith("man."))
-    before(DeviceReclaimer, "_carry_out", "return")
-    before(PersistentDescriptorStore, "drop", "release", lambda _, name: name.startswith("seg."))
     write = root_record._write
 
     def torn(descriptor: int, data: bytes, offset: int) -> None:
         write(descriptor, data[: len(data) // 2], offset)
-        reached("torn")
+        reach("torn")
         write(descriptor, data, offset)
 
+    _failpoints.reach = reach
     root_record._write = torn

@@ -9,6 +9,7 @@ kill.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -59,7 +60,7 @@ def main() -> None:
 
 def probe(address: str, head: str, count: int) -> None:
     """See that a driver can connect, and finds all nodes."""
-    ray.init(address, _node_ip_address=head, log_to_driver=False, logging_level="error")
+    ray.init(address, _node_ip_address=head, log_to_driver=False, logging_level=logging.ERROR)
     assert sum(node["Alive"] for node in ray.nodes()) == count
     ray.shutdown()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import select
 import shutil
@@ -127,7 +128,7 @@ class RayCluster:
         import ray  # the rest of this module is imported without it
 
         ray.init(
-            self.address, _node_ip_address=self.head, log_to_driver=False, logging_level="error", **options
+            self.address, _node_ip_address=self.head, log_to_driver=False, logging_level=logging.ERROR, **options
         )  # without the address it waits for ten seconds
         try:
             yield

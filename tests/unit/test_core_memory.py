@@ -403,6 +403,20 @@ def test_another_budget_and_pool_hold_from_then_on() -> None:
     assert device.memory.pooled_bytes() == device.memory.used == 16 * PAGE
 
 
+def test_a_pool_that_is_made_smaller_gives_back_what_is_beyond_it() -> None:
+    device = Fixture(pool_pages=32)
+    for extent in (device.grant(16), device.grant(16)):
+        assert extent is not None
+        device.give_back(extent)
+    assert device.memory.pooled_bytes() == 32 * PAGE
+    device.memory.resize(32 * PAGE, 16 * PAGE)
+    device.reclaim()
+    assert device.memory.pooled_bytes() == device.memory.used == 16 * PAGE
+    device.memory.resize(32 * PAGE, 0)
+    assert device.reclaim() == [SegmentReclaim(2, 16 * PAGE)]
+    assert device.memory.used == 0
+
+
 def adopted(device: Fixture, *, frozen: bool = False) -> None:
     """Adopt segment 7 of 8 pages in quarantine: page 0 is a blob's, pages 1 to 5 are unused, pages 6 and 7 hollow."""
     taken = RangeSet()

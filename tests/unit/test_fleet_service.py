@@ -141,13 +141,18 @@ def test_equal_nodes_are_told_apart_by_files_and_free_memory() -> None:
     made = manifest("a", "b")
     state.add(made)
     state.take("id0", inventory(budget=32 * MIB))
+    with pytest.raises(NotFoundError):
+        state.named(made.name)
     state.take("id1", inventory(serves=(made.name,)))
+    assert state.named(made.name) == made.name
     state.take("id2", inventory(budget=128 * MIB))
     assert state.refilled_seconds is not None
     assert [target.node for target in state.choose(made.name, 3).targets] == ["id1", "id2", "id0"]
     state.lose("id1", "gone")
     assert [target.node for target in state.choose(made.name, 3).targets] == ["id2", "id0"]
     assert state.servers(made.name) == {}
+    with pytest.raises(NotFoundError):
+        state.named(made.name)
     state.leave("id2")
     state.leave("id2")
     state.take("id2", inventory())  # from a follower that has not heard yet

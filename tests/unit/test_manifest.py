@@ -9,6 +9,7 @@ import pytest
 from support.counting import operations
 from weightd._manifest import DTYPES, FORM, Manifest
 from weightd._proto.v1 import handles_pb2
+from weightd._tensor_rows import TensorRows
 from weightd.errors import NotFoundError, ServerError
 from weightd.types import CheckpointFile, TensorInfo, TensorKey
 from weightd_daemon.core.blob import Blob, BlobKey
@@ -109,6 +110,30 @@ def test_each_way_to_read_a_row_gives_the_same() -> None:
     assert list(manifest.stored([2])) == [ROWS[2][1:7]]
     assert manifest.keys() == [(row.component, row.name) for row in ROWS]
     assert [*zip(*manifest.places([1, 3]), strict=True)] == [row[4:7] for row in (ROWS[1], ROWS[3])]
+
+
+def test_rows_as_a_mapping() -> None:
+    manifest = Manifest(encoded())
+    rows = TensorRows(manifest)
+    assert rows.components == {"a", "b"}
+    assert list(rows.stored("b")) == [row[1:7] for row in ROWS[2:]]
+    assert rows["b", "w"] is rows["b", "w"] == ROWS[2]  # type: ignore[index]  # a plain tuple is enough
+    assert rows.get(TensorKey("a", "x")) is None
+    assert [*rows.values()] == [rows[key] for key in rows] == list(ROWS)
+    few = TensorRows(manifest, manifest.select([], [TensorKey("b", "x"), TensorKey("b", "w")]))
+    assert (few.components, len(few)) == ({"b"}, 2)
+    assert list(few.stored("b")) == [row[1:7] for row in ROWS[2:]]
+    assert dict(few) == {TensorKey("b", row.name): row for row in ROWS[2:]}
+
+
+def test_what_lies_at_one_address_is_found_whatever_its_length() -> None:
+    """Law 9: no two names of an attachment share an address."""
+    message = Message.FromString(encoded())
+    assert TensorRows(Manifest(message.SerializeToString())).copies == {}
+    message.segments[3], message.offsets[3] = message.segments[2], message.offsets[2]
+    manifest = Manifest(message.SerializeToString())
+    assert TensorRows(manifest).copies == {TensorKey("b", "x"): 1}
+    assert TensorRows(manifest, [0, 3]).copies == {}
 
 
 def test_a_tensor_without_bytes_may_lie_anywhere() -> None:

@@ -153,8 +153,6 @@ def verify(
             raise InvalidReferenceError("--books checks the whole daemon: leave REF, --device and --variant out")
         check_books(context, output, socket, quiet=quiet)
         return
-    if output is not OutputFormat.TABLE:
-        raise InvalidReferenceError("--format is for --books: what verify prints else is a sentence")
     with open_client(context, socket) as client, byte_bar(quiet=quiet) as advance:
 
         def show(progress: VerifyProgress) -> None:
@@ -163,5 +161,7 @@ def verify(
 
         asked = None if reference is None else meant(reference, variant)
         result = client.verify(asked, device, on_progress=None if advance is None else show)
-    if not quiet:
+    if output is OutputFormat.JSON:
+        emit_json({"blobs": result.done_blobs, "bytes": result.done_bytes})
+    elif not quiet:
         emit(f"verified {plural(result.done_blobs, 'blob')}, {size(result.done_bytes)}: clean")

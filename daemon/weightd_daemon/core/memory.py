@@ -30,11 +30,10 @@ _SMALLEST_PIECE = 4 << 20
 class MemoryAccounting:
     """Pure bookkeeping of one device's memory: arenas, budget, promises, and what is being given back.
 
-    `create` is asked for each new segment, and answers with `made` or `failed`, at once or later.
-    `on_reclaim` is told when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is
-    what the device itself has free, whoever uses it, or None where nobody knows. `before_use` is called before bytes
-    that may have been given back are granted, or returned to the system. On a device that is not `sparse` a
-    segment is all or nothing.
+    `create` is asked for each new segment, and answers with `made` or `failed`, at once or later. `on_reclaim` is told
+    when there is a reclaim to carry out, or a load that was waited for has ended. `available()` is what the device
+    itself has free, whoever uses it, or None where nobody knows. `before_use` is called before bytes that may have been
+    given back are granted, or returned to the system. Without `sparse` a segment is all or nothing.
     """
 
     def __init__(
@@ -102,8 +101,9 @@ class MemoryAccounting:
         return bool(self._creations)
 
     def resize(self, budget: int, pool_limit: int) -> None:
-        """Have another budget, not below what is used, and another pool."""
+        """Have another budget, not below what is used, and another pool: what is beyond it goes back now."""
         self.budget, self._pool_limit = budget, pool_limit
+        self._return_unused(self.pooled_bytes() - pool_limit)
 
     def change_page(self, page: int) -> None:
         """Have pages of another size. Nothing may have been granted by now, nor taken in that is `sparse`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from weightd._sizes import size
-from weightd.errors import CapacityError, InvalidReferenceError, NotFoundError
+from weightd.errors import CapacityError, DaemonUnreachableError, InvalidReferenceError, NotFoundError
 from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.resident import DEVICE
 from weightd_fleet.agent.tls import TlsFolder
@@ -80,15 +80,15 @@ class FleetService:
 
     def nodes(self) -> tuple[FleetNode, ...]:
         """All nodes."""
-        return self._told().nodes()
+        return self._filled_state().nodes()
 
     def checkpoints(self) -> tuple[FleetCheckpoint, ...]:
         """All checkpoints that a node has."""
-        return self._told().checkpoints()
+        return self._filled_state().checkpoints()
 
     def stats(self) -> FleetStats:
         """Figures of the fleet."""
-        state = self._told()
+        state = self._filled_state()
         nodes, checkpoints = state.nodes(), state.checkpoints()
         memories = [device for node in nodes for device in node.devices if device.device == DEVICE]
         return FleetStats(
@@ -108,7 +108,7 @@ class FleetService:
 
     def place(self, reference: str, replicas: int = 1) -> Placement:
         """Choose nodes for replicas of a checkpoint."""
-        checkpoint = self._told().named(reference)
+        checkpoint = self._filled_state().named(reference)
         found = self._state.choose(checkpoint, _counted(replicas))
         targets = tuple(
             ReplicaTarget(
@@ -133,7 +133,7 @@ class FleetService:
         pin: bool = False,
     ) -> LoadReport:
         """Make replicas resident: on certain nodes, or on the best ones, of which those in a placement come first."""
-        checkpoint = self._told().named(reference)
+        checkpoint = self._filled_state().named(reference)
         if on is not None and not isinstance(on, Placement):
             nodes = [self._state.node_named(node) for node in on]
             if replicas not in (None, len(nodes)):
@@ -143,19 +143,19 @@ class FleetService:
             return self._loads.load(reference, checkpoint, nodes, len(nodes), pin=pin)
         if on is not None and on.checkpoint != checkpoint:
             raise InvalidReferenceError(f"{reference}: is not what {on.reference} was placed as; place it anew")
-        count = _counted(replicas or (on.replicas if on else 1))
+        count = _counted(replicas if replicas is not None else on.replicas if on else 1)
         return self._load_best(reference, checkpoint, on.nodes if on else (), count, pin=pin)
 
     def plan(self, references: Sequence[str], replicas: int = 1) -> ReplicaPlan:
         """Plan where checkpoints go together."""
-        named = {self._told().named(reference): reference for reference in references}
+        named = {self._filled_state().named(reference): reference for reference in references}
         if len(named) < len(references):
             raise InvalidReferenceError("two references stand for one checkpoint; name it once, and ask for replicas")
         return self._plan({checkpoint: _counted(replicas) for checkpoint in named}, named)
 
     def apply(self, spec: Sequence[WantedCheckpoint]) -> AppliedSpec:
         """Load, and pin, what is wanted and missing."""
-        wanted = {self._told().named(item.reference): item for item in spec}
+        wanted = {self._filled_state().named(item.reference): item for item in spec}
         if len(wanted) < len(spec):
             raise InvalidReferenceError("two references stand for one checkpoint; name it once, with its replicas")
         plan = self._plan(
@@ -176,7 +176,7 @@ class FleetService:
                     continue
                 try:
                     loaded.append(self.load(item.reference, [one.node], pin=item.pin))
-                except CapacityError as error:
+                except (CapacityError, DaemonUnreachableError, NotFoundError) as error:  # it filled up, or is gone
                     left_over.append(ReplicasLeftOver(item.reference, checkpoint, 1, str(error)))
         return AppliedSpec(tuple(loaded), tuple(present), tuple(left_over))
 
@@ -184,7 +184,7 @@ class FleetService:
         """Copy what would be held by too few others, then end the service of a node's agent."""
         if not 0 <= keep_replicas <= MOST_REPLICAS:
             raise InvalidReferenceError(f"keep {keep_replicas} replicas: must be from 0 to {MOST_REPLICAS}")
-        leaving = self._told().node_named(node)
+        leaving = self._filled_state().node_named(node)
         if leaving.state == "unknown":
             raise NotFoundError(f"node {leaving.name}: cannot be drained: {leaving.problem}")
         copied: list[LoadReport] = []
@@ -204,7 +204,7 @@ class FleetService:
     def _peer(self, address: AgentAddress) -> Peer:
         return Peer(address, self._tls, self._patience)
 
-    def _told(self) -> FleetState:
+    def _filled_state(self) -> FleetState:
         """The state, after a start once the agents have told what they hold."""
         self._state.wait_for_refill(_REFILL_SECONDS)
         return self._state
