@@ -45,7 +45,7 @@ fleet = typer.Typer(name="fleet", rich_markup_mode=None)
 def _without_command(context: typer.Context) -> None:
     """Place checkpoints on several nodes, publish and fetch them.
 
-    Some commands ask the catalogue of a fleet on a cluster of Ray.
+    Commands from `ls` on ask the catalogue of a Ray cluster, which `catalogue` starts.
 
     \b
     Examples:
