@@ -7,16 +7,15 @@ asks, when it takes a manifest up.
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate, compress, repeat
-from math import prod
-from operator import add, eq, gt, mul, or_
+from itertools import accumulate, compress
+from operator import add, gt, or_
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from google.protobuf.message import DecodeError
 
 from ._proto.v1 import handles_pb2
 from .errors import NotFoundError, ServerError
-from .types import DTYPE_BITS, CheckpointFile, TensorInfo, TensorKey
+from .types import CheckpointFile, TensorInfo, TensorKey
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -30,7 +29,6 @@ DTYPES: Final[dict[str, handles_pb2.DType]] = {
 """Numbers of dtypes, by safetensors' names (and "GGML_…")."""
 
 _NAMES: Final[dict[int, str]] = {number: name for name, number in DTYPES.items()}
-_BITS: Final[dict[int, int]] = {DTYPES[name]: bits for name, bits in DTYPE_BITS.items()}
 _DIGEST_BYTES: Final = 16
 _NOT_THERE: Final = "has a tensor of a segment or dtype that is not there"
 
@@ -146,15 +144,11 @@ class Manifest:
         try:
             if length and (offset < 0 or length < 0 or offset + length > self.segment_bytes[segment]):
                 raise odd(f"places {length} bytes of tensor {name[:200]!r} beyond their segment")
-            dtype, shape = message.dtypes[number], self._dimensions[start : start + message.ranks[number]]
-            bits = _BITS.get(dtype)
-            if bits is not None and prod(shape) * bits != length * 8:
-                raise odd(f"gives tensor {name[:200]!r} {length} bytes, which are none of its shape")
             return TensorInfo(
                 self._component_of_file[file],
                 name,
-                _NAMES[dtype],
-                shape,
+                _NAMES[message.dtypes[number]],
+                self._dimensions[start : start + message.ranks[number]],
                 segment,
                 offset,
                 length,
@@ -189,8 +183,7 @@ class Manifest:
         """The columns of `stored`, checked.
 
         They are checked as a whole, as a loop over rows takes longer than all else together. If that fails, they are
-        checked row by row: that names the tensor, and accepts one without bytes wherever it is said to lie, and blocks
-        of GGUF, whose sizes no shape tells.
+        checked row by row: that names the tensor, and accepts one without bytes wherever it is said to lie.
         """
         message, sizes, dimensions = self._message, self.segment_bytes, self._dimensions
         starts, ranks = _taken(self._starts, rows), _taken(message.ranks, rows)
@@ -200,16 +193,14 @@ class Manifest:
             inside = inside and not any(map(gt, map(add, offsets, lengths), map(sizes.__getitem__, segments)))
         except IndexError:
             inside = False
-        numbers = _taken(message.dtypes, rows)
-        shapes = [dimensions[start : start + rank] for start, rank in zip(starts, ranks, strict=True)]
-        sizes_in_bits = map(mul, map(prod, shapes), map(_BITS.get, numbers, repeat(0)))
-        if not inside or not all(map(eq, sizes_in_bits, map(mul, lengths, repeat(8)))):
+        if not inside:
             for row in range(len(self)) if rows is None else rows:
                 self.row(row)
         try:
-            dtypes = list(map(_NAMES.__getitem__, numbers))
+            dtypes = list(map(_NAMES.__getitem__, _taken(message.dtypes, rows)))
         except KeyError:
             raise odd(_NOT_THERE) from None
+        shapes = [dimensions[start : start + rank] for start, rank in zip(starts, ranks, strict=True)]
         return _taken(message.names, rows), dtypes, shapes, segments, offsets, lengths
 
     def _digest(self, row: int) -> bytes:

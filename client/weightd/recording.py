@@ -292,11 +292,11 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no
 
     def _guarded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]) -> Any:
         """An operation on tensors with memory, unless it writes to stored bytes."""
-        onto_itself = func is _aten.copy_.default and _same_place(args[0], args[1])
-        if onto_itself and self._recording.is_stored(args[0]):
+        if func is _aten.copy_.default and _same_place(args[0], args[1]) and self._recording.is_stored(args[0]):
             return args[0]
-        for tensor in written:
-            self._recording.refuse_write(func, tensor)
+        if func is not _aten.resize_.default or torch.Size(args[1]).numel() != args[0].numel():  # else no byte changes
+            for tensor in written:
+                self._recording.refuse_write(func, tensor)
         return func(*args, **kwargs)
 
 

@@ -39,14 +39,23 @@ _TURNS = 200
 
 
 class _Log(logging.Handler):
-    """The lines of a log since `lines` was cleared."""
+    """The lines that a logger wrote in the last block; they go nowhere else. A traceback is a fault."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.lines: list[str] = []
-        logger = logging.getLogger(name)
-        logger.addHandler(self)
-        logger.propagate = False
+        self._logger = logging.getLogger(name)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        self.lines.clear()
+        propagates, self._logger.propagate = self._logger.propagate, False
+        self._logger.addHandler(self)
+        try:
+            yield
+        finally:
+            self._logger.removeHandler(self)
+            self._logger.propagate = propagates
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
@@ -76,12 +85,12 @@ class _Server:
         self.server._nonsense = cast("Any", SimpleNamespace(may_log=lambda: True))
 
     def serve(self, data: bytes) -> list[handles_pb2.HandleReply]:
-        return self.loop.run_until_complete(self._serve(data))
+        with self.log.listening():
+            return self.loop.run_until_complete(self._serve(data))
 
     async def _serve(self, data: bytes) -> list[handles_pb2.HandleReply]:
         theirs, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         replies: list[handles_pb2.HandleReply] = []
-        self.log.lines.clear()
         with theirs, ours:
             self.server._enter(theirs)
             for frame in frames_of(data):
