@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "40"), 90),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "40", "--fresh", "2", "--few", "5"), 90),
     "peers": Part("peers.py", limit=160),
     "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--rounds", "5", "--seconds", "20"), 130),
     "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 100),
