@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .attachment import Attachment
     from .client import Client, connect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attachment",

@@ -290,7 +290,7 @@ def test_a_file_is_trusted_whichever_way_the_clock_was_stepped(
     path.write_bytes(b"bytes")
     now = path.stat().st_ctime_ns + away * SECOND
     monkeypatch.setattr("time.time_ns", lambda: now)
-    monkeypatch.setattr("weightd_daemon.loader.source._is_local", lambda _: True)
+    monkeypatch.setattr("weightd_daemon.loader.source.filesystem_type", lambda _: 0x01021994)  # tmpfs
     with path.open("rb") as file:
         assert LoaderSource("a", file.fileno()).trusted is expected
 

@@ -23,6 +23,7 @@ from weightd_daemon.loader.schedule import (
     on_threads,
     parted,
     repeated,
+    rows,
     split,
     units,
 )
@@ -151,14 +152,14 @@ def test_each_unit_is_done_once_and_threads_stay_on_their_lanes() -> None:
         done.setdefault(threading.get_ident(), []).append(unit)
         together.wait(60)  # both threads go at the same speed
 
-    on_threads(work, 2, step)
+    on_threads(rows(work, 2), step)
     assert sorted(done.values(), key=lambda units: units[0].start) == work
 
 
 def test_an_idle_thread_helps_with_the_longest_lane() -> None:
     (lane,) = lanes(units(tensors([2 * MIB] * 4)), 2, APART)
     together = threading.Barrier(2)
-    on_threads([lane], 2, lambda _: together.wait(60) and None)  # with one thread this would break
+    on_threads(rows([lane], 2), lambda _: together.wait(60) and None)  # with one thread this would break
 
 
 def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> None:
@@ -170,7 +171,7 @@ def test_the_units_of_a_lane_begin_in_their_order_whoever_works_them_off() -> No
         assert unit.start in begun
         done.append(unit.start)
 
-    on_threads([lane], 4, step, lambda unit: begun.append(unit.start))
+    on_threads(rows([lane], 4), step, lambda unit: begun.append(unit.start))
     assert begun == [unit.start for unit in lane]
     assert sorted(done) == begun
 
@@ -180,7 +181,7 @@ def test_an_error_at_the_beginning_of_a_unit_stops_all() -> None:
         raise ValueError("no room")
 
     with pytest.raises(ValueError, match="no room"):
-        on_threads(lanes(units(tensors([2 * MIB] * 100)), 1, APART), 4, lambda _: None, begin)
+        on_threads(rows(lanes(units(tensors([2 * MIB] * 100)), 1, APART), 4), lambda _: None, begin)
 
 
 def test_the_first_error_stops_all() -> None:
@@ -188,7 +189,7 @@ def test_the_first_error_stops_all() -> None:
         raise ValueError(str(unit.start))
 
     with pytest.raises(ValueError, match="0"):
-        on_threads(lanes(units(tensors([2 * MIB] * 100)), 1, APART), 1, step)
+        on_threads(rows(lanes(units(tensors([2 * MIB] * 100)), 1, APART), 1), step)
 
 
 # -- what groups must not change, and what comes again ---------------------------------------------------------------
