@@ -21,9 +21,9 @@ def checkpoint(
 ) -> CheckpointInfo:
     """A checkpoint as a daemon lists it, with a content digest of its number."""
     return CheckpointInfo(
-        names=(f"org/m{number}",) if named else (), content_digest=f"{number:064x}"[::-1], device="host", tensors=1,
-        total_bytes=size, exclusive_bytes=size, shared_bytes=0, leases=0, pinned=pinned, loaded_at=None,
-        last_used_at=None, state=state, owner_uid=0, owner="root",
+        names=(f"org/m{number}",) if named else (), content_digest="sha256:" + f"{number:064x}"[::-1],
+        device="host", tensors=1, total_bytes=size, exclusive_bytes=size, shared_bytes=0, leases=0,
+        pinned=pinned, loaded_at=None, last_used_at=None, state=state, owner_uid=0, owner="root",
     )  # fmt: skip
 
 

@@ -111,6 +111,14 @@ def test_a_name_stands_for_one_checkpoint() -> None:
             names.checkpoint(unknown)
 
 
+def test_no_agent_can_call_a_checkpoint_by_the_name_of_other_bytes() -> None:
+    """A load by the name in the fleet passes on what a checkpoint is called, as its name on the node that gets it."""
+    names = FleetNames([entry(A, B), entry(C, "", B, "c0")])
+    assert names.of(A) == ()
+    assert names.own_name(A) == ""
+    assert names.own_name(C) == f"{B}@c0"
+
+
 def test_a_node_goes_by_id_name_and_address() -> None:
     members = [FleetMember("abcdef01", "n0", "10.0.0.1"), FleetMember("abcdef02", "n1", "10.0.0.2")]
     nodes = NodeNames(members)

@@ -70,7 +70,8 @@ def checkpoint_labels(checkpoints: Sequence[CheckpointInfo]) -> dict[str, str]:
         if checkpoint.pinned and checkpoint.names and checkpoint.state == "resident"
     }
     largest = sorted(kept, key=lambda digest: (-kept[digest], digest))[:MOST_LABELS]
-    return {_PREFIX + digest[:_DIGITS]: size_class(kept[digest]) for digest in largest}
+    # A digest begins with "sha256:", and no label may have a colon.
+    return {_PREFIX + digest.removeprefix("sha256:")[:_DIGITS]: size_class(kept[digest]) for digest in largest}
 
 
 class NodeLabels:

@@ -31,9 +31,11 @@ class FleetNames:
             said = {entry.reference, entry.repository}
             if entry.repository:
                 said.add(f"{entry.repository}@{entry.commit}")
-            for name in said - {"", entry.name}:
-                self._names.setdefault(entry.name, set()).add(name)
-                self._checkpoints.setdefault(name, set()).add(entry.name)
+            # An agent may say anything: a name in the fleet stands for the bytes that it is of, and for no others.
+            for name in said - {""}:
+                if not is_fleet_name(name):
+                    self._names.setdefault(entry.name, set()).add(name)
+                    self._checkpoints.setdefault(name, set()).add(entry.name)
 
     def checkpoints(self) -> tuple[str, ...]:
         """All of them."""
