@@ -58,7 +58,12 @@ def make_tensor(memory: Memory | None, device: str, name: str, dtype: str, shape
     (these are not the bytes of such a tensor).
     """
     if (plain := _PLAIN.get(dtype)) is not None:
-        flat = frombuffer(memory, dtype=plain) if isinstance(memory, memoryview) else _raw(memory, device, plain)
+        try:
+            flat = frombuffer(memory, dtype=plain) if isinstance(memory, memoryview) else _raw(memory, device, plain)
+        except ValueError:
+            if not isinstance(memory, memoryview):
+                raise
+            raise odd(f"has a tensor {name[:200]!r} of {memory.nbytes} bytes, which are no {dtype}") from None
     elif dtype.startswith("GGML_"):  # blocks along the last dimension: their bytes, as the package gguf gives them
         flat, rows = _raw(memory, device, torch.uint8), prod(shape[:-1])
         shape = (*shape[:-1], flat.numel() // rows if rows else 0)
@@ -70,7 +75,10 @@ def make_tensor(memory: Memory | None, device: str, name: str, dtype: str, shape
     if flat.numel() != prod(shape):
         raise odd(f"has a tensor {name[:200]!r} of {flat.numel()} elements, which are not those of {list(shape)}")
     # In place: a view would be a second tensor. And torch parses numbers faster than a tuple of them.
-    return flat if len(shape) == 1 else flat.resize_(*shape) if shape else flat.resize_(())
+    try:
+        return flat if len(shape) == 1 else flat.resize_(*shape) if shape else flat.resize_(())
+    except RuntimeError:  # strides overflow, beside a 0; a view does not count them
+        return flat.view(shape)
 
 
 def strided(

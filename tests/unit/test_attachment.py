@@ -202,7 +202,7 @@ def test_tensors_are_made_without_rows_and_each_with_a_storage_of_its_own(
     assert costs[1] - costs[0] <= 2_000 * 150
 
 
-@pytest.mark.parametrize("shape", [(), (256,), (2, 128), (0, 4), (1, 1, 256, 1)])
+@pytest.mark.parametrize("shape", [(), (256,), (2, 128), (0, 4), (0, 2**62, 8), (1, 1, 256, 1)])
 @pytest.mark.parametrize("dtype", ["U8", "BF16", "F32"])
 def test_a_tensor_has_the_shape_and_bytes_of_its_row(shape: tuple[int, ...], dtype: str) -> None:
     size = math.prod(shape) * DTYPE_BITS[dtype] // 8
@@ -220,3 +220,8 @@ def test_bytes_that_are_not_those_of_the_shape_are_refused(shape: tuple[int, ...
         weightd.WeightdError, match=re.escape(f"tensor 't' of 256 elements, which are not those of {list(shape)}")
     ):
         make_tensor(memoryview(bytearray(256)), "cpu", "t", "U8", shape)
+
+
+def test_bytes_that_are_no_whole_elements_are_refused_by_name() -> None:
+    with pytest.raises(weightd.WeightdError, match="tensor 't' of 3 bytes, which are no F32"):
+        make_tensor(memoryview(bytearray(3)), "cpu", "t", "F32", (1,))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,13 +42,18 @@ class Answers:
 
     def ask(self, *frames: Frame) -> ReceivedDescriptors:
         """Attach, and be answered with `frames`."""
+        with contextlib.closing(self._connect(frames)) as connection:
+            return connection.attach(handles_pb2.AttachRequest(reference="m"))
+
+    def offer(self, *frames: Frame) -> None:
+        """Offer files, and be answered with `frames`."""
+        with contextlib.closing(self._connect(frames)) as connection:
+            connection.offer()
+
+    def _connect(self, frames: Iterable[Frame]) -> SocketClient:
         self._frames += frames
         self._thread.start()
-        connection = SocketClient(self.path, timeout=60)
-        try:
-            return connection.attach(handles_pb2.AttachRequest(reference="m"))
-        finally:
-            connection.close()
+        return SocketClient(self.path, timeout=60)
 
     def close(self) -> None:
         self._thread.join(60)
@@ -117,6 +123,19 @@ def test_a_handle_of_a_wrong_length_is_refused(length: int, answers: Answers) ->
 def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="without descriptors or handles"):
         answers.ask(attach(2, handles=[bytes(64)]), batch())
+
+
+def test_a_batch_that_lacks_the_descriptors_it_counts_is_refused(answers: Answers) -> None:
+    """Else such batches would be asked for without end."""
+    counted = handles_pb2.HandleReply(batch=handles_pb2.DescriptorBatch(descriptors=1))
+    with pytest.raises(ServerError, match="without descriptors or handles"):
+        answers.ask(attach(2), (counted, 0))
+
+
+def test_what_comes_with_a_refused_offer_is_closed(answers: Answers) -> None:
+    error = handles_pb2.HandleError(reason=DrainingError.reason, message="said so")
+    with pytest.raises(DrainingError, match="said so"):
+        answers.offer((handles_pb2.HandleReply(error=error), 2))
 
 
 @pytest.mark.parametrize(

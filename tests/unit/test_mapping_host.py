@@ -43,6 +43,24 @@ def mappings() -> int:
     return sum("memfd:segment" in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
+def noted_unmaps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Begin and end of everything that is unmapped from now on."""
+    unmapped = []
+
+    def noted(address: int, size: int) -> int:
+        unmapped.append((address, address + size))
+        return unmap(address, size)
+
+    monkeypatch.setattr(host, "unmap", noted)
+    return unmapped
+
+
+def assert_each_once(unmapped: list[tuple[int, int]]) -> None:
+    """By the second time the addresses may be somebody else's."""
+    unmapped.sort()
+    assert [end for _, end in unmapped[:-1]] == [start for start, _ in unmapped[1:]]
+
+
 def test_all_segments_lie_in_one_range_of_addresses(wanted: list[SegmentToMap]) -> None:
     segments = MappedHostSegments(wanted, Lease())
     places = sorted(segments.places().values())
@@ -80,23 +98,20 @@ def test_a_failure_leaves_neither_mappings_nor_reserved_addresses(wanted: list[S
     ("size", "why"), [(2 * PAGE, "lacks some of the"), (0, "without bytes"), (-PAGE, "without bytes")]
 )
 def test_a_segment_that_is_not_as_long_as_it_says_is_not_mapped(
-    wanted: list[SegmentToMap], size: int, why: str
+    wanted: list[SegmentToMap], size: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading it would kill the process."""
+    unmapped = noted_unmaps(monkeypatch)
     lying = wanted[0]._replace(size=size)
     with pytest.raises(ServerError, match=why):
         MappedHostSegments([wanted[1], lying], Lease())
     assert mappings() == 0
+    assert_each_once(unmapped)
 
 
 def test_what_a_failure_unmaps_is_unmapped_once(wanted: list[SegmentToMap], monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the second time the addresses may be somebody else's."""
-    unmapped, made = [], []
+    unmapped, made = noted_unmaps(monkeypatch), []
     make_buffer = host.HostMapping.buffer
-
-    def noted(address: int, size: int) -> int:
-        unmapped.append((address, address + size))
-        return unmap(address, size)
 
     def interrupted(mapping: host.HostMapping) -> memoryview:
         if len(made) == 3:
@@ -104,13 +119,11 @@ def test_what_a_failure_unmaps_is_unmapped_once(wanted: list[SegmentToMap], monk
         made.append(mapping.address)
         return make_buffer(mapping)
 
-    monkeypatch.setattr(host, "unmap", noted)
     monkeypatch.setattr(host.HostMapping, "buffer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         MappedHostSegments(wanted, Lease())
     assert mappings() == 0
-    unmapped.sort()
-    assert [end for _, end in unmapped[:-1]] == [start for start, _ in unmapped[1:]]
+    assert_each_once(unmapped)
 
 
 def test_reserved_addresses_are_aligned() -> None:

@@ -146,9 +146,9 @@ class MappedHostSegments:
                 assert isinstance(one.handle, int)  # `open_segments` has looked
                 for copy in range(one.copies):
                     mapping = map_segment(one.handle, one.size, lease, place)
+                    place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     if os.fstat(one.handle).st_size < one.size:  # reading past a file's end kills the process
                         raise ServerError(f"the daemon sent a segment that lacks some of the {one.size} bytes it says")
-                    place += _whole_pages(one.size)  # at once: what is mapped is unmapped by its mapping
                     self._ranges[one.segment, copy] = MappedRange(mapping.address, one.size, weakref.ref(mapping))
                     self._buffers[one.segment, copy] = mapping.buffer()
         except BaseException:

@@ -155,10 +155,10 @@ class SocketClient:
                 handles.extend(reply.handles)
                 lent = 2 if reply.lease_file else 1
                 while len(descriptors) + len(handles) < lent + len(reply.segments):
+                    before = len(descriptors) + len(handles)
                     ack = handles_pb2.HandleRequest(ack=handles_pb2.BatchAck())
-                    batch = self._ask(ack, "batch", descriptors).batch
-                    handles.extend(batch.handles)
-                    if not batch.descriptors and not batch.handles:
+                    handles.extend(self._ask(ack, "batch", descriptors).batch.handles)
+                    if len(descriptors) + len(handles) == before:
                         raise ServerError("the daemon sent a batch without descriptors or handles")
                 if len(descriptors) < lent or any(len(handle) != IPC_HANDLE_BYTES for handle in handles):
                     raise ServerError("the daemon sent no descriptor of the lease, or a handle of a wrong length")
@@ -175,15 +175,18 @@ class SocketClient:
     def offer(self) -> tuple[int, socket.socket]:
         """An intake to send file descriptors through, and its number."""
         descriptors: list[int] = []
-        with self._lock:
-            request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
-            number = self._ask(request, "offer", descriptors).offer.offer_id
-        if len(descriptors) == 1:
-            with suppress(OSError):  # it is no socket
-                return number, socket.socket(fileno=descriptors[0])
-        for descriptor in descriptors:
-            os.close(descriptor)
-        raise ServerError(f"the daemon's offer came with {len(descriptors)} descriptors, and not with its intake")
+        try:
+            with self._lock:
+                request = handles_pb2.HandleRequest(offer=handles_pb2.OfferRequest())
+                number = self._ask(request, "offer", descriptors).offer.offer_id
+            if len(descriptors) == 1:
+                with suppress(OSError):  # it is no socket
+                    return number, socket.socket(fileno=descriptors[0])
+            raise ServerError(f"the daemon's offer came with {len(descriptors)} descriptors, and not with its intake")
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
 
     def detach(self, lease: int) -> bool:
         """Say that a lease may have ended; True when it has. A forked child says nothing: it is not its socket.

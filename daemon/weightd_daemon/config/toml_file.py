@@ -61,10 +61,13 @@ class ConfigFile:
                 raise ConfigError(f"{path}: over {MOST_BYTES} bytes; not a configuration")
             text = raw.decode()
             self.values: dict[str, Any] = tomllib.loads(text)
+            repr(self.values)  # else an error that is to show one fails
         except OSError as error:
             raise TemporaryConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: is not TOML: {error}") from error
+        except ValueError as error:  # of Python's longest number; TOML's is shorter
+            raise ConfigError(f"{path}: is not TOML: a number has more than 64 bits") from error
         self._lines = text.splitlines()
 
     def where(self, key: str, number: int = 0, inner: str = "") -> str:
