@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING
 
 from .loader_process import LoadProcess, LoadProcessDiedError
@@ -27,14 +26,15 @@ class LoadProcessPool:
     def __init__(self, argv: Sequence[str], inherited: Sequence[int]) -> None:
         self._argv = argv
         self._inherited = inherited
-        self._idle: list[LoadProcess] = []
+        self._idle: dict[LoadProcess, asyncio.TimerHandle] = {}
+        """Each with the timer that ends it, unless it is lent again before."""
         self._alive: set[LoadProcess] = set()
-        self._retiring: set[asyncio.Task[None]] = set()
 
     async def acquire(self) -> LoadProcess:
         """A loader without a job: one that is idle, else a new one. Errors: those of `LoadProcess.spawn`."""
         while self._idle:
-            loader = self._idle.pop()
+            loader, retirement = self._idle.popitem()
+            retirement.cancel()
             if not loader.exited.done():
                 return loader
         loader = await LoadProcess.spawn(self._argv, self._inherited)
@@ -52,16 +52,14 @@ class LoadProcessPool:
         except (LoadProcessDiedError, TimeoutError):
             return False
         loader.forget_segments()
-        self._idle.append(loader)
-        task = asyncio.get_running_loop().create_task(self._retire(loader))
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        self._idle[loader] = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._retire, loader)
         return True
 
     async def dismiss_idle(self) -> bool:
         """End the loaders that wait for a job, for what they hold of a device. Returns whether there were any."""
-        idle, self._idle = self._idle, []
-        for loader in idle:
+        idle, self._idle = self._idle, {}
+        for loader, retirement in idle.items():
+            retirement.cancel()
             loader.kill()
         waiting = [loader.exited for loader in idle]
         if waiting:
@@ -75,13 +73,9 @@ class LoadProcessPool:
         waiting = [loader.exited for loader in self._alive]
         if waiting:
             await asyncio.wait(waiting, timeout=LEAVE_SECONDS)
-        for task in list(self._retiring):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        for retirement in self._idle.values():
+            retirement.cancel()
 
-    async def _retire(self, loader: LoadProcess) -> None:
-        await asyncio.sleep(IDLE_SECONDS)
-        if loader in self._idle:
-            self._idle.remove(loader)
-            loader.hang_up()
+    def _retire(self, loader: LoadProcess) -> None:
+        del self._idle[loader]
+        loader.hang_up()
