@@ -139,7 +139,8 @@ class Attachment:
         nothing is to be done. Errors: InvalidReferenceError (closed), ResourceLimitError, WeightdError (the kernel is
         older than Linux 5.14, or a page cannot be read).
         """
-        if self._opened.places() and self.kind == "host":
+        segments = self._opened  # for as long as this takes: another thread may close
+        if segments.places() and self.kind == "host":
             host.populate((address, length) for address, length, _ in self._by_address)
 
     def drop(self) -> None:

@@ -23,6 +23,7 @@ from support.background import background
 from support.content import content
 from support.daemon import Daemon, eventually
 from support.worker import Worker
+from weightd._libc import populate_read
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.handle_socket import SocketClient, feed
 from weightd.client import Client
@@ -226,6 +227,22 @@ def test_populate_maps_the_pages_of_the_tensors_that_are_attached(daemon: Daemon
             assert attachment.buffer("c") == checkpoints.random_bytes("c", 1 << 20)
     with client.attach("p", manifest_only=True, populate=True) as attachment:
         assert attachment.ranges() == []
+
+
+def test_pages_stay_mapped_while_they_are_populated(
+    daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread may close the attachment meanwhile: the addresses would be nobody's, or somebody else's."""
+    client = daemon.connect()
+    client.load(checkpoints.write_random(tmp_path / "p.safetensors", 1, 1 << 20), name="p")
+    attachment = client.attach("p")
+
+    def close_first(address: int, size: int) -> None:
+        attachment.close()
+        populate_read(address, size)
+
+    monkeypatch.setattr("weightd._mapping.host.populate_read", close_first)
+    attachment.populate()
 
 
 def test_an_attach_that_cannot_populate_leaves_no_lease(
