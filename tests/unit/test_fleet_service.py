@@ -172,6 +172,16 @@ def test_equal_nodes_are_told_apart_by_files_and_free_memory() -> None:
     assert [target.node for target in state.choose(made.name, 3).targets] == ["id0"]
 
 
+def test_questions_do_not_wait_for_a_node_that_has_left() -> None:
+    state = FleetState()
+    for number in range(2):
+        state.join(FleetMember(f"id{number}", f"n{number}", f"10.0.0.{number}"), "")
+    state.take("id0", inventory())
+    assert state.refilled_seconds is None
+    state.leave("id1")
+    assert state.refilled_seconds is not None
+
+
 def test_a_plan_keeps_what_is_resident_and_counts_memory_of_unknown_checkpoints() -> None:
     state = FleetState()
     one, two = manifest("a", "b", "c"), manifest("a", "b", "d")
