@@ -32,6 +32,7 @@ from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import TensorRow, WeightFile
 from weightd_fleet.publishing.publish import publish
 from weightd_fleet.publishing.state import PublishedState
+from weightd_fleet.service.fleet_service import AgentAccess, FleetService
 from weightd_fleet.service.fleet_state import FleetState
 from weightd_fleet.service.loading import MOST_FETCHES, FleetLoads
 from weightd_fleet.service.members import FleetMember
@@ -180,6 +181,16 @@ def test_questions_do_not_wait_for_a_node_that_has_left() -> None:
     assert state.refilled_seconds is None
     state.leave("id1")
     assert state.refilled_seconds is not None
+
+
+def test_a_drained_node_is_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalogue may not have heard yet that the agent is drained, as while it hashes what is new."""
+    monkeypatch.setattr(FleetLoads, "drain", lambda *_: None)
+    service = FleetService(AgentAccess(), "")
+    for number, serves in enumerate([(A, B), (B,)]):
+        service._state.join(FleetMember(f"id{number}", f"n{number}", f"10.0.0.{number}"), "")
+        service._state.take(f"id{number}", inventory(serves=serves))
+    assert service.drain("n0", 0).only_here == (A,)
 
 
 def test_a_plan_keeps_what_is_resident_and_counts_memory_of_unknown_checkpoints() -> None:
