@@ -20,6 +20,7 @@ from weightd.errors import DaemonBusyError, DaemonUnreachableError
 from weightd_fleet._proto.v1 import peer_pb2, peer_pb2_grpc
 from weightd_fleet.agent.addresses import AgentAddress
 from weightd_fleet.agent.peer import Peer
+from weightd_fleet.agent.requests import Fetched
 from weightd_fleet.agent.serving import ReadAdmission
 
 SIZE, ROWS = 3000, 4
@@ -98,6 +99,36 @@ def test_nodes_fill_from_each_other(digest: str, tmp_path: Path) -> None:
             held.set()
             assert blocked.result(60).moved_bytes == ROWS * SIZE
         assert [first, *moved] == [ROWS * SIZE] * nodes
+
+
+def test_fetches_for_clients_leave_an_agent_able_to_answer(digest: str, tmp_path: Path) -> None:
+    """A fetch may take hours, and each holds a thread of the server's while its client waits."""
+    go_on, begun, refused = threading.Event(), threading.Semaphore(0), threading.Semaphore(0)
+
+    def fetch(*_: Any) -> Fetched:
+        begun.release()
+        assert go_on.wait(60)
+        return Fetched(digest, "m", 0, 0, 0)
+
+    def ask(address: AgentAddress) -> bool:
+        order = peer_pb2.FetchRequest(name=digest, sources=["127.0.0.1:1"], sink=peer_pb2.SINK_MEMORY)
+        try:
+            with Peer(address, None) as peer:
+                return [event.result.digest for event in peer.fetch(order, 60.0)] == [digest]
+        except DaemonBusyError:
+            refused.release()
+            return False
+
+    with hostile_peer(tmp_path / "source", fetch=fetch) as (address, _), ThreadPoolExecutor(40) as pool:
+        asked = [pool.submit(ask, address) for _ in range(40)]
+        try:
+            assert all(begun.acquire(timeout=60) for _ in range(16))
+            with Peer(address, None) as peer:
+                assert [entry.name for entry in peer.inventory()] == [digest]
+            assert all(refused.acquire(timeout=60) for _ in range(24))
+        finally:
+            go_on.set()
+        assert sum(one.result(60) for one in asked) == 16
 
 
 def test_a_reader_that_does_not_read_is_cut_off(tmp_path: Path) -> None:

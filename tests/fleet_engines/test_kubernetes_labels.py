@@ -19,6 +19,8 @@ from weightd.errors import InvalidReferenceError
 pytest.importorskip("kmock")
 pytest.importorskip("kubernetes")
 
+import kubernetes.config
+
 from weightd_fleet.engines.kubernetes_labels import NodeError, NodeLabels
 from weightd_fleet.engines.kubernetes_node import KubernetesNode
 
@@ -71,6 +73,20 @@ def test_what_is_no_node_is_a_line(server: ApiServer, answer: object) -> None:
     server.kmock["get"] << answer
     with pytest.raises(NodeError, match=r"^node n0: the API server('s answer is no node| answers Unsupported)"):
         KubernetesNode("n0").labels()
+
+
+def test_a_token_that_is_gone_is_a_line(server: ApiServer) -> None:
+    """The package reads it again every minute, in the middle of a request."""
+    node = KubernetesNode("n0")
+
+    def empty(_: object) -> None:
+        raise kubernetes.config.ConfigException("Token file exists but empty.")
+
+    configuration = node._api.api_client.configuration
+    configuration.api_key["BearerToken"] = "bearer t"
+    configuration.refresh_api_key_hook = empty
+    with pytest.raises(NodeError, match=r"^node n0: its token cannot be read: Token file exists but empty\.$"):
+        node.labels()
 
 
 def test_no_server_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

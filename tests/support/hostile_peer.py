@@ -37,12 +37,16 @@ class HostilePeer(PeerService):
 
 @contextlib.contextmanager
 def hostile_peer(
-    state: Path, distort: Distort | None = None, manifest: Distort | None = None, readers: int = 16
+    state: Path,
+    distort: Distort | None = None,
+    manifest: Distort | None = None,
+    readers: int = 16,
+    fetch: Callable[..., Any] = lambda *_: None,  # never asked to fetch
 ) -> Iterator[tuple[AgentAddress, HostilePeer]]:
     """A peer that serves published files, until the end of the block."""
     with fetching_node(NodeSettings(str(state), str(NO_DAEMON))) as node:
         blobs = ServedBlobs(node.state, node.resident)
-        service = HostilePeer(blobs, ReadAdmission(readers), lambda *_: None, secure=False)  # type: ignore[arg-type,return-value]  # never asked to fetch
+        service = HostilePeer(blobs, ReadAdmission(readers), fetch, secure=False)
         service.distort, service.distort_manifest = distort, manifest
         server, address = serve(service, AgentAddress("127.0.0.1", 0), None)
         try:

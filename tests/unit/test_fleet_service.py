@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
@@ -29,7 +32,9 @@ from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import TensorRow, WeightFile
 from weightd_fleet.publishing.publish import publish
 from weightd_fleet.publishing.state import PublishedState
+from weightd_fleet.service.fleet_service import AgentAccess, FleetService
 from weightd_fleet.service.fleet_state import FleetState
+from weightd_fleet.service.loading import MOST_FETCHES, FleetLoads
 from weightd_fleet.service.members import FleetMember
 from weightd_fleet.service.references import FleetNames, NodeNames
 
@@ -168,6 +173,26 @@ def test_equal_nodes_are_told_apart_by_files_and_free_memory() -> None:
     assert [target.node for target in state.choose(made.name, 3).targets] == ["id0"]
 
 
+def test_questions_do_not_wait_for_a_node_that_has_left() -> None:
+    state = FleetState()
+    for number in range(2):
+        state.join(FleetMember(f"id{number}", f"n{number}", f"10.0.0.{number}"), "")
+    state.take("id0", inventory())
+    assert state.refilled_seconds is None
+    state.leave("id1")
+    assert state.refilled_seconds is not None
+
+
+def test_a_drained_node_is_no_other_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalogue may not have heard yet that the agent is drained, as while it hashes what is new."""
+    monkeypatch.setattr(FleetLoads, "drain", lambda *_: None)
+    service = FleetService(AgentAccess(), "")
+    for number, serves in enumerate([(A, B), (B,)]):
+        service._state.join(FleetMember(f"id{number}", f"n{number}", f"10.0.0.{number}"), "")
+        service._state.take(f"id{number}", inventory(serves=serves))
+    assert service.drain("n0", 0).only_here == (A,)
+
+
 def test_a_plan_keeps_what_is_resident_and_counts_memory_of_unknown_checkpoints() -> None:
     state = FleetState()
     one, two = manifest("a", "b", "c"), manifest("a", "b", "d")
@@ -186,6 +211,39 @@ def test_a_plan_keeps_what_is_resident_and_counts_memory_of_unknown_checkpoints(
     plan = state.plan({one.name: 1, two.name: 1})
     assert [one.device for one in plan.replicas] == ["id0/host", "id1/host"]
     assert [left.replicas for _, left in state.plan({one.name: 3}).left_over] == [1]
+
+
+def test_loads_at_once_take_turns_at_a_node() -> None:
+    go_on, begun = threading.Event(), threading.Semaphore(0)
+
+    class Agent:
+        """It fetches when it is told to go on."""
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def fetch(self, *_: object) -> Iterator[peer_pb2.FetchEvent]:
+            begun.release()
+            assert go_on.wait(60)
+            yield peer_pb2.FetchEvent(result=peer_pb2.FetchResult(moved_bytes=1))
+
+    state = FleetState()
+    state.join(FleetMember("id0", "n0", "10.0.0.1"), "10.0.0.1:7411")
+    resident = ResidentCheckpoint(A, pinned=False, firm=False)
+    state.take("id0", inventory(resident, serves=(A,)))
+    loads = FleetLoads(state, lambda _: Agent())  # type: ignore[arg-type,return-value]
+    with ThreadPoolExecutor(20) as pool:
+        asked = [pool.submit(loads.load, A, A, state.nodes(), 1, pin=False) for _ in range(20)]
+        try:
+            assert all(begun.acquire(timeout=60) for _ in range(MOST_FETCHES))
+            assert not begun.acquire(timeout=0.3)
+        finally:
+            go_on.set()
+        assert [one.result(60).nodes for one in asked] == [("id0",)] * 20
+    assert (loads.transfers, loads.moved_bytes) == (0, 20)
 
 
 def test_the_front_door_asks_in_plain_values() -> None:

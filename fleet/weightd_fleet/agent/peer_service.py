@@ -35,7 +35,8 @@ _CLIENTS: Final = ("client",)
 _WATCH_SECONDS: Final = 1.0
 READ_SECONDS: Final = 600.0
 """How long a read may take: a call asks for 256 MiB, or for one row."""
-_THREADS: Final = 32
+_THREADS: Final = 48
+"""At most 16 readers, 8 followers of the inventory and 16 fetches for clients, and some for calls that end at once."""
 _SINKS: Final = {peer_pb2.SINK_FILES: "files", peer_pb2.SINK_MEMORY: "memory"}
 
 
@@ -147,7 +148,8 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
 
         def work() -> None:
             try:
-                result = self._fetch(order, advance)
+                with self._reads.fetching():  # here: who leaves does not end it
+                    result = self._fetch(order, advance)
                 events.put(peer_pb2.FetchEvent(result=peer_pb2.FetchResult(**result._asdict())))
             except Exception as error:  # noqa: BLE001  # raised in the call's thread
                 events.put(error)

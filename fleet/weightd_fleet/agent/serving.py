@@ -46,12 +46,14 @@ class ServedCheckpoint(NamedTuple):
 class ReadAdmission:
     """Admits at most `most` reads at once, and remembers for each checkpoint who has read it and serves it now.
 
-    Of those who follow the inventory it admits `watchers`.
+    Of those who follow the inventory it admits `watchers`, and of those who have this node fetch `fetches`.
     """
 
-    def __init__(self, most: int, watchers: int = 8) -> None:
+    def __init__(self, most: int, watchers: int = 8, fetches: int = 16) -> None:
         self._most = most
         self._watchers = threading.BoundedSemaphore(watchers)
+        self._most_fetches = fetches
+        self._fetches = threading.BoundedSemaphore(fetches)
         self._lock = threading.Lock()
         self._reading = 0
         self._readers: OrderedDict[str, list[AgentAddress]] = OrderedDict()
@@ -84,6 +86,16 @@ class ReadAdmission:
             yield
         finally:
             self._watchers.release()
+
+    @contextlib.contextmanager
+    def fetching(self) -> Iterator[None]:
+        """Around a fetch for a client. Errors: PeerBusyError."""
+        if not self._fetches.acquire(blocking=False):
+            raise PeerBusyError(f"{self._most_fetches} fetches are under way here, and no more may be; try again")
+        try:
+            yield
+        finally:
+            self._fetches.release()
 
     def _remember(self, name: str, reader: AgentAddress) -> None:
         with self._lock:

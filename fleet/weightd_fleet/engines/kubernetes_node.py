@@ -69,6 +69,8 @@ class KubernetesNode:
             # Of an answer that cannot be read and of a certificate that is not trusted, the status is 0.
             answer = _line(error.reason) if error.status == 0 else f"{error.status} {_line(error.reason)}"
             raise NodeError(f"node {self._name}: the API server answers {answer}") from error
+        except kubernetes.config.ConfigException as error:  # the token is read again now and then
+            raise NodeError(f"node {self._name}: its token cannot be read: {_line(error)}") from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise NodeError(f"node {self._name}: no answer of the API server: {_line(error)}") from error
         except (AttributeError, TypeError, ValueError) as error:

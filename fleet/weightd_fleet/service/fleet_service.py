@@ -196,7 +196,9 @@ class FleetService:
                 without = {leaving.node, *others}
                 copied.append(self._load_best(reference, checkpoint, (), lacking, pin=pinned, without=without))
         self._loads.drain(leaving)
-        only_here = tuple(self._state.name_of(one) for one in leaving.serves if not self._state.servers(one))
+        only_here = tuple(
+            self._state.name_of(one) for one in leaving.serves if self._state.servers(one).keys() <= {leaving.node}
+        )
         return DrainReport(leaving.node, leaving.name, tuple(copied), only_here)
 
     # -- parts of these ----------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ class FleetState:
         with self._changed:
             self._update(node, None, "")
             self._nodes.pop(node, None)
+            self._note_refill()
 
     def lose(self, node: str, problem: str) -> None:
         """Note that a node's agent does not answer: nothing is known of its memory then."""
@@ -134,6 +135,9 @@ class FleetState:
     def _settle(self, node: str) -> None:
         if record := self._nodes.get(node):
             record.settled = True
+        self._note_refill()
+
+    def _note_refill(self) -> None:
         if self.refilled_seconds is None and self._nodes and all(one.settled for one in self._nodes.values()):
             self.refilled_seconds = time.monotonic() - self._begun
         self._changed.notify_all()

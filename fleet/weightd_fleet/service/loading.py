@@ -39,6 +39,8 @@ _SEEN_SECONDS: Final = 10.0
 """How long a load waits for the target's agent to tell what is resident now."""
 _MOST_REPLICAS: Final = 32
 """How many replicas of a load are fetched at once."""
+MOST_FETCHES: Final = 8
+"""How many fetches one node does at once; an agent refuses more than twice as many."""
 _OF_THE_TARGET: Final = (CapacityError, DaemonUnreachableError, ResourceLimitError)
 """Errors after which another target is tried."""
 
@@ -52,6 +54,8 @@ class FleetLoads:
         self._lock = threading.Lock()
         self._readers: Counter[str] = Counter()
         """Fetches by the node that they read from first."""
+        self._turns: dict[str, threading.Semaphore] = {}
+        """What lets MOST_FETCHES fetch at once, by the node that fetches."""
         self._running: dict[str, list[Peer]] = {}
         """Connections of fetches by the node that fetches."""
         self.moved_bytes = 0
@@ -115,7 +119,7 @@ class FleetLoads:
     def _fetch(self, reference: str, checkpoint: str, target: FleetNode, *, pin: bool) -> LoadedReplica:
         began = time.monotonic()
         name = self._state.name_of(checkpoint) if reference == checkpoint else reference
-        with self._reading(checkpoint, target.node) as sources:
+        with self._turn(target.node), self._reading(checkpoint, target.node) as sources:
             request = peer_pb2.FetchRequest(
                 name=checkpoint,
                 sources=sources,
@@ -160,6 +164,10 @@ class FleetLoads:
         finally:
             with self._lock:
                 self._readers[first] -= 1
+
+    def _turn(self, node: str) -> threading.Semaphore:
+        with self._lock:
+            return self._turns.setdefault(node, threading.Semaphore(MOST_FETCHES))
 
     @contextlib.contextmanager
     def _running_on(self, node: str, peer: Peer) -> Iterator[None]:
