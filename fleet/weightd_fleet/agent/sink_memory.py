@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import struct
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -37,6 +38,9 @@ PART_BYTES: Final = 2 << 30
 """Most bytes of a part with more than one tensor."""
 _TWINS_BELOW: Final = 64 << 10
 """Equal tensors below this length are stored once per name, as in a load (decision 0005)."""
+
+_one_part = threading.Lock()
+"""Held while a part is in this process's memory: several fetches have one at a time, which limits count on."""
 
 
 class MemorySink:
@@ -89,7 +93,7 @@ class MemorySink:
     def take(self, batch: dict[bytes, int], blobs: BlobReader) -> None:
         """Load a part."""
         tensors = [(digest, length) for digest, length in batch.items() for _ in range(max(1, self._copies[digest]))]
-        with _memory() as descriptor:
+        with _one_part, _memory() as descriptor:
             offset = _write(descriptor, _header([length for _, length in tensors]), 0)
             for digest, length in tensors:
                 copy_checked(blobs.pieces(digest), digest, length, _Writer(descriptor, offset))
