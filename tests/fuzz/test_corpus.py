@@ -40,7 +40,7 @@ def test_an_input_is_refused_clearly_or_right_and_leaves_nothing(target: str) ->
     before = counted(), len(gc.get_objects())
     assert run(target) == errors, "another outcome the second time"
     gc.collect()
-    assert counted() == before[0], "descriptors are left open"
+    assert counted() <= before[0], "descriptors are left open"  # others may have been collected
     assert len(gc.get_objects()) - before[1] < _LEFT_OBJECTS
     assert any(errors)
 

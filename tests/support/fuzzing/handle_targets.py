@@ -207,8 +207,9 @@ def read_manifest(data: bytes) -> int:
     _fused.views(manifest.views, tensors, attached, {})
     for info in tensors[:1]:
         assert manifest.select([info.component], [])
-        assert info in manifest.select([], [TensorKey(info.component, info.name)])
-    for info in tensors:
+        assert info in manifest.rows(manifest.select([], [TensorKey(info.component, info.name)]))
+    for number, info in enumerate(tensors):
+        assert info == manifest.row(number)
         assert not info.length or info.offset + info.length <= manifest.segment_bytes[info.segment]
     return len(tensors)
 
