@@ -122,18 +122,21 @@ class Fleet:
 
     def nodes(self) -> tuple[FleetNode, ...]:
         """The nodes that Ray counts as alive, and what their agents say, by name."""
-        return self._ask("nodes")  # type: ignore[no-any-return]  # what the catalogue's method returns
+        answer: tuple[FleetNode, ...] = self._ask("nodes")
+        return answer
 
     def checkpoints(self) -> tuple[FleetCheckpoint, ...]:
         """The checkpoints that live nodes have, by their names."""
-        return self._ask("checkpoints")  # type: ignore[no-any-return]
+        answer: tuple[FleetCheckpoint, ...] = self._ask("checkpoints")
+        return answer
 
     def place(self, reference: str, replicas: int = 1) -> Placement:
         """Choose nodes for replicas of a checkpoint: where the fewest bytes are missing, then where most is free.
 
         Nodes that have it count, and come first. Nothing is moved or reserved.
         """
-        return self._ask("place", reference, replicas)  # type: ignore[no-any-return]
+        answer: Placement = self._ask("place", reference, replicas)
+        return answer
 
     def load(
         self,
@@ -152,14 +155,16 @@ class Fleet:
         Errors: CapacityError (no more nodes have room; replicas that were loaded stay), and those of a fetch.
         """
         named = (on,) if isinstance(on, str) else on
-        return self._ask("load", reference, named, replicas, pin)  # type: ignore[no-any-return]
+        answer: LoadReport = self._ask("load", reference, named, replicas, pin)
+        return answer
 
     def plan(self, references: Iterable[str], replicas: int = 1) -> ReplicaPlan:
         """Plan where checkpoints go together, so that few bytes are held twice. Nothing is moved or reserved.
 
         Pinned and leased checkpoints stay where they are, others may be evicted for it.
         """
-        return self._ask("plan", tuple(references), replicas)  # type: ignore[no-any-return]
+        answer: ReplicaPlan = self._ask("plan", tuple(references), replicas)
+        return answer
 
     def apply(self, spec: Iterable[WantedCheckpoint | Mapping[str, Any] | str]) -> AppliedSpec:
         """Make the fleet have what is wanted: load, and pin, what is missing. Nothing is removed, unpinned or moved.
@@ -167,7 +172,8 @@ class Fleet:
         An item is a WantedCheckpoint, a mapping with its fields, or a reference. Whatever finds no place is reported,
         and is no error.
         """
-        return self._ask("apply", _wanted(spec))  # type: ignore[no-any-return]
+        answer: AppliedSpec = self._ask("apply", _wanted(spec))
+        return answer
 
     def drain(self, node: str, keep_replicas: int = 1) -> DrainReport:
         """Copy from a node what fewer than `keep_replicas` others hold in memory, then end its agent's service.
@@ -175,11 +181,13 @@ class Fleet:
         With 0 nothing is copied. Its daemon, and whoever is attached to it, go on. Errors: CapacityError (a copy finds
         no place; the node serves on).
         """
-        return self._ask("drain", node, keep_replicas)  # type: ignore[no-any-return]
+        answer: DrainReport = self._ask("drain", node, keep_replicas)
+        return answer
 
     def stats(self) -> FleetStats:
         """Figures of the fleet and of its catalogue."""
-        return self._ask("stats")  # type: ignore[no-any-return]
+        answer: FleetStats = self._ask("stats")
+        return answer
 
 
 def _wanted(spec: Iterable[WantedCheckpoint | Mapping[str, Any] | str]) -> tuple[WantedCheckpoint, ...]:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
 
-import check  # noqa: E402
+import check  # noqa: E402  # bench is on the path since the line before
 import suite  # noqa: E402
 from _results import Comparison, Report, latest, read, turns  # noqa: E402
 

@@ -234,7 +234,7 @@ def test_loads_at_once_take_turns_at_a_node() -> None:
     state.join(FleetMember("id0", "n0", "10.0.0.1"), "10.0.0.1:7411")
     resident = ResidentCheckpoint(A, pinned=False, firm=False)
     state.take("id0", inventory(resident, serves=(A,)))
-    loads = FleetLoads(state, lambda _: Agent())  # type: ignore[arg-type,return-value]
+    loads = FleetLoads(state, lambda _: Agent())  # type: ignore[arg-type,return-value]  # enough of both
     with ThreadPoolExecutor(20) as pool:
         asked = [pool.submit(loads.load, A, A, state.nodes(), 1, pin=False) for _ in range(20)]
         try:

@@ -49,7 +49,8 @@ def test_fetches_at_once_have_one_part_in_memory() -> None:
     row = SimpleNamespace(digest=digest, length=len(BYTES), counts=True)
     manifest: Any = SimpleNamespace(tensors=[row], files=[], name="b3:0")
     with ThreadPoolExecutor(4) as threads:
-        sinks = [MemorySink(manifest, client, set(), f"c{number}", pin=False) for number in range(4)]  # type: ignore[arg-type]
+        held: Any = set()
+        sinks = [MemorySink(manifest, client, held, f"c{number}", pin=False) for number in range(4)]
         blobs: Any = Blobs()
         list(threads.map(lambda sink: sink.take({digest: len(BYTES)}, blobs), sinks))
     assert client.most == 1

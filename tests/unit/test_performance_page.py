@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
 
-import suite  # noqa: E402
+import suite  # noqa: E402  # bench is on the path since the line before
 from _page import BLOCK, NOT_MEASURED, PAGES, digest, figure, homeless, picture, renewed  # noqa: E402
 from _results import FOLDER, Comparison, Part, latest, read, to_json  # noqa: E402
 

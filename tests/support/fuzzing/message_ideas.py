@@ -175,8 +175,8 @@ def manifests() -> Ideas:
     ):
         yield HostileInput(
             f"{field}_short", changed(lambda m, f=field: getattr(m, f).pop()), f"{field} lacks its last row"
-        )  # type: ignore[misc]
-        yield HostileInput(f"{field}_none", changed(lambda m, f=field: m.ClearField(f)), f"there are no {field}")  # type: ignore[misc]
+        )  # type: ignore[misc]  # a lambda with defaults
+        yield HostileInput(f"{field}_none", changed(lambda m, f=field: m.ClearField(f)), f"there are no {field}")  # type: ignore[misc]  # a lambda with defaults
     for field, odd in {
         "file_indices": (1, 2**32 - 1), "dtypes": (0, 999), "ranks": (0, 3, 2**32 - 1), "dimensions": (-1, 2**63 - 1),
         "segments": (1, 2**32 - 1), "offsets": (-1, 4000, 2**63 - 1), "lengths": (-1, 5000, 2**63 - 1),
@@ -184,7 +184,7 @@ def manifests() -> Ideas:
         for number in odd:
             yield HostileInput(
                 f"{field}_{number}".replace("-", "minus_"),
-                changed(lambda m, f=field, n=number: getattr(m, f).__setitem__(0, n)),  # type: ignore[misc]
+                changed(lambda m, f=field, n=number: getattr(m, f).__setitem__(0, n)),  # type: ignore[misc]  # a lambda with defaults
                 f"the first of {field} is {number}",
             )
     changes: dict[str, Callable[[Any], object]] = {
