@@ -171,7 +171,7 @@ fuzz: $(FUZZ_VENV)/.installed ## fuzz what reads hostile bytes, guided by covera
 	@echo "fuzz: support.fuzzing, $(SECONDS) s for each of $(or $(TARGET),all targets)"
 	@PYTHONPATH=client:daemon:fleet:tests $(FUZZ_VENV)/bin/python -m support.fuzzing --seconds $(SECONDS) $(TARGET)
 
-coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (half an hour)
+coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (takes long)
 	@echo "coverage: pytest of $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))"
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m coverage run -m pytest -q $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))
@@ -192,7 +192,7 @@ types: $(VENV)/.installed ## check types
 	@echo "types: mypy"
 	@$(BIN)/mypy
 
-bench: $(PEERS_VENV)/.installed ## measure weightd beside its peers, write docs/performance.md (ten minutes)
+bench: $(PEERS_VENV)/.installed ## measure weightd beside its peers, write docs/performance.md (a quarter of an hour at most)
 	@echo "bench: bench/suite.py, bench/page.py"
 	@$(PEERS_VENV)/bin/python bench/suite.py $(BENCH_ARGS)
 	@$(PEERS_VENV)/bin/python bench/page.py

@@ -3,7 +3,7 @@
     .venv-peers/bin/python bench/suite.py [--parts peers,attach,...] [--quick] [--results bench/results]
 
 A part is a script of this folder, which writes DATE-PART.json. One that fails or takes longer than its limit costs
-only itself: the others run, and the suite ends with 1. In all it takes ten minutes on two cores, fifteen at most.
+only itself: the others run, and the suite ends with 1. In all it takes fifteen minutes at most.
 `--quick` takes three rounds of each comparison, of the same sizes, so that its ratios can be compared with those of a
 whole run.
 """
