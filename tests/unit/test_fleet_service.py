@@ -76,6 +76,7 @@ def hostile(**fields: Any) -> peer_pb2.Inventory:
         (peer_pb2.Inventory(entries=[peer_pb2.InventoryEntry(name=A, total_bytes=1 << 62)]), "a name or a size"),
         (hostile(checkpoints=[peer_pb2.ResidentCheckpoint(name="b3:A")]), "a name or a size"),
         (hostile(budget_bytes=2**64 - 1), "a name or a size"),
+        (hostile(page_bytes=(1 << 30) + 1), "a name or a size"),
         (peer_pb2.Inventory(devices=[peer_pb2.DeviceInventory(device="host")] * 2), "names a device twice"),
         (peer_pb2.Inventory(devices=[peer_pb2.DeviceInventory(device=f"d{n}") for n in range(65)]), "over the limit"),
         (peer_pb2.Inventory(entries=[peer_pb2.InventoryEntry(name=A)] * 100_001), "over the limit"),

@@ -20,6 +20,8 @@ MAX_ENTRIES: Final = 100_000
 _MAX_DEVICES: Final = 64
 _MAX_TEXT: Final = 4096
 _MAX_BYTES: Final = 1 << 60
+_MAX_PAGE_BYTES: Final = 1 << 30
+"""The largest pages there are. Books multiply them by the segments of a checkpoint, in 64 bits."""
 
 
 class ServableCheckpoint(NamedTuple):
@@ -89,8 +91,9 @@ def decode(message: Any, peer: AgentAddress) -> NodeInventory:
         raise FormatError(f"peer {peer}: lists {max(counts)} checkpoints on {len(devices)} devices, over the limit")
     names = [entry.name for entry in message.entries] + [one.name for each in devices for one in each.checkpoints]
     sizes = [entry.total_bytes for entry in message.entries]
-    sizes += [n for d in devices for n in (d.budget_bytes, d.used_bytes, d.firm_bytes, d.page_bytes)]
-    if not all(map(is_fleet_name, names)) or max(sizes, default=0) > _MAX_BYTES:
+    sizes += [n for d in devices for n in (d.budget_bytes, d.used_bytes, d.firm_bytes)]
+    largest_page = max((device.page_bytes for device in devices), default=0)
+    if not all(map(is_fleet_name, names)) or max(sizes, default=0) > _MAX_BYTES or largest_page > _MAX_PAGE_BYTES:
         raise FormatError(f"peer {peer}: sends an inventory with a name or a size that cannot be")
     if len({device.device for device in devices}) < len(devices):
         raise FormatError(f"peer {peer}: sends an inventory that names a device twice")
