@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import gc
 import mmap
 import os
 import resource
@@ -119,6 +120,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     if on_gpu:
         with cuda_driver.on_device(0):  # the driver opens what it keeps open
             pass
+    gc.collect()  # or descriptors of earlier tests would be closed meanwhile
     before = counted()
     with DEVICES[request.param]() as made:
         yield made
