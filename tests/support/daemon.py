@@ -17,6 +17,7 @@ from pathlib import Path
 
 import weightd
 from support.backends import HOST, Backend
+from support.children import children
 from support.descriptors import counted
 from support.leash import leashed
 from support.manager import Manager
@@ -162,18 +163,11 @@ class Daemon:
 
     def loaders(self) -> list[int]:
         """Process ids of its loaders."""
-        return [pid for pid in self._children() if not _is_holder(pid)]
+        return [pid for pid in children(self.pid) if not _is_holder(pid)]
 
     def holders(self) -> list[int]:
         """Process ids of the processes that hold memory shared by CUDA IPC."""
-        return [pid for pid in self._children() if _is_holder(pid)]
-
-    def _children(self) -> list[int]:
-        found = []  # of all threads: a holder is a child of its device's
-        for path in Path(f"/proc/{self.pid}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found += [int(pid) for pid in path.read_text().split()]
-        return found
+        return [pid for pid in children(self.pid) if _is_holder(pid)]
 
     def wait_for_loader(self) -> int:
         """The pid of a loader, as soon as there is one."""
