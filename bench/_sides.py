@@ -125,6 +125,7 @@ def forget(daemon: Daemon) -> None:
 def make_cold(path: Path) -> None:
     """Drop a file, which nobody maps, from the page cache, and make sure that it is gone."""
     with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())  # what is not written yet stays
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size = path.stat().st_size
         for probe in range(_PROBES):

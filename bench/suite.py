@@ -32,19 +32,19 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "40", "--fresh", "2", "--few", "5"), 90),
-    "peers": Part("peers.py", limit=190),
-    "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--rounds", "5", "--seconds", "20"), 120),
-    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 90),
-    "known": Part("known.py", limit=70),
-    "memory": Part("memory.py", ("--rounds", "2"), 90),
-    "forward": Part("forward.py", limit=70),
-    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 40),
-    "clients": Part("clients.py", ("--attached", "500", "--seconds-each", "1")),
+    "attach": Part("attach.py", ("--large", "1GiB", "--rounds", "40", "--fresh", "2", "--few", "5"), 80),
+    "peers": Part("peers.py", limit=160),
+    "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--seconds", "40"), 200),
+    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0", "--rounds", "6"), 70),
+    "known": Part("known.py", limit=60),
+    "memory": Part("memory.py", ("--rounds", "2"), 80),
+    "forward": Part("forward.py", limit=50),
+    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 30),
+    "clients": Part("clients.py", ("--seconds-each", "1"), 100),
     "scale": Part(
         "scale.py",
         ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
-        80,
+        70,
     ),
 }
 MOST_SECONDS = 900
