@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -21,6 +22,8 @@ HERE = Path(__file__).resolve().parent
 NEXT_SAFETENSORS = Path(sys.prefix) / "safetensors-next"
 """Where the Makefile puts the next safetensors in the environment of the peers."""
 _PROBES = 64
+_PATIENCE = 10.0
+"""Seconds."""
 
 
 class Way(NamedTuple):
@@ -124,17 +127,27 @@ def forget(daemon: Daemon) -> None:
 
 def make_cold(path: Path) -> None:
     """Drop a file, which nobody maps, from the page cache, and make sure that it is gone."""
+    end = time.monotonic() + _PATIENCE
     with path.open("rb", buffering=0) as file:
         os.fsync(file.fileno())  # what is not written yet stays
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        size = path.stat().st_size
-        for probe in range(_PROBES):
-            try:
-                os.preadv(file.fileno(), [bytearray(1)], size // _PROBES * probe, os.RWF_NOWAIT)
-            except BlockingIOError:
-                continue
-            raise SystemExit(f"{path.name} is still in the page cache, at {probe} of {_PROBES} places looked at")
+        # Pages that are being read, or that a process which ends has mapped, stay at first.
+        while (cached := _cached(file.fileno())) is not None:
+            if time.monotonic() > end:
+                raise SystemExit(f"{path.name} is still in the page cache, at place {cached} of {_PROBES}")
+            time.sleep(0.05)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what looking may have brought
+
+
+def _cached(descriptor: int) -> int | None:
+    """The first of several places of a file that is in the page cache; None where none is."""
+    step = os.fstat(descriptor).st_size // _PROBES
+    for place in range(_PROBES):
+        with contextlib.suppress(BlockingIOError):
+            os.preadv(descriptor, [bytearray(1)], step * place, os.RWF_NOWAIT)
+            return place
+    return None
 
 
 def make_warm(path: Path) -> None:
