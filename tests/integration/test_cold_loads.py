@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,15 +47,23 @@ def make_cold(paths: list[Path]) -> None:
     for path in paths:
         with path.open("rb", buffering=0) as file:
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            try:
-                os.preadv(file.fileno(), [bytearray(1)], path.stat().st_size // 2, os.RWF_NOWAIT)
-            except BlockingIOError:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what the look may have brought
-                continue
-            except OSError as error:
-                pytest.skip(f"NOT TESTED: whether files are cached cannot be asked: {error.strerror}")
-            pytest.skip("NOT TESTED: files of the temporary folder cannot be dropped from the page cache")
+            deadline = time.monotonic() + 5
+            while is_cached(file.fileno()):  # pages that the kernel has in hand stay at first
+                if time.monotonic() > deadline:
+                    pytest.skip("NOT TESTED: files of the temporary folder cannot be dropped from the page cache")
+                time.sleep(0.02)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what the look may have brought
+
+
+def is_cached(descriptor: int) -> bool:
+    """Drop a file from the page cache, and see whether it is still there."""
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        return bool(os.preadv(descriptor, [bytearray(1)], os.fstat(descriptor).st_size // 2, os.RWF_NOWAIT))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        pytest.skip(f"NOT TESTED: whether files are cached cannot be asked: {error.strerror}")
 
 
 def read_from_storage(*pids: int) -> int:

@@ -42,16 +42,20 @@ def using(folder: Path, steps: Callable[[PersistentDigestIndex], Awaitable[None]
     asyncio.run(run())
 
 
+async def known(index: PersistentDigestIndex, identity: FileIdentity) -> list[LoadedInstance]:
+    return (await index.get([identity])).get(identity, [])
+
+
 async def remember(index: PersistentDigestIndex) -> None:
-    await index.put(FILE, INSTANCES)
+    await index.put({FILE: INSTANCES})
 
 
 async def is_known(index: PersistentDigestIndex) -> None:
-    assert await index.get(FILE) == INSTANCES
+    assert await known(index, FILE) == INSTANCES
 
 
 async def is_unknown(index: PersistentDigestIndex) -> None:
-    assert await index.get(FILE) == []
+    assert await known(index, FILE) == []
 
 
 def test_what_was_put_is_got_also_by_another_connection_of_the_epoch(tmp_path: Path) -> None:
@@ -64,7 +68,7 @@ def test_what_was_put_is_got_also_by_another_connection_of_the_epoch(tmp_path: P
 def test_a_file_that_differs_in_anything_is_another(tmp_path: Path, field: str) -> None:
     async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
-        assert await index.get(FILE._replace(**{field: getattr(FILE, field) + 1})) == []
+        assert await known(index, FILE._replace(**{field: getattr(FILE, field) + 1})) == []
         await is_known(index)
 
     using(tmp_path, steps)
@@ -74,8 +78,8 @@ def test_numbers_of_64_bits_without_sign_are_kept(tmp_path: Path) -> None:
     huge = FILE._replace(device=(1 << 64) - 1, inode=1 << 63)
 
     async def steps(index: PersistentDigestIndex) -> None:
-        await index.put(huge, INSTANCES)
-        assert await index.get(huge) == INSTANCES
+        await index.put({huge: INSTANCES})
+        assert await known(index, huge) == INSTANCES
 
     using(tmp_path, steps)
 
@@ -83,8 +87,8 @@ def test_numbers_of_64_bits_without_sign_are_kept(tmp_path: Path) -> None:
 def test_the_last_word_counts(tmp_path: Path) -> None:
     async def steps(index: PersistentDigestIndex) -> None:
         await remember(index)
-        await index.put(FILE, INSTANCES[:1])
-        assert await index.get(FILE) == INSTANCES[:1]
+        await index.put({FILE: INSTANCES[:1]})
+        assert await known(index, FILE) == INSTANCES[:1]
 
     using(tmp_path, steps)
 
@@ -199,12 +203,29 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(tmp_path / "state").st_mode) == 0o700
 
 
+def test_the_files_of_a_load_are_put_in_one_transaction(tmp_path: Path) -> None:
+    files = [FILE._replace(inode=inode) for inode in range(300)]
+
+    def changes() -> int:
+        """How often sqlite has changed the file, by its own count (https://sqlite.org/fileformat2.html, 1.3.7)."""
+        return int.from_bytes((tmp_path / FILE_NAME).read_bytes()[24:28])
+
+    async def steps(index: PersistentDigestIndex) -> None:
+        await remember(index)
+        before = changes()
+        await index.put(dict.fromkeys(files, INSTANCES))
+        assert changes() == before + 1
+        assert await index.get([FILE, *files, FILE._replace(inode=300)]) == dict.fromkeys([FILE, *files], INSTANCES)
+
+    using(tmp_path, steps)
+
+
 def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest_index, "_MAX_FILES", 30)
 
     async def steps(index: PersistentDigestIndex) -> None:
         for inode in range(100):
-            await index.put(FILE._replace(inode=inode), INSTANCES[:1])
+            await index.put({FILE._replace(inode=inode): INSTANCES[:1]})
 
     using(tmp_path, steps)
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
@@ -218,7 +239,7 @@ def test_which_files_are_old_is_no_matter_of_the_clock(tmp_path: Path, monkeypat
 
     async def put(index: PersistentDigestIndex, inodes: range) -> None:
         for inode in inodes:
-            await index.put(FILE._replace(inode=inode), INSTANCES[:1])
+            await index.put({FILE._replace(inode=inode): INSTANCES[:1]})
 
     using(tmp_path, lambda index: put(index, range(30)))
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
@@ -391,10 +412,10 @@ def test_whatever_is_cut_or_written_over_while_it_is_open(tmp_path: Path, seed: 
     async def steps(index: PersistentDigestIndex) -> None:
         for number in range(150):
             damage(tmp_path / chance.choice(os.listdir(tmp_path) or [FILE_NAME]), chance)
-            assert await index.get(FILE) in ([], INSTANCES), number
-            await index.put(FILE, INSTANCES)
+            assert await known(index, FILE) in ([], INSTANCES), number
+            await index.put({FILE: INSTANCES})
             assert known_digests(tmp_path, [FILE]) in ({}, DIGESTS), number
-            assert await index.get(FILE) in ([], INSTANCES), number
+            assert await known(index, FILE) in ([], INSTANCES), number
 
     using(tmp_path, steps)
     using(tmp_path, remember)

@@ -186,12 +186,13 @@ class LoadDialogue:
         known: list[int] = []
         turn = LoopTurn()
         instances: dict[tuple[int, int, int], LoadedInstance] = {}
-        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
-            if trusted:
-                for found in await self._index.get(self._sources[file].identity):
-                    instances[file, found.offset, found.length] = found
-                    if turn.is_over:
-                        await turn.next()
+        trusted = self._trusted_files()
+        remembered = await self._index.get(trusted.values())
+        for file, identity in trusted.items():
+            for found in remembered.get(identity, ()):
+                instances[file, found.offset, found.length] = found
+                if turn.is_over:
+                    await turn.next()
         if not instances:
             return known
         for index, entry in enumerate(self._tensors.entries):
@@ -199,8 +200,8 @@ class LoadDialogue:
                 await turn.next()
             instance = instances.get((entry.file, self._tensors.offsets[index], entry.length))
             if instance is not None:
-                identity = BlobIdentity(instance.digest, instance.length, instance.variant)
-                self._blobs[index] = self._loading.share_known(instance.blob, identity)
+                blob = BlobIdentity(instance.digest, instance.length, instance.variant)
+                self._blobs[index] = self._loading.share_known(instance.blob, blob)
                 if self._blobs[index] is not None:
                     known.append(index)
         return known
@@ -351,10 +352,14 @@ class LoadDialogue:
         return DeviceSegment(segment, size, self._device.writable(segment))
 
     async def _remember(self) -> None:
-        for file, trusted in enumerate(self._trusted[: len(self._tensors.files)]):
-            if trusted:
-                instances = await asyncio.to_thread(self._tensors.instances, file)
-                await self._index.put(self._sources[file].identity, instances)
+        if trusted := self._trusted_files():
+            instances = await asyncio.to_thread(self._tensors.instances)
+            await self._index.put({identity: instances[file] for file, identity in trusted.items()})
+
+    def _trusted_files(self) -> dict[int, FileIdentity]:
+        """The identities of the files of tensors that stand for their content, by number."""
+        files = enumerate(self._trusted[: len(self._tensors.files)])
+        return {file: self._sources[file].identity for file, trusted in files if trusted}
 
     def _outcome(self, started: float) -> LoadOutcome:
         assert self.checkpoint is not None  # the caller has just seen it

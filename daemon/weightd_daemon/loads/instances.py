@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from weightd.types import FileIdentity
 
@@ -26,8 +26,8 @@ class LoadedInstanceIndex(Protocol):
     persistence/digest_index.py implements it.
     """
 
-    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
-        """What is known of a file; empty when nothing is."""
+    async def get(self, files: Iterable[FileIdentity]) -> dict[FileIdentity, list[LoadedInstance]]:
+        """What is known of files; those of which nothing is are left out."""
 
-    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
-        """Remember a file."""
+    async def put(self, files: Mapping[FileIdentity, Sequence[LoadedInstance]]) -> None:
+        """Remember files."""

@@ -97,13 +97,14 @@ class LoadTensors:
         views = fused_views(self.entries, self.blobs)
         return Content(digest, tuple(self.files), tuple(self.entries), tuple(self.blobs), views)
 
-    def instances(self, file: int) -> list[LoadedInstance]:
-        """Return where a file has which blobs."""
-        return [
-            LoadedInstance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
-            for entry, offset, blob in zip(self.entries, self.offsets, self.blobs, strict=True)
-            if entry.file == file and blob is not None
-        ]
+    def instances(self) -> list[list[LoadedInstance]]:
+        """Return where each file has which blobs."""
+        found: list[list[LoadedInstance]] = [[] for _ in self.files]
+        for entry, offset, blob in zip(self.entries, self.offsets, self.blobs, strict=True):
+            if blob is not None:
+                instance = LoadedInstance(offset, blob.length, blob.key.digest, blob.variant, blob.number)
+                found[entry.file].append(instance)
+        return found
 
     def forget(self, most: int) -> Iterator[None]:
         """Let go of all of them, `most` rows a step: to free the list of many takes long."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from weightd_daemon.loads.instances import LoadedInstance
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from weightd.types import FileIdentity
 
@@ -38,6 +38,8 @@ _HEADER = struct.Struct(">16sHBB")
 """How sqlite's file begins: its name, the page size, and how it is written and read."""
 _ROLLBACK = 1
 _MAX_FILES = 20_000
+_FORGET_AFTER = 100
+"""Files that are remembered until old ones are looked for."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
     device INTEGER NOT NULL, inode INTEGER NOT NULL, size INTEGER NOT NULL,
@@ -51,6 +53,14 @@ CREATE TABLE IF NOT EXISTS files (
 _BY_USE = "CREATE INDEX IF NOT EXISTS by_use ON files (used)"
 _PUT = "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, (SELECT coalesce(max(used), 0) + 1 FROM files), ?)"
 """`used` is a count, by which files are forgotten. It was a time once, of a clock that may have been ahead."""
+_GET = (
+    "SELECT instances FROM files WHERE epoch = ? AND device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
+    "AND ctime_ns = ?"
+)
+_FORGET = (
+    "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
+    "mtime_ns, ctime_ns FROM files ORDER BY used DESC LIMIT -1 OFFSET ?)"
+)
 
 
 class PersistentDigestIndex:
@@ -65,19 +75,19 @@ class PersistentDigestIndex:
         self._epoch = epoch or secrets.token_hex(16)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="digest-index")
         self._database: sqlite3.Connection | None = None
-        self._clock = 0
+        self._put_since = 0
 
     def begin(self) -> None:
         """See whether it can be written to, and say so if not. Waits for nothing: the folder may hang."""
         self._thread.submit(self._try)
 
-    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
-        """What is known of a file in this epoch; empty when nothing is."""
-        return await self._on_thread(self._get, identity)
+    async def get(self, files: Iterable[FileIdentity]) -> dict[FileIdentity, list[LoadedInstance]]:
+        """What is known of files in this epoch; those of which nothing is are left out."""
+        return await self._on_thread(self._get, files)
 
-    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
-        """Remember a file."""
-        await self._on_thread(self._put, identity, instances)
+    async def put(self, files: Mapping[FileIdentity, Sequence[LoadedInstance]]) -> None:
+        """Remember files, in one transaction: a checkpoint may have hundreds."""
+        await self._on_thread(self._put, files)
 
     async def close(self) -> None:
         """Close the database."""
@@ -87,40 +97,45 @@ class PersistentDigestIndex:
     async def _on_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
-    def _get(self, identity: FileIdentity) -> list[LoadedInstance]:
-        rows = self._execute(
-            "SELECT instances FROM files WHERE epoch = ? AND device = ? AND inode = ? AND size = ? AND mtime_ns = ? "
-            "AND ctime_ns = ?",
-            (self._epoch, *_signed(identity)),
-        )
-        self.failures += rows is None
-        return _unpack(rows[0][0], self._epoch, identity) if rows else []
+    def _get(self, files: Iterable[FileIdentity]) -> dict[FileIdentity, list[LoadedInstance]]:
+        found: dict[FileIdentity, list[LoadedInstance]] = {}
+        for identity in files:
+            rows = self._execute(_GET, [(self._epoch, *_signed(identity))])
+            self.failures += rows is None
+            if rows and (instances := _unpack(rows[0][0], self._epoch, identity)):
+                found[identity] = instances
+        return found
 
-    def _put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
-        self._clock += 1
-        packed = _pack(instances, self._epoch, identity)
-        if self._execute(_PUT, (*_signed(identity), self._epoch, packed), writes=True) is None:
-            self.failures += 1
-        elif self._clock % 100 == 0:
-            self._execute(
-                "DELETE FROM files WHERE (device, inode, size, mtime_ns, ctime_ns) IN (SELECT device, inode, size, "
-                "mtime_ns, ctime_ns FROM files ORDER BY used DESC LIMIT -1 OFFSET ?)",
-                (_MAX_FILES,),
-                writes=True,
-            )
+    def _put(self, files: Mapping[FileIdentity, Sequence[LoadedInstance]]) -> None:
+        rows = [
+            (*_signed(identity), self._epoch, _pack(instances, self._epoch, identity))
+            for identity, instances in files.items()
+        ]
+        if self._execute(_PUT, rows, writes=True) is None:
+            self.failures += len(files)
+            return
+        self._put_since += len(files)
+        if self._put_since >= _FORGET_AFTER:
+            self._put_since = 0
+            self._execute(_FORGET, [(_MAX_FILES,)], writes=True)
 
     def _try(self) -> None:
-        self._execute("PRAGMA user_version = 1", (), writes=True)
+        self._execute("PRAGMA user_version = 1", [()], writes=True)
 
     def _execute(
-        self, statement: str, parameters: tuple[object, ...], *, writes: bool = False
+        self, statement: str, rows: Sequence[tuple[object, ...]], *, writes: bool = False
     ) -> list[tuple[bytes]] | None:
-        """Run a statement. None where it failed: whatever is wrong with a cache costs speed, never a load."""
+        """Run a statement for each row of parameters, in one transaction; returns what the last one found.
+
+        None where it failed, and then nothing is changed: whatever is wrong with a cache costs speed, never a load.
+        """
         reason = ""
         for _ in range(2):
             try:
+                found: list[tuple[bytes]] = []
                 with self._open() as database:
-                    found = database.execute(statement, parameters).fetchall()
+                    for parameters in rows:
+                        found = database.execute(statement, parameters).fetchall()
             except (sqlite3.DatabaseError, OSError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
                 self._set_aside(error)

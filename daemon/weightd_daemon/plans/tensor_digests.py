@@ -50,7 +50,7 @@ class KeptDigests:
         """The digests of these files by offset and length in bytes, as far as they are known."""
 
         async def get() -> dict[FileIdentity, dict[tuple[int, int], bytes]]:
-            found = {identity: await self._index.get(identity) for identity in identities}
+            found = await self._index.get(identities)
             return {
                 identity: {(each.offset, each.length): each.digest for each in instances}
                 for identity, instances in found.items()
@@ -61,7 +61,7 @@ class KeptDigests:
     def put(self, identity: FileIdentity, digests: Iterable[tuple[TensorPlace, bytes]]) -> None:
         """Keep all digests that are known of a file, in place of those kept before."""
         instances = [LoadedInstance(place.offset, place.length, digest, 0, 0) for place, digest in digests]
-        asyncio.run(self._index.put(identity, instances))
+        asyncio.run(self._index.put({identity: instances}))
 
     def close(self) -> None:
         """Close the database."""
