@@ -118,13 +118,14 @@ def _standings(found: Iterable[Standing]) -> list[str]:
 
 
 def losses(parts: list[Part]) -> list[str]:
-    """What another side does better by more than the spread."""
+    """What others do better by more than the spread."""
     standings = [
         Standing(one, other)
         for part in parts
         if part.head["part"] in BESIDE_PEERS
         for one in part.comparisons.values()
         for other in list(one.samples)[1:]
+        if not other.startswith("weightd")  # another way to use it
     ]
     return _standings(filter(lambda standing: standing.lost, standings)) or ["Nothing, by more than the spread."]
 
