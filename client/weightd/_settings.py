@@ -55,7 +55,7 @@ SETTINGS: dict[str, SettingInfo] = {
     "admins": SettingInfo(
         "USER", "users, by name or uid, with the rights of every owner; separate several with commas"
     ),
-    "reader_threads": SettingInfo("N", "reader threads of a load; 0: one per core, at most 4"),
+    "reader_threads": SettingInfo("N", "reader threads of a load, 256 at most; 0: one per core, at most 4"),
     "max_loads": SettingInfo("N", "concurrent loads; further loads wait their turn"),
     "max_connections": SettingInfo("N", "connections on the handle socket"),
     "max_user_leases": SettingInfo("N", "leases that one user may hold; 0: no limit"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,18 @@ class TensorRows(Mapping[TensorKey, TensorInfo]):
     def __iter__(self) -> Iterator[TensorKey]:
         return iter(self._numbers)
 
+    def __reversed__(self) -> Iterator[TensorKey]:
+        return reversed(self._numbers)
+
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __repr__(self) -> str:
         return f"<TensorRows of {len(self)} tensors>"
+
+    def keys(self) -> KeysView[TensorKey]:
+        """Every key."""
+        return self._numbers.keys()
 
     def values(self) -> ValuesView[TensorInfo]:
         """Every row."""

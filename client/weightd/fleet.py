@@ -80,11 +80,12 @@ def connect(
 
     A process that is a driver or a worker of Ray asks its own cluster. Another one becomes a driver of the cluster at
     `address` (default: RAY_ADDRESS, else the one that runs on this machine). The catalogue looks for each node's agent
-    at `port` (default: WEIGHTD_FLEET_PORT, else 7411) with the certificates in `tls_dir` on the head (default:
-    WEIGHTD_FLEET_TLS_DIR; without any it speaks to agents on the loopback only). One that runs already keeps its own.
+    at `port` (default: WEIGHTD_FLEET_PORT, else 7411) with the certificates in `tls_dir`, an absolute path on the head
+    (default: WEIGHTD_FLEET_TLS_DIR; without any it speaks to agents on the loopback only). One that runs already keeps
+    its own.
 
     Errors: DaemonUnreachableError (no cluster, or no catalogue and `start` is False), InvalidReferenceError (Ray is not
-    installed; or the catalogue runs with another port or folder than you name).
+    installed; `tls_dir` is relative; or the catalogue runs with another port or folder than you name).
     """
     try:
         from weightd_fleet.engines.ray_connection import connect_catalogue

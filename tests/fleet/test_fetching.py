@@ -12,7 +12,7 @@ import trustme
 
 import weightd
 from support import certificates, checkpoints, gguf_files
-from support.agents import Agent, Receiver, agent, published
+from support.agents import NO_DAEMON, Agent, Receiver, agent, published
 from support.daemon import Daemon
 from weightd.errors import FormatError, NotFoundError
 from weightd_fleet.agent import resident
@@ -245,6 +245,19 @@ def test_a_receiver_serves_what_it_has_fetched(
         fetched = third.fetch(digest, second.address, folder=tmp_path / "files")
     assert fetched.moved_bytes == WHOLE
     assert contents(tmp_path / "files") == contents(tuned)
+
+
+def test_files_below_a_relative_state_folder_are_served_from_elsewhere(
+    source: Agent, receiver: Receiver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tuned = pair(tmp_path)
+    digest = published(tmp_path / "source", tuned)
+    monkeypatch.chdir(tmp_path)
+    Receiver(Path("second"), tls=receiver.tls).fetch(digest, source.address)
+    monkeypatch.chdir("/")
+    with agent(tmp_path / "second", NO_DAEMON, f"--tls-dir={receiver.tls}") as second:
+        fetched = Receiver(tmp_path / "third", tls=receiver.tls).fetch(digest, second.address)
+    assert fetched.moved_bytes == WHOLE
 
 
 @pytest.mark.parametrize("sink", ["files", "memory"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import weightd
+from failpoints.points import POINTS
 from support import checkpoints
 from support.agents import Agent, Receiver, agent, published
 from support.daemon import Daemon, environment
@@ -19,6 +20,11 @@ from weightd_fleet.agent.staging import StagingFolder
 from weightd_fleet.core.digests import blob_digest
 
 SIZE, ROWS = 3000, 6
+# The first three blobs of a fetch are two frames and the index.
+ROW = [("after", "fetch.write", 3 + 2, 2), ("before", "fetch.keep", 3 + 2, 2), ("after", "fetch.keep", 3 + 2, 2)]
+FILES = [*ROW, ("after", "fetch.rename", 1, 3), ("after", "fetch.rename", 3, 6)]
+MEMORY = [*ROW, ("after", "fetch.load", 1, 6), ("after", "fetch.compose", 1, 6)]
+"""When and where a fetch kills itself, at which time, and how many rows the next one need not receive."""
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +64,10 @@ def source(tmp_path: Path) -> Iterator[Agent]:
         yield started
 
 
-def killed(receiver: Receiver, source: Agent, digest: str, sink: str, point: str, number: int) -> None:
+def killed(receiver: Receiver, source: Agent, digest: str, sink: str, when: str, point: str, number: int) -> None:
     """Run a fetch that kills itself."""
-    arguments = [point, str(number), "asking", f"--parent={os.getpid()}", f"--from={source.address}", f"--sink={sink}"]
+    arguments = [when, point, str(number), "asking", f"--parent={os.getpid()}"]
+    arguments += [f"--from={source.address}", f"--sink={sink}"]
     arguments += [f"--state-dir={receiver.state}", f"--socket={receiver.socket}", "--name=m", "fetch", digest]
     done = subprocess.run(
         [sys.executable, "-m", "support.fetch_points", *arguments],
@@ -69,15 +76,11 @@ def killed(receiver: Receiver, source: Agent, digest: str, sink: str, point: str
     assert done.returncode == -9, done.stdout + done.stderr
 
 
-# The first three blobs of a fetch are two frames and the index.
-@pytest.mark.parametrize(
-    ("point", "number", "kept"),
-    [("received", 3 + 2, 2), ("verified", 3 + 2, 2), ("staged", 3 + 2, 2), ("renamed", 1, 3), ("renamed", 3, 6)],
-)
-def test_files(point: str, number: int, kept: int, source: Agent, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("when", "point", "number", "kept"), FILES)
+def test_files(when: str, point: str, number: int, kept: int, source: Agent, model: Path, tmp_path: Path) -> None:
     digest = published(tmp_path / "source", model)
     receiver = Receiver(tmp_path / "receiver")
-    killed(receiver, source, digest, "files", point, number)
+    killed(receiver, source, digest, "files", when, point, number)
     fetched = receiver.fetch(digest, source.address)
     assert fetched.moved_bytes == (ROWS - kept) * SIZE
     assert fetched.small_bytes == 0
@@ -86,14 +89,13 @@ def test_files(point: str, number: int, kept: int, source: Agent, model: Path, t
     assert sorted(path.name for path in Path(fetched.folder).iterdir()) == sorted(os.listdir(model))
 
 
-@pytest.mark.parametrize(
-    ("point", "number", "kept"),
-    [("received", 3 + 2, 2), ("verified", 3 + 2, 2), ("staged", 3 + 2, 2), ("offered", 1, 6), ("composed", 1, 6)],
-)
-def test_memory(point: str, number: int, kept: int, daemon: Daemon, source: Agent, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("when", "point", "number", "kept"), MEMORY)
+def test_memory(
+    when: str, point: str, number: int, kept: int, daemon: Daemon, source: Agent, model: Path, tmp_path: Path
+) -> None:
     digest = published(tmp_path / "source", model)
     receiver = Receiver(tmp_path / "receiver", daemon.socket)
-    killed(receiver, source, digest, "memory", point, number)
+    killed(receiver, source, digest, "memory", when, point, number)
     fetched = receiver.fetch(digest, source.address, sink="memory", name="m")
     assert fetched.moved_bytes == (ROWS - kept) * SIZE
     assert fetched.small_bytes == 0
@@ -105,7 +107,9 @@ def test_memory(point: str, number: int, kept: int, daemon: Daemon, source: Agen
 def test_a_source_that_is_killed(model: Path, tmp_path: Path) -> None:
     digest = published(tmp_path / "source", model)
     receiver = Receiver(tmp_path / "receiver")
-    dying = Agent(tmp_path / "source", argv=("-m", "support.fetch_points", "served", str(3 + 3), "agent"))
+    dying = Agent(
+        tmp_path / "source", argv=("-m", "support.fetch_points", "before", "fetch.serve", str(3 + 3), "agent")
+    )
     with pytest.raises(DaemonUnreachableError):
         receiver.fetch(digest, dying.address)
     dying.kill()
@@ -113,6 +117,11 @@ def test_a_source_that_is_killed(model: Path, tmp_path: Path) -> None:
         fetched = receiver.fetch(digest, other.address)
     assert fetched.moved_bytes < ROWS * SIZE
     assert fetched.small_bytes == 0
+
+
+def test_every_point_of_a_fetch_is_tried() -> None:
+    tried = {point for _, point, *_ in (*FILES, *MEMORY)} | {"fetch.serve"}
+    assert tried == {point.name for point in POINTS if point.process in ("fetch", "agent")}
 
 
 @pytest.mark.parametrize("content", [b"", b"other bytes"])

@@ -63,6 +63,11 @@ def test_admission() -> None:
     with reads.admitted("m", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", one):
         pass
     assert raised.value.sources == (), "a reader that failed, or asks itself, is named"  # type: ignore[attr-defined]
+    with reads.admitted("o", AgentAddress("0.0.0.0", 7411)):
+        pass
+    with reads.admitted("o", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("o", two):
+        pass
+    assert raised.value.sources == (), "nobody can connect to that"  # type: ignore[attr-defined]
     with reads.watching(), pytest.raises(DaemonBusyError), reads.watching():
         pass
 

@@ -10,11 +10,12 @@ import pytest
 import trustme
 
 from support import certificates, checkpoints
-from support.agents import Agent, Receiver, agent, published
+from support.agents import NO_DAEMON, Agent, Receiver, agent, published
 from support.daemon import eventually
-from weightd.errors import DaemonUnreachableError, DrainingError, PermissionDeniedError
+from weightd.errors import DaemonUnreachableError, DrainingError, InvalidReferenceError, PermissionDeniedError
 from weightd_fleet._proto.v1 import peer_pb2
-from weightd_fleet.agent.addresses import AgentAddress
+from weightd_fleet.agent.addresses import AgentAddress, parse_address
+from weightd_fleet.agent.agent import NodeSettings, running_agent
 from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.tls import TlsFolder, require_loopback
 from weightd_fleet.service.fleet_service import AgentAccess, FleetService
@@ -142,6 +143,31 @@ def test_plain_text_stays_on_the_loopback(tmp_path: Path) -> None:
             require_loopback(AgentAddress(host, 1), None)
     with pytest.raises(PermissionDeniedError):
         Receiver(tmp_path).fetch("b3:" + "0" * 64, AgentAddress("10.0.0.1", 7411))
+
+
+@pytest.mark.parametrize(
+    ("listen", "advertise"),
+    [("0.0.0.0:0", ""), ("[::]:0", ""), ("127.0.0.1:0", "0.0.0.0:7411"), ("0.0.0.0:0", "127.0.0.1:0")],
+)
+def test_an_agent_tells_no_address_that_nobody_can_connect_to(
+    listen: str, advertise: str, authority: trustme.CA, tmp_path: Path
+) -> None:
+    tls = certificates.write(tmp_path / "tls", authority, "agent")
+    settings = NodeSettings(str(tmp_path), str(NO_DAEMON), str(tls))
+    told = parse_address(advertise) if advertise else None
+    refused = pytest.raises(InvalidReferenceError, match="give --advertise HOST:PORT")
+    with refused, running_agent(parse_address(listen), settings, 1, print, told):
+        pass
+
+
+def test_an_agent_listens_on_all_addresses_and_tells_one(authority: trustme.CA, tmp_path: Path) -> None:
+    tls = certificates.write(tmp_path / "tls", authority, "agent")
+    options = (f"--tls-dir={tls}", "--advertise=127.0.0.1:7411")
+    with (
+        agent(tmp_path, NO_DAEMON, *options, listen="0.0.0.0:0") as started,
+        Peer(AgentAddress("127.0.0.1", started.address.port), TlsFolder(tls)) as peer,
+    ):
+        assert peer.inventory() == []
 
 
 def test_drain_and_fetch_are_ordered(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""`python -m support.fetch_points POINT N PROGRAM …`: a program of the fleet's that kills itself at a named point.
+"""`python -m support.fetch_points WHEN POINT N PROGRAM …`: a program of the fleet's that kills itself at a named point.
 
-POINT is reached for the N-th time; PROGRAM is "asking" or "agent".
+POINT is one of weightd/_failpoints.py, which stand before a step. WHEN is "before", or "after": when the function that
+takes the step has returned. The point is reached for the N-th time; PROGRAM is "asking" or "agent".
 """
 
 from __future__ import annotations
@@ -8,44 +9,47 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+from types import FrameType
 from typing import Any
 
+from weightd import _failpoints
 from weightd_fleet.agent import __main__ as agent_program
 from weightd_fleet.agent import asking
-from weightd_fleet.agent.local_blobs import BlobReaders
-from weightd_fleet.agent.sink_files import FilesSink
-from weightd_fleet.agent.sink_memory import MemorySink
-from weightd_fleet.agent.staging import IncomingRow
-
-POINTS: dict[str, tuple[Any, str]] = {
-    "received": (IncomingRow, "write"),
-    "verified": (IncomingRow, "verify"),
-    "staged": (IncomingRow, "keep"),
-    "renamed": (FilesSink, "_rename"),
-    "offered": (MemorySink, "_load"),
-    "composed": (MemorySink, "_compose"),
-    "served": (BlobReaders, "pieces"),
-}
-"""After which method each point is, in the order of a fetch; "served" is in an agent, before a row is sent."""
 
 
-def install(point: str, number: int) -> None:
-    """Have the process kill itself when a point is reached for the `number`-th time."""
-    owner, name = POINTS[point]
-    original = getattr(owner, name)
-    left = number
+def install(when: str, point: str, number: int) -> None:
+    """Have the process kill itself before or after a point is reached for the `number`-th time."""
+    counting, left = threading.Lock(), number
 
-    def wrapped(*arguments: Any, **options: Any) -> Any:
+    def reach(reached: str) -> None:
         nonlocal left
-        result = original(*arguments, **options)
-        left -= 1
-        if not left:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        if reached != point:
+            return
+        with counting:
+            left -= 1
+            due = not left
+        if due and when == "before":
+            _die()
+        if due:
+            frame = sys._getframe(1)
+            sys.settrace(lambda *_: None)  # or Python looks at no frame
+            frame.f_trace = _ended
 
-    setattr(owner, name, wrapped)
+    _failpoints.reach = reach
+
+
+def _ended(_: FrameType, event: str, __: Any) -> Any:
+    if event == "return":
+        _die()
+    return _ended
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    install(sys.argv[1], int(sys.argv[2]))
-    sys.exit({"asking": asking.main, "agent": agent_program.main}[sys.argv[3]](sys.argv[4:]))
+    when, point, number, program, *rest = sys.argv[1:]
+    install(when, point, int(number))
+    sys.exit({"asking": asking.main, "agent": agent_program.main}[program](rest))

@@ -1,4 +1,4 @@
-"""Few descriptors: in a daemon that runs, or in this very process."""
+"""Few descriptors, in a daemon that runs or in this very process; and files that this one cannot write."""
 
 from __future__ import annotations
 
@@ -25,3 +25,14 @@ def room_for(pid: int, count: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@contextmanager
+def nothing_written() -> Iterator[None]:
+    """Have every write to a file fail in this process, as without memory for it; Python ignores the signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

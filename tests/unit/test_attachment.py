@@ -167,6 +167,8 @@ def test_the_manifest_alone_makes_no_rows_before_they_are_asked_for(
     attachment.close()
     assert [key.name for key in attachment.tensors] == ["a", "b"]
     assert (len(attachment.tensors), ("", "b") in attachment.tensors, "b" in attachment.tensors) == (2, True, False)
+    assert [key.name for key in reversed(attachment.tensors)] == ["b", "a"]
+    assert list(reversed(attachment.tensors.keys())) == list(reversed(attachment.tensors))
     assert asked == []
     assert attachment.tensors["", "b"].segment == 1
     assert asked == [1]

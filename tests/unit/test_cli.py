@@ -250,6 +250,16 @@ def test_inspect_says_which_groups_lie_in_a_row(fake: FakeClient, capsys: pytest
     assert as_json(capsys)["groups"][0]["members"] == [f"m.layers.0.self_attn.{part}_proj.weight" for part in "qkv"]
 
 
+def test_inspect_names_groups_in_full_where_no_terminal_is(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = "deep." * 20
+    shows(fake, [replace(one, name=f"{deep}{one.name}") for one in layer(0, 0)])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["inspect", "base"]) == 0
+    assert f"\n{deep}m.layers.*.self_attn.qkv_proj.weight " in capsys.readouterr().out
+
+
 def test_inspect_says_nothing_of_groups_where_there_are_none(
     fake: FakeClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -273,14 +283,16 @@ def test_groups_fit_the_terminal(
     odd = [replace(one, shape=(1, 5), length=10) for one in layer(1, 1 << 20)]
     shows(fake, [*long, *odd])
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main(["inspect", "base"]) == 0
-    printed = capsys.readouterr().out
+    monkeypatch.setenv("TERM", "dumb")
+    with contextlib.redirect_stdout(Terminal()) as stream:
+        assert main(["inspect", "base"]) == 0
+    printed = stream.getvalue()
     lines = printed[printed.index("\nGROUP") + 1 :].splitlines()
     assert max(map(len, lines[:3])) <= columns
     assert [line.split()[1:] for line in lines[1:3]] == [["-", "never", "30", "B"],
                                                         ["text_encoder", "1", "of", "1", "24.0", "KiB"]]  # fmt: skip
     assert "…" in lines[2]
-    assert lines[3] == "1 group never: one of its tensors has a length that is no multiple of 256 bytes"
+    assert " ".join(lines[3:]) == "1 group never: one of its tensors has a length that is no multiple of 256 bytes"
     assert main(["inspect", "base", "--no-trunc"]) == 0
     assert f"{'very_long_name.' * 8}m.layers.*.self_attn.qkv_proj.weight" in capsys.readouterr().out
 

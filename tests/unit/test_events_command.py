@@ -80,6 +80,16 @@ def test_a_line_fits_the_terminal(width: int, fake: FakeClient, monkeypatch: pyt
         assert ("…" in line) == (not arguments)
 
 
+def test_a_line_in_a_pipe_is_whole(
+    fake: FakeClient, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    why = f"it does not fit: {'all is pinned, ' * 50}remove something"
+    fake.answers["events"] = [replace(attached(fake), kind="load_ended", reason="CAPACITY", message=why)]
+    monkeypatch.setenv("COLUMNS", "80")
+    (line,) = lines(capsys, "--format", "table")
+    assert why in line
+
+
 def test_a_pipe_gets_json_as_ever(fake: FakeClient, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys) == lines(capsys, "--format", "json")
     assert json.loads(lines(capsys)[0])["event"] == "attached"

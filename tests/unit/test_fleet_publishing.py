@@ -144,6 +144,20 @@ def test_a_revision_of_a_hub_is_checked_and_named(
     assert published(state, folder).digest != found.digest, "a folder of one's own is of no revision"
 
 
+def test_files_of_a_cache_that_is_named_relatively_are_found_from_elsewhere(
+    tmp_path: Path, state: PublishedState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_cache.put(tmp_path / "cache", "org/name", pipeline(tmp_path / "download"))
+    monkeypatch.delitem(sys.modules, "huggingface_hub.constants", raising=False)  # its word would count
+    monkeypatch.setenv("HF_HUB_CACHE", "cache")
+    monkeypatch.chdir(tmp_path)
+    found = published(state, "org/name")
+    monkeypatch.chdir("/")
+    paths = [Path(file["path"]) for file in state.sources(found.digest)["files"]]
+    assert len(paths) == 2
+    assert all(path.is_file() for path in paths)
+
+
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "unet/config.json"])
 def test_bytes_that_are_not_the_hubs_are_refused(name: str, tmp_path: Path, state: PublishedState) -> None:
     snapshot = hub_cache.put(tmp_path / "cache", "org/name", pipeline(tmp_path / "download"))

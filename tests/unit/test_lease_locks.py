@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -11,9 +13,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from support.limits import room_for
 from weightd_daemon.core.checkpoint import CheckpointKey, Content
 from weightd_daemon.core.lease import Lease, LeasePeer
-from weightd_daemon.handles import kernel_locks
+from weightd_daemon.handles import kernel_locks, lease_locks
 from weightd_daemon.handles.lease_files import HandleLeaseFiles, HandleLeaseOwner
 from weightd_daemon.handles.lease_locks import HandleLeaseLocks
 from weightd_daemon.handles.manifest_file import encode_manifest, is_manifest, make_manifest
@@ -223,3 +226,37 @@ def test_very_many_do_not_hold_up_the_start(
         hold(number)
     monkeypatch.setattr(kernel_locks, "LOOK_SECONDS", -1.0)
     assert manifests.inherited(KEY, 9) is None
+
+
+# -- counting ----------------------------------------------------------------------------------------------------------
+
+
+def test_locks_are_counted_with_few_descriptors_left(manifests: ManifestHandles) -> None:
+    files, held = HandleLeaseFiles(), []
+    for uid in range(3 * lease_locks.COUNTED_AT_ONCE):
+        owner = HandleLeaseOwner(uid, "")
+        assert files.room(owner) is None
+        held.append(files.lock(owner, 7, uid + 1))
+    with room_for(os.getpid(), lease_locks.COUNTED_AT_ONCE + 16):
+        assert asyncio.run(HandleLeaseLocks(manifests, files).count_locks()) == len(held)
+    for descriptor in held:
+        assert descriptor is not None
+        os.close(descriptor)
+    files.close()
+
+
+def test_what_is_removed_before_its_turn_is_not_counted(
+    manifests: ManifestHandles, hold: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(1)
+    hold(2, OTHER)
+    look = kernel_locks.locked_bytes
+
+    def removing(*where: int) -> list[int]:
+        with contextlib.suppress(KeyError):  # it has gone
+            manifests.remove(OTHER)
+        return look(*where)
+
+    monkeypatch.setattr(lease_locks, "COUNTED_AT_ONCE", 1)
+    monkeypatch.setattr(lease_locks, "locked_bytes", removing)
+    assert asyncio.run(HandleLeaseLocks(manifests, HandleLeaseFiles()).count_locks()) == 1

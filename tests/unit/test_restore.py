@@ -18,6 +18,7 @@ import pytest
 
 from support.counting import operations
 from support.kept_books import DATA, INDEXED, MIB, PEER, SOURCES, WHO, Books, Keeper
+from support.limits import nothing_written
 from support.root_forms import rows_of, write_first_form
 from support.sealed import sealed_blobs
 from weightd._manifest import FORM
@@ -152,7 +153,7 @@ def test_a_root_record_that_cannot_be_made_says_nothing_rather_than_what_was(
 def test_a_root_record_that_could_not_be_written_is_written_again(
     keeper: Keeper, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    monkeypatch.setattr(descriptor_store, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(descriptor_store, "RETRY_SECONDS", (0.0,))
 
     async def fail_once(first: Books) -> None:
         with monkeypatch.context() as patch:
@@ -176,6 +177,59 @@ def test_a_root_record_that_could_not_be_written_is_written_again(
             first.descriptor_store.close()
     with books(keeper) as again:
         assert again.names() == {"a", "b"}
+
+
+def test_a_change_that_cannot_be_written_once_costs_nothing_that_is_kept(
+    keeper: Keeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever a kill comes, it finds the names of before, and afterwards the new one."""
+    write, seen = root_record._write, []
+
+    def full_at_first(descriptor: int, data: bytes, offset: int) -> None:
+        seen.append({row["name"] for row in keeper.root.get("names", ())})
+        if len(seen) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(descriptor, data, offset)
+
+    with books(keeper) as first:
+        first.catalog.set(WHO, "b", first.load("a", DATA["a"]).key.content_digest)
+        with monkeypatch.context() as patch:
+            patch.setattr(root_record, "_write", full_at_first)
+            first.descriptor_store.flip()
+    assert len(seen) > 1
+    assert all("a" in names for names in seen)
+    with books(keeper) as again:
+        assert again.names() == {"a", "b"}
+
+
+def test_writing_again_is_tried_soon_and_then_less_often(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    expected = [*descriptor_store.RETRY_SECONDS, *descriptor_store.RETRY_SECONDS[-1:] * 2]
+
+    async def fail(first: Books) -> None:
+        loop = asyncio.get_running_loop()
+        later = loop.call_later
+
+        def at_once(pause: float, callback: Callable[[], object]) -> asyncio.TimerHandle:
+            pauses.append(pause)
+            return later(0.0, callback)
+
+        monkeypatch.setattr(loop, "call_later", at_once)
+        async with asyncio.timeout(60):
+            for _ in range(2):  # after a success it begins anew
+                pauses.clear()
+                first.store.changed |= first.store.checkpoints.keys()
+                with nothing_written():
+                    first.descriptor_store.flip()
+                    while len(pauses) < len(expected):  # noqa: ASYNC110  # the next turn of the loop is what is wanted
+                        await asyncio.sleep(0)
+                assert pauses == expected
+                while not keeper.root:  # noqa: ASYNC110  # a memfd tells nobody
+                    await asyncio.sleep(0)
+
+    with books(keeper) as first:
+        first.load("a", DATA["a"])
+        asyncio.run(fail(first))
 
 
 def test_a_lease_is_found_by_its_lock_and_numbers_go_on(keeper: Keeper) -> None:

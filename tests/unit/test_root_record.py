@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from support.counting import operations
+from support.limits import nothing_written
 from support.root_forms import write_first_form
 from weightd_daemon.persistence import root_record
 from weightd_daemon.persistence.root_record import SLOT_BYTES, PersistentRootRecord, RootRecordChange, read_root
@@ -208,19 +209,33 @@ def test_a_change_costs_the_same_however_many_rows_there_are(root: PersistentRoo
     assert costs[0] == costs[1]
 
 
-def test_where_it_cannot_be_written_none_counts(root: PersistentRootRecord, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("done", [0, 1], ids=["nothing", "half"])
+def test_a_change_that_cannot_be_written_leaves_the_state_before_it(
+    root: PersistentRootRecord, done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root.write([name(1, "a")], {})
     write = root_record._write
 
     def full(descriptor: int, data: bytes, offset: int) -> None:
-        if len(data) > HEADER:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(descriptor, data, offset)
+        write(descriptor, data[: done * len(data) // 2], offset)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
         patch.setattr(root_record, "_write", full)
         with pytest.raises(OSError, match="No space left"):
             root.append([name(1, "b")], {})
+    assert body_of(root) == {**NO_ROWS, "names": [{"value": "a"}]}
+    root.write([name(1, "c")], {})
+    assert body_of(root) == {**NO_ROWS, "names": [{"value": "c"}]}
+
+
+@pytest.mark.parametrize("bases", [1, 2])
+def test_where_no_base_can_be_written_none_counts(root: PersistentRootRecord, bases: int) -> None:
+    """Whichever slot counted: an eviction goes on, and a record that still named its memory would be a lie."""
+    for _ in range(bases):
+        root.write([name(1, "a")], {})
+    with nothing_written(), pytest.raises(OSError, match="too large"):
+        root.write([name(1, "b")], {})
     assert body_of(root) is None
     root.write([name(1, "c")], {})
     assert body_of(root) == {**NO_ROWS, "names": [{"value": "c"}]}

@@ -75,7 +75,11 @@ def agent(
     ] = False,
     advertise: Annotated[
         str | None,
-        typer.Option("--advertise", metavar="HOST:PORT", help="Its address for other nodes [default: --listen]."),
+        typer.Option(
+            "--advertise",
+            metavar="HOST:PORT",
+            help="Its address for other nodes [default: --listen, unless that is all addresses: 0.0.0.0 or ::].",
+        ),
     ] = None,
     state_dir: _StateOption = None,
     readers: Annotated[

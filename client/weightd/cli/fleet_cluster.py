@@ -246,8 +246,8 @@ def catalogue(
         typer.Option(
             "--tls-dir",
             metavar="DIR",
-            help="Directory on the head with ca.pem, cert.pem and key.pem [default: $WEIGHTD_FLEET_TLS_DIR; "
-            "without it only agents on the loopback are spoken to].",
+            help="Absolute path of a directory on the head with ca.pem, cert.pem and key.pem "
+            "[default: $WEIGHTD_FLEET_TLS_DIR; without it only agents on the loopback are spoken to].",
         ),
     ] = None,
     address: AddressOption = None,

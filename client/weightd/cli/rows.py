@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -63,8 +62,9 @@ def print_rows(rows: Sequence[Row], *, full: bool) -> None:
         columns = (columns[0], *columns[2:])
         cells = [(name, *others) for name, _, *others in cells]
     emit("")
-    emit_table(columns, cells, None if full else shutil.get_terminal_size().columns)  # 80 in a pipe: names are long
-    _advise(rows, terminal_width(wide=full))
+    width = terminal_width(wide=full)
+    emit_table(columns, cells, width)
+    _advise(rows, width)
 
 
 def _in_a_row(same: Sequence[Row]) -> str:

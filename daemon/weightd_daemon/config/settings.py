@@ -44,6 +44,8 @@ DEFAULT = "default"
 
 _SOCKET_PATH_BYTES = 107
 _MOST_NUMBER = (1 << 31) - 1
+_BOUNDS = {"reader_threads": (0, 256), "max_loads": (1, 1024), "max_connections": (1, 1 << 20)}
+"""Least and most of what costs a thread, a process or a descriptor each; other numbers are from 0 to `_MOST_NUMBER`."""
 _LAST_PORT = 65535
 _LOOPBACK = ("127.0.0.1", "::1")
 
@@ -290,11 +292,11 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
         raise kind(f"{origins[key]}: {key} = {getattr(settings, key)!r:.200}: {why}")
 
     for key in (each.name for each in fields(Settings) if each.type == "int"):
-        least = int(key in ("max_loads", "max_connections"))
+        least, most = _BOUNDS.get(key, (0, _MOST_NUMBER))
         if getattr(settings, key) < least:
             refuse(key, f"must be at least {least}")
-        if getattr(settings, key) > _MOST_NUMBER:
-            refuse(key, f"must be at most {_MOST_NUMBER}")
+        if getattr(settings, key) > most:
+            refuse(key, f"must be at most {most}")
     for key in (each.name for each in fields(Settings) if each.type == "str"):
         if "\0" in getattr(settings, key):
             refuse(key, "must not have a zero byte")

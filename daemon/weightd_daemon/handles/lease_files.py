@@ -24,7 +24,7 @@ from .kernel_locks import HandleLocksUnclearError, first_lock, lock_byte, locked
 from .manifest_file import is_manifest, make_sealed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Mapping
+    from collections.abc import Awaitable, Iterator, Mapping
 
     from weightd_daemon.core.checkpoint import CheckpointKey
     from weightd_daemon.core.lease import LeaseTable
@@ -136,10 +136,15 @@ class HandleLeaseFiles:
         start, end = self._bytes_of[lease] if at is None else (at, at + 1)
         return first_lock(file.descriptor, start, end) is not None
 
-    def lock_ranges(self) -> list[tuple[int, int, int]]:
-        """The descriptor of each file, and from where to before where its leases are locked."""
+    def lock_ranges(self) -> Iterator[tuple[int, int, int]]:
+        """The descriptor of each file, and from where to before where its leases are locked.
+
+        Files that are removed before it is their turn are left out.
+        """
         end = _first_byte(1 << _CHECKPOINT_BITS)
-        return [(file.descriptor, 0, end) for files in self._files.values() for file in files]
+        for file in [file for files in self._files.values() for file in files]:
+            if file in self._files.get(file.owner, ()):
+                yield file.descriptor, 0, end
 
     def forget(self, lease: int) -> None:
         """A lease is struck from the books; that it has no file is no error."""

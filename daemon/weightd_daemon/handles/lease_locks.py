@@ -8,19 +8,23 @@ lives as long as that mapping. Asking whether a lease is still held takes some m
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from .kernel_locks import locked_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Iterable
 
     from weightd_daemon.core.checkpoint import CheckpointKey
     from weightd_daemon.core.lease import Lease
 
     from .lease_files import HandleLeaseFiles, HandleLeaseOwner
     from .manifests import ManifestHandles
+
+COUNTED_AT_ONCE = 32
+"""Files whose locks are counted at a time: each takes a further descriptor, of which a full daemon may have few."""
 
 
 class LockedHandles(NamedTuple):
@@ -78,16 +82,24 @@ class HandleLeaseLocks:
 
         Errors: HandleLocksUnclearError, OSError (no descriptor is left).
         """
-        ranges = [*self._files.lock_ranges(), *self._manifests.lock_ranges()]
-        copies: list[tuple[int, int, int]] = []
-        try:
-            for file, start, end in ranges:
-                copies.append((os.dup(file), start, end))
-            return await asyncio.to_thread(lambda: sum(len(locked_bytes(*one)) for one in copies))
-        finally:
-            for copy, _, _ in copies:
-                os.close(copy)
+        ranges = itertools.chain(self._files.lock_ranges(), self._manifests.lock_ranges())
+        locked = 0
+        while some := list(itertools.islice(ranges, COUNTED_AT_ONCE)):
+            locked += await _count(some)
+        return locked
 
     def forget(self, number: int) -> None:
         """A lease is struck from the books."""
         self._files.forget(number)
+
+
+async def _count(ranges: Iterable[tuple[int, int, int]]) -> int:
+    """How many bytes are locked in ranges of files, counted on a thread: of copies, for the files may be closed."""
+    copies: list[tuple[int, int, int]] = []
+    try:
+        for file, start, end in ranges:
+            copies.append((os.dup(file), start, end))
+        return await asyncio.to_thread(lambda: sum(len(locked_bytes(*one)) for one in copies))
+    finally:
+        for copy, _, _ in copies:
+            os.close(copy)

@@ -11,7 +11,7 @@ from .kernel_locks import HandleLocksUnclearError, first_lock, lock_byte, locked
 from .segment_table import HandleSegmentTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from weightd_daemon.core.lease import Lease
 
@@ -75,9 +75,14 @@ class ManifestHandles:
         """Lease `number` counts as held from now on as long as any byte of the leases up to `last` is locked."""
         self._crowded[key] = (number, last)
 
-    def lock_ranges(self) -> list[tuple[int, int, int]]:
-        """The descriptor of each manifest, and from where to before where leases are locked on it."""
-        return [(descriptor, LOCK_BASE, LOCK_BASE << 1) for descriptor in self._descriptors.values()]
+    def lock_ranges(self) -> Iterator[tuple[int, int, int]]:
+        """The descriptor of each manifest, and from where to before where leases are locked on it.
+
+        Manifests that are removed before it is their turn are left out.
+        """
+        for key in list(self._descriptors):
+            if key in self._descriptors:
+                yield self._descriptors[key], LOCK_BASE, LOCK_BASE << 1
 
     def size(self, key: CheckpointKey) -> int:
         """Length of the encoded manifest."""

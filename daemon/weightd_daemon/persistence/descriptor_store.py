@@ -45,8 +45,9 @@ log = logging.getLogger(__name__)
 NODE = "gpu."
 """Begins the name under which an open device file is stored; the device's UUID follows (gpu_nodes.py)."""
 _BARRIER_SECONDS = 10.0
-RETRY_SECONDS = 5.0
-"""How long after the root record could not be written it is tried again."""
+RETRY_SECONDS = (0.1, 0.5, 2.0, 5.0)
+"""How long after the root record could not be written it is tried again; the last one again and again. A daemon that is
+killed meanwhile leaves nothing."""
 _MOST_STORED = 4096
 """What the units ask for (`FileDescriptorStoreMax=`); a manager before systemd 254 does not say what it keeps."""
 _LEASES_AHEAD = 4096
@@ -127,6 +128,7 @@ class PersistentDescriptorStore:
         """Names of manifests that leave the store when the root record says that they are gone."""
         self._scheduled = False
         self._retry: asyncio.TimerHandle | None = None
+        self._retries = 0
 
     # -- at the start ----------------------------------------------------------------------------------------------
 
@@ -340,7 +342,9 @@ class PersistentDescriptorStore:
     def flip(self, *, uses: bool = False) -> None:
         """Write what has changed to the root record, if anything has: it holds from now on. For `uses` see there."""
         self._record.write(uses=uses)
-        if self._record.failed:
+        if not self._record.failed:
+            self._retries = 0
+        else:
             self._write_later()
         if self._going:
             going, self._going = self._going, []
@@ -370,11 +374,13 @@ class PersistentDescriptorStore:
     def _write_later(self) -> None:
         """Try again to write what could not be written: a daemon that is killed before leaves nothing to the next."""
         if self._retry is None:
+            pause = RETRY_SECONDS[min(self._retries, len(RETRY_SECONDS) - 1)]
             with contextlib.suppress(RuntimeError):  # before and after the loop runs, `begin` and `close` write
-                self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._write_again)
+                self._retry = asyncio.get_running_loop().call_later(pause, self._write_again)
 
     def _write_again(self) -> None:
         self._retry = None
+        self._retries += 1
         self.flip(uses=True)
 
 

@@ -76,10 +76,7 @@ class RootRecordWriter:
                 noted.clear()
             return
         try:
-            if self._whole:
-                self._write_all(self.root)
-            else:
-                self._write_changes(self.root)
+            self._write(self.root)
             self.failed = False
         except OSError as error:
             self._whole = self.failed = True
@@ -91,6 +88,19 @@ class RootRecordWriter:
             log.exception("the root record cannot be made by a bug; a daemon that starts now begins empty")
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _write(self, root: PersistentRootRecord) -> None:
+        """Write what has changed; where that fails, all, at once: meanwhile the state before the change counts.
+
+        Errors: OSError; then nothing counts.
+        """
+        if not self._whole:
+            try:
+                return self._write_changes(root)
+            except OSError as error:
+                self._whole = True
+                log.warning("a change of the root record cannot be written: %s; all of it is written anew", error)
+        return self._write_all(root)
 
     def _write_all(self, root: PersistentRootRecord) -> None:
         self._rows.clear()

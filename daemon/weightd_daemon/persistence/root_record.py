@@ -15,6 +15,7 @@ The first form, as of commit cf42aab, is still read: a slot has one JSON documen
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -99,7 +100,10 @@ class PersistentRootRecord:
         return self._next is None and log is not None and log.bytes - log.base > max(_LEAST_LOG, log.base)
 
     def write(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int]) -> None:
-        """Write a base at once, in the other slot. Errors: OSError; then no slot counts any more."""
+        """Write a base at once, in the other slot: until it is whole the slot before counts.
+
+        Errors: OSError; then no slot counts any more, for what was there may be something else since.
+        """
         try:
             self.begin_base()
             assert self._next is not None  # begun
@@ -114,58 +118,54 @@ class PersistentRootRecord:
         """Write one change: all of these rows and counters hold from now on, or none where a kill comes before.
 
         Returns how many bytes of a new base should be copied with it; 0 where none is under way. A base must have been
-        written. Errors: OSError; then no slot counts any more, for what was there may be something else since.
+        written. Errors: OSError; then the state before this change counts, or the one after it, until `write` is
+        called, which must be next. The same goes for `copy` and `end_base`.
         """
         assert self._log is not None  # of `write`
         payload = _payload(map(_encode, rows), counters)
-        try:
-            self._log.append(_ROWS, payload)
-            if self._next is None:
-                return 0
-            self._next.append(_ROWS, payload)
-        except OSError:
-            self.clear()
-            raise
+        self._log.append(_ROWS, payload)
+        if self._next is None:
+            return 0
+        self._next.append(_ROWS, payload)
         return _COPIED_LEAST + _COPIED_TIMES * len(payload)
 
     def begin_base(self) -> None:
-        """Begin a base in the slot that does not count. What is appended from now on goes to both slots."""
+        """Begin a base in the slot that does not count. What is appended from now on goes to both slots.
+
+        Errors: OSError.
+        """
         _empty(self.descriptor, self.sequence + 1)
         self._next = _Log(self.descriptor, self.sequence + 1)
 
     def copy(self, rows: Iterable[RootRecordChange], counters: Mapping[str, int], most: int) -> bool:
         """Copy rows into the base that was begun, until they are `most` bytes. Returns whether no row was left.
 
-        Errors: OSError; then no slot counts any more.
+        Errors: OSError, as of `append`.
         """
         assert self._next is not None  # begun
         some = next(_portions(rows, most), None)
         if some is None:
             return True
-        try:
-            self._next.append(_ROWS, _payload(some, counters))
-        except OSError:
-            self.clear()
-            raise
+        self._next.append(_ROWS, _payload(some, counters))
         return False
 
     def end_base(self, counters: Mapping[str, int]) -> None:
-        """The base is whole, and counts. Errors: OSError; then no slot counts any more."""
+        """The base is whole, and counts. Errors: OSError, as of `append`."""
         assert self._next is not None  # begun
-        try:
-            self._next.append(_WHOLE, _payload((), counters))
-            self._next.base = self._next.bytes
-        except OSError:
-            self.clear()
-            raise
+        self._next.append(_WHOLE, _payload((), counters))
+        self._next.base = self._next.bytes
         self.sequence, self._log, self._next = self._next.generation, self._next, None
         _empty(self.descriptor, self.sequence + 1)
 
     def clear(self) -> None:
-        """Have neither slot count any more; a base must be written before the next change. Errors: OSError."""
+        """Have neither slot count any more; a base must be written before the next change.
+
+        It takes no memory, for there may be none. Errors: OSError.
+        """
         self._log = self._next = None
-        for slot in (0, 1):
-            _write(self.descriptor, bytes(_HEADER.size), _start(slot))
+        with contextlib.ExitStack() as both:  # the second one is emptied whatever comes of the first
+            for generation in (self.sequence + 1, self.sequence):
+                both.callback(_empty, self.descriptor, generation)
 
     def close(self) -> None:
         """Close the descriptor; other descriptors of the memfd keep the record."""

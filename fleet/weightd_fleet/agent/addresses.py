@@ -28,6 +28,14 @@ class AgentAddress(NamedTuple):
         except ValueError:
             return self.host == "localhost"
 
+    @property
+    def is_any(self) -> bool:
+        """Whether it stands for all addresses of a machine, 0.0.0.0 or ::, so that others cannot connect to it."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return False
+
 
 def parse_address(text: str) -> AgentAddress:
     """The address that a text says. Errors: InvalidReferenceError."""

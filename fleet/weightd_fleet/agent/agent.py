@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import weightd
+from weightd.errors import InvalidReferenceError
 from weightd_fleet.publishing.state import PublishedState, state_folder
 
 from .fetching import FetchingNode, fetch
@@ -69,11 +70,15 @@ def running_agent(
 ) -> Iterator[AgentAddress]:
     """Run an agent that at most `readers` peers read from at once. Yields where it listens.
 
-    `advertised` is the address that other nodes are told, by default the one that it listens on.
+    `advertised` is the address that other nodes are told, by default the one that it listens on, if that is one.
+    It is not guessed: the agent's certificate must name it.
 
-    Errors: PermissionDeniedError (plain text beyond the loopback), InvalidReferenceError.
+    Errors: PermissionDeniedError (plain text beyond the loopback), InvalidReferenceError (among others: nobody can
+    connect to what other nodes are told).
     """
     tls = TlsFolder(Path(settings.tls)) if settings.tls else None
+    if advertised is not None or tls is not None:  # else it is on the loopback, or refused
+        _require_reachable(advertised, listen)
     with fetching_node(settings) as node:
         serves_at = ""
 
@@ -90,3 +95,13 @@ def running_agent(
         finally:
             service.stopping.set()
             server.stop(1.0).wait()
+
+
+def _require_reachable(advertised: AgentAddress | None, listen: AgentAddress) -> None:
+    """Errors: InvalidReferenceError (other nodes would be told an address that they cannot connect to)."""
+    told = advertised or listen
+    if told.is_any or (told is advertised and not told.port):
+        raise InvalidReferenceError(
+            f"{told}: other nodes cannot connect to that; give --advertise HOST:PORT, an address of this node that its "
+            "certificate names"
+        )

@@ -71,7 +71,7 @@ class ReadAdmission:
             self._reading += 1
         try:
             yield
-            if serves_at is not None:
+            if serves_at is not None and not serves_at.is_any:  # as agents of 0.2 say that listen everywhere
                 self._remember(name, serves_at)
         finally:
             with self._lock:

@@ -136,7 +136,7 @@ class FilesSink:
         """The weight files, with their identities."""
         listed = []
         for file in self._manifest.files:
-            path = self._layout.folder / file.path
+            path = (self._layout.folder / file.path).absolute()  # an agent elsewhere reads it
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 identity = file_identity(descriptor)

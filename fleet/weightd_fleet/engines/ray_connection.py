@@ -11,6 +11,7 @@ import ray
 import ray.exceptions
 
 from weightd import __version__
+from weightd._references.files import show
 from weightd.errors import DaemonBusyError, DaemonUnreachableError, InvalidReferenceError, WeightdError
 from weightd_fleet.agent.addresses import parse_address
 from weightd_fleet.service.fleet_service import AGENT_PORT, AgentAccess
@@ -65,9 +66,10 @@ def connect_catalogue(
     address: str | None, *, port: int | None = None, tls_dir: str | None = None, start_it: bool = True
 ) -> RayCatalogueHandle:
     """The catalogue of a cluster, started if it does not run and `start_it`. `weightd.fleet.connect` says the rest."""
+    settings = _wanted(port, tls_dir) if start_it else None  # what is wrong with them needs no cluster
     leave = _join(address)
     try:
-        handle = RayCatalogueHandle(_actor(_wanted(port, tls_dir), start_it=start_it), leave)
+        handle = RayCatalogueHandle(_actor(settings), leave)
         _check(handle.settings(), port, tls_dir)
     except BaseException:
         leave()
@@ -76,11 +78,15 @@ def connect_catalogue(
 
 
 def restart_catalogue(address: str | None, *, port: int | None, tls_dir: str | None) -> RayCatalogueHandle:
-    """A catalogue with these settings in the place of the one that runs, if any. Errors: DaemonUnreachableError."""
+    """A catalogue with these settings in the place of the one that runs, if any.
+
+    Errors: DaemonUnreachableError, InvalidReferenceError (see `_wanted`); then the one that runs goes on.
+    """
+    settings = _wanted(port, tls_dir)  # before the one that runs is ended
     leave = _join(address)
     try:
         _stop()
-        handle = RayCatalogueHandle(start(_wanted(port, tls_dir)), leave)
+        handle = RayCatalogueHandle(start(settings), leave)
         handle.settings()
     except BaseException:
         leave()
@@ -101,11 +107,17 @@ def _stop() -> None:
 
 
 def _wanted(port: int | None, tls_dir: str | None) -> CatalogueSettings:
+    """The settings for a catalogue. Errors: InvalidReferenceError (no port, or a relative path)."""
     said = os.environ.get(_PORT, "")
     if port is None and said and not (said.isdecimal() and 0 < int(said) < 65536):
         raise InvalidReferenceError(f"{_PORT}={said[:80]}: must be a port, from 1 to 65535")
     port = port if port is not None else int(said or AGENT_PORT)
     tls_dir = tls_dir if tls_dir is not None else os.environ.get(_TLS_DIR, "")
+    if tls_dir and not os.path.isabs(tls_dir):
+        raise InvalidReferenceError(
+            f"{show(tls_dir)}: is relative, and the catalogue runs in another folder, on the cluster's head; give an "
+            f"absolute path in --tls-dir or {_TLS_DIR}"
+        )
     return CatalogueSettings(AgentAccess(port, tls_dir), __version__)
 
 
@@ -126,8 +138,9 @@ def _check(running: CatalogueSettings, port: int | None, tls_dir: str | None) ->
         )
 
 
-def _actor(settings: CatalogueSettings, *, start_it: bool) -> Any:
-    if start_it:
+def _actor(settings: CatalogueSettings | None) -> Any:
+    """The catalogue, which is started with the settings where there are any. Errors: DaemonUnreachableError."""
+    if settings is not None:
         return start(settings)
     try:
         return ray.get_actor(NAME, namespace=NAMESPACE)

@@ -211,7 +211,7 @@ def _sources(reference: str, files: Sequence[_OpenFile]) -> dict[str, Any]:
             {
                 "component": file.component,
                 "file": file.file,
-                "path": str(file.path),
+                "path": str(file.path.absolute()),  # a cache may be set by a relative path
                 "identity": list(file.source.identity),
             }
             for file in files
