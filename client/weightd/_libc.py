@@ -6,8 +6,10 @@ Python's own mmap would keep a descriptor for each mapping, and unmaps when it l
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import sys
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -59,6 +61,10 @@ def map_private(descriptor: int, size: int, *, writable: bool, at: int | None = 
 
 
 def _map(at: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
+    if (
+        size > sys.maxsize
+    ):  # ctypes would pass on the lowest bits, and fewer bytes would be reserved than are mapped then
+        raise OSError(errno.ENOMEM, f"mapping {size} bytes failed: {os.strerror(errno.ENOMEM)}")
     address = _libc.mmap(at, size, protection, flags, descriptor, 0)
     if address == _FAILED:
         code = ctypes.get_errno()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from support.answers import Answers, Frame, attached, batch, failed, kinds
 from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import ReceivedDescriptors, SocketClient, _receive
-from weightd._transport.protocol import MAX_FRAME
+from weightd._transport.handle_socket import _receive
 from weightd.errors import (
     CapacityError,
     DrainingError,
@@ -23,51 +21,6 @@ from weightd.errors import (
     ServerError,
     WeightdError,
 )
-
-Frame = tuple[handles_pb2.HandleReply, int]
-"""A reply and how many descriptors go with it."""
-
-
-class Answers:
-    """A daemon that says what it is told, frame by frame, to one client."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "w.sock"
-        self.acks = 0
-        self._frames: list[Frame] = [(handles_pb2.HandleReply(hello=handles_pb2.HelloReply(protocol=1)), 0)]
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(f"{self.path}.handles")
-        self._listener.listen()
-        self._thread = threading.Thread(target=self._serve)
-
-    def ask(self, *frames: Frame) -> ReceivedDescriptors:
-        """Attach, and be answered with `frames`."""
-        with contextlib.closing(self._connect(frames)) as connection:
-            return connection.attach(handles_pb2.AttachRequest(reference="m"))
-
-    def offer(self, *frames: Frame) -> None:
-        """Offer files, and be answered with `frames`."""
-        with contextlib.closing(self._connect(frames)) as connection:
-            connection.offer()
-
-    def _connect(self, frames: Iterable[Frame]) -> SocketClient:
-        self._frames += frames
-        self._thread.start()
-        return SocketClient(self.path, timeout=60)
-
-    def close(self) -> None:
-        self._thread.join(60)
-        self._listener.close()
-
-    def _serve(self) -> None:
-        peer, _ = self._listener.accept()
-        peer.settimeout(60)
-        with peer, open(os.devnull) as null:
-            for reply, descriptors in self._frames:
-                request = handles_pb2.HandleRequest.FromString(peer.recv(MAX_FRAME))
-                self.acks += request.WhichOneof("body") == "ack"
-                socket.send_fds(peer, [reply.SerializeToString()], [null.fileno()] * descriptors)
-            peer.recv(MAX_FRAME)  # until the client has hung up
 
 
 @pytest.fixture
@@ -84,32 +37,22 @@ def _no_descriptor_is_left() -> Iterator[None]:
     assert open_descriptors() == before
 
 
-def attach(segments: int, descriptors: int = 1, handles: list[bytes] | None = None) -> Frame:
-    reply = handles_pb2.AttachReply(lease=7, segments=range(segments), descriptors=descriptors, handles=handles or [])
-    return handles_pb2.HandleReply(attach=reply), descriptors
-
-
-def batch(descriptors: int = 0, handles: list[bytes] | None = None) -> Frame:
-    reply = handles_pb2.DescriptorBatch(descriptors=descriptors, handles=handles or [])
-    return handles_pb2.HandleReply(batch=reply), descriptors
-
-
 def test_ipc_handles_are_collected_over_batches_in_order(answers: Answers) -> None:
     handles = [number.to_bytes(64, "big") for number in range(600)]
     received = answers.ask(
-        attach(600, handles=handles[:252]), batch(handles=handles[252:505]), batch(handles=handles[505:])
+        attached(600, handles=handles[:252]), batch(handles=handles[252:505]), batch(handles=handles[505:])
     )
     assert received.handles == handles
     assert received.descriptors == [received.lease]
     assert received.reply.lease == 7
-    assert answers.acks == 2
+    assert kinds(answers.asked).count("ack") == 2
     os.close(received.lease)
 
 
 def test_descriptors_are_collected_over_batches(answers: Answers) -> None:
-    received = answers.ask(attach(300, descriptors=253), batch(descriptors=48))
+    received = answers.ask(attached(300, descriptors=253), batch(descriptors=48))
     assert len(received.handles) == 300
-    assert answers.acks == 1
+    assert kinds(answers.asked).count("ack") == 1
     for descriptor in received.descriptors:
         os.close(descriptor)
 
@@ -117,25 +60,25 @@ def test_descriptors_are_collected_over_batches(answers: Answers) -> None:
 @pytest.mark.parametrize("length", [0, 63, 65])
 def test_a_handle_of_a_wrong_length_is_refused(length: int, answers: Answers) -> None:
     with pytest.raises(ServerError, match="wrong length"):
-        answers.ask(attach(2, handles=[bytes(64), bytes(length)]))
+        answers.ask(attached(2, handles=[bytes(64), bytes(length)]))
 
 
 def test_a_batch_of_nothing_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="without descriptors or handles"):
-        answers.ask(attach(2, handles=[bytes(64)]), batch())
+        answers.ask(attached(2, handles=[bytes(64)]), batch())
 
 
 def test_a_batch_that_lacks_the_descriptors_it_counts_is_refused(answers: Answers) -> None:
     """Else such batches would be asked for without end."""
     counted = handles_pb2.HandleReply(batch=handles_pb2.DescriptorBatch(descriptors=1))
     with pytest.raises(ServerError, match="without descriptors or handles"):
-        answers.ask(attach(2), (counted, 0))
+        answers.ask(attached(2), (counted, 0))
 
 
 def test_what_comes_with_a_refused_offer_is_closed(answers: Answers) -> None:
-    error = handles_pb2.HandleError(reason=DrainingError.reason, message="said so")
+    client = answers.connect((failed(DrainingError.reason), 2))
     with pytest.raises(DrainingError, match="said so"):
-        answers.offer((handles_pb2.HandleReply(error=error), 2))
+        client.offer()
 
 
 @pytest.mark.parametrize(
@@ -143,16 +86,29 @@ def test_what_comes_with_a_refused_offer_is_closed(answers: Answers) -> None:
 )
 def test_an_error_of_the_daemon_is_no_failed_connection(kind: type[WeightdError], answers: Answers) -> None:
     """Though some are OSErrors, too."""
-    error = handles_pb2.HandleError(reason=kind.reason, message="said so", metadata={"limit": "x"})
     with pytest.raises(kind, match=r"^said so$") as caught:
-        answers.ask((handles_pb2.HandleReply(error=error), 0))
+        answers.ask((failed(kind.reason, limit="x"), 0))
     assert type(caught.value) is kind
     assert caught.value.__cause__ is None
 
 
 def test_an_answer_without_a_lease_is_refused(answers: Answers) -> None:
     with pytest.raises(ServerError, match="no descriptor of the lease"):
-        answers.ask(attach(1, descriptors=0, handles=[bytes(64), bytes(64)]))
+        answers.ask(attached(1, descriptors=0, handles=[bytes(64), bytes(64)]))
+
+
+@pytest.mark.parametrize("frames", [[attached(1, descriptors=3)], [attached(2, descriptors=2), batch(descriptors=2)]])
+def test_more_descriptors_than_there_are_segments_are_refused(frames: list[Frame], answers: Answers) -> None:
+    with pytest.raises(ServerError, match=r"more than the handles of \d segments"):
+        answers.ask(*frames)
+
+
+def test_the_lease_has_a_descriptor_of_its_own_where_the_daemon_says_so(answers: Answers) -> None:
+    received = answers.ask(attached(2, descriptors=4, lease_file=True))
+    assert [request.attach.lease_file for request in answers.asked[1:]] == [True]
+    assert len({received.manifest, received.lease, *received.handles}) == len(received.descriptors) == 4
+    for descriptor in received.descriptors:
+        os.close(descriptor)
 
 
 def test_what_the_daemon_said_before_it_hung_up_is_read() -> None:

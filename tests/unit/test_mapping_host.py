@@ -134,6 +134,26 @@ def test_reserved_addresses_are_aligned() -> None:
             assert unmap(address, 3 * PAGE) == 0
 
 
+def test_more_bytes_than_there_are_addresses_are_a_limit(wanted: list[SegmentToMap]) -> None:
+    """Also where the number of bytes does not fit into the kernel's: the rest of it might."""
+    for size in (1 << 60, 1 << 63, 1 << 64):
+        with pytest.raises(ResourceLimitError, match=f"mapping {size} bytes: "):
+            MappedHostSegments([wanted[0]._replace(size=size, copies=1)], Lease())
+        with pytest.raises(ResourceLimitError, match=f"mapping {size} bytes: "):
+            HostMapping(0, size, writable=False)
+
+
+def test_another_failure_to_reserve_addresses_is_no_limit(
+    wanted: list[SegmentToMap], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(size: int, alignment: int) -> int:
+        raise PermissionError(f"{size} bytes at {alignment}")
+
+    monkeypatch.setattr(host, "reserve", refuse)
+    with pytest.raises(PermissionError, match=f"{14 * PAGE} bytes at {PAGE}"):
+        MappedHostSegments(wanted, Lease())
+
+
 # -- populate ----------------------------------------------------------------------------------------------------------
 
 

@@ -59,3 +59,12 @@ def test_a_frame_that_is_too_long_is_told(pair: Pair) -> None:
     ours.send(b"abc")
     data, received, flags = receive_fds(theirs, 2, 0)
     assert (data, received, flags & socket.MSG_TRUNC) == (b"ab", [], socket.MSG_TRUNC)
+
+
+def test_what_else_the_kernel_tells_of_a_frame_is_no_descriptor(pair: Pair) -> None:
+    ours, theirs = pair
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    socket.send_fds(ours, [b"ab"], [0])
+    data, received, _ = receive_fds(theirs, 2, 253)
+    assert (data, len(received)) == (b"ab", 1)
+    os.close(*received)

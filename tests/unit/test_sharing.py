@@ -15,6 +15,7 @@ from torch import nn
 
 import weightd
 from support.daemon import Daemon
+from support.descriptors import open_descriptors
 from weightd._mapping import ranges
 from weightd.integrations import sharing
 
@@ -189,3 +190,18 @@ def test_written_pages_count_by_the_bytes_that_are_asked_about(monkeypatch: pyte
     assert ranges.written(start + 3 * page + 10, 20) == 20
     assert ranges.written(start + 2 * page + 10, page) == 10
     assert ranges.written(start + 3 * page + 10, page) == page - 10
+
+
+def refuse(*_: object) -> int:
+    raise PermissionError("/proc is restricted")
+
+
+@pytest.mark.parametrize(("name", "answer"), [("open", refuse), ("pread", refuse), ("pread", lambda *_: b"short")])
+def test_what_was_written_is_not_known_where_the_kernel_does_not_tell(
+    name: str, answer: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = open_descriptors()
+    with monkeypatch.context() as restricted:
+        restricted.setattr(os, name, answer)
+        assert ranges.written(id(before), 1) is None
+    assert open_descriptors() == before
