@@ -25,14 +25,15 @@ from weightd.errors import NotFoundError, WeightdError
 from weightd.types import FileIdentity, SourceFile
 from weightd_daemon.core import digest
 from weightd_daemon.core.catalog import Catalog
-from weightd_daemon.core.checkpoint import Checkpoint, Content
-from weightd_daemon.core.events import Event
+from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey, Content
+from weightd_daemon.core.events import CheckpointEvicted, CheckpointSealed, Event
 from weightd_daemon.core.lease import LeasePeer, LeaseTable
 from weightd_daemon.core.limits import UserLimits
 from weightd_daemon.core.memory import MemoryAccounting
 from weightd_daemon.core.store import ContentStore
 from weightd_daemon.devices.host import HostDevice
 from weightd_daemon.devices.reclaimer import DeviceReclaimer
+from weightd_daemon.handles.manifest_file import encode_manifest, make_manifest
 from weightd_daemon.loader import job
 from weightd_daemon.loader.channel import LoaderChannel, LoaderChannelClosedError
 from weightd_daemon.loads.fair_queue import LoadQueue
@@ -124,9 +125,10 @@ class Index:
 
 
 class Draft:
-    """A manifest that is not made."""
+    """A manifest of so many bytes, which its desk keeps."""
 
-    size = 100
+    def __init__(self, size: int) -> None:
+        self.size = size
 
     def discard(self) -> None:
         pass
@@ -141,24 +143,36 @@ class LoadDesk:
         self.reclaimer = DeviceReclaimer(self.device)
         self.told: list[Event] = []
         self.index = Index()
+        self.limits = UserLimits()
         self.contents: dict[str, Content] = {}
-        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=lambda _: None)
+        self.store = ContentStore(leases=LeaseTable(lambda _: False), on_event=self._hear)
         memory = self.store.memories["host"] = MemoryAccounting(
             budget=budget, page=self.device.page, sparse=sparse, pool_limit=0, create=self.reclaimer.maker.create,
             on_reclaim=self.reclaimer.kick,
         )  # fmt: skip
         self.reclaimer.watch(memory)
-        limits = UserLimits()
         devices, reclaimers = {"host": cast("Any", self.device)}, {"host": self.reclaimer}
         self.loads = Loads(
-            store=self.store, catalog=Catalog(self.store, limits), devices=devices, reclaimers=reclaimers,
+            store=self.store, catalog=Catalog(self.store, self.limits), devices=devices, reclaimers=reclaimers,
             index=self.index, prepare=self.prepare, now=lambda: 0.0, on_event=self.told.append,
-            open_manifest=cast("Any", None), lock=-1, threads=threads, fair_queue=LoadQueue(4, 4), limits=limits,
+            open_manifest=self.open_manifest, lock=-1, threads=threads, fair_queue=LoadQueue(4, 4), limits=self.limits,
         )  # fmt: skip
 
     async def prepare(self, content: Content, _device: str) -> Draft:
-        self.contents[content.content_digest] = content
-        return Draft()
+        return Draft(len(self._encoded(content)))
+
+    def open_manifest(self, key: CheckpointKey) -> int:
+        return make_manifest(self._encoded(self.contents[key.content_digest]))
+
+    def _encoded(self, content: Content) -> bytes:
+        return encode_manifest(content, "host", "host", self.store.memories["host"].size)
+
+    def _hear(self, event: Event) -> None:
+        """As residency.py."""
+        if isinstance(event, CheckpointSealed):
+            self.contents[event.checkpoint.key.content_digest] = event.content
+        elif isinstance(event, CheckpointEvicted):
+            self.loads.evicted(event)
 
     def start(self, *paths: Path, **wish: Any) -> InFlightLoad:
         """Begin a load of these files, and send them."""
