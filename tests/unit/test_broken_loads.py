@@ -236,17 +236,27 @@ def full_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(job, "open_io", open_io)
 
 
-@on_a_desk()
-async def test_a_loader_whose_device_is_full_takes_the_room_of_one_that_is_idle(scene: LoadScene) -> None:
-    checkpoint, _ = (await asyncio.gather(*(scene.desk.load(scene.write(name, seeded(name))) for name in "ab")))[0]
-    assert len(scene.desk.loads._pool._idle) == 2
-    full_once(scene.patch)
-    await scene.desk.load(model(scene))
-    assert len(scene.desk.loads._pool._idle) == 1
-    with pytest.raises(CapacityError, match="no room on host for the context of a loader process"):
-        await scene.desk.load(scene.write("c", seeded(*"ghi")))
-    with pytest.raises(CapacityError, match="cannot verify: no room on host for the context"):
-        await scene.desk.verify(checkpoint).done
+@pytest.mark.parametrize("verifies", [False, True])
+def test_a_loader_whose_device_is_full_takes_the_room_of_one_that_is_idle(
+    verifies: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @on_a_desk()
+    async def play(scene: LoadScene) -> None:
+        loads = [scene.desk.load(scene.write(name, seeded(name))) for name in "ab"]
+        (checkpoint, _), _ = await asyncio.gather(*loads)
+        assert len(scene.desk.loads._pool._idle) == 2
+        full_once(monkeypatch)
+        if verifies:
+            assert await scene.desk.verify(checkpoint).done == []
+        else:
+            await scene.desk.load(model(scene))
+        assert len(scene.desk.loads._pool._idle) == 1
+        with pytest.raises(CapacityError, match="no room on host for the context of a loader process"):
+            await scene.desk.load(scene.write("c", seeded(*"ghi")))
+        with pytest.raises(CapacityError, match="cannot verify: no room on host for the context"):
+            await scene.desk.verify(checkpoint).done
+
+    play(tmp_path=tmp_path, monkeypatch=monkeypatch)
 
 
 # -- verifications -----------------------------------------------------------------------------------------------------
