@@ -162,3 +162,19 @@ def test_what_another_seals_of_the_same_keys_is_compared_before_the_seal() -> No
         assert [draft.discarded for draft in desk.drafts] == [1, 1]
 
     asyncio.run(run())
+
+
+def test_a_message_that_no_load_answers_is_an_answer_of_its_own() -> None:
+    refused: list[str] = []
+
+    async def send(answer: wire.ToLoader, _: object) -> None:
+        refused.append(answer.failed.message)
+
+    async def run() -> None:
+        desk = Desk()
+        dialogue, loader = desk.dialogue(desk.open()), cast("Any", SimpleNamespace(send=send))
+        for message in (wire.ToDaemon(verified=wire.Verified()), wire.ToDaemon()):
+            await dialogue._serve(loader, message)
+
+    asyncio.run(run())
+    assert refused == [f"the loader sent {body}, which no load answers" for body in ("verified", None)]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from support.limits import room_for
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import InvalidReferenceError
+from weightd.errors import InvalidReferenceError, ResourceLimitError
 from weightd_daemon.loader import intake as intakes
 from weightd_daemon.loader.source import LoaderSource
 
@@ -116,3 +117,52 @@ def test_a_client_that_sends_no_more_or_takes_no_confirmation(
         intake.send(1)
     with pytest.raises(InvalidReferenceError, match=r"^the client sent \d+ of 101 files, and then did nothing for "):
         intake.received(missing=101 - sent)
+
+
+def batch(first: int, descriptors: int) -> bytes:
+    return handles_pb2.IntakeBatch(first=first, descriptors=descriptors).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("frame", "sent", "why"),
+    [
+        (b"", 0, "the client sent 0 of 2 files and left"),
+        (b"\xff\xff", 1, "the intake got a frame that is no IntakeBatch"),
+        (batch(0, 2), 1, "descriptors were lost on the way"),
+        (batch(1, 1), 1, "the intake got 1 files from 1 on; 0 of 2 had come"),
+        (batch(0, 3), 3, "the intake got 3 files from 0 on; 0 of 2 had come"),
+        (batch(1, 0), 0, "the intake got 0 files from 1 on; 0 of 2 had come"),
+    ],
+)
+def test_what_is_no_batch_of_the_files(frame: bytes, sent: int, why: str, intake: Intake) -> None:
+    with open(os.devnull, "rb") as null:
+        socket.send_fds(intake.client, [frame], [null.fileno()] * sent)
+    with pytest.raises(InvalidReferenceError, match=why):
+        intake.received(missing=2)
+
+
+def test_a_client_that_leaves_without_having_read_its_confirmation(
+    intake: Intake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells the loader of that with an error, where it only comes to the end otherwise."""
+    receive, batches = intakes.receive_fds, [0]
+
+    def leaving(end: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int]:
+        batches[0] += 1
+        if batches[0] == 2:
+            intake.client.close()
+        return receive(end, size, most)
+
+    intake.send(1)
+    monkeypatch.setattr(intakes, "receive_fds", leaving)
+    with pytest.raises(InvalidReferenceError, match="the client sent 1 of 2 files and left"):
+        intake.received(missing=1)
+
+
+def test_a_loader_without_descriptors_for_the_files_says_so(intake: Intake) -> None:
+    intake.send(1, 1, 1)
+    with (
+        room_for(os.getpid(), 1),
+        pytest.raises(ResourceLimitError, match=r"^receiving 3 files: the daemon's loader process has all"),
+    ):
+        intake.received()

@@ -94,3 +94,21 @@ def test_loader_that_was_lent_again_is_idle_anew(pool: LoadProcessPool, monkeypa
         await pool.close()
 
     asyncio.run(run())
+
+
+def test_what_a_loader_still_says_of_its_job_is_not_heard(pool: LoadProcessPool) -> None:
+    """Its load has ended, and it is on its way to be idle."""
+
+    async def run() -> None:
+        loader = cast("Any", await pool.acquire())
+        messages = [wire.ToDaemon(progress=wire.Progress()), wire.ToDaemon(idle=wire.Idle())]
+
+        async def receive() -> wire.ToDaemon:
+            return messages.pop(0)
+
+        loader.receive = receive
+        assert await pool.put_back(loader)
+        assert await pool.dismiss_idle()
+        assert not await pool.dismiss_idle()
+
+    asyncio.run(run())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from weightd.errors import FormatError
+from weightd.errors import FormatError, InvalidReferenceError
 from weightd_daemon.loader.source import LoaderSource
 
 
@@ -67,3 +68,47 @@ def test_anything_else_is_a_change(case: str, source: LoaderSource, tmp_path: Pa
     CHANGED[case](tmp_path / "m")
     with pytest.raises(FormatError, match=r"^m: changed while it was read; load it again$"):
         source.check_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (os.O_WRONLY, "its descriptor is not open for reading"),
+        (os.O_PATH, "its descriptor is not open for reading"),
+        (os.O_RDONLY | os.O_DIRECTORY, "is not a regular file"),
+    ],
+)
+def test_what_cannot_be_read_as_a_file_is_refused(flags: int, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(b"content")
+    descriptor = os.open(tmp_path if flags & os.O_DIRECTORY else path, flags)
+    try:
+        with pytest.raises(InvalidReferenceError, match=f"^m: {why}"):
+            LoaderSource("m", descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def test_a_file_that_the_kernel_cannot_read(source: LoaderSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the file's fault, whichever read finds it; and where a read may not wait, nothing is said yet."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(FormatError, match=r"^m: cannot be read at byte 3: Input/output error$"):
+        source.read_into(memoryview(bytearray(2)), 3)
+    assert source.read_cached(memoryview(bytearray(2)), 3) == 0
+
+
+def test_a_file_that_is_held_is_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    path.write_bytes(b"content")
+    with path.open("rb") as file:
+        source = LoaderSource("m", file.fileno(), hold=7)
+    path.write_bytes(b"other content")
+    source.check_unchanged()
+    for read in (source.read_into, source.read_cached):
+        view = memoryview(bytearray(4))
+        read(view, 3)
+        assert bytes(view) == b"tent"

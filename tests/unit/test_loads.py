@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +24,7 @@ from weightd.errors import (
     LeaseLostError,
     NotFoundError,
     PermissionDeniedError,
+    ResourceLimitError,
     ServerError,
     WeightdError,
 )
@@ -144,6 +146,14 @@ FAULTS: dict[str, tuple[Callable[[Desk, pytest.MonkeyPatch], None], type[Weightd
     "telling that it begins": (lambda desk, patch: patch.setattr(desk.loads, "_on_event", raising(BUG)), ServerError),
     "its turn": (lambda desk, patch: patch.setattr(desk.loads._fair_queue, "turn", raising(BUG)), ServerError),
     "starting a loader": (lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(BUG)), ServerError),
+    "a descriptor for a loader": (
+        lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(OSError(errno.EMFILE, "none left"))),
+        ResourceLimitError,
+    ),
+    "a program that is not there": (
+        lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(FileNotFoundError())),
+        ServerError,
+    ),
     "somebody else's cancellation": (
         lambda desk, patch: patch.setattr(desk.loads._pool, "acquire", raising(asyncio.CancelledError())),
         LeaseLostError,

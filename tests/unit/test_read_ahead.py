@@ -189,3 +189,25 @@ def test_only_files_whose_reads_go_through_the_page_cache_are_asked_for(
     with path.open("rb") as file:
         LoaderSource("m", file.fileno()).will_need(2, 5)
     assert bool(asked) is asks
+
+
+def test_what_another_thread_has_asked_for_meanwhile_is_not_asked_for_again() -> None:
+    """Threads that help with a row ask for what follows where they are, and one of them comes first."""
+    disk = Disk()
+    (tensor,) = tensors_of([[100]])
+    reading = LoaderReadAhead([disk], [single([tensor])])  # type: ignore[list-item]  # played
+    row, _ = reading._places[0]
+
+    class Asking:
+        """A lock that another thread has had just before, which was as far."""
+
+        def __enter__(self) -> None:
+            row._asking = threading.Lock()
+            row.reach(0)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    row._asking = Asking()  # type: ignore[assignment]  # a lock
+    row.reach(0)
+    assert disk.asked == list(range(WINDOW))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.daemon import eventually
 from weightd.types import TensorSpec
+from weightd_daemon.loader import schedule
 from weightd_daemon.loader.schedule import (
     PIECE,
     LoaderTensor,
@@ -221,3 +224,43 @@ def test_what_comes_again_is_dealt_with_later() -> None:
     assert first == [0, 1, 2, 4]
     assert later == [3, 5]
     assert repeated(work, {**digests, 5: b"c"}) == {3}
+
+
+def test_a_thread_whose_help_comes_too_late_helps_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has chosen the longest row, of which nothing is left by the time that it may take from it."""
+    idle, short, long = [], [*units(tensors([PIECE]))], [*units(tensors([PIECE] * 2))]
+    chosen, helped = threading.Event(), threading.Event()
+    helpers: list[str] = []
+
+    class Row(schedule._Share):
+        """A row whose own thread is as slow as it takes."""
+
+        def __init__(self, work: Iterable[LoaderUnit]) -> None:
+            super().__init__(work)
+            self._length = len(self.units)
+            self.taking = self  # type: ignore[assignment]  # a lock
+            self._lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            thread = threading.current_thread().name
+            if self._length == 2 and thread == "reader-0":
+                chosen.set()
+                eventually(lambda: not self.units, what="the row to be worked off")
+            elif self._length == 2:
+                assert chosen.wait(60)
+            elif thread != "reader-0":
+                assert helped.wait(60)
+            self._lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self._lock.release()
+
+    def step(unit: LoaderUnit) -> None:
+        if unit in short:
+            helpers.append(threading.current_thread().name)
+            helped.set()
+
+    short = [unit._replace(file=1) for unit in short]
+    monkeypatch.setattr(schedule, "_Share", Row)
+    on_threads([idle, short, long], step)
+    assert helpers == ["reader-0"]

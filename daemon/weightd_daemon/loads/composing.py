@@ -151,14 +151,13 @@ class LoadFromResident:
             for row, key in keys.items():
                 blob, entry = found[key], wanted.entries[row]
                 length = blob.length if blob is not None else 0
-                if length != entry.length:
+                if blob is None or length != entry.length:
                     raise InvalidReferenceError(
                         f"tensor {entry.name[:200]!r}: its type and shape take {entry.length} bytes, and "
                         f"{key.name[:200]!r} of source {content_digest[:19]} has {length}"
                     )
-                self._tensors.blobs[row] = loading.share_resident(blob.number) if blob is not None else None
-                if self._tensors.blobs[row] is None:
-                    raise NotFoundError(f"source {content_digest[:19]} went while it was used; load it again")
+                # It is there: a lease keeps its checkpoint, and after a loss the call raises.
+                self._tensors.blobs[row] = loading.share_resident(blob.number)
                 if turn.is_over:
                     await turn.next()
 

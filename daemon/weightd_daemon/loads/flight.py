@@ -26,6 +26,9 @@ class InFlightLoad:
     `begun` is when it was asked for, in seconds since the epoch; `revision` moves when it ends, or waiters come or go.
     """
 
+    task: asyncio.Task[None]
+    """What executes it; there before anybody else can see the load."""
+
     def __init__(
         self, request: LoadRequest, intake: int, begun: float, revision: BooksRevision, *, composes: bool = False
     ) -> None:
@@ -50,7 +53,6 @@ class InFlightLoad:
         """Whether it was cancelled because nobody waits for it any more."""
         self.waiters: dict[int, LoadRequest] = {}
         self.done: asyncio.Future[tuple[Checkpoint, LoadOutcome]] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self.loader_there = asyncio.Event()
         """Set when a loader has the intake: the files may come."""
@@ -88,8 +90,7 @@ class InFlightLoad:
     def cancel(self, error: WeightdError) -> None:
         """End it now, with an error for those who wait."""
         self.fail(error)
-        if self.task is not None:
-            self.task.cancel()
+        self.task.cancel()
 
     def went(self, domain: str, called: str) -> None:
         """A checkpoint was evicted for it. Who loads is not told what those are called that it may not see."""

@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_ARGV = (sys.executable, "-P", "-m", "weightd_daemon.loader")
 
+_TRIES = 500
+"""How often a loader is offered descriptors that its socket has no room for, 10 ms apart."""
+
 
 class LoadProcessDiedError(Exception):  # a fact that the caller turns into the load's error
     """The process that executes a load ended in the middle of a job."""
@@ -155,13 +158,13 @@ class LoadProcess:
 
     def hang_up(self) -> None:
         """Let an idle loader end by itself."""
-        if self._writer is not None:
-            self._writer.close()
+        assert self._writer is not None  # as in `send`
+        self._writer.close()
 
     async def _send_descriptors(self, descriptors: list[int]) -> None:
         # A few descriptors at a time into an otherwise empty socket: it takes them at once unless the loader is stuck,
         # and then waiting would be the wrong thing to do on the daemon's loop.
-        for _ in range(500):
+        for _ in range(_TRIES):
             if self.exited.done():
                 break  # and the socket is closed
             self._descriptors.setblocking(False)

@@ -255,7 +255,7 @@ class Loads:
         self.cancel_all()
         await self._pool.close()
         await self.verifications.close()
-        for task in [*self._background, *(load.task for load in self._all if load.task)]:
+        for task in [*self._background, *(load.task for load in self._all)]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task

@@ -42,12 +42,14 @@ class LoadVerification:
     `done` has the numbers of the blobs that differ, or the error. `chosen` is what is verified, once its turn has come.
     """
 
+    task: asyncio.Task[None]
+    """What verifies; there from the beginning on."""
+
     def __init__(self) -> None:
         self.chosen: list[Checkpoint] = []
         self.total_blobs = self.total_bytes = 0
         self.done_blobs = self.done_bytes = 0
         self.done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-        self.task: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
     async def changes(self) -> AsyncGenerator[None, None]:
@@ -64,8 +66,7 @@ class LoadVerification:
 
     def cancel(self) -> None:
         """Nobody wants to know: end it, and give back what it has."""
-        if self.task is not None:
-            self.task.cancel()
+        self.task.cancel()
 
 
 class LoadVerifications:
