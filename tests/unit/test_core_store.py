@@ -11,7 +11,7 @@ import pytest
 from support.counting import operations
 from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
-from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
+from weightd.errors import CapacityError, DeviceAbsentError, DeviceError, InUseError, NotFoundError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
@@ -529,6 +529,23 @@ class Granting:
         extent = self._load.grant(ends[-1], question.grant.need, ends)
         assert extent is not None
         return wire.ToLoader(grant=wire.Extent(segment=extent.segment, offset=extent.offset, length=extent.length))
+
+
+def test_a_load_that_finds_no_room_on_a_device_that_has_become_absent_hears_so() -> None:
+    """Nothing goes there to make room (law 12), so it would be wrong to call that evictable and full."""
+    books = Books(budget=2 * LARGE)
+    there = books.load("ab")
+    load = books.open()
+    load.match([((digest("c"), LARGE), 1)])
+    books.store.set_absent("host", "it does not answer")
+    for ask in (load.make_room, partial(load.grant, LARGE, LARGE)):
+        with pytest.raises(DeviceAbsentError, match="device host is absent: it does not answer"):
+            ask()
+    assert books.evicted == []
+    books.store.set_absent("host", "")
+    while not load.make_room():
+        books.reclaim()
+    assert books.evicted == [(there, "capacity")]
 
 
 # -- room where a segment is all or nothing ----------------------------------------------------------------------------
