@@ -9,6 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from weightd_daemon.core import partners as partners_module
 from weightd_daemon.core import sharing as sharing_module
 from weightd_daemon.core.blob import Blob, BlobKey
 from weightd_daemon.core.checkpoint import Checkpoint, CheckpointKey
@@ -40,6 +41,7 @@ class SharingMachine(RuleBasedStateMachine):
         super().__init__()
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(sharing_module, "WORK_IN_A_STEP", 2)
+        self.patch.setattr(partners_module, "WORK_IN_A_STEP", 2)
         self.leased: set[CheckpointKey] = set()
         self.index = SharingIndex(self.leased.__contains__)
         self.resident: list[Checkpoint] = []

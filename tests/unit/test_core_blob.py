@@ -78,3 +78,12 @@ def test_which_lengths_there_are_costs_the_same_however_many_blobs_there_are() -
             blobs.seal([blobs.place(BlobKey("host", "a", number.to_bytes(16, "little"), 8), 0, 1, 0, load=1)])
         costs.append(operations(lambda: blobs.lengths("host", "a", sealed=True)))
     assert costs[0] == costs[1]
+
+
+def test_a_blob_is_sealed_once() -> None:
+    blobs = BlobTable()
+    blob = blobs.place(BlobKey("host", "a", b"d" * 16, 300), 0, 1, 0, load=1)
+    blobs.seal([blob])
+    with pytest.raises(RuntimeError, match="cannot become sealed"):
+        blobs.seal([blob])
+    assert (blobs.sealed, blobs.sealed_bytes("host")) == (1, 300)

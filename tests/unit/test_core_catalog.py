@@ -432,3 +432,31 @@ def test_one_name_is_seen_by_who_may_see_it_its_own_domain_first(shelf: Shelf) -
     assert shelf.catalog.named(apart, "name") == (CatalogTag(B, 1002), "evicted")
     assert shelf.catalog.named(ROOT, "name") == (CatalogTag(A, 1000), "resident")
     assert shelf.catalog.named(ROOT, "other") is None
+
+
+@pytest.mark.parametrize("reference", ["x" * (NAME_BYTES + 1), "\u20ac" * (NAME_BYTES // 3 + 1)])
+def test_a_reference_longer_than_any_name_is_refused_and_not_repeated_in_full(shelf: Shelf, reference: str) -> None:
+    for ask in (shelf.catalog.find, shelf.catalog.remove):
+        with pytest.raises(InvalidReferenceError, match=f"has {len(reference.encode())} bytes, and may have") as caught:
+            ask(ALICE, reference)
+        assert len(str(caught.value)) < 200
+
+
+def test_a_name_whose_content_was_evicted_is_dropped_by_its_owner_alone(shelf: Shelf) -> None:
+    shelf.store.evict(shelf.add(A, "chosen"), "capacity")
+    with pytest.raises(NotFoundError):
+        shelf.catalog.remove(BOB, "chosen")
+    assert shelf.catalog.tag("all", "chosen") == CatalogTag(A, 1000)
+    assert shelf.catalog.remove(ALICE, "chosen") == 0
+    assert shelf.catalog.tag("all", "chosen") is None
+    with pytest.raises(NotFoundError):
+        shelf.catalog.remove(ALICE, "chosen")
+
+
+def test_of_a_name_that_a_record_has_twice_the_later_counts(shelf: Shelf) -> None:
+    there = shelf.add(A)
+    shelf.catalog.restore("all", "name", CatalogTag(A, 1000))
+    shelf.catalog.restore("all", "name", CatalogTag(B, 1001))
+    assert shelf.catalog.tags == {("all", "name"): CatalogTag(B, 1001)}
+    assert shelf.catalog.names(there) == []
+    assert shelf.catalog._owned == {1001: 1}

@@ -145,6 +145,15 @@ def test_saying_who_holds_a_lease_is_no_new_lease_and_no_end() -> None:
     assert leases.begin("a", PEER, 2.0).number == 6
 
 
+def test_a_lease_of_an_earlier_daemon_is_entered_once() -> None:
+    leases = LeaseTable(lambda _: True)
+    leases.inherit(5, "a", PEER, 1.0)
+    with pytest.raises(ValueError, match="lease 5 is in the books"):
+        leases.inherit(5, "b", PEER, 2.0)
+    assert [(lease.number, lease.checkpoint) for lease in leases] == [(5, "a")]
+    assert leases.count("b") == 0
+
+
 # -- many leases -----------------------------------------------------------------------------------------------------
 
 
@@ -272,3 +281,14 @@ def test_who_keeps_the_lock_hears_of_each_end_once() -> None:
     leases.refresh()
     leases.end(second.number)
     assert forgotten == [first.number, second.number]
+
+
+def test_who_asks_strikes_out_few_that_have_ended_and_leaves_the_others_to_the_sweep() -> None:
+    """To strike one out and tell of it takes longer than to look: a process with many may just have ended."""
+    kernel = Kernel()
+    leases = LeaseTable(kernel.probe)
+    many(kernel, leases, 100)
+    kernel.locks.clear()
+    assert leases.held() == 100 - MOST_ASKED // 8
+    leases.sweep(8 * 100)
+    assert leases.held() == 0

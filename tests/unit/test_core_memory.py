@@ -7,6 +7,9 @@ import pytest
 from support.prompt_memory import PromptMemory
 from weightd_daemon.core import memory as memory_module
 from weightd_daemon.core.arena import Extent
+from weightd_daemon.core.creations import Creation
+from weightd_daemon.core.memory import MemoryAccounting
+from weightd_daemon.core.prospect import EvictionTrial
 from weightd_daemon.core.ranges import RangeSet
 from weightd_daemon.core.reclaims import ExtentReclaim, SegmentReclaim
 
@@ -504,3 +507,94 @@ def test_what_frees_bytes_is_settled_before_they_are_granted_or_returned() -> No
     assert len(calls) == 2
     assert fixture.grant(64) is None
     assert len(calls) == 2
+
+
+# -- segments that are made later --------------------------------------------------------------------------------------
+
+
+class Slow:
+    """A device of 32 pages, whose segments are made when the test says so."""
+
+    def __init__(self, *, pool_pages: int = 32) -> None:
+        self.asked: list[Creation] = []
+        self.memory = MemoryAccounting(
+            budget=32 * PAGE, page=PAGE, sparse=False, pool_limit=pool_pages * PAGE, create=self.asked.append
+        )
+
+
+def test_who_asks_for_more_than_was_made_gets_another_segment_and_gives_both_back() -> None:
+    device = Slow(pool_pages=0)
+    assert device.memory.grant(1, "all", 4 * PAGE, 4 * PAGE) is None
+    assert device.memory.made(device.asked.pop(), 1)
+    assert device.memory.grant(1, "all", 8 * PAGE, 8 * PAGE) is None
+    assert device.memory.made(device.asked.pop(), 2)
+    assert device.memory.grant(1, "all", 8 * PAGE, 8 * PAGE) == pages(2, 0, 8)
+    assert device.memory.granted(1) == [pages(1, 0, 4), pages(2, 0, 8)]
+    device.memory.return_grants(1)
+    assert {type(reclaim) for reclaim in device.memory.next_reclaims()} == {SegmentReclaim}
+    assert device.memory.segments == 0
+
+
+@pytest.mark.parametrize("pool_pages", [0, 32])
+def test_what_is_made_for_a_load_that_has_ended_is_pooled_as_far_as_that_is_allowed(pool_pages: int) -> None:
+    device = Slow(pool_pages=pool_pages)
+    assert device.memory.grant(1, "all", 4 * PAGE, 4 * PAGE) is None
+    device.memory.return_grants(1)
+    assert device.memory.used == 4 * PAGE, "law 8: it may be there by now"
+    assert device.memory.made(device.asked.pop(), 1)
+    assert (device.memory.granted(1), device.memory.pooled_bytes()) == ([], min(pool_pages, 4) * PAGE)
+    assert (device.memory.grant(2, "all", PAGE, PAGE) == pages(1, 0, 1)) == bool(pool_pages)
+
+
+def test_nothing_smaller_is_made_for_a_load_that_has_ended() -> None:
+    device = Slow()
+    assert device.memory.grant(1, "all", 8 * PAGE, PAGE) is None
+    device.memory.return_grants(1)
+    device.memory.failed(device.asked.pop(), MemoryError("it is full"))
+    assert device.asked == []
+    assert (device.memory.used, device.memory.reclaiming) == (0, False)
+
+
+def test_why_a_segment_could_not_be_made_is_told_once() -> None:
+    device = Slow()
+    assert device.memory.grant(1, "all", 4 * PAGE, PAGE) is None
+    device.memory.failed(device.asked.pop(), OSError("the driver is gone"))
+    with pytest.raises(OSError, match="the driver is gone"):
+        device.memory.grant(1, "all", 4 * PAGE, PAGE)
+    assert device.memory.grant(1, "all", 4 * PAGE, PAGE) is None
+    assert len(device.asked) == 1, "it was asked for again"
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_what_was_being_made_when_the_memory_was_lost_is_no_part_of_the_new_one(fails: bool) -> None:
+    device = Slow()
+    assert device.memory.grant(1, "all", 4 * PAGE, 4 * PAGE) is None
+    creation = device.asked.pop()
+    device.memory.lose("it fell off the bus")
+    assert (creation.wanted, device.memory.used, device.memory.reclaiming) == (False, 0, False)
+    if fails:
+        device.memory.failed(creation, MemoryError())
+    else:
+        assert not device.memory.made(creation, 1), "whoever made it has to release it"
+    assert (device.asked, device.memory.segments, device.memory.used) == ([], 0, 0)
+    assert device.memory.grant(1, "all", 4 * PAGE, 4 * PAGE) is None
+    assert len(device.asked) == 1
+
+
+# -- what an eviction would give back ----------------------------------------------------------------------------------
+
+
+def test_of_a_frozen_segment_an_eviction_gives_all_or_nothing() -> None:
+    """It is not punched (law 10); where nothing that the books know is left in it, it goes with its memory."""
+    device, taken = Fixture(), RangeSet()
+    taken.add(0, PAGE)
+    taken.add(4 * PAGE, 5 * PAGE)
+    device.memory.adopt("all", 7, 8 * PAGE, taken, [(6 * PAGE, 8 * PAGE)], frozen=True)
+    trial = EvictionTrial(device.memory, "all", None)
+    before = trial.outcome().total
+    trial.free(pages(7, 0, 1))
+    assert (trial.common, trial.outcome().total) == (0, before)
+    trial.free(pages(7, 4, 1))
+    assert (trial.common, trial.outcome().total) == (6 * PAGE, before + 6 * PAGE), "the last two pages have no memory"
+    trial.keep(pages(7, 0, 1))
+    assert (trial.common, trial.outcome().total) == (0, before)

@@ -90,6 +90,23 @@ def test_pairs_come_biggest_first() -> None:
     ]
 
 
+def test_the_biggest_pairs_are_listed_and_the_others_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a listed pair has in common is all there, also of contents that others share as well."""
+    checkpoints = {
+        "a": tensors(("x", BIG, 1), ("y", 2 * BIG, 2)),
+        "b": tensors(("x", BIG, 1), ("z", 2 * BIG, 2)),
+        "c": tensors(("x", BIG, 1), ("", SMALL, 3)),
+        "d": tensors(("", SMALL, 3)),
+    }
+    whole = make_plan(checkpoints)
+    monkeypatch.setattr("weightd_daemon.core.plan.MOST_PAIRS", 2)
+    plan = make_plan(checkpoints)
+    assert (len(whole.pairs), whole.pairs_left_out) == (4, 0)
+    assert (plan.pairs, plan.pairs_left_out) == (whole.pairs[:2], 2)
+    assert plan.pairs[0].parts == (SharedPart(("y", "z"), 2 * BIG), SharedPart(("x", "x"), BIG))
+    assert plan.checkpoints == whole.checkpoints, "they count all partners"
+
+
 @pytest.mark.parametrize("checkpoints", [{}, {"a": []}, {"a": tensors(("", 0, 1)), "b": tensors(("", 0, 1))}])
 def test_nothing_is_nothing_saved(checkpoints: dict[str, list[PlannedTensor]]) -> None:
     plan = make_plan(checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
 from itertools import count, pairwise
 
@@ -11,7 +12,7 @@ import pytest
 from support.counting import operations
 from support.prompt_memory import PromptMemory
 from support.sealed import sealed_blobs
-from weightd.errors import CapacityError, DeviceError, InUseError, NotFoundError
+from weightd.errors import CapacityError, DeviceAbsentError, DeviceError, InUseError, NotFoundError, ResourceLimitError
 from weightd_daemon.core.arena import slot_bytes
 from weightd_daemon.core.blob import OWN_COPY_BELOW, Blob
 from weightd_daemon.core.checkpoint import Checkpoint, Content
@@ -274,6 +275,56 @@ def test_all_copies_of_a_small_tensor_move_to_the_new_variant_together() -> None
     assert (books.store.collisions, mine.rechecks()) == (1, [])
 
 
+def test_what_was_evicted_since_a_load_met_its_digest_is_no_candidate_any_more() -> None:
+    books = Books()
+    (first,) = books.load("a").unique.values()
+    other = books.open()
+    extent = other.grant(LARGE, LARGE)
+    assert extent is not None
+    second = books.seal(other, [other.settle(digest("a"), LARGE, *extent[:2], {first.number})[1]])
+    load = books.open()
+    assert load.candidate(digest("a"), LARGE) is first
+    books.store.remove(second)
+    extent = load.grant(LARGE, LARGE)
+    assert extent is not None
+    placed, blob = load.settle(digest("a"), LARGE, *extent[:2], {first.number})
+    assert (placed, blob.variant) == (True, 1), "it differs from all that are left"
+
+
+def test_what_others_have_sealed_between_a_load_s_first_look_and_its_bytes_is_compared() -> None:
+    books = Books()
+    mine = books.open()
+    assert mine.candidate(digest("a"), LARGE) is None
+    (there,) = books.load("a").unique.values()
+    blob = books.place(mine, "a")
+    assert not mine.rechecked
+    assert mine.rechecks() == [(blob, there)]
+    assert mine.recheck(blob.number, there.number, equal=True) == {blob.number: there}
+    assert mine.rechecks() == []
+    assert mine.rechecked
+
+
+def test_bytes_that_differ_from_each_of_several_are_one_collision_with_each_and_one_new_variant() -> None:
+    """An outcome that comes twice changes nothing more."""
+    books = Books()
+    mine, other = books.open(), books.open()
+    blob, first = books.place(mine, "a"), books.place(other, "a")
+    extent = other.grant(LARGE, LARGE)
+    assert extent is not None
+    second = other.settle(digest("a"), LARGE, *extent[:2], {first.number})[1]
+    books.seal(other, [first, second])
+    before = books.store.collisions
+    compared = []
+    while not mine.rechecked:
+        for placed, sealed in mine.rechecks():
+            assert placed is blob
+            compared.append(sealed)
+            for _ in range(2):
+                assert mine.recheck(blob.number, sealed.number, equal=False) == {}
+    assert {one.number for one in compared} == {first.number, second.number}
+    assert (blob.variant, books.store.collisions - before) == (2, 2)
+
+
 # -- room --------------------------------------------------------------------------------------------------------------
 
 
@@ -529,6 +580,72 @@ class Granting:
         extent = self._load.grant(ends[-1], question.grant.need, ends)
         assert extent is not None
         return wire.ToLoader(grant=wire.Extent(segment=extent.segment, offset=extent.offset, length=extent.length))
+
+
+def test_a_load_whose_tensors_are_all_resident_makes_no_room() -> None:
+    books = Books(budget=2 * LARGE)
+    there = books.load("ab")
+    load = books.open()
+    assert load.match(((digest(letter), LARGE), 1) for letter in "ab") == {(digest(letter), LARGE) for letter in "ab"}
+    assert load.make_room()
+    assert (books.evicted, books.memory.obtainable("all")) == ([], 0)
+    assert there.key in books.store.checkpoints
+
+
+def test_a_lease_that_ends_while_room_is_looked_for_keeps_nobody_out() -> None:
+    """It is held when it is asked what may go, and not any more when the figures of a refusal are reckoned."""
+    books = Books(budget=2 * LARGE)
+    there = books.load("ab")
+    lease = books.lease(there)
+    answers = iter([True])
+    books.locked = Ending(answers, lease.number)
+    load = books.open()
+    load.match([((digest("c"), LARGE), 1)])
+    while not load.make_room():
+        books.reclaim()
+    assert books.evicted == [(there, "capacity")]
+    assert next(answers, None) is None, "it was asked while it was held"
+
+
+class Ending(set[int]):
+    """The lock of a lease that is there as long as there are answers."""
+
+    def __init__(self, answers: Iterator[bool], *numbers: int) -> None:
+        super().__init__(numbers)
+        self._answers = answers
+
+    def __contains__(self, number: object) -> bool:
+        return super().__contains__(number) and next(self._answers, False)
+
+
+def test_a_load_that_finds_no_room_on_a_device_that_has_become_absent_hears_so() -> None:
+    """Nothing goes there to make room (law 12), so it would be wrong to call that evictable and full."""
+    books = Books(budget=2 * LARGE)
+    there = books.load("ab")
+    load = books.open()
+    load.match([((digest("c"), LARGE), 1)])
+    books.store.set_absent("host", "it does not answer")
+    for ask in (load.make_room, partial(load.grant, LARGE, LARGE)):
+        with pytest.raises(DeviceAbsentError, match="device host is absent: it does not answer"):
+            ask()
+    assert books.evicted == []
+    books.store.set_absent("host", "")
+    while not load.make_room():
+        books.reclaim()
+    assert books.evicted == [(there, "capacity")]
+
+
+def test_a_device_that_lacks_something_else_than_bytes_says_what() -> None:
+    class NoDescriptorsError(ResourceLimitError, MemoryError):
+        """As of devices/host.py."""
+
+    def create(size: int) -> int:
+        raise NoDescriptorsError("the daemon has no descriptors left")
+
+    books = Books()
+    books.memory.create = create
+    with pytest.raises(ResourceLimitError, match="the daemon has no descriptors left"):
+        books.open().grant(LARGE, LARGE)
 
 
 # -- room where a segment is all or nothing ----------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 from weightd_daemon.core.blob import OWN_COPY_BELOW
 from weightd_daemon.core.plan import PlannedTensor, make_plan, shared_contents
 from weightd_daemon.core.plan_budget import fit
+
+if TYPE_CHECKING:
+    import pytest
 
 BIG = OWN_COPY_BELOW
 
@@ -48,6 +51,15 @@ def test_small_equal_tensors_are_counted_once_for_each_name() -> None:
     checkpoints = {"one": tensors((100, "x")), "three": tensors((100, "x"), (100, "x"), (100, "x"))}
     found = planned(checkpoints, 1000)
     assert [(step.name, step.added_bytes) for step in found.order] == [("one", 100), ("three", 200)]
+
+
+def test_what_to_remove_is_said_of_the_cheapest_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightd_daemon.core.plan_budget.EXPLAINED", 1)
+    checkpoints = {name: tensors((size * BIG, name)) for name, size in (("a", 2), ("b", 3), ("c", 4))}
+    found = planned(checkpoints, 4 * BIG)
+    assert [(step.name, step.fits, step.remove) for step in found.order] == [
+        ("a", True, ()), ("b", False, ("a",)), ("c", False, ()),
+    ]  # fmt: skip
 
 
 @given(

@@ -38,7 +38,8 @@ ENDED_AT_ONCE = 250
 class StoreTransaction:
     """Transaction of one open load on the store, until `end`. `by` asked for it, under a name that may be empty.
 
-    When its device loses its memory, each call but `end` raises DeviceError from then on. Sizes are bytes.
+    When its device loses its memory, each call but `end` raises DeviceError from then on. While the device is absent,
+    what would need an eviction raises DeviceAbsentError. Sizes are bytes.
     """
 
     def __init__(

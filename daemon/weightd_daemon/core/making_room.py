@@ -38,7 +38,8 @@ class Evictor:
     def check(self, needed: int, piece: int, full: MemoryError | None = None) -> None:
         """Refuse the load if `needed` bytes, or one extent of `piece` bytes, would not fit even after every eviction.
 
-        Not while memory is on its way back, for nobody knows yet what that will make room for. Errors: CapacityError.
+        Not while memory is on its way back, for nobody knows yet what that will make room for. Errors: CapacityError,
+        DeviceAbsentError (whatever lies there stays).
         """
         piece = round_up(piece, self._memory.page)
         now = prospect(self._memory, self._domain, self._load)
@@ -72,7 +73,7 @@ class Evictor:
         self._evict(store.books.chosen_for(needed, store.evictable()))
 
     def refusal(self, requested: int, full: MemoryError | None = None) -> WeightdError:
-        """The error that says why `requested` bytes do not fit."""
+        """The error that says why `requested` bytes do not fit. Errors: DeviceAbsentError, as in `check`."""
         return self._room(full).error(requested, full)
 
     def _evict(self, chosen: Iterable[Checkpoint]) -> None:
@@ -82,6 +83,7 @@ class Evictor:
             self._store.evict(checkpoint, "capacity", self._load, by)
 
     def _room(self, full: MemoryError | None) -> CapacityEstimate:
+        self._store.check_present(self._device)  # law 12: it would call evictable what does not go
         there = ((c, self._store.leases.is_held(c.key)) for c in self._store.on_device(self._device))
         return room(self._memory, self._place, self._load, there, full)
 
