@@ -108,17 +108,27 @@ def published_files(state: PublishedState, names: Sequence[str], wanted: Collect
         yield found
 
 
-def tensors_in_files(state: PublishedState, manifest: FleetManifest) -> set[bytes]:
-    """The tensors of a checkpoint in those of its published files that are unchanged. Nothing of them is read."""
-    found: set[bytes] = set()
-    with contextlib.suppress(NotFoundError, FormatError):
-        described = _described(state, manifest.name)
-        for file in manifest.files:
-            opened = _open_unchanged(described.get((file.component, file.file)))
-            if opened is not None:
-                os.close(opened[1])
-                found.update(row.digest for row in manifest.rows_of(file))
-    return found
+class UnchangedFiles:
+    """Whether tensors of a checkpoint lie in unchanged published files of it. Nothing of them is read."""
+
+    def __init__(self, state: PublishedState, manifest: FleetManifest, wanted: set[bytes]) -> None:
+        described: dict[tuple[str, str], dict[str, Any]] = {}
+        with contextlib.suppress(NotFoundError, FormatError):
+            described = _described(state, manifest.name)
+        self._manifest = manifest
+        self._wanted = wanted
+        self._described = [described.get((file.component, file.file)) for file in manifest.files]
+        self._unchanged: list[bool] = []
+        self._has_all = False
+
+    def have_all(self) -> bool:
+        """Look at each file. What they have is found out again only where another one has changed, or is back."""
+        unchanged = [_is_unchanged(one) for one in self._described]
+        if unchanged != self._unchanged:
+            files = [file for file, same in zip(self._manifest.files, unchanged, strict=True) if same]
+            self._has_all = self._wanted <= {row.digest for file in files for row in self._manifest.rows_of(file)}
+            self._unchanged = unchanged
+        return self._has_all
 
 
 def _described(state: PublishedState, name: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -140,6 +150,13 @@ def _open_unchanged(described: dict[str, Any] | None) -> tuple[Path, int] | None
         return path, descriptor
     os.close(descriptor)
     return None
+
+
+def _is_unchanged(described: dict[str, Any] | None) -> bool:
+    if (opened := _open_unchanged(described)) is None:
+        return False
+    os.close(opened[1])
+    return True
 
 
 def file_identity(descriptor: int) -> list[int]:

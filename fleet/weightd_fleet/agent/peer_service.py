@@ -23,6 +23,7 @@ from .tls import check_role, require_loopback
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from .inventory import NodeInventory
     from .requests import Fetched
     from .serving import ReadAdmission, ServedBlobs
     from .tls import TlsFolder
@@ -93,12 +94,12 @@ class PeerService(peer_pb2_grpc.PeerServiceServicer):
             context.abort(grpc.StatusCode[error.grpc_code], error.message)
 
     def _followed(self, context: grpc.ServicerContext) -> Iterator[peer_pb2.Inventory]:
-        sent: peer_pb2.Inventory | None = None
+        sent: NodeInventory | None = None
         with self._reads.watching():
             while context.is_active() and not self.stopping.is_set():
-                (now,) = self._inventories()
+                now = self._blobs.inventory(draining=self._reads.draining)
                 if now != sent:
-                    yield now
+                    yield encode(now)
                     sent = now
                 self.stopping.wait(_WATCH_SECONDS)
 

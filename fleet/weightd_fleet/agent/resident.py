@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from weightd.attachment import Attachment
     from weightd.client import Client
-    from weightd.types import CheckpointInfo, DeviceStats
+    from weightd.types import CheckpointInfo, Stats
     from weightd_fleet.core.manifest import FleetManifest
 
 DEVICE: Final = "host"
@@ -95,17 +95,14 @@ class ResidentTensors:
                 self._client = None
 
     def find(self, lengths: Collection[int]) -> set[bytes]:
-        """The digests of all resident tensors of these lengths; none if no daemon answers this user."""
+        """The digests of resident tensors of these lengths. Errors: DaemonUnreachableError, PermissionDeniedError."""
         with self._lock:
-            try:
-                return self._find(frozenset(lengths))
-            except (DaemonUnreachableError, PermissionDeniedError):
-                return set()
+            return self._find(frozenset(lengths))
 
-    def stats(self) -> tuple[DeviceStats, ...]:
-        """The daemon's books of each device. Errors: DaemonUnreachableError, PermissionDeniedError."""
+    def stats(self) -> Stats:
+        """The daemon's books. Errors: DaemonUnreachableError, PermissionDeniedError."""
         with self._lock:
-            return self._connected().stats().devices
+            return self._connected().stats()
 
     def whole(self, manifests: Iterable[FleetManifest]) -> list[ResidentCheckpoint]:
         """Those of some manifests whose every tensor is resident in one checkpoint, under its own name.

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import threading
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from weightd.errors import (
-    DaemonUnreachableError,
-    DrainingError,
-    FormatError,
-    InvalidReferenceError,
-    NotFoundError,
-    PermissionDeniedError,
-)
+from weightd.errors import DrainingError, InvalidReferenceError, NotFoundError
 
-from .inventory import DeviceInventory, NodeInventory, ServableCheckpoint
-from .local_blobs import BlobReaders, StateBlobs, published_files, tensors_in_files
+from .listing import NodeListing
+from .local_blobs import BlobReaders, StateBlobs, published_files
 from .peer_errors import MAX_SOURCES, PeerBusyError
-from .resident import DEVICE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,18 +20,12 @@ if TYPE_CHECKING:
     from weightd_fleet.publishing.state import PublishedState
 
     from .addresses import AgentAddress
+    from .inventory import NodeInventory
     from .resident import ResidentTensors
 
 MAX_ROWS: Final = 100_000
 """Most rows of one read."""
 _MAX_NAMES: Final = 1000
-
-
-class ServedCheckpoint(NamedTuple):
-    """A checkpoint that can be fetched here."""
-
-    name: str
-    manifest: FleetManifest
 
 
 class ReadAdmission:
@@ -114,81 +99,15 @@ class ServedBlobs:
     def __init__(self, state: PublishedState, resident: ResidentTensors) -> None:
         self._state = state
         self._resident = resident
-        self._lock = threading.Lock()
-        self._decoded: dict[str, FleetManifest] = {}
+        self._listing = NodeListing(state, resident)
 
     def manifest(self, name: str) -> FleetManifest:
         """Errors: NotFoundError, FormatError, InvalidReferenceError (no name)."""
         return self._state.manifest(name)
 
-    def checkpoints(self) -> list[ServedCheckpoint]:
-        """The published checkpoints of which this node has every byte."""
-        return self._served(self._published())
-
     def inventory(self, *, draining: bool) -> NodeInventory:
         """What this node can serve, and what the devices of its daemon hold."""
-        published = self._published()
-        served = self._served(published)  # it hashes what is resident and new
-        devices: tuple[DeviceInventory, ...] = ()
-        problem = ""
-        try:
-            devices = self._devices(published)
-        except (DaemonUnreachableError, PermissionDeniedError) as error:
-            problem = str(error)
-        return NodeInventory(tuple(map(self._entry, served)), devices, draining, problem)
-
-    def _entry(self, served: ServedCheckpoint) -> ServableCheckpoint:
-        manifest = served.manifest
-        try:
-            reference = self._state.sources(served.name).get("reference")
-        except (NotFoundError, FormatError):
-            reference = ""
-        repository, commit = manifest.origin or ("", "")
-        return ServableCheckpoint(
-            name=served.name,
-            total_bytes=manifest.tensor_bytes,
-            tensors=sum(row.counts for row in manifest.tensors),
-            repository=repository,
-            commit=commit,
-            reference=reference if isinstance(reference, str) else "",
-        )
-
-    def _devices(self, published: dict[str, FleetManifest]) -> tuple[DeviceInventory, ...]:
-        """The devices that can be used now. Errors: DaemonUnreachableError, PermissionDeniedError."""
-        present = [device for device in self._resident.stats() if not device.absence]
-        whole = tuple(sorted(self._resident.whole(published.values())))
-        return tuple(
-            DeviceInventory(
-                device=device.uuid,
-                kind=device.kind,
-                budget_bytes=device.budget_bytes,
-                used_bytes=device.used_bytes,
-                firm_bytes=max(0, device.live_bytes + device.in_flight_bytes - device.evictable_bytes),
-                page_bytes=mmap.PAGESIZE,
-                checkpoints=whole if device.uuid == DEVICE else (),
-            )
-            for device in present
-        )
-
-    def _published(self) -> dict[str, FleetManifest]:
-        """The manifests of all that was published. Each is decoded once: a name has one manifest."""
-        with self._lock:
-            published = {}
-            for name in self._state.names():
-                with contextlib.suppress(NotFoundError, FormatError):  # removed meanwhile, or damaged
-                    published[name] = self._decoded.get(name) or self._state.manifest(name)
-            self._decoded = published
-            return published
-
-    def _served(self, published: dict[str, FleetManifest]) -> list[ServedCheckpoint]:
-        lengths = {row.length for manifest in published.values() for row in manifest.tensors if row.length}
-        resident = self._resident.find(lengths)
-        served = []
-        for name, manifest in published.items():
-            rest = {row.digest for row in manifest.tensors if row.length} - resident
-            if not rest or rest <= tensors_in_files(self._state, manifest):
-                served.append(ServedCheckpoint(name, manifest))
-        return served
+        return self._listing.inventory(draining=draining)
 
     @contextlib.contextmanager
     def rows(self, name: str, digests: Sequence[bytes]) -> Iterator[BlobReaders]:

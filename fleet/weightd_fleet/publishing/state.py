@@ -91,6 +91,18 @@ class PublishedState:
             raise FormatError(f"{show(path)}: is not what its name says; remove it and publish again")
         return content
 
+    def stamps(self) -> frozenset[tuple[object, ...]]:
+        """What tells whether a manifest, or where tensors lie, has come, gone or changed: then it is another set."""
+        found: set[tuple[object, ...]] = set()
+        for part in ("manifests", "sources"):
+            with contextlib.suppress(FileNotFoundError), os.scandir(self._folder / part) as entries:
+                for entry in entries:
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+                        status = entry.stat()
+                        times = status.st_mtime_ns, status.st_ctime_ns
+                        found.add((part, entry.name, status.st_ino, status.st_size, *times))
+        return frozenset(found)
+
     def sources(self, name: str) -> dict[str, Any]:
         """Where the tensors of a checkpoint lie. Errors: NotFoundError, FormatError (not as `put` wrote it)."""
         path = self._folder / "sources" / f"{_digits(name)}.json"
