@@ -61,9 +61,8 @@ def map_private(descriptor: int, size: int, *, writable: bool, at: int | None = 
 
 
 def _map(at: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
-    if (
-        size > sys.maxsize
-    ):  # ctypes would pass on the lowest bits, and fewer bytes would be reserved than are mapped then
+    # ctypes would pass on the lowest bits, and fewer bytes would be reserved than are mapped then.
+    if size > sys.maxsize:
         raise OSError(errno.ENOMEM, f"mapping {size} bytes failed: {os.strerror(errno.ENOMEM)}")
     address = _libc.mmap(at, size, protection, flags, descriptor, 0)
     if address == _FAILED:
