@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ Reply = handles_pb2.HandleReply
 DETACHED: Frame = (Reply(detach=handles_pb2.DetachReply(ended=True)), 0)
 OFFERED = Reply(offer=handles_pb2.OfferReply(offer_id=5))
 RECLAIM = handles_pb2.ReclaimRequest(lease=7)
+Pair = tuple[socket.socket, socket.socket]
 
 
 @pytest.fixture
@@ -36,6 +38,13 @@ def _no_descriptor_is_left() -> Iterator[None]:
     before = open_descriptors()
     yield
     assert open_descriptors() == before
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
 
 
 def broken(client: SocketClient) -> list[str]:
@@ -140,7 +149,7 @@ def test_where_there_is_no_daemon_that_is_said(tmp_path: Path) -> None:
 
 def test_where_no_socket_can_be_made_the_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> socket.socket:
-        raise OSError(24, "Too many open files")
+        raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(socket, "socket", refuse)
     with pytest.raises(weightd.ResourceLimitError, match="raise `ulimit -n`"):
@@ -271,20 +280,25 @@ def test_a_busy_daemon_may_be_asked_again(answers: Answers) -> None:
 # -- offers ------------------------------------------------------------------------------------------------------------
 
 
-def test_an_offer_comes_with_its_intake(answers: Answers) -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        number, intake = answers.connect((OFFERED, [theirs.fileno()])).offer()
-        with intake:
-            intake.send(b"file")
-            assert (number, ours.recv(9)) == (5, b"file")
+def test_an_offer_comes_with_its_intake(pair: Pair, answers: Answers) -> None:
+    ours, theirs = pair
+    number, intake = answers.connect((OFFERED, [theirs.fileno()])).offer()
+    with intake:
+        intake.send(b"file")
+        assert (number, ours.recv(9)) == (5, b"file")
 
 
-@pytest.mark.parametrize("descriptors", [0, 1, 2])
+@pytest.mark.parametrize("descriptors", [0, 1])
 def test_an_offer_without_its_intake_is_refused(descriptors: int, answers: Answers) -> None:
     """The one descriptor is no socket."""
     client = answers.connect((OFFERED, descriptors))
     with pytest.raises(weightd.ServerError, match=f"came with {descriptors} descriptors, and not with its intake"):
+        client.offer()
+
+
+def test_an_offer_with_more_than_its_intake_is_refused(pair: Pair, answers: Answers) -> None:
+    client = answers.connect((OFFERED, [end.fileno() for end in pair]))
+    with pytest.raises(weightd.ServerError, match="came with 2 descriptors, and not with its intake"):
         client.offer()
 
 
@@ -340,15 +354,6 @@ def test_a_request_too_long_for_a_frame_names_no_tensors() -> None:
 
 # -- the intake --------------------------------------------------------------------------------------------------------
 
-Pair = tuple[socket.socket, socket.socket]
-
-
-@pytest.fixture
-def pair() -> Iterator[Pair]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        yield ours, theirs
-
 
 def batches(intake: socket.socket) -> list[tuple[int, int, int]]:
     """What waits at the loader's end: the number of the first, how many it says, how many came."""
@@ -391,3 +396,15 @@ def test_files_that_no_loader_takes_are_given_up(pair: Pair) -> None:
     ours, _ = pair
     with pytest.raises(LeaseLostError, match="no loader took the files within 0 s"):
         feed(ours, [0], 0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(errno.ETOOMANYREFS, "raise `ulimit -n`"), (errno.ENOBUFS, "could not be sent to the daemon")]
+)
+def test_files_that_cannot_be_sent(number: int, hint: str, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "send_fds", refuse)
+    with pytest.raises(weightd.WeightdError, match=hint):
+        feed(pair[0], [0], 1.0)
