@@ -49,7 +49,7 @@ FLEET_VENV ?= .venv-fleet
 FUZZ_VENV ?= .venv-fuzz
 ATHERIS ?= atheris==3.0.0
 # The tests that reach the branches of coverage.
-COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py \
+COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py tests/driver/test_mapping_captures.py \
 	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
 	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
 	tests/integration/test_sharing.py tests/fault/test_clients.py tests/fault/test_loader.py \

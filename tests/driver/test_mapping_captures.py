@@ -362,6 +362,7 @@ assert mapped() == 0
         ("cuda_ipc", "cuIpcCloseMemHandle", 900),
         ("cuda_vmm", "cuEventRecord", 900),
         ("cuda_ipc", "cuEventCreate", 2),
+        ("cuda_ipc", "cuThreadExchangeStreamCaptureMode", 800),
     ],
 )
 def test_a_call_that_is_refused_for_now_is_made_again(

@@ -155,6 +155,8 @@ segments = opened("cuda_ipc", wanted("cuda_ipc", copies=2), ended)
 assert mapped() == 1
 one, again = segments.buffer(0, 1, 256, 256), segments.buffer(0, 1, 256, 256)
 assert int(one.handle) == int(again.handle) and mapped() == 2
+[place] = segments.ranges()  # without the copy
+assert (place.address, place.size, place.owner()) == (int(segments.buffer(0, 0, 0, 1).handle), SIZE, segments)
 ctypes.memset(int(one.handle), 7, 256)
 assert read(segments.buffer(0, 0, 256, 256)) == bytes(range(256))
 del one, segments

@@ -25,7 +25,7 @@ from support.daemon import Daemon, eventually
 from support.worker import Worker
 from weightd._libc import populate_read
 from weightd._proto.v1 import handles_pb2
-from weightd._transport.handle_socket import SocketClient, feed
+from weightd._transport.handle_socket import SocketClient
 from weightd.client import Client
 from weightd.errors import WeightdError
 
@@ -393,16 +393,3 @@ def test_received_descriptors_are_closed_on_exec(daemon: Daemon, tmp_path: Path)
     finally:
         for descriptor in received.descriptors:
             os.close(descriptor)
-
-
-@pytest.mark.parametrize(
-    ("number", "hint"), [(errno.ETOOMANYREFS, "raise `ulimit -n`"), (errno.ENOBUFS, "could not be sent to the daemon")]
-)
-def test_files_that_cannot_be_sent(monkeypatch: pytest.MonkeyPatch, number: int, hint: str) -> None:
-    def refuse(*_: object) -> int:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(socket, "send_fds", refuse)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs, pytest.raises(weightd.WeightdError, match=hint):
-        feed(ours, [0], 1.0)

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 import weightd
+from support import gpu_segments
 from weightd._manifest import DTYPES
 from weightd._mapping import host
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.handle_socket import ReceivedDescriptors
-from weightd.errors import DaemonUnreachableError, NotFoundError
+from weightd.errors import DaemonUnreachableError, DeviceMismatchError, NotFoundError
 from weightd.types import DerivedView, TensorKey
 
 PAGE = 4096
+GPU = "GPU-00000000-0000-0000-0000-000000000000"
 ROWS = [  # file, name, dtype, shape, segment, offset, length
     (0, "q", "U8", (2, 128), 0, 0, 256),
     (0, "k", "U8", (2, 128), 0, 256, 256),
@@ -229,6 +231,8 @@ def test_a_tensor_is_located_by_the_bytes_from_its_first_to_its_last_element(att
     assert attachment.locate(both) == (q.data_ptr(), 512, tuple(names))
     assert attachment.locate(both[1:3, 5:9]) == (q.data_ptr() + 133, 132, tuple(names))
     assert attachment.locate(both[2:]) == (q.data_ptr() + 256, 256, (names[1],))
+    blocks = attachment.tensor("blocks", "vae")
+    assert attachment.locate(blocks) == (blocks.data_ptr(), 68, (TensorKey("vae", "blocks"),))
     assert attachment.locate(w[::2]) == (w.data_ptr(), 255, (TensorKey("vae", "w"),))
     elsewhere = [torch.ones(4), torch.ones(4, device="meta"), q[:0], attachment.tensor("empty", "unet")]
     assert [attachment.locate(tensor) for tensor in elsewhere] == [None] * 4
@@ -319,3 +323,17 @@ def test_a_manifest_that_is_none_is_refused() -> None:
     answer = received(manifest(), [0, 1])
     os.pwrite(answer.manifest, b"\xff" * answer.reply.manifest_bytes, 0)
     refused(answer, weightd.ServerError, "the manifest cannot be decoded")
+
+
+@pytest.mark.parametrize("sends", ["host", "handle"])  # of what kind its handles are, nobody knows
+def test_a_kind_of_a_newer_daemon_is_refused(sends: str) -> None:
+    with pytest.raises(DeviceMismatchError, match=r"GPU-.* shares its memory by 'cuda_fabric', which this version"):
+        gpu_segments.attachment(sends, {"a": ("U8", (4,), 256, 4)}, says="cuda_fabric", device=GPU)
+
+
+@pytest.mark.parametrize(("says", "sends"), [("cuda_ipc", "host"), ("cuda_vmm", "handle"), ("host", "handle")])
+def test_handles_of_another_kind_are_refused(says: str, sends: str) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(weightd.ServerError, match=f"handles that are not those of {says}"):
+        gpu_segments.attachment(sends, {"a": ("U8", (4,), 256, 4)}, says=says, device=GPU)
+    assert set(os.listdir("/proc/self/fd")) == before
