@@ -728,6 +728,29 @@ def test_only_whole_segments_of_another_domain_are_evictable() -> None:
 # -- the ends of things ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prepared", ["", "a", "ab"])
+def test_a_seal_keeps_what_its_content_has_whatever_was_prepared(prepared: str) -> None:
+    books = Books()
+    load = books.open()
+    blobs = {letter: books.place(load, letter) for letter in "ab"}
+    contents = {
+        letters: Content(
+            f"sha256:{letters}",
+            FILE,
+            tuple(ContentTensor("", letter, "U8", (LARGE,), 0, LARGE) for letter in letters),
+            tuple(blobs[letter] for letter in letters),
+        )
+        for letters in ("a", "ab")
+    }
+    if prepared:
+        load.prepare(contents[prepared])
+    checkpoint = load.seal(contents["ab"], 1.0)
+    load.end()
+    books.reclaim()
+    assert set(sealed_blobs(books.store)) == {*checkpoint.unique.values()} == {*blobs.values()}
+    assert books.memory.used == books.store.live_bytes("host") == 2 * LARGE
+
+
 def test_a_load_that_ends_without_a_checkpoint_leaves_nothing() -> None:
     books = Books()
     load = books.open()
