@@ -139,6 +139,21 @@ def test_what_a_smaller_budget_does_not_hold_goes_in_steps() -> None:
     assert desk.memory.excess() == 0
 
 
+def test_what_is_being_freed_already_is_waited_for_before_anybody_goes_for_a_smaller_budget() -> None:
+    desk = Desk(tensors=2 * MANY)
+    kept, gone = desk.load("kept", seed=1 << 32), desk.load("gone")
+    desk.store.remove(gone)
+    desk.memory.resize(MANY * SLOT + PAGE, 0)
+    steps = 0
+    for _ in desk.store.fit("host"):
+        steps += 1
+        assert desk.memory.used > desk.memory.budget, "law 8: until its return is reported"
+    assert steps > MANY // FREED_IN_A_STEP
+    assert ([*desk.store.checkpoints.values()], desk.memory.excess()) == ([kept], 0)
+    desk.reclaim()
+    assert desk.memory.used <= desk.memory.budget
+
+
 def test_who_is_leased_or_pinned_between_two_steps_is_replaced_by_others() -> None:
     """Else memory beyond the budget stays, which nobody holds; see `excess`."""
     desk = Desk(tensors=5 * PAGE // SLOT)
@@ -361,6 +376,31 @@ def test_one_of_many_sets_is_counted_in_steps(monkeypatch: pytest.MonkeyPatch) -
     for other in others:
         desk.store.remove(other)
     catch_up(desk.store)
+    assert desk.store.sharing.on("host").sets == {}
+
+
+def test_sets_of_checkpoints_that_have_one_key_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are then not merged with what becomes equal, and the sums are right all the same."""
+    monkeypatch.setattr("weightd_daemon.core.sharing.xxh3_128_intdigest", lambda _: 1)
+    desk = Desk()
+    first, second = desk.load("a", count=10), desk.load("b", seed=1 << 32, count=10)
+    both = share(desk, "c", [*first.unique.values()][:5] + [*second.unique.values()][:3])
+
+    def figures() -> tuple[int, ...]:
+        sharing = desk.store.sharing
+        while sharing.go_on():
+            pass
+        return sharing.on("host").used_bytes // 8, *(sharing.exclusive_bytes(one) // 8 for one in (first, second, both))
+
+    assert figures() == (20, 5, 7, 0)
+    desk.store.remove(both)
+    assert figures() == (20, 10, 10, 0)
+    desk.store.remove(second)
+    assert figures() == (10, 10, 0, 0)
+    (left,) = desk.store.sharing.on("host").sets.values()
+    assert left.checkpoints() == [first], "it is not taken for the one that has gone"
+    desk.store.remove(first)
+    assert figures() == (0, 0, 0, 0)
     assert desk.store.sharing.on("host").sets == {}
 
 
