@@ -164,6 +164,8 @@ def test_an_attach_that_fails_leaves_no_lease(
                 client.socket.send(Request(attach=ATTACH).SerializeToString())
                 await client.closed()
         assert counter.attaches == [code]
+        if where == "send" or isinstance(failure, OSError):  # a bug leaves that to the sweep
+            assert len(counter.store.leases) == 0
         assert counter.held() == []
         if reason:
             await client.attach()
