@@ -327,7 +327,7 @@ async def test_a_loop_that_wakes_for_nothing_and_a_second_end_change_nothing(cou
     """What ends a connection may come while it ends: its deadline, the end of the server, or another frame."""
     client = await counter.come()
     (conversation,) = counter.server._peers
-    conversation._readable()
+    conversation._guard(conversation._serve_frame)
     await client.attach()
     conversation.close("once")
     conversation.close("twice")
