@@ -52,7 +52,7 @@ ATHERIS ?= atheris==3.0.0
 COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driver/test_mapping_cuda.py tests/driver/test_mapping_captures.py \
 	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
 	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
-	tests/integration/test_sharing.py tests/fault/test_clients.py tests/fault/test_loader.py \
+	tests/integration/test_sharing.py tests/fault/test_clients.py \
 	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py
 # Which targets are fuzzed; all of them by default.
 TARGET ?=

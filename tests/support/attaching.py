@@ -85,6 +85,7 @@ class Counter:
         """By device, the checkpoint that was loaded from the files that are asked for."""
         self.attaches: list[str] = []
         """The codes of the attaches that were counted."""
+        self.limits = UserLimits()
         self.connections = HandleSocketConnections(isolated=False, admins=frozenset())
         loads: Any = SimpleNamespace(
             disconnected=lambda _: None, untaken=lambda _: 0,
@@ -94,7 +95,7 @@ class Counter:
             store=self.store, catalog=self.books.catalog, loads=loads, manifests=self.books.manifests,
             locks=self.books.locks, connections=self.connections,
             devices={"host": self.books.device, "GPU-0": cast("Any", self.books.device)}, default_device="host",
-            limits=UserLimits(), now=lambda: 9.0,
+            limits=self.limits, now=lambda: 9.0,
         )  # fmt: skip
         self.server = HandleServer(
             connections=self.connections, attacher=self.attacher, max_connections=4,

@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
 import pytest
 
 from support.daemon import eventually
+from weightd.errors import LeaseLostError, PermissionDeniedError
 from weightd_daemon.handles import connections as module
 from weightd_daemon.handles.connections import HandleSocketConnections
 
@@ -23,8 +25,8 @@ OVERFLOW = int(Path("/proc/sys/kernel/overflowuid").read_text())
 class Peer:
     """A connected socket whose other end has this uid: `struct ucred` is a pid_t and two unsigned numbers."""
 
-    def __init__(self, uid: int) -> None:
-        self._credentials = struct.pack("=iII", 1 << 22, uid, uid)
+    def __init__(self, uid: int, pid: int = 1 << 22) -> None:
+        self._credentials = struct.pack("=iII", pid, uid, uid)
 
     def getsockopt(self, level: int, option: int, size: int) -> bytes:
         assert (level, option, size) == (socket.SOL_SOCKET, socket.SO_PEERCRED, len(self._credentials))
@@ -92,3 +94,50 @@ def test_a_command_line_of_any_length_is_read_in_part() -> None:
     finally:
         process.communicate(b"\n", 60)
     assert module.command_of(process.pid) == "", "it has gone"
+
+
+@pytest.mark.parametrize(("isolated", "domain"), [(False, ""), (True, "uid-1000")])
+def test_a_peer_without_an_identity_is_nobody_where_users_are_kept_apart(isolated: bool, domain: str) -> None:
+    connections = HandleSocketConnections(isolated=isolated, admins=frozenset())
+    assert connections.user(1000).domain == domain
+    unknown = connections.add(cast("socket.socket", Peer(OVERFLOW)))
+    if isolated:
+        with pytest.raises(PermissionDeniedError, match="your user id is not known here"):
+            connections.who(unknown)
+    else:
+        assert connections.who(unknown).uid is None
+
+
+def test_a_token_and_an_offer_are_of_one_connection() -> None:
+    connections = HandleSocketConnections(isolated=False, admins=frozenset())
+    connection = connections.add(cast("socket.socket", Peer(1000)))
+    assert connections.by_token(connection.token) is connection
+    with pytest.raises(LeaseLostError, match="offer 7 is not there"):
+        connection.pop_offer(7)
+    connections.remove(connection)
+    for token, metadata in ((connection.token, {"refused": "token"}), ("", {})):
+        with pytest.raises(PermissionDeniedError, match="no token of an open handle-socket connection") as caught:
+            connections.by_token(token)
+        assert caught.value.metadata == metadata
+
+
+def test_a_process_that_cannot_be_seen_has_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Because it is in another PID namespace, or has gone."""
+    connections = HandleSocketConnections(isolated=False, admins=frozenset())
+    asked: list[Callable[[], None]] = []
+    monkeypatch.setattr(connections._lookups, "ask", lambda _, look: asked.append(look))
+    for pid in (0, 1 << 22):
+        connection = connections.add(cast("socket.socket", Peer(1000, pid)))
+        connections.greeted(connection)
+        assert (connection.pid, connection.peer.command) == (pid or None, "")
+    (look,) = asked
+    look()
+    assert connection.peer.command == ""
+
+
+def test_the_overflow_uid_is_65534_where_the_kernel_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert module._overflow_uid() == 65534

@@ -153,3 +153,46 @@ def test_a_lease_file_that_cannot_be_made_is_an_answer(
             assert door.attaches == [code, code]
 
     asyncio.run(run())
+
+
+def test_who_cannot_be_accepted_waits_until_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of descriptors: the peer stays in the backlog, and the loop does not spin."""
+    monkeypatch.setattr(entrance, "ACCEPT_PAUSE_SECONDS", 0.01)
+    refused: list[int] = []
+
+    class Listener(socket.socket):
+        def accept(self) -> tuple[socket.socket, Any]:
+            if len(refused) < 2:
+                refused.append(errno.EMFILE)
+                raise OSError(errno.EMFILE, "Too many open files")
+            return super().accept()
+
+    async def run() -> None:
+        async with Door(tmp_path / "h", 10).open() as door:
+            plain = listen(tmp_path / "other", 0o600)
+            door._path = tmp_path / "other"
+            door.server.start(Listener(fileno=plain.detach()))
+            assert (await answer(await door.come())).hello.token
+            assert len(refused) == 2
+            (listener,) = [door.server.entrance._listener]
+            assert listener is not None
+            door.server.entrance._accept(listener)  # woken for nothing
+
+    asyncio.run(run())
+
+
+def test_many_who_are_refused_take_a_step_and_a_line_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(entrance, "ACCEPTS_OF_STEP", 3)
+
+    async def run() -> None:
+        async with Door(tmp_path / "h", 0).open() as door:
+            peers = [await door.come() for _ in range(7)]
+            for peer in peers:
+                assert "max_connections = 0" in (await answer(peer)).error.message
+            door.server.stop()
+            door.server.entrance._resume()  # a pause that ends after the server
+
+    asyncio.run(run())
+    assert caplog.text.count("connection refused") == 1

@@ -143,14 +143,20 @@ def test_a_loader_that_takes_no_descriptors_counts_as_dead(monkeypatch: pytest.M
     asyncio.run(run())
 
 
-def test_what_is_no_limit_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [(BrokenPipeError(), LoadProcessDiedError), (OSError(errno.EIO, "Input/output error"), OSError)],
+)
+def test_what_fails_of_sending_is_its_death_or_is_raised_as_it_is(
+    failure: OSError, expected: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> Never:
-        raise OSError(errno.EIO, "Input/output error")
+        raise failure
 
     async def run() -> None:
         loader = await LoadProcess.spawn(SLEEPER, [])
         try:
-            with pytest.raises(OSError, match="Input/output error"):
+            with pytest.raises(expected, match=failure.strerror):
                 await loader.send(wire.ToLoader(), [DeviceSegment(1, 4096, 0)])
         finally:
             loader.kill()

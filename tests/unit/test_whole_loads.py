@@ -111,7 +111,10 @@ def test_contents_of_one_digest_stay_apart(size: int, tmp_path: Path, monkeypatc
 async def test_a_file_that_is_known_is_not_read_while_its_very_blobs_are_resident(scene: LoadScene) -> None:
     trust_files(scene)
     one, two = scene.write("one", seeded(*"ab")), scene.write("two", {"u": b"u" * LARGE})
-    first, _ = await scene.desk.load(one)
+    load = scene.desk.start(one)
+    first, _ = await load.done
+    await scene.desk.over(load)
+    assert scene.desk.loads.find_resident(load.request) is first
     checkpoint, outcome = await scene.desk.load(one, two)
     assert scene.desk.bytes_of(checkpoint) == seeded(*"ab") | {"u": b"u" * LARGE}
     assert (outcome.read_bytes, outcome.unique_bytes) == (LARGE, LARGE)
@@ -258,8 +261,14 @@ async def test_resident_tensors_make_a_checkpoint(scene: LoadScene) -> None:
         finally:
             await scene.desk.over(load)
 
+    other, _ = await scene.desk.load(scene.write("other", seeded("o")))
+    for checkpoint in (*sources, other):
+        scene.desk.store.leases.begin(checkpoint.key, PEER, 0.0, waiting=True)
     rows = [("x", 1, "t0", LARGE), ("none", 0, "nothing", 0), ("y", 0, "t1", LARGE)]
     assert await compose(*rows) == {"x": seeded("c")["t0"], "none": b"", "y": seeded(*"ab")["t1"]}
+    waiting = {lease.checkpoint for lease in scene.desk.store.leases.waiting_of(PEER.connection)}
+    assert other.key in waiting
+    assert waiting.isdisjoint(checkpoint.key for checkpoint in sources), "these were loaded for it alone"
     with pytest.raises(
         InvalidReferenceError, match=r"^tensor 'x': its type and shape take 7 bytes, and 't0' of source"
     ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weightd._sizes import size
-from weightd.errors import CapacityError, WeightdError
+from weightd.errors import CapacityError
 
 if TYPE_CHECKING:
     from weightd_daemon.core.making_room import Evictor
@@ -68,10 +68,9 @@ class LoaderMemory:
         while self._memory.reclaiming:
             await self._reclaimer.wait()
 
-    def _refusal(self, call: str) -> WeightdError:
+    def _refusal(self, call: str) -> CapacityError:
         refusal = self._room.refusal(self._device.loader_bytes, MemoryError(call))
-        if not isinstance(refusal, CapacityError):
-            return refusal
+        assert isinstance(refusal, CapacityError)  # for want of bytes, as far as anybody knows
         evictable, pinned, leased = map(size, (refusal.evictable_bytes, refusal.pinned_bytes, refusal.leased_bytes))
         return CapacityError(
             f"{_shortage(self._device, call)}, {evictable} evictable, {pinned} pinned, {leased} leased; {_ADVICE}",
