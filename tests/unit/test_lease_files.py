@@ -15,7 +15,7 @@ import pytest
 from weightd._mapping.host import map_lease
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
-from weightd_daemon.handles import kernel_locks
+from weightd_daemon.handles import kernel_locks, lease_files
 from weightd_daemon.handles.lease_files import FILE_LEASES, HandleLeaseFiles, HandleLeaseOwner
 from weightd_daemon.handles.lease_locks import HandleLeaseLocks
 from weightd_daemon.handles.lease_sweep import HandleLeaseSweep
@@ -218,7 +218,23 @@ def test_without_a_service_manager_nothing_is_awaited_or_kept(kept: Kept) -> Non
     assert descriptor is not None
     os.close(descriptor)
     kept.files.forget(1)
+    assert len(kept.files) == 1, "the next lease may come at once, and a file takes as long to make as the lease"
+    for _ in range(2):
+        kept.files.tidy()
     assert (len(kept.files), kept.asked) == (0, 0)
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_who_attaches_again_and_again_has_one_file(kept: Kept, listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.listens = listens
+    made: list[str] = []
+    make = lease_files.make_sealed
+    monkeypatch.setattr(lease_files, "make_sealed", lambda name: (made.append(name), make(name))[1])
+    for number in range(1, 6):
+        os.close(kept.lock(number))
+        kept.files.forget(number)
+        kept.files.tidy()
+    assert made == ["weightd-lease"]
 
 
 def test_a_lease_is_given_when_its_file_is_kept_and_not_before(kept: Kept) -> None:

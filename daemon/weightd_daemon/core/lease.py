@@ -103,6 +103,8 @@ class LeaseTable:
         self.on_held: Callable[[Hashable], None] = lambda _: None
         """Told of a checkpoint that has got its first lease, or has none in the books any more."""
         self._leases: dict[int, Lease] = {}
+        self._untold: dict[int, Lease] = {}
+        """Leases that were taken, and of which nobody has been told yet."""
         self._by_checkpoint: dict[Hashable, dict[int, None]] = {}
         self._by_connection: dict[Hashable, dict[int, None]] = {}
         self._waiting: dict[Hashable, dict[int, None]] = {}
@@ -127,15 +129,27 @@ class LeaseTable:
         if self.draining:
             raise DrainingError("the daemon is draining: it accepts no attaches or loads; try again when it is back")
 
-    def begin(self, checkpoint: Hashable, peer: LeasePeer, now: float, *, waiting: bool = False) -> Lease:
-        """Enter a new lease. Numbers are never used twice. Errors: DrainingError."""
+    def begin(
+        self, checkpoint: Hashable, peer: LeasePeer, now: float, *, waiting: bool = False, told: bool = True
+    ) -> Lease:
+        """Enter a new lease. Numbers are never used twice. Unless it is `told`, `tell` is due.
+
+        Errors: DrainingError.
+        """
         self.admit()
         self._last += 1
         lease = Lease(self._last, checkpoint, peer, now, waiting)
         self._enter(lease)
         if not waiting:
-            self._on_event(LeaseBegun(lease))
+            self._untold[lease.number] = lease
+        if told:
+            self.tell(lease.number)
         return lease
+
+    def tell(self, number: int) -> None:
+        """Publish that a lease was taken, if that is still to be done. The end of one does it, too."""
+        if (lease := self._untold.pop(number, None)) is not None:
+            self._on_event(LeaseBegun(lease))
 
     def inherit(self, number: int, checkpoint: Hashable, peer: LeasePeer, now: float) -> None:
         """Enter a lease that an earlier daemon gave, and whose lock is there. Errors: ValueError (it is entered)."""
@@ -165,6 +179,7 @@ class LeaseTable:
         lease = self._leases.get(number)
         if lease is None:
             return
+        self.tell(number)
         self._drop(lease)
         del self._leases[number]
         self._forget(number)

@@ -136,7 +136,7 @@ class AttachHandler:
         return self._locks.room(HandleLeaseOwner(who.uid, who.domain)) if request.lease_file else None
 
     def attach(self, connection: HandleSocketConnection, request: handles_pb2.AttachRequest) -> IssuedHandles:
-        """Take a lease and say what to send.
+        """Take a lease and say what to send; when it was sent, `issued` is due.
 
         Errors: NotFoundError, InvalidReferenceError, PermissionDeniedError, CapacityError (a limit of the user),
         DeviceAbsentError (its manifest can be had all the same, unless the device is being let go of).
@@ -155,7 +155,7 @@ class AttachHandler:
             self._limits.check(who, "leases", held - len(waiting))  # which end with this
         segments = self._segments(checkpoint, request)
         now = self._now()
-        lease = self._store.leases.begin(checkpoint.key, connection.peer, now)
+        lease = self._store.leases.begin(checkpoint.key, connection.peer, now, told=False)
         owner = HandleLeaseOwner(who.uid, who.domain) if request.lease_file else None
         try:
             _failpoints.reach("attach.lock")
@@ -177,6 +177,10 @@ class AttachHandler:
             segments,
             [device.shared(everything[index]) for index in segments],
         )
+
+    def issued(self, lease: int) -> None:
+        """The client has been sent what `attach` returned: now others are told of it, which takes as long again."""
+        self._store.leases.tell(lease)
 
     def detach(self, connection: HandleSocketConnection, number: int) -> bool:
         """Look whether a lease of this connection has ended."""

@@ -96,7 +96,7 @@ class HandleSocketConnections:
         """Enter the peer of a socket that has just been connected."""
         pid, uid = _credentials_of(connected)
         known = None if uid in (self._overflow, NO_UID) else uid
-        peer = LeasePeer(next(self._numbers), pid or None, known, comm_of(pid) if pid else "")
+        peer = LeasePeer(next(self._numbers), pid or None, known, "")
         connection = HandleSocketConnection(peer, secrets.token_urlsafe(24))
         self._by_token[connection.token] = connection
         return connection
@@ -108,6 +108,7 @@ class HandleSocketConnections:
         """
         user_name(connection.uid)
         if connection.pid is not None:
+            connection.peer.command = comm_of(connection.pid)
             self._lookups.ask(connection.uid, partial(_read_command, connection.peer))
 
     def remove(self, connection: HandleSocketConnection) -> None:

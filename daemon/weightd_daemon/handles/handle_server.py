@@ -86,7 +86,9 @@ class HandleServer:
             peer.close("the daemon stops")
 
     def _enter(self, accepted: socket.socket) -> None:
-        self._peers.add(_Conversation(self, accepted))
+        peer = _Conversation(self, accepted)
+        self._peers.add(peer)
+        peer.hear()  # its hello mostly comes with it, and then needs no further step of the loop
 
 
 class _Conversation:
@@ -101,7 +103,7 @@ class _Conversation:
         self._waiting: asyncio.Task[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._deadline = self._loop.call_later(HELLO_SECONDS, self.close, "no hello in time")
-        self._loop.add_reader(accepted.fileno(), self._readable)
+        self._loop.add_reader(accepted.fileno(), self.hear)
 
     def close(self, reason: str) -> None:
         """End the connection and what hangs on it."""
@@ -120,7 +122,8 @@ class _Conversation:
         who = {"number": connection.number, "pid": connection.pid}
         log.debug(Line("connection closed", who, because=reason))
 
-    def _readable(self) -> None:
+    def hear(self) -> None:
+        """Serve the next frame, if it is there."""
         self._guard(self._serve_frame)
 
     def _receive(self) -> handles_pb2.HandleRequest | None:
@@ -209,12 +212,13 @@ class _Conversation:
             raise _ProtocolError(message)
         self._greeted = True
         self._deadline.cancel()
-        self._server._connections.greeted(self._connection)
         self._connection.read_only = hello.read_only
         reply = handles_pb2.HelloReply(
             protocol=PROTOCOL, token=self._connection.token, version=__version__, read_only=hello.read_only
         )
         self._send(handles_pb2.HandleReply(hello=reply))
+        # When the answer has gone: to find out who it is takes as long as to answer.
+        self._loop.call_soon(self._server._connections.greeted, self._connection)
 
     def _timed(self, start: float, attach: Callable[[], bool]) -> None:
         """Count an attach whose frame came at `start`; not yet if `attach` returns that it is to be answered later."""
@@ -253,7 +257,7 @@ class _Conversation:
         except Exception as error:  # noqa: BLE001  # reported below, as if it had been raised there
             failure = error
         self._waiting = None
-        self._loop.add_reader(self._socket.fileno(), self._readable)
+        self._loop.add_reader(self._socket.fileno(), self.hear)
 
         def attach() -> bool:
             if failure is not None:
@@ -292,6 +296,7 @@ class _Conversation:
             self._server._attacher.detach(self._connection, answer.lease)  # it did not go out, so it ends here
             raise
         answer.locked.close()
+        self._server._attacher.issued(answer.lease)
         self._expect_ack()
 
     def _send_batch(self) -> None:

@@ -156,11 +156,12 @@ class HandleLeaseFiles:
         file.leases -= 1
         if not file.leases:
             self._empty[file] = False
-            if self._storage is None or not self._storage.stores:
-                self._remove(file)
 
     def tidy(self) -> None:
-        """Remove the files that have had no lease since the last call. A new one costs its user some time."""
+        """Remove the files that have had no lease since the last call: the next lease may come at once.
+
+        A new file costs its user time, also where nothing is stored: a memfd takes as long to make and seal as a lease.
+        """
         for file, seen in list(self._empty.items()):
             if seen:
                 self._remove(file)
