@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from support.memory import allocated
 from weightd.types import FileIdentity
 from weightd_daemon.loads.instances import LoadedInstance
 from weightd_daemon.persistence import digest_index
@@ -231,6 +232,21 @@ def test_old_files_are_forgotten_when_there_are_too_many(tmp_path: Path, monkeyp
     with sqlite3.connect(tmp_path / FILE_NAME) as database:
         assert database.execute("SELECT count(*) FROM files").fetchone() == (30,)
     database.close()
+
+
+def test_its_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
+    """Python's own objects are not counted: they are too small for malloc."""
+
+    async def steps(index: PersistentDigestIndex) -> None:
+        async def remember_many(files: range) -> int:
+            for inode in files:
+                await index.put(FILE._replace(inode=inode), INSTANCES * 10)
+            return allocated()
+
+        settled = await remember_many(range(500))
+        assert await remember_many(range(500, 2000)) < settled + (200 << 10)
+
+    using(tmp_path, steps)
 
 
 def test_which_files_are_old_is_no_matter_of_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
