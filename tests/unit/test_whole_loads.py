@@ -176,9 +176,10 @@ async def test_a_small_tensor_that_comes_again_has_a_copy_of_its_own_also_where_
     assert outcome.unique_bytes == MIB + 2 * SMALL
 
 
+@pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("weak", [False, True])
 def test_loads_side_by_side_compare_what_the_other_has_sealed(
-    weak: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weak: bool, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has placed all of its tensors before either is sealed: of one content, or of one digest."""
 
@@ -194,11 +195,11 @@ def test_loads_side_by_side_compare_what_the_other_has_sealed(
 
         monkeypatch.setattr(turns, "TURN_SECONDS", -1.0)
         scene.threads.new_hasher = hasher
-        tensors = [alike("xy"[weak and at] + "bc", LARGE) for at in range(2)]
+        tensors = [alike("xy"[weak and at] + "bc", size) for at in range(2)]
         paths = [scene.write(f"{at}/m", wanted) for at, wanted in enumerate(tensors)]
         loaded = await asyncio.gather(*(scene.desk.load(path) for path in paths))
         assert [scene.desk.bytes_of(checkpoint) for checkpoint, _ in loaded] == tensors
-        assert sorted(outcome.unique_bytes for _, outcome in loaded) == [LARGE * weak, 3 * LARGE]
+        assert sorted(outcome.unique_bytes for _, outcome in loaded) == [size * weak, 3 * size]
         assert len(scene.desk.store.checkpoints) == 1 + weak
 
     play(tmp_path, monkeypatch)
