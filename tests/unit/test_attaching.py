@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -221,8 +221,12 @@ def test_no_acknowledgement_in_time_ends_the_connection(counter: Counter, monkey
 def test_what_waits_for_an_acknowledgement_is_closed_when_the_rest_fails(
     counter: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> Any:
-        raise OSError(errno.EMFILE, "Too many open files")
+    send = handle_server._Conversation._send
+
+    def fail(peer: Any, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            raise OSError(errno.EMFILE, "Too many open files")
+        send(peer, reply)
 
     @at_the_counter
     async def play(counter: Counter) -> None:
@@ -230,7 +234,7 @@ def test_what_waits_for_an_acknowledgement_is_closed_when_the_rest_fails(
         client = await counter.come()
         before = len(open_descriptors())
         with monkeypatch.context() as patch:
-            patch.setattr(os, "dup", fail)
+            patch.setattr(handle_server._Conversation, "_send", fail)
             assert await client.refused(attach=ATTACH) == "RESOURCE_LIMIT"
         assert len(open_descriptors()) == before
         await client.attach()

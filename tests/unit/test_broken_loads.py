@@ -30,6 +30,7 @@ from weightd_daemon.core.loading import StoreTransaction
 from weightd_daemon.devices.host_io import HostSegmentIO
 from weightd_daemon.loader import job, verifying
 from weightd_daemon.loader._proto import loader_pb2 as wire
+from weightd_daemon.loader.channel import LoaderChannelClosedError
 from weightd_daemon.loader.copying import LoaderCopier
 from weightd_daemon.loads import loader_pool, reading, verification
 from weightd_daemon.loads.loader_process import LoadProcess
@@ -304,21 +305,31 @@ async def test_a_loader_that_fails_to_verify_says_why(scene: LoadScene) -> None:
     assert await scene.desk.verify(checkpoint).done == []
 
 
-@on_a_desk()
-async def test_what_goes_while_it_is_verified(scene: LoadScene) -> None:
+@pytest.mark.parametrize("answers", [True, False])
+def test_what_goes_while_it_is_verified(answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its device loses its memory: the loader is killed, and the answer is why the checkpoint went."""
-    checkpoint = await loaded(scene)
-    loop = asyncio.get_running_loop()
 
-    def lose() -> None:
-        scene.desk.store.lose("host", "it fell")
-        scene.desk.loads.lose("GPU-9", DeviceError("another"))
-        scene.desk.loads.lose("host", DeviceError("it fell"))
+    @on_a_desk()
+    async def play(scene: LoadScene) -> None:
+        checkpoint = await loaded(scene)
+        loop = asyncio.get_running_loop()
 
-    scene.at_piece(1, lambda: loop.call_soon_threadsafe(lose))
-    scene.patch.setattr(scene.desk.device, "close", lambda: None)
-    with pytest.raises(NotFoundError, match="gone"):
-        await scene.desk.verify(checkpoint).done
+        def lose() -> None:
+            scene.desk.store.lose("host", "it fell")
+            scene.desk.loads.lose("GPU-9", DeviceError("another"))
+            scene.desk.loads.lose("host", DeviceError("it fell"))
+
+        def act() -> None:
+            loop.call_soon_threadsafe(lose)
+            if not answers:
+                raise LoaderChannelClosedError
+
+        scene.at_piece(1, act)
+        scene.patch.setattr(scene.desk.device, "close", lambda: None)
+        with pytest.raises(NotFoundError, match="gone"):
+            await scene.desk.verify(checkpoint).done
+
+    play(tmp_path=tmp_path, monkeypatch=monkeypatch)
 
 
 @on_a_desk()

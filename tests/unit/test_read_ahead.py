@@ -199,15 +199,16 @@ def test_what_another_thread_has_asked_for_meanwhile_is_not_asked_for_again() ->
     row, _ = reading._places[0]
 
     class Asking:
-        """A lock that another thread has had just before, which was as far."""
+        """A lock that another thread has had just before, which was further on."""
 
         def __enter__(self) -> None:
             row._asking = threading.Lock()
-            row.reach(0)
+            row.reach(2 * STEP)
 
         def __exit__(self, *_: object) -> None:
             pass
 
     row._asking = Asking()  # type: ignore[assignment]  # a lock
-    row.reach(0)
-    assert disk.asked == list(range(WINDOW))
+    for position in range(100):
+        row.reach(position)
+    assert disk.asked == list(range(2 * STEP, 100))

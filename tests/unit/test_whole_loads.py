@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.filled import WHO
 from support.threaded_loads import PEER, LoadScene, WeakHasher, on_a_desk, seeded
 from weightd.errors import CapacityError, FormatError, InvalidReferenceError, NotFoundError
 from weightd_daemon import turns
+from weightd_daemon.core.checkpoint import Checkpoint
 from weightd_daemon.core.manifest import ContentFile, ContentTensor
 from weightd_daemon.loader import job
 from weightd_daemon.loads import loader_pool
@@ -176,9 +178,10 @@ async def test_a_small_tensor_that_comes_again_has_a_copy_of_its_own_also_where_
     assert outcome.unique_bytes == MIB + 2 * SMALL
 
 
+@pytest.mark.parametrize("size", [SMALL, LARGE])
 @pytest.mark.parametrize("weak", [False, True])
 def test_loads_side_by_side_compare_what_the_other_has_sealed(
-    weak: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    weak: bool, size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has placed all of its tensors before either is sealed: of one content, or of one digest."""
 
@@ -194,11 +197,11 @@ def test_loads_side_by_side_compare_what_the_other_has_sealed(
 
         monkeypatch.setattr(turns, "TURN_SECONDS", -1.0)
         scene.threads.new_hasher = hasher
-        tensors = [alike("xy"[weak and at] + "bc", LARGE) for at in range(2)]
+        tensors = [alike("xy"[weak and at] + "bc", size) for at in range(2)]
         paths = [scene.write(f"{at}/m", wanted) for at, wanted in enumerate(tensors)]
         loaded = await asyncio.gather(*(scene.desk.load(path) for path in paths))
         assert [scene.desk.bytes_of(checkpoint) for checkpoint, _ in loaded] == tensors
-        assert sorted(outcome.unique_bytes for _, outcome in loaded) == [LARGE * weak, 3 * LARGE]
+        assert sorted(outcome.unique_bytes for _, outcome in loaded) == [size * weak, 3 * size]
         assert len(scene.desk.store.checkpoints) == 1 + weak
 
     play(tmp_path, monkeypatch)
@@ -238,28 +241,32 @@ async def test_an_idle_loader_leaves_after_a_while(scene: LoadScene) -> None:
     await scene.check_serves(2)
 
 
+Row = tuple[str, int, str, int]
+"""A composed tensor: its name, the number of its source, its name there, and a length."""
+
+
+async def composed(scene: LoadScene, sources: Sequence[Checkpoint], *rows: Row) -> Checkpoint:
+    """A checkpoint of tensors of others, as if they came in m.safetensors."""
+    entries = [ContentTensor("", name, "U8", (length,), 0, length) for name, _, _, length in rows]
+    files, at, names = [ContentFile("", "m.safetensors", None)], [row[1] for row in rows], [row[2] for row in rows]
+    wish = LoadRequest(who=WHO, peer=PEER, sources=(), device="host", name="new")
+    digests = tuple((checkpoint.key.content_digest, "") for checkpoint in sources)
+    wanted = ComposedTensors(files, entries, at, names)
+    load, _ = scene.desk.loads.compose(wish, LoadComposition(digests, lambda: wanted))
+    try:
+        return (await load.done)[0]
+    finally:
+        await scene.desk.over(load)
+
+
 @on_a_desk()
 async def test_resident_tensors_make_a_checkpoint(scene: LoadScene) -> None:
     """One without bytes needs none; others have to be there, and as long as they are said to be."""
     scene.patch.setattr(turns, "TURN_SECONDS", -1.0)
     sources = [(await scene.desk.load(scene.write(seeds, seeded(*seeds))))[0] for seeds in ("ab", "cd")]
 
-    async def compose(*tensors: tuple[str, int, str, int]) -> dict[str, bytes]:
-        """Each has a name, the number of its source, its name there, and a length."""
-        entries = [ContentTensor("", name, "U8", (length,), 0, length) for name, _, _, length in tensors]
-        wanted = ComposedTensors(
-            [ContentFile("", "f", None)],
-            entries,
-            [one for _, one, _, _ in tensors],
-            [there for _, _, there, _ in tensors],
-        )
-        named = tuple((checkpoint.key.content_digest, "") for checkpoint in sources)
-        wish = LoadRequest(who=WHO, peer=PEER, sources=(), device="host", name="new")
-        load, _ = scene.desk.loads.compose(wish, LoadComposition(named, lambda: wanted))
-        try:
-            return scene.desk.bytes_of((await load.done)[0])
-        finally:
-            await scene.desk.over(load)
+    async def compose(*rows: Row) -> dict[str, bytes]:
+        return scene.desk.bytes_of(await composed(scene, sources, *rows))
 
     other, _ = await scene.desk.load(scene.write("other", seeded("o")))
     for checkpoint in (*sources, other):
@@ -275,3 +282,14 @@ async def test_resident_tensors_make_a_checkpoint(scene: LoadScene) -> None:
         await compose(("x", 1, "t0", 7))
     with pytest.raises(NotFoundError, match=r"^source sha256:\w+: "):
         await compose(("x", 1, "t9", LARGE))
+
+
+@on_a_desk()
+async def test_a_copy_of_what_is_resident_as_a_whole_is_nothing_new(scene: LoadScene) -> None:
+    """A composition may use a small blob twice. A file of that content copies it first, and that copy goes again."""
+    small = seeded("s", size=SMALL)["t0"]
+    source, _ = await scene.desk.load(scene.write("source", {"s": small}))
+    there = await composed(scene, [source], ("x", 0, "s", SMALL), ("y", 0, "s", SMALL))
+    checkpoint, outcome = await scene.desk.load(scene.write("m", {"x": small, "y": small}))
+    assert checkpoint is there
+    assert (outcome.unique_bytes, scene.desk.store.live_bytes("host")) == (0, SMALL)
