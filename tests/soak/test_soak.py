@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import weightd
+from soak import versions
 from soak.operations import Operations
 from soak.plan import Plan
 from soak.report import Report
 from soak.soak import Options, Soak
-from soak.versions import StoredFile, VersionWriter, mark_of
+from soak.versions import MARK_BYTES, StoredFile, VersionWriter, mark_of
 from support.backends import Backend
 from support.daemon import Daemon
 
@@ -35,17 +39,28 @@ def test_nothing_is_found(backend: Backend, short_path: Path) -> None:
 
 
 @pytest.fixture
-def operations(start_daemon: Callable[..., Daemon], short_path: Path) -> Iterator[Operations]:
-    """Those of a client in this process, with one file that it may load."""
-    daemon = start_daemon()
+def plan(start_daemon: Callable[..., Daemon], short_path: Path) -> Plan:
+    """Of one client that may load one file."""
     file = short_path / "c.safetensors"
-    plan = Plan(str(short_path), str(daemon.socket), 1, [str(file)], [], 0.0, 1.0, can_fork=True)
-    writer = VersionWriter(1, plan.register)
-    writer.replace(StoredFile(file, 1))
-    operations = Operations(plan, daemon.connect(), random.Random(1))
-    yield operations
-    operations.close_held()
-    writer.close()
+    return Plan(str(short_path), str(start_daemon().socket), 1, [str(file)], [], 0.0, 1.0, can_fork=True)
+
+
+@pytest.fixture
+def writer(plan: Plan) -> Iterator[VersionWriter]:
+    """It has written that file."""
+    with contextlib.closing(VersionWriter(1, plan.register)) as writer:
+        writer.replace(StoredFile(Path(plan.files[0]), 1))
+        yield writer
+
+
+@pytest.fixture
+def operations(plan: Plan, writer: VersionWriter) -> Iterator[Operations]:
+    """Those of a client in this process."""
+    assert writer.written
+    with weightd.connect(plan.socket) as client:
+        operations = Operations(plan, client, random.Random(1))
+        yield operations
+        operations.close_held()
 
 
 def findings(operations: Operations) -> list[str]:
@@ -70,3 +85,26 @@ def test_content_that_was_never_written_is_found(operations: Operations) -> None
     path.write_bytes(path.read_bytes().replace(mark, b"?" * len(mark)))
     operations.attach_path()
     assert findings(operations) == ["content that was never written"]
+
+
+def test_a_load_between_two_steps_of_a_rewrite_has_the_bytes_of_one(
+    operations: Operations, writer: VersionWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(operations.plan.files[0])
+    marks: list[bytes] = []
+    at = path.read_bytes().index(mark_of(path) or b"")
+
+    def attach_between(_: float) -> None:
+        marks.append(path.read_bytes()[at : at + MARK_BYTES])
+        with operations.client.attach(path) as attachment:
+            operations.compare(attachment, "between")
+
+    monkeypatch.setattr(versions, "time", SimpleNamespace(sleep=attach_between))
+    writer.rewrite(StoredFile(path, 1))
+    assert len(set(marks)) == 6
+    assert findings(operations) == []
+    data = path.read_bytes()
+    path.write_bytes(data[:at] + marks[0] + data[at + MARK_BYTES :])  # what no step had: its mark, and the last bytes
+    with operations.client.attach(path) as attachment:
+        operations.compare(attachment, "torn")
+    assert set(findings(operations)) == {"WRONG BYTES"}

@@ -1,7 +1,8 @@
 """The files of a soak: each version of each file has a mark among its tensors, and stands in a register.
 
 So a client that attached something can tell from its bytes alone which version it is, and what every tensor of that
-version must be. A file that is rewritten in place has the mark of no version until all of it has been written.
+version must be. A file that is rewritten in place has a mark of its own at each step, for a whole load may fit between
+two of them: its bytes must be those of one step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import random
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +22,10 @@ import xxhash
 from support import checkpoints
 
 MARK = "mark"
-_MARK_BYTES = 24
-_TORN = b"torn".ljust(_MARK_BYTES, b"!")
+MARK_BYTES = 24
+_TORN = "torn."
+"""Begins the mark of a file that is being written over."""
+_STEPS = 6
 _TUNED, _TIED = 0.3, 0.3
 _LARGE = (1 << 20, 700_001, 256 << 10, 65_536, 65_537, 131_072, 1_500_000, 900_000, 524_288, 300_007, 80_000, 2_000_000)
 _SMALL = (1, 2, 3, 63, 64, 65, 4095, 4096, 4097, 30_000, 65_535)
@@ -54,26 +58,34 @@ class VersionWriter:
 
     def rewrite(self, file: StoredFile) -> None:
         """Write the next version over a file, piece by piece, its mark last."""
-        data, at = self._next(file.shape)
+        now = bytearray(file.path.read_bytes())
+        new, places = self._next(file.shape)  # places of what is there, too
+        at, _ = places[MARK]
+        size = len(new) // _STEPS + 1
         descriptor = os.open(file.path, os.O_WRONLY)
         try:
-            body = data[:at] + _TORN + data[at + _MARK_BYTES :]
-            os.pwrite(descriptor, _TORN, at)
-            step = len(body) // 6 + 1
-            for start in range(0, len(body), step):
-                os.pwrite(descriptor, body[start : start + step], start)
+            for step in range(_STEPS):
+                mark = _mark(f"{_TORN}{self._seed}.{self.written}.{step}.")
+                body = _marked(new, at, mark)
+                piece = slice(step * size, (step + 1) * size)
+                before = _marked(now, at, mark)
+                now[:] = before
+                now[piece] = body[piece]
+                self._enter(mark, [_digests(before, places), _digests(now, places)])
+                os.pwrite(descriptor, mark, at)
+                os.pwrite(descriptor, body[piece], piece.start)
                 time.sleep(0.005)  # no synchronisation: readers are to meet a file that is half written
-            os.pwrite(descriptor, data[at : at + _MARK_BYTES], at)
+            os.pwrite(descriptor, new[at : at + MARK_BYTES], at)
         finally:
             os.close(descriptor)
 
     def close(self) -> None:
         self._register.close()
 
-    def _next(self, shape: int) -> tuple[bytes, int]:
-        """A safetensors file, and where its mark is."""
+    def _next(self, shape: int) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        """A safetensors file, and where in it each tensor begins and ends."""
         self.written += 1
-        mark = f"{self._seed}.{self.written}.".encode().ljust(_MARK_BYTES, b".")
+        mark = _mark(f"{self._seed}.{self.written}.")
         tensors = {MARK: mark, **self._tensors(shape)}
         header: dict[str, object] = {}
         length = 0
@@ -82,10 +94,19 @@ class VersionWriter:
             length += len(data)
         encoded = json.dumps(header).encode()
         encoded += b" " * (-len(encoded) % 8)
-        digests = {name: xxhash.xxh3_128_hexdigest(data) for name, data in tensors.items()}
-        self._register.write(json.dumps({"mark": mark.decode(), "digests": digests}) + "\n")
-        self._register.flush()  # before any client can meet the version
-        return struct.pack("<Q", len(encoded)) + encoded + b"".join(tensors.values()), 8 + len(encoded)
+        places = {}
+        begin = 8 + len(encoded)
+        for name, data in tensors.items():
+            places[name] = begin, begin + len(data)
+            begin += len(data)
+        file = struct.pack("<Q", len(encoded)) + encoded + b"".join(tensors.values())
+        self._enter(mark, [_digests(file, places)])
+        return file, places
+
+    def _enter(self, mark: bytes, versions: list[dict[str, str]]) -> None:
+        """Tell clients what has a mark, before any of them can meet it."""
+        self._register.write(json.dumps({"mark": mark.decode(), "versions": versions}) + "\n")
+        self._register.flush()
 
     def _tensors(self, shape: int) -> dict[str, bytes]:
         """Layers, some tuned, so that they differ from others' in one byte; some tied; small tensors; empty ones."""
@@ -111,25 +132,39 @@ class VersionWriter:
         return {name: found[name] for name in names}
 
 
+def _mark(text: str) -> bytes:
+    return text.encode().ljust(MARK_BYTES, b".")
+
+
+def _marked(file: bytes | bytearray, at: int, mark: bytes) -> bytes:
+    return bytes(file[:at]) + mark + bytes(file[at + MARK_BYTES :])
+
+
+def _digests(file: bytes | bytearray, places: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """The digest of each tensor of a file."""
+    view = memoryview(file)
+    return {name: xxhash.xxh3_128_hexdigest(view[begin:end]) for name, (begin, end) in places.items()}
+
+
 class VersionReader:
     """What a client knows of the versions that were written."""
 
     def __init__(self, register: Path) -> None:
         self._register = register
-        self._known: dict[str, dict[str, str]] = {}
+        self._known: dict[str, list[dict[str, str]]] = {}
         self._read = 0
 
-    def digests(self, mark: bytes) -> dict[str, str] | None:
-        """The digest of each tensor of a version; None where no version has the mark."""
+    def versions(self, mark: bytes) -> list[dict[str, str]]:
+        """The versions with a mark, one or two, as digests by tensor; none where it was never written."""
         key = mark.decode(errors="replace")
         if key not in self._known:
             with self._register.open() as file:
                 file.seek(self._read)
                 while (line := file.readline()).endswith("\n"):
                     entry = json.loads(line)
-                    self._known[entry["mark"]] = entry["digests"]
+                    self._known[entry["mark"]] = entry["versions"]
                     self._read = file.tell()
-        return self._known.get(key)
+        return self._known.get(key, [])
 
 
 def mark_of(path: Path) -> bytes | None:
@@ -139,5 +174,5 @@ def mark_of(path: Path) -> bytes | None:
         start, end = json.loads(file.read(length))[MARK]["data_offsets"]
         file.seek(8 + length + start)
         mark = file.read(end - start)
-        return None if mark == _TORN else mark
+        return None if mark.startswith(_TORN.encode()) else mark
     return None
