@@ -16,16 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import weightd
+from support import template
 from support.backends import HOST, Backend
 from support.children import children
 from support.descriptors import counted
 from support.leash import leashed
 from support.manager import Manager
+from support.template import ForkedProcess
 from weightd.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCHED = [sys.executable, "-m", "support.watched_weightd_daemon"]
 """A daemon that says in its log what its loop stood still for (support/loop_watch.py)."""
+FORKED = ("support.watched_weightd_daemon", "support.launch")
+"""Programs that are forked from a template, for a daemon is quicker to serve than to import."""
 PATIENCE = 60.0
 """Seconds to wait for what takes a moment on a quiet machine. A test that passes never waits that long."""
 
@@ -74,7 +78,7 @@ class Daemon:
         self.argv = argv or WATCHED
         usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
         self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | ForkedProcess | None = None
         self._clients: list[Client] = []
         self.start()
 
@@ -88,7 +92,7 @@ class Daemon:
             argv, given = self.manager.command(argv)
             variables |= self.manager.environment()
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
+            self.process = self._forked(argv, variables, log.fileno()) or subprocess.Popen(
                 leashed(argv), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
                 pass_fds=given,
             )  # fmt: skip
@@ -99,6 +103,16 @@ class Daemon:
             self._close_pipe()
             raise AssertionError(f"the daemon did not start: {line!r}\n{self.log.read_text()}")
         self.baseline = self.descriptors()
+
+    def _forked(self, argv: list[str], variables: dict[str, str], log: int) -> ForkedProcess | None:
+        """It, from a template, where that has such a program, and nothing goes by the command line of the process."""
+        start, program, arguments = argv[:2], argv[2], argv[3:]
+        if start != [sys.executable, "-m"] or program not in FORKED or "FAKECUDA_FAIL_IN" in variables:
+            return None
+        process = template.start(program, variables, environment(), arguments, log, leads=True)
+        if process is not None:
+            process.stdin.close()
+        return process
 
     @property
     def pid(self) -> int:
