@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -18,15 +19,22 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from support import leash
 
 FORKS = "--forks="
-"""The one argument of a template: the number of its end of the line."""
-_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "WEIGHTD_")
+"""The last argument of a template: the number of its end of the line."""
+_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "FDSTORE", "NOTIFY_SOCKET", "WEIGHTD_")
 """Variables, by how they begin, that nobody reads before they are needed."""
+_MOST_DESCRIPTORS = 253
+"""Of one message, by the kernel."""
+_OURS = 4
+"""Those of them that every process gets."""
+
+Kept = Sequence[tuple[str, int]] | None
 
 
 class ForkedProcess:
@@ -74,15 +82,17 @@ class ForkedProcess:
 class _Template:
     """The test's end of a template."""
 
-    def __init__(self, program: str, variables: Mapping[str, str]) -> None:
+    def __init__(self, program: str, words: Iterable[str], variables: Mapping[str, str]) -> None:
         self._line, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self._process = subprocess.Popen(
-                leash.leashed([sys.executable, "-m", program, f"{FORKS}{other.fileno()}"]),
+                leash.leashed([sys.executable, "-m", program, *words, f"{FORKS}{other.fileno()}"]),
                 stdin=subprocess.DEVNULL, env=dict(variables), pass_fds=[other.fileno()],
             )  # fmt: skip
 
-    def fork(self, variables: Mapping[str, str], arguments: list[str], errors: int, *, leads: bool) -> ForkedProcess:
+    def fork(
+        self, variables: Mapping[str, str], arguments: list[str], errors: int, kept: Kept, *, leads: bool
+    ) -> ForkedProcess:
         """A process with other variables, its pipes, and one on which its end is told."""
         orders, stdin = os.pipe()
         stdout, answers = os.pipe()
@@ -90,9 +100,10 @@ class _Template:
         theirs = [orders, answers, tells]
         order = {
             "variables": dict(variables), "folder": os.getcwd(), "umask": _umask(), "arguments": arguments,
-            "leads": leads,
+            "leads": leads, "kept": None if kept is None else [name for name, _ in kept],
         }  # fmt: skip
-        socket.send_fds(self._line, [json.dumps(order).encode()], [*theirs, errors])
+        sent = [*theirs, errors, *(number for _, number in kept or ())]
+        socket.send_fds(self._line, [json.dumps(order).encode()], sent)
         for descriptor in theirs:
             os.close(descriptor)
         pid = int(self._line.recv(16) or 0)
@@ -116,24 +127,30 @@ def start(
     usual: Mapping[str, str],
     arguments: Iterable[str] = (),
     errors: int | None = None,
+    kept: Kept = None,
     *,
+    words: Iterable[str] = (),
     leads: bool = False,
 ) -> ForkedProcess | None:
     """A process of a program with this environment, forked if the environment is one that a template may have.
 
     It may where libraries are found (the double of the driver has a folder of its own), and in what is read late, but
-    not else in what differs from `usual`; then this returns None. `errors` is its standard error, by default ours. A
-    process that `leads` is in a session and a process group of its own.
+    not else in what differs from `usual`; then this returns None, and so it does on a thread other than the main one:
+    orders on the line are one at a time. `errors` is its standard error, by default ours; `kept` are the names and
+    descriptors that a service manager hands out. A process that `leads` is in a session and a process group of its own.
+    Its command line is its template's, which has the `words` that others look for there, and none of the `arguments`.
     """
+    if threading.current_thread() is not threading.main_thread() or len(kept or ()) > _MOST_DESCRIPTORS - _OURS:
+        return None
     where = variables.get("LD_LIBRARY_PATH", "")
     early = {key: value for key, value in variables.items() if not key.startswith(_SET_LATER)}
     expected = {**usual} | {key: early[key] for key in ("LD_LIBRARY_PATH", "PYTEST_CURRENT_TEST") if key in early}
     if early != {key: value for key, value in expected.items() if not key.startswith(_SET_LATER)} or _changed():
         return None
     if (program, where) not in _templates:
-        _templates[program, where] = _Template(program, early)
+        _templates[program, where] = _Template(program, words, early)
     errors = sys.__stderr__.fileno() if errors is None else errors
-    return _templates[program, where].fork(variables, [*arguments], errors, leads=leads)
+    return _templates[program, where].fork(variables, [*arguments], errors, kept, leads=leads)
 
 
 @atexit.register
@@ -162,7 +179,8 @@ def _umask() -> int:
 
 def line_of(arguments: list[str]) -> int | None:
     """The line of a template, if the program was started as one."""
-    return int(arguments[0].removeprefix(FORKS)) if arguments and arguments[0].startswith(FORKS) else None
+    last = arguments[-1] if arguments else ""
+    return int(last.removeprefix(FORKS)) if last.startswith(FORKS) else None
 
 
 def serve(line: int, work: Callable[[], None], imports: Iterable[str]) -> None:
@@ -181,7 +199,7 @@ def serve(line: int, work: Callable[[], None], imports: Iterable[str]) -> None:
 
 
 def _next(orders: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    message, descriptors, _, _ = socket.recv_fds(orders, 1 << 20, 4)
+    message, descriptors, _, _ = socket.recv_fds(orders, 1 << 20, _MOST_DESCRIPTORS)
     return (json.loads(message), descriptors) if message else None
 
 
@@ -189,11 +207,11 @@ def _keep(orders: socket.socket, order: dict[str, Any], descriptors: list[int], 
     """In a child of the template: fork the process, say who it is, wait for it, say how it ended."""
     leash.hold()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    stdin, stdout, tells, errors = descriptors
+    stdin, stdout, tells, errors, *kept = descriptors
     keeper = os.getpid()
     pid = os.fork()
     if pid:
-        for theirs in (stdin, stdout, errors):
+        for theirs in (stdin, stdout, errors, *kept):
             os.close(theirs)
         orders.send(str(pid).encode())
         _, status = os.waitpid(pid, 0)
@@ -211,8 +229,22 @@ def _keep(orders: socket.socket, order: dict[str, Any], descriptors: list[int], 
         os.setsid()
     os.environ.clear()
     os.environ.update(order["variables"])
+    if order["kept"] is not None:
+        _hand_over(order["kept"], kept)
     os.umask(order["umask"])
     os.chdir(order["folder"])
     sys.argv[1:] = order["arguments"]
     work()
     raise SystemExit
+
+
+def _hand_over(names: list[str], descriptors: list[int]) -> None:
+    """Move descriptors to where sd_listen_fds(3) wants them, and say so for this process (support/manager.py)."""
+    lowest = 3 + len(names) + max(descriptors, default=0)
+    moved = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest) for number in descriptors]
+    for number in descriptors:
+        os.close(number)
+    for index, number in enumerate(moved):
+        os.dup2(number, 3 + index)
+        os.close(number)
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names))
