@@ -204,7 +204,7 @@ def workers(start_daemon: StartDaemon) -> Iterator[list[Worker]]:
     started: list[Worker] = []
     yield started
     for worker in started:
-        worker.close()
+        worker.end()
 
 
 @pytest.fixture
