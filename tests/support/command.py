@@ -23,7 +23,9 @@ def run(
     """Run `weightd ARGUMENTS` with nothing to read. For `usual` see `template.start`."""
     argv = [sys.executable, "-m", "weightd", *arguments]
     with tempfile.TemporaryFile("w+") as errors:
-        process = template.start(PROGRAM, variables, usual, argv[3:], errors.fileno())
+        process = None
+        if template.in_a_test():
+            process = template.start(PROGRAM, variables, usual, argv[3:], errors.fileno())
         if process is None:
             return subprocess.run(
                 argv, env=dict(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,

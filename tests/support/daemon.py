@@ -56,12 +56,12 @@ def environment(socket: Path | None = None) -> dict[str, str]:
 
 
 def forked(argv: list[str], variables: dict[str, str], log: int, kept: template.Kept = None) -> ForkedProcess | None:
-    """A daemon from a template; None where no template has such a program, or such an environment.
+    """A daemon from a template; None outside of tests, or where no template has such a program or environment.
 
     `kept` is what a service manager hands out to it. Its command line says that it serves, but not how.
     """
     start, program, arguments = argv[:2], argv[2], argv[3:]
-    if start != [sys.executable, "-m"] or program not in FORKED:
+    if start != [sys.executable, "-m"] or program not in FORKED or not template.in_a_test():
         return None
     process = template.start(program, variables, environment(), arguments, log, kept, leads=True, words=("serve",))
     if process is not None:

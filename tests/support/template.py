@@ -153,6 +153,11 @@ def start(
     return _templates[program, where].fork(variables, [*arguments], errors, kept, leads=leads)
 
 
+def in_a_test() -> bool:
+    """Whether pytest runs a test. A bench starts what its users start, whose imports and memory are a part of it."""
+    return "PYTEST_CURRENT_TEST" in os.environ
+
+
 @atexit.register
 def _close() -> None:
     while _templates:
