@@ -7,8 +7,9 @@ VENV ?= .venv
 PROTOS_PYTHON ?= $(PYTHON)
 PROTOS_VENV ?= .venv-protos
 PYTEST_ARGS ?=
-# Most tests wait for processes to start: three workers keep two cores busy.
-PYTEST_WORKERS ?= 3
+# Tests wait for other processes now and then: one worker more than there are cores keeps these busy. Eight are enough,
+# for a file is one worker's, and the longest takes minutes.
+PYTEST_WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 # Interpreter of the recipes that need a GPU. Another one than the virtual environment's must have the packages of the
 # extra `dev`; then nothing is installed, and no network is needed.
 PYTHON_GPU ?= $(BIN)/python

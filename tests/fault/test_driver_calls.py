@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +22,7 @@ import weightd
 from support import checkpoints, fakecuda
 from support.backends import CUDA, Backend
 from support.content import content
-from support.daemon import Daemon, environment, eventually
-from support.leash import leashed
+from support.daemon import WATCHED, Daemon, environment, eventually, forked
 from support.worker import Worker
 
 StartDaemon = Callable[..., Daemon]
@@ -346,21 +343,20 @@ def test_while_the_daemon_starts(backend: Backend, tmp_path: Path) -> None:
 
 def start(backend: Backend, tmp_path: Path) -> str:
     """Why a daemon does not start; empty when it does."""
-    process = subprocess.Popen(
-        leashed([
-            sys.executable, "-m", "weightd_daemon", "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}",
-            "--budget=64MiB", *(f"--{key}={value}" for key, value in backend.settings.items()),
-        ]),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment() | backend.environment,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait(60)
+    flags = [f"--{key}={value}" for key, value in backend.settings.items()]
+    argv = [*WATCHED, "serve", f"--socket={tmp_path}/s", f"--state-dir={tmp_path}", "--budget=64MiB", *flags]
+    with (tmp_path / "log").open("w+") as log:
+        process = forked(argv, environment() | backend.environment, log.fileno())
+        assert process is not None
+        try:
+            with process.stdout as answers:
+                ready = answers.readline()
+            process.terminate()
+            process.wait(60)
+        finally:
+            process.kill()
+        log.seek(0)
+        errors = log.read()
     if ready:
         assert process.returncode == 0, errors
         return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ import pytest
 from support import checkpoints
 from support.backends import Backend
 from support.background import background
-from support.daemon import environment, eventually
+from support.daemon import Daemon, environment, eventually
 from support.leash import leashed
 from support.loader import state
+from support.worker import Worker
 
 TEST = """
 import os, sys, time
@@ -28,6 +30,7 @@ name, kind, library, path = sys.argv[1:]
 daemon = Daemon(Backend(name, kind, Path(library) if library else None), socket_mode="0666")
 daemon.folder.chmod(0o755)
 daemon.connect().load(path, name="m")
+loaders = daemon.loaders()  # before the workers are there: in that time one may have been idle for long enough
 worker = Worker(daemon.socket, daemon.backend.environment)
 worker.run("import time, weightd; held = weightd.connect(timeout=60).attach('m')")
 workers = [worker]
@@ -35,7 +38,7 @@ if os.geteuid() == 0:
     workers.append(user_of(Worker(daemon.socket, daemon.backend.environment), ALICE))
 for busy in workers:
     busy.start("import time; time.sleep(600)")
-print(*daemon.loaders(), *daemon.holders(), daemon.pid, *(busy.pid for busy in workers), flush=True)
+print(*loaders, *daemon.holders(), daemon.pid, *(busy.pid for busy in workers), flush=True)
 time.sleep(600)
 """
 
@@ -58,6 +61,12 @@ def test_daemon_loader_holder_and_clients_die_with_a_test_that_is_killed(
             test.kill()
     assert len(pids) == 3 + (backend.kind == "cuda_ipc") + (os.geteuid() == 0)
     eventually(lambda: not any(state(pid) not in ("", "Z") for pid in pids), what=f"{pids} are gone")
+
+
+def test_the_end_of_a_worker_that_still_works_is_seen(daemon: Daemon, spawn: Callable[[Daemon], Worker]) -> None:
+    """Nobody but the worker has the other end of what it answers on."""
+    with pytest.raises(AssertionError, match="the worker ended with 3"):
+        spawn(daemon).run("import os; os._exit(3)")
 
 
 def test_who_comes_too_late_does_not_begin() -> None:

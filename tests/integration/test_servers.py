@@ -91,10 +91,11 @@ def test_workers_of_a_web_server(
     more = bytes_of[DEPTH] - bytes_of[SHALLOW]
     assert more > 200 * MIB
 
-    # The same server with few weights: what its workers take without them.
-    argv_of = {depth: listening(argv, short_path / f"{depth}.sock") for depth in checkpoints}
-    with Server(argv_of[SHALLOW], short_path / f"{SHALLOW}.sock", daemon.socket, checkpoints[SHALLOW]) as server:
-        without = min(memory.anonymous(pid) for pid in server.answers(WORKERS, TEXT))
+    # The same server with few weights: what a worker takes without them.
+    sockets = {depth: short_path / f"{depth}.sock" for depth in checkpoints}
+    alone = ["--workers=1" if argument.startswith("--workers=") else argument for argument in argv]
+    with Server(listening(alone, sockets[SHALLOW]), sockets[SHALLOW], daemon.socket, checkpoints[SHALLOW]) as server:
+        (without,) = (memory.anonymous(pid) for pid in server.answers(1, TEXT))
 
     def check(pids: tuple[int, ...]) -> None:
         grown = [memory.anonymous(pid) - without for pid in pids]
@@ -105,7 +106,7 @@ def test_workers_of_a_web_server(
         print(f"PSS in segments: {[round(size / MIB, 1) for size in shares]}")
         assert sum(shares) == pytest.approx(bytes_of[DEPTH], rel=0.05)
 
-    with Server(argv_of[DEPTH], short_path / f"{DEPTH}.sock", daemon.socket, checkpoints[DEPTH]) as server:
+    with Server(listening(argv, sockets[DEPTH]), sockets[DEPTH], daemon.socket, checkpoints[DEPTH]) as server:
         answers = server.answers(WORKERS, TEXT)
         scores = next(iter(answers.values()))
         assert list(answers.values()) == [scores] * WORKERS

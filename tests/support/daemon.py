@@ -16,16 +16,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import weightd
+from support import command, template
 from support.backends import HOST, Backend
 from support.children import children
 from support.descriptors import counted
 from support.leash import leashed
 from support.manager import Manager
+from support.template import ForkedProcess
 from weightd.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCHED = [sys.executable, "-m", "support.watched_weightd_daemon"]
 """A daemon that says in its log what its loop stood still for (support/loop_watch.py)."""
+FORKED = ("support.watched_weightd_daemon", "support.launch")
+"""Programs of daemons that are forked from a template (support/template.py)."""
 PATIENCE = 60.0
 """Seconds to wait for what takes a moment on a quiet machine. A test that passes never waits that long."""
 
@@ -51,6 +55,20 @@ def environment(socket: Path | None = None) -> dict[str, str]:
     return clean
 
 
+def forked(argv: list[str], variables: dict[str, str], log: int, kept: template.Kept = None) -> ForkedProcess | None:
+    """A daemon from a template; None outside of tests, or where no template has such a program or environment.
+
+    `kept` is what a service manager hands out to it. Its command line says that it serves, but not how.
+    """
+    start, program, arguments = argv[:2], argv[2], argv[3:]
+    if start != [sys.executable, "-m"] or program not in FORKED or not template.in_a_test():
+        return None
+    process = template.start(program, variables, environment(), arguments, log, kept, leads=True, words=("serve",))
+    if process is not None:
+        process.stdin.close()
+    return process
+
+
 class Daemon:
     """A daemon on a socket of its own. `settings` are its flags; `argv` replaces `python -m weightd_daemon`.
 
@@ -74,7 +92,7 @@ class Daemon:
         self.argv = argv or WATCHED
         usual = {"budget": "1GiB", "log_level": "info", **backend.settings}
         self._settings = {key: value for key, value in usual.items() if key not in unset} | settings
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | ForkedProcess | None = None
         self._clients: list[Client] = []
         self.start()
 
@@ -82,16 +100,11 @@ class Daemon:
         """Start, or start again on the same socket, and wait for the line that says ready."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in self._settings.items()]
         argv = [*self.argv, "serve", f"--socket={self.socket}", f"--state-dir={self.folder / 'state'}", *flags]
-        given: list[int] = []
         variables = environment() | self.backend.environment
         if self.manager is not None:
-            argv, given = self.manager.command(argv)
             variables |= self.manager.environment()
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                leashed(argv), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
-                pass_fds=given,
-            )  # fmt: skip
+            self.process = self._process(argv, variables, log.fileno())
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line.startswith("weightd is ready"):
@@ -99,6 +112,16 @@ class Daemon:
             self._close_pipe()
             raise AssertionError(f"the daemon did not start: {line!r}\n{self.log.read_text()}")
         self.baseline = self.descriptors()
+
+    def _process(self, argv: list[str], variables: dict[str, str], log: int) -> subprocess.Popen[str] | ForkedProcess:
+        kept = None if self.manager is None else self.manager.handed_out()
+        if (process := forked(argv, variables, log, kept)) is not None:
+            return process
+        argv, given = (argv, []) if self.manager is None else self.manager.command(argv)
+        return subprocess.Popen(
+            leashed(argv), stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True, env=variables,
+            pass_fds=given,
+        )  # fmt: skip
 
     @property
     def pid(self) -> int:
@@ -111,15 +134,9 @@ class Daemon:
         self._clients.append(client)
         return client
 
-    def command(
-        self, *arguments: str | Path, check: bool = True, **options: object
-    ) -> subprocess.CompletedProcess[str]:
+    def command(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `weightd ARGUMENTS` against it."""
-        finished = subprocess.run(
-            [sys.executable, "-m", "weightd", *map(str, arguments)],
-            env=environment(self.socket) | self.backend.environment,
-            capture_output=True, text=True, timeout=100, check=False, **options,  # type: ignore[call-overload]  # passed through
-        )  # fmt: skip
+        finished = command.run(map(str, arguments), environment(self.socket) | self.backend.environment, environment())
         if check and finished.returncode:
             raise AssertionError(f"exit {finished.returncode}: {finished.stderr}")
         return finished

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support import loop_watch, points
+from support import loop_watch, points, template
 from support.daemon import Daemon
 from weightd_daemon import __main__ as command
 from weightd_daemon.api import admission, error_mapping, grpc_server
@@ -157,5 +157,13 @@ async def _stuck(*_: object) -> None:
     time.sleep(3600)  # noqa: ASYNC251  # that is the point: nothing else runs on the loop
 
 
-if __name__ == "__main__":
+def serve() -> None:
+    """Be a daemon with the arguments of this process, to its end."""
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    if (line := template.line_of(sys.argv[1:])) is None:
+        serve()
+    else:
+        template.serve(line, serve, ())

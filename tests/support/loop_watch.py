@@ -39,6 +39,8 @@ ALLOWED_STEP = "loop watch: allowed, a step of"
 ALLOWED: dict[str, str] = {}
 """Steps that may take longer, each with the reason: patterns of a line of the callback or of its stack."""
 _SAMPLE_SECONDS = 0.01
+_STALE_SECONDS = 0.1
+"""How old an answer may be about what other threads had waited before a step."""
 _FRAMES = 12
 
 
@@ -75,9 +77,12 @@ class Watch:
         """Seconds that the step under way has spent on starting processes."""
         self._was_stopped = False
         """Whether the process was stopped, and went on, in the step under way."""
+        self._looked = 0.0
         self._others: dict[str, float] = {}
         self._stolen = 0.0
-        """What each other thread had waited, shortly before the step under way began."""
+        """When it was last asked what each other thread has waited and a hypervisor has taken, and the two answers."""
+        self._latest = 0.0
+        """When the latest step began."""
 
     def begin(self) -> None:
         """Time each step from now on."""
@@ -94,8 +99,11 @@ class Watch:
         watch, run, clock = self, self._run, time.perf_counter
 
         def timed(handle: events.Handle) -> None:
+            if clock() - watch._looked > _STALE_SECONDS:
+                watch._look()
             waited = watch._waited()
             watch._collected, watch._spawning, watch._was_stopped, watch._began = 0.0, 0.0, False, (began := clock())
+            watch._latest = began
             try:
                 run(handle)
             finally:
@@ -137,14 +145,20 @@ class Watch:
         while self._on:
             time.sleep(_SAMPLE_SECONDS)
             began = self._began
-            if not began or time.perf_counter() - began < _SAMPLE_SECONDS:
-                self._others, self._stolen = _waits(self._thread), _stolen()
+            if self._latest > self._looked and (not began or time.perf_counter() - began < _SAMPLE_SECONDS):
+                self._look()
             if began and time.perf_counter() - began > MOST_SECONDS / 2:
                 frame = sys._current_frames().get(thread)
                 if frame is not None and began == self._began and len(self._stacks) < 1000:
                     self._stacks.append(_stack(frame))
             elif self._stacks and not began:
                 self._stacks = []
+
+    def _look(self) -> None:
+        """Ask while there are steps, and before the next one: most daemons of tests are idle, and there are many."""
+        with contextlib.suppress(OSError):  # a test has left no descriptor: the answers before are good enough
+            self._others, self._stolen = _waits(self._thread), _stolen()
+        self._looked = time.perf_counter()
 
     def _watch_spawns(self) -> None:
         """Take the time off in which a process is started.

@@ -63,12 +63,16 @@ class Manager:
 
     def command(self, argv: list[str]) -> tuple[list[str], list[int]]:
         """What starts the service again with all that is kept, and the descriptors that the process must inherit."""
-        self.settle()
-        with self._changed:
-            kept = list(self.kept)
+        kept = self.handed_out()
         given = [f"{name}={descriptor}" for name, descriptor in kept]
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(len(given)), *given]
         return [*launch, *argv], [descriptor for _, descriptor in kept]
+
+    def handed_out(self) -> list[tuple[str, int]]:
+        """All that is kept, as the next process of the service gets it."""
+        self.settle()
+        with self._changed:
+            return list(self.kept)
 
     def settle(self, seconds: float = 60.0) -> None:
         """Wait until all has been done that was sent before."""

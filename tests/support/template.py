@@ -1,14 +1,15 @@
-"""Processes forked from one that has imported torch already, which takes longer than most tests do.
+"""Processes forked from one that has imported already what they need, which takes longer than most tests do.
 
 A template is a process of its own, and so is everything that it forks: nothing of the test's own process is in them.
-One serves for each set of variables that count when a process starts. It dies with the test's process, and all that was
-forked with it (support/leash.py).
+One serves for each program, and for each set of variables that count when a process starts. It dies with the test's
+process, and all that was forked with it (support/leash.py).
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -18,16 +19,22 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import TextIO
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TextIO
 
 from support import leash
-from support.daemon import environment
 
-IMPORTS = ("torch", "weightd.torch")
-"""What most workers of tests import. Neither starts a thread, nor asks for a GPU, when it is imported."""
-_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "WEIGHTD_")
+FORKS = "--forks="
+"""The last argument of a template: the number of its end of the line."""
+_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "FDSTORE", "NOTIFY_SOCKET", "WEIGHTD_")
 """Variables, by how they begin, that nobody reads before they are needed."""
+_MOST_DESCRIPTORS = 253
+"""Of one message, by the kernel."""
+_OURS = 4
+"""Those of them that every process gets."""
+
+Kept = Sequence[tuple[str, int]] | None
 
 
 class ForkedProcess:
@@ -45,40 +52,58 @@ class ForkedProcess:
         if self.returncode is None:
             if not select.select([self._ended], [], [], timeout)[0]:
                 assert timeout is not None
-                raise subprocess.TimeoutExpired("support.worker", timeout)
+                raise subprocess.TimeoutExpired("a forked process", timeout)
             told = os.read(self._ended, 16)
             os.close(self._ended)
             self.returncode = int(told or -signal.SIGKILL)  # with its keeper, who says nothing any more
         return self.returncode
 
-    def kill(self) -> None:
-        """kill -9, unless it has ended."""
+    def poll(self) -> int | None:
+        """The exit code, as `wait` returns it; None while it runs."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.wait(0)
-        if self.returncode is None:
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it ends at this very moment
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM, unless it has ended."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """kill -9, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
 
 
 class _Template:
     """The test's end of a template."""
 
-    def __init__(self, variables: Mapping[str, str]) -> None:
+    def __init__(self, program: str, words: Iterable[str], variables: Mapping[str, str]) -> None:
         self._line, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other:
             self._process = subprocess.Popen(
-                leash.leashed([sys.executable, "-m", "support.worker", str(other.fileno())]),
+                leash.leashed([sys.executable, "-m", program, *words, f"{FORKS}{other.fileno()}"]),
                 stdin=subprocess.DEVNULL, env=dict(variables), pass_fds=[other.fileno()],
             )  # fmt: skip
 
-    def fork(self, variables: Mapping[str, str]) -> ForkedProcess:
+    def fork(
+        self, variables: Mapping[str, str], arguments: list[str], errors: int, kept: Kept, *, leads: bool
+    ) -> ForkedProcess:
         """A process with other variables, its pipes, and one on which its end is told."""
         orders, stdin = os.pipe()
         stdout, answers = os.pipe()
         ended, tells = os.pipe()
         theirs = [orders, answers, tells]
-        order = json.dumps({"variables": dict(variables), "folder": os.getcwd()}).encode()
-        socket.send_fds(self._line, [order], theirs)
+        order = {
+            "variables": dict(variables), "folder": os.getcwd(), "umask": _umask(), "arguments": arguments,
+            "leads": leads, "kept": None if kept is None else [name for name, _ in kept],
+        }  # fmt: skip
+        sent = [*theirs, errors, *(number for _, number in kept or ())]
+        socket.send_fds(self._line, [json.dumps(order).encode()], sent)
         for descriptor in theirs:
             os.close(descriptor)
         pid = int(self._line.recv(16) or 0)
@@ -93,25 +118,44 @@ class _Template:
 
 
 _USUAL = dict(os.environ)
-_templates: dict[str, _Template] = {}
+_templates: dict[tuple[str, str], _Template] = {}
 
 
-def start(variables: Mapping[str, str]) -> ForkedProcess | subprocess.Popen[str]:
-    """A process of support.worker with this environment, forked if the environment is one that a template may have.
+def start(
+    program: str,
+    variables: Mapping[str, str],
+    usual: Mapping[str, str],
+    arguments: Iterable[str] = (),
+    errors: int | None = None,
+    kept: Kept = None,
+    *,
+    words: Iterable[str] = (),
+    leads: bool = False,
+) -> ForkedProcess | None:
+    """A process of a program with this environment, forked if the environment is one that a template may have.
 
-    It may where libraries are found (the double of the driver has a folder of its own), and in what is read late.
+    It may where libraries are found (the double of the driver has a folder of its own), and in what is read late, but
+    not else in what differs from `usual`; then this returns None, and so it does on a thread other than the main one:
+    orders on the line are one at a time. `errors` is its standard error, by default ours; `kept` are the names and
+    descriptors that a service manager hands out. A process that `leads` is in a session and a process group of its own.
+    Its command line is its template's, which has the `words` that others look for there, and none of the `arguments`.
     """
+    if threading.current_thread() is not threading.main_thread() or len(kept or ()) > _MOST_DESCRIPTORS - _OURS:
+        return None
     where = variables.get("LD_LIBRARY_PATH", "")
     early = {key: value for key, value in variables.items() if not key.startswith(_SET_LATER)}
-    usual = environment() | {key: early[key] for key in ("LD_LIBRARY_PATH", "PYTEST_CURRENT_TEST") if key in early}
-    if early != {key: value for key, value in usual.items() if not key.startswith(_SET_LATER)} or _changed():
-        return subprocess.Popen(
-            leash.leashed([sys.executable, "-m", "support.worker"]),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables),
-        )  # fmt: skip
-    if where not in _templates:
-        _templates[where] = _Template(early)
-    return _templates[where].fork(variables)
+    expected = {**usual} | {key: early[key] for key in ("LD_LIBRARY_PATH", "PYTEST_CURRENT_TEST") if key in early}
+    if early != {key: value for key, value in expected.items() if not key.startswith(_SET_LATER)} or _changed():
+        return None
+    if (program, where) not in _templates:
+        _templates[program, where] = _Template(program, words, early)
+    errors = sys.__stderr__.fileno() if errors is None else errors
+    return _templates[program, where].fork(variables, [*arguments], errors, kept, leads=leads)
+
+
+def in_a_test() -> bool:
+    """Whether pytest runs a test. A bench starts what its users start, whose imports and memory are a part of it."""
+    return "PYTEST_CURRENT_TEST" in os.environ
 
 
 @atexit.register
@@ -129,12 +173,24 @@ def _changed() -> bool:
     )
 
 
+def _umask() -> int:
+    """That of this process; to ask with umask(2) is to change it for every thread."""
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith("Umask:")).split()[1], 8)
+
+
 # -- the template's end ------------------------------------------------------------------------------------------------
 
 
-def serve(line: int, work: Callable[[], None]) -> None:
+def line_of(arguments: list[str]) -> int | None:
+    """The line of a template, if the program was started as one."""
+    last = arguments[-1] if arguments else ""
+    return int(last.removeprefix(FORKS)) if last.startswith(FORKS) else None
+
+
+def serve(line: int, work: Callable[[], None], imports: Iterable[str]) -> None:
     """Import, then fork a process that does `work` for each order on the line, until there is none."""
-    for module in IMPORTS:
+    for module in imports:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # so that a collection in one of them copies no page of what all have
@@ -143,26 +199,25 @@ def serve(line: int, work: Callable[[], None]) -> None:
         while order := _next(orders):
             if os.fork() == 0:
                 _keep(orders, *order, work)
+            for descriptor in order[1]:  # or who waits for the end of its output would wait for ours
+                os.close(descriptor)
 
 
-def _next(orders: socket.socket) -> tuple[dict[str, str], str, list[int]] | None:
-    message, descriptors, _, _ = socket.recv_fds(orders, 1 << 20, 3)
-    if not message:
-        return None
-    order = json.loads(message)
-    return order["variables"], order["folder"], descriptors
+def _next(orders: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    message, descriptors, _, _ = socket.recv_fds(orders, 1 << 20, _MOST_DESCRIPTORS)
+    return (json.loads(message), descriptors) if message else None
 
 
-def _keep(orders: socket.socket, variables: dict[str, str], folder: str, descriptors: list[int], work: object) -> None:
+def _keep(orders: socket.socket, order: dict[str, Any], descriptors: list[int], work: Callable[[], None]) -> None:
     """In a child of the template: fork the process, say who it is, wait for it, say how it ended."""
     leash.hold()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    stdin, stdout, tells = descriptors
+    stdin, stdout, tells, errors, *kept = descriptors
     keeper = os.getpid()
     pid = os.fork()
     if pid:
-        os.close(stdin)
-        os.close(stdout)
+        for theirs in (stdin, stdout, errors, *kept):
+            os.close(theirs)
         orders.send(str(pid).encode())
         _, status = os.waitpid(pid, 0)
         os.write(tells, str(os.waitstatus_to_exitcode(status)).encode())
@@ -172,12 +227,29 @@ def _keep(orders: socket.socket, variables: dict[str, str], folder: str, descrip
         os._exit(1)
     orders.close()
     os.close(tells)
-    for ours, number in ((stdin, 0), (stdout, 1)):
+    for ours, number in ((stdin, 0), (stdout, 1), (errors, 2)):
         os.dup2(ours, number)
         os.close(ours)
+    if order["leads"]:
+        os.setsid()
     os.environ.clear()
-    os.environ.update(variables)
-    os.chdir(folder)
-    assert callable(work)
+    os.environ.update(order["variables"])
+    if order["kept"] is not None:
+        _hand_over(order["kept"], kept)
+    os.umask(order["umask"])
+    os.chdir(order["folder"])
+    sys.argv[1:] = order["arguments"]
     work()
     raise SystemExit
+
+
+def _hand_over(names: list[str], descriptors: list[int]) -> None:
+    """Move descriptors to where sd_listen_fds(3) wants them, and say so for this process (support/manager.py)."""
+    lowest = 3 + len(names) + max(descriptors, default=0)
+    moved = [fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, lowest) for number in descriptors]
+    for number in descriptors:
+        os.close(number)
+    for index, number in enumerate(moved):
+        os.dup2(number, 3 + index)
+        os.close(number)
+    os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=str(len(names)), LISTEN_FDNAMES=":".join(names))

@@ -14,13 +14,22 @@ from typing import Any, TextIO
 
 from support import template
 from support.daemon import environment
+from support.leash import leashed
+
+PROGRAM = "support.worker"
+IMPORTS = ("torch", "weightd.torch")
+"""What most workers of tests import. Neither starts a thread, nor asks for a GPU, when it is imported."""
 
 
 class Worker:
     """A process of its own. `run` executes source in it and returns what it put in `result`."""
 
     def __init__(self, socket: Path, more: Mapping[str, str] | None = None) -> None:
-        self.process = template.start(environment(socket) | dict(more or {}))
+        variables = environment(socket) | dict(more or {})
+        self.process = template.start(PROGRAM, variables, environment()) or subprocess.Popen(
+            leashed([sys.executable, "-m", PROGRAM]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables,
+        )  # fmt: skip
 
     @property
     def pid(self) -> int:
@@ -53,8 +62,14 @@ class Worker:
         self.process.kill()
         self.close()
 
+    def end(self) -> None:
+        """End it when its test is over. That of an interpreter with torch takes longer than most tests do."""
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended, or is closed
+            self.start("import atexit, os; atexit._run_exitfuncs(); os._exit(0)")
+        self.close()
+
     def close(self) -> None:
-        """End it, by force if need be."""
+        """Let it end as an interpreter does, by force if need be."""
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None and not pipe.closed:
                 with contextlib.suppress(BrokenPipeError):
@@ -89,7 +104,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        template.serve(int(sys.argv[1]), main)
-    else:
+    if (line := template.line_of(sys.argv[1:])) is None:
         main()
+    else:
+        template.serve(line, main, IMPORTS)
