@@ -52,9 +52,7 @@ class ReceivedDescriptors(NamedTuple):
 
     def read_manifest(self) -> bytes:
         """The encoded manifest. Errors: OSError, ServerError (it is shorter than the daemon says)."""
-        size, parts = self.reply.manifest_bytes, bytearray()
-        if not 0 < size <= min(os.fstat(self.manifest).st_size, MAX_MANIFEST_BYTES):
-            raise ServerError(f"the daemon sent a manifest that cannot have the {size} bytes that it says")
+        size, parts = self._manifest_bytes, bytearray()
         while len(parts) < size:
             part = os.pread(self.manifest, size - len(parts), len(parts))
             if not part:
@@ -64,8 +62,18 @@ class ReceivedDescriptors(NamedTuple):
 
     @property
     def lease_bytes(self) -> int:
-        """Length of the mapping that is to hold the lease; nobody reads it where that is a file of its own."""
-        return mmap.PAGESIZE if self.reply.lease_file else self.reply.manifest_bytes
+        """Length of the mapping that is to hold the lease; nobody reads it where that is a file of its own.
+
+        Errors: OSError, ServerError (it is the manifest's, which is shorter than the daemon says).
+        """
+        return mmap.PAGESIZE if self.reply.lease_file else self._manifest_bytes
+
+    @property
+    def _manifest_bytes(self) -> int:
+        size = self.reply.manifest_bytes
+        if not 0 < size <= min(os.fstat(self.manifest).st_size, MAX_MANIFEST_BYTES):
+            raise ServerError(f"the daemon sent a manifest that cannot have the {size} bytes that it says")
+        return size
 
 
 class SocketClient:

@@ -83,6 +83,10 @@ def gguf() -> Ideas:
         yield HostileInput(f"keys_{name}", b"GGUF" + u32(3) + u64(0) + wide, f"it says to have {number} keys")
         yield HostileInput(f"alignment_u64_{name}", gguf_files.build(keys=[key("general.alignment", UINT64, int.from_bytes(wide, "little"))]),
                            f"the alignment is {number}, as a uint64")  # fmt: skip
+    nested = array(ARRAY, [array(ARRAY, [array(UINT8, [0, 1])])])
+    yield HostileInput(
+        "array_of_arrays", gguf_files.build(keys=[key("k", ARRAY, nested)]), "an array of arrays of arrays"
+    )
     for name, kind, content in (("text", STRING, "2"), ("float", FLOAT32, 2.0), ("negative", INT64, -1)):
         split = [key("split.no", UINT16, 0), key("split.count", kind, content)]
         yield HostileInput(f"split_count_{name}", gguf_files.build(keys=split), f"the number of parts is a {name}")

@@ -118,6 +118,7 @@ def replies() -> Ideas:
         "segment_unknown": ([ScriptFrame(attached(segments=[7]), 3)], "a segment that the manifest does not have"),
         "segment_most": ([ScriptFrame(attached(segments=[2**32 - 1]), 3)], "the greatest segment"),
         "segments_many": ([ScriptFrame(attached(segments=range(4000)), 3)], "4,000 segments, and the end"),
+        "manifest_empty": ([ScriptFrame(attached(lease_file=False, manifest_bytes=0), 2)], "the lease is on a manifest of 0 bytes"),
         "no_lease_file": ([ScriptFrame(attached(lease_file=False), 2)], "the lease is on the manifest"),
         "empty_batches": ([ScriptFrame(attached(segments=[0, 1]), 3), *[_reply(batch={})] * 5], "empty batches"),
         "batch_too_many": ([ScriptFrame(attached(segments=[0, 1]), 3), ScriptFrame(_reply(batch={}), 9)], "a batch too many"),
