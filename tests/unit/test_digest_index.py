@@ -240,7 +240,7 @@ def test_its_memory_does_not_grow_with_the_files(tmp_path: Path) -> None:
     async def steps(index: PersistentDigestIndex) -> None:
         async def remember_many(files: range) -> int:
             for inode in files:
-                await index.put(FILE._replace(inode=inode), INSTANCES * 10)
+                await index.put({FILE._replace(inode=inode): INSTANCES * 10})
             return allocated()
 
         settled = await remember_many(range(500))
