@@ -109,7 +109,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "loader": ("core", "devices", "formats", "libc"),
     "loads": ("core", "devices", "heap", "loader", "log_line", "turns"),
     "handles": ("core", "devices", "loads", "log_line", "lookups", "wire"),
-    "persistence": ("core", "devices", "handles", "loads", "log_line"),
+    "persistence": ("core", "devices", "handles", "libc", "loads", "log_line"),
     "plans": ("core", "loader", "loads", "persistence"),
     "residency": ("core", "handles", "heap", "loads", "log_line", "persistence"),
     "operations": ("core", "config", "devices", "handles", "loads", "log_line", "persistence"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from support.counting import operations
-from support.limits import nothing_written
+from support.limits import nothing_written, room_for
 from support.root_forms import write_first_form
 from weightd_daemon.persistence import root_record
 from weightd_daemon.persistence.root_record import SLOT_BYTES, PersistentRootRecord, RootRecordChange, read_root
@@ -238,6 +238,18 @@ def test_where_no_base_can_be_written_none_counts(root: PersistentRootRecord, ba
         root.write([name(1, "b")], {})
     assert body_of(root) is None
     root.write([name(1, "c")], {})
+    assert body_of(root) == {**NO_ROWS, "names": [{"value": "c"}]}
+
+
+def test_it_is_written_and_cleared_without_a_descriptor_left(root: PersistentRootRecord) -> None:
+    """Clients take descriptors of the daemon's: that must neither lose what is kept nor have a lie count."""
+    root.write([name(1, "a")], {})
+    with room_for(os.getpid(), 0):
+        with nothing_written(), pytest.raises(OSError, match="too large"):
+            root.write([name(1, "b")], {})
+        cleared = body_of(root) is None
+        root.write([name(1, "c")], {})
+    assert cleared
     assert body_of(root) == {**NO_ROWS, "names": [{"value": "c"}]}
 
 

@@ -19,13 +19,13 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import stat
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightd import _failpoints
+from weightd_daemon.libc import punch_hole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -301,9 +301,11 @@ def _portions(rows: Iterable[RootRecordChange], most: int) -> Iterator[list[str]
 
 
 def _empty(descriptor: int, generation: int) -> None:
-    """Give a slot's memory back: it reads as zeros, and does not count."""
-    with mmap.mmap(descriptor, SLOT_BYTES, offset=_start(generation)) as slot:
-        slot.madvise(mmap.MADV_REMOVE)
+    """Give a slot's memory back: it reads as zeros, and does not count.
+
+    Without a mapping of Python's, which takes a descriptor: when none is left, a slot that lies must go all the same.
+    """
+    punch_hole(descriptor, _start(generation), SLOT_BYTES)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:
