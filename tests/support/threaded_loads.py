@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -117,11 +117,11 @@ class Index:
     def __init__(self) -> None:
         self.known: dict[FileIdentity, list[LoadedInstance]] = {}
 
-    async def get(self, identity: FileIdentity) -> list[LoadedInstance]:
-        return self.known.get(identity, [])
+    async def get(self, files: Iterable[FileIdentity]) -> dict[FileIdentity, list[LoadedInstance]]:
+        return {identity: self.known[identity] for identity in files if identity in self.known}
 
-    async def put(self, identity: FileIdentity, instances: Sequence[LoadedInstance]) -> None:
-        self.known[identity] = list(instances)
+    async def put(self, files: Mapping[FileIdentity, Sequence[LoadedInstance]]) -> None:
+        self.known |= {identity: list(instances) for identity, instances in files.items()}
 
 
 class Draft:

@@ -164,6 +164,19 @@ def test_what_another_seals_of_the_same_keys_is_compared_before_the_seal() -> No
     asyncio.run(run())
 
 
+def test_files_that_are_not_trusted_are_not_looked_up() -> None:
+    """The folder of the digest index may hang, and then only loads that it is of use to wait for it."""
+
+    async def run() -> None:
+        desk = Desk()
+        dialogue, loader = await bring(desk, desk.open(), 1)
+        assert dialogue._index is None, "whatever it is asked fails"
+        await tell(dialogue, loader, laid_out=wire.LaidOut(lanes=1))
+        assert list(loader.answers[-1].laid_out.known) == []
+
+    asyncio.run(run())
+
+
 def test_a_message_that_no_load_answers_is_an_answer_of_its_own() -> None:
     refused: list[str] = []
 

@@ -186,7 +186,8 @@ class LoadDialogue:
         known: list[int] = []
         turn = LoopTurn()
         instances: dict[tuple[int, int, int], LoadedInstance] = {}
-        trusted = self._trusted_files()
+        if not (trusted := self._trusted_files()):
+            return known  # without the index, whose folder may hang
         remembered = await self._index.get(trusted.values())
         for file, identity in trusted.items():
             for found in remembered.get(identity, ()):
