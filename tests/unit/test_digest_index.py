@@ -185,6 +185,24 @@ def test_each_file_that_is_not_remembered_counts_once(tmp_path: Path) -> None:
     using(tmp_path / "file", steps)
 
 
+def test_one_that_fails_is_asked_for_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try may take seconds, and who stops the daemon, or begins another load, waits for all of them."""
+    tries: list[str] = []
+    execute = PersistentDigestIndex._execute
+
+    def counted(self: PersistentDigestIndex, statement: str, *arguments: Any, **options: Any) -> Any:
+        tries.append(statement)
+        return execute(self, statement, *arguments, **options)
+
+    async def steps(index: PersistentDigestIndex) -> None:
+        assert await index.get([FILE._replace(inode=inode) for inode in range(200)]) == {}
+        assert (len(tries), index.failures) == (1, 200)
+
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(PersistentDigestIndex, "_execute", counted)
+    using(tmp_path / "file", steps)
+
+
 def test_one_that_can_only_be_read_is_said_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     using(tmp_path, remember)
 

@@ -101,9 +101,12 @@ class PersistentDigestIndex:
 
     def _get(self, files: Iterable[FileIdentity]) -> dict[FileIdentity, list[LoadedInstance]]:
         found: dict[FileIdentity, list[LoadedInstance]] = {}
-        for identity in files:
+        asked = list(files)
+        for number, identity in enumerate(asked):
             rows = self._execute(_GET, [(self._epoch, *_signed(identity))])
-            self.failures += rows is None
+            if rows is None:  # it would keep this thread, which all loads share, for seconds a file
+                self.failures += len(asked) - number
+                break
             if rows and (instances := _unpack(rows[0][0], self._epoch, identity)):
                 found[identity] = instances
         return found
