@@ -184,7 +184,7 @@ def test_an_attach_costs_the_same_however_many_checkpoints_there_are(open_desk: 
 
         def attach(desk: Desk = desk, connection: module.HandleSocketConnection = connection) -> None:
             answer = desk.attacher.attach(connection, ATTACH.attach)
-            desk.attacher.issued(answer.lease)
+            desk.attacher.issued(answer)
             answer.locked.close()
             assert desk.attacher.detach(connection, answer.lease)
             while desk.books.store.sharing.go_on():

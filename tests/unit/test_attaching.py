@@ -173,6 +173,32 @@ def test_an_attach_that_fails_leaves_no_lease(
     play(counter)
 
 
+def test_what_was_finished_for_a_client_waits_on_when_its_attach_does_not_go_out(
+    counter: Counter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another load could evict it before the client, which is told to try again, does so."""
+    send = handle_server._Conversation._send
+
+    def fail(peer: Any, reply: handles_pb2.HandleReply, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+        send(peer, reply)
+
+    @at_the_counter
+    async def play(counter: Counter) -> None:
+        client = await counter.come()
+        (connection,) = counter.connections._by_token.values()
+        waiting = counter.store.leases.begin(counter.checkpoint.key, connection.peer, 1.0, waiting=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(handle_server._Conversation, "_send", fail)
+            assert await client.refused(attach=ATTACH) == "RESOURCE_LIMIT"
+        assert counter.held() == [waiting.number]
+        attached = await client.attach()
+        assert counter.held() == [attached.lease]
+
+    play(counter)
+
+
 @pytest.fixture
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lease and manifest fill the first message, and the segment comes in a second one."""

@@ -88,10 +88,11 @@ def _check_indexes(messages: Sequence[checkpoint_pb2.SourceFile]) -> None:
 class IssuedHandles:
     """Answer to an attach request: the handles that go to the client.
 
-    The descriptors of `locked` are to be closed when they have been sent.
+    The descriptors of `locked` are to be closed when they have been sent. Then leases that waited for it end: `waited`.
     """
 
     lease: int
+    waited: list[int]
     checkpoint: Checkpoint
     locked: LockedHandles
     manifest_bytes: int
@@ -163,14 +164,15 @@ class AttachHandler:
         except OSError:
             self._store.leases.end(lease.number)
             raise
-        if not request.manifest_only:  # looking changes nothing: neither the order of eviction nor what waits
+        if request.manifest_only:  # looking changes nothing: neither the order of eviction nor what waits
+            waiting = []
+        else:
             self._store.use(checkpoint, now)
-            for number in waiting:
-                self._store.leases.end(number)
         device = self._devices[checkpoint.key.device]
         everything = checkpoint.segments
         return IssuedHandles(
             lease.number,
+            waiting,
             checkpoint,
             locked,
             self._manifests.size(checkpoint.key),
@@ -178,9 +180,15 @@ class AttachHandler:
             [device.shared(everything[index]) for index in segments],
         )
 
-    def issued(self, lease: int) -> None:
-        """The client has been sent what `attach` returned: now others are told of it, which takes as long again."""
-        self._store.leases.tell(lease)
+    def issued(self, answer: IssuedHandles) -> None:
+        """The client has been sent what `attach` returned: now others are told of it, which takes as long again.
+
+        Nor does anything wait for it any more. Had this not gone out, what waits would keep the checkpoint until it
+        tries again.
+        """
+        self._store.leases.tell(answer.lease)
+        for number in answer.waited:
+            self._store.leases.end(number)
 
     def detach(self, connection: HandleSocketConnection, number: int) -> bool:
         """Look whether a lease of this connection has ended."""

@@ -296,7 +296,7 @@ class _Conversation:
             self._server._attacher.detach(self._connection, answer.lease)  # it did not go out, so it ends here
             raise
         answer.locked.close()
-        self._server._attacher.issued(answer.lease)
+        self._server._attacher.issued(answer)
         self._expect_ack()
 
     def _send_batch(self) -> None:
