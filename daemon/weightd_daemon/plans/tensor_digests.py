@@ -18,7 +18,7 @@ from weightd_daemon.persistence.digest_index import PersistentDigestIndex, known
 from .planned_files import TensorPlace, reopened
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from pathlib import Path
 
     from weightd.types import FileIdentity
@@ -46,14 +46,14 @@ class KeptDigests:
         """Why nothing can be kept; empty while it can."""
         return self._index.problem and f"{self._index.path}: {self._index.problem}"
 
-    def get(self, identities: Iterable[FileIdentity]) -> dict[FileIdentity, dict[tuple[int, int], bytes]]:
-        """The digests of these files by offset and length in bytes, as far as they are known."""
+    def get(self, identities: Collection[FileIdentity]) -> dict[FileIdentity, dict[tuple[int, int], bytes]]:
+        """The digests of each of these files by offset and length in bytes, as far as they are known."""
 
         async def get() -> dict[FileIdentity, dict[tuple[int, int], bytes]]:
             found = await self._index.get(identities)
             return {
-                identity: {(each.offset, each.length): each.digest for each in instances}
-                for identity, instances in found.items()
+                identity: {(each.offset, each.length): each.digest for each in found.get(identity, ())}
+                for identity in identities
             }
 
         return asyncio.run(get())
