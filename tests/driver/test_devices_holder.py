@@ -18,6 +18,7 @@ import pytest
 from support import fakecuda
 from support.closed import close, closed_after
 from support.daemon import environment, eventually
+from support.descriptors import open_descriptors
 from support.leash import leashed
 from weightd.errors import DeviceAbsentError, DeviceError
 from weightd_daemon.devices import cuda_ipc, driver_thread
@@ -243,12 +244,12 @@ def test_closing_waits_neither_for_a_holder_that_hangs_nor_for_its_end(
 def test_a_holder_that_cannot_start_says_why_and_leaves_nothing(
     call: str, losses: Losses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     monkeypatch.setenv("FAKECUDA_FAIL", f"{call}:999")
     monkeypatch.setenv("FAKECUDA_FAIL_IN", "cuda_holder")
     with pytest.raises(DeviceError, match=f"{call} failed with CUDA_ERROR_UNKNOWN"):
         CudaIpcDevice(0, losses.holding)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     assert losses.told == []
 
 

@@ -14,6 +14,7 @@ from support import checkpoints
 from support.backends import EVERY
 from support.content import content
 from support.daemon import Daemon, eventually
+from support.descriptors import open_descriptors
 from support.launch import launcher
 from support.loader import STOP, resume, wait_stopped
 from support.wire import Peer
@@ -156,7 +157,7 @@ def test_many_clients_attach_and_detach(daemon: Daemon, tmp_path: Path) -> None:
         pass
     eventually(lambda: client.leases() == [])
     expected = checkpoints.random_bytes(("m", 4), 5000)
-    before, own = daemon.descriptors(), len(os.listdir("/proc/self/fd"))
+    before, own = daemon.descriptors(), len(open_descriptors())
 
     def come_and_go(_: int) -> int:
         right = 0
@@ -170,7 +171,7 @@ def test_many_clients_attach_and_detach(daemon: Daemon, tmp_path: Path) -> None:
         assert list(threads.map(come_and_go, range(20))) == [50] * 20
     eventually(lambda: client.leases() == [], what="no lease is left")
     eventually(lambda: daemon.descriptors() <= before, what="no descriptor is left")
-    assert len(os.listdir("/proc/self/fd")) <= own
+    assert len(open_descriptors()) <= own
     assert client.stats().leases == 0
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from support.descriptors import open_descriptors
 from support.manager import Manager
 from weightd_daemon.persistence import service_manager
 from weightd_daemon.persistence.service_manager import ServiceManagerStore, stored_descriptors
@@ -167,14 +168,14 @@ def test_what_a_manager_never_takes_is_told_and_a_barrier_behind_it_fails(
 ) -> None:
     monkeypatch.setattr(service_manager, "_SEND_TIMEOUT", struct.pack("@ll", 0, 200_000))
     service = ServiceManagerStore({"NOTIFY_SOCKET": str(short_path / "asleep")})
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     failed: list[int] = []
     for number in range(600):
         service.store(f"{number}", memory[0], lambda number=number: failed.append(number))  # type: ignore[misc]  # bound
     with pytest.raises(OSError, match="takes no more"):
         asyncio.run(service.barrier(60.0))
     assert failed == list(range(failed[0], 600)), "all but what the kernel has queued, in order"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def test_without_a_manager_nothing_happens(memory: list[int]) -> None:

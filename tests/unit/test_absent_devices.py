@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from support import fakecuda
+from support.descriptors import open_descriptors
 from support.kept_gpu import MIB, WHO, Keeper, Start
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceAbsentError, DeviceError, InUseError
@@ -54,13 +55,13 @@ def keeper(fake_driver: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keepe
     first, made = Keeper(), Keeper()
     asyncio.run(leave(first))
     first.close()
-    before = len(os.listdir("/proc/self/fd"))  # with what the libraries open the first time, and keep
+    before = len(open_descriptors())  # with what the libraries open the first time, and keep
     asyncio.run(leave(made))
     made.dropped.clear()
     yield made
     made.close()
     assert fakecuda.device_bytes(0) == 0
-    assert len(os.listdir("/proc/self/fd")) == before, "descriptors are left open"
+    assert len(open_descriptors()) == before, "descriptors are left open"
 
 
 Body = Callable[[Start], Coroutine[Any, Any, None]]
@@ -254,12 +255,12 @@ def test_an_import_that_fails_in_the_midst_gives_all_back(keeper: Keeper, monkey
     async def refused(start: Start) -> None:
         held = start.served.devices[GPU]
         assert isinstance(held, StandInDevice)
-        device, before = CudaVmmDevice(0), len(os.listdir("/proc/self/fd"))
+        device, before = CudaVmmDevice(0), len(open_descriptors())
         monkeypatch.setenv("FAKECUDA_FAIL", "cuMemImportFromShareableHandle:999:2")
         with pytest.raises(DeviceError, match="CUDA_ERROR_UNKNOWN"):
             device.import_held(held)
         monkeypatch.setenv("FAKECUDA_FAIL", "")
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(open_descriptors()) == before
 
     monkeypatch.setenv("FAKECUDA_FAIL", "cuMemImportFromShareableHandle:999")
     started(keeper, refused)

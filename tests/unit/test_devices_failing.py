@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from support.descriptors import open_descriptors
 from weightd._mapping import cuda_driver
 from weightd.errors import DeviceError, DeviceMismatchError
 from weightd_daemon.config.settings import ConfigError, TemporaryConfigError
@@ -120,10 +121,10 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     monkeypatch.setattr(cuda_driver, "call", driver.call)
     monkeypatch.setattr(cuda_driver, "_initialised_in", None)
     monkeypatch.setattr(cuda_opening, "CudaIpcDevice", IpcDevice)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     yield driver
     assert driver.allocated == 0, "segments of trials were not given back"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_descriptors()) == before
 
 
 def choose(said: str, transport: str = "auto", kept: dict[str, str] | None = None) -> Choice:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from support.descriptors import open_descriptors
 from support.gpu_nodes import make_node
 from weightd.errors import DeviceError
 from weightd_daemon.devices import cuda_node, cuda_nvml
@@ -140,7 +141,7 @@ def test_the_file_of_each_gpu_whose_memory_outlives_the_daemon_is_stored_once(fo
         make_node(folder, uuid, number)
     devices: Any = {"host": HostDevice(), UUIDS[0]: Gpu(UUIDS[0]), UUIDS[1]: Gpu(UUIDS[1], lasting=False)}
     store: Any = Store()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
 
     async def steps() -> None:
         nodes = GpuNodes(store, devices)
@@ -165,7 +166,7 @@ def test_the_file_of_each_gpu_whose_memory_outlives_the_daemon_is_stored_once(fo
         assert (store.kept, store.dropped) == ({}, [f"gpu.{UUIDS[0]}"] * 2)
 
     asyncio.run(steps())
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 class Slow(Gpu):
@@ -183,7 +184,7 @@ class Slow(Gpu):
 def test_a_gpu_that_does_not_answer_is_forgotten_without_it(folder: Path) -> None:
     make_node(folder, UUIDS[0])
     store: Any = Store()
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
 
     async def steps() -> None:
         slow = Slow(UUIDS[0])
@@ -203,7 +204,7 @@ def test_a_gpu_that_does_not_answer_is_forgotten_without_it(folder: Path) -> Non
         assert store.kept == {}
 
     asyncio.run(steps())
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize(("refused", "why"), [(False, "No such file"), (True, "does not answer")])

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
+from support.descriptors import open_descriptors
 from weightd._mapping.host import map_lease
 from weightd_daemon.core.checkpoint import CheckpointKey
 from weightd_daemon.core.lease import Lease, LeasePeer, LeaseTable
@@ -138,9 +139,9 @@ def test_a_lease_is_seen_alone_whatever_others_are_held(kept: Kept, ended: int) 
 
 def test_the_daemon_keeps_no_descriptor_of_a_lease(kept: Kept) -> None:
     kept.room()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     descriptor = kept.lock(5)
-    assert len(os.listdir("/proc/self/fd")) == before + 1, "the one that goes to the client"
+    assert len(open_descriptors()) == before + 1, "the one that goes to the client"
     os.close(descriptor)
     assert kept.files.is_locked(5) is False
 
@@ -256,13 +257,13 @@ def test_a_file_that_the_kernel_refuses_costs_no_descriptor(kept: Kept, monkeypa
     def refuse(*_: object) -> int:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with pytest.raises(OSError, match="No locks available"):
         kept.files.lock(ALICE, 7, 5)
     with pytest.raises(OSError, match="No locks available"):
         kept.room(BOB)
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
 
 
 # -- leases of an earlier daemon ---------------------------------------------------------------------------------------

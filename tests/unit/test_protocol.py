@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.descriptors import open_descriptors
 from weightd._transport.protocol import receive_fds
 
 Pair = tuple[socket.socket, socket.socket]
@@ -22,10 +23,6 @@ def pair() -> Iterator[Pair]:
         yield ours, theirs
 
 
-def descriptors() -> set[str]:
-    return set(os.listdir("/proc/self/fd"))
-
-
 def test_descriptors_come_with_their_frame_and_no_exec_inherits_them(pair: Pair) -> None:
     ours, theirs = pair
     socket.send_fds(ours, [b"ab"], [0, 1, 2])
@@ -38,11 +35,11 @@ def test_descriptors_come_with_their_frame_and_no_exec_inherits_them(pair: Pair)
 
 def test_without_room_for_descriptors_the_kernel_drops_them(pair: Pair) -> None:
     ours, theirs = pair
-    before = descriptors()
+    before = open_descriptors()
     socket.send_fds(ours, [b"ab"], [0, 1, 2])
     data, received, flags = receive_fds(theirs, 2, 0)
     assert (data, received, flags & socket.MSG_CTRUNC) == (b"ab", [], socket.MSG_CTRUNC)
-    assert descriptors() == before
+    assert open_descriptors() == before
 
 
 def test_more_descriptors_than_there_is_room_for_are_told(pair: Pair) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from support.counting import operations
+from support.descriptors import open_descriptors
 from support.kept_books import DATA, INDEXED, MIB, PEER, SOURCES, WHO, Books, Keeper
 from support.limits import nothing_written
 from support.root_forms import rows_of, write_first_form
@@ -38,11 +39,11 @@ from weightd_daemon.persistence.root_record import PersistentRootRecord, read_ro
 
 @pytest.fixture
 def keeper() -> Iterator[Keeper]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(open_descriptors())
     made = Keeper()
     yield made
     made.close()
-    assert len(os.listdir("/proc/self/fd")) == before, "descriptors are left open"
+    assert len(open_descriptors()) == before, "descriptors are left open"
 
 
 @contextlib.contextmanager
