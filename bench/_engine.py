@@ -307,7 +307,7 @@ def sweep(times: int) -> dict[str, Any]:
     seconds, count = [], 0
     for _ in range(times):
         start = time.perf_counter()
-        count = _Bound(Recording("cpu")).sweep([])
+        count = _Bound(Recording("cpu")).sweep()
         seconds.append(time.perf_counter() - start)
     return {"objects": count, "seconds": seconds}
 
