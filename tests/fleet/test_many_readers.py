@@ -20,6 +20,7 @@ from weightd.errors import DaemonBusyError, DaemonUnreachableError
 from weightd_fleet._proto.v1 import peer_pb2, peer_pb2_grpc
 from weightd_fleet.agent.addresses import AgentAddress
 from weightd_fleet.agent.peer import Peer
+from weightd_fleet.agent.peer_errors import PeerBusyError
 from weightd_fleet.agent.requests import Fetched
 from weightd_fleet.agent.serving import ReadAdmission
 
@@ -52,22 +53,22 @@ def test_two_fetches_of_one_checkpoint_move_it_once(digest: str, tmp_path: Path)
 def test_admission() -> None:
     reads = ReadAdmission(1, watchers=1)
     one, two = AgentAddress("10.0.0.1", 1), AgentAddress("10.0.0.2", 1)
-    with reads.admitted("m", one), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", two):
+    with reads.admitted("m", one), pytest.raises(PeerBusyError) as raised, reads.admitted("m", two):
         pass
-    assert raised.value.sources == ()  # type: ignore[attr-defined]  # it is of the agents' own kind
-    with reads.admitted("n", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", two):
+    assert raised.value.sources == ()
+    with reads.admitted("n", None), pytest.raises(PeerBusyError) as raised, reads.admitted("m", two):
         pass
-    assert raised.value.sources == (one,)  # type: ignore[attr-defined]
+    assert raised.value.sources == (one,)
     with pytest.raises(RuntimeError), reads.admitted("m", two):
         raise RuntimeError
-    with reads.admitted("m", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("m", one):
+    with reads.admitted("m", None), pytest.raises(PeerBusyError) as raised, reads.admitted("m", one):
         pass
-    assert raised.value.sources == (), "a reader that failed, or asks itself, is named"  # type: ignore[attr-defined]
+    assert raised.value.sources == (), "a reader that failed, or asks itself, is named"
     with reads.admitted("o", AgentAddress("0.0.0.0", 7411)):
         pass
-    with reads.admitted("o", None), pytest.raises(DaemonBusyError) as raised, reads.admitted("o", two):
+    with reads.admitted("o", None), pytest.raises(PeerBusyError) as raised, reads.admitted("o", two):
         pass
-    assert raised.value.sources == (), "nobody can connect to that"  # type: ignore[attr-defined]
+    assert raised.value.sources == (), "nobody can connect to that"
     with reads.watching(), pytest.raises(DaemonBusyError), reads.watching():
         pass
 

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the `weightd` command."""
+"""Fixtures that several unit tests have: the client of a command, a daemon that answers as it is told, a leak check."""
 
 from __future__ import annotations
 
@@ -7,10 +7,29 @@ from typing import TYPE_CHECKING
 import pytest
 
 import weightd
+from support.answers import Answers
+from support.descriptors import open_descriptors
 from support.fake_client import FakeClient
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Iterator[Answers]:
+    """A daemon's end of the handle socket."""
+    made = Answers(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def no_descriptor_is_left() -> Iterator[None]:
+    """Those of this process are the same afterwards."""
+    before = open_descriptors()
+    yield
+    assert open_descriptors() == before
 
 
 @pytest.fixture

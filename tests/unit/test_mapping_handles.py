@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from support.answers import Answers, Frame, attached, batch, failed, kinds
-from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd._transport.handle_socket import _receive
 from weightd.errors import (
@@ -22,19 +19,8 @@ from weightd.errors import (
     WeightdError,
 )
 
-
-@pytest.fixture
-def answers(tmp_path: Path) -> Iterator[Answers]:
-    made = Answers(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_left() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert open_descriptors() == before
+# Before the fixtures of a test, so that it looks when they have closed what is theirs.
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 def test_ipc_handles_are_collected_over_batches_in_order(answers: Answers) -> None:

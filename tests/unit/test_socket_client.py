@@ -12,7 +12,6 @@ import pytest
 
 import weightd
 from support.answers import HELLO, Answers, Frame, failed, kinds
-from support.descriptors import open_descriptors
 from weightd._proto.v1 import handles_pb2
 from weightd._transport import handle_socket
 from weightd._transport.handle_socket import ReceivedDescriptors, SocketClient, fit
@@ -25,19 +24,8 @@ OFFERED = Reply(offer=handles_pb2.OfferReply(offer_id=5))
 RECLAIM = handles_pb2.ReclaimRequest(lease=7)
 Pair = tuple[socket.socket, socket.socket]
 
-
-@pytest.fixture
-def answers(tmp_path: Path) -> Iterator[Answers]:
-    made = Answers(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def _no_descriptor_is_left() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert open_descriptors() == before
+# Before the fixtures of a test, so that it looks when they have closed what is theirs.
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 @pytest.fixture
