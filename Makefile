@@ -202,7 +202,7 @@ bench-check: $(PEERS_VENV)/.installed ## measure again, and say which ratios dif
 	@echo "bench-check: bench/suite.py, bench/check.py"
 	@rm -rf .bench
 	@$(PEERS_VENV)/bin/python bench/suite.py --results .bench $(BENCH_ARGS)
-	@$(PEERS_VENV)/bin/python bench/check.py bench/results .bench
+	@$(PEERS_VENV)/bin/python bench/check.py bench/results .bench $(filter --parts=%,$(BENCH_ARGS))
 
 bench-service: $(VENV)/.installed ## measure restarts, asking a full daemon, planning, and weightd top
 	@for script in restart service plan top; do \

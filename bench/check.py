@@ -1,10 +1,11 @@
 """Compare ratios of one run with those of another: what has moved by more than the spread?
 
-    python bench/check.py COMMITTED NEW
+    python bench/check.py COMMITTED NEW [--parts peers,attach,...]
 
-Both are folders of results; the newest of each part counts. A ratio has moved if the quartiles of both runs do not
-meet, and the medians are a tenth apart at least: repeated samples of memory have no spread at all. An exponent has
-moved if the medians are 0.3 apart, for the spread of a few slopes near zero says little. Seconds are not
+Both are folders of results; the newest of each part counts. `--parts` are those that were to be measured anew, by
+default all of bench/suite.py; of others only those that were are compared. A ratio has moved if the quartiles of both
+runs do not meet, and the medians are a tenth apart at least: repeated samples of memory have no spread at all. An
+exponent has moved if the medians are 0.3 apart, for the spread of a few slopes near zero says little. Seconds are not
 compared, which are another machine's or another day's. Ends with 1 if a ratio is worse, or a comparison is gone.
 """
 
@@ -12,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import suite
 from _results import Comparison, Part, latest
 
 if TYPE_CHECKING:
@@ -55,9 +57,11 @@ def compare_one(what: str, before: Comparison, after: Comparison) -> Iterator[Fi
             yield Finding(worse, f"{'worse' if worse else 'better'}: {line}({new.low:.2f}–{new.high:.2f})")
 
 
-def compare(before: Mapping[str, Part], after: Mapping[str, Part]) -> Iterator[Finding]:
-    """What has moved in all parts, and what cannot be compared."""
+def compare(before: Mapping[str, Part], after: Mapping[str, Part], asked: Collection[str]) -> Iterator[Finding]:
+    """What has moved in all parts that were measured or `asked` for, and what cannot be compared."""
     for name, old in before.items():
+        if name not in after and name not in asked:
+            continue
         if name not in after:
             yield Finding(True, f"gone: {name}, which {old.path.name} has")
         elif (new := after[name]).head["parameters"] != old.head["parameters"]:
@@ -75,14 +79,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("committed", type=Path)
     parser.add_argument("new", type=Path)
+    parser.add_argument("--parts", default=",".join(suite.PARTS), help="which were measured (default: %(default)s)")
     options = parser.parse_args()
     before, after = latest(options.committed), latest(options.new)
     if not before or not after:
         parser.error(f"{options.new if before else options.committed} has no results: `make bench` writes them")
-    findings = list(compare(before, after))
+    asked = options.parts.split(",")
+    findings = list(compare(before, after, asked))
     for finding in findings:
         print(finding.line)
-    ratios = sum(len(one.ratios()) for part in before.values() for one in part.comparisons.values())
+    looked_at = [part for name, part in before.items() if name in after or name in asked]
+    ratios = sum(len(one.ratios()) for part in looked_at for one in part.comparisons.values())
     print(f"{ratios} ratios, of which {len(findings)} have moved by more than the spread, or are gone")
     return any(finding.bad for finding in findings)
 

@@ -162,6 +162,21 @@ def test_what_is_gone_is_named(
     assert "gone: peers/cold" in said
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"), [([], "attach"), (["--parts=peers,attach"], "attach"), (["--parts=peers"], "")]
+)
+def test_a_part_that_was_to_be_measured_and_was_not_is_gone(
+    parts: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, new = write(tmp_path / "old", comparison(2.0)), write(tmp_path / "new", comparison(2.0))
+    write(old, comparison(2.0), part="attach")
+    write(old, comparison(2.0), part="engines-vllm")  # of `make bench-engines`, which the suite does not run
+    monkeypatch.setattr(sys, "argv", ["check.py", str(old), str(new), *parts])
+    assert check.main() == bool(said)
+    gone = [line.split(",")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("gone")]
+    assert gone == ([f"gone: {said}"] if said else [])
+
+
 def test_runs_of_other_sizes_are_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
