@@ -159,6 +159,7 @@ def _command_line(size: int) -> str:
 
 ATTACKS: dict[str, Attack] = {
     "nothing": Attack(_calls("time.sleep(1)")),
+    "a core that computes": Attack(_calls("sum(range(100_000))")),
     "command line of 512 MiB": Attack(_command_line(512 << 20), pause=0.05),
     "verifications, no byte read": Attack(_VERIFY_UNREAD, pause=0.1),
     "verifications without end": Attack(_calls("client.verify()"), threads=8),

@@ -42,6 +42,19 @@ def test_verifications_end_without_a_reader(start_daemon: StartDaemon, tmp_path:
         client.remove("victim")
 
 
+def test_a_peer_that_leaves_an_answer_unread_is_no_error(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    """gRPC says that a write has failed before it says that the peer has gone, or after that."""
+    daemon = start_daemon()
+    client = loaded(daemon, tmp_path)
+    for _ in range(10):
+        with Peer(daemon.socket) as peer, Unreading(daemon.socket) as unreading:
+            for _ in range(6):
+                unreading.call(VERIFY, VICTIM, peer.token)
+            eventually(lambda: client.leases() == [], what="each of them has something to read")
+    client.verify("victim")
+    assert "Traceback" not in daemon.logged()
+
+
 def test_readers_of_events_that_read_none_make_room(start_daemon: StartDaemon, tmp_path: Path) -> None:
     daemon = start_daemon(argv=launcher(unread=0.5))
     client = loaded(daemon, tmp_path)

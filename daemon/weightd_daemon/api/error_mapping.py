@@ -77,8 +77,6 @@ class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                 with self._admission.enter(method, token, streams=handler.request_streaming) as call:
                     answer = await self._serve(method, handler, call, context)
                 code = "OK"
-            except _PeerLeftError:
-                return
             except grpc.aio.AbortError:  # health's, which has set its own code
                 code = context.code().name
                 raise
@@ -93,8 +91,7 @@ class GrpcErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg
                 # Out of the handler above: what is raised here would keep the error, and with it a request's frames.
                 await context.abort(grpc.StatusCode[code], failure.message, failure.trailers)
             elif answer is not None:
-                with contextlib.suppress(_PeerLeftError):
-                    await _write(context, answer)
+                await _write(context, answer)
 
         return grpc.stream_stream_rpc_method_handler(serve, response_serializer=handler.response_serializer)
 
@@ -143,15 +140,16 @@ async def _requests(handler: Any, call: AdmittedRpc, context: Context) -> AsyncI
         yield request
 
 
-class _PeerLeftError(Exception):
-    """An answer could not be sent: the connection has ended."""
-
-
 async def _write(context: Context, answer: Any) -> None:
+    """Send an answer. If that fails, the peer has left, and the call is cancelled, as gRPC does once it knows that.
+
+    A handler that returned before would count as one that has answered: gRPC then sends the status, while the write is
+    still on its way for it, and logs a traceback.
+    """
     try:
         await context.write(answer)
-    except Exception as error:  # of a class that is not public
-        raise _PeerLeftError from error
+    except Exception:  # noqa: BLE001  # of a class that is not public
+        raise asyncio.CancelledError from None
 
 
 @contextlib.asynccontextmanager
