@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from _results import figure
+
 if TYPE_CHECKING:
     from _daemon import Spread
     from _results import Comparison, Part
@@ -33,14 +35,6 @@ QUOTED = (
     ("forward", "token", "private"),
 )
 """What the summary has: part, comparison, and the side that weightd is beside."""
-
-
-def figure(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    text = f"{value:.3g}"
-    return f"{value:.7f}".rstrip("0") if "e" in text else text
 
 
 def spread(values: Spread) -> str:

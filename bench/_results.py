@@ -197,8 +197,16 @@ def show(part: str, comparison: Comparison) -> str:
     line += f" ({first.low:.4g}–{first.high:.4g}, n = {first.count})"
     for other in list(comparison.samples)[1:]:
         ratio = comparison.ratio(other)
-        line += f"; {ratio.median:.2f} × {other} ({ratio.low:.2f}–{ratio.high:.2f})"
+        line += f"; {figure(ratio.median)} × {other} ({figure(ratio.low)}–{figure(ratio.high)})"
     return line
+
+
+def figure(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.7f}".rstrip("0") if "e" in text else text
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

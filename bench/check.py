@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import suite
-from _results import Comparison, Part, latest
+from _results import Comparison, Part, figure, latest
 
 if TYPE_CHECKING:
     from _daemon import Spread
@@ -48,13 +48,13 @@ def compare_one(what: str, before: Comparison, after: Comparison) -> Iterator[Fi
     for side, old in before.ratios().items():
         new = after.ratios().get(side)
         if new is None:
-            yield Finding(True, f"gone: {what}: {side}, which was {old.median:.2f} ×")
+            yield Finding(True, f"gone: {what}: {side}, which was {figure(old.median)} ×")
             continue
         least = LEAST * max(old.median, new.median) if before.unit else LEAST_OF_EXPONENTS
         if moved(old, new, least):
             worse = (new.median > old.median) == (before.better == "less")
-            line = f"{what}: {side}: {old.median:.2f} × ({old.low:.2f}–{old.high:.2f}), now {new.median:.2f} × "
-            yield Finding(worse, f"{'worse' if worse else 'better'}: {line}({new.low:.2f}–{new.high:.2f})")
+            was, now = (f"{figure(r.median)} × ({figure(r.low)}–{figure(r.high)})" for r in (old, new))
+            yield Finding(worse, f"{'worse' if worse else 'better'}: {what}: {side}: {was}, now {now}")
 
 
 def compare(before: Mapping[str, Part], after: Mapping[str, Part], asked: Collection[str]) -> Iterator[Finding]:

@@ -323,6 +323,10 @@ class Daemon:
             books.limits.copy_from(new.limits)
             handles.entrance.max_connections = new.max_connections
 
+        def change_admins(new: Settings) -> None:
+            services.parts.connections.change_admins(new.admin_uids)
+            store.revision.move()  # what a user sees may be more now, or less
+
         def again(new: Settings) -> None:
             books.absences.hurry(new)
             preloader.begin()
@@ -334,7 +338,7 @@ class Daemon:
             change_sockets: "socket_mode",
             change_limits: "max_connections max_user_leases max_user_bytes max_user_offers max_user_names",
             logs.change: "log_level log_format",
-            lambda new: services.parts.connections.change_admins(new.admin_uids): "admins",
+            change_admins: "admins",
         }
         return ReloadOperation(
             self._in_force,

@@ -128,6 +128,23 @@ def test_admins(start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path) -> None
     assert alice.run(refused) == "PermissionDeniedError"
 
 
+@needs_root
+def test_what_admins_see_is_of_another_revision(start_daemon: StartDaemon, spawn: Spawn, tmp_path: Path) -> None:
+    """A page or `top` that knows the revision asks for no list again until it moves."""
+    settings = 'socket_mode = "0666"\nisolation = "uid"\n'
+    served = Configured(start_daemon, tmp_path / "w.toml", settings)
+    served.daemon.folder.chmod(0o755)
+    served.daemon.command("load", checkpoints.write_random(tmp_path / "m.safetensors", 1, MIB), "--name", "m", "--pin")
+    alice = user_of(spawn(served.daemon), ALICE)
+    seen = "result = [client.stats().revision, [c.name for c in client.checkpoints()]]"
+    before, names = alice.run(seen)
+    assert names == []
+    served.change(f"{settings}admins = [{ALICE}]\n")
+    after, names = alice.run(seen)
+    assert names
+    assert after != before
+
+
 def test_budget_and_pool(start_daemon: StartDaemon, tmp_path: Path) -> None:
     path = checkpoints.write_random(tmp_path / "m.safetensors", 12, MIB)
     served = Configured(start_daemon, tmp_path / "w.toml", 'budget = "8MiB"\npool = "0"\n')

@@ -129,7 +129,15 @@ def test_a_ratio_that_has_moved_is_named(
 ) -> None:  # fmt: skip
     ended = compared(tmp_path, [comparison(2.0, better=better)], [comparison(after, better=better)], monkeypatch)
     assert ended == (said == "worse")
-    assert capsys.readouterr().out.startswith(f"{said}: peers/warm: mmap: 2.00 ×")
+    assert capsys.readouterr().out.startswith(f"{said}: peers/warm: mmap: 2 ×")
+
+
+def test_small_ratios_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared(tmp_path, [comparison(0.011)], [comparison(0.014)], monkeypatch)
+    said = capsys.readouterr().out
+    assert all(ratio in said for ratio in ("mmap: 0.011 ×", "now 0.014 ×")), said
 
 
 def test_what_has_no_spread_moves_by_a_tenth_at_least(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +153,7 @@ def test_an_exponent_is_compared_itself(
 ) -> None:
     before, after = (comparison(value, unit="", others=()) for value in (0.2, 1.0))
     assert compared(tmp_path, [before], [after], monkeypatch) == 1
-    assert "worse: peers/warm: weightd: 0.20 ×" in capsys.readouterr().out
+    assert "worse: peers/warm: weightd: 0.2 ×" in capsys.readouterr().out
 
 
 def test_seconds_of_one_side_are_not_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +166,7 @@ def test_what_is_gone_is_named(
     before = [comparison(2.0, others=("mmap", "pread")), comparison(2.0, "cold")]
     assert compared(tmp_path, before, [comparison(2.0)], monkeypatch) == 1
     said = capsys.readouterr().out
-    assert "gone: peers/warm: pread, which was 2.00 ×" in said
+    assert "gone: peers/warm: pread, which was 2 ×" in said
     assert "gone: peers/cold" in said
 
 

@@ -149,7 +149,8 @@ def test_what_can_never_fit_is_refused_before_it_is_read_and_nobody_goes() -> No
     assert caught.value.limit == "books"
     assert str(caught.value) == (
         "the limit books is reached: the list of tensors needs 10.7 MiB of the daemon's own memory, and of 9.76 MiB, "
-        "0 B are of checkpoints that are pinned or leased; that is more than the whole limit; raise --books"
+        "0 B are of checkpoints that are pinned, leased or on an absent device; that is more than the whole limit; "
+        "raise --books"
     )
     assert daemon.there == {"a"}
     assert daemon.store.books.coming == 0
@@ -160,7 +161,7 @@ def test_what_pins_and_leases_leave_no_room_for_is_refused() -> None:
     daemon.load("pinned", 4).pins.add(1000)
     daemon.hold(daemon.load("held", 4))
     daemon.load("free", 2)
-    with pytest.raises(CapacityError, match=r"7.80 MiB are of checkpoints that are pinned or leased; remove") as caught:
+    with pytest.raises(CapacityError, match=r"7.80 MiB are .* pinned, leased or on an absent device; remove") as caught:
         daemon.load("new", 3)
     assert (caught.value.requested_bytes, caught.value.free_bytes) == (3 * K * BYTES_OF_TENSOR, 2 * K * BYTES_OF_TENSOR)
     assert daemon.there == {"pinned", "held", "free"}, "nobody goes for nothing"

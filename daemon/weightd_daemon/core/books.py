@@ -121,7 +121,7 @@ class BookkeepingMemory:
         advice = "remove or unpin a checkpoint, stop a process that holds one (`weightd ps`), or raise --books"
         if needed > self.limit:
             advice = "that is more than the whole limit; raise --books"
-        text = f"{size(kept)} are of checkpoints that are pinned or leased"
+        text = f"{size(kept)} are of checkpoints that are pinned, leased or on an absent device"
         if others:
             text += f", {size(others)} of loads under way"
         return CapacityError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class BooksRevision:
-    """Counts changes of checkpoints, names, pins, leases, loads (their progress apart) and absences of devices.
+    """Counts changes of checkpoints, names, pins, leases, loads (their progress apart), absences of devices and admins.
 
     Each is counted where it is made, in the same step. So what was read in one step under one number is the same as
     long as the number is.
