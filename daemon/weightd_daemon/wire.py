@@ -98,7 +98,7 @@ async def add_leases(
 ) -> None:
     """Add leases to a message, but those that are on none of these checkpoints. Every now and then the loop goes on."""
     there: dict[Hashable, tuple[Checkpoint, str]] = {
-        checkpoint.key: (checkpoint, (catalog.names(checkpoint) or [checkpoint.key.content_digest])[0])
+        checkpoint.key: (checkpoint, catalog.name(checkpoint) or checkpoint.key.content_digest)
         for checkpoint in checkpoints
     }
     for number, lease in enumerate(leases, 1):

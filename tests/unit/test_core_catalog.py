@@ -405,6 +405,22 @@ def test_what_a_catalog_does_costs_the_same_however_much_is_there(shelf: Shelf) 
     assert costs[1] <= costs[0] * 1.1
 
 
+def test_one_of_many_names_of_a_checkpoint_costs_the_same(shelf: Shelf) -> None:
+    """Each attach says the first name, each event the first few, and a pin asks for the owner of the first."""
+    costs = []
+    for size, digest in ((50, A), (500, B)):
+        there = shelf.add(digest, *(f"{kind}name {size} {number}" for number in range(size) for kind in ("", "/")))
+
+        def use(there: Checkpoint = there, size: int = size) -> None:
+            assert shelf.catalog.name(there) == f"name {size} 0"
+            assert len(shelf.catalog.names(there, 8)) == 8
+            shelf.catalog.pin(ROOT, there)
+            shelf.catalog.remove(ROOT, f"name {size} 7")
+
+        costs.append(operations(use))
+    assert costs[1] <= costs[0] * 1.1, costs
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans(), st.booleans()), max_size=20))
 def test_the_counts_of_names_are_what_they_count(steps: list[tuple[int, int, bool, bool]]) -> None:
     shelf = Shelf()
@@ -418,7 +434,9 @@ def test_the_counts_of_names_are_what_they_count(steps: list[tuple[int, int, boo
             shelf.store.evict(shelf.store.checkpoints[key], "capacity")
         tags = shelf.catalog.tags
         assert shelf.catalog._owned == Counter(tag.owner for tag in tags.values())
-        assert {(d, n) for (d, _), names in shelf.catalog._named.items() for n in names} == tags.keys()
+        named = shelf.catalog._named
+        assert {(d, n) for (d, _), names in named.items() for _, n in names} == tags.keys()
+        assert all(names == sorted(names) for names in named.values())
         assert all(not tag.is_default or shelf.catalog._is_known(d, tag.content_digest) for (d, _), tag in tags.items())
 
 

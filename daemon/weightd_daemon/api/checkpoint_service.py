@@ -267,7 +267,7 @@ class CheckpointService(checkpoint_pb2_grpc.CheckpointServiceServicer):
         return lost.error(called) if lost else DeviceError(f"checkpoint {called} was lost meanwhile; verify again")
 
     def _called(self, checkpoint: Checkpoint) -> str:
-        return (self._parts.catalog.names(checkpoint) or [checkpoint.key.content_digest[:19]])[0]
+        return self._parts.catalog.name(checkpoint) or checkpoint.key.content_digest[:19]
 
     def _lost(self, checkpoint: Checkpoint) -> checkpoint_pb2.Checkpoint:
         """A lost checkpoint takes no memory: only what it was is left."""

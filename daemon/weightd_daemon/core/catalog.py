@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from .checkpoint import CheckpointKey
 from .events import CatalogNameChanged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from .checkpoint import Checkpoint, LostCheckpoint
     from .events import Event
@@ -71,8 +72,8 @@ class Catalog:
         self._store = store
         self._limits = limits
         self._tags: dict[tuple[str, str], CatalogTag] = {}
-        self._named: dict[tuple[str, str], set[str]] = {}
-        """The names of each (domain, content): a list of checkpoints asks for those of every one."""
+        self._named: dict[tuple[str, str], list[tuple[bool, str]]] = {}
+        """The names of each (domain, content) as they are ranked: every attach asks for the first."""
         self._owned: Counter[int | None] = Counter()
         """How many names a user has."""
         self.renamed: set[tuple[str, str]] = set()
@@ -160,16 +161,18 @@ class Catalog:
         self.changed()
         self._on_event(CatalogNameChanged(who.domain, name, content_digest, tag.content_digest if tag else "", by))
 
-    def names(self, checkpoint: Checkpoint) -> list[str]:
-        """The names of a checkpoint, sorted, paths last: a name that somebody chose says more."""
-        names = self._named.get((checkpoint.key.domain, checkpoint.key.content_digest), ())
-        return sorted(names, key=lambda name: (name.startswith("/"), name))
+    def names(self, checkpoint: Checkpoint, most: int | None = None) -> list[str]:
+        """The names of a checkpoint, or the first `most`: sorted, paths last, for one that somebody chose says more."""
+        return [name for _, name in self._names(checkpoint)[:most]]
+
+    def name(self, checkpoint: Checkpoint) -> str:
+        """The first of `names`; empty where there is none."""
+        return next((name for _, name in self._names(checkpoint)), "")
 
     def owner(self, checkpoint: Checkpoint) -> int | None:
         """Owner of the first name, or who loaded it."""
-        for name in self.names(checkpoint):
-            return self._tags[checkpoint.key.domain, name].owner
-        return checkpoint.owner
+        name = self.name(checkpoint)
+        return self._tags[checkpoint.key.domain, name].owner if name else checkpoint.owner
 
     def visible(self, who: Principal) -> list[Checkpoint]:
         """The checkpoints that `who` may see: those of its domain; an admin sees all."""
@@ -243,7 +246,7 @@ class Catalog:
         names = [reference] if named else self.names(checkpoint)
         for name in names or [""]:
             self.check_owner(who, checkpoint, "remove", name)
-        if set(self.names(checkpoint)) - set(names):
+        if len(self._names(checkpoint)) > len(names):
             self._drop(checkpoint.key.domain, reference, by)
             return 0
         if self._lost(checkpoint) is not None:
@@ -288,9 +291,12 @@ class Catalog:
         self.changed()
         self._on_event(CatalogNameChanged(domain, name, "", previous, by))
 
+    def _names(self, checkpoint: Checkpoint) -> Sequence[tuple[bool, str]]:
+        return self._named.get((checkpoint.key.domain, checkpoint.key.content_digest), ())
+
     def _tag(self, domain: str, name: str, tag: CatalogTag) -> None:
         self._tags[domain, name] = tag
-        self._named.setdefault((domain, tag.content_digest), set()).add(name)
+        insort(self._named.setdefault((domain, tag.content_digest), []), _ranked(name))
         self._owned[tag.owner] += 1
         self.renamed.add((domain, name))
         self._store.revision.move()
@@ -298,8 +304,9 @@ class Catalog:
     def _untag(self, domain: str, name: str) -> None:
         tag = self._tags.pop((domain, name))
         content = domain, tag.content_digest
-        self._named[content].discard(name)
-        if not self._named[content]:
+        names = self._named[content]
+        del names[bisect_left(names, _ranked(name))]
+        if not names:
             del self._named[content]
         self._owned[tag.owner] -= 1
         if not self._owned[tag.owner]:
@@ -354,3 +361,8 @@ class Catalog:
     def _is_named(self, checkpoint: Checkpoint, reference: str) -> bool:
         tag = self._tags.get((checkpoint.key.domain, reference))
         return tag is not None and tag.content_digest == checkpoint.key.content_digest
+
+
+def _ranked(name: str) -> tuple[bool, str]:
+    """A name as it stands among others: paths come last."""
+    return name.startswith("/"), name

@@ -279,7 +279,7 @@ class AttachHandler:
         return self._catalog.find(who, reference, device)
 
     def _called(self, checkpoint: Checkpoint) -> str:
-        return (self._catalog.names(checkpoint) or [checkpoint.key.content_digest[:19]])[0]
+        return self._catalog.name(checkpoint) or checkpoint.key.content_digest[:19]
 
     def _segments(self, checkpoint: Checkpoint, request: handles_pb2.AttachRequest) -> list[int]:
         """Indices into the manifest's segments that the request needs. Errors: NotFoundError."""

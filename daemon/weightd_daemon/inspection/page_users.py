@@ -41,6 +41,6 @@ class PageUsers:
         index = self._checkpoints.get(checkpoint.key)
         if index is None:
             index = self._checkpoints[checkpoint.key] = len(self._checkpoints)
-            names = self._catalog.names(checkpoint)
-            self._page.checkpoints.add(content_digest=checkpoint.key.content_digest, name=names[0] if names else "")
+            name = self._catalog.name(checkpoint)
+            self._page.checkpoints.add(content_digest=checkpoint.key.content_digest, name=name)
         return index

@@ -192,8 +192,7 @@ class SharingList:
                 await turn.next()
         for sharer in places:
             key = sharer.checkpoint.key
-            names = self._catalog.names(sharer.checkpoint)
-            response.checkpoints.add(content_digest=key.content_digest, name=names[0] if names else "")
+            response.checkpoints.add(content_digest=key.content_digest, name=self._catalog.name(sharer.checkpoint))
             if turn.is_over:
                 await turn.next()
 

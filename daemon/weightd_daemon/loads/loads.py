@@ -146,7 +146,7 @@ class Loads:
         gone = event.checkpoint
         for load in self._all:
             if load.number == event.load:
-                load.went(gone.key.domain, (self._catalog.names(gone) or [gone.key.content_digest])[0])
+                load.went(gone.key.domain, self._catalog.name(gone) or gone.key.content_digest)
 
     def untaken(self, uid: int | None) -> int:
         """Intakes that a user's loads hold until they have their turn."""

@@ -213,7 +213,7 @@ class MonitoringEventStream:
 
     def _of(self, kind: daemon_pb2.EventKind, checkpoint: Checkpoint, name: str = "") -> daemon_pb2.Event:
         """An event of a checkpoint; `name` is what it is to be called, too, and comes first."""
-        names = list(dict.fromkeys(filter(None, (name, *self._catalog.names(checkpoint)))))
+        names = list(dict.fromkeys(filter(None, (name, *self._catalog.names(checkpoint, MOST_NAMES)))))
         return daemon_pb2.Event(
             kind=kind,
             content_digest=checkpoint.key.content_digest,
