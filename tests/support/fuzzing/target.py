@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -12,6 +13,8 @@ from typing import NamedTuple, NoReturn
 
 CPU_SECONDS = 5.0
 """Processor time of one input: on a busy machine an input takes longer by the clock, and no more of this."""
+WAITED_SECONDS = 60.0
+"""Time of one input by the clock: what waits takes no processor time."""
 MOST_ERROR_TEXT = 4000
 """Characters of an error. A path, a name and a value may all be quoted in one."""
 
@@ -60,15 +63,18 @@ def check_clear(error: Exception, *, passes_on: bool) -> None:
 
 @contextlib.contextmanager
 def in_time() -> Iterator[None]:
-    """Fail what takes more than CPU_SECONDS of this process."""
+    """Fail what takes more than CPU_SECONDS of this process, or has taken more than WAITED_SECONDS by the clock."""
 
     def too_slow(_: int, frame: FrameType | None) -> NoReturn:
         raise AssertionError(f"more than {CPU_SECONDS} s of processor time, in {frame}")
 
     before = signal.signal(signal.SIGPROF, too_slow)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    begun = time.monotonic()
     try:
         yield
+        waited = time.monotonic() - begun
+        assert waited <= WAITED_SECONDS, f"{waited:.0f} s by the clock"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
