@@ -129,15 +129,15 @@ def losses(parts: list[Part]) -> list[str]:
 def missed(parts: list[Part]) -> list[str]:
     """Predictions that have a figure and came out worse, by more than the spread, the worst first."""
     rows = []
-    for one in (one for part in parts for one in part.comparisons.values()):
+    for name, one in ((part.head["part"], one) for part in parts for one in part.comparisons.values()):
         bound, least = ("at most", 1) if one.better == "less" else ("at least", -1)
         for side in one.missed():
             aim, found = one.aims[side], one.ratios()[side]
             times, beside = ("", "") if side == one.subject else (" ×", side)
-            row = [one.what, beside, f"{bound} {figure(aim)}{times}", f"{spread(found)}{times}"]
+            row = [name, one.what, beside, f"{bound} {figure(aim)}{times}", f"{spread(found)}{times}"]
             rows.append(((found.median / aim) ** least, row))
     rows.sort(key=lambda row: -row[0])
-    return table(["what", "beside", "predicted", "measured"], [row for _, row in rows]) or ["None."]
+    return table(["part", "what", "beside", "predicted", "measured"], [row for _, row in rows]) or ["None."]
 
 
 def summary(parts: list[Part]) -> list[str]:

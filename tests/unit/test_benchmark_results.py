@@ -19,7 +19,6 @@ sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
 import _results  # noqa: E402  # bench is on the path since the line before
 import attacks  # noqa: E402  # as above
 import check  # noqa: E402  # as above
-import fleet_fetch  # noqa: E402  # as above
 import load  # noqa: E402  # as above
 import suite  # noqa: E402
 from _results import Comparison, Report, latest, read, to_json, turns  # noqa: E402
@@ -132,6 +131,7 @@ def test_a_load_is_predicted_by_its_aims() -> None:
 
 
 def test_fetches_are_predicted_beside_those_in_turn() -> None:
+    fleet_fetch = pytest.importorskip("fleet_fetch")
     found = {"at_once": {"seconds": 1.0, "source_bytes": 3 << 20}, "in_turn": {"seconds": 1.0, "source_bytes": 4 << 20}}
     report = Report("fetch", {})
     fleet_fetch.record([found, found], report)

@@ -129,9 +129,9 @@ def test_a_missed_prediction_is_listed_and_marked() -> None:
     template = "<!-- made: missed -->\n<!-- end -->\n<!-- made: peers -->\n<!-- end -->\n"
     listed, peers = (body for _, _, body, _ in BLOCK.findall(renewed(template, {"peers": made(rate, slope, warm)})))
     assert listed.splitlines()[2:] == [
-        "| a load | mmap | at most 1.2 × | 5.5 (5.25–5.75) × |",
-        "| a rate | mmap | at least 1.5 × | 0.5 (0.5–0.5) × |",
-        "| attach over names |  | at most 0.3 | 0.85 (0.825–0.875) |",
+        "| peers | a load | mmap | at most 1.2 × | 5.5 (5.25–5.75) × |",
+        "| peers | a rate | mmap | at least 1.5 × | 0.5 (0.5–0.5) × |",
+        "| peers | attach over names |  | at most 0.3 | 0.85 (0.825–0.875) |",
     ]
     assert "| a load | weightd | 5.5 (5.25–5.75) s |  | 1.2 × mmap, 0.6 × copy |" in peers
     assert "|  | mmap | 1 (1–1) s | 5.5 (5.25–5.75) × | **missed** |" in peers
