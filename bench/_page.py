@@ -1,8 +1,8 @@
 """The tables of docs/performance.md and of README, made of the results of benchmarks.
 
 Prose is written by hand, and has no figures. Between `<!-- made: NAME -->` and `<!-- end -->` stands what is made: for
-the name of a part its picture and table; `losses`, what other sides do better; `summary`, some of all; `runs` and
-`versions`.
+the name of a part its picture and table; `losses`, what other sides do better; `missed`, predictions that failed;
+`summary`, some of all; `runs` and `versions`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ BESIDE_PEERS = ("peers", "attach", "cold", "memory", "forward", "engines-vllm", 
 """Parts whose other sides are what one would use instead of weightd."""
 BLOCK = re.compile(r"(<!-- made: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.S)
 NOT_MEASURED = "*Not measured yet.*"
+APART = ("attacks",)
+"""Parts that no target of `make` measures: without a result nothing is made of them."""
 QUOTED = (
     ("peers", "warm", "safetensors mmap"),
     ("peers", "warm", "safetensors pread"),
@@ -61,7 +63,7 @@ def renewed(text: str, parts: Mapping[str, Part]) -> str:
     """The page with what is made of these results."""
     order = list(parts.values())
     whole: dict[str, Callable[[list[Part]], list[str]]] = {
-        "losses": losses, "summary": summary, "runs": runs, "versions": versions,
+        "losses": losses, "missed": missed, "summary": summary, "runs": runs, "versions": versions,
     }  # fmt: skip
 
     def made(match: re.Match[str]) -> str:
@@ -71,7 +73,7 @@ def renewed(text: str, parts: Mapping[str, Part]) -> str:
         elif name in parts:
             lines = section(parts[name])
         else:
-            lines = [NOT_MEASURED]
+            lines = [] if name in APART else [NOT_MEASURED]
         return "\n".join([match[1].rstrip(), *lines, match[4]])
 
     return BLOCK.sub(made, text)
@@ -124,6 +126,20 @@ def losses(parts: list[Part]) -> list[str]:
     return _standings(filter(lambda standing: standing.lost, standings)) or ["Nothing, by more than the spread."]
 
 
+def missed(parts: list[Part]) -> list[str]:
+    """Predictions that have a figure and came out worse, by more than the spread, the worst first."""
+    rows = []
+    for name, one in ((part.head["part"], one) for part in parts for one in part.comparisons.values()):
+        bound, least = ("at most", 1) if one.better == "less" else ("at least", -1)
+        for side in one.missed():
+            aim, found = one.aims[side], one.ratios()[side]
+            times, beside = ("", "") if side == one.subject else (" ×", side)
+            row = [name, one.what, beside, f"{bound} {figure(aim)}{times}", f"{spread(found)}{times}"]
+            rows.append(((found.median / aim) ** least, row))
+    rows.sort(key=lambda row: -row[0])
+    return table(["part", "what", "beside", "predicted", "measured"], [row for _, row in rows]) or ["None."]
+
+
 def summary(parts: list[Part]) -> list[str]:
     """Some comparisons of those that were measured."""
     found = {part.head["part"]: part.comparisons for part in parts}
@@ -151,11 +167,13 @@ def section(part: Part) -> list[str]:
 
 
 def _rows(one: Comparison) -> Iterator[list[str]]:
+    failed = one.missed()
     for side in one.samples:
         first = side == one.subject
+        predicted = [*([one.predicted] if first and one.predicted else []), *(["**missed**"] if side in failed else [])]
         yield [
             one.what if first else "", side, f"{spread(one.spread(side))} {one.unit}".rstrip(),
-            "" if first else f"{spread(one.ratio(side))} ×", one.predicted if first else "",
+            "" if first else f"{spread(one.ratio(side))} ×", ": ".join(predicted),
         ]  # fmt: skip
 
 

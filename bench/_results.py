@@ -11,7 +11,8 @@ A script uses it so:
     add_options(parser)                       # --results FOLDER, --rounds N, --seconds S
     report = Report("attach", {"size": options.size}, packages=("torch", "safetensors"))
     samples = turns({"weightd": attach, "safetensors mmap": load_file}, options.rounds, options.seconds)
-    report.add(Comparison("300", "attach to 300 tensors", "ms", samples, predicted="0.5 × safetensors"))
+    aims = {"safetensors mmap": 0.5}
+    report.add(Comparison("300", "attach to 300 tensors", "ms", samples, "half of safetensors' time", aims=aims))
     report.write(options.results)             # does nothing without --results
 """
 
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,10 @@ FOLDER = Path(__file__).resolve().parent / "results"
 FORM = 1
 LEAST_ROUNDS = 3
 _DIGITS = 6
+_EXACTNESS = 0.01
+"""A prediction is not missed by less than this, in proportion: `1.0` is met by a ratio of 1.005."""
+_MADE = ("bench/results", "docs", "README.md")
+"""What a run writes, and the pages that are made of it: no source of what is measured."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,18 @@ class Comparison:
     predicted: str = ""
     """What was expected before the run: a figure and its reason, in words."""
     better: Literal["less", "more"] = "less"
+    aims: Mapping[str, float] = field(default_factory=dict)
+    """By side of which there are `ratios()`: what the ratio was expected to be at most, or at least if more is better.
+    None for what `predicted` says in words only.
+    """
 
     def __post_init__(self) -> None:
         if not self.samples or min(map(len, self.samples.values())) < 2:
             raise ValueError(f"{self.name}: each side needs two samples at least")
         if len({len(values) for values in self.samples.values()}) > 1:
             raise ValueError(f"{self.name}: the sides have different numbers of samples, so they were not in turns")
+        if unknown := self.aims.keys() - self.ratios().keys():
+            raise ValueError(f"{self.name}: no ratio to {', '.join(sorted(unknown))}, of which something is predicted")
 
     @property
     def subject(self) -> str:
@@ -80,6 +91,13 @@ class Comparison:
         if not others and not self.unit:
             return {self.subject: self.spread(self.subject)}
         return {other: self.ratio(other) for other in others}
+
+    def missed(self) -> list[str]:
+        """Sides whose ratio is worse than predicted, by more than the spread and a hundredth."""
+        ratios = self.ratios()
+        if self.better == "less":
+            return [side for side, aim in self.aims.items() if ratios[side].low > aim * (1 + _EXACTNESS)]
+        return [side for side, aim in self.aims.items() if ratios[side].high < aim * (1 - _EXACTNESS)]
 
 
 class Report:
@@ -148,7 +166,7 @@ def read(path: Path) -> Part:
         body = json.loads(path.read_text())
         if body.pop("form") != FORM:
             raise ValueError(f"its form is not {FORM}")
-        fields = {field.name for field in dataclasses.fields(Comparison)}
+        fields = {one.name for one in dataclasses.fields(Comparison)}
         found = [Comparison(**{key: row[key] for key in row.keys() & fields}) for row in body.pop("comparisons")]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no result of a benchmark: {error}") from None
@@ -210,10 +228,16 @@ def figure(value: float) -> str:
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """A row of `comparisons`, with medians and ratios, which are computed from the samples and never read."""
+    """A row of `comparisons`, with medians and ratios, which are computed from the samples and never read.
+
+    `aims` only where there are any.
+    """
     samples = {side: [_round(value) for value in values] for side, values in comparison.samples.items()}
     rounded = dataclasses.replace(comparison, samples=samples)
-    return dataclasses.asdict(rounded) | {
+    row = dataclasses.asdict(rounded)
+    if not comparison.aims:
+        del row["aims"]
+    return row | {
         "medians": {side: _quartiles(rounded.spread(side)) for side in samples},
         "ratios": {other: _quartiles(spread) for other, spread in rounded.ratios().items()},
     }
@@ -235,11 +259,15 @@ def _shown(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _commit() -> str:
-    """Which sources were measured; `+` stands for changes that were not committed."""
+    """Which sources were measured; `+` stands for changes that were not committed, other than of what a run writes."""
+    but = [f":(top,exclude){path}" for path in _MADE]
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=FOLDER.parent, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *but)
+        return _git("describe", "--always", "--exclude=*") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
+    return run.stdout.strip()

@@ -5,7 +5,8 @@
 Both are folders of results; the newest of each part counts. `--parts` are those that were to be measured anew, by
 default all of bench/suite.py; of others only those that were are compared. A ratio has moved if the quartiles of both
 runs do not meet, and the medians are a tenth apart at least: repeated samples of memory have no spread at all. An
-exponent has moved if the medians are 0.3 apart, for the spread of a few slopes near zero says little. Seconds are not
+exponent has moved if its quartiles do not meet, and the medians are 0.3 apart, for the spread of a few slopes near zero
+says little. So what becomes slower by less than a tenth is not named, nor what a wide spread hides. Seconds are not
 compared, which are another machine's or another day's. Ends with 1 if a ratio is worse, or a comparison is gone.
 """
 

@@ -183,16 +183,19 @@ def record(results: dict[str, Any], engine: str, report: Report) -> None:
         name, _, model = title.partition(" ")
         if name != engine:
             continue
-        for place, which, predicted in ((1, "first", "1.0: it waits for the daemon's load"), (2, "second", "a third")):
+        for place, which, predicted, aim in (
+            (1, "first", "1.0: it waits for the daemon's load", 1.0), (2, "second", "a third", 1 / 3),
+        ):  # fmt: skip
             samples = {way: [one[f"{way} {place}"]["seconds"] for one in part["rounds"]] for way in reversed(WAYS)}
             what = f"the weight phase of the {which} process with the model {model}"
-            report.add(Comparison(f"{model} {place}", what, "s", samples, predicted))
+            report.add(Comparison(f"{model} {place}", what, "s", samples, predicted, aims={"alone": aim}))
         pss = {
             way: [sum(one[f"{way} {place}"]["touched"]["pss"] for place in (1, 2)) / MIB for one in part["rounds"]]
             for way in reversed(WAYS)
         }
         what = f"memory of two processes with the model {model}"
-        report.add(Comparison(f"{model} memory", what, "MiB", pss, "0.5, where nothing is packed anew"))
+        predicted = "0.5, where nothing is packed anew"
+        report.add(Comparison(f"{model} memory", what, "MiB", pss, predicted, aims={"alone": 0.5}))
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

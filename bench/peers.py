@@ -1,7 +1,7 @@
 """From a file to tensors that were read, by weightd and by what one would use instead.
 
     make .venv-peers/.installed
-    .venv-peers/bin/python bench/peers.py [--size 1GiB] [--sides NAME,...] [--rounds 7] [--results FOLDER]
+    .venv-peers/bin/python bench/peers.py [--size 1GiB] [--sides NAME,...] [--rounds 8] [--results FOLDER]
 
 Each load is that of a fresh process, after its imports, and is timed until a byte of each page of each tensor was read.
 All sides give the same tensors (checked). The checkpoint has 291 tensors of bf16. torch computes on one thread;
@@ -19,14 +19,24 @@ from __future__ import annotations
 import argparse
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _daemon import parse_size, scratch, serving, write_checkpoint
 from _results import Comparison, Report, add_options, turns
 from _sides import Side, forget, installed, make_cold, make_warm, start
 
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
 TENSORS = 291
 WARM = ["safetensors mmap", "safetensors 0.9 mmap", "safetensors pread", "fastsafetensors", "Run:ai streamer"]
 OF_TORCH = "torch.multiprocessing"
+AIMS = {
+    "warm": {"safetensors mmap": 1.2, "safetensors pread": 0.26, "fastsafetensors": 0.17, "Run:ai streamer": 0.07},
+    "first": {"safetensors mmap": 10.0, "safetensors pread": 1.0},
+    "cold": {"safetensors mmap": 1.4, "fastsafetensors": 1.2},
+}
+"""The figures of what is predicted below."""
 
 
 class Loads:
@@ -43,6 +53,11 @@ class Loads:
         if answer["tensors"] != TENSORS or len(self._sums) > 1:
             raise SystemExit(f"{side.name} read other tensors than the sides before it")
         return float(answer["read"])
+
+
+def aims(name: str, samples: Collection[str]) -> dict[str, float]:
+    """What is predicted of a comparison, beside the sides that were measured."""
+    return {side: aim for side, aim in AIMS[name].items() if side in samples}
 
 
 def measure(options: argparse.Namespace, folder: Path, report: Report) -> None:
@@ -81,16 +96,19 @@ def measure(options: argparse.Namespace, folder: Path, report: Report) -> None:
     report.add(Comparison(
         "warm", "load a checkpoint that is in memory, and read every page", "s", warm,
         "by hand, of 2 GB: 1.2 × safetensors' mmap, 0.26 × its pread, 0.17 × fastsafetensors, 0.07 × Run:ai",
+        aims=aims("warm", warm),
     ))  # fmt: skip
     others = {side: values for side, values in warm.items() if side not in {"weightd", OF_TORCH}}
     report.add(Comparison(
         "first", "load a checkpoint that the daemon does not have yet, and read every page", "s",
         {"weightd": ours, **others},
         "an order of magnitude slower than mmap, which copies nothing; as fast as pread, which fills as much memory",
+        aims=aims("first", others),
     ))  # fmt: skip
     report.add(Comparison(
         "cold", "load a checkpoint that is on the disk only, and read every page", "s", chilled,
         "by hand, of 2 GB, before cold loads were mended: 1.4 × safetensors' mmap, 1.2 × fastsafetensors",
+        aims=aims("cold", chilled),
     ))  # fmt: skip
 
 
@@ -104,7 +122,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to put the checkpoint for the time: on a disk, not in memory"
     )
-    add_options(parser, rounds=7, seconds=45)
+    add_options(parser, rounds=8, seconds=70)
     options = parser.parse_args()
     report = Report("peers", {"bytes": options.size, "tensors": TENSORS}, versions=installed())
     with scratch(options.folder) as folder:

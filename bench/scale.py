@@ -262,7 +262,8 @@ def main() -> int:
                 if slope > aim:
                     missed.append(f"{what}: {key} {slope:.2f}")
                 report.add(Comparison(
-                    f"{what}: {key}", f"{key} over {what}", "", {"weightd": slopes[key]}, f"at most {aim}"
+                    f"{what}: {key}", f"{key} over {what}", "", {"weightd": slopes[key]}, f"at most {aim}",
+                    aims={"weightd": aim},
                 ))  # fmt: skip
     report.write(options.results)
     results["missed"] = missed

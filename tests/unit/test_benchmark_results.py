@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "bench"))  # its scripts import each other so
 
-import check  # noqa: E402  # bench is on the path since the line before
+import _results  # noqa: E402  # bench is on the path since the line before
+import attacks  # noqa: E402  # as above
+import check  # noqa: E402  # as above
+import load  # noqa: E402  # as above
 import suite  # noqa: E402
-from _results import Comparison, Report, latest, read, turns  # noqa: E402
+from _results import Comparison, Report, latest, read, to_json, turns  # noqa: E402
 
 EVEN = [1.0, 1.1, 0.9, 1.0]
 
@@ -49,6 +57,85 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert part.comparisons == {"warm": one}
     assert part.head["parameters"] == {"bytes": 1}
     assert {"machine", "versions", "commit", "load_average", "seconds", "date", "command"} <= part.head.keys()
+
+
+def test_a_comparison_may_have_aims(tmp_path: Path) -> None:
+    aimed = Comparison("warm", "a load", "s", {"weightd": [2.0, 2.0], "mmap": [1.0, 1.0]}, "half", aims={"mmap": 0.5})
+    write(tmp_path, aimed)
+    assert latest(tmp_path)["peers"].comparisons["warm"] == aimed
+    assert "aims" not in to_json(comparison(2.0)), "results from before have none, and stay the same"
+    with pytest.raises(ValueError, match="no ratio to pread"):
+        Comparison("warm", "a load", "s", {"weightd": [2.0, 2.0], "mmap": [1.0, 1.0]}, aims={"pread": 0.5})
+
+
+@pytest.mark.parametrize(("ours", "better", "aim", "missed"), [
+    ([2.0, 2.2], "less", 1.2, True),
+    ([1.0, 1.8], "less", 1.2, False),  # the spread
+    ([1.005, 1.005], "less", 1.0, False),  # no spread, but as good as
+    ([1.02, 1.02], "less", 1.0, True),
+    ([0.5, 0.5], "less", 1.0, False),
+    ([0.5, 0.5], "more", 1.0, True),
+    ([2.0, 2.0], "more", 1.0, False),
+])  # fmt: skip
+def test_a_prediction_is_missed_by_more_than_the_spread(
+    ours: list[float], better: str, aim: float, missed: bool
+) -> None:
+    samples = {"weightd": ours, "mmap": [1.0, 1.0]}
+    way: Any = better
+    assert Comparison("warm", "", "s", samples, better=way, aims={"mmap": aim}).missed() == ["mmap"] * missed
+
+
+def test_an_exponent_is_predicted_itself() -> None:
+    assert Comparison("names", "", "", {"weightd": [0.8, 0.9]}, aims={"weightd": 0.3}).missed() == ["weightd"]
+
+
+def test_what_a_run_writes_makes_no_sources_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false", *arguments]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+    for path in ("bench/results/a.json", "bench/page.py", "docs/performance.md", "README.md", "client/a.py"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("before")
+    monkeypatch.setattr(_results, "FOLDER", tmp_path / "bench/results")
+    for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=all")
+    clean = _results._commit()
+    assert clean.isalnum()
+    for path in ("bench/results/a.json", "docs/performance.md", "README.md"):
+        (tmp_path / path).write_text("after")
+    (tmp_path / "bench/results/new.json").write_text("new")
+    assert _results._commit() == clean
+    (tmp_path / "client/a.py").write_text("after")
+    assert _results._commit() == f"{clean}+"
+
+
+def test_attacks_are_comparisons_with_the_idle_daemon(tmp_path: Path) -> None:
+    write(tmp_path, attacks.record("pins", "ping", [20.0, 20.0, 20.0], [2.0, 2.0, 2.0]), part="attacks")
+    (one,) = latest(tmp_path)["attacks"].comparisons.values()
+    assert one.missed() == [attacks.IDLE]
+    assert one.ratio(attacks.IDLE).median == 10.0
+    assert "attacks" not in suite.PARTS
+
+
+def test_a_load_is_predicted_by_its_aims() -> None:
+    seconds = {"load": [1.0, 1.0], "load_unhashed": [1.0, 1.0], "sendfile": [1.5, 1.5]}
+    report = Report("load", {})
+    load.record({"fresh": {"seconds": seconds}, "pooled": {"seconds": seconds}}, report)
+    fresh, pooled = report.comparisons
+    assert (1 / fresh.aims[load.SENDFILE], 1 / pooled.aims[load.SENDFILE]) == pytest.approx((1.3, 3.0))
+    assert (fresh.missed(), pooled.missed()) == ([], [load.SENDFILE])
+
+
+def test_fetches_are_predicted_beside_those_in_turn() -> None:
+    fleet_fetch = pytest.importorskip("fleet_fetch")
+    found = {"at_once": {"seconds": 1.0, "source_bytes": 3 << 20}, "in_turn": {"seconds": 1.0, "source_bytes": 4 << 20}}
+    report = Report("fetch", {})
+    fleet_fetch.record([found, found], report)
+    assert [one.missed() for one in report.comparisons] == [[], [fleet_fetch.IN_TURN]]
 
 
 def test_ratios_are_those_of_rounds(tmp_path: Path) -> None:
@@ -227,3 +314,65 @@ def test_a_part_that_fails_costs_only_itself(
     monkeypatch.setattr(suite, "HERE", tmp_path)
     limit = 1.0 if "took" in said else 60.0
     assert suite.run(suite.Part("part.py", limit=limit), tmp_path, None, quick=True) == said
+
+
+@pytest.mark.parametrize(("rounds", "quick", "given"), [
+    (40, True, "3"), (2, True, "2"), (None, True, "3"), (40, False, "40"), (None, False, ""),
+])  # fmt: skip
+def test_a_quick_part_has_three_rounds_at_most(
+    rounds: int | None, quick: bool, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "part.py").write_text(
+        "import argparse, pathlib; parser = argparse.ArgumentParser(); parser.add_argument('--rounds', default='')\n"
+        "options, rest = parser.parse_known_args(); pathlib.Path(rest[1], 'rounds').write_text(options.rounds)"
+    )
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    part = suite.Part("part.py", ("--size", "1GiB"), rounds=rounds)
+    assert suite.run(part, tmp_path, None, quick=quick) == ""
+    assert (tmp_path / "rounds").read_text() == given
+
+
+@pytest.mark.parametrize("name", suite.PARTS)
+def test_no_part_overrides_its_rounds(name: str) -> None:
+    assert "--rounds" not in suite.PARTS[name].arguments
+
+
+@pytest.mark.parametrize("deaf", ["child", "parent"])
+def test_a_late_part_that_does_not_end_is_killed_with_its_children(
+    deaf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon or a script that ignores SIGTERM."""
+    (tmp_path / "part.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "child = os.fork()\n"
+        f"if (child == 0) == ({deaf!r} == 'child'):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if child:\n"
+        "    pathlib.Path(sys.argv[2], 'child').write_text(str(child))\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(suite, "HERE", tmp_path)
+    monkeypatch.setattr(suite, "GRACE", 0.3)
+    begun = time.monotonic()
+    said = suite.run(suite.Part("part.py", limit=2.0), tmp_path, None, quick=False)
+    child = int((tmp_path / "child").read_text())
+    try:
+        assert said == "took more than 2 s"
+        assert time.monotonic() - begun < 15
+        assert not _runs(child)
+    finally:
+        if _runs(child):
+            os.kill(child, signal.SIGKILL)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and does not only wait to be reaped by whoever has inherited it."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.02)
+    return True

@@ -121,6 +121,34 @@ def test_figures_have_three_digits() -> None:
     ]  # fmt: skip
 
 
+def test_a_missed_prediction_is_listed_and_marked() -> None:
+    samples = {"weightd": [5.0, 6.0], "mmap": [1.0, 1.0], "copy": [10.0, 10.0]}
+    warm = Comparison("warm", "a load", "s", samples, "1.2 × mmap, 0.6 × copy", aims={"mmap": 1.2, "copy": 0.6})
+    slope = Comparison("attach", "attach over names", "", {"weightd": [0.8, 0.9]}, "at most 0.3", aims={"weightd": 0.3})
+    rate = Comparison("rate", "a rate", "GB/s", {"weightd": [1.0, 1.0], "mmap": [2.0, 2.0]}, "", "more", {"mmap": 1.5})
+    template = "<!-- made: missed -->\n<!-- end -->\n<!-- made: peers -->\n<!-- end -->\n"
+    listed, peers = (body for _, _, body, _ in BLOCK.findall(renewed(template, {"peers": made(rate, slope, warm)})))
+    assert listed.splitlines()[2:] == [
+        "| peers | a load | mmap | at most 1.2 × | 5.5 (5.25–5.75) × |",
+        "| peers | a rate | mmap | at least 1.5 × | 0.5 (0.5–0.5) × |",
+        "| peers | attach over names |  | at most 0.3 | 0.85 (0.825–0.875) |",
+    ]
+    assert "| a load | weightd | 5.5 (5.25–5.75) s |  | 1.2 × mmap, 0.6 × copy |" in peers
+    assert "|  | mmap | 1 (1–1) s | 5.5 (5.25–5.75) × | **missed** |" in peers
+    assert "| attach over names | weightd | 0.85 (0.825–0.875) |  | at most 0.3: **missed** |" in peers
+
+
+def test_without_aims_no_prediction_is_missed() -> None:
+    assert "\nNone.\n" in renewed("<!-- made: missed -->\n<!-- end -->\n", {"peers": made(SLOWER)})
+
+
+def test_a_part_that_is_measured_apart_is_shown_with_a_result_only() -> None:
+    template = "<!-- made: attacks -->\n<!-- end -->\n"
+    assert renewed(template, {}) == template
+    assert homeless(PAGE, {"attacks": None}) == []
+    assert "| a load | weightd |" in renewed(template, {"attacks": made(SLOWER, part="attacks")})
+
+
 TEMPLATE = """# Page
 
 <!-- made: losses -->
