@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,39 +29,62 @@ TITLES = {
 }
 
 
-def page(cases: Mapping[str, Sequence[Case]]) -> str:
-    """The document, of the cases on each kind of memory."""
+def page(cases: Mapping[str, Sequence[Case]], commit: str) -> str:
+    """The document, of the cases on each kind of memory, which were measured at a commit."""
     when = time.strftime("%Y-%m-%d", time.gmtime())
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
-    lines = [HEAD, f"Measured on {when}: {machine}; load average {load} at the end."]
+    lines = [HEAD, f"Measured on {when} at commit `{commit}`: {machine}; load average {load} at the end."]
     for memory, some in cases.items():
-        lost, bad = sum(case.lost for case in some), sum(bool(case.problem) for case in some)
-        tried = f"{len(some)} failures at {len({case.point.name for case in some})} points"
-        lines += [
-            "",
-            f"## {TITLES[memory]}",
-            "",
-            f"{tried}; lost: {lost}; calls that did not succeed afterwards: {bad}.",
-        ]
-        lines += ["", *table(some)]
+        lines += ["", f"## {TITLES[memory]}", "", summary(some), "", *table(some, memory)]
     return "\n".join([*lines, ""])
 
 
-def table(cases: Sequence[Case]) -> list[str]:
-    """A row for each point, with all actions."""
+def summary(cases: Sequence[Case]) -> str:
+    """What came of all cases on a kind of memory, in one line."""
+    lost, bad = sum(case.lost for case in cases), sum(bool(case.problem) and not case.lost for case in cases)
+    went = [f"`{case.point.name}` {case.action} ({case.point.deed})" for case in cases if case.with_holder]
+    named = f"{len(went)} of them ({', '.join(went)})"
+    beyond = f", beyond what lay on a GPU whose holder died: {named}" if went else ""
+    tried = f"{len(cases)} failures at {len({case.point.name for case in cases})} points"
+    return f"{tried}; lost: {lost}{beyond}; other failures of what came afterwards: {bad}."
+
+
+def table(cases: Sequence[Case], memory: str) -> list[str]:
+    """A row for each point and deed, with all actions."""
     heads = " | ".join(f"{action} | s" for action in ACTIONS)
-    lines = [f"| point | process | what is about to happen | {heads} | lost |", f"|---|---|---|{'---|---:|' * 3}---:|"]
+    lines = [
+        f"| point | process | what is about to happen | raises | {heads} | lost |",
+        f"|---|---|---|---|{'---|---:|' * 3}---:|",
+    ]
     for point in dict.fromkeys(case.point for case in cases):
         own = {case.action: case for case in cases if case.point == point}
         cells = [f"{_shown(own[one])} | {own[one].seconds:.1f}" if one in own else " | " for one in ACTIONS]
-        lost = sum(case.lost for case in own.values())
-        lines.append(f"| `{point.name}` | {point.process} | {point.what} | {' | '.join(cells)} | {lost} |")
+        went = sum(case.with_holder for case in own.values())
+        lost = f"{sum(case.lost for case in own.values())}" + f" (and {went} with the holder)" * bool(went)
+        row = f"`{point.name}`", point.process, point.what, point.error_on(memory), *cells, lost
+        lines.append(f"| {' | '.join(row)} |")
     return lines
 
 
 def _shown(case: Case) -> str:
     return case.outcome if not case.problem else f"{case.outcome}; **{case.problem}**"
+
+
+def commit() -> str:
+    """Which sources are tried; `+` stands for changes that were not committed."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def status(cases: Mapping[str, Sequence[Case]]) -> int:
+    """The exit code: 1 where anything was lost that no point names (`Point.loses`), or anything else went wrong."""
+    return int(any(case.failed for some in cases.values() for case in some))
 
 
 def points_of(memory: str, chosen: Sequence[str]) -> list[Point]:
@@ -82,7 +106,8 @@ def try_all(backend: Backend, points: Sequence[Point], actions: Sequence[str]) -
                 for action in actions:
                     cases.append(case := tried(scene, point, action))
                     print(
-                        f"{point.name} {action}: {case.outcome}, lost {case.lost}, {case.seconds:.1f} s {case.problem}",
+                        f"{point.name} ({point.deed}) {action}: {case.outcome}, lost {case.lost}, with the holder "
+                        f"{case.with_holder}, {case.seconds:.1f} s {case.problem}",
                         flush=True,
                     )
         finally:
@@ -91,24 +116,25 @@ def try_all(backend: Backend, points: Sequence[Point], actions: Sequence[str]) -
 
 
 def main() -> int:
-    """Exits with 1 where anything was lost, or a call did not succeed after a failure."""
+    """Exits with 1 where anything was lost but what a point names, or a call did not succeed after a failure."""
     parser = argparse.ArgumentParser(prog="python -m failpoints", description=__doc__)
     parser.add_argument("points", nargs="*", help="beginnings of points' names; all by default")
     parser.add_argument("--actions", default=",".join(ACTIONS))
+    parser.add_argument("--memory", choices=TITLES, action="append", help="a kind of memory; all by default")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the document")
     options = parser.parse_args()
     actions = options.actions.split(",")
-    cases = {}
+    cases, at = {}, commit()  # before the page itself is changed
     with tempfile.TemporaryDirectory(prefix="weightd-driver-") as driver:
         fakecuda.build(Path(driver))
         fakecuda.preload(Path(driver))
-        for memory in TITLES:
+        for memory in options.memory or TITLES:
             if points := points_of(memory, options.points):
                 backend = HOST if memory == "host" else Backend(memory, memory, Path(driver))
                 cases[memory] = try_all(backend, points, actions)
     if options.write is not None:
-        options.write.write_text(page(cases))
-    return int(any(case.problem for some in cases.values() for case in some))
+        options.write.write_text(page(cases, at))
+    return status(cases)
 
 
 if __name__ == "__main__":

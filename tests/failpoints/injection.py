@@ -6,14 +6,43 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from weightd import _failpoints
+from weightd._limits import limit_error
+from weightd.errors import DaemonUnreachableError, DeviceError, FormatError, ResourceLimitError
 
 ACTIONS = ("error", "delay", "kill")
 DELAY_SECONDS = 0.3
 VARIABLE = "FAILPOINTS_ARMED_BY"
 FOLDER = Path(__file__).parent / "injected"
+
+
+def _out_of_memory(point: str) -> OSError:
+    return OSError(errno.ENOMEM, f"failpoint {point}")
+
+
+def _limit(point: str) -> ResourceLimitError:
+    error = limit_error(_out_of_memory(point), f"failpoint {point}")
+    assert error is not None  # ENOMEM is a limit
+    return error
+
+
+def _of_driver(code: str, point: str) -> DeviceError:
+    return DeviceError(f"failpoint {point}: {code}", {"code": code, "call": f"failpoint {point}"})
+
+
+ERRORS: Mapping[str, Callable[[str], Exception]] = {
+    "OSError": _out_of_memory,
+    "ResourceLimitError": _limit,
+    "DaemonUnreachableError": lambda point: DaemonUnreachableError(f"failpoint {point}"),
+    "FormatError": lambda point: FormatError(f"failpoint {point}: {os.strerror(errno.EIO)}"),
+    "MemoryError": lambda point: MemoryError(f"failpoint {point}"),
+    "DeviceError, out of memory": lambda point: _of_driver("CUDA_ERROR_OUT_OF_MEMORY", point),
+    "DeviceError, a dead context": lambda point: _of_driver("CUDA_ERROR_ILLEGAL_ADDRESS", point),
+}
+"""What "error" raises, by the name that a point gives: an error that the step which follows can really raise."""
 
 
 class Trigger:
@@ -27,11 +56,11 @@ class Trigger:
         """What a process needs in its environment, beside PYTHONPATH with what it imports."""
         return {VARIABLE: str(self._path)}
 
-    def arm(self, point: str, action: str) -> None:
-        """Have the first process that reaches a point fail there."""
+    def arm(self, point: str, action: str, error: str = "OSError") -> None:
+        """Have the first process that reaches a point fail there; `error` is one of ERRORS."""
         _reached(self._path).unlink(missing_ok=True)
         beside = self._path.with_suffix(".new")
-        beside.write_text(f"{point} {action}")
+        beside.write_text(f"{point} {action} {error}")
         beside.rename(self._path)
 
     def disarm(self) -> None:
@@ -51,7 +80,7 @@ def install(armed: str) -> None:
 
     def reach(point: str) -> None:
         try:
-            wanted, action = path.read_text().split()
+            wanted, action, error = path.read_text().split(maxsplit=2)
             if point != wanted:
                 return
             beside = path.with_suffix(f".{os.getpid()}")
@@ -65,7 +94,7 @@ def install(armed: str) -> None:
         elif action == "delay":
             time.sleep(DELAY_SECONDS)
         else:
-            raise OSError(errno.ENOMEM, f"failpoint {point}")
+            raise ERRORS[error](point)
 
     _failpoints.reach = reach
 

@@ -24,6 +24,9 @@ from support.worker import Worker
 
 MIB = 1 << 20
 _SIZE, _TENSORS = MIB, 3
+_ROOM = 4 * MIB
+"""Of each tensor of files that have to make room for others: few of them fit into the budget."""
+_BUDGET = 32 * MIB
 _LARGER = 3 * MIB
 """Of files that an agent serves: more than one piece."""
 
@@ -52,12 +55,20 @@ _LOAD = """
     with client.attach(name) as attachment:
         assert not differ(attachment, expected), "WRONG BYTES"
 """
-_EVICT = """
+_PAIR = """
     for file, called in ((path, name), (other, "other")):
         client.load(file, name=called)
         client.attach(called).close()  # or it waits for that, and is in use
+"""
+_REMOVE = """
     client.remove(name)
     client.remove("other")
+"""
+_EVICT = """
+    loaded = client.load_report(path, name=name)
+    with client.attach(name) as attachment:
+        assert not differ(attachment, expected), "WRONG BYTES"
+    assert victim in loaded.evicted, f"for this load went {loaded.evicted}"
 """
 _COMPOSE = """
     from weightd.composing import ComposedTensor, TensorSource
@@ -87,16 +98,17 @@ class Scene:
         }  # fmt: skip
         self.manager = Manager(folder / "notify")
         armed = _Armed(backend, self._variables)
-        self.daemon = Daemon(armed, [sys.executable, "-m", "weightd_daemon"], manager=self.manager, pool="0")  # type: ignore[arg-type]  # as a Backend
-        self.lasting = backend.kind != "cuda_ipc"
+        program = [sys.executable, "-m", "weightd_daemon"]
+        self.daemon = Daemon(armed, program, manager=self.manager, pool="0", budget=_BUDGET)  # type: ignore[arg-type]  # as a Backend
+        self.kind = backend.kind
         self._base = self._file("base")
-        self._load_base()
-        self.witness = Worker(self.daemon.socket, {**backend.environment, VARIABLE: ""})
-        self.witness.run(_CLIENT + _WITNESS)
         self._backend = backend
+        self._load_base()
+        self._witness()
         self._worker: Worker | None = None
         self._agent: Agent | None = None
         self._deeds = 0
+        self._prepared = ""
 
     def close(self) -> None:
         for worker in (self.witness, self._worker):
@@ -109,19 +121,35 @@ class Scene:
 
     # -- deeds: each returns "ok", or how it failed ------------------------------------------------------------------
 
-    def do(self, deed: str) -> str:
-        """Do it once, with content that was never there before."""
+    def prepare(self, deed: str) -> None:
+        """Do what has to come before a deed: what it is to remove, or evict, has to be there."""
         self._deeds += 1
-        return str(getattr(self, f"_{deed}")(f"d{self._deeds}"))
+        self._prepared = name = f"d{self._deeds}"
+        if deed in ("evict", "remove"):  # two with a tensor in common: when one goes, its segment stays in part
+            size = _ROOM if deed == "evict" else _SIZE
+            other = self._file(f"{name}-other", size=size, shared={0: (name, 0)})
+            done = self._client(_PAIR, path=str(self._file(name, size=size)), other=str(other), name=name)
+            assert done == "ok", f"before the deed: {done}"
+
+    def do(self, deed: str) -> str:
+        """Do it once, with content that was never there before; `prepare` comes first, here or before."""
+        if not self._prepared:
+            self.prepare(deed)
+        name, self._prepared = self._prepared, ""
+        return str(getattr(self, f"_{deed}")(name))
 
     def _load(self, name: str) -> str:
         path = self._file(name)
         return self._client(_LOAD, path=str(path), name=name, expected=_digests(name))
 
+    def _remove(self, name: str) -> str:
+        return self._client(_REMOVE, name=name)
+
     def _evict(self, name: str) -> str:
-        """Two checkpoints with a tensor in common: when one goes, its segment stays in part."""
-        other = self._file(f"{name}-other", shared={0: (name, 0)})
-        return self._client(_EVICT, path=str(self._file(name)), other=str(other), name=name)
+        """A load that fits only when both of the pair are gone."""
+        file, count = f"{name}-instead", 5
+        path = self._file(file, count=count, size=_ROOM)
+        return self._client(_EVICT, path=str(path), name=file, victim=name, expected=_digests(file, count, _ROOM))
 
     def _compose(self, name: str) -> str:
         expected = {key: digest for key, digest in _digests("base").items() if key != "t0"}
@@ -160,20 +188,19 @@ class Scene:
 
         Returns what people must know of that. Errors: LostError.
         """
+        for path in self._folder.glob("d*.safetensors"):  # of deeds that are done
+            path.unlink()
         with weightd.connect(self.daemon.socket, timeout=60.0) as client:
-            named = {name for checkpoint in client.checkpoints() for name in checkpoint.names}
-            if "base" not in named:
-                raise LostError(f"the checkpoint base is not resident any more; these are: {sorted(named)}")
+            states = {name: one.state for one in client.checkpoints() for name in one.names}
+            if states.get("base") != "resident":
+                raise LostError(f"the checkpoint base is not resident any more; these are there: {states}")
             if self.witness.run("result = differ(attachment, expected)", expected=_digests("base")):
                 raise LostError("the witness reads other bytes")
             found = client.load_report(self._base, name="base")
             if found is None or found.read_bytes:
                 raise LostError("base was read again")
             client.verify()
-            eventually(lambda: not client.loads(), what="loads end")
-            for checkpoint in client.checkpoints():
-                if "base" not in checkpoint.names:
-                    eventually(lambda one=checkpoint: _removed(client, one.content_digest), what="all let go")  # type: ignore[misc]  # mypy infers no lambda with a default
+            _remove_others(client)
             if self._agree(client):
                 return ""
             self.daemon.kill()
@@ -181,16 +208,34 @@ class Scene:
             assert self._agree(client), f"the next daemon has other books: {client.check_books()}"
             return "its memory comes back with the next daemon"
 
+    def went_with_holder(self, holders: list[int]) -> bool:
+        """Whether base is lost because its holder died: one of these processes, while its daemon lives and says so."""
+        if self.kind != "cuda_ipc" or not holders or set(holders) & set(self.daemon.holders()):
+            return False
+        with weightd.connect(self.daemon.socket, timeout=60.0) as client:
+            return [one.state for one in client.checkpoints() if "base" in one.names] == ["lost"]
+
+    def reload(self) -> None:
+        """Have the same daemon load what was lost, and a witness hold it. Else goes before, or they share segments."""
+        self.witness.kill()
+        with weightd.connect(self.daemon.socket, timeout=60.0) as client:
+            _remove_others(client)
+        self._load_base()
+        self._witness()
+
     def renew(self) -> None:
-        """Begin anew with another daemon, where the memory went with the process that held it."""
+        """Begin anew with another daemon, where what was there before is not to be had any more."""
         self.witness.kill()
         self.daemon.kill()
         self.daemon.start()
         self._load_base()
-        self.witness = Worker(self.daemon.socket, {**self._backend.environment, VARIABLE: ""})
-        self.witness.run(_CLIENT + _WITNESS)
+        self._witness()
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _witness(self) -> None:
+        self.witness = Worker(self.daemon.socket, {**self._backend.environment, VARIABLE: ""})
+        self.witness.run(_CLIENT + _WITNESS)
 
     def _agree(self, client: weightd.Client) -> bool:
         """Whether all memory is in the books, soon, and none of it is a load's."""
@@ -213,8 +258,10 @@ class Scene:
             client.load(self._base, name="base")
             client.attach("base").close()
 
-    def _file(self, name: str, shared: dict[int, object] | None = None) -> Path:
-        return checkpoints.write_random(self._folder / f"{name}.safetensors", _TENSORS, _SIZE, name, shared)
+    def _file(
+        self, name: str, *, count: int = _TENSORS, size: int = _SIZE, shared: dict[int, object] | None = None
+    ) -> Path:
+        return checkpoints.write_random(self._folder / f"{name}.safetensors", count, size, name, shared)
 
     def _client(self, deed: str, **names: object) -> str:
         return self._run_worker(_DEED % deed.strip(), **names)
@@ -287,6 +334,14 @@ class _Armed:
         return getattr(self._backend, name)
 
 
+def _remove_others(client: weightd.Client) -> None:
+    """Remove everything but base, as soon as no load is under way."""
+    eventually(lambda: not client.loads(), what="loads end")
+    for checkpoint in client.checkpoints():
+        if "base" not in checkpoint.names:
+            eventually(lambda one=checkpoint: _removed(client, one.content_digest), what="all let go")  # type: ignore[misc]  # mypy infers no lambda with a default
+
+
 def _removed(client: weightd.Client, digest: str) -> bool:
     """Remove a checkpoint, unless somebody still holds it."""
     try:
@@ -298,11 +353,11 @@ def _removed(client: weightd.Client, digest: str) -> bool:
     return True
 
 
-def _digests(seed: str) -> dict[str, str]:
+def _digests(seed: str, count: int = _TENSORS, size: int = _SIZE) -> dict[str, str]:
     """What the tensors of a file are."""
     import xxhash
 
-    return {f"t{n}": xxhash.xxh3_128_hexdigest(checkpoints.random_bytes((seed, n), _SIZE)) for n in range(_TENSORS)}
+    return {f"t{n}": xxhash.xxh3_128_hexdigest(checkpoints.random_bytes((seed, n), size)) for n in range(count)}
 
 
 @contextlib.contextmanager
