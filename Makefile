@@ -54,7 +54,8 @@ COVERAGE_TESTS ?= tests/unit tests/property tests/contract tests/fuzz tests/driv
 	tests/integration/test_loads.py tests/integration/test_lifetimes.py tests/integration/test_gguf.py \
 	tests/integration/test_groups.py tests/integration/test_composing.py tests/integration/test_client.py \
 	tests/integration/test_sharing.py tests/fault/test_clients.py \
-	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py
+	tests/fault/test_hostile_sockets.py tests/fault/test_resource_limits.py tests/systemd/test_restart.py \
+	tests/systemd/test_service_manager.py tests/fleet
 # Which targets are fuzzed; all of them by default.
 TARGET ?=
 ENGINES_VENV ?= .venv-engines
@@ -172,12 +173,12 @@ fuzz: $(FUZZ_VENV)/.installed ## fuzz what reads hostile bytes, guided by covera
 	@echo "fuzz: support.fuzzing, $(SECONDS) s for each of $(or $(TARGET),all targets)"
 	@PYTHONPATH=client:daemon:fleet:tests $(FUZZ_VENV)/bin/python -m support.fuzzing --seconds $(SECONDS) $(TARGET)
 
-coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach (takes long)
+coverage: $(VENV)/.installed ## branches of core, formats and what moves bytes that tests reach; 95 % of each part (takes long)
 	@echo "coverage: pytest of $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))"
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m coverage run -m pytest -q $(or $(PYTEST_ARGS),$(COVERAGE_TESTS))
 	@$(BIN)/python -m coverage combine --quiet
-	@$(BIN)/python -m coverage report
+	@$(BIN)/python -m coverage json -q -o - | $(BIN)/python tools/coverage_parts.py
 
 lint: $(VENV)/.installed ## check style and formatting
 	@echo "lint: ruff check, ruff format --check"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from support import checkpoints
@@ -21,11 +23,14 @@ from weightd.errors import (
     FormatError,
     InvalidReferenceError,
     NotFoundError,
+    PermissionDeniedError,
+    ProtocolMismatchError,
     WeightdError,
 )
 from weightd_fleet._proto.v1 import peer_pb2
-from weightd_fleet.agent import sources
+from weightd_fleet.agent import peer, sources
 from weightd_fleet.agent.addresses import parse_address
+from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.peer_errors import MAX_SOURCES, PeerBusyError, error_from
 from weightd_fleet.agent.staging import StagingFolder
 from weightd_fleet.publishing.state import PublishedState
@@ -186,6 +191,68 @@ def test_another_manifest(served: tuple[Path, str], tmp_path: Path) -> None:
             Receiver(tmp_path / "receiver").fetch(digest, liar)
 
 
+def test_a_peer_that_lists_too_much(served: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    state, digest = served
+    with hostile_peer(state) as (address, _), Peer(address, None) as asked:
+        assert [entry.name for entry in asked.inventory()] == [digest]
+        monkeypatch.setattr(peer, "MAX_ENTRIES", 0)
+        with pytest.raises(FormatError, match="lists 1 checkpoints, over the limit of 0"):
+            asked.inventory()
+
+
+def test_a_server_that_is_no_agent(served: tuple[Path, str], tmp_path: Path) -> None:
+    _, digest = served
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(ProtocolMismatchError, match="no agent of this version"):
+            Receiver(tmp_path / "receiver").fetch(digest, parse_address(f"127.0.0.1:{port}"))
+    finally:
+        server.stop(None).wait()
+
+
+def test_a_name_that_is_none_asks_nobody(served: tuple[Path, str], tmp_path: Path) -> None:
+    state, digest = served
+    with hostile_peer(state) as (address, service):
+        for name in ("", "b3:", digest[:-1], digest.upper(), f"{digest}0", "b3:../../../etc/passwd"):
+            with pytest.raises(InvalidReferenceError, match="not a checkpoint's name in a fleet"):
+                Receiver(tmp_path / "receiver").fetch(name, address)
+        assert not service.read
+    assert not (tmp_path / "receiver").exists()
+
+
+def test_rows_that_may_not_be_asked_for(served: tuple[Path, str]) -> None:
+    state, digest = served
+    with hostile_peer(state) as (address, _), Peer(address, None) as asked:
+        with pytest.raises(NotFoundError, match="has no row '00"):
+            list(asked.rows(digest, [(bytes(32), 5)], ""))
+        with pytest.raises(InvalidReferenceError, match="over the limit of 100000"):
+            list(asked.rows(digest, [(b"", 1)] * 100_001, ""))
+
+
+@pytest.mark.parametrize(
+    ("sink", "count", "said"),
+    [
+        (peer_pb2.SINK_UNSPECIFIED, 1, "names no sink"),
+        (9, 1, "names no sink"),
+        (peer_pb2.SINK_FILES, 0, "0 sources"),
+        (peer_pb2.SINK_FILES, MAX_SOURCES + 1, f"name 1 to {MAX_SOURCES}"),
+    ],
+)
+def test_fetches_that_may_not_be_asked_for(sink: Any, count: int, said: str, served: tuple[Path, str]) -> None:
+    state, digest = served
+    begun: list[object] = []
+    order = peer_pb2.FetchRequest(name=digest, sources=["127.0.0.1:1"] * count, sink=sink)
+    with (
+        hostile_peer(state, fetch=lambda *given: begun.append(given)) as (address, _),
+        Peer(address, None) as asked,
+        pytest.raises(InvalidReferenceError, match=said),
+    ):
+        list(asked.fetch(order, 30.0))
+    assert not begun
+
+
 def test_a_peer_that_stalls(served: tuple[Path, str], tmp_path: Path) -> None:
     state, digest = served
     released = threading.Event()
@@ -296,10 +363,23 @@ def test_addresses() -> None:
 
 
 def test_errors_of_a_peer_are_checked() -> None:
-    peer = parse_address("127.0.0.1:1")
+    address = parse_address("127.0.0.1:1")
     many = ",".join(["x y", *(f"h{n}:1" for n in range(500))])
     trailers = [("weightd-reason", "BUSY"), ("weightd-sources", many)]
-    error = error_from(peer, "UNAVAILABLE", "m" * 5000, trailers, of_read=True)
+    error = error_from(address, "UNAVAILABLE", "m" * 5000, trailers, of_read=True)
     assert isinstance(error, PeerBusyError)
     assert len(error.sources) == MAX_SOURCES - 1
     assert len(str(error)) < 1100
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("PERMISSION_DENIED", PermissionDeniedError),
+        ("DEADLINE_EXCEEDED", DaemonUnreachableError),
+        ("INTERNAL", DaemonUnreachableError),
+    ],
+)
+def test_an_error_without_a_reason_is_read_by_its_code(code: str, error: type[WeightdError]) -> None:
+    """A proxy in between answers so."""
+    assert type(error_from(parse_address("127.0.0.1:1"), code, "no", [], of_read=True)) is error

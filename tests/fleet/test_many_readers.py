@@ -18,6 +18,7 @@ from support.daemon import eventually
 from support.hostile_peer import HostilePeer, hostile_peer
 from weightd.errors import DaemonBusyError, DaemonUnreachableError
 from weightd_fleet._proto.v1 import peer_pb2, peer_pb2_grpc
+from weightd_fleet.agent import serving
 from weightd_fleet.agent.addresses import AgentAddress
 from weightd_fleet.agent.peer import Peer
 from weightd_fleet.agent.peer_errors import PeerBusyError
@@ -71,6 +72,21 @@ def test_admission() -> None:
     assert raised.value.sources == (), "nobody can connect to that"
     with reads.watching(), pytest.raises(DaemonBusyError), reads.watching():
         pass
+
+
+def test_who_has_read_is_remembered_for_so_many_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may ask for any number of them."""
+    monkeypatch.setattr(serving, "_MAX_NAMES", 2)
+    reads = ReadAdmission(1)
+    reader, asking = AgentAddress("10.0.0.1", 1), AgentAddress("10.0.0.2", 1)
+    for name in ("a", "b", "a", "c"):
+        with reads.admitted(name, reader):
+            pass
+    with reads.admitted("d", None):
+        for name, sources in (("a", (reader,)), ("b", ()), ("c", (reader,))):
+            with pytest.raises(PeerBusyError) as raised, reads.admitted(name, asking):
+                pass
+            assert raised.value.sources == sources, name
 
 
 def test_nodes_fill_from_each_other(digest: str, tmp_path: Path) -> None:

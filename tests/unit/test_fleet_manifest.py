@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightd.errors import FormatError
+from weightd_fleet.core import manifest_checks
 from weightd_fleet.core.encoding import MAX_MANIFEST_BYTES
 from weightd_fleet.core.manifest import FleetManifest
 from weightd_fleet.core.manifest_rows import HubOrigin, SmallFile, TensorRow, WeightFile
@@ -97,7 +98,9 @@ def test_whatever_differs_has_another_name(other: FleetManifest) -> None:
         ({"small_files": [SmallFile("c", 65 << 20, DIGEST)]}, "impossible length"),
         ({"small_files": [SmallFile("c", 2, b"short")]}, "impossible length or digest"),
         ({"small_files": [SmallFile(f"c{at}", 64 << 20, DIGEST) for at in range(9)]}, "bytes together"),
+        ({"files": [FILES[0], FILES[1]._replace(size=-1)]}, "'b.gguf' has an impossible size"),
         ({"tensors": [*TENSORS, TENSORS[0]._replace(file="none")]}, "does not list"),
+        ({"files": [FILES[0], FILES[1]._replace(frame=b"short")]}, "'b.gguf' has an impossible frame"),
         ({"tensors": [TENSORS[0], TENSORS[1]._replace(offset=102)]}, "overlaps"),
         ({"tensors": [TENSORS[0], TENSORS[1]._replace(offset=106)]}, "overlaps another one or the file's end"),
         ({"tensors": TENSORS[:1]}, "do not come to its size"),
@@ -113,6 +116,23 @@ def test_whatever_differs_has_another_name(other: FleetManifest) -> None:
     ],
 )
 def test_rows_that_cannot_be_are_refused(change: dict[str, Any], said: str) -> None:
+    rows = {"files": FILES, "tensors": TENSORS, "small_files": SMALL, "origin": ORIGIN} | change
+    with pytest.raises(FormatError, match=said):
+        FleetManifest.of(**rows)
+
+
+@pytest.mark.parametrize(
+    ("limit", "change", "said"),
+    [
+        ("MAX_FILES", {"small_files": []}, "lists more than 1 files"),
+        ("MAX_FILES", {"files": [], "tensors": []}, "lists more than 1 files"),
+        ("MAX_TENSORS", {}, "lists more than 1 tensors"),
+    ],
+)
+def test_more_rows_than_a_manifest_may_list_are_refused(
+    limit: str, change: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest_checks, limit, 1)
     rows = {"files": FILES, "tensors": TENSORS, "small_files": SMALL, "origin": ORIGIN} | change
     with pytest.raises(FormatError, match=said):
         FleetManifest.of(**rows)

@@ -17,14 +17,29 @@ def test_bytes_arrive_where_they_should(by_mapping: bool) -> None:
     os.ftruncate(descriptor, 8 << 20)
     io = host_io.HostSegmentIO({7: DeviceSegment(7, 8 << 20, descriptor)}, by_mapping=by_mapping)
     staging = io.staging()
-    buffer = staging.acquire()
-    buffer.view[:5000] = content = bytes(range(250)) * 20
-    staging.write(buffer, 5000, 7, 12_345)
-    staging.synchronize()
-    assert os.pread(descriptor, 5002, 12_344) == b"\0" + content + b"\0"
+    content = bytes(range(250)) * 20
+    for offset in (12_345, 4 << 20):
+        buffer = staging.acquire()
+        buffer.view[:5000] = content
+        staging.write(buffer, 5000, 7, offset)
+        staging.synchronize()
+        assert os.pread(descriptor, 5002, offset - 1) == b"\0" + content + b"\0"
     back = staging.acquire()
     staging.read(back, 5002, 7, 12_344)
     assert back.view[:5002] == b"\0" + content + b"\0"
+    staging.close()
+    io.close()
+    os.close(descriptor)
+
+
+def test_a_segment_that_is_shorter_than_its_books_is_not_taken_for_zeroes() -> None:
+    """A buffer that is filled in part would be compared, or hashed, with bytes of the piece before."""
+    descriptor = os.memfd_create("segment")
+    os.ftruncate(descriptor, 4096)
+    io = host_io.HostSegmentIO({7: DeviceSegment(7, 8192, descriptor)}, by_mapping=False)
+    staging = io.staging()
+    with pytest.raises(OSError, match="segment 7 is shorter than its books"):
+        staging.read(staging.acquire(), 4097, 7, 0)
     staging.close()
     io.close()
     os.close(descriptor)
