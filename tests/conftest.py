@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from support import fakecuda
+from support.abandoned import end_abandoned_clients
 from support.backends import HOST, Backend
 from support.daemon import Daemon
 from support.longest import LONGEST
@@ -132,6 +133,13 @@ def short_collections() -> Iterator[None]:
     yield
     gc.collect()  # what this module's tests left, or the next module would freeze it, with all that it keeps
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_client_is_abandoned() -> Iterator[None]:
+    """End what would open sockets in the tests of other modules."""
+    yield
+    end_abandoned_clients()
 
 
 @pytest.fixture

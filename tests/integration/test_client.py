@@ -18,6 +18,7 @@ import pytest
 import weightd
 import weightd.torch
 from support import checkpoints, fakecuda
+from support.abandoned import end_abandoned_clients
 from support.backends import EVERY, Backend
 from support.background import background
 from support.content import content
@@ -59,6 +60,18 @@ def saved(folder: Path, seed: str, count: int = 1) -> Path:
 
 
 # -- an answer that comes late -----------------------------------------------------------------------------------------
+
+
+def test_a_client_that_tests_abandon_is_ended_and_no_other(daemon: Daemon, tmp_path: Path) -> None:
+    """What tests/conftest.py does after each module: this client's thread would look for its daemon for ever."""
+    end_abandoned_clients()  # of tests before this one
+    client = weightd.connect(daemon.socket)
+    attachment = client.attach(checkpoints.write_random(tmp_path / "m.safetensors", 1, 1000))
+    assert end_abandoned_clients() == 0
+    daemon.kill()
+    eventually(end_abandoned_clients, what="the connection's end is seen")
+    assert client._connection.closed
+    attachment.close()
 
 
 def test_a_late_answer_is_not_taken_for_the_next_one(daemon: Daemon, tmp_path: Path) -> None:
