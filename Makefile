@@ -108,7 +108,7 @@ unit: $(VENV)/.installed ## unit tests alone: under a minute
 	@echo "unit: pytest tests/unit"
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests/unit $(PYTEST_ARGS)
 
-test-all: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## as test, and every type of model that transformers knows (a quarter of an hour)
+test-all: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## as test, and what is marked sweep: every type of model, every failpoint (three quarters of an hour)
 	@echo "test-all: pytest, with -m ''"
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m '' $(PYTEST_ARGS)
 

@@ -87,8 +87,10 @@ def install(armed: str) -> None:
             path.rename(beside)  # one process, and one thread of it, gets this far
         except FileNotFoundError:
             return
-        beside.write_text(str(time.time()))
-        beside.rename(_reached(path))
+        done = beside.with_name(f"{beside.name}.done")  # another file: a thread may still read the one that was there
+        done.write_text(str(time.time()))
+        done.rename(_reached(path))
+        beside.unlink()
         if action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif action == "delay":
