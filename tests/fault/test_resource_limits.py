@@ -251,22 +251,27 @@ def test_however_far_a_daemon_gets_without_descriptors_a_load_says_why(
     daemon = start_daemon(pool=0)
     client = daemon.connect()
     failures: list[weightd.ResourceLimitError] = []
-    for room in range(12):
-        path = parts(tmp_path / f"{room}", 3, room)
+    steps = {"answering offer", "starting a loader process", "making a segment", "loading"}  # last the manifest
+    said: set[str] = set()
+    # A daemon that has yet to close what it had of a killed loader has more room then, and a step may be left out.
+    for number in range(36):
+        path = parts(tmp_path / f"{number}", 3, number)
         for loader in daemon.loaders():
             os.kill(loader, signal.SIGKILL)
         eventually(lambda: not daemon.loaders())
-        with room_for(daemon.pid, room):
+        with room_for(daemon.pid, number % 12):
             try:
                 client.load(path)
             except weightd.ResourceLimitError as error:
                 failures.append(error)
+                said.add(str(error).partition(":")[0])
         client.load(path)
-    assert len(client.checkpoints()) == 12
+        assert len(client.checkpoints()) == number + 1
+        if number >= 11 and said >= steps:
+            break
     assert {error.limit for error in failures} == {"RLIMIT_NOFILE"}
     assert all(f": {DAEMON} has all the descriptors" in str(error) for error in failures)
-    steps = {"answering offer", "starting a loader process", "making a segment", "loading"}  # last the manifest
-    assert {str(error).partition(":")[0] for error in failures} == steps
+    assert said == steps
 
 
 def test_a_daemon_that_may_make_no_file_of_that_size(start_daemon: StartDaemon, tmp_path: Path) -> None:
