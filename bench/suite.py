@@ -37,17 +37,17 @@ class Part(NamedTuple):
 PARTS = {
     "attach": Part("attach.py", ("--large", "1GiB", "--fresh", "2", "--few", "5"), 80, rounds=40),
     "peers": Part("peers.py", limit=180),
-    "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--seconds", "40"), 200),
-    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0"), 70, rounds=6),
-    "known": Part("known.py", limit=60),
-    "memory": Part("memory.py", limit=80, rounds=2),
-    "forward": Part("forward.py", limit=50),
-    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 30),
-    "clients": Part("clients.py", ("--seconds-each", "1"), 80),
+    "cold": Part("cold.py", ("--size", "512MiB", "--cases", "sizes,busy", "--seconds", "40"), 165),
+    "load": Part("load.py", ("--size", "1GiB", "--ping-size", "0"), 60, rounds=6),
+    "known": Part("known.py", limit=40),
+    "memory": Part("memory.py", limit=95, rounds=2),
+    "forward": Part("forward.py", limit=75),
+    "fetch": Part("fleet_fetch.py", ("--receivers", "4", "--mib", "64", "--tensors", "32"), 50),
+    "clients": Part("clients.py", ("--seconds-each", "1"), 75),
     "scale": Part(
         "scale.py",
         ("--checkpoints", "50,100,200", "--large", "2,4", "--names", "100,200,400", "--clients", "25,50,100"),
-        70,
+        80,
     ),
 }
 MOST_SECONDS = 900
