@@ -157,7 +157,14 @@ def machine() -> dict[str, str | int]:
     return {
         "cores": os.cpu_count() or 0,
         "architecture": platform.machine(),
+        "processor": _processor(),
         "kernel": platform.release().split("-")[0],
         "python": platform.python_version(),
         "memory_gib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30,
     }
+
+
+def _processor() -> str:
+    """The model, as the kernel calls it: a ratio may be another on another one. Not every architecture says it."""
+    with open("/proc/cpuinfo") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

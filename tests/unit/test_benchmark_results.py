@@ -57,6 +57,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert part.comparisons == {"warm": one}
     assert part.head["parameters"] == {"bytes": 1}
     assert {"machine", "versions", "commit", "load_average", "seconds", "date", "command"} <= part.head.keys()
+    assert {"cores", "architecture", "processor", "kernel", "python", "memory_gib"} == part.head["machine"].keys()
 
 
 def test_a_comparison_may_have_aims(tmp_path: Path) -> None:
