@@ -181,5 +181,15 @@ def test_a_comma_cannot_be_said() -> None:
         find_socket("/a,b")
 
 
+@pytest.mark.parametrize("path", ["/", ".", "//"])
+def test_a_path_that_names_no_file(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for give in (lambda: check_path(Path(path)), lambda: find_socket(path)):
+        with pytest.raises(InvalidReferenceError, match=r"socket (/|\.|//): names no file; give the path of a socket"):
+            give()
+    monkeypatch.setenv("WEIGHTD_SOCKET", path)
+    with pytest.raises(InvalidReferenceError, match="names no file"):
+        find_socket()
+
+
 def test_the_handle_socket_lies_beside() -> None:
     assert handles_path(Path("/run/w.sock")) == Path("/run/w.sock.handles")

@@ -500,6 +500,14 @@ def test_where_monitors_read(said: str, address: tuple[str, int] | Path | None) 
     assert load(None, {"metrics": said}, {}).settings.metrics_address == address
 
 
+@pytest.mark.parametrize(("key", "path"), [("socket", ""), ("socket", "/"), ("socket", "."), ("metrics", "/")])
+def test_a_path_that_names_no_file(key: str, path: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"--{key}: {key} = '{re.escape(path)}': .*names no file; give the path of a socket"
+    ):
+        load(None, {key: path}, {})
+
+
 @pytest.mark.parametrize("said", ["0.0.0.0:9464", "192.0.2.1:9464", "[::]:9464"])
 def test_monitors_elsewhere_have_to_be_asked_for(said: str) -> None:
     with pytest.raises(ConfigError, match="unless metrics_access is remote"):

@@ -69,7 +69,9 @@ def grpc_target(socket: Path) -> str:
 
 
 def check_path(socket: Path) -> None:
-    """Refuse a path that gRPC cannot be told. Errors: InvalidReferenceError."""
+    """Refuse a path that names no file, or that gRPC cannot be told. Errors: InvalidReferenceError."""
+    if not socket.name:
+        raise InvalidReferenceError(f"socket {socket}: names no file; give the path of a socket")
     if "," in str(socket):
         raise InvalidReferenceError(
             f"socket {socket}: has a comma, which ends an address for gRPC; choose another path"

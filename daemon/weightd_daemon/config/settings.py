@@ -152,6 +152,8 @@ class Settings:
         if not self.metrics:
             return None
         if self.metrics.startswith("/"):
+            if not Path(self.metrics).name:
+                raise ValueError("names no file; give the path of a socket")
             if len(os.fsencode(self.metrics)) > _SOCKET_PATH_BYTES:
                 raise ValueError(f"the path is over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
             return Path(self.metrics)
@@ -312,12 +314,12 @@ def _check(settings: Settings, origins: dict[str, str]) -> None:
             refuse(key, f"must be one of {', '.join(allowed)}")
     if not re.fullmatch(r"0?[0-7]{3}", settings.socket_mode):
         refuse("socket_mode", "must be an octal mode such as 0660")
-    if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
-        refuse("socket", f"the handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
     try:
         check_path(Path(settings.socket))
     except InvalidReferenceError as error:
         refuse("socket", error.message)
+    if len(os.fsencode(handles_path(Path(settings.socket)))) > _SOCKET_PATH_BYTES:
+        refuse("socket", f"the handle socket's path would be over {_SOCKET_PATH_BYTES} bytes; choose a shorter one")
     parsers: dict[str, Callable[[], object]] = {
         "device": lambda: settings.devices,
         "budget": lambda: settings.budget_devices,

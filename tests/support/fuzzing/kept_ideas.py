@@ -111,6 +111,7 @@ def settings() -> Ideas:
         "other_digits": "max_loads = '٣'", "superscript": "admins = '²'", "date": "max_loads = 1979-05-27", "unknown": "max_load = 1",
         "unknown_odd": '"\\u001b[2J" = 1', "unknown_long": "x" * 3000 + " = 1", "twice": "max_loads = 1\nmax_loads = 2",
         "socket_long": "socket = '/" + "s" * 200 + "'", "socket_relative": "socket = 's'", "socket_nul": 'socket = "/a\\u0000b"',
+        "socket_empty": "socket =''", "socket_root": "socket = '/'", "metrics_root": "metrics = '/'",
         "mode_odd": "socket_mode = '0888'", "mode_long": "socket_mode = '00660'", "budget_odd": "budget = 'host'",
         "budget_nan": "budget = 'nan'", "budget_percent": "budget = '101%'", "budget_digits": "budget = '" + "9" * 400 + "%'",
         "budget_twice": "budget = 'host=1GiB,host=2GiB'", "budget_tera": "budget = '999999999999999T'", "pool_odd": "pool = '-1'",
