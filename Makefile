@@ -104,7 +104,7 @@ test: lint types $(VENV)/.demo $(PROTOS_VENV)/.installed ## lint, types and all 
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
-unit: $(VENV)/.installed ## unit tests alone: under a minute
+unit: $(VENV)/.installed ## unit tests alone: a minute or two
 	@echo "unit: pytest tests/unit"
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile tests/unit $(PYTEST_ARGS)
 

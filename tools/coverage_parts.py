@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 AIM = 95
 """Per cent of the branches of each part."""
@@ -79,11 +79,10 @@ class Figure(NamedTuple):
         return f"{self.part}: {per_cent} % of {self.branches} branches{below}"
 
 
-def figures(report: dict, parts: dict[str, Sequence[str]]) -> Iterator[Figure]:
+def figures(report: Mapping[str, Any], parts: Mapping[str, Sequence[str]]) -> Iterator[Figure]:
     """The figures of all parts, from the report that `coverage json` writes.
 
-    Raises:
-        ReportError: branches were not measured; a pattern fits no file, or a part has no branch.
+    Errors: ReportError (branches were not measured; a pattern fits no file, or a part has no branch).
     """
     if not report["meta"]["branch_coverage"]:
         raise ReportError("branches were not measured")
@@ -110,7 +109,7 @@ def named(branches: list[list[int]]) -> str:
 def main() -> int:
     """Print the figures of the report on standard input. Returns 1 if a part is below the aim, or nothing is said."""
     try:
-        found = list(figures(json.load(sys.stdin), dict(PARTS)))
+        found = list(figures(json.load(sys.stdin), PARTS))
     except json.JSONDecodeError:
         print("coverage: there is no report", file=sys.stderr)
         return 1
