@@ -305,6 +305,8 @@ def test_commands(daemons: tuple[Daemon, Daemon], source: Agent, receiver: Recei
     assert "resident" in daemons[1].command("fleet", "fetch", digest, where, *own, "--sink=memory").stdout
     refused = daemons[1].command("fleet", "fetch", "b3:0", where, *own, check=False)
     assert refused.returncode == 2
+    patient = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=inf", check=False)
+    assert "127.0.0.1:1: cannot be reached" in patient.stderr
     unreachable = daemons[1].command("fleet", "ls", "--from=127.0.0.1:1", "--patience=5", check=False)
     assert unreachable.returncode == 1
     why = "cannot be reached: Failed to connect to remote host: Connection refused"

@@ -145,6 +145,15 @@ def test_threads_share_a_client(daemon: Daemon, tmp_path: Path) -> None:
     assert client._handles is connection, "it connected anew"
 
 
+def test_a_client_may_wait_for_as_long_as_it_likes(daemon: Daemon) -> None:
+    for timeout in (1e10, float("inf")):  # longer than the kernel, Python and gRPC can say
+        with weightd.connect(daemon.socket, timeout=timeout) as client:
+            assert client.stats().leases == 0
+    for timeout in (0, -1, float("nan")):
+        with pytest.raises(weightd.InvalidReferenceError, match=f"timeout {timeout}: must be more than 0 seconds"):
+            weightd.connect(daemon.socket, timeout=timeout)
+
+
 def test_a_connection_that_waits_for_an_answer_is_alive(daemon: Daemon) -> None:
     """What another thread is about to read is no farewell."""
     connection = daemon.connect()._handles

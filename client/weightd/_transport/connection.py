@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightd import _failpoints
 from weightd._proto.v1 import handles_pb2
-from weightd.errors import LeaseLostError, WeightdError
+from weightd.errors import InvalidReferenceError, LeaseLostError, WeightdError
 
 from .handle_socket import SocketClient
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _MOST_ENDED = 4096
 """Leases whose end is to be told; the daemon finds the others itself."""
+
+_LONGEST = 365 * 86_400.0
+"""Seconds for an answer; neither Python's sockets nor gRPC can wait for an infinity of them."""
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -44,7 +47,10 @@ class DaemonConnection:
     """A client's connection to the daemon at a path, renewed after its end. `timeout` is seconds for each answer."""
 
     def __init__(self, path: Path, timeout: float, *, read_only: bool = False) -> None:
-        """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError."""
+        """Errors: DaemonUnreachableError, PermissionDeniedError, ProtocolMismatchError, InvalidReferenceError."""
+        if not timeout > 0:
+            raise InvalidReferenceError(f"timeout {timeout}: must be more than 0 seconds")
+        timeout = min(timeout, _LONGEST)
         self.path = path
         self.timeout = timeout
         self.read_only = read_only

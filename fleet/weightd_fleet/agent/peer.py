@@ -29,6 +29,8 @@ MESSAGE_BYTES: Final = 8 << 20
 """Most bytes of a message in either direction."""
 _SLOWEST: Final = 4 << 20
 """Bytes a second that a peer must send on average."""
+_LONGEST: Final = 365 * 86_400.0
+"""Seconds of patience; gRPC takes an infinity for a deadline that is over."""
 _OVER: Final = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 OPTIONS: Final = (
@@ -50,7 +52,7 @@ class Peer:
     def __init__(self, address: AgentAddress, tls: TlsFolder | None, patience: float = 30.0) -> None:
         require_loopback(address, tls)
         self.address = address
-        self._patience = patience
+        self._patience = min(patience, _LONGEST)
         if tls is None:
             self._channel = grpc.insecure_channel(str(address), options=_CHANNEL)
         else:
