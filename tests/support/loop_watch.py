@@ -83,6 +83,8 @@ class Watch:
         """When it was last asked what each other thread has waited and a hypervisor has taken, and the two answers."""
         self._latest = 0.0
         """When the latest step began."""
+        self._computed = 0.0
+        """CPU time of the loop's thread when the step under way began."""
 
     def begin(self) -> None:
         """Time each step from now on."""
@@ -103,7 +105,7 @@ class Watch:
                 watch._look()
             waited = watch._waited()
             watch._collected, watch._spawning, watch._was_stopped, watch._began = 0.0, 0.0, False, (began := clock())
-            watch._latest = began
+            watch._latest, watch._computed = began, time.thread_time()
             try:
                 run(handle)
             finally:
@@ -119,6 +121,7 @@ class Watch:
         events.Handle._run = self._run  # type: ignore[method-assign]  # as it was
 
     def _ended(self, handle: events.Handle, wall: float, waited: float) -> None:
+        computed = time.thread_time() - self._computed
         stacks, self._stacks = self._stacks, []
         if wall - waited <= MOST_SECONDS or self._was_stopped:
             return
@@ -129,13 +132,13 @@ class Watch:
         if took <= MOST_SECONDS:
             return
         stack = stacks[len(stacks) // 2] if stacks else "  (no stack: nobody else could run meanwhile)\n"
-        what = f"{handle!r}\n{stack}"
+        what = f"{_named(handle)}\n{stack}"
         reasons = [reason for pattern, reason in ALLOWED.items() if re.search(pattern, what)]
         millis = ", ".join(
             f"{name} {seconds * 1e3:.0f} ms"
             for name, seconds in {
-                "wall": wall, "waited for a core": waited, "other threads did": others, "stolen": stolen,
-                "starting processes": self._spawning, "garbage": self._collected,
+                "wall": wall, "computed": computed, "waited for a core": waited, "other threads did": others,
+                "stolen": stolen, "starting processes": self._spawning, "garbage": self._collected,
             }.items()
         )  # fmt: skip
         _say(f"{ALLOWED_STEP if reasons else FOUND} {took * 1e3:.0f} ms ({millis}; {len(stacks)} samples): {what}")
@@ -195,6 +198,12 @@ def _waited_of(thread: int) -> Callable[[], float] | None:
     except (OSError, IndexError):
         return None
     return lambda: int(os.pread(descriptor, 64, 0).split()[1]) / 1e9
+
+
+def _named(handle: events.Handle) -> str:
+    """A callback, and the task whose first step it is: asyncio does not show that."""
+    tasks = [repr(task) for task in gc.get_referents(handle._callback) if isinstance(task, asyncio.Task)]  # type: ignore[attr-defined]  # private
+    return f"{handle!r} of {tasks[0]}" if tasks else repr(handle)
 
 
 def _stolen() -> float:
