@@ -216,9 +216,8 @@ def _waited_of(thread: int) -> Callable[[], float] | None:
 def _kind(handle: events.Handle) -> str:
     """The name of what a step runs, a task's coroutine or another callback."""
     callback = handle._callback  # type: ignore[attr-defined]  # private
-    tasks = [
-        task for task in gc.get_referents(callback) if isinstance(task, asyncio.Task)
-    ]  # asyncio shows none of a first step
+    # asyncio shows no task of a first step
+    tasks = [task for task in gc.get_referents(callback) if isinstance(task, asyncio.Task)]
     return str(getattr(tasks[0].get_coro() if tasks else callback, "__qualname__", callback))
 
 
