@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import weightd
-from support import fakecuda
+from support import fakecuda, gpu_program
 from support.daemon import environment
 from weightd._mapping import cuda_driver
 from weightd._mapping.cuda_driver import call
@@ -30,14 +30,7 @@ _children: list[subprocess.Popen[str]] = []
 
 def python(library: Path, source: str, **knobs: Any) -> subprocess.CompletedProcess[str]:
     """Run `source`, with this module's names, in a process on the fake GPU. Warnings are errors there, too."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", f"from support.gpu_segments import *\n{source}"],
-        env=environment() | fakecuda.environment(library, **knobs),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return gpu_program.run(source, environment() | fakecuda.environment(library, **knobs), environment())
 
 
 def check(library: Path, source: str, **knobs: Any) -> str:
