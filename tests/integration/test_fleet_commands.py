@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 from support import checkpoints, workloads
+from support.command import run as run_weightd
 from support.daemon import Daemon, environment
 from weightd._sizes import size
 
@@ -21,11 +21,11 @@ DEEPFLOYD = workloads.DATA / "deepfloyd_if_I_II_f32.json.gz"
 
 
 def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "weightd", "fleet", *map(str, arguments)],
-        env=environment() | {"WEIGHTD_STATE_DIR": "/nonexistent"} | variables, capture_output=True, text=True,
-        timeout=60, check=False,
-    )  # fmt: skip
+    return run_weightd(
+        ["fleet", *map(str, arguments)],
+        environment() | {"WEIGHTD_STATE_DIR": "/nonexistent"} | variables,
+        environment(),
+    )
 
 
 def planned(*arguments: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from support import checkpoints, gguf_files, workloads
+from support.command import run as run_weightd
 from support.daemon import Daemon, environment, eventually
 from weightd.errors import FormatError
 from weightd.plan_report import PlanReport
@@ -35,9 +36,12 @@ DEEPFLOYD = workloads.DATA / "deepfloyd_if_I_II_f32.json.gz"
 
 def run(*arguments: str | Path, state: Path = Path("/nonexistent"), **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command where no daemon is, and no index but the one in `state`."""
+    variables = environment() | {"WEIGHTD_STATE_DIR": str(state)}
+    if not options:
+        return run_weightd(["plan", *map(str, arguments)], variables, environment())
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
-        env=environment() | {"WEIGHTD_STATE_DIR": str(state)}, text=True, timeout=60, check=False,
+        env=variables, text=True, timeout=60, check=False,
         **({"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options),
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ import zstandard
 from safetensors import safe_open
 
 from support import checkpoints
+from support.command import run as run_weightd
 from support.daemon import environment, eventually
 from weightd.plan_report import PlanReport
 from weightd.types import FileIdentity
@@ -32,14 +33,10 @@ MIB, TIB = 1 << 20, 1 << 40
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, cache: Path = Path("/nonexistent")) -> subprocess.CompletedProcess[str]:
     """Run `weightd plan` where nothing is kept but in `cache`."""
-    cache = options.pop("cache", "/nonexistent")
-    return subprocess.run(
-        [sys.executable, "-m", "weightd", "plan", *map(str, arguments)],
-        env=environment() | {"WEIGHTD_STATE_DIR": "/nonexistent", "XDG_CACHE_HOME": str(cache)},
-        capture_output=True, text=True, timeout=120, check=False, **options,
-    )  # fmt: skip
+    variables = environment() | {"WEIGHTD_STATE_DIR": "/nonexistent", "XDG_CACHE_HOME": str(cache)}
+    return run_weightd(["plan", *map(str, arguments)], variables, environment())
 
 
 def scanned(*arguments: str | Path, cache: Path) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 
 from support import template
 
 PROGRAM = "support.command"
-IMPORTS = ("weightd.cli.app", "weightd.client", "weightd._transport.rpc")
+_OF_TYPER = ["pydantic.types"] if find_spec("pydantic") else []
+"""What newer ones import when they convert the first argument."""
+IMPORTS = ("weightd.cli.app", "weightd.client", "weightd._transport.rpc", *_OF_TYPER)
 _SECONDS = 100.0
 
 

@@ -27,7 +27,7 @@ from support import leash
 
 FORKS = "--forks="
 """The last argument of a template: the number of its end of the line."""
-_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "FDSTORE", "NOTIFY_SOCKET", "WEIGHTD_")
+_SET_LATER = ("CUDA_VISIBLE_DEVICES", "FAKECUDA_", "FDSTORE", "NOTIFY_SOCKET", "WEIGHTD_", "XDG_")
 """Variables, by how they begin, that nobody reads before they are needed."""
 _MOST_DESCRIPTORS = 253
 """Of one message, by the kernel."""
