@@ -27,7 +27,7 @@ from weightd_daemon.loads.loads import MAX_UNFINISHED
 
 StartDaemon = Callable[..., Daemon]
 MIB = 1 << 20
-everywhere = pytest.mark.backends(*EVERY)
+everywhere = pytest.mark.backends(*EVERY, swept="cuda_ipc")
 
 
 @pytest.fixture

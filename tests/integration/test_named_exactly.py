@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ import torch
 
 import weightd.torch
 from support import models
+from support.backends import HOST
 from support.daemon import Daemon
+from support.shared import SharedDaemons
 from support.worker import Worker
 
 ATTEMPT = """
@@ -38,12 +41,36 @@ def installed(reference):
 """
 
 
+@pytest.fixture(scope="module")
+def shared_daemons() -> Iterator[SharedDaemons]:
+    daemons = SharedDaemons()
+    yield daemons
+    while weightd.torch._shared:
+        weightd.torch._shared.popitem()[1].close()
+    daemons.close()
+
+
+@pytest.fixture(scope="module")
+def importing(shared_daemons: SharedDaemons) -> Iterator[Worker]:
+    """A process that has transformers and diffusers in memory, which takes seconds."""
+    with shared_daemons.on(HOST) as daemon:
+        worker = Worker(daemon.socket)
+        worker.run(ATTEMPT)
+        yield worker
+        worker.close()
+
+
 @pytest.fixture
-def worker(daemon: Daemon) -> Iterator[Worker]:
-    worker = Worker(daemon.socket)
-    worker.run(ATTEMPT)
-    yield worker
-    worker.close()
+def daemon(shared_daemons: SharedDaemons, importing: Worker) -> Iterator[Daemon]:
+    with shared_daemons.on(HOST) as found:
+        yield found
+        importing.run("import gc; gc.collect()")
+        gc.collect()
+
+
+@pytest.fixture
+def worker(daemon: Daemon, importing: Worker) -> Worker:
+    return importing
 
 
 def test_nothing_stands_for_its_parent(worker: Worker, tmp_path: Path) -> None:

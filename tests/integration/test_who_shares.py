@@ -36,7 +36,7 @@ def figures(client: weightd.Client) -> list[int]:
     return [getattr(device, f"{what}_bytes") // MIB for what in ("pinned", "leased", "evictable", "live")]
 
 
-@pytest.mark.backends(*EVERY)
+@pytest.mark.backends(*EVERY, swept="cuda_ipc")
 def test_pairs_and_figures_follow_what_happens(daemon: Daemon, tmp_path: Path) -> None:
     client = daemon.connect()
     assert client.sharing() == []

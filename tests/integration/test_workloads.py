@@ -56,7 +56,7 @@ result = hash_all()
 """
 
 
-@pytest.mark.backends("host", "cuda_vmm")
+@pytest.mark.backends("host", "cuda_vmm", swept="cuda_vmm")
 @pytest.mark.parametrize(
     ("name", "saved_ratio"),
     [("deepfloyd_if_I_II_f32__s64", 0.324), ("llama31_8b_base_plus_qv_lora_merged_bf16__s64", 0.458)],

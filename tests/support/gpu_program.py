@@ -18,8 +18,11 @@ _SECONDS = 60.0
 
 def run(source: str, variables: Mapping[str, str], usual: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run `source` with the names of support/gpu_segments.py. For `usual` see `template.start`."""
+    imports = ["torch"] if "import torch\n" in source else []  # others run where there is none
     with tempfile.TemporaryFile("w+") as errors:
-        process = template.start(PROGRAM, variables, usual, [source], errors.fileno()) or subprocess.Popen(
+        process = template.start(
+            PROGRAM, variables, usual, [source], errors.fileno(), words=imports
+        ) or subprocess.Popen(
             [sys.executable, "-m", PROGRAM, source],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(variables),
         )  # fmt: skip
@@ -44,4 +47,4 @@ if __name__ == "__main__":
     if (line := template.line_of(sys.argv[1:])) is None:
         main()
     else:
-        template.serve(line, main, IMPORTS)
+        template.serve(line, main, [*IMPORTS, *sys.argv[1:-1]])

@@ -118,7 +118,7 @@ class _Template:
 
 
 _USUAL = dict(os.environ)
-_templates: dict[tuple[str, str], _Template] = {}
+_templates: dict[tuple[str, ...], _Template] = {}
 
 
 def start(
@@ -129,7 +129,7 @@ def start(
     errors: int | None = None,
     kept: Kept = None,
     *,
-    words: Iterable[str] = (),
+    words: Sequence[str] = (),
     leads: bool = False,
 ) -> ForkedProcess | None:
     """A process of a program with this environment, forked if the environment is one that a template may have.
@@ -147,10 +147,11 @@ def start(
     expected = {**usual} | {key: early[key] for key in ("LD_LIBRARY_PATH", "PYTEST_CURRENT_TEST") if key in early}
     if early != {key: value for key, value in expected.items() if not key.startswith(_SET_LATER)} or _changed():
         return None
-    if (program, where) not in _templates:
-        _templates[program, where] = _Template(program, words, early)
+    kind = (program, *words, where)
+    if kind not in _templates:
+        _templates[kind] = _Template(program, words, early)
     errors = sys.__stderr__.fileno() if errors is None else errors
-    return _templates[program, where].fork(variables, [*arguments], errors, kept, leads=leads)
+    return _templates[kind].fork(variables, [*arguments], errors, kept, leads=leads)
 
 
 def in_a_test() -> bool:

@@ -135,8 +135,14 @@ def fails(daemon: Daemon, backend: Backend, rules: str) -> None:
 
 
 @vmm
-@pytest.mark.parametrize("rule", ["{}:802", "{}:999:1"])
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("call", "rule"),
+    [
+        *((call, "{}:802") for call in CALLS),
+        *((call, "{}:999:1") for call in ("cuInit", "cuMemImportFromShareableHandle")),
+        *(pytest.param(call, "{}:999:1", marks=pytest.mark.sweep) for call in CALLS[1:-1]),
+    ],
+)
 def test_the_next_daemon_has_what_one_with_a_failing_driver_could_not_serve(
     start_daemon: StartDaemon, manager: Manager, backend: Backend, tmp_path: Path, call: str, rule: str
 ) -> None:
