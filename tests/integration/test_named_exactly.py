@@ -130,10 +130,10 @@ def test_an_overlay_is_what_transformers_takes(worker: Worker, daemon: Daemon, t
     index["weight_map"]["lm_head.weight"] = "model-overlay.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copy(folder / "model-overlay.safetensors", folder / "consolidated.safetensors")
-    client = daemon.connect()
-    before = client.load(folder)
-    assert (before.tensors, len(stored) > 2) == (len(index["weight_map"]), True)
-    found = worker.run("result = [f(one) for f in (installed, cls.from_pretrained)]; "
-                       "result = [result[0], str(result[1].lm_head.weight.sum().item())]", one=str(folder))  # fmt: skip
-    assert found == [str((old + 1).sum().item())] * 2
-    assert [checkpoint.content_digest for checkpoint in client.checkpoints()] == [before.content_digest]
+    with daemon.connect() as client:
+        before = client.load(folder)
+        assert (before.tensors, len(stored) > 2) == (len(index["weight_map"]), True)
+        weights = "result = [installed(one), str(cls.from_pretrained(one).lm_head.weight.sum().item())]"
+        found = worker.run(weights, one=str(folder))
+        assert found == [str((old + 1).sum().item())] * 2
+        assert [checkpoint.content_digest for checkpoint in client.checkpoints()] == [before.content_digest]

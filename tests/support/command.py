@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 
@@ -17,29 +16,14 @@ PROGRAM = "support.command"
 _OF_TYPER = ["pydantic.types"] if find_spec("pydantic") else []
 """What newer ones import when they convert the first argument."""
 IMPORTS = ("weightd.cli.app", "weightd.client", "weightd._transport.rpc", *_OF_TYPER)
-_SECONDS = 100.0
 
 
 def run(
     arguments: Iterable[str], variables: Mapping[str, str], usual: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
     """Run `weightd ARGUMENTS` with nothing to read. For `usual` see `template.start`."""
-    argv = [sys.executable, "-m", "weightd", *arguments]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = None
-        if template.in_a_test():
-            process = template.start(PROGRAM, variables, usual, argv[3:], errors.fileno())
-        if process is None:
-            return subprocess.run(
-                argv, env=dict(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
-                check=False,
-            )  # fmt: skip
-        process.stdin.close()
-        with process.stdout:
-            printed = process.stdout.read()
-        code = process.wait(_SECONDS)
-        errors.seek(0)
-        return subprocess.CompletedProcess(argv, code, printed, errors.read())
+    arguments = [*arguments]
+    return template.run(PROGRAM, arguments, variables, usual, [sys.executable, "-m", "weightd", *arguments])
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 
@@ -13,27 +12,13 @@ from support import template
 PROGRAM = "support.gpu_program"
 IMPORTS = ("cuda.core", "support.gpu_segments")  # and numpy, with cuda.core
 """None of them calls the driver when it is imported."""
-_SECONDS = 60.0
 
 
 def run(source: str, variables: Mapping[str, str], usual: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """Run `source` with the names of support/gpu_segments.py. For `usual` see `template.start`."""
     imports = ["torch"] if "import torch\n" in source else []  # others run where there is none
-    with tempfile.TemporaryFile("w+") as errors:
-        process = template.start(
-            PROGRAM, variables, usual, [source], errors.fileno(), words=imports
-        ) or subprocess.Popen(
-            [sys.executable, "-m", PROGRAM, source],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(variables),
-        )  # fmt: skip
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.close()
-        with process.stdout:
-            printed = process.stdout.read()
-        code = process.wait(_SECONDS)
-        errors.seek(0)
-        return subprocess.CompletedProcess([PROGRAM], code, printed, errors.read())
+    argv = [sys.executable, "-W", "error", "-m", PROGRAM, source]
+    return template.run(PROGRAM, [source], variables, usual, argv, words=imports)
 
 
 def main() -> None:

@@ -218,7 +218,8 @@ def _kind(handle: events.Handle) -> str:
     callback = handle._callback  # type: ignore[attr-defined]  # private
     # asyncio shows no task of a first step
     tasks = [task for task in gc.get_referents(callback) if isinstance(task, asyncio.Task)]
-    return str(getattr(tasks[0].get_coro() if tasks else callback, "__qualname__", callback))
+    run = tasks[0].get_coro() if tasks else getattr(callback, "func", callback)  # of a functools.partial
+    return str(getattr(run, "__qualname__", run))
 
 
 def _stolen() -> float:

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TextIO
@@ -33,6 +34,8 @@ _MOST_DESCRIPTORS = 253
 """Of one message, by the kernel."""
 _OURS = 4
 """Those of them that every process gets."""
+_SECONDS = 100.0
+"""How long a program that is to end may run."""
 
 Kept = Sequence[tuple[str, int]] | None
 
@@ -152,6 +155,36 @@ def start(
         _templates[kind] = _Template(program, words, early)
     errors = sys.__stderr__.fileno() if errors is None else errors
     return _templates[kind].fork(variables, [*arguments], errors, kept, leads=leads)
+
+
+def run(
+    program: str,
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    usual: Mapping[str, str],
+    argv: Sequence[str],
+    *,
+    words: Sequence[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with nothing to read, forked if `start` can, else by `argv`. It ends after 100 s."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start(program, variables, usual, arguments, errors.fileno(), words=words) if in_a_test() else None
+        if process is None:
+            return subprocess.run(
+                argv, env=dict(variables), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SECONDS,
+                check=False,
+            )  # fmt: skip
+        limit = threading.Timer(_SECONDS, os.kill, (process.pid, signal.SIGKILL))
+        limit.start()
+        try:
+            process.stdin.close()
+            with process.stdout:
+                printed = process.stdout.read()
+            code = process.wait()
+        finally:
+            limit.cancel()
+        errors.seek(0)
+        return subprocess.CompletedProcess(list(argv), code, printed, errors.read())
 
 
 def in_a_test() -> bool:
