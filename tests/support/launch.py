@@ -81,7 +81,8 @@ def main() -> int:
     parser.add_argument("--nodes", type=Path)
     parser.add_argument("--points", type=Path)
     options, rest = parser.parse_known_args()
-    loop_watch.install()
+    if not options.stuck:  # whose stacks faulthandler writes: it may crash on those of a thread that runs meanwhile
+        loop_watch.install()
     tell_waiters()
     if options.hello is not None:
         handle_server.HELLO_SECONDS = options.hello
