@@ -170,6 +170,20 @@ def descriptors(daemon: Daemon) -> tuple[list[str], int]:
     return sorted(name for name in names if name != "pidfd"), names.count("pidfd") - len(daemon.loaders())
 
 
+def closed(daemon: Daemon, held: tuple[list[str], int], rule: str) -> None:
+    """Wait until the daemon has open what it had before."""
+    seen: list[tuple[list[str], int]] = []
+
+    def are_closed() -> bool:
+        seen[:] = [descriptors(daemon)]
+        return seen == [held]
+
+    try:
+        eventually(are_closed)
+    except AssertionError:
+        raise AssertionError(f"after {rule} the daemon has {seen[0]} open, and had {held}") from None
+
+
 def settled_descriptors(daemon: Daemon) -> tuple[list[str], int]:
     """As `descriptors`, when what was under way has ended: memory goes back on a thread of the daemon's."""
     seen = [descriptors(daemon)]
@@ -214,7 +228,7 @@ def test_in_the_loader(start_daemon: StartDaemon, backend: Backend, tmp_path: Pa
         balanced(daemon, used, rule)
         works(daemon, tuned)
         balanced(daemon, used, f"{rule} and another load")
-        eventually(lambda: descriptors(daemon) == held, what=f"descriptors closed after {rule}")
+        closed(daemon, held, rule)
 
 
 def test_in_the_loader_that_verifies(start_daemon: StartDaemon, backend: Backend, tmp_path: Path, base: Path) -> None:
@@ -390,7 +404,7 @@ def test_while_the_daemon_serves(start_daemon: StartDaemon, backend: Backend, tm
             balanced(daemon, 0, rule)
             works(daemon, base)
             balanced(daemon, 0, f"{rule} and another load")
-            eventually(lambda: descriptors(daemon) == held, what=f"descriptors closed after {rule}")
+            closed(daemon, held, rule)
     works(daemon, base)
     assert daemon.stop() == 0
     assert backend.device_bytes() == 0
