@@ -162,11 +162,14 @@ def balanced(daemon: Daemon, used: int, what: str) -> None:
 
 
 def descriptors(daemon: Daemon) -> tuple[list[str], int]:
-    """The memory and manifests that the daemon has open, and processes that have ended without its noticing."""
+    """The memory and manifests that the daemon has open, and processes that have ended without its noticing.
+
+    Files of leases are not among them: one stays for a second or two after its last lease, until the sweep finds it.
+    """
     names: list[str] = []
     for entry in Path(f"/proc/{daemon.pid}/fd").iterdir():
         with suppress(FileNotFoundError):
-            names += re.findall("memfd:.*|pidfd", os.readlink(entry))
+            names += re.findall("memfd:(?!weightd-lease).*|pidfd", os.readlink(entry))
     return sorted(name for name in names if name != "pidfd"), names.count("pidfd") - len(daemon.loaders())
 
 
