@@ -63,8 +63,8 @@ def connect(
 ) -> Client:
     """Connect to the daemon at `socket` (default: WEIGHTD_SOCKET, the user's, the system's).
 
-    `timeout` is seconds for each answer, or infinite. With `fallback="wait"` this waits for a daemon to come up, or to
-    have room. A client that is `read_only` looks at the daemon and can neither change anything nor load or attach:
+    `timeout` is seconds for each answer, at most a year. With `fallback="wait"` this waits for a daemon to come up, or
+    to have room. A client that is `read_only` looks at the daemon and can neither change anything nor load or attach:
     those calls raise PermissionDeniedError. A reference is a name or a digest there, never a path. Errors:
     DaemonUnreachableError, PermissionDeniedError (this user may not reach it), ProtocolMismatchError,
     ResourceLimitError, InvalidReferenceError (`timeout` or `fallback`).
