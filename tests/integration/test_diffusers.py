@@ -30,15 +30,6 @@ from support.worker import Worker
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
-@pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    while weightd.torch._shared:
-        weightd.torch._shared.popitem()[1].close()
-    daemons.close()
-
-
 @pytest.fixture
 def daemon(shared_daemons: SharedDaemons, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     with shared_daemons.on(HOST) as found:

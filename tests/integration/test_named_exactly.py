@@ -42,15 +42,6 @@ def installed(reference):
 
 
 @pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    while weightd.torch._shared:
-        weightd.torch._shared.popitem()[1].close()
-    daemons.close()
-
-
-@pytest.fixture(scope="module")
 def importing(shared_daemons: SharedDaemons) -> Iterator[Worker]:
     """A process that has transformers and diffusers in memory, which takes seconds."""
     with shared_daemons.on(HOST) as daemon:

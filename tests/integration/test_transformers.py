@@ -26,15 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 
 @pytest.fixture(scope="module")
-def shared_daemons() -> Iterator[SharedDaemons]:
-    daemons = SharedDaemons()
-    yield daemons
-    while weightd.torch._shared:
-        weightd.torch._shared.popitem()[1].close()
-    daemons.close()
-
-
-@pytest.fixture(scope="module")
 def processes(shared_daemons: SharedDaemons) -> Iterator[list[Worker]]:
     """Two processes that have transformers in memory, which takes seconds."""
     with shared_daemons.on(HOST) as daemon:

@@ -9,8 +9,8 @@ does not count. Nor does starting a process. Where the kernel does not say how l
 counts alone, and the log says so.
 
 Virtual machines lose their cores without a trace in these figures, too: on one with two busy cores, a thread that did
-nothing but read the clock missed 45 ms once in 40 s. So a step that takes long is found when it is the second of its
-kind in its daemon, or when it takes very long.
+nothing but read the clock missed 45 ms once in 40 s. So a long step in which no other thread of the daemon could look
+twice is found when it is the second of its kind in its daemon, or takes very long; all others are found at once.
 
 It watches from the moment in which the daemon is ready until it stops: before, nobody is served.
 """
@@ -38,7 +38,9 @@ from weightd_daemon.operations.notify import ServiceManagerNotifier
 
 MOST_SECONDS = 0.05
 _VERY_LONG = 4.0
-"""How many times as long a step takes that is found though it is the first of its kind."""
+"""How many times as long a step takes that is found though it is the first of its kind and nobody could look."""
+_ENOUGH_SAMPLES = 2
+"""How many samples show that a step was at work: one may be taken when the machine gives a core back."""
 FOUND = "loop watch: a step of"
 """What a finding begins with; support/daemon.py looks for it."""
 FIRST_STEP = "loop watch: the first of its kind, a step of"
@@ -151,7 +153,8 @@ class Watch:
                 "stolen": stolen, "starting processes": self._spawning, "garbage": self._collected,
             }.items()
         )  # fmt: skip
-        first = kind not in self._long and took <= _VERY_LONG * MOST_SECONDS
+        unseen = len(stacks) < _ENOUGH_SAMPLES and took <= _VERY_LONG * MOST_SECONDS
+        first = unseen and kind not in self._long
         self._long.add(kind)
         said = ALLOWED_STEP if reasons else FIRST_STEP if first else FOUND
         _say(f"{said} {took * 1e3:.0f} ms ({millis}; {len(stacks)} samples): {what}")
@@ -215,7 +218,7 @@ def _waited_of(thread: int) -> Callable[[], float] | None:
 
 def _kind(handle: events.Handle) -> str:
     """The name of what a step runs, a task's coroutine or another callback."""
-    callback = handle._callback  # type: ignore[attr-defined]  # private
+    callback = handle._callback  # type: ignore[attr-defined]  # asyncio has no public way to what a handle calls
     # asyncio shows no task of a first step
     tasks = [task for task in gc.get_referents(callback) if isinstance(task, asyncio.Task)]
     run = tasks[0].get_coro() if tasks else getattr(callback, "func", callback)  # of a functools.partial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import weightd
@@ -31,7 +32,10 @@ class SharedDaemons:
                 client.remove(checkpoint.content_digest)
 
     def close(self) -> None:
-        """Stop them, and look for leaks."""
+        """Hang up what `weightd.torch` has of them in this process, stop them, and look for leaks."""
+        shared = getattr(sys.modules.get("weightd.torch"), "_shared", {})  # few modules import it
+        while shared:
+            shared.popitem()[1].close()
         with contextlib.ExitStack() as stack:
             for daemon in self._daemons.values():
                 stack.callback(daemon.close, check=True)

@@ -11,17 +11,23 @@ from support.daemon import environment
 from support.loop_watch import ALLOWED_STEP, FIRST_STEP, FOUND
 
 LOOP = """
-import asyncio, time
+import asyncio, ctypes, time
 from support import loop_watch
 
-async def stand_still(seconds):
+def hold(seconds):  # the interpreter's lock: no other thread can look
+    ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
+async def seen(seconds):
     time.sleep(seconds)
+
+async def stand_still(seconds):
+    hold(seconds)
 
 async def another(seconds):
-    time.sleep(seconds)
+    hold(seconds)
 
 async def allowed(seconds):
-    time.sleep(seconds)
+    hold(seconds)
 
 async def main():
     watch = loop_watch.Watch()
@@ -36,8 +42,9 @@ asyncio.run(main())
 ONCE = "await asyncio.create_task(stand_still(0.12))"
 VERY_LONG = "await asyncio.create_task(stand_still(0.5))"
 ANOTHER = "await asyncio.create_task(another(0.12))"
+SEEN = "await asyncio.create_task(seen(0.15))"
 ALLOWED = "await asyncio.create_task(allowed(0.5))"
-CALLBACK = "asyncio.get_running_loop().call_soon(time.sleep, 0.12); await asyncio.sleep(0)"
+CALLBACK = "asyncio.get_running_loop().call_soon(hold, 0.12); await asyncio.sleep(0)"
 
 
 @pytest.mark.parametrize(
@@ -49,10 +56,11 @@ CALLBACK = "asyncio.get_running_loop().call_soon(time.sleep, 0.12); await asynci
         ([ONCE, ANOTHER, ONCE], [FIRST_STEP, FIRST_STEP, FOUND]),
         ([CALLBACK, CALLBACK], [FIRST_STEP, FOUND]),
         ([VERY_LONG], [FOUND]),
+        ([SEEN], [FOUND]),
         ([ALLOWED, ALLOWED], [ALLOWED_STEP] * 2),
     ],
 )
-def test_a_step_is_found_at_its_second_time(steps: list[str], said: list[str]) -> None:
+def test_a_step_is_found_when_it_was_seen_or_is_the_second_or_very_long(steps: list[str], said: list[str]) -> None:
     program = LOOP.format(steps="\n    ".join(steps))
     run = subprocess.run(
         [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60, check=True
